@@ -1,0 +1,47 @@
+"""Diptych: fine-tuning for encoder-decoders. The three top-level folders install under one namespace, `diptych`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+# Lower bounds are versions that the tests were run on; exact versions of our own runs are in constraints.txt.
+REQUIREMENTS = [
+    "torch>=2.13",
+    "transformers>=5.23,<6",
+    "accelerate>=1.15",
+    "peft>=0.21",
+    "datasets>=5.2",
+    "evaluate>=0.4.6",
+    "sacrebleu>=2.6",  # BLEU and chrF behind our evaluate.Metric classes
+    "rouge-score>=0.1.2",  # ROUGE behind ours
+    "tokenizers>=0.23",
+    "safetensors>=0.8",
+    "jinja2>=3.1.6",  # templates
+    "jsonargparse[signatures]>=4.53",  # dataclass field docstrings become --help; YAML with overrides
+    "pyyaml>=6.0.3",
+    "matplotlib>=3.11",  # loss.png
+    "tqdm>=4.70",
+]
+
+EXTRAS = {
+    "test": ["pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "build>=1.3", "sentencepiece>=0.2.3", "protobuf>=7.36"],
+}
+
+setup(
+    name="diptych",
+    version="0.1.0",
+    description="Fine-tuning for encoder-decoders: a modern model, data preparation, and a correct training loop.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["diptych.modeling", "diptych.data_prep", "diptych.finetune"],
+    package_dir={"diptych.modeling": "modeling", "diptych.data_prep": "data_prep", "diptych.finetune": "finetune"},
+    package_data={
+        "diptych.data_prep": ["samples/*", "frames/*.jinja"],
+        "diptych.finetune": ["recipes/*.yaml"],
+    },
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["diptych=diptych.finetune.cli:main"]},
+)
