@@ -1,0 +1,207 @@
+"""A checkpoint's name in; a model ready for inference and its tokenizer out, or one message that says what is wrong.
+
+    model, tokenizer = load_model_and_tokenizer("runs/translate/final")     # a folder as save_pretrained writes it
+    model, tokenizer = load_model_and_tokenizer("google-t5/t5-small")       # a Hub id
+    model, tokenizer = load_model_and_tokenizer("runs/translate-lora/final")  # a peft adapter; its base is found
+
+Any `AutoModelForSeq2SeqLM` checkpoint. An adapter is merged into its base, so that what comes out is always a plain
+model. Weights are read from safetensors only, and code that lies in a checkpoint is never run: Diptych's own classes
+are registered by the import below.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
+
+ADAPTER_CONFIG = "adapter_config.json"
+# False, and not left out: left out, transformers would ask on the terminal whether to run the checkpoint's code.
+_NO_CODE = {"trust_remote_code": False}
+
+
+def load_model_and_tokenizer(
+    path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in eval mode on `device`, in `dtype` ("auto": as it was saved), and the tokenizer saved with it."""
+    name = str(path)
+    check_folder(name)
+    adapter = _adapter_settings(name)
+    tokenizer = load_tokenizer(name, fallback=adapter.get("base_model_name_or_path"))
+    model = _load_adapted(name, adapter, tokenizer, dtype) if adapter else load_model(name, dtype)
+    check_embedding_rows(model, tokenizer, name)
+    return model.to(device).eval(), tokenizer
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`auto` takes the first accelerator if there is one; anything else is taken at its word."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_folder(name: str) -> None:
+    """ValueError where `name` can only be a folder and is not there, or is there and holds no checkpoint."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+            raise ValueError(
+                f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder that "
+                f"save_pretrained wrote (after `diptych train`: RUN/final).{_checkpoint_inside(folder)}"
+            )
+    elif folder.exists():
+        raise ValueError(f"{name} is a file; a checkpoint is a folder with config.json. Name the folder it lies in.")
+    elif name.startswith((".", "~", "/")) or name.count("/") != 1 or Path(name).parent.is_dir():
+        # what is left, one slash and no such folder on either side of it, may be a Hub id such as google-t5/t5-small
+        raise ValueError(f"there is no folder {name}. Name a checkpoint folder, or a Hub id such as google-t5/t5-small.")
+
+
+def _checkpoint_inside(folder: Path) -> str:
+    inside = sorted(file.parent for file in folder.glob("*/config.json"))
+    return f" Did you mean {inside[-1]}?" if inside else ""
+
+
+def _adapter_settings(name: str) -> dict:
+    """adapter_config.json of a local adapter or of a Hub repository that has one; {} where the model is whole."""
+    file = Path(name).expanduser() / ADAPTER_CONFIG
+    if not Path(name).expanduser().is_dir():
+        from transformers.utils import find_adapter_config_file
+
+        found = find_adapter_config_file(name)
+        if found is None:
+            return {}
+        file = Path(found)
+    if not file.is_file():
+        return {}
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if not settings.get("base_model_name_or_path"):
+        raise ValueError(f"{file} names no base model. Write its folder or Hub id into base_model_name_or_path.")
+    return settings
+
+
+def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `name`, or in `fallback` (an adapter's base) where `name` has none."""
+    for place in filter(None, (name, fallback)):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = error
+            continue
+        if len(tokenizer):
+            return tokenizer
+        reason = ValueError("it has no vocabulary")
+    raise ValueError(
+        f"no tokenizer could be loaded from {name}: {_first_line(reason)} Save one there: tokenizer.save_pretrained(...)."
+    ) from reason
+
+
+def load_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A whole encoder-decoder checkpoint; ValueError for another kind of model, or where weights are missing."""
+    config = _load_config(name)
+    _check_seq2seq(config, name)
+    _check_safetensors(name)
+    try:
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_NO_CODE
+        )
+    except OSError as error:
+        raise ValueError(f"the weights of {name} could not be read: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them; it was saved as "
+            f"{', '.join(config.architectures or ['an unnamed class'])}. Name a checkpoint that has both the encoder "
+            f"and the decoder: random weights in their place would answer nonsense."
+        )
+    return model
+
+
+def _load_config(name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, **_NO_CODE)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the config of {name} could not be read: {_first_line(error)} "
+            f"Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
+        ) from error
+
+
+def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
+    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "a decoder-only model"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        kind = "an encoder-only model"
+    else:
+        kind = "no text-to-text model"
+    raise ValueError(
+        f"{name} is {kind} (model_type {config.model_type}); an encoder-decoder is needed, "
+        f"such as Diptych, T5, mT5, BART, M2M100 or T5Gemma."
+    )
+
+
+def _check_safetensors(name: str) -> None:
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        raise ValueError(
+            f"{name} has no *.safetensors file{f', only {pickles[0]}' if pickles else ''}. Weights are read from "
+            f"safetensors alone, because a pickle can run code; if you trust it, convert it: "
+            f"AutoModelForSeq2SeqLM.from_pretrained(folder).save_pretrained(new_folder)."
+        )
+
+
+def _load_adapted(
+    name: str, adapter: dict, tokenizer: PreTrainedTokenizerBase, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    """The base that the adapter names, with the adapter merged in."""
+    from peft import PeftModel  # two seconds that only adapters need
+
+    base_name = adapter["base_model_name_or_path"]
+    try:
+        check_folder(base_name)
+        base = load_model(base_name, dtype)
+    except ValueError as error:
+        raise ValueError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
+    _check_safetensors(name)
+    if embedding_rows(base) < vocabulary_size(tokenizer):
+        base.resize_token_embeddings(vocabulary_size(tokenizer))  # the adapter brings the rows that were added
+    try:
+        return PeftModel.from_pretrained(base, name, is_trainable=False).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the adapter {name} does not fit its base {base_name}: {_first_line(error)}") from error
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id; `len(tokenizer)` is smaller where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if vocabulary_size(tokenizer) > embedding_rows(model):
+        raise ValueError(
+            f"the tokenizer of {name} has ids up to {vocabulary_size(tokenizer) - 1}, but the model has "
+            f"{embedding_rows(model)} embedding rows. Use the tokenizer that the model was trained with, or resize the "
+            f"model and train the new rows: model.resize_token_embeddings({vocabulary_size(tokenizer)})."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,228 @@
+"""Scores for generated text: `evaluate.Metric` classes that are instantiated directly and need no network.
+
+    compute_metrics(["exact_match", "chrf"], predictions=["나는 학생이다."], references=[["나는 학생이야.", "나는 학생이다."]])
+    -> {"exact_match": 100.0, "chrf": 100.0}
+
+N predictions (strings) and, for each, a list of one or more references; every figure lies between 0 and 100.
+A prediction earns what its best reference gives it (exact_match, token_f1, rouge, chrf) or is matched against all
+of them together (bleu). The counting is done by sacrebleu (Post 2018, https://aclanthology.org/W18-6319) and
+rouge-score; what is decided here is how text becomes tokens, because their defaults were made for English:
+rouge-score drops every letter outside a-z ("나는 학생이다" has no tokens at all), and BLEU over Korean words
+punishes a wrong particle like a wrong word.
+"""
+
+import difflib
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import datasets
+import evaluate
+import regex
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
+# Hangul, Han and kana are read one character at a time: Korean glues particles and endings to the word, Chinese and
+# Japanese write no spaces. Counting overlap by syllable is also what KorQuAD's official F1 does.
+_CHARACTER_SCRIPTS = r"\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}"
+_TOKEN = regex.compile(rf"[{_CHARACTER_SCRIPTS}]|[[\p{{L}}\p{{M}}\p{{N}}]--[{_CHARACTER_SCRIPTS}]]+", regex.V1)
+_LETTER = regex.compile(r"\p{L}")
+_CHARACTER_SCRIPT_LETTER = regex.compile(rf"[[{_CHARACTER_SCRIPTS}]&&\p{{L}}]", regex.V1)
+_ENGLISH_ARTICLES = {"a", "an", "the"}
+
+
+def split_tokens(text: str) -> list[str]:
+    """`"The NBA를 봤다!"` -> `["the", "nba", "를", "봤", "다"]`: words, and syllables where a script asks for it.
+
+    NFKC first, so that Hangul decomposed by macOS equals Hangul as it is typed; case folded; punctuation dropped.
+    On ASCII text these are the tokens of rouge-score's own default tokenizer.
+    """
+    return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def choose_bleu_tokenize(references: Sequence[Sequence[str]]) -> str:
+    """sacrebleu's `char` where at least a tenth of the references' letters are Hangul, Han or kana; otherwise `13a`.
+
+    `13a` is the WMT default. It leaves Korean words whole, so that short sentences seldom share four of them in a
+    row; sacrebleu's own choice for Korean, `ko-mecab`, needs a dictionary that is not installed here. A tenth, not a
+    half: a split with both directions of English-Korean is then scored by characters throughout, while an English
+    text that names a Korean city is not. Figures with different tokenisations cannot be compared; the signature
+    says which one was used.
+    """
+    text = "".join(reference for row in references for reference in row)
+    letters = len(_LETTER.findall(text))
+    return "char" if letters and len(_CHARACTER_SCRIPT_LETTER.findall(text)) >= letters / 10 else "13a"
+
+
+def check_pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """ValueError unless there is at least one prediction, and one non-empty list of strings for each."""
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"metrics need one list of references for each prediction, got {len(predictions)} predictions and "
+            f"{len(references)} lists of references. Check that both come from the same rows."
+        )
+    if not predictions:
+        raise ValueError("metrics need at least one prediction, got none. Check that the split has rows.")
+    for row, (prediction, row_references) in enumerate(zip(predictions, references, strict=True)):
+        if not isinstance(prediction, str):
+            raise ValueError(f"predictions[{row}] must be a string, got {type(prediction).__name__}.")
+        if isinstance(row_references, str):
+            raise ValueError(f"references[{row}] must be a list of strings, got a string. Wrap it: [reference].")
+        if not row_references or not all(isinstance(reference, str) for reference in row_references):
+            raise ValueError(f"references[{row}] must hold one string or more, got {row_references!r}.")
+
+
+def reference_streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """Rows of references -> sacrebleu's streams, as many as the longest row, `None` where a row has fewer.
+
+    `[["a", "b"], ["c"]]` -> `[["a", "c"], ["b", None]]`. A stream cut to the shortest row would lose references;
+    one filled with `""` would add an empty reference, which BLEU's brevity penalty takes as the closest length.
+    """
+    return [list(stream) for stream in zip_longest(*references)]
+
+
+class TextMetric(evaluate.Metric):
+    """What the five metrics share: string features, checked pairs, and nothing written to the metrics cache."""
+
+    description = ""
+    citation = ""
+
+    def __init__(self, **settings):
+        super().__init__(keep_in_memory=True, **settings)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
+        return evaluate.MetricInfo(
+            description=self.description,
+            citation=self.citation,
+            inputs_description="predictions: list[str]; references: list[list[str]], one or more for each prediction.",
+            features=datasets.Features(features),
+        )
+
+    def add_batch(self, *, predictions: list[str], references: list[list[str]]) -> None:
+        """Collect predictions and their references; `compute` calls it too, so that every row is checked."""
+        check_pairs(predictions, references)
+        super().add_batch(predictions=predictions, references=references)
+
+
+class ExactMatch(TextMetric):
+    description = "Percentage of predictions that equal one of their references, character by character."
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        hits = sum(prediction in row for prediction, row in zip(predictions, references, strict=True))
+        return {"exact_match": 100 * hits / len(predictions)}
+
+
+class TokenF1(TextMetric):
+    """SQuAD's F1 (Rajpurkar et al. 2016): bags of tokens, articles and punctuation dropped, best reference counts."""
+
+    description = "Mean F1 of token overlap. Tokens are words, or syllables in Hangul, Han and kana; English articles, \
+case and punctuation do not count."
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        scores = [
+            max(_token_f1(prediction, reference) for reference in row)
+            for prediction, row in zip(predictions, references, strict=True)
+        ]
+        return {"token_f1": 100 * sum(scores) / len(scores)}
+
+
+def _token_f1(prediction: str, reference: str) -> float:
+    predicted = [token for token in split_tokens(prediction) if token not in _ENGLISH_ARTICLES]
+    expected = [token for token in split_tokens(reference) if token not in _ENGLISH_ARTICLES]
+    if not predicted or not expected:
+        return float(predicted == expected)  # nothing to say and nothing said is right, as in SQuAD 2.0
+    shared = sum((Counter(predicted) & Counter(expected)).values())
+    return 2 * shared / (len(predicted) + len(expected))
+
+
+class _RougeTokens:
+    """The tokenizer object that RougeScorer asks for."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return split_tokens(text)
+
+
+class Rouge(TextMetric):
+    description = "Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L without stemming, over words, or over syllables in \
+Hangul, Han and kana."
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        names = ["rouge1", "rouge2", "rougeL"]
+        scorer = RougeScorer(names, tokenizer=_RougeTokens())
+        rows = [scorer.score_multi(row, guess) for guess, row in zip(predictions, references, strict=True)]
+        return {name: 100 * sum(row[name].fmeasure for row in rows) / len(rows) for name in names}
+
+
+class Bleu(TextMetric):
+    description = "Corpus BLEU of sacrebleu; `tokenize` is chosen by the references' script unless it is given."
+
+    def _compute(self, predictions, references, tokenize: str | None = None) -> dict[str, float | str]:
+        scorer = _sacrebleu_scorer(tokenize or choose_bleu_tokenize(references))
+        score = scorer.corpus_score(predictions, reference_streams(references)).score
+        return {"bleu": score, "bleu_signature": str(scorer.get_signature())}
+
+
+def _sacrebleu_scorer(tokenize: str) -> sacrebleu.BLEU:
+    known = sorted(name for name in sacrebleu.BLEU.TOKENIZERS)
+    if tokenize not in known:
+        raise ValueError(f"bleu has no tokenisation {tokenize!r}. {_choices(tokenize, known)}")
+    try:
+        # force: sacrebleu's warning about text that looks tokenised already is about system outputs of shared tasks
+        return sacrebleu.BLEU(tokenize=tokenize, force=True)
+    except (RuntimeError, OSError) as error:  # a tokenisation's own package is not installed, or its model not found
+        raise ValueError(f"bleu with tokenize={tokenize!r} cannot start: {' '.join(str(error).split())}") from error
+
+
+class Chrf(TextMetric):
+    description = "Corpus chrF2 of sacrebleu: character n-grams up to 6, so that no tokenisation is needed."
+
+    def _compute(self, predictions, references) -> dict[str, float | str]:
+        scorer = sacrebleu.CHRF()
+        score = scorer.corpus_score(predictions, reference_streams(references)).score
+        return {"chrf": score, "chrf_signature": str(scorer.get_signature())}
+
+
+def check_metric_names(names: Sequence[str]) -> None:
+    """ValueError that names the nearest metric, so that a typing error is found before hours of generation."""
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"there is no metric {name!r}. {_choices(name, list(METRICS))}")
+
+
+def _choices(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{f'Did you mean {near[0]!r}? ' if near else ''}Choose from: {', '.join(known)}."
+
+
+def score_texts(
+    names: Sequence[str],
+    predictions: list[str],
+    references: list[list[str]],
+    bleu_tokenize: str | None = None,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The figures of the named metrics, and the signatures (sacrebleu's) without which they cannot be compared."""
+    check_metric_names(names)
+    check_pairs(predictions, references)
+    results = {}
+    for name in dict.fromkeys(names):
+        settings = {"tokenize": bleu_tokenize} if name == "bleu" else {}
+        results |= METRICS[name]().compute(predictions=predictions, references=references, **settings)
+    figures = {key: float(value) for key, value in results.items() if not isinstance(value, str)}
+    signatures = {key.removesuffix("_signature"): value for key, value in results.items() if isinstance(value, str)}
+    return figures, signatures
+
+
+def compute_metrics(names: Sequence[str], predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    """`["rouge", "chrf"]` -> `{"rouge1": …, "rouge2": …, "rougeL": …, "chrf": …}`, all between 0 and 100."""
+    return score_texts(names, predictions, references)[0]
+
+
+METRICS: dict[str, type[evaluate.Metric]] = {
+    "exact_match": ExactMatch,
+    "token_f1": TokenF1,
+    "rouge": Rouge,
+    "bleu": Bleu,
+    "chrf": Chrf,
+}
