@@ -1,0 +1,207 @@
+"""The shape of a Diptych: one config for each panel, and one that hinges them.
+
+    DiptychConfig(hidden_size=256, num_hidden_layers=4)                      # both panels alike
+    DiptychConfig(encoder={"num_hidden_layers": 12}, decoder={"num_hidden_layers": 4}, hidden_size=256)
+
+This file travels with every checkpoint; it imports transformers only.
+"""
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# Where the code of a published checkpoint is found when Diptych is not installed (`trust_remote_code=True`).
+REMOTE_CODE = {
+    "AutoConfig": "configuration_diptych.DiptychConfig",
+    "AutoModel": "modeling_diptych.DiptychModel",
+    "AutoModelForSeq2SeqLM": "modeling_diptych.DiptychForConditionalGeneration",
+    "AutoModelForTextEncoding": "modeling_diptych.DiptychEncoderModel",
+}
+
+
+@strict
+class DiptychPanelConfig(PreTrainedConfig):
+    r"""One panel: a stack of pre-norm transformer blocks with the parts of Llama, Mistral, Qwen2 and Qwen3.
+
+    Args:
+        vocab_size: rows of the embedding table. Both panels of a model have the same.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside the gated feed-forward network (SwiGLU, arXiv 2002.05202).
+        num_hidden_layers: depth of this panel.
+        num_attention_heads: query heads.
+        num_key_value_heads: key/value heads, shared by groups of query heads (GQA, arXiv 2305.13245); all if None.
+        head_dim: size of one head, even; `hidden_size // num_attention_heads` if None. It need not divide the width.
+        hidden_act: activation of the gate.
+        max_position_embeddings: tokens that the rotary positions are scaled for; not a hard limit.
+        rms_norm_eps: epsilon of every RMSNorm (arXiv 1910.07467).
+        initializer_range: standard deviation of fresh weights.
+        rope_parameters: rotary positions (arXiv 2104.09864) as transformers 5 writes them: `rope_type` (default,
+            linear, dynamic, yarn, longrope, llama3), `rope_theta` and what the type needs.
+        attention_bias: bias on the query, key and value projections (Qwen2).
+        attention_output_bias: bias on the attention's output projection.
+        mlp_bias: bias on the feed-forward projections.
+        qk_norm: RMSNorm on each query and key head (Qwen3).
+        attention_dropout: probability of dropping an attention weight in training. flex attention refuses it.
+        residual_dropout: probability of dropping what is added to the residual stream, and the embeddings.
+        use_cache: whether the decoder keeps keys and values when it is not training.
+        is_decoder: set by `DiptychConfig`.
+        cross_attention_hidden_size: width of the states that a decoder reads; set by `DiptychConfig`.
+    """
+
+    model_type = "diptych_panel"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    attention_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    use_cache: bool = True
+    is_decoder: bool = False
+    cross_attention_hidden_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict` validation.
+
+        Raises:
+            ValueError: the heads cannot be grouped, or a head cannot be rotated.
+        """
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads={self.num_key_value_heads}"
+                " does not divide. Each key/value head serves an equal group of query heads: choose a divisor."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; rotary positions turn pairs of numbers: choose an even one."
+            )
+
+
+# What can be given flat to `DiptychConfig` and then holds for both panels.
+SHARED_FIELDS = frozenset(DiptychPanelConfig.__annotations__) - {"is_decoder", "cross_attention_hidden_size"}
+
+
+@strict
+class DiptychConfig(PreTrainedConfig):
+    r"""An encoder panel and a decoder panel. Any field of `DiptychPanelConfig` given flat sets both panels, where a
+    panel's own value goes first; set flat later (`config.use_cache = False`), it reaches both. Read flat, it is the
+    decoder's (`rope_parameters` excepted: ask the panel).
+
+    Args:
+        encoder: the panel that reads; `DiptychPanelConfig`, dict or None.
+        decoder: the panel that writes; `DiptychPanelConfig`, dict or None.
+        vocab_size: rows of every embedding table.
+        tie_word_embeddings: one table for the decoder's input, the head, and, where the panels are equally wide, the
+            encoder's input. False: a table for each.
+        pad_token_id: fills rows; never attended to, never a target.
+        decoder_start_token_id: the first decoder input; the padding token if None (as T5 does it).
+    """
+
+    model_type = "diptych"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs_defaults = {"encoder": DiptychPanelConfig, "decoder": DiptychPanelConfig}
+
+    encoder: DiptychPanelConfig | dict[Any, Any] | None = None
+    decoder: DiptychPanelConfig | dict[Any, Any] | None = None
+    vocab_size: int | None = None
+    is_encoder_decoder: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    bos_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        shared = {name: kwargs.pop(name) for name in SHARED_FIELDS & kwargs.keys()}
+        # RoPE as configs wrote it before transformers 5; the panels understand it.
+        shared |= {name: kwargs.pop(name) for name in {"rope_theta", "rope_scaling"} & kwargs.keys()}
+        if self.vocab_size is not None:
+            shared["vocab_size"] = self.vocab_size
+        encoder, decoder = _panel(self.encoder, shared), _panel(self.decoder, shared)
+        decoder.is_decoder = True
+        decoder.cross_attention_hidden_size = encoder.hidden_size
+        if self.vocab_size is None:
+            self.vocab_size = decoder.vocab_size
+        self.encoder, self.decoder = encoder, decoder
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.pad_token_id
+        self.auto_map = dict(REMOTE_CODE)
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict` validation.
+
+        Raises:
+            ValueError: the panels do not read and write the same vocabulary.
+        """
+        sizes = {"model": self.vocab_size, "encoder": self.encoder.vocab_size, "decoder": self.decoder.vocab_size}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"vocab_size differs ({sizes}); the panels share one tokenizer: give it once, flat.")
+
+    @property
+    def shares_panel_embeddings(self) -> bool:
+        """Whether the encoder's input table is the decoder's: embeddings are tied and the panels equally wide."""
+        return self.tie_word_embeddings and self.encoder.hidden_size == self.decoder.hidden_size
+
+    def __setattr__(self, name, value):
+        # `_post_init_done` is transformers': until then the panels may still be the caller's own objects.
+        is_shared = name in SHARED_FIELDS and self.__dict__.get("_post_init_done", False)
+        if is_shared:
+            setattr(self.encoder, name, value)
+            setattr(self.decoder, name, value)
+        if name == "vocab_size" or not is_shared:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name):  # reached only for what this object does not have itself
+        if name in SHARED_FIELDS - {"vocab_size", "rope_parameters"} and "decoder" in self.__dict__:
+            return getattr(self.decoder, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+def _panel(panel: DiptychPanelConfig | dict | None, shared: dict[str, Any]) -> DiptychPanelConfig:
+    """A panel with the flat values where it has none of its own. A finished panel is copied, never changed."""
+    if isinstance(panel, DiptychPanelConfig):
+        return copy.deepcopy(panel)
+    own = {key: value for key, value in (panel or {}).items() if value is not None}
+    for name, value in shared.items():
+        own.setdefault(name, dict(value) if isinstance(value, dict) else value)
+    return DiptychPanelConfig(**own)
+
+
+__all__ = ["DiptychConfig", "DiptychPanelConfig"]
