@@ -103,8 +103,8 @@ class DiptychPanelConfig(PreTrainedConfig):
         """
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}, which num_key_value_heads={self.num_key_value_heads}"
-                " does not divide. Each key/value head serves an equal group of query heads: choose a divisor."
+                f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads "
+                f"({self.num_attention_heads}). Each serves an equal group of query heads: choose a divisor."
             )
         if self.head_dim % 2:
             raise ValueError(

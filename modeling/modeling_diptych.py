@@ -59,7 +59,7 @@ class DiptychRMSNorm(nn.Module):
 
 
 class DiptychRotaryEmbedding(nn.Module):
-    """Rotary positions (arXiv 2104.09864) with transformers' scaling variants: position_ids (B, L) → cos, sin (B, L, E)."""
+    """Rotary positions (arXiv 2104.09864), scaled as transformers knows it: position_ids (B, L) → cos, sin (B, L, E)."""
 
     def __init__(self, config: DiptychPanelConfig):
         super().__init__()
@@ -330,7 +330,7 @@ class DiptychPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Teacher forcing: labels (B, T), one example a row, → the same tokens one place later, behind the start token.
+        """Teacher forcing: labels (B, T), one example a row → the same tokens one place later, after the start token.
 
         Raises:
             ValueError: the config names no start token or no padding token.
@@ -338,14 +338,14 @@ class DiptychPreTrainedModel(PreTrainedModel):
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or pad is None:
             raise ValueError(
-                f"labels alone need a start and a padding token, but decoder_start_token_id is {start} and pad_token_id "
-                f"is {pad}. Set them in the config, or give decoder_input_ids."
+                f"labels alone need a start and a padding token, but decoder_start_token_id is {start} and "
+                f"pad_token_id is {pad}. Set them in the config, or give decoder_input_ids."
             )
         shifted = F.pad(labels, (1, -1), value=start)
         return shifted.masked_fill(shifted == -100, pad)
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
-        """Resizes the decoder's table too where the panels have one each; the library knows the encoder's and the head."""
+        """Resizes the decoder's table too; the library itself knows of the encoder's and the head."""
         embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         decoder = self.get_decoder()
         if isinstance(decoder, DiptychDecoder):
@@ -557,7 +557,7 @@ class DiptychModel(DiptychPreTrainedModel):
 
         Args:
             input_ids, attention_mask, position_ids, segment_ids: (B, S), the encoder's side.
-            decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_segment_ids: (B, T), the decoder's.
+            decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_segment_ids: (B, T), the other.
             encoder_outputs: what the encoder returned earlier; the source is then not read again.
             past_key_values: the decoder's cache.
             inputs_embeds, decoder_inputs_embeds: (B, S, D) and (B, T, D), in place of ids.

@@ -19,7 +19,7 @@ SIZES = {
 
 
 def named_config(name: str, **overrides) -> DiptychConfig:
-    """The config of a named size; any `DiptychConfig` keyword can be overridden (`vocab_size`, special ids, dropout …).
+    """The config of a named size; overrides are `DiptychConfig` keywords (`vocab_size`, special ids, dropout …).
 
     Raises:
         ValueError: there is no such size; the message names the nearest and lists all.
