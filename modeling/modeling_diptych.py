@@ -59,7 +59,7 @@ class DiptychRMSNorm(nn.Module):
 
 
 class DiptychRotaryEmbedding(nn.Module):
-    """Rotary positions (arXiv 2104.09864), scaled as transformers knows it: position_ids (B, L) → cos, sin (B, L, E)."""
+    """Rotary positions (arXiv 2104.09864), also scaled: position_ids (B, L) → cos, sin (B, L, E)."""
 
     def __init__(self, config: DiptychPanelConfig):
         super().__init__()
