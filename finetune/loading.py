@@ -10,6 +10,7 @@ are registered by the import below.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
+from diptych.data_prep.records import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 # False, and not left out: left out, transformers would ask on the terminal whether to run the checkpoint's code.
@@ -36,7 +38,7 @@ def load_model_and_tokenizer(
     path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in eval mode on `device`, in `dtype` ("auto": as it was saved), and the tokenizer saved with it."""
-    name = str(path)
+    name = os.path.expanduser(path)
     check_folder(name)
     adapter = _adapter_settings(name)
     tokenizer = load_tokenizer(name, fallback=adapter.get("base_model_name_or_path"))
@@ -53,19 +55,21 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def check_folder(name: str) -> None:
-    """ValueError where `name` can only be a folder and is not there, or is there and holds no checkpoint."""
-    folder = Path(name).expanduser()
+    """UserError where `name` can only be a folder and is not there, or is there and holds no checkpoint."""
+    folder = Path(name)
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
-            raise ValueError(
+            raise UserError(
                 f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder that "
                 f"save_pretrained wrote (after `diptych train`: RUN/final).{_checkpoint_inside(folder)}"
             )
     elif folder.exists():
-        raise ValueError(f"{name} is a file; a checkpoint is a folder with config.json. Name the folder it lies in.")
-    elif name.startswith((".", "~", "/")) or name.count("/") != 1 or Path(name).parent.is_dir():
-        # what is left, one slash and no such folder on either side of it, may be a Hub id such as google-t5/t5-small
-        raise ValueError(f"there is no folder {name}. Name a checkpoint folder, or a Hub id such as google-t5/t5-small.")
+        raise UserError(f"{name} is a file; a checkpoint is a folder with config.json. Name the folder it lies in.")
+    elif name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir()):
+        # what is left, a name or owner/name whose owner is no folder here, may be a Hub id
+        raise UserError(
+            f"there is no folder {name}. Name a checkpoint folder, or a Hub id such as google-t5/t5-small."
+        )
 
 
 def _checkpoint_inside(folder: Path) -> str:
@@ -75,8 +79,8 @@ def _checkpoint_inside(folder: Path) -> str:
 
 def _adapter_settings(name: str) -> dict:
     """adapter_config.json of a local adapter or of a Hub repository that has one; {} where the model is whole."""
-    file = Path(name).expanduser() / ADAPTER_CONFIG
-    if not Path(name).expanduser().is_dir():
+    file = Path(name) / ADAPTER_CONFIG
+    if not Path(name).is_dir():
         from transformers.utils import find_adapter_config_file
 
         found = find_adapter_config_file(name)
@@ -87,7 +91,7 @@ def _adapter_settings(name: str) -> dict:
         return {}
     settings = json.loads(file.read_text(encoding="utf-8"))
     if not settings.get("base_model_name_or_path"):
-        raise ValueError(f"{file} names no base model. Write its folder or Hub id into base_model_name_or_path.")
+        raise UserError(f"{file} names no base model. Write its folder or Hub id into base_model_name_or_path.")
     return settings
 
 
@@ -101,14 +105,14 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
             continue
         if len(tokenizer):
             return tokenizer
-        reason = ValueError("it has no vocabulary")
-    raise ValueError(
+        reason = UserError("it has no vocabulary.")
+    raise UserError(
         f"no tokenizer could be loaded from {name}: {_first_line(reason)} Save one there: tokenizer.save_pretrained(...)."
     ) from reason
 
 
 def load_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """A whole encoder-decoder checkpoint; ValueError for another kind of model, or where weights are missing."""
+    """A whole encoder-decoder checkpoint; UserError for another kind of model, or where weights are missing."""
     config = _load_config(name)
     _check_seq2seq(config, name)
     _check_safetensors(name)
@@ -117,10 +121,10 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_NO_CODE
         )
     except OSError as error:
-        raise ValueError(f"the weights of {name} could not be read: {_first_line(error)}") from error
+        raise UserError(f"the weights of {name} could not be read: {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ValueError(
+        raise UserError(
             f"{name} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them; it was saved as "
             f"{', '.join(config.architectures or ['an unnamed class'])}. Name a checkpoint that has both the encoder "
             f"and the decoder: random weights in their place would answer nonsense."
@@ -132,7 +136,7 @@ def _load_config(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, **_NO_CODE)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"the config of {name} could not be read: {_first_line(error)} "
             f"Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
         ) from error
@@ -147,17 +151,17 @@ def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
         kind = "an encoder-only model"
     else:
         kind = "no text-to-text model"
-    raise ValueError(
+    raise UserError(
         f"{name} is {kind} (model_type {config.model_type}); an encoder-decoder is needed, "
         f"such as Diptych, T5, mT5, BART, M2M100 or T5Gemma."
     )
 
 
 def _check_safetensors(name: str) -> None:
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for file in folder.glob("*.bin"))
-        raise ValueError(
+        raise UserError(
             f"{name} has no *.safetensors file{f', only {pickles[0]}' if pickles else ''}. Weights are read from "
             f"safetensors alone, because a pickle can run code; if you trust it, convert it: "
             f"AutoModelForSeq2SeqLM.from_pretrained(folder).save_pretrained(new_folder)."
@@ -170,19 +174,19 @@ def _load_adapted(
     """The base that the adapter names, with the adapter merged in."""
     from peft import PeftModel  # two seconds that only adapters need
 
-    base_name = adapter["base_model_name_or_path"]
+    base_name = os.path.expanduser(adapter["base_model_name_or_path"])
     try:
         check_folder(base_name)
         base = load_model(base_name, dtype)
-    except ValueError as error:
-        raise ValueError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
+    except UserError as error:
+        raise UserError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
     _check_safetensors(name)
     if embedding_rows(base) < vocabulary_size(tokenizer):
         base.resize_token_embeddings(vocabulary_size(tokenizer))  # the adapter brings the rows that were added
     try:
         return PeftModel.from_pretrained(base, name, is_trainable=False).merge_and_unload()
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the adapter {name} does not fit its base {base_name}: {_first_line(error)}") from error
+        raise UserError(f"the adapter {name} does not fit its base {base_name}: {_first_line(error)}") from error
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -194,9 +198,21 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that a row may have: the table of positions (BART), or what rotary positions are scaled for (Diptych).
+
+    None for relative positions (T5). Panels may differ; the smaller one counts.
+    """
+    config = model.config.to_dict()
+    panels = [config, config.get("encoder") or {}, config.get("decoder") or {}]
+    return min(
+        (panel["max_position_embeddings"] for panel in panels if "max_position_embeddings" in panel), default=None
+    )
+
+
 def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if vocabulary_size(tokenizer) > embedding_rows(model):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {name} has ids up to {vocabulary_size(tokenizer) - 1}, but the model has "
             f"{embedding_rows(model)} embedding rows. Use the tokenizer that the model was trained with, or resize the "
             f"model and train the new rows: model.resize_token_embeddings({vocabulary_size(tokenizer)})."

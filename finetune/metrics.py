@@ -11,7 +11,6 @@ rouge-score drops every letter outside a-z ("나는 학생이다" has no tokens 
 punishes a wrong particle like a wrong word.
 """
 
-import difflib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,9 @@ import evaluate
 import regex
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.cli import choose_from
 
 # Hangul, Han and kana are read one character at a time: Korean glues particles and endings to the word, Chinese and
 # Japanese write no spaces. Counting overlap by syllable is also what KorQuAD's official F1 does.
@@ -56,21 +58,21 @@ def choose_bleu_tokenize(references: Sequence[Sequence[str]]) -> str:
 
 
 def check_pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """ValueError unless there is at least one prediction, and one non-empty list of strings for each."""
+    """UserError unless there is at least one prediction, and one non-empty list of strings for each."""
     if len(predictions) != len(references):
-        raise ValueError(
+        raise UserError(
             f"metrics need one list of references for each prediction, got {len(predictions)} predictions and "
             f"{len(references)} lists of references. Check that both come from the same rows."
         )
     if not predictions:
-        raise ValueError("metrics need at least one prediction, got none. Check that the split has rows.")
+        raise UserError("metrics need at least one prediction, got none. Check that the split has rows.")
     for row, (prediction, row_references) in enumerate(zip(predictions, references, strict=True)):
         if not isinstance(prediction, str):
-            raise ValueError(f"predictions[{row}] must be a string, got {type(prediction).__name__}.")
+            raise UserError(f"predictions[{row}] must be a string, got {type(prediction).__name__}.")
         if isinstance(row_references, str):
-            raise ValueError(f"references[{row}] must be a list of strings, got a string. Wrap it: [reference].")
+            raise UserError(f"references[{row}] must be a list of strings, got a string. Wrap it: [reference].")
         if not row_references or not all(isinstance(reference, str) for reference in row_references):
-            raise ValueError(f"references[{row}] must hold one string or more, got {row_references!r}.")
+            raise UserError(f"references[{row}] must hold one string or more, got {row_references!r}.")
 
 
 def reference_streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
@@ -117,8 +119,10 @@ class ExactMatch(TextMetric):
 class TokenF1(TextMetric):
     """SQuAD's F1 (Rajpurkar et al. 2016): bags of tokens, articles and punctuation dropped, best reference counts."""
 
-    description = "Mean F1 of token overlap. Tokens are words, or syllables in Hangul, Han and kana; English articles, \
+    description = (
+        "Mean F1 of token overlap. Tokens are words, or syllables in Hangul, Han and kana; English articles, \
 case and punctuation do not count."
+    )
 
     def _compute(self, predictions, references) -> dict[str, float]:
         scores = [
@@ -167,12 +171,12 @@ class Bleu(TextMetric):
 def _sacrebleu_scorer(tokenize: str) -> sacrebleu.BLEU:
     known = sorted(name for name in sacrebleu.BLEU.TOKENIZERS)
     if tokenize not in known:
-        raise ValueError(f"bleu has no tokenisation {tokenize!r}. {_choices(tokenize, known)}")
+        raise UserError(f"bleu has no tokenisation {tokenize!r}. {choose_from(tokenize, known)}")
     try:
         # force: sacrebleu's warning about text that looks tokenised already is about system outputs of shared tasks
         return sacrebleu.BLEU(tokenize=tokenize, force=True)
     except (RuntimeError, OSError) as error:  # a tokenisation's own package is not installed, or its model not found
-        raise ValueError(f"bleu with tokenize={tokenize!r} cannot start: {' '.join(str(error).split())}") from error
+        raise UserError(f"bleu with tokenize={tokenize!r} cannot start: {' '.join(str(error).split())}") from error
 
 
 class Chrf(TextMetric):
@@ -185,15 +189,10 @@ class Chrf(TextMetric):
 
 
 def check_metric_names(names: Sequence[str]) -> None:
-    """ValueError that names the nearest metric, so that a typing error is found before hours of generation."""
+    """UserError that names the nearest metric, so that a typing error is found before hours of generation."""
     for name in names:
         if name not in METRICS:
-            raise ValueError(f"there is no metric {name!r}. {_choices(name, list(METRICS))}")
-
-
-def _choices(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{f'Did you mean {near[0]!r}? ' if near else ''}Choose from: {', '.join(known)}."
+            raise UserError(f"there is no metric {name!r}. {choose_from(name, list(METRICS))}")
 
 
 def score_texts(

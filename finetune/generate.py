@@ -1,0 +1,371 @@
+"""Token ids in, text out: batched generation for training, evaluation and the command `diptych generate`.
+
+    generate_texts(model, tokenizer, [[12, 7, 1], [8, 1]], batch_size=16, max_new_tokens=64) -> ["나는 학생이다.", "네."]
+
+B rows of a batch, S source tokens, T new tokens. Rows are sorted by length, longest first, so that a batch holds
+little padding and a batch that does not fit into memory fails at once; what comes back is in the order of the input.
+Greedy unless told otherwise: beams or sampling that a checkpoint's generation config asks for are not taken over,
+because a metric should not move with the checkpoint's taste; its token ids and length rules are.
+
+`diptych generate MODEL` answers one prompt (--instruction, --input), a file (--in_file, --out_file: see
+generate_file.py), or whoever types, when it is given neither. The prompt is rendered with the template that travels
+with the tokenizer and encoded by data_prep's code, so that the model reads what it was trained on.
+"""
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from diptych.data_prep.encode import split_sources
+from diptych.data_prep.records import UserError, nearest
+from diptych.data_prep.templates import Template, load_template, template_of
+from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+
+DEFAULT_NEW_TOKENS = 256
+GREEDY = {"num_beams": 1, "do_sample": False}
+
+
+class Output(NamedTuple):
+    text: str
+    """What was generated, without special tokens."""
+    finished: bool
+    """Whether the model ended it with its end token, and not the cap on new tokens."""
+
+
+class GenerationBar(tqdm):
+    """A progress bar over rows that also says how many new tokens come each second."""
+
+    def __init__(self, rows: int, done: int = 0, shown: bool = True):
+        # In a log file, where each refresh is a line, once every 30 seconds.
+        every = 0.2 if sys.stderr.isatty() else 30.0
+        super().__init__(desc="generate", total=rows, initial=done, unit="rows", disable=not shown, mininterval=every)
+        self.tokens = 0
+
+    def advance(self, rows: int, tokens: int) -> None:
+        self.tokens += tokens
+        seconds = self.format_dict["elapsed"] if not self.disable else 0
+        self.set_postfix_str(f"{self.tokens / max(seconds, 1e-9):,.0f} tokens/s", refresh=False)
+        self.update(rows)
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source_ids: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: bool | GenerationBar = False,
+    **generation_kwargs: Any,
+) -> list[str]:
+    """One text for each row of `source_ids`, in their order; see `generate_outputs`."""
+    outputs = generate_outputs(
+        model,
+        tokenizer,
+        source_ids,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+        **generation_kwargs,
+    )
+    return [output.text for output in outputs]
+
+
+def generate_outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source_ids: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: bool | GenerationBar = False,
+    **generation_kwargs: Any,
+) -> list[Output]:
+    """Outputs in the order of `source_ids`; with `num_return_sequences=n`, n in a row for each source.
+
+    `generation_kwargs` go to `model.generate` (num_beams, do_sample, streamer …). The model may be in training mode;
+    it is put back into it.
+    """
+    check_source_ids(source_ids)
+    longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]))
+    outputs: list[list[Output]] = [[] for _ in source_ids]
+    bar = progress if isinstance(progress, GenerationBar) else GenerationBar(len(source_ids), shown=progress)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(longest_first), batch_size):
+            rows = longest_first[start : start + batch_size]
+            batch = [source_ids[row] for row in rows]
+            found, tokens = _generate_batch(model, tokenizer, batch, max_new_tokens, GREEDY | generation_kwargs)
+            for position, row in enumerate(rows):
+                each = len(found) // len(rows)
+                outputs[row] = found[position * each : (position + 1) * each]
+            bar.advance(len(rows), tokens)
+    finally:
+        model.train(was_training)
+        if bar is not progress:
+            bar.close()
+    return [output for row_outputs in outputs for output in row_outputs]
+
+
+def check_source_ids(source_ids: Sequence[Sequence[int]]) -> None:
+    for row, ids in enumerate(source_ids):
+        if not len(ids):
+            raise UserError(f"source_ids[{row}] is empty; the encoder needs a token to read. Encode it with its eos.")
+
+
+def pad_sources(source_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`[[5, 6, 1], [7, 1]]` -> input_ids `[[5, 6, 1], [7, 1, 0]]`, attention_mask `[[1, 1, 1], [1, 1, 0]]`, (B, S).
+
+    Always on the right, whatever the tokenizer's padding_side: BART's positions are counted from the row's start.
+    """
+    width = max(len(ids) for ids in source_ids)
+    padded = [[*ids, *[pad_token_id] * (width - len(ids))] for ids in source_ids]
+    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in source_ids]
+    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    generation_kwargs: dict[str, Any],
+) -> tuple[list[Output], int]:
+    """The outputs of one batch in its order, and how many new tokens they have together."""
+    config = _generation_config(model, tokenizer)
+    inputs = {name: ids.to(model.device) for name, ids in pad_sources(source_ids, tokenizer.pad_token_id or 0).items()}
+    sequences = model.generate(
+        **inputs, generation_config=config, max_new_tokens=max_new_tokens, **generation_kwargs
+    ).tolist()
+    outputs, tokens = [], 0
+    for sequence in sequences:
+        # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for.
+        ids, finished = _cut_at_eos(sequence[1:], config.eos_token_id)
+        if config.forced_eos_token_id is not None and len(ids) + 1 == max_new_tokens:
+            finished = False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
+        outputs.append(Output(tokenizer.decode(ids, skip_special_tokens=True), finished))
+        tokens += len(ids) + finished
+    return outputs, tokens
+
+
+def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The checkpoint's own, with the tokenizer's pad and eos where it names none, and no second cap on length."""
+    config = copy.deepcopy(model.generation_config)
+    config.max_length = None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    return config
+
+
+def _cut_at_eos(ids: list[int], eos_token_id: int | list[int] | None) -> tuple[list[int], bool]:
+    """`[31, 40, 1, 0, 0]` with eos 1 -> `[31, 40], True`; without an eos, all of it and False."""
+    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[:position], True
+    return ids, False
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Text from a trained encoder-decoder: one prompt, a session (neither prompt nor file given), or a JSONL file."""
+
+    model: str
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
+    instruction: str = ""
+    """The instruction of a single prompt."""
+    input: str = ""
+    """The input that the instruction is about."""
+    in_file: str = ""
+    """JSONL file of rows with `instruction` and, as they have them, `input` and `history`; other fields pass through."""
+    out_file: str = ""
+    """JSONL file to write: one line for each row, in order. Started again after a kill, it goes on where it was."""
+    overwrite: bool = False
+    """Start out_file again from its first row, whatever is in it."""
+    template: str = ""
+    """Name or file of a prompt template; the one saved with the tokenizer unless given."""
+    batch_size: int = 16
+    """Prompts generated together. More is faster until memory is full."""
+    max_source_tokens: int | None = None
+    """Longer prompts are cut to this many tokens, which is said; the model's own limit unless given."""
+    max_new_tokens: int | None = None
+    """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
+    num_beams: int = 1
+    """Width of beam search; 1 is greedy."""
+    temperature: float = 0.0
+    """Above 0, tokens are sampled at this temperature; 0 takes the likeliest."""
+    num_return_sequences: int = 1
+    """Outputs for each prompt; needs as many beams, or sampling."""
+    seed: int = 0
+    """Seed of the sampling."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of transformers' generate: `--generation.top_p 0.9 --generation.length_penalty 0.6`."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; `auto` is as the checkpoint was saved."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_source_tokens", "max_new_tokens", "num_beams", "num_return_sequences"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if bool(self.in_file) != bool(self.out_file):
+            given, missing = ("in_file", "out_file") if self.in_file else ("out_file", "in_file")
+            raise UserError(
+                f"--{given} was given without --{missing}. Give both, or neither for a prompt or a session."
+            )
+        if self.in_file and (self.instruction or self.input):
+            raise UserError("--in_file and a prompt were both given. Drop --instruction and --input, or the files.")
+        if self.input and not self.instruction:
+            raise UserError("--input was given without --instruction. Say with --instruction what to do with it.")
+        if self.num_return_sequences > 1 and self.temperature == 0 and self.num_beams < self.num_return_sequences:
+            raise UserError(
+                f"num_return_sequences is {self.num_return_sequences} with num_beams={self.num_beams} and no sampling: "
+                f"greedy search has one answer. Give --num_beams {self.num_return_sequences}, or --temperature 1."
+            )
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
+        check_generation_names(self.generation)
+
+    def generation_kwargs(self) -> dict[str, Any]:
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        beams = {"num_beams": self.num_beams, "num_return_sequences": self.num_return_sequences}
+        return sampling | beams | self.generation
+
+
+def check_generation_names(generation: dict[str, Any]) -> None:
+    """UserError for what transformers' generate does not know, and for what has a setting of its own here."""
+    known = sorted(name for name in GenerationConfig().to_dict() if not name.startswith("_"))
+    own = {"num_beams", "num_return_sequences", "temperature", "do_sample", "max_new_tokens", "max_length"}
+    for name in generation:
+        if name in own:
+            raise UserError(
+                f"generation.{name} has a setting of its own. Use --max_new_tokens, --num_beams, "
+                f"--num_return_sequences or --temperature (above 0 it samples)."
+            )
+        if name not in known:
+            near = nearest(name, known)
+            raise UserError(
+                f"generation.{name} is nothing that transformers' generate takes. "
+                f"{f'Did you mean {near}?' if near else 'See GenerationConfig in its documentation.'}"
+            )
+
+
+def resolve_limits(settings: GenerateSettings, model: PreTrainedModel) -> GenerateSettings:
+    """The settings with every limit filled in; UserError for one that is beyond the model's positions."""
+    limit = position_limit(model)
+    for name in ("max_source_tokens", "max_new_tokens"):
+        tokens = getattr(settings, name)
+        if limit is not None and tokens is not None and tokens > limit:
+            raise UserError(f"{name} is {tokens}, but {settings.model} was built for {limit} positions. Lower it.")
+    return replace(
+        settings,
+        max_source_tokens=settings.max_source_tokens or limit,
+        max_new_tokens=settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS),
+    )
+
+
+class Prompter(NamedTuple):
+    """What turns instruction and input into token ids: one template, one tokenizer, one limit."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    max_source_tokens: int | None
+
+    def encode(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
+        """Rendered prompts -> their ids, and which of them were cut to max_source_tokens."""
+        encodings = split_sources(self.tokenizer, texts)
+        limit = self.max_source_tokens
+        cut = [limit is not None and len(encoding) > limit for encoding in encodings]
+        return [encoding.ids(limit) for encoding in encodings], cut
+
+
+def answer(
+    model: PreTrainedModel, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str
+) -> None:
+    """Print the output of one prompt: as it comes where there is one beam, else when all of them are there."""
+    source_ids, cut = prompter.encode([prompter.template.render_source(instruction, text)])
+    if cut[0]:
+        print(f"(the prompt was cut to {len(source_ids[0])} tokens)", file=sys.stderr)
+    generation = settings.generation_kwargs()
+    streams = settings.num_beams == 1 and settings.num_return_sequences == 1
+    if streams:
+        generation["streamer"] = TextStreamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    outputs = generate_outputs(
+        model, prompter.tokenizer, source_ids, batch_size=1, max_new_tokens=settings.max_new_tokens, **generation
+    )
+    if not streams:
+        print("\n".join(output.text for output in outputs), flush=True)
+    if not all(output.finished for output in outputs):
+        print(f"(stopped at --max_new_tokens {settings.max_new_tokens}, before its end)", file=sys.stderr)
+
+
+def run_session(model: PreTrainedModel, prompter: Prompter, settings: GenerateSettings) -> int:
+    """Ask for an instruction and its input, answer, ask again, until the end of input (Ctrl-D) or Ctrl-C.
+
+    An empty instruction repeats the last one, so that many inputs can follow one instruction. Ctrl-C during an
+    answer stops that answer only. On a pipe nothing but the answers is printed.
+    """
+    typed = sys.stdin.isatty()
+    if typed:
+        print(f"{settings.model} on {model.device}, template {prompter.template.name}. Ctrl-D leaves.")
+    instruction = ""
+    try:
+        while True:
+            kept = f" [{instruction}]" if instruction else ""
+            instruction = input(f"instruction{kept}> " if typed else "").strip() or instruction
+            if not instruction:
+                continue
+            text = _ask_input("input (Enter for none)> " if typed else "")
+            try:
+                answer(model, prompter, settings, instruction, text)
+            except KeyboardInterrupt:
+                print("\n(stopped)", file=sys.stderr)
+    except (EOFError, KeyboardInterrupt):
+        print(end="\n" if typed else "")
+        return 0
+
+
+def _ask_input(prompt: str) -> str:
+    """The input, which may be left out where the input ends: the instruction before it is still answered."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+def run(settings: GenerateSettings) -> int:
+    from diptych.finetune.generate_file import generate_file, read_prompts  # here, because it imports this file
+
+    # The file first: its mistakes are found before a large model is loaded.
+    rows = read_prompts(settings.in_file) if settings.in_file else []
+    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, pick_device(settings.device))
+    settings = resolve_limits(settings, model)
+    template = load_template(settings.template) if settings.template else template_of(tokenizer)
+    prompter = Prompter(tokenizer, template, settings.max_source_tokens)
+    if settings.in_file:
+        return generate_file(model, prompter, settings, rows)
+    torch.manual_seed(settings.seed)
+    if settings.instruction:
+        answer(model, prompter, settings, settings.instruction, settings.input)
+        return 0
+    return run_session(model, prompter, settings)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = parse_settings(GenerateSettings, "diptych generate", argv)
+    return report_errors("diptych generate", run, settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
