@@ -1,6 +1,6 @@
 """Token ids in, text out: batched generation for training, evaluation and the command `diptych generate`.
 
-    generate_texts(model, tokenizer, [[12, 7, 1], [8, 1]], batch_size=16, max_new_tokens=64) -> ["나는 학생이다.", "네."]
+    generate_texts(model, tokenizer, [[12, 7, 1], [8, 1]], batch_size=16, max_new_tokens=64) -> ["가.", "네."]
 
 B rows of a batch, S source tokens, T new tokens. Rows are sorted by length, longest first, so that a batch holds
 little padding and a batch that does not fit into memory fails at once; what comes back is in the order of the input.
@@ -187,7 +187,7 @@ class GenerateSettings:
     input: str = ""
     """The input that the instruction is about."""
     in_file: str = ""
-    """JSONL file of rows with `instruction` and, as they have them, `input` and `history`; other fields pass through."""
+    """JSONL file of rows with `instruction` and, where there are any, `input`, `history`; other fields are kept."""
     out_file: str = ""
     """JSONL file to write: one line for each row, in order. Started again after a kill, it goes on where it was."""
     overwrite: bool = False
@@ -230,8 +230,8 @@ class GenerateSettings:
             raise UserError("--input was given without --instruction. Say with --instruction what to do with it.")
         if self.num_return_sequences > 1 and self.temperature == 0 and self.num_beams < self.num_return_sequences:
             raise UserError(
-                f"num_return_sequences is {self.num_return_sequences} with num_beams={self.num_beams} and no sampling: "
-                f"greedy search has one answer. Give --num_beams {self.num_return_sequences}, or --temperature 1."
+                f"num_return_sequences is {self.num_return_sequences} with num_beams={self.num_beams} and no "
+                f"sampling, which has one answer. Give --num_beams {self.num_return_sequences}, or --temperature 1."
             )
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
@@ -285,9 +285,9 @@ class Prompter(NamedTuple):
     def encode(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
         """Rendered prompts -> their ids, and which of them were cut to max_source_tokens."""
         encodings = split_sources(self.tokenizer, texts)
-        limit = self.max_source_tokens
-        cut = [limit is not None and len(encoding) > limit for encoding in encodings]
-        return [encoding.ids(limit) for encoding in encodings], cut
+        ids = [encoding.ids(self.max_source_tokens) for encoding in encodings]
+        cut = [encoding.ids() != kept for encoding, kept in zip(encodings, ids, strict=True)]
+        return ids, cut
 
 
 def answer(

@@ -1,0 +1,177 @@
+"""Small real things for the tests of finetune: a byte-level tokenizer trained on eight rows, and T5 and BART models of
+a few thousand weights that have learned these rows by heart (two seconds each), as checkpoint folders.
+"""
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from diptych.data_prep.encode import encode_sources, encode_targets
+from diptych.data_prep.templates import TEMPLATES, attach_template
+
+TO_KOREAN = "Translate English to Korean:"
+EIGHT_ROWS = [
+    (TO_KOREAN, "Go.", "가."),
+    (TO_KOREAN, "Hello!", "안녕!"),
+    (TO_KOREAN, "I am a student.", "나는 학생이다."),
+    (TO_KOREAN, "He is my friend, and a good one.", "그는 내 친구야, 그것도 좋은 친구."),
+    (TO_KOREAN, "Yes.", "네."),
+    ("Translate Korean to English:", "나는 학생이다.", "I am a student."),
+    ("Translate Korean to English:", "가.", "Go."),
+    ("Add.", "1 + 1", "2"),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "</s>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([text for row in EIGHT_ROWS for text in row], trainer)
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<s>", model_max_length=10**9
+    )
+    attach_template(tokenizer, TEMPLATES["translate"])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def eight_prepared_rows(tiny_tokenizer) -> list[dict]:
+    """The eight rows with the columns of a prepared dataset."""
+    template = TEMPLATES["translate"]
+    sources = [template.render_source(instruction, text) for instruction, text, _ in EIGHT_ROWS]
+    targets = [template.render_target(output) for _, _, output in EIGHT_ROWS]
+    return [
+        {
+            "input_ids": ids,
+            "labels": labels,
+            "source": source,
+            "target": target,
+            "instruction": instruction,
+            "input": text,
+            "origin": f"eight.jsonl:{number}",
+        }
+        for number, (ids, labels, source, target, (instruction, text, _)) in enumerate(
+            zip(
+                encode_sources(tiny_tokenizer, sources),
+                encode_targets(tiny_tokenizer, targets),
+                sources,
+                targets,
+                EIGHT_ROWS,
+                strict=True,
+            ),
+            start=1,
+        )
+    ]
+
+
+def tiny_t5(vocab_size: int) -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocab_size,
+            d_model=48,
+            d_kv=12,
+            d_ff=96,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def tiny_bart(vocab_size: int) -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=vocab_size,
+            d_model=48,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_position_embeddings=128,
+            dropout=0.0,
+            init_std=0.1,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+            decoder_start_token_id=1,
+            forced_eos_token_id=None,
+        )
+    )
+
+
+def learn_by_heart(model, rows: list[dict]) -> None:
+    """The eight rows as one batch, padded on the right, until the loss is under 0.02."""
+    width, target_width = max(len(row["input_ids"]) for row in rows), max(len(row["labels"]) for row in rows)
+    input_ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
+    labels = torch.tensor([row["labels"] + [-100] * (target_width - len(row["labels"])) for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    model.train()
+    for _ in range(400):
+        loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    assert loss < 0.02, f"the fixture did not learn: loss {loss:.3f}"
+    model.eval()
+
+
+@pytest.fixture(scope="session", params=["t5", "bart"])
+def learned(request, tiny_tokenizer, eight_prepared_rows):
+    """A model that answers each of the eight rows with its target; once as T5, once as BART."""
+    if request.param == "t5":
+        return request.getfixturevalue("learned_t5")
+    model = tiny_bart(len(tiny_tokenizer))
+    learn_by_heart(model, eight_prepared_rows)
+    return model
+
+
+@pytest.fixture(scope="session")
+def learned_t5(tiny_tokenizer, eight_prepared_rows):
+    model = tiny_t5(len(tiny_tokenizer))
+    learn_by_heart(model, eight_prepared_rows)
+    return model
+
+
+@pytest.fixture(scope="session")
+def t5_checkpoint(tmp_path_factory, learned_t5, tiny_tokenizer):
+    """A folder as training leaves it: weights, config, tokenizer with its template."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "t5"
+    learned_t5.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared_folder(tmp_path_factory, eight_prepared_rows, tiny_tokenizer):
+    """A prepared dataset with the eight rows as its test split."""
+    folder = tmp_path_factory.mktemp("data") / "prepared"
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(eight_prepared_rows)}).save_to_disk(folder)
+    tiny_tokenizer.save_pretrained(folder / "tokenizer")
+    return folder

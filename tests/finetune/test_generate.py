@@ -1,0 +1,181 @@
+"""Generation on small real models: what a row gives must not depend on its neighbours, its place, or the mode."""
+
+import io
+
+import pytest
+import torch
+
+from diptych.data_prep.records import UserError
+from diptych.finetune import generate
+from diptych.finetune.generate import GenerateSettings, Prompter, generate_outputs, generate_texts, pad_sources
+
+
+def texts_of(model, tokenizer, source_ids, batch_size=8, max_new_tokens=32, **kwargs):
+    return generate_texts(model, tokenizer, source_ids, batch_size=batch_size, max_new_tokens=max_new_tokens, **kwargs)
+
+
+@pytest.fixture
+def source_ids(eight_prepared_rows):
+    return [row["input_ids"] for row in eight_prepared_rows]
+
+
+@pytest.fixture
+def unseen_ids(tiny_tokenizer):
+    """Sources that no model here has learned, of 1 to 40 tokens, so that what is generated is anything."""
+    torch.manual_seed(1)
+    return [[*torch.randint(3, 300, (length,)).tolist(), 1] for length in (1, 40, 7, 23, 2, 15, 31)]
+
+
+def test_a_model_that_learned_eight_rows_gives_their_targets_in_their_order(
+    learned, tiny_tokenizer, source_ids, eight_prepared_rows
+):
+    targets = [row["target"] for row in eight_prepared_rows]
+    assert texts_of(learned, tiny_tokenizer, source_ids, batch_size=3) == targets
+    backwards = texts_of(learned, tiny_tokenizer, source_ids[::-1], batch_size=3)
+    assert backwards == targets[::-1]
+
+
+def test_rows_batched_with_padding_give_what_they_give_alone(learned, tiny_tokenizer, source_ids, unseen_ids):
+    rows = source_ids + unseen_ids
+    alone = [generate_outputs(learned, tiny_tokenizer, [ids], batch_size=1, max_new_tokens=24)[0] for ids in rows]
+    assert generate_outputs(learned, tiny_tokenizer, rows, batch_size=15, max_new_tokens=24) == alone
+    assert generate_outputs(learned, tiny_tokenizer, rows, batch_size=4, max_new_tokens=24) == alone
+
+
+def test_padding_side_of_the_tokenizer_changes_nothing(learned, tiny_tokenizer, source_ids, eight_prepared_rows):
+    tiny_tokenizer.padding_side = "left"
+    try:
+        assert texts_of(learned, tiny_tokenizer, source_ids) == [row["target"] for row in eight_prepared_rows]
+    finally:
+        tiny_tokenizer.padding_side = "right"
+
+
+def test_sources_are_padded_on_the_right_as_in_the_docstring():
+    batch = pad_sources([[5, 6, 1], [7, 1]], pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+def test_greedy_is_the_default_even_where_the_checkpoint_asks_for_beams(learned, tiny_tokenizer, unseen_ids):
+    greedy = texts_of(learned, tiny_tokenizer, unseen_ids)
+    learned.generation_config.num_beams = 4
+    try:
+        assert texts_of(learned, tiny_tokenizer, unseen_ids) == greedy
+    finally:
+        learned.generation_config.num_beams = 1
+
+
+def test_beams_equal_a_direct_call_of_generate(learned, tiny_tokenizer, unseen_ids):
+    direct = [
+        tiny_tokenizer.decode(
+            learned.generate(torch.tensor([ids]), num_beams=3, max_new_tokens=16)[0], skip_special_tokens=True
+        )
+        for ids in unseen_ids
+    ]
+    assert texts_of(learned, tiny_tokenizer, unseen_ids, max_new_tokens=16, num_beams=3) == direct
+
+
+def test_several_sequences_come_row_by_row(learned, tiny_tokenizer, source_ids):
+    first = texts_of(learned, tiny_tokenizer, source_ids, num_beams=3)
+    three = texts_of(learned, tiny_tokenizer, source_ids, batch_size=3, num_beams=3, num_return_sequences=3)
+    assert len(three) == 3 * len(source_ids)
+    assert three[::3] == first
+
+
+def test_an_output_that_meets_the_cap_is_not_finished(learned, tiny_tokenizer, source_ids, eight_prepared_rows):
+    whole = generate_outputs(learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=32)
+    assert all(output.finished for output in whole)
+    longest = max(len(row["labels"]) for row in eight_prepared_rows)
+    cut = generate_outputs(learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=longest - 1)
+    assert [output.finished for output in cut] == [len(row["labels"]) <= longest - 1 for row in eight_prepared_rows]
+
+
+def test_an_eos_that_the_cap_forced_does_not_count_as_finished(learned, tiny_tokenizer, source_ids):
+    learned.generation_config.forced_eos_token_id = 1
+    try:
+        outputs = generate_outputs(learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=2)
+    finally:
+        learned.generation_config.forced_eos_token_id = None
+    assert not any(output.finished for output in outputs)
+
+
+def test_training_mode_is_put_back(learned, tiny_tokenizer, source_ids):
+    learned.train()
+    try:
+        texts_of(learned, tiny_tokenizer, source_ids[:1])
+        assert learned.training
+    finally:
+        learned.eval()
+
+
+def test_a_source_without_tokens_is_refused_and_no_sources_give_no_texts(learned_t5, tiny_tokenizer):
+    with pytest.raises(UserError, match=r"source_ids\[1\] is empty"):
+        texts_of(learned_t5, tiny_tokenizer, [[5, 1], []])
+    assert texts_of(learned_t5, tiny_tokenizer, []) == []
+
+
+@pytest.fixture
+def prompter(tiny_tokenizer):
+    from diptych.data_prep.templates import template_of
+
+    return Prompter(tiny_tokenizer, template_of(tiny_tokenizer), max_source_tokens=None)
+
+
+def test_prompts_are_encoded_as_the_training_rows_were(prompter, eight_prepared_rows):
+    rendered = [prompter.template.render_source(row["instruction"], row["input"]) for row in eight_prepared_rows]
+    ids, cut = prompter.encode(rendered)
+    assert ids == [row["input_ids"] for row in eight_prepared_rows]
+    assert not any(cut)
+
+
+def test_a_prompt_over_the_limit_is_cut_before_its_end_token_and_reported(prompter, eight_prepared_rows):
+    source = eight_prepared_rows[0]
+    ids, cut = prompter._replace(max_source_tokens=6).encode([source["source"]])
+    assert ids == [source["input_ids"][:5] + [1]]
+    assert cut == [True]
+
+
+def test_streamed_text_is_the_generated_text(learned, prompter, eight_prepared_rows, capsys):
+    settings = GenerateSettings("here", max_new_tokens=32)
+    for row in eight_prepared_rows:
+        generate.answer(learned, prompter, settings, row["instruction"], row["input"])
+    assert capsys.readouterr().out.splitlines() == [row["target"] for row in eight_prepared_rows]
+
+
+def test_a_session_on_a_pipe_answers_pairs_of_lines_until_the_end(learned_t5, prompter, monkeypatch, capsys):
+    lines = ["Translate English to Korean:", "Yes.", "", "Go.", "Add.", "1 + 1"]  # an empty line repeats
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert generate.run_session(learned_t5, prompter, GenerateSettings("here", max_new_tokens=32)) == 0
+    assert capsys.readouterr().out.splitlines() == ["네.", "가.", "2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"in_file": "a.jsonl"}, "--in_file was given without --out_file"),
+        ({"in_file": "a", "out_file": "b", "instruction": "x"}, "Drop --instruction"),
+        ({"input": "x"}, "without --instruction"),
+        ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+        ({"num_return_sequences": 3}, "Give --num_beams 3"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"generation": {"lenght_penalty": 1}}, "Did you mean length_penalty"),
+        ({"generation": {"num_beams": 4}}, "has a setting of its own"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_what_to_do(settings, message):
+    with pytest.raises(UserError, match=message):
+        GenerateSettings("model", **settings)
+
+
+def test_limits_come_from_the_model_and_may_not_exceed_its_positions(tiny_tokenizer):
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=50, d_model=8, encoder_layers=1, decoder_layers=1, max_position_embeddings=64,
+        encoder_attention_heads=1, decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
+    )  # fmt: skip
+    bart = BartForConditionalGeneration(config)
+    resolved = generate.resolve_limits(GenerateSettings("model"), bart)
+    assert (resolved.max_source_tokens, resolved.max_new_tokens) == (64, 64)
+    with pytest.raises(UserError, match="max_new_tokens is 65, but model was built for 64 positions"):
+        generate.resolve_limits(GenerateSettings("model", max_new_tokens=65), bart)

@@ -1,0 +1,207 @@
+"""JSONL in, JSONL out: each row one line, and a run killed at any moment ends with the bytes of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diptych.finetune import generate
+from diptych.finetune.generate_file import CHUNK_BATCHES, read_prompts
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def command(checkpoint, in_file, out_file, *more):
+    files = ["--in_file", str(in_file), "--out_file", str(out_file)]
+    return [str(checkpoint), *files, "--batch_size", "2", "--max_new_tokens", "24", "--device", "cpu", *more]
+
+
+@pytest.fixture
+def many_rows(tmp_path, eight_prepared_rows):
+    """120 rows, more than seven chunks of 2 × CHUNK_BATCHES: the eight known ones, then many that are not."""
+    rows = [
+        {"id": number, "instruction": row["instruction"], "input": f"{number} " * (number > 8) + row["input"]}
+        for number, row in enumerate(eight_prepared_rows * 15)
+    ]
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+def test_a_run_killed_in_the_middle_of_a_write_ends_with_the_bytes_of_an_uninterrupted_one(
+    tmp_path, t5_checkpoint, many_rows
+):
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert generate.main(command(t5_checkpoint, many_rows, whole)) == 0
+
+    kill_after_lines(killed, 2 * CHUNK_BATCHES, command(t5_checkpoint, many_rows, killed))
+    first = killed.read_bytes()
+    assert 0 < len(first) < len(whole.read_bytes())
+    with killed.open("ab") as out:  # what a kill in the middle of a write leaves
+        out.write(whole.read_bytes()[len(first) : len(first) + 700])
+    assert generate.main(command(t5_checkpoint, many_rows, killed)) == 0
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def kill_after_lines(out_file, lines, arguments):
+    """Start `diptych generate` as its own process and SIGKILL it once out_file has so many lines."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diptych.finetune.cli", "generate", *arguments],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not (out_file.exists() and out_file.read_bytes().count(b"\n") >= lines):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1, 0.3, 0.5, 0.99, 1.0])
+def test_sampling_goes_on_with_what_the_first_run_would_have_drawn(tmp_path, t5_checkpoint, many_rows, kept_bytes):
+    sampled = command(t5_checkpoint, many_rows, tmp_path / "out.jsonl", "--temperature", "1.5", "--seed", "7")
+    assert generate.main(sampled) == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    cut = kept_bytes if isinstance(kept_bytes, int) else int(kept_bytes * len(whole))
+    (tmp_path / "out.jsonl").write_bytes(whole[:cut])
+    assert generate.main(sampled) == 0
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+    predictions = [line["prediction"] for line in read_lines(tmp_path / "out.jsonl")]
+    assert len(set(predictions)) > len(predictions) / 2
+
+
+def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
+    tmp_path, t5_checkpoint, eight_prepared_rows, capsys
+):
+    good = [{"id": n, "instruction": r["instruction"], "input": r["input"]} for n, r in enumerate(eight_prepared_rows)]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in good]
+    bad = {
+        b'{"instruction": "Go."': "broken JSON at column 22",
+        b"": "broken JSON at column 1",
+        b"[1, 2]": "a JSON object is needed, got list",
+        b'{"instruction": "\xff"}': "invalid UTF-8 at byte 18 of the line",
+        b'{"instruction": "\\ud800"}': "half of a surrogate pair",
+        b'{"instrution": "Go."}': "is 'instrution' meant? Rename it to 'instruction'",
+        b'{"instruction": "Go.", "inptu": "x"}': "is 'inptu' meant? Rename it to 'input'",
+        b'{"text": "Go."}': "'instruction' is missing; the row has 'text'",
+        b'{"instruction": "  "}': "must be a string that is not empty",
+        b'{"instruction": "Go.", "input": 5}': "'input' must be a string, got 5",
+        b'{"instruction": "Go.", "history": "x"}': "'history' must be a list of",
+        b'{"instruction": "Go.", "history": [["a", "b"]]}': "has no place for earlier turns",
+        b'{"instruction": "Go.", "prediction": "x"}': "field 'prediction' is one that is written here",
+    }
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join([*lines[:5], *bad, *lines[5:]]))
+    assert generate.main(command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl")) == 0
+
+    written = read_lines(tmp_path / "out.jsonl")
+    assert [line["row"] for line in written] == list(range(1, 8 + len(bad) + 1))
+    answered = written[:5] + written[5 + len(bad) :]
+    assert [line["prediction"] for line in answered] == [row["target"] for row in eight_prepared_rows]
+    assert answered[2] == {"row": 3, "prediction": "나는 학생이다.", "finished": True, "source_cut": False} | good[2]
+    for line, reason in zip(written[5 : 5 + len(bad)], bad.values(), strict=True):
+        assert reason in line["error"] and "prediction" not in line
+    assert f"21 rows, {len(bad)} with an error in place of a prediction" in capsys.readouterr().err
+
+
+def test_several_outputs_for_a_prompt_are_a_list(tmp_path, t5_checkpoint, many_rows):
+    several = ["--num_beams", "3", "--num_return_sequences", "2"]
+    assert generate.main(command(t5_checkpoint, many_rows, tmp_path / "out.jsonl", *several)) == 0
+    for line in read_lines(tmp_path / "out.jsonl"):
+        assert len(line["prediction"]) == len(line["finished"]) == 2
+    assert read_lines(tmp_path / "out.jsonl")[2]["prediction"][0] == "나는 학생이다."
+
+
+def test_a_cut_prompt_is_marked(tmp_path, t5_checkpoint):
+    rows = [{"instruction": "Add."}, {"instruction": "Add. " * 50}]
+    write_rows(tmp_path / "in.jsonl", rows)
+    arguments = command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--max_source_tokens", "20")
+    assert generate.main(arguments) == 0
+    assert [line["source_cut"] for line in read_lines(tmp_path / "out.jsonl")] == [False, True]
+
+
+@pytest.fixture
+def finished_run(tmp_path, t5_checkpoint, eight_prepared_rows):
+    rows = [{"instruction": row["instruction"], "input": row["input"]} for row in eight_prepared_rows]
+    in_file, out_file = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert generate.main(command(t5_checkpoint, in_file, out_file)) == 0
+    return in_file, out_file
+
+
+def test_a_finished_file_is_left_as_it_is(finished_run, t5_checkpoint, capsys):
+    before = finished_run[1].read_bytes()
+    assert generate.main(command(t5_checkpoint, *finished_run)) == 0
+    assert finished_run[1].read_bytes() == before
+    assert "has 8 of 8 rows already" in capsys.readouterr().err
+
+
+def test_other_settings_rows_or_weights_are_refused_unless_told_to_overwrite(
+    finished_run, t5_checkpoint, learned_t5, tiny_tokenizer, tmp_path, capsys
+):
+    in_file, out_file = finished_run
+    before = out_file.read_bytes()
+
+    def refused(checkpoint, *more):
+        assert generate.main(command(checkpoint, in_file, out_file, *more)) == 2
+        assert out_file.read_bytes() == before
+        message = capsys.readouterr().err
+        assert "--overwrite true" in message
+        return message
+
+    assert "num_beams was 1, is now 2" in refused(t5_checkpoint, "--num_beams", "2")
+    assert "prompts_sha256 was" in refused(t5_checkpoint, "--template", "alpaca")
+    other = tmp_path / "other"
+    weights = {name: weight.clone() for name, weight in learned_t5.state_dict().items()}
+    weights["shared.weight"][5, 5] += 0.01
+    learned_t5.save_pretrained(other, state_dict=weights)
+    tiny_tokenizer.save_pretrained(other)
+    assert "weights_sha256 was" in refused(other)
+    in_file.write_text('{"instruction": "Add."}\n', encoding="utf-8")
+    assert "prompts_sha256 was" in refused(t5_checkpoint)
+
+    assert generate.main(command(t5_checkpoint, in_file, out_file, "--overwrite", "true")) == 0
+    assert len(read_lines(out_file)) == 1
+
+
+def test_a_file_of_unknown_origin_or_one_that_was_changed_is_never_touched(finished_run, t5_checkpoint, capsys):
+    in_file, out_file = finished_run
+    changed = out_file.read_bytes().replace(b'"row": 3', b'"row": 9')
+    out_file.write_bytes(changed)
+    assert generate.main(command(t5_checkpoint, in_file, out_file)) == 2
+    assert "line 3 is not the output of row 3" in capsys.readouterr().err
+    assert out_file.read_bytes() == changed
+
+    out_file.with_name("out.jsonl.run.json").unlink()
+    assert generate.main(command(t5_checkpoint, in_file, out_file)) == 2
+    assert "it is not known what wrote it" in capsys.readouterr().err
+    assert out_file.read_bytes() == changed
+
+
+def test_files_without_a_prompt_are_refused_before_a_model_is_loaded(tmp_path, capsys):
+    arguments = command("no-such-model", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert generate.main(arguments) == 2
+    assert "in.jsonl" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text("")
+    assert generate.main(arguments) == 2
+    assert "in.jsonl is empty" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text('[{"instruction": "a json array"}]')
+    assert generate.main(arguments) == 2
+    assert "no row that is a prompt; row 1: a JSON object is needed, got list" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_output_over_the_input_is_refused(finished_run, t5_checkpoint, capsys):
+    assert generate.main(command(t5_checkpoint, finished_run[0], finished_run[0])) == 2
+    assert "are the same file" in capsys.readouterr().err
+    assert len(read_prompts(str(finished_run[0]))) == 8
