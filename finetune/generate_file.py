@@ -14,6 +14,7 @@ out.jsonl lies out.jsonl.run.json: hashes of the weights and of the encoded prom
 not match it is refused; afterwards it says where the outputs came from.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -44,7 +45,7 @@ class PromptRow(NamedTuple):
 
 def read_prompts(in_file: str) -> list[PromptRow]:
     """Every line of in_file; UserError where there is no file, no line, or no line that is a prompt."""
-    lines = Path(in_file).read_bytes().split(b"\n")
+    lines = Path(in_file).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     if lines[-1] == b"":
         lines.pop()
     rows = [_read_row(line) for line in lines]
@@ -65,6 +66,8 @@ def _read_row(line: bytes) -> PromptRow:
         return PromptRow({}, "half of a surrogate pair (\\ud800 to \\udfff) is no text")
     except json.JSONDecodeError as error:
         return PromptRow({}, f"broken JSON at column {error.colno}: {error.msg}")
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets in a row
+        return PromptRow({}, f"JSON that cannot be read: {error}")
     if not isinstance(fields, dict):
         return PromptRow({}, f"a JSON object is needed, got {type(fields).__name__}")
     return PromptRow(fields, _field_error(fields))

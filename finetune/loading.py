@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -29,6 +30,7 @@ from transformers import (
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
 from diptych.data_prep.records import UserError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
 ADAPTER_CONFIG = "adapter_config.json"
 # False, and not left out: left out, transformers would ask on the terminal whether to run the checkpoint's code.
 _NO_CODE = {"trust_remote_code": False}
@@ -41,8 +43,11 @@ def load_model_and_tokenizer(
     name = os.path.expanduser(path)
     check_folder(name)
     adapter = _adapter_settings(name)
-    tokenizer = load_tokenizer(name, fallback=adapter.get("base_model_name_or_path"))
-    model = _load_adapted(name, adapter, tokenizer, dtype) if adapter else load_model(name, dtype)
+    if adapter:
+        tokenizer = load_tokenizer(name, fallback=adapter["base_model_name_or_path"])
+        model = _load_adapted(name, adapter, tokenizer, dtype)
+    else:
+        model, tokenizer = load_model(name, dtype), load_tokenizer(name)
     check_embedding_rows(model, tokenizer, name)
     return model.to(device).eval(), tokenizer
 
@@ -60,8 +65,8 @@ def check_folder(name: str) -> None:
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             raise UserError(
-                f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder that "
-                f"save_pretrained wrote (after `diptych train`: RUN/final).{_checkpoint_inside(folder)}"
+                f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder "
+                f"that save_pretrained wrote (after `diptych train`: RUN/final).{_checkpoint_inside(folder)}"
             )
     elif folder.exists():
         raise UserError(f"{name} is a file; a checkpoint is a folder with config.json. Name the folder it lies in.")
@@ -97,17 +102,18 @@ def _adapter_settings(name: str) -> dict:
 
 def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in `name`, or in `fallback` (an adapter's base) where `name` has none."""
+    reason: Exception = FileNotFoundError("it has no tokenizer files.")
     for place in filter(None, (name, fallback)):
+        folder = Path(place)
+        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+            continue  # transformers 5 would make a T5 tokenizer out of nothing, with a vocabulary of 104 tokens
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
+            return AutoTokenizer.from_pretrained(place, **_NO_CODE)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = error
-            continue
-        if len(tokenizer):
-            return tokenizer
-        reason = UserError("it has no vocabulary.")
     raise UserError(
-        f"no tokenizer could be loaded from {name}: {_first_line(reason)} Save one there: tokenizer.save_pretrained(...)."
+        f"no tokenizer could be loaded from {name}: {_first_line(reason)} Save one there with "
+        f"tokenizer.save_pretrained({name!r})."
     ) from reason
 
 
@@ -120,7 +126,7 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_NO_CODE
         )
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that do not fit the config
         raise UserError(f"the weights of {name} could not be read: {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -145,10 +151,10 @@ def _load_config(name: str) -> PreTrainedConfig:
 def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
     if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        kind = "a decoder-only model"
-    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:  # first, because BERT and its kin have a causal class as well
         kind = "an encoder-only model"
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "a decoder-only model"
     else:
         kind = "no text-to-text model"
     raise UserError(
@@ -214,8 +220,8 @@ def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if vocabulary_size(tokenizer) > embedding_rows(model):
         raise UserError(
             f"the tokenizer of {name} has ids up to {vocabulary_size(tokenizer) - 1}, but the model has "
-            f"{embedding_rows(model)} embedding rows. Use the tokenizer that the model was trained with, or resize the "
-            f"model and train the new rows: model.resize_token_embeddings({vocabulary_size(tokenizer)})."
+            f"{embedding_rows(model)} embedding rows. Use the tokenizer that the model was trained with, or resize "
+            f"the model and train the new rows: model.resize_token_embeddings({vocabulary_size(tokenizer)})."
         )
 
 

@@ -1,6 +1,6 @@
 """Scores for generated text: `evaluate.Metric` classes that are instantiated directly and need no network.
 
-    compute_metrics(["exact_match", "chrf"], predictions=["나는 학생이다."], references=[["나는 학생이야.", "나는 학생이다."]])
+    compute_metrics(["exact_match", "chrf"], predictions=["학생이다."], references=[["학생이야.", "학생이다."]])
     -> {"exact_match": 100.0, "chrf": 100.0}
 
 N predictions (strings) and, for each, a list of one or more references; every figure lies between 0 and 100.

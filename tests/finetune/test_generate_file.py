@@ -37,9 +37,7 @@ def many_rows(tmp_path, eight_prepared_rows):
     return write_rows(tmp_path / "rows.jsonl", rows)
 
 
-def test_a_run_killed_in_the_middle_of_a_write_ends_with_the_bytes_of_an_uninterrupted_one(
-    tmp_path, t5_checkpoint, many_rows
-):
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, t5_checkpoint, many_rows):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     assert generate.main(command(t5_checkpoint, many_rows, whole)) == 0
 

@@ -1,0 +1,312 @@
+"""How well a model does on a prepared split: loss on every row, and metrics on what it generates.
+
+    evaluate_split(model, tokenizer, split, metrics=["chrf"], batch_size=16)
+    -> {"rows": 300, "sources": 292, "loss": 1.873, "target_tokens": 4310, "chrf": 41.2, "exact_match_rows": 9.3,
+        "unfinished": 2, "max_new_tokens": 45}
+
+The loss is in nats per target token, sum over sum, by the objective that training uses. For the metrics each different
+source text is generated once, and the targets of all rows that share it are its references: "Go." has five good
+translations among the pairs of Tatoeba, and four of them would count as wrong if each row were asked alone.
+`exact_match_rows` is that stricter figure: the percentage of rows whose own target came out. `unfinished` counts the
+outputs that reached the cap on new tokens without ending.
+
+`diptych evaluate MODEL --data prepared --split test --out report.json` prints this as a table, and writes the report
+and report.predictions.jsonl (source, references, prediction, finished). Every row counts once, in order; the same
+model, data and machine give the same figures.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from datasets import Dataset, load_from_disk
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.records import IGNORE_INDEX, UserError
+from diptych.finetune.batches import check_rows_fit, pad_batch
+from diptych.finetune.cli import choose_from, parse_settings, report_errors
+from diptych.finetune.generate import generate_outputs
+from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.metrics import check_metric_names, score_texts
+from diptych.finetune.objectives import Seq2SeqObjective
+
+# The cap on new tokens is the longest target and a quarter more: room for another wording, not for endless repetition.
+CAP_OVER_LONGEST_TARGET = 1.25
+
+
+class Prediction(NamedTuple):
+    """One source text, the targets of all rows that have it, in their order, and what the model made of it."""
+
+    source: str
+    references: list[str]
+    prediction: str
+    finished: bool
+
+
+class Evaluation(NamedTuple):
+    figures: dict[str, float]
+    """Flat numbers, for a log or a table."""
+    signatures: dict[str, str]
+    """What sacrebleu says a figure was computed with; figures with different signatures cannot be compared."""
+    predictions: list[Prediction]
+    """One for each different source, in the order of their first rows; none where no metric was asked."""
+
+
+def evaluate_split(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    metrics: Sequence[str] = (),
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """The figures of `evaluate_rows`, flat."""
+    return evaluate_rows(
+        model,
+        tokenizer,
+        dataset,
+        metrics=metrics,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+        progress=progress,
+    ).figures
+
+
+def evaluate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    metrics: Sequence[str] = (),
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+    bleu_tokenize: str | None = None,
+    **generation_kwargs: Any,
+) -> Evaluation:
+    """Loss of the first `limit` rows and, where metrics are asked, their scores.
+
+    `max_new_tokens` is taken from the longest target unless given. The model may be in training mode; it is put back.
+    """
+    check_metric_names(metrics)
+    rows = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    if not len(rows):
+        raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
+    figures = {"rows": len(rows)} | split_loss(model, tokenizer, rows, batch_size)
+    if not metrics:
+        return Evaluation(figures, {}, [])
+    cap = max_new_tokens or cap_from_targets(rows, position_limit(model))
+    predictions = predict_rows(model, tokenizer, rows, batch_size, cap, progress, **generation_kwargs)
+    scores, signatures = score_texts(
+        metrics, [row.prediction for row in predictions], [row.references for row in predictions], bleu_tokenize
+    )
+    figures |= {"sources": len(predictions)} | scores
+    figures |= {
+        "exact_match_rows": 100 * sum(row.references.count(row.prediction) for row in predictions) / len(rows),
+        "unfinished": sum(not row.finished for row in predictions),
+        "max_new_tokens": cap,
+    }
+    return Evaluation(figures, signatures, predictions)
+
+
+@torch.no_grad()
+def split_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
+) -> dict[str, float]:
+    """Sum of cross-entropy over all target tokens ÷ their number. Batches hold rows of like length."""
+    lengths = [(len(labels), len(ids)) for labels, ids in zip(rows["labels"], rows["input_ids"], strict=True)]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    objective, was_training = Seq2SeqObjective(model), model.training
+    model.eval()
+    nats, target_tokens = 0.0, 0
+    try:
+        for start in range(0, len(order), batch_size):
+            batch_rows = [rows[row] for row in order[start : start + batch_size]]
+            batch = pad_batch(batch_rows, tokenizer.pad_token_id, model.config.decoder_start_token_id)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            nats += objective(batch, num_items_in_batch=1).item()  # divided by 1: the sum
+            target_tokens += int((batch["labels"] != IGNORE_INDEX).sum())
+    finally:
+        model.train(was_training)
+    return {"loss": nats / target_tokens, "target_tokens": target_tokens}
+
+
+def cap_from_targets(rows: Dataset, limit: int | None) -> int:
+    """A quarter more than the longest target, within the model's positions."""
+    longest = max(len(labels) for labels in rows["labels"])
+    cap = math.ceil(CAP_OVER_LONGEST_TARGET * longest)
+    return cap if limit is None else max(longest, min(cap, limit))
+
+
+def predict_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    batch_size: int,
+    max_new_tokens: int,
+    progress: bool = False,
+    **generation_kwargs: Any,
+) -> list[Prediction]:
+    """One prediction for each different source, in the order of their first rows."""
+    references: dict[str, list[str]] = {}
+    source_ids: dict[str, list[int]] = {}
+    for row in rows:
+        references.setdefault(row["source"], []).append(row["target"])
+        source_ids.setdefault(row["source"], row["input_ids"])
+    outputs = generate_outputs(
+        model,
+        tokenizer,
+        list(source_ids.values()),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+        **generation_kwargs,
+    )
+    return [
+        Prediction(source, targets, output.text, output.finished)
+        for (source, targets), output in zip(references.items(), outputs, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Loss and metrics of a checkpoint on one split of a prepared dataset."""
+
+    model: str
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
+    data: str = ""
+    """Prepared dataset, the folder that `diptych prepare` wrote."""
+    split: str = "test"
+    """The split to evaluate."""
+    metrics: str = "exact_match,token_f1,rouge,bleu,chrf"
+    """Names, separated by commas; an empty string gives the loss alone, which is much faster."""
+    out: str = ""
+    """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given."""
+    limit: int | None = None
+    """Only the first so many rows."""
+    batch_size: int = 16
+    """Rows together. More is faster until memory is full."""
+    max_new_tokens: int | None = None
+    """No output gets longer than this; a quarter more than the longest target unless given."""
+    num_beams: int = 1
+    """Width of beam search; 1 is greedy."""
+    bleu_tokenize: str = ""
+    """sacrebleu's name of a tokenisation (13a, intl, char, ko-mecab …); chosen by the targets' script unless given."""
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; `auto` is as the checkpoint was saved."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
+
+    def __post_init__(self):
+        if not self.data:
+            raise UserError("data is not set. Name the folder that `diptych prepare` wrote: --data FOLDER.")
+        check_metric_names(self.metric_names())
+        for name in ("limit", "batch_size", "max_new_tokens", "num_beams"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+
+    def metric_names(self) -> list[str]:
+        return [name.strip() for name in self.metrics.split(",") if name.strip()]
+
+
+def load_split(data: str, split: str) -> Dataset:
+    if not (Path(data) / "dataset_dict.json").is_file():
+        raise UserError(
+            f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
+        )
+    splits = load_from_disk(data)
+    if split not in splits:
+        raise UserError(f"{data} has no split {split!r}. {choose_from(split, list(splits))}")
+    return splits[split]
+
+
+def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, data: str) -> None:
+    """The rows are token ids: read with another vocabulary they would be other words."""
+    prepared = AutoTokenizer.from_pretrained(Path(data) / "tokenizer", trust_remote_code=False)
+    if prepared.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {model_name} "
+            f"({len(tokenizer)} tokens). Prepare the data again with --tokenizer {model_name}."
+        )
+
+
+def format_table(evaluation: Evaluation) -> str:
+    """The figures as a person reads them, one on each line with its unit."""
+    figures = evaluation.figures
+    lines = [f"{'rows':18}{figures['rows']:>9,}"]
+    lines += [f"{'loss':18}{figures['loss']:>9.3f} nats/token over {figures['target_tokens']:,} target tokens"]
+    if not evaluation.predictions:
+        return lines[0] + "\n" + lines[1]
+    scores = set(figures) - {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
+    for name in [name for name in figures if name in scores]:
+        note = "of rows gave their own target" if name == "exact_match_rows" else evaluation.signatures.get(name, "")
+        lines.append(f"{name:18}{figures[name]:>9.2f} {note}".rstrip())
+    lines[1:1] = [f"{'sources':18}{figures['sources']:>9,} different; scores are 0 to 100 over these"]
+    lines += [
+        f"{'unfinished':18}{figures['unfinished']:>9,} outputs reached {figures['max_new_tokens']} tokens unended"
+    ]
+    return "\n".join(lines)
+
+
+def write_report(settings: EvaluateSettings, evaluation: Evaluation) -> None:
+    """settings.out, and the predictions beside it."""
+    out = Path(settings.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "figures": evaluation.figures,
+        "signatures": evaluation.signatures,
+        "settings": asdict(settings),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    written = str(out)
+    if evaluation.predictions:
+        beside = out.with_suffix(".predictions.jsonl")
+        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in evaluation.predictions]
+        beside.write_text("".join(lines), encoding="utf-8")
+        written += f" and {beside}"
+    print(f"written: {written}")
+
+
+def run(settings: EvaluateSettings) -> int:
+    rows = load_split(settings.data, settings.split)
+    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, pick_device(settings.device))
+    check_same_tokenizer(settings.model, tokenizer, settings.data)
+    check_rows_fit(model, {settings.split: rows})
+    print(f"{settings.model} on {settings.data}, split {settings.split}", file=sys.stderr)
+    evaluation = evaluate_rows(
+        model,
+        tokenizer,
+        rows,
+        metrics=settings.metric_names(),
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        limit=settings.limit,
+        progress=True,
+        bleu_tokenize=settings.bleu_tokenize or None,
+        num_beams=settings.num_beams,
+    )
+    print(format_table(evaluation))
+    if settings.out:
+        write_report(settings, evaluation)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = parse_settings(EvaluateSettings, "diptych evaluate", argv)
+    return report_errors("diptych evaluate", run, settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

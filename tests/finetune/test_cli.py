@@ -1,0 +1,152 @@
+"""The command as a person uses it: quick help, nearest names, exit codes, and a session through a real pipe."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from diptych.finetune import cli
+from diptych.finetune.cli import parse_settings
+
+DIPTYCH = [sys.executable, "-m", "diptych.finetune.cli"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def test_help_names_every_command_and_imports_nothing_heavy():
+    code = (
+        "import sys; from diptych.finetune import cli; cli.main(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'evaluate', 'jsonargparse'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    started = time.monotonic()
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - started < 5  # a tenth of a second on a machine that does nothing else
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in shown
+    assert "accelerate launch -m diptych.finetune.train" in shown
+
+
+def test_an_unknown_command_names_the_nearest_and_none_shows_the_help(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "there is no command 'trian'. Did you mean train? Choose from: prepare, train" in capsys.readouterr().err
+    assert cli.main([]) == 2
+    assert "usage: diptych COMMAND" in capsys.readouterr().err
+
+
+def test_every_command_is_a_module_with_a_main():
+    import importlib
+
+    for module, summary in cli.COMMANDS.values():
+        assert callable(importlib.import_module(module).main), module
+        assert summary
+
+
+def test_exit_codes_and_arguments_are_passed_through(t5_checkpoint, tmp_path, capsys):
+    assert cli.main(["generate", str(tmp_path / "nothing"), "--instruction", "x"]) == 2
+    assert "diptych generate: there is no folder" in capsys.readouterr().err
+    arguments = ["--instruction", "Translate English to Korean:", "--input", "Go.", "--device", "cpu"]
+    assert cli.main(["generate", str(t5_checkpoint), *arguments]) == 0
+    assert capsys.readouterr().out == "가.\n"
+
+
+def test_two_beams_print_their_outputs_one_on_each_line(t5_checkpoint, capsys):
+    arguments = ["--instruction", "Add.", "--input", "1 + 1", "--num_beams", "2", "--num_return_sequences", "2"]
+    assert cli.main(["generate", str(t5_checkpoint), *arguments, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "2"
+
+
+def test_a_session_through_a_pipe_prints_answers_alone_and_ends_with_the_input(t5_checkpoint):
+    lines = "Translate English to Korean:\nHello!\n\nYes.\nAdd.\n1 + 1\n"
+    ended = subprocess.run(
+        [*DIPTYCH, "generate", str(t5_checkpoint), "--device", "cpu"],
+        input=lines, capture_output=True, text=True, encoding="utf-8", env=ENVIRONMENT, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["안녕!", "네.", "2"]
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_interrupt_at_the_prompt_leaves_the_session_without_a_traceback(t5_checkpoint):
+    session = subprocess.Popen(
+        [*DIPTYCH, "generate", str(t5_checkpoint), "--device", "cpu"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        env=ENVIRONMENT,
+    )  # fmt: skip
+    session.stdin.write("Translate English to Korean:\nGo.\n")
+    session.stdin.flush()
+    assert session.stdout.readline() == "가.\n"  # it waits for the next line now
+    session.send_signal(signal.SIGINT)
+    _, errors = session.communicate(timeout=120)
+    assert session.returncode == 0
+    assert "Traceback" not in errors
+
+
+def test_an_interrupted_command_ends_with_130(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    module = type(sys)("interrupted_command")
+    module.main = interrupted
+    sys.modules["interrupted_command"] = module
+    cli.COMMANDS["interrupted"] = ("interrupted_command", "")
+    try:
+        assert cli.main(["interrupted"]) == 130
+    finally:
+        del cli.COMMANDS["interrupted"], sys.modules["interrupted_command"]
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
+@dataclass(frozen=True)
+class SomeSettings:
+    """What this command does."""
+
+    model: str
+    """The checkpoint."""
+    batch_size: int = 16
+    """Rows together."""
+    text: str = ""
+    """Any text."""
+
+
+def parsed(*arguments):
+    return parse_settings(SomeSettings, "diptych some", list(arguments))
+
+
+def test_settings_come_from_the_command_line_and_yaml_and_text_stays_text(tmp_path):
+    assert parsed("here") == SomeSettings("here")
+    (tmp_path / "some.yaml").write_text("batch_size: 4\ntext: from yaml\n")
+    assert parsed("here", "--config", str(tmp_path / "some.yaml"), "--batch_size", "5") == SomeSettings(
+        "here", 5, "from yaml"
+    )
+    for text in ("null", "true", "12", "[1, 2]", "{a: 1}", "a: b", "- x", "1e3"):
+        assert parsed("here", "--text", text).text == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["here", "--bach_size", "2"], "Did you mean batch_size? Choose from: model, batch_size, text."),
+        (["here", "--config", "{folder}/some.yaml"], "Option 'bach_size' is not accepted. Did you mean batch_size?"),
+        (["here", "--batch_size", "two"], "Expected a <class 'int'>. Got value: two. See --help."),
+        ([], "required: model. See --help."),
+    ],
+)
+def test_settings_that_cannot_be_parsed_end_with_code_2_and_the_nearest_name(tmp_path, arguments, message, capsys):
+    (tmp_path / "some.yaml").write_text("bach_size: 4\n")
+    with pytest.raises(SystemExit) as ended:
+        parsed(*[argument.replace("{folder}", str(tmp_path)) for argument in arguments])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.startswith("diptych some: ") and shown.count("\n") == 1
+
+
+def test_help_of_a_command_is_its_docstrings(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parsed("--help")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "What this command does." in shown and "Rows together. (type: int, default: 16)" in shown

@@ -1,0 +1,163 @@
+"""The figures of an evaluation, checked by hand on a small real model and real prepared rows."""
+
+import json
+
+import datasets
+import pytest
+import torch
+
+from diptych.data_prep.records import UserError
+from diptych.finetune import evaluation
+from diptych.finetune.evaluation import cap_from_targets, evaluate_rows, evaluate_split, format_table
+from diptych.finetune.generate import generate_texts
+from diptych.finetune.metrics import compute_metrics
+
+METRIC_NAMES = ["exact_match", "token_f1", "rouge", "bleu", "chrf"]
+
+
+@pytest.fixture
+def split(eight_prepared_rows):
+    return datasets.Dataset.from_list(eight_prepared_rows)
+
+
+@pytest.fixture
+def split_with_alternatives(eight_prepared_rows):
+    """Ten rows, eight sources: "Go." with two more translations, the last of them what the model does not say."""
+    go = eight_prepared_rows[0]
+    others = [go | {"target": text, "labels": [*go["labels"][:-1], 9, 1]} for text in ("가!", "가라.")]
+    return datasets.Dataset.from_list([*eight_prepared_rows, *others])
+
+
+def loss_by_hand(model, rows):
+    """Each row alone, nothing padded: the model's own mean loss, weighed by the row's target tokens."""
+    nats = tokens = 0
+    with torch.no_grad():
+        for row in rows:
+            loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
+            nats += loss.item() * len(row["labels"])
+            tokens += len(row["labels"])
+    return nats / tokens, tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_loss_is_nats_per_target_token_of_every_row(learned, tiny_tokenizer, split_with_alternatives, batch_size):
+    expected, tokens = loss_by_hand(learned, split_with_alternatives)
+    figures = evaluate_split(learned, tiny_tokenizer, split_with_alternatives, batch_size=batch_size)
+    assert figures["loss"] == pytest.approx(expected, rel=1e-4)
+    assert (figures["rows"], figures["target_tokens"]) == (10, tokens)
+
+
+def test_rows_that_share_a_source_are_generated_once_and_their_targets_are_its_references(
+    learned, tiny_tokenizer, split_with_alternatives
+):
+    result = evaluate_rows(learned, tiny_tokenizer, split_with_alternatives, metrics=METRIC_NAMES, batch_size=4)
+    assert [row.source for row in result.predictions] == split_with_alternatives["source"][:8]
+    assert result.predictions[0].references == ["가.", "가!", "가라."]
+    assert result.predictions[0].prediction == "가."
+    assert result.figures["sources"] == 8
+    assert result.figures["exact_match"] == 100
+    assert result.figures["exact_match_rows"] == 80  # two of ten rows wanted another translation of "Go."
+    assert result.figures["chrf"] == pytest.approx(100)
+    assert "nrefs:var" in result.signatures["chrf"] and "tok:char" in result.signatures["bleu"]
+
+
+def test_metrics_are_those_of_the_texts_that_were_generated(learned, tiny_tokenizer, split, eight_prepared_rows):
+    figures = evaluate_split(learned, tiny_tokenizer, split, metrics=METRIC_NAMES, batch_size=8, max_new_tokens=5)
+    texts = generate_texts(learned, tiny_tokenizer, split["input_ids"], batch_size=8, max_new_tokens=5)
+    expected = compute_metrics(METRIC_NAMES, texts, [[target] for target in split["target"]])
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert figures["max_new_tokens"] == 5
+    assert figures["unfinished"] == sum(len(row["labels"]) > 5 for row in eight_prepared_rows) > 0
+
+
+def test_the_same_evaluation_twice_gives_the_same_figures(learned, tiny_tokenizer, split):
+    first, second = (evaluate_rows(learned, tiny_tokenizer, split, metrics=["bleu"]) for _ in range(2))
+    assert first == second
+
+
+def test_limit_takes_the_first_rows_and_training_mode_is_put_back(learned, tiny_tokenizer, split):
+    learned.train()
+    try:
+        result = evaluate_rows(learned, tiny_tokenizer, split, metrics=["chrf"], limit=3)
+        assert learned.training
+    finally:
+        learned.eval()
+    assert [row.source for row in result.predictions] == split["source"][:3]
+    assert result.figures["rows"] == 3
+
+
+def test_the_cap_is_a_quarter_over_the_longest_target_within_the_models_positions():
+    split = datasets.Dataset.from_dict({"labels": [[5] * 9 + [1], [5, 1]]})
+    assert cap_from_targets(split, limit=None) == 13
+    assert cap_from_targets(split, limit=12) == 12
+    assert cap_from_targets(split, limit=8) == 10
+
+
+def test_without_metrics_nothing_is_generated(learned, tiny_tokenizer, split):
+    assert set(evaluate_split(learned, tiny_tokenizer, split)) == {"rows", "loss", "target_tokens"}
+
+
+def test_an_empty_split_or_an_unknown_metric_is_refused(learned_t5, tiny_tokenizer, split):
+    with pytest.raises(UserError, match="has no rows"):
+        evaluate_split(learned_t5, tiny_tokenizer, split.select([]))
+    with pytest.raises(UserError, match="Did you mean chrf"):
+        evaluate_split(learned_t5, tiny_tokenizer, split, metrics=["chfr"])
+
+
+def test_the_table_has_a_line_for_each_figure_with_its_unit(learned, tiny_tokenizer, split):
+    table = format_table(evaluate_rows(learned, tiny_tokenizer, split, metrics=["rouge", "chrf"]))
+    first_words = [line.split()[0] for line in table.splitlines()]
+    assert first_words == [
+        "rows", "sources", "loss", "rouge1", "rouge2", "rougeL", "chrf", "exact_match_rows", "unfinished",
+    ]  # fmt: skip
+    assert "nats/token over" in table
+
+
+def test_the_command_writes_a_report_and_the_predictions_in_order(
+    t5_checkpoint, prepared_folder, eight_prepared_rows, tmp_path, capsys
+):
+    out = tmp_path / "reports" / "report.json"
+    arguments = [str(t5_checkpoint), "--data", str(prepared_folder), "--metrics", "chrf,bleu", "--out", str(out)]
+    assert evaluation.main([*arguments, "--device", "cpu"]) == 0
+    assert "chrf" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert report["figures"]["rows"] == 8 and report["figures"]["chrf"] == pytest.approx(100)
+    assert report["settings"]["split"] == "test" and "tok:char" in report["signatures"]["bleu"]
+    lines = [json.loads(line) for line in (tmp_path / "reports" / "report.predictions.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"source": row["source"], "references": [row["target"]], "prediction": row["target"], "finished": True}
+        for row in eight_prepared_rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--split", "tset"], "has no split 'tset'. Did you mean test?"),
+        (["--metrics", "blue"], "no metric 'blue'. Did you mean bleu?"),
+        (["--limit", "0"], "limit is 0; it must be 1 or more"),
+        (["--nun_beams", "2"], "Did you mean num_beams?"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_one_message(t5_checkpoint, prepared_folder, more, message, capsys):
+    try:
+        code = evaluation.main([str(t5_checkpoint), "--data", str(prepared_folder), *more])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_data_prepared_with_another_tokenizer_is_refused(t5_checkpoint, prepared_folder, tmp_path, capsys):
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(prepared_folder, tmp_path / "prepared")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["낱말"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    assert evaluation.main([str(t5_checkpoint), "--data", str(folder)]) == 2
+    assert "was prepared with another tokenizer" in capsys.readouterr().err
+    assert evaluation.main([str(t5_checkpoint), "--data", str(tmp_path)]) == 2
+    assert "is no prepared dataset" in capsys.readouterr().err

@@ -1,0 +1,189 @@
+"""What loads, loads whole; what does not is refused in one message that says what it is and what is needed."""
+
+import json
+import re
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    ViTConfig,
+)
+
+from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import template_of
+from diptych.finetune.loading import load_model_and_tokenizer, pick_device
+from diptych.modeling import DiptychForConditionalGeneration, named_config
+
+
+@pytest.fixture
+def copy(tmp_path, t5_checkpoint):
+    """A checkpoint that the test may damage."""
+    return shutil.copytree(t5_checkpoint, tmp_path / "copy")
+
+
+def refusal(folder) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model_and_tokenizer(folder)
+    return str(caught.value)
+
+
+def logits_of(model, ids=(5, 6, 1)):
+    return model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[0, 7, 9]])).logits
+
+
+def test_a_saved_checkpoint_loads_with_the_same_logits_and_its_template(t5_checkpoint, learned_t5):
+    model, tokenizer = load_model_and_tokenizer(t5_checkpoint)
+    assert torch.equal(logits_of(model), logits_of(learned_t5))
+    assert not model.training and template_of(tokenizer).name == "translate"
+
+
+def test_a_diptych_checkpoint_loads(tmp_path, tiny_tokenizer):
+    config = named_config(
+        "diptych-8m", vocab_size=len(tiny_tokenizer), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0
+    )
+    model = DiptychForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_model_and_tokenizer(tmp_path)
+    assert type(loaded) is DiptychForConditionalGeneration
+    assert torch.equal(logits_of(loaded), logits_of(model))
+
+
+def test_dtype_is_as_saved_unless_asked(t5_checkpoint):
+    assert load_model_and_tokenizer(t5_checkpoint)[0].dtype == torch.float32
+    assert load_model_and_tokenizer(t5_checkpoint, dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_an_adapter_finds_its_base_and_comes_out_merged(tmp_path, t5_checkpoint, tiny_tokenizer):
+    base = T5ForConditionalGeneration.from_pretrained(t5_checkpoint)
+    adapted = get_peft_model(
+        base, LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"], init_lora_weights=False)
+    ).eval()
+    adapted.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model, _ = load_model_and_tokenizer(tmp_path)
+    assert type(model) is T5ForConditionalGeneration
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(logits_of(model), logits_of(adapted), rtol=1e-5, atol=1e-5)
+
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "/nowhere/base"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    assert "its base model cannot be used: there is no folder /nowhere/base" in refusal(tmp_path)
+
+
+def test_an_adapter_brings_the_embedding_rows_of_a_vocabulary_that_grew(tmp_path, t5_checkpoint, tiny_tokenizer):
+    base = T5ForConditionalGeneration.from_pretrained(t5_checkpoint)
+    tokenizer = type(tiny_tokenizer).from_pretrained(t5_checkpoint)
+    tokenizer.add_tokens(["새로운", "낱말"])
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    adapted = get_peft_model(
+        base, LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"], init_lora_weights=False)
+    ).eval()
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path)
+    model, loaded_tokenizer = load_model_and_tokenizer(tmp_path)
+    new_word = loaded_tokenizer.convert_tokens_to_ids("낱말")
+    torch.testing.assert_close(
+        logits_of(model, (5, new_word, 1)), logits_of(adapted, (5, new_word, 1)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_folder_that_is_not_there_or_holds_no_checkpoint_is_named(tmp_path, t5_checkpoint):
+    assert f"there is no folder {tmp_path}/nothing" in refusal(tmp_path / "nothing")
+    message = refusal(t5_checkpoint.parent)
+    assert "neither config.json nor adapter_config.json" in message
+    assert f"Did you mean {t5_checkpoint}?" in message
+    assert "is a file; a checkpoint is a folder" in refusal(t5_checkpoint / "config.json")
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_explained(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it tries for a minute
+    assert re.search("Name a checkpoint folder, or a Hub id", refusal("nobody-here/no-such-model"))
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=50)), "a decoder-only model"),
+        (
+            lambda: BertForMaskedLM(
+                BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+            ),
+            "an encoder-only model",
+        ),
+    ],
+)
+def test_another_kind_of_model_is_named(tmp_path, tiny_tokenizer, model, kind):
+    model().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    message = refusal(tmp_path)
+    assert kind in message and "an encoder-decoder is needed" in message
+
+
+def test_a_model_that_is_not_for_text_is_named(tmp_path, tiny_tokenizer):
+    ViTConfig().save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert "no text-to-text model (model_type vit)" in refusal(tmp_path)
+
+
+def test_a_checkpoint_without_its_decoder_is_refused_not_filled_with_random_weights(
+    tmp_path, learned_t5, tiny_tokenizer
+):
+    T5EncoderModel(learned_t5.config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    message = refusal(tmp_path)
+    assert re.search(r"lacks \d+ weights of T5ForConditionalGeneration, decoder\.", message)
+    assert "saved as T5EncoderModel" in message
+
+
+def test_pickled_weights_are_never_opened(copy, learned_t5):
+    (copy / "model.safetensors").unlink()
+    assert "no *.safetensors file." in refusal(copy)
+    (copy / "pytorch_model.bin").write_bytes(b"not opened")
+    assert "only pytorch_model.bin" in refusal(copy)
+
+
+def test_damaged_files_are_reported_not_traced(copy):
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "the weights of" in refusal(copy)
+    (copy / "config.json").write_text("{")
+    assert "the config of" in refusal(copy)
+
+
+def test_a_missing_tokenizer_and_one_too_large_are_refused(copy, tmp_path, t5_checkpoint, tiny_tokenizer):
+    tokenizer = type(tiny_tokenizer).from_pretrained(t5_checkpoint)
+    tokenizer.add_tokens([f"word{number}" for number in range(10)])
+    tokenizer.save_pretrained(copy)
+    message = refusal(copy)
+    assert f"ids up to {len(tokenizer) - 1}, but the model has {len(tiny_tokenizer)} embedding rows" in message
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer could be loaded" in refusal(copy)
+
+
+def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(copy, tmp_path):
+    settings = json.loads((copy / "config.json").read_text())
+    settings |= {
+        "model_type": "stranger",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForSeq2SeqLM": "code.M"},
+    }
+    (copy / "config.json").write_text(json.dumps(settings))
+    (copy / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert "config of" in refusal(copy)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_device_auto_is_one_that_works():
+    assert torch.zeros(1, device=pick_device("auto")).sum() == 0
+    assert pick_device("cpu") == torch.device("cpu")

@@ -1,0 +1,187 @@
+"""Each metric gives its backend's own figure, and what is ours, the tokens and the references, is as written."""
+
+import re
+from collections import Counter
+
+import evaluate
+import pytest
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.metrics import (
+    METRICS,
+    Bleu,
+    Chrf,
+    ExactMatch,
+    Rouge,
+    TokenF1,
+    choose_bleu_tokenize,
+    compute_metrics,
+    reference_streams,
+    score_texts,
+    split_tokens,
+)
+
+ENGLISH = ["I am a student at the old school.", "The cat sat on the mat!", "He bought two dogs, and a cat."]
+ENGLISH_REFERENCES = [
+    ["I am a student of the old school.", "I study at an old school."],
+    ["A cat sat on the mat.", "The cat was sitting on the mat.", "On the mat sat the cat."],
+    ["He bought two dogs and one cat."],
+]
+KOREAN = ["나는 오래된 학교의 학생이다.", "고양이가 매트 위에 앉았다.", "그는 개 두 마리와 고양이를 샀다."]
+KOREAN_REFERENCES = [
+    ["나는 오래된 학교의 학생입니다."],
+    ["고양이가 매트 위에 앉아 있었다.", "매트 위에 고양이가 앉았다."],
+    ["그는 개 두 마리와 고양이 한 마리를 샀다."],
+]
+
+
+def test_tokens_are_words_or_syllables_without_case_or_punctuation():
+    assert split_tokens("The NBA를 봤다!") == ["the", "nba", "를", "봤", "다"]
+    assert split_tokens("naïve café, x_y, 1+1") == ["naïve", "café", "x", "y", "1", "1"]
+    assert split_tokens("हिन्दी 東京タワー") == ["हिन्दी", "東", "京", "タ", "ワ", "ー"]
+    assert split_tokens("\u1112\u1161\u11ab") == split_tokens("한") == ["한"]  # decomposed as macOS does it
+
+
+@pytest.mark.parametrize("text", [*ENGLISH, "it's 3.5% of GDP -- or_more", "", "..."])
+def test_tokens_of_ascii_text_are_those_of_rouge_score(text):
+    assert split_tokens(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
+
+
+def test_rouge_on_english_is_rouge_scores_own_figure():
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    rows = [scorer.score_multi(refs, text) for refs, text in zip(ENGLISH_REFERENCES, ENGLISH, strict=True)]
+    scores = Rouge().compute(predictions=ENGLISH, references=ENGLISH_REFERENCES)
+    for name in ("rouge1", "rouge2", "rougeL"):
+        assert scores[name] == pytest.approx(100 * sum(row[name].fmeasure for row in rows) / 3)
+
+
+def test_rouge_sees_korean_where_the_default_tokenizer_sees_nothing():
+    assert RougeScorer(["rouge1"]).score(KOREAN[0], KOREAN[0])["rouge1"].fmeasure == 0
+    scores = Rouge().compute(predictions=KOREAN, references=KOREAN_REFERENCES)
+    assert 50 < scores["rouge2"] < scores["rouge1"] < 100
+    same = Rouge().compute(predictions=KOREAN, references=[[text] for text in KOREAN])
+    assert same == {"rouge1": 100, "rouge2": 100, "rougeL": 100}
+
+
+def squad_f1(prediction, reference):
+    """The official SQuAD 1.1 figure, as the paper's appendix and its evaluation script define it."""
+
+    def normalized(text):
+        text = "".join(character for character in text.lower() if character.isalnum() or character.isspace())
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+    predicted, expected = normalized(prediction), normalized(reference)
+    same = sum((Counter(predicted) & Counter(expected)).values())
+    if same == 0:
+        return 0
+    precision, recall = same / len(predicted), same / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_token_f1_on_english_is_squads():
+    best = [
+        max(squad_f1(text, reference) for reference in refs)
+        for text, refs in zip(ENGLISH, ENGLISH_REFERENCES, strict=True)
+    ]
+    scores = TokenF1().compute(predictions=ENGLISH, references=ENGLISH_REFERENCES)
+    assert scores["token_f1"] == pytest.approx(100 * sum(best) / 3)
+
+
+def test_token_f1_of_a_wrong_korean_particle_is_small_harm_and_silence_is_right_only_when_due():
+    assert TokenF1().compute(predictions=["학생이"], references=[["학생은"]])["token_f1"] == pytest.approx(200 / 3)
+    silent = TokenF1().compute(predictions=["", "", "a"], references=[["..."], ["말"], ["말"]])
+    assert silent["token_f1"] == pytest.approx(100 / 3)
+
+
+def test_exact_match_means_every_character_of_one_reference():
+    scores = ExactMatch().compute(
+        predictions=["Go.", "go.", "Go. ", "Go."], references=[["Run.", "Go."], ["Go."], ["Go."], ["Go.", "Go."]]
+    )
+    assert scores == {"exact_match": 50}
+
+
+def test_bleu_and_chrf_with_one_reference_each_are_sacrebleus():
+    for texts, rows, tokenize in ((ENGLISH, ENGLISH_REFERENCES, "13a"), (KOREAN, KOREAN_REFERENCES, "char")):
+        first = [row[0] for row in rows]
+        bleu = Bleu().compute(predictions=texts, references=[[text] for text in first])
+        assert bleu["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, [first], tokenize=tokenize).score)
+        assert f"tok:{tokenize}" in bleu["bleu_signature"] and "nrefs:1" in bleu["bleu_signature"]
+        chrf = Chrf().compute(predictions=texts, references=[[text] for text in first])
+        assert chrf["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [first]).score)
+
+
+def test_rows_with_different_numbers_of_references_fill_the_streams_with_none():
+    assert reference_streams([["a", "b"], ["c"], ["d", "e", "f"]]) == [
+        ["a", "c", "d"],
+        ["b", None, "e"],
+        [None, None, "f"],
+    ]
+
+
+def test_different_numbers_of_references_score_as_if_each_row_repeated_its_own():
+    """Repeating a row's reference changes neither clipped counts nor the closest length; None must act the same."""
+    widest = max(len(row) for row in ENGLISH_REFERENCES)
+    repeated = [row + row[:1] * (widest - len(row)) for row in ENGLISH_REFERENCES]
+    streams = [list(stream) for stream in zip(*repeated, strict=True)]
+    ours = compute_metrics(["bleu", "chrf"], ENGLISH, ENGLISH_REFERENCES)
+    assert ours["bleu"] == pytest.approx(sacrebleu.corpus_bleu(ENGLISH, streams, tokenize="13a").score)
+    assert ours["chrf"] == pytest.approx(sacrebleu.corpus_chrf(ENGLISH, streams).score)
+    only_first = compute_metrics(["bleu"], ENGLISH, [row[:1] for row in ENGLISH_REFERENCES])
+    assert ours["bleu"] > only_first["bleu"]
+    assert "nrefs:var" in score_texts(["bleu"], ENGLISH, ENGLISH_REFERENCES)[1]["bleu"]
+
+
+def test_bleu_tokenisation_follows_the_script_of_the_references_unless_it_is_given():
+    assert choose_bleu_tokenize(ENGLISH_REFERENCES) == "13a"
+    assert choose_bleu_tokenize(KOREAN_REFERENCES) == "char"
+    assert choose_bleu_tokenize(ENGLISH_REFERENCES + KOREAN_REFERENCES) == "char"
+    assert choose_bleu_tokenize([["He moved from Busan (부산) to Seoul last year to work there."]]) == "13a"
+    assert choose_bleu_tokenize([["123"], [""]]) == "13a"
+    given = Bleu().compute(predictions=KOREAN, references=KOREAN_REFERENCES, tokenize="intl")
+    assert "tok:intl" in given["bleu_signature"]
+
+
+def test_a_tokenisation_that_is_unknown_or_not_installed_is_explained():
+    with pytest.raises(UserError, match="Did you mean char"):
+        Bleu().compute(predictions=["a"], references=[["a"]], tokenize="chars")
+
+
+def test_metrics_are_evaluate_metrics_and_can_be_filled_row_by_row():
+    for metric in METRICS.values():
+        assert issubclass(metric, evaluate.Metric)
+    chrf = Chrf()
+    for text, references in zip(KOREAN, KOREAN_REFERENCES, strict=True):
+        chrf.add(prediction=text, reference=references)
+    assert chrf.compute()["chrf"] == compute_metrics(["chrf"], KOREAN, KOREAN_REFERENCES)["chrf"]
+
+
+def test_all_figures_lie_between_0_and_100_also_for_empty_texts():
+    figures = compute_metrics(list(METRICS), ["", "나는"], [["나는"], [""]])
+    assert set(figures) == {"exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf"}
+    assert all(value == 0 for value in figures.values())
+    perfect = compute_metrics(list(METRICS), KOREAN, [[text] for text in KOREAN])
+    assert all(value == pytest.approx(100) for value in perfect.values())
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([], [], "at least one prediction"),
+        (["a"], [], "got 1 predictions and 0 lists of references"),
+        (["a"], [[]], r"references\[0\] must hold one string or more"),
+        (["a"], ["a"], r"references\[0\] must be a list of strings, got a string"),
+        ([1], [["a"]], r"predictions\[0\] must be a string, got int"),
+    ],
+)
+@pytest.mark.parametrize("name", METRICS)
+def test_pairs_that_do_not_fit_are_refused(name, predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        METRICS[name]().compute(predictions=predictions, references=references)
+
+
+def test_an_unknown_metric_names_the_nearest():
+    with pytest.raises(UserError, match="no metric 'chrff'. Did you mean chrf[?] Choose from: exact_match, token_f1"):
+        compute_metrics(["bleu", "chrff"], ["a"], [["a"]])
