@@ -17,6 +17,8 @@ from transformers import (
 from diptych.data_prep.encode import encode_sources, encode_targets
 from diptych.data_prep.templates import TEMPLATES, attach_template
 
+torch.set_num_threads(1)  # on a machine with other work, threads that wait for each other made 60 s out of 3 s
+
 TO_KOREAN = "Translate English to Korean:"
 EIGHT_ROWS = [
     (TO_KOREAN, "Go.", "가."),

@@ -149,4 +149,4 @@ def test_help_of_a_command_is_its_docstrings(capsys):
         parsed("--help")
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "What this command does." in shown and "Rows together. (type: int, default: 16)" in shown
+    assert "What this command does:" in shown and "Rows together. (type: int, default: 16)" in shown
