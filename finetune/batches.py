@@ -1,0 +1,197 @@
+"""A prepared dataset in; the rows of every optimizer step, dealt to ranks and micro-batches, and padded tensors out.
+
+    rows    input_ids          12  7  9  1   →   attention_mask      1  1  1  1     labels              31 40  1
+                                5  8  1                              1  1  1  0                         22  1 -100
+            labels             31 40  1          input_ids          12  7  9  1     decoder_input_ids    0 31 40
+                               22  1                                 5  8  1  0                          0 22  0
+
+The order of rows is a function of (seed, epoch) and nothing else: any step can be asked for by its number, on any rank,
+so a resumed run replays nothing, and the step's target tokens are known before its first forward without asking the
+other ranks. Every row comes once in an epoch: the last batches are smaller, and a rank for which no row is left gets
+a row without targets, which contributes zero.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+from transformers import PreTrainedModel
+
+from diptych.data_prep.records import IGNORE_INDEX, UserError
+from diptych.finetune.families import family_of
+
+BATCHES_SORTED_TOGETHER = 50
+"""Rows of like length are sought among this many batches: enough for little padding, and still another mix each epoch."""
+
+
+def pad_batch(
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, decoder_start_token_id: int
+) -> dict[str, torch.Tensor]:
+    """Rows with `input_ids` and `labels`, of different lengths, as the tensors (B, S) and (B, T) shown above.
+
+    Labels move one place to the right within their row to become decoder inputs. There is no decoder_attention_mask:
+    padding stands after all targets, where causal attention never looks. No rows give one row without targets.
+    """
+    rows = rows or [{"input_ids": [decoder_start_token_id], "labels": [IGNORE_INDEX]}]
+    source_tokens = max(len(row["input_ids"]) for row in rows)
+    target_tokens = max(len(row["labels"]) for row in rows)
+    input_ids = torch.full((len(rows), source_tokens), pad_token_id)
+    attention_mask = torch.zeros((len(rows), source_tokens), dtype=torch.long)
+    labels = torch.full((len(rows), target_tokens), IGNORE_INDEX)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+        attention_mask[number, : len(row["input_ids"])] = 1
+        labels[number, : len(row["labels"])] = torch.as_tensor(row["labels"])
+    decoder_input_ids = labels.roll(1, dims=1)
+    decoder_input_ids[:, 0] = decoder_start_token_id
+    decoder_input_ids[decoder_input_ids == IGNORE_INDEX] = pad_token_id
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "decoder_input_ids": decoder_input_ids,
+        "labels": labels,
+    }
+
+
+class Prepared(NamedTuple):
+    """A prepared folder: its splits, where its tokenizer lies, and what tells its contents from all others."""
+
+    splits: datasets.DatasetDict
+    tokenizer_folder: Path
+    fingerprint: str
+
+
+def load_prepared(folder: str) -> Prepared:
+    place = Path(folder)
+    if not (place / "dataset_dict.json").is_file():
+        raise UserError(
+            f"{folder} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
+        )
+    splits = datasets.load_from_disk(folder)
+    if "train" not in splits or not len(splits["train"]):
+        raise UserError(f"{folder} has no rows to train on; it has the splits {', '.join(splits)}. Prepare it again.")
+    manifest = place / "manifest.json"
+    if not manifest.is_file():
+        raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")
+    return Prepared(splits, place / "tokenizer", hashlib.sha256(manifest.read_bytes()).hexdigest())
+
+
+class Lengths(NamedTuple):
+    """Tokens of every row of a split, each (rows,)."""
+
+    source_tokens: np.ndarray
+    target_tokens: np.ndarray
+
+
+def row_lengths(split: datasets.Dataset) -> Lengths:
+    columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
+    for table in split.with_format("arrow").iter(batch_size=10_000):
+        for name, parts in columns.items():
+            parts.append(pyarrow.compute.list_value_length(table[name]).to_numpy())
+    return Lengths(np.concatenate(columns["input_ids"]), np.concatenate(columns["labels"]))
+
+
+class Step(NamedTuple):
+    """The rows of one optimizer step, and what can be said of them before they are read."""
+
+    batches: list[list[np.ndarray]]
+    """Row numbers: batches[micro_batch][rank]."""
+    source_tokens: int
+    target_tokens: int
+    padded_tokens: int
+    """What these rows fill as tensors: longest row × rows, source and target, over all batches."""
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which rows stand in which step of which epoch."""
+
+    lengths: Lengths
+    rows_per_batch: int
+    """Rows on one rank in one micro-batch."""
+    ranks: int
+    batches_per_step: int
+    """Micro-batches whose gradients are added up before the optimizer moves."""
+    seed: int
+    group_by_length: bool = False
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_batch * self.ranks * self.batches_per_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths.target_tokens) // self.rows_per_step)
+
+    def rows_of(self, epoch: int) -> np.ndarray:
+        """All rows in the order of this epoch. The generator is its own: nothing else can disturb it."""
+        generator = np.random.default_rng([self.seed, epoch])
+        rows = generator.permutation(len(self.lengths.target_tokens))
+        if not self.group_by_length:
+            return rows
+        together = self.rows_per_batch * self.ranks  # what the ranks compute at the same time
+        tokens = self.lengths.source_tokens + self.lengths.target_tokens
+        pools = np.split(
+            rows, range(together * BATCHES_SORTED_TOGETHER, len(rows), together * BATCHES_SORTED_TOGETHER)
+        )
+        rows = np.concatenate([pool[np.argsort(tokens[pool], kind="stable")] for pool in pools])
+        whole = len(rows) // together * together
+        batches = rows[:whole].reshape(-1, together)
+        return np.concatenate([batches[generator.permutation(len(batches))].reshape(-1), rows[whole:]])
+
+    def step(self, rows: np.ndarray, index: int) -> Step:
+        """Step `index` of an epoch whose rows are `rows`. Where rows run out, each rank gets its even share."""
+        rows = rows[index * self.rows_per_step : (index + 1) * self.rows_per_step]
+        together = self.rows_per_batch * self.ranks
+        batches = [self._deal(rows[start : start + together]) for start in range(0, len(rows), together)]
+        source_tokens, target_tokens = self.lengths
+        padded = sum(
+            len(dealt) * int(source_tokens[dealt].max() + target_tokens[dealt].max())
+            for batch in batches
+            for dealt in batch
+            if len(dealt)
+        )
+        return Step(batches, int(source_tokens[rows].sum()), int(target_tokens[rows].sum()), padded)
+
+    def _deal(self, rows: np.ndarray) -> list[np.ndarray]:
+        """7 rows on 2 ranks: [0 1 2] and [3 4 5 6]."""
+        ends = [len(rows) * rank // self.ranks for rank in range(self.ranks + 1)]
+        return [rows[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def longest_first(lengths: Lengths, rows_per_batch: int, ranks: int) -> list[list[np.ndarray]]:
+    """Every row once, for evaluation: [batch][rank], like lengths together. What does not fit fails at the start."""
+    rows = np.argsort(-(lengths.source_tokens + lengths.target_tokens), kind="stable")
+    order = BatchOrder(lengths, rows_per_batch, ranks, batches_per_step=1, seed=0)
+    return [order.step(rows, index).batches[0] for index in range(order.steps_per_epoch)]
+
+
+def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset]) -> None:
+    """ValueError for rows that this model cannot read: unknown token ids, or more tokens than it has positions."""
+    embedding_rows = model.get_input_embeddings().weight.shape[0]
+    family = family_of(model)
+    positions = model.config.max_position_embeddings if family and family.has_position_table else None
+    for name, split in splits.items():
+        largest = max(
+            pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py() or 0
+            for table in split.with_format("arrow").iter(batch_size=10_000)
+            for column in ("input_ids", "labels")
+        )
+        if largest >= embedding_rows:
+            raise UserError(
+                f"split {name} holds token id {largest}, but the model has {embedding_rows} embedding rows. "
+                f"Prepare the data with the model's own tokenizer."
+            )
+        for column, tokens in zip(("input_ids", "labels"), row_lengths(split), strict=True):
+            if positions is not None and tokens.max() > positions:
+                limit = "max_source_tokens" if column == "input_ids" else "max_target_tokens"
+                raise UserError(
+                    f"split {name} has a row with {tokens.max()} {column}, but the model has {positions} positions. "
+                    f"Prepare the data with {limit} <= {positions}."
+                )

@@ -1,0 +1,202 @@
+"""The recipe of a training run: every setting, its unit and its consequence. Field docstrings are the text of --help.
+
+    accelerate launch -m diptych.finetune.train --config recipe.yaml --learning_rate 1e-4
+
+A recipe is read from YAML, single settings are overridden on the command line, and what came out is written to the run
+folder as config.yaml. recipes/ has some to start from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.cli import choose_from, parse_settings
+from diptych.finetune.metrics import check_metric_names
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Fine-tune an encoder-decoder, or train a Diptych from scratch, on a prepared dataset."""
+
+    model: str = ""
+    """Where training starts: a checkpoint folder or Hub id of any AutoModelForSeq2SeqLM, or a named size
+    (diptych-8m, -60m, -220m, -770m, -3b), which starts from random weights."""
+    model_overrides: dict[str, Any] = field(default_factory=dict)
+    """Config values of a named size, such as {residual_dropout: 0.1}. A checkpoint takes none: its weights fix them."""
+    data: str = ""
+    """Folder that `diptych prepare` wrote; its split `train` is trained on, `validation` (if there is one) evaluated."""
+    out: str = ""
+    """Run folder, made if need be. It must be empty unless `resume` is set."""
+    tokenizer: str | None = None
+    """Tokenizer saved with the model; the prepared folder's own unless given. Its vocabulary must be the same."""
+    grow_vocabulary: bool = False
+    """Allow a tokenizer with more tokens than the model has embedding rows: rows are added and trained, also by LoRA."""
+    resume: bool = False
+    """Go on from the latest complete checkpoint in `out`; from the beginning where there is none yet."""
+    seed: int = 0
+    """Seed of new weights, the order of rows, and dropout."""
+
+    epochs: int | None = None
+    """Passes over the training rows. Give this or max_steps."""
+    max_steps: int | None = None
+    """Optimizer steps. Give this or epochs."""
+    batch_size: int = 16
+    """Rows computed together on one rank. More is faster until memory is full; the result also depends on the two
+    settings that multiply it: gradient_accumulation_steps and the number of ranks."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are added up before the optimizer moves: a larger batch in the memory of a small one."""
+    group_by_length: bool = True
+    """Put rows of like length into the same batch: less padding, in a slightly less random order."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate. From scratch 1e-3 to 3e-4; a checkpoint in full 1e-4 to 3e-5; LoRA 1e-3 to 1e-4."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What the learning rate does after warm-up: fall to zero as a half cosine or a line, or stay."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from zero. Give this or warmup_ratio."""
+    warmup_ratio: float = 0.0
+    """The same as a share of all steps, 0 to 1."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW: how slowly the means of the gradient and of its square change. 0.95 as the second is steadier from scratch."""
+    epsilon: float = 1e-8
+    """AdamW: added to the root of the second mean."""
+    weight_decay: float = 0.01
+    """AdamW: share of each weight that is taken off per step, times the learning rate; never of norms and biases."""
+    max_grad_norm: float = 1.0
+    """A longer gradient is shortened to this length; 0 leaves it."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability that training spreads over all words; validation loss stays unsmoothed."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto`: bf16 on a GPU that has it, else
+    fp32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: about a third slower, a fraction of the memory."""
+    compile: bool = False
+    """torch.compile the model: minutes at the start, faster steps on a GPU."""
+
+    method: Literal["full", "lora"] = "full"
+    """Train all weights, or LoRA adapters (arXiv 2106.09685) on a frozen checkpoint."""
+    lora_rank: int = 16
+    """Rank of each adapter; its size in memory and on disk is proportional."""
+    lora_alpha: float = 32.0
+    """Scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an input of an adapter."""
+    lora_targets: str = ""
+    """Names of the layers that get an adapter, separated by commas; all linear layers of the family unless given."""
+    lora_embeddings: bool = False
+    """Train the embedding tables and the head beside the adapters, in full: for a language the model hardly knows."""
+
+    eval_every: int | None = None
+    """Steps between evaluations on the validation split; once an epoch unless given. There is one at the end, too."""
+    eval_batch_size: int | None = None
+    """Rows computed together in evaluation, on one rank; batch_size unless given."""
+    metrics: str = ""
+    """Metrics of generated text to compute at each evaluation, separated by commas (exact_match, token_f1, rouge, bleu,
+    chrf); they take longer than the loss, and the outputs are kept in samples.jsonl."""
+    metrics_limit: int = 100
+    """Rows of the validation split that are generated for them, the first ones."""
+    max_new_tokens: int | None = None
+    """No generated output gets longer than this; a quarter more than the longest target unless given."""
+    best_metric: str = "loss"
+    """What decides which checkpoint is best: loss, or a figure of `metrics` (exact_match, rougeL, chrf …)."""
+    patience: int = 0
+    """Evaluations without a better best_metric after which training stops early; 0 never."""
+
+    save_every: int | None = None
+    """Steps between checkpoints; once an epoch unless given. A new best and the end are always saved."""
+    keep_last: int = 2
+    """Checkpoints to keep, the newest ones; the best is kept besides."""
+    final: Literal["best", "last"] = "best"
+    """Which checkpoint becomes `final/`. Without a validation split it is the last."""
+    logging_every: int = 10
+    """Steps between log lines."""
+    trackers: str = ""
+    """Experiment trackers, separated by commas, that accelerate knows and that are installed (tensorboard, wandb …)."""
+
+    def __post_init__(self):
+        for name, example in {
+            "model": "a named size (diptych-8m) or a checkpoint",
+            "data": "the folder that `diptych prepare` wrote",
+            "out": "a new folder for the run",
+        }.items():
+            if not getattr(self, name):
+                raise UserError(f"{name} is not set. Name {example}: --{name} …")
+        if (self.epochs is None) == (self.max_steps is None):
+            given = "neither was" if self.epochs is None else "both were"
+            raise UserError(f"training lasts for epochs or for max_steps, but {given} given. Give one of them.")
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in AT_LEAST_ZERO:
+            if not getattr(self, name) >= 0:  # NaN is not either
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in BELOW_ONE:
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below 1.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas are {list(self.betas)}; both must be 0 or more and below 1.")
+        if self.learning_rate <= 0 or self.epsilon <= 0:
+            name = "learning_rate" if self.learning_rate <= 0 else "epsilon"
+            raise UserError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.warmup_steps and self.warmup_ratio:
+            raise UserError("warmup_steps and warmup_ratio are both given. Keep one of them.")
+        check_metric_names(split_names(self.metrics))
+        if self.best_metric != "loss" and not self.metrics:
+            raise UserError(
+                f"best_metric is {self.best_metric}, but no metrics are computed. "
+                f"Name them in `metrics`, or choose by loss."
+            )
+
+
+AT_LEAST_ONE = [
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "lora_rank",
+    "eval_every",
+    "eval_batch_size",
+] + ["metrics_limit", "max_new_tokens", "save_every", "keep_last", "logging_every"]
+AT_LEAST_ZERO = ["seed", "warmup_steps", "weight_decay", "max_grad_norm", "lora_alpha", "patience"]
+BELOW_ONE = ["warmup_ratio", "label_smoothing", "lora_dropout"]
+
+# A resumed run that changed one of these would be another run: they must be as they were.
+FIXED_IN_A_RUN = [
+    "model",
+    "model_overrides",
+    "grow_vocabulary",
+    "seed",
+    "group_by_length",
+    "method",
+    "lora_rank",
+    "lora_alpha",
+] + ["lora_targets", "lora_embeddings", "best_metric"]
+# And these have no part in what is computed.
+FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers"]
+
+
+def split_names(names: str) -> list[str]:
+    """`"chrf, bleu"` -> `["chrf", "bleu"]`; no names give no list."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def parse_recipe(argv: Sequence[str] | None) -> TrainRecipe:
+    """The recipe from YAML and command line; what cannot be parsed ends the process with code 2 and one message."""
+    return parse_settings(TrainRecipe, "diptych train", argv)
+
+
+def recipe_from_dict(values: dict[str, Any]) -> TrainRecipe:
+    """A recipe as config.yaml has it."""
+    known = [setting.name for setting in fields(TrainRecipe)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{name!r} is no setting of a recipe. {choose_from(name, known)}")
+    return TrainRecipe(**values)
+
+
+def shipped_recipes() -> list[Path]:
+    return sorted((Path(__file__).parent / "recipes").glob("*.yaml"))

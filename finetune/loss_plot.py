@@ -1,0 +1,44 @@
+"""metrics.jsonl of a run in; loss.png out: training and validation loss over steps, and the learning rate below."""
+
+import json
+import os
+from pathlib import Path
+
+
+def plot_loss(metrics_file: Path, picture: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    train = [entry for entry in entries if entry["split"] == "train"]
+    validation = [entry for entry in entries if entry["split"] == "validation"]
+    figure, (loss_axes, rate_axes) = pyplot.subplots(
+        2, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained"
+    )
+    loss_axes.plot(_column(train, "step"), _column(train, "loss"), label="training", linewidth=1.2)
+    if validation:
+        loss_axes.plot(
+            _column(validation, "step"), _column(validation, "loss"), "o-", label="validation", markersize=3
+        )
+        best = min(validation, key=lambda entry: entry["loss"])
+        loss_axes.annotate(
+            f"{best['loss']:.3f}", (best["step"], best["loss"]), xytext=(0, 7), textcoords="offset points", ha="center"
+        )
+    loss_axes.set_ylabel("loss (nats per target token)")
+    loss_axes.legend()
+    rate_axes.plot(_column(train, "step"), _column(train, "learning_rate"), color="tab:gray", linewidth=1.2)
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.set_xlabel("optimizer step")
+    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    for axes in (loss_axes, rate_axes):
+        axes.grid(alpha=0.3)
+    beside = picture.with_name(f"{picture.stem}.partial.png")
+    figure.savefig(beside, dpi=120)
+    pyplot.close(figure)
+    os.replace(beside, picture)
+
+
+def _column(entries: list[dict], name: str) -> list[float]:
+    return [entry[name] for entry in entries]

@@ -1,0 +1,120 @@
+"""What a run says while it trains: a bar, lines with units, and the same figures as metrics.jsonl and to trackers.
+
+    step 200/1500 | loss 1.873 nats/token | 41.2k tokens/s | lr 2.4e-4 | fill 96% | 1m02s left
+    step 200/1500 | validation loss 1.902 nats/token | chrf 41.2 | best so far
+
+Tokens are source and target tokens without padding, over all ranks. Fill is their share of the tensors that held them.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes on the main process only. What was written after the checkpoint that a run goes on from is cut off, and
+    will be written again: no line is missing and none comes twice."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, written: dict[str, int]):
+        self.accelerator = accelerator
+        self.files = {name: folder / name for name in ("metrics.jsonl", "samples.jsonl")}
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.files["metrics.jsonl"].touch()
+            for name, file in self.files.items():
+                if file.exists():
+                    os.truncate(file, written.get(name, 0))
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def add_figures(self, entry: dict[str, Any]) -> None:
+        """One line of metrics.jsonl: step, split, and figures."""
+        self._append("metrics.jsonl", [entry])
+        figures = {f"{entry['split']}/{name}": entry[name] for name in entry if name not in ("step", "split")}
+        self.accelerator.log(figures, step=entry["step"])
+
+    def add_samples(self, samples: list[dict[str, Any]]) -> None:
+        self._append("samples.jsonl", samples)
+
+    def bytes_written(self) -> dict[str, int]:
+        return {name: file.stat().st_size for name, file in self.files.items() if file.exists()}
+
+    def _append(self, name: str, entries: list[dict[str, Any]]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.files[name].open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+class Pace:
+    """The bar, and how fast it moves. Evaluation and saving do not count."""
+
+    def __init__(self, total_steps: int, done: int, shown: bool):
+        self.left = total_steps - done
+        # A bar in a log file would be thousands of lines; there the log lines must do.
+        hidden = not shown or not sys.stderr.isatty()
+        self.bar = tqdm(desc="train", total=total_steps, initial=done, unit="step", disable=hidden)
+        self.seconds, self.steps = 0.0, 0
+        self.window_seconds, self.window_tokens = 0.0, 0
+
+    def advance(self, loss: float, tokens: int, seconds: float) -> None:
+        self.left -= 1
+        self.steps += 1
+        self.seconds += seconds
+        self.window_seconds += seconds
+        self.window_tokens += tokens
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {short(tokens / seconds)} tokens/s", refresh=False)
+        self.bar.update()
+
+    def tokens_per_second(self) -> float:
+        """Since the last time this was asked."""
+        pace = self.window_tokens / self.window_seconds
+        self.window_seconds, self.window_tokens = 0.0, 0
+        return pace
+
+    def seconds_left(self) -> float:
+        return self.left * self.seconds / self.steps
+
+
+def train_line(entry: dict[str, Any], total_steps: int, seconds_left: float) -> str:
+    return (
+        f"step {entry['step']}/{total_steps} | loss {entry['loss']:.3f} nats/token | "
+        f"{short(entry['tokens_per_second'])} tokens/s | lr {entry['learning_rate']:.1e} | "
+        f"fill {entry['fill']:.0%} | {duration(seconds_left)} left"
+    ).replace("e-0", "e-")
+
+
+def validation_line(entry: dict[str, Any], total_steps: int, is_best: bool) -> str:
+    figures = {name: value for name, value in entry.items() if name not in ("step", "split", "loss")}
+    parts = [f"step {entry['step']}/{total_steps}", f"validation loss {entry['loss']:.3f} nats/token"]
+    parts += [
+        f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+    ]
+    return " | ".join(parts + ["best so far"] * is_best)
+
+
+def short(number: float) -> str:
+    """41234 -> 41.2k, 8137216 -> 8.1M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """62 -> 1m02s, 3700 -> 1h01m."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -1,0 +1,108 @@
+"""A recipe and a tokenizer in; the model that training starts from, or goes on from, out: fp32, on the CPU.
+
+diptych-8m                       new random weights, as many embedding rows as the tokenizer has tokens
+google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with adapters in it
+"""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.config import TrainRecipe, split_names
+from diptych.finetune.families import decoder_start_token
+from diptych.finetune.loading import check_folder, embedding_rows, load_model, vocabulary_size
+from diptych.finetune.lora import add_adapter, grow_embeddings, load_adapter
+from diptych.modeling import named_config
+
+
+def starting_model(
+    recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None
+) -> PreTrainedModel | PeftModel:
+    """`saved` is the model folder of the checkpoint that a resumed run goes on from."""
+    if recipe.method == "lora":
+        return _with_adapter(recipe, tokenizer, saved)
+    if saved is not None:
+        return _ready(load_model(str(saved), torch.float32))
+    if is_named_size(recipe.model):
+        return _ready(_new_model(recipe, tokenizer))
+    model = _load_checkpoint(recipe)
+    _fit_vocabulary(model, tokenizer, recipe)
+    return _ready(model)
+
+
+def is_named_size(name: str) -> bool:
+    """`diptych-8m`, and also `diptych-9m`, so that the answer to it is the list of sizes and not a Hub error."""
+    return name.startswith("diptych-") and "/" not in name and not Path(name).exists()
+
+
+def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    settings = {
+        "vocab_size": vocabulary_size(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        config = named_config(recipe.model, **(settings | recipe.model_overrides))
+    except (ValueError, TypeError) as error:  # also what the config itself says of wrong overrides
+        raise UserError(str(error)) from error
+    return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
+    if recipe.model_overrides:
+        raise UserError(
+            f"model_overrides are given for {recipe.model}, which is a checkpoint: its weights fix its config. "
+            f"Drop them, or start from a named size."
+        )
+    check_folder(recipe.model)
+    return load_model(recipe.model, torch.float32)
+
+
+def _with_adapter(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None) -> PeftModel:
+    if is_named_size(recipe.model):
+        raise UserError(
+            f"method is lora, but {recipe.model} starts from random weights, and there is nothing to adapt. "
+            f"Use method: full, or name a checkpoint."
+        )
+    model = _load_checkpoint(recipe)
+    new_rows = _fit_vocabulary(model, tokenizer, recipe)
+    model = add_adapter(
+        _ready(model),
+        recipe.model,
+        rank=recipe.lora_rank,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        targets=split_names(recipe.lora_targets),
+        new_rows=new_rows,
+        train_embeddings=recipe.lora_embeddings,
+    )
+    if saved is not None:
+        load_adapter(model, saved)
+    return model
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: TrainRecipe) -> int:
+    """How many embedding rows were added for the tokenizer's new tokens."""
+    tokens, rows = vocabulary_size(tokenizer), embedding_rows(model)
+    if tokens <= rows:
+        return 0
+    if not recipe.grow_vocabulary:
+        raise UserError(
+            f"the tokenizer has {tokens} tokens, but {recipe.model} has {rows} embedding rows. If it is the model's own "
+            f"tokenizer with tokens added, set grow_vocabulary to train rows for them; if not, prepare the data again "
+            f"with --tokenizer {recipe.model}."
+        )
+    grow_embeddings(model, tokens)
+    return tokens - rows
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """With its decoder start token written down where evaluation and generation look for it."""
+    model.config.decoder_start_token_id = decoder_start_token(model)
+    model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
+    return model
