@@ -195,13 +195,11 @@ class DiptychConfig(PreTrainedConfig):
 
 
 def _panel(panel: DiptychPanelConfig | dict | None, shared: dict[str, Any]) -> DiptychPanelConfig:
-    """A panel with the flat values where it has none of its own. A finished panel is copied, never changed."""
+    """A panel with the flat values where it has none of its own. What the caller gave is copied, never changed."""
     if isinstance(panel, DiptychPanelConfig):
         return copy.deepcopy(panel)
     own = {key: value for key, value in (panel or {}).items() if value is not None}
-    for name, value in shared.items():
-        own.setdefault(name, dict(value) if isinstance(value, dict) else value)
-    return DiptychPanelConfig(**own)
+    return DiptychPanelConfig(**copy.deepcopy(shared | own))
 
 
 __all__ = ["DiptychConfig", "DiptychPanelConfig"]

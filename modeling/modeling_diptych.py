@@ -16,6 +16,7 @@ Weight names are Llama's, so that Llama, Mistral, Qwen2 and Qwen3 map one to one
 checkpoint: it imports torch, transformers, and its neighbour.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -572,6 +573,7 @@ class DiptychModel(DiptychPreTrainedModel):
                 position_ids=position_ids,
                 segment_ids=segment_ids,
                 inputs_embeds=inputs_embeds,
+                return_dict=True,
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
@@ -587,6 +589,7 @@ class DiptychModel(DiptychPreTrainedModel):
             encoder_segment_ids=segment_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return Seq2SeqModelOutput(
@@ -667,6 +670,7 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -692,7 +696,8 @@ class DiptychEncoderModel(DiptychPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?decoder\.", r"^lm_head\."]
 
     def __init__(self, config: DiptychConfig):
-        config = type(config).from_dict({**config.to_dict(), "is_encoder_decoder": False})
+        config = copy.deepcopy(config)  # the caller's may go on to build a whole model
+        config.is_encoder_decoder = False
         super().__init__(config)
         self.encoder = DiptychEncoder(config.encoder)
         self.post_init()
@@ -723,6 +728,7 @@ class DiptychEncoderModel(DiptychPreTrainedModel):
             position_ids=position_ids,
             segment_ids=segment_ids,
             inputs_embeds=inputs_embeds,
+            return_dict=True,
             **kwargs,
         )
 
