@@ -1,0 +1,126 @@
+"""The folder of a prepared dataset: when it may be reused, when it may be replaced, and how it is written.
+
+    prepared/  dataset_dict.json train/ validation/ test/   datasets.load_from_disk("prepared") reads it
+               tokenizer/                                   AutoTokenizer reads it; the template is inside
+               manifest.json                                what went in, what came out, every file with its size
+               rejects.jsonl                                every row that was not kept, with its reason
+
+The folder is written as `.prepared.partial` and renamed when it is complete: what is called `prepared` is never half a
+dataset. A folder that holds anything that this code did not write is never replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from diptych.data_prep.records import Reject, UserError
+
+FORMAT = "diptych prepared dataset, version 1"
+MANIFEST, REJECTS, TOKENIZER = "manifest.json", "rejects.jsonl", "tokenizer"
+CACHE_FILE = re.compile(r"cache-\w+\.arrow|tmp\w+")  # what `datasets` leaves beside the tables when a user maps them
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """One hash of everything that decides what comes out, this package's own code included."""
+    facts = {**facts, "code": code_version()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def code_version() -> str:
+    return _hash_files(Path(__file__).parent.glob("*.py"))
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The files as save_pretrained writes them, so that a folder and a Hub id with the same content are the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _hash_files(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a prepared dataset, or None for a folder that is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def find_reusable(folder: Path, wanted: str) -> dict[str, Any] | None:
+    """The manifest in `folder` if it was made from the same things and its files are all there in full."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["fingerprint"] != wanted:
+        return None
+    return manifest if manifest["files"].items() <= _file_sizes(folder).items() else None
+
+
+def check_replaceable(folder: Path) -> None:
+    """An absent or empty folder, or one with a prepared dataset and nothing else, may be written."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; --out names a folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has other things in it, which will not be overwritten. Choose another --out.")
+    if foreign := sorted(_foreign(folder, manifest)):
+        raise UserError(
+            f"{folder} holds a prepared dataset, and beside it {', '.join(foreign[:3])}, which it would take along when"
+            " it is replaced. Move these away, or choose another --out."
+        )
+
+
+def write_prepared(
+    folder: Path,
+    splits: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    rejects: Iterable[Reject],
+    manifest: dict[str, Any],
+) -> None:
+    """All beside, then two renames; whoever reads sees the old dataset, none, or the new one whole."""
+    check_replaceable(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    previous = folder.with_name(f".{folder.name}.previous")
+    for remains in (partial, previous):  # of a run that was killed
+        shutil.rmtree(remains, ignore_errors=True)
+    try:
+        splits.save_to_disk(partial)
+        tokenizer.save_pretrained(partial / TOKENIZER)
+        with (partial / REJECTS).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(reject.as_json(), ensure_ascii=False) + "\n" for reject in rejects)
+        manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (partial / MANIFEST).write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rename(previous)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not CACHE_FILE.fullmatch(path.name))
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    return {name: size for name, size in sizes.items() if name != MANIFEST}
+
+
+def _foreign(folder: Path, manifest: dict[str, Any]) -> set[str]:
+    return _file_sizes(folder).keys() - manifest["files"].keys()

@@ -1,0 +1,88 @@
+"""The values that flow through data_prep: a row as read, a record that is valid, a reject with its reason.
+
+    Row({"instruction": "Add.", "input": "1 + 1", "output": "2"}, Origin("sums.jsonl", 3), raw)   from a reader
+    → Record("Add.", "1 + 1", "2", origin=sums.jsonl:3)                                           or, when it is not valid,
+    → Reject(sums.jsonl:3, field "output", kind "empty value", reason "'output' is empty: …", raw)
+
+Every row that a reader yields ends as exactly one Record or one Reject: kept + rejected = rows read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+IGNORE_INDEX = -100
+"""The label that the loss leaves out (torch's own default for `ignore_index`)."""
+
+RAW_CHARACTERS_KEPT = 4000
+"""Raw text longer than this is shortened in rejects.jsonl: one unclosed quote can make a whole file one bad row."""
+
+
+class UserError(ValueError):
+    """A mistake that a person can mend: its message says what, got, allowed, next. The command exits with 2."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row stands: 1-based line for line formats (jsonl, csv, tsv, aligned text), 1-based row for the others."""
+
+    file: str
+    row: int
+    instance: int = 0
+    """1-based instance inside a Self-Instruct row with several; 0 where a row is one example."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}" + (f".{self.instance}" if self.instance else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a reader found, before anything is known about its values."""
+
+    fields: Mapping[str, Any]
+    origin: Origin
+    raw: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One valid example. `history` holds earlier (instruction, output) turns, oldest first."""
+
+    instruction: str
+    input: str
+    output: str
+    history: tuple[tuple[str, str], ...] = ()
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One row that was not kept. `kind` is the same for all rows with this fault; `reason` tells of this row alone."""
+
+    origin: Origin
+    field: str | None
+    kind: str
+    reason: str
+    raw: str
+
+    def as_json(self) -> dict[str, Any]:
+        raw = self.raw if len(self.raw) <= RAW_CHARACTERS_KEPT else self.raw[:RAW_CHARACTERS_KEPT] + " …"
+        return {
+            "file": self.origin.file,
+            "row": self.origin.row,
+            "instance": self.origin.instance,
+            "field": self.field,
+            "kind": self.kind,
+            "reason": self.reason,
+            "raw": raw.encode("utf-8", "backslashreplace").decode("utf-8"),  # bytes that are no UTF-8 stay readable
+        }
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, case and surrounding blanks aside: `nearest("Instrution", …) == "instruction"`."""
+    spelled = {candidate.strip().casefold(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=cutoff)
+    return spelled[matches[0]] if matches else None

@@ -1,0 +1,48 @@
+"""What a person is told when a dataset is prepared: one line for each thing that went in or came out.
+
+Read       6,637 rows: 6,636 kept, 1 rejected
+Rejected   1 × empty output, the first in my.jsonl:17
+Split      train 5,972 | validation 332 | test 332, from 3,015 groups of rows that share no text
+Source     17 tokens in the middle row, 22 in 90 % of rows, 31 in 99 %, 47 at most | none cut at 512
+…
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diptych.data_prep.prepared import REJECTS
+from diptych.data_prep.records import Reject
+
+
+def summary_lines(folder: Path, manifest: dict[str, Any], rejects: list[Reject]) -> list[str]:
+    rows, tokens = manifest["rows"], manifest["tokens"]
+    names = ", ".join(source["name"] for source in manifest["inputs"])
+    first_of = {reject.kind: reject.origin for reject in reversed(rejects)}
+    return [
+        f"Read       {rows['read']:,} rows from {names}: {rows['kept']:,} kept, {rows['rejected']:,} rejected",
+        *(
+            f"Rejected   {count:,} × {kind}, the first in {first_of[kind]}"
+            for kind, count in manifest["rejected_by_kind"].items()
+        ),
+        splits_line(manifest),
+        f"Source     {_lengths(tokens['source'])}",
+        f"Target     {_lengths(tokens['target'])}",
+        f"Template   {manifest['template']['name']}, saved with the tokenizer",
+        f"Tokenizer  {manifest['tokenizer']['from']}, {manifest['tokenizer']['tokens']:,} tokens",
+        f"Prepared   {folder}" + (f" (rows not kept: {folder / REJECTS})" if rejects else ""),
+    ]
+
+
+def splits_line(manifest: dict[str, Any]) -> str:
+    rows = " | ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
+    return f"Split      {rows} rows, from {manifest['groups']:,} groups that share no text"
+
+
+def _lengths(tokens: dict[str, int]) -> str:
+    cut = f"{tokens['cut']:,} cut at {tokens['limit']:,}" if tokens["cut"] else f"none cut at {tokens['limit']:,}"
+    return (
+        f"{tokens['p50']:,} tokens in the middle row, 90 % have up to {tokens['p90']:,}, 99 % up to {tokens['p99']:,},"
+        f" all up to {tokens['p100']:,} | {cut}"
+    )
