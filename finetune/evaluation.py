@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -29,8 +29,9 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import IGNORE_INDEX, UserError
-from diptych.finetune.batches import check_rows_fit, pad_batch
+from diptych.finetune.batches import check_rows_fit, longest_first, pad_batch, row_lengths
 from diptych.finetune.cli import choose_from, parse_settings, report_errors
+from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import generate_outputs
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.metrics import check_metric_names, score_texts
@@ -125,15 +126,13 @@ def split_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
 ) -> dict[str, float]:
     """Sum of cross-entropy over all target tokens ÷ their number. Batches hold rows of like length."""
-    lengths = [(len(labels), len(ids)) for labels, ids in zip(rows["labels"], rows["input_ids"], strict=True)]
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
     objective, was_training = Seq2SeqObjective(model), model.training
+    start_token = decoder_start_token(model)
     model.eval()
     nats, target_tokens = 0.0, 0
     try:
-        for start in range(0, len(order), batch_size):
-            batch_rows = [rows[row] for row in order[start : start + batch_size]]
-            batch = pad_batch(batch_rows, tokenizer.pad_token_id, model.config.decoder_start_token_id)
+        for (numbers,) in longest_first(row_lengths(rows), batch_size, ranks=1):
+            batch = pad_batch([rows[int(number)] for number in numbers], tokenizer.pad_token_id, start_token)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             nats += objective(batch, num_items_in_batch=1).item()  # divided by 1: the sum
             target_tokens += int((batch["labels"] != IGNORE_INDEX).sum())
@@ -203,8 +202,8 @@ class EvaluateSettings:
     """Width of beam search; 1 is greedy."""
     bleu_tokenize: str = ""
     """sacrebleu's name of a tokenisation (13a, intl, char, ko-mecab …); chosen by the targets' script unless given."""
-    dtype: str = "auto"
-    """float32, bfloat16 or float16; `auto` is as the checkpoint was saved."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto` is as the checkpoint was saved."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
 

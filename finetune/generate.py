@@ -15,8 +15,9 @@ with the tokenizer and encoded by data_prep's code, so that the model reads what
 import copy
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -140,11 +141,14 @@ def _generate_batch(
     generation_kwargs: dict[str, Any],
 ) -> tuple[list[Output], int]:
     """The outputs of one batch in its order, and how many new tokens they have together."""
-    config = _generation_config(model, tokenizer)
     inputs = {name: ids.to(model.device) for name, ids in pad_sources(source_ids, tokenizer.pad_token_id or 0).items()}
-    sequences = model.generate(
-        **inputs, generation_config=config, max_new_tokens=max_new_tokens, **generation_kwargs
-    ).tolist()
+    try:
+        config, others = _generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
+        sequences = model.generate(**inputs, generation_config=config, **others).tolist()
+    except ValueError as error:  # how transformers refuses settings, some of them only now
+        raise UserError(f"transformers' generate refuses this: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{len(source_ids)} rows do not fit into memory together. Lower batch_size.") from error
     outputs, tokens = [], 0
     for sequence in sequences:
         # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for.
@@ -156,15 +160,21 @@ def _generate_batch(
     return outputs, tokens
 
 
-def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The checkpoint's own, with the tokenizer's pad and eos where it names none, and no second cap on length."""
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """The checkpoint's own with these settings, and what of them is no part of a config (a streamer).
+
+    Without a second cap on length, and with the tokenizer's pad and eos where the checkpoint names none.
+    """
     config = copy.deepcopy(model.generation_config)
     config.max_length = None
+    others = config.update(**settings)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
-    return config
+    return config, others
 
 
 def _cut_at_eos(ids: list[int], eos_token_id: int | list[int] | None) -> tuple[list[int], bool]:
@@ -210,8 +220,8 @@ class GenerateSettings:
     """Seed of the sampling."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Any other argument of transformers' generate: `--generation.top_p 0.9 --generation.length_penalty 0.6`."""
-    dtype: str = "auto"
-    """float32, bfloat16 or float16; `auto` is as the checkpoint was saved."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto` is as the checkpoint was saved."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
 
@@ -316,6 +326,8 @@ def run_session(model: PreTrainedModel, prompter: Prompter, settings: GenerateSe
     An empty instruction repeats the last one, so that many inputs can follow one instruction. Ctrl-C during an
     answer stops that answer only. On a pipe nothing but the answers is printed.
     """
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  arrow keys and earlier lines at the prompt
     typed = sys.stdin.isatty()
     if typed:
         print(f"{settings.model} on {model.device}, template {prompter.template.name}. Ctrl-D leaves.")

@@ -22,10 +22,12 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
 from diptych.data_prep.records import UserError
@@ -55,7 +57,12 @@ def load_model_and_tokenizer(
 def pick_device(device: str = "auto") -> torch.device:
     """`auto` takes the first accelerator if there is one; anything else is taken at its word."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device  # made, not only named, so that a missing one shows here
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+            raise UserError(
+                f"device {device!r} cannot be used: {_first_line(error).split('. ')[0]}. Leave it at auto."
+            ) from error
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
@@ -178,7 +185,9 @@ def _load_adapted(
     name: str, adapter: dict, tokenizer: PreTrainedTokenizerBase, dtype: str | torch.dtype
 ) -> PreTrainedModel:
     """The base that the adapter names, with the adapter merged in."""
-    from peft import PeftModel  # two seconds that only adapters need
+    from peft import PeftModel  # seconds that only adapters need
+
+    from diptych.finetune.lora import grow_embeddings
 
     base_name = os.path.expanduser(adapter["base_model_name_or_path"])
     try:
@@ -188,11 +197,14 @@ def _load_adapted(
         raise UserError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
     _check_safetensors(name)
     if embedding_rows(base) < vocabulary_size(tokenizer):
-        base.resize_token_embeddings(vocabulary_size(tokenizer))  # the adapter brings the rows that were added
+        grow_embeddings(base, vocabulary_size(tokenizer))  # the adapter brings the rows that were added
     try:
-        return PeftModel.from_pretrained(base, name, is_trainable=False).merge_and_unload()
+        model = PeftModel.from_pretrained(base, name, is_trainable=False).merge_and_unload()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the adapter {name} does not fit its base {base_name}: {_first_line(error)}") from error
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes it down where the base has none
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

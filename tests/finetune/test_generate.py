@@ -1,6 +1,7 @@
 """Generation on small real models: what a row gives must not depend on its neighbours, its place, or the mode."""
 
 import io
+import logging
 
 import pytest
 import torch
@@ -106,6 +107,18 @@ def test_training_mode_is_put_back(learned, tiny_tokenizer, source_ids):
         assert learned.training
     finally:
         learned.eval()
+
+
+def test_settings_that_transformers_refuses_are_a_users_error(learned_t5, tiny_tokenizer, source_ids):
+    with pytest.raises(UserError, match="transformers' generate refuses this: .*num_return_sequences"):
+        texts_of(learned_t5, tiny_tokenizer, source_ids, num_return_sequences=2)
+
+
+def test_generating_warns_of_nothing(learned, tiny_tokenizer, source_ids, caplog):
+    logging.getLogger("transformers").propagate = True
+    texts_of(learned, tiny_tokenizer, source_ids, num_beams=2)
+    texts_of(learned, tiny_tokenizer, source_ids, do_sample=True, temperature=0.7)
+    assert not [record.message for record in caplog.records]
 
 
 def test_a_source_without_tokens_is_refused_and_no_sources_give_no_texts(learned_t5, tiny_tokenizer):

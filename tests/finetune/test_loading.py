@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from copy import deepcopy
 
 import huggingface_hub
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import template_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device
+from diptych.finetune.lora import add_adapter, grow_embeddings, save_adapter
 from diptych.modeling import DiptychForConditionalGeneration, named_config
 
 
@@ -98,6 +100,25 @@ def test_an_adapter_brings_the_embedding_rows_of_a_vocabulary_that_grew(tmp_path
     )
 
 
+def test_an_adapter_that_training_saved_is_what_training_had(tmp_path, t5_checkpoint, tiny_tokenizer):
+    model = T5ForConditionalGeneration.from_pretrained(t5_checkpoint)
+    tokenizer = type(tiny_tokenizer).from_pretrained(t5_checkpoint)
+    tokenizer.add_tokens(["낱말"])
+    grow_embeddings(model, len(tokenizer))
+    adapted = add_adapter(model, str(t5_checkpoint), rank=4, alpha=8, new_rows=1).eval()
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight += 0.01 * torch.randn_like(weight)
+    save_adapter(adapted, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = load_model_and_tokenizer(tmp_path)
+    new_word = tokenizer.convert_tokens_to_ids("낱말")
+    torch.testing.assert_close(
+        logits_of(loaded, (5, new_word, 1)), logits_of(adapted, (5, new_word, 1)), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_a_folder_that_is_not_there_or_holds_no_checkpoint_is_named(tmp_path, t5_checkpoint):
     assert f"there is no folder {tmp_path}/nothing" in refusal(tmp_path / "nothing")
     message = refusal(t5_checkpoint.parent)
@@ -139,7 +160,7 @@ def test_a_model_that_is_not_for_text_is_named(tmp_path, tiny_tokenizer):
 def test_a_checkpoint_without_its_decoder_is_refused_not_filled_with_random_weights(
     tmp_path, learned_t5, tiny_tokenizer
 ):
-    T5EncoderModel(learned_t5.config).save_pretrained(tmp_path)
+    T5EncoderModel(deepcopy(learned_t5.config)).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     message = refusal(tmp_path)
     assert re.search(r"lacks \d+ weights of T5ForConditionalGeneration, decoder\.", message)
@@ -187,3 +208,5 @@ def test_code_in_a_checkpoint_is_not_run_and_nobody_is_asked(copy, tmp_path):
 def test_device_auto_is_one_that_works():
     assert torch.zeros(1, device=pick_device("auto")).sum() == 0
     assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="device 'cpux' cannot be used"):
+        pick_device("cpux")
