@@ -1,10 +1,11 @@
 """Small random models for the model's tests.
 
-Weights are drawn wide and tables are untied, so that greedy outputs vary from step to step and from row to row: a fresh
-model of the usual kind repeats one token, and then hardly any test of generation could fail.
+Weights are drawn wide and tables are untied, so that greedy outputs vary from step to step and from row to row: a
+fresh model of the usual kind repeats one token, and then hardly any test of generation could fail.
 """
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SHAPE = {
     "head_dim": 16,  # 4 heads × 16 is not the width
     "encoder": {"num_hidden_layers": 2},
     "decoder": {"num_hidden_layers": 3},
-    "initializer_range": 0.4,
+    "initializer_range": 0.5,
     "tie_word_embeddings": False,
     "pad_token_id": PAD,
     "eos_token_id": EOS,
@@ -33,7 +34,7 @@ def build_config(**fields) -> DiptychConfig:
     return DiptychConfig(**(SHAPE | fields))
 
 
-def build_model(model_class=DiptychForConditionalGeneration, seed=0, **fields):
+def build_model(model_class=DiptychForConditionalGeneration, seed=5, **fields):
     torch.manual_seed(seed)
     return model_class(build_config(**fields)).eval()
 
@@ -67,6 +68,7 @@ def uncompiled_flex():
         if implementation != "flex_attention":
             yield
             return
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
 
