@@ -1,13 +1,13 @@
 """From rendered texts to token ids, for any tokenizer, such that text is always text.
 
-    encode_sources(tokenizer, ["Go.", "a </s> b"])          each list as the tokenizer makes it: [prefix] content [suffix]
-    encode_targets(tokenizer, ["가."], max_target_tokens=8)   each list ends in eos, also when it was cut
+    encode_sources(tokenizer, ["Go.", "a </s> b"])           each list: what the tokenizer puts before, text, and after
+    encode_targets(tokenizer, ["가."], max_target_tokens=8)  each list ends in eos, also when it was cut
 
-Special tokens come from the tokenizer alone: a source or target that holds the characters `</s>` gets the tokens of these
-characters. `split_special_tokens=True` is not enough for that. Unigram tokenizers (T5, mT5, mBART, XLM-R) keep `</s>` in
-the vocabulary of the model itself, where the best segmentation of the text `</s>` is the piece `</s>`: with a T5 tokenizer,
-`"a </s> b"` still gave the eos id in the middle (transformers 5.23). Such rows, and only they, are encoded again by a copy
-of the tokenizer in which no control token can be spelled.
+Special tokens come from the tokenizer alone: a text that holds the characters `</s>` gets tokens of these characters.
+`split_special_tokens=True` is not enough for that. Unigram tokenizers (T5, mT5, mBART, XLM-R) keep `</s>` among the
+words of the model itself, where the best way to write the text `</s>` is the word `</s>`: a T5 tokenizer still gave the
+eos id in the middle of `"a </s> b"` (transformers 5.23). Such rows, and only they, are encoded again by a copy of the
+tokenizer in which no control token can be spelled.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _encode_as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not tokenizer.is_fast:
         raise UserError(
-            f"{type(tokenizer).__name__} turns text of this row into one of its control tokens, and as a Python tokenizer"
-            f" it cannot be told otherwise. Use a tokenizer with a tokenizer.json. The text: {text[:200]!r}"
+            f"{type(tokenizer).__name__} turns text of a row into one of its control tokens, and as a Python"
+            f" tokenizer it cannot be told otherwise. Use a tokenizer with a tokenizer.json. The text: {text[:200]!r}"
         )
     special_ids = _control_ids(tokenizer) | ({tokenizer.unk_token_id} - {None})
     special_tokens = tuple(tokenizer.convert_ids_to_tokens(sorted(special_ids)))

@@ -23,7 +23,7 @@ from typing import Any
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.records import Reject, UserError
+from diptych.data_prep.records import Rejects, UserError
 
 FORMAT = "diptych prepared dataset, version 1"
 MANIFEST, REJECTS, TOKENIZER = "manifest.json", "rejects.jsonl", "tokenizer"
@@ -82,8 +82,8 @@ def check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} has other things in it, which will not be overwritten. Choose another --out.")
     if foreign := sorted(_foreign(folder, manifest)):
         raise UserError(
-            f"{folder} holds a prepared dataset, and beside it {', '.join(foreign[:3])}, which it would take along when"
-            " it is replaced. Move these away, or choose another --out."
+            f"{folder} holds a prepared dataset, and beside it {', '.join(foreign[:3])}, which would go when it is"
+            " replaced. Move these away, or choose another --out."
         )
 
 
@@ -91,7 +91,7 @@ def write_prepared(
     folder: Path,
     splits: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
-    rejects: Iterable[Reject],
+    rejects: Rejects,
     manifest: dict[str, Any],
 ) -> None:
     """All beside, then two renames; whoever reads sees the old dataset, none, or the new one whole."""
@@ -104,7 +104,7 @@ def write_prepared(
         splits.save_to_disk(partial)
         tokenizer.save_pretrained(partial / TOKENIZER)
         with (partial / REJECTS).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(reject.as_json(), ensure_ascii=False) + "\n" for reject in rejects)
+            file.writelines(json.dumps(reject.as_json(), ensure_ascii=False) + "\n" for reject in rejects.rows)
         manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")

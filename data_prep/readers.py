@@ -5,8 +5,8 @@
     pairs.tsv      first ⇥ second ⇥ further columns, no header          --aligned a.en a.ko   line N with line N
     hf:user/name   a data set of the Hub (hf:user/name:split)           tatoeba, seed_tasks   ship with the project
 
-Self-Instruct rows (`instruction` and `instances`, a list of `input` and `output`) become one row for each instance. Parallel
-text becomes one row for each direction that has an instruction.
+Self-Instruct rows (`instruction` and `instances`, a list of `input` and `output`) become one row for each instance.
+Parallel text becomes one row for each direction that has an instruction.
 
 One bad row never loses the others. Broken JSON inside an array is skipped up to the next `}, {`; a quote that is never
 closed in a csv costs its own line. Only what makes a whole file useless is a UserError.
@@ -111,7 +111,10 @@ def _file_source(path: Path, name: str, directions: Directions) -> Source:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _must_exist(path: Path, name: str) -> None:
@@ -120,7 +123,7 @@ def _must_exist(path: Path, name: str) -> None:
     if path.is_file():
         return
     beside = [str(path.with_name(file.name)) for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = nearest(name, [*beside, *SAMPLES])
+    near = nearest(name, [*beside, *SAMPLES], cutoff=0.75)
     hint = f"Did you mean '{near}'?" if near else f"Shipped samples are {', '.join(SAMPLES)}; Hub ids start with hf:."
     raise UserError(f"{name}: there is no such file. {hint}")
 
@@ -154,7 +157,7 @@ class Text:
         return f"line {line}, column {position - self.text.rfind(chr(10), 0, position)}"
 
     def lines(self) -> Iterator[tuple[int, int, str]]:
-        """Line number, position and text of each line, without its line end. Only \\n ends a line, with \\r or without."""
+        """Number, position and text of each line. A line ends in \\n or \\r\\n, which do not belong to its text."""
         position = 0
         for number, line in enumerate(self.text.split("\n"), start=1):
             if position < len(self.text):  # what stands after the last \n is a line only if it is not empty
@@ -216,6 +219,9 @@ def read_json(path: Path, name: str) -> Rows:
         else:
             yield from _row_or_reject(source, value, start, end, origin)
             position = _after_space(text, position + 1) if text[position] == "," else position
+            if position >= len(text):
+                fault = f"broken JSON: the file ends inside the array, {source.line_and_column(position)}."
+                yield source_reject(source, start, end, Origin(name, row + 1), fault)
         if position >= len(text):
             return
     if (rest := _after_space(text, position + 1)) < len(text):
@@ -230,7 +236,9 @@ def _after_space(text: str, position: int) -> int:
 
 
 def _next_row(text: str, start: int, error_position: int) -> int:
-    """Where to go on after a broken row: the next object after a `}, `, else the array's end if it is near."""
+    """Where to go on after a broken row: at the next object after a `}, `, else at the end of the file."""
+    if text.startswith(",", start):  # a comma too many
+        return _after_space(text, start + 1)
     if text.startswith("{", error_position) and error_position > start:  # a comma is missing between two rows
         return error_position
     found = NEXT_ROW.search(text, start + 1)
@@ -313,7 +321,7 @@ def read_csv(path: Path, name: str) -> Rows:
     records = _csv_records(lines)
     _, _, header, fault = next(records)
     if fault or len(set(header)) < len(header):
-        raise UserError(f"{name}: the header {lines[0].strip()} is broken: {fault or 'it names a column twice'}.")
+        raise UserError(f"{name}: the header {lines[0].strip()!r} is wrong: {fault or 'it names a column twice'}.")
     for first_line, end_line, values, fault in records:
         start, end, origin = positions[first_line], positions[end_line], Origin(name, first_line + 1)
         if not values and not fault:  # a blank line
@@ -329,7 +337,7 @@ def read_csv(path: Path, name: str) -> Rows:
 def _csv_records(lines: list[str]) -> Iterator[tuple[int, int, list[str], str | None]]:
     """First line, line after the last, values and fault of each record.
 
-    A quote that is never closed swallows everything after it, so after a broken record reading starts anew one line on.
+    A quote that is never closed swallows all that follows, so after a broken record reading starts anew one line on.
     """
     start = 0
     while start < len(lines):
@@ -375,7 +383,7 @@ def read_hub(dataset: datasets.Dataset, name: str) -> Rows:
 
 
 def read_tsv(path: Path, name: str, directions: Directions) -> Rows:
-    """Parallel text: the first two columns are a pair, further ones (an attribution) are left alone; nothing is quoted."""
+    """Parallel text: two columns are a pair, further ones (an attribution) are not read; nothing is quoted."""
     source = read_text(path, name)
     lines = [(number, position, line) for number, position, line in source.lines() if line.strip()]
     columns, _ = Counter(line.count("\t") + 1 for _, _, line in lines).most_common(1)[0]
@@ -397,8 +405,8 @@ def read_aligned(first: str, second: str, directions: Directions) -> Rows:
     lines = [list(source.lines()) for source in sources]
     if len(lines[0]) != len(lines[1]):
         raise UserError(
-            f"{first} has {len(lines[0]):,} lines and {second} has {len(lines[1]):,}, so that line N no longer belongs to"
-            " line N. Mend the files: a pair may be empty, a line may not be missing."
+            f"{first} has {len(lines[0]):,} lines and {second} has {len(lines[1]):,}, so that line N no longer"
+            " belongs to line N. Mend the files: a pair may be empty, a line may not be missing."
         )
     for pair in zip(*lines, strict=True):
         number, raw = pair[0][0], f"{pair[0][2]}\t{pair[1][2]}"

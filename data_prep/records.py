@@ -1,8 +1,8 @@
 """The values that flow through data_prep: a row as read, a record that is valid, a reject with its reason.
 
-    Row({"instruction": "Add.", "input": "1 + 1", "output": "2"}, Origin("sums.jsonl", 3), raw)   from a reader
-    → Record("Add.", "1 + 1", "2", origin=sums.jsonl:3)                                           or, when it is not valid,
-    → Reject(sums.jsonl:3, field "output", kind "empty value", reason "'output' is empty: …", raw)
+    Row({"instruction": "Add.", "input": "1 + 1", "output": "2"}, Origin("sums.jsonl", 3), raw)      from a reader
+    → Record(instruction="Add.", input="1 + 1", output="2", origin=Origin("sums.jsonl", 3))          or, if not valid,
+    → Reject(Origin("sums.jsonl", 3), "output", "empty output", "'output' is empty: …", raw)
 
 Every row that a reader yields ends as exactly one Record or one Reject: kept + rejected = rows read.
 """
@@ -10,8 +10,10 @@ Every row that a reader yields ends as exactly one Record or one Reject: kept + 
 from __future__ import annotations
 
 import difflib
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 IGNORE_INDEX = -100
@@ -27,7 +29,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a row stands: 1-based line for line formats (jsonl, csv, tsv, aligned text), 1-based row for the others."""
+    """Where a row stands: its line in line formats (jsonl, csv, tsv, aligned text), else its row, from 1 on."""
 
     file: str
     row: int
@@ -81,8 +83,30 @@ class Reject:
         }
 
 
+@dataclass
+class Rejects:
+    """The rows that were not kept so far; with `strict`, the first one ends the run."""
+
+    strict: bool
+    rows: list[Reject] = field(default_factory=list)
+
+    def add(self, reject: Reject) -> None:
+        if self.strict:
+            raise UserError(f"{reject.origin}: {reject.reason} (--strict stops at the first row that cannot be kept.)")
+        self.rows.append(reject)
+
+    def add_record(self, record: Record, kind: str, reason: str) -> None:
+        """A record that turned out later to be of no use."""
+        values = {"instruction": record.instruction, "input": record.input, "output": record.output}
+        self.add(Reject(record.origin, None, kind, reason, json.dumps(values, ensure_ascii=False)))
+
+    def by_kind(self) -> dict[str, int]:
+        """How many rows have which fault, the most frequent first."""
+        return dict(Counter(reject.kind for reject in self.rows).most_common())
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like `name`, case and surrounding blanks aside: `nearest("Instrution", …) == "instruction"`."""
+    """The known name most like `name`, case and outer blanks aside: "Instrution" is nearest to "instruction"."""
     spelled = {candidate.strip().casefold(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=cutoff)
     return spelled[matches[0]] if matches else None

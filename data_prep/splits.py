@@ -1,13 +1,13 @@
 """Which rows are train, validation and test, so that nothing held out was seen in training.
 
-Rows that share a text are one group, and a group is never divided. A text is the input (the instruction where the input
-is empty) or the output, compared without regard to case, width and spacing, whichever side it stands on:
+Rows that share a text are one group, and a group is never divided. A text is the input (the instruction where the
+input is empty) or the output, compared without regard to case, width and spacing, whichever side it stands on:
 
     "Hi."  → "안녕."     "Hello." → "안녕."     "안녕." → "Hi."     one group of three
     "Run!" → "뛰어!"                                             another group
 
-Tatoeba's 3,318 pairs in both directions are 6,636 rows in 3,015 groups, the largest of 16 rows. The same rows, fractions and
-seed give the same split, in whatever order the rows come.
+Tatoeba's 3,318 pairs in both directions are 6,636 rows in 3,015 groups, the largest of 16 rows. The same rows,
+fractions and seed give the same split, in whatever order the rows come.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Split:
 def split_records(
     records: Sequence[Record], validation_fraction: float, test_fraction: float, seed: int, split_by: str = "both"
 ) -> Split:
-    """Groups in an order drawn from `seed` fill test, then validation, each as far as whole groups fit; the rest is train."""
+    """Groups in an order drawn from `seed` fill test, then validation, while whole groups fit; the rest is train."""
     texts = [_texts(record, split_by) for record in records]
     groups = _groups(texts)
     wanted = {"test": _wanted(test_fraction, records), "validation": _wanted(validation_fraction, records)}

@@ -9,17 +9,22 @@ Source     17 tokens in the middle row, 22 in 90 % of rows, 31 in 99 %, 47 at mo
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from diptych.data_prep.prepared import REJECTS
-from diptych.data_prep.records import Reject
+from diptych.data_prep.records import Record, Rejects
+from diptych.data_prep.templates import Template
 
 
-def summary_lines(folder: Path, manifest: dict[str, Any], rejects: list[Reject]) -> list[str]:
+def summary_lines(folder: Path, manifest: dict[str, Any], rejects: Rejects) -> list[str]:
     rows, tokens = manifest["rows"], manifest["tokens"]
     names = ", ".join(source["name"] for source in manifest["inputs"])
-    first_of = {reject.kind: reject.origin for reject in reversed(rejects)}
+    first_of = {reject.kind: reject.origin for reject in reversed(rejects.rows)}
     return [
         f"Read       {rows['read']:,} rows from {names}: {rows['kept']:,} kept, {rows['rejected']:,} rejected",
         *(
@@ -31,13 +36,37 @@ def summary_lines(folder: Path, manifest: dict[str, Any], rejects: list[Reject])
         f"Target     {_lengths(tokens['target'])}",
         f"Template   {manifest['template']['name']}, saved with the tokenizer",
         f"Tokenizer  {manifest['tokenizer']['from']}, {manifest['tokenizer']['tokens']:,} tokens",
-        f"Prepared   {folder}" + (f" (rows not kept: {folder / REJECTS})" if rejects else ""),
+        f"Prepared   {folder}" + (f" (rows not kept: {folder / REJECTS})" if rejects.rows else ""),
     ]
 
 
 def splits_line(manifest: dict[str, Any]) -> str:
     rows = " | ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
     return f"Split      {rows} rows, from {manifest['groups']:,} groups that share no text"
+
+
+def usage_warnings(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[Record],
+    unused_fields: Counter,
+) -> Iterator[str]:
+    """What was given and is not used, or not as one might expect."""
+    if unused_fields:
+        yield f"fields that are not used: {', '.join(name for name, _ in unused_fields.most_common())}."
+    with_input = sum(bool(record.input) for record in records)
+    if with_input and "input" not in template.source_variables():
+        yield f"template {template.name} leaves out the input, and {with_input:,} rows have one."
+    if "output" not in template.target_variables():
+        yield f"template {template.name} leaves out the output: every target is the same."
+    special_in_template = [
+        token for token in tokenizer.all_special_tokens if token in template.source + template.target
+    ]
+    if special_in_template:
+        yield (
+            f"template {template.name} holds {', '.join(special_in_template)}. Text is always text here, special"
+            " tokens are added by the tokenizer alone; so this is encoded as its characters."
+        )
 
 
 def _lengths(tokens: dict[str, int]) -> str:

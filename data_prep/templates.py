@@ -4,16 +4,16 @@
     TEMPLATES["translate"].render_target("가.")                                  == "가."
 
 A template is two Jinja texts. The source knows `instruction`, `input` and `history` (earlier (instruction, output)
-turns), the target knows `output`. Data is inserted, never interpreted: an input `{{ 7 * 7 }}` stays as it is. A user's file
-is the source; after a line `{# target #}` the target may follow, which is `{{ output }}` otherwise:
+turns), the target knows `output`. Data is inserted, never interpreted: an input `{{ 7 * 7 }}` stays as it is. A user's
+file is the source; after a line `{# target #}` the target may follow, which is `{{ output }}` otherwise:
 
     Task: {{ instruction }}
     Text: {{ input }}
     {# target #}
     Answer: {{ output }}
 
-The template travels with the tokenizer, inside tokenizer_config.json. As such a file may come from a stranger, templates
-run in Jinja's immutable sandbox.
+The template travels with the tokenizer, inside tokenizer_config.json. As such a file may come from a stranger,
+templates run in Jinja's immutable sandbox.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _variables(text: str) -> set[str]:
     return meta.find_undeclared_variables(_environment().parse(text))
 
 
-# The prompt of Stanford Alpaca, word for word, so that checkpoints trained on it elsewhere are met with what they know.
+# The prompt of Stanford Alpaca, word for word, so that checkpoints trained on it elsewhere meet what they know.
 _ALPACA = (
     "{% if input %}Below is an instruction that describes a task, paired with an input that provides further context."
     " Write a response that appropriately completes the request.\n\n"

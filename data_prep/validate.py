@@ -59,8 +59,8 @@ def _not_unicode(field: str, fields: dict[str, Any]) -> tuple[str, str] | None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         code = f"U+{ord(value[error.start]):04X}"
-        reason = f"'{field}' holds {code} at character {error.start + 1}, half of a broken symbol or a byte that is no UTF-8."
-        return "broken Unicode", reason
+        where = f"{code} at character {error.start + 1}"
+        return "broken Unicode", f"'{field}' holds {where}: half of a broken symbol, or a byte that is no UTF-8."
     return None
 
 

@@ -1,0 +1,146 @@
+"""The settings of `diptych prepare`: one dataclass, whose field docstrings are the text of --help.
+
+diptych prepare --config prepare.yaml --data a.json b.json --strict
+→ PrepareSettings(data=["a.json", "b.json"], strict=True, …)     the command line goes before the file
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from diptych.data_prep.readers import SAMPLES
+from diptych.data_prep.records import UserError, nearest
+
+DESCRIPTION = "From files of instruction rows or parallel text to a prepared dataset."
+LIST_OPTIONS, FLAG_OPTION = ("--data", "--aligned"), "--strict"
+UNKNOWN_SETTING = re.compile(r"(?:unrecognized arguments: |option:? |Option )'?-*(\w+)")
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Settings of `diptych prepare`; from the command line, or from a YAML file with --config."""
+
+    data: list[str] | None = None
+    """What to read, one or more: files (.json, .jsonl, .csv, .parquet with instruction, input and output; .tsv with
+    parallel text), shipped samples (tatoeba, seed_tasks), Hub data sets (hf:user/name or hf:user/name:split)."""
+
+    aligned: list[str] | None = None
+    """Two text files of parallel text, where line N of one belongs to line N of the other."""
+
+    forward: str | None = None
+    """Instruction for parallel text from the first side to the second, such as 'Translate English to Korean:'. Without
+    one, that direction gives no rows."""
+
+    backward: str | None = None
+    """Instruction for parallel text from the second side to the first."""
+
+    out: str = "prepared"
+    """Folder to write. Replaced if it holds an older prepared dataset and nothing else."""
+
+    template: str | None = None
+    """How a row becomes source text and target text: alpaca, plain, translate, or a Jinja file. Default: the template
+    that the tokenizer carries, else alpaca."""
+
+    tokenizer: str | None = None
+    """An existing tokenizer, as a folder or a Hub id: the one of the checkpoint that will be fine-tuned."""
+
+    train_tokenizer: str | None = None
+    """Train a tokenizer on the train split instead: bpe or unigram."""
+
+    vocab_size: int = 8000
+    """Tokens of a trained tokenizer. More makes texts shorter and the model larger."""
+
+    source_language: str | None = None
+    """Language code of the sources, for tokenizers that put one into the text (mBART: en_XX, M2M100: en)."""
+
+    target_language: str | None = None
+    """Language code of the targets, for the same tokenizers."""
+
+    max_source_tokens: int = 512
+    """Longer sources lose their end. How many do is said and stands in manifest.json."""
+
+    max_target_tokens: int = 512
+    """Longer targets lose their end, but not their eos token."""
+
+    validation_fraction: float = 0.05
+    """Part of the rows that is held out to look at during training; 0 for none."""
+
+    test_fraction: float = 0.05
+    """Part of the rows that is held out to the end; 0 for none."""
+
+    split_by: str = "both"
+    """Which texts may not be in two splits: both (inputs and outputs) or source (inputs only, for data in which many
+    rows share an output, such as classification)."""
+
+    seed: int = 0
+    """Decides which rows are held out."""
+
+    workers: int = 0
+    """Processes that encode; 0 picks by the number of rows and cores."""
+
+    strict: bool = False
+    """Stop at the first row that cannot be kept, with exit code 2."""
+
+
+def parse_settings(argv: Sequence[str]) -> PrepareSettings:
+    """A field's docstring is its --help text. Lists take words up to the next option: `--data a.json b.json`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="diptych prepare", description=DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
+    parser.add_class_arguments(PrepareSettings)
+    try:
+        parsed = parser.instantiate(parser.parse_args(_spell_out(argv)))
+    except ArgumentError as error:
+        raise UserError(f"{str(error).rstrip('.')}.{_nearest_setting(str(error))}") from None
+    settings = PrepareSettings(**{field.name: parsed[field.name] for field in fields(PrepareSettings)})
+    _check(settings)
+    return settings
+
+
+def _check(settings: PrepareSettings) -> None:
+    if not settings.data and not settings.aligned:
+        raise UserError(f"nothing to read: give --data FILE, --data {' or --data '.join(SAMPLES)}, or --aligned A B.")
+    if settings.aligned and len(settings.aligned) != 2:
+        raise UserError(f"--aligned takes two files, and got {len(settings.aligned)}.")
+    if bool(settings.tokenizer) == bool(settings.train_tokenizer):
+        raise UserError("give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe (or unigram).")
+    if settings.split_by not in ("both", "source"):
+        raise UserError(f"split_by is '{settings.split_by}'; it can be both or source.")
+    for name in ("validation_fraction", "test_fraction"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}; it is a part of all rows, from 0 to below 1.")
+    if settings.validation_fraction + settings.test_fraction >= 1:
+        raise UserError("validation_fraction and test_fraction together leave no rows to train on. Lower them.")
+    for name in ("max_source_tokens", "max_target_tokens"):
+        if getattr(settings, name) < 2:
+            raise UserError(f"{name} is {getattr(settings, name)}; at least 2: one token of text and eos.")
+
+
+def _spell_out(argv: Sequence[str]) -> list[str]:
+    """What people type, as jsonargparse reads it: `--data a b --strict` → `--strict=true --data=["a", "b"]`."""
+    lists: dict[str, list[str]] = {}
+    others, current = [], None
+    for position, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option in LIST_OPTIONS:
+            current = lists.setdefault(option, [])
+            current.extend([value] if equals else [])
+        elif word.startswith("-"):
+            current = None
+            is_bare_flag = word == FLAG_OPTION and argv[position + 1 : position + 2] not in (["true"], ["false"])
+            others.append(f"{word}=true" if is_bare_flag else word)
+        else:
+            (others if current is None else current).append(word)
+    return [*others, *(f"{option}={json.dumps(words)}" for option, words in lists.items())]
+
+
+def _nearest_setting(message: str) -> str:
+    """jsonargparse says which key it does not know; people want to hear which one they meant."""
+    unknown = UNKNOWN_SETTING.search(message)
+    near = unknown and nearest(unknown.group(1), (field.name for field in fields(PrepareSettings)))
+    return f" Did you mean '{near}'?" if near else ""
