@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
@@ -101,7 +102,7 @@ def write_prepared(
     for remains in (partial, previous):  # of a run that was killed
         shutil.rmtree(remains, ignore_errors=True)
     try:
-        splits.save_to_disk(partial)
+        _save_quietly(splits, partial)
         tokenizer.save_pretrained(partial / TOKENIZER)
         with (partial / REJECTS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(reject.as_json(), ensure_ascii=False) + "\n" for reject in rejects.rows)
@@ -111,9 +112,22 @@ def write_prepared(
         if folder.exists():
             folder.rename(previous)
         partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _save_quietly(splits: DatasetDict, folder: Path) -> None:
+    """Without a progress bar for each split: copying takes no time worth one."""
+    bars_were_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        splits.save_to_disk(folder)
+    finally:
+        if bars_were_on:
+            datasets.enable_progress_bars()
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:

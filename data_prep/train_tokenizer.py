@@ -24,8 +24,8 @@ PAD, EOS, BOS = "<pad>", "</s>", "<s>"
 SPECIAL_TOKENS = [PAD, EOS, BOS]
 MINIMUM_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
-# Unigram's trainer scores bytes that it has not seen in the order of a hash table, which differs from run to run. So it
-# sees every byte that UTF-8 has: ASCII, then at least one character for each first and each later byte of longer ones.
+# Unigram's trainer scores bytes that it has not seen in the order of a hash table, which differs from run to run. So
+# it sees every byte that UTF-8 has: ASCII, then some character for each first and each later byte of longer ones.
 EVERY_BYTE = [
     chr(code)
     for code in (*range(0x80), *range(0x80, 0x800, 29), *range(0x800, 0xD800, 0x800), 0xE000, 0xF000)
