@@ -5,9 +5,9 @@
 
 Special tokens come from the tokenizer alone: a text that holds the characters `</s>` gets tokens of these characters.
 `split_special_tokens=True` is not enough for that. Unigram tokenizers (T5, mT5, mBART, XLM-R) keep `</s>` among the
-words of the model itself, where the best way to write the text `</s>` is the word `</s>`: a T5 tokenizer still gave the
-eos id in the middle of `"a </s> b"` (transformers 5.23). Such rows, and only they, are encoded again by a copy of the
-tokenizer in which no control token can be spelled.
+words of the model itself, where the best way to write the text `</s>` is the word `</s>`: a T5 tokenizer still gave
+the eos id in the middle of `"a </s> b"` (transformers 5.23). Such rows, and only they, are encoded again by a copy of
+the tokenizer in which no control token can be spelled.
 """
 
 from __future__ import annotations
