@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = COMMANDS[command]
     try:
         return importlib.import_module(module).main(rest)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt:  # while it was still importing
         return 130
 
 
@@ -92,6 +91,9 @@ def report_errors(command: str, run: Callable[..., int], *arguments: Any) -> int
     except (UserError, OSError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted", file=sys.stderr)
+        return 130
 
 
 COMMANDS = {

@@ -253,7 +253,7 @@ def format_table(evaluation: Evaluation) -> str:
         lines.append(f"{name:18}{figures[name]:>9.2f} {note}".rstrip())
     lines[1:1] = [f"{'sources':18}{figures['sources']:>9,} different; scores are 0 to 100 over these"]
     lines += [
-        f"{'unfinished':18}{figures['unfinished']:>9,} outputs reached {figures['max_new_tokens']} tokens unended"
+        f"{'unfinished':18}{figures['unfinished']:>9,} outputs were stopped at {figures['max_new_tokens']} tokens"
     ]
     return "\n".join(lines)
 

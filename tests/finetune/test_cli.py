@@ -1,5 +1,6 @@
 """The command as a person uses it: quick help, nearest names, exit codes, and a session through a real pipe."""
 
+import json
 import os
 import signal
 import subprocess
@@ -85,19 +86,22 @@ def test_an_interrupt_at_the_prompt_leaves_the_session_without_a_traceback(t5_ch
     assert "Traceback" not in errors
 
 
-def test_an_interrupted_command_ends_with_130(capsys):
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    module = type(sys)("interrupted_command")
-    module.main = interrupted
-    sys.modules["interrupted_command"] = module
-    cli.COMMANDS["interrupted"] = ("interrupted_command", "")
-    try:
-        assert cli.main(["interrupted"]) == 130
-    finally:
-        del cli.COMMANDS["interrupted"], sys.modules["interrupted_command"]
-    assert capsys.readouterr().err.strip() == "interrupted"
+def test_an_interrupted_command_ends_with_130(t5_checkpoint, tmp_path):
+    rows = [{"instruction": f"Add {number}."} for number in range(3000)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out_file = tmp_path / "out.jsonl"
+    running = subprocess.Popen(
+        [*DIPTYCH, "generate", str(t5_checkpoint), "--in_file", str(tmp_path / "in.jsonl"), "--device", "cpu",
+         "--out_file", str(out_file), "--batch_size", "1"],
+        stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ENVIRONMENT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (out_file.exists() and out_file.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors.endswith("diptych generate: interrupted\n") and "Traceback" not in errors
 
 
 @dataclass(frozen=True)
