@@ -3,7 +3,7 @@
     rows    input_ids          12  7  9  1   →   attention_mask      1  1  1  1     labels              31 40  1
                                 5  8  1                              1  1  1  0                         22  1 -100
             labels             31 40  1          input_ids          12  7  9  1     decoder_input_ids    0 31 40
-                               22  1                                 5  8  1  0                          0 22  0
+                               22  1                                 5  8  1  0                          0 22  1
 
 The order of rows is a function of (seed, epoch) and nothing else: any step can be asked for by its number, on any rank,
 so a resumed run replays nothing, and the step's target tokens are known before its first forward without asking the

@@ -44,7 +44,8 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def decoder_start_token(model: PreTrainedModel) -> int:
     """The first decoder input, the one that `model.generate` starts with: training has to start with the same."""
     generation = model.generation_config
-    for token in (generation.decoder_start_token_id, model.config.decoder_start_token_id, generation.bos_token_id):
+    configured = getattr(model.config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
+    for token in (generation.decoder_start_token_id, configured, generation.bos_token_id):
         if token is not None:
             return token
     raise UserError(
@@ -87,9 +88,14 @@ def _t5_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def _scaled_t5_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """The first T5 shares its embedding with the head and scales for it; T5 v1.1, mT5 and umT5 do not."""
+    """The first T5 shares its embedding with the head and scales for it; T5 v1.1 and mT5 do not."""
     states = _t5_states(model, batch)
     return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
+
+
+def _scaled_umt5_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    states = _t5_states(model, batch)
+    return states * model.model_dim**-0.5 if model.config.tie_word_embeddings else states
 
 
 def _head(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
@@ -113,7 +119,7 @@ FAMILIES = {
     "diptych": Family(LLAMA_LAYERS, _model_states, _head),
     "t5": Family(T5_LAYERS, _scaled_t5_states, _head),
     "mt5": Family(T5_LAYERS, _t5_states, _head),
-    "umt5": Family(T5_LAYERS, _t5_states, _head),
+    "umt5": Family(T5_LAYERS, _scaled_umt5_states, _head),
     "bart": Family(BART_LAYERS, _model_states, _head_with_bias, has_position_table=True),
     "mbart": Family(BART_LAYERS, _model_states, _head_with_bias, has_position_table=True),
     "m2m_100": Family(BART_LAYERS, _model_states, _head),  # its table of sinusoids grows when a row is longer

@@ -102,3 +102,13 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     """Weights of a saved adapter into a model that `add_adapter` made in the same way."""
     result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
     assert not result.unexpected_keys, f"{folder} does not fit: {result.unexpected_keys[:3]}"
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """A plain model with the adapter in its weights. Its config keeps saying what is tied: peft compares the encoder's
+    input table with the head, and where these two are no pair (T5Gemma) declares the decoder's table untied as well,
+    which loses the head when the model is saved."""
+    tied = model.config.tie_word_embeddings
+    merged = model.merge_and_unload()
+    merged.config.tie_word_embeddings = tied
+    return merged

@@ -7,6 +7,7 @@ google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,8 +49,8 @@ def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTr
     }
     try:
         config = named_config(recipe.model, **(settings | recipe.model_overrides))
-    except (ValueError, TypeError) as error:  # also what the config itself says of wrong overrides
-        raise UserError(str(error)) from error
+    except (ValueError, TypeError, StrictDataclassError) as error:  # also what the config says of wrong overrides
+        raise UserError(f"{recipe.model} cannot be made: {error}") from error
     return AutoModelForSeq2SeqLM.from_config(config)
 
 

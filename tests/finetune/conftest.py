@@ -7,15 +7,27 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
+    BlenderbotConfig,
+    M2M100Config,
+    MarianConfig,
+    MBartConfig,
+    MT5Config,
+    PegasusConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    T5GemmaConfig,
+    UMT5Config,
 )
 
 from diptych.data_prep.encode import encode_sources, encode_targets
 from diptych.data_prep.templates import TEMPLATES, attach_template
+from diptych.modeling import DiptychConfig
 
 torch.set_num_threads(1)  # on a machine with other work, threads that wait for each other made 60 s out of 3 s
 
@@ -176,4 +188,74 @@ def prepared_folder(tmp_path_factory, eight_prepared_rows, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("data") / "prepared"
     datasets.DatasetDict({"test": datasets.Dataset.from_list(eight_prepared_rows)}).save_to_disk(folder)
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+# What the tests of training start from: the same eight rows as a prepared folder, and a small random model per family.
+TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0}
+
+
+@pytest.fixture(scope="session")
+def training_folder(tmp_path_factory, eight_prepared_rows, tiny_tokenizer):
+    """A prepared dataset: the eight rows to train on, the first five of them again to validate."""
+    folder = tmp_path_factory.mktemp("data") / "eight"
+    rows = datasets.Dataset.from_list(eight_prepared_rows)
+    datasets.DatasetDict({"train": rows, "validation": rows.select(range(5))}).save_to_disk(folder)
+    tiny_tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "manifest.json").write_text('{"rows": 8}')
+    return folder
+
+
+def family_configs(vocab_size: int) -> dict[str, PreTrainedConfig]:
+    """Two layers, 64 wide, no dropout. Weights start large, so that LoRA on a frozen random head can be certain."""
+    t5 = {"vocab_size": vocab_size, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    t5 |= {"dropout_rate": 0.0, "initializer_factor": 1.5}
+    bart = {"vocab_size": vocab_size, "d_model": 64, "max_position_embeddings": 128, "init_std": 0.25}
+    bart |= {f"{panel}_layers": 2 for panel in ("encoder", "decoder")}
+    bart |= {f"{panel}_attention_heads": 4 for panel in ("encoder", "decoder")}
+    bart |= {f"{panel}_ffn_dim": 128 for panel in ("encoder", "decoder")}
+    bart |= {"dropout": 0.0, "attention_dropout": 0.0, "forced_eos_token_id": None}
+    bart |= {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+    llama = {"vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    llama |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.25}
+    gemma_ids = {name: TOKEN_IDS[name] for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    gemma = {"dropout_rate": 0.0, "attention_dropout": 0.0, "vocab_size": vocab_size}
+    return {
+        "diptych": DiptychConfig(**llama, **TOKEN_IDS),
+        "t5": T5Config(**t5, **TOKEN_IDS),
+        "mt5": MT5Config(**t5, **TOKEN_IDS),
+        "umt5": UMT5Config(**t5, **TOKEN_IDS),
+        "bart": BartConfig(**bart, **TOKEN_IDS),
+        "mbart": MBartConfig(**bart, **TOKEN_IDS),
+        "m2m_100": M2M100Config(**bart, **(TOKEN_IDS | {"decoder_start_token_id": 1})),
+        "marian": MarianConfig(**bart, **TOKEN_IDS),
+        "pegasus": PegasusConfig(**bart, **TOKEN_IDS),
+        "t5gemma": T5GemmaConfig(encoder=llama | gemma_ids, decoder=llama | gemma_ids, **gemma, **gemma_ids),
+        "blenderbot": BlenderbotConfig(**bart, **TOKEN_IDS),  # one that is not in our table
+    }
+
+
+@pytest.fixture(scope="session")
+def new_model(tiny_tokenizer):
+    """`new_model("t5")`: random weights, the same ones every time; `new_model("t5", tie_word_embeddings=False)`."""
+    configs = family_configs(len(tiny_tokenizer))
+
+    def make(family: str, **changes) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return AutoModelForSeq2SeqLM.from_config(type(configs[family]).from_dict(configs[family].to_dict() | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory, new_model):
+    """`checkpoint_of("t5")`: the folder of such a model."""
+    folders = {}
+
+    def folder(family: str):
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp("checkpoints") / family
+            new_model(family).save_pretrained(folders[family])
+        return folders[family]
+
     return folder

@@ -1,0 +1,124 @@
+"""A checkpoint is whole or not there; its order is that of steps; what is read is what was written."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from diptych.finetune import checkpoint as checkpoints
+
+
+def write(folder, step: int, text: str = "weights"):
+    path = checkpoints.checkpoint_path(folder, step)
+    checkpoints.write_checkpoint(path, lambda partial: (partial / "weights").write_text(text))
+    return path
+
+
+def test_latest_is_the_one_of_the_largest_step(tmp_path):
+    for step in (9_000_000, 200, 1000):  # as text, "step-9000000" and "step-001000" sort otherwise
+        write(tmp_path, step)
+    names = [path.name for path in checkpoints.complete_checkpoints(tmp_path)]
+    assert names == ["step-000200", "step-001000", "step-9000000"]
+    assert checkpoints.latest_checkpoint(tmp_path).name == "step-9000000"
+
+
+@pytest.mark.parametrize("damage", ["manifest", "missing", "short", "flipped"])
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
+    good, bad = write(tmp_path, 1), write(tmp_path, 2)
+    if damage == "manifest":
+        (bad / "manifest.json").unlink()
+    elif damage == "missing":
+        (bad / "weights").unlink()
+    elif damage == "short":
+        (bad / "weights").write_text("weigh")
+    else:
+        (bad / "weights").write_text("weighty")
+    if damage == "flipped":
+        with pytest.warns(UserWarning, match="step-000002 is damaged"):
+            assert checkpoints.latest_checkpoint(tmp_path) == good
+    else:
+        assert checkpoints.latest_checkpoint(tmp_path) == good
+    write(tmp_path, 2, "again")
+    assert (checkpoints.latest_checkpoint(tmp_path) / "weights").read_text() == "again"
+
+
+def test_an_error_while_writing_leaves_no_checkpoint(tmp_path):
+    def fail(partial):
+        (partial / "weights").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.write_checkpoint(checkpoints.checkpoint_path(tmp_path, 5), fail)
+    assert checkpoints.complete_checkpoints(tmp_path) == []
+
+
+def test_a_process_killed_while_writing_leaves_only_whole_checkpoints(tmp_path):
+    endless = (
+        "import sys; from pathlib import Path; from diptych.finetune import checkpoint as c\n"
+        "for step in range(10**6):\n"
+        "    c.write_checkpoint(c.checkpoint_path(Path(sys.argv[1]), step),\n"
+        "        lambda p: [(p / str(i)).write_bytes(bytes([step % 256]) * 300000) for i in range(5)])\n"
+        "    c.prune_checkpoints(Path(sys.argv[1]), 2)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", endless, str(tmp_path)])
+    while not (tmp_path / "step-000003").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.random() / 10)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    whole = checkpoints.complete_checkpoints(tmp_path)
+    assert whole and checkpoints.latest_checkpoint(tmp_path) == whole[-1]
+    left = {path for path in tmp_path.iterdir() if not path.name.endswith(".partial")}
+    assert left == set(whole)
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    checkpoints.mark_best(tmp_path, 2, "loss", 1.5)
+    checkpoints.prune_checkpoints(tmp_path, keep_last=1)
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["step-000002", "step-000004"]
+    assert checkpoints.best_checkpoint(tmp_path).name == "step-000002"
+
+
+def test_random_states_go_on_after_json(tmp_path):
+    checkpoints.write_json(tmp_path / "rng.json", checkpoints.random_states())
+    drawn = random.random(), np.random.rand(), torch.rand(3)
+    random.random(), np.random.rand(), torch.rand(3)
+    checkpoints.restore_random_states(checkpoints.read_json(tmp_path / "rng.json"))
+    again = random.random(), np.random.rand(), torch.rand(3)
+    assert drawn[:2] == again[:2] and torch.equal(drawn[2], again[2])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_optimizer_goes_on_with_the_same_bits(fused, tmp_path):
+    def steps(model, optimizer, count):
+        for number in range(count):
+            model(torch.ones(2, 4) * number).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def new():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        return model, torch.optim.AdamW(model.parameters(), 0.1, fused=fused)
+
+    model, optimizer = new()
+    steps(model, optimizer, 5)
+    names = {weight: name for name, weight in model.named_parameters()}
+    checkpoints.save_optimizer(tmp_path / "optimizer.safetensors", optimizer, names)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    steps(model, optimizer, 5)
+
+    other, other_optimizer = new()
+    other.load_state_dict(weights)
+    names = {weight: name for name, weight in other.named_parameters()}
+    checkpoints.load_optimizer(tmp_path / "optimizer.safetensors", other_optimizer, names)
+    steps(other, other_optimizer, 5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

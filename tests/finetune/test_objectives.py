@@ -1,0 +1,114 @@
+"""The loss of training against its slow twin: the model's own logits, all of them, and torch's cross-entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diptych.finetune.batches import pad_batch
+from diptych.finetune.families import FAMILIES, decoder_start_token, family_of
+from diptych.finetune.lora import add_adapter
+from diptych.finetune.objectives import Seq2SeqObjective
+
+ROWS = [
+    {"input_ids": [12, 7, 9, 1], "labels": [31, 40, 35, 22, 1]},
+    {"input_ids": [5, 8, 1], "labels": [22, 1]},
+    {"input_ids": [50, 1], "labels": [9, 9, 1]},
+]
+TARGET_TOKENS = 10
+
+
+def batch_for(model) -> dict[str, torch.Tensor]:
+    return pad_batch(ROWS, 0, decoder_start_token(model))
+
+
+def plain_loss(model, batch, label_smoothing=0.0):
+    """What the model computes by itself, and the loss as everyone writes it, over sum of targets."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs).logits
+    total = F.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum", label_smoothing=label_smoothing
+    )
+    return total / TARGET_TOKENS
+
+
+def gradients(model):
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_loss_and_gradients(model, label_smoothing=0.0, tokens_at_once=3):
+    rows = model.get_output_embeddings().weight.shape[0]
+    objective = Seq2SeqObjective(model, label_smoothing, logits_at_once=tokens_at_once * rows).train()
+    batch = batch_for(model)
+    plain = plain_loss(model, batch, label_smoothing)
+    plain.backward()
+    expected = gradients(model)
+    chunked = objective(batch, TARGET_TOKENS)
+    chunked.backward()
+    found = gradients(model)
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-5)
+    assert found.keys() == expected.keys() and expected
+    for name in expected:  # mT5's unscaled random head has gradients of a size where fp32 itself is coarser than 1e-5
+        scale = max(1.0, expected[name].abs().max().item())
+        torch.testing.assert_close(found[name] / scale, expected[name] / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunked_loss_matches_plain_cross_entropy(family, new_model):
+    model = new_model(family)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.normal_()  # pretrained Marian has one that is not zero
+    assert_same_loss_and_gradients(model)
+
+
+def test_unscaled_t5_matches_plain_cross_entropy(new_model):
+    """T5 v1.1 and Flan-T5: the head is not scaled."""
+    model = new_model("t5", scale_decoder_outputs=False)
+    assert_same_loss_and_gradients(model)
+
+
+def test_softcapped_logits_match_plain_cross_entropy(new_model):
+    model = new_model("t5gemma")
+    model.get_decoder().config.final_logit_softcapping = 2.0
+    assert_same_loss_and_gradients(model)
+
+
+def test_a_family_that_is_not_in_the_table_matches_plain_cross_entropy(new_model):
+    model = new_model("blenderbot")
+    assert family_of(model) is None
+    assert_same_loss_and_gradients(model)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_label_smoothing_matches_plain_cross_entropy(family, new_model):
+    assert_same_loss_and_gradients(new_model(family), label_smoothing=0.1)
+
+
+def test_one_chunk_matches_plain_cross_entropy(new_model):
+    assert_same_loss_and_gradients(new_model("diptych"), tokens_at_once=100)
+
+
+@pytest.mark.parametrize("family", ["diptych", "t5", "bart", "t5gemma"])
+@pytest.mark.parametrize("train_embeddings", [False, True])
+def test_chunked_loss_matches_plain_cross_entropy_through_an_adapter(family, train_embeddings, new_model):
+    model = add_adapter(new_model(family), "base", rank=4, alpha=8, train_embeddings=train_embeddings)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)  # they start at zero, where lora_A has no gradient
+    assert_same_loss_and_gradients(model)
+
+
+def test_validation_loss_is_not_smoothed(new_model):
+    model = new_model("t5").eval()
+    objective = Seq2SeqObjective(model, label_smoothing=0.3).eval()
+    batch = batch_for(model)
+    torch.testing.assert_close(objective(batch, TARGET_TOKENS), plain_loss(model, batch))
+
+
+def test_rows_without_targets_give_a_zero_that_has_gradients(new_model):
+    model = new_model("t5")
+    loss = Seq2SeqObjective(model)(pad_batch([], 0, 0), TARGET_TOKENS)
+    loss.backward()
+    assert loss == 0
+    assert all((weight.grad == 0).all() for weight in model.parameters())
