@@ -1,0 +1,110 @@
+"""The graph of the model is one graph: compiled, exported and quantised it computes what it computes eagerly.
+
+`aot_eager` traces forward and backward as the real compiler does, and spares the minutes of writing kernels.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import EncoderDecoderCache, StaticCache
+
+SHALLOW = {"encoder": {"num_hidden_layers": 1}, "decoder": {"num_hidden_layers": 1}, "initializer_range": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def batch(draw_tokens):
+    segments = torch.tensor([[1, 1, 1, 2, 2, 2, 0], [1, 2, 2, 2, 2, 2, 2]])
+    return {
+        "input_ids": draw_tokens(2, 7),
+        "segment_ids": segments,
+        "decoder_input_ids": draw_tokens(2, 7, seed=1),
+        "decoder_segment_ids": segments.clone(),  # one object given twice would be another graph
+        "labels": draw_tokens(2, 7, seed=2),
+    }
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_compiled_training_step_is_one_graph_and_matches_eager(build_model, batch, draw_tokens):
+    model = build_model(**SHALLOW).train()
+    expected = model(**batch)
+    expected.loss.backward()
+    expected_gradients = gradients(model)
+    model.zero_grad()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    outputs = compiled(**batch)
+    outputs.loss.backward()
+    torch.testing.assert_close(outputs.logits, expected.logits)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-5, msg=name)
+    compiled(**batch | {"labels": draw_tokens(2, 7, seed=3), "segment_ids": batch["segment_ids"].flip(0)})
+    assert graphs.frame_count == 1, "other values of the same shapes must not compile anew"
+
+
+@torch.no_grad()
+def test_compiled_decoding_step_with_a_static_cache_is_one_graph_and_matches_eager(build_model, draw_tokens):
+    model = build_model(**SHALLOW)
+    config, target = model.config.decoder, draw_tokens(2, 5, seed=1)
+    encoded = model.get_encoder()(input_ids=draw_tokens(2, 7))
+    expected = model(encoder_outputs=encoded, decoder_input_ids=target, use_cache=False).logits
+    cache = EncoderDecoderCache(StaticCache(config, max_cache_len=8), StaticCache(config, max_cache_len=7))
+    model(encoder_outputs=encoded, decoder_input_ids=target[:, :2], past_key_values=cache)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    for step in (2, 3, 4):
+        position = torch.tensor([[step]])
+        logits = compiled(
+            encoder_outputs=encoded,
+            decoder_input_ids=target[:, step : step + 1],
+            decoder_position_ids=position,
+            past_key_values=cache,
+        ).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, step], rtol=1e-4, atol=1e-4)
+    assert graphs.frame_count == 1
+
+
+@torch.no_grad()
+def test_exported_forward_matches_eager_for_other_batches_and_lengths(build_model, draw_tokens):
+    model = build_model(**SHALLOW)
+
+    def inputs(rows, source_tokens, target_tokens):
+        mask = torch.ones(rows, source_tokens, dtype=torch.long)
+        mask[0, source_tokens - 2 :] = 0
+        return {
+            "input_ids": draw_tokens(rows, source_tokens),
+            "attention_mask": mask,
+            "decoder_input_ids": draw_tokens(rows, target_tokens, seed=1),
+            "use_cache": False,
+        }
+
+    both = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    shapes = {"input_ids": both, "attention_mask": both, "decoder_input_ids": both, "use_cache": None}
+    exported = torch.export.export(model, (), inputs(3, 7, 5), dynamic_shapes=shapes, strict=False).module()
+    for other in (inputs(3, 7, 5), inputs(2, 9, 4), inputs(5, 4, 6)):
+        torch.testing.assert_close(exported(**other).logits, model(**other).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch names a successor in another package
+@torch.no_grad()
+def test_linear_layers_can_be_quantised_in_place(build_model, draw_tokens):
+    model = build_model(initializer_range=0.05)
+    batch = {"input_ids": draw_tokens(2, 7), "decoder_input_ids": draw_tokens(2, 5, seed=1)}
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(module) is nn.Linear for module in quantised.modules())
+    ours, theirs = model(**batch).logits, quantised(**batch).logits
+    assert not torch.equal(ours, theirs)
+    assert nn.functional.cosine_similarity(ours, theirs, dim=-1).min() > 0.98
+    assert quantised.generate(batch["input_ids"], max_new_tokens=4).shape[0] == 2
