@@ -98,7 +98,7 @@ class TrainRecipe:
     """Metrics of generated text to compute at each evaluation, separated by commas (exact_match, token_f1, rouge, bleu,
     chrf); they take longer than the loss, and the outputs are kept in samples.jsonl."""
     metrics_limit: int = 100
-    """Rows of the validation split that are generated for them, the first ones."""
+    """Rows of the validation split that are generated for them, drawn from everywhere, the same ones each time."""
     max_new_tokens: int | None = None
     """No generated output gets longer than this; a quarter more than the longest target unless given."""
     best_metric: str = "loss"

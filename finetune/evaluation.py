@@ -17,6 +17,7 @@ model, data and machine give the same figures.
 
 import json
 import math
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -96,29 +97,38 @@ def evaluate_rows(
     bleu_tokenize: str | None = None,
     **generation_kwargs: Any,
 ) -> Evaluation:
-    """Loss of the first `limit` rows and, where metrics are asked, their scores.
+    """Loss and, where metrics are asked, scores, of all rows or of `limit` rows drawn from everywhere in the split.
 
+    Files are often sorted, so the first rows would tell of the shortest ones. References come from the whole split.
     `max_new_tokens` is taken from the longest target unless given. The model may be in training mode; it is put back.
     """
     check_metric_names(metrics)
-    rows = dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+    rows = dataset if limit is None else draw(dataset, limit)
     if not len(rows):
         raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
     figures = {"rows": len(rows)} | split_loss(model, tokenizer, rows, batch_size)
     if not metrics:
         return Evaluation(figures, {}, [])
     cap = max_new_tokens or cap_from_targets(rows, position_limit(model))
-    predictions = predict_rows(model, tokenizer, rows, batch_size, cap, progress, **generation_kwargs)
+    predictions = predict_rows(model, tokenizer, rows, dataset, batch_size, cap, progress, **generation_kwargs)
+    said = {row.source: row.prediction for row in predictions}
+    own = sum(said[source] == target for source, target in zip(rows["source"], rows["target"], strict=True))
     scores, signatures = score_texts(
         metrics, [row.prediction for row in predictions], [row.references for row in predictions], bleu_tokenize
     )
     figures |= {"sources": len(predictions)} | scores
     figures |= {
-        "exact_match_rows": 100 * sum(row.references.count(row.prediction) for row in predictions) / len(rows),
+        "exact_match_rows": 100 * own / len(rows),
         "unfinished": sum(not row.finished for row in predictions),
         "max_new_tokens": cap,
     }
     return Evaluation(figures, signatures, predictions)
+
+
+def draw(dataset: Dataset, limit: int) -> Dataset:
+    """`limit` rows, the same ones each time, in their order."""
+    chosen = random.Random(0).sample(range(len(dataset)), min(limit, len(dataset)))
+    return dataset.select(sorted(chosen))
 
 
 @torch.no_grad()
@@ -152,17 +162,18 @@ def predict_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
+    split: Dataset,
     batch_size: int,
     max_new_tokens: int,
     progress: bool = False,
     **generation_kwargs: Any,
 ) -> list[Prediction]:
-    """One prediction for each different source, in the order of their first rows."""
-    references: dict[str, list[str]] = {}
-    source_ids: dict[str, list[int]] = {}
-    for row in rows:
-        references.setdefault(row["source"], []).append(row["target"])
-        source_ids.setdefault(row["source"], row["input_ids"])
+    """One prediction for each different source of `rows`, in their order; all its targets in `split` are references."""
+    source_ids = {row["source"]: row["input_ids"] for row in rows}
+    references: dict[str, list[str]] = {source: [] for source in source_ids}
+    for source, target in zip(split["source"], split["target"], strict=True):
+        if source in references:
+            references[source].append(target)
     outputs = generate_outputs(
         model,
         tokenizer,
@@ -193,7 +204,7 @@ class EvaluateSettings:
     out: str = ""
     """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given."""
     limit: int | None = None
-    """Only the first so many rows."""
+    """Only so many rows, drawn from the whole split, the same ones each time."""
     batch_size: int = 16
     """Rows together. More is faster until memory is full."""
     max_new_tokens: int | None = None

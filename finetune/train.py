@@ -266,7 +266,7 @@ def validation_loss(this: Run) -> float:
 
 
 def generation_figures(this: Run) -> dict[str, float]:
-    """Metrics of what the model writes for the first rows of the validation split, kept in samples.jsonl."""
+    """Metrics of what the model writes for a sample of the validation split, kept in samples.jsonl."""
     recipe, figures = this.recipe, [{}]
     if this.accelerator.is_main_process:
         with this.autocast():

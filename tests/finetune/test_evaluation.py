@@ -8,7 +8,7 @@ import torch
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import evaluation
-from diptych.finetune.evaluation import cap_from_targets, evaluate_rows, evaluate_split, format_table
+from diptych.finetune.evaluation import cap_from_targets, draw, evaluate_rows, evaluate_split, format_table
 from diptych.finetune.generate import generate_texts
 from diptych.finetune.metrics import compute_metrics
 
@@ -75,14 +75,24 @@ def test_the_same_evaluation_twice_gives_the_same_figures(learned, tiny_tokenize
     assert first == second
 
 
-def test_limit_takes_the_first_rows_and_training_mode_is_put_back(learned, tiny_tokenizer, split):
+def test_limit_draws_the_same_rows_from_the_whole_split_with_all_their_references(
+    learned, tiny_tokenizer, split_with_alternatives
+):
+    drawn = draw(split_with_alternatives, 4)
+    assert drawn["source"] == draw(split_with_alternatives, 4)["source"] != split_with_alternatives["source"][:4]
+    assert draw(split_with_alternatives, 99)["target"] == split_with_alternatives["target"]
+    result = evaluate_rows(learned, tiny_tokenizer, split_with_alternatives, metrics=["exact_match"], limit=9)
+    alternatives = {row.source: row.references for row in result.predictions}
+    assert alternatives[split_with_alternatives["source"][0]] == ["가.", "가!", "가라."]  # also those not drawn
+
+
+def test_a_limited_evaluation_puts_training_mode_back(learned, tiny_tokenizer, split):
     learned.train()
     try:
         result = evaluate_rows(learned, tiny_tokenizer, split, metrics=["chrf"], limit=3)
         assert learned.training
     finally:
         learned.eval()
-    assert [row.source for row in result.predictions] == split["source"][:3]
     assert result.figures["rows"] == 3
 
 
