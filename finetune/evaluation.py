@@ -168,7 +168,7 @@ def predict_rows(
     progress: bool = False,
     **generation_kwargs: Any,
 ) -> list[Prediction]:
-    """One prediction for each different source of `rows`, in their order; all its targets in `split` are references."""
+    """One prediction for each different source of `rows`, in order; all its targets in `split` are references."""
     source_ids = {row["source"]: row["input_ids"] for row in rows}
     references: dict[str, list[str]] = {source: [] for source in source_ids}
     for source, target in zip(split["source"], split["target"], strict=True):
