@@ -19,12 +19,26 @@ REQUIREMENTS = [
     "jinja2>=3.1.6",  # templates
     "jsonargparse[signatures]>=4.53",  # dataclass field docstrings become --help; YAML with overrides
     "pyyaml>=6.0.3",
-    "matplotlib>=3.11",  # loss.png
+    "matplotlib>=3.10",  # loss.png
     "tqdm>=4.70",
+    "regex>=2026.1",  # words and syllables of every script, in the metrics
+    "numpy>=2.2",
+    "pyarrow>=20.0",
 ]
 
 EXTRAS = {
-    "test": ["pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17", "build>=1.3", "sentencepiece>=0.2.3", "protobuf>=7.36"],
+    # Tokenizers that come as a spiece.model without a tokenizer.json (older T5, mT5, Marian, Pegasus folders).
+    "sentencepiece": ["sentencepiece>=0.2.3", "protobuf>=7.36"],
+    # The demo's run in TensorBoard; any other tracker that accelerate knows can be named in a recipe and installed.
+    "demo": ["tensorboard>=2.21"],
+    "test": [
+        "diptych[sentencepiece,demo]",
+        "pytest>=9.2",
+        "pytest-xdist>=3.8",
+        "ruff>=0.17",
+        "build>=1.6",
+        "pre-commit>=4.7",
+    ],
 }
 
 setup(
