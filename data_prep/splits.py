@@ -42,8 +42,9 @@ def split_records(
     wanted = {"test": _wanted(test_fraction, records), "validation": _wanted(validation_fraction, records)}
     names = ["train"] * len(records)
     taken = Counter()
+    groups.sort(key=lambda group: _draw(seed, min(text for row in group for text in texts[row])))
     largest = max(groups, key=len, default=[])
-    for group in sorted(groups, key=lambda group: _draw(seed, min(text for row in group for text in texts[row]))):
+    for group in groups:
         for name in ("test", "validation"):
             if group is not largest and taken[name] + len(group) <= wanted[name]:  # so that train is never empty
                 taken[name] += len(group)

@@ -43,7 +43,8 @@ def summary_lines(folder: Path, manifest: dict[str, Any], rejects: Rejects) -> l
 
 def splits_line(manifest: dict[str, Any]) -> str:
     rows = " | ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
-    return f"Split      {rows} rows, from {manifest['groups']:,} groups that share no text"
+    shared = "text" if manifest["settings"]["split_by"] == "both" else "input"
+    return f"Split      {rows} rows, from {manifest['groups']:,} groups that share no {shared}"
 
 
 def usage_warnings(

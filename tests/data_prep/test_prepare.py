@@ -1,0 +1,456 @@
+"""`diptych prepare` from end to end, in this process and as a command: what it writes, reuses, refuses and says."""
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from diptych.data_prep.prepare import main
+from diptych.data_prep.prepared import FORMAT
+from diptych.data_prep.settings import PrepareSettings
+from diptych.data_prep.templates import TEMPLATES, load_template, template_of
+
+ROWS = [{"instruction": f"Say {n}.", "input": f"number {n}", "output": f"It is {n}."} for n in range(40)]
+COMMAND = [sys.executable, "-m", "diptych.data_prep.prepare"]
+GOOD = '{"instruction": "a", "output": "b"}'
+
+
+@pytest.fixture
+def prepare(tmp_path, bpe_folder, capsys):
+    """prepare("--data", path) → exit code, standard output, standard error, with the trained BPE tokenizer."""
+
+    def run(*arguments, out="prepared", tokenizer=bpe_folder):
+        tokenizer_arguments = ["--tokenizer", str(tokenizer)] if tokenizer else []
+        code = main([*map(str, arguments), *tokenizer_arguments, "--out", str(tmp_path / out)])
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def rejects_of(folder):
+    return [json.loads(line) for line in (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# What comes out
+
+
+def test_a_prepared_folder_holds_what_training_needs(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    code, said, _ = prepare("--data", path, "--template", "plain")
+    assert code == 0
+    tables = datasets.load_from_disk(tmp_path / "prepared")
+    assert {name: len(table) for name, table in tables.items()} == {"train": 36, "validation": 2, "test": 2}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    assert template_of(tokenizer) == TEMPLATES["plain"]
+    features = tables["train"].features
+    assert features["input_ids"] == features["labels"] == datasets.List(datasets.Value("int32"))
+    assert set(features) == {"input_ids", "labels", "source", "target", "instruction", "input", "origin"}
+    originals = {f"{path}:{number}": row for number, row in enumerate(ROWS, start=1)}
+    for row in (row for table in tables.values() for row in table):
+        original = originals.pop(row["origin"])
+        assert row["source"] == f"{original['instruction']}\n\n{original['input']}"
+        assert (row["instruction"], row["input"]) == (original["instruction"], original["input"])
+        assert row["target"] == original["output"]
+        assert row["input_ids"] == tokenizer(row["source"])["input_ids"]
+        assert row["labels"] == tokenizer(row["target"])["input_ids"]
+        assert row["labels"][-1] == tokenizer.eos_token_id
+    assert originals == {}
+    assert "Read       40 rows" in said and "40 kept, 0 rejected" in said
+    assert "train 36 | validation 2 | test 2" in said
+
+
+def test_the_manifest_says_what_went_in_and_what_came_out(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, {"instruction": "a", "output": ""}])
+    prepare("--data", path)
+    manifest = manifest_of(tmp_path / "prepared")
+    assert manifest["format"] == FORMAT
+    assert manifest["rows"] == {"read": 41, "kept": 40, "rejected": 1}
+    assert manifest["rejected_by_kind"] == {"empty output": 1}
+    assert manifest["splits"] == {"train": 36, "validation": 2, "test": 2}
+    assert manifest["template"]["name"] == "alpaca"
+    assert [source["name"] for source in manifest["inputs"]] == [path]
+    for name, size in manifest["files"].items():
+        assert (tmp_path / "prepared" / name).stat().st_size == size
+
+
+def test_a_tokenizer_is_trained_on_the_train_split_alone(prepare, write_rows, tmp_path):
+    """Every word stands in one row: those of train rows become tokens, those of held-out rows do not."""
+    words = ["zebra" + "".join(pair) for pair in itertools.product("abcdefghijklmnop", repeat=2)]
+    rows = [{"instruction": "Repeat.", "input": f"{word} " * 9, "output": f"{word} " * 9} for word in words]
+    path = write_rows("rows.jsonl", rows)
+    code, *_ = prepare("--data", path, "--train_tokenizer", "bpe", "--vocab_size", "2000", tokenizer=None)
+    assert code == 0
+    tables = datasets.load_from_disk(tmp_path / "prepared")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    for name, table in tables.items():
+        is_one_token = [len(tokenizer.tokenize(" " + row["input"].split()[0])) == 1 for row in table]
+        assert all(is_one_token) if name == "train" else not any(is_one_token), name
+
+
+def test_the_shipped_sample_is_prepared_with_a_trained_tokenizer(prepare, tmp_path):
+    code, said, _ = prepare(
+        "--data",
+        "tatoeba",
+        "--template",
+        "translate",
+        "--train_tokenizer",
+        "bpe",
+        "--vocab_size",
+        4000,
+        tokenizer=None,
+    )
+    assert code == 0
+    assert "Read       6,636 rows from tatoeba_eng_kor.tsv: 6,636 kept, 0 rejected" in said
+    tables = datasets.load_from_disk(tmp_path / "prepared")
+    sides = {name: {*table["input"], *table["target"]} for name, table in tables.items()}
+    assert sides["train"].isdisjoint(sides["validation"] | sides["test"])
+    assert sides["validation"].isdisjoint(sides["test"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    assert len(tokenizer) == 4000
+    for row in tables["test"]:
+        assert tokenizer.decode(row["labels"], skip_special_tokens=True) == row["target"]
+
+
+@pytest.mark.parametrize("family", ["t5", "mbart50", "bart", "byt5", "m2m100"])
+def test_existing_tokenizers_of_other_families_prepare(family, prepare, write_rows, tokenizers_by_family, tmp_path):
+    tokenizers_by_family[family].save_pretrained(tmp_path / family)
+    rows = [*ROWS, {"instruction": "Keep </s> as it is.", "input": "</s><pad>", "output": "a </s> b"}]
+    code, said, _ = prepare("--data", write_rows("rows.jsonl", rows), tokenizer=tmp_path / family)
+    assert (code, "41 kept" in said) == (0, True)
+    for table in datasets.load_from_disk(tmp_path / "prepared").values():
+        for row in table:
+            assert row["labels"].count(tokenizers_by_family[family].eos_token_id) == 1
+
+
+def test_several_processes_encode_as_one_does(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    assert prepare("--data", path, "--workers", 1, out="one")[0] == 0
+    assert prepare("--data", path, "--workers", 2, out="two")[0] == 0
+    one, two = (datasets.load_from_disk(tmp_path / name) for name in ("one", "two"))
+    assert {name: table.to_list() for name, table in one.items()} == {name: t.to_list() for name, t in two.items()}
+
+
+def test_several_sources_and_aligned_files_are_read_together(prepare, write_rows):
+    first, second = write_rows("a.en", ["Go.", "Hi."]), write_rows("a.ko", ["가.", "안녕."])
+    rows, more = write_rows("rows.jsonl", ROWS), write_rows("more.json", ROWS[:2])
+    code, said, _ = prepare("--data", rows, more, "--aligned", first, second, "--forward", "To Korean:")
+    assert (code, "Read       44 rows" in said) == (0, True)
+
+
+# What does not come out
+
+
+def test_rows_read_are_rows_kept_and_rows_rejected(prepare, write_rows, tmp_path):
+    draw = random.Random(0)
+    faults = [
+        '{"instruction": "a", "output": ""}',
+        '{"instruction": "a", "ouput": "b"}',
+        '{"instruction": "a", "output": 3}',
+        '{"instruction": "a" "output": "b"}',
+        '{"instruction": "a", "output": "\\ud800"}',
+        "[]",
+        '{"instruction": "\udcff", "output": "b"}',
+        '{"instruction": "a", "output": "\u200b"}',
+    ]
+    for trial in range(4):
+        lines = [draw.choice([GOOD, *faults]) for _ in range(60)]
+        content = "\n".join([GOOD, *lines]).encode("utf-8", "surrogateescape")
+        code, said, _ = prepare("--data", write_rows("rows.jsonl", content), out=str(trial))
+        assert code == 0
+        folder = tmp_path / str(trial)
+        rows = manifest_of(folder)["rows"]
+        assert rows["kept"] == sum(len(table) for table in datasets.load_from_disk(folder).values())
+        assert rows["rejected"] == len(rejects_of(folder))
+        assert rows["kept"] + rows["rejected"] == rows["read"] == 61
+        assert f"61 rows from {tmp_path / 'rows.jsonl'}: {rows['kept']} kept, {rows['rejected']} rejected" in said
+
+
+def test_each_reject_says_file_row_field_reason_and_raw_text(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, {"instruction": "a", "output": " "}])
+    code, said, _ = prepare("--data", path)
+    assert code == 0
+    [reject] = rejects_of(tmp_path / "prepared")
+    assert (reject["file"], reject["row"], reject["field"]) == (path, 41, "output")
+    assert reject["reason"] == "'output' is empty: a row needs one to be learned from."
+    assert json.loads(reject["raw"]) == {"instruction": "a", "output": " "}
+    assert f"Rejected   1 × empty output, the first in {path}:41" in said
+    assert "rejects.jsonl" in said
+
+
+def test_strict_stops_at_the_first_bad_row_and_writes_nothing(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, {"instruction": "a", "output": ""}])
+    code, said, error = prepare("--data", path, "--strict")
+    assert (code, said) == (2, "")
+    assert error.splitlines()[-1].startswith(f"error: {path}:41: 'output' is empty")
+    assert not (tmp_path / "prepared").exists()
+    assert prepare("--data", write_rows("rows.jsonl", ROWS), "--strict")[0] == 0
+
+
+def test_when_no_row_can_be_kept_the_reasons_are_the_error(prepare, write_rows):
+    path = write_rows("rows.jsonl", [{"prompt": "a", "output": "b"}] * 3 + [{"instruction": "a", "output": ""}])
+    code, _, error = prepare("--data", path)
+    assert code == 2
+    assert "none of the 4 rows can be kept (3 × missing field 'instruction'; 1 × empty output)" in error
+    assert prepare("--data", write_rows("empty.json", []))[2] == "error: there are no rows in what was read.\n"
+
+
+def test_targets_over_the_limit_are_cut_before_their_eos_counted_and_said(prepare, write_rows, tmp_path):
+    long_row = {"instruction": "Count.", "output": "one two three " * 20}
+    path = write_rows("rows.jsonl", [*ROWS, long_row])
+    code, said, _ = prepare("--data", path, "--max_target_tokens", 20, "--test_fraction", 0)
+    assert (code, "1 cut at 20" in said) == (0, True)
+    assert manifest_of(tmp_path / "prepared")["tokens"]["target"]["cut"] == 1
+    tables = datasets.load_from_disk(tmp_path / "prepared")
+    [labels] = [row["labels"] for table in tables.values() for row in table if len(row["labels"]) == 20]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    assert labels == [*tokenizer(long_row["output"])["input_ids"][:19], tokenizer.eos_token_id]
+
+
+def test_a_row_that_the_template_cannot_render_is_a_reject(prepare, write_rows, tmp_path):
+    frame = tmp_path / "frame.jinja"
+    frame.write_text("{{ input.split('=')[1] }}\n{# target #}\n{{ output | trim('.') }}")
+    rows = [{"instruction": "x", "input": f"a=b{n}", "output": f"c{n}"} for n in range(5)]
+    rows += [
+        {"instruction": "x", "input": "nothing", "output": "c"},
+        {"instruction": "x", "input": "a=b", "output": "."},
+    ]
+    code, _, _ = prepare("--data", write_rows("rows.jsonl", rows), "--template", frame)
+    assert code == 0
+    rejects = rejects_of(tmp_path / "prepared")
+    assert [(reject["row"], reject["kind"]) for reject in rejects] == [(6, "template failed"), (7, "template empty")]
+    assert "frame.jinja, line 1" in rejects[0]["reason"]
+
+
+def test_a_row_of_which_the_tokenizer_keeps_nothing_is_a_reject(prepare, write_rows, tokenizers_by_family, tmp_path):
+    tokenizers_by_family["bert"].save_pretrained(tmp_path / "bert")  # its normalizer drops control characters
+    rows = [*ROWS, {"instruction": "a", "output": "\x01\x02"}]
+    code, _, _ = prepare("--data", write_rows("rows.jsonl", rows), tokenizer=tmp_path / "bert")
+    assert code == 0
+    [reject] = rejects_of(tmp_path / "prepared")
+    assert (reject["row"], reject["reason"]) == (41, "the tokenizer makes no token of the target.")
+
+
+# Reuse and replacement
+
+
+def test_a_rerun_with_the_same_inputs_reuses_and_says_so(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    prepare("--data", path)
+    written = (tmp_path / "prepared" / "manifest.json").stat().st_mtime_ns
+    code, said, _ = prepare("--data", path, "--workers", 2, "--strict")
+    assert (code, said.startswith("Reused")) == (0, True)
+    assert (tmp_path / "prepared" / "manifest.json").stat().st_mtime_ns == written
+
+
+def test_a_changed_input_template_tokenizer_or_setting_is_prepared_anew(prepare, write_rows, tmp_path, sentences):
+    path, frame = write_rows("rows.jsonl", ROWS), tmp_path / "frame.jinja"
+    frame.write_text("{{ instruction }} {{ input }}")
+    arguments = ["--data", path, "--template", frame]
+    prepare(*arguments)
+    assert prepare(*arguments)[1].startswith("Reused")
+
+    write_rows("rows.jsonl", ROWS[:-1])
+    assert prepare(*arguments)[1].startswith("Read       39 rows")
+    frame.write_text("{{ instruction }}: {{ input }}")
+    assert prepare(*arguments)[1].startswith("Read")
+    assert prepare(*arguments, "--seed", 1)[1].startswith("Read")
+    other = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    other.add_tokens(["zebra"])
+    other.save_pretrained(tmp_path / "other")
+    assert prepare(*arguments, "--seed", 1, tokenizer=tmp_path / "other")[1].startswith("Read")
+    assert prepare(*arguments, "--seed", 1, tokenizer=tmp_path / "other")[1].startswith("Reused")
+
+
+def test_a_damaged_folder_is_prepared_anew(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    prepare("--data", path)
+    table = next((tmp_path / "prepared" / "train").glob("*.arrow"))
+    table.write_bytes(table.read_bytes()[:-10])
+    assert prepare("--data", path)[1].startswith("Read")
+    assert len(datasets.load_from_disk(tmp_path / "prepared")["train"]) == 36
+
+
+def test_what_is_not_ours_is_never_overwritten(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "thesis.txt").write_text("years of work")
+    code, _, error = prepare("--data", path)
+    assert (code, "has other things in it" in error) == (2, True)
+    assert (tmp_path / "prepared" / "thesis.txt").read_text() == "years of work"
+
+    prepare("--data", path, out="second")
+    (tmp_path / "second" / "notes.txt").write_text("mine")
+    assert prepare("--data", path, out="second")[1].startswith("Reused")
+    code, _, error = prepare("--data", path, "--seed", 1, out="second")
+    assert (code, "notes.txt" in error) == (2, True)
+    assert (tmp_path / "second" / "notes.txt").read_text() == "mine"
+
+    assert prepare("--data", path, out="rows.jsonl")[0] == 2
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 40
+
+
+def test_the_cache_files_of_datasets_do_not_stand_in_the_way(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    prepare("--data", path)
+    table = datasets.load_from_disk(tmp_path / "prepared")["train"]
+    table.filter(lambda row: len(row["labels"]) > 2)
+    assert list((tmp_path / "prepared" / "train").glob("cache-*.arrow"))
+    assert prepare("--data", path)[1].startswith("Reused")
+    assert prepare("--data", path, "--seed", 1)[0] == 0
+
+
+def test_a_killed_run_leaves_a_whole_dataset_or_none(prepare, write_rows, tmp_path):
+    """Killed while it writes: `prepared` is the old dataset or the new one, and the next run goes through."""
+    path = write_rows("rows.jsonl", ROWS * 20)
+    prepare("--data", path, "--seed", 0)
+    arguments = ("--data", path, "--tokenizer", str(tmp_path / "prepared" / "tokenizer"), "--seed")
+    command = [*COMMAND, *arguments, "1", "--out", "prepared"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (tmp_path / ".prepared.partial").exists():
+        time.sleep(0.001)
+    running.kill()
+    running.wait()
+    rows = datasets.load_from_disk(tmp_path / "prepared")
+    assert manifest_of(tmp_path / "prepared")["splits"] == {name: len(table) for name, table in rows.items()}
+    assert prepare("--data", path, "--seed", 1)[0] == 0
+    assert manifest_of(tmp_path / "prepared")["settings"]["seed"] == 1
+    assert not list(tmp_path.glob(".prepared*"))
+
+
+def test_the_remains_of_a_killed_run_are_no_dataset_and_go_with_the_next(prepare, write_rows, tmp_path):
+    (tmp_path / ".prepared.partial" / "train").mkdir(parents=True)
+    assert prepare("--data", write_rows("rows.jsonl", ROWS))[0] == 0
+    assert not list(tmp_path.glob(".prepared*"))
+
+
+# Templates and tokenizers that a checkpoint brings along
+
+
+def test_the_template_that_a_tokenizer_carries_is_used_unless_another_is_named(prepare, write_rows, tmp_path):
+    path, frame = write_rows("rows.jsonl", ROWS), tmp_path / "frame.jinja"
+    frame.write_text("Q: {{ instruction }} {{ input }}")
+    prepare("--data", path, "--template", frame)
+    checkpoint = tmp_path / "prepared" / "tokenizer"
+    prepare("--data", path, out="b", tokenizer=checkpoint)
+    assert manifest_of(tmp_path / "b")["template"] == manifest_of(tmp_path / "prepared")["template"]
+    prepare("--data", path, "--template", "plain", out="c", tokenizer=checkpoint)
+    assert manifest_of(tmp_path / "c")["template"]["name"] == "plain"
+    frame.unlink()  # the text travels, not the path
+    template = template_of(AutoTokenizer.from_pretrained(tmp_path / "b" / "tokenizer"))
+    assert template.render_source("x", "y") == "Q: x y"
+
+
+def test_what_is_given_and_not_used_is_said(prepare, write_rows, tmp_path):
+    frame = tmp_path / "frame.jinja"
+    frame.write_text("{{ instruction }} </s>\n{# target #}\nyes")
+    rows = [{**row, "difficulty": "easy"} for row in ROWS]
+    code, _, error = prepare("--data", write_rows("rows.jsonl", rows), "--template", frame)
+    assert code == 0
+    assert "warning: fields that are not used: difficulty." in error
+    assert "leaves out the input, and 40 rows have one" in error
+    assert "leaves out the output: every target is the same" in error
+    assert "holds </s>. Text is always text here" in error
+    assert load_template(str(frame)).target == "yes"
+
+
+def test_tokenizers_that_cannot_serve_are_refused(prepare, write_rows, tokenizers_by_family, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    assert "there is no such folder" in prepare("--data", path, tokenizer=tmp_path / "nowhere")[2]
+    (tmp_path / "hollow").mkdir()
+    assert "could not be loaded" in prepare("--data", path, tokenizer=tmp_path / "hollow")[2]
+    without_pad = AutoTokenizer.from_pretrained(_saved(tokenizers_by_family["bart"], tmp_path / "bart"))
+    without_pad.pad_token = None
+    assert "has no pad_token" in prepare("--data", path, tokenizer=_saved(without_pad, tmp_path / "no_pad"))[2]
+    nllb = AutoTokenizer.from_pretrained(_saved(tokenizers_by_family["nllb"], tmp_path / "nllb"), tgt_lang=None)
+    assert "is multilingual. Give --source" in prepare("--data", path, tokenizer=_saved(nllb, tmp_path / "no_lang"))[2]
+    assert "puts no languages into texts" in prepare("--data", path, "--source_language", "en_XX")[2]
+
+
+def _saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "nothing to read: give --data FILE"),
+        (["--data", "tatoeba"], "give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe"),
+        (["--data", "tatoeba", "--train_tokenizer", "bpq"], "'bpq'; it can be bpe or unigram"),
+        (["--data", "tatoeba", "--train_tokeniser", "bpe"], "Did you mean 'train_tokenizer'?"),
+        (["--data", "tatoeba", "--train_tokenizer", "bpe", "--vocab_size", "many"], "vocab_size"),
+        (["--data", "tatoeba", "--train_tokenizer", "bpe", "--vocab_size", "10"], "vocab_size is 10"),
+        (["--data", "tatoeba", "--train_tokenizer", "bpe", "--test_fraction", "1.5"], "test_fraction is 1.5"),
+        (["--data", "tatoeba", "--train_tokenizer", "bpe", "--split_by", "x"], "split_by is 'x'; it can be both or"),
+        (["--data", "tatoeba", "--train_tokenizer", "bpe", "--max_target_tokens", "1"], "max_target_tokens is 1"),
+        (["--data", "tatoeba", "--train_tokenizer", "bpe", "--template", "alpcaa"], "Did you mean 'alpaca'?"),
+        (["--data", "no.jsonl", "--train_tokenizer", "bpe"], "no.jsonl: there is no such file"),
+        (["--aligned", "a", "--train_tokenizer", "bpe"], "--aligned takes two files, and got 1"),
+        (["--config", "no.yaml"], "no.yaml"),
+    ],
+)
+def test_a_user_s_mistake_is_one_message_and_exit_code_2(arguments, words, capsys, tmp_path):
+    assert main([*arguments, "--out", str(tmp_path / "prepared")]) == 2
+    said, error = capsys.readouterr()
+    assert said == ""
+    assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_settings_come_from_yaml_and_the_command_line_goes_before(prepare, write_rows, tmp_path, bpe_folder):
+    path, config = write_rows("rows.jsonl", ROWS), tmp_path / "prepare.yaml"
+    config.write_text(f"data: [{path}]\ntemplate: plain\nseed: 3\nout: {tmp_path / 'from_yaml'}\n")
+    assert prepare("--config", config, "--seed", "4", out="here")[0] == 0
+    settings = manifest_of(tmp_path / "here")["settings"]
+    assert (settings["data"], settings["template"], settings["seed"]) == ([path], "plain", 4)
+    config.write_text(f"data: [{path}]\ntemplte: plain\n")
+    code, _, error = prepare("--config", config)
+    assert (code, "Did you mean 'template'?" in error) == (2, True)
+
+
+def test_an_unwritable_place_is_a_user_error(prepare, write_rows):
+    code, _, error = prepare("--data", write_rows("rows.jsonl", ROWS), out="rows.jsonl/below")
+    assert (code, "could not be written" in error) == (2, True)
+
+
+def test_the_command_exits_with_2_and_no_traceback_for_a_user_error(tmp_path):
+    finished = run_command("--data", "missing.jsonl", "--train_tokenizer", "bpe", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: missing.jsonl: there is no such file.")
+    assert "Traceback" not in finished.stderr
+
+
+def test_the_command_exits_with_0_and_a_summary_when_some_rows_are_rejected(write_rows, tmp_path):
+    write_rows("rows.jsonl", [*ROWS, {"instruction": "a", "output": 1}])
+    finished = run_command("--data", "rows.jsonl", "--train_tokenizer", "bpe", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "Rejected   1 × 'output' is not a string, the first in rows.jsonl:41" in finished.stdout
+    assert "Encoding train" in finished.stderr  # the progress bar
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for field in fields(PrepareSettings):
+        assert f"--{field.name} " in said
+    assert "Longer targets lose their end, but not their eos" in said
+
+
+def run_command(*arguments, cwd):
+    return subprocess.run([*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, encoding="utf-8")
