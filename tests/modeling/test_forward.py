@@ -6,7 +6,9 @@ B rows, S source tokens, T target tokens, D width, V vocabulary; the small model
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import (
+    AttentionInterface,
     LlamaConfig,
     LlamaModel,
     MistralConfig,
@@ -81,10 +83,10 @@ def test_an_encoder_with_a_donors_weights_by_name_computes_what_the_donor_comput
     theirs = donor_class(
         donor_config_class(**(shared | donor_fields), num_hidden_layers=2, pad_token_id=None, bos_token_id=None)
     ).eval()
-    torch.nn.init.normal_(theirs.layers[1].input_layernorm.weight)  # ones would hide a norm that is not used
+    nn.init.normal_(theirs.layers[1].input_layernorm.weight)  # ones would hide a norm that is not used
     for name, weight in theirs.named_parameters():
         if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
-            torch.nn.init.normal_(weight)
+            nn.init.normal_(weight)
     shared.pop("sliding_window", None)
     shared.setdefault("head_dim", 16)
     ours = build_model(DiptychEncoderModel, **shared, **our_fields).encoder
@@ -109,8 +111,11 @@ def test_cross_attention_is_softmax_of_queries_and_encoder_states(model, draw_to
     torch.testing.assert_close(attention(targets, sources, None)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_decoder_layer_adds_three_prenormed_sublayers(model):
+def test_decoder_layer_adds_three_prenormed_sublayers(build_model):
+    model = build_model()
     layer, decoder = model.model.decoder.layers[0], model.model.decoder
+    for norm in (layer.input_layernorm, layer.cross_attention_layernorm, layer.post_attention_layernorm):
+        nn.init.normal_(norm.weight)  # ones would hide a norm in another one's place
     targets, sources = torch.randn(B, T, D), torch.randn(B, S, D)
     positions = decoder.rotary_emb(targets, torch.arange(T)[None])
     expected = targets + layer.self_attn(layer.input_layernorm(targets), positions, None)[0]
@@ -281,6 +286,27 @@ def test_attention_can_be_switched_for_the_whole_and_for_a_panel(build_model, ba
     model.set_attn_implementation("eager")
     assert model.get_decoder().config._attn_implementation == "eager"
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_attention_of_ones_own_is_used_at_every_site_and_told_what_is_causal(build_model, batch):
+    sites = []
+
+    def attention(module, query, key, value, attention_mask, scaling, dropout, is_causal, **kwargs):
+        sites.append((type(module).__name__, module.layer_idx, is_causal))
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("of_ones_own", attention)
+    model = build_model(attn_implementation="of_ones_own")
+    logits = model(**batch).logits
+    encoder = [("DiptychSelfAttention", layer, False) for layer in range(ENCODER_LAYERS)]
+    decoder = [
+        site
+        for layer in range(DECODER_LAYERS)
+        for site in (("DiptychSelfAttention", layer, True), ("DiptychCrossAttention", layer, False))
+    ]
+    assert sites == encoder + decoder
+    torch.testing.assert_close(logits, build_model()(**batch).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_dropouts_act_in_training_only(build_model, batch):

@@ -10,6 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from diptych.modeling import DiptychEncoderModel
+from diptych.modeling.modeling_diptych import positions_within_segments, same_segment
 
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 PACKED = {
@@ -56,6 +57,23 @@ def build_packing_model(build_model):
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_token_sees_its_own_example_and_padding_is_never_left_with_nothing_to_see():
+    target, source = torch.tensor([[1, 1, 2, 0]]), torch.tensor([[1, 2, 2, 0, 0]])
+    rule = same_segment(target, source)
+    batch, head, query, key = torch.meshgrid(*map(torch.arange, (1, 1, 4, 5)), indexing="ij")
+    assert rule(batch, head, query, key)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1],
+    ]
+
+
+def test_positions_restart_in_each_segment():
+    segments = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 4, 4, 7, 0, 0]])
+    assert positions_within_segments(segments).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -134,6 +135,22 @@ def test_device_maps_load_the_same_model(settings, shape, model, batch, tmp_path
     loaded = assert_loads_cleanly(DiptychForConditionalGeneration, tmp_path, **settings)
     assert torch.equal(loaded(**batch).logits.cpu(), model(**batch).logits)
     assert_ties(loaded, shape)
+
+
+@pytest.mark.parametrize("memory", ["100KB", "150KB", "200KB"])
+def test_a_model_too_large_for_memory_is_spread_without_splitting_a_layer(memory, build_model, batch, tmp_path):
+    model = build_model()
+    model.save_pretrained(tmp_path)
+    spread = DiptychForConditionalGeneration.from_pretrained(
+        tmp_path, device_map="auto", max_memory={"cpu": memory, "disk": "1GB"}, offload_folder=tmp_path / "disk"
+    )
+    assert set(spread.hf_device_map.values()) == {"cpu", "disk"}
+    assert not [place for place in spread.hf_device_map if re.search(r"layers\.\d+\.", place)]
+    with torch.no_grad():
+        assert torch.equal(spread(**batch).logits, model(**batch).logits)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    tokens = [each.generate(batch["input_ids"], **settings) for each in (spread, model)]
+    assert torch.equal(*tokens)
 
 
 def test_weights_load_in_the_dtype_that_is_asked_or_stored(build_model, tmp_path):
