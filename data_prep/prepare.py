@@ -158,7 +158,7 @@ def _facts(
     tokenizer: PreTrainedTokenizerBase | None,
     template: Template,
 ) -> dict[str, Any]:
-    """What decides the result. Inputs, template and tokenizer count by their content, not by where they lie."""
+    """What decides the result. Inputs, template and tokenizer count by content, inputs also by the name in `origin`."""
     no_decision = ("data", "aligned", "out", "template", "tokenizer", "workers", "strict")
     return {
         "inputs": [(source.name, source.digest) for source in sources],

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from diptych.data_prep.readers import SAMPLES, Directions, open_aligned, open_source
+from diptych.data_prep.readers import SAMPLES, SAMPLES_FOLDER, Directions, open_aligned, open_source
 from diptych.data_prep.records import Record, Reject, Row, UserError
 from diptych.data_prep.validate import validate
 
@@ -118,6 +118,13 @@ def test_the_samples_are_whole_and_valid():
     tasks, rejects = read("seed_tasks", Directions())
     assert (len(tasks), rejects) == (175, [])
     assert set(SAMPLES) == {"tatoeba", "seed_tasks"}
+
+
+def test_every_shipped_pair_keeps_its_attribution():
+    lines = (SAMPLES_FOLDER / SAMPLES["tatoeba"].file).read_text(encoding="utf-8").splitlines()
+    assert all(line.split("\t")[2].startswith("CC-BY 2.0 (France) Attribution: tatoeba.org #") for line in lines)
+    licences = (SAMPLES_FOLDER / "LICENSES.md").read_text(encoding="utf-8")
+    assert all(sample.file in licences for sample in SAMPLES.values())
 
 
 # Odd but right
