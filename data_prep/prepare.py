@@ -114,7 +114,7 @@ def prepare(settings: PrepareSettings) -> Path:
 
 def _open_sources(settings: PrepareSettings) -> list[Source]:
     directions = Directions(settings.forward, settings.backward)
-    sources = [open_source(entry, directions) for entry in settings.data or ()]
+    sources = [open_source(entry, directions) for entry in settings.data]
     return [*sources, open_aligned(*settings.aligned, directions)] if settings.aligned else sources
 
 
@@ -158,7 +158,7 @@ def _facts(
     tokenizer: PreTrainedTokenizerBase | None,
     template: Template,
 ) -> dict[str, Any]:
-    """What decides the result. Inputs, template and tokenizer count by content, inputs also by the name in `origin`."""
+    """What decides the result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
     no_decision = ("data", "aligned", "out", "template", "tokenizer", "workers", "strict")
     return {
         "inputs": [(source.name, source.digest) for source in sources],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -25,11 +25,11 @@ UNKNOWN_SETTING = re.compile(r"(?:unrecognized arguments: |option:? |Option )'?-
 class PrepareSettings:
     """Settings of `diptych prepare`; from the command line, or from a YAML file with --config."""
 
-    data: list[str] | None = None
+    data: list[str] = field(default_factory=list)
     """What to read, one or more: files (.json, .jsonl, .csv, .parquet with instruction, input and output; .tsv with
     parallel text), shipped samples (tatoeba, seed_tasks), Hub data sets (hf:user/name or hf:user/name:split)."""
 
-    aligned: list[str] | None = None
+    aligned: list[str] = field(default_factory=list)
     """Two text files of parallel text, where line N of one belongs to line N of the other."""
 
     forward: str | None = None
@@ -97,7 +97,7 @@ def parse_settings(argv: Sequence[str]) -> PrepareSettings:
         parsed = parser.instantiate(parser.parse_args(_spell_out(argv)))
     except ArgumentError as error:
         raise UserError(f"{str(error).rstrip('.')}.{_nearest_setting(str(error))}") from None
-    settings = PrepareSettings(**{field.name: parsed[field.name] for field in fields(PrepareSettings)})
+    settings = PrepareSettings(**{setting.name: parsed[setting.name] for setting in fields(PrepareSettings)})
     _check(settings)
     return settings
 
@@ -142,5 +142,5 @@ def _spell_out(argv: Sequence[str]) -> list[str]:
 def _nearest_setting(message: str) -> str:
     """jsonargparse says which key it does not know; people want to hear which one they meant."""
     unknown = UNKNOWN_SETTING.search(message)
-    near = unknown and nearest(unknown.group(1), (field.name for field in fields(PrepareSettings)))
+    near = unknown and nearest(unknown.group(1), (setting.name for setting in fields(PrepareSettings)))
     return f" Did you mean '{near}'?" if near else ""
