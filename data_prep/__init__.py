@@ -1,1 +1,1 @@
-
+"""From files of instruction rows or parallel text to a prepared dataset; `prepare` is the way in."""
