@@ -5,10 +5,10 @@
             labels             31 40  1          input_ids          12  7  9  1     decoder_input_ids    0 31 40
                                22  1                                 5  8  1  0                          0 22  1
 
-The order of rows is a function of (seed, epoch) and nothing else: any step can be asked for by its number, on any rank,
-so a resumed run replays nothing, and the step's target tokens are known before its first forward without asking the
-other ranks. Every row comes once in an epoch: the last batches are smaller, and a rank for which no row is left gets
-a row without targets, which contributes zero.
+The order of rows is a function of (seed, epoch) and nothing else: any step can be asked for by its number, on any
+rank, so a resumed run replays nothing, and the step's target tokens are known before its first forward without asking
+the other ranks. Every row comes once in an epoch: the last batches are smaller, and a rank for which no row is left
+gets a row without targets, which contributes zero.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from diptych.data_prep.records import IGNORE_INDEX, UserError
 from diptych.finetune.families import family_of
 
 BATCHES_SORTED_TOGETHER = 50
-"""Rows of like length are sought among this many batches: enough for little padding, and still another mix each epoch."""
+"""Rows of like length are sought among this many batches: enough for little padding, and another mix each epoch."""
 
 
 def pad_batch(

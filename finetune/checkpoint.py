@@ -8,8 +8,8 @@
     run/checkpoints/best.json     which one is the best, by what
 
 All of it is written to step-000200.partial, flushed to the disk, and renamed: a rename is atomic, so a run that is
-killed at any moment leaves complete checkpoints and perhaps one `.partial`, which nobody reads. (`accelerate.save_state`
-writes in place, and its optimizer states are pickles.) Nothing here is unpickled.
+killed at any moment leaves complete checkpoints and perhaps one `.partial`, which nobody reads. Nothing is unpickled.
+(`accelerate.save_state` writes in place, and its optimizer states are pickles.)
 """
 
 import base64

@@ -7,12 +7,11 @@ folder as config.yaml. recipes/ has some to start from.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import choose_from, parse_settings
+from diptych.finetune.cli import parse_settings
 from diptych.finetune.metrics import check_metric_names
 
 
@@ -24,15 +23,15 @@ class TrainRecipe:
     """Where training starts: a checkpoint folder or Hub id of any AutoModelForSeq2SeqLM, or a named size
     (diptych-8m, -60m, -220m, -770m, -3b), which starts from random weights."""
     model_overrides: dict[str, Any] = field(default_factory=dict)
-    """Config values of a named size, such as {residual_dropout: 0.1}. A checkpoint takes none: its weights fix them."""
+    """Config values of a named size, such as {residual_dropout: 0.1}. A checkpoint takes none: it has its config."""
     data: str = ""
-    """Folder that `diptych prepare` wrote; its split `train` is trained on, `validation` (if there is one) evaluated."""
+    """Folder that `diptych prepare` wrote: its split `train` is trained on, `validation` evaluated if it is there."""
     out: str = ""
     """Run folder, made if need be. It must be empty unless `resume` is set."""
     tokenizer: str | None = None
     """Tokenizer saved with the model; the prepared folder's own unless given. Its vocabulary must be the same."""
     grow_vocabulary: bool = False
-    """Allow a tokenizer with more tokens than the model has embedding rows: rows are added and trained, also by LoRA."""
+    """Allow a tokenizer with more tokens than the model has embedding rows: rows are added, which LoRA trains too."""
     resume: bool = False
     """Go on from the latest complete checkpoint in `out`; from the beginning where there is none yet."""
     seed: int = 0
@@ -59,7 +58,8 @@ class TrainRecipe:
     warmup_ratio: float = 0.0
     """The same as a share of all steps, 0 to 1."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW: how slowly the means of the gradient and of its square change. 0.95 as the second is steadier from scratch."""
+    """AdamW: how slowly the means of the gradient and of its square change. From scratch, a second of 0.95 to 0.98 is
+    steadier."""
     epsilon: float = 1e-8
     """AdamW: added to the root of the second mean."""
     weight_decay: float = 0.01
@@ -95,8 +95,8 @@ class TrainRecipe:
     eval_batch_size: int | None = None
     """Rows computed together in evaluation, on one rank; batch_size unless given."""
     metrics: str = ""
-    """Metrics of generated text to compute at each evaluation, separated by commas (exact_match, token_f1, rouge, bleu,
-    chrf); they take longer than the loss, and the outputs are kept in samples.jsonl."""
+    """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf.
+    They take longer than the loss; the outputs are kept in samples.jsonl."""
     metrics_limit: int = 100
     """Rows of the validation split that are generated for them, drawn from everywhere, the same ones each time."""
     max_new_tokens: int | None = None
@@ -115,7 +115,7 @@ class TrainRecipe:
     logging_every: int = 10
     """Steps between log lines."""
     trackers: str = ""
-    """Experiment trackers, separated by commas, that accelerate knows and that are installed (tensorboard, wandb …)."""
+    """Experiment trackers, separated by commas: those that accelerate knows and that are installed (tensorboard …)."""
 
     def __post_init__(self):
         for name, example in {
@@ -187,16 +187,3 @@ def split_names(names: str) -> list[str]:
 def parse_recipe(argv: Sequence[str] | None) -> TrainRecipe:
     """The recipe from YAML and command line; what cannot be parsed ends the process with code 2 and one message."""
     return parse_settings(TrainRecipe, "diptych train", argv)
-
-
-def recipe_from_dict(values: dict[str, Any]) -> TrainRecipe:
-    """A recipe as config.yaml has it."""
-    known = [setting.name for setting in fields(TrainRecipe)]
-    for name in values:
-        if name not in known:
-            raise UserError(f"{name!r} is no setting of a recipe. {choose_from(name, known)}")
-    return TrainRecipe(**values)
-
-
-def shipped_recipes() -> list[Path]:
-    return sorted((Path(__file__).parent / "recipes").glob("*.yaml"))

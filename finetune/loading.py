@@ -187,7 +187,7 @@ def _load_adapted(
     """The base that the adapter names, with the adapter merged in."""
     from peft import PeftModel  # seconds that only adapters need
 
-    from diptych.finetune.lora import grow_embeddings
+    from diptych.finetune.lora import grow_embeddings, merge_adapter
 
     base_name = os.path.expanduser(adapter["base_model_name_or_path"])
     try:
@@ -199,7 +199,7 @@ def _load_adapted(
     if embedding_rows(base) < vocabulary_size(tokenizer):
         grow_embeddings(base, vocabulary_size(tokenizer))  # the adapter brings the rows that were added
     try:
-        model = PeftModel.from_pretrained(base, name, is_trainable=False).merge_and_unload()
+        model = merge_adapter(PeftModel.from_pretrained(base, name, is_trainable=False))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the adapter {name} does not fit its base {base_name}: {_first_line(error)}") from error
     if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes it down where the base has none

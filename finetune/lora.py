@@ -32,8 +32,8 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
     short = [name for name, table in vocabulary_tables(model).items() if table.shape[0] != rows]
     if short or model.get_output_embeddings().weight.shape[0] != rows:
         raise UserError(
-            f"the vocabulary of this {model.config.model_type} cannot be grown to {rows}: its encoder and decoder count "
-            f"tokens apart. Prepare the data with the model's own tokenizer."
+            f"the vocabulary of this {model.config.model_type} cannot be grown to {rows} tokens: its encoder and its "
+            f"decoder have one each. Prepare the data with the model's own tokenizer."
         )
 
 

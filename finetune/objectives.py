@@ -32,7 +32,7 @@ LOGITS_AT_ONCE = 2**24
 
 
 class Seq2SeqObjective(nn.Module):
-    """A model with its loss. Smoothing holds in training only, so that validation is in plain nats per target token."""
+    """A model with its loss. Labels are smoothed in training only: validation is in plain nats per target token."""
 
     def __init__(
         self,

@@ -4,7 +4,9 @@ diptych-8m                       new random weights, as many embedding rows as t
 google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with adapters in it
 """
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,11 +14,12 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import UserError
+from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.loading import check_folder, embedding_rows, load_model, vocabulary_size
 from diptych.finetune.lora import add_adapter, grow_embeddings, load_adapter
-from diptych.modeling import named_config
+from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
 
 
 def starting_model(
@@ -47,11 +50,24 @@ def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTr
         "bos_token_id": tokenizer.bos_token_id,
         "decoder_start_token_id": tokenizer.pad_token_id,
     }
+    _check_overrides(recipe.model_overrides)
     try:
         config = named_config(recipe.model, **(settings | recipe.model_overrides))
     except (ValueError, TypeError, StrictDataclassError) as error:  # also what the config says of wrong overrides
         raise UserError(f"{recipe.model} cannot be made: {error}") from error
     return AutoModelForSeq2SeqLM.from_config(config)
+
+
+def _check_overrides(overrides: dict[str, Any], where: str = "model_overrides") -> None:
+    """transformers' configs keep any name that they are given, and a misspelt one would do nothing."""
+    known = [setting.name for setting in fields(DiptychPanelConfig)]
+    if where == "model_overrides":
+        known += [setting.name for setting in fields(DiptychConfig)]
+    for name, value in overrides.items():
+        if name not in known:
+            raise UserError(f"{where} names {name!r}. {choose_from(name, sorted(set(known)))}")
+        if name in ("encoder", "decoder"):
+            _check_overrides(value, f"{where}.{name}")
 
 
 def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
@@ -94,9 +110,9 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return 0
     if not recipe.grow_vocabulary:
         raise UserError(
-            f"the tokenizer has {tokens} tokens, but {recipe.model} has {rows} embedding rows. If it is the model's own "
-            f"tokenizer with tokens added, set grow_vocabulary to train rows for them; if not, prepare the data again "
-            f"with --tokenizer {recipe.model}."
+            f"the tokenizer has {tokens} tokens, but {recipe.model} has {rows} embedding rows. If it is the model's "
+            f"own tokenizer with tokens added, set grow_vocabulary to train rows for them; if not, prepare the data "
+            f"again with --tokenizer {recipe.model}."
         )
     grow_embeddings(model, tokens)
     return tokens - rows

@@ -203,9 +203,9 @@ def check_finite(loss: float, gradient_norm: float, step: int, rate: float) -> N
     """Before the optimizer moves: weights that have seen a NaN are lost."""
     if not math.isfinite(loss) or not math.isfinite(gradient_norm):
         raise UserError(
-            f"at step {step} the loss is {loss} and the gradient's length {gradient_norm}, at a learning rate of {rate:.1e}; "
-            f"training stops, and the checkpoints before are sound. Lower learning_rate, lengthen warmup_steps or lower "
-            f"max_grad_norm; if it comes at step 1, try precision: fp32, and look at the checkpoint you start from."
+            f"at step {step} the loss is {loss} and the gradient's length {gradient_norm}, at a learning rate of "
+            f"{rate:.1e}. Training stops; the checkpoints before are sound. Lower learning_rate or max_grad_norm, or "
+            f"raise warmup_steps; if it comes at step 1, try precision: fp32, and look at where you start from."
         )
 
 
@@ -250,7 +250,7 @@ def evaluate(this: Run) -> bool:
 
 @torch.no_grad()
 def validation_loss(this: Run) -> float:
-    """Nats per target token over the whole split, each rank its share; every rank makes as many calls as the others."""
+    """Nats per target token over the whole split: each rank its share, in as many calls as the others."""
     split, accelerator = this.prepared.splits["validation"], this.accelerator
     lengths = row_lengths(split)
     batch_size = this.recipe.eval_batch_size or this.recipe.batch_size
@@ -387,7 +387,7 @@ def make_accelerator(recipe: TrainRecipe) -> accelerate.Accelerator:
                 f"trackers names {name!r}, which accelerate does not know. {choose_from(name, list(known))}"
             )
         if name not in [str(tracker) for tracker in available]:
-            raise UserError(f"trackers names {name}, which is not installed. Install it: pip install {name}")
+            raise UserError(f"the tracker {name} is not installed. Install it: pip install {name}")
     accelerator = accelerate.Accelerator(
         mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
         log_with=trackers or None,
@@ -437,8 +437,8 @@ def load_run_tokenizer(recipe: TrainRecipe, prepared: Prepared) -> PreTrainedTok
         other = load_tokenizer(recipe.tokenizer)
         if other.get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"the vocabulary of tokenizer {recipe.tokenizer} ({len(other)} tokens) is not the one that {recipe.data} "
-                f"was prepared with ({len(tokenizer)} tokens). Prepare the data again with it."
+                f"tokenizer {recipe.tokenizer} ({len(other)} tokens) has another vocabulary than the one that "
+                f"{recipe.data} was prepared with ({len(tokenizer)} tokens). Prepare the data again with it."
             )
         tokenizer = other
     for name in ("pad_token", "eos_token"):
@@ -489,8 +489,8 @@ def restore(this: Run, saved: Path, state: dict[str, Any]) -> None:
         )
     if before != now:
         raise UserError(
-            f"a step of this run has {before['rows_per_step']} rows, now it would have {now['rows_per_step']} in other "
-            f"batches. Keep batch_size × ranks, and gradient_accumulation_steps, as they were."
+            f"a step of this run had {before['rows_per_step']} rows, now it has {now['rows_per_step']}, or they come "
+            f"in other batches. Keep batch_size × ranks, and gradient_accumulation_steps, as they were."
         )
     checkpoints.load_optimizer(saved / "optimizer.safetensors", this.optimizer, this.weight_names)
     random_states = checkpoints.read_json(saved / "rng.json")
@@ -515,9 +515,7 @@ def say_what_runs(this: Run) -> None:
     if "validation" not in this.prepared.splits:
         say(f"{recipe.data} has no validation split: no evaluation, and the last checkpoint becomes final")
     if family_of(this.model) is None:
-        say(
-            f"model_type {this.model.config.model_type} is not in our table: logits are held in full, which takes memory"
-        )
+        say(f"{this.model.config.model_type} is not in families.py: its logits are held in full, which takes memory")
     if this.progress.step:
         say(f"goes on after step {this.progress.step}")
     elif recipe.resume:

@@ -1,0 +1,111 @@
+"""Recipes: those we ship can be read, and what cannot be meant is refused with a way out."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diptych.data_prep.records import UserError
+from diptych.finetune import config
+from diptych.finetune.config import TrainRecipe, parse_recipe, split_names
+from diptych.finetune.train import learning_rate
+
+NEEDED = {"model": "diptych-8m", "data": "prepared", "out": "run", "epochs": 1}
+RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))
+
+
+def recipe(**changes) -> TrainRecipe:
+    return TrainRecipe(**(NEEDED | changes))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_shipped_recipe_is_read(file):
+    parsed = parse_recipe(["--config", str(file), "--data", "prepared", "--out", "run"])
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert parsed.model == written["model"] and parsed.data == "prepared"
+
+
+def test_command_line_goes_before_yaml(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("{model: t5, data: d, out: o, epochs: 3, learning_rate: 3e-4, betas: [0.9, 0.95]}")
+    parsed = parse_recipe(["--config", str(file), "--learning_rate", "1e-5", "--metrics", "chrf,bleu"])
+    assert (parsed.learning_rate, parsed.epochs, parsed.betas) == (1e-5, 3, (0.9, 0.95))
+    assert split_names(parsed.metrics) == ["chrf", "bleu"]
+
+
+def test_every_field_says_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(["--help"])
+    help_text = capsys.readouterr().out
+    for setting in fields(TrainRecipe):
+        described = help_text.split(f"--{setting.name} ")[1].split("(type:")[0]
+        assert len(described.split()) > 4, f"{setting.name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lerning_rate", "1e-4"], "Did you mean learning_rate?"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--schedule", "cosin"], "'cosine', 'linear', 'constant'"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["--precision", "fp16"], "'auto', 'bf16', 'fp32'"),
+        (["--patience", "-1"], "patience is -1; it must be 0 or more."),
+    ],
+)
+def test_wrong_argument_ends_with_one_message_and_code_2(arguments, message, capsys):
+    needed = ["--model", "diptych-8m", "--data", "d", "--out", "o", "--epochs", "1"]
+    with pytest.raises(SystemExit) as end:
+        parse_recipe([*needed, *arguments])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in error and "Traceback" not in error and error.startswith("diptych train: ")
+
+
+def test_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: t5\nwarmup_step: 10\n")
+    with pytest.raises(SystemExit):
+        parse_recipe(["--config", str(file)])
+    assert "Did you mean warmup_steps?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": ""}, "model is not set. Name a named size"),
+        ({"data": ""}, "data is not set"),
+        ({"epochs": None}, "neither was given. Give one of them"),
+        ({"max_steps": 5}, "both were given. Give one of them"),
+        ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; it must be 0 or more"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be 0 or more and below 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"betas": (0.9, 1.0)}, r"betas are \[0.9, 1.0\]"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "both given. Keep one"),
+        ({"metrics": "chrff"}, "chrff.*Did you mean chrf"),
+        ({"best_metric": "chrf"}, "best_metric is chrf, but no metrics are computed"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.8536, 0.5, 0.1464]),
+    ],
+)
+def test_learning_rate_rises_and_then_follows_its_schedule(schedule, expected):
+    settings = recipe(learning_rate=1.0, schedule=schedule, warmup_steps=2)
+    assert [learning_rate(step, 6, settings) for step in range(6)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_warmup_ratio_is_a_share_of_all_steps():
+    settings = recipe(learning_rate=1.0, schedule="constant", warmup_ratio=0.5)
+    assert [learning_rate(step, 4, settings) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]

@@ -1,0 +1,341 @@
+"""The loop itself, on real files: it learns, on every family; and however a run is cut, it is the same run."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+from diptych.data_prep.records import UserError
+from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune.config import TrainRecipe
+from diptych.finetune.evaluation import evaluate_rows
+from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.finetune.lora import add_adapter
+from diptych.finetune.train import main, make_optimizer, run, to_yaml
+
+FAMILIES = ["diptych", "t5", "mt5", "bart", "m2m_100", "t5gemma"]
+
+# Adam divides a gradient by its own size, so that the rounding of one near zero becomes a whole step of its weight.
+# With this epsilon a step is in proportion to its gradient, and two computations of the same sum stay together.
+STEADY = {"epsilon": 1e-2, "group_by_length": False}
+
+
+@pytest.fixture
+def recipe(training_folder, checkpoint_of, tmp_path):
+    """`recipe(learning_rate=…)`: a short run of the tiny T5 into a new folder."""
+
+    def make(family: str = "t5", out: str = "run", **changes) -> TrainRecipe:
+        settings = {
+            "model": str(checkpoint_of(family)),
+            "data": str(training_folder),
+            "out": str(tmp_path / out),
+            "max_steps": 8,
+            "batch_size": 4,
+            "learning_rate": 2e-3,
+            "eval_every": 1000,
+            "save_every": 1000,
+            "logging_every": 2,
+        }
+        settings |= changes
+        if "epochs" in changes:
+            settings.pop("max_steps")
+        return TrainRecipe(**settings)
+
+    return make
+
+
+def figures(out: str, split: str) -> list[dict]:
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["split"] == split]
+
+
+def final_weights(out: str) -> dict[str, torch.Tensor]:
+    """Of the model, or of the adapter."""
+    (file,) = (Path(out) / "final").glob("*.safetensors")
+    return load_file(file)
+
+
+def as_yaml(settings: TrainRecipe) -> str:
+    return yaml.safe_dump(to_yaml(settings))
+
+
+def write_recipe(settings: TrainRecipe) -> str:
+    file = Path(settings.out).with_suffix(".yaml")
+    file.write_text(as_yaml(settings))
+    return str(file)
+
+
+def assert_close(first: str, second: str, tolerance: float = 1e-5) -> None:
+    """Two runs: the same losses, and the same weights."""
+    for split in ("train", "validation"):
+        for one, other in zip(figures(first, split), figures(second, split), strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], abs=tolerance)
+    weights = final_weights(second)
+    for name, weight in final_weights(first).items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=tolerance)
+
+
+def assert_same_bits(first: str, second: str) -> None:
+    """Two runs: the same weights, optimizer, random states, place in the data, figures and samples."""
+    folder = Path(first) / "checkpoints"
+    for step in [path.name for path in checkpoints.complete_checkpoints(folder)]:
+        weights = [str(file.relative_to(file.parents[1])) for file in (folder / step / "model").glob("*.safetensors")]
+        for name in (*weights, "optimizer.safetensors", "rng.json"):
+            one, other = (Path(run) / "checkpoints" / step / name for run in (first, second))
+            assert filecmp.cmp(one, other, shallow=False), f"{step}/{name}"
+        one, other = (
+            checkpoints.read_json(Path(run) / "checkpoints" / step / "state.json") for run in (first, second)
+        )
+        assert one["progress"] == other["progress"]
+    for split in ("train", "validation"):
+        one, other = figures(first, split), figures(second, split)
+        for entry in one + other:
+            entry.pop("tokens_per_second", None)  # time is the one thing that may differ
+        assert one == other and one
+    samples = [Path(run) / "samples.jsonl" for run in (first, second)]
+    assert [file.exists() for file in samples] in ([False, False], [True, True])
+    assert not samples[0].exists() or samples[0].read_bytes() == samples[1].read_bytes()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_rows_are_learned_and_generated_exactly(family, method, recipe, training_folder):
+    settings = recipe(family, method=method, max_steps=100, batch_size=8, learning_rate=5e-3, warmup_steps=10)
+    assert run(settings) == 0
+    model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
+    rows = datasets.load_from_disk(training_folder)["train"]
+    evaluation = evaluate_rows(model, tokenizer, rows, metrics=["exact_match"], batch_size=3)
+    assert evaluation.figures["loss"] < 0.1
+    assert evaluation.figures["exact_match_rows"] == 100.0
+
+
+def test_a_new_diptych_is_trained_from_a_named_size(recipe):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "residual_dropout": 0.1}
+    shape |= {panel: {"num_hidden_layers": 1} for panel in ("encoder", "decoder")}
+    settings = recipe(model="diptych-8m", model_overrides=shape)
+    run(settings)
+    model = AutoModelForSeq2SeqLM.from_pretrained(Path(settings.out) / "final")
+    assert model.config.model_type == "diptych" and model.config.vocab_size == 368
+    assert figures(settings.out, "train")[-1]["loss"] < figures(settings.out, "train")[0]["loss"]
+
+
+def test_accumulated_batches_are_one_large_batch(recipe):
+    """The rows differ in length, so the mean of batch means would be another number."""
+    large = recipe(out="large", batch_size=6, **STEADY)
+    cut = recipe(out="cut", batch_size=2, gradient_accumulation_steps=3, **STEADY)
+    for settings in (large, cut):
+        run(settings)
+    assert_close(large.out, cut.out)
+
+
+@pytest.mark.parametrize("family, changes", [("t5", {}), ("diptych", {"method": "lora"})])
+def test_two_ranks_are_one_rank(family, changes, recipe):
+    """3 rows a rank; in the last step of an epoch 2 rows are left for both."""
+    alone = recipe(family, out="alone", batch_size=6, **STEADY, **changes)
+    run(alone)
+    shared = recipe(family, out="shared", batch_size=3, **STEADY, **changes)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, "-m", "diptych.finetune.train", "--config", write_recipe(shared)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "2 × cpu" in done.stdout
+    assert done.stdout.count("step 8/8 | loss") == 1, "one rank speaks"
+    assert_close(alone.out, shared.out)
+
+
+RESUMABLE = {"max_steps": 12, "batch_size": 2, "save_every": 5, "eval_every": 4, "logging_every": 3, "keep_last": 9}
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("diptych", {"metrics": "exact_match"}),
+        ("bart", {"method": "lora", "lora_dropout": 0.1}),
+        ("t5", {"group_by_length": False, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_a_killed_run_goes_on_with_the_same_bits(family, changes, recipe, checkpoint_of, tmp_path):
+    """Killed between two checkpoints, with figures logged since: they are cut off and written again."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint_of(family))
+    for name in ("dropout", "dropout_rate", "residual_dropout"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, 0.1)  # so that random states matter
+    model.save_pretrained(tmp_path / "model")
+    whole = recipe(out="whole", **(RESUMABLE | changes | {"model": str(tmp_path / "model")}))
+    run(whole)
+    killed = recipe(out="killed", **(RESUMABLE | changes | {"model": str(tmp_path / "model")}))
+    script = (
+        "import os, sys, yaml\n"
+        "from diptych.finetune import train\n"
+        "from diptych.finetune.config import TrainRecipe\n"
+        "def die_at_step_8(loss, gradient_norm, step, rate):\n"
+        "    if step == 8: os._exit(9)\n"
+        "train.check_finite = die_at_step_8\n"
+        "train.run(TrainRecipe(**yaml.safe_load(sys.stdin)))\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], input=as_yaml(killed), text=True, env=environment)
+    assert done.returncode == 9
+    assert checkpoints.latest_checkpoint(Path(killed.out) / "checkpoints").name == "step-000005"
+    run(recipe(out="killed", resume=True, **(RESUMABLE | changes | {"model": str(tmp_path / "model")})))
+    assert_same_bits(whole.out, killed.out)
+
+
+def test_resume_without_a_checkpoint_begins_at_the_beginning(recipe, capsys):
+    whole = recipe(out="whole")
+    run(whole)
+    early = recipe(out="early", resume=True)
+    Path(early.out).mkdir()
+    (Path(early.out) / "config.yaml").write_text(as_yaml(early))
+    (Path(early.out) / "metrics.jsonl").write_text('{"step": 2, "split": "train", "loss": 9.0}\n')
+    run(early)
+    assert "begins at the beginning" in capsys.readouterr().out
+    assert_same_bits(whole.out, early.out)
+
+
+def test_a_finished_run_can_be_prolonged(recipe):
+    run(recipe(schedule="constant"))
+    longer = recipe(schedule="constant", max_steps=12, resume=True)
+    run(longer)
+    assert [entry["step"] for entry in figures(longer.out, "train")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_resume_refuses_another_run(recipe, tmp_path, training_folder):
+    run(recipe())
+    with pytest.raises(UserError, match=r"is not empty.*--resume true"):
+        run(recipe())
+    with pytest.raises(UserError, match=r"seed was 0 in the run.*and is 1 now"):
+        run(recipe(seed=1, resume=True))
+    with pytest.raises(UserError, match=r"a step of this run had 4 rows, now it has 3"):
+        run(recipe(batch_size=3, resume=True))
+    other = tmp_path / "other"
+    datasets.load_from_disk(training_folder).save_to_disk(other)
+    (other / "manifest.json").write_text('{"rows": 9}')
+    load_model_and_tokenizer(Path(recipe().out) / "final")[1].save_pretrained(other / "tokenizer")
+    with pytest.raises(UserError, match="is not the data that this run was trained on"):
+        run(recipe(data=str(other), resume=True))
+
+
+def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
+    settings = recipe(max_steps=60, learning_rate=0.3, schedule="constant", eval_every=3, patience=2, keep_last=1)
+    run(settings)
+    validation = figures(settings.out, "validation")
+    best = min(validation, key=lambda entry: entry["loss"])
+    assert len(validation) < 20 and best is validation[-3]
+    folder = Path(settings.out) / "checkpoints"
+    assert checkpoints.read_json(folder / "best.json")["value"] == best["loss"]
+    kept = [checkpoints.checkpoint_step(path) for path in checkpoints.complete_checkpoints(folder)]
+    assert kept == [best["step"], validation[-1]["step"]]
+    best_weights = load_file(folder / f"step-{best['step']:06d}" / "model" / "model.safetensors")
+    assert all(torch.equal(weight, best_weights[name]) for name, weight in final_weights(settings.out).items())
+
+
+def test_a_run_folder_has_what_it_should(recipe):
+    settings = recipe(epochs=4, eval_every=4, metrics="exact_match,chrf", best_metric="chrf")
+    run(settings)
+    out = Path(settings.out)
+    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "checkpoints", "final"}
+    assert {path.name for path in out.iterdir()} == names
+    assert TrainRecipe(**yaml.safe_load((out / "config.yaml").read_text())).precision == "fp32"
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    sample = json.loads((out / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert set(sample) == {"step", "source", "references", "prediction", "finished"}
+    entry = figures(settings.out, "validation")[-1]
+    assert entry["step"] == 8 and {"loss", "exact_match", "chrf"} < set(entry)
+
+
+def test_validation_loss_is_that_of_evaluate(recipe, training_folder):
+    settings = recipe(final="last", eval_batch_size=2, label_smoothing=0.1)
+    run(settings)
+    model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
+    validation = datasets.load_from_disk(training_folder)["validation"]
+    loss = evaluate_rows(model, tokenizer, validation).figures["loss"]
+    assert figures(settings.out, "validation")[-1]["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(recipe):
+    plain, saved = recipe(out="plain", **STEADY), recipe(out="saved", gradient_checkpointing=True, **STEADY)
+    for settings in (plain, saved):
+        run(settings)
+    assert_close(plain.out, saved.out)
+
+
+def test_bf16_learns_and_keeps_fp32_weights(recipe):
+    settings = recipe(precision="bf16", max_steps=30, learning_rate=5e-3)
+    run(settings)
+    losses = [entry["loss"] for entry in figures(settings.out, "train")]
+    assert losses[-1] < losses[0] / 2
+    assert {weight.dtype for weight in final_weights(settings.out).values()} == {torch.float32}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe, capsys):
+    settings = recipe(learning_rate=1e30, max_grad_norm=0.0)
+    assert main(["--config", write_recipe(settings)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("diptych train: at step 2 the loss is") and "Lower learning_rate" in error
+    assert error.count("\n") == 1
+
+
+def test_norms_biases_and_tables_that_lora_trains_do_not_decay(new_model, recipe):
+    def undecayed(model) -> set[str]:
+        optimizer = make_optimizer(model, recipe(weight_decay=0.1))
+        still = {
+            id(weight) for group in optimizer.param_groups for weight in group["params"] if not group["weight_decay"]
+        }
+        return {name for name, weight in model.named_parameters() if id(weight) in still}
+
+    names = undecayed(new_model("t5"))
+    assert all("layer_norm" in name or "relative_attention_bias" in name for name in names) and len(names) == 14
+    names = undecayed(new_model("bart"))
+    assert all("norm" in name or name.endswith("bias") for name in names) and names
+    adapted = add_adapter(new_model("t5"), "base", rank=2, alpha=2, new_rows=3)
+    recipe_lora = recipe(weight_decay=0.1, method="lora")
+    optimizer = make_optimizer(adapted, recipe_lora)
+    assert [len(group["params"]) for group in optimizer.param_groups if not group["weight_decay"]] == [1]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": "diptych-9m"}, "Did you mean diptych-8m"),
+        ({"model": "./nowhere"}, "there is no folder"),
+        ({"model": "diptych-8m", "method": "lora"}, "nothing to adapt"),
+        ({"model": "diptych-8m", "model_overrides": {"hiden_size": 3}}, "Did you mean hidden_size"),
+        ({"model_overrides": {"dropout": 0.1}}, "its weights fix its config"),
+        ({"data": "nowhere"}, "no prepared dataset"),
+        ({"metrics": "rouge", "best_metric": "rouge"}, "Choose from: .*rougeL"),
+        ({"trackers": "tensorbord"}, "Did you mean tensorboard"),
+        ({"method": "lora", "lora_targets": "query"}, "no adapter could be added"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_before_anything_is_written(changes, message, recipe):
+    settings = recipe(**changes)
+    with pytest.raises(UserError, match=message):
+        run(settings)
+    assert not Path(settings.out).exists()
+
+
+def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of, tmp_path, new_model, training_folder):
+    new_model("bart", vocab_size=360).save_pretrained(tmp_path / "small")
+    with pytest.raises(
+        UserError, match="the tokenizer has 368 tokens, but .* has 360 embedding rows.*grow_vocabulary"
+    ):
+        run(recipe(model=str(tmp_path / "small")))
+    for method in ("full", "lora"):
+        changes = {"method": method, "max_steps": 100, "batch_size": 8, "learning_rate": 5e-3, "warmup_steps": 10}
+        settings = recipe(out=method, grow_vocabulary=True, **changes, model=str(tmp_path / "small"))
+        run(settings)
+        model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
+        assert model.config.vocab_size == 368
+        rows = datasets.load_from_disk(training_folder)["train"]
+        assert evaluate_rows(model, tokenizer, rows, metrics=["exact_match"]).figures["exact_match_rows"] == 100.0
