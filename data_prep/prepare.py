@@ -30,6 +30,7 @@ from diptych.data_prep.prepared import (
     fingerprint,
     tokenizer_digest,
     write_prepared,
+    write_rejects,
 )
 from diptych.data_prep.readers import Directions, Source, open_aligned, open_source
 from diptych.data_prep.records import Record, Reject, Rejects, UserError
@@ -69,7 +70,7 @@ def prepare(settings: PrepareSettings) -> Path:
     records, unused_fields = _read(sources, rejects)
     rows_read = len(records) + len(rejects.rows)
     examples = _render(template, records, rejects)
-    _need_rows(examples, rejects)
+    _need_rows(examples, rejects, folder)
     split = split_records(
         [example.record for example in examples],
         settings.validation_fraction,
@@ -83,7 +84,7 @@ def prepare(settings: PrepareSettings) -> Path:
         attach_template(tokenizer, template)
     limits = {"source": settings.max_source_tokens, "target": settings.max_target_tokens}
     tables = encode_splits(tokenizer, examples, split.names, rejects, *limits.values(), settings.workers)
-    _need_rows(tables.get("train", ()), rejects)
+    _need_rows(tables.get("train", ()), rejects, folder)
 
     kept = sum(len(table) for table in tables.values())
     assert kept + len(rejects.rows) == rows_read, (kept, len(rejects.rows), rows_read)
@@ -200,15 +201,19 @@ def _render(template: Template, records: Sequence[Record], rejects: Rejects) -> 
     return examples
 
 
-def _need_rows(rows: Sequence, rejects: Rejects) -> None:
+def _need_rows(rows: Sequence, rejects: Rejects, folder: Path) -> None:
+    """Without a row to train on there is no dataset, but what was wrong with each row is still written down."""
     if len(rows):
         return
     if not rejects.rows:
         raise UserError("there are no rows in what was read.")
     kinds = "; ".join(f"{count:,} × {kind}" for kind, count in list(rejects.by_kind().items())[:3])
-    first = rejects.rows[0]
+    first, reasons = rejects.rows[0], folder.with_name(f"{folder.name}.rejects.jsonl")
+    reasons.parent.mkdir(parents=True, exist_ok=True)
+    write_rejects(reasons, rejects)
     raise UserError(
         f"none of the {len(rejects.rows):,} rows can be kept ({kinds}). The first, {first.origin}: {first.reason}"
+        f" All of them: {reasons}"
     )
 
 

@@ -104,8 +104,7 @@ def write_prepared(
     try:
         _save_quietly(splits, partial)
         tokenizer.save_pretrained(partial / TOKENIZER)
-        with (partial / REJECTS).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(reject.as_json(), ensure_ascii=False) + "\n" for reject in rejects.rows)
+        write_rejects(partial / REJECTS, rejects)
         manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
@@ -117,6 +116,11 @@ def write_prepared(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_rejects(path: Path, rejects: Rejects) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(reject.as_json(), ensure_ascii=False) + "\n" for reject in rejects.rows)
 
 
 def _save_quietly(splits: DatasetDict, folder: Path) -> None:

@@ -197,11 +197,13 @@ def test_strict_stops_at_the_first_bad_row_and_writes_nothing(prepare, write_row
     assert prepare("--data", write_rows("rows.jsonl", ROWS), "--strict")[0] == 0
 
 
-def test_when_no_row_can_be_kept_the_reasons_are_the_error(prepare, write_rows):
+def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, write_rows, tmp_path):
     path = write_rows("rows.jsonl", [{"prompt": "a", "output": "b"}] * 3 + [{"instruction": "a", "output": ""}])
     code, _, error = prepare("--data", path)
     assert code == 2
     assert "none of the 4 rows can be kept (3 × missing field 'instruction'; 1 × empty output)" in error
+    assert not (tmp_path / "prepared").exists()
+    assert len((tmp_path / "prepared.rejects.jsonl").read_text(encoding="utf-8").splitlines()) == 4
     assert prepare("--data", write_rows("empty.json", []))[2] == "error: there are no rows in what was read.\n"
 
 
