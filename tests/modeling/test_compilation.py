@@ -30,6 +30,7 @@ def batch(draw_tokens):
         "decoder_input_ids": draw_tokens(2, 7, seed=1),
         "decoder_segment_ids": segments.clone(),  # one object given twice would be another graph
         "labels": draw_tokens(2, 7, seed=2),
+        "attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 0], [1] * 7]),
     }
 
 

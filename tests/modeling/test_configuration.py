@@ -199,3 +199,12 @@ def test_building_an_encoder_leaves_the_given_config_as_it_was():
     before = config.to_dict()
     encoder = DiptychEncoderModel(config)
     assert config.to_dict() == before and not encoder.config.is_encoder_decoder
+
+
+def test_a_model_and_its_panels_hold_one_config(build_model):
+    model = build_model()
+    assert model.config is model.model.config
+    assert model.get_encoder().config is model.config.encoder and model.get_decoder().config is model.config.decoder
+    model.config.attention_dropout = 0.5
+    sites = [module.config for module in model.modules() if type(module).__name__.endswith("Attention")]
+    assert len(sites) == 2 + 2 * 3 and {config.attention_dropout for config in sites} == {0.5}
