@@ -97,13 +97,13 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` and the best. Renamed first, so that a half-deleted one is never seen."""
+    """Deletes all but the newest `keep_last` and the best, and what killed runs left half-written."""
     best = best_checkpoint(folder)
     for path in complete_checkpoints(folder)[:-keep_last]:
         if path != best:
-            doomed = path.with_name(path.name + PARTIAL)
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            os.rename(path, path.with_name(path.name + PARTIAL))  # first, so that a half-deleted one is never seen
+    for path in folder.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(path)
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ families): `modules_to_save` with a table that encoder, decoder and head share t
 and `trainable_token_indices` misses Marian's head and merges wrongly where only decoder and head are tied.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -109,6 +110,8 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     input table with the head, and where these two are no pair (T5Gemma) declares the decoder's table untied as well,
     which loses the head when the model is saved."""
     tied = model.config.tie_word_embeddings
-    merged = model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        merged = model.merge_and_unload()
     merged.config.tie_word_embeddings = tied
     return merged

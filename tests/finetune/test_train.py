@@ -20,7 +20,8 @@ from diptych.finetune.config import TrainRecipe
 from diptych.finetune.evaluation import evaluate_rows
 from diptych.finetune.loading import load_model_and_tokenizer
 from diptych.finetune.lora import add_adapter
-from diptych.finetune.train import main, make_optimizer, run, to_yaml
+from diptych.finetune.set_up import make_optimizer, to_yaml
+from diptych.finetune.train import main, run_recipe
 
 FAMILIES = ["diptych", "t5", "mt5", "bart", "m2m_100", "t5gemma"]
 
@@ -110,7 +111,7 @@ def assert_same_bits(first: str, second: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_rows_are_learned_and_generated_exactly(family, method, recipe, training_folder):
     settings = recipe(family, method=method, max_steps=100, batch_size=8, learning_rate=5e-3, warmup_steps=10)
-    assert run(settings) == 0
+    assert run_recipe(settings) == 0
     model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
     rows = datasets.load_from_disk(training_folder)["train"]
     evaluation = evaluate_rows(model, tokenizer, rows, metrics=["exact_match"], batch_size=3)
@@ -122,7 +123,7 @@ def test_a_new_diptych_is_trained_from_a_named_size(recipe):
     shape = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "residual_dropout": 0.1}
     shape |= {panel: {"num_hidden_layers": 1} for panel in ("encoder", "decoder")}
     settings = recipe(model="diptych-8m", model_overrides=shape)
-    run(settings)
+    run_recipe(settings)
     model = AutoModelForSeq2SeqLM.from_pretrained(Path(settings.out) / "final")
     assert model.config.model_type == "diptych" and model.config.vocab_size == 368
     assert figures(settings.out, "train")[-1]["loss"] < figures(settings.out, "train")[0]["loss"]
@@ -133,7 +134,7 @@ def test_accumulated_batches_are_one_large_batch(recipe):
     large = recipe(out="large", batch_size=6, **STEADY)
     cut = recipe(out="cut", batch_size=2, gradient_accumulation_steps=3, **STEADY)
     for settings in (large, cut):
-        run(settings)
+        run_recipe(settings)
     assert_close(large.out, cut.out)
 
 
@@ -141,7 +142,7 @@ def test_accumulated_batches_are_one_large_batch(recipe):
 def test_two_ranks_are_one_rank(family, changes, recipe):
     """3 rows a rank; in the last step of an epoch 2 rows are left for both."""
     alone = recipe(family, out="alone", batch_size=6, **STEADY, **changes)
-    run(alone)
+    run_recipe(alone)
     shared = recipe(family, out="shared", batch_size=3, **STEADY, **changes)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launch, "-m", "diptych.finetune.train", "--config", write_recipe(shared)]
@@ -172,7 +173,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(family, changes, recipe, checkp
             setattr(model.config, name, 0.1)  # so that random states matter
     model.save_pretrained(tmp_path / "model")
     whole = recipe(out="whole", **(RESUMABLE | changes | {"model": str(tmp_path / "model")}))
-    run(whole)
+    run_recipe(whole)
     killed = recipe(out="killed", **(RESUMABLE | changes | {"model": str(tmp_path / "model")}))
     script = (
         "import os, sys, yaml\n"
@@ -181,54 +182,54 @@ def test_a_killed_run_goes_on_with_the_same_bits(family, changes, recipe, checkp
         "def die_at_step_8(loss, gradient_norm, step, rate):\n"
         "    if step == 8: os._exit(9)\n"
         "train.check_finite = die_at_step_8\n"
-        "train.run(TrainRecipe(**yaml.safe_load(sys.stdin)))\n"
+        "train.run_recipe(TrainRecipe(**yaml.safe_load(sys.stdin)))\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], input=as_yaml(killed), text=True, env=environment)
     assert done.returncode == 9
     assert checkpoints.latest_checkpoint(Path(killed.out) / "checkpoints").name == "step-000005"
-    run(recipe(out="killed", resume=True, **(RESUMABLE | changes | {"model": str(tmp_path / "model")})))
+    run_recipe(recipe(out="killed", resume=True, **(RESUMABLE | changes | {"model": str(tmp_path / "model")})))
     assert_same_bits(whole.out, killed.out)
 
 
 def test_resume_without_a_checkpoint_begins_at_the_beginning(recipe, capsys):
     whole = recipe(out="whole")
-    run(whole)
+    run_recipe(whole)
     early = recipe(out="early", resume=True)
     Path(early.out).mkdir()
     (Path(early.out) / "config.yaml").write_text(as_yaml(early))
     (Path(early.out) / "metrics.jsonl").write_text('{"step": 2, "split": "train", "loss": 9.0}\n')
-    run(early)
+    run_recipe(early)
     assert "begins at the beginning" in capsys.readouterr().out
     assert_same_bits(whole.out, early.out)
 
 
 def test_a_finished_run_can_be_prolonged(recipe):
-    run(recipe(schedule="constant"))
+    run_recipe(recipe(schedule="constant"))
     longer = recipe(schedule="constant", max_steps=12, resume=True)
-    run(longer)
+    run_recipe(longer)
     assert [entry["step"] for entry in figures(longer.out, "train")] == [2, 4, 6, 8, 10, 12]
 
 
 def test_resume_refuses_another_run(recipe, tmp_path, training_folder):
-    run(recipe())
+    run_recipe(recipe())
     with pytest.raises(UserError, match=r"is not empty.*--resume true"):
-        run(recipe())
+        run_recipe(recipe())
     with pytest.raises(UserError, match=r"seed was 0 in the run.*and is 1 now"):
-        run(recipe(seed=1, resume=True))
+        run_recipe(recipe(seed=1, resume=True))
     with pytest.raises(UserError, match=r"a step of this run had 4 rows, now it has 3"):
-        run(recipe(batch_size=3, resume=True))
+        run_recipe(recipe(batch_size=3, resume=True))
     other = tmp_path / "other"
     datasets.load_from_disk(training_folder).save_to_disk(other)
     (other / "manifest.json").write_text('{"rows": 9}')
     load_model_and_tokenizer(Path(recipe().out) / "final")[1].save_pretrained(other / "tokenizer")
     with pytest.raises(UserError, match="is not the data that this run was trained on"):
-        run(recipe(data=str(other), resume=True))
+        run_recipe(recipe(data=str(other), resume=True))
 
 
 def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
     settings = recipe(max_steps=60, learning_rate=0.3, schedule="constant", eval_every=3, patience=2, keep_last=1)
-    run(settings)
+    run_recipe(settings)
     validation = figures(settings.out, "validation")
     best = min(validation, key=lambda entry: entry["loss"])
     assert len(validation) < 20 and best is validation[-3]
@@ -242,7 +243,7 @@ def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
 
 def test_a_run_folder_has_what_it_should(recipe):
     settings = recipe(epochs=4, eval_every=4, metrics="exact_match,chrf", best_metric="chrf")
-    run(settings)
+    run_recipe(settings)
     out = Path(settings.out)
     names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "checkpoints", "final"}
     assert {path.name for path in out.iterdir()} == names
@@ -256,7 +257,7 @@ def test_a_run_folder_has_what_it_should(recipe):
 
 def test_validation_loss_is_that_of_evaluate(recipe, training_folder):
     settings = recipe(final="last", eval_batch_size=2, label_smoothing=0.1)
-    run(settings)
+    run_recipe(settings)
     model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
     validation = datasets.load_from_disk(training_folder)["validation"]
     loss = evaluate_rows(model, tokenizer, validation).figures["loss"]
@@ -266,13 +267,13 @@ def test_validation_loss_is_that_of_evaluate(recipe, training_folder):
 def test_gradient_checkpointing_changes_nothing(recipe):
     plain, saved = recipe(out="plain", **STEADY), recipe(out="saved", gradient_checkpointing=True, **STEADY)
     for settings in (plain, saved):
-        run(settings)
+        run_recipe(settings)
     assert_close(plain.out, saved.out)
 
 
 def test_bf16_learns_and_keeps_fp32_weights(recipe):
     settings = recipe(precision="bf16", max_steps=30, learning_rate=5e-3)
-    run(settings)
+    run_recipe(settings)
     losses = [entry["loss"] for entry in figures(settings.out, "train")]
     assert losses[-1] < losses[0] / 2
     assert {weight.dtype for weight in final_weights(settings.out).values()} == {torch.float32}
@@ -321,7 +322,7 @@ def test_norms_biases_and_tables_that_lora_trains_do_not_decay(new_model, recipe
 def test_a_recipe_that_cannot_work_is_refused_before_anything_is_written(changes, message, recipe):
     settings = recipe(**changes)
     with pytest.raises(UserError, match=message):
-        run(settings)
+        run_recipe(settings)
     assert not Path(settings.out).exists()
 
 
@@ -330,11 +331,11 @@ def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of,
     with pytest.raises(
         UserError, match="the tokenizer has 368 tokens, but .* has 360 embedding rows.*grow_vocabulary"
     ):
-        run(recipe(model=str(tmp_path / "small")))
+        run_recipe(recipe(model=str(tmp_path / "small")))
     for method in ("full", "lora"):
         changes = {"method": method, "max_steps": 100, "batch_size": 8, "learning_rate": 5e-3, "warmup_steps": 10}
         settings = recipe(out=method, grow_vocabulary=True, **changes, model=str(tmp_path / "small"))
-        run(settings)
+        run_recipe(settings)
         model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
         assert model.config.vocab_size == 368
         rows = datasets.load_from_disk(training_folder)["train"]

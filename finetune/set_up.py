@@ -1,0 +1,306 @@
+"""A recipe in; everything that the training loop works with out, looked at before anything is written.
+
+    run = set_up(recipe)      prepared data, model, optimizer, order of rows; where a run is resumed, as it left them
+
+What is wrong with a recipe shows here, in the first seconds, as a UserError.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+import yaml
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.records import UserError
+from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune.batches import BatchOrder, Prepared, check_rows_fit, load_prepared, pad_batch, row_lengths
+from diptych.finetune.cli import choose_from
+from diptych.finetune.config import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe, split_names
+from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
+from diptych.finetune.loading import load_tokenizer
+from diptych.finetune.metrics import score_texts
+from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.run_log import RunLog, short
+from diptych.finetune.starting_model import starting_model
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that a checkpoint holds beside weights, optimizer and random states."""
+
+    step: int = 0
+    """Optimizer steps taken; the place in the data follows from it."""
+    target_tokens: int = 0
+    """Target tokens trained on."""
+    nats: float = 0.0
+    """Since the last log line, as the next three: summed loss."""
+    logged_target_tokens: int = 0
+    logged_tokens: int = 0
+    logged_padded_tokens: int = 0
+    best: float | None = None
+    """The best value of best_metric so far, and its step."""
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of the loop work with."""
+
+    recipe: TrainRecipe
+    folder: Path
+    accelerator: accelerate.Accelerator
+    prepared: Prepared
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel | PeftModel
+    objective: nn.Module
+    """Model and loss in one module, as accelerate wrapped it."""
+    optimizer: torch.optim.Optimizer
+    order: BatchOrder
+    total_steps: int
+    log: RunLog
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def weight_names(self) -> dict[nn.Parameter, str]:
+        return {weight: name for name, weight in self.model.named_parameters()}
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        return 0 < self.recipe.patience <= self.progress.evaluations_without_gain
+
+    def autocast(self) -> torch.autocast:
+        is_bf16 = self.recipe.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
+
+    def tensors(self, split: Dataset, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """These rows as a padded batch on the device of this rank."""
+        columns = split[rows]
+        picked = [
+            {"input_ids": input_ids, "labels": labels}
+            for input_ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+        ]
+        batch = pad_batch(picked, self.tokenizer.pad_token_id, self.model.config.decoder_start_token_id)
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+
+def set_up(recipe: TrainRecipe) -> Run:
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough
+    accelerator = make_accelerator(recipe)
+    recipe = resolve_precision(recipe, accelerator.device)
+    folder = Path(recipe.out)
+    saved = claim_folder(recipe, folder)
+    prepared = load_prepared(recipe.data)
+    tokenizer = load_run_tokenizer(recipe, prepared)
+    check_best_metric(recipe)
+
+    set_seed(recipe.seed)
+    model = starting_model(recipe, tokenizer, saved / "model" if saved else None)
+    used = [name for name in ("train", "validation") if name in prepared.splits]
+    check_rows_fit(without_adapter(model), {name: prepared.splits[name] for name in used})
+    if recipe.gradient_checkpointing:
+        without_adapter(model).activation_checkpointing_enable({"use_reentrant": False})
+    if accelerator.num_processes > 1:
+        switch_off_layer_drop(without_adapter(model))
+    objective = Seq2SeqObjective(model, recipe.label_smoothing, recipe.compile)
+    objective, optimizer = accelerator.prepare(objective, make_optimizer(model, recipe))
+    order = BatchOrder(
+        row_lengths(prepared.splits["train"]),
+        recipe.batch_size,
+        accelerator.num_processes,
+        recipe.gradient_accumulation_steps,
+        recipe.seed,
+        recipe.group_by_length,
+    )
+    set_seed(recipe.seed, device_specific=True)  # from here on each rank drops out its own
+    state = checkpoints.read_json(saved / "state.json") if saved else {"progress": {}, "written": {}}
+    if saved:
+        check_same_order(recipe, state["order"], order_facts(prepared, order))
+    accelerator.wait_for_everyone()  # all have seen the folder as it was; now it may change
+    run = Run(
+        recipe=recipe,
+        folder=folder,
+        accelerator=accelerator,
+        prepared=prepared,
+        tokenizer=tokenizer,
+        model=model,
+        objective=objective,
+        optimizer=optimizer.optimizer,
+        order=order,
+        total_steps=recipe.max_steps or recipe.epochs * order.steps_per_epoch,
+        log=RunLog(folder, accelerator, state["written"]),
+        progress=Progress(**state["progress"]),
+    )
+    if accelerator.is_main_process:
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_yaml(recipe), sort_keys=False), encoding="utf-8")
+    accelerator.init_trackers("diptych", config={name: str(value) for name, value in asdict(recipe).items()})
+    say_what_runs(run)
+    if saved:
+        restore(run, saved)
+    return run
+
+
+def make_accelerator(recipe: TrainRecipe) -> accelerate.Accelerator:
+    known, available = accelerate.tracking.LOGGER_TYPE_TO_CLASS, accelerate.tracking.get_available_trackers()
+    trackers = split_names(recipe.trackers)
+    for name in trackers:
+        if name not in known:
+            raise UserError(f"accelerate knows no tracker {name!r}. {choose_from(name, list(known))}")
+        if name not in [str(tracker) for tracker in available]:
+            raise UserError(f"the tracker {name} is not installed. Install it: pip install {name}")
+    accelerator = accelerate.Accelerator(
+        mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
+        log_with=trackers or None,
+        project_dir=recipe.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait while one generates
+    )
+    accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
+    return accelerator
+
+
+def resolve_precision(recipe: TrainRecipe, device: torch.device) -> TrainRecipe:
+    if recipe.precision != "auto":
+        return recipe
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return replace(recipe, precision="bf16" if has_bf16 else "fp32")
+
+
+def claim_folder(recipe: TrainRecipe, folder: Path) -> Path | None:
+    """The checkpoint to go on from; UserError where the folder is taken by another run, or by something else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not recipe.resume:
+        raise UserError(f"{folder} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{folder} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
+    before, now = yaml.safe_load(config.read_text(encoding="utf-8")), to_yaml(recipe)
+    for name in FIXED_IN_A_RUN:
+        if before[name] != now[name]:
+            raise UserError(
+                f"{name} was {before[name]!r} in the run in {folder}, and is {now[name]!r} now. "
+                f"A run goes on as it began: set it back, or start anew in another folder."
+            )
+    changed = [name for name in now if before[name] != now[name] and name not in FREE_IN_A_RUN]
+    if changed and os.environ.get("RANK", "0") == "0":
+        print("changed for the rest of the run: " + ", ".join(f"{n} {before[n]} -> {now[n]}" for n in changed))
+    return checkpoints.latest_checkpoint(folder / "checkpoints")
+
+
+def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
+    """The recipe as config.yaml has it: as of the beginning, however often the run was resumed."""
+    return asdict(recipe) | {"betas": list(recipe.betas), "resume": False}
+
+
+def load_run_tokenizer(recipe: TrainRecipe, prepared: Prepared) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(str(prepared.tokenizer_folder))
+    if recipe.tokenizer is not None:
+        other = load_tokenizer(recipe.tokenizer)
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"tokenizer {recipe.tokenizer} ({len(other)} tokens) has another vocabulary than the one that "
+                f"{recipe.data} was prepared with ({len(tokenizer)} tokens). Prepare the data again with it."
+            )
+        tokenizer = other
+    for name in ("pad_token", "eos_token"):
+        if getattr(tokenizer, name) is None:
+            raise UserError(f"the tokenizer of {recipe.data} has no {name}. Set tokenizer.{name} and prepare again.")
+    return tokenizer
+
+
+def check_best_metric(recipe: TrainRecipe) -> None:
+    """Now, and not at the first evaluation, which may be hours away."""
+    if recipe.best_metric == "loss":
+        return
+    known = ["loss", "exact_match_rows", *score_texts(split_names(recipe.metrics), ["a"], [["a"]])[0]]
+    if recipe.best_metric not in known:
+        raise UserError(f"best_metric is {recipe.best_metric!r}. {choose_from(recipe.best_metric, known)}")
+
+
+def switch_off_layer_drop(model: PreTrainedModel) -> None:
+    """BART's relatives skip whole layers at random, each rank others, and DDP waits for gradients that never come."""
+    for panel in (model.get_encoder(), model.get_decoder()):
+        if getattr(panel, "layerdrop", 0) > 0:
+            panel.layerdrop = 0.0
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{type(panel).__name__}: layer drop is off, because ranks would drop different layers")
+
+
+def make_optimizer(model: PreTrainedModel | PeftModel, recipe: TrainRecipe) -> torch.optim.AdamW:
+    """Decay for matrices; none for norms and biases, nor for tables that LoRA trains, whose old rows must not move."""
+    tables = vocabulary_tables(without_adapter(model)).values() if recipe.method == "lora" else []
+    spared = {id(table) for table in tables}
+    decayed, undecayed = [], []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            is_spared = weight.ndim < 2 or "bias" in name or id(weight) in spared
+            (undecayed if is_spared else decayed).append(weight)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], recipe.learning_rate, recipe.betas, recipe.epsilon, fused=True
+    )
+
+
+def order_facts(prepared: Prepared, order: BatchOrder) -> dict[str, Any]:
+    """What decides which rows a step has."""
+    return {
+        "data": prepared.fingerprint,
+        "rows_per_step": order.rows_per_step,
+        "rows_together": order.rows_per_batch * order.ranks if order.group_by_length else None,
+    }
+
+
+def check_same_order(recipe: TrainRecipe, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before["data"] != now["data"]:
+        raise UserError(f"{recipe.data} is not the data that this run was trained on. Name the same prepared folder.")
+    if before != now:
+        raise UserError(
+            f"a step of this run had {before['rows_per_step']} rows, now it has {now['rows_per_step']}, or they come "
+            f"in other batches. Keep batch_size × ranks, and gradient_accumulation_steps, as they were."
+        )
+
+
+def restore(run: Run, saved: Path) -> None:
+    """Optimizer and random states; the weights are there already."""
+    checkpoints.load_optimizer(saved / "optimizer.safetensors", run.optimizer, run.weight_names)
+    random_states = checkpoints.read_json(saved / "rng.json")
+    if run.accelerator.process_index < len(random_states):
+        checkpoints.restore_random_states(random_states[run.accelerator.process_index])
+    if run.accelerator.num_processes != len(random_states):
+        run.log.say(f"{len(random_states)} ranks before, {run.accelerator.num_processes} now: dropout will differ")
+
+
+def say_what_runs(run: Run) -> None:
+    recipe, say = run.recipe, run.log.say
+    total = sum(weight.numel() for weight in run.model.parameters())
+    trained = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad)
+    rows = {name: len(split) for name, split in run.prepared.splits.items() if name != "test"}
+    say(
+        f"{recipe.model} ({run.model.config.model_type}, {short(total)} weights, {short(trained)} trained) | "
+        + ", ".join(f"{count:,} {name} rows" for name, count in rows.items())
+        + f" | {run.total_steps} steps of {run.order.rows_per_step} rows | {run.accelerator.num_processes} × "
+        + f"{run.accelerator.device.type}, {recipe.precision} | {run.folder}"
+    )
+    if "validation" not in run.prepared.splits:
+        say(f"{recipe.data} has no validation split: no evaluation, and the last checkpoint becomes final")
+    if family_of(run.model) is None:
+        say(f"{run.model.config.model_type} is not in families.py: its logits are held in full, which takes memory")
+    if run.progress.step:
+        say(f"{'has ended at' if run.progress.step >= run.total_steps else 'goes on after'} step {run.progress.step}")
+    elif recipe.resume:
+        say("there is no checkpoint to resume from: begins at the beginning")
