@@ -172,7 +172,8 @@ def test_every_rope_type_runs_beyond_its_length_and_generates_as_uncached(rope_t
         states = model.get_encoder()(input_ids=source).last_hidden_state
         unscaled = plain.get_encoder()(input_ids=source).last_hidden_state
     assert states.isfinite().all()
-    assert torch.equal(states, unscaled) == (rope_type == "default"), "a scaled type must change the positions"
+    changed = not torch.allclose(states, unscaled, atol=1e-3)
+    assert changed == (rope_type != "default"), "a scaled type must change the positions"
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(source, **settings), model.generate(source, use_cache=False, **settings))
 

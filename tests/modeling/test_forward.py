@@ -44,25 +44,37 @@ DONORS = {
         {"head_dim": 16, "attention_bias": True, "mlp_bias": True},
         {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     ),
-    "llama 3 positions": (
-        LlamaModel,
-        LlamaConfig,
-        {
-            "head_dim": 16,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            },
-        },
-        {},
-    ),
     "mistral": (MistralModel, MistralConfig, {"head_dim": 16, "sliding_window": None}, {}),
     "qwen2": (Qwen2Model, Qwen2Config, {"num_attention_heads": 2, "num_key_value_heads": 1}, {"attention_bias": True}),
     "qwen3": (Qwen3Model, Qwen3Config, {"head_dim": 16}, {"qk_norm": True}),
+}
+
+
+LLAMA_POSITIONS = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 4},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0, 1.1] * 4,
+        "long_factor": [2.0, 3.0] * 4,
+        "original_max_position_embeddings": 4,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 4,
+    },
+}
+DONORS |= {
+    f"llama, {rope_type} positions": (
+        LlamaModel,
+        LlamaConfig,
+        {"head_dim": 16, "rope_parameters": {"rope_type": rope_type, "rope_theta": 100.0} | settings},
+        {},
+    )
+    for rope_type, settings in LLAMA_POSITIONS.items()
 }
 
 
@@ -78,7 +90,7 @@ def test_an_encoder_with_a_donors_weights_by_name_computes_what_the_donor_comput
         "num_key_value_heads": 2,
         "initializer_range": 0.4,
         "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 8,
     } | {name: value for name, value in donor_fields.items() if name not in ("attention_bias", "mlp_bias")}
     theirs = donor_class(
         donor_config_class(**(shared | donor_fields), num_hidden_layers=2, pad_token_id=None, bos_token_id=None)
@@ -206,6 +218,13 @@ def test_inner_states_and_attention_weights_can_be_differentiated(build_model, b
     assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in inner)
 
 
+def test_a_panels_own_return_dict_does_not_disturb_the_whole(build_model, batch):
+    tuples = {"encoder": {"num_hidden_layers": 2, "return_dict": False}, "decoder": {"return_dict": False}}
+    model = build_model(num_hidden_layers=3, **tuples)
+    assert isinstance(model.get_encoder()(input_ids=batch["input_ids"]), tuple)
+    assert torch.equal(model(**batch).logits, build_model()(**batch).logits)
+
+
 @pytest.mark.parametrize("model_class", [DiptychForConditionalGeneration, DiptychModel, DiptychEncoderModel])
 @pytest.mark.parametrize("asked", ["by argument", "by config"])
 def test_return_dict_false_gives_the_same_as_a_tuple(asked, model_class, build_model, batch):
@@ -316,3 +335,14 @@ def test_dropouts_act_in_training_only(build_model, batch):
         assert torch.equal(model(**batch).logits, dry), field
         model.train()
         assert not torch.allclose(model(**batch).logits, dry), field
+
+
+def test_residual_dropout_drops_the_embeddings_and_everything_that_is_added(build_model, batch):
+    biases = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
+    model = build_model(DiptychModel, residual_dropout=1.0, **biases).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)  # so that each part would add something even to nothing
+    outputs = model(**batch)
+    assert (outputs.encoder_last_hidden_state == 0).all() and (outputs.last_hidden_state == 0).all()
+    assert not (model.eval()(**batch).last_hidden_state == 0).any()

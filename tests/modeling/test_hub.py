@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokeniz
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import diptych.modeling.modeling_diptych as modeling_file
-from diptych.modeling import DiptychForConditionalGeneration
+from diptych.modeling import DiptychEncoderModel, DiptychForConditionalGeneration
 
 TRAVELLING = {"configuration_diptych.py", "modeling_diptych.py"}
 
@@ -107,11 +107,13 @@ def test_the_hubs_own_search_finds_the_same_files():
 
 
 def test_every_saved_kind_of_model_carries_the_code(model, tmp_path):
-    for part in (model, model.model):
+    for part in (model, model.model, DiptychEncoderModel(model.config)):
         folder = tmp_path / type(part).__name__
         part.save_pretrained(folder)
         assert {path.name for path in folder.glob("*.py")} == TRAVELLING
         assert json.loads((folder / "config.json").read_text())["architectures"] == [type(part).__name__]
+    model.config.save_pretrained(tmp_path / "config alone")
+    assert (tmp_path / "config alone" / "configuration_diptych.py").exists()
 
 
 @torch.no_grad()
