@@ -97,4 +97,4 @@ def test_each_file_has_its_line():
     ).stdout.splitlines()
     files = {name for name in kept if name.startswith(("modeling/", "data_prep/", "finetune/", "examples/"))}
     files -= {name for name in files if name.endswith("__init__.py") or "/samples/" in name}
-    assert files <= listed and listed <= set(kept) | {"data_prep/samples/", "tests/", "benchmarks/"}
+    assert files <= listed and listed <= set(kept) | {"data_prep/samples/", "tests/"}
