@@ -19,7 +19,7 @@ logging.disable_progress_bar()
 
 def main(folder: str, instruction: str, *inputs: str) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # it looks at the config, too
     template = ImmutableSandboxedEnvironment().from_string(tokenizer.init_kwargs["diptych_template"]["source"])
     print(f"{type(model).__name__} from {type(model).__module__}")
     for text in inputs:
