@@ -1,8 +1,8 @@
 """The whole chain on real data, command by command, as anyone could type it: about six minutes on two cores.
 
 Prepares the shipped English–Korean pairs in both directions, trains a tokenizer and a small Diptych from scratch,
-evaluates it on what it has seen and on what it has not, copies the finished folder elsewhere, and translates with it in
-a process that cannot import diptych. Ends with a table, and with exit code 1 if the model has not learned its training
+evaluates it on what it has seen and on what it has not, copies the finished folder elsewhere, and translates with it
+in a process that cannot import diptych. Ends with a table, and with exit code 1 if it has not learned its training
 data (95 % of 300 sampled training targets, exactly).
 
     python examples/demo.py [OUT]      OUT is runs/demo unless given; what it holds from an earlier demo is replaced
