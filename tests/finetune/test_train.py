@@ -3,8 +3,10 @@
 import filecmp
 import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,6 +18,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune import train
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.evaluation import evaluate_rows
 from diptych.finetune.loading import load_model_and_tokenizer
@@ -28,6 +31,9 @@ FAMILIES = ["diptych", "t5", "mt5", "bart", "m2m_100", "t5gemma"]
 # Adam divides a gradient by its own size, so that the rounding of one near zero becomes a whole step of its weight.
 # With this epsilon a step is in proportion to its gradient, and two computations of the same sum stay together.
 STEADY = {"epsilon": 1e-2, "group_by_length": False}
+
+# What the eight rows take to be known by heart.
+LEARN = {"max_steps": 100, "batch_size": 8, "learning_rate": 5e-3, "warmup_steps": 10, "logging_every": 50}
 
 
 @pytest.fixture
@@ -110,7 +116,7 @@ def assert_same_bits(first: str, second: str) -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_rows_are_learned_and_generated_exactly(family, method, recipe, training_folder):
-    settings = recipe(family, method=method, max_steps=100, batch_size=8, learning_rate=5e-3, warmup_steps=10)
+    settings = recipe(family, method=method, **LEARN)
     assert run_recipe(settings) == 0
     model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
     rows = datasets.load_from_disk(training_folder)["train"]
@@ -157,39 +163,64 @@ def test_two_ranks_are_one_rank(family, changes, recipe):
 RESUMABLE = {"max_steps": 12, "batch_size": 2, "save_every": 5, "eval_every": 4, "logging_every": 3, "keep_last": 9}
 
 
-@pytest.mark.parametrize(
-    "family, changes",
-    [
-        ("diptych", {"metrics": "exact_match"}),
-        ("bart", {"method": "lora", "lora_dropout": 0.1}),
-        ("t5", {"group_by_length": False, "gradient_accumulation_steps": 2}),
-    ],
-)
-def test_a_killed_run_goes_on_with_the_same_bits(family, changes, recipe, checkpoint_of, tmp_path):
-    """Killed between two checkpoints, with figures logged since: they are cut off and written again."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint_of(family))
-    for name in ("dropout", "dropout_rate", "residual_dropout"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, 0.1)  # so that random states matter
-    model.save_pretrained(tmp_path / "model")
-    whole = recipe(out="whole", **(RESUMABLE | changes | {"model": str(tmp_path / "model")}))
+@pytest.fixture
+def resumable(recipe, checkpoint_of, tmp_path):
+    """`resumable("t5", "out", …)`: 12 steps with dropout, so that random states matter, and several checkpoints."""
+
+    def make(family: str, out: str, **changes) -> TrainRecipe:
+        model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint_of(family))
+        name = {"diptych": "residual_dropout", "t5": "dropout_rate", "bart": "dropout"}[family]
+        setattr(model.config, name, 0.1)
+        model.save_pretrained(tmp_path / "model")
+        settings = {"max_steps": 12, "batch_size": 2, "save_every": 5, "eval_every": 4, "logging_every": 3}
+        return recipe(out=out, keep_last=9, **(settings | changes | {"model": str(tmp_path / "model")}))
+
+    return make
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(resumable):
+    """Killed in step 8, with figures and samples written since the checkpoint: they are cut off and written again."""
+    whole, killed = (resumable("diptych", out, metrics="exact_match") for out in ("whole", "killed"))
     run_recipe(whole)
-    killed = recipe(out="killed", **(RESUMABLE | changes | {"model": str(tmp_path / "model")}))
     script = (
-        "import os, sys, yaml\n"
+        "import os, signal, sys, yaml\n"
         "from diptych.finetune import train\n"
         "from diptych.finetune.config import TrainRecipe\n"
-        "def die_at_step_8(loss, gradient_norm, step, rate):\n"
-        "    if step == 8: os._exit(9)\n"
-        "train.check_finite = die_at_step_8\n"
+        "def die_in_step_8(loss, gradient_norm, step, rate):\n"
+        "    if step == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "train.check_finite = die_in_step_8\n"
         "train.run_recipe(TrainRecipe(**yaml.safe_load(sys.stdin)))\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], input=as_yaml(killed), text=True, env=environment)
-    assert done.returncode == 9
+    assert done.returncode == -signal.SIGKILL
     assert checkpoints.latest_checkpoint(Path(killed.out) / "checkpoints").name == "step-000005"
-    run_recipe(recipe(out="killed", resume=True, **(RESUMABLE | changes | {"model": str(tmp_path / "model")})))
+    assert len(figures(killed.out, "train")) == 2, "one line more than the checkpoint knows"
+    run_recipe(replace(killed, resume=True))
     assert_same_bits(whole.out, killed.out)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("bart", {"method": "lora", "lora_dropout": 0.1, "lora_embeddings": True}),
+        ("t5", {"group_by_length": False, "gradient_accumulation_steps": 2}),
+    ],
+)
+def test_an_interrupted_run_goes_on_with_the_same_bits(family, changes, resumable, monkeypatch, capsys):
+    whole, stopped = (resumable(family, out, **changes) for out in ("whole", "stopped"))
+    run_recipe(whole)
+
+    def interrupt_in_step_8(loss, gradient_norm, step, rate):
+        if step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_finite", interrupt_in_step_8)
+        assert main(["--config", write_recipe(stopped)]) == 130
+    assert "interrupted; go on with: --config" in capsys.readouterr().err
+    assert main(["--config", str(Path(stopped.out) / "config.yaml"), "--resume", "true"]) == 0
+    assert_same_bits(whole.out, stopped.out)
 
 
 def test_resume_without_a_checkpoint_begins_at_the_beginning(recipe, capsys):
@@ -333,8 +364,7 @@ def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of,
     ):
         run_recipe(recipe(model=str(tmp_path / "small")))
     for method in ("full", "lora"):
-        changes = {"method": method, "max_steps": 100, "batch_size": 8, "learning_rate": 5e-3, "warmup_steps": 10}
-        settings = recipe(out=method, grow_vocabulary=True, **changes, model=str(tmp_path / "small"))
+        settings = recipe(out=method, method=method, grow_vocabulary=True, **LEARN, model=str(tmp_path / "small"))
         run_recipe(settings)
         model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
         assert model.config.vocab_size == 368
