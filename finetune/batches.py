@@ -62,7 +62,7 @@ def pad_batch(
 class Prepared(NamedTuple):
     """A prepared folder: its splits, where its tokenizer lies, and what tells its contents from all others."""
 
-    splits: datasets.DatasetDict
+    splits: Mapping[str, datasets.Dataset]
     tokenizer_folder: Path
     fingerprint: str
 
@@ -80,6 +80,22 @@ def load_prepared(folder: str) -> Prepared:
     if not manifest.is_file():
         raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")
     return Prepared(splits, place / "tokenizer", hashlib.sha256(manifest.read_bytes()).hexdigest())
+
+
+def drop_repeated_start(split: datasets.Dataset, decoder_start_token_id: int) -> datasets.Dataset:
+    """The split with labels that do not begin with the token that the decoder starts with anyway.
+
+    Gemma's tokenizers put bos before every text, and T5Gemma's decoder starts with bos: trained on both, the model
+    would learn to write it once more. BART keeps its bos, since its decoder starts with eos. Only the model knows.
+    """
+    if not len(split) or split[0]["labels"][0] != decoder_start_token_id:
+        return split
+
+    def without_start(row: Mapping[str, Any]) -> dict[str, Any]:
+        repeats = row["labels"][0] == decoder_start_token_id
+        return {"labels": row["labels"][1:] if repeats else row["labels"]}
+
+    return split.map(without_start, keep_in_memory=True, load_from_cache_file=False)
 
 
 class Lengths(NamedTuple):

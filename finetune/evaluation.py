@@ -30,7 +30,7 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import IGNORE_INDEX, UserError
-from diptych.finetune.batches import check_rows_fit, longest_first, pad_batch, row_lengths
+from diptych.finetune.batches import check_rows_fit, drop_repeated_start, longest_first, pad_batch, row_lengths
 from diptych.finetune.cli import choose_from, parse_settings, report_errors
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import generate_outputs
@@ -294,6 +294,7 @@ def run(settings: EvaluateSettings) -> int:
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, pick_device(settings.device))
     check_same_tokenizer(settings.model, tokenizer, settings.data)
     check_rows_fit(model, {settings.split: rows})
+    rows = drop_repeated_start(rows, model.config.decoder_start_token_id)
     print(f"{settings.model} on {settings.data}, split {settings.split}", file=sys.stderr)
     evaluation = evaluate_rows(
         model,

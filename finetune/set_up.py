@@ -24,7 +24,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune.batches import BatchOrder, Prepared, check_rows_fit, load_prepared, pad_batch, row_lengths
+from diptych.finetune.batches import (
+    BatchOrder,
+    Prepared,
+    check_rows_fit,
+    drop_repeated_start,
+    load_prepared,
+    pad_batch,
+    row_lengths,
+)
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe, split_names
 from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
@@ -111,8 +119,11 @@ def set_up(recipe: TrainRecipe) -> Run:
 
     set_seed(recipe.seed)
     model = starting_model(recipe, tokenizer, saved / "model" if saved else None)
-    used = [name for name in ("train", "validation") if name in prepared.splits]
-    check_rows_fit(without_adapter(model), {name: prepared.splits[name] for name in used})
+    start = model.config.decoder_start_token_id
+    used = {name: prepared.splits[name] for name in ("train", "validation") if name in prepared.splits}
+    used = {name: drop_repeated_start(split, start) for name, split in used.items()}
+    check_rows_fit(without_adapter(model), used)
+    prepared = prepared._replace(splits=used)
     if recipe.gradient_checkpointing:
         without_adapter(model).activation_checkpointing_enable({"use_reentrant": False})
     if accelerator.num_processes > 1:
@@ -289,7 +300,7 @@ def say_what_runs(run: Run) -> None:
     recipe, say = run.recipe, run.log.say
     total = sum(weight.numel() for weight in run.model.parameters())
     trained = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad)
-    rows = {name: len(split) for name, split in run.prepared.splits.items() if name != "test"}
+    rows = {name: len(split) for name, split in run.prepared.splits.items()}
     say(
         f"{recipe.model} ({run.model.config.model_type}, {short(total)} weights, {short(trained)} trained) | "
         + ", ".join(f"{count:,} {name} rows" for name, count in rows.items())

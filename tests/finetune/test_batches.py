@@ -10,6 +10,7 @@ from diptych.finetune.batches import (
     BatchOrder,
     Lengths,
     check_rows_fit,
+    drop_repeated_start,
     load_prepared,
     longest_first,
     pad_batch,
@@ -142,3 +143,13 @@ def test_rows_beyond_the_position_table_are_refused_where_there_is_one(column, l
     check_rows_fit(new_model("t5"), {"train": rows})  # relative positions
     with pytest.raises(UserError, match=rf"129 {column}, but the model has 128 positions.*{limit} <= 128"):
         check_rows_fit(new_model("bart"), {"train": rows})
+
+
+def test_labels_do_not_repeat_the_token_that_the_decoder_starts_with():
+    gemma, bart = [2, 7, 8, 1], [0, 7, 8, 2]
+    rows = datasets.Dataset.from_list(
+        [{"input_ids": [5, 1], "labels": labels} for labels in (gemma, [2, 9, 1], [9, 1])]
+    )
+    assert drop_repeated_start(rows, decoder_start_token_id=2)["labels"] == [[7, 8, 1], [9, 1], [9, 1]]
+    kept = datasets.Dataset.from_dict({"labels": [bart]})
+    assert drop_repeated_start(kept, decoder_start_token_id=2)["labels"] == [bart]
