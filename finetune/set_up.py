@@ -6,6 +6,7 @@ What is wrong with a recipe shows here, in the first seconds, as a UserError.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -125,7 +126,9 @@ def set_up(recipe: TrainRecipe) -> Run:
     check_rows_fit(without_adapter(model), used)
     prepared = prepared._replace(splits=used)
     if recipe.gradient_checkpointing:
-        without_adapter(model).activation_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():  # transformers 5.22 has another name for it, and warns of this one
+            warnings.simplefilter("ignore", FutureWarning)
+            without_adapter(model).gradient_checkpointing_enable({"use_reentrant": False})
     if accelerator.num_processes > 1:
         switch_off_layer_drop(without_adapter(model))
     objective = Seq2SeqObjective(model, recipe.label_smoothing, recipe.compile)

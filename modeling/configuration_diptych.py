@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
 
 # Where the code of a published checkpoint is found when Diptych is not installed (`trust_remote_code=True`).
@@ -134,7 +134,7 @@ class DiptychConfig(PreTrainedConfig):
 
     model_type = "diptych"
     keys_to_ignore_at_inference = ["past_key_values"]
-    sub_configs_defaults = {"encoder": DiptychPanelConfig, "decoder": DiptychPanelConfig}
+    sub_configs_defaults = {"encoder": SubConfigSpec(DiptychPanelConfig), "decoder": SubConfigSpec(DiptychPanelConfig)}
 
     encoder: DiptychPanelConfig | dict[Any, Any] | None = None
     decoder: DiptychPanelConfig | dict[Any, Any] | None = None
@@ -180,8 +180,8 @@ class DiptychConfig(PreTrainedConfig):
         return self.tie_word_embeddings and self.encoder.hidden_size == self.decoder.hidden_size
 
     def __setattr__(self, name, value):
-        # `_post_init_done` is transformers': until then the panels may still be the caller's own objects.
-        is_shared = name in SHARED_FIELDS and self.__dict__.get("_post_init_done", False)
+        # Before `auto_map` is there, at the end of __post_init__, the panels may still be the caller's own objects.
+        is_shared = name in SHARED_FIELDS and "auto_map" in self.__dict__
         if is_shared:
             setattr(self.encoder, name, value)
             setattr(self.decoder, name, value)

@@ -103,7 +103,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, implementati
     model(**batch).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:
         model.enable_input_require_grads()
     recomputed = 0
@@ -118,15 +118,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, implementati
     model(**batch).loss.backward()
     assert recomputed == 2 * (2 + 3), "every layer of both panels runs twice"
     assert_same(gradients(model), expected, 1e-5)
-    model.activation_checkpointing_disable()
-    assert not model.is_activation_checkpointing
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
 
 
 def test_gradient_checkpointing_repeats_its_dropout(build_model, batch):
     def train(checkpointing):
         model = build_model(initializer_range=0.2, residual_dropout=0.3, attention_dropout=0.3).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(3)
         model(**batch).loss.backward()
         return gradients(model)
@@ -178,7 +178,7 @@ def run_trainer(rows, tokenizer, tmp_path):
 def test_the_librarys_trainer_learns_rows_by_heart_and_generates_them(build_model, run_trainer, rows):
     model = build_model(initializer_range=0.05, tie_word_embeddings=True)
     trainer, losses = run_trainer(
-        model, max_steps=120, learning_rate=1e-2, activation_checkpointing=True, predict_with_generate=True
+        model, max_steps=120, learning_rate=1e-2, gradient_checkpointing=True, predict_with_generate=True
     )
     assert losses[0] > 3 and losses[-1] < 0.05
     metrics = trainer.evaluate(max_length=10, num_beams=1)
