@@ -7,7 +7,7 @@ from setuptools import setup
 # Lower bounds are versions that the tests were run on; exact versions of our own runs are in constraints.txt.
 REQUIREMENTS = [
     "torch>=2.13",
-    "transformers>=5.23,<6",
+    "transformers>=5.20,<6",
     "accelerate>=1.15",
     "peft>=0.21",
     "datasets>=5.2",
