@@ -8,9 +8,9 @@ gradient is the same; the mean of micro-batch means, which is what most trainers
 batches more. Model and loss are one module, so that what DDP or FSDP wraps has a normal forward.
 
 The logits (B × T × V) are never held: the head is applied to the target tokens alone, padding left out, in chunks of
-LOGITS_AT_ONCE, each computed again in the backward pass. For 2048 tokens × 32000 words × 512 wide, fp32 on one core:
-plain 3.8 s and 2 × 250 MiB of logits, chunked 3.8 s and 2 × 32 MiB; torch.nn.functional.linear_cross_entropy (2.13)
-took 4.4 s there and 4.8 s against 1.9 s for 1000 tokens, and knows neither soft-capped logits nor adapters.
+LOGITS_AT_ONCE, each computed again in the backward pass. For 2048 tokens, 512 wide, 250,000 words, fp32 on one core
+(benchmarks/loss.py): plain 31 s and 5.9 GB, chunked 49 s and 1.5 GB. torch.nn.functional.linear_cross_entropy (2.13)
+took 129 s and 1.0 GB, and knows neither soft-capped logits nor adapters.
 
 B rows, T target tokens, D width, V vocabulary, N target tokens picked from B × T.
 """
