@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, forward and backward: plain, torch's linear_cross_entropy, and ours in chunks.
+"""Cross-entropy over a large vocabulary, both passes: plain, torch's linear_cross_entropy, and ours in chunks.
 
     python benchmarks/loss.py            one core, fp32: seconds (best of three) and what the process grew by
 
