@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.records import UserError
@@ -300,6 +301,14 @@ def test_gradient_checkpointing_changes_nothing(recipe):
     for settings in (plain, saved):
         run_recipe(settings)
     assert_close(plain.out, saved.out)
+
+
+def test_trackers_get_the_figures(recipe):
+    settings = recipe("t5", trackers="tensorboard")
+    run_recipe(settings)
+    reader = EventAccumulator(str(Path(settings.out) / "diptych")).Reload()
+    logged = {event.step: event.value for event in reader.Scalars("train/loss")}
+    assert logged == pytest.approx({entry["step"]: entry["loss"] for entry in figures(settings.out, "train")})
 
 
 def test_bf16_learns_and_keeps_fp32_weights(recipe):
