@@ -43,7 +43,8 @@ def run_recipe(recipe: TrainRecipe) -> int:
     train(run)
     write_final(run)
     accelerator = run.accelerator
-    # What DDP wraps has to go before the process group: in the other order one of thirty runs never ended.
+    # DDP has to go before the process group: if it is the last to hold it, gloo joins its threads while this one keeps
+    # the interpreter's lock, for which one of them may be waiting. One run of thirty on two ranks never ended.
     del run
     accelerator.free_memory()
     accelerator.end_training()
