@@ -83,7 +83,10 @@ def _is_complete(path: Path) -> bool:
     manifest = path / MANIFEST
     if path.name.endswith(PARTIAL) or not manifest.is_file():
         return False
-    entries = json.loads(manifest.read_text(encoding="utf-8")).items()
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8")).items()
+    except (ValueError, AttributeError):  # the manifest itself is damaged
+        return False
     return all((path / name).is_file() and (path / name).stat().st_size == entry["bytes"] for name, entry in entries)
 
 
@@ -119,9 +122,14 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Replaces the file in one move. Python writes floats so that they read back to the same bits."""
+    """Python writes floats so that they read back to the same bits."""
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces the file in one move."""
     beside = file.with_name(file.name + PARTIAL)
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     _flush(beside)
     os.replace(beside, file)
 

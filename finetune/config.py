@@ -8,6 +8,7 @@ folder as config.yaml. recipes/ has some to start from.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from diptych.data_prep.records import UserError
@@ -118,6 +119,9 @@ class TrainRecipe:
     """Experiment trackers, separated by commas: those that accelerate knows and that are installed (tensorboard …)."""
 
     def __post_init__(self):
+        for name in ("model", "data", "out", "tokenizer"):
+            if (getattr(self, name) or "").startswith("~"):
+                object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
         for name, example in {
             "model": "a named size (diptych-8m) or a checkpoint",
             "data": "the folder that `diptych prepare` wrote",

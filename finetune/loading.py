@@ -107,12 +107,17 @@ def _adapter_settings(name: str) -> dict:
     return settings
 
 
+def has_tokenizer(name: str) -> bool:
+    """Whether there is one to load: a folder without tokenizer files has none; a Hub id is taken to have one."""
+    folder = Path(name)
+    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
 def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in `name`, or in `fallback` (an adapter's base) where `name` has none."""
     reason: Exception = FileNotFoundError("it has no tokenizer files.")
     for place in filter(None, (name, fallback)):
-        folder = Path(place)
-        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        if not has_tokenizer(place):
             continue  # transformers 5 would make a T5 tokenizer out of nothing, with a vocabulary of 104 tokens
         try:
             return AutoTokenizer.from_pretrained(place, **_NO_CODE)

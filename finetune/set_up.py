@@ -37,11 +37,11 @@ from diptych.finetune.batches import (
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe, split_names
 from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
-from diptych.finetune.loading import load_tokenizer
+from diptych.finetune.loading import has_tokenizer, load_tokenizer
 from diptych.finetune.metrics import score_texts
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.run_log import RunLog, short
-from diptych.finetune.starting_model import starting_model
+from diptych.finetune.starting_model import is_named_size, starting_model
 
 
 @dataclass
@@ -120,6 +120,7 @@ def set_up(recipe: TrainRecipe) -> Run:
 
     set_seed(recipe.seed)
     model = starting_model(recipe, tokenizer, saved / "model" if saved else None)
+    check_checkpoint_tokenizer(recipe, tokenizer)
     start = model.config.decoder_start_token_id
     used = {name: prepared.splits[name] for name in ("train", "validation") if name in prepared.splits}
     used = {name: drop_repeated_start(split, start) for name, split in used.items()}
@@ -146,6 +147,9 @@ def set_up(recipe: TrainRecipe) -> Run:
     if saved:
         check_same_order(recipe, state["order"], order_facts(prepared, order))
     accelerator.wait_for_everyone()  # all have seen the folder as it was; now it may change
+    if accelerator.is_main_process:  # first of all files, and whole: by it a run is known that was killed early
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_text(folder / "config.yaml", yaml.safe_dump(to_yaml(recipe), sort_keys=False))
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -160,8 +164,6 @@ def set_up(recipe: TrainRecipe) -> Run:
         log=RunLog(folder, accelerator, state["written"]),
         progress=Progress(**state["progress"]),
     )
-    if accelerator.is_main_process:
-        (folder / "config.yaml").write_text(yaml.safe_dump(to_yaml(recipe), sort_keys=False), encoding="utf-8")
     accelerator.init_trackers("diptych", config={name: str(value) for name, value in asdict(recipe).items()})
     say_what_runs(run)
     if saved:
@@ -204,6 +206,9 @@ def claim_folder(recipe: TrainRecipe, folder: Path) -> Path | None:
     if not config.is_file():
         raise UserError(f"{folder} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
     before, now = yaml.safe_load(config.read_text(encoding="utf-8")), to_yaml(recipe)
+    if not isinstance(before, dict) or not set(FIXED_IN_A_RUN) <= before.keys():
+        raise UserError(f"{config} is not the recipe of a run. Give `out` the folder of a run, or a new one.")
+    before = now | before  # a setting that is younger than the run
     for name in FIXED_IN_A_RUN:
         if before[name] != now[name]:
             raise UserError(
@@ -235,6 +240,19 @@ def load_run_tokenizer(recipe: TrainRecipe, prepared: Prepared) -> PreTrainedTok
         if getattr(tokenizer, name) is None:
             raise UserError(f"the tokenizer of {recipe.data} has no {name}. Set tokenizer.{name} and prepare again.")
     return tokenizer
+
+
+def check_checkpoint_tokenizer(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows are token ids: to a model with another vocabulary they are other words, and would ruin it in silence."""
+    if is_named_size(recipe.model) or not has_tokenizer(recipe.model):
+        return
+    own, prepared = load_tokenizer(recipe.model).get_vocab(), tokenizer.get_vocab()
+    if own != prepared and not (recipe.grow_vocabulary and own.items() <= prepared.items()):
+        raise UserError(
+            f"{recipe.data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {recipe.model} "
+            f"({len(own)} tokens). Prepare the data again with --tokenizer {recipe.model}; if it is the same with "
+            f"tokens added, set grow_vocabulary."
+        )
 
 
 def check_best_metric(recipe: TrainRecipe) -> None:

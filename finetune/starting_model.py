@@ -90,7 +90,7 @@ def _with_adapter(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved
     new_rows = _fit_vocabulary(model, tokenizer, recipe)
     model = add_adapter(
         _ready(model),
-        recipe.model,
+        str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model,  # from any folder
         rank=recipe.lora_rank,
         alpha=recipe.lora_alpha,
         dropout=recipe.lora_dropout,

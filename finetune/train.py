@@ -236,7 +236,8 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
 
 
 def write_final(run: Run) -> None:
-    best = checkpoints.best_checkpoint(run.checkpoints) if run.recipe.final == "best" else None
+    best_step = run.progress.best_step if run.recipe.final == "best" else None
+    best = None if best_step is None else checkpoints.checkpoint_path(run.checkpoints, best_step)
     chosen = best or checkpoints.complete_checkpoints(run.checkpoints)[-1]
     if run.accelerator.is_main_process:
         checkpoints.copy_folder(chosen / "model", run.folder / "final")

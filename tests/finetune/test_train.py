@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.records import UserError
+from diptych.data_prep.train_tokenizer import train_tokenizer
 from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune import train
 from diptych.finetune.config import TrainRecipe
@@ -257,6 +259,25 @@ def test_resume_refuses_another_run(recipe, tmp_path, training_folder):
     load_model_and_tokenizer(Path(recipe().out) / "final")[1].save_pretrained(other / "tokenizer")
     with pytest.raises(UserError, match="is not the data that this run was trained on"):
         run_recipe(recipe(data=str(other), resume=True))
+
+
+def test_data_of_another_tokenizer_is_refused_though_its_ids_would_fit(recipe, checkpoint_of, tmp_path):
+    model = shutil.copytree(checkpoint_of("t5"), tmp_path / "model")
+    own = train_tokenizer("bpe", ["words of its own, as every checkpoint has them"], vocab_size=300)
+    own.save_pretrained(model)
+    with pytest.raises(UserError, match=r"was prepared with another tokenizer \(368 tokens\) than that of"):
+        run_recipe(recipe(model=str(model)))
+    with pytest.raises(UserError, match="another tokenizer"):  # not the same with tokens added, either
+        run_recipe(recipe(model=str(model), grow_vocabulary=True))
+
+
+@pytest.mark.parametrize("text", ["", "a: 1\n"])
+def test_a_config_that_is_no_recipe_is_named(text, recipe):
+    settings = recipe(resume=True)
+    Path(settings.out).mkdir()
+    (Path(settings.out) / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="config.yaml is not the recipe of a run"):
+        run_recipe(settings)
 
 
 def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
