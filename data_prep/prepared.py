@@ -61,7 +61,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    is_whole = isinstance(manifest, dict) and {"fingerprint", "files", "splits"} <= manifest.keys()
+    return manifest if is_whole and manifest.get("format") == FORMAT else None
 
 
 def find_reusable(folder: Path, wanted: str) -> dict[str, Any] | None:
