@@ -1,6 +1,7 @@
 """The folder of a prepared dataset: when it may be reused, when it may be replaced, and how it is written.
 
     prepared/  dataset_dict.json train/ validation/ test/   datasets.load_from_disk("prepared") reads it
+               packed/                                      load_from_disk("prepared/packed"): train, in packed rows
                tokenizer/                                   AutoTokenizer reads it; the template is inside
                manifest.json                                what went in, what came out, every file with its size
                rejects.jsonl                                every row that was not kept, with its reason
@@ -16,18 +17,18 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.records import Rejects, UserError
 
 FORMAT = "diptych prepared dataset, version 1"
-MANIFEST, REJECTS, TOKENIZER = "manifest.json", "rejects.jsonl", "tokenizer"
+MANIFEST, REJECTS, TOKENIZER, PACKED = "manifest.json", "rejects.jsonl", "tokenizer", "packed"
 CACHE_FILE = re.compile(r"cache-\w+\.arrow|tmp\w+")  # what `datasets` leaves beside the tables when a user maps them
 
 
@@ -95,8 +96,12 @@ def write_prepared(
     tokenizer: PreTrainedTokenizerBase,
     rejects: Rejects,
     manifest: dict[str, Any],
+    assemble: Callable[[Path], Dataset] | None = None,
 ) -> None:
-    """All beside, then two renames; whoever reads sees the old dataset, none, or the new one whole."""
+    """All beside, then two renames; whoever reads sees the old dataset, none, or the new one whole.
+
+    `assemble` makes the packed rows, in a folder of its own that goes afterwards: they need not all be in memory.
+    """
     check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     previous = folder.with_name(f".{folder.name}.previous")
@@ -104,6 +109,9 @@ def write_prepared(
         shutil.rmtree(remains, ignore_errors=True)
     try:
         _save_quietly(splits, partial)
+        if assemble is not None:
+            with tempfile.TemporaryDirectory(dir=partial) as scratch:
+                _save_quietly(assemble(Path(scratch)), partial / PACKED)
         tokenizer.save_pretrained(partial / TOKENIZER)
         write_rejects(partial / REJECTS, rejects)
         manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
@@ -124,12 +132,12 @@ def write_rejects(path: Path, rejects: Rejects) -> None:
         file.writelines(json.dumps(reject.as_json(), ensure_ascii=False) + "\n" for reject in rejects.rows)
 
 
-def _save_quietly(splits: DatasetDict, folder: Path) -> None:
+def _save_quietly(tables: DatasetDict | Dataset, folder: Path) -> None:
     """Without a progress bar for each split: copying takes no time worth one."""
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        splits.save_to_disk(folder)
+        tables.save_to_disk(folder)
     finally:
         if bars_were_on:
             datasets.enable_progress_bars()

@@ -17,7 +17,8 @@ from diptych.data_prep.readers import SAMPLES
 from diptych.data_prep.records import UserError, nearest
 
 DESCRIPTION = "From files of instruction rows or parallel text to a prepared dataset."
-LIST_OPTIONS, FLAG_OPTION = ("--data", "--aligned"), "--strict"
+LIST_OPTIONS = ("--data", "--aligned")
+FLAG_OPTIONS = ("--strict", "--packing", "--share_sources")
 UNKNOWN_SETTING = re.compile(r"(?:unrecognized arguments: |option:? |Option )'?-*(\w+)")
 
 
@@ -67,6 +68,24 @@ class PrepareSettings:
     max_target_tokens: int = 512
     """Longer targets lose their end, but not their eos token."""
 
+    packing: bool = True
+    """Also write the train split as packed rows, several examples in each, which train without padding; false writes
+    examples alone."""
+
+    packed_source_tokens: int | None = None
+    """Source tokens of a packed row, at least those of the longest source. Default: chosen, with its counterpart, such
+    that rows are short and full."""
+
+    packed_target_tokens: int | None = None
+    """Target tokens of a packed row, at least those of the longest target. Default: chosen likewise."""
+
+    share_sources: bool = False
+    """Encode equal sources of a packed row once, for all their targets: for data with several targets to a source."""
+
+    decoder_start_token_id: int | None = None
+    """The first decoder input of every packed example. Default: what the checkpoint's config says, else the padding
+    token, as T5 and Diptych have it."""
+
     validation_fraction: float = 0.05
     """Part of the rows that is held out to look at during training; 0 for none."""
 
@@ -78,7 +97,7 @@ class PrepareSettings:
     rows share an output, such as classification)."""
 
     seed: int = 0
-    """Decides which rows are held out."""
+    """Decides which rows are held out, and which of like length are packed together."""
 
     workers: int = 0
     """Processes that encode; 0 picks by the number of rows and cores."""
@@ -119,6 +138,20 @@ def _check(settings: PrepareSettings) -> None:
     for name in ("max_source_tokens", "max_target_tokens"):
         if getattr(settings, name) < 2:
             raise UserError(f"{name} is {getattr(settings, name)}; at least 2: one token of text and eos.")
+    _check_packing(settings)
+
+
+def _check_packing(settings: PrepareSettings) -> None:
+    unused = PrepareSettings(packing=settings.packing)
+    for name in ("packed_source_tokens", "packed_target_tokens", "share_sources", "decoder_start_token_id"):
+        if not settings.packing and getattr(settings, name) != getattr(unused, name):
+            raise UserError(f"{name} says how to pack, and packing is false. Drop one of the two.")
+    for name in ("packed_source_tokens", "packed_target_tokens"):
+        tokens = getattr(settings, name)
+        if tokens is not None and tokens < 2:
+            raise UserError(f"{name} is {tokens}; at least 2: one token of text and eos.")
+    if settings.decoder_start_token_id is not None and settings.decoder_start_token_id < 0:
+        raise UserError(f"decoder_start_token_id is {settings.decoder_start_token_id}; token ids begin with 0.")
 
 
 def _spell_out(argv: Sequence[str]) -> list[str]:
@@ -132,7 +165,7 @@ def _spell_out(argv: Sequence[str]) -> list[str]:
             current.extend([value] if equals else [])
         elif word.startswith("-"):
             current = None
-            is_bare_flag = word == FLAG_OPTION and argv[position + 1 : position + 2] not in (["true"], ["false"])
+            is_bare_flag = word in FLAG_OPTIONS and argv[position + 1 : position + 2] not in (["true"], ["false"])
             others.append(f"{word}=true" if is_bare_flag else word)
         else:
             (others if current is None else current).append(word)

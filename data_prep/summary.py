@@ -4,6 +4,7 @@
     Rejected   2 × empty output, the first in codealpaca_2k.json:238
     Split      train 1,813 | validation 101 | test 101 rows, from 1,917 groups that share no text
     Source     median 57 tokens, 90 % up to 82, 99 % up to 123, longest 228 | none cut at 512
+    Packing    1,813 examples in 205 rows of 544 + 512 tokens, 8.8 a row | filled: source 98.7 %, target 99.2 % | …
 
 One line for each thing that went in or came out, then a warning for each thing that was given and is not used.
 """
@@ -21,6 +22,12 @@ from diptych.data_prep.prepared import REJECTS
 from diptych.data_prep.records import Record, Rejects
 from diptych.data_prep.templates import Template
 
+STARTS = {
+    "setting": "as decoder_start_token_id says",
+    "model config": "as the config beside the tokenizer has it",
+    "assumed": "the padding token, assumed as T5 and Diptych have it; --decoder_start_token_id sets another",
+}
+
 
 def summary_lines(folder: Path, manifest: dict[str, Any], rejects: Rejects) -> list[str]:
     rows, tokens = manifest["rows"], manifest["tokens"]
@@ -35,6 +42,7 @@ def summary_lines(folder: Path, manifest: dict[str, Any], rejects: Rejects) -> l
         splits_line(manifest),
         f"Source     {_lengths(tokens['source'])}",
         f"Target     {_lengths(tokens['target'])}",
+        *packing_lines(manifest),
         f"Template   {manifest['template']['name']}, saved with the tokenizer",
         f"Tokenizer  {manifest['tokenizer']['from']}, {manifest['tokenizer']['tokens']:,} tokens",
         f"Prepared   {folder}" + (f" (rows not kept: {folder / REJECTS})" if rejects.rows else ""),
@@ -45,6 +53,23 @@ def splits_line(manifest: dict[str, Any]) -> str:
     rows = " | ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
     shared = "text" if manifest["settings"]["split_by"] == "both" else "input"
     return f"Split      {rows} rows, from {manifest['groups']:,} groups that share no {shared}"
+
+
+def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
+    packing = manifest["packing"]
+    if packing is None:
+        yield "Packing    none: every row of a batch will be one example, padded to the longest"
+        return
+    sources = "each source encoded for itself"
+    if packing["share_sources"]:
+        sources = f"{packing['shared']:,} examples read a source that is encoded for another"
+    yield (
+        f"Packing    {packing['examples']:,} examples in {packing['rows']:,} rows of"
+        f" {packing['max_source_tokens']:,} + {packing['max_target_tokens']:,} tokens,"
+        f" {packing['examples'] / packing['rows']:.1f} a row | filled: source {packing['source_fill']:.1%},"
+        f" target {packing['target_fill']:.1%} | {sources}"
+    ).replace("%", " %")
+    yield f"Decoder    starts with token {packing['decoder_start_token_id']}, {STARTS[packing['decoder_start_from']]}"
 
 
 def usage_warnings(

@@ -1,4 +1,5 @@
 """A prepared dataset in; the rows of every optimizer step, dealt to ranks and micro-batches, and padded tensors out.
+Packed rows, which hold several examples each, are packed_rows.py's.
 
     rows    input_ids          12  7  9  1   →   attention_mask      1  1  1  1     labels              31 40  1
                                 5  8  1                              1  1  1  0                         22  1 -100
@@ -12,6 +13,7 @@ gets a row without targets, which contributes zero.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +61,38 @@ def pad_batch(
     }
 
 
-class Prepared(NamedTuple):
-    """A prepared folder: its splits, where its tokenizer lies, and what tells its contents from all others."""
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows of one example each."""
 
+    split: datasets.Dataset
+    pad_token_id: int
+    decoder_start_token_id: int
+    row_tokens: int | None = None
+    """Source and target tokens of each row as a tensor; None where it depends on the rows beside it."""
+
+    @property
+    def lengths(self) -> "Lengths":
+        return row_lengths(self.split)
+
+    def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        columns = self.split[rows]
+        picked = [
+            {"input_ids": input_ids, "labels": labels}
+            for input_ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+        ]
+        return pad_batch(picked, self.pad_token_id, self.decoder_start_token_id)
+
+
+class Prepared(NamedTuple):
+    """A prepared folder: its splits, where it and its tokenizer lie, and what tells its contents from all others."""
+
+    folder: Path
     splits: Mapping[str, datasets.Dataset]
     tokenizer_folder: Path
     fingerprint: str
+    packing: Mapping[str, Any] | None
+    """What the manifest says of the packed rows, if there are any."""
 
 
 def load_prepared(folder: str) -> Prepared:
@@ -79,7 +107,9 @@ def load_prepared(folder: str) -> Prepared:
     manifest = place / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")
-    return Prepared(splits, place / "tokenizer", hashlib.sha256(manifest.read_bytes()).hexdigest())
+    content = manifest.read_bytes()
+    packing = json.loads(content).get("packing")
+    return Prepared(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), packing)
 
 
 def drop_repeated_start(split: datasets.Dataset, decoder_start_token_id: int) -> datasets.Dataset:
@@ -136,6 +166,8 @@ class BatchOrder:
     """Micro-batches whose gradients are added up before the optimizer moves."""
     seed: int
     group_by_length: bool = False
+    row_tokens: int | None = None
+    """Source and target tokens of every row as a tensor, where all are of one length; None: of the longest one."""
 
     @property
     def rows_per_step(self) -> int:
@@ -168,7 +200,7 @@ class BatchOrder:
         batches = [self._deal(rows[start : start + together]) for start in range(0, len(rows), together)]
         source_tokens, target_tokens = self.lengths
         padded = sum(
-            len(dealt) * int(source_tokens[dealt].max() + target_tokens[dealt].max())
+            len(dealt) * (self.row_tokens or int(source_tokens[dealt].max() + target_tokens[dealt].max()))
             for batch in batches
             for dealt in batch
             if len(dealt)

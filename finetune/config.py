@@ -42,13 +42,18 @@ class TrainRecipe:
     """Passes over the training rows. Give this or max_steps."""
     max_steps: int | None = None
     """Optimizer steps. Give this or epochs."""
-    batch_size: int = 16
-    """Rows computed together on one rank. More is faster until memory is full; the result also depends on the two
-    settings that multiply it: gradient_accumulation_steps and the number of ranks."""
+    packed: bool = True
+    """Train on the packed rows of the prepared folder, each of several examples: the same loss and gradients as of the
+    examples alone, at a multiple of the speed. A model of a family that cannot, and a folder that was prepared without
+    packing, train on padded rows, which is said at the start."""
+    batch_size: int = 4
+    """Rows computed together on one rank; of packed rows, each holds several examples. More is faster until memory is
+    full; the result also depends on the two settings that multiply it: gradient_accumulation_steps and the ranks."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up before the optimizer moves: a larger batch in the memory of a small one."""
     group_by_length: bool = True
-    """Put rows of like length into the same batch: less padding, in a slightly less random order."""
+    """Padded rows: put those of like length into the same batch, for less padding, in a slightly less random order.
+    Packed rows are all of one length."""
 
     learning_rate: float = 3e-4
     """Peak learning rate. From scratch 1e-3 to 3e-4; a checkpoint in full 1e-4 to 3e-5; LoRA 1e-3 to 1e-4."""
@@ -69,14 +74,20 @@ class TrainRecipe:
     """A longer gradient is shortened to this length; 0 leaves it."""
     label_smoothing: float = 0.0
     """Share of the target's probability that training spreads over all words; validation loss stays unsmoothed."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's denominator (PaLM: 1e-4), which keeps logits from drifting."""
 
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto`: bf16 on a GPU that has it, else
-    fp32."""
+    fp32. fp16, with a scaled loss, is for GPUs without bf16; T5, mT5, UMT5 and T5Gemma overflow in it and refuse."""
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "varlen"] = "auto"
+    """How attention is computed. `varlen` computes nothing between examples of a packed row: flash attention on a GPU,
+    segment by segment on a CPU. `auto` takes it where the family and the device can, else what the model prefers."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, a fraction of the memory."""
     compile: bool = False
-    """torch.compile the model: minutes at the start, faster steps on a GPU."""
+    """torch.compile each layer: up to minutes at the start, faster steps on a GPU. Packed rows have one shape, and are
+    compiled for once."""
 
     method: Literal["full", "lora"] = "full"
     """Train all weights, or LoRA adapters (arXiv 2106.09685) on a frozen checkpoint."""
@@ -93,8 +104,8 @@ class TrainRecipe:
 
     eval_every: int | None = None
     """Steps between evaluations on the validation split; once an epoch unless given. There is one at the end, too."""
-    eval_batch_size: int | None = None
-    """Rows computed together in evaluation, on one rank; batch_size unless given."""
+    eval_batch_size: int = 16
+    """Examples computed together in evaluation, on one rank, padded."""
     metrics: str = ""
     """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf.
     They take longer than the loss; the outputs are kept in samples.jsonl."""
@@ -115,6 +126,8 @@ class TrainRecipe:
     """Which checkpoint becomes `final/`. Without a validation split it is the last."""
     logging_every: int = 10
     """Steps between log lines."""
+    profile: bool = False
+    """Look at three steps with torch.profiler: profile/trace.json (a chrome trace) and profile/table.txt."""
     trackers: str = ""
     """Experiment trackers, separated by commas: those that accelerate knows and that are installed (tensorboard …)."""
 
@@ -165,7 +178,7 @@ AT_LEAST_ONE = [
     "eval_every",
     "eval_batch_size",
 ] + ["metrics_limit", "max_new_tokens", "save_every", "keep_last", "logging_every"]
-AT_LEAST_ZERO = ["seed", "warmup_steps", "weight_decay", "max_grad_norm", "lora_alpha", "patience"]
+AT_LEAST_ZERO = ["seed", "warmup_steps", "weight_decay", "max_grad_norm", "lora_alpha", "patience", "z_loss"]
 BELOW_ONE = ["warmup_ratio", "label_smoothing", "lora_dropout"]
 
 # A resumed run that changed one of these would be another run: they must be as they were.
@@ -174,13 +187,14 @@ FIXED_IN_A_RUN = [
     "model_overrides",
     "grow_vocabulary",
     "seed",
+    "packed",
     "group_by_length",
     "method",
     "lora_rank",
     "lora_alpha",
 ] + ["lora_targets", "lora_embeddings", "best_metric"]
 # And these have no part in what is computed.
-FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers"]
+FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers", "profile"]
 
 
 def split_names(names: str) -> list[str]:

@@ -1,35 +1,83 @@
 """What training must know about a model family: one line for each `model_type` in the table at the foot.
 
-    family_of(model)  ->  Family(lora_targets=("q", "k", …), hidden_states=…, logits=…)     or None: not in the table
+    family_of(model)  ->  Family(lora_targets=("q", "k", …), positions=…, logits=…)       or None: not in the table
 
-A model that is not in the table trains too, with full logits and with LoRA on every linear layer. What stands here was
-read in the model files of transformers 5.23, and the tests compare it with what the models themselves compute.
+Padded or packed, a batch goes through the model's own two panels, and none of its code is touched: the encoder with a
+mask, then the decoder with its states and two masks. A packed row needs two things more. Its masks keep examples apart
+(segments.py). And its positions restart in each example: T5 has only distances, which restart by themselves; Diptych
+and T5Gemma take `position_ids`; BART and its relatives look positions up in a table of their own, and a hook on that
+table says which rows.
 
-B rows, T target tokens, D width, V vocabulary, N target tokens picked from B × T.
+A model that is not in the table trains too: padded, with full logits, and with LoRA on every linear layer. What
+stands here was read in the model files of transformers 5.23, and the tests compare it with what the models compute.
+
+B rows, S source tokens, T target tokens, D width, V vocabulary, N target tokens picked from B × T.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from diptych.data_prep.records import UserError
+from diptych.finetune.segments import VARLEN, site_masks
 
 Batch = dict[str, torch.Tensor]
+
+
+def _nothing(panel: nn.Module, positions: torch.Tensor) -> AbstractContextManager[dict]:
+    """T5: attention knows distances only."""
+    return nullcontext({})
 
 
 @dataclass(frozen=True)
 class Family:
     lora_targets: tuple[str, ...]
     """Names of the linear layers that get a LoRA adapter: all of attention and of the feed-forward network."""
-    hidden_states: Callable[[PreTrainedModel, Batch], torch.Tensor]
-    """Model and batch (without labels) -> what the head reads, (B, T, D)."""
-    logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]
-    """Model and some of these states (N, D) -> their logits (N, V)."""
+    positions: Callable[[nn.Module, torch.Tensor], AbstractContextManager[dict]] = _nothing
+    """Panel and positions (B, L) -> a context in which the panel uses them, giving what to call it with besides."""
+    scale: Callable[[PreTrainedModel], float] = lambda model: 1.0
+    """What the decoder's states are multiplied with before the head."""
+    logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, logits: logits
+    """Model and what its head computed (N, V) -> the logits that it means (N, V)."""
+    attentions: tuple[str, ...] = ("eager", "sdpa", "flex_attention", VARLEN)
+    """Implementations of attention that can keep packed examples apart."""
+    gpu_varlen: bool = True
+    """Whether the flash kernel computes this family's attention: it knows no position bias."""
+    overflows_in_fp16: bool = False
+    """Whether activations of its checkpoints grow beyond what fp16 holds."""
     has_position_table: bool = False
     """Whether positions beyond config.max_position_embeddings do not exist."""
+    has_sliding_windows: bool = False
+    """Whether masks are given by layer type."""
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """A batch without its labels -> what the head reads, (B, T, D)."""
+        encoder, decoder = model.get_encoder(), model.get_decoder()
+        if "segment_ids" in batch:
+            masks = site_masks(model, batch, self.has_sliding_windows)
+            reading = self.positions(encoder, batch["position_ids"])
+            writing = self.positions(decoder, batch["decoder_position_ids"])
+        else:
+            masks = batch["attention_mask"], None, batch["attention_mask"]
+            reading = writing = nullcontext({})
+        with reading as arguments:
+            source = encoder(input_ids=batch["input_ids"], attention_mask=masks[0], **arguments).last_hidden_state
+        with writing as arguments:
+            target = decoder(
+                input_ids=batch["decoder_input_ids"],
+                attention_mask=masks[1],
+                encoder_hidden_states=source,
+                encoder_attention_mask=masks[2],
+                use_cache=False,
+                **arguments,
+            ).last_hidden_state
+        return target * self.scale(model)
 
 
 def family_of(model: PreTrainedModel | PeftModel) -> Family | None:
@@ -71,43 +119,67 @@ def _input_and_output_tables(model: PreTrainedModel) -> list[torch.nn.Parameter]
     return [panel.get_input_embeddings().weight for panel in panels] + [model.get_output_embeddings().weight]
 
 
-def _model_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    return model.model(**batch, use_cache=False).last_hidden_state
+def _as_argument(panel: nn.Module, positions: torch.Tensor) -> AbstractContextManager[dict]:
+    return nullcontext({"position_ids": positions})
 
 
-def _t5_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """T5 has no inner model to call: its encoder and decoder hang on the model with the head."""
-    mask = batch["attention_mask"]
-    source_states = model.encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-    return model.decoder(
-        input_ids=batch["decoder_input_ids"],
-        encoder_hidden_states=source_states,
-        encoder_attention_mask=mask,
-        use_cache=False,
-    ).last_hidden_state
+@contextmanager
+def _in_table(panel: nn.Module, positions: torch.Tensor) -> Iterator[dict]:
+    """BART, mBART, Marian, Pegasus: the table takes position_ids, but its panel gives it none."""
+    table = panel.embed_positions
+
+    def look_up(module, arguments, keywords):
+        return arguments, keywords | {"position_ids": positions.flatten()}
+
+    def in_rows(module, arguments, keywords, output):
+        return output.view(*positions.shape, -1)
+
+    hooks = [
+        table.register_forward_pre_hook(look_up, with_kwargs=True),
+        table.register_forward_hook(in_rows, with_kwargs=True),
+    ]
+    try:
+        yield {}
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _scaled_t5_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """The first T5 shares its embedding with the head and scales for it; T5 v1.1 and mT5 do not."""
-    states = _t5_states(model, batch)
-    return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
+@contextmanager
+def _in_sinusoids(panel: nn.Module, positions: torch.Tensor) -> Iterator[dict]:
+    """M2M100 counts the tokens that are no padding; here it counts from 0 in each segment. A decoder that starts with
+    the padding token has that one at no position at all, and its first word at 0."""
+
+    def look_up(module, arguments, output):
+        is_word = arguments[0] != module.padding_idx
+        words = is_word.cumsum(dim=1)
+        starts = torch.arange(positions.shape[1], device=positions.device) - positions
+        before = (words - is_word.long()).gather(1, starts)
+        rows = (words - before) * is_word + module.padding_idx
+        return module.weights[rows]
+
+    hook = panel.embed_positions.register_forward_hook(look_up)
+    try:
+        yield {}
+    finally:
+        hook.remove()
 
 
-def _scaled_umt5_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    states = _t5_states(model, batch)
-    return states * model.model_dim**-0.5 if model.config.tie_word_embeddings else states
+def _t5_scale(model: PreTrainedModel) -> float:
+    """The first T5 shares its embedding with the head and scales for it; T5 v1.1 and Flan-T5 do not."""
+    return model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
 
 
-def _head(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    return model.lm_head(states)
+def _umt5_scale(model: PreTrainedModel) -> float:
+    return model.model_dim**-0.5 if model.config.tie_word_embeddings else 1.0
 
 
-def _head_with_bias(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    return model.lm_head(states) + model.final_logits_bias
+def _with_bias(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    return logits + model.final_logits_bias
 
 
-def _head_with_softcap(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
-    logits, cap = model.lm_head(states), model.get_decoder().config.final_logit_softcapping
+def _with_softcap(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    cap = model.get_decoder().config.final_logit_softcapping
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -115,15 +187,25 @@ T5_LAYERS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
 BART_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+t5 = partial(Family, T5_LAYERS, gpu_varlen=False, overflows_in_fp16=True)
+bart = partial(Family, BART_LAYERS, _in_table, logits=_with_bias, has_position_table=True)
+
 FAMILIES = {
-    "diptych": Family(LLAMA_LAYERS, _model_states, _head),
-    "t5": Family(T5_LAYERS, _scaled_t5_states, _head),
-    "mt5": Family(T5_LAYERS, _t5_states, _head),
-    "umt5": Family(T5_LAYERS, _scaled_umt5_states, _head),
-    "bart": Family(BART_LAYERS, _model_states, _head_with_bias, has_position_table=True),
-    "mbart": Family(BART_LAYERS, _model_states, _head_with_bias, has_position_table=True),
-    "m2m_100": Family(BART_LAYERS, _model_states, _head),  # its table of sinusoids grows when a row is longer
-    "marian": Family(BART_LAYERS, _model_states, _head_with_bias, has_position_table=True),
-    "pegasus": Family(BART_LAYERS, _model_states, _head_with_bias, has_position_table=True),
-    "t5gemma": Family(LLAMA_LAYERS, _model_states, _head_with_softcap),
+    "diptych": Family(LLAMA_LAYERS, _as_argument),
+    "t5": t5(scale=_t5_scale),
+    "mt5": t5(),
+    "umt5": t5(scale=_umt5_scale),
+    "bart": bart(),
+    "mbart": bart(),
+    "m2m_100": Family(BART_LAYERS, _in_sinusoids),  # its table of sinusoids grows when a row is longer
+    "marian": bart(),
+    "pegasus": bart(),
+    "t5gemma": Family(
+        LLAMA_LAYERS,
+        _as_argument,
+        logits=_with_softcap,
+        attentions=("eager", "flex_attention"),  # its scores are capped, which the others cannot do
+        overflows_in_fp16=True,
+        has_sliding_windows=True,
+    ),
 }

@@ -1,9 +1,10 @@
 """What a run says while it trains: a bar, lines with units, and the same figures as metrics.jsonl and to trackers.
 
-    step 200/1500 | loss 1.873 nats/token | 41.2k tokens/s | lr 2.4e-4 | fill 96% | 1m02s left
+    step 200/1500 | loss 1.873 nats/token | 41.2k tokens/s | fill 96% | MFU 34% | 2.1 GB | lr 2.4e-4 | 1m02s left
     step 200/1500 | validation loss 1.902 nats/token | chrf 41.2 | best so far
 
-Tokens are source and target tokens without padding, over all ranks. Fill is their share of the tensors that held them.
+Tokens are source and target tokens without padding, over all ranks. Fill is their share of the tensors that held
+them; MFU what they cost, as a share of what the machine's matrix products reach (speed.py); memory the most so far.
 """
 
 import json
@@ -65,21 +66,22 @@ class Pace:
         hidden = not shown or not sys.stderr.isatty()
         self.bar = tqdm(desc="train", total=total_steps, initial=done, unit="step", disable=hidden)
         self.seconds, self.steps = 0.0, 0
-        self.window_seconds, self.window_tokens = 0.0, 0
+        self.window_seconds, self.window_tokens, self.window_work = 0.0, 0, 0.0
 
-    def advance(self, loss: float, tokens: int, seconds: float) -> None:
+    def advance(self, loss: float, tokens: int, work: float, seconds: float) -> None:
         self.left -= 1
         self.steps += 1
         self.seconds += seconds
         self.window_seconds += seconds
         self.window_tokens += tokens
+        self.window_work += work
         self.bar.set_postfix_str(f"loss {loss:.3f}, {short(tokens / seconds)} tokens/s", refresh=False)
         self.bar.update()
 
-    def tokens_per_second(self) -> float:
-        """Since the last time this was asked."""
-        pace = self.window_tokens / self.window_seconds
-        self.window_seconds, self.window_tokens = 0.0, 0
+    def per_second(self) -> tuple[float, float]:
+        """Tokens, and floating-point operations, since the last time this was asked."""
+        pace = self.window_tokens / self.window_seconds, self.window_work / self.window_seconds
+        self.window_seconds, self.window_tokens, self.window_work = 0.0, 0, 0.0
         return pace
 
     def seconds_left(self) -> float:
@@ -89,8 +91,8 @@ class Pace:
 def train_line(entry: dict[str, Any], total_steps: int, seconds_left: float) -> str:
     return (
         f"step {entry['step']}/{total_steps} | loss {entry['loss']:.3f} nats/token | "
-        f"{short(entry['tokens_per_second'])} tokens/s | lr {entry['learning_rate']:.1e} | "
-        f"fill {entry['fill']:.0%} | {duration(seconds_left)} left"
+        f"{short(entry['tokens_per_second'])} tokens/s | fill {entry['fill']:.0%} | MFU {entry['mfu']:.0%} | "
+        f"{entry['memory_bytes'] / 1e9:.1f} GB | lr {entry['learning_rate']:.1e} | {duration(seconds_left)} left"
     ).replace("e-0", "e-")
 
 

@@ -27,12 +27,11 @@ from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.batches import (
     BatchOrder,
+    PaddedRows,
     Prepared,
     check_rows_fit,
     drop_repeated_start,
     load_prepared,
-    pad_batch,
-    row_lengths,
 )
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe, split_names
@@ -40,8 +39,13 @@ from diptych.finetune.families import family_of, vocabulary_tables, without_adap
 from diptych.finetune.loading import has_tokenizer, load_tokenizer
 from diptych.finetune.metrics import score_texts
 from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.packed_rows import PackedRows, Packing, check_packed_rows, check_packing_fits, load_packed
 from diptych.finetune.run_log import RunLog, short
+from diptych.finetune.segments import VARLEN, register_varlen
+from diptych.finetune.speed import Work, compile_layers, matmul_peak, work_per_token
 from diptych.finetune.starting_model import is_named_size, starting_model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
@@ -71,12 +75,19 @@ class Run:
     folder: Path
     accelerator: accelerate.Accelerator
     prepared: Prepared
+    rows: PaddedRows | PackedRows
+    """What is trained on."""
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel | PeftModel
     objective: nn.Module
     """Model and loss in one module, as accelerate wrapped it."""
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Scales the loss in fp16, whose smallest numbers are too large for gradients; else does nothing."""
     order: BatchOrder
+    work: Work
+    peak: float
+    """Floating-point operations a second of a matrix product on this rank's device."""
     total_steps: int
     log: RunLog
     progress: Progress
@@ -94,18 +105,15 @@ class Run:
         return 0 < self.recipe.patience <= self.progress.evaluations_without_gain
 
     def autocast(self) -> torch.autocast:
-        is_bf16 = self.recipe.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
+        dtype = DTYPES[self.recipe.precision]
+        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32)
 
-    def tensors(self, split: Dataset, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """These rows as a padded batch on the device of this rank."""
-        columns = split[rows]
-        picked = [
-            {"input_ids": input_ids, "labels": labels}
-            for input_ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
-        ]
-        batch = pad_batch(picked, self.tokenizer.pad_token_id, self.model.config.decoder_start_token_id)
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+    def padded(self, split: Dataset) -> PaddedRows:
+        return PaddedRows(split, self.tokenizer.pad_token_id, self.model.config.decoder_start_token_id)
+
+    def tensors(self, rows: PaddedRows | PackedRows, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch of these rows on the device of this rank."""
+        return {name: tensor.to(self.accelerator.device) for name, tensor in rows.tensors(numbers).items()}
 
 
 def set_up(recipe: TrainRecipe) -> Run:
@@ -126,22 +134,29 @@ def set_up(recipe: TrainRecipe) -> Run:
     used = {name: drop_repeated_start(split, start) for name, split in used.items()}
     check_rows_fit(without_adapter(model), used)
     prepared = prepared._replace(splits=used)
+    rows, why_padded = training_rows(recipe, prepared, model, tokenizer)
+    check_precision(recipe, model)
+    set_attention(recipe, without_adapter(model), accelerator.device, is_packed=why_padded is None)
     if recipe.gradient_checkpointing:
         with warnings.catch_warnings():  # transformers 5.22 has another name for it, and warns of this one
             warnings.simplefilter("ignore", FutureWarning)
             without_adapter(model).gradient_checkpointing_enable({"use_reentrant": False})
     if accelerator.num_processes > 1:
         switch_off_layer_drop(without_adapter(model))
-    objective = Seq2SeqObjective(model, recipe.label_smoothing, recipe.compile)
+    if recipe.compile:
+        compile_layers(model)
+    objective = Seq2SeqObjective(model, recipe.label_smoothing, recipe.z_loss)
     objective, optimizer = accelerator.prepare(objective, make_optimizer(model, recipe))
     order = BatchOrder(
-        row_lengths(prepared.splits["train"]),
+        rows.lengths,
         recipe.batch_size,
         accelerator.num_processes,
         recipe.gradient_accumulation_steps,
         recipe.seed,
-        recipe.group_by_length,
+        recipe.group_by_length and rows.row_tokens is None,
+        rows.row_tokens,
     )
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=recipe.precision == "fp16")
     set_seed(recipe.seed, device_specific=True)  # from here on each rank drops out its own
     state = checkpoints.read_json(saved / "state.json") if saved else {"progress": {}, "written": {}}
     if saved:
@@ -155,19 +170,24 @@ def set_up(recipe: TrainRecipe) -> Run:
         folder=folder,
         accelerator=accelerator,
         prepared=prepared,
+        rows=rows,
         tokenizer=tokenizer,
         model=model,
         objective=objective,
         optimizer=optimizer.optimizer,
+        scaler=scaler,
         order=order,
+        work=work_per_token(model),
+        peak=matmul_peak(accelerator.device, DTYPES[recipe.precision]),
         total_steps=recipe.max_steps or recipe.epochs * order.steps_per_epoch,
         log=RunLog(folder, accelerator, state["written"]),
         progress=Progress(**state["progress"]),
     )
     accelerator.init_trackers("diptych", config={name: str(value) for name, value in asdict(recipe).items()})
-    say_what_runs(run)
+    say_what_runs(run, why_padded)
     if saved:
         restore(run, saved)
+        scaler.load_state_dict(state["scaler"])
     return run
 
 
@@ -264,6 +284,55 @@ def check_best_metric(recipe: TrainRecipe) -> None:
         raise UserError(f"best_metric is {recipe.best_metric!r}. {choose_from(recipe.best_metric, known)}")
 
 
+def training_rows(
+    recipe: TrainRecipe, prepared: Prepared, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PaddedRows | PackedRows, str | None]:
+    """The rows to train on and, where they are padded, why."""
+    padded = PaddedRows(prepared.splits["train"], tokenizer.pad_token_id, model.config.decoder_start_token_id)
+    if not recipe.packed:
+        return padded, "the recipe has packed: false"
+    if family_of(model) is None:
+        return padded, f"how packed rows are fed to a {model.config.model_type} is not known (see families.py)"
+    if prepared.packing is None:
+        return padded, f"{recipe.data} has no packed rows; `diptych prepare` makes them unless it gets --packing false"
+    packing, packed = Packing.from_manifest(prepared.packing), load_packed(prepared.folder)
+    check_packing_fits(without_adapter(model), packing, recipe.data)
+    check_packed_rows(packed, packing, without_adapter(model), recipe.data)
+    return PackedRows(packed, packing), None
+
+
+def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> None:
+    family = family_of(model)
+    if recipe.precision == "fp16" and family and family.overflows_in_fp16:
+        raise UserError(
+            f"precision is fp16, but {model.config.model_type} was trained in bf16, and its activations grow beyond "
+            f"65,504, the largest number of fp16: the loss would become NaN. Set precision to bf16 or fp32."
+        )
+
+
+def set_attention(recipe: TrainRecipe, model: PreTrainedModel, device: torch.device, is_packed: bool) -> None:
+    """The implementation that the recipe asks for, or the fastest one that keeps packed examples apart."""
+    family, wanted = family_of(model), recipe.attention
+    can_varlen = family is not None and VARLEN in family.attentions
+    if device.type == "cuda":  # the flash kernel knows no fp32, no position bias and no dropout
+        can_varlen = (
+            can_varlen and family.gpu_varlen and recipe.precision != "fp32" and not model.config.attention_dropout
+        )
+    if wanted == VARLEN and not can_varlen or is_packed and wanted not in ("auto", *family.attentions):
+        usable = [name for name in family.attentions if name != VARLEN] if family else ["eager", "sdpa"]
+        raise UserError(
+            f"attention is {wanted}, which cannot compute {'packed rows of ' * is_packed}a {model.config.model_type} "
+            f"here ({device.type}, {recipe.precision}). Leave it at auto, or choose from: {', '.join(usable)}."
+        )
+    if wanted == "auto" and is_packed:
+        preferred = model.config._attn_implementation
+        wanted = VARLEN if can_varlen else preferred if preferred in family.attentions else family.attentions[0]
+    if wanted == VARLEN:
+        register_varlen()
+    if wanted != "auto":
+        model.set_attn_implementation(wanted)
+
+
 def switch_off_layer_drop(model: PreTrainedModel) -> None:
     """BART's relatives skip whole layers at random, each rank others, and DDP waits for gradients that never come."""
     for panel in (model.get_encoder(), model.get_decoder()):
@@ -294,13 +363,21 @@ def order_facts(prepared: Prepared, order: BatchOrder) -> dict[str, Any]:
         "data": prepared.fingerprint,
         "rows_per_step": order.rows_per_step,
         "rows_together": order.rows_per_batch * order.ranks if order.group_by_length else None,
+        "packed": order.row_tokens is not None,
     }
 
 
 def check_same_order(recipe: TrainRecipe, before: dict[str, Any], now: dict[str, Any]) -> None:
     if before["data"] != now["data"]:
         raise UserError(f"{recipe.data} is not the data that this run was trained on. Name the same prepared folder.")
-    if before != now:
+    if before.get("packed", False) != now["packed"]:
+        raise UserError(
+            f"this run was trained on {'packed' if before.get('packed') else 'padded'} rows, now they would be "
+            f"{'packed' if now['packed'] else 'padded'}. Set packed back."
+        )
+    if {name: before[name] for name in ("rows_per_step", "rows_together")} != {
+        name: now[name] for name in ("rows_per_step", "rows_together")
+    }:
         raise UserError(
             f"a step of this run had {before['rows_per_step']} rows, now it has {now['rows_per_step']}, or they come "
             f"in other batches. Keep batch_size × ranks, and gradient_accumulation_steps, as they were."
@@ -317,17 +394,31 @@ def restore(run: Run, saved: Path) -> None:
         run.log.say(f"{len(random_states)} ranks before, {run.accelerator.num_processes} now: dropout will differ")
 
 
-def say_what_runs(run: Run) -> None:
+def say_what_runs(run: Run, why_padded: str | None) -> None:
     recipe, say = run.recipe, run.log.say
     total = sum(weight.numel() for weight in run.model.parameters())
     trained = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad)
-    rows = {name: len(split) for name, split in run.prepared.splits.items()}
+    counts = {name: len(split) for name, split in run.prepared.splits.items()}
+    kind = "padded" if why_padded else "packed"
     say(
         f"{recipe.model} ({run.model.config.model_type}, {short(total)} weights, {short(trained)} trained) | "
-        + ", ".join(f"{count:,} {name} rows" for name, count in rows.items())
-        + f" | {run.total_steps} steps of {run.order.rows_per_step} rows | {run.accelerator.num_processes} × "
+        + ", ".join(f"{count:,} {name} rows" for name, count in counts.items())
+        + f" | {run.total_steps} steps of {run.order.rows_per_step} {kind} rows | {run.accelerator.num_processes} × "
         + f"{run.accelerator.device.type}, {recipe.precision} | {run.folder}"
     )
+    if why_padded:
+        say(f"trains on padded rows: {why_padded}")
+    else:
+        lengths, shape = run.order.lengths, run.rows.packing
+        filled = {
+            "source": lengths.source_tokens.sum() / (len(lengths.source_tokens) * shape.max_source_tokens),
+            "target": lengths.target_tokens.sum() / (len(lengths.target_tokens) * shape.max_target_tokens),
+        }
+        say(
+            f"{counts['train']:,} examples in {len(lengths.source_tokens):,} rows of {shape.max_source_tokens} + "
+            f"{shape.max_target_tokens} tokens | filled: source {filled['source']:.1%}, target {filled['target']:.1%} "
+            f"| attention: {run.model.config._attn_implementation}"
+        )
     if "validation" not in run.prepared.splits:
         say(f"{recipe.data} has no validation split: no evaluation, and the last checkpoint becomes final")
     if family_of(run.model) is None:

@@ -29,13 +29,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune.batches import longest_first, row_lengths
+from diptych.finetune.batches import Step, longest_first
 from diptych.finetune.config import TrainRecipe, parse_recipe, split_names
 from diptych.finetune.evaluation import evaluate_rows
 from diptych.finetune.lora import save_adapter
 from diptych.finetune.loss_plot import plot_loss
 from diptych.finetune.run_log import Pace, train_line, validation_line
 from diptych.finetune.set_up import Run, order_facts, set_up
+from diptych.finetune.speed import keep_memory, peak_memory, profiler
 
 
 def run_recipe(recipe: TrainRecipe) -> int:
@@ -54,13 +55,13 @@ def run_recipe(recipe: TrainRecipe) -> int:
 def train(run: Run) -> None:
     """The loop."""
     recipe, progress, accelerator, order = run.recipe, run.progress, run.accelerator, run.order
-    split = run.prepared.splits["train"]
     eval_every = recipe.eval_every or order.steps_per_epoch
     save_every = recipe.save_every or order.steps_per_epoch
     pace = Pace(run.total_steps, progress.step, accelerator.is_main_process)
     weights = list(run.weight_names)
     epoch_rows = None
     run.objective.train()
+    profile = start_profile(run)
 
     while progress.step < run.total_steps and not run.is_out_of_patience:
         started = time.perf_counter()
@@ -69,24 +70,20 @@ def train(run: Run) -> None:
             epoch_rows = order.rows_of(epoch)
         step = order.step(epoch_rows, index)
 
-        loss = torch.zeros((), device=accelerator.device)
-        for number, batch in enumerate(step.batches, start=1):
-            tensors = run.tensors(split, batch[accelerator.process_index])
-            is_last = number == len(step.batches)  # only then do ranks exchange gradients
-            with nullcontext() if is_last else accelerator.no_sync(run.objective):
-                with run.autocast():
-                    part = run.objective(tensors, step.target_tokens)
-                # Each part is a share of the sum over all ranks, but DDP takes the mean over them.
-                accelerator.backward(part * accelerator.num_processes)
-            loss += part.detach()
-        loss = accelerator.reduce(loss, reduction="sum").item()
+        loss = add_up_gradients(run, step)
+        run.scaler.unscale_(run.optimizer)
         gradient_norm = float(accelerator.clip_grad_norm_(weights, recipe.max_grad_norm or math.inf))
         rate = learning_rate(progress.step, run.total_steps, recipe)
-        check_finite(loss, gradient_norm, progress.step + 1, rate)
+        # A scale that was too large shows as an infinite gradient: the scaler leaves that step out, and halves it.
+        if not (run.scaler.is_enabled() and math.isfinite(loss) and run.scaler.get_scale() > 1):
+            check_finite(loss, gradient_norm, progress.step + 1, rate)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        run.optimizer.step()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
         run.optimizer.zero_grad()
+        if profile is not None:
+            profile.step()
 
         tokens = step.source_tokens + step.target_tokens
         progress.step += 1
@@ -95,7 +92,8 @@ def train(run: Run) -> None:
         progress.logged_target_tokens += step.target_tokens
         progress.logged_tokens += tokens
         progress.logged_padded_tokens += step.padded_tokens
-        pace.advance(loss, tokens, time.perf_counter() - started)
+        work = step.source_tokens * run.work.source + step.target_tokens * run.work.target
+        pace.advance(loss, tokens, work, time.perf_counter() - started)
 
         is_end = progress.step == run.total_steps
         if progress.step % recipe.logging_every == 0 or is_end:
@@ -107,8 +105,34 @@ def train(run: Run) -> None:
             save_checkpoint(run)
 
     pace.bar.close()
+    if profile is not None:
+        profile.stop()
     if run.is_out_of_patience:
         run.log.say(f"stopped: no better {recipe.best_metric} in the last {recipe.patience} evaluations")
+
+
+def add_up_gradients(run: Run, step: Step) -> float:
+    """Both passes for all micro-batches of a step: every weight's gradient, the same on all ranks, and the loss."""
+    accelerator = run.accelerator
+    loss = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(step.batches, start=1):
+        tensors = run.tensors(run.rows, batch[accelerator.process_index])
+        is_last = number == len(step.batches)  # only then do ranks exchange gradients
+        with nullcontext() if is_last else accelerator.no_sync(run.objective):
+            with run.autocast():
+                part = run.objective(tensors, step.target_tokens)
+            # Each part is a share of the sum over all ranks, but DDP takes the mean over them.
+            accelerator.backward(run.scaler.scale(part * accelerator.num_processes))
+        loss += part.detach()
+    return accelerator.reduce(loss, reduction="sum").item()
+
+
+def start_profile(run: Run) -> torch.profiler.profile | None:
+    if not run.recipe.profile or not run.accelerator.is_main_process:
+        return None
+    profile = profiler(run.folder / "profile")
+    profile.start()
+    return profile
 
 
 def learning_rate(step: int, total_steps: int, recipe: TrainRecipe) -> float:
@@ -133,6 +157,7 @@ def check_finite(loss: float, gradient_norm: float, step: int, rate: float) -> N
 
 def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> None:
     progress = run.progress
+    tokens_per_second, work_per_second = pace.per_second()
     entry = {
         "step": progress.step,
         "split": "train",
@@ -142,7 +167,9 @@ def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> Non
         "learning_rate": rate,
         "gradient_norm": gradient_norm,
         "fill": progress.logged_tokens / progress.logged_padded_tokens,
-        "tokens_per_second": pace.tokens_per_second(),
+        "tokens_per_second": tokens_per_second,
+        "mfu": work_per_second / run.peak / run.accelerator.num_processes,
+        "memory_bytes": peak_memory(run.accelerator.device),
     }
     progress.nats, progress.logged_target_tokens = 0.0, 0
     progress.logged_tokens, progress.logged_padded_tokens = 0, 0
@@ -173,15 +200,14 @@ def evaluate(run: Run) -> bool:
 @torch.no_grad()
 def validation_loss(run: Run) -> float:
     """Nats per target token over the whole split: each rank its share, in as many calls as the others."""
-    split, accelerator = run.prepared.splits["validation"], run.accelerator
-    lengths = row_lengths(split)
-    batch_size = run.recipe.eval_batch_size or run.recipe.batch_size
+    rows, accelerator = run.padded(run.prepared.splits["validation"]), run.accelerator
+    lengths = rows.lengths
     target_tokens = int(lengths.target_tokens.sum())
     loss = torch.zeros((), dtype=torch.float64)
     run.objective.eval()
-    for batch in longest_first(lengths, batch_size, accelerator.num_processes):
+    for batch in longest_first(lengths, run.recipe.eval_batch_size, accelerator.num_processes):
         with run.autocast():
-            part = run.objective(run.tensors(split, batch[accelerator.process_index]), target_tokens)
+            part = run.objective(run.tensors(rows, batch[accelerator.process_index]), target_tokens)
         loss += part.cpu().double()
     run.objective.train()
     return accelerator.reduce(loss.float().to(accelerator.device), reduction="sum").item()
@@ -197,7 +223,7 @@ def generation_figures(run: Run) -> dict[str, float]:
                 run.tokenizer,
                 run.prepared.splits["validation"],
                 metrics=split_names(recipe.metrics),
-                batch_size=recipe.eval_batch_size or recipe.batch_size,
+                batch_size=recipe.eval_batch_size,
                 max_new_tokens=recipe.max_new_tokens,
                 limit=recipe.metrics_limit,
             )
@@ -217,6 +243,7 @@ def save_checkpoint(run: Run) -> None:
         checkpoints.write_json(partial / "rng.json", random_states)
         order = order_facts(run.prepared, run.order)
         state = {"progress": asdict(progress), "order": order, "written": run.log.bytes_written()}
+        state["scaler"] = run.scaler.state_dict()
         checkpoints.write_json(partial / "state.json", state)
 
     if run.accelerator.is_main_process:
@@ -249,6 +276,7 @@ def write_final(run: Run) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     recipe = parse_recipe(argv)
+    keep_memory()
     try:
         return run_recipe(recipe)
     except (UserError, OSError) as error:

@@ -44,7 +44,7 @@ from .configuration_diptych import DiptychConfig, DiptychPanelConfig
 
 
 class DiptychRMSNorm(nn.Module):
-    """Root mean square norm (arXiv 1910.07467), computed in float32, returned in the input's dtype."""
+    """Root mean square norm (arXiv 1910.07467), computed in float32 or better, returned in the input's dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -52,7 +52,8 @@ class DiptychRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = F.rms_norm(hidden_states.float(), self.weight.shape, self.weight.float(), self.eps)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
         return normed.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
@@ -111,7 +112,7 @@ def eager_attention_forward(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 

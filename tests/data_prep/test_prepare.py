@@ -9,9 +9,12 @@ import time
 from dataclasses import fields
 
 import datasets
+import numpy
 import pytest
+import transformers
 from transformers import AutoTokenizer
 
+from diptych.data_prep.packing import PACKED_COLUMNS, SHARED_COLUMN
 from diptych.data_prep.prepare import main
 from diptych.data_prep.prepared import FORMAT
 from diptych.data_prep.settings import PrepareSettings
@@ -19,6 +22,7 @@ from diptych.data_prep.templates import TEMPLATES, load_template, template_of
 
 ROWS = [{"instruction": f"Say {n}.", "input": f"number {n}", "output": f"It is {n}."} for n in range(40)]
 COMMAND = [sys.executable, "-m", "diptych.data_prep.prepare"]
+SAMPLE = ["--data", "tatoeba", "--train_tokenizer", "bpe"]
 GOOD = '{"instruction": "a", "output": "b"}'
 
 
@@ -243,6 +247,168 @@ def test_a_row_of_which_the_tokenizer_keeps_nothing_is_a_reject(prepare, write_r
     assert (reject["row"], reject["reason"]) == (41, "the tokenizer makes no token of the target.")
 
 
+# Packed rows
+
+
+def packed_examples(row):
+    """(input_ids, labels, what its decoder starts with) of every example of a packed row, segment by segment."""
+    row = {name: numpy.array(column) for name, column in row.items()}
+    for segment in range(1, len(row["examples"]) + 1):
+        there = row["decoder_segment_ids"] == segment
+        read = row[SHARED_COLUMN][there][0] if SHARED_COLUMN in row else segment
+        ids = row["input_ids"][row["segment_ids"] == read].tolist()
+        yield ids, row["labels"][there].tolist(), row["decoder_input_ids"][there][0]
+
+
+def test_the_train_split_is_also_written_in_packed_rows(prepare, write_rows, tmp_path):
+    code, said, _ = prepare("--data", write_rows("rows.jsonl", ROWS), "--template", "plain")
+    assert code == 0
+    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
+    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
+    entry = manifest_of(tmp_path / "prepared")["packing"]
+    assert set(packed.features) == {"examples", *PACKED_COLUMNS}
+    places = []
+    for row in packed:
+        places += row["examples"]
+        for name in PACKED_COLUMNS:
+            assert len(row[name]) == entry["max_source_tokens" if name in PACKED_COLUMNS[:3] else "max_target_tokens"]
+        for place, (ids, labels, start) in zip(row["examples"], packed_examples(row), strict=True):
+            assert (ids, labels, start) == (train[place]["input_ids"], train[place]["labels"], 0)
+    assert sorted(places) == list(range(36))
+    slots = {side: entry["rows"] * entry[f"max_{side}_tokens"] for side in ("source", "target")}
+    lengths = {"source": list(map(len, train["input_ids"])), "target": list(map(len, train["labels"]))}
+    assert entry == {
+        "max_source_tokens": entry["max_source_tokens"],
+        "max_target_tokens": entry["max_target_tokens"],
+        "rows": len(packed),
+        "examples": 36,
+        "source_fill": pytest.approx(sum(lengths["source"]) / slots["source"]),
+        "target_fill": pytest.approx(sum(lengths["target"]) / slots["target"]),
+        "share_sources": False,
+        "shared": 0,
+        "decoder_start_token_id": 0,
+        "decoder_start_from": "assumed",
+        "pad_token_id": 0,
+        "vocabulary": len(AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")),
+        "largest_token_id": max(max(column) for name in ("input_ids", "labels") for column in train[name]),
+        "positions": max(lengths["source"] + lengths["target"]),
+        "seed": 0,
+    }
+    assert f"Packing    36 examples in {len(packed)} rows of " in said and "each source encoded for itself" in said
+    assert "Decoder    starts with token 0, the padding token, assumed as T5 and Diptych have it; --decoder" in said
+
+
+def test_packed_rows_are_read_as_arrays_of_one_shape(prepare, write_rows, tmp_path):
+    budget = ("--packed_source_tokens", 128, "--packed_target_tokens", 64)
+    assert prepare("--data", write_rows("rows.jsonl", ROWS), "--template", "plain", *budget)[0] == 0
+    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed").with_format("numpy")
+    assert packed[:2]["input_ids"].shape == (2, 128) and packed[:2]["labels"].shape == (2, 64)
+
+
+def test_packing_false_writes_examples_alone(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    code, said, _ = prepare("--data", path, "--packing", "false")
+    assert (code, "Packing    none: every row of a batch" in said) == (0, True)
+    assert manifest_of(tmp_path / "prepared")["packing"] is None
+    assert not (tmp_path / "prepared" / "packed").exists()
+    assert prepare("--data", path, "--packing", "false")[1].startswith("Reused")
+    assert prepare("--data", path, "--packing")[1].startswith("Read")
+    assert (tmp_path / "prepared" / "packed").is_dir()
+
+
+def test_how_rows_are_packed_decides_whether_they_are_used_again(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    arguments = ["--data", path, "--packed_source_tokens", 200]
+    prepare(*arguments)
+    code, said, _ = prepare(*arguments)
+    assert said.startswith("Reused") and "Packing    36 examples in " in said
+    assert prepare(*arguments, "--packed_target_tokens", 90)[1].startswith("Read")
+    assert prepare(*arguments, "--share_sources")[1].startswith("Read")
+    assert prepare(*arguments, "--decoder_start_token_id", 2)[1].startswith("Read")
+    table = next((tmp_path / "prepared" / "packed").glob("*.arrow"))
+    table.write_bytes(table.read_bytes()[:-10])
+    assert prepare(*arguments, "--decoder_start_token_id", 2)[1].startswith("Read")
+
+
+def test_equal_sources_are_encoded_once_if_asked_for(prepare, write_rows, tmp_path):
+    rows = [{"instruction": f"Name {n // 4}.", "output": f"This is {n}."} for n in range(80)]
+    arguments = ["--data", write_rows("rows.jsonl", rows), "--template", "plain", "--test_fraction", 0]
+    code, said, _ = prepare(*arguments, "--validation_fraction", 0, "--share_sources")
+    assert (code, "60 examples read a source that is encoded for another" in said) == (0, True)
+    assert manifest_of(tmp_path / "prepared")["packing"]["shared"] == 60
+    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
+    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
+    assert set(packed.features) == {"examples", *PACKED_COLUMNS, SHARED_COLUMN}
+    for row in packed:
+        for place, (ids, labels, _) in zip(row["examples"], packed_examples(row), strict=True):
+            assert (ids, labels) == (train[place]["input_ids"], train[place]["labels"])
+    assert sum(max(row["segment_ids"]) for row in packed) == 20
+
+
+def test_an_example_longer_than_a_packed_row_is_refused_by_name_and_nothing_is_written(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, {"instruction": "Count.", "output": "one two three " * 20}])
+    arguments = ["--data", path, "--test_fraction", 0, "--validation_fraction", 0]
+    code, said, error = prepare(*arguments, "--packed_target_tokens", 32)
+    assert (code, said) == (2, "")
+    assert f"error: {path}:41: its target has " in error.splitlines()[-1]
+    assert "a packed row has room for 32. Give packed_target_tokens >= " in error
+    assert not list(tmp_path.glob("*prepared*"))
+    assert prepare(*arguments, "--packed_target_tokens", 32, "--max_target_tokens", 32)[0] == 0
+
+
+def start_of(folder):
+    entry = manifest_of(folder)["packing"]
+    return entry["decoder_start_token_id"], entry["decoder_start_from"]
+
+
+def test_the_decoder_starts_as_the_checkpoints_config_says(prepare, write_rows, tokenizers_by_family, tmp_path):
+    path, checkpoint = write_rows("rows.jsonl", ROWS), tmp_path / "checkpoint"
+    tokenizers_by_family["bart"].save_pretrained(checkpoint)
+    assert prepare("--data", path, tokenizer=checkpoint)[0] == 0
+    assert start_of(tmp_path / "prepared") == (tokenizers_by_family["bart"].pad_token_id, "assumed")
+
+    transformers.BartConfig(decoder_start_token_id=7).save_pretrained(checkpoint)
+    code, said, _ = prepare("--data", path, tokenizer=checkpoint)
+    assert (code, "Decoder    starts with token 7, as the config beside the tokenizer has it" in said) == (0, True)
+    assert start_of(tmp_path / "prepared") == (7, "model config")
+    transformers.GenerationConfig(decoder_start_token_id=8).save_pretrained(checkpoint)
+    assert prepare("--data", path, tokenizer=checkpoint)[1].startswith("Read")
+    assert start_of(tmp_path / "prepared") == (8, "model config")
+    prepare("--data", path, "--decoder_start_token_id", 9, tokenizer=checkpoint)
+    assert start_of(tmp_path / "prepared") == (9, "setting")
+    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
+    assert {start for row in packed for _, _, start in packed_examples(row)} == {9}
+
+
+def test_a_config_of_a_kind_that_transformers_does_not_know_is_read_as_it_is_written(
+    prepare, write_rows, bpe_folder, tmp_path
+):
+    checkpoint = _saved(AutoTokenizer.from_pretrained(bpe_folder), tmp_path / "checkpoint")
+    written = {"model_type": "triptych", "is_encoder_decoder": True, "decoder_start_token_id": 5}
+    remote = {"auto_map": {"AutoConfig": "configuration_triptych.TriptychConfig"}}
+    (checkpoint / "config.json").write_text(json.dumps({**written, **remote}))
+    assert prepare("--data", write_rows("rows.jsonl", ROWS), tokenizer=checkpoint)[0] == 0
+    assert start_of(tmp_path / "prepared") == (5, "model config")
+
+
+def test_a_config_that_contradicts_itself_is_a_user_error(prepare, write_rows, bpe_folder, tmp_path):
+    checkpoint = _saved(AutoTokenizer.from_pretrained(bpe_folder), tmp_path / "checkpoint")
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "bart", "d_model": "wide"}))
+    code, _, error = prepare("--data", write_rows("rows.jsonl", ROWS), tokenizer=checkpoint)
+    assert (code, "d_model" in error and "Traceback" not in error) == (2, True)
+
+
+def test_a_start_that_the_tokenizer_writes_itself_is_packed_once(prepare, write_rows, tokenizers_by_family, tmp_path):
+    """BART's tokenizer begins with bos. A decoder that starts with bos, as T5Gemma's, is not taught to repeat it."""
+    bos = tokenizers_by_family["bart"].bos_token_id
+    checkpoint = _saved(tokenizers_by_family["bart"], tmp_path / "checkpoint")
+    prepare("--data", write_rows("rows.jsonl", ROWS), "--decoder_start_token_id", bos, tokenizer=checkpoint)
+    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
+    for row in datasets.load_from_disk(tmp_path / "prepared" / "packed"):
+        for place, (_, labels, start) in zip(row["examples"], packed_examples(row), strict=True):
+            assert [start, *labels] == train[place]["labels"]
+
+
 # Reuse and replacement
 
 
@@ -403,6 +569,10 @@ def _saved(tokenizer, folder):
         (["--data", "no.jsonl", "--train_tokenizer", "bpe"], "no.jsonl: there is no such file"),
         (["--aligned", "a", "--train_tokenizer", "bpe"], "--aligned takes two files, and got 1"),
         (["--config", "no.yaml"], "no.yaml"),
+        ([*SAMPLE, "--packed_source_tokens", "1"], "packed_source_tokens is 1; at least 2"),
+        ([*SAMPLE, "--packing", "false", "--share_sources"], "share_sources says how to pack, and packing is false"),
+        ([*SAMPLE, "--packing=false", "--packed_target_tokens=9"], "packed_target_tokens says how to pack"),
+        ([*SAMPLE, "--decoder_start_token_id", "-1"], "decoder_start_token_id is -1; token ids begin with 0"),
     ],
 )
 def test_a_user_s_mistake_is_one_message_and_exit_code_2(arguments, words, capsys, tmp_path):

@@ -2,6 +2,9 @@
 a few thousand weights that have learned these rows by heart (two seconds each), as checkpoint folders.
 """
 
+import json
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -26,6 +29,8 @@ from transformers import (
 )
 
 from diptych.data_prep.encode import encode_sources, encode_targets
+from diptych.data_prep.prepare import prepare
+from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.templates import TEMPLATES, attach_template
 from diptych.modeling import DiptychConfig
 
@@ -203,6 +208,38 @@ def training_folder(tmp_path_factory, eight_prepared_rows, tiny_tokenizer):
     datasets.DatasetDict({"train": rows, "validation": rows.select(range(5))}).save_to_disk(folder)
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "manifest.json").write_text('{"rows": 8}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_folder(tmp_path_factory, tiny_tokenizer):
+    """`packed_folder(start, rows)`: what `diptych prepare` makes of rows, the eight ones unless given, packed for
+    decoders that start with `start`, into rows of 32 + 16 tokens."""
+    place = tmp_path_factory.mktemp("packed")
+    tiny_tokenizer.save_pretrained(place / "tokenizer")
+    made = {}
+
+    def folder(start: int = 0, rows=tuple(EIGHT_ROWS), name: str = "eight", **settings) -> Path:
+        key = (start, name, *settings.items())
+        if key not in made:
+            made[key] = place / f"{name}-{len(made)}"
+            lines = [json.dumps(dict(zip(("instruction", "input", "output"), row, strict=True))) for row in rows]
+            (place / f"{name}.jsonl").write_text("\n".join(lines))
+            settings = {"packed_source_tokens": 32, "packed_target_tokens": 16} | settings
+            prepare(
+                PrepareSettings(
+                    data=[str(place / f"{name}.jsonl")],
+                    tokenizer=str(place / "tokenizer"),
+                    template="translate",
+                    out=str(made[key]),
+                    validation_fraction=0.0,
+                    test_fraction=0.0,
+                    decoder_start_token_id=start,
+                    **settings,
+                )
+            )
+        return made[key]
+
     return folder
 
 

@@ -1,0 +1,245 @@
+"""Training on packed rows, on real files: it learns, on every family; it is the same training as on padded rows,
+however a step is cut; and rows that do not fit are refused before the first step."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import AutoModelForSeq2SeqLM
+
+from diptych.data_prep.records import UserError
+from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune import train
+from diptych.finetune.config import TrainRecipe
+from diptych.finetune.evaluation import evaluate_rows
+from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.finetune.set_up import to_yaml
+from diptych.finetune.train import run_recipe
+
+STARTS = {"diptych": 0, "t5": 0, "bart": 0, "m2m_100": 1, "pegasus": 0, "t5gemma": 2}
+
+
+@pytest.fixture
+def recipe(checkpoint_of, packed_folder, tmp_path):
+    """`recipe("t5", learning_rate=…)`: a short run of a tiny model on packed rows into a new folder."""
+
+    def make(family: str = "t5", out: str = "run", **changes) -> TrainRecipe:
+        settings = {
+            "model": str(checkpoint_of(family)),
+            "data": str(packed_folder(STARTS[family])),
+            "out": str(tmp_path / out),
+            "max_steps": 8,
+            "batch_size": 4,
+            "learning_rate": 2e-3,
+            "save_every": 1000,
+            "logging_every": 2,
+        }
+        return TrainRecipe(**(settings | changes))
+
+    return make
+
+
+def figures(out: str) -> list[dict]:
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["split"] == "train"]
+
+
+def final_weights(out: str) -> dict[str, torch.Tensor]:
+    model, _ = load_model_and_tokenizer(Path(out) / "final")
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", STARTS)
+def test_eight_packed_rows_are_learned_and_generated_exactly(family, method, recipe, training_folder, capsys):
+    settings = recipe(family, method=method, max_steps=100, learning_rate=5e-3, warmup_steps=10, logging_every=50)
+    run_recipe(settings)
+    said = capsys.readouterr().out
+    attention = "eager" if family == "t5gemma" else "varlen"
+    assert (
+        f"8 examples in 3 rows of 32 + 16 tokens | filled: source 84.4%, target 68.8% | attention: {attention}" in said
+    )
+    assert "trains on padded rows" not in said
+    model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
+    rows = datasets.load_from_disk(training_folder)["train"]
+    evaluation = evaluate_rows(model, tokenizer, rows, metrics=["exact_match"], batch_size=3)
+    assert evaluation.figures["loss"] < 0.1
+    assert evaluation.figures["exact_match_rows"] == 100.0
+
+
+@pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
+def test_packed_training_is_padded_training(attention, recipe):
+    """All eight examples in every step, once as three packed rows, once as eight padded ones."""
+    steady = {"epsilon": 1e-2, "max_steps": 4, "learning_rate": 5e-4}
+    packed = recipe(out="packed", attention=attention, **steady)
+    padded = recipe(out="padded", packed=False, batch_size=8, **steady)
+    for settings in (packed, padded):
+        run_recipe(settings)
+    assert [entry["loss"] for entry in figures(packed.out)] == pytest.approx(
+        [entry["loss"] for entry in figures(padded.out)], abs=1e-5
+    )
+    expected = final_weights(padded.out)
+    for name, weight in final_weights(packed.out).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+
+
+def test_a_rank_without_rows_and_two_ranks_are_one_rank(recipe):
+    """Three rows in two batches: in the second one, a rank has none."""
+    alone = recipe("diptych", out="alone", epsilon=1e-2)
+    run_recipe(alone)
+    shared = recipe("diptych", out="shared", epsilon=1e-2, batch_size=1, gradient_accumulation_steps=2)
+    launch(["-m", "diptych.finetune.train", "--config", str(write_recipe(shared))])
+    assert [entry["loss"] for entry in figures(shared.out)] == pytest.approx(
+        [entry["loss"] for entry in figures(alone.out)], abs=1e-5
+    )
+    expected = final_weights(alone.out)
+    for name, weight in final_weights(shared.out).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
+
+
+def test_an_interrupted_packed_run_goes_on_with_the_same_bits(recipe, monkeypatch):
+    """One row a step and dropout, so that both the order of rows and random states matter."""
+    cut = {"batch_size": 1, "save_every": 4, "max_steps": 10, "model": "diptych-8m"}
+    cut["model_overrides"] = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "residual_dropout": 0.1}
+    whole, stopped = recipe(out="whole", **cut), recipe(out="stopped", **cut)
+    run_recipe(whole)
+
+    def interrupt_in_step_7(loss, gradient_norm, step, rate):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_finite", interrupt_in_step_7)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(stopped)
+    run_recipe(replace(stopped, resume=True))
+    expected = final_weights(whole.out)
+    assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(stopped.out).items())
+    assert [entry["loss"] for entry in figures(stopped.out)] == [entry["loss"] for entry in figures(whole.out)]
+    with pytest.raises(UserError, match="packed was True in the run"):
+        run_recipe(replace(stopped, resume=True, packed=False))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", ["diptych", "t5", "bart"])
+def test_the_reported_loss_is_that_of_the_checkpoint_recomputed_offline(family, packed, recipe, packed_folder):
+    """By the model's own forward with all its logits, one example at a time, in float64: nothing of ours is in it."""
+    settings = recipe(family, packed=packed, batch_size=8, max_steps=3, logging_every=1, save_every=1, keep_last=9)
+    run_recipe(settings)
+    rows = datasets.load_from_disk(packed_folder(STARTS[family]))["train"]
+    for entry in figures(settings.out)[1:]:
+        before = checkpoints.checkpoint_path(Path(settings.out) / "checkpoints", entry["step"] - 1)
+        model = AutoModelForSeq2SeqLM.from_pretrained(before / "model", dtype=torch.float64)
+        nats = 0.0
+        for row in rows:
+            labels = torch.tensor([row["labels"]])
+            inputs = torch.cat([torch.tensor([[STARTS[family]]]), labels[:, :-1]], dim=1)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([row["input_ids"]]), decoder_input_ids=inputs).logits
+            nats += F.cross_entropy(logits[0], labels[0], reduction="sum").item()
+        assert entry["loss"] == pytest.approx(nats / sum(map(len, rows["labels"])), abs=1e-6)
+
+
+# One step of twelve examples, whose targets have from 1 to 300 tokens, cut in twelve ways:
+# (micro-batch rows, micro-batches, packed); two ranks have half the rows each.
+LAYOUTS = {
+    1: [(12, 1, False), (4, 3, False), (1, 12, False), (9, 1, True), (2, 4, True), (1, 8, True)],
+    2: [(6, 1, False), (2, 3, False), (1, 6, False), (4, 1, True), (2, 2, True), (1, 5, True)],
+}
+ONE_STEP = """
+import json, sys
+from dataclasses import asdict, replace
+import datasets, torch
+import numpy as np
+from transformers import AutoModelForSeq2SeqLM
+from diptych.data_prep.packing import Budget, assemble_row, pack
+from diptych.finetune.batches import BatchOrder, PaddedRows
+from diptych.finetune.config import TrainRecipe
+from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.packed_rows import PackedRows, Packing
+from diptych.finetune.set_up import set_up
+from diptych.finetune.train import add_up_gradients
+
+draw = np.random.default_rng(0)
+SOURCES = [60, 3, 17, 9, 41, 5, 22, 8, 30, 12, 4, 50]
+TARGETS = [1, 300, 2, 150, 3, 99, 7, 220, 12, 30, 60, 1]
+EXAMPLES = [
+    {"input_ids": draw.integers(3, 360, source).tolist(), "labels": draw.integers(3, 360, target).tolist()}
+    for source, target in zip(SOURCES, TARGETS)
+]
+BUDGET = Budget(64, 320)
+
+def packed_rows():
+    plan = pack(np.array(SOURCES), np.array(TARGETS), BUDGET)
+    rows = [assemble_row([EXAMPLES[i] for i in row], BUDGET, 0, 0) for row in plan]
+    table = datasets.Dataset.from_list(rows).with_format("numpy")
+    return PackedRows(table, Packing(*BUDGET, False, 0, 0, 368, 301))
+
+def gradients(run, dtype, rows_per_batch, batches, packed):
+    model = AutoModelForSeq2SeqLM.from_pretrained(run.recipe.model, dtype=dtype)
+    model.set_attn_implementation("varlen")
+    rows = packed_rows() if packed else PaddedRows(datasets.Dataset.from_list(EXAMPLES), 0, 0)
+    ranks = run.accelerator.num_processes
+    order = BatchOrder(rows.lengths, rows_per_batch, ranks, batches, seed=0, row_tokens=rows.row_tokens)
+    assert order.steps_per_epoch == 1, order
+    step = order.step(order.rows_of(0), 0)
+    assert step.target_tokens == sum(TARGETS)
+    objective = run.accelerator.prepare(Seq2SeqObjective(model)).train()
+    loss = add_up_gradients(replace(run, model=model, objective=objective, rows=rows, order=order), step)
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"loss": torch.tensor(loss, dtype=dtype), **found}
+
+if __name__ == "__main__":
+    recipe, dtype, layouts, out = sys.argv[1:]
+    run = set_up(TrainRecipe(**json.loads(recipe)))
+    results = [gradients(run, getattr(torch, dtype), *layout) for layout in json.loads(layouts)]
+    if run.accelerator.is_main_process:
+        torch.save(results, out)
+    run.accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize(
+    "family, dtype, tolerance", [("diptych", "float64", 1e-12), ("bart", "float64", 1e-12), ("t5", "float32", 1e-6)]
+)
+def test_twelve_layouts_of_one_step_give_one_gradient(family, dtype, tolerance, new_model, recipe, tmp_path):
+    shapes = {"bart": {"max_position_embeddings": 512}, "t5": {"initializer_factor": 0.5}, "diptych": {}}
+    new_model(family, **shapes[family]).save_pretrained(tmp_path / "model")
+    (tmp_path / "one_step.py").write_text(ONE_STEP)
+    results = []
+    for ranks, layouts in LAYOUTS.items():
+        settings = asdict(recipe(family, model=str(tmp_path / "model"), out=str(tmp_path / f"run-{ranks}")))
+        out = tmp_path / f"gradients-{ranks}.pt"
+        launch([str(tmp_path / "one_step.py"), json.dumps(settings), dtype, json.dumps(layouts), str(out)], ranks)
+        results += torch.load(out)
+    assert len(results) == 12
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for name, gradient in results[0].items():
+            difference = (other[name] - gradient).norm() / gradient.norm()
+            # the loss is added up in fp32; a bias of keys has no gradient but rounding
+            limit = 1e-6 if name == "loss" else tolerance
+            assert difference <= limit or gradient.norm() < 1e-6, (name, difference)
+
+
+def launch(arguments: list[str], ranks: int = 2) -> str:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *torchrun, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_recipe(settings: TrainRecipe) -> Path:
+    file = Path(settings.out).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(to_yaml(settings)))
+    return file
