@@ -160,7 +160,7 @@ def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
     given = {keyword: code for keyword, code in languages.items() if code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **given)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:  # the last is of a config beside it
         raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
     is_multilingual = hasattr(tokenizer, "tgt_lang")
     if given and not is_multilingual:
@@ -200,14 +200,15 @@ def _model_config(name: str) -> PreTrainedConfig | None:
         written, _ = PreTrainedConfig.get_config_dict(name)
     except OSError:  # a tokenizer alone
         return None
-    if written.get("model_type") not in CONFIG_MAPPING:
-        return PreTrainedConfig.from_dict(written) if "model_type" in written else None
+    if "model_type" not in written:
+        return None
+    if written["model_type"] not in CONFIG_MAPPING:  # its parts, such as panels, would stay dicts
+        values = {key: value for key, value in written.items() if not isinstance(value, dict)}
+        return PreTrainedConfig.from_dict(values)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(
-            f"config.json of '{name}' cannot be read: {error}. Mend it, or give --packing false."
-        ) from error
+        raise UserError(f"config.json of '{name}' is not valid: {error}. Mend it, or give --packing false.") from error
 
 
 def _facts(

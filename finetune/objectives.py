@@ -16,11 +16,11 @@ slower, and knows neither soft-capped logits nor z-loss nor adapters.
 B rows, T target tokens, D width, V vocabulary, N target tokens picked from B × T, n of them in a chunk.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from torch.func import functional_call
@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from diptych.data_prep.records import IGNORE_INDEX
 from diptych.finetune.families import family_of, without_adapter
 
-LOGITS_AT_ONCE = 2**23
-"""32 MiB in fp32: large enough for the matrix product, small enough to be still in the cache when it is read."""
+LOGITS_AT_ONCE = 2**24
+"""64 MiB in fp32: a few hundred tokens, enough for the matrix products' full speed."""
 
 
 class Extras(NamedTuple):
@@ -71,14 +71,13 @@ class Seq2SeqObjective(nn.Module):
     def token_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Nats of each target token, (B, T), zero where there is none: what `forward` adds up in evaluation."""
         states, labels, head = self._states_labels_and_head(batch)
-        losses = [
-            _losses(head(chunk, head.weights), targets, Extras())
-            for chunk, targets in zip(
-                states.split(head.tokens_at_once), labels.split(head.tokens_at_once), strict=True
+        losses = states.new_zeros(len(labels), dtype=_at_least_fp32(states.dtype))
+        for rows in head.chunks(len(labels)):
+            losses[rows] = _loss_and_gradient_(
+                _wide(head.logits_of(states[rows], head.weights)), labels[rows], Extras()
             )
-        ]
-        placed = losses[0].new_zeros(batch["labels"].shape)
-        return placed.masked_scatter(batch["labels"] != IGNORE_INDEX, torch.cat(losses))
+        placed = losses.new_zeros(batch["labels"].shape)
+        return placed.masked_scatter(batch["labels"] != IGNORE_INDEX, losses)
 
     def _states_labels_and_head(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, "Head"]:
         """The decoder's states where there are targets (N, D), these targets (N,), and what makes logits of states."""
@@ -106,8 +105,11 @@ class Head(NamedTuple):
     """States (n, D) and weights -> logits (n, V)."""
     tokens_at_once: int
 
-    def __call__(self, states: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.logits_of(states, weights)
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """As many as are needed, of like size."""
+        count = -(-tokens // self.tokens_at_once)
+        ends = [tokens * number // max(1, count) for number in range(count + 1)]
+        return itertools.starmap(slice, itertools.pairwise(ends))
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -121,21 +123,25 @@ class _SummedLoss(torch.autograd.Function):
         trained = [weight.requires_grad_() for weight, want in zip(given.values(), wants[1:], strict=True) if want]
         total = states.new_zeros((), dtype=_at_least_fp32(dtype))
         of_states = torch.zeros_like(states) if wants[0] else None
-        of_trained = [torch.zeros_like(weight, dtype=_at_least_fp32(dtype)) for weight in trained]
+        of_trained = None
+        room = (
+            None  # for a chunk's logits in fp32: asked for once, since new memory costs more than what is done in it
+        )
         with torch.autocast(states.device.type, enabled=False):  # everything has its dtype already
-            for start in range(0, len(labels), head.tokens_at_once):
-                rows = slice(start, start + head.tokens_at_once)
+            for rows in head.chunks(len(labels)):
                 chunk = states[rows].detach().to(dtype)
                 with torch.set_grad_enabled(any(wants)):
-                    logits = head(chunk.requires_grad_(wants[0]), given)
-                total += _losses(logits.detach(), labels[rows], extras).sum()
+                    logits = head.logits_of(chunk.requires_grad_(wants[0]), given)
+                wide = room = _wide(logits.detach(), room)
+                total += _loss_and_gradient_(wide, labels[rows], extras).sum()
                 if any(wants):
-                    of_logits = _gradient(logits.detach(), labels[rows], extras)
+                    of_logits = wide if wide.dtype == dtype else logits.detach().copy_(wide)
                     found = torch.autograd.grad(logits, [chunk] * wants[0] + trained, of_logits)
                     if wants[0]:
                         of_states[rows] = found[0]
-                    for whole, part in zip(of_trained, found[wants[0] :], strict=True):
-                        whole += part
+                    of_trained = _added(of_trained, found[wants[0] :])
+        if of_trained is None:  # there were no targets
+            of_trained = [torch.zeros_like(weight) for weight in trained]
         ctx.save_for_backward(*[of_states] * wants[0], *of_trained)
         ctx.wants = wants
         return total
@@ -143,31 +149,43 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_total):
         found = iter(ctx.saved_tensors)
-        of_states, *of_weights = [next(found) * of_total if wants else None for wants in ctx.wants]
+        of_states, *of_weights = [next(found).mul_(of_total) if wants else None for wants in ctx.wants]
         return of_states, None, None, None, None, *of_weights
 
 
-def _losses(logits: torch.Tensor, labels: torch.Tensor, extras: Extras) -> torch.Tensor:
-    """(n, V) and (n,) -> nats of each token (n,), in fp32 whatever the logits are in: a sum of 100,000 words'
-    exponentials is no place for 8 bits."""
-    logits = logits.to(_at_least_fp32(logits.dtype))
-    norms = logits.logsumexp(dim=-1)
-    targets = logits.gather(1, labels[:, None])[:, 0]
-    if extras.label_smoothing:
-        targets = torch.lerp(targets, logits.mean(dim=-1), extras.label_smoothing)
-    return norms - targets + extras.z_loss * norms.square()
+def _added(sums: list[torch.Tensor] | None, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """In fp32 at least: a head's gradient is the sum of many small ones."""
+    if sums is None:
+        return [part.to(_at_least_fp32(part.dtype)) for part in parts]
+    return [whole.add_(part) for whole, part in zip(sums, parts, strict=True)]
 
 
-def _gradient(logits: torch.Tensor, labels: torch.Tensor, extras: Extras) -> torch.Tensor:
-    """Of the sum of `_losses`, by the logits: softmax − target, (n, V), and what the extras add to it."""
-    wide = logits.to(_at_least_fp32(logits.dtype))
-    gradient = F.softmax(wide, dim=-1)
-    if extras.z_loss:
-        gradient *= 1 + 2 * extras.z_loss * wide.logsumexp(dim=-1, keepdim=True)
+def _wide(logits: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits in fp32 at least: a sum of 100,000 words' exponentials is no place for 8 bits. What has fewer is copied,
+    into `room` where that is given; what has enough is taken as it is."""
+    dtype = _at_least_fp32(logits.dtype)
+    if logits.dtype == dtype:
+        return logits
+    if room is None or len(room) < len(logits):
+        room = torch.empty_like(logits, dtype=dtype)
+    return room[: len(logits)].copy_(logits)
+
+
+def _loss_and_gradient_(logits: torch.Tensor, labels: torch.Tensor, extras: Extras) -> torch.Tensor:
+    """(n, V) and (n,) -> nats of each token (n,). In place, the logits become the gradient of the losses' sum:
+    softmax − target, and what the extras add to it."""
+    targets = logits.gather(1, labels[:, None])
     if extras.label_smoothing:
-        gradient -= extras.label_smoothing / logits.shape[-1]
-    share = gradient.new_full((len(labels), 1), extras.label_smoothing - 1)
-    return gradient.scatter_add_(1, labels[:, None], share).to(logits.dtype)
+        targets = targets.lerp(logits.mean(dim=-1, keepdim=True), extras.label_smoothing)
+    largest = logits.amax(dim=-1, keepdim=True)
+    gradient = logits.sub_(largest).exp_()
+    sums = gradient.sum(dim=-1, keepdim=True)
+    norms = largest + sums.log()
+    gradient.mul_((1 + 2 * extras.z_loss * norms) / sums)
+    if extras.label_smoothing:
+        gradient.sub_(extras.label_smoothing / logits.shape[-1])
+    gradient.scatter_add_(1, labels[:, None], torch.full_like(targets, extras.label_smoothing - 1))
+    return (norms - targets + extras.z_loss * norms.square())[:, 0]
 
 
 def _compute_dtype(states: torch.Tensor) -> torch.dtype:

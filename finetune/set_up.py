@@ -54,8 +54,9 @@ class Progress:
 
     step: int = 0
     """Optimizer steps taken; the place in the data follows from it."""
+    tokens: int = 0
+    """Source and target tokens trained on."""
     target_tokens: int = 0
-    """Target tokens trained on."""
     nats: float = 0.0
     """Since the last log line, as the next three: summed loss."""
     logged_target_tokens: int = 0

@@ -87,6 +87,7 @@ def train(run: Run) -> None:
 
         tokens = step.source_tokens + step.target_tokens
         progress.step += 1
+        progress.tokens += tokens
         progress.target_tokens += step.target_tokens
         progress.nats += loss * step.target_tokens
         progress.logged_target_tokens += step.target_tokens
@@ -162,6 +163,7 @@ def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> Non
         "step": progress.step,
         "split": "train",
         "epoch": progress.step / run.order.steps_per_epoch,
+        "tokens": progress.tokens,
         "target_tokens": progress.target_tokens,
         "loss": progress.nats / progress.logged_target_tokens,
         "learning_rate": rate,

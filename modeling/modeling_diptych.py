@@ -445,6 +445,7 @@ class DiptychDecoder(DiptychPreTrainedModel):
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_segment_ids: torch.LongTensor | None = None,
+        cross_segment_ids: torch.LongTensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -456,6 +457,11 @@ class DiptychDecoder(DiptychPreTrainedModel):
         hidden_states = embed(self, input_ids, inputs_embeds)
         check_segments(self.config, segment_ids, hidden_states, "decoder_segment_ids")
         check_segments(self.config, encoder_segment_ids, encoder_hidden_states, "segment_ids")
+        check_segments(self.config, cross_segment_ids, hidden_states, "cross_segment_ids")
+        if cross_segment_ids is None:
+            cross_segment_ids = segment_ids
+        elif segment_ids is None:
+            raise ValueError("cross_segment_ids say which segment a segment reads: give decoder_segment_ids, too.")
         if segment_ids is not None and past_key_values is not None:
             raise ValueError("Packed rows cannot grow token by token: give decoder_segment_ids or past_key_values.")
         if use_cache and past_key_values is None and segment_ids is None and not self.training:
@@ -477,7 +483,7 @@ class DiptychDecoder(DiptychPreTrainedModel):
             inputs_embeds=hidden_states,
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
-            and_mask_function=None if segment_ids is None else same_segment(segment_ids, encoder_segment_ids),
+            and_mask_function=None if segment_ids is None else same_segment(cross_segment_ids, encoder_segment_ids),
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(hidden_states)
@@ -548,6 +554,7 @@ class DiptychModel(DiptychPreTrainedModel):
         decoder_position_ids: torch.LongTensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         decoder_segment_ids: torch.LongTensor | None = None,
+        cross_segment_ids: torch.LongTensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -560,6 +567,8 @@ class DiptychModel(DiptychPreTrainedModel):
         Args:
             input_ids, attention_mask, position_ids, segment_ids: (B, S), the encoder's side.
             decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_segment_ids: (B, T), the other.
+            cross_segment_ids: (B, T), the encoder segment that each target token reads; that of its own number unless
+                given. With it, several targets can share one source.
             encoder_outputs: what the encoder returned earlier; the source is then not read again.
             past_key_values: the decoder's cache.
             inputs_embeds, decoder_inputs_embeds: (B, S, D) and (B, T, D), in place of ids.
@@ -588,6 +597,7 @@ class DiptychModel(DiptychPreTrainedModel):
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
             encoder_segment_ids=segment_ids,
+            cross_segment_ids=cross_segment_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
@@ -635,6 +645,7 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
         decoder_position_ids: torch.LongTensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         decoder_segment_ids: torch.LongTensor | None = None,
+        cross_segment_ids: torch.LongTensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -666,6 +677,7 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
             decoder_position_ids=decoder_position_ids,
             segment_ids=segment_ids,
             decoder_segment_ids=decoder_segment_ids,
+            cross_segment_ids=cross_segment_ids,
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,

@@ -92,8 +92,8 @@ def test_data_preparation_knows_no_model_and_no_loop(path):
 
 @pytest.mark.parametrize("path", source_files("finetune"), ids=name_of)
 def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
-    """So prompts are rendered by the code that made the training rows. `cli` may start `prepare`, as a command."""
-    allowed = ["diptych.data_prep." + name for name in ("records", "templates", "encode")]
+    """So prompts are rendered, and rows laid out, by the code that made the training rows. `cli` may start `prepare`."""
+    allowed = ["diptych.data_prep." + name for name in ("records", "templates", "encode", "packing")]
     if path.name == "cli.py":
         allowed.append("diptych.data_prep.prepare")
     taken = {module for module in imports(path) if is_within(module, "diptych.data_prep") and module.count(".") > 1}

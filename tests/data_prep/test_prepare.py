@@ -385,8 +385,9 @@ def test_a_config_of_a_kind_that_transformers_does_not_know_is_read_as_it_is_wri
 ):
     checkpoint = _saved(AutoTokenizer.from_pretrained(bpe_folder), tmp_path / "checkpoint")
     written = {"model_type": "triptych", "is_encoder_decoder": True, "decoder_start_token_id": 5}
+    parts = {"encoder": {"hidden_size": 8}, "decoder": {"hidden_size": 8, "bos_token_id": 3}}
     remote = {"auto_map": {"AutoConfig": "configuration_triptych.TriptychConfig"}}
-    (checkpoint / "config.json").write_text(json.dumps({**written, **remote}))
+    (checkpoint / "config.json").write_text(json.dumps({**written, **parts, **remote}))
     assert prepare("--data", write_rows("rows.jsonl", ROWS), tokenizer=checkpoint)[0] == 0
     assert start_of(tmp_path / "prepared") == (5, "model config")
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from diptych.data_prep.packing import Budget, assemble_row
-from diptych.finetune import segments
 from diptych.finetune.batches import pad_batch
 from diptych.finetune.families import FAMILIES, decoder_start_token
 from diptych.finetune.lora import add_adapter
@@ -54,11 +53,17 @@ def assert_packed_is_separate(model, rows, share_sources=False, tolerance=1e-5):
         )
 
 
+def moderate(new_model, family: str, attention: str):
+    """The heads of mT5 and UMT5 are not scaled: with the other families' weights their gradients are in the hundreds,
+    where fp32 is coarser than 1e-5."""
+    model = new_model(family, **({"initializer_factor": 0.5} if family in ("mt5", "umt5") else {}))
+    model.set_attn_implementation(attention)
+    return model
+
+
 @pytest.mark.parametrize("family, attention", CASES)
 def test_packed_rows_match_separate_rows_in_loss_and_every_gradient(family, attention, new_model, eight_prepared_rows):
-    # mT5's head is not scaled: with the other families' weights its logits are in the hundreds.
-    model = new_model(family, **({"initializer_factor": 0.5} if family == "mt5" else {}))
-    model.set_attn_implementation(attention)
+    model = moderate(new_model, family, attention)
     assert_packed_is_separate(model, eight_prepared_rows)
 
 
@@ -80,8 +85,7 @@ def rows_that_share(rows: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("family, attention", CASES)
 def test_targets_that_share_a_source_match_rows_of_their_own(family, attention, new_model, eight_prepared_rows):
-    model = new_model(family, **({"initializer_factor": 0.5} if family == "mt5" else {}))
-    model.set_attn_implementation(attention)
+    model = moderate(new_model, family, attention)
     rows = rows_that_share(eight_prepared_rows)
     packed = pack_examples(rows, 0, 0, share_sources=True)
     assert packed["input_ids"].shape[1] == len(rows[0]["input_ids"]) + len(rows[1]["input_ids"])
@@ -152,14 +156,6 @@ def test_padded_rows_are_masked_under_varlen_too(new_model, eight_prepared_rows)
     expected = Seq2SeqObjective(model)(pad_batch(eight_prepared_rows, 0, 0), 1)
     model.set_attn_implementation(VARLEN)
     torch.testing.assert_close(Seq2SeqObjective(model)(pad_batch(eight_prepared_rows, 0, 0), 1), expected)
-
-
-def test_segments_longer_than_what_is_held_go_through_sdpa(new_model, eight_prepared_rows, monkeypatch):
-    monkeypatch.setattr(segments, "LONGEST_SCORES", 4)
-    for family in ("t5", "diptych"):
-        model = new_model(family)
-        model.set_attn_implementation(VARLEN)
-        assert_packed_is_separate(model, eight_prepared_rows)
 
 
 def test_hooks_on_position_tables_do_not_stay(new_model, eight_prepared_rows):

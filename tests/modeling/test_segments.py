@@ -224,12 +224,35 @@ def test_what_cannot_be_honoured_is_refused(build_packing_model):
         model(**without("decoder_input_ids"))
     with pytest.raises(ValueError, match=r"segment_ids has shape \(1, 5\), but there are \(1, 8\) tokens"):
         model(**rows | {"segment_ids": rows["segment_ids"][:, :5]})
+    with pytest.raises(ValueError, match="cross_segment_ids say which segment a segment reads"):
+        model(**without("segment_ids", "decoder_segment_ids"), cross_segment_ids=rows["decoder_segment_ids"])
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with pytest.raises(ValueError, match="cannot grow token by token"):
         model(**rows, past_key_values=cache)
     model.get_encoder().config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2'.*Use 'sdpa', 'flex_attention' or 'eager'"):
         model(**rows)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_targets_that_share_a_source_match_rows_of_their_own(implementation, build_packing_model, uncompiled_flex):
+    """The second target reads the first one's source, which stands there once."""
+    model = build_packing_model(implementation)
+    shared = tensors(
+        {
+            "input_ids": [[12, 7, 9, 1, 5, 8, 1]],
+            "segment_ids": [[1, 1, 1, 1, 2, 2, 2]],
+            "decoder_input_ids": [[0, 31, 40, 0, 22, 0, 17]],
+            "decoder_segment_ids": [[1, 1, 1, 2, 2, 3, 3]],
+            "cross_segment_ids": [[1, 1, 1, 1, 1, 2, 2]],
+        }
+    )
+    first, second = ALONE[0]["input_ids"], ALONE[1]["input_ids"]
+    alone = [(first, [[0, 31, 40]]), (first, [[0, 22]]), (second, [[0, 17]])]
+    with uncompiled_flex(implementation):
+        logits = model(**shared).logits[0]
+        expected = [model(**tensors({"input_ids": s, "decoder_input_ids": t})).logits[0] for s, t in alone]
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_packed_rows_keep_no_cache(build_packing_model):
