@@ -37,6 +37,7 @@ from diptych.finetune.generate import generate_outputs
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.metrics import check_metric_names, score_texts
 from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.speed import keep_memory
 
 # The cap on new tokens is the longest target and a quarter more: room for another wording, not for endless repetition.
 CAP_OVER_LONGEST_TARGET = 1.25
@@ -316,6 +317,7 @@ def run(settings: EvaluateSettings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(EvaluateSettings, "diptych evaluate", argv)
+    keep_memory()
     return report_errors("diptych evaluate", run, settings)
 
 

@@ -92,7 +92,7 @@ def test_data_preparation_knows_no_model_and_no_loop(path):
 
 @pytest.mark.parametrize("path", source_files("finetune"), ids=name_of)
 def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
-    """So prompts are rendered, and rows laid out, by the code that made the training rows. `cli` may start `prepare`."""
+    """So prompts are rendered, and rows laid out, by the code that made the training rows. `cli` starts `prepare`."""
     allowed = ["diptych.data_prep." + name for name in ("records", "templates", "encode", "packing")]
     if path.name == "cli.py":
         allowed.append("diptych.data_prep.prepare")

@@ -1,0 +1,150 @@
+"""What `diptych doctor` examines a model with: eight short rows of very uneven length, of the owner's data if given.
+
+    rows_from("my-rows.jsonl", tokenizer)  ->  Rows(looked_at=[{"input_ids": […], "labels": […], "origin": …}, …], …)
+    eight_of(looked_at, tokens=64)         ->  eight of these, from the shortest target to the longest, cut to 64 tokens
+
+Uneven on purpose: a mean of micro-batch means is the mean over tokens where all rows are equally long, and its fault
+would not show.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.encode import encode_sources, encode_targets
+from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import TEMPLATES, TOKENIZER_KEY, template_of
+
+ROWS_LOOKED_AT = 10_000
+"""So many rows of the data have their ids checked: a second or two."""
+ROWS_COMPUTED = 8
+"""One for each micro-batch."""
+SOURCE_TOKENS = 64
+TARGET_TOKENS = 32
+
+SENTENCES = [
+    ("Answer.", "", "Yes."),
+    ("Translate English to French:", "Go.", "Va !"),
+    ("Name the capital of Peru.", "", "Lima is the capital of Peru."),
+    ("Add.", "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43", "The sum of these primes is 281."),
+    ("Say it shorter.", "At this point in time it is the case that it rains, and it rains a lot.", "It pours."),
+    ("Explain rain.", "", "Warm air rises and cools, its vapour gathers in drops, and heavy drops fall."),
+    ("Count to twenty.", "", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"),
+    ("Why is the sky blue, and why is it red in the evening?", "", "Air scatters blue light most. In the evening " * 2),
+]
+
+Row = dict[str, Any]
+
+
+class Rows(NamedTuple):
+    looked_at: list[Row]
+    """`input_ids`, `labels`, and `origin`, which says where the row stands."""
+    described: str
+    """As in "rows of my-rows.jsonl"."""
+
+
+def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
+    """Of a prepared folder its train split; of a .json or .jsonl file the rows as the tokenizer encodes them."""
+    place = Path(data)
+    if (place / "dataset_dict.json").is_file():
+        return Rows(_prepared_rows(place), f"rows of {data}, split train")
+    if place.is_dir():
+        raise UserError(f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`.")
+    if not place.is_file():
+        raise UserError(f"there is no {data}. Name a prepared folder, or a .json or .jsonl file of rows.")
+    if place.suffix not in (".json", ".jsonl"):
+        raise UserError(f"{data} is neither .json nor .jsonl. Prepare it with `diptych prepare`, and name that folder.")
+    if tokenizer is None:
+        raise UserError(f"{data} holds text, and the checkpoint has no tokenizer to encode it. Save one in its folder.")
+    return Rows(encoded_rows(_raw_rows(place), tokenizer), f"rows of {data}")
+
+
+def encoded_rows(texts: Sequence[tuple[str, str, str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """(instruction, input, output, origin) of each row, in the tokenizer's own template, or Alpaca's where it has none."""
+    template = template_of(tokenizer) if TOKENIZER_KEY in tokenizer.init_kwargs else TEMPLATES["alpaca"]
+    sources = encode_sources(tokenizer, [template.render_source(told, given) for told, given, _, _ in texts])
+    targets = encode_targets(tokenizer, [template.render_target(output) for _, _, output, _ in texts])
+    return [
+        {"input_ids": source, "labels": target, "origin": origin}
+        for source, target, (*_, origin) in zip(sources, targets, texts, strict=True)
+    ]
+
+
+def built_in_rows(tokenizer: PreTrainedTokenizerBase) -> Rows:
+    texts = [(*sentence, f"sentence {number}") for number, sentence in enumerate(SENTENCES, start=1)]
+    return Rows(encoded_rows(texts, tokenizer), "built-in sentences")
+
+
+def random_rows(model: PreTrainedModel) -> Rows:
+    """Ids that are in range and nothing special, where there is no tokenizer; each side ends in eos."""
+    config = model.config
+    special = {config.pad_token_id, config.eos_token_id, config.bos_token_id} - {None}
+    words = [token for token in range(model.get_input_embeddings().weight.shape[0]) if token not in special]
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(tokens: int) -> list[int]:
+        chosen = torch.randint(len(words), (tokens,), generator=generator)
+        return [words[place] for place in chosen] + [config.eos_token_id or 0]
+
+    lengths = zip((5, 40, 3, 12, 30, 8, 55, 20), (1, 2, 4, 6, 9, 14, 20, 30), strict=True)
+    rows = [{"input_ids": ids(s), "labels": ids(t), "origin": f"random row {t}"} for s, t in lengths]
+    return Rows(rows, "rows of random ids (the checkpoint has no tokenizer)")
+
+
+def eight_of(looked_at: Sequence[Row], tokens: int | None) -> list[Row]:
+    """Evenly from the shortest target to the longest, each cut to what `tokens` positions hold, but not its end."""
+    in_order = sorted(looked_at, key=lambda row: len(row["labels"]))
+    last = len(in_order) - 1
+    chosen = [in_order[round(place * last / (ROWS_COMPUTED - 1))] for place in range(ROWS_COMPUTED)]
+    limits = {"input_ids": SOURCE_TOKENS, "labels": TARGET_TOKENS}
+    return [
+        {column: _cut(row[column], min(limit, tokens or limit)) for column, limit in limits.items()} for row in chosen
+    ]
+
+
+def _cut(ids: list[int], tokens: int) -> list[int]:
+    return ids if len(ids) <= tokens else [*ids[: tokens - 1], ids[-1]]
+
+
+def _prepared_rows(place: Path) -> list[Row]:
+    splits = datasets.load_from_disk(str(place))
+    if "train" not in splits or not len(splits["train"]):
+        raise UserError(f"{place} has no rows to train on; it has the splits {', '.join(splits)}. Prepare it again.")
+    train = splits["train"].select(range(min(len(splits["train"]), ROWS_LOOKED_AT)))
+    return [
+        {"input_ids": row["input_ids"], "labels": row["labels"], "origin": f"train row {number}"}
+        for number, row in enumerate(train)
+    ]
+
+
+def _raw_rows(file: Path) -> list[tuple[str, str, str, str]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        lines = text.splitlines() if file.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"{file} could not be read: {error}. Mend it there.") from None
+    if not isinstance(lines, list):
+        raise UserError(f"{file} is a JSON {type(lines).__name__}; it must be a list of rows.")
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line != ""][:ROWS_LOOKED_AT]
+    if not numbered:
+        raise UserError(f"{file} has no rows. Name a file with one row or more.")
+    return [_raw_row(line, f"{file}:{number}") for number, line in numbered]
+
+
+def _raw_row(line: Any, origin: str) -> tuple[str, str, str, str]:
+    try:
+        row = json.loads(line) if isinstance(line, str) else line
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}. Mend the row, or let `diptych prepare` sort out what is sound.") from None
+    texts = [row.get(name, "") for name in ("instruction", "input", "output")] if isinstance(row, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or not (texts[0] or texts[1]) or not texts[2]:
+        raise UserError(
+            f"{origin}: a row is an object with the texts instruction (or input) and output. Mend it, or let "
+            f"`diptych prepare` sort out what is sound, and name its folder."
+        )
+    return (*texts, origin)
