@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary, both passes: plain, torch's linear_cross_entropy, and ours in chunks.
 
-    python benchmarks/loss.py            one core, fp32: seconds (best of three) and what the process grew by
+    python benchmarks/loss.py            fp32 and bf16, all cores: seconds (best of three) and what the process grew by
 
 Each way runs in a process of its own, because memory that was once asked for is not given back.
 """
@@ -14,13 +14,22 @@ import time
 import torch
 import torch.nn.functional as F
 
-from diptych.finetune.objectives import LOGITS_AT_ONCE, chunked_cross_entropy
+from diptych.finetune.objectives import LOGITS_AT_ONCE, Extras, Head, _SummedLoss
+from diptych.finetune.speed import keep_memory
 
-SIZES = [(500, 256, 8000), (1000, 512, 32000), (2048, 512, 32000), (2048, 512, 250000)]  # tokens, width, vocabulary
+# tokens, width, vocabulary, dtype
+SIZES = [
+    (500, 256, 8000, "float32"),
+    (544, 512, 32128, "bfloat16"),
+    (2048, 512, 32128, "bfloat16"),
+    (2048, 512, 250000, "bfloat16"),
+    (8192, 512, 128256, "bfloat16"),
+    (8192, 512, 128256, "float32"),
+]
 
 
 def plain(states, weight, labels):
-    return F.cross_entropy(F.linear(states, weight), labels, reduction="sum")
+    return F.cross_entropy(F.linear(states, weight).float(), labels, reduction="sum")
 
 
 def fused(states, weight, labels):
@@ -29,15 +38,17 @@ def fused(states, weight, labels):
 
 
 def chunked(states, weight, labels):
-    tokens_at_once = LOGITS_AT_ONCE // len(weight)
-    return chunked_cross_entropy(states, labels, lambda chunk: F.linear(chunk, weight), tokens_at_once)
+    head = Head(
+        {"weight": weight}, lambda chunk, given: F.linear(chunk, given["weight"]), LOGITS_AT_ONCE // len(weight)
+    )
+    return _SummedLoss.apply(states, labels, head, Extras(), True, weight)
 
 
-def measure(way: str, tokens: int, width: int, vocabulary: int) -> dict:
-    torch.set_num_threads(1)
+def measure(way: str, tokens: int, width: int, vocabulary: int, dtype: str) -> dict:
+    keep_memory()
     torch.manual_seed(0)
-    states = torch.randn(tokens, width, requires_grad=True)
-    weight = (torch.randn(vocabulary, width) * 0.02).requires_grad_()
+    states = torch.randn(tokens, width).to(getattr(torch, dtype)).requires_grad_()
+    weight = (torch.randn(vocabulary, width) * 0.02).to(getattr(torch, dtype)).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,))
     weight.grad, states.grad = torch.zeros_like(weight), torch.zeros_like(states)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -56,9 +67,9 @@ WAYS = {"plain": plain, "linear_cross_entropy": fused, "chunked": chunked}
 
 def main() -> None:
     results = []
-    print(f"{'tokens × width × vocabulary':30}" + "".join(f"{way:>30}" for way in WAYS))
+    print(f"{'tokens × width × vocabulary':36}" + "".join(f"{way:>30}" for way in WAYS))
     for size in SIZES:
-        line = f"{' × '.join(map(str, size)):30}"
+        line = f"{' × '.join(map(str, size[:3]))}, {size[3]}".ljust(36)
         for way in WAYS:
             command = [sys.executable, __file__, way, *map(str, size)]
             found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -72,4 +83,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         main()
     else:
-        print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
+        print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])))

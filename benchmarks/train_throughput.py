@@ -3,11 +3,11 @@
     python benchmarks/train_throughput.py --data rows.json                       60M on a CPU, about half an hour
     python benchmarks/train_throughput.py --data rows.json --size base --batch 32 --tokens 2000000       on a GPU
 
-Each measurement is a process of its own, and the sides take turns, so that a slow minute of the machine meets them all.
-All train in bf16, with dropout, on the same prepared rows (at most 512 + 512 tokens), from the same random weights of a
-family, at the same constant learning rate, on about as many examples a step: --batch for the Trainer, and as many
-packed rows as hold so many. What counts is real tokens a second, source and target, padding left out, from the second
-step on; and the loss after the same number of them, since faster by being wrong does not count.
+Each measurement is a process of its own, and the sides take turns, so that a slow minute of the machine meets them
+all. All train in bf16, with dropout, on the same prepared rows (at most 512 + 512 tokens), from the same random
+weights of a family, at the same constant learning rate, on about as many examples a step: --batch for the Trainer, and
+as many packed rows as hold so many. What counts is real tokens a second, source and target, padding left out, once the
+first --warmup steps are done; and the loss after the same number of them: faster by being wrong does not count.
 
     trainer              Seq2SeqTrainer as it comes: random batches, padded to the longest
     trainer, grouped     with train_sampling_strategy="group_by_length"
@@ -88,11 +88,17 @@ def prepare_data(data: str, folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
-def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> list[tuple[int, float, float]]:
-    """Seq2SeqTrainer at its defaults. For each step: real tokens, seconds, loss."""
+def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> list[tuple[int, int, float, float]]:
+    """Seq2SeqTrainer at its defaults. For each step: real tokens, tokens with padding, seconds, loss."""
     import datasets
     import torch
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
+    from transformers import (
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Seq2SeqTrainer,
+        TrainerCallback,
+    )
     from transformers import Seq2SeqTrainingArguments as Arguments
 
     rows = datasets.load_from_disk(data)["train"].select_columns(["input_ids", "labels"])
@@ -107,7 +113,7 @@ def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> l
             seen.append(loss.item())
             return loss
 
-    class Clock(__import__("transformers").TrainerCallback):
+    class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.started = time.perf_counter()
 
@@ -135,13 +141,12 @@ def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> l
     return steps
 
 
-def run_packed(model: Path, data: Path, batch: int, tokens: int) -> list[tuple[int, float, float]]:
+def run_packed(model: Path, data: Path, batch: int, tokens: int) -> list[tuple[int, int, float, float]]:
     """`diptych train`. For each step the same four figures, from its own log."""
     from diptych.finetune.train import main
 
     packing = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["packing"]
     rows = max(1, round(batch * packing["rows"] / packing["examples"]))
-    shape = packing["max_source_tokens"] + packing["max_target_tokens"]
     real = (
         packing["max_source_tokens"] * packing["source_fill"] + packing["max_target_tokens"] * packing["target_fill"]
     )
@@ -162,12 +167,12 @@ def run_packed(model: Path, data: Path, batch: int, tokens: int) -> list[tuple[i
     return steps
 
 
-def measure(side: str, models: Path, data: Path, batch: int, tokens: int) -> dict:
+def measure(side: str, models: Path, data: Path, batch: int, tokens: int, warmup: int) -> dict:
     """One process: figures of one run."""
     import torch
+    from transformers import AutoModelForSeq2SeqLM
 
     from diptych.finetune.speed import matmul_peak, peak_memory, work_per_token
-    from transformers import AutoModelForSeq2SeqLM
 
     family, way, _ = SIDES[side]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,7 +182,7 @@ def measure(side: str, models: Path, data: Path, batch: int, tokens: int) -> dic
     peak = matmul_peak(device, torch.bfloat16, seconds=1.0)
     model = models / family
     steps = run_packed(model, data, batch, tokens) if way == "packed" else run_trainer(model, data, way, batch, tokens)
-    measured = steps[2:]
+    measured = steps[warmup:]
     real, seconds = sum(step[0] for step in measured), sum(step[2] for step in measured)
     per_token = (work.source + work.target) / 2  # about as many source as target tokens
     last = steps[-max(1, len(steps) // 5) :]
@@ -194,14 +199,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a file of instruction rows, such as CodeAlpaca's json")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--batch", type=int, default=8, help="examples a step; the Trainer's default is 8")
-    parser.add_argument("--tokens", type=int, default=20_000, help="real tokens that each run trains on")
+    parser.add_argument("--warmup", type=int, default=15, help="steps that are not timed")
+    parser.add_argument("--tokens", type=int, default=40_000, help="real tokens that each run trains on")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.measure:
         side, models, data = settings.measure
-        print(json.dumps(measure(side, Path(models), Path(data), settings.batch, settings.tokens)))
+        print(json.dumps(measure(side, Path(models), Path(data), settings.batch, settings.tokens, settings.warmup)))
         return
     with tempfile.TemporaryDirectory() as folder:
         models, data = Path(folder) / "models", Path(folder) / "data"
@@ -219,7 +225,16 @@ def main() -> None:
 
 def in_a_process(side: str, models: Path, data: Path, settings: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--data", settings.data, "--batch", str(settings.batch)]
-    command += ["--tokens", str(settings.tokens), "--measure", side, str(models), str(data)]
+    command += [
+        "--tokens",
+        str(settings.tokens),
+        "--warmup",
+        str(settings.warmup),
+        "--measure",
+        side,
+        str(models),
+        str(data),
+    ]
     done = subprocess.run(command, env=os.environ | SIDES[side][2], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -239,10 +254,9 @@ def table(results: dict[str, list[dict]]) -> str:
             f"{pace[side] / pace[base]:.2f}" if base in pace else "–"
             for base in ("trainer, T5", "trainer, T5, same allocator")
         ]
-        lines.append(
-            f"| {side} | {middle['weights'] / 1e6:.0f}M | {pace[side]:,.0f} | {' | '.join(ratios)} | "
-            f"{middle['fill']:.0%} | {middle['mfu']:.0%} | {middle['memory_bytes'] / 1e9:.1f} GB | {middle['loss']:.3f} |"
-        )
+        cells = [side, f"{middle['weights'] / 1e6:.0f}M", f"{pace[side]:,.0f}", *ratios, f"{middle['fill']:.0%}"]
+        cells += [f"{middle['mfu']:.0%}", f"{middle['memory_bytes'] / 1e9:.1f} GB", f"{middle['loss']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     first = next(iter(results.values()))[0]
     return "\n".join([*lines, f"peak of a matrix product, bf16: {first['peak_flops'] / 1e9:,.0f} GFLOP/s"])
 

@@ -1,6 +1,6 @@
 """The command `diptych`, and the two things that its subcommands share: reading settings, and reporting user errors.
 
-    diptych prepare …     diptych train …     diptych evaluate …     diptych generate …
+    diptych prepare …     diptych train …     diptych evaluate …     diptych generate …     diptych doctor …
 
 Each subcommand is the `main(argv)` of one file and returns its exit code: 0 done, 2 a user's error, told in one
 message without a traceback, 130 interrupted. Nothing heavy is imported before a subcommand is known, so that
@@ -101,6 +101,7 @@ COMMANDS = {
     "train": ("diptych.finetune.train", "a prepared dataset and a checkpoint or a new model -> a run folder"),
     "evaluate": ("diptych.finetune.evaluation", "a checkpoint and a prepared split -> loss and metrics"),
     "generate": ("diptych.finetune.generate", "a prompt, a session or a JSONL file -> text"),
+    "doctor": ("diptych.finetune.doctor", "a checkpoint -> whether its training is right, and what to do if not"),
 }
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What `diptych doctor` examines a model with: eight short rows of very uneven length, of the owner's data if given.
 
-    rows_from("my-rows.jsonl", tokenizer)  ->  Rows(looked_at=[{"input_ids": […], "labels": […], "origin": …}, …], …)
-    eight_of(looked_at, tokens=64)         ->  eight of these, from the shortest target to the longest, cut to 64 tokens
+    rows_from("my-rows.jsonl", tokenizer)  ->  Rows([{"input_ids": […], "labels": […], "origin": …}, …], "rows of …")
+    eight_of(looked_at, tokens=64)         ->  eight of these, from the shortest target to the longest, 64 tokens each
 
 Uneven on purpose: a mean of micro-batch means is the mean over tokens where all rows are equally long, and its fault
 would not show.
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diptych.data_prep.encode import encode_sources, encode_targets
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import TEMPLATES, TOKENIZER_KEY, template_of
+from diptych.finetune.loading import embedding_rows
 
 ROWS_LOOKED_AT = 10_000
 """So many rows of the data have their ids checked: a second or two."""
@@ -35,7 +36,11 @@ SENTENCES = [
     ("Say it shorter.", "At this point in time it is the case that it rains, and it rains a lot.", "It pours."),
     ("Explain rain.", "", "Warm air rises and cools, its vapour gathers in drops, and heavy drops fall."),
     ("Count to twenty.", "", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"),
-    ("Why is the sky blue, and why is it red in the evening?", "", "Air scatters blue light most. In the evening " * 2),
+    (
+        "Why is the sky blue, and why is it red in the evening?",
+        "",
+        "Air scatters blue light most. In the evening " * 2,
+    ),
 ]
 
 Row = dict[str, Any]
@@ -54,18 +59,24 @@ def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
     if (place / "dataset_dict.json").is_file():
         return Rows(_prepared_rows(place), f"rows of {data}, split train")
     if place.is_dir():
-        raise UserError(f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`.")
+        raise UserError(
+            f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
+        )
     if not place.is_file():
         raise UserError(f"there is no {data}. Name a prepared folder, or a .json or .jsonl file of rows.")
     if place.suffix not in (".json", ".jsonl"):
-        raise UserError(f"{data} is neither .json nor .jsonl. Prepare it with `diptych prepare`, and name that folder.")
+        raise UserError(
+            f"{data} is neither .json nor .jsonl. Prepare it with `diptych prepare`, and name that folder."
+        )
     if tokenizer is None:
-        raise UserError(f"{data} holds text, and the checkpoint has no tokenizer to encode it. Save one in its folder.")
+        raise UserError(
+            f"{data} holds text, and the checkpoint has no tokenizer to encode it. Save one in its folder."
+        )
     return Rows(encoded_rows(_raw_rows(place), tokenizer), f"rows of {data}")
 
 
 def encoded_rows(texts: Sequence[tuple[str, str, str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """(instruction, input, output, origin) of each row, in the tokenizer's own template, or Alpaca's where it has none."""
+    """(instruction, input, output, origin) of each row, in the tokenizer's own template, or Alpaca's."""
     template = template_of(tokenizer) if TOKENIZER_KEY in tokenizer.init_kwargs else TEMPLATES["alpaca"]
     sources = encode_sources(tokenizer, [template.render_source(told, given) for told, given, _, _ in texts])
     targets = encode_targets(tokenizer, [template.render_target(output) for _, _, output, _ in texts])
@@ -82,14 +93,15 @@ def built_in_rows(tokenizer: PreTrainedTokenizerBase) -> Rows:
 
 def random_rows(model: PreTrainedModel) -> Rows:
     """Ids that are in range and nothing special, where there is no tokenizer; each side ends in eos."""
-    config = model.config
-    special = {config.pad_token_id, config.eos_token_id, config.bos_token_id} - {None}
-    words = [token for token in range(model.get_input_embeddings().weight.shape[0]) if token not in special]
+    known = model.generation_config
+    ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
+    special = {known.pad_token_id, known.bos_token_id, known.decoder_start_token_id, *ends}
+    words = [token for token in range(embedding_rows(model)) if token not in special]
     generator = torch.Generator().manual_seed(0)
 
     def ids(tokens: int) -> list[int]:
         chosen = torch.randint(len(words), (tokens,), generator=generator)
-        return [words[place] for place in chosen] + [config.eos_token_id or 0]
+        return [words[place] for place in chosen] + [ends[0] or 0]
 
     lengths = zip((5, 40, 3, 12, 30, 8, 55, 20), (1, 2, 4, 6, 9, 14, 20, 30), strict=True)
     rows = [{"input_ids": ids(s), "labels": ids(t), "origin": f"random row {t}"} for s, t in lengths]

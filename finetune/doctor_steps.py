@@ -2,7 +2,8 @@
 
     whole = objective_step(objective, [batch], target_tokens)
     eight = objective_step(objective, eight_batches, target_tokens)
-    compare(whole, eight)  ->  {"loss": 2.31, "other_loss": 2.31, "loss_ratio": 1.0, "gradient_ratio": 1.0, "cosine": 1.0}
+    compare(whole, eight)
+    ->  {"loss": 2.31, "other_loss": 2.31, "loss_ratio": 1.0, "gradient_ratio": 1.0, "cosine": 1.0}
 
 The ways: micro-batches through our objective; two processes, as DDP joins them in our loop (this file is what each of
 them runs: `python -m diptych.finetune.doctor_steps FOLDER RANK`); micro-batches through transformers' own
@@ -34,7 +35,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from diptych.data_prep.records import IGNORE_INDEX
 from diptych.finetune.batches import pad_batch
 from diptych.finetune.loading import load_model
 from diptych.finetune.objectives import Seq2SeqObjective
@@ -97,7 +97,7 @@ def _ratio(number: float, of: float) -> float:
 
 
 def agree(figures: Mapping[str, float]) -> bool:
-    """Losses below 1 nat are compared as if they were 1: what a model knows by heart has a loss that is all rounding."""
+    """Losses below 1 nat are compared as if they were 1: that of what is known by heart is all rounding."""
     loss = abs(figures["loss"] - figures["other_loss"]) <= LOSS_TOLERANCE * max(1.0, abs(figures["loss"]))
     length = abs(figures["gradient_ratio"] - 1) <= GRADIENT_TOLERANCE
     return loss and length and figures["cosine"] >= 1 - COSINE_TOLERANCE
@@ -242,10 +242,6 @@ def run_rank(folder: Path, rank: int) -> None:
         (folder / "compared.json").write_text(json.dumps(compare(alone, together)))
     del joined  # before the process group: see train.py
     torch.distributed.destroy_process_group()
-
-
-def count_targets(batch: Batch) -> int:
-    return int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from diptych.data_prep.records import IGNORE_INDEX
 from diptych.finetune.families import family_of, without_adapter
 
-LOGITS_AT_ONCE = 2**24
-"""64 MiB in fp32: a few hundred tokens, enough for the matrix products' full speed."""
+LOGITS_AT_ONCE, TOKENS_AT_ONCE = 2**24, 256
+"""64 MiB in fp32, but no fewer tokens than these: for each chunk the head and its gradient are gone through once."""
 
 
 class Extras(NamedTuple):
@@ -50,12 +50,12 @@ class Seq2SeqObjective(nn.Module):
         model: PreTrainedModel | PeftModel,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        logits_at_once: int = LOGITS_AT_ONCE,
+        tokens_at_once: int | None = None,
     ):
         super().__init__()
         self.model = model
         self.extras = Extras(label_smoothing, z_loss)
-        self.logits_at_once = logits_at_once
+        self.tokens_at_once = tokens_at_once
         self.family = family_of(model)
 
     def forward(self, batch: dict[str, torch.Tensor], num_items_in_batch: int) -> torch.Tensor:
@@ -93,8 +93,13 @@ class Seq2SeqObjective(nn.Module):
             return self.family.logits(model, functional_call(model.lm_head, weights, (chunk,)))
 
         states = self.family.states(model, inputs)[is_target]
-        tokens_at_once = max(1, self.logits_at_once // model.get_output_embeddings().weight.shape[0])
+        tokens_at_once = self.tokens_at_once or default_chunk(model.get_output_embeddings().weight.shape[0])
         return states, labels, Head(dict(model.lm_head.named_parameters()), logits_of, tokens_at_once)
+
+
+def default_chunk(vocabulary: int) -> int:
+    """Target tokens whose logits are held at once."""
+    return max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
 
 
 class Head(NamedTuple):

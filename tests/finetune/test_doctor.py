@@ -1,0 +1,357 @@
+"""The doctor on small real checkpoints: the Trainer's known fault is found where it is, each kind of broken checkpoint
+is told by its own line, and a sound Diptych is all green."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from diptych.data_prep.records import UserError
+from diptych.finetune import doctor, doctor_checks
+from diptych.finetune.doctor import DoctorSettings, admit, format_table
+from diptych.finetune.doctor_checks import CHECKS, Finding, examine
+from diptych.finetune.doctor_rows import built_in_rows, eight_of, rows_from
+from diptych.finetune.doctor_steps import Step, agree, compare, compare_ranks, trainer_step
+from diptych.finetune.families import decoder_start_token
+
+TRAINER = "HF Trainer: 8 = 1"
+
+
+@pytest.fixture
+def checkpoint(tmp_path, checkpoint_of, tiny_tokenizer):
+    """`checkpoint("t5")`: a folder of its own with weights and tokenizer, to be broken."""
+
+    def copy(family: str) -> Path:
+        folder = shutil.copytree(checkpoint_of(family), tmp_path / family)
+        tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def examined(tmp_path):
+    """`examined(folder, "packed = separate")`: the finding of one check."""
+
+    def find(folder: Path, name: str, data: Path | str = "") -> Finding:
+        work = tmp_path / "work"
+        work.mkdir(exist_ok=True)
+        with doctor.quiet():
+            return examine(name, admit(DoctorSettings(str(folder), data=str(data)), work))
+
+    return find
+
+
+def edit_json(file: Path, **changes) -> None:
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+
+def edit_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# The command
+
+
+def test_of_a_t5_all_is_green_but_transformers_trainer(checkpoint, tmp_path, monkeypatch, capsys):
+    folder, work = checkpoint("t5"), tmp_path / "temporary"
+    work.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(work))
+    capsys.readouterr()  # the fixture's own progress bars
+    assert doctor.main(["--json", str(folder)]) == 1
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert shown.err == "" and not list(work.iterdir())  # no logs, no bars, no files left
+    assert (report["model_type"], report["green"], report["red"], report["not_applicable"]) == ("t5", 17, 1, 0)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert list(checks) == list(CHECKS)
+    assert [name for name, check in checks.items() if check["status"] == "red"] == [TRAINER]
+    measured = checks[TRAINER]["measured"]
+    assert 7.5 < measured["loss_ratio"] < 8.5 and measured["cosine"] < 0.9
+    assert "compute_loss_func" in checks[TRAINER]["remedy"]
+    for name in ("8 micro-batches = 1 batch", "2 ranks = 1 rank", "packed = separate"):
+        assert checks[name]["measured"]["loss"] > 1 and checks[name]["remedy"] == ""
+
+
+def test_a_diptych_is_all_green_in_a_table_of_100_columns(checkpoint, training_folder, capsys):
+    folder = checkpoint("diptych")
+    capsys.readouterr()  # the fixture's own progress bars
+    assert doctor.main([str(folder), "--data", str(training_folder)]) == 0
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert max(map(len, lines)) <= 100 and shown.err == "" and "\033" not in shown.out
+    marked = [line for line in lines if line[:1] in "✓✗–" and line]
+    assert [line.split("  ")[0][2:] for line in marked] == list(CHECKS)
+    assert all(line.startswith("✓") for line in marked)
+    assert lines[-1].startswith("18 green, 0 red, 0 do not apply, in ")
+    assert "split train, on cpu" in " ".join(lines[:3])
+
+
+def test_weights_that_are_not_finite_stop_what_would_be_computed_with_them(checkpoint, capsys):
+    folder = checkpoint("t5")
+    edit_weights(folder, lambda weights: weights["shared.weight"][5].fill_(torch.nan))
+    assert doctor.main([str(folder), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    (red,) = [check for check in report["checks"] if check["status"] == "red"]
+    assert red["name"] == "finite weights" and red["message"] == "shared.weight holds NaN or infinity"
+    assert report["not_applicable"] == 9
+    assert all("not finite" in c["message"] for c in report["checks"] if c["status"] == "not_applicable")
+
+
+def test_pickles_are_red_and_not_read(checkpoint, capsys):
+    folder = checkpoint("t5")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    edit_json(folder / "config.json", dtype="float16")
+    assert doctor.main([str(folder)]) == 1
+    shown = capsys.readouterr().out
+    assert "✗ safetensors                 0 safetensors, 1 pickled files" in shown
+    assert "    A pickle can run code, and is not read." in shown
+    assert "✗ dtype                       saved as float16" in shown
+    assert "– finite weights              the weights were not read" in shown
+    assert "1 green, 2 red, 15 do not apply" in shown
+
+
+def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
+    folder = checkpoint("t5")
+    edit_json(folder / "config.json", decoder_start_token_id=None, bos_token_id=None)
+    edit_json(folder / "generation_config.json", decoder_start_token_id=..., bos_token_id=...)
+    assert doctor.main([str(folder)]) == 1
+    shown = capsys.readouterr().out
+    assert "✗ decoder start token         there is none, so the model cannot begin to write" in shown
+    assert "– 2 ranks = 1 rank            not measured: there is no decoder start token" in shown
+    assert " 1 red, " in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/nothing"], "there is no folder"),
+        (["{folder}"], "so it is not a checkpoint"),
+        (["{model}", "--data", "{folder}/none.jsonl"], "Name a prepared folder, or a .json or .jsonl file of rows."),
+        (["{model}", "--data", "{folder}"], "is no prepared dataset"),
+        (["{model}", "--data", "{folder}/rows.csv"], "is neither .json nor .jsonl"),
+        (["{model}", "--data", "{folder}/rows.jsonl"], "rows.jsonl:2: a row is an object with the texts"),
+        (["{model}", "--data", "{folder}/empty.json"], "has no rows"),
+        (["{model}", "--device", "gpu"], "device 'gpu' cannot be used"),
+        (["{model}", "--jsn"], "Did you mean json?"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_one_message(checkpoint, tmp_path, arguments, message, capsys):
+    (tmp_path / "rows.csv").write_text("instruction,output\n")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Add.", "output": "2"}\n{"instruction": "Add."}\n')
+    (tmp_path / "empty.json").write_text("[]")
+    model = checkpoint("t5")
+    capsys.readouterr()
+    try:
+        code = doctor.main([word.format(folder=tmp_path, model=model) for word in arguments])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.startswith("diptych doctor: ") and shown.out == ""
+
+
+def test_colours_are_for_terminals_and_long_lines_are_wrapped():
+    findings = {"packed = separate": Finding("red", "word " * 60, remedy="mend " * 60), "dtype": Finding("green", "x")}
+    plain = format_table(findings, colours=False)
+    assert max(map(len, plain.splitlines())) <= 100 and "\033" not in plain
+    assert "\033[31m✗\033[0m packed" in format_table(findings, colours=True)
+
+
+def test_a_check_that_fails_is_a_red_line_and_no_crash(monkeypatch, examined, checkpoint):
+    def fail(patient):
+        raise KeyError("decoder_layers\nand more")
+
+    monkeypatch.setitem(doctor_checks.CHECKS, "dtype", fail)
+    finding = examined(checkpoint("t5"), "dtype")
+    assert finding.status == "red" and finding.message.startswith("failed: ") and "\n" not in finding.message
+
+
+# The Trainer
+
+
+@pytest.mark.parametrize("family", ["bart", "m2m_100"])
+def test_the_trainers_logged_loss_is_eight_times_too_large(family, checkpoint, examined):
+    finding = examined(checkpoint(family), TRAINER)
+    assert finding.status == "red"
+    assert 7.5 < finding.measured["loss_ratio"] < 8.5 and finding.measured["cosine"] < 0.9
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "m2m_100"])
+def test_the_remedy_that_is_printed_works_and_the_other_mends_half(family, new_model, tiny_tokenizer, tmp_path):
+    def summed(outputs, labels, num_items_in_batch):
+        return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
+
+    model = new_model(family)
+    arguments = (model, eight_of(built_in_rows(tiny_tokenizer).looked_at, 64), 0, decoder_start_token(model))
+
+    def both(**remedy) -> dict[str, float]:
+        with doctor.quiet():
+            return compare(*(trainer_step(*arguments, count, tmp_path, **remedy) for count in (1, 8)))
+
+    assert agree(both(compute_loss_func=summed))
+    model.accepts_loss_kwargs = False  # what the Trainer reads its model_accepts_loss_kwargs from
+    figures = both()
+    assert 0.8 < figures["loss_ratio"] < 1.2 and figures["cosine"] < 0.9
+
+
+# What can be wrong
+
+
+def test_a_padding_token_that_is_eos_or_none_at_all(checkpoint, examined):
+    folder = checkpoint("t5")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    finding = examined(folder, "padding is not eos")
+    assert (finding.status, finding.message) == ("red", "pad 1, eos 1")
+    assert "leaves out every eos" in finding.remedy
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert examined(folder, "padding is not eos").message == "the tokenizer has no padding token"
+
+
+def test_a_tokenizer_that_outgrew_the_embeddings(checkpoint, examined):
+    folder = checkpoint("bart")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["Yes.", "Lima"])
+    tokenizer.save_pretrained(folder)
+    finding = examined(folder, "tokenizer fits embeddings")
+    assert (finding.status, finding.measured) == ("red", {"tokens": rows + 2, "embedding_rows": rows})
+    finding = examined(folder, "token ids in range")
+    assert finding.status == "red" and finding.message == f"sentence 1: labels hold {rows}, ids end at {rows - 1}"
+    assert examined(folder, "8 micro-batches = 1 batch").status == "green"  # with the rows that it can read
+
+
+def test_a_start_token_that_training_and_generation_disagree_about(checkpoint, examined):
+    folder = checkpoint("t5")
+    edit_json(folder / "generation_config.json", decoder_start_token_id=2)
+    finding = examined(folder, "decoder start token")
+    assert (finding.status, finding.message) == ("red", "0 in config.json, but generation starts with 2")
+    edit_json(folder / "generation_config.json", decoder_start_token_id=5000)
+    assert "ids end at" in examined(folder, "decoder start token").message
+
+
+def test_labels_that_begin_with_the_start_token(checkpoint, examined, tmp_path):
+    folder = checkpoint("t5gemma")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bos = {"<s>": {"id": "<s>", "ids": [2], "tokens": ["<s>"]}, "</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}
+    file = json.loads((folder / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    file["post_processor"] |= {"single": single, "special_tokens": bos}
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    assert tokenizer.bos_token_id == 2
+    finding = examined(folder, "labels do not repeat it")
+    assert finding.status == "red" and finding.measured == {"rows": 8, "repeated": 8}
+    assert examined(folder, TRAINER).status == "green"
+
+
+def test_half_precision_is_red_for_a_t5_only(checkpoint, examined):
+    for family, status in (("t5", "red"), ("bart", "green")):
+        folder = checkpoint(family)
+        edit_json(folder / "config.json", dtype="float16")
+        finding = examined(folder, "dtype")
+        assert (finding.status, finding.message) == (status, "saved as float16")
+
+
+def test_tables_that_the_config_ties_and_the_file_does_not(checkpoint, examined):
+    def add_a_head(weights):
+        weights["lm_head.weight"] = weights["model.shared.weight"].flip(0).contiguous()
+
+    folder = checkpoint("bart")
+    assert examined(folder, "tied weights").status == "green"
+    edit_weights(folder, add_a_head)
+    finding = examined(folder, "tied weights")
+    assert finding.status == "red" and finding.measured["apart"] == ["lm_head.weight"]
+
+
+def test_a_head_of_its_own_is_right_for_flan_t5_and_not_for_t5(checkpoint, examined):
+    def add_a_head(weights):
+        weights["lm_head.weight"] = weights["shared.weight"].flip(0).contiguous()
+
+    folder = checkpoint("t5")
+    edit_weights(folder, add_a_head)
+    assert examined(folder, "tied weights").status == "red"
+    edit_json(folder / "config.json", scale_decoder_outputs=False)
+    assert examined(folder, "tied weights").status == "green"
+    assert examined(folder, "saved = loaded").status == "green"
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "status"), [("bart", "right", "green"), ("bart", "left", "red"), ("t5", "left", "green")]
+)
+def test_left_padding_is_red_where_it_matters_and_is_done(family, side, status, checkpoint, examined):
+    folder = checkpoint(family)
+    edit_json(folder / "tokenizer_config.json", padding_side=side)
+    finding = examined(folder, "left = right padding")
+    assert finding.status == status
+    assert (abs(finding.measured["difference"]) > 0.01) == (family == "bart")
+
+
+def test_weights_without_a_gradient_are_named(checkpoint, examined):
+    """Marian's sinusoids are frozen when they are made, and thawed when they are loaded (transformers 5.23)."""
+    finding = examined(checkpoint("marian"), "each weight has a gradient")
+    assert finding.status == "red"
+    assert finding.measured["without"] == [f"model.{panel}.embed_positions.weight" for panel in ("encoder", "decoder")]
+
+
+def test_a_family_that_is_padded_is_not_packed(checkpoint, examined):
+    finding = examined(checkpoint("blenderbot"), "packed = separate")
+    assert finding.status == "not_applicable" and "blenderbot is padded" in finding.message
+    assert examined(checkpoint("t5gemma"), "packed = separate").status == "green"  # with eager attention
+
+
+def test_without_a_tokenizer_ids_are_drawn(checkpoint_of, examined):
+    folder = checkpoint_of("m2m_100")
+    assert examined(folder, "padding is not eos").status == "not_applicable"
+    assert examined(folder, "batched = alone").status == "green"
+
+
+# What it measures with
+
+
+def test_ratios_and_cosine_on_two_small_gradients():
+    one = Step(2.0, {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    figures = compare(one, Step(16.0, {"a": torch.tensor([8.0]), "b": torch.tensor([-6.0])}))
+    assert figures == {"loss": 2.0, "other_loss": 16.0, "loss_ratio": 8.0, "gradient_ratio": 2.0, "cosine": 0.0}
+    assert not agree(figures) and agree(compare(one, one))
+    assert compare(one, Step(2.0, {"a": torch.tensor([3.0])}))["cosine"] == pytest.approx(0.6)
+    assert not agree(compare(one, Step(2.0, {"a": torch.tensor([1.5]), "b": torch.tensor([2.0])})))
+    assert not agree(compare(one, Step(2.0, {})))
+
+
+def test_a_rank_that_fails_is_told_with_its_last_line(tmp_path):
+    with pytest.raises(RuntimeError, match="rank [01] failed: .*the config of .*nowhere could not be read"):
+        compare_ranks(tmp_path / "nowhere", [{"input_ids": [3, 1], "labels": [4, 1]}] * 8, 0, 0, tmp_path)
+
+
+def test_raw_rows_are_encoded_as_preparation_does_it(tmp_path, tiny_tokenizer, eight_prepared_rows):
+    rows = [{"instruction": r["instruction"], "input": r["input"], "output": r["target"]} for r in eight_prepared_rows]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in (tmp_path / "rows.json", tmp_path / "rows.jsonl"):
+        found = rows_from(str(file), tiny_tokenizer).looked_at
+        for column in ("input_ids", "labels"):
+            assert [row[column] for row in found] == [row[column] for row in eight_prepared_rows]
+    with pytest.raises(UserError, match="has no tokenizer to encode it"):
+        rows_from(str(tmp_path / "rows.json"), None)
+
+
+def test_eight_rows_are_taken_from_the_shortest_to_the_longest_and_keep_their_end():
+    rows = [{"input_ids": [5] * length + [1], "labels": [6] * length + [1]} for length in range(100, 0, -1)]
+    eight = eight_of(rows, None)
+    assert [len(row["labels"]) for row in eight] == [2, 16, 30, 32, 32, 32, 32, 32]
+    assert all(row["labels"][-1] == 1 and row["input_ids"][-1] == 1 for row in eight)
+    assert max(len(row["input_ids"]) for row in eight) == 64
+    assert max(len(row["input_ids"]) for row in eight_of(rows, 20)) == 20
+    assert len(eight_of(rows[:1], None)) == 8
