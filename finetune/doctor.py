@@ -1,14 +1,14 @@
 """Whether a checkpoint's training is right: one command, for any AutoModelForSeq2SeqLM folder or Hub id.
 
     $ diptych doctor my-checkpoint --data my-rows.jsonl
-    my-checkpoint: t5, 0.1 M weights, rows of my-rows.jsonl, on cpu
+    my-checkpoint: t5, 60.5 M weights, rows of my-rows.jsonl, on cpu
 
     ✓ 8 micro-batches = 1 batch   loss × 1.000000, gradient × 1.000000, cosine 1.000000
     ✓ 2 ranks = 1 rank            loss × 1.000000, gradient × 1.000000, cosine 1.000000
-    ✗ HF Trainer: 8 = 1           loss × 8.095, gradient × 13.888, cosine 0.715
-        Train with `diptych train`, which is right (above). In a Trainer: …
-    …
-    17 green, 1 red, 0 do not apply, in 9 s
+    ✗ HF Trainer: 8 = 1           loss × 8.081, gradient × 8.512, cosine 0.896
+        Train with `diptych train`, which is right (above). In a Trainer: give it compute_loss_func,
+        …
+    17 green, 1 red, 0 do not apply, in 40 s
 
 The exit code is 0 where all is green, 1 where something is red, 2 for a mistake such as a folder that is not there.
 Nothing is written, nothing is changed, and no code of the checkpoint is run. The two checks with several processes or
@@ -98,13 +98,15 @@ def admit(settings: DoctorSettings, folder: Path) -> Patient:
     check_folder(name)
     device = pick_device(settings.device)
     if (Path(name) / ADAPTER_CONFIG).is_file():
-        model, tokenizer = load_model_and_tokenizer(name)  # its base with the adapter merged in
-        config = copy.deepcopy(model.config)
+        merged, tokenizer = load_model_and_tokenizer(name)
+        config = copy.deepcopy(merged.config)
+        merged.save_pretrained(folder / "merged")  # and loaded, because peft leaves all weights frozen
+        model = load_model(str(folder / "merged"), torch.float32)
     else:
         model, config = _load_weights(name)
         tokenizer = load_tokenizer(name) if has_tokenizer(name) else None
     if model is not None:
-        model = model.float().to(device).eval()
+        model = model.to(device).eval()
     given = rows_from(settings.data, tokenizer) if settings.data else None
     return Patient(name, model, tokenizer, given, config, folder)
 

@@ -187,7 +187,10 @@ def _number(ratio: float) -> str:
 def micro_batches(patient: Patient) -> Finding:
     whole, tokens = patient.whole_step, patient.target_tokens
     parts = objective_step(patient.objective, [patient.batch([row]) for row in patient.rows], tokens)
-    return _compared(compare(whole, parts), "This should not be: the model lets rows of a batch see each other.")
+    return _compared(
+        compare(whole, parts),
+        "Rows of one batch see each other in this model, or padding counts: train with batch_size: 1.",
+    )
 
 
 def ranks(patient: Patient) -> Finding:
@@ -226,7 +229,10 @@ def packed(patient: Patient) -> Finding:
         together = objective_step(patient.objective, [row], patient.target_tokens)
     finally:
         model.set_attn_implementation(was)
-    return _compared(compare(patient.whole_step, together), "Train on padded rows: packing: false.")
+    return _compared(
+        compare(patient.whole_step, together),
+        "Train on padded rows, with packed: false: in a packed row examples see each other.",
+    )
 
 
 # Padding

@@ -19,6 +19,7 @@ from diptych.finetune.doctor_checks import CHECKS, Finding, examine
 from diptych.finetune.doctor_rows import built_in_rows, eight_of, rows_from
 from diptych.finetune.doctor_steps import Step, agree, compare, compare_ranks, trainer_step
 from diptych.finetune.families import decoder_start_token
+from diptych.finetune.lora import add_adapter, save_adapter
 
 TRAINER = "HF Trainer: 8 = 1"
 
@@ -315,6 +316,15 @@ def test_without_a_tokenizer_ids_are_drawn(checkpoint_of, examined):
     folder = checkpoint_of("m2m_100")
     assert examined(folder, "padding is not eos").status == "not_applicable"
     assert examined(folder, "batched = alone").status == "green"
+
+
+def test_an_adapter_is_examined_merged_and_trainable(new_model, checkpoint, tiny_tokenizer, tmp_path, examined):
+    base = checkpoint("t5")
+    model = add_adapter(new_model("t5"), str(base), rank=4, alpha=8)
+    save_adapter(model, tmp_path / "adapter")
+    tiny_tokenizer.save_pretrained(tmp_path / "adapter")
+    assert examined(tmp_path / "adapter", "8 micro-batches = 1 batch").status == "green"
+    assert examined(tmp_path / "adapter", "each weight has a gradient").measured["tensors"] > 40
 
 
 # What it measures with
