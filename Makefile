@@ -20,10 +20,10 @@ $(BIN)/.installed: setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: install  ## prepare data, train from scratch, evaluate, publishable folder, translate: about six minutes
+demo: install  ## prepare data, train from scratch, evaluate, publishable folder, translate: about four minutes
 	$(BIN)/python examples/demo.py
 
-test: install lint  ## lint, layout and every contract: about five minutes
+test: install lint  ## lint, layout and every contract: about seven minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: install  ## ruff check and ruff format --check

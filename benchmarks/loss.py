@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary, both passes: plain, torch's linear_cross_entropy, and ours in chunks.
 
-    python benchmarks/loss.py            fp32 and bf16, all cores: seconds (best of three; the large ones once) and what the process grew by
+    python benchmarks/loss.py     seconds (best of three; of large ones one) and what the process grew by, all cores
 
 Each way runs in a process of its own, because memory that was once asked for is not given back.
 """

@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
+from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
@@ -147,7 +149,16 @@ def load_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
             f"{', '.join(config.architectures or ['an unnamed class'])}. Name a checkpoint that has both the encoder "
             f"and the decoder: random weights in their place would answer nonsense."
         )
+    _freeze_sinusoids(model)
     return model
+
+
+def _freeze_sinusoids(model: PreTrainedModel) -> None:
+    """Marian and Pegasus freeze their tables of sinusoids when they are made, and transformers (5.23) thaws them when
+    it loads. They never get a gradient, which DDP would wait for."""
+    for module in model.modules():
+        if isinstance(module, MarianSinusoidalPositionalEmbedding | PegasusSinusoidalPositionalEmbedding):
+            module.weight.requires_grad_(False)
 
 
 def _load_config(name: str) -> PreTrainedConfig:

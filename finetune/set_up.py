@@ -36,12 +36,12 @@ from diptych.finetune.batches import (
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe, split_names
 from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
+from diptych.finetune.feeding import check_precision, set_attention, training_rows
 from diptych.finetune.loading import has_tokenizer, load_tokenizer
 from diptych.finetune.metrics import score_texts
 from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.packed_rows import PackedRows, Packing, check_packed_rows, check_packing_fits, load_packed
+from diptych.finetune.packed_rows import PackedRows
 from diptych.finetune.run_log import RunLog, short
-from diptych.finetune.segments import VARLEN, register_varlen
 from diptych.finetune.speed import Work, compile_layers, matmul_peak, work_per_token
 from diptych.finetune.starting_model import is_named_size, starting_model
 
@@ -206,6 +206,12 @@ def make_accelerator(recipe: TrainRecipe) -> accelerate.Accelerator:
         project_dir=recipe.out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait while one generates
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would train "
+            f"alone, in the same folder. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
+        )
     accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
     return accelerator
 
@@ -285,55 +291,6 @@ def check_best_metric(recipe: TrainRecipe) -> None:
         raise UserError(f"best_metric is {recipe.best_metric!r}. {choose_from(recipe.best_metric, known)}")
 
 
-def training_rows(
-    recipe: TrainRecipe, prepared: Prepared, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PaddedRows | PackedRows, str | None]:
-    """The rows to train on and, where they are padded, why."""
-    padded = PaddedRows(prepared.splits["train"], tokenizer.pad_token_id, model.config.decoder_start_token_id)
-    if not recipe.packed:
-        return padded, "the recipe has packed: false"
-    if family_of(model) is None:
-        return padded, f"how packed rows are fed to a {model.config.model_type} is not known (see families.py)"
-    if prepared.packing is None:
-        return padded, f"{recipe.data} has no packed rows; `diptych prepare` makes them unless it gets --packing false"
-    packing, packed = Packing.from_manifest(prepared.packing), load_packed(prepared.folder)
-    check_packing_fits(without_adapter(model), packing, recipe.data)
-    check_packed_rows(packed, packing, without_adapter(model), recipe.data)
-    return PackedRows(packed, packing), None
-
-
-def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> None:
-    family = family_of(model)
-    if recipe.precision == "fp16" and family and family.overflows_in_fp16:
-        raise UserError(
-            f"precision is fp16, but {model.config.model_type} was trained in bf16, and its activations grow beyond "
-            f"65,504, the largest number of fp16: the loss would become NaN. Set precision to bf16 or fp32."
-        )
-
-
-def set_attention(recipe: TrainRecipe, model: PreTrainedModel, device: torch.device, is_packed: bool) -> None:
-    """The implementation that the recipe asks for, or the fastest one that keeps packed examples apart."""
-    family, wanted = family_of(model), recipe.attention
-    can_varlen = family is not None and VARLEN in family.attentions
-    if device.type == "cuda":  # the flash kernel knows no fp32, no position bias and no dropout
-        can_varlen = (
-            can_varlen and family.gpu_varlen and recipe.precision != "fp32" and not model.config.attention_dropout
-        )
-    if wanted == VARLEN and not can_varlen or is_packed and wanted not in ("auto", *family.attentions):
-        usable = [name for name in family.attentions if name != VARLEN] if family else ["eager", "sdpa"]
-        raise UserError(
-            f"attention is {wanted}, which cannot compute {'packed rows of ' * is_packed}a {model.config.model_type} "
-            f"here ({device.type}, {recipe.precision}). Leave it at auto, or choose from: {', '.join(usable)}."
-        )
-    if wanted == "auto" and is_packed:
-        preferred = model.config._attn_implementation
-        wanted = VARLEN if can_varlen else preferred if preferred in family.attentions else family.attentions[0]
-    if wanted == VARLEN:
-        register_varlen()
-    if wanted != "auto":
-        model.set_attn_implementation(wanted)
-
-
 def switch_off_layer_drop(model: PreTrainedModel) -> None:
     """BART's relatives skip whole layers at random, each rank others, and DDP waits for gradients that never come."""
     for panel in (model.get_encoder(), model.get_decoder()):
@@ -376,9 +333,7 @@ def check_same_order(recipe: TrainRecipe, before: dict[str, Any], now: dict[str,
             f"this run was trained on {'packed' if before.get('packed') else 'padded'} rows, now they would be "
             f"{'packed' if now['packed'] else 'padded'}. Set packed back."
         )
-    if {name: before[name] for name in ("rows_per_step", "rows_together")} != {
-        name: now[name] for name in ("rows_per_step", "rows_together")
-    }:
+    if any(before[name] != now[name] for name in ("rows_per_step", "rows_together")):
         raise UserError(
             f"a step of this run had {before['rows_per_step']} rows, now it has {now['rows_per_step']}, or they come "
             f"in other batches. Keep batch_size × ranks, and gradient_accumulation_steps, as they were."

@@ -388,6 +388,13 @@ def test_a_recipe_that_cannot_work_is_refused_before_anything_is_written(changes
     assert not Path(settings.out).exists()
 
 
+def test_processes_that_were_not_joined_are_refused(recipe, monkeypatch):
+    """torchrun on CPUs, where accelerate takes each process for a run of its own unless it is told."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were launched, but accelerate joined 1.*ACCELERATE_USE_CPU=true"):
+        run_recipe(recipe())
+
+
 def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of, tmp_path, new_model, training_folder):
     new_model("bart", vocab_size=360).save_pretrained(tmp_path / "small")
     with pytest.raises(

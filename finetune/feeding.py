@@ -1,0 +1,68 @@
+"""A recipe, a prepared folder and a model in; how it is fed, out: which rows, which precision, which attention.
+
+    rows, why_padded = training_rows(recipe, prepared, model, tokenizer)     packed where all three can, else padded
+    check_precision(recipe, model)                                           no fp16 for what overflows in it
+    set_attention(recipe, model, device, is_packed)                          the fastest that keeps examples apart
+
+What cannot be is a UserError that says what can.
+"""
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.batches import PaddedRows, Prepared
+from diptych.finetune.config import TrainRecipe
+from diptych.finetune.families import family_of, without_adapter
+from diptych.finetune.packed_rows import PackedRows, Packing, check_packed_rows, check_packing_fits, load_packed
+from diptych.finetune.segments import VARLEN, register_varlen
+
+
+def training_rows(
+    recipe: TrainRecipe, prepared: Prepared, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PaddedRows | PackedRows, str | None]:
+    """The rows to train on and, where they are padded, why."""
+    padded = PaddedRows(prepared.splits["train"], tokenizer.pad_token_id, model.config.decoder_start_token_id)
+    if not recipe.packed:
+        return padded, "the recipe has packed: false"
+    if family_of(model) is None:
+        return padded, f"how packed rows are fed to a {model.config.model_type} is not known (see families.py)"
+    if prepared.packing is None:
+        return padded, f"{recipe.data} has no packed rows; `diptych prepare` makes them unless it gets --packing false"
+    packing, packed = Packing.from_manifest(prepared.packing), load_packed(prepared.folder)
+    check_packing_fits(without_adapter(model), packing, recipe.data)
+    check_packed_rows(packed, packing, without_adapter(model), recipe.data)
+    return PackedRows(packed, packing), None
+
+
+def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> None:
+    family = family_of(model)
+    if recipe.precision == "fp16" and family and family.overflows_in_fp16:
+        raise UserError(
+            f"precision is fp16, but {model.config.model_type} was trained in bf16, and its activations grow beyond "
+            f"65,504, the largest number of fp16: the loss would become NaN. Set precision to bf16 or fp32."
+        )
+
+
+def set_attention(recipe: TrainRecipe, model: PreTrainedModel, device: torch.device, is_packed: bool) -> None:
+    """The implementation that the recipe asks for, or the fastest one that keeps packed examples apart."""
+    family, wanted = family_of(model), recipe.attention
+    can_varlen = family is not None and VARLEN in family.attentions
+    if device.type == "cuda":  # the flash kernel knows no fp32, no position bias and no dropout
+        can_varlen = (
+            can_varlen and family.gpu_varlen and recipe.precision != "fp32" and not model.config.attention_dropout
+        )
+    if wanted == VARLEN and not can_varlen or is_packed and wanted not in ("auto", *family.attentions):
+        usable = [name for name in family.attentions if name != VARLEN] if family else ["eager", "sdpa"]
+        raise UserError(
+            f"attention is {wanted}, which cannot compute {'packed rows of ' * is_packed}a {model.config.model_type} "
+            f"here ({device.type}, {recipe.precision}). Leave it at auto, or choose from: {', '.join(usable)}."
+        )
+    if wanted == "auto" and is_packed:
+        preferred = model.config._attn_implementation
+        wanted = VARLEN if can_varlen else preferred if preferred in family.attentions else family.attentions[0]
+    if wanted == VARLEN:
+        register_varlen()
+    if wanted != "auto":
+        model.set_attn_implementation(wanted)
