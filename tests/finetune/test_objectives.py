@@ -84,6 +84,44 @@ def test_label_smoothing_matches_plain_cross_entropy(family, new_model):
     assert_same_loss_and_gradients(new_model(family), label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("family", ["t5", "marian", "t5gemma"])
+def test_z_loss_and_smoothing_together_match_what_they_are_by_definition(family, new_model):
+    """By autograd from all logits: the squared log of the softmax's denominator is added to each target's loss."""
+    model = new_model(family)
+    batch = batch_for(model)
+    is_target = batch["labels"] != -100
+    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits[is_target]
+    z_loss = 1e-2 * logits.logsumexp(dim=-1).square().sum() / TARGET_TOKENS
+    expected = plain_loss(model, batch, label_smoothing=0.2) + z_loss
+    expected.backward()
+    expected_gradients = gradients(model)
+    found = Seq2SeqObjective(model, label_smoothing=0.2, z_loss=1e-2, tokens_at_once=3).train()(batch, TARGET_TOKENS)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients(model).items():
+        scale = max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, rtol=0, atol=1e-5)
+
+
+def test_token_losses_are_those_of_each_target(new_model):
+    model = new_model("bart").eval()
+    batch = batch_for(model)
+    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+    expected = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    torch.testing.assert_close(Seq2SeqObjective(model, tokens_at_once=4).token_losses(batch), expected)
+
+
+def test_bf16_loses_what_fp32_loses_to_its_own_precision(new_model):
+    """The head in bf16, the loss in fp32: no more than the rounding of the logits is lost."""
+    model = new_model("diptych")
+    batch = batch_for(model)
+    exact = Seq2SeqObjective(model)(batch, TARGET_TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = Seq2SeqObjective(model)(batch, TARGET_TOKENS)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=0)
+
+
 def test_one_chunk_matches_plain_cross_entropy(new_model):
     assert_same_loss_and_gradients(new_model("diptych"), tokens_at_once=100)
 
