@@ -194,9 +194,8 @@ def micro_batches(patient: Patient) -> Finding:
 
 
 def ranks(patient: Patient) -> Finding:
-    figures = compare_ranks(patient.saved, patient.rows, patient.pad_token, patient.start_token, patient.folder)
     return _compared(
-        figures,
+        _on_two_ranks(patient, "ours"),
         "DDP waits for weights that never get a gradient, and shares no others meanwhile. Freeze those (see below: "
         "each weight has a gradient), or train on one GPU.",
     )
@@ -215,6 +214,17 @@ def stock_trainer(patient: Patient) -> Finding:
         "cross-entropy / num_items_in_batch, and in each batch decoder_input_ids, by DataCollatorForSeq2Seq(model="
         "model). (model_accepts_loss_kwargs = False mends the size of the loss only, not the gradient's direction.)",
     )
+
+
+def stock_trainer_ranks(patient: Patient) -> Finding:
+    return _compared(
+        _on_two_ranks(patient, "trainer"),
+        "As above: the Trainer takes the mean of each rank's mean, or a multiple of it.",
+    )
+
+
+def _on_two_ranks(patient: Patient, way: str) -> dict[str, float]:
+    return compare_ranks(way, patient.saved, patient.rows, patient.pad_token, patient.start_token, patient.folder)
 
 
 def packed(patient: Patient) -> Finding:
@@ -502,6 +512,7 @@ CHECKS: dict[str, Callable[[Patient], Finding]] = {
     "8 micro-batches = 1 batch": micro_batches,
     "2 ranks = 1 rank": ranks,
     "HF Trainer: 8 = 1": stock_trainer,
+    "HF Trainer: 2 ranks = 1": stock_trainer_ranks,
     "packed = separate": packed,
     "left = right padding": padding_side,
     "batched = alone": batched,

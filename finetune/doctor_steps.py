@@ -22,6 +22,7 @@ What the Trainer does (transformers 5.23, 8 micro-batches of one row each, again
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -124,10 +125,12 @@ def trainer_step(
     start_token: int,
     micro_batches: int,
     folder: Path,
+    ranks: int = 1,
     **trainer_arguments: Any,
 ) -> Step:
     """The loss that a stock Seq2SeqTrainer logs for one step over all rows, and its gradient, before any clipping. The
-    model is on the CPU; batches have decoder_input_ids, as DataCollatorForSeq2Seq(model=model) gives them."""
+    model is on the CPU; batches have decoder_input_ids, as DataCollatorForSeq2Seq(model=model) gives them. Of several
+    ranks, each process calls this."""
     from accelerate.state import AcceleratorState
     from transformers import PrinterCallback, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
@@ -140,7 +143,7 @@ def trainer_step(
         output_dir=str(folder),
         use_cpu=True,
         max_steps=1,
-        per_device_train_batch_size=len(rows) // micro_batches,
+        per_device_train_batch_size=len(rows) // (micro_batches * ranks),
         gradient_accumulation_steps=micro_batches,
         learning_rate=0.0,
         optim="sgd",
@@ -174,21 +177,36 @@ def trainer_step(
 
 
 def compare_ranks(
-    model_folder: Path, rows: Sequence[Mapping[str, Any]], pad_token_id: int, start_token: int, folder: Path
+    way: str,
+    model_folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    pad_token_id: int,
+    start_token: int,
+    folder: Path,
 ) -> dict[str, float]:
-    """`compare` of one process and two, which run this file; RuntimeError with what a failed one said last."""
+    """`compare` of one process and two, which run this file; RuntimeError with what a failed one said last. The way is
+    "ours" or "trainer"."""
+    folder = folder / f"ranks-{way}"
+    folder.mkdir()
     (folder / "step.json").write_text(
         json.dumps(
             {"model": str(model_folder), "rows": list(rows), "pad_token_id": pad_token_id, "start_token": start_token}
         )
     )
-    command = [sys.executable, "-m", "diptych.finetune.doctor_steps", str(folder)]
+    command = [sys.executable, "-m", "diptych.finetune.doctor_steps", way, str(folder)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if way == "trainer":  # what torchrun would set
+        environment |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
     ranks = []
     try:
         for rank in range(RANKS):
+            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if way == "trainer" else {})
             with open(folder / f"rank-{rank}.log", "wb") as log:
-                ranks.append(subprocess.Popen([*command, str(rank)], stdout=log, stderr=log, env=environment))
+                ranks.append(subprocess.Popen([*command, str(rank)], stdout=log, stderr=log, env=own))
         _wait(ranks, folder)
     finally:
         for process in ranks:
@@ -244,9 +262,25 @@ def run_rank(folder: Path, rank: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+def run_trainer_rank(folder: Path, rank: int) -> None:
+    """Half of the rows in the Trainer of this rank. Afterwards rank 0 takes all rows, by our objective, to compare:
+    with one batch there is nothing to scale wrongly."""
+    torch.set_num_threads(1)
+    step = json.loads((folder / "step.json").read_text())
+    rows, tokens = step["rows"], (step["pad_token_id"], step["start_token"])
+    model = load_model(step["model"], torch.float32).eval()
+    together = trainer_step(model, rows, *tokens, 1, folder / f"trainer-{rank}", RANKS)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        objective = Seq2SeqObjective(load_model(step["model"], torch.float32).eval())
+        alone = objective_step(objective, [pad_batch(rows, *tokens)], sum(len(row["labels"]) for row in rows))
+        (folder / "compared.json").write_text(json.dumps(compare(alone, together)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    folder, rank = sys.argv[1:] if argv is None else argv
-    run_rank(Path(folder), int(rank))
+    way, folder, rank = sys.argv[1:] if argv is None else argv
+    {"ours": run_rank, "trainer": run_trainer_rank}[way](Path(folder), int(rank))
     return 0
 
 
