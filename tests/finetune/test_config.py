@@ -50,7 +50,7 @@ def test_every_field_says_what_it_does(capsys):
         (["--learning_rate", "fast"], "learning_rate"),
         (["--schedule", "cosin"], "'cosine', 'linear', 'constant'"),
         (["--config", "absent.yaml"], "absent.yaml"),
-        (["--precision", "fp16"], "'auto', 'bf16', 'fp32'"),
+        (["--precision", "fp64"], "'auto', 'bf16', 'fp16', 'fp32'"),
         (["--patience", "-1"], "patience is -1; it must be 0 or more."),
     ],
 )
