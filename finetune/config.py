@@ -86,8 +86,8 @@ class TrainRecipe:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, a fraction of the memory."""
     compile: bool = False
-    """torch.compile each layer: up to minutes at the start, faster steps on a GPU. Packed rows have one shape, and are
-    compiled for once."""
+    """torch.compile each layer: up to minutes at the start, faster steps on a GPU, none on a CPU. Packed rows have one
+    shape, so that little is compiled again."""
 
     method: Literal["full", "lora"] = "full"
     """Train all weights, or LoRA adapters (arXiv 2106.09685) on a frozen checkpoint."""

@@ -40,8 +40,8 @@ def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> 
     family = family_of(model)
     if recipe.precision == "fp16" and family and family.overflows_in_fp16:
         raise UserError(
-            f"precision is fp16, but {model.config.model_type} was trained in bf16, and its activations grow beyond "
-            f"65,504, the largest number of fp16: the loss would become NaN. Set precision to bf16 or fp32."
+            f"precision is fp16, but the activations of {model.config.model_type} checkpoints grow beyond 65,504, the "
+            f"largest number of fp16: the loss would become NaN. Set precision to bf16 or fp32."
         )
 
 
@@ -53,11 +53,13 @@ def set_attention(recipe: TrainRecipe, model: PreTrainedModel, device: torch.dev
         can_varlen = (
             can_varlen and family.gpu_varlen and recipe.precision != "fp32" and not model.config.attention_dropout
         )
-    if wanted == VARLEN and not can_varlen or is_packed and wanted not in ("auto", *family.attentions):
-        usable = [name for name in family.attentions if name != VARLEN] if family else ["eager", "sdpa"]
+    usable = set(family.attentions if family and is_packed else ("eager", "sdpa", "flex_attention", VARLEN))
+    usable -= set() if can_varlen else {VARLEN}
+    usable -= {"flex_attention"} if device.type == "cpu" else set()  # torch 2.13 has no backward pass of it there
+    if wanted not in ("auto", *usable):
         raise UserError(
             f"attention is {wanted}, which cannot compute {'packed rows of ' * is_packed}a {model.config.model_type} "
-            f"here ({device.type}, {recipe.precision}). Leave it at auto, or choose from: {', '.join(usable)}."
+            f"here ({device.type}, {recipe.precision}). Leave it at auto, or choose from: {', '.join(sorted(usable))}."
         )
     if wanted == "auto" and is_packed:
         preferred = model.config._attn_implementation
