@@ -87,7 +87,7 @@ class TrainRecipe:
     """Compute activations again in the backward pass: about a third slower, a fraction of the memory."""
     compile: bool = False
     """torch.compile each layer: up to minutes at the start, faster steps on a GPU, none on a CPU. Packed rows have one
-    shape, so that little is compiled again."""
+    shape, so that the first step compiles everything; padded rows are compiled again for new shapes."""
 
     method: Literal["full", "lora"] = "full"
     """Train all weights, or LoRA adapters (arXiv 2106.09685) on a frozen checkpoint."""

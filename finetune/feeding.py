@@ -33,7 +33,7 @@ def training_rows(
     packing, packed = Packing.from_manifest(prepared.packing), load_packed(prepared.folder)
     check_packing_fits(without_adapter(model), packing, recipe.data)
     check_packed_rows(packed, packing, without_adapter(model), recipe.data)
-    return PackedRows(packed, packing), None
+    return PackedRows(packed, packing, recipe.batch_size if recipe.compile else 1), None
 
 
 def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> None:

@@ -63,6 +63,8 @@ class PackedRows:
 
     packed: datasets.Dataset
     packing: Packing
+    rows_at_least: int = 1
+    """In a batch: the last one of an epoch may lack some, and a compiled model wants one shape."""
 
     @property
     def row_tokens(self) -> int:
@@ -79,7 +81,12 @@ class PackedRows:
         return Lengths(np.concatenate(source), np.concatenate(target))
 
     def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return packed_batch(self.packed[rows]) if len(rows) else rows_without_examples(self.packing)
+        batch = packed_batch(self.packed[rows]) if len(rows) else {}
+        missing = self.rows_at_least - len(rows)
+        if missing <= 0:
+            return batch
+        empty = rows_without_examples(self.packing, missing)
+        return {name: torch.cat((batch[name], column)) if batch else column for name, column in empty.items()}
 
 
 def packed_batch(rows: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -100,14 +107,14 @@ def pack_examples(
     return packed_batch({name: column[None] for name, column in row.items()})
 
 
-def rows_without_examples(packing: Packing) -> dict[str, torch.Tensor]:
-    """What a rank gets for which no row is left: one row of padding, whose loss is zero."""
-    row = {name: torch.zeros((1, packing.max_source_tokens), dtype=torch.long) for name in SOURCE_COLUMNS}
-    row |= {name: torch.zeros((1, packing.max_target_tokens), dtype=torch.long) for name in TARGET_COLUMNS}
-    row["labels"].fill_(IGNORE_INDEX)
+def rows_without_examples(packing: Packing, number: int) -> dict[str, torch.Tensor]:
+    """Rows of padding, whose loss is zero: what a rank gets for which no row is left."""
+    rows = {name: torch.zeros((number, packing.max_source_tokens), dtype=torch.long) for name in SOURCE_COLUMNS}
+    rows |= {name: torch.zeros((number, packing.max_target_tokens), dtype=torch.long) for name in TARGET_COLUMNS}
+    rows["labels"].fill_(IGNORE_INDEX)
     for name in ("input_ids", "decoder_input_ids"):
-        row[name].fill_(packing.pad_token_id)
-    return row | ({SHARED_COLUMN: row["decoder_segment_ids"]} if packing.share_sources else {})
+        rows[name].fill_(packing.pad_token_id)
+    return rows | ({SHARED_COLUMN: rows["decoder_segment_ids"]} if packing.share_sources else {})
 
 
 def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) -> None:

@@ -98,7 +98,9 @@ def boundaries(query_segments: torch.Tensor, key_segments: torch.Tensor) -> torc
         padding = segment_ids.shape[1] - lengths.sum(dim=1, keepdim=True)
         flat = torch.cat((lengths, padding), dim=1).flatten().cumsum(dim=0)
         ends.append(F.pad(flat, (1, 0)))
-    return torch.stack(ends).to(torch.int32)[None, None]
+    stacked = torch.stack(ends).to(torch.int32)[None, None]
+    torch._dynamo.maybe_mark_dynamic(stacked, 3)  # a compiled layer is not compiled again for another n
+    return stacked
 
 
 def varlen_attention_forward(
@@ -146,10 +148,11 @@ def varlen_attention_forward(
             enable_gqa=True,
         )
     else:
-        ends = map(tuple, attention_mask[0, 0].tolist())
         block_tokens = min(BLOCK_TOKENS, tokens, key.shape[2])  # no more than a row has: the bias is of that size
-        rule = _Rule(*ends, block_tokens, scaling, dropout, is_causal)
-        output = _segment_attention(*flat, position_bias, rule)
+        output = _segment_attention(
+            *flat, position_bias, attention_mask, block_tokens=block_tokens, scaling=scaling, dropout=dropout,
+            is_causal=is_causal,
+        )
     return output.view(batch, tokens, heads, size), None
 
 
@@ -259,8 +262,8 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 @torch.compiler.disable  # lengths are data: a compiled layer stops here, and goes on behind it
-def _segment_attention(*arguments) -> torch.Tensor:
-    return _SegmentAttention.apply(*arguments)
+def _segment_attention(query, key, value, bias, ends: torch.Tensor, **rule) -> torch.Tensor:
+    return _SegmentAttention.apply(query, key, value, bias, _Rule(*map(tuple, ends[0, 0].tolist()), **rule))
 
 
 def _by_heads(states: torch.Tensor, groups: int = 1) -> torch.Tensor:

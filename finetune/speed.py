@@ -20,7 +20,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from diptych.data_prep.records import UserError
 from diptych.finetune.families import without_adapter
 
 READS_SOURCE = re.compile(r"(EncDecAttention|encoder_attn|cross_attn)\.(k|v|k_proj|v_proj)\b")
@@ -97,13 +99,14 @@ def keep_memory() -> None:
     set_option(M_TRIM_THRESHOLD, -1)
 
 
-def compile_layers(model: PreTrainedModel | PeftModel) -> None:
-    """torch.compile for each layer, which is the same code for all of a panel: compiled once, in seconds and not
-    minutes, and once only where rows have one shape."""
-    inner = without_adapter(model)
-    for module in inner.modules():
-        if type(module).__name__ in inner._no_split_modules:
-            module.compile()
+def compile_layers(model: PreTrainedModel | PeftModel, backend: str = "inductor") -> None:
+    """torch.compile for each layer, which is the same code for all of a panel: seconds and not minutes. Where all
+    batches have one shape, the first step compiles everything, and no other compiles anything."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError(f"compile is true, but where the layers of a {model.config.model_type} are is not known here.")
+    for layer in layers:
+        layer.compile(backend=backend)
 
 
 def profiler(folder: Path) -> torch.profiler.profile:

@@ -225,14 +225,13 @@ def packed_folder(tmp_path_factory, tiny_tokenizer):
             made[key] = place / f"{name}-{len(made)}"
             lines = [json.dumps(dict(zip(("instruction", "input", "output"), row, strict=True))) for row in rows]
             (place / f"{name}.jsonl").write_text("\n".join(lines))
-            settings = {"packed_source_tokens": 32, "packed_target_tokens": 16} | settings
+            settings = {"packed_source_tokens": 32, "packed_target_tokens": 16, "validation_fraction": 0.0} | settings
             prepare(
                 PrepareSettings(
                     data=[str(place / f"{name}.jsonl")],
                     tokenizer=str(place / "tokenizer"),
                     template="translate",
                     out=str(made[key]),
-                    validation_fraction=0.0,
                     test_fraction=0.0,
                     decoder_start_token_id=start,
                     **settings,

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,16 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from torch._dynamo.utils import counters
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune import train
+from diptych.finetune import set_up, train
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.evaluation import evaluate_rows
+from diptych.finetune.families import FAMILIES
 from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.packed_rows import Packing, check_packing_fits
+from diptych.finetune.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.set_up import to_yaml
+from diptych.finetune.speed import compile_layers
 from diptych.finetune.train import run_recipe
 
 STARTS = {"diptych": 0, "t5": 0, "bart": 0, "m2m_100": 1, "pegasus": 0, "t5gemma": 2}
@@ -159,6 +163,7 @@ LAYOUTS = {
 ONE_STEP = """
 import json, sys
 from dataclasses import asdict, replace
+from functools import partial
 import datasets, torch
 import numpy as np
 from transformers import AutoModelForSeq2SeqLM
@@ -408,3 +413,33 @@ def write_recipe(settings: TrainRecipe) -> Path:
     file = Path(settings.out).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(to_yaml(settings)))
     return file
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_first_step_compiles(family, recipe, packed_folder, monkeypatch):
+    """Graphs are traced, guarded and counted as ever, but run as they are: a compiler of C++ would take minutes.
+    Short last batches, other numbers of examples in a row, and evaluations on padded rows come up."""
+    monkeypatch.setattr(set_up, "compile_layers", partial(compile_layers, backend="eager"))
+    data = packed_folder(STARTS.get(family, 0), validation_fraction=0.25, packed_source_tokens=24)
+    assert len(load_packed(data)) % 2 == 1
+    graphs, losses = [], []
+    for steps, is_compiled in ((1, True), (6, True), (6, False)):
+        torch._dynamo.reset()
+        counters.clear()
+        settings = recipe(
+            family,
+            out=f"{steps}-{is_compiled}",
+            data=str(data),
+            max_steps=steps,
+            schedule="constant",
+            batch_size=2,
+            logging_every=1,
+            eval_every=2,
+            compile=is_compiled,
+        )
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            run_recipe(settings)
+        graphs.append(counters["stats"]["unique_graphs"])
+        losses.append([entry["loss"] for entry in figures(settings.out)])
+    assert graphs[0] == graphs[1] > 0
+    assert losses[1] == pytest.approx(losses[2], rel=1e-5)
