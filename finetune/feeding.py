@@ -54,12 +54,12 @@ def set_attention(recipe: TrainRecipe, model: PreTrainedModel, device: torch.dev
             can_varlen and family.gpu_varlen and recipe.precision != "fp32" and not model.config.attention_dropout
         )
     usable = set(family.attentions if family and is_packed else ("eager", "sdpa", "flex_attention", VARLEN))
-    usable -= set() if can_varlen else {VARLEN}
+    usable -= set() if can_varlen and is_packed else {VARLEN}
     usable -= {"flex_attention"} if device.type == "cpu" else set()  # torch 2.13 has no backward pass of it there
     if wanted not in ("auto", *usable):
         raise UserError(
-            f"attention is {wanted}, which cannot compute {'packed rows of ' * is_packed}a {model.config.model_type} "
-            f"here ({device.type}, {recipe.precision}). Leave it at auto, or choose from: {', '.join(sorted(usable))}."
+            f"attention is {wanted}, which cannot compute {'packed' if is_packed else 'padded'} rows of a "
+            f"{model.config.model_type} here ({device.type}, {recipe.precision}). Leave it at auto, or choose from: {', '.join(sorted(usable))}."
         )
     if wanted == "auto" and is_packed:
         preferred = model.config._attn_implementation

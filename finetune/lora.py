@@ -63,7 +63,9 @@ def add_adapter(
         target_modules=targets or (list(family.lora_targets) if family else "all-linear"),
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for something that has a new name there
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"no adapter could be added: {error} Name layers of this model in lora_targets.") from error
     adapted.peft_config["default"].base_model_name_or_path = base_name

@@ -9,6 +9,7 @@ too low, never too high; what is computed twice, or for padding, does not count.
 """
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -112,6 +113,7 @@ def compile_layers(model: PreTrainedModel | PeftModel, backend: str = "inductor"
 def profiler(folder: Path) -> torch.profiler.profile:
     """Its `step()` is to be called after each step. Leaves trace.json (chrome://tracing) and table.txt in `folder`."""
     wait, active = PROFILED_STEPS
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes its own internals to the terminal
 
     def write(profile: torch.profiler.profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)

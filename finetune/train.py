@@ -284,8 +284,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_recipe(recipe)
     except (UserError, OSError) as error:
         message, code = str(error), 2
-    except torch.OutOfMemoryError as error:
-        advice = "Lower batch_size and raise gradient_accumulation_steps by as much, or set gradient_checkpointing."
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        advice = (
+            "Lower batch_size and raise gradient_accumulation_steps by as much, set gradient_checkpointing, or pack "
+            "into shorter rows (prepare's --packed_source_tokens, --packed_target_tokens)."
+        )
         message, code = f"{str(error).splitlines()[0]} {advice}", 2
     except KeyboardInterrupt:
         message, code = f"interrupted; go on with: --config {Path(recipe.out) / 'config.yaml'} --resume true", 130

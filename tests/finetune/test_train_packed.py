@@ -363,6 +363,16 @@ def test_an_interrupted_fp16_run_goes_on_with_its_scale(recipe, monkeypatch):
 def test_attention_that_cannot_keep_examples_apart_is_refused(recipe):
     with pytest.raises(UserError, match=r"attention is sdpa, which cannot compute packed rows of a t5gemma.*eager"):
         run_recipe(recipe("t5gemma", attention="sdpa"))
+    with pytest.raises(UserError, match=r"attention is varlen, which cannot compute padded rows of a t5 .*eager, sdpa"):
+        run_recipe(recipe("t5", attention="varlen", packed=False))
+
+
+def test_a_row_that_memory_cannot_hold_is_told_with_what_to_do(recipe, packed_folder, capsys):
+    """A T5 wants a bias for each pair of tokens: 300,000 times 300,000."""
+    settings = recipe("t5", data=str(packed_folder(0, packed_source_tokens=300_000)))
+    arguments = [f"--{name}={getattr(settings, name)}" for name in ("model", "data", "out", "max_steps")]
+    assert train.main(arguments) == 2
+    assert "pack into shorter rows" in capsys.readouterr().err
 
 
 def test_the_saved_model_knows_nothing_of_how_it_was_trained(recipe):
