@@ -187,12 +187,15 @@ def _refuse_longer(
         too_long = np.flatnonzero(lengths > room)
         if not len(too_long):
             continue
-        first = int(too_long[0])
-        name = f"example {first}" if names is None else names[first]
-        others = f", as have {len(too_long) - 1:,} others" if len(too_long) > 1 else ""
+        longest = int(lengths.argmax())
+        name = f"example {longest}" if names is None else names[longest]
+        others = (
+            f" {len(too_long):,} of {len(lengths):,} examples have a longer {side} than that, this one the longest."
+        )
         raise UserError(
-            f"{name}: its {side} has {lengths[first]:,} tokens{others}, and a packed row has room for {room:,}. Give"
-            f" packed_{side}_tokens >= {lengths.max()}, or max_{side}_tokens <= {room} to cut what is longer."
+            f"{name}: its {side} has {lengths[longest]:,} tokens, and a packed row has room for {room:,}."
+            f"{others if len(too_long) > 1 else ''} Give packed_{side}_tokens >= {lengths[longest]}, or"
+            f" max_{side}_tokens <= {room} to cut what is longer."
         )
 
 

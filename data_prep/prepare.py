@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,15 @@ from diptych.data_prep.readers import Directions, Source, open_aligned, open_sou
 from diptych.data_prep.records import Record, Reject, Rejects, UserError
 from diptych.data_prep.settings import PrepareSettings, parse_settings
 from diptych.data_prep.splits import split_records
-from diptych.data_prep.summary import packing_lines, splits_line, summary_lines, usage_warnings
-from diptych.data_prep.tables import Example, encode_splits, packed_table, plan_packing, token_counts
+from diptych.data_prep.summary import packing_lines, packing_warnings, splits_line, summary_lines, usage_warnings
+from diptych.data_prep.tables import (
+    Example,
+    encode_splits,
+    packed_table,
+    plan_packing,
+    token_counts,
+    vocabulary_size,
+)
 from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template, load_template, template_of
 from diptych.data_prep.train_tokenizer import train_tokenizer
 from diptych.data_prep.validate import FIELDS, validate
@@ -74,6 +81,7 @@ def prepare(settings: PrepareSettings) -> Path:
     if (manifest := find_reusable(folder, wanted)) is not None:
         print(f"Reused     {folder}: nothing has changed since it was prepared")
         print("\n".join([splits_line(manifest), *packing_lines(manifest)]))
+        _warn(packing_warnings(manifest))
         return folder
     check_replaceable(folder)
 
@@ -93,6 +101,7 @@ def prepare(settings: PrepareSettings) -> Path:
         texts = _train_texts(examples, split.names)
         tokenizer = train_tokenizer(settings.train_tokenizer, texts, settings.vocab_size)
         attach_template(tokenizer, template)
+        _check_decoder_start(settings, tokenizer)  # of little data fewer tokens are made than asked for
     limits = {"source": settings.max_source_tokens, "target": settings.max_target_tokens}
     tables = encode_splits(tokenizer, examples, split.names, rejects, *limits.values(), settings.workers)
     _need_rows(tables.get("train", ()), rejects, folder)
@@ -128,9 +137,13 @@ def prepare(settings: PrepareSettings) -> Path:
     assemble = functools.partial(packed_table, plan) if plan else None
     write_prepared(folder, tables, tokenizer, rejects, manifest, assemble)
     print("\n".join(summary_lines(folder, manifest, rejects)))
-    for warning in [*usage_warnings(template, tokenizer, records, unused_fields), *split.warnings]:
-        print(f"warning: {warning}", file=sys.stderr)
+    _warn([*usage_warnings(template, tokenizer, records, unused_fields), *split.warnings, *packing_warnings(manifest)])
     return folder
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _open_sources(settings: PrepareSettings) -> list[Source]:
@@ -170,7 +183,18 @@ def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
     for token in ("eos_token", "pad_token"):
         if getattr(tokenizer, token) is None:
             raise UserError(f"'{name}' has no {token}. Set tokenizer.{token}, save it, and use that folder.")
+    _check_decoder_start(settings, tokenizer)
     return tokenizer
+
+
+def _check_decoder_start(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    start, last = settings.decoder_start_token_id, vocabulary_size(tokenizer) - 1
+    if start is not None and start > last:
+        name = f"'{settings.tokenizer}'" if settings.tokenizer else "the tokenizer trained here"
+        raise UserError(
+            f"decoder_start_token_id is {start}, but the token ids of {name} end at {last}. Give one up to there, or"
+            " none: then it is what the checkpoint's config says, or else the padding token."
+        )
 
 
 def _decoder_start(settings: PrepareSettings) -> tuple[int, str] | None:
@@ -271,7 +295,7 @@ def _need_rows(rows: Sequence, rejects: Rejects, folder: Path) -> None:
     write_rejects(reasons, rejects)
     raise UserError(
         f"none of the {len(rejects.rows):,} rows can be kept ({kinds}). The first, {first.origin}: {first.reason}"
-        f" All of them: {reasons}"
+        f" Mend the rows, and prepare them again. All of them: {reasons}"
     )
 
 

@@ -199,10 +199,10 @@ def read_json(path: Path, name: str) -> Rows:
     text = source.text
     position = _after_space(text, 0)
     if text[position] != "[":
-        found = "one JSON object" if text[position] == "{" else f"'{text[position]}'"
+        found = "a JSON object" if text[position] == "{" else f"'{text[position]}'"
         raise UserError(
-            f"{name} starts with {found}, and an array of objects is due: [{{…}}, {{…}}]."
-            " If it has one object a line, name it .jsonl."
+            f"{name}, {source.line_and_column(position)}: {found} stands here, and an array of objects is due:"
+            " [{…}, {…}]. If it has one object a line, name it .jsonl; if an object holds the array, keep the array."
         )
     row, position = 0, _after_space(text, position + 1)
     while not text.startswith("]", position):

@@ -150,8 +150,14 @@ def _check_packing(settings: PrepareSettings) -> None:
         tokens = getattr(settings, name)
         if tokens is not None and tokens < 2:
             raise UserError(f"{name} is {tokens}; at least 2: one token of text and eos.")
-    if settings.decoder_start_token_id is not None and settings.decoder_start_token_id < 0:
-        raise UserError(f"decoder_start_token_id is {settings.decoder_start_token_id}; token ids begin with 0.")
+    start = settings.decoder_start_token_id
+    if start is not None and start < 0:
+        raise UserError(f"decoder_start_token_id is {start}; token ids begin with 0.")
+    if start is not None and settings.train_tokenizer and start >= settings.vocab_size:
+        raise UserError(
+            f"decoder_start_token_id is {start}, and with vocab_size {settings.vocab_size} ids end at"
+            f" {settings.vocab_size - 1}. Give one up to there, or none: then it is the padding token."
+        )
 
 
 def _spell_out(argv: Sequence[str]) -> list[str]:

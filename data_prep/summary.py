@@ -3,8 +3,8 @@
     Read       2,017 rows from codealpaca_2k.json: 2,015 kept, 2 rejected
     Rejected   2 × empty output, the first in codealpaca_2k.json:238
     Split      train 1,813 | validation 101 | test 101 rows, from 1,917 groups that share no text
-    Source     median 57 tokens, 90 % up to 82, 99 % up to 123, longest 228 | none cut at 512
-    Packing    1,813 examples in 205 rows of 544 + 512 tokens, 8.8 a row | filled: source 98.7 %, target 99.2 % | …
+    Source     in all splits: median 57 tokens, 90 % up to 82, 99 % up to 123, longest 228 | none cut at 512
+    Packing    train: 1,813 examples in 205 rows of 544 + 512 tokens, 8.8 a row | filled: source 98.7 %, target …
 
 One line for each thing that went in or came out, then a warning for each thing that was given and is not used.
 """
@@ -21,6 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.prepared import REJECTS
 from diptych.data_prep.records import Record, Rejects
 from diptych.data_prep.templates import Template
+
+NEXT_TO_ALONE = 1.05
+"""Examples a row: with fewer, packing saves hardly any row."""
 
 STARTS = {
     "setting": "as decoder_start_token_id says",
@@ -60,16 +63,31 @@ def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
     if packing is None:
         yield "Packing    none: every row of a batch will be one example, padded to the longest"
         return
+    per_row = packing["examples"] / packing["rows"]
     sources = "each source encoded for itself"
     if packing["share_sources"]:
         sources = f"{packing['shared']:,} examples read a source that is encoded for another"
     yield (
-        f"Packing    {packing['examples']:,} examples in {packing['rows']:,} rows of"
+        f"Packing    train: {packing['examples']:,} examples in {packing['rows']:,} rows of"
         f" {packing['max_source_tokens']:,} + {packing['max_target_tokens']:,} tokens,"
-        f" {packing['examples'] / packing['rows']:.1f} a row | filled: source {packing['source_fill']:.1%},"
+        f" {per_row:.1f} a row | filled: source {packing['source_fill']:.1%},"
         f" target {packing['target_fill']:.1%} | {sources}"
+        + (" | packing gains nothing: next to every row holds one example alone" if per_row < NEXT_TO_ALONE else "")
     ).replace("%", " %")
     yield f"Decoder    starts with token {packing['decoder_start_token_id']}, {STARTS[packing['decoder_start_from']]}"
+
+
+def packing_warnings(manifest: dict[str, Any]) -> Iterator[str]:
+    packing = manifest["packing"]
+    if packing is None or packing.get("better_budget") is None:
+        return
+    given = [name for name in ("packed_source_tokens", "packed_target_tokens") if manifest["settings"][name]]
+    source, target = packing["better_budget"]
+    yield (
+        f"packed rows of {packing['max_source_tokens']:,} + {packing['max_target_tokens']:,} tokens are filled to"
+        f" {packing['source_fill']:.1%} and {packing['target_fill']:.1%}; the rest is padding, which costs time and"
+        f" memory. Drop {' and '.join(given)}: rows of {source:,} + {target:,} tokens would be chosen."
+    ).replace("%", " %")
 
 
 def usage_warnings(
@@ -99,6 +117,6 @@ def usage_warnings(
 def _lengths(tokens: dict[str, int]) -> str:
     cut = f"{tokens['cut']:,} cut at {tokens['limit']:,}" if tokens["cut"] else f"none cut at {tokens['limit']:,}"
     return (
-        f"median {tokens['p50']:,} tokens, 90 % up to {tokens['p90']:,}, 99 % up to {tokens['p99']:,},"
+        f"in all splits: median {tokens['p50']:,} tokens, 90 % up to {tokens['p90']:,}, 99 % up to {tokens['p99']:,},"
         f" longest {tokens['p100']:,} | {cut}"
     )

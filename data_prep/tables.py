@@ -40,6 +40,8 @@ ROWS_PER_WORKER = 20_000
 PERCENTILES = (50, 90, 99, 100)
 
 PACKED_AT_ONCE = 500  # rows: some ten megabytes
+POORLY_FILLED = 0.5
+"""Where a budget that was given is filled less than this, it is said what would have been chosen."""
 
 ENCODED_COLUMNS = {
     "input_ids": List(Value("int32")),
@@ -100,6 +102,11 @@ def token_counts(tables: DatasetDict, limits: dict[str, int]) -> dict[str, dict[
             "cut": int((lengths > limit).sum()),
         }
     return counts
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id, which is not len(tokenizer) where ids have gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def _text_table(rows: list[Example]) -> Dataset:
@@ -191,19 +198,24 @@ def plan_packing(
     encoded = numpy.concatenate(
         rows if groups is None else [row[numpy.unique(groups[row], return_index=True)[1]] for row in rows]
     )
+    tokens = Budget(int(lengths[0][encoded].sum()), int(lengths[1].sum()))
+    source_fill, target_fill = (total / (len(rows) * room) for total, room in zip(tokens, chosen, strict=True))
+    is_poor = any(budget) and min(source_fill, target_fill) < POORLY_FILLED
+    better = choose_budget(*lengths, groups=groups) if is_poor else chosen
     entry = {
         "max_source_tokens": chosen.source_tokens,
         "max_target_tokens": chosen.target_tokens,
         "rows": len(rows),
         "examples": len(train),
-        "source_fill": float(lengths[0][encoded].sum() / (len(rows) * chosen.source_tokens)),
-        "target_fill": float(lengths[1].sum() / (len(rows) * chosen.target_tokens)),
+        "source_fill": source_fill,
+        "target_fill": target_fill,
+        "better_budget": None if better == chosen else better,
         "share_sources": share_sources,
         "shared": len(train) - len(encoded),
         "decoder_start_token_id": decoder_start_token_id,
         "decoder_start_from": decoder_start_from,
         "pad_token_id": pad_token_id,
-        "vocabulary": 1 + max(tokenizer.get_vocab().values()),
+        "vocabulary": vocabulary_size(tokenizer),
         "largest_token_id": max(sides.largest_token_id, pad_token_id, decoder_start_token_id),
         "positions": int(max(side.max() for side in lengths)),
         "seed": seed,

@@ -25,6 +25,7 @@ import pyarrow.compute
 import torch
 from transformers import PreTrainedModel
 
+from diptych.data_prep.packing import repeated_start
 from diptych.data_prep.records import IGNORE_INDEX, UserError
 from diptych.finetune.families import family_of
 
@@ -115,17 +116,17 @@ def load_prepared(folder: str) -> Prepared:
 def drop_repeated_start(split: datasets.Dataset, decoder_start_token_id: int) -> datasets.Dataset:
     """The split with labels that do not begin with the token that the decoder starts with anyway.
 
-    Gemma's tokenizers put bos before every text, and T5Gemma's decoder starts with bos: trained on both, the model
-    would learn to write it once more. BART keeps its bos, since its decoder starts with eos. Only the model knows.
+    The rule is that of packed rows. BART keeps its bos, since its decoder starts with eos: only the model knows.
     """
-    if not len(split) or split[0]["labels"][0] != decoder_start_token_id:
+    labels = split.select_columns("labels").with_format("arrow")[:]["labels"]
+    repeats = repeated_start(pyarrow.compute.list_element(labels, 0).to_numpy(), decoder_start_token_id)
+    if not repeats.any():
         return split
 
-    def without_start(row: Mapping[str, Any]) -> dict[str, Any]:
-        repeats = row["labels"][0] == decoder_start_token_id
-        return {"labels": row["labels"][1:] if repeats else row["labels"]}
+    def without_start(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+        return {"labels": row["labels"][int(repeats[place]) :]}
 
-    return split.map(without_start, keep_in_memory=True, load_from_cache_file=False)
+    return split.map(without_start, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
 
 
 class Lengths(NamedTuple):

@@ -150,6 +150,7 @@ def to_json(patient: Patient, findings: Mapping[str, Finding], seconds: float) -
         check["measured"] = {key: _without_nan(value) for key, value in check["measured"].items()}
     report = {
         "model": patient.name,
+        "examined": describe(patient),
         "model_type": patient.config.model_type,
         "checks": checks,
         "seconds": round(seconds, 1),

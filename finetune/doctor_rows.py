@@ -72,7 +72,11 @@ def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
         raise UserError(
             f"{data} holds text, and the checkpoint has no tokenizer to encode it. Save one in its folder."
         )
-    return Rows(encoded_rows(_raw_rows(place), tokenizer), f"rows of {data}")
+    texts, without_output = _raw_rows(place)
+    described = f"rows of {data}"
+    if without_output:
+        described += f" ({len(without_output):,} without output left out, the first {without_output[0]})"
+    return Rows(encoded_rows(texts, tokenizer), described)
 
 
 def encoded_rows(texts: Sequence[tuple[str, str, str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -134,27 +138,45 @@ def _prepared_rows(place: Path) -> list[Row]:
     ]
 
 
-def _raw_rows(file: Path) -> list[tuple[str, str, str, str]]:
+def _raw_rows(file: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
+    """Rows with an output, and where those without one stand, from which nothing can be learned."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        lines = text.splitlines() if file.suffix == ".jsonl" else json.loads(text)
+        lines = text.split("\n") if file.suffix == ".jsonl" else json.loads(text)
     except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"{file} could not be read: {error}. Mend it there.") from None
+        raise UserError(
+            f"{file} could not be read: {error}. Mend it there; if it has one object a line, name it .jsonl."
+        ) from None
     if not isinstance(lines, list):
-        raise UserError(f"{file} is a JSON {type(lines).__name__}; it must be a list of rows.")
+        found = "an object" if isinstance(lines, dict) else "neither an array nor an object"
+        raise UserError(
+            f"{file} holds {found} from its first line on, and an array of objects is due: [{{…}}, {{…}}]. If it has "
+            f"one object a line, name it .jsonl; if an object holds the array, keep the array."
+        )
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line != ""][:ROWS_LOOKED_AT]
     if not numbered:
         raise UserError(f"{file} has no rows. Name a file with one row or more.")
-    return [_raw_row(line, f"{file}:{number}") for number, line in numbered]
+    rows = [_raw_row(line, f"{file}:{number}") for number, line in numbered]
+    with_output = [row for row in rows if row[2].strip()]
+    without = [origin for *_, output, origin in rows if not output.strip()]
+    if not with_output:
+        raise UserError(
+            f"{file}: the output is empty in each of {len(rows):,} rows, the first being {without[0]}, and from such "
+            f"rows nothing is learned. Write what the model is to answer into output."
+        )
+    return with_output, without
 
 
 def _raw_row(line: Any, origin: str) -> tuple[str, str, str, str]:
     try:
         row = json.loads(line) if isinstance(line, str) else line
     except ValueError as error:
-        raise UserError(f"{origin}: {error}. Mend the row, or let `diptych prepare` sort out what is sound.") from None
-    texts = [row.get(name, "") for name in ("instruction", "input", "output")] if isinstance(row, dict) else [None]
-    if not all(isinstance(text, str) for text in texts) or not (texts[0] or texts[1]) or not texts[2]:
+        is_spelling = isinstance(error, json.JSONDecodeError)
+        fault = f"{error.msg} at column {error.colno}" if is_spelling else str(error)
+        raise UserError(f"{origin}: {fault}. Mend the row, or let `diptych prepare` sort out what is sound.") from None
+    row = {name: "" if value is None else value for name, value in row.items()} if isinstance(row, dict) else {}
+    texts = [row.get(name, "") for name in ("instruction", "input", "output")]
+    if not all(isinstance(text, str) for text in texts) or not (texts[0] or texts[1]) or "output" not in row:
         raise UserError(
             f"{origin}: a row is an object with the texts instruction (or input) and output. Mend it, or let "
             f"`diptych prepare` sort out what is sound, and name its folder."

@@ -59,7 +59,8 @@ def set_attention(recipe: TrainRecipe, model: PreTrainedModel, device: torch.dev
     if wanted not in ("auto", *usable):
         raise UserError(
             f"attention is {wanted}, which cannot compute {'packed' if is_packed else 'padded'} rows of a "
-            f"{model.config.model_type} here ({device.type}, {recipe.precision}). Leave it at auto, or choose from: {', '.join(sorted(usable))}."
+            f"{model.config.model_type} here ({device.type}, {recipe.precision}). "
+            f"Leave it at auto, or choose from: {', '.join(sorted(usable))}."
         )
     if wanted == "auto" and is_packed:
         preferred = model.config._attn_implementation

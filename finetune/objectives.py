@@ -129,9 +129,7 @@ class _SummedLoss(torch.autograd.Function):
         total = states.new_zeros((), dtype=_at_least_fp32(dtype))
         of_states = torch.zeros_like(states) if wants[0] else None
         of_trained = None
-        room = (
-            None  # for a chunk's logits in fp32: asked for once, since new memory costs more than what is done in it
-        )
+        room = None  # for a chunk's logits in fp32: asked for once, since new memory costs more than the work in it
         with torch.autocast(states.device.type, enabled=False):  # everything has its dtype already
             for rows in head.chunks(len(labels)):
                 chunk = states[rows].detach().to(dtype)

@@ -123,8 +123,8 @@ def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) ->
     if packing.decoder_start_token_id != start:
         raise UserError(
             f"{folder} was packed for a decoder that starts with token {packing.decoder_start_token_id}, but this "
-            f"model's starts with {start}. Prepare the data again with --decoder_start_token_id {start}, or train on its "
-            f"rows as they are, with --packed false."
+            f"model's starts with {start}. Prepare the data again with --decoder_start_token_id {start}, or train on "
+            f"its rows as they are, with --packed false."
         )
     if packing.vocabulary > rows:
         raise UserError(

@@ -150,7 +150,12 @@ def varlen_attention_forward(
     else:
         block_tokens = min(BLOCK_TOKENS, tokens, key.shape[2])  # no more than a row has: the bias is of that size
         output = _segment_attention(
-            *flat, position_bias, attention_mask, block_tokens=block_tokens, scaling=scaling, dropout=dropout,
+            *flat,
+            position_bias,
+            attention_mask,
+            block_tokens=block_tokens,
+            scaling=scaling,
+            dropout=dropout,
             is_causal=is_causal,
         )
     return output.view(batch, tokens, heads, size), None

@@ -180,12 +180,12 @@ def test_a_sample_chooses_as_all_examples_would(monkeypatch):
 def test_an_example_longer_than_the_budget_is_refused_by_name():
     names = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
     words = (
-        r"a.jsonl:2: its target has 40 tokens, as have 1 others, and a packed row has room for 32."
-        r" Give packed_target_tokens >= 50, or max_target_tokens <= 32"
+        r"a.jsonl:3: its target has 50 tokens, and a packed row has room for 32. 2 of 3 examples have a longer target"
+        r" than that, this one the longest. Give packed_target_tokens >= 50, or max_target_tokens <= 32 to cut"
     )
     with pytest.raises(UserError, match=words):
         pack([9, 9, 9], [9, 40, 50], Budget(32, 32), names=names)
-    with pytest.raises(UserError, match="a.jsonl:3: its source has 33 tokens, and a packed row has room for 32"):
+    with pytest.raises(UserError, match="a.jsonl:3: its source has 33 tokens, and a packed row has room for 32. Give"):
         choose_budget([9, 9, 33], [9, 9, 9], source_tokens=32, names=names)
     with pytest.raises(UserError, match="example 1: its source has 33 tokens"):
         pack([9, 33], [9, 9], Budget(32, 32))

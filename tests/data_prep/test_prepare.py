@@ -208,6 +208,14 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
     assert "none of the 4 rows can be kept (3 × missing field 'instruction'; 1 × empty output)" in error
     assert not (tmp_path / "prepared").exists()
     assert len((tmp_path / "prepared.rejects.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert error.endswith(f"Mend the rows, and prepare them again. All of them: {tmp_path}/prepared.rejects.jsonl\n")
+    broken = b'[\n {"instruction": "a" "output": "b"}\n]'
+    words = (
+        f"The first, {tmp_path}/broken.json:1: broken JSON: Expecting ',' delimiter, line 2, column 22. Mend the rows"
+    )
+    assert words in prepare("--data", write_rows("broken.json", broken))[2]
+    words = "object.json, line 2, column 1: a JSON object stands here, and an array of objects is due: [{…}, {…}]."
+    assert words in prepare("--data", write_rows("object.json", b'\n{"rows": []}'))[2]
     assert prepare("--data", write_rows("empty.json", []))[2] == "error: there are no rows in what was read.\n"
 
 
@@ -284,6 +292,7 @@ def test_the_train_split_is_also_written_in_packed_rows(prepare, write_rows, tmp
         "examples": 36,
         "source_fill": pytest.approx(sum(lengths["source"]) / slots["source"]),
         "target_fill": pytest.approx(sum(lengths["target"]) / slots["target"]),
+        "better_budget": None,
         "share_sources": False,
         "shared": 0,
         "decoder_start_token_id": 0,
@@ -294,7 +303,9 @@ def test_the_train_split_is_also_written_in_packed_rows(prepare, write_rows, tmp
         "positions": max(lengths["source"] + lengths["target"]),
         "seed": 0,
     }
-    assert f"Packing    36 examples in {len(packed)} rows of " in said and "each source encoded for itself" in said
+    assert (
+        f"Packing    train: 36 examples in {len(packed)} rows of " in said and "each source encoded for itself" in said
+    )
     assert "Decoder    starts with token 0, the padding token, assumed as T5 and Diptych have it; --decoder" in said
 
 
@@ -321,7 +332,7 @@ def test_how_rows_are_packed_decides_whether_they_are_used_again(prepare, write_
     arguments = ["--data", path, "--packed_source_tokens", 200]
     prepare(*arguments)
     code, said, _ = prepare(*arguments)
-    assert said.startswith("Reused") and "Packing    36 examples in " in said
+    assert said.startswith("Reused") and "Packing    train: 36 examples in " in said
     assert prepare(*arguments, "--packed_target_tokens", 90)[1].startswith("Read")
     assert prepare(*arguments, "--share_sources")[1].startswith("Read")
     assert prepare(*arguments, "--decoder_start_token_id", 2)[1].startswith("Read")
@@ -356,6 +367,40 @@ def test_an_example_longer_than_a_packed_row_is_refused_by_name_and_nothing_is_w
     assert prepare(*arguments, "--packed_target_tokens", 32, "--max_target_tokens", 32)[0] == 0
 
 
+def test_a_budget_that_is_given_and_poorly_filled_is_warned_of_with_a_better_one(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS[:10])
+    assert "warning: packed rows" not in prepare("--data", path)[2]
+    chosen = manifest_of(tmp_path / "prepared")["packing"]
+    better = f"rows of {chosen['max_source_tokens']:,} + {chosen['max_target_tokens']:,} tokens would be chosen"
+    arguments = ["--data", path, "--packed_source_tokens", 100_000]
+    for words in ("Read", "Reused"):
+        code, said, error = prepare(*arguments)
+        assert (code, said.startswith(words)) == (0, True)
+        fill = f"{manifest_of(tmp_path / 'prepared')['packing']['source_fill']:.1%}".replace("%", " %")
+        assert "warning: packed rows of 100,000 + " in error and f" tokens are filled to {fill} and " in error
+        assert f"Drop packed_source_tokens: {better}." in error.splitlines()[-1]
+    error = prepare(*arguments, "--packed_target_tokens", 1_000)[2]
+    assert f"Drop packed_source_tokens and packed_target_tokens: {better}." in error
+    full = [chosen["max_source_tokens"], "--packed_target_tokens", chosen["max_target_tokens"]]
+    assert "warning: packed rows" not in prepare("--data", path, "--packed_source_tokens", *full)[2]
+
+
+def test_packing_that_gains_nothing_is_said(prepare, write_rows, tmp_path):
+    path, words = write_rows("rows.jsonl", ROWS), "packing gains nothing: next to every row holds one example alone"
+    assert words not in prepare("--data", path)[1]
+    longest = manifest_of(tmp_path / "prepared")["tokens"]["source"]["p100"]
+    assert words in prepare("--data", path, "--packed_source_tokens", longest)[1]
+
+
+def test_lengths_are_said_to_be_of_all_splits_and_packing_of_train(prepare, write_rows, tmp_path):
+    said = prepare("--data", write_rows("rows.jsonl", ROWS))[1].splitlines()
+    splits = datasets.load_from_disk(tmp_path / "prepared").values()
+    for side, column in (("Source", "input_ids"), ("Target", "labels")):
+        longest = max(len(ids) for split in splits for ids in split[column])
+        [line] = [line for line in said if line.startswith(side)]
+        assert line.startswith(f"{side}     in all splits: median ") and f"longest {longest} |" in line
+
+
 def start_of(folder):
     entry = manifest_of(folder)["packing"]
     return entry["decoder_start_token_id"], entry["decoder_start_from"]
@@ -378,6 +423,23 @@ def test_the_decoder_starts_as_the_checkpoints_config_says(prepare, write_rows, 
     assert start_of(tmp_path / "prepared") == (9, "setting")
     packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
     assert {start for row in packed for _, _, start in packed_examples(row)} == {9}
+
+
+def test_a_start_that_the_tokenizer_does_not_have_is_refused_before_any_work(
+    prepare, write_rows, bpe_folder, tmp_path
+):
+    path = write_rows("rows.jsonl", ROWS)
+    last = len(AutoTokenizer.from_pretrained(bpe_folder)) - 1
+    code, said, error = prepare("--data", path, "--decoder_start_token_id", last + 1)
+    assert (code, said) == (2, "") and "Encoding" not in error
+    assert f"decoder_start_token_id is {last + 1}, but the token ids of '{bpe_folder}' end at {last}." in error
+    trained = ["--data", path, "--train_tokenizer", "bpe", "--vocab_size", 4000, "--decoder_start_token_id"]
+    error = prepare(*trained, 4000, tokenizer=None)[2]
+    assert "decoder_start_token_id is 4000, and with vocab_size 4000 ids end at 3999" in error
+    error = prepare(*trained, 3999, tokenizer=None)[2]  # forty short rows do not make so many
+    assert "decoder_start_token_id is 3999, but the token ids of the tokenizer trained here end at " in error
+    assert not list(tmp_path.glob("*prepared*"))
+    assert prepare("--data", path, "--decoder_start_token_id", last)[0] == 0
 
 
 def test_a_config_of_a_kind_that_transformers_does_not_know_is_read_as_it_is_written(

@@ -331,7 +331,7 @@ def test_tsv_lines_with_other_columns_or_an_empty_side_are_rejected(write_rows):
         (
             "a.json",
             b'{"instruction": "a", "output": "b"}',
-            "starts with one JSON object, and an array of objects is due",
+            "line 1, column 1: a JSON object stands here, and an array of objects is due",
         ),
         ("a.json", b'"text"', "an array of objects is due"),
         ("a.jsonl", b'[\n{"instruction": "a"}]', "Name it .json"),

@@ -2,6 +2,7 @@
 is told by its own line, and a sound Diptych is all green."""
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import doctor, doctor_checks
@@ -143,6 +145,19 @@ def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
         (["{model}", "--data", "{folder}/rows.csv"], "is neither .json nor .jsonl"),
         (["{model}", "--data", "{folder}/rows.jsonl"], "rows.jsonl:2: a row is an object with the texts"),
         (["{model}", "--data", "{folder}/empty.json"], "has no rows"),
+        (
+            ["{model}", "--data", "{folder}/silent.jsonl"],
+            "silent.jsonl: the output is empty in each of 2 rows, the first",
+        ),
+        (
+            ["{model}", "--data", "{folder}/object.json"],
+            "an array of objects is due: [{…}, {…}]. If it has one object a",
+        ),
+        (["{model}", "--data", "{folder}/cut.json"], "',' delimiter: line 2 column 3 (char 18). Mend it there; if it"),
+        (
+            ["{model}", "--data", "{folder}/cut.jsonl"],
+            "cut.jsonl:2: Expecting ',' delimiter at column 13. Mend the row",
+        ),
         (["{model}", "--device", "gpu"], "device 'gpu' cannot be used"),
         (["{model}", "--jsn"], "Did you mean json?"),
     ],
@@ -151,6 +166,10 @@ def test_mistakes_end_with_code_2_and_one_message(checkpoint, tmp_path, argument
     (tmp_path / "rows.csv").write_text("instruction,output\n")
     (tmp_path / "rows.jsonl").write_text('{"instruction": "Add.", "output": "2"}\n{"instruction": "Add."}\n')
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "silent.jsonl").write_text('{"instruction": "Add.", "output": " "}\n' * 2)
+    (tmp_path / "object.json").write_text('{"rows": []}')
+    (tmp_path / "cut.json").write_text('[{"output": "2"\n  "input": ""}]')
+    (tmp_path / "cut.jsonl").write_text('{"instruction": "Add.", "output": "2"}\n{"output":7 8}\n')
     model = checkpoint("t5")
     capsys.readouterr()
     try:
@@ -258,6 +277,56 @@ def test_labels_that_begin_with_the_start_token(checkpoint, examined, tmp_path):
     assert examined(folder, TRAINER).status == "green"
 
 
+class ReadsPadding(BartForConditionalGeneration):
+    def forward(self, input_ids=None, attention_mask=None, **inputs):
+        return super().forward(input_ids, **inputs)
+
+
+class FromZero(BartLearnedPositionalEmbedding):
+    def forward(self, input_ids, past_key_values_length=0, position_ids=None):
+        return super().forward(input_ids)
+
+
+class ForgetsCachedPositions(BartForConditionalGeneration):
+    """Every token that it writes with a cache stands at position 0."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.decoder.embed_positions = FromZero(config.max_position_embeddings, config.d_model)
+
+
+class SavesNoTies(BartConfig):
+    def to_dict(self):
+        return super().to_dict() | {"tie_word_embeddings": False}
+
+
+class SavesNoScale(BartConfig):
+    def to_dict(self):
+        return super().to_dict() | {"scale_embedding": False}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "name", "message"),
+    [
+        (BartConfig, ReadsPadding, "batched = alone", r"largest difference of a row \d.*e[-+]0\d nats/token"),
+        (BartConfig, ForgetsCachedPositions, "cached = uncached", r"16 tokens differ, logits differ by \d"),
+        (SavesNoTies, BartForConditionalGeneration, "saved = loaded", r"failed: .* lacks \d weights .*lm_head.weight"),
+        (SavesNoScale, BartForConditionalGeneration, "saved = loaded", r"logits differ by \d.*, ties kept"),
+    ],
+)
+def test_a_model_with_one_fault_is_red_in_that_check_alone(
+    config_class, model_class, name, message, checkpoint, examined
+):
+    folder, kind = checkpoint("bart"), f"{config_class.__name__}-{model_class.__name__}".lower()
+    config = type("Config", (config_class,), {"model_type": kind})
+    AutoConfig.register(kind, config, exist_ok=True)
+    AutoModelForSeq2SeqLM.register(config, type("Model", (model_class,), {"config_class": config}), exist_ok=True)
+    edit_json(folder / "config.json", model_type=kind, tie_word_embeddings=True, scale_embedding=True)
+    found = {check: examined(folder, check) for check in ("batched = alone", "cached = uncached", "saved = loaded")}
+    assert [check for check, finding in found.items() if finding.status == "red"] == [name], found
+    assert re.search(message, found[name].message) and found[name].remedy
+
+
 def test_half_precision_is_red_for_a_t5_only(checkpoint, examined):
     for family, status in (("t5", "red"), ("bart", "green")):
         folder = checkpoint(family)
@@ -345,6 +414,22 @@ def test_ratios_and_cosine_on_two_small_gradients():
 def test_a_rank_that_fails_is_told_with_its_last_line(tmp_path):
     with pytest.raises(RuntimeError, match="rank [01] failed: .*the config of .*nowhere could not be read"):
         compare_ranks("ours", tmp_path / "nowhere", [{"input_ids": [3, 1], "labels": [4, 1]}] * 8, 0, 0, tmp_path)
+
+
+def test_rows_whose_output_is_empty_are_left_out_and_said(checkpoint, tmp_path, tiny_tokenizer, capsys):
+    rows = [
+        {"instruction": f"Say {n}.", "output": output} for n, output in enumerate(["1", "", "a\u2028b", None, "4"])
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    for file in (tmp_path / "rows.json", tmp_path / "rows.jsonl"):
+        found = rows_from(str(file), tiny_tokenizer)
+        assert [row["origin"] for row in found.looked_at] == [f"{file}:{number}" for number in (1, 3, 5)]
+        assert found.described == f"rows of {file} (2 without output left out, the first {file}:2)"
+    folder = checkpoint("diptych")
+    capsys.readouterr()
+    assert doctor.main([str(folder), "--json", "--data", str(file)]) == 0
+    assert f"(2 without output left out, the first {file}:2)" in json.loads(capsys.readouterr().out)["examined"]
 
 
 def test_raw_rows_are_encoded_as_preparation_does_it(tmp_path, tiny_tokenizer, eight_prepared_rows):
