@@ -48,13 +48,13 @@ def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> 
 def set_attention(recipe: TrainRecipe, model: PreTrainedModel, device: torch.device, is_packed: bool) -> None:
     """The implementation that the recipe asks for, or the fastest one that keeps packed examples apart."""
     family, wanted = family_of(model), recipe.attention
-    can_varlen = family is not None and VARLEN in family.attentions
+    can_varlen = is_packed and family is not None and VARLEN in family.attentions
     if device.type == "cuda":  # the flash kernel knows no fp32, no position bias and no dropout
         can_varlen = (
             can_varlen and family.gpu_varlen and recipe.precision != "fp32" and not model.config.attention_dropout
         )
     usable = set(family.attentions if family and is_packed else ("eager", "sdpa", "flex_attention", VARLEN))
-    usable -= set() if can_varlen and is_packed else {VARLEN}
+    usable -= set() if can_varlen else {VARLEN}
     usable -= {"flex_attention"} if device.type == "cpu" else set()  # torch 2.13 has no backward pass of it there
     if wanted not in ("auto", *usable):
         raise UserError(
