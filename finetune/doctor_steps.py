@@ -19,6 +19,7 @@ What the Trainer does (transformers 5.23, 8 micro-batches of one row each, again
     T5Gemma       × 1.000000     1.0000000
 """
 
+import gc
 import json
 import math
 import os
@@ -259,6 +260,7 @@ def run_rank(folder: Path, rank: int) -> None:
     if rank == 0:
         (folder / "compared.json").write_text(json.dumps(compare(alone, together)))
     del joined  # before the process group: see train.py
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
@@ -270,6 +272,7 @@ def run_trainer_rank(folder: Path, rank: int) -> None:
     rows, tokens = step["rows"], (step["pad_token_id"], step["start_token"])
     model = load_model(step["model"], torch.float32).eval()
     together = trainer_step(model, rows, *tokens, 1, folder / f"trainer-{rank}", RANKS)
+    gc.collect()  # the Trainer's DDP too
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if rank == 0:

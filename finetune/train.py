@@ -12,6 +12,7 @@ divided by that count, gradients are added up, clipped, applied. The place in th
 number, so a run that was killed goes on with the same bits (on a CPU), and 2 ranks compute what 1 would.
 """
 
+import gc
 import math
 import os
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import accelerate
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,12 +46,18 @@ def run_recipe(recipe: TrainRecipe) -> int:
     train(run)
     write_final(run)
     accelerator = run.accelerator
-    # DDP has to go before the process group: if it is the last to hold it, gloo joins its threads while this one keeps
-    # the interpreter's lock, for which one of them may be waiting. One run of thirty on two ranks never ended.
     del run
-    accelerator.free_memory()
-    accelerator.end_training()
+    end(accelerator)
     return 0
+
+
+def end(accelerator: Accelerator) -> None:
+    """DDP, of which nobody else may hold anything, goes before the process group. If it were the last to hold it, gloo
+    would join its threads while this one keeps the interpreter's lock, for which one of them may be waiting: one run
+    of thirty on two ranks never ended, and one of fifty was aborted."""
+    accelerator.free_memory()
+    gc.collect()  # what was wrapped stands in cycles, and accelerate collects before it lets go
+    accelerator.end_training()
 
 
 def train(run: Run) -> None:

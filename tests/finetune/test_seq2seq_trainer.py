@@ -15,7 +15,7 @@ LAYOUTS = {
     2: [(6, 1, False), (2, 3, False), (1, 6, False), (4, 1, True), (2, 2, True), (1, 4, True)],
 }
 ONE_STEP = """
-import json, sys, tempfile
+import gc, json, sys, tempfile
 import datasets, numpy as np, torch
 from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from diptych.data_prep.packing import Budget, assemble_row
@@ -60,6 +60,7 @@ if __name__ == "__main__":
     results = [step(folder, dtype, *layout) for dtype in dtypes for layout in json.loads(layouts)]
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(results, out)
+    gc.collect()  # DDP before the process group: see finetune/train.py
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 """

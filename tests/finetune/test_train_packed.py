@@ -173,7 +173,7 @@ from diptych.finetune.config import TrainRecipe
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.packed_rows import PackedRows, Packing
 from diptych.finetune.set_up import set_up
-from diptych.finetune.train import add_up_gradients
+from diptych.finetune.train import add_up_gradients, end
 
 draw = np.random.default_rng(0)
 SOURCES = [60, 3, 17, 9, 41, 5, 22, 8, 30, 12, 4, 50]
@@ -210,7 +210,9 @@ if __name__ == "__main__":
     results = [gradients(run, getattr(torch, dtype), *layout) for layout in json.loads(layouts)]
     if run.accelerator.is_main_process:
         torch.save(results, out)
-    run.accelerator.end_training()
+    accelerator = run.accelerator
+    del run
+    end(accelerator)
 """
 
 
