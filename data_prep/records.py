@@ -34,7 +34,7 @@ class Origin:
     file: str
     row: int
     instance: int = 0
-    """1-based instance inside a Self-Instruct row with several; 0 where a row is one example."""
+    """1-based part of a row that gives several examples (instances, turns, directions); 0 where a row is one."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.row}" + (f".{self.instance}" if self.instance else "")
@@ -51,12 +51,24 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One valid example. `history` holds earlier (instruction, output) turns, oldest first."""
+    """One valid example. `history` holds earlier (instruction, output) turns, oldest first; `system` is what a chat's
+    system prompt says, `category` what the data calls this kind of task."""
 
     instruction: str
     input: str
     output: str
     history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    category: str = ""
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenised:
+    """One example that came as token ids: neither template nor tokenizer has anything to do with it."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
     origin: Origin
 
 
