@@ -3,9 +3,9 @@
     diptych prepare --data my.jsonl --tokenizer path/to/checkpoint --out prepared
     diptych prepare --data tatoeba --template translate --train_tokenizer bpe --vocab_size 4000 --out prepared
 
-read → validate → render the template → split → load or train the tokenizer → encode → pack → write. Tatoeba's 6,636
-rows take 4 s on one core, most of it imports. A second run with the same inputs, settings and code finds its result
-and ends.
+recognise the formats → read, check, render and encode in one pass (stages.py, gather.py) → leave out duplicates,
+split, mix (selection.py) → pack → report → write. A tokenizer that is trained here is trained after the split, and
+encodes in a pass of its own. A second run with the same inputs, settings and code finds its result and ends.
 
 Exit codes: 0 when a dataset was written or is used again, with a summary of the rows that were not kept if there are
 any; 2 with one message when a person has to mend something first.
@@ -13,51 +13,61 @@ any; 2 with one message when a person has to mend something first.
 
 from __future__ import annotations
 
-import functools
+import json
+import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
+import numpy
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from datasets import DatasetDict
+from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep import facts
+from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, decoder_start_of, load_tokenizer_and_template
+from diptych.data_prep.decontaminate import Decontaminate, EvalIndex
+from diptych.data_prep.deduplicate import Shingles
+from diptych.data_prep.filters import LanguageFilter
+from diptych.data_prep.formats import FORMATS, Converter, Directions, converter_for, parse_mapping
+from diptych.data_prep.gather import Gathered, encode, first_rows, gather
+from diptych.data_prep.mixture import check_mixture
 from diptych.data_prep.prepared import (
-    check_replaceable,
+    CONFLICTS,
+    PACKED,
+    REJECTS,
+    TOKENIZER,
+    beside,
     code_version,
     find_reusable,
     fingerprint,
+    put_in_place,
+    save_quietly,
     tokenizer_digest,
-    write_prepared,
-    write_rejects,
 )
-from diptych.data_prep.readers import Directions, Source, open_aligned, open_source
+from diptych.data_prep.readers import Limits, Source, open_sources
 from diptych.data_prep.records import Record, Reject, Rejects, UserError
+from diptych.data_prep.report import write_report
+from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed_train, select
 from diptych.data_prep.settings import PrepareSettings, parse_settings
-from diptych.data_prep.splits import split_records
+from diptych.data_prep.stages import Check, Lengths, Stages
 from diptych.data_prep.summary import packing_lines, packing_warnings, splits_line, summary_lines, usage_warnings
 from diptych.data_prep.tables import (
-    Example,
-    encode_splits,
+    PackingPlan,
     packed_table,
     plan_packing,
+    split_tables,
     token_counts,
-    vocabulary_size,
 )
-from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template, load_template, template_of
+from diptych.data_prep.templates import Template, attach_template
 from diptych.data_prep.train_tokenizer import train_tokenizer
-from diptych.data_prep.validate import FIELDS, validate
+from diptych.data_prep.workers import cores
+
+BYTES_PER_WORKER = 4_000_000
+"""For less data than this a second process costs more than it saves; fast tokenizers have threads of their own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,55 +84,84 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(settings: PrepareSettings) -> Path:
     """The whole way, told in order. Returns the folder of the prepared dataset."""
     folder = Path(settings.out).expanduser().resolve()
-    sources = _open_sources(settings)
-    tokenizer, template = _load_tokenizer_and_template(settings)
-    decoder_start = _decoder_start(settings) if settings.packing else None
-    wanted = fingerprint({**_facts(settings, sources, tokenizer, template), "decoder_start": decoder_start})
+    inputs = open_inputs(settings)
+    tokenizer, template = load_tokenizer_and_template(settings)
+    decoder_start = decoder_start_of(settings) if settings.packing else None
+    wanted = fingerprint({**facts_that_decide(settings, inputs, tokenizer, template), "decoder_start": decoder_start})
     if (manifest := find_reusable(folder, wanted)) is not None:
         print(f"Reused     {folder}: nothing has changed since it was prepared")
         print("\n".join([splits_line(manifest), *packing_lines(manifest)]))
-        _warn(packing_warnings(manifest))
+        _warn(packing_warnings(manifest["packing"], settings))
         return folder
-    check_replaceable(folder)
+    with beside(folder) as partial, (partial / REJECTS).open("w", encoding="utf-8") as file:
+        manifest = _prepare(settings, inputs, tokenizer, template, decoder_start, partial, file)
+        file.close()
+        put_in_place(partial, folder, {"fingerprint": wanted, **manifest})
+    print("\n".join(summary_lines(folder, manifest)))
+    _warn(manifest["warnings"])
+    return folder
 
-    rejects = Rejects(settings.strict)
-    records, unused_fields = _read(sources, rejects)
-    rows_read = len(records) + len(rejects.rows)
-    examples = _render(template, records, rejects)
-    _need_rows(examples, rejects, folder)
-    split = split_records(
-        [example.record for example in examples],
-        settings.validation_fraction,
-        settings.test_fraction,
-        settings.seed,
-        settings.split_by,
-    )
+
+def _prepare(
+    settings: PrepareSettings,
+    inputs: Inputs,
+    tokenizer: PreTrainedTokenizerBase | None,
+    template: Template,
+    decoder_start: tuple[int, str] | None,
+    partial: Path,
+    rejects_file: IO[str],
+) -> dict[str, Any]:
+    """Everything but the manifest, written into `partial`; and what the manifest says."""
+    scratch = partial / "scratch"
+    scratch.mkdir()
+    fatal = ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
+    rejects = Rejects(rejects_file, settings.strict, fatal)
+    stages, formats = make_stages(settings, inputs, tokenizer, template)
+    workers = settings.workers or min(cores(), 1 + sum(it.bytes or 0 for it in inputs.sources) // BYTES_PER_WORKER)
+    gathered = gather(inputs.sources, stages, rejects, scratch, workers)
+    _need_rows(gathered.examples.num_rows, rejects, partial, settings.out)
+
+    selection = select(gathered, settings, rejects)
+    duplicates = facts.duplicates(gathered, selection)
+    _write_conflicts(partial / CONFLICTS, gathered, selection)
     if tokenizer is None:
-        texts = _train_texts(examples, split.names)
+        texts = _train_texts(gathered, selection)
         tokenizer = train_tokenizer(settings.train_tokenizer, texts, settings.vocab_size)
         attach_template(tokenizer, template)
-        _check_decoder_start(settings, tokenizer)  # of little data fewer tokens are made than asked for
-    limits = {"source": settings.max_source_tokens, "target": settings.max_target_tokens}
-    tables = encode_splits(tokenizer, examples, split.names, rejects, *limits.values(), settings.workers)
-    _need_rows(tables.get("train", ()), rejects, folder)
+        check_decoder_start(settings, tokenizer)  # of little data fewer tokens are made than asked for
+        gathered = encode(gathered, tokenizer, template, stages.lengths, rejects, scratch, workers)
+        of_row = selection.split_of_row[gathered.column("place")] if gathered.examples.num_rows else ()
+        selection = replace(selection, split_of_row=numpy.asarray(of_row))
+    places = selection.places()
+    _need_rows(len(places.get("train", ())), rejects, partial, settings.out)
+    rows_read = sum(gathered.rows_read)
+    assert selection.kept + rejects.count == rows_read, (selection.kept, rejects.count, rows_read)
+    if settings.mixture is not None:
+        names = (inputs.entries, settings.mixture, settings.seed)
+        places["train"] = mixed_train(gathered, places["train"], *names)
+    tables = split_tables(gathered, places, scratch)
 
     plan = None
     if settings.packing:
         budget = (settings.packed_source_tokens, settings.packed_target_tokens)
         start = decoder_start or (tokenizer.pad_token_id, "assumed")
         plan = plan_packing(tables["train"], tokenizer, start, budget, settings.share_sources, settings.seed)
-
-    kept = sum(len(table) for table in tables.values())
-    assert kept + len(rejects.rows) == rows_read, (kept, len(rejects.rows), rows_read)
+    tokens = token_counts(gathered, places, stages.lengths, rejects)
+    warnings = [
+        *usage_warnings(template, tokenizer, gathered.counts),
+        *selection.warnings,
+        *packing_warnings(plan.entry if plan else None, settings),
+    ]
     manifest = {
-        "fingerprint": wanted,
-        "rows": {"read": rows_read, "kept": kept, "rejected": len(rejects.rows)},
+        "rows": {"read": rows_read, "kept": selection.kept, "rejected": rejects.count},
         "rejected_by_kind": rejects.by_kind(),
+        "first_rejected": {kind: str(examples[0].origin) for kind, examples in rejects.examples.items()},
         "splits": {name: len(table) for name, table in tables.items()},
-        "groups": split.groups,
-        "tokens": token_counts(tables, limits),
+        "groups": selection.groups,
+        "conflicts": len(selection.conflicting),
+        "tokens": tokens,
         "packing": plan.entry if plan else None,
-        "inputs": [{"name": source.name, "digest": source.digest} for source in sources],
+        "inputs": _input_facts(inputs, formats, gathered, selection, places["train"], settings),
         "template": asdict(template),
         "tokenizer": {
             "from": settings.tokenizer or f"{settings.train_tokenizer} trained on the train split",
@@ -130,15 +169,52 @@ def prepare(settings: PrepareSettings) -> Path:
             "tokens": len(tokenizer),
         },
         "settings": asdict(settings),
+        "warnings": warnings,
         "code": code_version(),
         "versions": {"datasets": datasets.__version__, "transformers": transformers.__version__},
     }
-    tables = tables.remove_columns(["source_tokens", "target_tokens"])
-    assemble = functools.partial(packed_table, plan) if plan else None
-    write_prepared(folder, tables, tokenizer, rejects, manifest, assemble)
-    print("\n".join(summary_lines(folder, manifest, rejects)))
-    _warn([*usage_warnings(template, tokenizer, records, unused_fields), *split.warnings, *packing_warnings(manifest)])
-    return folder
+    _write_tables(partial, tables, plan, tokenizer, scratch)
+    start = plan.decoder_start_token_id if plan else tokenizer.pad_token_id
+    write_report(
+        partial,
+        {
+            "name": Path(settings.out).name,
+            **{name: manifest[name] for name in ("rows", "splits", "groups", "tokenizer", "template", "warnings")},
+            "sources": manifest["inputs"],
+            "removed": facts.removed(rejects),
+            "lengths": facts.lengths(gathered, places, tokens, settings.too_long),
+            "packing": facts.packing(manifest["packing"], gathered, places["train"], settings.seed),
+            "duplicates": duplicates,
+            "contamination": facts.contamination(rejects, settings.decontaminate),
+            "sensitive": facts.sensitive(gathered.counts, settings.sensitive),
+            "scripts": {
+                "source": dict(gathered.counts.source_scripts.most_common()),
+                "target": dict(gathered.counts.target_scripts.most_common()),
+            },
+            "categories": dict(gathered.counts.categories.most_common(facts.CATEGORIES_SHOWN)),
+            "samples": facts.samples(tables["train"], tokenizer, start),
+            "settings": manifest["settings"],
+        },
+    )
+    shutil.rmtree(scratch)
+    return manifest
+
+
+def _write_tables(
+    partial: Path, tables: DatasetDict, plan: PackingPlan | None, tokenizer: PreTrainedTokenizerBase, scratch: Path
+) -> None:
+    save_quietly(tables, partial)
+    if plan is not None:
+        save_quietly(packed_table(plan, scratch), partial / PACKED)
+    tokenizer.save_pretrained(partial / TOKENIZER)
+
+
+def _write_conflicts(path: Path, gathered: Gathered, selection: Selection) -> None:
+    """Only where there are any."""
+    if selection.conflicting:
+        with path.open("w", encoding="utf-8") as file:
+            for group in selection.conflicting:
+                file.write(json.dumps(conflict_rows(gathered, group), ensure_ascii=False) + "\n")
 
 
 def _warn(warnings: Iterable[str]) -> None:
@@ -146,165 +222,157 @@ def _warn(warnings: Iterable[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _open_sources(settings: PrepareSettings) -> list[Source]:
-    directions = Directions(settings.forward, settings.backward)
-    sources = [open_source(entry, directions) for entry in settings.data]
-    return [*sources, open_aligned(*settings.aligned, directions)] if settings.aligned else sources
+@dataclass(frozen=True)
+class Inputs:
+    """What will be read."""
+
+    sources: list[Source]
+    entries: list[str]
+    """For each source, the entry of `data` that it belongs to: a folder is one entry and several sources."""
+    evaluation: list[Source]
+    """What training must not hold."""
 
 
-def _load_tokenizer_and_template(settings: PrepareSettings) -> tuple[PreTrainedTokenizerBase | None, Template]:
-    """The tokenizer is None where it has to be trained, which needs the train split first."""
-    if settings.tokenizer is None:
-        return None, load_template(settings.template or "alpaca")
-    tokenizer = _load_tokenizer(settings)
-    if settings.template is None and TOKENIZER_KEY in tokenizer.init_kwargs:
-        template = template_of(tokenizer)
-    else:
-        template = load_template(settings.template or "alpaca")
-    attach_template(tokenizer, template)
-    return tokenizer, template
+def open_inputs(settings: PrepareSettings) -> Inputs:
+    limits = Limits(int(settings.max_row_megabytes * 1_000_000), settings.max_unpacked_ratio)
+    sources = open_sources(settings.data, settings.aligned, limits)
+    entries = [source.entry or source.name for source in sources]
+    if settings.mixture is not None:
+        check_mixture(settings.mixture, list(dict.fromkeys(entries)))
+    return Inputs(sources, entries, open_sources(settings.decontaminate, [], limits))
 
 
-def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
-    name = settings.tokenizer
-    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"the tokenizer '{name}' is a path, and there is no such folder. Mend it, or name a Hub id.")
-    languages = {"src_lang": settings.source_language, "tgt_lang": settings.target_language}
-    given = {keyword: code for keyword, code in languages.items() if code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **given)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:  # the last is of a config beside it
-        raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
-    is_multilingual = hasattr(tokenizer, "tgt_lang")
-    if given and not is_multilingual:
-        raise UserError(f"'{name}' puts no languages into texts. Drop source_language and target_language.")
-    if is_multilingual and tokenizer.tgt_lang is None:
-        raise UserError(f"'{name}' is multilingual. Give --source_language and --target_language.")
-    for token in ("eos_token", "pad_token"):
-        if getattr(tokenizer, token) is None:
-            raise UserError(f"'{name}' has no {token}. Set tokenizer.{token}, save it, and use that folder.")
-    _check_decoder_start(settings, tokenizer)
-    return tokenizer
+def make_stages(
+    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> tuple[Stages, list[str]]:
+    """The stages, and the format of each source, which is said aloud where it was recognised."""
+    converters, formats = [], []
+    for source in inputs.sources:
+        for note in source.notes:
+            print(f"Note       {note}")
+        converter = make_converter(settings, source)
+        converters.append(converter)
+        formats.append(converter.format.name)
+        print(f"Format     {source.name}: {converter.format.name}, {'given' if settings.format else 'recognised'}")
+    lengths = Lengths(
+        settings.max_source_tokens, settings.max_target_tokens, settings.too_long, settings.end_cut_targets
+    )
+    checks = tuple(_checks(settings, inputs))
+    shingles = Shingles() if settings.near_duplicates is not None else None
+    return Stages(tuple(converters), template, tokenizer, lengths, checks, shingles, settings.sensitive), formats
 
 
-def _check_decoder_start(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-    start, last = settings.decoder_start_token_id, vocabulary_size(tokenizer) - 1
-    if start is not None and start > last:
-        name = f"'{settings.tokenizer}'" if settings.tokenizer else "the tokenizer trained here"
-        raise UserError(
-            f"decoder_start_token_id is {start}, but the token ids of {name} end at {last}. Give one up to there, or"
-            " none: then it is what the checkpoint's config says, or else the padding token."
-        )
+def make_converter(settings: PrepareSettings, source: Source) -> Converter:
+    """What its first rows say it is. A source without a single row to read has only rejects, of whatever format."""
+    rows = first_rows(source)
+    if not rows:
+        return Converter(FORMATS[settings.format or "alpaca"])
+    return converter_for(
+        rows,
+        source.name,
+        settings.format,
+        parse_mapping(settings.map),
+        Directions(settings.forward or source.forward, settings.backward or source.backward),
+        settings.languages,
+    )
 
 
-def _decoder_start(settings: PrepareSettings) -> tuple[int, str] | None:
-    """What training and `generate` will begin to write with, and who says so; None where nobody does.
-
-    The order is that of `decoder_start_token` in finetune/families.py, read from the files without any model code.
-    """
-    if settings.decoder_start_token_id is not None:
-        return settings.decoder_start_token_id, "setting"
-    config = _model_config(settings.tokenizer) if settings.tokenizer else None
-    if config is None or not getattr(config, "is_encoder_decoder", True):
-        return None
-    try:
-        generation = GenerationConfig.from_pretrained(settings.tokenizer)
-    except OSError:  # without a file of its own, a model makes it from its config
-        generation = GenerationConfig.from_model_config(config)
-    configured = getattr(config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
-    for token in (generation.decoder_start_token_id, configured, generation.bos_token_id):
-        if token is not None:
-            return token, "model config"
-    return None
+def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
+    if settings.lengths is not None:
+        yield settings.lengths
+    if settings.source_languages or settings.target_languages:
+        yield LanguageFilter(tuple(settings.source_languages), tuple(settings.target_languages))
+    if inputs.evaluation:
+        yield Decontaminate(EvalIndex.from_records(_evaluation_records(settings, inputs)))
 
 
-def _model_config(name: str) -> PreTrainedConfig | None:
-    """A config of a kind that transformers does not know, such as Diptych's, is taken as it is written."""
-    try:
-        written, _ = PreTrainedConfig.get_config_dict(name)
-    except OSError:  # a tokenizer alone
-        return None
-    if "model_type" not in written:
-        return None
-    if written["model_type"] not in CONFIG_MAPPING:  # its parts, such as panels, would stay dicts
-        values = {key: value for key, value in written.items() if not isinstance(value, dict)}
-        return PreTrainedConfig.from_dict(values)
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"config.json of '{name}' is not valid: {error}. Mend it, or give --packing false.") from error
+def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record]:
+    """A row of an evaluation set that cannot be read would leave its text in training unseen, so it is an error."""
+    for source in inputs.evaluation:
+        converter = make_converter(settings, source)
+        for row in source.rows():
+            for result in converter.records(row):
+                if isinstance(result, Reject):
+                    raise UserError(
+                        f"{result.origin}: {result.reason} It is a row of an evaluation set, which training cannot be"
+                        " compared with. Mend or remove it."
+                    )
+                if isinstance(result, Record):
+                    yield result
 
 
-def _facts(
-    settings: PrepareSettings,
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase | None,
-    template: Template,
+def facts_that_decide(
+    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
 ) -> dict[str, Any]:
     """What decides the result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
-    no_decision = ("data", "aligned", "out", "template", "tokenizer", "workers", "strict")
+    no_decision = ("data", "aligned", "decontaminate", "out", "template", "tokenizer", "workers", "strict")
     return {
-        "inputs": [(source.name, source.digest) for source in sources],
+        "inputs": [(source.name, source.digest) for source in inputs.sources],
+        "entries": inputs.entries,
+        "evaluation": [(source.name, source.digest) for source in inputs.evaluation],
         "template": asdict(template),
         "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
         "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
     }
 
 
-def _read(sources: Sequence[Source], rejects: Rejects) -> tuple[list[Record], Counter]:
-    """Every row becomes a record or a reject. Also counts the fields that nothing here uses."""
-    records, unused_fields = [], Counter()
-    for source in sources:
-        for row in source.read():
-            result = row if isinstance(row, Reject) else validate(row)
-            if isinstance(result, Reject):
-                rejects.add(result)
-            else:
-                records.append(result)
-                unused_fields.update(name for name in row.fields if name not in FIELDS)
-    return records, unused_fields
+def _input_facts(
+    inputs: Inputs,
+    formats: Sequence[str],
+    gathered: Gathered,
+    selection: Selection,
+    train: numpy.ndarray,
+    settings: PrepareSettings,
+) -> list[dict[str, Any]]:
+    """Of each source: how it was read, and how much of it there is."""
+    number = gathered.column("source_number")
+    kept = numpy.bincount(number[selection.split_of_row != REMOVED], minlength=len(inputs.sources)).tolist()
+    mixed = numpy.bincount(number[train], minlength=len(inputs.sources)).tolist()
+    return [
+        {
+            "name": source.name,
+            "digest": source.digest,
+            "format": formats[place],
+            "read": gathered.rows_read[place],
+            "kept": kept[place],
+            "rejected": gathered.rows_read[place] - kept[place],
+            "mixed": mixed[place] if settings.mixture is not None else None,
+            "share": mixed[place] / len(train),
+        }
+        for place, source in enumerate(inputs.sources)
+    ]
 
 
-def _render(template: Template, records: Sequence[Record], rejects: Rejects) -> list[Example]:
-    """A row that a user's template cannot render, or of which it makes nothing, is a reject like any other."""
-    examples = []
-    for record in records:
-        try:
-            source = template.render_source(record.instruction, record.input, record.history)
-            target = template.render_target(record.output)
-        except UserError as error:
-            rejects.add_record(record, "template failed", str(error))
-            continue
-        if source.strip() and target.strip():
-            examples.append(Example(record, source, target))
-        else:
-            side = "target" if source.strip() else "source"
-            rejects.add_record(record, "template empty", f"template {template.name} makes an empty {side} of it.")
-    return examples
-
-
-def _need_rows(rows: Sequence, rejects: Rejects, folder: Path) -> None:
+def _need_rows(rows: int, rejects: Rejects, partial: Path, out: str) -> None:
     """Without a row to train on there is no dataset, but what was wrong with each row is still written down."""
-    if len(rows):
+    if rows:
         return
-    if not rejects.rows:
+    if not rejects.count:
         raise UserError("there are no rows in what was read.")
     kinds = "; ".join(f"{count:,} × {kind}" for kind, count in list(rejects.by_kind().items())[:3])
-    first, reasons = rejects.rows[0], folder.with_name(f"{folder.name}.rejects.jsonl")
-    reasons.parent.mkdir(parents=True, exist_ok=True)
-    write_rejects(reasons, rejects)
+    first = next(iter(rejects.examples.values()))[0]
+    folder = Path(out).expanduser().resolve()
+    reasons = folder.with_name(f"{folder.name}.rejects.jsonl")
+    rejects.file.flush()
+    shutil.copyfile(partial / REJECTS, reasons)
     raise UserError(
-        f"none of the {len(rejects.rows):,} rows can be kept ({kinds}). The first, {first.origin}: {first.reason}"
+        f"none of the {rejects.count:,} rows can be kept ({kinds}). The first, {first.origin}: {first.reason}"
         f" Mend the rows, and prepare them again. All of them: {reasons}"
     )
 
 
-def _train_texts(examples: Sequence[Example], split_names: Sequence[str]) -> Iterator[str]:
+def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:
     """What a tokenizer may learn from: held-out texts are unseen for it too."""
-    for example, name in zip(examples, split_names, strict=True):
-        if name == "train":
-            yield example.source
-            yield example.target
+    start = 0
+    for batch in gathered.examples.select(["source", "target"]).to_batches():
+        is_train = selection.split_of_row[start : start + batch.num_rows] == 0
+        start += batch.num_rows
+        for source, target, is_learned in zip(
+            *(column.to_pylist() for column in batch.columns), is_train, strict=True
+        ):
+            if is_learned:
+                yield source
+                yield target
 
 
 if __name__ == "__main__":

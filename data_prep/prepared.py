@@ -3,8 +3,10 @@
     prepared/  dataset_dict.json train/ validation/ test/   datasets.load_from_disk("prepared") reads it
                packed/                                      load_from_disk("prepared/packed"): train, in packed rows
                tokenizer/                                   AutoTokenizer reads it; the template is inside
+               report.html report.json figures/             all that is worth knowing of the data, to look at
                manifest.json                                what went in, what came out, every file with its size
-               rejects.jsonl                                every row that was not kept, with its reason
+               rejects.jsonl conflicts.jsonl                every row that was not kept, with its reason; sources that
+                                                            have several targets
 
 The folder is written as `.prepared.partial` and renamed when it is complete: what is called `prepared` is never half a
 dataset. A folder that holds anything that this code did not write is never replaced.
@@ -17,7 +19,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,11 @@ import datasets
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.records import Rejects, UserError
+from diptych.data_prep.records import UserError
 
 FORMAT = "diptych prepared dataset, version 1"
-MANIFEST, REJECTS, TOKENIZER, PACKED = "manifest.json", "rejects.jsonl", "tokenizer", "packed"
+MANIFEST, REJECTS, CONFLICTS = "manifest.json", "rejects.jsonl", "conflicts.jsonl"
+TOKENIZER, PACKED = "tokenizer", "packed"
 CACHE_FILE = re.compile(r"cache-\w+\.arrow|tmp\w+")  # what `datasets` leaves beside the tables when a user maps them
 
 
@@ -39,7 +43,8 @@ def fingerprint(facts: dict[str, Any]) -> str:
 
 
 def code_version() -> str:
-    return _hash_files(Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    return _hash_files([*here.glob("*.py"), *here.glob("frames/*")])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -90,49 +95,39 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def write_prepared(
-    folder: Path,
-    splits: DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    rejects: Rejects,
-    manifest: dict[str, Any],
-    assemble: Callable[[Path], Dataset] | None = None,
-) -> None:
-    """All beside, then two renames; whoever reads sees the old dataset, none, or the new one whole.
-
-    `assemble` makes the packed rows, in a folder of its own that goes afterwards: they need not all be in memory.
-    """
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to write into, which is gone at the end, unless `put_in_place` has renamed it."""
     check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    previous = folder.with_name(f".{folder.name}.previous")
-    for remains in (partial, previous):  # of a run that was killed
+    for remains in (partial, _previous(folder)):  # of a run that was killed
         shutil.rmtree(remains, ignore_errors=True)
     try:
-        _save_quietly(splits, partial)
-        if assemble is not None:
-            with tempfile.TemporaryDirectory(dir=partial) as scratch:
-                _save_quietly(assemble(Path(scratch)), partial / PACKED)
-        tokenizer.save_pretrained(partial / TOKENIZER)
-        write_rejects(partial / REJECTS, rejects)
-        manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        (partial / MANIFEST).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rename(previous)
-        partial.rename(folder)
+        partial.mkdir(parents=True)
+        yield partial
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
-def write_rejects(path: Path, rejects: Rejects) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(reject.as_json(), ensure_ascii=False) + "\n" for reject in rejects.rows)
+def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    """The manifest last, then two renames: whoever reads sees the old dataset, none, or the new one whole."""
+    manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (partial / MANIFEST).write_text(text, encoding="utf-8")
+    check_replaceable(folder)
+    if folder.exists():
+        folder.rename(_previous(folder))
+    partial.rename(folder)
+    shutil.rmtree(_previous(folder), ignore_errors=True)
 
 
-def _save_quietly(tables: DatasetDict | Dataset, folder: Path) -> None:
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def save_quietly(tables: DatasetDict | Dataset, folder: Path) -> None:
     """Without a progress bar for each split: copying takes no time worth one."""
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any
 
 IGNORE_INDEX = -100
 """The label that the loss leaves out (torch's own default for `ignore_index`)."""
 
-RAW_CHARACTERS_KEPT = 4000
+RAW_CHARACTERS_KEPT = 100_000
 """Raw text longer than this is shortened in rejects.jsonl: one unclosed quote can make a whole file one bad row."""
+
+EXAMPLES_KEPT = 3
+"""Of each kind of reject, for the report."""
 
 
 class UserError(ValueError):
@@ -95,26 +98,33 @@ class Reject:
         }
 
 
-@dataclass
 class Rejects:
-    """The rows that were not kept so far; with `strict`, the first one ends the run."""
+    """The rows that were not kept, written to a file as they come; what is remembered of them is counts and examples.
 
-    strict: bool
-    rows: list[Reject] = field(default_factory=list)
+    With `strict`, the first one ends the run; so does one whose kind is in `fatal`.
+    """
+
+    def __init__(self, file: IO[str] | None = None, strict: bool = False, fatal: Collection[str] = ()) -> None:
+        self.file, self.strict, self.fatal = file, strict, fatal
+        self.count = 0
+        self.kinds: Counter[str] = Counter()
+        self.examples: defaultdict[str, list[Reject]] = defaultdict(list)
+        """A few of each kind, the first ones."""
 
     def add(self, reject: Reject) -> None:
-        if self.strict:
-            raise UserError(f"{reject.origin}: {reject.reason} (--strict stops at the first row that cannot be kept.)")
-        self.rows.append(reject)
-
-    def add_record(self, record: Record, kind: str, reason: str) -> None:
-        """A record that turned out later to be of no use."""
-        values = {"instruction": record.instruction, "input": record.input, "output": record.output}
-        self.add(Reject(record.origin, None, kind, reason, json.dumps(values, ensure_ascii=False)))
+        if self.strict or reject.kind in self.fatal:
+            why = "--strict stops at the first row that cannot be kept." if self.strict else "Nothing was written."
+            raise UserError(f"{reject.origin}: {reject.reason} ({why})")
+        self.count += 1
+        self.kinds[reject.kind] += 1
+        if len(self.examples[reject.kind]) < EXAMPLES_KEPT:
+            self.examples[reject.kind].append(reject)
+        if self.file is not None:
+            self.file.write(json.dumps(reject.as_json(), ensure_ascii=False) + "\n")
 
     def by_kind(self) -> dict[str, int]:
         """How many rows have which fault, the most frequent first."""
-        return dict(Counter(reject.kind for reject in self.rows).most_common())
+        return dict(self.kinds.most_common())
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

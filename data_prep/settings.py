@@ -13,12 +13,23 @@ from dataclasses import dataclass, field, fields
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from diptych.data_prep.filters import LengthFilter
+from diptych.data_prep.mixture import Mixture
 from diptych.data_prep.readers import SAMPLES
 from diptych.data_prep.records import UserError, nearest
 
 DESCRIPTION = "From files of instruction rows or parallel text to a prepared dataset."
-LIST_OPTIONS = ("--data", "--aligned")
-FLAG_OPTIONS = ("--strict", "--packing", "--share_sources")
+LIST_OPTIONS = (
+    "--data",
+    "--aligned",
+    "--map",
+    "--languages",
+    "--decontaminate",
+    "--source_languages",
+    "--target_languages",
+)
+FLAG_OPTIONS = ("--strict", "--packing", "--share_sources", "--deduplicate", "--sensitive", "--end_cut_targets")
+TOO_LONG = ("drop", "cut", "error")
 UNKNOWN_SETTING = re.compile(r"(?:unrecognized arguments: |option:? |Option )'?-*(\w+)")
 
 
@@ -27,11 +38,18 @@ class PrepareSettings:
     """Settings of `diptych prepare`; from the command line, or from a YAML file with --config."""
 
     data: list[str] = field(default_factory=list)
-    """What to read, one or more: files (.json, .jsonl, .csv, .parquet with instruction, input and output; .tsv with
-    parallel text), shipped samples (tatoeba, seed_tasks), Hub data sets (hf:user/name or hf:user/name:split)."""
+    """What to read, one or more: files (.json, .jsonl, .csv, .tsv, .tmx, .parquet, .arrow; text also as .gz or .zst),
+    folders, globs, shipped samples (tatoeba, seed_tasks), Hub data sets (hf:user/name or hf:user/name:split)."""
 
     aligned: list[str] = field(default_factory=list)
     """Two text files of parallel text, where line N of one belongs to line N of the other."""
+
+    format: str | None = None
+    """What the rows are: alpaca, dolly, prompt_completion, messages, sharegpt, natural_instructions, self_instruct,
+    parallel, summarisation, tokenised. Default: recognised from the first rows of each source, and said."""
+
+    map: list[str] = field(default_factory=list)
+    """Columns that have other names in the data, the known name first: `--map output=answer instruction=q.text`."""
 
     forward: str | None = None
     """Instruction for parallel text from the first side to the second, such as 'Translate English to Korean:'. Without
@@ -40,12 +58,18 @@ class PrepareSettings:
     backward: str | None = None
     """Instruction for parallel text from the second side to the first."""
 
+    languages: list[str] = field(default_factory=list)
+    """Which two languages of parallel text with more are the first and the second side: `--languages en ko`."""
+
+    mixture: Mixture | None = None
+    """How several sources are mixed in the train split. Default: every row once."""
+
     out: str = "prepared"
     """Folder to write. Replaced if it holds an older prepared dataset and nothing else."""
 
     template: str | None = None
-    """How a row becomes source text and target text: alpaca, plain, translate, or a Jinja file. Default: the template
-    that the tokenizer carries, else alpaca."""
+    """How a row becomes source text and target text: alpaca, plain, chat, translate, or a Jinja file. Default: the
+    template that the tokenizer carries, else alpaca."""
 
     tokenizer: str | None = None
     """An existing tokenizer, as a folder or a Hub id: the one of the checkpoint that will be fine-tuned."""
@@ -63,10 +87,41 @@ class PrepareSettings:
     """Language code of the targets, for the same tokenizers."""
 
     max_source_tokens: int = 512
-    """Longer sources lose their end. How many do is said and stands in manifest.json."""
+    """Longest source, the tokenizer's end token included."""
 
     max_target_tokens: int = 512
-    """Longer targets lose their end, but not their eos token."""
+    """Longest target, its eos token included."""
+
+    too_long: str = "drop"
+    """What becomes of a row with a longer side: drop it (counted, and listed in rejects.jsonl), cut its end off, or
+    error."""
+
+    end_cut_targets: bool = False
+    """Whether a target that was cut still ends in eos. A model that learns from such targets stops in mid-sentence."""
+
+    deduplicate: bool = True
+    """Remove rows whose source and target repeat an earlier row's, case, width and spacing aside."""
+
+    near_duplicates: float | None = None
+    """Also remove rows that share at least this part of their shingles with an earlier row (Jaccard similarity, by
+    MinHash), such as 0.8."""
+
+    decontaminate: list[str] = field(default_factory=list)
+    """Files with texts that training must not hold, such as evaluation sets: rows that share a run of words with them
+    are removed."""
+
+    lengths: LengthFilter | None = None
+    """Bounds on the length of source and target, and on their ratio, in characters or words."""
+
+    source_languages: list[str] = field(default_factory=list)
+    """Keep rows whose source is in one of these languages (codes such as en, ko). Needs the extra `clean`."""
+
+    target_languages: list[str] = field(default_factory=list)
+    """Keep rows whose target is in one of these languages."""
+
+    sensitive: bool = False
+    """Look for e-mail addresses, phone and card numbers, keys and passwords, and report them, masked. Nothing is
+    changed or removed. Needs the extra `clean`."""
 
     packing: bool = True
     """Also write the train split as packed rows, several examples in each, which train without padding; false writes
@@ -97,10 +152,16 @@ class PrepareSettings:
     rows share an output, such as classification)."""
 
     seed: int = 0
-    """Decides which rows are held out, and which of like length are packed together."""
+    """Decides which rows are held out, which are taken for a mixture, and which of like length are packed together."""
 
     workers: int = 0
-    """Processes that encode; 0 picks by the number of rows and cores."""
+    """Processes that read and encode; 0 picks by the size of the data and the cores."""
+
+    max_row_megabytes: float = 10
+    """A longer row is rejected."""
+
+    max_unpacked_ratio: int = 200
+    """A compressed file may hold at most so many times its own size (and 64 MB in any case)."""
 
     strict: bool = False
     """Stop at the first row that cannot be kept, with exit code 2."""
@@ -128,6 +189,18 @@ def _check(settings: PrepareSettings) -> None:
         raise UserError(f"--aligned takes two files, and got {len(settings.aligned)}.")
     if bool(settings.tokenizer) == bool(settings.train_tokenizer):
         raise UserError("give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe (or unigram).")
+    if settings.too_long not in TOO_LONG:
+        raise UserError(f"too_long is '{settings.too_long}'; it can be {', '.join(TOO_LONG)}.")
+    if settings.end_cut_targets and settings.too_long != "cut":
+        raise UserError(
+            f"end_cut_targets is for too_long cut, and too_long is {settings.too_long}. Drop one of the two."
+        )
+    if settings.near_duplicates is not None and not 0 < settings.near_duplicates < 1:
+        raise UserError(
+            f"near_duplicates is {settings.near_duplicates}; it is a similarity between 0 and 1, such as 0.8."
+        )
+    if settings.max_row_megabytes <= 0 or settings.max_unpacked_ratio < 1:
+        raise UserError("max_row_megabytes is above 0 and max_unpacked_ratio at least 1.")
     if settings.split_by not in ("both", "source"):
         raise UserError(f"split_by is '{settings.split_by}'; it can be both or source.")
     for name in ("validation_fraction", "test_fraction"):

@@ -1,17 +1,16 @@
-"""From examples to tables of token ids, encoded in parallel, with a progress bar.
+"""The tables of a prepared dataset: each split as it is trained on and looked at, and the train split in packed rows.
 
     source       "Translate English to Korean: Go."     input_ids  [414, 2741, 1]    ends as the tokenizer ends sources
     target       "가."                                  labels     [632, 17, 1]      ends in eos; nothing is padded
     instruction  "Translate English to Korean:"         input "Go."                  origin "tatoeba_eng_kor.tsv:1"
 
-Measured on one core with a trained BPE tokenizer: 12,000 short rows a second. The train split a second time, in packed
-rows: one row for each that packing.py planned, its columns all of one length, and `examples`, their places in train.
+A packed row is one for each that packing.py planned, its columns all of one length, and `examples`, their places in
+train.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,8 @@ import pyarrow.compute
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.encode import split_sources, split_targets
+from diptych.data_prep.checkpoint_tokenizer import vocabulary_size
+from diptych.data_prep.gather import Gathered, written
 from diptych.data_prep.packing import (
     PACKED_COLUMNS,
     SHARED_COLUMN,
@@ -32,132 +32,54 @@ from diptych.data_prep.packing import (
     pack,
     repeated_start,
 )
-from diptych.data_prep.records import Record, Rejects
-from diptych.data_prep.splits import SPLITS
+from diptych.data_prep.records import Rejects
+from diptych.data_prep.stages import FINAL_COLUMNS, Lengths
 
-# Below this many rows, starting a process costs more than it saves: fast tokenizers use threads of their own anyway.
-ROWS_PER_WORKER = 20_000
 PERCENTILES = (50, 90, 99, 100)
 
 PACKED_AT_ONCE = 500  # rows: some ten megabytes
 POORLY_FILLED = 0.5
 """Where a budget that was given is filled less than this, it is said what would have been chosen."""
 
-ENCODED_COLUMNS = {
-    "input_ids": List(Value("int32")),
-    "labels": List(Value("int32")),
-    "source_tokens": Value("int32"),
-    "target_tokens": Value("int32"),
-    "empty_side": Value("string"),
-}
 
-
-class Example(NamedTuple):
-    """A record and what the template made of it."""
-
-    record: Record
-    source: str
-    target: str
-
-
-def encode_splits(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    split_names: Sequence[str],
-    rejects: Rejects,
-    max_source_tokens: int,
-    max_target_tokens: int,
-    workers: int,
-) -> DatasetDict:
-    """A table for each split that has rows. A text of which the tokenizer keeps nothing makes its row a reject."""
-    workers = workers or min(_cores(), 1 + len(examples) // ROWS_PER_WORKER)
-    limits = {"max_source_tokens": max_source_tokens, "max_target_tokens": max_target_tokens}
+def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path) -> DatasetDict:
+    """FINAL_COLUMNS of the rows of each split, written to a file in `scratch` and read from there."""
     tables = DatasetDict()
-    for name in SPLITS:
-        rows = [example for example, split in zip(examples, split_names, strict=True) if split == name]
-        if not rows:
-            continue
-        table = _encode(_text_table(rows), tokenizer, limits, workers, name)
-        empty_sides = table["empty_side"][:]
-        for example, side in zip(rows, empty_sides, strict=True):
-            if side:
-                rejects.add_record(example.record, "no tokens", f"the tokenizer makes no token of the {side}.")
-        kept = [place for place, side in enumerate(empty_sides) if not side]
-        if kept:
-            table = table.remove_columns("empty_side")
-            tables[name] = table if len(kept) == len(rows) else table.select(kept)
+    for name, rows in places.items():
+        path = scratch / f"{name}.arrow"
+        written(_taken(gathered.examples.select(FINAL_COLUMNS), rows), path)
+        tables[name] = Dataset.from_file(str(path))
     return tables
 
 
-def token_counts(tables: DatasetDict, limits: dict[str, int]) -> dict[str, dict[str, int]]:
-    """Percentiles of the lengths before anything was cut, and how many rows were cut, for source and target."""
+def _taken(table: pyarrow.Table, rows: numpy.ndarray) -> Iterator[pyarrow.RecordBatch]:
+    """The rows at these places, which ascend and may repeat, a batch for each that the table has."""
+    start = 0
+    for batch in table.to_batches():
+        end = start + batch.num_rows
+        first, last = numpy.searchsorted(rows, [start, end])
+        if first < last:
+            yield batch.take(pyarrow.array(rows[first:last] - start))
+        start = end
+
+
+def token_counts(
+    gathered: Gathered, places: Mapping[str, numpy.ndarray], lengths: Lengths, rejects: Rejects
+) -> dict[str, dict[str, Any]]:
+    """Percentiles of the lengths before anything was cut, and how many rows the limits met, for source and target."""
+    rows = numpy.concatenate(list(places.values()))
     counts = {}
-    for side, limit in limits.items():
-        lengths = numpy.concatenate([table[f"{side}_tokens"][:] for table in tables.values()])
-        percentiles = {f"p{p}": int(numpy.percentile(lengths, p, method="higher")) for p in PERCENTILES}
+    for side, limit in (("source", lengths.max_source_tokens), ("target", lengths.max_target_tokens)):
+        tokens = gathered.column(f"{side}_tokens")[rows]
+        percentiles = {f"p{p}": int(numpy.percentile(tokens, p, method="higher")) for p in PERCENTILES}
         counts[side] = {
             **percentiles,
-            "total": int(lengths.sum()),
+            "total": int(tokens.sum()),
             "limit": limit,
-            "cut": int((lengths > limit).sum()),
+            "cut": int((tokens > limit).sum()),
+            "dropped": rejects.kinds[f"{side} over the limit"],
         }
     return counts
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id, which is not len(tokenizer) where ids have gaps."""
-    return 1 + max(tokenizer.get_vocab().values())
-
-
-def _text_table(rows: list[Example]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "source": [row.source for row in rows],
-            "target": [row.target for row in rows],
-            "instruction": [row.record.instruction for row in rows],
-            "input": [row.record.input for row in rows],
-            "origin": [str(row.record.origin) for row in rows],
-        }
-    )
-
-
-def _encode(
-    table: Dataset, tokenizer: PreTrainedTokenizerBase, limits: dict[str, int], workers: int, name: str
-) -> Dataset:
-    if workers > 1:  # the threads of fast tokenizers do not survive the fork
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return table.map(
-        encode_rows,
-        batched=True,
-        num_proc=workers if workers > 1 else None,
-        fn_kwargs={"tokenizer": tokenizer, **limits},
-        features=Features({**table.features, **ENCODED_COLUMNS}),
-        new_fingerprint=f"encoded-{name}",  # the library's own would pickle the tokenizer, and is not used here
-        desc=f"Encoding {name}",
-    )
-
-
-def encode_rows(
-    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, max_source_tokens: int, max_target_tokens: int
-) -> dict[str, list[Any]]:
-    """ENCODED_COLUMNS of some rows; `source_tokens` and `target_tokens` are counted before anything is cut."""
-    sources, targets = split_sources(tokenizer, batch["source"]), split_targets(tokenizer, batch["target"])
-    empty_sides = [
-        "" if source.content and target.content else "target" if source.content else "source"
-        for source, target in zip(sources, targets, strict=True)
-    ]
-    return {
-        "input_ids": [source.ids(max_source_tokens) for source in sources],
-        "labels": [target.ids(max_target_tokens) for target in targets],
-        "source_tokens": [source.token_count for source in sources],
-        "target_tokens": [target.token_count for target in targets],
-        "empty_side": empty_sides,
-    }
-
-
-def _cores() -> int:
-    """Those this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

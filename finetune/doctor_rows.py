@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.encode import encode_sources, encode_targets
 from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import TEMPLATES, TOKENIZER_KEY, template_of
+from diptych.data_prep.templates import TEMPLATES, carried_template
 from diptych.finetune.loading import embedding_rows
 
 ROWS_LOOKED_AT = 10_000
@@ -81,9 +81,10 @@ def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
 
 def encoded_rows(texts: Sequence[tuple[str, str, str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """(instruction, input, output, origin) of each row, in the tokenizer's own template, or Alpaca's."""
-    template = template_of(tokenizer) if TOKENIZER_KEY in tokenizer.init_kwargs else TEMPLATES["alpaca"]
+    template = carried_template(tokenizer) or TEMPLATES["alpaca"]
     sources = encode_sources(tokenizer, [template.render_source(told, given) for told, given, _, _ in texts])
-    targets = encode_targets(tokenizer, [template.render_target(output) for _, _, output, _ in texts])
+    rendered = [template.render_target(output) for _, _, output, _ in texts]
+    targets = encode_targets(tokenizer, rendered, decoder_prefix=template.decoder_prefix)
     return [
         {"input_ids": source, "labels": target, "origin": origin}
         for source, target, (*_, origin) in zip(sources, targets, texts, strict=True)

@@ -8,7 +8,8 @@ The loss is in nats per target token, sum over sum, by the objective that traini
 source text is generated once, and the targets of all rows that share it are its references: "Go." has five good
 translations among the pairs of Tatoeba, and four of them would count as wrong if each row were asked alone.
 `exact_match_rows` is that stricter figure: the percentage of rows whose own target came out. `unfinished` counts the
-outputs that reached the cap on new tokens without ending.
+outputs that reached the cap on new tokens without ending. The decoder prefix of the template that made the rows is
+forced, and its stop strings end an output; the references end there too.
 
 `diptych evaluate MODEL --data prepared --split test --out report.json` prints this as a table, and writes the report
 and report.predictions.jsonl (source, references, prediction, finished). Every row counts once, in order; the same
@@ -30,6 +31,7 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import IGNORE_INDEX, UserError
+from diptych.data_prep.templates import Template, carried_template
 from diptych.finetune.batches import check_rows_fit, drop_repeated_start, longest_first, pad_batch, row_lengths
 from diptych.finetune.cli import choose_from, parse_settings, report_errors
 from diptych.finetune.families import decoder_start_token
@@ -96,12 +98,14 @@ def evaluate_rows(
     limit: int | None = None,
     progress: bool = False,
     bleu_tokenize: str | None = None,
+    template: Template | None = None,
     **generation_kwargs: Any,
 ) -> Evaluation:
     """Loss and, where metrics are asked, scores, of all rows or of `limit` rows drawn from everywhere in the split.
 
     Files are often sorted, so the first rows would tell of the shortest ones. References come from the whole split.
-    `max_new_tokens` is taken from the longest target unless given. The model may be in training mode; it is put back.
+    `max_new_tokens` is taken from the longest target unless given, `template` from the tokenizer. The model may be in
+    training mode; it is put back.
     """
     check_metric_names(metrics)
     rows = dataset if limit is None else draw(dataset, limit)
@@ -111,9 +115,13 @@ def evaluate_rows(
     if not metrics:
         return Evaluation(figures, {}, [])
     cap = max_new_tokens or cap_from_targets(rows, position_limit(model))
-    predictions = predict_rows(model, tokenizer, rows, dataset, batch_size, cap, progress, **generation_kwargs)
+    template = template or carried_template(tokenizer, check=False)  # loading has checked it
+    predictions = predict_rows(
+        model, tokenizer, rows, dataset, batch_size, cap, progress, template, **generation_kwargs
+    )
     said = {row.source: row.prediction for row in predictions}
-    own = sum(said[source] == target for source, target in zip(rows["source"], rows["target"], strict=True))
+    targets = [_cut(target, template) for target in rows["target"]]
+    own = sum(said[source] == target for source, target in zip(rows["source"], targets, strict=True))
     scores, signatures = score_texts(
         metrics, [row.prediction for row in predictions], [row.references for row in predictions], bleu_tokenize
     )
@@ -167,6 +175,7 @@ def predict_rows(
     batch_size: int,
     max_new_tokens: int,
     progress: bool = False,
+    template: Template | None = None,
     **generation_kwargs: Any,
 ) -> list[Prediction]:
     """One prediction for each different source of `rows`, in order; all its targets in `split` are references."""
@@ -174,13 +183,14 @@ def predict_rows(
     references: dict[str, list[str]] = {source: [] for source in source_ids}
     for source, target in zip(split["source"], split["target"], strict=True):
         if source in references:
-            references[source].append(target)
+            references[source].append(_cut(target, template))
     outputs = generate_outputs(
         model,
         tokenizer,
         list(source_ids.values()),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        template=template,
         progress=progress,
         **generation_kwargs,
     )
@@ -188,6 +198,10 @@ def predict_rows(
         Prediction(source, targets, output.text, output.finished)
         for (source, targets), output in zip(references.items(), outputs, strict=True)
     ]
+
+
+def _cut(target: str, template: Template | None) -> str:
+    return template.cut_at_stop(target) if template else target
 
 
 @dataclass(frozen=True)
@@ -242,14 +256,15 @@ def load_split(data: str, split: str) -> Dataset:
     return splits[split]
 
 
-def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, data: str) -> None:
-    """The rows are token ids: read with another vocabulary they would be other words."""
+def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, data: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the rows. They are token ids: read with another vocabulary they would be other words."""
     prepared = AutoTokenizer.from_pretrained(Path(data) / "tokenizer", trust_remote_code=False)
     if prepared.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {model_name} "
             f"({len(tokenizer)} tokens). Prepare the data again with --tokenizer {model_name}."
         )
+    return prepared
 
 
 def format_table(evaluation: Evaluation) -> str:
@@ -293,7 +308,7 @@ def write_report(settings: EvaluateSettings, evaluation: Evaluation) -> None:
 def run(settings: EvaluateSettings) -> int:
     rows = load_split(settings.data, settings.split)
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, pick_device(settings.device))
-    check_same_tokenizer(settings.model, tokenizer, settings.data)
+    prepared = check_same_tokenizer(settings.model, tokenizer, settings.data)
     check_rows_fit(model, {settings.split: rows})
     rows = drop_repeated_start(rows, model.config.decoder_start_token_id)
     print(f"{settings.model} on {settings.data}, split {settings.split}", file=sys.stderr)
@@ -307,6 +322,7 @@ def run(settings: EvaluateSettings) -> int:
         limit=settings.limit,
         progress=True,
         bleu_tokenize=settings.bleu_tokenize or None,
+        template=carried_template(prepared, check=False),  # the one that made the rows
         num_beams=settings.num_beams,
     )
     print(format_table(evaluation))

@@ -9,7 +9,9 @@ because a metric should not move with the checkpoint's taste; its token ids and 
 
 `diptych generate MODEL` answers one prompt (--instruction, --input), a file (--in_file, --out_file: see
 generate_file.py), or whoever types, when it is given neither. The prompt is rendered with the template that travels
-with the tokenizer and encoded by data_prep's code, so that the model reads what it was trained on.
+with the tokenizer and encoded by data_prep's code, so that the model reads what it was trained on. The template's
+decoder prefix is forced, as in a label: start, [kor_Hang], and what the model goes on with. Its stop strings end a row
+as soon as they are written, and are not part of the text.
 """
 
 import copy
@@ -21,9 +23,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
-from diptych.data_prep.encode import split_sources
+from diptych.data_prep.encode import label_prefix, split_sources
 from diptych.data_prep.records import UserError, nearest
 from diptych.data_prep.templates import Template, load_template, template_of
 from diptych.finetune.cli import parse_settings, report_errors
@@ -31,13 +40,15 @@ from diptych.finetune.loading import load_model_and_tokenizer, pick_device, posi
 
 DEFAULT_NEW_TOKENS = 256
 GREEDY = {"num_beams": 1, "do_sample": False}
+TOKENS_BEFORE_STOP = 16
+"""Stop strings are looked for in the last tokens alone: as many as the longest one has bytes, and these."""
 
 
 class Output(NamedTuple):
     text: str
-    """What was generated, without special tokens."""
+    """What was generated, without special tokens, up to the template's stop string."""
     finished: bool
-    """Whether the model ended it with its end token, and not the cap on new tokens."""
+    """Whether the model ended it, with its end token or a stop string, and not the cap on new tokens."""
 
 
 class GenerationBar(tqdm):
@@ -63,6 +74,7 @@ def generate_texts(
     *,
     batch_size: int,
     max_new_tokens: int,
+    template: Template | None = None,
     progress: bool | GenerationBar = False,
     **generation_kwargs: Any,
 ) -> list[str]:
@@ -73,6 +85,7 @@ def generate_texts(
         source_ids,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        template=template,
         progress=progress,
         **generation_kwargs,
     )
@@ -86,11 +99,13 @@ def generate_outputs(
     *,
     batch_size: int,
     max_new_tokens: int,
+    template: Template | None = None,
     progress: bool | GenerationBar = False,
     **generation_kwargs: Any,
 ) -> list[Output]:
     """Outputs in the order of `source_ids`; with `num_return_sequences=n`, n in a row for each source.
 
+    Of `template`, the decoder prefix is forced (it counts among the new tokens) and the stop strings end a row.
     `generation_kwargs` go to `model.generate` (num_beams, do_sample, streamer …). The model may be in training mode;
     it is put back into it.
     """
@@ -104,7 +119,8 @@ def generate_outputs(
         for start in range(0, len(longest_first), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = [source_ids[row] for row in rows]
-            found, tokens = _generate_batch(model, tokenizer, batch, max_new_tokens, GREEDY | generation_kwargs)
+            kwargs = GREEDY | generation_kwargs
+            found, tokens = _generate_batch(model, tokenizer, batch, max_new_tokens, template, kwargs)
             for position, row in enumerate(rows):
                 each = len(found) // len(rows)
                 outputs[row] = found[position * each : (position + 1) * each]
@@ -138,10 +154,18 @@ def _generate_batch(
     tokenizer: PreTrainedTokenizerBase,
     source_ids: Sequence[Sequence[int]],
     max_new_tokens: int,
+    template: Template | None,
     generation_kwargs: dict[str, Any],
 ) -> tuple[list[Output], int]:
     """The outputs of one batch in its order, and how many new tokens they have together."""
-    inputs = {name: ids.to(model.device) for name, ids in pad_sources(source_ids, tokenizer.pad_token_id or 0).items()}
+    inputs = pad_sources(source_ids, tokenizer.pad_token_id or 0)
+    prefix = label_prefix(tokenizer, template.decoder_prefix) if template and template.decoder_prefix else []
+    if prefix:
+        inputs["decoder_input_ids"] = torch.tensor([prefix] * len(source_ids))
+        max_new_tokens = max(1, max_new_tokens - len(prefix))
+    if template and template.stop:
+        generation_kwargs["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, template)])
+    inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
     try:
         config, others = _generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
         sequences = model.generate(**inputs, generation_config=config, **others).tolist()
@@ -151,13 +175,34 @@ def _generate_batch(
         raise UserError(f"{len(source_ids)} rows do not fit into memory together. Lower batch_size.") from error
     outputs, tokens = [], 0
     for sequence in sequences:
-        # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for.
-        ids, finished = _cut_at_eos(sequence[1:], config.eos_token_id)
+        # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for. A prefix
+        # that begins with the start token is given as it is; before any other, transformers puts the start.
+        given = len(prefix) + (sequence[0] not in prefix[:1])
+        ids, finished = _cut_at_eos(sequence[given:], config.eos_token_id)
         if config.forced_eos_token_id is not None and len(ids) + 1 == max_new_tokens:
             finished = False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
-        outputs.append(Output(tokenizer.decode(ids, skip_special_tokens=True), finished))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if template and (cut := template.cut_at_stop(text)) != text:
+            text, finished = cut, True
+        outputs.append(Output(text, finished))
         tokens += len(ids) + finished
     return outputs, tokens
+
+
+class StopStrings(StoppingCriteria):
+    """Ends each row (B, T) whose text holds one of the template's stop strings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template):
+        self.tokenizer, self.template = tokenizer, template
+        self.tokens = TOKENS_BEFORE_STOP + max(len(stop.encode()) for stop in template.stop)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        ends = [self._holds_stop(ids[-self.tokens :]) and self._holds_stop(ids) for ids in input_ids.tolist()]
+        return torch.tensor(ends, device=input_ids.device)
+
+    def _holds_stop(self, ids: list[int]) -> bool:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return any(stop in text for stop in self.template.stop)
 
 
 def _generation_config(
@@ -196,8 +241,11 @@ class GenerateSettings:
     """The instruction of a single prompt."""
     input: str = ""
     """The input that the instruction is about."""
+    system: str = ""
+    """A system prompt, for templates that have a place for one; in a session, for every prompt."""
     in_file: str = ""
-    """JSONL file of rows with `instruction` and, where there are any, `input`, `history`; other fields are kept."""
+    """JSONL file of rows with `instruction` and, where there are any, `input`, `history`, `system`; other fields
+    are kept."""
     out_file: str = ""
     """JSONL file to write: one line for each row, in order. Started again after a kill, it goes on where it was."""
     overwrite: bool = False
@@ -234,8 +282,10 @@ class GenerateSettings:
             raise UserError(
                 f"--{given} was given without --{missing}. Give both, or neither for a prompt or a session."
             )
-        if self.in_file and (self.instruction or self.input):
-            raise UserError("--in_file and a prompt were both given. Drop --instruction and --input, or the files.")
+        if self.in_file and (self.instruction or self.input or self.system):
+            raise UserError(
+                "--in_file and a prompt were both given. Drop --instruction, --input and --system, or the files."
+            )
         if self.input and not self.instruction:
             raise UserError("--input was given without --instruction. Say with --instruction what to do with it.")
         if self.num_return_sequences > 1 and self.temperature == 0 and self.num_beams < self.num_return_sequences:
@@ -303,16 +353,22 @@ class Prompter(NamedTuple):
 def answer(
     model: PreTrainedModel, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str
 ) -> None:
-    """Print the output of one prompt: as it comes where there is one beam, else when all of them are there."""
-    source_ids, cut = prompter.encode([prompter.template.render_source(instruction, text)])
+    """Print the output of one prompt: as it comes where there is one beam and no stop string, else when it is done."""
+    source_ids, cut = prompter.encode([prompter.template.render_source(instruction, text, (), settings.system)])
     if cut[0]:
         print(f"(the prompt was cut to {len(source_ids[0])} tokens)", file=sys.stderr)
     generation = settings.generation_kwargs()
-    streams = settings.num_beams == 1 and settings.num_return_sequences == 1
+    streams = settings.num_beams == settings.num_return_sequences == 1 and not prompter.template.stop
     if streams:
         generation["streamer"] = TextStreamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
     outputs = generate_outputs(
-        model, prompter.tokenizer, source_ids, batch_size=1, max_new_tokens=settings.max_new_tokens, **generation
+        model,
+        prompter.tokenizer,
+        source_ids,
+        batch_size=1,
+        max_new_tokens=settings.max_new_tokens,
+        template=prompter.template,
+        **generation,
     )
     if not streams:
         print("\n".join(output.text for output in outputs), flush=True)
@@ -361,7 +417,8 @@ def run(settings: GenerateSettings) -> int:
 
     # The file first: its mistakes are found before a large model is loaded.
     rows = read_prompts(settings.in_file) if settings.in_file else []
-    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, pick_device(settings.device))
+    device, uses_own = pick_device(settings.device), not settings.template
+    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
     settings = resolve_limits(settings, model)
     template = load_template(settings.template) if settings.template else template_of(tokenizer)
     prompter = Prompter(tokenizer, template, settings.max_source_tokens)

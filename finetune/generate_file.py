@@ -32,7 +32,7 @@ from diptych.finetune.generate import GenerateSettings, GenerationBar, Prompter,
 
 # 8 batches: sorting among them already removes most of the padding, and a kill costs at most their time.
 CHUNK_BATCHES = 8
-PROMPT_FIELDS = ("instruction", "input", "history")
+PROMPT_FIELDS = ("instruction", "input", "history", "system")
 OUR_FIELDS = ("row", "prediction", "finished", "source_cut", "error")
 
 
@@ -78,7 +78,8 @@ def _field_error(fields: dict[str, Any]) -> str:
     taken = [name for name in OUR_FIELDS if name in fields]
     if taken:
         return f"field {taken[0]!r} is one that is written here; rename it"
-    for name, needed in (("instruction", True), ("input", False), ("history", False)):
+    for name in PROMPT_FIELDS:
+        needed = name == "instruction"
         near = nearest(name, [other for other in fields if other not in PROMPT_FIELDS], cutoff=0.75)
         if name not in fields and near:
             return f"{name!r} is missing; is {near!r} meant? Rename it to {name!r}"
@@ -86,8 +87,9 @@ def _field_error(fields: dict[str, Any]) -> str:
             return f"{name!r} is missing; the row has {', '.join(map(repr, fields)) or 'no fields'}"
     if not isinstance(fields["instruction"], str) or not fields["instruction"].strip():
         return f"'instruction' must be a string that is not empty, got {json.dumps(fields['instruction'])[:60]}"
-    if not isinstance(fields.get("input") or "", str):
-        return f"'input' must be a string, got {json.dumps(fields['input'])[:60]}"
+    for name in ("input", "system"):
+        if not isinstance(fields.get(name) or "", str):
+            return f"{name!r} must be a string, got {json.dumps(fields[name])[:60]}"
     if not _is_history(fields.get("history") or []):
         return "'history' must be a list of [instruction, output] pairs of strings, oldest first"
     return ""
@@ -107,7 +109,8 @@ def render_prompts(rows: list[PromptRow], template: Template) -> tuple[list[Prom
             continue
         try:
             history = tuple((instruction, output) for instruction, output in row.fields.get("history") or [])
-            prompts[index] = template.render_source(row.fields["instruction"], row.fields.get("input") or "", history)
+            text, system = row.fields.get("input") or "", row.fields.get("system") or ""
+            prompts[index] = template.render_source(row.fields["instruction"], text, history, system)
         except UserError as error:
             judged[index] = row._replace(error=str(error))
     return judged, prompts
@@ -125,7 +128,7 @@ def generate_file(
     sources, was_cut = dict(zip(prompts, ids, strict=True)), dict(zip(prompts, cut, strict=True))
 
     chunk_rows = CHUNK_BATCHES * settings.batch_size
-    identity = run_identity(model, settings, rows, ids)
+    identity = run_identity(model, prompter.template, settings, rows, ids)
     done = open_run(out_file, identity, chunk_rows, len(rows), settings.overwrite)
     if done:
         print(f"{out_file} has {done} of {len(rows)} rows already; they are kept.", file=sys.stderr)
@@ -160,6 +163,7 @@ def _generate_chunk(
         source_ids,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
+        template=prompter.template,
         progress=bar,
         **settings.generation_kwargs(),
     )
@@ -186,15 +190,20 @@ def _summary(out_file: Path, rows: int, errors: int, cut: int) -> str:
 
 
 def run_identity(
-    model: PreTrainedModel, settings: GenerateSettings, rows: list[PromptRow], source_ids: list[list[int]]
+    model: PreTrainedModel,
+    template: Template,
+    settings: GenerateSettings,
+    rows: list[PromptRow],
+    source_ids: list[list[int]],
 ) -> dict[str, Any]:
     """All that decides the bytes of out_file. Prompts are hashed as encoded: template and tokenizer are in them."""
     own = ("batch_size", "max_new_tokens", "seed")
+    rules = {"decoder_prefix": list(template.decoder_prefix), "stop": list(template.stop)}
     return {
         "prompts_sha256": _sha256(json.dumps([rows, source_ids]).encode()),
         "weights_sha256": weights_sha256(model),
         "generation_config": json.loads(model.generation_config.to_json_string(use_diff=False)),
-        "settings": {name: getattr(settings, name) for name in own} | settings.generation_kwargs(),
+        "settings": {name: getattr(settings, name) for name in own} | rules | settings.generation_kwargs(),
         "device": model.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -33,6 +33,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
 from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import carried_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,9 +42,16 @@ _NO_CODE = {"trust_remote_code": False}
 
 
 def load_model_and_tokenizer(
-    path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    check_template: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in eval mode on `device`, in `dtype` ("auto": as it was saved), and the tokenizer saved with it."""
+    """The model in eval mode on `device`, in `dtype` ("auto": as it was saved), and the tokenizer saved with it.
+
+    With `check_template`, a UserError where the template that travels with the tokenizer no longer gives the texts and
+    token ids that it gave when it was saved.
+    """
     name = os.path.expanduser(path)
     check_folder(name)
     adapter = _adapter_settings(name)
@@ -53,6 +61,8 @@ def load_model_and_tokenizer(
     else:
         model, tokenizer = load_model(name, dtype), load_tokenizer(name)
     check_embedding_rows(model, tokenizer, name)
+    if check_template:
+        carried_template(tokenizer)
     return model.to(device).eval(), tokenizer
 
 

@@ -10,6 +10,7 @@ and `trainable_token_indices` misses Marian's head and merges wrongly where only
 """
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,15 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
             f"the vocabulary of this {model.config.model_type} cannot be grown to {rows} tokens: its encoder and its "
             f"decoder have one each. Prepare the data with the model's own tokenizer."
         )
+
+
+@torch.no_grad()
+def fill_rows_with_means(model: PreTrainedModel, pieces: Mapping[int, Sequence[int]]) -> None:
+    """{new token: old tokens it is made of}: in every vocabulary table, the new row becomes the mean of the old rows
+    (Gee et al. 2022, Fast Vocabulary Transfer), so that a new word begins as what the model knew of its parts."""
+    for table in vocabulary_tables(model).values():
+        for token, old_tokens in sorted(pieces.items()):  # a later token may be made of an earlier one
+            table[token] = table[list(old_tokens)].mean(dim=0)
 
 
 def add_adapter(

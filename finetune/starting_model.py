@@ -2,6 +2,9 @@
 
 diptych-8m                       new random weights, as many embedding rows as the tokenizer has tokens
 google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with adapters in it
+
+A tokenizer may have more tokens than the checkpoint (`grow_vocabulary`). Rows of tokens that `diptych tokenizer
+extend` added start as the mean of the rows of their old pieces; those of other new tokens as transformers makes them.
 """
 
 from dataclasses import fields
@@ -13,12 +16,20 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.records import UserError
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.families import decoder_start_token
-from diptych.finetune.loading import check_folder, embedding_rows, load_model, vocabulary_size
-from diptych.finetune.lora import add_adapter, grow_embeddings, load_adapter
+from diptych.finetune.loading import (
+    check_folder,
+    embedding_rows,
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+    vocabulary_size,
+)
+from diptych.finetune.lora import add_adapter, fill_rows_with_means, grow_embeddings, load_adapter
 from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
 
 
@@ -104,18 +115,33 @@ def _with_adapter(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: TrainRecipe) -> int:
-    """How many embedding rows were added for the tokenizer's new tokens."""
+    """How many rows, the last ones of each table, belong to tokens that the checkpoint does not know.
+
+    Not all need be added: T5 has 28 rows more than tokens, where new ones find room.
+    """
     tokens, rows = vocabulary_size(tokenizer), embedding_rows(model)
-    if tokens <= rows:
-        return 0
-    if not recipe.grow_vocabulary:
+    if tokens > rows and not recipe.grow_vocabulary:
         raise UserError(
             f"the tokenizer has {tokens} tokens, but {recipe.model} has {rows} embedding rows. If it is the model's "
             f"own tokenizer with tokens added, set grow_vocabulary to train rows for them; if not, prepare the data "
             f"again with --tokenizer {recipe.model}."
         )
-    grow_embeddings(model, tokens)
-    return tokens - rows
+    pieces = _pieces_to_learn(tokenizer, recipe.model, is_grown=tokens > rows)
+    if tokens > rows:
+        grow_embeddings(model, tokens)
+    fill_rows_with_means(model, pieces)
+    return embedding_rows(model) - min([rows, *pieces])
+
+
+def _pieces_to_learn(tokenizer: PreTrainedTokenizerBase, name: str, is_grown: bool) -> dict[int, list[int]]:
+    """New tokens and their old pieces, without those that the checkpoint's own tokenizer has already: their rows were
+    trained. A checkpoint without a tokenizer has trained all of them, unless it lacks rows."""
+    pieces = pieces_of_new_tokens(tokenizer)
+    if pieces and has_tokenizer(name):
+        known = set(load_tokenizer(name).get_vocab().items())
+        words = dict(zip(pieces, tokenizer.convert_ids_to_tokens(list(pieces)), strict=True))
+        return {token: old for token, old in pieces.items() if (words[token], token) not in known}
+    return pieces if is_grown else {}
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:

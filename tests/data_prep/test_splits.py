@@ -2,21 +2,29 @@
 
 import random
 
+import numpy
 import pytest
 
-from diptych.data_prep.readers import Directions, open_source
 from diptych.data_prep.records import Origin, Record
-from diptych.data_prep.splits import normalise, split_records
-from diptych.data_prep.validate import validate
+from diptych.data_prep.splits import SPLITS, normalise, record_keys, split_rows
 
 
 def record(source, output, instruction="Do it."):
     return Record(instruction=instruction, input=source, output=output, origin=Origin("rows", 1))
 
 
-def texts_by_split(records, split):
+def split_records(records, validation_fraction, test_fraction, seed, split_by="both"):
+    """The split, and the name of each record's."""
+    keys = numpy.array([record_keys(row) for row in records], dtype=numpy.uint64)
+    split = split_rows(
+        *keys.T, validation_fraction, test_fraction, seed, split_by, lambda row, side: getattr(records[row], side)
+    )
+    return split, [SPLITS[place] for place in split.of_row]
+
+
+def texts_by_split(records, names):
     texts = {"train": set(), "validation": set(), "test": set()}
-    for row, name in zip(records, split.names, strict=True):
+    for row, name in zip(records, names, strict=True):
         texts[name] |= {normalise(row.input) or normalise(row.instruction), normalise(row.output)}
     return texts
 
@@ -27,11 +35,11 @@ def assert_no_text_is_shared(texts):
     assert texts["validation"].isdisjoint(texts["test"])
 
 
-def test_no_english_or_korean_side_of_tatoeba_is_in_two_splits():
-    records = [validate(row) for row in open_source("tatoeba", Directions()).read()]
-    split = split_records(records, 0.05, 0.05, seed=0)
-    assert_no_text_is_shared(texts_by_split(records, split))
-    assert (split.names.count("validation"), split.names.count("test")) == (332, 332)
+def test_no_english_or_korean_side_of_tatoeba_is_in_two_splits(pairs):
+    records = [record(*sides) for pair in pairs for sides in (pair, pair[::-1])]
+    split, names = split_records(records, 0.05, 0.05, seed=0)
+    assert_no_text_is_shared(texts_by_split(records, names))
+    assert (names.count("validation"), names.count("test")) == (332, 332)
     assert (split.groups, split.warnings) == (3015, [])
 
 
@@ -43,56 +51,64 @@ def test_no_text_is_in_two_splits_however_rows_hang_together():
             record(draw.choice(["", *words]), draw.choice(words), instruction=draw.choice(words))
             for _ in range(draw.randint(1, 120))
         ]
-        split = split_records(records, draw.random() / 2, draw.random() / 2, seed=draw.randrange(9))
-        assert_no_text_is_shared(texts_by_split(records, split))
-        assert "train" in split.names
+        _, names = split_records(records, draw.random() / 2, draw.random() / 2, seed=draw.randrange(9))
+        assert_no_text_is_shared(texts_by_split(records, names))
+        assert "train" in names
 
 
 def test_a_chain_of_shared_texts_is_one_group():
     """a → b, b → c (as an input), C → d: "b" links sides, "C " differs from "c" only in case and spacing."""
     records = [record("a", "b"), record("b", "c"), record(" C ", "d"), record("x", "y"), record("z", "w")]
-    split = split_records(records, 0.2, 0.2, seed=0)
+    split, names = split_records(records, 0.2, 0.2, seed=0)
     assert split.groups == 3
-    assert set(split.names[:3]) == {"train"}
+    assert set(names[:3]) == {"train"}
+
+
+def test_the_turns_of_a_conversation_are_one_group():
+    turns = [("Hi.", "Hello."), ("And you?", "Fine.")]
+    first = Record(instruction="Hi.", input="", output="Hello.", origin=Origin("rows", 1, 1))
+    second = Record(instruction="And you?", input="", output="Fine.", history=(turns[0],), origin=Origin("rows", 1, 2))
+    other = Record(instruction="And you?", input="", output="Well.", origin=Origin("rows", 2))
+    assert split_records([first, second, other], 0, 0.4, seed=0)[0].groups == 2
 
 
 def test_a_row_without_input_is_known_by_its_instruction():
     records = [record("", "1", instruction="Count."), record("", "2", instruction="count.")]
-    assert split_records(records, 0, 0.5, seed=0).groups == 1
+    assert split_records(records, 0, 0.5, seed=0)[0].groups == 1
     records = [record("a", "1"), record("b", "2")]  # one instruction for many inputs links nothing
-    assert split_records(records, 0, 0.5, seed=0).groups == 2
+    assert split_records(records, 0, 0.5, seed=0)[0].groups == 2
 
 
 def test_the_same_rows_are_split_alike_in_any_order():
     records = [record(f"in {n // 2}", f"out {n}") for n in range(200)]
-    names = split_records(records, 0.1, 0.1, seed=4).names
+    names = split_records(records, 0.1, 0.1, seed=4)[1]
     order = random.Random(1).sample(range(200), 200)
-    shuffled = split_records([records[n] for n in order], 0.1, 0.1, seed=4).names
+    shuffled = split_records([records[n] for n in order], 0.1, 0.1, seed=4)[1]
     assert shuffled == [names[n] for n in order]
-    assert split_records(records, 0.1, 0.1, seed=4).names == names
-    assert split_records(records, 0.1, 0.1, seed=5).names != names
+    assert split_records(records, 0.1, 0.1, seed=4)[1] == names
+    assert split_records(records, 0.1, 0.1, seed=5)[1] != names
 
 
 @pytest.mark.parametrize("validation, test", [(0.05, 0.05), (0.1, 0.0), (0.0, 0.2), (0.0, 0.0), (0.3, 0.3)])
 def test_fractions_are_met(validation, test):
     records = [record(f"in {n}", f"out {n}") for n in range(1000)]
-    names = split_records(records, validation, test, seed=0).names
+    names = split_records(records, validation, test, seed=0)[1]
     assert names.count("validation") == round(1000 * validation)
     assert names.count("test") == round(1000 * test)
 
 
 def test_a_single_row_is_train():
-    assert split_records([record("a", "b")], 0.5, 0.4, seed=0).names == ["train"]
+    assert split_records([record("a", "b")], 0.5, 0.4, seed=0)[1] == ["train"]
 
 
 def test_a_group_that_swallows_the_data_is_said_aloud():
     """Classification: every row shares its output with hundreds of others."""
     records = [record(f"review {n}", "good" if n % 10 else "bad") for n in range(300)]
-    split = split_records(records, 0.1, 0.1, seed=0)
+    split, _ = split_records(records, 0.1, 0.1, seed=0)
     assert any("270 of 300 rows hang together" in text and "'good'" in text for text in split.warnings)
     assert any("--split_by source" in text for text in split.warnings)
-    by_source = split_records(records, 0.1, 0.1, seed=0, split_by="source")
-    assert (by_source.names.count("test"), by_source.warnings) == (30, [])
+    by_source, names = split_records(records, 0.1, 0.1, seed=0, split_by="source")
+    assert (names.count("test"), by_source.warnings) == (30, [])
 
 
 def test_texts_are_compared_without_case_width_and_spacing():

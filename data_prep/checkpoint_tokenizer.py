@@ -1,0 +1,113 @@
+"""The tokenizer of the checkpoint that will be tuned, with its template and its decoder's first token, from its files.
+
+    load_tokenizer_and_template(settings)  → the tokenizer with the template attached; None where it is to be trained
+    decoder_start_of(settings)             → (0, "model config"): with what every packed target begins, and who says so
+
+No model code runs here, and none of a stranger's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from diptych.data_prep.records import UserError
+from diptych.data_prep.settings import PrepareSettings
+from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template, load_template, template_of
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id, which is not len(tokenizer) where ids have gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def load_tokenizer_and_template(settings: PrepareSettings) -> tuple[PreTrainedTokenizerBase | None, Template]:
+    """The tokenizer is None where it has to be trained, which needs the train split first."""
+    if settings.tokenizer is None:
+        return None, load_template(settings.template or "alpaca")
+    tokenizer = _load_tokenizer(settings)
+    if settings.template is None and TOKENIZER_KEY in tokenizer.init_kwargs:
+        template = template_of(tokenizer)
+    else:
+        template = load_template(settings.template or "alpaca")
+    attach_template(tokenizer, template)
+    return tokenizer, template
+
+
+def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
+    name = settings.tokenizer
+    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise UserError(f"the tokenizer '{name}' is a path, and there is no such folder. Mend it, or name a Hub id.")
+    languages = {"src_lang": settings.source_language, "tgt_lang": settings.target_language}
+    given = {keyword: code for keyword, code in languages.items() if code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **given)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:  # the last is of a config beside it
+        raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
+    is_multilingual = hasattr(tokenizer, "tgt_lang")
+    if given and not is_multilingual:
+        raise UserError(f"'{name}' puts no languages into texts. Drop source_language and target_language.")
+    if is_multilingual and tokenizer.tgt_lang is None:
+        raise UserError(f"'{name}' is multilingual. Give --source_language and --target_language.")
+    for token in ("eos_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            raise UserError(f"'{name}' has no {token}. Set tokenizer.{token}, save it, and use that folder.")
+    check_decoder_start(settings, tokenizer)
+    return tokenizer
+
+
+def check_decoder_start(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    start, last = settings.decoder_start_token_id, vocabulary_size(tokenizer) - 1
+    if start is not None and start > last:
+        name = f"'{settings.tokenizer}'" if settings.tokenizer else "the tokenizer trained here"
+        raise UserError(
+            f"decoder_start_token_id is {start}, but the token ids of {name} end at {last}. Give one up to there, or"
+            " none: then it is what the checkpoint's config says, or else the padding token."
+        )
+
+
+def decoder_start_of(settings: PrepareSettings) -> tuple[int, str] | None:
+    """What training and `generate` will begin to write with, and who says so; None where nobody does.
+
+    The order is that of `decoder_start_token` in finetune/families.py, read from the files without any model code.
+    """
+    if settings.decoder_start_token_id is not None:
+        return settings.decoder_start_token_id, "setting"
+    config = _model_config(settings.tokenizer) if settings.tokenizer else None
+    if config is None or not getattr(config, "is_encoder_decoder", True):
+        return None
+    try:
+        generation = GenerationConfig.from_pretrained(settings.tokenizer)
+    except OSError:  # without a file of its own, a model makes it from its config
+        generation = GenerationConfig.from_model_config(config)
+    configured = getattr(config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
+    for token in (generation.decoder_start_token_id, configured, generation.bos_token_id):
+        if token is not None:
+            return token, "model config"
+    return None
+
+
+def _model_config(name: str) -> PreTrainedConfig | None:
+    """A config of a kind that transformers does not know, such as Diptych's, is taken as it is written."""
+    try:
+        written, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError:  # a tokenizer alone
+        return None
+    if "model_type" not in written:
+        return None
+    if written["model_type"] not in CONFIG_MAPPING:  # its parts, such as panels, would stay dicts
+        values = {key: value for key, value in written.items() if not isinstance(value, dict)}
+        return PreTrainedConfig.from_dict(values)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"config.json of '{name}' is not valid: {error}. Mend it, or give --packing false.") from error

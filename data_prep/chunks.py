@@ -1,0 +1,114 @@
+"""What readers hand on: rows in chunks of bounded size, and what is said of a row that could not be read.
+
+    in_chunks(rows, …)                 → Finished((Row(…), Reject(…), …), bytes_done=1_048_576), …
+    bad_byte(b"caf\xe9", 100)          → "invalid UTF-8: byte 0xe9 at byte offset 103 of the file."
+
+A chunk can be pickled, so that a worker process does what `rows()` takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from diptych.data_prep.files import HEAD_BYTES, LONG_ROW_CHARACTERS_KEPT, Limits, LongLine
+from diptych.data_prep.records import Origin, Reject, Row, UserError
+
+ROWS_IN_CHUNK = 2_000
+CHARACTERS_IN_CHUNK = 1 << 20
+
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What "surrogateescape" makes of a byte that is no UTF-8. Such bytes cost only their own row."""
+
+Rows = Iterator[Row | Reject]
+
+
+class Chunk(Protocol):
+    """A part of a source that one worker turns into rows. Picklable."""
+
+    bytes_done: int
+    """Of the source's own bytes, those read by the end of this chunk: for progress."""
+
+    def rows(self) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Rows that were read already, in formats where finding a row's end is most of the work."""
+
+    items: tuple[Row | Reject, ...]
+    bytes_done: int
+
+    def rows(self) -> Rows:
+        return iter(self.items)
+
+
+def in_chunks(rows: Rows, bytes_done: Callable[[], int]) -> Iterator[Finished]:
+    """Rows in bunches, bounded in number and in size."""
+    items, characters = [], 0
+    for row in rows:
+        items.append(row)
+        characters += len(row.raw)
+        if len(items) >= ROWS_IN_CHUNK or characters >= CHARACTERS_IN_CHUNK:
+            yield Finished(tuple(items), bytes_done())
+            items, characters = [], 0
+    if items:
+        yield Finished(tuple(items), bytes_done())
+
+
+# What rejects say
+
+
+def bad_byte(text: bytes, offset: int) -> str | None:
+    """Which byte of a text that begins `offset` bytes into the file is no UTF-8, and what the text is instead."""
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{text[error.start]:02x} at byte offset {offset + error.start} of the file"
+        korean = " Read as CP949 (EUC-KR) it is Korean: iconv -f CP949 -t UTF-8." if _is_cp949(text, 2, 0.5) else ""
+        return f"invalid UTF-8: {where}.{korean}"
+    return None
+
+
+def _is_cp949(text: bytes, least: int, share: float) -> bool:
+    try:
+        others = [character for character in text.decode("cp949") if not character.isascii()]
+    except UnicodeDecodeError:
+        return False
+    hangul = sum("\uac00" <= character <= "\ud7a3" for character in others)
+    return hangul >= least and hangul >= share * len(others)
+
+
+def check_encoding(head: bytes, name: str) -> None:
+    """A file that is Korean in another encoding from beginning to end is one error, not a reject a row."""
+    whole = head[: head.rfind(b"\n") + 1] if len(head) >= HEAD_BYTES else head
+    try:
+        whole.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if _is_cp949(whole, 4, 0.8):
+            raise UserError(
+                f"{name} is CP949 (EUC-KR), and UTF-8 is due (first at byte offset {error.start}). Convert it:"
+                f" iconv -f CP949 -t UTF-8 {name} > converted."
+            ) from None
+
+
+def unreadable(origin: Origin, text: str, offset: int | None, fault: str) -> Reject:
+    """A row that could not be read. Where bytes are no UTF-8, they are the fault to mend first."""
+    bad = None if offset is None else bad_byte(text.encode("utf-8", "surrogateescape"), offset)
+    kind = "invalid UTF-8" if bad else fault.split(":")[0]
+    return Reject(origin, None, kind, bad or fault, text)
+
+
+def too_large(origin: Origin, head: str, size: int | None, limits: Limits) -> Reject:
+    known = f"has {size:,} bytes" if size else "goes on"
+    reason = (
+        f"the row {known}, and max_row_bytes is {limits.max_row_bytes:,}. Is something not closed, or a line end lost?"
+    )
+    return Reject(origin, None, "row too large", reason, head[:LONG_ROW_CHARACTERS_KEPT])
+
+
+def long_line(line: LongLine, name: str, limits: Limits) -> Reject:
+    head = line.head.decode("utf-8", "replace")
+    return too_large(Origin(name, line.first_line), head, line.length, limits)

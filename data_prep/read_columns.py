@@ -1,0 +1,230 @@
+"""Rows of Parquet and Arrow files, and of data sets of the Hub, a slice of some 1,000 at a time.
+
+    instruction  output         Row({"instruction": "Add.", "output": "2"}, Origin("rows.parquet", 1), raw)
+    "Add."       "2"       →
+    "Sub."       b"\xff"        Reject "invalid UTF-8 in 'output': byte 0xff at byte 0 of the value."
+
+Values become Python objects in the worker. Nothing that a file says of itself is trusted: how much it unpacks to is
+looked at before, and Arrow's offsets are checked, since they would be followed to anywhere in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from diptych.data_prep.chunks import CHARACTERS_IN_CHUNK, ROWS_IN_CHUNK, Chunk, Rows, too_large
+from diptych.data_prep.files import File, Limits
+from diptych.data_prep.records import Origin, Reject, Row, UserError
+
+MOST_BATCH_BYTES = 1 << 28
+"""What the rows decoded at once may come to, where each holds the largest value that its column can have."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Rows as Arrow has them; to make Python values of them is the worker's part."""
+
+    name: str
+    batch: pyarrow.RecordBatch
+    first_row: int
+    bytes_done: int
+    limits: Limits
+
+    def __reduce__(self) -> tuple:
+        """A slice pickles with all that it is a slice of; the stream format holds its own rows alone."""
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, self.batch.schema) as stream:
+            stream.write_batch(self.batch)
+        return _columns_again, (self.name, sink.getvalue().to_pybytes(), self.first_row, self.bytes_done, self.limits)
+
+    def rows(self) -> Rows:
+        names = self.batch.schema.names
+        may_have_large_rows = _unfolded_bytes(self.batch) > self.limits.max_row_bytes
+        columns = [] if may_have_large_rows else [_values(column) for column in self.batch.columns]
+        for place in range(self.batch.num_rows):
+            origin = Origin(self.name, self.first_row + place)
+            if may_have_large_rows:
+                row = self.batch.slice(place, 1)
+                size = _unfolded_bytes(row)
+                if size > self.limits.max_row_bytes:
+                    yield too_large(origin, _beginning(row), size, self.limits)
+                    continue
+                values = [_values(column)[0] for column in row.columns]
+            else:
+                values = [column[place] for column in columns]
+            yield _columns_row(dict(zip(names, values, strict=True)), origin)
+
+
+def _columns_again(name: str, stream: bytes, first_row: int, bytes_done: int, limits: Limits) -> Columns:
+    with pyarrow.ipc.open_stream(stream) as reader:
+        return Columns(name, reader.read_next_batch(), first_row, bytes_done, limits)
+
+
+def _unfolded_bytes(batch: pyarrow.RecordBatch) -> int:
+    """At most so many bytes the values have, each written out where a dictionary holds them once."""
+    total = 0
+    for column in batch.columns:
+        if isinstance(column, pyarrow.DictionaryArray):
+            if batch.num_rows == 1:
+                total += column.dictionary_decode().nbytes
+            else:
+                total += batch.num_rows * column.dictionary.nbytes
+        else:
+            total += column.nbytes
+    return total
+
+
+def _beginning(row: pyarrow.RecordBatch) -> str:
+    """Of a row too large to be written out: the beginnings of its texts."""
+    shown = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        value = column[0]
+        if isinstance(value, pyarrow.StringScalar | pyarrow.LargeStringScalar) and value.is_valid:
+            shown[name] = value.as_buffer()[:200].to_pybytes().decode("utf-8", "replace")
+        else:
+            shown[name] = f"({value.type})"
+    return json.dumps(shown, ensure_ascii=False)
+
+
+class _Unreadable(str):
+    """What is wrong with a value that has no Python form."""
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    """Arrow does not check that its strings are UTF-8, and has times that Python has not: they cost their own row."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError, pyarrow.ArrowException):
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pyarrow.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return _Unreadable(f"invalid UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start} of the value")
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+        return _Unreadable(f"unreadable value: {error}")
+
+
+def _columns_row(fields: dict[str, Any], origin: Origin) -> Row | Reject:
+    raw = json.dumps(fields, ensure_ascii=False, default=str)
+    for name, value in fields.items():
+        if isinstance(value, _Unreadable):
+            kind, _, what = value.partition(": ")
+            return Reject(origin, name, kind, f"{kind} in '{name}': {what}.", raw)
+    return Row(fields, origin, raw)
+
+
+def _columns_chunks(
+    batches: Iterable[pyarrow.RecordBatch], name: str, bytes_done: Callable[[], int], limits: Limits
+) -> Iterator[Chunk]:
+    """Batches of any length in slices of bounded size."""
+    row = 1
+    for batch in batches:
+        rows_of_a_block = max(1, batch.num_rows * CHARACTERS_IN_CHUNK // max(1, batch.nbytes))
+        step = min(ROWS_IN_CHUNK, rows_of_a_block)
+        for start in range(0, batch.num_rows, step):
+            part = batch.slice(start, step)
+            yield Columns(name, part, row, bytes_done(), limits)
+            row += part.num_rows
+
+
+def _check_columns(schema: pyarrow.Schema, name: str) -> None:
+    twice = [column for column, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise UserError(f"{name} has the column '{twice[0]}' twice. Rename or drop one.")
+
+
+def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
+    """Row group by row group, some rows at a time: how many, the largest column of the group says, since a value that
+    is stored once may stand in every row."""
+    try:
+        with file.open_for_seeking() as raw, pyarrow.parquet.ParquetFile(raw) as parquet:
+            metadata = parquet.metadata
+            _check_columns(parquet.schema_arrow, file.name)
+            _check_unpacked(file, metadata, limits)
+            batches = _parquet_batches(parquet)
+            yield from _columns_chunks(batches, file.name, raw.tell, limits)
+    except (pyarrow.ArrowException, OSError) as error:
+        file.check_content()
+        raise UserError(f"{file.name} cannot be read as parquet: {_one_line(error)}") from None
+    file.check_content()
+
+
+def _parquet_batches(parquet: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
+    for group in range(parquet.metadata.num_row_groups):
+        facts = parquet.metadata.row_group(group)
+        largest = max((facts.column(place).total_uncompressed_size for place in range(facts.num_columns)), default=0)
+        rows = min(ROWS_IN_CHUNK, max(16, MOST_BATCH_BYTES // max(1, largest)))
+        yield from parquet.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
+
+
+def _check_unpacked(file: File, metadata: pyarrow.parquet.FileMetaData, limits: Limits) -> None:
+    unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    if unpacked > (most := limits.unpacked_bytes(file.bytes)):
+        raise UserError(
+            f"{file.name} has {file.bytes:,} bytes and unpacks to {unpacked:,}; at most {most:,} may come of it. If"
+            " you trust it, raise max_unpacked_ratio."
+        )
+
+
+def arrow_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
+    """An Arrow file or stream, batch by batch as it was written: one batch is in memory at a time."""
+    try:
+        with file.open_for_seeking() as raw:
+            is_file = raw.peek(6)[:6] == b"ARROW1"
+            reader = pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)
+            _check_columns(reader.schema, file.name)
+            batches = _arrow_batches(reader, file, limits)
+            yield from _columns_chunks(batches, file.name, raw.tell, limits)
+    except (pyarrow.ArrowException, OSError) as error:
+        file.check_content()
+        raise UserError(f"{file.name} cannot be read as Arrow: {_one_line(error)}") from None
+    file.check_content()
+
+
+def _arrow_batches(reader: Any, file: File, limits: Limits) -> Iterator[pyarrow.RecordBatch]:
+    most = limits.unpacked_bytes(file.bytes)
+    count = reader.num_record_batches if hasattr(reader, "num_record_batches") else None
+    batches = reader if count is None else map(reader.get_batch, range(count))
+    for number, batch in enumerate(batches, start=1):
+        if batch.nbytes > most:
+            raise UserError(
+                f"{file.name} has {file.bytes:,} bytes, and its batch {number} unpacks to {batch.nbytes:,}; at most"
+                f" {most:,} may come of it. If you trust it, raise max_unpacked_ratio."
+            )
+        for column in batch.columns:
+            _check_column(column)
+        yield batch
+
+
+def _check_column(column: pyarrow.Array) -> None:
+    """Arrow takes offsets on trust and would read anywhere in memory. Text that is no UTF-8 is another matter."""
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+        if not is_text or "UTF8" not in str(error):
+            raise
+        binary = pyarrow.binary() if pyarrow.types.is_string(column.type) else pyarrow.large_binary()
+        column.view(binary).validate(full=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") + "."
+
+
+def hub_chunks(dataset: Any, name: str, limits: Limits) -> Iterator[Chunk]:
+    _check_columns(dataset.features.arrow_schema, name)
+    tables = dataset.with_format("arrow").iter(batch_size=ROWS_IN_CHUNK)
+    batches = (batch for table in tables for batch in table.to_batches())
+    return _columns_chunks(batches, name, lambda: 0, limits)

@@ -1,0 +1,590 @@
+"""JSON in files of any size: one object a line, an array of objects, or one object that holds such a list.
+
+    {"instruction": "Add.", "output": "2"}          a line → Row({"instruction": "Add.", "output": "2"}, …)
+    {"instruction": "Add." "output": "2"}           → Reject "broken JSON: Expecting ',' delimiter, line 2, column 22."
+    {"output": "2", "output": "3"}                  → Reject "'output' occurs twice in one object; …", field "output"
+    [{…}, {"a": b}, {…}]                            → Row, Reject, Row: rows 1, 2 and 3
+
+Lines go to the workers as they stand in the file. An array is passed over with a window that holds one row and some
+256 kB, and goes on after a broken row with the next `}, {` that begins like the other rows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from diptych.data_prep.chunks import (
+    NOT_UTF8,
+    Chunk,
+    Finished,
+    Rows,
+    bad_byte,
+    in_chunks,
+    long_line,
+    too_large,
+    unreadable,
+)
+from diptych.data_prep.files import (
+    BLOCK_BYTES,
+    LONG_ROW_CHARACTERS_KEPT,
+    Content,
+    File,
+    Limits,
+    Lines,
+    LongLine,
+    line_blocks,
+)
+from diptych.data_prep.records import RAW_CHARACTERS_KEPT, Origin, Reject, Row, UserError
+
+SPACE = re.compile(r"[ \t\r\n]*")
+NEXT_ROW = re.compile(r"\}\s*,\s*(?=\{)")
+NEXT_OBJECT = re.compile(r",\s*(?=\{)")
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+FIRST_KEY = re.compile(r'\{\s*("[^"\\]*(?:\\.[^"\\]*)*")')
+BOUNDARY_CHARACTERS = 4096  # what stands between two rows may lie on both sides of a block's end
+MARKS_OUTSIDE_STRINGS = re.compile(r'["{}\[\]]')
+MARKS_INSIDE_STRINGS = re.compile(r'["\\]')
+SCALAR_END = re.compile(r"[,\]}\s]")
+JSON_TYPE_NAMES = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+TASK_KEYS = frozenset(("Definition", "Instances"))  # of a Super-NaturalInstructions task
+
+
+class _Fault(ValueError):
+    """JSON whose form is right and whose meaning is not."""
+
+    def __init__(self, kind: str, reason: str, field: str | None = None) -> None:
+        super().__init__(reason)
+        self.kind, self.field = kind, field
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Plain JSON readers silently keep the last of two values for one key."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Fault("repeated field", f"'{twice}' occurs twice in one object; keep the right one", twice)
+    return fields
+
+
+def _no_number(name: str) -> None:
+    raise _Fault("NaN or Infinity", f"{name} is no JSON; write null, a number, or a string")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+_LENIENT_JSON = json.JSONDecoder(parse_int=str)  # finds the end of what _JSON refuses for its meaning
+_scan = _JSON.scan_once
+
+
+def _json_fault(error: Exception, place: Callable[[int], str], start: int) -> tuple[str, str, str | None]:
+    """Kind, reason and field of what is wrong with a row that starts at `start`; `place` names a position in words."""
+    if isinstance(error, json.JSONDecodeError):
+        return "broken JSON", f"broken JSON: {error.msg}, {place(error.pos)}.", None
+    if isinstance(error, _Fault):
+        return error.kind, f"{error}, in the row at {place(start)}.", error.field
+    if isinstance(error, RecursionError):
+        return "nested too deeply", f"lists and objects nested too deeply, in the row at {place(start)}.", None
+    return "number too long", f"a number has too many digits to be one, in the row at {place(start)}.", None
+
+
+def _is_too_deep(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _checked(value: Any, raw: str, origin: Origin, limits: Limits) -> Row | Reject:
+    """A decoded value as a row, if it is an object of bearable depth."""
+    if not isinstance(value, dict):
+        what = "null" if value is None else JSON_TYPE_NAMES.get(type(value), type(value).__name__)
+        return Reject(origin, None, "not an object", f"the row is {what} ({raw[:60]}); an object {{…}} is due.", raw)
+    if raw.count("{") + raw.count("[") > limits.max_depth and _is_too_deep(value, limits.max_depth):
+        reason = f"lists and objects are nested deeper than {limits.max_depth}."
+        return Reject(origin, None, "nested too deeply", reason, raw)
+    return Row(value, origin, raw)
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """Lines as they stand in the file; to decode them is the worker's part."""
+
+    name: str
+    lines: Lines
+    bytes_done: int
+    limits: Limits
+
+    def rows(self) -> Rows:
+        number, offset = self.lines.first_line - 1, None
+        try:
+            texts = self.lines.data.decode("utf-8").split("\n")
+        except UnicodeDecodeError:
+            texts, offset = self.lines.data.decode("utf-8", "surrogateescape").split("\n"), self.lines.offset
+        has_long_line = len(self.lines.data) > self.limits.max_row_bytes
+        for text in texts:
+            number += 1
+            try:
+                value, end = _scan(text, 0)
+                is_sound = end == len(text) and offset is None and not has_long_line
+            except (StopIteration, ValueError, RecursionError):
+                is_sound = False
+            if is_sound:
+                yield _checked(value, text, Origin(self.name, number), self.limits)
+            elif text.strip(" \t\r"):
+                yield self._odd_row(text.removesuffix("\r"), Origin(self.name, number), offset)
+            if offset is not None:
+                offset += len(text.encode("utf-8", "surrogateescape")) + 1
+
+    def _odd_row(self, text: str, origin: Origin, offset: int | None) -> Row | Reject:
+        """A line with blanks about it, a fault in it, or a neighbour that is no UTF-8."""
+        if len(text) > self.limits.max_row_bytes // 4:
+            size = len(text.encode("utf-8", "surrogateescape"))
+            if size > self.limits.max_row_bytes:
+                return too_large(origin, text, size, self.limits)
+        if offset is not None and NOT_UTF8.search(text):
+            return unreadable(origin, text, offset, "")
+        try:
+            value = _JSON.decode(text)
+        except (ValueError, RecursionError) as error:
+            kind, reason, field = _json_fault(error, lambda at: f"line {origin.row}, column {at + 1}", 0)
+            return Reject(origin, field, kind, reason, text)
+        return _checked(value, text, origin, self.limits)
+
+
+def jsonl_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
+    """One object a line; blank lines are no rows."""
+    with file.open(limits) as content:
+        for lines in line_blocks(content, mark, limits.max_row_bytes):
+            if isinstance(lines, LongLine):
+                yield Finished((long_line(lines, file.name, limits),), content.position)
+            else:
+                yield JsonLines(file.name, lines, content.position, limits)
+
+
+class Window:
+    """The stretch of a long text that is being looked at. `at` is where reading stands in it."""
+
+    def __init__(self, content: Content, mark: int) -> None:
+        content.read(mark)
+        self.text, self.at, self.has_bad_bytes, self.ended = "", 0, False, False
+        self._content, self._undecoded = content, b""
+        self._bytes_before, self._lines_before, self._column_before = mark, 0, 0
+        self._characters_before = 0
+
+    def more(self) -> bool:
+        """Grow by a block, or by as much again as is still needed of what there is; False at the end."""
+        if self.ended:
+            return False
+        block = self._content.read(max(BLOCK_BYTES, len(self.text) - self.at))
+        self.ended = not block
+        data = self._undecoded + block
+        try:
+            text, used = _decode_utf8(data, "strict", self.ended)
+        except UnicodeDecodeError:
+            text, used = _decode_utf8(data, "surrogateescape", self.ended)
+            self.has_bad_bytes = True
+        self._undecoded = data[used:]
+        self.text += text
+        return bool(text) or self.more()
+
+    def let_go(self) -> None:
+        """Forget what lies behind, if that is most of the window: then it pays."""
+        if 2 * self.at > len(self.text) and self.at:
+            self.forget(self.at)
+
+    def forget(self, position: int) -> None:
+        gone = self.text[:position]
+        self._bytes_before += len(gone) if gone.isascii() else len(gone.encode("utf-8", "surrogateescape"))
+        self._characters_before += position
+        line_end = gone.rfind("\n")
+        self._column_before = len(gone) - line_end - 1 if line_end >= 0 else self._column_before + len(gone)
+        self._lines_before += gone.count("\n")
+        self.text, self.at = self.text[position:], max(0, self.at - position)
+
+    def passed(self) -> int:
+        """Characters of the text that lie behind; grows whenever reading goes on."""
+        return self._characters_before + self.at
+
+    def next_character(self) -> str:
+        """The first that is no blank, from where reading stands, and stand there; '' at the end."""
+        while True:
+            self.at = SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            self.let_go()
+            if not self.more():
+                return ""
+
+    def place(self, position: int) -> str:
+        line = self._lines_before + self.text.count("\n", 0, position) + 1
+        line_end = self.text.rfind("\n", 0, position)
+        column = position - line_end if line_end >= 0 else self._column_before + position + 1
+        return f"line {line}, column {column}"
+
+    def offset(self, position: int) -> int:
+        return self._bytes_before + len(self.text[:position].encode("utf-8", "surrogateescape"))
+
+
+def _decode_utf8(data: bytes, errors: str, final: bool) -> tuple[str, int]:
+    return codecs.utf_8_decode(data, errors, final)
+
+
+def _skip_value(window: Window) -> int | None:
+    """Go past a list, object or string by its brackets and quotes alone; None if it is never closed.
+
+    Returns how many characters it has. Nothing of it is kept, so it may be of any size.
+    """
+    depth, is_string, length = 0, False, 0
+    position = window.at
+    while True:
+        marks = MARKS_INSIDE_STRINGS if is_string else MARKS_OUTSIDE_STRINGS
+        found = marks.search(window.text, position)
+        if found is None or (found.group() == "\\" and found.end() == len(window.text) and not window.ended):
+            end = len(window.text) if found is None else found.start()
+            length += end - window.at
+            window.at = position = end
+            window.let_go()
+            position = window.at
+            if not window.more():
+                window.at = len(window.text)
+                return None
+            continue
+        position, mark = found.end(), found.group()
+        if mark == "\\":
+            position += 1
+        elif mark == '"':
+            is_string = not is_string
+        else:
+            depth += 1 if mark in "[{" else -1
+        if depth <= 0 and not is_string:
+            length += position - window.at
+            window.at = position
+            return length
+
+
+class _TooLarge(Exception):
+    """The row at hand is beyond max_row_bytes."""
+
+
+class ArrayRows:
+    """The rows of a JSON array, decoded one by one as the window passes over them."""
+
+    def __init__(self, window: Window, name: str, limits: Limits, is_whole_file: bool) -> None:
+        self.window, self.name, self.limits, self.is_whole_file = window, name, limits, is_whole_file
+        self.row = 0
+        self.first_keys: set[str] = set()
+        """The keys that rows begin with: they tell the next row from an object inside a broken one."""
+
+    def rows(self) -> Rows:
+        """From after the `[` to after the `]`."""
+        window = self.window
+        while True:
+            window.let_go()
+            character = window.next_character()
+            if character == "":
+                fault = f"broken JSON: the file ends inside the array, {window.place(window.at)}."
+                yield Reject(self._next_origin(), None, "broken JSON", fault, "")
+                return
+            if character == "]":
+                window.at += 1
+                if self._is_end():
+                    return
+                fault = f"broken JSON: text after the end of the array, {window.place(window.at)}."
+                yield self._broken(*self._skip_to_next_row(window.at, NEXT_ROW), fault)
+            else:
+                yield self._row()
+
+    def _is_end(self) -> bool:
+        follows = self.window.next_character()
+        return follows == "" if self.is_whole_file else follows in (",", "}")
+
+    def _next_origin(self) -> Origin:
+        self.row += 1
+        return Origin(self.name, self.row)
+
+    def _broken(self, raw: str, offset: int, fault: str) -> Reject:
+        return unreadable(self._next_origin(), raw, offset if self.window.has_bad_bytes else None, fault)
+
+    def _row(self) -> Row | Reject:
+        window = self.window
+        try:
+            value, raw = self._decode(_JSON)
+        except _TooLarge:
+            return self._skip_large_row()
+        except json.JSONDecodeError as error:
+            return self._skip_broken_row(error)
+        except (ValueError, RecursionError) as error:
+            return self._skip_senseless_row(error)
+        offset = window.offset(window.at) if window.has_bad_bytes else None
+        window.at += len(raw)
+        if fault := self._fault_after_row():
+            skipped, _ = self._skip_to_next_row(window.at, NEXT_ROW)
+            return unreadable(self._next_origin(), raw + skipped, offset, fault)
+        if offset is not None and NOT_UTF8.search(raw):
+            return unreadable(self._next_origin(), raw, offset, "")
+        if isinstance(value, dict) and value and len(self.first_keys) < 1000:
+            self.first_keys.add(next(iter(value)))
+        return _checked(value, raw, self._next_origin(), self.limits)
+
+    def _decode(self, decoder: json.JSONDecoder) -> tuple[Any, str]:
+        """The value where the window stands, and its text. The window grows until the value fits, up to the limit."""
+        window, most = self.window, self.limits.max_row_bytes
+        while True:
+            start, size = window.at, len(window.text)
+            try:
+                value, end = decoder.raw_decode(window.text, start)
+                if end < size or not window.more():  # at the very end of the window, a number may go on
+                    break
+            except json.JSONDecodeError as error:
+                may_be_cut = error.pos > size - 16 or error.msg.startswith("Unterminated string")
+                if may_be_cut and size - start > most:
+                    raise _TooLarge from None
+                if not may_be_cut or not window.more():
+                    raise
+        raw = window.text[start:end]
+        if len(raw) > most // 4 and len(raw.encode("utf-8", "surrogateescape")) > most:
+            raise _TooLarge
+        return value, raw
+
+    def _fault_after_row(self) -> str | None:
+        """After a row comes a comma, or the end of the array; the window goes on to what comes next."""
+        window = self.window
+        follows = window.next_character()
+        if follows == ",":
+            window.at += 1
+        if follows in (",", "]", ""):
+            return None
+        return f"broken JSON: ',' or ']' expected after the row, {window.place(window.at)}."
+
+    def _skip_broken_row(self, error: json.JSONDecodeError) -> Reject:
+        window, start = self.window, self.window.at
+        fault = f"broken JSON: {error.msg}, {window.place(error.pos)}."
+        if window.text[start] == ",":  # a comma too many
+            window.at += 1
+            return Reject(self._next_origin(), None, "broken JSON", fault, ",")
+        if error.pos > start and window.text.startswith("{", error.pos) and self._begins_a_row(error.pos):
+            offset, window.at = window.offset(start), error.pos  # what closes this row is missing
+            return self._broken(window.text[start : error.pos], offset, fault)
+        pattern = NEXT_ROW if window.text[start] == "{" else NEXT_OBJECT
+        return self._broken(*self._skip_to_next_row(start + 1, pattern), fault)
+
+    def _skip_senseless_row(self, error: Exception) -> Reject:
+        """Its form is right, so that its end can be found."""
+        window, start = self.window, self.window.at
+        kind, reason, field = _json_fault(error, window.place, start)
+        try:
+            _, raw = self._decode(_LENIENT_JSON)
+            window.at += len(raw)
+        except _TooLarge:
+            return self._skip_large_row()
+        except json.JSONDecodeError as broken:
+            return self._skip_broken_row(broken)
+        except RecursionError:
+            raw = window.text[start : start + LONG_ROW_CHARACTERS_KEPT]
+            _skip_value(window)
+        if self._fault_after_row():
+            raw += self._skip_to_next_row(window.at, NEXT_ROW)[0]
+        return Reject(self._next_origin(), field, kind, reason, raw)
+
+    def _skip_large_row(self) -> Reject:
+        window = self.window
+        head = window.text[window.at : window.at + LONG_ROW_CHARACTERS_KEPT]
+        is_closed = _skip_value(window) if head[0] in '[{"' else None
+        if self._fault_after_row() or not is_closed:
+            self._skip_to_next_row(window.at, NEXT_ROW)
+        return too_large(self._next_origin(), head, None, self.limits)
+
+    def _skip_to_next_row(self, search_from: int, pattern: re.Pattern) -> tuple[str, int]:
+        """Go to the next row, or to the end if there is none. Returns the text gone past, where it is not too long,
+        and its offset in the file."""
+        window, offset = self.window, self.window.offset(self.window.at)
+        if search_from == window.at and self._begins_a_row(window.at):  # a comma is missing between two rows
+            return "", offset
+        own_key = self._key_at(window.at)
+        long_head, is_first = None, not self.first_keys
+        while True:
+            found = self._find_row(search_from, pattern, own_key)
+            if found is None and is_first and (window.ended or len(window.text) - window.at > BLOCK_BYTES):
+                found = self._find_row(search_from, pattern, None)  # nothing is known yet of how rows begin
+            if found is not None:
+                skipped, window.at = window.text[window.at : found], found
+                return long_head or skipped, offset
+            is_first = is_first and len(window.text) - window.at <= BLOCK_BYTES
+            search_from = max(search_from, len(window.text) - BOUNDARY_CHARACTERS)
+            if len(window.text) - window.at > self.limits.max_row_bytes:
+                long_head = long_head or window.text[window.at : window.at + LONG_ROW_CHARACTERS_KEPT]
+                window.forget(search_from)
+                window.at = search_from = 0
+            if not window.more():
+                skipped, window.at = window.text[window.at :], len(window.text)
+                return long_head or skipped, offset
+
+    def _find_row(self, search_from: int, pattern: re.Pattern, own_key: str | None) -> int | None:
+        for found in pattern.finditer(self.window.text, search_from):
+            if self._begins_a_row(found.end(), own_key):
+                return found.end()
+        return None
+
+    def _begins_a_row(self, position: int, own_key: str | None = None) -> bool:
+        key, known = self._key_at(position), self.first_keys or ({own_key} if own_key else None)
+        return self.window.text.startswith("{", position) and (known is None or key in known)
+
+    def _key_at(self, position: int) -> str | None:
+        found = FIRST_KEY.match(self.window.text, position)
+        try:
+            return found and _LENIENT_JSON.decode(found.group(1))
+        except ValueError:
+            return None
+
+
+def json_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
+    """An array of objects, of which one at a time is in memory."""
+    with file.open(limits) as content:
+        window = Window(content, mark)
+        window.next_character()
+        window.at += 1
+        rows = ArrayRows(window, file.name, limits, is_whole_file=True).rows()
+        yield from in_chunks(rows, lambda: content.position)
+
+
+def object_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
+    """One object: a Super-NaturalInstructions task, which is one row, or the wrapping of one list of rows.
+
+    Read twice: once to see which lists it has, and once for the rows.
+    """
+    with file.open(limits) as content:
+        window = Window(content, mark)
+        lists = {key: _begins_rows(window) for key in _members(window, file.name)}
+        if window.next_character():
+            raise UserError(
+                f"{file.name}, {window.place(window.at)}: text after the end of the object. If the file has one object"
+                " a line, name it .jsonl; if it has several objects, write them into one array: jq -s ."
+            )
+    if TASK_KEYS & lists.keys():
+        yield _whole_object(file, limits, mark)
+        return
+    wanted = [key for key, is_rows in lists.items() if is_rows]
+    if len(wanted) != 1:
+        found = ", ".join(f"'{key}'" for key in (wanted or lists)) or "nothing"
+        what = "several lists of rows" if wanted else "no list of rows"
+        raise UserError(
+            f"{file.name}, line 1, column 1: a JSON object stands here, and an array of objects is due:"
+            f" [{{…}}, {{…}}]. An object may wrap one such list; this one has {what}: {found}. Take it out, such as by"
+            f" jq '.{next(iter(wanted or lists), 'data')}' {file.name} > rows.json."
+        )
+    with file.open(limits) as content:
+        window = Window(content, mark)
+        rows = _rows_of_member(window, wanted[0], file.name, limits)
+        yield from in_chunks(rows, lambda: content.position)
+
+
+def _rows_of_member(window: Window, wanted: str, name: str, limits: Limits) -> Rows:
+    array = ArrayRows(window, name, limits, is_whole_file=False)
+    for key in _members(window, name):
+        if key == wanted:
+            window.at += 1
+            yield from array.rows()
+    while window.more():  # to the end, where the file is looked at once more
+        window.forget(len(window.text))
+
+
+def _members(window: Window, name: str) -> Iterator[str]:
+    """The keys of the object that the text is, each while the window stands at its value, which may be read or not."""
+
+    def expect(characters: str) -> str:
+        found = window.next_character()
+        if not found or found not in characters:
+            shown = repr(found) if found else "the end of the file"
+            due = " or ".join(repr(character) for character in characters)
+            raise UserError(
+                f"{name}: broken JSON, {window.place(window.at)}: {shown} stands where {due} is due, outside of any"
+                " row, so that the file cannot be read. Mend it there."
+            )
+        return found
+
+    expect("{")
+    window.at += 1
+    while expect('"}') == '"':
+        start = window.at
+        while JSON_STRING.match(window.text, start) is None and len(window.text) - start < 4 * BLOCK_BYTES:
+            if not window.more():
+                break
+        try:
+            key, window.at = _LENIENT_JSON.raw_decode(window.text, start)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{name}: broken JSON: {error.msg}, {window.place(error.pos)}. Mend it there.") from None
+        expect(":")
+        window.at += 1
+        if not window.next_character():
+            expect("{[")
+        before = window.passed()
+        yield key
+        if window.passed() == before:
+            _skip_member(window)
+        if expect(",}") == ",":
+            window.at += 1
+    window.at += 1
+
+
+def _skip_member(window: Window) -> None:
+    if window.text[window.at] in '[{"':
+        _skip_value(window)
+        return
+    while (end := SCALAR_END.search(window.text, window.at)) is None:
+        window.forget(len(window.text))
+        if not window.more():
+            return
+    window.at = end.start()
+
+
+def _begins_rows(window: Window) -> bool:
+    """Whether the value where the window stands is a list of objects, as far as its first one says."""
+    if window.text[window.at] != "[":
+        return False
+    while SPACE.match(window.text, window.at + 1).end() == len(window.text):
+        if len(window.text) - window.at > 4 * BLOCK_BYTES or not window.more():
+            return False
+    return window.text[SPACE.match(window.text, window.at + 1).end()] == "{"
+
+
+def _whole_object(file: File, limits: Limits, mark: int) -> Finished:
+    with file.open(limits) as content:
+        content.read(mark)
+        blocks, size = [], 0
+        while block := content.read(4 * BLOCK_BYTES):
+            blocks.append(block)
+            size += len(block)
+            if size > limits.max_object_bytes:
+                raise UserError(
+                    f"{file.name} is one task of more than {limits.max_object_bytes:,} bytes (max_object_bytes). Split"
+                    " its instances over several files."
+                )
+        data = b"".join(blocks)
+        text, origin = data.decode("utf-8", "surrogateescape"), Origin(file.name, 1)
+        raw = text[:RAW_CHARACTERS_KEPT]
+        if bad := bad_byte(data, mark):
+            row = Reject(origin, None, "invalid UTF-8", bad, raw)
+        else:
+            try:
+                row = _checked(_JSON.decode(text), text, origin, limits)
+                row = Row(row.fields, origin, raw) if isinstance(row, Row) else row
+            except (ValueError, RecursionError) as error:
+                kind, reason, field = _json_fault(error, lambda at: _line_and_column(text, at), 0)
+                row = Reject(origin, field, kind, reason, raw)
+        return Finished((row,), content.position)
+
+
+def _line_and_column(text: str, position: int) -> str:
+    return f"line {text.count(chr(10), 0, position) + 1}, column {position - text.rfind(chr(10), 0, position)}"

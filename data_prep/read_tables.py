@@ -1,0 +1,253 @@
+"""Tables as text, and parallel text: csv and tsv with a header, pairs of sentences in one file or in two.
+
+    instruction,output                             a header, then records
+    "two                                           → Row({"instruction": "two\nlines", "output": "b"}), row 2
+    lines",b
+    Go.\t가.\tCC-BY                                → Row({"first": "Go.", "second": "가.", "column 3": "CC-BY"})
+    a.en: Go.   a.ko: 가.                           → Row({"first": "Go.", "second": "가."})
+
+A quote that is never closed, or a line with other columns, costs its own line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diptych.data_prep.chunks import (
+    NOT_UTF8,
+    Chunk,
+    Finished,
+    Rows,
+    bad_byte,
+    in_chunks,
+    long_line,
+    too_large,
+    unreadable,
+)
+from diptych.data_prep.files import Content, File, Limits, Lines, LongLine, line_blocks
+from diptych.data_prep.records import Origin, Reject, Row, UserError
+
+
+@dataclass(frozen=True)
+class PairLines:
+    """Lines of parallel text as they stand in the file."""
+
+    name: str
+    lines: Lines
+    columns: int
+    bytes_done: int
+    limits: Limits
+
+    def rows(self) -> Rows:
+        for number, text, offset in _texts_of(self.lines):
+            if not text.strip():
+                continue
+            origin, cells = Origin(self.name, number), text.split("\t")
+            size = len(text.encode("utf-8", "surrogateescape")) if len(text) > self.limits.max_row_bytes // 4 else 0
+            if size > self.limits.max_row_bytes:
+                yield too_large(origin, text, size, self.limits)
+            elif offset is not None and NOT_UTF8.search(text):
+                yield unreadable(origin, text, offset, "")
+            elif len(cells) != self.columns:
+                fault = f"wrong number of columns: {len(cells)}, and most lines have {self.columns}."
+                yield unreadable(origin, text, None, fault)
+            else:
+                further = {f"column {place}": cell for place, cell in enumerate(cells[2:], start=3)}
+                yield Row({"first": cells[0], "second": cells[1], **further}, origin, text)
+
+
+def _texts_of(lines: Lines) -> Iterator[tuple[int, str, int | None]]:
+    """Number, text without its end, and offset of each line; the offset only where some bytes are no UTF-8."""
+    data = lines.data.removesuffix(b"\n")
+    try:
+        texts = data.decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        offset = lines.offset
+        for number, line in enumerate(data.split(b"\n"), start=lines.first_line):
+            yield number, line.decode("utf-8", "surrogateescape").removesuffix("\r"), offset
+            offset += len(line) + 1
+    else:
+        for number, text in enumerate(texts, start=lines.first_line):
+            yield number, text.removesuffix("\r"), None
+
+
+def tsv_chunks(file: File, limits: Limits, mark: int, columns: int) -> Iterator[Chunk]:
+    """Parallel text: two columns are a pair, further ones (an attribution) come along; nothing is quoted."""
+    with file.open(limits) as content:
+        for lines in line_blocks(content, mark, limits.max_row_bytes):
+            if isinstance(lines, LongLine):
+                yield Finished((long_line(lines, file.name, limits),), content.position)
+            else:
+                yield PairLines(file.name, lines, columns, content.position, limits)
+
+
+class _RecordTooLarge(Exception):
+    """A csv record has grown beyond max_row_bytes, most likely by a quote that is never closed."""
+
+
+class _Lines:
+    """Lines for csv.reader, which takes as many as a record has. Those it took can be given back."""
+
+    def __init__(self, blocks: Iterator[Lines | LongLine], most: int) -> None:
+        self._lines, self._most, self._waiting = self._each_line(blocks), most, deque()
+        self.taken: list[tuple[int, str, int | None]] = []
+        self._characters = 0
+
+    @staticmethod
+    def _each_line(blocks: Iterator[Lines | LongLine]) -> Iterator[tuple[int, str, int | None] | LongLine]:
+        """A line ends in \\n or \\r\\n, or in a \\r alone, which some old files have."""
+        number = 1
+        for block in blocks:
+            if isinstance(block, LongLine):
+                yield block
+                number += 1
+                continue
+            try:
+                for text in io.StringIO(block.data.decode("utf-8"), newline=""):
+                    yield number, text, None
+                    number += 1
+            except UnicodeDecodeError:
+                offset = block.offset
+                for line in block.data.splitlines(keepends=True):
+                    yield number, line.decode("utf-8", "surrogateescape"), offset
+                    number, offset = number + 1, offset + len(line)
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else next(self._lines)
+        self._characters += 0 if isinstance(line, LongLine) else len(line[1])
+        if isinstance(line, LongLine) or (self._characters > self._most and self.taken):
+            self._waiting.appendleft(line)
+            raise _RecordTooLarge
+        self.taken.append(line)
+        return line[1]
+
+    def begin(self) -> None:
+        self.taken, self._characters = [], 0
+
+    def long_line(self) -> LongLine | None:
+        """What stopped a record before it began, taken away."""
+        if not self.taken and self._waiting and isinstance(self._waiting[0], LongLine):
+            return self._waiting.popleft()
+        return None
+
+    def give_back_all_but_first(self) -> None:
+        self._waiting.extendleft(reversed(self.taken[1:]))
+        del self.taken[1:]
+
+
+def table_chunks(file: File, limits: Limits, mark: int, delimiter: str) -> Iterator[Chunk]:
+    """A header, then records, which may span lines inside quotes. A record's row is the line that it starts on."""
+    with file.open(limits) as content:
+        lines = _Lines(line_blocks(content, mark, limits.max_row_bytes), limits.max_row_bytes)
+        yield from in_chunks(_table_rows(lines, file.name, limits, delimiter), lambda: content.position)
+
+
+def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than some documents have
+    records = _csv_records(lines, name, limits, delimiter)
+    header: list[str] | None = None
+    for record in records:
+        if isinstance(record, Reject):
+            if header is None:
+                raise UserError(f"{name}: the header {record.raw.strip()[:200]!r} is wrong: {record.reason}")
+            yield record
+            continue
+        values, (number, first_text, offset), text = record
+        if not values:  # a blank line
+            continue
+        origin = Origin(name, number)
+        if header is None:
+            header = [value.strip() for value in values]
+            if len(set(header)) < len(header) or NOT_UTF8.search(text):
+                what = (bad_byte(text.encode("utf-8", "surrogateescape"), offset or 0)) or "it names a column twice"
+                raise UserError(f"{name}: the header {text.strip()[:200]!r} is wrong: {what}.")
+            continue
+        size = len(text.encode("utf-8", "surrogateescape")) if len(text) > limits.max_row_bytes // 4 else 0
+        if size > limits.max_row_bytes:
+            yield too_large(origin, text, size, limits)
+        elif NOT_UTF8.search(text) if offset is not None else False:
+            yield unreadable(origin, text, offset, "")
+        elif len(values) != len(header):
+            fault = f"wrong number of columns: {len(values)}, and the header has {len(header)}."
+            yield unreadable(origin, text, None, fault)
+        else:
+            yield Row(dict(zip(header, values, strict=True)), origin, text)
+
+
+def _csv_records(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Iterator[tuple | Reject]:
+    """Values, first line, and text of each record.
+
+    A quote that is never closed swallows all that follows, so after a broken record reading starts anew one line on.
+    """
+    reader = csv.reader(lines, strict=True, delimiter=delimiter)
+    while True:
+        lines.begin()
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except (csv.Error, _RecordTooLarge) as error:
+            reader = csv.reader(lines, strict=True, delimiter=delimiter)
+            if long_line := lines.long_line():
+                yield long_line(long_line, name, limits)
+                continue
+            fault = f"broken csv: {error}." if isinstance(error, csv.Error) else "broken csv: a quote is never closed."
+            lines.give_back_all_but_first()
+            [(number, text, offset)] = lines.taken
+            yield unreadable(Origin(name, number), text, offset, fault)
+        else:
+            text = "".join(line for _, line, _ in lines.taken)
+            yield values, lines.taken[0], text
+
+
+def aligned_chunks(files: list[File], marks: list[int], limits: Limits) -> Iterator[Chunk]:
+    """Line N of one file belongs to line N of the other; if one has more lines, nobody knows which pairs are right."""
+    with files[0].open(limits) as first, files[1].open(limits) as second:
+        contents = (first, second)
+        lines = [_aligned_lines(content, mark, limits) for content, mark in zip(contents, marks, strict=True)]
+        yield from in_chunks(_aligned_rows(files, lines, limits), lambda: first.position + second.position)
+
+
+def _aligned_lines(content: Content, mark: int, limits: Limits) -> Iterator[tuple[str, int | None] | LongLine]:
+    for block in line_blocks(content, mark, limits.max_row_bytes):
+        if isinstance(block, LongLine):
+            yield block
+            continue
+        for _, text, offset in _texts_of(block):
+            yield text, offset
+
+
+def _aligned_rows(files: list[File], lines: list[Iterator], limits: Limits) -> Rows:
+    number, pair = 0, [next(side, None) for side in lines]
+    while None not in pair:
+        number += 1
+        yield _aligned_row(files, pair, number, limits)
+        pair = [next(side, None) for side in lines]
+    if pair != [None, None]:
+        counts = [number + (line is not None) + sum(1 for _ in side) for line, side in zip(pair, lines, strict=True)]
+        raise UserError(
+            f"{files[0].name} has {counts[0]:,} lines and {files[1].name} has {counts[1]:,}, so that line N no longer"
+            " belongs to line N. Mend the files: a pair may be empty, a line may not be missing."
+        )
+
+
+def _aligned_row(files: list[File], pair: list, number: int, limits: Limits) -> Row | Reject:
+    for file, line in zip(files, pair, strict=True):
+        if isinstance(line, LongLine):
+            return too_large(Origin(file.name, number), line.head.decode("utf-8", "replace"), line.length, limits)
+        text, offset = line
+        if len(text) > limits.max_row_bytes // 4:
+            size = len(text.encode("utf-8", "surrogateescape"))
+            if size > limits.max_row_bytes:
+                return too_large(Origin(file.name, number), text, size, limits)
+        if offset is not None and NOT_UTF8.search(text):
+            return unreadable(Origin(file.name, number), text, offset, "")
+    (first, _), (second, _) = pair
+    return Row({"first": first, "second": second}, Origin(files[0].name, number), f"{first}\t{second}")

@@ -1,0 +1,333 @@
+"""What happens to each row, wherever it runs: a chunk of rows in, a batch of examples and the rejects out.
+
+    Chunk ─ convert, check, filter, render, encode ─▶ Batch(examples: an Arrow record batch, rejects, counts)
+
+    source, target          the rendered texts          instruction, input    as the data has them
+    origin                  "rows.jsonl:7"              source_number         which source it came from
+    input_ids, labels       token ids, cut to the limits if so told           source_tokens, target_tokens  before that
+    source_key, input_key, output_key    64 bits of each text: who is whose duplicate, and may be in which split
+    signature               MinHash of source and target, where near duplicates are sought
+
+Nothing here knows of other rows, files or processes: `Stages` is plain data that can be sent to a worker, and the same
+chunk gives the same batch on one core, in a pool, in a stream, or in another engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy
+import pyarrow
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from diptych.data_prep.deduplicate import Shingles, compared_text, signatures
+from diptych.data_prep.encode import (
+    Encoding,
+    fit,
+    from_marked,
+    marked,
+    spelled_added_tokens,
+    split_sources,
+    split_targets,
+)
+from diptych.data_prep.filters import script_of
+from diptych.data_prep.formats import Converter
+from diptych.data_prep.readers import Chunk
+from diptych.data_prep.records import Origin, Record, Reject, Row, Tokenised, UserError
+from diptych.data_prep.sensitive import find_in_record, masked
+from diptych.data_prep.splits import record_keys, text_key
+from diptych.data_prep.templates import Template
+
+SENSITIVE_EXAMPLES = 5
+"""Of each kind and batch, for the report."""
+
+TEXT_FIELDS = [
+    pyarrow.field("source", pyarrow.string()),
+    pyarrow.field("target", pyarrow.string()),
+    pyarrow.field("instruction", pyarrow.string()),
+    pyarrow.field("input", pyarrow.string()),
+    pyarrow.field("origin", pyarrow.string()),
+    pyarrow.field("source_number", pyarrow.int32()),
+    pyarrow.field("source_key", pyarrow.uint64()),
+    pyarrow.field("input_key", pyarrow.uint64()),
+    pyarrow.field("output_key", pyarrow.uint64()),
+]
+SIGNATURE_FIELD = pyarrow.field("signature", pyarrow.binary())
+ID_FIELDS = [
+    pyarrow.field("input_ids", pyarrow.list_(pyarrow.int32())),
+    pyarrow.field("labels", pyarrow.list_(pyarrow.int32())),
+    pyarrow.field("source_tokens", pyarrow.int32()),
+    pyarrow.field("target_tokens", pyarrow.int32()),
+]
+SIDES = ("source", "target")
+FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin")
+
+
+class Check(Protocol):
+    """A filter, or the index of texts that training must not hold: why a record is not kept, or None."""
+
+    def check(self, record: Record) -> tuple[str, str] | None: ...
+
+
+class Lengths(NamedTuple):
+    """How long the two sides may be, and what is done with what is longer: error, drop or cut."""
+
+    max_source_tokens: int
+    max_target_tokens: int
+    too_long: str
+    end_cut_targets: bool
+
+
+class Example(NamedTuple):
+    """A record and what the template made of it."""
+
+    record: Record | Tokenised
+    source: str
+    target: str
+
+
+@dataclass
+class Counts:
+    """What a batch adds to the report."""
+
+    unused_fields: Counter[str] = field(default_factory=Counter)
+    source_scripts: Counter[str] = field(default_factory=Counter)
+    target_scripts: Counter[str] = field(default_factory=Counter)
+    categories: Counter[str] = field(default_factory=Counter)
+    sensitive: Counter[str] = field(default_factory=Counter)
+    sensitive_examples: list[dict[str, str]] = field(default_factory=list)
+    spelled: Counter[str] = field(default_factory=Counter)
+    """Added tokens that stood in texts, and were encoded as their characters."""
+    with_input: int = 0
+
+    def add(self, other: Counts) -> None:
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+        self.sensitive_examples += other.sensitive_examples
+        self.with_input += other.with_input
+
+
+class Batch(NamedTuple):
+    """What became of a chunk: every row that was read is an example or a reject."""
+
+    examples: pyarrow.RecordBatch
+    rejects: list[Reject]
+    counts: Counts
+    bytes_done: int
+
+    @property
+    def rows_read(self) -> int:
+        return self.examples.num_rows + len(self.rejects)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Everything that decides what becomes of a row."""
+
+    converters: tuple[Converter, ...]
+    """One for each source."""
+    template: Template
+    tokenizer: PreTrainedTokenizerBase | None
+    """None where it has still to be trained; `encode_batch` follows then."""
+    lengths: Lengths
+    checks: tuple[Check, ...] = ()
+    shingles: Shingles | None = None
+    """How near duplicates are looked for; None for not at all."""
+    sensitive: bool = False
+
+    def run(self, chunk: Chunk, source_number: int) -> Batch:
+        rejects: list[Reject] = []
+        counts = Counts()
+        records = self._records(chunk.rows(), self.converters[source_number], rejects, counts)
+        examples = render(self.template, records, rejects)
+        self._count(examples, counts)
+        batch = self._batch(examples, source_number)
+        if self.tokenizer is not None:
+            given = {n: it.record for n, it in enumerate(examples) if isinstance(it.record, Tokenised)}
+            batch = encode_batch(batch, self.tokenizer, self.template, self.lengths, rejects, counts, given)
+        return Batch(batch, rejects, counts, chunk.bytes_done)
+
+    def _records(
+        self, rows: Iterable[Row | Reject], converter: Converter, rejects: list[Reject], counts: Counts
+    ) -> list[Record | Tokenised]:
+        records = []
+        for row in rows:
+            if isinstance(row, Reject):
+                rejects.append(row)
+                continue
+            counts.unused_fields.update(converter.unused_fields(row))
+            for result in converter.records(row):
+                if isinstance(result, Reject):
+                    rejects.append(result)
+                elif fault := self._fault(result):
+                    rejects.append(Reject(result.origin, None, *fault, row.raw))
+                else:
+                    records.append(result)
+        return records
+
+    def _fault(self, record: Record | Tokenised) -> tuple[str, str] | None:
+        if isinstance(record, Tokenised):
+            return None
+        return next((fault for check in self.checks if (fault := check.check(record))), None)
+
+    def _count(self, examples: list[Example], counts: Counts) -> None:
+        for record in (example.record for example in examples):
+            if isinstance(record, Tokenised):
+                continue
+            counts.with_input += bool(record.input)
+            counts.source_scripts[script_of(record.input or record.instruction)] += 1
+            counts.target_scripts[script_of(record.output)] += 1
+            if record.category:
+                counts.categories[record.category] += 1
+            if self.sensitive:
+                _count_sensitive(record, counts)
+
+    def _batch(self, examples: list[Example], source_number: int) -> pyarrow.RecordBatch:
+        records = [example.record for example in examples]
+        keys = numpy.array([_keys(example) for example in examples], dtype=numpy.uint64).reshape(-1, 3)
+        columns = [
+            [marked(example.source) for example in examples],
+            [marked(example.target) for example in examples],
+            [getattr(record, "instruction", "") for record in records],
+            [getattr(record, "input", "") for record in records],
+            [str(record.origin) for record in records],
+            numpy.full(len(examples), source_number, dtype=numpy.int32),
+            *keys.T,
+        ]
+        fields = list(TEXT_FIELDS)
+        if self.shingles is not None:
+            fields.append(SIGNATURE_FIELD)
+            rows = signatures([_compared(example) for example in examples], self.shingles)
+            columns.append([row.tobytes() for row in rows])
+        arrays = [pyarrow.array(column, it.type) for column, it in zip(columns, fields, strict=True)]
+        return pyarrow.RecordBatch.from_arrays(arrays, schema=pyarrow.schema(fields))
+
+
+def render(template: Template, records: Iterable[Record | Tokenised], rejects: list[Reject]) -> list[Example]:
+    """A row that a user's template cannot render, or of which it makes nothing, is a reject like any other."""
+    examples = []
+    for record in records:
+        if isinstance(record, Tokenised):
+            examples.append(Example(record, "", ""))
+            continue
+        try:
+            source = template.render_source(record.instruction, record.input, record.history, record.system)
+            target = template.render_target(record.output)
+        except UserError as error:
+            rejects.append(Reject(record.origin, None, "template failed", str(error), raw_of(record)))
+            continue
+        if source.strip() and target.strip():
+            examples.append(Example(record, source, target))
+        else:
+            side = "target" if source.strip() else "source"
+            reason = f"template {template.name} makes an empty {side} of it."
+            rejects.append(Reject(record.origin, None, "template empty", reason, raw_of(record)))
+    return examples
+
+
+def encode_batch(
+    batch: pyarrow.RecordBatch,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    lengths: Lengths,
+    rejects: list[Reject],
+    counts: Counts,
+    given: dict[int, Tokenised] | None = None,
+) -> pyarrow.RecordBatch:
+    """The same rows with ID_FIELDS, less those that end as rejects. `given` are the rows that came as token ids."""
+    source_texts, target_texts = ([from_marked(text) for text in batch[side].to_pylist()] for side in SIDES)
+    counts.spelled.update(spelled_added_tokens(tokenizer, [*source_texts, *target_texts]))
+    sources = split_sources(tokenizer, source_texts)
+    targets = split_targets(tokenizer, target_texts, template.decoder_prefix)
+    for place, record in (given or {}).items():
+        sources[place] = Encoding([], list(record.input_ids), [])
+        targets[place] = Encoding([], list(record.labels), [])
+    kept, columns = [], ([], [], [], [])
+    for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        source_ids, target_ids, fault = _fitted(source, target, lengths)
+        if fault is not None:
+            rejects.append(Reject(origin_of(batch, place), None, *fault, raw_of_place(batch, place)))
+            continue
+        kept.append(place)
+        for column, value in zip(
+            columns, (source_ids, target_ids, source.token_count, target.token_count), strict=True
+        ):
+            column.append(value)
+    for side, texts in zip(SIDES, (source_texts, target_texts), strict=True):  # as people read them, without marks
+        column = pyarrow.array(list(map(str, texts)), pyarrow.string())
+        batch = batch.set_column(batch.schema.get_field_index(side), side, column)
+    if len(kept) < batch.num_rows:
+        batch = batch.take(pyarrow.array(kept, pyarrow.int64()))
+    arrays = [pyarrow.array(column, it.type) for column, it in zip(columns, ID_FIELDS, strict=True)]
+    return pyarrow.RecordBatch.from_arrays(
+        [*batch.columns, *arrays], schema=pyarrow.schema([*batch.schema, *ID_FIELDS])
+    )
+
+
+def _fitted(
+    source: Encoding, target: Encoding, lengths: Lengths
+) -> tuple[list[int], list[int], tuple[str, str] | None]:
+    """`input_ids`, `labels`, and the fault (kind, reason) of a row that is not kept."""
+    for side, encoding in (("source", source), ("target", target)):
+        if not encoding.content:
+            return [], [], ("no tokens", f"the tokenizer makes no token of the {side}.")
+    treatment = "cut" if lengths.too_long == "cut" else "drop"  # an error is raised where all rejects come together
+    source_ids = fit(source, lengths.max_source_tokens, treatment)
+    target_ids = fit(target, lengths.max_target_tokens, treatment, lengths.end_cut_targets)
+    for side, ids, encoding, limit in (
+        ("source", source_ids, source, lengths.max_source_tokens),
+        ("target", target_ids, target, lengths.max_target_tokens),
+    ):
+        if ids is None:
+            tokens = encoding.token_count
+            return (
+                [],
+                [],
+                (f"{side} over the limit", f"the {side} has {tokens:,} tokens, and max_{side}_tokens is {limit:,}."),
+            )
+    return source_ids, target_ids, None
+
+
+def _keys(example: Example) -> tuple[int, int, int]:
+    record = example.record
+    if isinstance(record, Tokenised):
+        source, target = (xxhash.xxh3_64_intdigest(str(ids).encode()) for ids in (record.input_ids, record.labels))
+        return source, source, target
+    return text_key(example.source), *record_keys(record)
+
+
+def _compared(example: Example) -> str:
+    return "" if isinstance(example.record, Tokenised) else compared_text(example.record)
+
+
+def raw_of(record: Record) -> str:
+    """A record that turned out later to be of no use, as text for rejects.jsonl."""
+    values = {"instruction": record.instruction, "input": record.input, "output": record.output}
+    return json.dumps(values, ensure_ascii=False)
+
+
+def raw_of_place(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> str:
+    values = {name: batch[name][place].as_py() for name in ("instruction", "input", "target")}
+    return json.dumps(values, ensure_ascii=False)
+
+
+def origin_of(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> Origin:
+    """As it was before it became a text: "rows.jsonl:7.2" is the second example of row 7."""
+    file, _, place_in_file = batch["origin"][place].as_py().rpartition(":")
+    row, _, instance = place_in_file.partition(".")
+    return Origin(file, int(row), int(instance or 0))
+
+
+def _count_sensitive(record: Record, counts: Counts) -> None:
+    for place, finding in find_in_record(record):
+        counts.sensitive[finding.kind] += 1
+        if counts.sensitive[finding.kind] <= SENSITIVE_EXAMPLES:
+            shown = masked(getattr(record, place), finding)
+            example = {"origin": str(record.origin), "field": place, "kind": finding.kind, "masked": shown}
+            counts.sensitive_examples.append(example)
