@@ -119,11 +119,10 @@ def main() -> None:
     for path in arguments.files:
         for found in measure(path.stem, with_edits(texts_of(path), arguments.rows), shingles):
             results.append(found)
-            print(
-                f"{found['data']:24}{found['rows']:>6,}{found['threshold']:>11}  {found['by']:12}{found['recall']:>8.1%}"
-                f"{found['precision']:>11.1%}{found['seconds']:>7.2f} s{found['seconds_of_brute_force']:>11.1f} s",
-                flush=True,
-            )
+            case = f"{found['data']:24}{found['rows']:>6,}{found['threshold']:>11}  {found['by']:12}"
+            quality = f"{found['recall']:>8.1%}{found['precision']:>11.1%}"
+            time_taken = f"{found['seconds']:>7.2f} s{found['seconds_of_brute_force']:>11.1f} s"
+            print(case + quality + time_taken, flush=True)
     print(json.dumps(results))
 
 

@@ -185,13 +185,16 @@ def label_prefix(tokenizer: PreTrainedTokenizerBase, decoder_prefix: Sequence[st
 
 def _control_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     control = _control_tokens(tokenizer)
-    if token not in control:
-        near = nearest(token, control)
-        raise UserError(
-            f"decoder_prefix names {token!r}, which is no special or added token of this tokenizer."
-            f" {f'Did you mean {near!r}?' if near else 'Name one that it has, or add it to the tokenizer.'}"
-        )
-    return control[token]
+    if token in control:
+        return control[token]
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if token_id not in (None, tokenizer.unk_token_id) and token not in tokenizer.get_vocab():
+        return token_id  # M2M100's languages have ids beyond its vocabulary
+    near = nearest(token, control)
+    raise UserError(
+        f"decoder_prefix names {token!r}, which is no special or added token of this tokenizer."
+        f" {f'Did you mean {near!r}?' if near else 'Name one that it has, or add it to the tokenizer.'}"
+    )
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -15,7 +15,7 @@ too, and breaks the text in two where it is (▁ marks come and go, spaces are l
                best one as before, written with fewer tokens.
 
 Characters that a tokenizer has no token for (unknown, or written as bytes) become tokens first. 2,000 tokens for a T5
-tokenizer from Tatoeba's Korean take FIGURE.
+tokenizer from Tatoeba's Korean take half a second.
 
 The tokenizer keeps in tokenizer_config.json of which old ids each new token is made, and training starts its embedding
 row from the mean of their rows ("diptych_new_tokens"; Gee et al. 2022, Fast Vocabulary Transfer).
@@ -52,7 +52,7 @@ SAVING_SCORE = 0.01
 """Unigram: what a new piece scores above its old pieces, for each token saved. Scores are logarithms of probabilities,
 mostly between -5 and -15: enough to win over the same cut, and too little to win over another one."""
 
-UNREACHABLE = "\U0010fffe"
+UNREACHABLE = "\U000ffffe"
 """A noncharacter: the name of an id between two others that belongs to no token."""
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -138,6 +138,8 @@ class _Cutter:
         self.tokens = tokenizer.convert_ids_to_tokens(range(vocabulary_end(tokenizer)))
         self.added = set(tokenizer.added_tokens_decoder)
         self.unknown = {token_id for token_id, token in enumerate(self.tokens) if token == tokenizer.unk_token}
+        self.unknown_id = tokenizer.unk_token_id
+        """The one that the model gives, where a vocabulary holds `<unk>` twice."""
         has_bytes = getattr(self.backend.model, "byte_fallback", False)
         self.bytes = {
             token_id: bytes.fromhex(found[1])
@@ -166,6 +168,7 @@ class _Cutter:
                 word = []
             previous = word_id
             if token_id in self.unknown:
+                self.unknown_id = token_id
                 word.extend(self._normalised(text[start:end]))
             elif token_id in self.bytes:
                 in_bytes += self.bytes[token_id]
@@ -199,7 +202,7 @@ class _Cutter:
         chosen = sorted(saved, key=lambda character: (-saved[character], character))[:limit]
         if self.bytes:
             return {letter: tuple(ids_of_bytes[bytes([byte])] for byte in letter.encode()) for letter in chosen}
-        return {letter: (min(self.unknown),) for letter in chosen}
+        return {letter: (self.unknown_id,) for letter in chosen}
 
 
 class _Symbols:
@@ -310,8 +313,9 @@ def _extend_bpe(backend: dict[str, Any], new: NewTokens, first: int) -> None:
 
 
 def _extend_unigram(backend: dict[str, Any], new: NewTokens, first: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A Unigram model's ids are places in its list, so that added tokens in between need a place there as well: with a
-    score below that of their characters, so that text is never read as one of them."""
+    """A Unigram model's ids are places in its list, so that added tokens in between need a place there as well, as
+    T5's sentinels and mBART's languages have one: with a score below that of their parts, so that no text is read as
+    one of them. (Where their characters are unknown it still may be; encode.py keeps control tokens out of texts.)"""
     vocab = backend["model"]["vocab"]
     scores = dict(vocab)
     lowest = min(score for _, score in vocab)

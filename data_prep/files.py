@@ -29,7 +29,6 @@ import xxhash
 from diptych.data_prep.records import UserError, nearest
 
 BLOCK_BYTES = 1 << 18
-"""Read at a time: some 500 to 2,500 rows of instruction data, and what a worker process is handed at once."""
 
 HEAD_BYTES = 1 << 20
 """Of a text file's beginning, looked at when it is opened."""
@@ -85,8 +84,14 @@ class Limits:
     max_depth: int = 100
     """Lists and objects inside one another; deeper ones cannot be passed on between processes."""
 
+    block_bytes: int = BLOCK_BYTES
+    """Read at a time: some 500 to 2,500 rows of instruction data, and what a worker process is handed at once."""
+
     def unpacked_bytes(self, packed_bytes: int) -> int:
         return max(self.min_unpacked_bytes, self.max_unpacked_ratio * packed_bytes)
+
+
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -388,15 +393,15 @@ class LongLine:
     length: int
 
 
-def line_blocks(content: Content, mark: int, max_line_bytes: int) -> Iterator[Lines | LongLine]:
-    """All lines in blocks of about BLOCK_BYTES. A line ends in \\n; what stands after the last one is a line too.
+def line_blocks(content: Content, mark: int, limits: Limits) -> Iterator[Lines | LongLine]:
+    """All lines in blocks of about `block_bytes`. A line ends in \\n; what stands after the last one is a line too.
 
-    A line may be longer than `max_line_bytes` by less than a block and still come as one of Lines.
+    A line may be longer than `max_row_bytes` by less than a block and still come as one of Lines.
     """
     content.read(mark)
     line, offset = 1, mark
     held, held_bytes = [], 0
-    while block := content.read(BLOCK_BYTES):
+    while block := content.read(limits.block_bytes):
         cut = block.rfind(b"\n") + 1
         if cut:
             data = b"".join([*held, block[:cut]])
@@ -406,7 +411,7 @@ def line_blocks(content: Content, mark: int, max_line_bytes: int) -> Iterator[Li
         if cut < len(block):
             held.append(block[cut:])
             held_bytes += len(block) - cut
-        if held_bytes > max_line_bytes:
+        if held_bytes > limits.max_row_bytes:
             head = b"".join(held)[:LONG_ROW_CHARACTERS_KEPT]
             rest, skipped = _skip_line(content)
             yield LongLine(head, line, offset, held_bytes + skipped)
@@ -491,9 +496,7 @@ def _walk(folder: str, entry: str, files: list[Found], notes: list[str], above: 
         notes.append(f"{folder} is a link to a folder that holds it, and was not read again")
         return
     if "state.json" in names and "dataset_info.json" in names or "dataset_dict.json" in names:
-        raise UserError(
-            f"{folder} is a data set saved by `datasets`, inside the folder {entry}. Name it by itself, not the folder."
-        )
+        raise UserError(f"{folder} is a data set saved by `datasets`, inside the folder {entry}. Name it by itself.")
     for name in names:
         path = os.path.join(folder, name)
         if name.startswith("."):

@@ -189,7 +189,7 @@ def script_of(text: str) -> str:
 def _script_of_code_point() -> numpy.ndarray:
     """(code points,) uint8, the place in SCRIPTS of each letter, 0 for all else. Made in 0.1 s, 210 KB."""
     named = "|".join(rf"(?P<{script}>[\p{{Script={script}}}&&\p{{L}}]+)" for script in SCRIPTS[1:-1])
-    letters = regex.compile(rf"{named}|(?P<other>\p{{L}}+)", regex.V1)
+    letters = regex.compile(rf"{named}|(?P<other>[\p{{L}}--[\p{{Common}}\p{{Inherited}}]])", regex.V1)
     table = numpy.zeros(LAST_LETTER, dtype=numpy.uint8)
     for run in letters.finditer("".join(map(chr, range(LAST_LETTER - 1)))):
         table[run.start() : run.end()] = SCRIPTS.index(run.lastgroup)

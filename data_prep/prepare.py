@@ -32,7 +32,7 @@ from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, decoder_
 from diptych.data_prep.decontaminate import Decontaminate, EvalIndex
 from diptych.data_prep.deduplicate import Shingles
 from diptych.data_prep.filters import LanguageFilter
-from diptych.data_prep.formats import FORMATS, Converter, Directions, converter_for, parse_mapping
+from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
 from diptych.data_prep.gather import Gathered, encode, first_rows, gather
 from diptych.data_prep.mixture import check_mixture
 from diptych.data_prep.prepared import (
@@ -266,7 +266,7 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
     """What its first rows say it is. A source without a single row to read has only rejects, of whatever format."""
     rows = first_rows(source)
     if not rows:
-        return Converter(FORMATS[settings.format or "alpaca"])
+        return Converter(named(settings.format or "alpaca"))
     return converter_for(
         rows,
         source.name,
@@ -274,6 +274,9 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
         parse_mapping(settings.map),
         Directions(settings.forward or source.forward, settings.backward or source.backward),
         settings.languages,
+        settings.summary_instruction,
+        settings.positive_examples,
+        settings.negative_examples,
     )
 
 

@@ -154,7 +154,7 @@ def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
             _check_unpacked(file, metadata, limits)
             batches = _parquet_batches(parquet)
             yield from _columns_chunks(batches, file.name, raw.tell, limits)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last is of a column's name
         file.check_content()
         raise UserError(f"{file.name} cannot be read as parquet: {_one_line(error)}") from None
     file.check_content()
@@ -186,7 +186,7 @@ def arrow_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
             _check_columns(reader.schema, file.name)
             batches = _arrow_batches(reader, file, limits)
             yield from _columns_chunks(batches, file.name, raw.tell, limits)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last is of a column's name
         file.check_content()
         raise UserError(f"{file.name} cannot be read as Arrow: {_one_line(error)}") from None
     file.check_content()

@@ -166,7 +166,7 @@ class JsonLines:
 def jsonl_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
     """One object a line; blank lines are no rows."""
     with file.open(limits) as content:
-        for lines in line_blocks(content, mark, limits.max_row_bytes):
+        for lines in line_blocks(content, mark, limits):
             if isinstance(lines, LongLine):
                 yield Finished((long_line(lines, file.name, limits),), content.position)
             else:
@@ -176,10 +176,10 @@ def jsonl_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
 class Window:
     """The stretch of a long text that is being looked at. `at` is where reading stands in it."""
 
-    def __init__(self, content: Content, mark: int) -> None:
+    def __init__(self, content: Content, mark: int, block_bytes: int) -> None:
         content.read(mark)
         self.text, self.at, self.has_bad_bytes, self.ended = "", 0, False, False
-        self._content, self._undecoded = content, b""
+        self._content, self._undecoded, self._block_bytes = content, b"", block_bytes
         self._bytes_before, self._lines_before, self._column_before = mark, 0, 0
         self._characters_before = 0
 
@@ -187,7 +187,7 @@ class Window:
         """Grow by a block, or by as much again as is still needed of what there is; False at the end."""
         if self.ended:
             return False
-        block = self._content.read(max(BLOCK_BYTES, len(self.text) - self.at))
+        block = self._content.read(max(self._block_bytes, len(self.text) - self.at))
         self.ended = not block
         data = self._undecoded + block
         try:
@@ -327,12 +327,16 @@ class ArrayRows:
             return self._skip_broken_row(error)
         except (ValueError, RecursionError) as error:
             return self._skip_senseless_row(error)
-        offset = window.offset(window.at) if window.has_bad_bytes else None
+        has_bad_bytes = window.has_bad_bytes and NOT_UTF8.search(raw)
+        offset = window.offset(window.at) if has_bad_bytes else None
         window.at += len(raw)
+        end = window.passed()
         if fault := self._fault_after_row():
-            skipped, _ = self._skip_to_next_row(window.at, NEXT_ROW)
-            return unreadable(self._next_origin(), raw + skipped, offset, fault)
-        if offset is not None and NOT_UTF8.search(raw):
+            blanks = window.passed() - end
+            skipped, offset = self._skip_to_next_row(window.at, NEXT_ROW)
+            offset -= blanks + len(raw.encode("utf-8", "surrogateescape"))
+            return self._broken(raw + " " * blanks + skipped, offset, fault)
+        if has_bad_bytes:
             return unreadable(self._next_origin(), raw, offset, "")
         if isinstance(value, dict) and value and len(self.first_keys) < 1000:
             self.first_keys.add(next(iter(value)))
@@ -401,6 +405,8 @@ class ArrayRows:
     def _skip_large_row(self) -> Reject:
         window = self.window
         head = window.text[window.at : window.at + LONG_ROW_CHARACTERS_KEPT]
+        if key := self._key_at(window.at):
+            self.first_keys.add(key)
         is_closed = _skip_value(window) if head[0] in '[{"' else None
         if self._fault_after_row() or not is_closed:
             self._skip_to_next_row(window.at, NEXT_ROW)
@@ -452,7 +458,7 @@ class ArrayRows:
 def json_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
     """An array of objects, of which one at a time is in memory."""
     with file.open(limits) as content:
-        window = Window(content, mark)
+        window = Window(content, mark, limits.block_bytes)
         window.next_character()
         window.at += 1
         rows = ArrayRows(window, file.name, limits, is_whole_file=True).rows()
@@ -465,7 +471,7 @@ def object_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
     Read twice: once to see which lists it has, and once for the rows.
     """
     with file.open(limits) as content:
-        window = Window(content, mark)
+        window = Window(content, mark, limits.block_bytes)
         lists = {key: _begins_rows(window) for key in _members(window, file.name)}
         if window.next_character():
             raise UserError(
@@ -485,7 +491,7 @@ def object_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
             f" jq '.{next(iter(wanted or lists), 'data')}' {file.name} > rows.json."
         )
     with file.open(limits) as content:
-        window = Window(content, mark)
+        window = Window(content, mark, limits.block_bytes)
         rows = _rows_of_member(window, wanted[0], file.name, limits)
         yield from in_chunks(rows, lambda: content.position)
 

@@ -15,7 +15,7 @@ import csv
 import io
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diptych.data_prep.chunks import (
     NOT_UTF8,
@@ -78,7 +78,7 @@ def _texts_of(lines: Lines) -> Iterator[tuple[int, str, int | None]]:
 def tsv_chunks(file: File, limits: Limits, mark: int, columns: int) -> Iterator[Chunk]:
     """Parallel text: two columns are a pair, further ones (an attribution) come along; nothing is quoted."""
     with file.open(limits) as content:
-        for lines in line_blocks(content, mark, limits.max_row_bytes):
+        for lines in line_blocks(content, mark, limits):
             if isinstance(lines, LongLine):
                 yield Finished((long_line(lines, file.name, limits),), content.position)
             else:
@@ -103,7 +103,7 @@ class _Lines:
         number = 1
         for block in blocks:
             if isinstance(block, LongLine):
-                yield block
+                yield replace(block, first_line=number)
                 number += 1
                 continue
             try:
@@ -145,7 +145,7 @@ class _Lines:
 def table_chunks(file: File, limits: Limits, mark: int, delimiter: str) -> Iterator[Chunk]:
     """A header, then records, which may span lines inside quotes. A record's row is the line that it starts on."""
     with file.open(limits) as content:
-        lines = _Lines(line_blocks(content, mark, limits.max_row_bytes), limits.max_row_bytes)
+        lines = _Lines(line_blocks(content, mark, limits), limits.max_row_bytes)
         yield from in_chunks(_table_rows(lines, file.name, limits, delimiter), lambda: content.position)
 
 
@@ -195,8 +195,8 @@ def _csv_records(lines: _Lines, name: str, limits: Limits, delimiter: str) -> It
             return
         except (csv.Error, _RecordTooLarge) as error:
             reader = csv.reader(lines, strict=True, delimiter=delimiter)
-            if long_line := lines.long_line():
-                yield long_line(long_line, name, limits)
+            if longest := lines.long_line():
+                yield long_line(longest, name, limits)
                 continue
             fault = f"broken csv: {error}." if isinstance(error, csv.Error) else "broken csv: a quote is never closed."
             lines.give_back_all_but_first()
@@ -216,7 +216,7 @@ def aligned_chunks(files: list[File], marks: list[int], limits: Limits) -> Itera
 
 
 def _aligned_lines(content: Content, mark: int, limits: Limits) -> Iterator[tuple[str, int | None] | LongLine]:
-    for block in line_blocks(content, mark, limits.max_row_bytes):
+    for block in line_blocks(content, mark, limits):
         if isinstance(block, LongLine):
             yield block
             continue

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.parsers import expat
 
-from diptych.data_prep.chunks import Chunk, Rows, in_chunks, too_large, unreadable
-from diptych.data_prep.files import BLOCK_BYTES, LONG_ROW_CHARACTERS_KEPT, Content, File, Limits
+from diptych.data_prep.chunks import Chunk, Rows, bad_byte, in_chunks, too_large
+from diptych.data_prep.files import LONG_ROW_CHARACTERS_KEPT, Content, File, Limits
 from diptych.data_prep.records import Origin, Reject, Row, UserError
 
 NEXT_UNIT = re.compile(rb"<tu(?=[\s>])")
@@ -63,7 +63,7 @@ class TmxRows:
         self._begin(b"")
         is_end = False
         while not is_end:
-            block = content.read(BLOCK_BYTES // 4)
+            block = content.read(self.limits.block_bytes)
             is_end = not block
             self._data += block
             yield from self._feed(block, is_end)
@@ -138,12 +138,22 @@ class TmxRows:
         found = NEXT_UNIT.search(self._data, max(0, here - self._base) + (not is_new_unit))
         head = unit.head if unit and unit.head is not None else self._data[begin - self._base :]
         raw = head[: found.start() - (begin - self._base)] if found else head[:LONG_ROW_CHARACTERS_KEPT]
-        reject = unreadable(self._next_origin(), raw.decode(self.encoding, "surrogateescape"), begin, fault)
+        reject = self._broken(raw, begin, here, fault)
         until = here if is_new_unit else here + 1
         self._lines_before = self._line() - 1
         self._forget(until)
         self._parser = self._unit = None
         return reject
+
+    def _broken(self, raw: bytes, begin: int, here: int, fault: str) -> Reject:
+        """Expat calls a byte that is no UTF-8 an invalid token."""
+        origin, text = self._next_origin(), raw.decode(self.encoding, "replace")
+        if self.encoding == "utf-8":
+            bad = bad_byte(self._data[here - self._base : here - self._base + 1], here)
+            token = self._data[here - self._base : here - self._base + 4]
+            if bad and not any(_is_utf8(token[:length]) for length in range(1, 5)):
+                return Reject(origin, None, "invalid UTF-8", bad, text)
+        return Reject(origin, None, "broken XML", fault, text)
 
     def _next_origin(self) -> Origin:
         self.row += 1
@@ -218,6 +228,14 @@ class TmxRows:
             kind, reason, field = unit.fault
             return Reject(origin, field, kind, f"{reason} (line {unit.line})", text)
         return Row({"translation": unit.texts}, origin, text)
+
+
+def _is_utf8(token: bytes) -> bool:
+    try:
+        token.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def tmx_chunks(file: File, limits: Limits) -> Iterator[Chunk]:

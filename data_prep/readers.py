@@ -34,7 +34,7 @@ from typing import Any
 import xxhash
 
 from diptych.data_prep.chunks import Chunk, Rows, check_encoding
-from diptych.data_prep.files import HEAD_BYTES, File, Found, Limits, check_text, find_files, identify
+from diptych.data_prep.files import DEFAULT_LIMITS, HEAD_BYTES, File, Found, Limits, check_text, find_files, identify
 from diptych.data_prep.read_columns import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks, object_chunks
 from diptych.data_prep.read_tables import aligned_chunks, table_chunks, tsv_chunks
@@ -105,7 +105,7 @@ SAMPLES = {
 # Opening
 
 
-def open_sources(entries: Sequence[str], aligned: Sequence[str] = (), limits: Limits = Limits()) -> list[Source]:  # noqa: B008
+def open_sources(entries: Sequence[str], aligned: Sequence[str] = (), limits: Limits = DEFAULT_LIMITS) -> list[Source]:
     """All that is to be read, in the order given; what can be known to be wrong is said here, before anything is read.
 
     `aligned` is empty or two files. A file that comes up twice is read once, with a note.

@@ -56,7 +56,7 @@ def write_report(folder: Path, facts: Mapping[str, Any]) -> None:
     text = _as_json(_ordered(facts))
     facts = json.loads(text)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8", newline="\n")
-    (folder / "report.html").write_text(_page(facts), encoding="utf-8", newline="\n")
+    (folder / "report.html").write_text(render_page(facts), encoding="utf-8", newline="\n")
     _draw_figures(folder / "figures", facts)
 
 
@@ -165,9 +165,9 @@ def _ordered(facts: Mapping[str, Any]) -> dict[str, Any]:
         order = list(STAGES)
         facts["removed"].sort(
             key=lambda removed: (
-                order.index(removed["stage"]) if removed["stage"] in order else len(order),
-                -removed["count"],
-                removed["kind"],
+                order.index(removed.get("stage")) if removed.get("stage") in order else len(order),
+                -(removed.get("count") or 0),
+                str(removed.get("kind")),
             )
         )
     return facts
@@ -202,18 +202,10 @@ def _as_json(facts: Mapping[str, Any]) -> str:
 # report.html
 
 
-def _page(facts: dict[str, Any]) -> str:
-    return (
-        _environment()
-        .get_template(PAGE)
-        .render(
-            facts=facts,
-            flow=_flow(facts),
-            histograms=_histograms(facts),
-            joint=_joint(facts),
-            stages=STAGES,
-        )
-    )
+def render_page(facts: dict[str, Any]) -> str:
+    """report.html. `facts` are plain, as they come back from report.json."""
+    drawings = {"flow": _flow(facts), "histograms": _histograms(facts), "joint": _joint(facts)}
+    return _environment().get_template(PAGE).render(facts=facts, **drawings, stages=STAGES)
 
 
 @functools.cache
@@ -365,8 +357,8 @@ def _flow(facts: dict[str, Any]) -> dict[str, Any] | None:
     ends = [{"kind": "kept", "name": name, "count": count} for name, count in splits.items() if count]
     if not ends and rows.get("kept"):
         ends = [{"kind": "kept", "name": "kept", "count": rows["kept"]}]
-    for stage, removed in itertools.groupby(facts.get("removed") or (), key=lambda removed: removed["stage"]):
-        if count := sum(entry["count"] for entry in removed):
+    for stage, removed in itertools.groupby(facts.get("removed") or (), key=lambda removed: removed.get("stage")):
+        if count := sum(entry.get("count") or 0 for entry in removed):
             ends.append({"kind": "removed", "name": STAGES.get(stage, stage), "count": count})
     whole = max(read, sum(end["count"] for end in ends))  # one row can give several examples
     thickness = [max(FLOW_HEIGHT * end["count"] / whole, 1.5) for end in ends]
@@ -389,8 +381,18 @@ FLOW_HEIGHT, FLOW_LABEL, FLOW_GAP = 150, 22, 6
 
 def _histograms(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """One drawing for each side that has lengths, in a viewBox of 420 × 190."""
+    return [_histogram(side, lengths) for side, lengths in _binned_sides(facts).items()]
+
+
+def _binned_sides(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     sides = facts.get("lengths") or {}
-    return [_histogram(side, sides[side]) for side in ("source", "target") if (sides.get(side) or {}).get("counts")]
+    found = {side: sides.get(side) or {} for side in ("source", "target")}
+    return {side: lengths for side, lengths in found.items() if lengths.get("edges") and lengths.get("counts")}
+
+
+def _binned_pairs(facts: dict[str, Any]) -> dict[str, Any] | None:
+    joint = (facts.get("lengths") or {}).get("joint") or {}
+    return joint if all(joint.get(name) for name in ("source_edges", "target_edges", "counts")) else None
 
 
 def _histogram(side: str, lengths: dict[str, Any]) -> dict[str, Any]:
@@ -428,9 +430,8 @@ def _bin_name(start: int, end: int) -> str:
 
 def _joint(facts: dict[str, Any]) -> dict[str, Any] | None:
     """Cells of a heat grid in a viewBox of 420 × 380: the more rows, the stronger, on a logarithmic scale."""
-    lengths = facts.get("lengths") or {}
-    joint, packing = lengths.get("joint") or {}, facts.get("packing") or {}
-    if not joint.get("counts"):
+    joint, packing, lengths = _binned_pairs(facts), facts.get("packing") or {}, facts.get("lengths") or {}
+    if joint is None:
         return None
     source_edges, target_edges, counts = joint["source_edges"], joint["target_edges"], joint["counts"]
     x = _Scale(source_edges[0], source_edges[-1], 54, 412)
@@ -497,12 +498,11 @@ def _draw_figures(folder: Path, facts: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     folder.mkdir(exist_ok=True)
-    sides = facts.get("lengths") or {}
     drawings = {
         "rows": ((8, 3), _plot_rows, _flow(facts)),
         "sources": ((8, 4), _plot_sources, (facts.get("sources") or [])[:20]),
-        "lengths": ((9, 3.6), _plot_lengths, {s: sides[s] for s in ("source", "target") if _has_counts(sides, s)}),
-        "joint": ((6, 5), _plot_joint, facts if _has_counts(sides, "joint") else None),
+        "lengths": ((9, 3.6), _plot_lengths, _binned_sides(facts)),
+        "joint": ((6, 5), _plot_joint, facts if _binned_pairs(facts) else None),
         "packing": ((8, 2.6), _plot_packing, facts.get("packing")),
     }
     here = set(matplotlib.font_manager.get_font_names())
@@ -514,10 +514,6 @@ def _draw_figures(folder: Path, facts: dict[str, Any]) -> None:
                 figure = Figure(figsize=size, layout="constrained")
                 draw(figure, value)
                 figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
-
-
-def _has_counts(sides: dict[str, Any], side: str) -> bool:
-    return bool((sides.get(side) or {}).get("counts"))
 
 
 def _plot_rows(figure: Figure, flow: dict[str, Any]) -> None:
@@ -540,7 +536,7 @@ def _plot_sources(figure: Figure, sources: list[dict[str, Any]]) -> None:
         counts = [source.get(field) or 0 for source in sources]
         axes.barh(range(len(sources)), counts, left=left, color=colour, hatch=hatch, edgecolor="white", label=field)
         left += counts
-    _name_bars(axes, [source["name"] for source in sources])
+    _name_bars(axes, [source.get("name") or "" for source in sources])
     axes.set_title("Rows of each source")
     axes.legend()
 
@@ -559,12 +555,13 @@ def _plot_lengths(figure: Figure, sides: dict[str, Any]) -> None:
         edges, limit = numpy.maximum(lengths["edges"], 0.5), lengths.get("limit")
         densities = numpy.array(lengths["counts"]) / numpy.diff(numpy.log(edges))
         axes.stairs(densities, edges, fill=True, color=SOURCE_COLOUR if side == "source" else TARGET_COLOUR)
-        _count_lengths(axes, f"{side} tokens", "x", edges)
-        axes.set(yticks=[], ylabel="rows (area)", ylim=(0, 1.3 * densities.max()))
+        axes.set(yticks=[], ylabel="rows (area)", ylim=(0, 1.08 * densities.max()))
         title = "no limit" if not limit else f"limit {limit:,}: {lengths.get('over_limit') or 0:,} rows over it"
         axes.set_title(title, fontsize=10)
-        if limit and limit + 1 <= LIMIT_IN_VIEW * edges[-1]:
+        limit_is_drawn = limit and limit + 1 <= LIMIT_IN_VIEW * edges[-1]
+        if limit_is_drawn:
             axes.axvline(limit + 1, color="black", linestyle="--", linewidth=1)
+        _count_lengths(axes, f"{side} tokens", "x", [edges[0], max(edges[-1], limit + 1 if limit_is_drawn else 0)])
 
 
 def _plot_joint(figure: Figure, facts: dict[str, Any]) -> None:

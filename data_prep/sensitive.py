@@ -11,9 +11,9 @@ Patterns know nothing of meaning: names and postal addresses are not found, and 
 
 Secrets are found by the detectors of detect-secrets (Yelp) for keys with a form of their own: AWS, GitHub, GitLab,
 OpenAI, Slack, Stripe, JSON Web Tokens, private keys, passwords in URLs and others. Their patterns are asked for the
-string itself; the library's `scan_line` takes 1.5 ms a text, calls "from" and "list" secrets for their entropy, and may
-ask Amazon or GitHub whether a key is valid. Left out for the same noise, or because they go by a variable's name: the
-detectors of entropy and keywords, and those of Cloudant, IBM and SoftLayer (80 µs a text).
+string itself; the library's `scan_line` takes 1.5 ms a text, calls "from" and "list" secrets for their entropy, and
+may ask Amazon or GitHub whether a key is valid. Left out for the same noise, or because they go by a variable's name:
+the detectors of entropy and keywords, and those of Cloudant, IBM and SoftLayer (80 µs a text).
 
 MEASURED
 """

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, fields
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from diptych.data_prep.filters import LengthFilter
+from diptych.data_prep.formats import SUMMARY_INSTRUCTION
 from diptych.data_prep.mixture import Mixture
 from diptych.data_prep.readers import SAMPLES
 from diptych.data_prep.records import UserError, nearest
+from diptych.data_prep.train_tokenizer import MINIMUM_VOCAB_SIZE, TRAINERS
 
 DESCRIPTION = "From files of instruction rows or parallel text to a prepared dataset."
 LIST_OPTIONS = (
@@ -60,6 +62,15 @@ class PrepareSettings:
 
     languages: list[str] = field(default_factory=list)
     """Which two languages of parallel text with more are the first and the second side: `--languages en ko`."""
+
+    summary_instruction: str = SUMMARY_INSTRUCTION
+    """The instruction of summarisation pairs."""
+
+    positive_examples: int = 0
+    """How many of the worked examples that a Natural Instructions task has are told in its instruction."""
+
+    negative_examples: int = 0
+    """How many of its wrong answers are told."""
 
     mixture: Mixture | None = None
     """How several sources are mixed in the train split. Default: every row once."""
@@ -189,6 +200,12 @@ def _check(settings: PrepareSettings) -> None:
         raise UserError(f"--aligned takes two files, and got {len(settings.aligned)}.")
     if bool(settings.tokenizer) == bool(settings.train_tokenizer):
         raise UserError("give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe (or unigram).")
+    if settings.train_tokenizer not in (None, *TRAINERS):
+        raise UserError(f"train_tokenizer is '{settings.train_tokenizer}'; it can be {' or '.join(TRAINERS)}.")
+    if settings.train_tokenizer and settings.vocab_size < MINIMUM_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size is {settings.vocab_size}; bytes and special tokens alone are {MINIMUM_VOCAB_SIZE}."
+        )
     if settings.too_long not in TOO_LONG:
         raise UserError(f"too_long is '{settings.too_long}'; it can be {', '.join(TOO_LONG)}.")
     if settings.end_cut_targets and settings.too_long != "cut":
@@ -199,6 +216,9 @@ def _check(settings: PrepareSettings) -> None:
         raise UserError(
             f"near_duplicates is {settings.near_duplicates}; it is a similarity between 0 and 1, such as 0.8."
         )
+    for name in ("positive_examples", "negative_examples"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"{name} is {getattr(settings, name)}; it is a number of examples, 0 for none.")
     if settings.max_row_megabytes <= 0 or settings.max_unpacked_ratio < 1:
         raise UserError("max_row_megabytes is above 0 and max_unpacked_ratio at least 1.")
     if settings.split_by not in ("both", "source"):

@@ -49,8 +49,8 @@ trained: Gowda and May 2020 take the largest vocabulary in which 95 % of the tok
 from scratch. This table asks for 10 times, as rare tokens cost little but memory. Measured with BPE on English,
 Korean and code: 0.14 million characters allow 1,000 tokens (9 times), 0.8 million 2,000 (12), 14.7 million 8,000
 (11). A doubling takes about 4.7 times the text, and beyond 25 million characters the table continues that line. It
-ends at 64,000, where a small model would consist of its embedding table (Tao et al. 2024: the vocabulary should grow more
-slowly than the model)."""
+ends at 64,000, where a small model would consist of its embedding table (Tao et al. 2024: the vocabulary should grow
+more slowly than the model)."""
 
 CURVE_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000)
 CURVE_CHARACTERS = 10_000_000

@@ -1,10 +1,30 @@
 """Text is always text: with tokenizers of every family, nothing that a row holds becomes a control token."""
 
+import pickle
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from diptych.data_prep.encode import encode_sources, encode_targets, split_sources, split_targets
-from diptych.data_prep.records import UserError
+from diptych.data_prep.encode import (
+    TEXT_TOKENS_KEY,
+    Encoding,
+    Rendered,
+    encode_examples,
+    encode_sources,
+    encode_targets,
+    fit,
+    from_marked,
+    label_prefix,
+    marked,
+    spelled_added_tokens,
+    split_sources,
+    split_targets,
+    text_tokens,
+)
+from diptych.data_prep.records import Origin, Record, UserError
+from diptych.data_prep.templates import TEMPLATES, Template
 
 FAMILIES = (
     "diptych-bpe diptych-unigram t5 mbart mbart50 bart nllb gemma bert byt5 m2m100".split()
@@ -119,3 +139,210 @@ def test_a_word_added_later_is_seen(tokenizers_by_family, tmp_path):
     tokenizer.add_special_tokens({"extra_special_tokens": ["<new>"]})
     new_id = tokenizer.convert_tokens_to_ids("<new>")
     assert new_id not in encode_sources(tokenizer, ["x <new> </s>"])[0]
+
+
+ADDED = ["<table>", "낱말", "[USER]"]
+TIGHT = Template(
+    "tight", "{{ system }}{% for t in history %}{{ t[0] }}{{ t[1] }}{% endfor %}{{ instruction }}{{ input }}"
+)
+FRAMED = Template(
+    "framed",
+    "Sys<{{ system }}>{% for t in history %} {{ t[0] }} / {{ t[1] }} {% endfor %}| {{ instruction }} | {{ input }}",
+    "Out: {{ output }}.",
+)
+FIELDS = ("instruction", "input", "output", "system", "first", "second")  # the last two are an earlier turn
+
+
+@pytest.fixture(scope="session")
+def grown_tokenizers(tokenizers_by_family, tmp_path_factory):
+    """The same, with three added tokens that are not special, and one that is blank."""
+    folder, grown = tmp_path_factory.mktemp("grown"), {}
+    for name, tokenizer in tokenizers_by_family.items():
+        tokenizer.save_pretrained(folder / name)
+        grown[name] = AutoTokenizer.from_pretrained(folder / name)
+        grown[name].add_tokens([*ADDED, "\n\n"])
+    return grown
+
+
+@pytest.fixture(params=FAMILIES)
+def grown(request, grown_tokenizers):
+    return grown_tokenizers[request.param]
+
+
+def all_control_tokens(tokenizer):
+    tokens = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+    return {token: token_id for token, token_id in tokens.items() if token.strip()}
+
+
+def record_of(fields):
+    fields = dict.fromkeys(FIELDS, "") | fields
+    turn = (fields.pop("first"), fields.pop("second"))
+    return Record(**fields, history=(turn,) if any(turn) else (), origin=Origin("a.jsonl", 1))
+
+
+def control_ids_in(tokenizer, template, records):
+    sources, targets = zip(*(template.render(record) for record in records), strict=True)
+    control = set(all_control_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
+    encodings = [encoding for side in encode_examples(tokenizer, template, sources, targets) for encoding in side]
+    return [encoding for encoding in encodings if not control.isdisjoint(encoding.content)]
+
+
+@pytest.mark.parametrize("template", [TIGHT, FRAMED, TEMPLATES["chat"]], ids=lambda template: template.name)
+def test_no_special_or_added_token_in_any_field_becomes_a_control_token(grown, template):
+    records = [
+        record_of({field: text})
+        for token in all_control_tokens(grown)
+        for field in FIELDS
+        for text in (token, f"a{token}", f"a {token} b")
+    ]
+    assert control_ids_in(grown, template, records) == []
+
+
+@pytest.mark.parametrize("template", [TIGHT, FRAMED], ids=lambda template: template.name)
+def test_no_token_that_is_split_over_two_fields_becomes_a_control_token(grown, template):
+    neighbours = [("system", "first"), ("first", "second"), ("second", "instruction"), ("instruction", "input")]
+    records = [
+        record_of({left: "a " + token[:place], right: token[place:] + " b"})
+        for token in all_control_tokens(grown)
+        for left, right in neighbours
+        for place in range(len(token) + 1)
+    ]
+    assert control_ids_in(grown, template, records) == []
+
+
+def test_no_token_that_frame_and_field_spell_together_becomes_a_control_token(grown):
+    for token in [grown.eos_token, *ADDED]:
+        for place in range(1, len(token)):
+            template = Template("half", token[:place] + "{{ instruction }}", "{{ output }}" + token[place:])
+            record = record_of({"instruction": token[place:], "output": token[:place]})
+            assert control_ids_in(grown, template, [record]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_text_around_any_tokens_becomes_no_control_token(grown_tokenizers, data):
+    tokenizer = grown_tokenizers[data.draw(st.sampled_from(FAMILIES))]
+    characters = st.characters(exclude_categories=("Cs", "Cn"))
+    parts = st.one_of(st.text(characters, max_size=4), st.sampled_from(sorted(all_control_tokens(tokenizer))))
+    texts = st.lists(parts, max_size=5).map("".join)
+    fields = {field: data.draw(texts) for field in FIELDS}
+    assert control_ids_in(tokenizer, FRAMED, [record_of(fields)]) == []
+
+
+def test_control_tokens_of_the_frame_are_control_tokens(grown):
+    for token, token_id in all_control_tokens(grown).items():
+        template = Template("frame", "Fill " + token + " in: {{ input }}" + token, "a " + token + "{{ output }}")
+        record = record_of({"input": f"b {token}", "output": token})
+        source, target = template.render(record)
+        (source_encoding,), (target_encoding,) = encode_examples(grown, template, [source], [target])
+        if token_id != grown.unk_token_id:
+            assert source_encoding.content.count(token_id) == 2
+            assert target_encoding.content.count(token_id) == 1
+
+
+def test_a_frame_is_encoded_as_the_tokenizer_itself_encodes_it(grown, sentences):
+    for token in [*ADDED[::2], grown.eos_token, *grown.all_special_tokens[-1:]]:
+        template = Template("frame", "Fill " + token + " in: {{ input }} " + token + " end")
+        for sentence in sentences[:10]:
+            source = template.render_source("", sentence)
+            assert encode_sources(grown, [source])[0] == grown(str(source))["input_ids"]
+
+
+def test_the_longest_control_token_of_a_frame_wins(tokenizers_by_family, tmp_path):
+    tokenizers_by_family["bart"].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["<a>", "<a><b>"], special_tokens=True)
+    (source,) = split_sources(tokenizer, [Template("t", "<a><b>{{ input }}<a>").render_source("", "x")])
+    assert tokenizer.convert_ids_to_tokens(source.content) == ["<a><b>", "x", "<a>"]
+
+
+def test_blank_and_listed_added_tokens_are_words_of_text(grown_tokenizers, tmp_path):
+    for family in ("t5", "bart", "bert", "byt5", "m2m100"):
+        grown_tokenizers[family].save_pretrained(tmp_path / family)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / family)
+        assert text_tokens(tokenizer) == {"\n\n"}
+        word, table = tokenizer.convert_tokens_to_ids(["낱말", "<table>"])
+        assert word not in split_sources(tokenizer, ["이 낱말 뿐"])[0].content
+        tokenizer.init_kwargs[TEXT_TOKENS_KEY] = ["낱말"]
+        tokenizer.save_pretrained(tmp_path / family)
+        again = AutoTokenizer.from_pretrained(tmp_path / family)
+        assert text_tokens(again) == {"\n\n", "낱말"}
+        content = split_sources(again, ["이 낱말 <table> 뿐"])[0].content
+        assert content.count(word) == 1 and table not in content
+
+
+def test_texts_that_spell_an_added_token_are_counted(grown_tokenizers):
+    tokenizer = grown_tokenizers["t5"]
+    source = Template("t", "<table> {{ input }}").render_source("", "a [USER] b")
+    texts = ["<table> and <table>", "낱말</s>", source, "\n\n", "nothing"]
+    assert spelled_added_tokens(tokenizer, texts) == {"<table>": 1, "낱말": 1, "[USER]": 1}
+    tokenizer.init_kwargs[TEXT_TOKENS_KEY] = ["낱말"]
+    try:
+        assert spelled_added_tokens(tokenizer, texts) == {"<table>": 1, "[USER]": 1}
+    finally:
+        del tokenizer.init_kwargs[TEXT_TOKENS_KEY]
+
+
+def test_a_rendered_text_survives_pickling_and_marks_survive_a_table():
+    text = Template("t", "Fill <x>: {{ input }}").render_source("", "a")
+    for copy in (pickle.loads(pickle.dumps(text)), from_marked(marked(text))):
+        assert copy == "Fill <x>: a" and isinstance(copy, Rendered) and copy.marked == text.marked
+    assert marked("plain") == from_marked("plain") == "plain"
+
+
+@pytest.mark.parametrize("character", ["\U0010fffe", "\U0010ffff"])
+def test_a_text_with_a_noncharacter_cannot_spell_a_control_token(tokenizer, character):
+    with pytest.raises(UserError, match="which are no characters"):
+        split_sources(tokenizer, [f"a {character}</s>{character} b"])
+
+
+def test_every_row_of_a_batch_is_what_it_is_alone(tokenizer, sentences):
+    texts = [*sentences[:30], SPELLED, ""]
+    assert split_sources(tokenizer, texts) == [split_sources(tokenizer, [text])[0] for text in texts]
+
+
+def test_the_decoder_prefix_stands_before_the_text_and_replaces_a_language(tokenizers_by_family):
+    def begins(family, *decoder_prefix):
+        tokenizer = tokenizers_by_family[family]
+        (ids,) = encode_targets(tokenizer, ["Go."], decoder_prefix=decoder_prefix)
+        assert ids[: len(label_prefix(tokenizer, decoder_prefix))] == label_prefix(tokenizer, decoder_prefix)
+        plain = split_targets(tokenizer, ["Go."])[0]
+        assert ids[-len(plain.content) - 1 :] == [*plain.content, tokenizer.eos_token_id]
+        return tokenizer.convert_ids_to_tokens(ids[: -len(plain.content) - 1])
+
+    assert begins("t5", "<extra_id_0>") == ["<extra_id_0>"]
+    assert begins("t5", "<extra_id_1>", "<extra_id_0>") == ["<extra_id_1>", "<extra_id_0>"]
+    assert begins("nllb", "fra_Latn") == ["fra_Latn"]
+    assert begins("nllb") == begins("nllb", "kor_Hang") == ["kor_Hang"]
+    assert begins("mbart50", "en_XX") == ["en_XX"]
+    assert begins("m2m100", "__en__") == ["__en__"]
+    assert begins("bart", "<mask>") == ["<s>", "<mask>"]
+    assert begins("bart", "<s>", "<mask>") == ["<s>", "<mask>"]
+
+
+def test_a_decoder_prefix_that_the_tokenizer_does_not_know_is_refused(tokenizers_by_family):
+    with pytest.raises(UserError, match="'<extra_id0>', which is no special .* Did you mean '<extra_id_0>'"):
+        split_targets(tokenizers_by_family["t5"], ["Go."], ["<extra_id0>"])
+    with pytest.raises(UserError, match="Name one that it has"):
+        split_targets(tokenizers_by_family["t5"], ["Go."], ["나는"])
+
+
+def test_what_is_too_long_is_dropped_refused_or_cut():
+    source = Encoding([7], [1, 2, 3], [8, 9])
+    assert fit(source, 6, "error") == fit(source, 6, "drop") == fit(source, 6, "cut", False) == [7, 1, 2, 3, 8, 9]
+    assert fit(source, 5) is None
+    assert fit(source, 5, "cut") == [7, 1, 2, 8, 9]
+    assert fit(source, 5, "cut", end_after_cut=False) == [7, 1, 2, 3]
+    with pytest.raises(UserError, match="6 tokens, and the limit is 5. Raise the limit"):
+        fit(source, 5, "error")
+    with pytest.raises(UserError, match="leaves no room for text beside 3 special tokens"):
+        fit(source, 3, "cut")
+
+
+def test_a_cut_target_ends_in_eos_only_if_told_and_keeps_its_language(tokenizers_by_family, sentences):
+    nllb = tokenizers_by_family["nllb"]
+    (target,) = split_targets(nllb, [" ".join(sentences[:20])], ["kor_Hang"])
+    told, untold = fit(target, 10, "cut"), fit(target, 10, "cut", end_after_cut=False)
+    assert told == [*target.prefix, *target.content[:8], nllb.eos_token_id]
+    assert untold == [*target.prefix, *target.content[:9]]
+    assert len(target.prefix) == 1

@@ -21,6 +21,7 @@ from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.templates import TEMPLATES, load_template, template_of
 
 ROWS = [{"instruction": f"Say {n}.", "input": f"number {n}", "output": f"It is {n}."} for n in range(40)]
+LONG_ROW = {"instruction": "Count.", "output": "one two three " * 20}
 COMMAND = [sys.executable, "-m", "diptych.data_prep.prepare"]
 SAMPLE = ["--data", "tatoeba", "--train_tokenizer", "bpe"]
 GOOD = '{"instruction": "a", "output": "b"}'
@@ -195,7 +196,7 @@ def test_each_reject_says_file_row_field_reason_and_raw_text(prepare, write_rows
 def test_strict_stops_at_the_first_bad_row_and_writes_nothing(prepare, write_rows, tmp_path):
     path = write_rows("rows.jsonl", [*ROWS, {"instruction": "a", "output": ""}])
     code, said, error = prepare("--data", path, "--strict")
-    assert (code, said) == (2, "")
+    assert code == 2 and "Prepared" not in said
     assert error.splitlines()[-1].startswith(f"error: {path}:41: 'output' is empty")
     assert not (tmp_path / "prepared").exists()
     assert prepare("--data", write_rows("rows.jsonl", ROWS), "--strict")[0] == 0
@@ -214,21 +215,42 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
         f"The first, {tmp_path}/broken.json:1: broken JSON: Expecting ',' delimiter, line 2, column 22. Mend the rows"
     )
     assert words in prepare("--data", write_rows("broken.json", broken))[2]
-    words = "object.json, line 2, column 1: a JSON object stands here, and an array of objects is due: [{…}, {…}]."
-    assert words in prepare("--data", write_rows("object.json", b'\n{"rows": []}'))[2]
-    assert prepare("--data", write_rows("empty.json", []))[2] == "error: there are no rows in what was read.\n"
+    words = "object.json, line 1, column 1: a JSON object stands here, and an array of objects is due"
+    assert words in prepare("--data", write_rows("object.json", b'{"rows": {}}'))[2]
+    assert prepare("--data", write_rows("empty.json", []))[2].endswith("error: there are no rows in what was read.\n")
 
 
-def test_targets_over_the_limit_are_cut_before_their_eos_counted_and_said(prepare, write_rows, tmp_path):
-    long_row = {"instruction": "Count.", "output": "one two three " * 20}
-    path = write_rows("rows.jsonl", [*ROWS, long_row])
-    code, said, _ = prepare("--data", path, "--max_target_tokens", 20, "--test_fraction", 0)
+def test_rows_over_a_limit_are_dropped_by_name_and_counted(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, LONG_ROW])
+    code, said, _ = prepare("--data", path, "--max_target_tokens", 20)
+    assert (code, "1 rows dropped, longer than 20" in said) == (0, True)
+    assert "Rejected   1 × target over the limit" in said
+    [reject] = rejects_of(tmp_path / "prepared")
+    assert (reject["row"], reject["kind"]) == (41, "target over the limit")
+    assert reject["reason"].startswith("the target has ") and reject["reason"].endswith("max_target_tokens is 20.")
+
+
+def test_a_row_over_a_limit_can_be_an_error(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, LONG_ROW])
+    code, _, error = prepare("--data", path, "--max_target_tokens", 20, "--too_long", "error")
+    assert code == 2 and f"{path}:41: the target has " in error
+    assert not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_targets_that_are_cut_end_in_eos_only_if_the_user_says_so(end, prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, LONG_ROW])
+    arguments = ["--max_target_tokens", 20, "--max_source_tokens", 30, "--too_long", "cut", "--test_fraction", 0]
+    code, said, _ = prepare("--data", path, *arguments, *(["--end_cut_targets"] if end else []))
     assert (code, "1 cut at 20" in said) == (0, True)
     assert manifest_of(tmp_path / "prepared")["tokens"]["target"]["cut"] == 1
     tables = datasets.load_from_disk(tmp_path / "prepared")
-    [labels] = [row["labels"] for table in tables.values() for row in table if len(row["labels"]) == 20]
+    [row] = [row for table in tables.values() for row in table if len(row["labels"]) == 20]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
-    assert labels == [*tokenizer(long_row["output"])["input_ids"][:19], tokenizer.eos_token_id]
+    whole = tokenizer(LONG_ROW["output"])["input_ids"]
+    assert row["labels"] == ([*whole[:19], tokenizer.eos_token_id] if end else whole[:20])
+    for table in tables.values():
+        assert all(ids[-1] == tokenizer.eos_token_id for ids in table["input_ids"])
 
 
 def test_a_row_that_the_template_cannot_render_is_a_reject(prepare, write_rows, tmp_path):
@@ -323,7 +345,7 @@ def test_packing_false_writes_examples_alone(prepare, write_rows, tmp_path):
     assert manifest_of(tmp_path / "prepared")["packing"] is None
     assert not (tmp_path / "prepared" / "packed").exists()
     assert prepare("--data", path, "--packing", "false")[1].startswith("Reused")
-    assert prepare("--data", path, "--packing")[1].startswith("Read")
+    assert prepare("--data", path, "--packing")[1].splitlines()[1].startswith("Read")
     assert (tmp_path / "prepared" / "packed").is_dir()
 
 
@@ -333,12 +355,12 @@ def test_how_rows_are_packed_decides_whether_they_are_used_again(prepare, write_
     prepare(*arguments)
     code, said, _ = prepare(*arguments)
     assert said.startswith("Reused") and "Packing    train: 36 examples in " in said
-    assert prepare(*arguments, "--packed_target_tokens", 90)[1].startswith("Read")
-    assert prepare(*arguments, "--share_sources")[1].startswith("Read")
-    assert prepare(*arguments, "--decoder_start_token_id", 2)[1].startswith("Read")
+    assert prepare(*arguments, "--packed_target_tokens", 90)[1].splitlines()[1].startswith("Read")
+    assert prepare(*arguments, "--share_sources")[1].splitlines()[1].startswith("Read")
+    assert prepare(*arguments, "--decoder_start_token_id", 2)[1].splitlines()[1].startswith("Read")
     table = next((tmp_path / "prepared" / "packed").glob("*.arrow"))
     table.write_bytes(table.read_bytes()[:-10])
-    assert prepare(*arguments, "--decoder_start_token_id", 2)[1].startswith("Read")
+    assert prepare(*arguments, "--decoder_start_token_id", 2)[1].splitlines()[1].startswith("Read")
 
 
 def test_equal_sources_are_encoded_once_if_asked_for(prepare, write_rows, tmp_path):
@@ -360,7 +382,7 @@ def test_an_example_longer_than_a_packed_row_is_refused_by_name_and_nothing_is_w
     path = write_rows("rows.jsonl", [*ROWS, {"instruction": "Count.", "output": "one two three " * 20}])
     arguments = ["--data", path, "--test_fraction", 0, "--validation_fraction", 0]
     code, said, error = prepare(*arguments, "--packed_target_tokens", 32)
-    assert (code, said) == (2, "")
+    assert code == 2 and "Prepared" not in said
     assert f"error: {path}:41: its target has " in error.splitlines()[-1]
     assert "a packed row has room for 32. Give packed_target_tokens >= " in error
     assert not list(tmp_path.glob("*prepared*"))
@@ -375,7 +397,7 @@ def test_a_budget_that_is_given_and_poorly_filled_is_warned_of_with_a_better_one
     arguments = ["--data", path, "--packed_source_tokens", 100_000]
     for words in ("Read", "Reused"):
         code, said, error = prepare(*arguments)
-        assert (code, said.startswith(words)) == (0, True)
+        assert (code, f"{words}  " in said) == (0, True)
         fill = f"{manifest_of(tmp_path / 'prepared')['packing']['source_fill']:.1%}".replace("%", " %")
         assert "warning: packed rows of 100,000 + " in error and f" tokens are filled to {fill} and " in error
         assert f"Drop packed_source_tokens: {better}." in error.splitlines()[-1]
@@ -417,7 +439,7 @@ def test_the_decoder_starts_as_the_checkpoints_config_says(prepare, write_rows, 
     assert (code, "Decoder    starts with token 7, as the config beside the tokenizer has it" in said) == (0, True)
     assert start_of(tmp_path / "prepared") == (7, "model config")
     transformers.GenerationConfig(decoder_start_token_id=8).save_pretrained(checkpoint)
-    assert prepare("--data", path, tokenizer=checkpoint)[1].startswith("Read")
+    assert prepare("--data", path, tokenizer=checkpoint)[1].splitlines()[1].startswith("Read")
     assert start_of(tmp_path / "prepared") == (8, "model config")
     prepare("--data", path, "--decoder_start_token_id", 9, tokenizer=checkpoint)
     assert start_of(tmp_path / "prepared") == (9, "setting")
@@ -431,7 +453,7 @@ def test_a_start_that_the_tokenizer_does_not_have_is_refused_before_any_work(
     path = write_rows("rows.jsonl", ROWS)
     last = len(AutoTokenizer.from_pretrained(bpe_folder)) - 1
     code, said, error = prepare("--data", path, "--decoder_start_token_id", last + 1)
-    assert (code, said) == (2, "") and "Encoding" not in error
+    assert code == 2 and "Prepared" not in said and "Encoding" not in error
     assert f"decoder_start_token_id is {last + 1}, but the token ids of '{bpe_folder}' end at {last}." in error
     trained = ["--data", path, "--train_tokenizer", "bpe", "--vocab_size", 4000, "--decoder_start_token_id"]
     error = prepare(*trained, 4000, tokenizer=None)[2]
@@ -492,14 +514,14 @@ def test_a_changed_input_template_tokenizer_or_setting_is_prepared_anew(prepare,
     assert prepare(*arguments)[1].startswith("Reused")
 
     write_rows("rows.jsonl", ROWS[:-1])
-    assert prepare(*arguments)[1].startswith("Read       39 rows")
+    assert prepare(*arguments)[1].splitlines()[1].startswith("Read       39 rows")
     frame.write_text("{{ instruction }}: {{ input }}")
-    assert prepare(*arguments)[1].startswith("Read")
-    assert prepare(*arguments, "--seed", 1)[1].startswith("Read")
+    assert prepare(*arguments)[1].splitlines()[1].startswith("Read")
+    assert prepare(*arguments, "--seed", 1)[1].splitlines()[1].startswith("Read")
     other = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
     other.add_tokens(["zebra"])
     other.save_pretrained(tmp_path / "other")
-    assert prepare(*arguments, "--seed", 1, tokenizer=tmp_path / "other")[1].startswith("Read")
+    assert prepare(*arguments, "--seed", 1, tokenizer=tmp_path / "other")[1].splitlines()[1].startswith("Read")
     assert prepare(*arguments, "--seed", 1, tokenizer=tmp_path / "other")[1].startswith("Reused")
 
 
@@ -508,7 +530,7 @@ def test_a_damaged_folder_is_prepared_anew(prepare, write_rows, tmp_path):
     prepare("--data", path)
     table = next((tmp_path / "prepared" / "train").glob("*.arrow"))
     table.write_bytes(table.read_bytes()[:-10])
-    assert prepare("--data", path)[1].startswith("Read")
+    assert prepare("--data", path)[1].splitlines()[1].startswith("Read")
     assert len(datasets.load_from_disk(tmp_path / "prepared")["train"]) == 36
 
 
@@ -584,14 +606,13 @@ def test_the_template_that_a_tokenizer_carries_is_used_unless_another_is_named(p
 
 def test_what_is_given_and_not_used_is_said(prepare, write_rows, tmp_path):
     frame = tmp_path / "frame.jinja"
-    frame.write_text("{{ instruction }} </s>\n{# target #}\nyes")
+    frame.write_text("{{ instruction }}\n{# target #}\nyes")
     rows = [{**row, "difficulty": "easy"} for row in ROWS]
     code, _, error = prepare("--data", write_rows("rows.jsonl", rows), "--template", frame)
     assert code == 0
     assert "warning: fields that are not used: difficulty." in error
     assert "leaves out the input, and 40 rows have one" in error
     assert "leaves out the output: every target is the same" in error
-    assert "holds </s>. Text is always text here" in error
     assert load_template(str(frame)).target == "yes"
 
 
@@ -674,7 +695,7 @@ def test_the_command_exits_with_0_and_a_summary_when_some_rows_are_rejected(writ
     finished = run_command("--data", "rows.jsonl", "--train_tokenizer", "bpe", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "Rejected   1 × 'output' is not a string, the first in rows.jsonl:41" in finished.stdout
-    assert "Encoding train" in finished.stderr  # the progress bar
+    assert "Reading: 100%" in finished.stderr  # the progress bar
 
 
 def test_help_explains_every_setting(capsys):
@@ -684,7 +705,7 @@ def test_help_explains_every_setting(capsys):
     said = capsys.readouterr().out
     for field in fields(PrepareSettings):
         assert f"--{field.name} " in said
-    assert "Longer targets lose their end, but not their eos" in said
+    assert "Whether a target that was cut still ends in eos" in said
 
 
 def run_command(*arguments, cwd):

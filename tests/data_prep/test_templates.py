@@ -1,10 +1,25 @@
 """A template renders data verbatim, travels with the tokenizer, and says what is wrong with it and where."""
 
+import json
+import multiprocessing
+import resource
+import threading
+import time
+
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import TEMPLATES, Template, attach_template, load_template, template_of
+from diptych.data_prep.encode import Rendered
+from diptych.data_prep.records import Origin, Record, UserError
+from diptych.data_prep.templates import (
+    TEMPLATES,
+    TOKENIZER_KEY,
+    Template,
+    attach_template,
+    carried_template,
+    load_template,
+    template_of,
+)
 
 HOSTILE = ["{{ 7*7 }}", "{{ instruction }}", "{% raw %}", "{# target #}", "</s>", "<b>&amp;</b>", "  spaces  ", "\n"]
 
@@ -32,6 +47,11 @@ def test_shipped_templates_render_these_texts():
         "### Response:"
     )
     assert TEMPLATES["alpaca"].render_source("Add.").endswith("request.\n\n### Instruction:\nAdd.\n\n### Response:")
+    assert TEMPLATES["chat"].render_source("Add.", "1 + 1", (("Hello!", "Hi."),), "Be brief.") == (
+        "System: Be brief.\n\nUser: Hello!\n\nAssistant: Hi.\n\nUser: Add.\n\n1 + 1\n\nAssistant:"
+    )
+    assert TEMPLATES["chat"].render_source("Add.") == "User: Add.\n\nAssistant:"
+    assert TEMPLATES["plain"].render_source("Add.", system="Be brief.") == "Be brief.\n\nAdd."
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -48,6 +68,79 @@ def test_earlier_turns_are_rendered_where_there_is_a_place_for_them():
     assert source == "Say go.\n\nGo.\n\nAnd in Korean?"
     with pytest.raises(UserError, match="'translate' has no place for earlier turns"):
         TEMPLATES["translate"].render_source("Go.", history=(("a", "b"),))
+    with pytest.raises(UserError, match="'alpaca' has no place for a system prompt"):
+        TEMPLATES["alpaca"].render_source("Go.", system="Be brief.")
+
+
+def test_a_record_is_rendered_with_all_that_it_holds():
+    chat = {"history": (("Hello!", "Hi."),), "system": "Be brief."}
+    record = Record(instruction="Add.", input="1 + 1", output="2", origin=Origin("a.jsonl", 1), **chat)
+    template = TEMPLATES["chat"]
+    assert template.render(record) == (template.render_source("Add.", "1 + 1", *chat.values()), "2")
+
+
+def test_settings_stand_in_the_first_lines_of_a_file(frame):
+    template = load_template(
+        frame(
+            '{# decoder_prefix: kor_Hang <x> #}\n{# stop: ### Instruction: #}\n{#- stop: "\\nUser:" -#}\n'
+            "{# note: a comment #}{{ instruction }}\n{# target #}\n{{ output }}"
+        )
+    )
+    assert template.decoder_prefix == ("kor_Hang", "<x>")
+    assert template.stop == ("### Instruction:", "\nUser:")
+    assert (template.render_source("Add."), template.render_target("2")) == ("Add.", "2")
+    assert template.cut_at_stop("a\nUser: b ### Instruction: c") == "a"
+    assert template.cut_at_stop("a user") == "a user"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{# stpo: x #}\n{{ instruction }}", "line 1: unknown setting 'stpo'. Did you mean 'stop'?"),
+        ("{{ instruction }}\n{# stop: x #}", "line 2: 'stop' belongs into the first lines"),
+        ("{# stop: x #}\n{# decoder_prefix: #}\n", "line 2: 'decoder_prefix' is empty"),
+        ('{# stop: "\\q" #}\n{{ instruction }}', 'line 1: "\\q" is no JSON string'),
+        ("{# stop: x #}\n{# stop: y #}\n\n{{ inptu }}", "line 4: unknown variable 'inptu'"),
+        ("{# stop: x #}\na\n{{ instruction ", "line 3"),
+        ("a\n{{ input | tojson }}", "line 2: No filter named 'tojson'. Here are abs, capitalize,"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "cannot be compiled"),
+        ("a" * 30_001, "30,000 are allowed"),
+        ("a\U0010fffeb", "which are no characters"),
+    ],
+)
+def test_a_mistake_in_settings_or_size_is_named_by_file_and_line(text, words, frame):
+    with pytest.raises(UserError) as error:
+        load_template(frame(text))
+    assert words in str(error.value)
+    assert "frame.jinja" in str(error.value)
+
+
+def test_lines_are_counted_from_the_top_of_the_file_when_a_row_fails(frame):
+    template = load_template(frame("{# stop: x #}\n{{ input[7] }}\n{# target #}\n\n{{ output[7] }}"))
+    with pytest.raises(UserError, match="frame.jinja, line 2: "):
+        template.render_source("a", "b")
+    with pytest.raises(UserError, match="frame.jinja, line 5: "):
+        template.render_target("b")
+
+
+def test_a_rendered_text_reads_as_plain_text_and_knows_its_frame(frame):
+    source = load_template(frame("Fill <x>: {{ input }}{{ '<y>' }}{% set z = '<z>' %}{{ z }}")).render_source(
+        "", "<x>"
+    )
+    assert source == "Fill <x>: <x><y><z>"
+    assert isinstance(source, Rendered)
+    assert source.marked.split("\U0010fffe") == ["", "Fill <x>: ", "<x>", "<y>", "<z>"]
+    macro = "{% macro a(b) %}<m>{{ b }}{% endmacro %}{% set c %}<s>{% endset %}{{ a('d') }}{{ c }}{{ c | length }}"
+    assert Template("t", macro).render_source("a") == "<m>d<s>3"  # marks do not count as characters
+
+
+@pytest.mark.parametrize("field", ["instruction", "input", "system", "history", "output"])
+@pytest.mark.parametrize("character", ["\U0010fffe", "\U0010ffff"])
+def test_what_is_no_character_is_refused_in_every_field(field, character):
+    fields = {"instruction": "a", "input": "b", "output": "c", "system": "d", "history": (("e", "f"),)}
+    fields[field] = (("e", f"x{character}"),) if field == "history" else f"x{character}"
+    with pytest.raises(UserError, match="which are no characters"):
+        TEMPLATES["plain"].render(Record(**fields, origin=Origin("a", 1)))
 
 
 def test_a_file_is_the_source_and_may_hold_the_target(frame):
@@ -67,7 +160,7 @@ def test_a_file_is_the_source_and_may_hold_the_target(frame):
         ("a\n{% if input %}b", "line 2"),
         (
             "a\nb\n{{ inptu }}",
-            "line 3: unknown variable 'inptu'; here are instruction, input, history.",
+            "line 3: unknown variable 'inptu'; here are instruction, input, history, system.",
         ),
         ("a\n{{ instrution }}", "Did you mean 'instruction'?"),
         (
@@ -105,6 +198,9 @@ def test_a_row_that_a_template_cannot_render_is_named_by_line(frame):
         "{{ history.append(1) }}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{% include '/etc/passwd' %}",
+        "{{ input.format(instruction) }}",
+        "{{ input.encode() }}",
+        "{{ [instruction, namespace()] }}",
     ],
 )
 def test_a_stranger_s_template_is_held_in_the_sandbox(text):
@@ -113,7 +209,7 @@ def test_a_stranger_s_template_is_held_in_the_sandbox(text):
 
 
 def test_an_unknown_name_names_the_nearest():
-    with pytest.raises(UserError, match="neither one of alpaca, plain, translate nor .* Did you mean 'alpaca'"):
+    with pytest.raises(UserError, match="neither one of alpaca, plain, translate, chat nor .* Did you mean 'alpaca'"):
         load_template("alpcaa")
 
 
@@ -131,5 +227,148 @@ def test_the_template_travels_with_tokenizers_of_every_family(tokenizers_by_fami
 
 
 def test_a_tokenizer_without_a_template_says_so(bpe_folder):
-    with pytest.raises(UserError, match="carries no template.*one of alpaca, plain, translate, or a Jinja file"):
+    with pytest.raises(UserError, match="carries no template.*one of alpaca, plain, translate, chat, or a Jinja file"):
         template_of(AutoTokenizer.from_pretrained(bpe_folder))
+
+
+BOMBS = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops without turns": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "loops in filters": "{% for i in range(99999) %}{{ range(99999) | select('odd') | list | length }}{% endfor %}",
+    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "endless macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "recursive loop": "{% for t in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
+    "slow turns": "{% set x = 'a' * 900000 %}{% for i in range(99999) %}{% set y = x[1:] == x[:-1] %}{% endfor %}",
+    "range": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "text times number": "{{ 'a' * 10 ** 10 }}",
+    "list times number": "{{ [0] * 10 ** 10 }}",
+    "power": "{{ 9 ** 9 ** 9 ** 9 ** 9 }}",
+    "product": "{% set a = 10 ** 999 %}{{ a * a * a * a }}",
+    "percent": "{{ '%9999999999d' % 1 }}",
+    "percent star": "{{ '%*d' % (10 ** 10, 1) }}",
+    "format": "{{ '%9999999999d' | format(1) }}",
+    "center": "{{ input | center(10 ** 10) }}",
+    "center many": "{{ range(99999) | map('center', 99999) | join }}",
+    "indent": "{{ ('\n' * 99999) | indent(99999) }}",
+    "replace": "{{ (input * 99999) | replace('', input * 99999) }}",
+    "replace method": "{{ (input * 99999).replace('', input * 99999) }}",
+    "join": "{{ range(99999) | join(input * 99999) }}",
+    "join method": "{{ (input * 99999).join(input * 99999) }}",
+    "wordwrap": "{{ (input * 99999) | wordwrap(1, wrapstring=input * 99999) }}",
+    "ljust": "{{ input.ljust(10 ** 10) }}",
+    "round": "{{ 5 | round(-10 ** 10) }}",
+    "doubled by ~": "{% set a = 'a' %}" + "{% set a = a ~ a %}" * 60 + "{{ a }}",
+    "doubled by +": "{% set a = ['a'] %}" + "{% set a = a + a %}" * 60 + "{{ a }}",
+    "doubled by a block": "{% set a = 'a' %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60 + "{{ a }}",
+    "list of itself": "{% set a = ['a'] %}" + "{% set a = [a, a] %}" * 60 + "{{ a }}",
+    "dict of itself": "{% set a = {} %}" + "{% set a = {1: a, 2: a} %}" * 60 + "{{ a == a }}",
+    "output": "{% for i in range(99999) %}{{ input * 9999 }}{% endfor %}",
+    "block": "{% set a %}{% for i in range(99999) %}{{ input * 9999 }}{% endfor %}{% endset %}",
+    "slices": "{% set x = 'a' * 9999 %}{% set a %}{% for i in range(99999) %}{{ x[1:] }}{% endfor %}{% endset %}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_that_never_ends_or_fills_memory_is_stopped(name):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.thread_time()
+    with pytest.raises(UserError, match="template bomb.*Change the template or this row"):
+        Template("bomb", BOMBS[name]).render_source("a", "some input")
+    assert time.thread_time() - started < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+def stopped(text):
+    try:
+        Template("bomb", text).render_source("a", "b")
+    except UserError as error:
+        return str(error)
+
+
+def test_it_is_stopped_in_threads_and_in_worker_processes_too():
+    bombs = [BOMBS["loops without turns"], BOMBS["text times number"]]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        messages = pool.map(stopped, bombs)
+    threads = [threading.Thread(target=lambda bomb=bomb: messages.append(stopped(bomb))) for bomb in bombs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(messages) == 4 and all("template bomb" in message for message in messages)
+
+
+def test_the_budget_is_one_row_s_and_grows_with_it():
+    lines = Template("lines", "{% for line in input.splitlines() %}{{ line | upper }}\n{% endfor %}")
+    rows = "abc\n" * 100_000
+    for _ in range(2):
+        assert lines.render_source("", rows) == rows.upper()
+
+
+def test_what_templates_are_made_of_works_within_the_limits():
+    text = (
+        "{% macro bold(x) %}*{{ x }}*{% endmacro %}{% set ns = namespace(n=0) %}"
+        "{% for a, b in history if a %}{{ loop.index }}{{ a ~ b }}{% set ns.n = ns.n + 1 %}{% else %}none{% endfor %}"
+        " {{ bold(input[:2]) }} {{ ns.n * 2 }} {{ '%s-%03d' % ('a', 7) }} {{ ['a', 'b'] | join(', ') }}"
+        " {{ history | map('first') | list }} {{ input.replace('n', 'm').split('p') | last | default('x') }}"
+        " {{ {'a': 1}['a'] }}{{ (1, 2)[1] }} {{ instruction | title | center(7) | trim }} {{ 3 / 2 }}"
+    )
+    source = Template("all", text).render_source("do it", "input", (("q", "r"), ("s", "t")))
+    assert source == "1qr2st *in* 4 a-007 a, b ['q', 's'] ut 12 Do It 1.5"
+
+
+@pytest.fixture
+def travelling(bpe_folder):
+    tokenizer = AutoTokenizer.from_pretrained(bpe_folder)
+    attach_template(tokenizer, TEMPLATES["chat"])
+    return tokenizer
+
+
+def test_examples_travel_with_the_template_and_are_checked(travelling, tmp_path):
+    travelling.save_pretrained(tmp_path)
+    assert template_of(AutoTokenizer.from_pretrained(tmp_path)) == TEMPLATES["chat"]
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())[TOKENIZER_KEY]
+    first, _, chat = stored["golden"]
+    assert first["source"] == "User: Translate English to Korean:\n\nI am a student.\n\nAssistant:"
+    assert first["labels"] == [[], travelling("나는 학생이다.", add_special_tokens=False)["input_ids"], [1]]
+    assert chat["source"].startswith("System: Be brief.\n\nUser: Hello!")
+
+
+def test_a_template_that_was_changed_is_noticed_with_what_differs(travelling):
+    stored = travelling.init_kwargs[TOKENIZER_KEY]
+    travelling.init_kwargs[TOKENIZER_KEY] = stored | {"source": stored["source"].replace("User:", "Human:")}
+    with pytest.raises(UserError, match=r"source text of example 1 was 'User: Tr.*' and is 'Human: Tr.*--template"):
+        template_of(travelling)
+    assert "Human:" in template_of(travelling, check=False).source
+
+
+def test_a_tokenizer_that_was_changed_is_noticed(travelling, tmp_path):
+    travelling.save_pretrained(tmp_path)
+    backend = json.loads((tmp_path / "tokenizer.json").read_text())
+    backend["model"]["merges"] = backend["model"]["merges"][:50]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    with pytest.raises(UserError, match="the source ids of example 1 was"):
+        template_of(AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_folders_from_before_there_were_examples_load(travelling):
+    stored = {"name": "mine", "source": "{{ instruction }}", "target": "{{ output }}"}
+    travelling.init_kwargs[TOKENIZER_KEY] = stored
+    assert template_of(travelling) == Template("mine", "{{ instruction }}")
+    del travelling.init_kwargs[TOKENIZER_KEY]
+    assert carried_template(travelling) is None
+
+
+def test_another_language_is_no_change_of_the_template(tokenizers_by_family, tmp_path):
+    tokenizers_by_family["nllb"].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    attach_template(tokenizer, TEMPLATES["translate"])
+    tokenizer.save_pretrained(tmp_path)
+    other = AutoTokenizer.from_pretrained(tmp_path, src_lang="fra_Latn", tgt_lang="deu_Latn")
+    assert template_of(other) == TEMPLATES["translate"]
+
+
+def test_a_template_for_rows_of_one_shape_travels_too(bpe_folder):
+    template = Template("picky", "{{ instruction.split('=')[1] }}")
+    tokenizer = AutoTokenizer.from_pretrained(bpe_folder)
+    attach_template(tokenizer, template)
+    assert template_of(tokenizer) == template

@@ -7,8 +7,17 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
+from diptych.data_prep import train_tokenizer as train_tokenizer_module
 from diptych.data_prep.records import UserError
-from diptych.data_prep.train_tokenizer import EVERY_BYTE, train_tokenizer
+from diptych.data_prep.train_tokenizer import (
+    CURVE_SIZES,
+    EVERY_BYTE,
+    VOCAB_SIZES,
+    curve_vocab_size,
+    is_held_out,
+    table_vocab_size,
+    train_tokenizer,
+)
 
 TEXTS = {
     "hangul composed": "안녕하세요, 각하!",
@@ -95,3 +104,42 @@ def test_a_wrong_kind_or_size_is_a_user_error():
         train_tokenizer("bpq", ["a"], 1000)
     with pytest.raises(UserError, match="vocab_size is 100; bytes and special tokens alone are 259"):
         train_tokenizer("bpe", ["a"], 100)
+
+
+def test_the_table_gives_more_tokens_for_more_text():
+    assert [table_vocab_size(characters) for characters in (0, 300_000, 300_001, 10**7, 10**12)] == [
+        1000, 1000, 2000, 8000, 64000,
+    ]  # fmt: skip
+    sizes = [size for _, size in VOCAB_SIZES]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_the_curve_ends_where_doubling_saves_too_little(kind, sentences):
+    size, curve = curve_vocab_size(kind, lambda: iter(sentences), least_saving=0.1)
+    assert curve_vocab_size(kind, lambda: iter(sentences), least_saving=0.1) == (size, curve)
+    assert [point.vocab_size for point in curve] == list(CURVE_SIZES[: len(curve)])
+    for before, after in zip(curve, curve[1:], strict=False):
+        assert after.saving == pytest.approx(1 - after.tokens_per_word / before.tokens_per_word)
+        assert after.saving == pytest.approx(1 - before.bytes_per_token / after.bytes_per_token)
+    assert all(point.saving >= 0.1 for point in curve[1:] if point.vocab_size <= size)
+    assert size == curve[-1].vocab_size or curve[-1].saving < 0.1
+
+
+def test_a_smaller_least_saving_gives_no_smaller_vocabulary(pairs):
+    texts = [text for pair in pairs for text in pair]
+    sizes = [curve_vocab_size("bpe", lambda: texts, least_saving)[0] for least_saving in (0.3, 0.1, 0.05)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+def test_the_curve_of_much_text_is_drawn_on_a_part(sentences, monkeypatch):
+    monkeypatch.setattr(train_tokenizer_module, "CURVE_CHARACTERS", sum(map(len, sentences)) // 4)
+    learned, measured = train_tokenizer_module._sample(lambda: iter(sentences))
+    part = sum(map(len, [*learned, *measured])) / sum(map(len, sentences))
+    assert 0.15 < part < 0.35 and len(measured) > 3
+    assert all(map(is_held_out, measured)) and not any(map(is_held_out, learned))
+
+
+def test_a_curve_needs_text():
+    with pytest.raises(UserError, match="no text to choose a vocabulary size by"):
+        curve_vocab_size("bpe", lambda: [""])

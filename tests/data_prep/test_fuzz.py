@@ -1,0 +1,400 @@
+"""Small files of every kind, broken in every way that a seeded generator thinks of, and what must hold for all of them:
+no exception but a UserError, no hang, no row that nobody accounts for, and the same result whatever the block size.
+
+    python tests/data_prep/test_fuzz.py 20000 [first seed]     reads that many, and prints what each kind came to
+
+`fuzzed(seed)` is the file of a seed: Fuzzed(name="fuzz-7.jsonl.gz", content=b"…", limits=Limits(…)).
+"""
+
+import csv
+import gzip
+import io
+import json
+import pickle
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from diptych.data_prep.files import Limits
+from diptych.data_prep.readers import open_sources
+from diptych.data_prep.records import Reject, Row, UserError
+
+SECONDS_FOR_A_FILE = 5
+FILES_IN_THE_SUITE = 400
+
+TEXTS = [
+    "Add.",
+    "1 + 1",
+    "가나다",
+    'say "hi"',
+    "a, b; c\td",
+    "two\nlines",
+    "}, {",
+    "[x]",
+    "\\",
+    "{{7*7}}",
+    "</s>",
+    "",
+    "é🙂",
+]
+ODD_JSON = [
+    "NaN", "-Infinity", "1e999", "null", "7", '"\\ud83d"', '"\\u0000"', "[" * 200, "{" * 150, '{"a":' * 120 + "1" + "}" * 120,
+    "1" * 5000, '{"a": 1, "a": 2}', "{}", "[]", '{"a": {"b": 1, "b": 2}}', "tru", '"', "\\", "}", "{", "]", "[", ",", "}, {",
+    "],", "\n", "\r", "\x00", "\ufeff", " " * 50, "x" * 3000,
+]  # fmt: skip
+ODD_TABLE = ['"', '""', '"""', ",", "\t", ";", "\n", "\r", "\r\n", "\x00", "\u2028", "x" * 3000, '"a', 'a"b', "\ufeff"]
+ODD_TMX = [
+    "<tu>", "</tu>", "<tuv>", "</seg>", "&nbsp;", "&lt;", "&", "<!--", "<![CDATA[", "]]>", '<tu tuid="', "<seg>", "x" * 3000,
+    "<!DOCTYPE a [<!ENTITY b 'c'>]>", "<hi>", "<ph>", "<tu/>", "\x00", "<?xml version='1.0'?>", "<a>" * 150,
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fuzzed:
+    """A file as it will lie on the disk."""
+
+    name: str
+    content: bytes
+    limits: Limits
+
+
+# Sound files
+
+
+def some_rows(draw):
+    names = draw.choice([("instruction", "input", "output"), ("prompt", "completion"), ("source", "target")])
+    return [{name: draw.choice(TEXTS) for name in names} for _ in range(draw.randint(1, 8))]
+
+
+def some_chats(draw):
+    turns = lambda: [{"role": draw.choice(["user", "assistant"]), "content": draw.choice(TEXTS)} for _ in range(3)]  # noqa: E731
+    return [{"messages": turns(), "id": number} for number in range(draw.randint(1, 6))]
+
+
+def json_rows(draw):
+    return draw.choice([some_rows, some_rows, some_chats])(draw)
+
+
+def make_jsonl(draw):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in json_rows(draw)).encode()
+
+
+def make_json(draw):
+    return json.dumps(json_rows(draw), ensure_ascii=False, indent=draw.choice([None, 0, 1])).encode()
+
+
+def make_object(draw):
+    wrapped = {"version": "1", "meta": {"a": [1]}, "data": json_rows(draw), "end": True}
+    task = {"Definition": ["Add."], "Positive Examples": [], "Instances": json_rows(draw)}
+    return json.dumps(draw.choice([wrapped, task]), ensure_ascii=False, indent=draw.choice([None, 1])).encode()
+
+
+def make_table(draw, delimiters, header=True):
+    rows, out = some_rows(draw), io.StringIO(newline="")
+    quoting = draw.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+    table = csv.writer(
+        out, delimiter=draw.choice(delimiters), quoting=quoting, lineterminator=draw.choice(["\n", "\r\n"])
+    )
+    table.writerows([list(rows[0])] if header else [])
+    table.writerows(row.values() for row in rows)
+    return out.getvalue().encode()
+
+
+def make_csv(draw):
+    return make_table(draw, ",,,;\t")
+
+
+def make_tsv(draw):
+    if draw.random() < 0.5:
+        return make_table(draw, "\t")
+    cells = [[draw.choice(TEXTS).replace("\t", " ").replace("\n", " ") or "x" for _ in "ab"] for _ in range(6)]
+    return "".join("\t".join(pair) + "\n" for pair in cells).encode()
+
+
+def make_tmx(draw):
+    units = "".join(
+        f'<tu tuid="{number}"><tuv xml:lang="en"><seg>Go <hi>on</hi> &amp; {number}</seg></tuv>'
+        '<tuv xml:lang="ko"><seg>가 <ph>x</ph></seg></tuv></tu>\n'
+        for number in range(draw.randint(1, 6))
+    )
+    doctype = draw.choice(["", '<!DOCTYPE tmx SYSTEM "tmx14.dtd">\n'])
+    text = f'<?xml version="1.0"?>\n{doctype}<tmx version="1.4"><header srclang="en"/><body>\n{units}</body></tmx>\n'
+    return text.encode(draw.choice(["utf-8", "utf-8", "utf-8", "utf-16"]))
+
+
+def some_table(draw):
+    return pyarrow.Table.from_pylist(json_rows(draw))
+
+
+def make_parquet(draw):
+    sink = io.BytesIO()
+    compression = draw.choice(["snappy", "zstd", "gzip", "none"])
+    pyarrow.parquet.write_table(
+        some_table(draw), sink, compression=compression, use_dictionary=draw.random() < 0.5, row_group_size=3
+    )
+    return sink.getvalue()
+
+
+def make_arrow(draw):
+    table, sink = some_table(draw), io.BytesIO()
+    new = draw.choice([pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+    options = pyarrow.ipc.IpcWriteOptions(compression=draw.choice([None, "lz4", "zstd"]))
+    with new(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return sink.getvalue()
+
+
+SUFFIXES = {
+    ".jsonl": (make_jsonl, ODD_JSON),
+    ".json": (make_json, ODD_JSON),
+    ".object.json": (make_object, ODD_JSON),
+    ".csv": (make_csv, ODD_TABLE),
+    ".tsv": (make_tsv, ODD_TABLE),
+    ".tmx": (make_tmx, ODD_TMX),
+    ".parquet": (make_parquet, []),
+    ".arrow": (make_arrow, []),
+}
+
+
+# What breaks them
+
+
+def flip(content, draw):
+    place = draw.randrange(len(content))
+    return content[:place] + bytes([draw.randrange(256)]) + content[place + 1 :]
+
+
+def insert(content, draw):
+    place = draw.randrange(len(content) + 1)
+    return content[:place] + bytes([draw.choice([draw.randrange(256), *b'"\\{}[],:\n\r\t\x00<>&'])]) + content[place:]
+
+
+def delete(content, draw):
+    place = draw.randrange(len(content))
+    return content[:place] + content[place + draw.choice([1, 1, 1, draw.randint(1, 30)]) :]
+
+
+def cut(content, draw):
+    return content[: draw.randrange(1, len(content) + 1)]
+
+
+def copy_piece(content, draw):
+    start = draw.randrange(len(content))
+    end, place = start + draw.randint(1, 40), draw.randrange(len(content) + 1)
+    return content[:place] + content[start:end] + content[place:]
+
+
+def swap_pieces(content, draw):
+    first, second, third = sorted(draw.randrange(len(content) + 1) for _ in range(3))
+    return content[:first] + content[second:third] + content[first:second] + content[third:]
+
+
+def zero_piece(content, draw):
+    place, length = draw.randrange(len(content)), draw.randint(1, 20)
+    return content[:place] + b"\x00" * length + content[place + length :]
+
+
+def drop_line(content, draw):
+    lines = content.split(b"\n")
+    lines.pop(draw.randrange(len(lines)))
+    return b"\n".join(lines)
+
+
+def repeat_line(content, draw):
+    lines = content.split(b"\n")
+    lines.insert(draw.randrange(len(lines)), draw.choice(lines))
+    return b"\n".join(lines)
+
+
+def twice(content, draw):
+    return content + content
+
+
+def with_mark(content, draw):
+    return b"\xef\xbb\xbf" + content
+
+
+def windows_lines(content, draw):
+    return content.replace(b"\n", draw.choice([b"\r\n", b"\r", b"\n\n"]))
+
+
+def other_encoding(content, draw):
+    return content.decode("utf-8", "ignore").encode(
+        draw.choice(["utf-16", "utf-16-le", "cp949", "latin-1"]), "replace"
+    )
+
+
+BYTE_MUTATIONS = [flip, flip, insert, insert, delete, delete, cut, copy_piece, swap_pieces, zero_piece]
+TEXT_MUTATIONS = [drop_line, repeat_line, twice, with_mark, windows_lines, other_encoding]
+
+
+def put_odd_token(content, draw, odd):
+    """Between two bytes that are marks of the format, where a token may stand."""
+    marks = [place for place, byte in enumerate(content) if byte in b'"{}[],:\n\t<>'] or [0]
+    first = draw.choice(marks)
+    last = draw.choice([first, min([mark for mark in marks if mark > first], default=first)])
+    return content[:first] + draw.choice(odd).encode() + content[last:]
+
+
+def fuzzed(seed):
+    draw = random.Random(seed)
+    suffix = draw.choice(list(SUFFIXES))
+    make, odd = SUFFIXES[suffix]
+    content = make(draw)
+    for _ in range(draw.choice([0, 1, 1, 1, 2, 3, 8])):
+        if not content:
+            break
+        if odd and draw.random() < 0.5:
+            content = put_odd_token(content, draw, odd)
+        else:
+            content = draw.choice(BYTE_MUTATIONS + (TEXT_MUTATIONS if odd else []))(content, draw)
+    name = f"fuzz-{seed}{suffix}"
+    if odd and draw.random() < 0.25:
+        ending, pack = draw.choice([(".gz", gzip.compress), (".zst", zstandard.compress)])
+        name, content = name + ending, pack(content)
+        if draw.random() < 0.5:
+            content = draw.choice(BYTE_MUTATIONS)(content, draw)
+    limits = Limits(max_row_bytes=draw.choice([100, 2_000, 10_000_000]), block_bytes=draw.choice([7, 64, 1_000]))
+    return Fuzzed(name, content, limits)
+
+
+# What must hold
+
+
+def outcome(path, limits):
+    """Rows and rejects, each chunk pickled on its way as to a worker; or the error."""
+    found = []
+    try:
+        for source in open_sources([str(path)], limits=limits):
+            for chunk in source.chunks():
+                assert 0 <= chunk.bytes_done <= source.bytes
+                found += pickle.loads(pickle.dumps(chunk)).rows()
+    except UserError as error:
+        assert path.name in str(error)
+        return found, str(error)
+    return found, None
+
+
+def unpacked(case):
+    if case.name.endswith(".gz"):
+        return gzip.decompress(case.content)
+    return (
+        zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(case.content)
+        if case.name.endswith(".zst")
+        else case.content
+    )
+
+
+def check_accounts(case, found):
+    """Every line that is not blank is a row or a reject, once; rows of other formats are numbered without a gap."""
+    numbers = [(row.origin.row, row.origin.instance) for row in found]
+    assert numbers == sorted(set(numbers))
+    for row in found:
+        if isinstance(row, Reject):
+            assert row.kind and row.reason and len(row.kind) < 60
+            json.dumps(row.as_json(), ensure_ascii=False).encode("utf-8")
+        else:
+            assert isinstance(row, Row) and isinstance(row.fields, dict)
+            assert isinstance(row.raw, str)
+    text = unpacked(case).removeprefix(b"\xef\xbb\xbf")
+    suffix = case.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    is_cut = any(row.kind == "row too large" for row in found if isinstance(row, Reject))
+    if suffix == "jsonl" and not text.lstrip().startswith(b"["):
+        due = [number for number, line in enumerate(text.split(b"\n"), start=1) if line.strip(b" \t\r")]
+        assert [row for row, _ in numbers] == due
+    elif suffix in ("csv", "tsv") and not is_cut and found and "first" not in getattr(found[0], "fields", {}):
+        lines = [line for line in text.splitlines() if line.strip()]
+        raw = "".join(row.raw if row.raw.endswith(("\n", "\r")) else row.raw + "\n" for row in found)
+        kept = [line for line in raw.encode("utf-8", "surrogateescape").splitlines() if line.strip()]
+        assert kept == lines[-len(kept) :]
+    elif suffix not in ("csv", "tsv", "jsonl"):
+        assert [row for row, _ in numbers] == list(range(1, len(found) + 1))
+
+
+def told(found):
+    return [
+        (type(row).__name__, row.origin, getattr(row, "kind", None), getattr(row, "fields", None)) for row in found
+    ]
+
+
+def check(case, folder):
+    """Rows, rejects and error of a case that holds what must hold."""
+
+    def hang(*_):
+        raise TimeoutError(f"{case.name} takes more than {SECONDS_FOR_A_FILE} s")
+
+    path = folder / case.name
+    path.write_bytes(case.content)
+    signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_FOR_A_FILE)
+    try:
+        found, error = outcome(path, case.limits)
+        if error is None:
+            check_accounts(case, found)
+        if case.limits.max_row_bytes < 1_000_000:  # how far a broken row goes may then depend on what was seen of it
+            return found, error
+        again, error_again = outcome(path, replace(case.limits, block_bytes=1 << 18))
+        assert (error is None) == (error_again is None), (error, error_again)
+        if error is None:
+            assert repr(told(found)) == repr(told(again))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        path.unlink()
+    return found, error
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_no_broken_file_is_more_than_rows_rejects_or_one_error(part, tmp_path):
+    results = Counter()
+    for seed in range(part, FILES_IN_THE_SUITE, 4):
+        case = fuzzed(seed)
+        try:
+            found, error = check(case, tmp_path)
+        except BaseException as fault:
+            fault.add_note(f"seed {seed}: {case}") if hasattr(fault, "add_note") else print(seed, case)
+            raise
+        results["errors" if error else "rejects" if any(isinstance(row, Reject) for row in found) else "sound"] += 1
+    assert min(results["errors"], results["rejects"], results["sound"]) >= 5  # the generator reaches all three
+
+
+def main(count, first):
+    results, faults, slowest = Counter(), 0, (0.0, "")
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(first, first + count):
+            case = fuzzed(seed)
+            kind = case.name.split(".", 1)[1]
+            began = time.perf_counter()
+            try:
+                found, error = check(case, Path(folder))
+            except BaseException as fault:
+                if isinstance(fault, KeyboardInterrupt):
+                    raise
+                faults += 1
+                print(f"seed {seed} {case.name}: {type(fault).__name__}: {str(fault)[:300]}", flush=True)
+                continue
+            slowest = max(slowest, (time.perf_counter() - began, case.name))
+            results[kind, "files"] += 1
+            results[kind, "errors"] += error is not None
+            results[kind, "rows"] += sum(isinstance(row, Row) for row in found)
+            results[kind, "rejects"] += sum(isinstance(row, Reject) for row in found)
+    for kind in sorted({kind for kind, _ in results}):
+        print(
+            kind.ljust(16), *(f"{results[kind, what]:>8,} {what}" for what in ("files", "errors", "rows", "rejects"))
+        )
+    print(f"{count:,} files, {faults} faults; the slowest took {slowest[0]:.2f} s ({slowest[1]})")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else FILES_IN_THE_SUITE, int(sys.argv[2]) if sys.argv[2:] else 0))
