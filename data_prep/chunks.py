@@ -101,6 +101,14 @@ def unreadable(origin: Origin, text: str, offset: int | None, fault: str) -> Rej
     return Reject(origin, None, kind, bad or fault, text)
 
 
+def size_if_too_large(text: str, limits: Limits) -> int | None:
+    """Its bytes, if it has more than a row may have. Most texts are too short to be counted."""
+    if len(text) <= limits.max_row_bytes // 4:  # no character takes more than four bytes
+        return None
+    size = len(text.encode("utf-8", "surrogateescape"))
+    return size if size > limits.max_row_bytes else None
+
+
 def too_large(origin: Origin, head: str, size: int | None, limits: Limits) -> Reject:
     known = f"has {size:,} bytes" if size else "goes on"
     reason = (

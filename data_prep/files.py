@@ -121,9 +121,9 @@ class File:
         """The unpacked content, to be read once, from its beginning."""
         return Content(self, limits)
 
-    def open_for_seeking(self) -> io.BufferedReader:
-        """For formats that begin at their end. Whoever reads calls check_unchanged when done."""
-        return os.fdopen(_open_regular(self.path, self.name), "rb")
+    def open_for_seeking(self) -> io.FileIO:
+        """For formats that begin at their end. Whoever reads calls check_content when done."""
+        return _Seekable(_open_regular(self.path, self.name), self.bytes)
 
     def check_unchanged(self) -> None:
         """Reading is done: is the file of this name still the one that was opened? Its content decides."""
@@ -260,6 +260,18 @@ def _digest(raw: io.RawIOBase, size: int, name: str) -> str:
 
 def _state(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class _Seekable(io.FileIO):
+    """A file of known size: a broken one may say that 3 GB follow, and Python would make room for them first."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        super().__init__(descriptor, "rb")
+        self._size = size
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self.tell())
+        return super().read(min(size, left) if size >= 0 else left)
 
 
 class _Raw(io.RawIOBase):

@@ -25,7 +25,13 @@ from diptych.data_prep.files import File, Limits
 from diptych.data_prep.records import Origin, Reject, Row, UserError
 
 MOST_BATCH_BYTES = 1 << 28
-"""What the rows decoded at once may come to, where each holds the largest value that its column can have."""
+"""What the rows decoded at once may come to, if each held all that its row group has (a value that is stored once may
+stand in every row)."""
+
+FEWEST_ROWS = 16
+
+FAULTS = (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+"""What Arrow raises for broken files; the last is of a column's name."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,7 @@ def _check_columns(schema: pyarrow.Schema, name: str) -> None:
 
 
 def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
-    """Row group by row group, some rows at a time: how many, the largest column of the group says, since a value that
-    is stored once may stand in every row."""
+    """Row group by row group, some rows at a time; the fewer, the larger the group is."""
     try:
         with file.open_for_seeking() as raw, pyarrow.parquet.ParquetFile(raw) as parquet:
             metadata = parquet.metadata
@@ -154,7 +159,7 @@ def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
             _check_unpacked(file, metadata, limits)
             batches = _parquet_batches(parquet)
             yield from _columns_chunks(batches, file.name, raw.tell, limits)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last is of a column's name
+    except FAULTS as error:
         file.check_content()
         raise UserError(f"{file.name} cannot be read as parquet: {_one_line(error)}") from None
     file.check_content()
@@ -162,9 +167,9 @@ def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
 
 def _parquet_batches(parquet: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
     for group in range(parquet.metadata.num_row_groups):
-        facts = parquet.metadata.row_group(group)
-        largest = max((facts.column(place).total_uncompressed_size for place in range(facts.num_columns)), default=0)
-        rows = min(ROWS_IN_CHUNK, max(16, MOST_BATCH_BYTES // max(1, largest)))
+        # Of the whole group: to ask for one column of a broken file ends the process (pyarrow 26, C++ terminate).
+        size = parquet.metadata.row_group(group).total_byte_size
+        rows = min(ROWS_IN_CHUNK, max(FEWEST_ROWS, MOST_BATCH_BYTES // max(1, size)))
         yield from parquet.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
 
 
@@ -181,12 +186,13 @@ def arrow_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
     """An Arrow file or stream, batch by batch as it was written: one batch is in memory at a time."""
     try:
         with file.open_for_seeking() as raw:
-            is_file = raw.peek(6)[:6] == b"ARROW1"
+            is_file = raw.read(6) == b"ARROW1"
+            raw.seek(0)
             reader = pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)
             _check_columns(reader.schema, file.name)
             batches = _arrow_batches(reader, file, limits)
             yield from _columns_chunks(batches, file.name, raw.tell, limits)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last is of a column's name
+    except FAULTS as error:
         file.check_content()
         raise UserError(f"{file.name} cannot be read as Arrow: {_one_line(error)}") from None
     file.check_content()

@@ -26,6 +26,7 @@ from diptych.data_prep.chunks import (
     bad_byte,
     in_chunks,
     long_line,
+    size_if_too_large,
     too_large,
     unreadable,
 )
@@ -149,10 +150,8 @@ class JsonLines:
 
     def _odd_row(self, text: str, origin: Origin, offset: int | None) -> Row | Reject:
         """A line with blanks about it, a fault in it, or a neighbour that is no UTF-8."""
-        if len(text) > self.limits.max_row_bytes // 4:
-            size = len(text.encode("utf-8", "surrogateescape"))
-            if size > self.limits.max_row_bytes:
-                return too_large(origin, text, size, self.limits)
+        if size := size_if_too_large(text, self.limits):
+            return too_large(origin, text, size, self.limits)
         if offset is not None and NOT_UTF8.search(text):
             return unreadable(origin, text, offset, "")
         try:
@@ -358,7 +357,7 @@ class ArrayRows:
                 if not may_be_cut or not window.more():
                     raise
         raw = window.text[start:end]
-        if len(raw) > most // 4 and len(raw.encode("utf-8", "surrogateescape")) > most:
+        if size_if_too_large(raw, self.limits):
             raise _TooLarge
         return value, raw
 

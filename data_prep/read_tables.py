@@ -25,6 +25,7 @@ from diptych.data_prep.chunks import (
     bad_byte,
     in_chunks,
     long_line,
+    size_if_too_large,
     too_large,
     unreadable,
 )
@@ -44,11 +45,10 @@ class PairLines:
 
     def rows(self) -> Rows:
         for number, text, offset in _texts_of(self.lines):
-            if not text.strip():
+            if not text.strip(" \t\r"):
                 continue
             origin, cells = Origin(self.name, number), text.split("\t")
-            size = len(text.encode("utf-8", "surrogateescape")) if len(text) > self.limits.max_row_bytes // 4 else 0
-            if size > self.limits.max_row_bytes:
+            if size := size_if_too_large(text, self.limits):
                 yield too_large(origin, text, size, self.limits)
             elif offset is not None and NOT_UTF8.search(text):
                 yield unreadable(origin, text, offset, "")
@@ -159,7 +159,7 @@ def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Row
                 raise UserError(f"{name}: the header {record.raw.strip()[:200]!r} is wrong: {record.reason}")
             yield record
             continue
-        values, (number, first_text, offset), text = record
+        values, number, text, offset = record
         if not values:  # a blank line
             continue
         origin = Origin(name, number)
@@ -169,10 +169,9 @@ def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Row
                 what = (bad_byte(text.encode("utf-8", "surrogateescape"), offset or 0)) or "it names a column twice"
                 raise UserError(f"{name}: the header {text.strip()[:200]!r} is wrong: {what}.")
             continue
-        size = len(text.encode("utf-8", "surrogateescape")) if len(text) > limits.max_row_bytes // 4 else 0
-        if size > limits.max_row_bytes:
+        if size := size_if_too_large(text, limits):
             yield too_large(origin, text, size, limits)
-        elif NOT_UTF8.search(text) if offset is not None else False:
+        elif offset is not None and NOT_UTF8.search(text):
             yield unreadable(origin, text, offset, "")
         elif len(values) != len(header):
             fault = f"wrong number of columns: {len(values)}, and the header has {len(header)}."
@@ -182,7 +181,7 @@ def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Row
 
 
 def _csv_records(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Iterator[tuple | Reject]:
-    """Values, first line, and text of each record.
+    """Values, first line, text and, where bytes may be no UTF-8, offset of each record.
 
     A quote that is never closed swallows all that follows, so after a broken record reading starts anew one line on.
     """
@@ -204,7 +203,17 @@ def _csv_records(lines: _Lines, name: str, limits: Limits, delimiter: str) -> It
             yield unreadable(Origin(name, number), text, offset, fault)
         else:
             text = "".join(line for _, line, _ in lines.taken)
-            yield values, lines.taken[0], text
+            yield values, lines.taken[0][0], text, _offset_of_first(lines.taken)
+
+
+def _offset_of_first(taken: list[tuple[int, str, int | None]]) -> int | None:
+    """Lines of one record may come from two blocks, of which only one has bytes that are no UTF-8."""
+    before = 0
+    for _, text, offset in taken:
+        if offset is not None:
+            return offset - before
+        before += len(text.encode("utf-8"))
+    return None
 
 
 def aligned_chunks(files: list[File], marks: list[int], limits: Limits) -> Iterator[Chunk]:
@@ -243,10 +252,8 @@ def _aligned_row(files: list[File], pair: list, number: int, limits: Limits) -> 
         if isinstance(line, LongLine):
             return too_large(Origin(file.name, number), line.head.decode("utf-8", "replace"), line.length, limits)
         text, offset = line
-        if len(text) > limits.max_row_bytes // 4:
-            size = len(text.encode("utf-8", "surrogateescape"))
-            if size > limits.max_row_bytes:
-                return too_large(Origin(file.name, number), text, size, limits)
+        if size := size_if_too_large(text, limits):
+            return too_large(Origin(file.name, number), text, size, limits)
         if offset is not None and NOT_UTF8.search(text):
             return unreadable(Origin(file.name, number), text, offset, "")
     (first, _), (second, _) = pair

@@ -147,7 +147,7 @@ class Stages:
         records = self._records(chunk.rows(), self.converters[source_number], rejects, counts)
         examples = render(self.template, records, rejects)
         self._count(examples, counts)
-        batch = self._batch(examples, source_number)
+        batch = self.arrow(examples, source_number)
         if self.tokenizer is not None:
             given = {n: it.record for n, it in enumerate(examples) if isinstance(it.record, Tokenised)}
             batch = encode_batch(batch, self.tokenizer, self.template, self.lengths, rejects, counts, given)
@@ -188,7 +188,7 @@ class Stages:
             if self.sensitive:
                 _count_sensitive(record, counts)
 
-    def _batch(self, examples: list[Example], source_number: int) -> pyarrow.RecordBatch:
+    def arrow(self, examples: list[Example], source_number: int) -> pyarrow.RecordBatch:
         records = [example.record for example in examples]
         keys = numpy.array([_keys(example) for example in examples], dtype=numpy.uint64).reshape(-1, 3)
         columns = [

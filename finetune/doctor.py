@@ -98,7 +98,7 @@ def admit(settings: DoctorSettings, folder: Path) -> Patient:
     check_folder(name)
     device = pick_device(settings.device)
     if (Path(name) / ADAPTER_CONFIG).is_file():
-        merged, tokenizer = load_model_and_tokenizer(name)
+        merged, tokenizer = load_model_and_tokenizer(name, check_template=False)
         config = copy.deepcopy(merged.config)
         merged.save_pretrained(folder / "merged")  # and loaded, because peft leaves all weights frozen
         model = load_model(str(folder / "merged"), torch.float32)

@@ -81,7 +81,7 @@ def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
 
 def encoded_rows(texts: Sequence[tuple[str, str, str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """(instruction, input, output, origin) of each row, in the tokenizer's own template, or Alpaca's."""
-    template = carried_template(tokenizer) or TEMPLATES["alpaca"]
+    template = carried_template(tokenizer, check=False) or TEMPLATES["alpaca"]  # what has changed, the checks examine
     sources = encode_sources(tokenizer, [template.render_source(told, given) for told, given, _, _ in texts])
     rendered = [template.render_target(output) for _, _, output, _ in texts]
     targets = encode_targets(tokenizer, rendered, decoder_prefix=template.decoder_prefix)

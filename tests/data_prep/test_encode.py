@@ -5,6 +5,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer
 
 from diptych.data_prep.encode import (
@@ -346,3 +347,20 @@ def test_a_cut_target_ends_in_eos_only_if_told_and_keeps_its_language(tokenizers
     assert told == [*target.prefix, *target.content[:8], nllb.eos_token_id]
     assert untold == [*target.prefix, *target.content[:9]]
     assert len(target.prefix) == 1
+
+
+def test_a_byte_of_a_character_is_not_an_added_token(tokenizers_by_family, tmp_path):
+    """ByT5 names byte 0xEA, the first of "가", by the character ê; that token may be added too."""
+    tokenizers_by_family["byt5"].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["ê"])
+    assert split_sources(tokenizer, ["가"])[0].content == [0xEA + 3, 0xB0 + 3, 0x80 + 3]
+
+
+def test_a_normalizer_that_deletes_noncharacters_opens_no_door(tokenizers_by_family, tmp_path):
+    tokenizers_by_family["diptych-bpe"].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\p{Cn}"), "")
+    tokenizer.add_tokens(["<table>"])  # normalized, as added tokens are unless they are special
+    (source,) = split_sources(tokenizer, [Template("t", "<table> {{ input }}").render_source("", "a <table> b")])
+    assert source.content.count(tokenizer.convert_tokens_to_ids("<table>")) == 1

@@ -153,6 +153,156 @@ def test_several_sources_and_aligned_files_are_read_together(prepare, write_rows
     assert (code, "Read       44 rows" in said) == (0, True)
 
 
+# Formats, sources and their mixture
+
+
+TURNS = [
+    ("system", "Be brief."),
+    ("user", "Hi."),
+    ("assistant", "Hello."),
+    ("user", "Bye."),
+    ("assistant", "So long."),
+]
+FORMS = {
+    "dolly": {"instruction": "Say {n}.", "context": "c{n}", "response": "r{n}", "category": "open_qa"},
+    "prompt_completion": {"prompt": "Say {n}.", "completion": "r{n}"},
+    "summarisation": {"article": "A long text {n}.", "highlights": "short {n}"},
+    "self_instruct": {
+        "instruction": "Say {n}.",
+        "instances": [{"input": "{n}", "output": "a{n}"}, {"input": "{n}+", "output": "b{n}"}],
+    },
+    "messages": {"messages": [{"role": role, "content": text + " {n}"} for role, text in TURNS]},
+    "sharegpt": {
+        "conversations": [
+            {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": text + " {n}"}
+            for role, text in TURNS
+        ]
+    },
+    "parallel": {"translation": {"en": "text {n}", "ko": "글 {n}"}},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_each_format_is_recognised_and_prepared(name, prepare, write_rows, tmp_path):
+    rows = [json.loads(json.dumps(FORMS[name]).replace("{n}", str(n))) for n in range(30)]
+    directions = ["--forward", "To Korean:", "--backward", "To English:"] if name == "parallel" else []
+    code, said, error = prepare("--data", write_rows("rows.jsonl", rows), "--template", "chat", *directions)
+    assert code == 0, error
+    assert f"rows.jsonl: {name}, recognised" in said
+    manifest = manifest_of(tmp_path / "prepared")
+    per_row = 1 if name in ("dolly", "prompt_completion", "summarisation") else 2
+    assert manifest["rows"] == {"read": 30 * per_row, "kept": 30 * per_row, "rejected": 0}
+    assert manifest["inputs"][0]["format"] == name
+    sources = [row["source"] for table in datasets.load_from_disk(tmp_path / "prepared").values() for row in table]
+    if name in ("messages", "sharegpt"):
+        assert sum("Hello. 3" in source and "Be brief. 3" in source for source in sources) == 1
+
+
+def test_rows_that_come_as_token_ids_pass_as_they_are(prepare, write_rows, tmp_path):
+    rows = [{"input_ids": [5 + n, 6, 7], "labels": [8 + n, 9]} for n in range(20)]
+    code, said, _ = prepare("--data", write_rows("rows.jsonl", rows))
+    assert code == 0 and "rows.jsonl: tokenised, recognised" in said
+    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
+    assert {(tuple(row["input_ids"]), tuple(row["labels"])) for row in train} <= {
+        (tuple(row["input_ids"]), tuple(row["labels"])) for row in rows
+    }
+
+
+def test_columns_can_be_mapped(prepare, write_rows):
+    rows = [{"question": f"What is {n}?", "answers": {"text": [f"It is {n}."]}} for n in range(20)]
+    path = write_rows("rows.jsonl", rows)
+    assert "--map" in prepare("--data", path)[2]
+    code, said, _ = prepare("--data", path, "--map", "instruction=question", "output=answers.text.0")
+    assert (code, "20 kept, 0 rejected" in said) == (0, True)
+
+
+def test_the_format_can_be_given_and_an_ambiguous_one_is_an_error(prepare, write_rows):
+    rows = [{"instruction": f"a{n}", "output": f"b{n}", "prompt": f"c{n}", "completion": f"d{n}"} for n in range(20)]
+    path = write_rows("rows.jsonl", rows)
+    code, _, error = prepare("--data", path)
+    assert code == 2 and "alpaca" in error and "prompt_completion" in error and "--format" in error
+    code, said, _ = prepare("--data", path, "--format", "prompt_completion")
+    assert code == 0 and "prompt_completion, given" in said
+
+
+def test_sources_are_mixed_as_the_recipe_says(prepare, write_rows, tmp_path):
+    a = write_rows("a.jsonl", [{"instruction": f"a{n}", "output": f"x{n}"} for n in range(90)])
+    b = write_rows("b.jsonl", [{"instruction": f"b{n}", "output": f"y{n}"} for n in range(10)])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"mixture:\n  temperature: 2.0\n  rows: 80\n  weights: {{{b}: 3}}\ntest_fraction: 0.0\n")
+    arguments = ("--config", recipe, "--data", a, b, "--validation_fraction", 0)
+    code, said, _ = prepare(*arguments)
+    assert code == 0 and "Mixture    50.0 % of train, 40 rows" in said
+    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
+    origins = [row["origin"] for row in train]
+    of_b = [origin for origin in origins if origin.startswith(b)]
+    assert len(origins) == 80 and len(of_b) == 40 and len(set(of_b)) == 10
+    assert len(set(origins) - set(of_b)) == 40
+    inputs = manifest_of(tmp_path / "prepared")["inputs"]
+    assert [(source["kept"], source["mixed"]) for source in inputs] == [(90, 40), (10, 40)]
+    prepare(*arguments, out="again")
+    assert datasets.load_from_disk(tmp_path / "again")["train"].to_list() == train.to_list()
+
+
+# Cleaning
+
+
+def test_exact_duplicates_go_with_their_reason_and_can_stay(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, {**ROWS[3], "instruction": " SAY  3. "}])
+    code, said, _ = prepare("--data", path)
+    assert code == 0 and "Rejected   1 × exact duplicate" in said
+    [reject] = rejects_of(tmp_path / "prepared")
+    assert reject["row"] == 41 and reject["reason"] == f"the same source and target as {path}:4, which stays."
+    report = json.loads((tmp_path / "prepared" / "report.json").read_text(encoding="utf-8"))
+    assert report["duplicates"]["exact"] == 1
+    assert "41 kept" in prepare("--data", path, "--deduplicate", "false")[1]
+
+
+def test_near_duplicates_go_when_asked(prepare, write_rows, tmp_path):
+    text = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun until the evening comes"
+    rows = [*ROWS, {"instruction": text, "output": f"{text}."}, {"instruction": text + "!", "output": f"{text}."}]
+    path = write_rows("rows.jsonl", rows)
+    assert "42 kept" in prepare("--data", path)[1]
+    code, said, _ = prepare("--data", path, "--near_duplicates", 0.9, "--workers", 2, out="near")
+    assert code == 0 and "Rejected   1 × near duplicate" in said
+    [reject] = rejects_of(tmp_path / "near")
+    assert reject["row"] == 42 and f"{path}:41, which stays" in reject["reason"]
+
+
+def test_conflicting_targets_are_listed_and_stay(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", [*ROWS, {**ROWS[5], "output": "No."}])
+    code, said, _ = prepare("--data", path)
+    assert code == 0 and "41 kept" in said and "Conflicts  1 sources with different targets" in said
+    [group] = [json.loads(line) for line in (tmp_path / "prepared" / "conflicts.jsonl").read_text().splitlines()]
+    assert [row["target"] for row in group["rows"]] == ["It is 5.", "No."]
+
+
+def test_training_holds_nothing_of_an_evaluation_set(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    seen = write_rows("test.jsonl", [ROWS[7], {"instruction": "Something else.", "output": "Quite."}])
+    code, said, _ = prepare("--data", path, "--decontaminate", seen)
+    assert code == 0 and "Rejected   1 × overlaps the evaluation data" in said
+    assert rejects_of(tmp_path / "prepared")[0]["row"] == 8
+    code, _, error = prepare("--data", path, "--decontaminate", path)
+    assert code == 2 and "none of the 40 rows can be kept (40 × overlaps the evaluation data)" in error
+
+
+def test_languages_and_lengths_filter_and_what_is_sensitive_is_only_reported(prepare, write_rows, tmp_path):
+    rows = [
+        *ROWS,
+        {"instruction": "Say this in a rather long English sentence.", "output": "그는 오늘 학교에 가지 않았습니다."},
+    ]
+    rows += [{"instruction": "Write to me.", "output": "My address is jane.doe@example.com, as you know."}]
+    path = write_rows("rows.jsonl", rows)
+    code, said, _ = prepare("--data", path, "--target_languages", "en", "--lengths.maximum_target", 40, "--sensitive")
+    assert code == 0
+    assert "1 × target in another language" in said and "1 × target too long" in said
+    assert prepare("--data", path, "--sensitive", out="kept")[0] == 0
+    text = (tmp_path / "kept" / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text)["sensitive"]["counts"] == {"e-mail address": 1}
+    assert "42 kept" in prepare("--data", path, "--sensitive", out="again")[1]
+
+
 # What does not come out
 
 

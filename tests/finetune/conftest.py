@@ -3,6 +3,7 @@ a few thousand weights that have learned these rows by heart (two seconds each),
 """
 
 import json
+import math
 from pathlib import Path
 
 import datasets
@@ -141,8 +142,8 @@ def tiny_bart(vocab_size: int) -> BartForConditionalGeneration:
     )
 
 
-def learn_by_heart(model, rows: list[dict]) -> None:
-    """The eight rows as one batch, padded on the right, until the loss is under 0.02."""
+def learn_by_heart(model, rows: list[dict], floor: float = 0.0) -> None:
+    """The rows as one batch, padded on the right, until the loss is within 0.02 of what cannot be known."""
     width, target_width = max(len(row["input_ids"]) for row in rows), max(len(row["labels"]) for row in rows)
     input_ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
     mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
@@ -155,9 +156,9 @@ def learn_by_heart(model, rows: list[dict]) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if loss < 0.02:
+        if loss < floor + 0.02:
             break
-    assert loss < 0.02, f"the fixture did not learn: loss {loss:.3f}"
+    assert loss < floor + 0.02, f"the fixture did not learn: loss {loss:.3f}"
     model.eval()
 
 
@@ -176,6 +177,32 @@ def learned_t5(tiny_tokenizer, eight_prepared_rows):
     model = tiny_t5(len(tiny_tokenizer))
     learn_by_heart(model, eight_prepared_rows)
     return model
+
+
+@pytest.fixture(scope="session")
+def two_languages(tiny_tokenizer, tmp_path_factory):
+    """(model, tokenizer, rows): a T5 that answers each source in two ways, as its decoder is given <ko> or <en>."""
+    folder = tmp_path_factory.mktemp("two_languages")
+    tiny_tokenizer.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<ko>", "<en>"]})
+    sources = ["Go.", "Yes.", "I am a student."]
+    answers = {"<ko>": ["가.", "네.", "나는 학생이다."], "<en>": ["Go!", "Yes!", "I am a friend."]}
+    rows = [
+        {"input_ids": ids, "labels": labels, "source": source, "target": target, "language": language}
+        for language, targets in answers.items()
+        for ids, labels, source, target in zip(
+            encode_sources(tokenizer, sources),
+            encode_targets(tokenizer, targets, decoder_prefix=[language]),
+            sources,
+            targets,
+            strict=True,
+        )
+    ]
+    model = tiny_t5(len(tokenizer))
+    # Which of the two begins a row nobody knows: ln 2 nats.
+    learn_by_heart(model, rows, floor=len(rows) * math.log(2) / sum(len(row["labels"]) for row in rows))
+    return model, tokenizer, rows
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 
+from diptych.data_prep.encode import TEXT_TOKENS_KEY
 from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import Template, attach_template
 from diptych.finetune import doctor, doctor_checks
 from diptych.finetune.doctor import DoctorSettings, admit, format_table
 from diptych.finetune.doctor_checks import CHECKS, Finding, examine
@@ -246,6 +248,7 @@ def test_a_tokenizer_that_outgrew_the_embeddings(checkpoint, examined):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = len(tokenizer)
     tokenizer.add_tokens(["Yes.", "Lima"])
+    tokenizer.init_kwargs[TEXT_TOKENS_KEY] = ["Yes.", "Lima"]  # or no text would spell them
     tokenizer.save_pretrained(folder)
     finding = examined(folder, "tokenizer fits embeddings")
     assert (finding.status, finding.measured) == ("red", {"tokens": rows + 2, "embedding_rows": rows})
@@ -442,6 +445,14 @@ def test_raw_rows_are_encoded_as_preparation_does_it(tmp_path, tiny_tokenizer, e
             assert [row[column] for row in found] == [row[column] for row in eight_prepared_rows]
     with pytest.raises(UserError, match="has no tokenizer to encode it"):
         rows_from(str(tmp_path / "rows.json"), None)
+
+
+def test_rows_begin_with_the_decoder_prefix_of_the_tokenizers_template(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    attach_template(tokenizer, Template("mine", "{{ instruction }} {{ input }}", decoder_prefix=("<s>",)))
+    plain, begun = (built_in_rows(either).looked_at for either in (tiny_tokenizer, tokenizer))
+    assert [row["labels"] for row in begun] == [[tokenizer.bos_token_id, *row["labels"]] for row in plain]
 
 
 def test_eight_rows_are_taken_from_the_shortest_to_the_longest_and_keep_their_end():

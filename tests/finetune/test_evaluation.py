@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import Template, attach_template
 from diptych.finetune import evaluation
 from diptych.finetune.evaluation import cap_from_targets, draw, evaluate_rows, evaluate_split, format_table
 from diptych.finetune.generate import generate_texts
@@ -171,3 +172,34 @@ def test_data_prepared_with_another_tokenizer_is_refused(t5_checkpoint, prepared
     assert "was prepared with another tokenizer" in capsys.readouterr().err
     assert evaluation.main([str(t5_checkpoint), "--data", str(tmp_path)]) == 2
     assert "is no prepared dataset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("language", ["<ko>", "<en>"])
+def test_the_prefix_and_stop_of_the_template_that_made_the_rows_are_used(two_languages, language, tmp_path, capsys):
+    model, tokenizer, rows = two_languages
+    rows = [row for row in rows if row["language"] == language]
+    split = datasets.Dataset.from_list(rows)
+    prefix = Template("prefix", "{{ instruction }}", decoder_prefix=(language,))
+    told = evaluate_rows(model, tokenizer, split, metrics=["exact_match"], template=prefix)
+    assert told.figures["exact_match"] == told.figures["exact_match_rows"] == 100
+    assert told.figures["loss"] == pytest.approx(loss_by_hand(model, split)[0], rel=1e-4)
+
+    stop = Template("stop", "{{ instruction }}", decoder_prefix=(language,), stop=("학생", "friend"))
+    stopped = evaluate_rows(model, tokenizer, split, metrics=["exact_match"], template=stop)
+    last = stopped.predictions[-1]
+    assert last.references == [last.prediction] == [{"<ko>": "나는 ", "<en>": "I am a "}[language]]
+    assert last.finished and stopped.figures["exact_match_rows"] == 100
+
+    # On the command line the template is that of the data, also where the checkpoint carries another one, or none.
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    datasets.DatasetDict({"test": split}).save_to_disk(tmp_path / "data")
+    prepared = type(tokenizer).from_pretrained(tmp_path / "model")
+    attach_template(prepared, stop)
+    prepared.save_pretrained(tmp_path / "data" / "tokenizer")
+    report = tmp_path / "report.json"
+    arguments = [str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--out", str(report), "--device", "cpu"]
+    assert evaluation.main([*arguments, "--metrics", "exact_match"]) == 0
+    assert json.loads(report.read_text())["figures"]["exact_match_rows"] == 100
+    lines = (tmp_path / "report.predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == [row.prediction for row in stopped.predictions]

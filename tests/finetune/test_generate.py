@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import TEMPLATES, Template
 from diptych.finetune import generate
-from diptych.finetune.generate import GenerateSettings, Prompter, generate_outputs, generate_texts, pad_sources
+from diptych.finetune.generate import (
+    GenerateSettings,
+    Output,
+    Prompter,
+    StopStrings,
+    generate_outputs,
+    generate_texts,
+    pad_sources,
+)
 
 
 def texts_of(model, tokenizer, source_ids, batch_size=8, max_new_tokens=32, **kwargs):
@@ -125,6 +134,71 @@ def test_a_source_without_tokens_is_refused_and_no_sources_give_no_texts(learned
     with pytest.raises(UserError, match=r"source_ids\[1\] is empty"):
         texts_of(learned_t5, tiny_tokenizer, [[5, 1], []])
     assert texts_of(learned_t5, tiny_tokenizer, []) == []
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("language", ["<ko>", "<en>"])
+def test_the_decoder_prefix_is_forced_as_the_labels_had_it(two_languages, language, beams):
+    model, tokenizer, rows = two_languages
+    rows = [row for row in rows if row["language"] == language]
+    template = Template("one", "{{ instruction }}", decoder_prefix=(language,))
+    texts = texts_of(model, tokenizer, [row["input_ids"] for row in rows], template=template, num_beams=beams)
+    assert texts == [row["target"] for row in rows]
+
+
+def test_the_decoder_prefix_counts_among_the_new_tokens(two_languages):
+    model, tokenizer, rows = two_languages
+    template = Template("one", "{{ instruction }}", decoder_prefix=("<ko>",))
+    longest = rows[2]
+    for cap, finished in ((len(longest["labels"]), True), (len(longest["labels"]) - 1, False)):
+        (output,) = generate_outputs(
+            model, tokenizer, [longest["input_ids"]], batch_size=1, max_new_tokens=cap, template=template
+        )
+        assert output.finished == finished
+
+
+def test_a_prefix_that_is_the_start_token_is_not_given_twice(learned, tiny_tokenizer, source_ids, eight_prepared_rows):
+    """Training leaves a first label out that repeats the start; so does generation."""
+    start = tiny_tokenizer.convert_ids_to_tokens(learned.config.decoder_start_token_id)
+    template = Template("start", "{{ instruction }}", decoder_prefix=(start,))
+    texts = texts_of(learned, tiny_tokenizer, source_ids, template=template)
+    assert texts == [row["target"] for row in eight_prepared_rows]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_ends_at_a_stop_string_which_is_no_part_of_the_text(learned, tiny_tokenizer, source_ids, beams):
+    template = Template("stop", "{{ instruction }}", stop=("학생", "student", "친구야, "))
+    outputs = generate_outputs(
+        learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=64, template=template, num_beams=beams
+    )
+    texts = ["가.", "안녕!", "나는 ", "그는 내 ", "네.", "I am a ", "Go.", "2"]
+    assert outputs == [Output(text, finished=True) for text in texts]
+
+
+def test_a_stop_string_ends_a_row_as_soon_as_it_is_written(tiny_tokenizer):
+    stop = StopStrings(tiny_tokenizer, Template("stop", "{{ instruction }}", stop=("###", "끝")))
+    texts = ["a ## #", "a ### b", "거의 끝", "끝" + "x " * 60, "a ##" + "#" * 40 + " b"]
+    rows = [tiny_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = [torch.tensor([[0, *ids]]) for ids in rows]
+    # It looks at the last tokens alone, once for each new token: a stop string long ago would have ended the row then.
+    assert [bool(stop(row, None)[0]) for row in rows] == [False, True, True, False, True]
+
+
+def test_a_prompt_with_a_stop_string_is_printed_without_it(learned_t5, prompter, eight_prepared_rows, capsys):
+    prompter = prompter._replace(template=Template("stop", TEMPLATES["translate"].source, stop=("이다",)))
+    row = eight_prepared_rows[2]
+    settings = GenerateSettings("here", max_new_tokens=32)
+    generate.answer(learned_t5, prompter, settings, row["instruction"], row["input"])
+    assert capsys.readouterr() == ("나는 학생\n", "")
+
+
+def test_a_system_prompt_reaches_the_template_or_is_refused(learned_t5, prompter, capsys):
+    settings = GenerateSettings("here", instruction="Yes.", system="Translate English to Korean:", max_new_tokens=32)
+    of_system = prompter._replace(template=Template("system", "{{ system }} {{ instruction }}"))
+    generate.answer(learned_t5, of_system, settings, settings.instruction, "")
+    assert capsys.readouterr().out == "네.\n"
+    with pytest.raises(UserError, match="'translate' has no place for a system prompt"):
+        generate.answer(learned_t5, prompter, settings, settings.instruction, "")
 
 
 @pytest.fixture

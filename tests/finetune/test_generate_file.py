@@ -67,6 +67,48 @@ def kill_after_lines(out_file, lines, arguments):
     assert process.returncode == -signal.SIGKILL
 
 
+def test_rows_may_carry_a_system_prompt_and_earlier_turns(tmp_path, t5_checkpoint):
+    frame = tmp_path / "frame.jinja"
+    frame.write_text("{{ system }}{% for turn in history %} {{ turn[0] }} {{ turn[1] }}{% endfor %} {{ instruction }}")
+    translate = "Translate English to Korean:"
+    rows = [
+        {"instruction": "Yes.", "system": translate},
+        {"instruction": "am a student.", "history": [["English to", "Korean: I"]], "system": "Translate"},
+        {"instruction": "Yes.", "system": 7},
+        {"instruction": "Yes.", "systm": translate},
+    ]
+    in_file, out_file = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    assert generate.main(command(t5_checkpoint, in_file, out_file, "--template", str(frame))) == 0
+    lines = read_lines(out_file)
+    assert [line.get("prediction") for line in lines] == ["네.", "나는 학생이다.", None, None]
+    assert lines[0]["system"] == translate  # what a row has is kept
+    assert lines[2]["error"] == "'system' must be a string, got 7"
+    assert "is 'systm' meant" in lines[3]["error"]
+
+    plain = tmp_path / "plain.jsonl"  # the checkpoint's own template has no place for it
+    rows[2:] = [{"instruction": translate, "input": "Yes."}]
+    assert generate.main(command(t5_checkpoint, write_rows(in_file, rows), plain)) == 0
+    lines = read_lines(plain)
+    assert "'translate' has no place for a system prompt" in lines[0]["error"]
+    assert "'translate' has no place for earlier turns" in lines[1]["error"]
+    assert lines[2]["prediction"] == "네."
+
+
+def test_a_files_outputs_end_at_the_templates_stop_and_a_run_with_another_is_refused(
+    tmp_path, t5_checkpoint, eight_prepared_rows, capsys
+):
+    frame, out_file = tmp_path / "frame.jinja", tmp_path / "out.jsonl"
+    row = {name: eight_prepared_rows[2][name] for name in ("instruction", "input")}
+    in_file = write_rows(tmp_path / "rows.jsonl", [row])
+    arguments = command(t5_checkpoint, in_file, out_file, "--template", str(frame))
+    frame.write_text("{# stop: 이다 #}\n{{ instruction }} {{ input }}")
+    assert generate.main(arguments) == 0
+    assert [(line["prediction"], line["finished"]) for line in read_lines(out_file)] == [("나는 학생", True)]
+    frame.write_text("{{ instruction }} {{ input }}")
+    assert generate.main(arguments) == 2
+    assert "stop was ['이다'], is now []" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 1, 0.3, 0.5, 0.99, 1.0])
 def test_sampling_goes_on_with_what_the_first_run_would_have_drawn(tmp_path, t5_checkpoint, many_rows, kept_bytes):
     sampled = command(t5_checkpoint, many_rows, tmp_path / "out.jsonl", "--temperature", "1.5", "--seed", "7")

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import template_of
+from diptych.data_prep.templates import TOKENIZER_KEY, template_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device
 from diptych.finetune.lora import add_adapter, grow_embeddings, save_adapter
 from diptych.modeling import DiptychForConditionalGeneration, named_config
@@ -210,3 +210,24 @@ def test_device_auto_is_one_that_works():
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="device 'cpux' cannot be used"):
         pick_device("cpux")
+
+
+def change_template(folder, change):
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings[TOKENIZER_KEY] |= change(settings[TOKENIZER_KEY])
+    file.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def test_a_template_that_no_longer_gives_its_examples_is_refused_unless_another_is_wanted(copy):
+    change_template(copy, lambda stored: {"source": stored["source"].replace(" {{ input", "  {{ input")})
+    message = refusal(copy)
+    assert "the source text of example 1 was 'Translate English to Korean: I am a student.'" in message
+    assert "--template" in message
+    model, tokenizer = load_model_and_tokenizer(copy, check_template=False)
+    assert "  {{ input" in template_of(tokenizer, check=False).source
+
+
+def test_a_checkpoint_from_before_there_were_examples_loads(copy):
+    change_template(copy, lambda stored: {"golden": []})
+    assert template_of(load_model_and_tokenizer(copy)[1]).name == "translate"
