@@ -24,6 +24,10 @@ REQUIREMENTS = [
     "regex>=2026.1",  # words and syllables of every script, in the metrics
     "numpy>=2.2",
     "pyarrow>=20.0",
+    "scipy>=1.15",  # connected components: which rows share a text
+    "xxhash>=3.5",  # keys of texts and files
+    "datasketch>=2.0",  # MinHash
+    "zstandard>=0.23",  # .zst files
 ]
 
 EXTRAS = {
@@ -31,10 +35,16 @@ EXTRAS = {
     "sentencepiece": ["sentencepiece>=0.2.3", "protobuf>=7.36"],
     # The demo's run in TensorBoard; any other tracker that accelerate knows can be named in a recipe and installed.
     "demo": ["tensorboard>=2.21"],
+    # Filters by language, and the report of keys and passwords.
+    "clean": ["py3langid>=0.4", "detect-secrets>=1.5"],
+    # Preparation on many machines.
+    "datatrove": ["datatrove>=0.10"],
     "test": [
-        "diptych[sentencepiece,demo]",
+        "diptych[sentencepiece,demo,clean,datatrove]",
         "pytest>=9.2",
         "pytest-xdist>=3.8",
+        "hypothesis>=6.150",
+        "playwright>=1.60",  # drives the Chromium that is installed
         "ruff>=0.17",
         "build>=1.6",
         "pre-commit>=4.7",

@@ -269,10 +269,16 @@ def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: st
     pattern = _pattern(tuple(control))
     if not tokenizer.is_fast:
         return _python_contents(tokenizer, texts, side, control, pattern)
-    encoded = _renamed(tokenizer, tuple(control.items())).encode_batch_fast(
-        [_spell(text, pattern) for text in texts], add_special_tokens=False
-    )
-    return [encoding.ids for encoding in encoded]
+    renamed, spelled = _renamed(tokenizer, tuple(control.items())), [_spell(text, pattern) for text in texts]
+    try:
+        return [encoding.ids for encoding in renamed.encode_batch_fast(spelled, add_special_tokens=False)]
+    except Exception as error:  # the type of all that tokenizers raises
+        added = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if not token.special})
+        raise UserError(
+            f"the tokenizer cannot write one of {len(texts):,} texts: {error}. Its added tokens are no words of text"
+            f" ({', '.join(map(repr, added[:20])) or 'there are none'}); if one of them is to be one, list it in"
+            f" tokenizer_config.json under {TEXT_TOKENS_KEY}."
+        ) from error
 
 
 @functools.lru_cache(maxsize=16)
@@ -382,10 +388,10 @@ def _cut(text: str, pattern: re.Pattern | None) -> list[str]:
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, piece: str, control_ids: set[int]) -> list[int]:
     """The ids of a piece of text by the model's own vocabulary; a piece that is a control token, by its characters."""
-    token_id = tokenizer._convert_token_to_id(piece)
+    token_id = tokenizer.convert_tokens_to_ids(piece)
     if token_id not in control_ids:
         return [token_id]
-    ids = [tokenizer._convert_token_to_id(character) for character in piece]
+    ids = [tokenizer.convert_tokens_to_ids(character) for character in piece]
     return [tokenizer.unk_token_id if token_id in control_ids else token_id for token_id in ids]
 
 

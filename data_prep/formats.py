@@ -437,7 +437,7 @@ def _suggestion(views: Sequence[Mapping[str, Any]], candidates: Mapping[str, For
         if is_whole and count and (best is None or count < best[0]):
             best = (count, format.name, renamed)
     if best is None:
-        return ""
+        return " Columns with other names are mapped, also inside of others: --map output=answer, or answers.text.0."
     _, name, renamed = best
     pairs = [(known, shown_name(column)) for known, column in renamed.items()]
     meant = " and ".join(f"'{column}' is the {known}" for known, column in pairs[:1])

@@ -62,7 +62,7 @@ from diptych.data_prep.tables import (
     split_tables,
     token_counts,
 )
-from diptych.data_prep.templates import Template, attach_template
+from diptych.data_prep.templates import Template, attach_template, golden_examples
 from diptych.data_prep.train_tokenizer import train_tokenizer
 from diptych.data_prep.workers import cores
 
@@ -179,7 +179,8 @@ def _prepare(
         partial,
         {
             "name": Path(settings.out).name,
-            **{name: manifest[name] for name in ("rows", "splits", "groups", "tokenizer", "template", "warnings")},
+            **{name: manifest[name] for name in ("rows", "splits", "groups", "tokenizer", "warnings")},
+            "template": {**manifest["template"], "golden": golden_examples(tokenizer, template)},
             "sources": manifest["inputs"],
             "removed": facts.removed(rejects),
             "lengths": facts.lengths(gathered, places, tokens, settings.too_long),

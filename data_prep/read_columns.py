@@ -133,15 +133,25 @@ def _columns_row(fields: dict[str, Any], origin: Origin) -> Row | Reject:
 def _columns_chunks(
     batches: Iterable[pyarrow.RecordBatch], name: str, bytes_done: Callable[[], int], limits: Limits
 ) -> Iterator[Chunk]:
-    """Batches of any length in slices of bounded size."""
-    row = 1
+    """Batches of any length, cut or put together to chunks of bounded size."""
+    parts: list[pyarrow.RecordBatch] = []
+    first_row, rows, size = 1, 0, 0
+    for part in _slices(batches):
+        parts.append(part)
+        rows, size = rows + part.num_rows, size + part.nbytes
+        if rows >= ROWS_IN_CHUNK or size >= CHARACTERS_IN_CHUNK:
+            yield Columns(name, pyarrow.concat_batches(parts), first_row, bytes_done(), limits)
+            parts, first_row, rows, size = [], first_row + rows, 0, 0
+    if parts:
+        yield Columns(name, pyarrow.concat_batches(parts), first_row, bytes_done(), limits)
+
+
+def _slices(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
     for batch in batches:
-        rows_of_a_block = max(1, batch.num_rows * CHARACTERS_IN_CHUNK // max(1, batch.nbytes))
-        step = min(ROWS_IN_CHUNK, rows_of_a_block)
+        rows_of_a_chunk = max(1, batch.num_rows * CHARACTERS_IN_CHUNK // max(1, batch.nbytes))
+        step = min(ROWS_IN_CHUNK, rows_of_a_chunk)
         for start in range(0, batch.num_rows, step):
-            part = batch.slice(start, step)
-            yield Columns(name, part, row, bytes_done(), limits)
-            row += part.num_rows
+            yield batch.slice(start, step)
 
 
 def _check_columns(schema: pyarrow.Schema, name: str) -> None:
@@ -203,13 +213,13 @@ def _arrow_batches(reader: Any, file: File, limits: Limits) -> Iterator[pyarrow.
     count = reader.num_record_batches if hasattr(reader, "num_record_batches") else None
     batches = reader if count is None else map(reader.get_batch, range(count))
     for number, batch in enumerate(batches, start=1):
+        for column in batch.columns:  # before anything else is asked of it, its size included
+            _check_column(column)
         if batch.nbytes > most:
             raise UserError(
                 f"{file.name} has {file.bytes:,} bytes, and its batch {number} unpacks to {batch.nbytes:,}; at most"
                 f" {most:,} may come of it. If you trust it, raise max_unpacked_ratio."
             )
-        for column in batch.columns:
-            _check_column(column)
         yield batch
 
 

@@ -418,23 +418,23 @@ class ArrayRows:
         if search_from == window.at and self._begins_a_row(window.at):  # a comma is missing between two rows
             return "", offset
         own_key = self._key_at(window.at)
-        long_head, is_first = None, not self.first_keys
+        begin, long_head, is_first, is_last = search_from, None, not self.first_keys, False
         while True:
+            seen = len(window.text)  # to judge what is found, the window may grow: that is searched next time
             found = self._find_row(search_from, pattern, own_key)
-            if found is None and is_first and (window.ended or len(window.text) - window.at > BLOCK_BYTES):
-                found = self._find_row(search_from, pattern, None)  # nothing is known yet of how rows begin
-            if found is not None:
-                skipped, window.at = window.text[window.at : found], found
+            if found is None and is_first and (is_last or seen - window.at > BLOCK_BYTES):
+                found = self._find_row(begin, pattern, None)  # nothing is known yet of how rows begin
+                is_first = False
+            if found is not None or is_last:
+                end = len(window.text) if found is None else found
+                skipped, window.at = window.text[window.at : end], end
                 return long_head or skipped, offset
-            is_first = is_first and len(window.text) - window.at <= BLOCK_BYTES
-            search_from = max(search_from, len(window.text) - BOUNDARY_CHARACTERS)
-            if len(window.text) - window.at > self.limits.max_row_bytes:
+            search_from = max(search_from, seen - BOUNDARY_CHARACTERS)
+            if seen - window.at > self.limits.max_row_bytes:
                 long_head = long_head or window.text[window.at : window.at + LONG_ROW_CHARACTERS_KEPT]
                 window.forget(search_from)
-                window.at = search_from = 0
-            if not window.more():
-                skipped, window.at = window.text[window.at :], len(window.text)
-                return long_head or skipped, offset
+                window.at = begin = search_from = 0
+            is_last = not window.more()
 
     def _find_row(self, search_from: int, pattern: re.Pattern, own_key: str | None) -> int | None:
         for found in pattern.finditer(self.window.text, search_from):
@@ -447,6 +447,8 @@ class ArrayRows:
         return self.window.text.startswith("{", position) and (known is None or key in known)
 
     def _key_at(self, position: int) -> str | None:
+        while len(self.window.text) < position + BOUNDARY_CHARACTERS and self.window.more():
+            pass
         found = FIRST_KEY.match(self.window.text, position)
         try:
             return found and _LENIENT_JSON.decode(found.group(1))

@@ -26,7 +26,7 @@ NEXT_TO_ALONE = 1.05
 """Examples a row: with fewer, packing saves hardly any row."""
 
 NAMES_SHOWN = 4
-CONFLICT = f"sources with different targets, which stay: {CONFLICTS} lists them"
+CONFLICT = f"one source with different targets, which stay: {CONFLICTS} lists them"
 
 STARTS = {
     "setting": "as decoder_start_token_id says",
@@ -46,7 +46,7 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> list[str]:
         ),
         *mixture_lines(manifest),
         splits_line(manifest),
-        *([f"Conflicts  {manifest['conflicts']:,} {CONFLICT}"] if manifest["conflicts"] else []),
+        *([f"Conflicts  {manifest['conflicts']:,} × {CONFLICT}"] if manifest["conflicts"] else []),
         f"Source     {_lengths(tokens['source'])}",
         f"Target     {_lengths(tokens['target'])}",
         *packing_lines(manifest),
@@ -114,7 +114,7 @@ def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, count
     if counts.spelled:
         tokens = ", ".join(repr(token) for token, _ in counts.spelled.most_common(5))
         yield (
-            f"texts hold {tokens}, which the tokenizer has as added tokens. They are encoded as their characters, since"
+            f"texts hold {tokens}, which the tokenizer has as added tokens. They are encoded as characters, since"
             " control tokens come from templates alone."
         )
     if "output" not in template.target_variables():
@@ -127,7 +127,7 @@ def _lengths(tokens: dict[str, int]) -> str:
     if tokens["cut"]:
         cut = f"{tokens['cut']:,} cut at {limit}"
     elif tokens["dropped"]:
-        cut = f"{tokens['dropped']:,} rows dropped, longer than {limit}"
+        cut = f"{tokens['dropped']:,} dropped, over {limit}"
     return (
         f"in all splits: median {tokens['p50']:,} tokens, 90 % up to {tokens['p90']:,}, 99 % up to {tokens['p99']:,},"
         f" longest {tokens['p100']:,} | {cut}"

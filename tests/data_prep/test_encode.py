@@ -349,14 +349,6 @@ def test_a_cut_target_ends_in_eos_only_if_told_and_keeps_its_language(tokenizers
     assert len(target.prefix) == 1
 
 
-def test_a_byte_of_a_character_is_not_an_added_token(tokenizers_by_family, tmp_path):
-    """ByT5 names byte 0xEA, the first of "가", by the character ê; that token may be added too."""
-    tokenizers_by_family["byt5"].save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer.add_tokens(["ê"])
-    assert split_sources(tokenizer, ["가"])[0].content == [0xEA + 3, 0xB0 + 3, 0x80 + 3]
-
-
 def test_a_normalizer_that_deletes_noncharacters_opens_no_door(tokenizers_by_family, tmp_path):
     tokenizers_by_family["diptych-bpe"].save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -364,3 +356,29 @@ def test_a_normalizer_that_deletes_noncharacters_opens_no_door(tokenizers_by_fam
     tokenizer.add_tokens(["<table>"])  # normalized, as added tokens are unless they are special
     (source,) = split_sources(tokenizer, [Template("t", "<table> {{ input }}").render_source("", "a <table> b")])
     assert source.content.count(tokenizer.convert_tokens_to_ids("<table>")) == 1
+
+
+def tokenizer_is_of_bytes(tokenizer):
+    return type(tokenizer).__name__ == "ByT5Tokenizer"
+
+
+def test_a_letter_that_is_a_control_token_and_cannot_be_written_otherwise_is_named(tokenizers_by_family, tmp_path):
+    tokenizers_by_family["diptych-unigram"].save_pretrained(tmp_path)
+    grown = AutoTokenizer.from_pretrained(tmp_path)
+    grown.add_tokens(["I"])
+    with pytest.raises(UserError, match="added tokens are no words of text .*'I'.*diptych_text_tokens"):
+        split_sources(grown, ["I am a student."])
+    grown.init_kwargs[TEXT_TOKENS_KEY] = ["I"]
+    assert grown.convert_tokens_to_ids("I") in split_sources(grown, ["I am a student."])[0].content
+
+
+def test_an_added_token_that_was_a_word_of_the_model_before_is_written_with_others(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    grown = AutoTokenizer.from_pretrained(tmp_path)
+    before = split_sources(grown, ["I am a student."])[0].content
+    shortest = 1 if tokenizer_is_of_bytes(grown) else 2  # one letter may be what all words of it are made of
+    word = next(t for t in before if len(grown.convert_ids_to_tokens(t).strip("▁Ġ ")) >= shortest)
+    grown.add_tokens([grown.convert_ids_to_tokens(word)])
+    assert grown.convert_tokens_to_ids(grown.convert_ids_to_tokens(word)) == word
+    after = split_sources(grown, ["I am a student."])[0].content
+    assert word not in after and after[-1] == before[-1]

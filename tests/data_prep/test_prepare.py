@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -272,7 +273,7 @@ def test_near_duplicates_go_when_asked(prepare, write_rows, tmp_path):
 def test_conflicting_targets_are_listed_and_stay(prepare, write_rows, tmp_path):
     path = write_rows("rows.jsonl", [*ROWS, {**ROWS[5], "output": "No."}])
     code, said, _ = prepare("--data", path)
-    assert code == 0 and "41 kept" in said and "Conflicts  1 sources with different targets" in said
+    assert code == 0 and "41 kept" in said and "Conflicts  1 × one source with different targets" in said
     [group] = [json.loads(line) for line in (tmp_path / "prepared" / "conflicts.jsonl").read_text().splitlines()]
     assert [row["target"] for row in group["rows"]] == ["It is 5.", "No."]
 
@@ -373,7 +374,7 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
 def test_rows_over_a_limit_are_dropped_by_name_and_counted(prepare, write_rows, tmp_path):
     path = write_rows("rows.jsonl", [*ROWS, LONG_ROW])
     code, said, _ = prepare("--data", path, "--max_target_tokens", 20)
-    assert (code, "1 rows dropped, longer than 20" in said) == (0, True)
+    assert (code, "1 dropped, over 20" in said) == (0, True)
     assert "Rejected   1 × target over the limit" in said
     [reject] = rejects_of(tmp_path / "prepared")
     assert (reject["row"], reject["kind"]) == (41, "target over the limit")
@@ -654,6 +655,19 @@ def test_a_rerun_with_the_same_inputs_reuses_and_says_so(prepare, write_rows, tm
     code, said, _ = prepare("--data", path, "--workers", 2, "--strict")
     assert (code, said.startswith("Reused")) == (0, True)
     assert (tmp_path / "prepared" / "manifest.json").stat().st_mtime_ns == written
+
+
+def test_an_input_of_the_same_size_and_time_but_other_content_is_noticed(prepare, write_rows, tmp_path):
+    path = write_rows("rows.jsonl", ROWS)
+    prepare("--data", path)
+    before = os.stat(path)
+    content = (tmp_path / "rows.jsonl").read_bytes()
+    (tmp_path / "rows.jsonl").write_bytes(content.replace(b"It is 7.", b"It is 8."))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = os.stat(path)
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert "Reused" not in prepare("--data", path)[1]
+    assert "Reused" in prepare("--data", path)[1]
 
 
 def test_a_changed_input_template_tokenizer_or_setting_is_prepared_anew(prepare, write_rows, tmp_path, sentences):
