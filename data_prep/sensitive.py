@@ -15,7 +15,8 @@ string itself; the library's `scan_line` takes 1.5 ms a text, calls "from" and "
 may ask Amazon or GitHub whether a key is valid. Left out for the same noise, or because they go by a variable's name:
 the detectors of entropy and keywords, and those of Cloudant, IBM and SoftLayer (80 µs a text).
 
-MEASURED
+A row takes 34 µs in Tatoeba and 72 in CodeAlpaca, without secrets 4 and 26. In CodeAlpaca's 2,017 rows there are four
+e-mail addresses and one phone number, twice; in Tatoeba's 6,636 sentences, one phone number.
 """
 
 from __future__ import annotations

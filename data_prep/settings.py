@@ -31,6 +31,8 @@ LIST_OPTIONS = (
     "--target_languages",
 )
 FLAG_OPTIONS = ("--strict", "--packing", "--share_sources", "--deduplicate", "--sensitive", "--end_cut_targets")
+ENGINES = ("local", "datatrove")
+MOST_TASKS = 99_999
 TOO_LONG = ("drop", "cut", "error")
 UNKNOWN_SETTING = re.compile(r"(?:unrecognized arguments: |option:? |Option )'?-*(\w+)")
 
@@ -168,6 +170,17 @@ class PrepareSettings:
     workers: int = 0
     """Processes that read and encode; 0 picks by the size of the data and the cores."""
 
+    engine: str = "local"
+    """What runs the stages of each row: local, or datatrove, whose tasks are kept and not run again when a run broke
+    off (extra `datatrove`). On many machines: see `gathered`."""
+
+    tasks: int = 0
+    """Parts in which datatrove does it; 0 for four a worker."""
+
+    gathered: str | None = None
+    """Folder of the parts that datatrove tasks have written elsewhere, such as on a cluster (how: see
+    data_prep/datatrove_rows.py); rows are taken from there, and all other settings are those of the tasks."""
+
     max_row_megabytes: float = 10
     """A longer row is rejected."""
 
@@ -219,6 +232,7 @@ def _check(settings: PrepareSettings) -> None:
     for name in ("positive_examples", "negative_examples"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it is a number of examples, 0 for none.")
+    _check_engine(settings)
     if settings.max_row_megabytes <= 0 or settings.max_unpacked_ratio < 1:
         raise UserError("max_row_megabytes is above 0 and max_unpacked_ratio at least 1.")
     if settings.split_by not in ("both", "source"):
@@ -232,6 +246,17 @@ def _check(settings: PrepareSettings) -> None:
         if getattr(settings, name) < 2:
             raise UserError(f"{name} is {getattr(settings, name)}; at least 2: one token of text and eos.")
     _check_packing(settings)
+
+
+def _check_engine(settings: PrepareSettings) -> None:
+    if settings.engine not in ENGINES:
+        raise UserError(f"engine is '{settings.engine}'; it can be {' or '.join(ENGINES)}.")
+    if settings.tasks and settings.engine != "datatrove":
+        raise UserError(f"tasks are those of datatrove, and engine is {settings.engine}. Add --engine datatrove.")
+    if not 0 <= settings.tasks <= MOST_TASKS:
+        raise UserError(f"tasks is {settings.tasks}; it is a number up to {MOST_TASKS:,}, 0 for four a worker.")
+    if settings.gathered is not None and settings.engine != "local":
+        raise UserError("gathered says that the rows are there already, and engine who has to gather them. Drop one.")
 
 
 def _check_packing(settings: PrepareSettings) -> None:

@@ -10,19 +10,18 @@ train.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
-import pyarrow
 import pyarrow.compute
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.checkpoint_tokenizer import vocabulary_size
-from diptych.data_prep.gather import Gathered, written
+from diptych.data_prep.gather import Gathered, taken, written
 from diptych.data_prep.packing import (
     PACKED_COLUMNS,
     SHARED_COLUMN,
@@ -47,20 +46,9 @@ def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratc
     tables = DatasetDict()
     for name, rows in places.items():
         path = scratch / f"{name}.arrow"
-        written(_taken(gathered.examples.select(FINAL_COLUMNS), rows), path)
+        written(taken(gathered.examples.select(FINAL_COLUMNS), rows), path)
         tables[name] = Dataset.from_file(str(path))
     return tables
-
-
-def _taken(table: pyarrow.Table, rows: numpy.ndarray) -> Iterator[pyarrow.RecordBatch]:
-    """The rows at these places, which ascend and may repeat, a batch for each that the table has."""
-    start = 0
-    for batch in table.to_batches():
-        end = start + batch.num_rows
-        first, last = numpy.searchsorted(rows, [start, end])
-        if first < last:
-            yield batch.take(pyarrow.array(rows[first:last] - start))
-        start = end
 
 
 def token_counts(

@@ -203,6 +203,11 @@ def _cells(figures: Mapping[str, Any]) -> list[str]:
     return [cell.format(**known) if cell[1:].partition(":")[0] in known else "-" for _, cell in COLUMNS]
 
 
+def _short(label: str, limit: int = 24) -> str:
+    """The end of a path says more than its beginning, and a long label would leave no room for the bars."""
+    return label if len(label) <= limit else f"…{label[1 - limit :]}"
+
+
 def draw_report(report: Mapping[str, Any], path: str | Path) -> None:
     """Bars of tokens per word and bytes per token for each language, and the curve of sizes where there is one."""
     from matplotlib.figure import Figure  # a third of a second that the rest does not need
@@ -211,7 +216,9 @@ def draw_report(report: Mapping[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(5 * (3 if curve else 2), 0.35 * len(languages) + 2.5), layout="constrained")
     axes = figure.subplots(1, 3 if curve else 2)
     for axis, name in zip(axes[:2], ("tokens_per_word", "bytes_per_token"), strict=True):
-        bars = axis.barh(languages, [report["languages"][language][name] or 0 for language in languages])
+        bars = axis.barh(
+            list(map(_short, languages)), [report["languages"][language][name] or 0 for language in languages]
+        )
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.invert_yaxis()
         axis.margins(x=0.15)

@@ -98,11 +98,11 @@ def report_errors(command: str, run: Callable[..., int], *arguments: Any) -> int
 
 COMMANDS = {
     "prepare": ("diptych.data_prep.prepare", "raw rows -> a prepared dataset"),
-    "tokenizer": ("diptych.data_prep.tokenizer_command", "texts -> a tokenizer, a report on one, or an extended one"),
     "train": ("diptych.finetune.train", "a prepared dataset and a checkpoint or a new model -> a run folder"),
     "evaluate": ("diptych.finetune.evaluation", "a checkpoint and a prepared split -> loss and metrics"),
     "generate": ("diptych.finetune.generate", "a prompt, a session or a JSONL file -> text"),
     "doctor": ("diptych.finetune.doctor", "a checkpoint -> whether its training is right, and what to do if not"),
+    "tokenizer": ("diptych.data_prep.tokenizer_command", "texts -> a tokenizer, a report on one, or an extended one"),
 }
 
 if __name__ == "__main__":
