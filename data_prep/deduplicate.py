@@ -27,7 +27,7 @@ them edited copies, at 0.7, 0.8 and 0.9 MinHash finds at least 99.7 % of what br
 it may look at the texts; by signatures alone 82 to 98 % (benchmarks/near_duplicates.py).
 
 MinHash is datasketch's (kept since 2015, numpy; its scheme has a name, `affine32`, under which the values stay).
-rensa is 4 to 17 times as fast (40 and 2.4 µs a row of CodeAlpaca, 6 more for turning rensa's answer into an array) and
+rensa hashes 17 times as fast (2.4 instead of 40 µs a row of CodeAlpaca; 6 more to make an array of its answer) and
 scatters less (0.027 instead of 0.035 at 0.8), but a worker forked after its parent has used it waits for ever, and its
 values may change from version to version. Both, and exact Jaccard, agree to within 0.002 on average.
 """
@@ -42,8 +42,8 @@ from dataclasses import dataclass
 
 import numpy
 import xxhash
-from datasketch import MinHash
 
+from diptych.data_prep.filters import source_text
 from diptych.data_prep.records import Record, UserError
 from diptych.data_prep.splits import normalise
 
@@ -120,7 +120,7 @@ def compared_text(record: Record) -> str:
     An instruction that many rows share would make all of them alike, and the history would make the later turns of
     one conversation duplicates of the earlier ones.
     """
-    return f"{record.input if record.input.strip() else record.instruction}\n{record.output}"
+    return f"{source_text(record)}\n{record.output}"
 
 
 def exact_duplicates(keys: numpy.ndarray) -> numpy.ndarray:
@@ -164,6 +164,8 @@ def signatures(
     permutations: int = PERMUTATIONS,
 ) -> numpy.ndarray:
     """(rows, permutations) uint32: 31 µs a row of Tatoeba, 60 µs one of CodeAlpaca."""
+    from datasketch import MinHash  # takes 0.4 s, which exact duplicates need not wait for
+
     minhash = MinHash(num_perm=permutations, seed=1, scheme="affine32", hashfunc=_as_it_is)
     found = numpy.empty((len(texts), permutations), dtype=numpy.uint32)
     for row, text in enumerate(texts):

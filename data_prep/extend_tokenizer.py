@@ -38,6 +38,7 @@ from tokenizers import models, trainers
 from transformers import AutoTokenizer
 
 from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import attach_template, carried_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -293,6 +294,8 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, new: NewTokens) -> PreTra
     extended.name_or_path = extended.init_kwargs["name_or_path"] = tokenizer.name_or_path
     earlier = tokenizer.init_kwargs.get(NEW_TOKENS_KEY, {})
     extended.init_kwargs[NEW_TOKENS_KEY] = earlier | {piece: list(ids) for piece, ids in new.pieces.items()}
+    if template := carried_template(tokenizer):
+        attach_template(extended, template)  # its examples have other ids now
     return extended
 
 

@@ -13,10 +13,11 @@ any; 2 with one message when a person has to mend something first.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +31,6 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep import facts
 from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, decoder_start_of, load_tokenizer_and_template
 from diptych.data_prep.decontaminate import Decontaminate, EvalIndex
-from diptych.data_prep.deduplicate import Shingles
 from diptych.data_prep.filters import LanguageFilter
 from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
 from diptych.data_prep.gather import Gathered, collect, encode, first_rows, gather
@@ -52,7 +52,8 @@ from diptych.data_prep.prepared import (
 from diptych.data_prep.readers import Limits, Source, open_sources
 from diptych.data_prep.records import Record, Reject, Rejects, UserError
 from diptych.data_prep.report import write_report
-from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed_train, select
+from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed_train, select, shingles_of
+from diptych.data_prep.sensitive import require_detectors
 from diptych.data_prep.settings import PrepareSettings, parse_settings
 from diptych.data_prep.stages import Check, Lengths, Stages
 from diptych.data_prep.summary import packing_lines, packing_warnings, splits_line, summary_lines, usage_warnings
@@ -64,7 +65,7 @@ from diptych.data_prep.tables import (
     token_counts,
 )
 from diptych.data_prep.templates import Template, attach_template, golden_examples
-from diptych.data_prep.train_tokenizer import train_tokenizer
+from diptych.data_prep.train_tokenizer import curve_vocab_size, table_vocab_size, train_tokenizer
 from diptych.data_prep.workers import cores
 
 TASKS_PER_WORKER = 4
@@ -128,8 +129,7 @@ def _prepare(
     duplicates = facts.duplicates(gathered, selection)
     _write_conflicts(partial / CONFLICTS, gathered, selection)
     if tokenizer is None:
-        texts = _train_texts(gathered, selection)
-        tokenizer = train_tokenizer(settings.train_tokenizer, texts, settings.vocab_size)
+        tokenizer = _trained_tokenizer(settings, functools.partial(_train_texts, gathered, selection))
         attach_template(tokenizer, template)
         check_decoder_start(settings, tokenizer)  # of little data fewer tokens are made than asked for
         rows = numpy.flatnonzero(selection.split_of_row != REMOVED)
@@ -285,8 +285,10 @@ def make_stages(
     lengths = Lengths(
         settings.max_source_tokens, settings.max_target_tokens, settings.too_long, settings.end_cut_targets
     )
+    if settings.sensitive:
+        require_detectors()
     checks = tuple(_checks(settings, inputs))
-    shingles = Shingles() if settings.near_duplicates is not None else None
+    shingles = shingles_of(settings) if settings.near_duplicates is not None else None
     return Stages(tuple(converters), template, tokenizer, lengths, checks, shingles, settings.sensitive), formats
 
 
@@ -312,9 +314,12 @@ def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
     if settings.lengths is not None:
         yield settings.lengths
     if settings.source_languages or settings.target_languages:
-        yield LanguageFilter(tuple(settings.source_languages), tuple(settings.target_languages))
+        languages = tuple(settings.source_languages), tuple(settings.target_languages)
+        yield LanguageFilter(*languages, settings.language_confidence)
     if inputs.evaluation:
-        yield Decontaminate(EvalIndex.from_records(_evaluation_records(settings, inputs)))
+        yield Decontaminate(
+            EvalIndex.from_records(_evaluation_records(settings, inputs), settings.decontaminate_ngram)
+        )
 
 
 def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record]:
@@ -404,6 +409,15 @@ def _need_rows(rows: int, rejects: Rejects, partial: Path, out: str) -> None:
         f"none of the {rejects.count:,} rows can be kept ({kinds}). The first, {first.origin}: {first.reason}"
         f" Mend the rows, and prepare them again. All of them: {reasons}"
     )
+
+
+def _trained_tokenizer(settings: PrepareSettings, texts: Callable[[], Iterator[str]]) -> PreTrainedTokenizerBase:
+    kind, tokens = settings.train_tokenizer, settings.vocab_size
+    if tokens == "auto":
+        tokens, _ = curve_vocab_size(kind, texts)
+    elif tokens == "table":
+        tokens = table_vocab_size(sum(map(len, texts())))
+    return train_tokenizer(kind, texts(), tokens)
 
 
 def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:

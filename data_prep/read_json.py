@@ -190,9 +190,9 @@ class Window:
         self.ended = not block
         data = self._undecoded + block
         try:
-            text, used = _decode_utf8(data, "strict", self.ended)
+            text, used = codecs.utf_8_decode(data, "strict", self.ended)
         except UnicodeDecodeError:
-            text, used = _decode_utf8(data, "surrogateescape", self.ended)
+            text, used = codecs.utf_8_decode(data, "surrogateescape", self.ended)
             self.has_bad_bytes = True
         self._undecoded = data[used:]
         self.text += text
@@ -234,10 +234,6 @@ class Window:
 
     def offset(self, position: int) -> int:
         return self._bytes_before + len(self.text[:position].encode("utf-8", "surrogateescape"))
-
-
-def _decode_utf8(data: bytes, errors: str, final: bool) -> tuple[str, int]:
-    return codecs.utf_8_decode(data, errors, final)
 
 
 def _skip_value(window: Window) -> int | None:
@@ -283,6 +279,9 @@ class ArrayRows:
     def __init__(self, window: Window, name: str, limits: Limits, is_whole_file: bool) -> None:
         self.window, self.name, self.limits, self.is_whole_file = window, name, limits, is_whole_file
         self.row = 0
+        self.is_over = False
+        """A `]` was seen, whatever came after it."""
+
         self.first_keys: set[str] = set()
         """The keys that rows begin with: they tell the next row from an object inside a broken one."""
 
@@ -292,6 +291,8 @@ class ArrayRows:
         while True:
             window.let_go()
             character = window.next_character()
+            if character == "" and self.is_over:
+                return
             if character == "":
                 fault = f"broken JSON: the file ends inside the array, {window.place(window.at)}."
                 yield Reject(self._next_origin(), None, "broken JSON", fault, "")
@@ -300,8 +301,9 @@ class ArrayRows:
                 window.at += 1
                 if self._is_end():
                     return
+                self.is_over = True
                 fault = f"broken JSON: text after the end of the array, {window.place(window.at)}."
-                yield self._broken(*self._skip_to_next_row(window.at, NEXT_ROW), fault)
+                yield self._broken(*self._skip_to_next_row(window.at + 1, NEXT_ROW), fault)
             else:
                 yield self._row()
 
@@ -314,6 +316,7 @@ class ArrayRows:
         return Origin(self.name, self.row)
 
     def _broken(self, raw: str, offset: int, fault: str) -> Reject:
+        raw = raw.rstrip(" \t\r\n").removesuffix(",")  # which belongs to the array
         return unreadable(self._next_origin(), raw, offset if self.window.has_bad_bytes else None, fault)
 
     def _row(self) -> Row | Reject:
@@ -423,7 +426,7 @@ class ArrayRows:
             seen = len(window.text)  # to judge what is found, the window may grow: that is searched next time
             found = self._find_row(search_from, pattern, own_key)
             if found is None and is_first and (is_last or seen - window.at > BLOCK_BYTES):
-                found = self._find_row(begin, pattern, None)  # nothing is known yet of how rows begin
+                found = self._find_sound_row(begin, pattern)  # nothing is known yet of how rows begin
                 is_first = False
             if found is not None or is_last:
                 end = len(window.text) if found is None else found
@@ -440,6 +443,15 @@ class ArrayRows:
         for found in pattern.finditer(self.window.text, search_from):
             if self._begins_a_row(found.end(), own_key):
                 return found.end()
+        return None
+
+    def _find_sound_row(self, search_from: int, pattern: re.Pattern) -> int | None:
+        for found in pattern.finditer(self.window.text, search_from):
+            try:
+                _JSON.raw_decode(self.window.text, found.end())
+            except (ValueError, RecursionError):
+                continue
+            return found.end()
         return None
 
     def _begins_a_row(self, position: int, own_key: str | None = None) -> bool:

@@ -127,20 +127,22 @@ class TmxRows:
 
     def _recover(self, error: Exception) -> Reject:
         """What was read of the broken unit is a reject; the next one begins with the next <tu>."""
-        parser, unit, is_new_unit = self._parser, self._unit, isinstance(error, _NewUnit)
-        place = f"line {self._line()}, column {parser.CurrentColumnNumber + 1}"
-        what = "a <tu> begins inside another one" if is_new_unit else expat.ErrorString(error.code)
-        fault = f"broken XML: {what}, {place}."
+        unit, is_new_unit = self._unit, isinstance(error, _NewUnit)
+        if is_new_unit:
+            what, (here, line, column) = "a <tu> begins inside another one", error.args
+        else:
+            what, here, line = expat.ErrorString(error.code), self._byte(), self._line()
+            column = self._parser.CurrentColumnNumber + 1
+        fault = f"broken XML: {what}, line {line}, column {column}."
         if self.encoding == "utf-16" or (unit is None and self.row == 0):
             raise UserError(f"{self.name} cannot be read as TMX: {fault} Mend it there.")
-        here = self._byte()
         begin = unit.start if unit else here
         found = NEXT_UNIT.search(self._data, max(0, here - self._base) + (not is_new_unit))
         head = unit.head if unit and unit.head is not None else self._data[begin - self._base :]
         raw = head[: found.start() - (begin - self._base)] if found else head[:LONG_ROW_CHARACTERS_KEPT]
         reject = self._broken(raw, begin, here, fault)
         until = here if is_new_unit else here + 1
-        self._lines_before = self._line() - 1
+        self._lines_before = line - 1
         self._forget(until)
         self._parser = self._unit = None
         return reject
@@ -181,7 +183,7 @@ class TmxRows:
         unit = self._unit
         if tag == "tu":
             if unit:
-                raise _NewUnit
+                raise _NewUnit(self._byte(), self._line(), self._parser.CurrentColumnNumber + 1)
             self._unit = _Unit(self._byte(), self._line())
         elif unit is None:
             return

@@ -8,13 +8,15 @@ the row that says the same.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
+import pyarrow.compute
 
-from diptych.data_prep.deduplicate import conflicts, exact_duplicates, near_duplicates
+from diptych.data_prep.deduplicate import Shingles, conflicts, exact_duplicates, near_duplicates
 from diptych.data_prep.gather import Gathered
 from diptych.data_prep.mixture import Mixture, mix
 from diptych.data_prep.records import Reject, Rejects
@@ -58,8 +60,10 @@ def select(gathered: Gathered, settings: PrepareSettings, rejects: Rejects) -> S
     if settings.deduplicate:
         _remove(gathered, stays, exact_duplicates(keys), "exact", "the same source and target as", facts, rejects)
     if settings.near_duplicates is not None:
+        considered = stays & _has_text(gathered)
+        compared = functools.partial(_compared, gathered)
         alike = near_duplicates(
-            gathered.signatures, settings.near_duplicates, stays, lambda row: _compared(gathered, row)
+            gathered.signatures, settings.near_duplicates, considered, compared, shingles_of(settings)
         )
         why = f"at least {settings.near_duplicates:.0%} like".replace("%", " %")
         _remove(gathered, stays, alike, "near", why, facts, rejects)
@@ -69,6 +73,10 @@ def select(gathered: Gathered, settings: PrepareSettings, rejects: Rejects) -> S
     split_of_row = numpy.full(len(keys), REMOVED, dtype=numpy.int8)
     split_of_row[rows] = split.of_row
     return Selection(split_of_row, split.groups, facts, conflicting, split.warnings)
+
+
+def shingles_of(settings: PrepareSettings) -> Shingles:
+    return Shingles(settings.shingle, settings.shingle_size)
 
 
 def mixed_train(
@@ -115,6 +123,11 @@ def _remove(
 def _text(gathered: Gathered, row: int) -> str:
     source, target = (gathered.examples[side][row].as_py() for side in ("source", "target"))
     return f"{source} → {target}"[:SHOWN_CHARACTERS]
+
+
+def _has_text(gathered: Gathered) -> numpy.ndarray:
+    """Rows that came as token ids have none, by which all would be alike."""
+    return pyarrow.compute.not_equal(gathered.examples["instruction"], "").to_numpy()
 
 
 def _compared(gathered: Gathered, row: int) -> str:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -90,8 +91,9 @@ class PrepareSettings:
     train_tokenizer: str | None = None
     """Train a tokenizer on the train split instead: bpe or unigram."""
 
-    vocab_size: int = 8000
-    """Tokens of a trained tokenizer. More makes texts shorter and the model larger."""
+    vocab_size: int | Literal["auto", "table"] = 8000
+    """Tokens of a trained tokenizer. More makes texts shorter and the model larger. auto: as many as still shorten
+    texts by a tenth when they are doubled; table: by the amount of text."""
 
     source_language: str | None = None
     """Language code of the sources, for tokenizers that put one into the text (mBART: en_XX, M2M100: en)."""
@@ -119,9 +121,18 @@ class PrepareSettings:
     """Also remove rows that share at least this part of their shingles with an earlier row (Jaccard similarity, by
     MinHash), such as 0.8."""
 
+    shingle: str = "characters"
+    """What near duplicates are compared by: runs of characters or words."""
+
+    shingle_size: int = 0
+    """Characters or words in a run; 0 is 5 characters or 2 words. 3 characters suit short sentences."""
+
     decontaminate: list[str] = field(default_factory=list)
     """Files with texts that training must not hold, such as evaluation sets: rows that share a run of words with them
     are removed."""
+
+    decontaminate_ngram: int = 13
+    """Words of such a run; texts with fewer count from 8 on, or as a whole."""
 
     lengths: LengthFilter | None = None
     """Bounds on the length of source and target, and on their ratio, in characters or words."""
@@ -131,6 +142,9 @@ class PrepareSettings:
 
     target_languages: list[str] = field(default_factory=list)
     """Keep rows whose target is in one of these languages."""
+
+    language_confidence: float = 0.7
+    """How sure it has to be that a text is in another language. Short texts seldom reach it, and stay."""
 
     sensitive: bool = False
     """Look for e-mail addresses, phone and card numbers, keys and passwords, and report them, masked. Nothing is
@@ -215,10 +229,9 @@ def _check(settings: PrepareSettings) -> None:
         raise UserError("give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe (or unigram).")
     if settings.train_tokenizer not in (None, *TRAINERS):
         raise UserError(f"train_tokenizer is '{settings.train_tokenizer}'; it can be {' or '.join(TRAINERS)}.")
-    if settings.train_tokenizer and settings.vocab_size < MINIMUM_VOCAB_SIZE:
-        raise UserError(
-            f"vocab_size is {settings.vocab_size}; bytes and special tokens alone are {MINIMUM_VOCAB_SIZE}."
-        )
+    tokens = settings.vocab_size
+    if settings.train_tokenizer and isinstance(tokens, int) and tokens < MINIMUM_VOCAB_SIZE:
+        raise UserError(f"vocab_size is {tokens}; bytes and special tokens alone are {MINIMUM_VOCAB_SIZE}.")
     if settings.too_long not in TOO_LONG:
         raise UserError(f"too_long is '{settings.too_long}'; it can be {', '.join(TOO_LONG)}.")
     if settings.end_cut_targets and settings.too_long != "cut":
@@ -271,7 +284,8 @@ def _check_packing(settings: PrepareSettings) -> None:
     start = settings.decoder_start_token_id
     if start is not None and start < 0:
         raise UserError(f"decoder_start_token_id is {start}; token ids begin with 0.")
-    if start is not None and settings.train_tokenizer and start >= settings.vocab_size:
+    is_known = settings.train_tokenizer and isinstance(settings.vocab_size, int)
+    if start is not None and is_known and start >= settings.vocab_size:
         raise UserError(
             f"decoder_start_token_id is {start}, and with vocab_size {settings.vocab_size} ids end at"
             f" {settings.vocab_size - 1}. Give one up to there, or none: then it is the padding token."

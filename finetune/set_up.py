@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import carried_template
 from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.batches import (
     BatchOrder,
@@ -256,6 +257,7 @@ def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
 
 def load_run_tokenizer(recipe: TrainRecipe, prepared: Prepared) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(str(prepared.tokenizer_folder))
+    carried_template(tokenizer)  # UserError if it no longer renders what it rendered when the rows were made
     if recipe.tokenizer is not None:
         other = load_tokenizer(recipe.tokenizer)
         if other.get_vocab() != tokenizer.get_vocab():

@@ -208,7 +208,7 @@ def test_packed_files_give_the_rows_of_the_plain_one(ending, place):
 @pytest.mark.parametrize("ending", PACK)
 @pytest.mark.parametrize("damage", ["cut", "changed", "followed"])
 def test_a_broken_packed_file_is_an_error_that_says_where(ending, damage, place):
-    content = b"".join(b'{"instruction": "%d", "output": "%d"}\n' % (n, n * n) for n in range(200_000))
+    content = b"".join(b'{"instruction": "%d", "output": "%d"}\n' % (n, n * n) for n in range(20_000))
     packed = PACK[ending](content)
     middle = len(packed) // 2
     broken = {
@@ -253,7 +253,7 @@ def test_a_bomb_stops_at_the_stated_limit(ending, place):
     bomb = piece * 100
     bomb += PACK[ending](os.urandom(max(0, 1_000_000 - len(bomb))))  # of 1 MB, as a browser would show it
     (place / f"a.jsonl{ending}").write_bytes(bomb)
-    [message], seconds, megabytes = read_and_measure(f"a.jsonl{ending}")
+    (*_, message), seconds, megabytes = read_and_measure(f"a.jsonl{ending}")
     assert f"has {len(bomb):,} bytes and unpacks to more than {200 * len(bomb):,}" in message
     assert "raise max_unpacked_ratio" in message
     assert seconds < 5 and megabytes < 500, (seconds, megabytes)
@@ -328,11 +328,15 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("change", [grow, shrink, replace, edit, remove])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+CHANGES = [grow, shrink, replace, remove]
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [(name, change) for name in ("a.jsonl", "a.json", "a.jsonl.gz") for change in CHANGES]
+    + [("a.jsonl", edit), ("a.json", edit)],
+)
 def test_a_file_that_changes_while_it_is_read_is_an_error(name, change, place):
-    if name.endswith(".gz") and change is edit:
-        pytest.skip("the bytes that it changes are packed")
     write_rows(place / name)
     [source] = open_sources([name], limits=Limits(block_bytes=1_000))
     rows = source.rows()

@@ -104,6 +104,13 @@ def test_a_tokenizer_is_trained_on_the_train_split_alone(prepare, write_rows, tm
         assert all(is_one_token) if name == "train" else not any(is_one_token), name
 
 
+@pytest.mark.parametrize("size, tokens", [("auto", 4000), ("table", 1000)])
+def test_the_size_of_a_trained_tokenizer_can_be_left_to_the_data(size, tokens, prepare, tmp_path):
+    arguments = ["--train_tokenizer", "bpe", "--vocab_size", size, "--template", "translate"]
+    assert prepare("--data", "tatoeba", *arguments, tokenizer=None)[0] == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")) == tokens
+
+
 def test_the_shipped_sample_is_prepared_with_a_trained_tokenizer(prepare, tmp_path):
     code, said, _ = prepare(
         "--data",
@@ -203,6 +210,7 @@ def test_rows_that_come_as_token_ids_pass_as_they_are(prepare, write_rows, tmp_p
     rows = [{"input_ids": [5 + n, 6, 7], "labels": [8 + n, 9]} for n in range(20)]
     code, said, _ = prepare("--data", write_rows("rows.jsonl", rows))
     assert code == 0 and "rows.jsonl: tokenised, recognised" in said
+    assert "20 kept" in prepare("--data", tmp_path / "rows.jsonl", "--near_duplicates", 0.8, out="near")[1]
     train = datasets.load_from_disk(tmp_path / "prepared")["train"]
     assert {(tuple(row["input_ids"]), tuple(row["labels"])) for row in train} <= {
         (tuple(row["input_ids"]), tuple(row["labels"])) for row in rows
@@ -257,6 +265,16 @@ def test_exact_duplicates_go_with_their_reason_and_can_stay(prepare, write_rows,
     report = json.loads((tmp_path / "prepared" / "report.json").read_text(encoding="utf-8"))
     assert report["duplicates"]["exact"] == 1
     assert "41 kept" in prepare("--data", path, "--deduplicate", "false")[1]
+
+
+def test_a_duplicate_that_is_also_too_long_is_one_reject(prepare, write_rows, tmp_path):
+    """The tokenizer is trained after duplicates are gone, and encodes what stays."""
+    path = write_rows("rows.jsonl", [*ROWS, LONG_ROW, LONG_ROW])
+    limits = ["--max_target_tokens", 20, "--vocab_size", 300]
+    code, said, _ = prepare("--data", path, "--train_tokenizer", "bpe", *limits, tokenizer=None)
+    assert code == 0 and "Read       42 rows" in said
+    kinds = [reject["kind"] for reject in rejects_of(tmp_path / "prepared")]
+    assert kinds == ["exact duplicate", "target over the limit"] and "40 kept, 2 rejected" in said
 
 
 def test_near_duplicates_go_when_asked(prepare, write_rows, tmp_path):

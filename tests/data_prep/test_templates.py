@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from diptych.data_prep.encode import Rendered
+from diptych.data_prep.extend_tokenizer import add_new_tokens, learn_new_tokens
 from diptych.data_prep.records import Origin, Record, UserError
 from diptych.data_prep.templates import (
     TEMPLATES,
@@ -372,3 +373,15 @@ def test_a_template_for_rows_of_one_shape_travels_too(bpe_folder):
     tokenizer = AutoTokenizer.from_pretrained(bpe_folder)
     attach_template(tokenizer, template)
     assert template_of(tokenizer) == template
+
+
+def test_a_template_travels_on_with_a_tokenizer_that_was_given_new_words(bpe_folder, pairs, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(bpe_folder)
+    attach_template(tokenizer, TEMPLATES["chat"])
+    extended = add_new_tokens(
+        tokenizer, learn_new_tokens(tokenizer, lambda: [korean for _, korean in pairs], tokens=100)
+    )
+    extended.save_pretrained(tmp_path)
+    golden = [each.init_kwargs[TOKENIZER_KEY]["golden"][0] for each in (tokenizer, extended)]
+    assert golden[0]["labels"] != golden[1]["labels"]  # with new words it is another text to the model
+    assert template_of(AutoTokenizer.from_pretrained(tmp_path)) == TEMPLATES["chat"]
