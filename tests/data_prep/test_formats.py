@@ -281,7 +281,7 @@ def test_two_columns_for_one_field_are_an_error_that_map_decides():
             "--map instruction=question output=answer input=context makes it alpaca.",
         ),
         ({"prompt": "a", "response": "b"}, "--map completion=response makes it prompt_completion."),
-        ({"text": "a", "label": "b"}, "Columns there are 'text', 'label'. What the columns have to be: alpaca:"),
+        ({"text": "a", "label": "b"}, "Columns there are 'text', 'label'. Columns with other names are mapped"),
         ({"translation": "a"}, "first, second or source, target or translation"),
         ({}, "Columns there are none."),
     ],

@@ -104,7 +104,7 @@ def test_a_tokenizer_is_trained_on_the_train_split_alone(prepare, write_rows, tm
         assert all(is_one_token) if name == "train" else not any(is_one_token), name
 
 
-@pytest.mark.parametrize("size, tokens", [("auto", 4000), ("table", 1000)])
+@pytest.mark.parametrize("size, tokens", [("auto", 4000), ("table", 2000)])
 def test_the_size_of_a_trained_tokenizer_can_be_left_to_the_data(size, tokens, prepare, tmp_path):
     arguments = ["--train_tokenizer", "bpe", "--vocab_size", size, "--template", "translate"]
     assert prepare("--data", "tatoeba", *arguments, tokenizer=None)[0] == 0

@@ -1,24 +1,21 @@
 """Streamed rows in a real DataLoader and a real model: every rank and worker its own, from any batch on, and the loss
 of the examples alone."""
 
-import ast
 import itertools
 import json
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.records import IGNORE_INDEX, UserError
-from diptych.data_prep.settings import PrepareSettings, parse_settings
+from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.stream import open_stream
 from diptych.finetune import streaming
 from diptych.finetune.objectives import Seq2SeqObjective
@@ -55,7 +52,7 @@ def stream(settings, tmp_path_factory):
 
 def examples_in(batches):
     for batch in batches:
-        columns = {name: tensor.tolist() for name, tensor in batch.items()}
+        columns = {name: np.asarray(column).tolist() for name, column in batch.items()}
         for row in range(len(batch["labels"])):
             segments, targets = columns["segment_ids"][row], columns["decoder_segment_ids"][row]
             for segment in range(1, max(segments) + 1):
@@ -124,7 +121,8 @@ settings, rejects, rank, state, count = map(json.loads, sys.argv[1:])
 stream = replace(open_stream(PrepareSettings(**settings), Path(rejects)), window_chunks=1)
 rows = StreamedRows(stream, rank, 2, workers=1)
 rows.load_state_dict(state)
-batches = [{name: tensor.tolist() for name, tensor in batch.items()} for batch in itertools.islice(rows.batches(2), count)]
+taken = itertools.islice(rows.batches(2), count)
+batches = [{name: tensor.tolist() for name, tensor in batch.items()} for batch in taken]
 print(json.dumps([batches, rows.state_dict()]))
 """
 
@@ -212,7 +210,7 @@ def test_rows_for_another_model_are_refused(stream, settings, new_model, tmp_pat
     with pytest.raises(UserError, match="packed for a decoder that starts with token 0"):
         StreamedRows(stream).check_fits(new_model("m2m_100"))
     with pytest.raises(UserError, match="100 embedding rows"):
-        StreamedRows(stream).check_fits(new_model("diptych", vocab_size=100))
+        StreamedRows(stream).check_fits(new_model("t5", vocab_size=100))
 
 
 def test_the_example_of_the_docstring_learns(settings, checkpoint_of, tiny_tokenizer, tmp_path):
@@ -223,14 +221,15 @@ def test_the_example_of_the_docstring_learns(settings, checkpoint_of, tiny_token
     model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint_of("diptych"))
     model.save_pretrained(tmp_path / "checkpoint")
     tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
-    names = {
-        **globals(),
-        "checkpoint": str(tmp_path / "checkpoint"),
-        "data": settings.data[0],
-        "out": str(tmp_path / "out"),
-        "steps": 12,
-    }
-    module = ast.parse("\n".join(line.removeprefix("    ") for line in code))
-    exec(compile(module, "the docstring of streaming.py", "exec"), names)  # noqa: S102
+    imports = "import itertools, torch\nfrom pathlib import Path\nfrom accelerate import Accelerator\n"
+    imports += "from transformers import AutoModelForSeq2SeqLM\n"
+    imports += "from diptych.data_prep.records import IGNORE_INDEX\n"
+    imports += "from diptych.data_prep.settings import parse_settings\n"
+    imports += "from diptych.data_prep.stream import open_stream\n"
+    imports += "from diptych.finetune.objectives import Seq2SeqObjective\n"
+    imports += "from diptych.finetune.streaming import StreamedRows\n"
+    names = {"checkpoint": str(tmp_path / "checkpoint"), "data": settings.data[0], "out": str(tmp_path / "out")}
+    names["steps"] = 12
+    exec(imports + "\n".join(line.removeprefix("    ") for line in code), names)  # noqa: S102
     assert len(names["losses"]) == 12
     assert np.mean(names["losses"][-3:]) < 0.8 * np.mean(names["losses"][:3])
