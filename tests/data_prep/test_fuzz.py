@@ -2,17 +2,21 @@
 exception but a UserError, no hang, no row that nobody accounts for, and the same result whatever the block size.
 
     python tests/data_prep/test_fuzz.py 20000 [first seed]     reads that many, and prints what each kind came to
+    python tests/data_prep/test_fuzz.py 20000 0 stages         and also checks, renders and encodes them
 
 `fuzzed(seed)` is the file of a seed: Fuzzed(name="fuzz-7.jsonl.gz", content=b"…", limits=Limits(…)).
 """
 
 import concurrent.futures
+import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
 import pickle
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,11 +31,17 @@ import pyarrow.parquet
 import zstandard
 
 from diptych.data_prep.files import Limits
+from diptych.data_prep.gather import gather
+from diptych.data_prep.prepare import Inputs, make_stages
 from diptych.data_prep.readers import open_sources
-from diptych.data_prep.records import Reject, Row, UserError
+from diptych.data_prep.records import Reject, Rejects, Row, UserError
+from diptych.data_prep.settings import PrepareSettings
+from diptych.data_prep.templates import TEMPLATES
+from diptych.data_prep.train_tokenizer import train_tokenizer
 
 SECONDS_FOR_A_FILE = 5
 FILES_IN_THE_SUITE = 400
+FILES_THROUGH_STAGES = 200
 
 DEEP = '{"a":' * 120 + "1" + "}" * 120
 TEXTS = [
@@ -335,8 +345,9 @@ def told(found):
     ]
 
 
-def check(case, folder):
-    """Rows, rejects and error of a case that holds what must hold."""
+@contextlib.contextmanager
+def written(case, folder):
+    """The file of a case, for as long as it may take."""
 
     def hang(*_):
         raise TimeoutError(f"{case.name} takes more than {SECONDS_FOR_A_FILE} s")
@@ -346,6 +357,15 @@ def check(case, folder):
     signal.signal(signal.SIGALRM, hang)
     signal.setitimer(signal.ITIMER_REAL, SECONDS_FOR_A_FILE)
     try:
+        yield path
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        path.unlink()
+
+
+def check(case, folder):
+    """Rows, rejects and error of a case that holds what must hold."""
+    with written(case, folder) as path:
         found, error = outcome(path, case.limits)
         if error is None:
             check_accounts(case, found)
@@ -355,10 +375,40 @@ def check(case, folder):
         assert (error is None) == (error_again is None), (error, error_again)
         if error is None:
             assert repr(told(found)) == repr(told(again))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        path.unlink()
     return found, error
+
+
+@functools.cache
+def small_tokenizer():
+    return train_tokenizer("bpe", TEXTS, 300)
+
+
+def check_stages(case, folder):
+    """The same file through formats, checks, template and tokenizer: each row that a reader yields has an end."""
+    scratch = folder / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    file = io.StringIO()
+    rejects = Rejects(file)
+    with written(case, folder) as path, contextlib.redirect_stdout(io.StringIO()):
+        limits = {"max_source_tokens": 60, "max_target_tokens": 40}
+        settings = PrepareSettings(data=[str(path)], forward="To Korean:", **limits)
+        try:
+            inputs = Inputs(open_sources(settings.data, (), case.limits), [case.name], [])
+            stages, _ = make_stages(settings, inputs, small_tokenizer(), TEMPLATES["chat"])
+            gathered = gather(inputs.sources, stages, rejects, scratch, workers=1, hidden=True)
+        except UserError as error:
+            assert str(error).strip()
+            return [], error
+        read = [row for source in inputs.sources for row in source.rows()]
+    kept = gathered.examples["origin"].to_pylist() if gathered.examples.num_columns else []
+    told = [json.loads(line) for line in file.getvalue().split("\n") if line]
+    assert len(kept) + len(told) == sum(gathered.rows_read) >= len(read)
+    ends = {tuple(origin.rsplit(":", 1)) for origin in kept}
+    ends = {(name, int(place.split(".")[0])) for name, place in ends} | {(it["file"], it["row"]) for it in told}
+    assert ends == {(row.origin.file, row.origin.row) for row in read}
+    assert all(reject["kind"] and reject["reason"] for reject in told)
+    return read, None
 
 
 def results_of(seeds, check=check):
@@ -390,14 +440,20 @@ def test_no_broken_file_is_more_than_rows_rejects_or_one_error():
     assert min(reached[what] for what in ("errors", "rows", "rejects")) > 50  # the generator reaches all three
 
 
-def main(count, first):
+def test_no_broken_file_loses_a_row_on_its_way_to_token_ids():
+    results, faults, _ = results_of(range(FILES_THROUGH_STAGES), check_stages)
+    assert not faults
+    assert sum(count for (_, what), count in results.items() if what == "rows") > 100
+
+
+def main(count, first, check=check):
     """Each 500 in a process of their own: a library that ends the process is a fault too, and not the end of this."""
     results, faults, slowest = Counter(), [], (0.0, "")
     for start in range(first, first + count, 500):
         seeds = range(start, min(start + 500, first + count))
         with concurrent.futures.ProcessPoolExecutor(1) as pool:
             try:
-                more, new_faults, slow = pool.submit(results_of, seeds).result()
+                more, new_faults, slow = pool.submit(results_of, seeds, check).result()
             except concurrent.futures.process.BrokenProcessPool:
                 more, new_faults, slow = (
                     {},
@@ -417,4 +473,5 @@ def main(count, first):
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if sys.argv[1:] else FILES_IN_THE_SUITE, int(sys.argv[2]) if sys.argv[2:] else 0))
+    count, first, what = [*sys.argv[1:], *[str(FILES_IN_THE_SUITE), "0", "readers"][len(sys.argv) - 1 :]]
+    sys.exit(main(int(count), int(first), {"readers": check, "stages": check_stages}[what]))

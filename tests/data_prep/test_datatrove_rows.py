@@ -1,0 +1,322 @@
+"""Preparation in tasks of datatrove: the same dataset to the byte, on this machine, in processes that know nothing of
+each other, and after a task has failed."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import dill
+import pyarrow
+import pytest
+from datatrove.executor import LocalPipelineExecutor
+
+from diptych.data_prep.datatrove_rows import rows_step
+from diptych.data_prep.parts import part_path, write_part
+from diptych.data_prep.prepare import main
+from diptych.data_prep.records import UserError
+
+COUNTS = ("rows", "rejected_by_kind", "first_rejected", "splits", "groups", "conflicts", "tokens", "packing", "inputs")
+COUNTS += ("template", "warnings", "fingerprint")
+
+
+def row_of(file, number):
+    return {
+        "instruction": f"Say {file} {number}.",
+        "input": f"it is {number} " * (number % 5),
+        "output": f"It is {number % 90}.",
+        "category": f"kind {number % 3}",
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One file of four chunks, with rows of every fate: broken, with a byte that is no UTF-8, empty, with a doubtful
+    content, twice. And two small ones."""
+    folder = tmp_path_factory.mktemp("rows")
+    lines = [json.dumps(row_of("a", number)).encode() for number in range(9000)]
+    for number in range(0, 9000, 150):
+        lines[number] = b'{"instruction": "caf\xe9 %d", "output": "b"}' % number
+        lines[number + 1] = json.dumps({"instruction": f"Nothing {number}.", "output": ""}).encode()
+        lines[number + 2] = lines[3]
+        lines[number + 4] = json.dumps(
+            {"instruction": f"Mail {number}.", "output": f"me{number}@example.org"}
+        ).encode()
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    for name in "bc":
+        rows = [row_of(name, number) for number in range(60)]
+        (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "eval.jsonl").write_text(json.dumps(row_of("a", 5)) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def prepare(tmp_path, capsys):
+    """prepare(*words, out="name") → exit code and standard error; the folder is tmp_path / name."""
+
+    def run(*words, out):
+        code = main([*map(str, words), "--out", str(tmp_path / out)])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def contents(folder):
+    """Every file of tables, and the rejects, as bytes; of the manifest what does not name the folder."""
+    names = [path for path in folder.rglob("*") if path.suffix == ".arrow" or path.name.endswith(".jsonl")]
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in names}
+    return files, {name: manifest[name] for name in COUNTS}
+
+
+def sixteen_files(folder, rows=12):
+    folder.mkdir()
+    for file in range(16):
+        lines = [json.dumps(row_of(f"f{file}", number)) for number in range(rows)]
+        lines[3] = "{broken"
+        (folder / f"{file:02d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_four_tasks_of_two_workers_make_the_dataset_of_one_process(folder, bpe_folder, prepare, tmp_path):
+    words = ["--data", *(folder / name for name in ("a.jsonl", "b.json", "c.json")), "--tokenizer", bpe_folder]
+    words += ["--near_duplicates", "0.9", "--sensitive", "--decontaminate", folder / "eval.jsonl"]
+    assert prepare(*words, "--workers", 1, out="local")[0] == 0
+    code, said = prepare(*words, "--engine", "datatrove", "--tasks", 4, "--workers", 2, out="datatrove")
+    assert code == 0 and "4/4 tasks completed" in said
+    assert contents(tmp_path / "datatrove") == contents(tmp_path / "local")
+    files, manifest = contents(tmp_path / "local")
+    assert {"train/data-00000-of-00001.arrow", "packed/data-00000-of-00001.arrow", "rejects.jsonl"} <= files.keys()
+    assert {"invalid UTF-8", "empty output", "duplicate"} <= manifest["rejected_by_kind"].keys()
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("local", "datatrove")]
+    for part in ("sensitive", "scripts", "categories", "duplicates", "contamination", "removed", "lengths"):
+        assert reports[0][part] == reports[1][part], part
+    assert reports[0]["categories"] and reports[0]["sensitive"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["datatrove", "local"]  # nothing is left beside them
+
+
+def test_a_tokenizer_is_trained_on_the_same_rows(folder, prepare, tmp_path):
+    words = ["--data", folder / "b.json", folder / "c.json", "--train_tokenizer", "bpe", "--vocab_size", 400]
+    assert prepare(*words, out="local")[0] == 0
+    for task in range(3):
+        list(write_part(rows_step([*map(str, words)], "unused").work, tmp_path / "parts", task, 3))
+    assert prepare(*words, "--gathered", tmp_path / "parts", out="gathered")[0] == 0
+    assert contents(tmp_path / "gathered") == contents(tmp_path / "local")
+    tokenizers = [(tmp_path / name / "tokenizer" / "tokenizer.json").read_bytes() for name in ("local", "gathered")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 4, 5, 40])
+def test_few_tasks_take_whole_files_and_many_take_chunks(bpe_folder, prepare, tmp_path, tasks):
+    """Sixteen files: up to four tasks each read their own alone; of forty some have nothing to do."""
+    words = ["--data", sixteen_files(tmp_path / "rows"), "--tokenizer", bpe_folder, "--packing", "false"]
+    assert prepare(*words, out="local")[0] == 0
+    work = rows_step([*map(str, words)], "unused").work
+    rows = [sum(it.rows_read for it in write_part(work, tmp_path / "parts", task, tasks)) for task in range(tasks)]
+    assert sum(rows) == 16 * 12
+    assert prepare(*words, "--gathered", tmp_path / "parts", out="gathered")[0] == 0
+    assert contents(tmp_path / "gathered") == contents(tmp_path / "local")
+
+
+def test_a_task_that_failed_is_run_again_alone(bpe_folder, prepare, tmp_path):
+    """The ninth file is another when its task reads it, and is put back."""
+    words = ["--data", sixteen_files(tmp_path / "rows"), "--tokenizer", bpe_folder]
+    assert prepare(*words, out="local")[0] == 0
+    step = rows_step([*map(str, words)], tmp_path / "parts")
+    path = tmp_path / "rows" / "10.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"Say f10 5.", b"Sag f10 5."))
+    settings = {"tasks": 4, "workers": 1, "logging_dir": str(tmp_path / "parts" / "logs")}
+    with pytest.raises(UserError, match=r"10\.jsonl changed while it was read"):
+        LocalPipelineExecutor([step], **settings).run()
+    ended = [part_path(tmp_path / "parts", task, 4).is_file() for task in range(4)]
+    assert ended == [True, True, False, False]  # file 10 is that of task 2
+    path.write_bytes(content)
+    code, said = prepare(*words, "--gathered", tmp_path / "parts", out="gathered")
+    assert code == 2 and "part-00002-of-00004.arrow is missing" in said and "Run task 2 again" in said
+    before = {task: part_path(tmp_path / "parts", task, 4).stat().st_mtime_ns for task in range(2)}
+    LocalPipelineExecutor([step], **settings).run()
+    assert {task: part_path(tmp_path / "parts", task, 4).stat().st_mtime_ns for task in range(2)} == before
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir() if path.name.startswith(".")) == []
+    assert prepare(*words, "--gathered", tmp_path / "parts", out="gathered")[0] == 0
+    assert contents(tmp_path / "gathered") == contents(tmp_path / "local")
+
+
+def test_a_run_that_broke_off_keeps_its_parts_and_goes_on(bpe_folder, prepare, tmp_path, monkeypatch):
+    """A part that was lost after its task had ended is made again too."""
+    words = ["--data", sixteen_files(tmp_path / "rows"), "--tokenizer", bpe_folder]
+    words += ["--engine", "datatrove", "--tasks", 4, "--workers", 1]
+    code, said = prepare(
+        *words, "--strict", out="prepared"
+    )  # tasks end; the first reject is met when parts are merged
+    assert code == 2 and "00.jsonl:4" in said
+    [parts] = (tmp_path / ".prepared.parts").iterdir()
+    lost = part_path(parts, 1, 4)
+    lost.unlink()
+    made = {task: part_path(parts, task, 4).stat().st_mtime_ns for task in (0, 2, 3)}
+    copies = []
+    replaced = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: copies.append(Path(to).name) or replaced(path, to))
+    assert prepare(*words, out="prepared")[0] == 0
+    assert [name for name in copies if name.startswith("part-")] == [lost.name]
+    assert len(made) == 3 and not (tmp_path / ".prepared.parts").exists()
+
+
+STAND_IN = """#!/bin/sh
+# sbatch of a cluster of one machine: the tasks of the array, one after another
+script="$(mktemp)"
+for last; do :; done
+cp "$last" "$script"
+array=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+grep -q merge_stats "$script" || for task in $(seq 0 "$array"); do
+    SLURM_ARRAY_TASK_ID=$task SLURM_NODELIST=here sh "$script" >"$script.$task" 2>&1 || exit 1
+done
+echo "Submitted batch job 1"
+"""
+
+LAUNCH = """
+import sys
+from datatrove.executor import SlurmPipelineExecutor
+from diptych.data_prep.datatrove_rows import rows_step
+
+*words, parts = sys.argv[1:]
+SlurmPipelineExecutor(
+    [rows_step(words, parts)], tasks=4, time="04:00:00", partition="cpu", logging_dir=f"{parts}/logs", tasks_per_job=2,
+    with_srun=False,
+).run()
+"""
+
+
+def test_tasks_that_slurm_starts_are_merged_afterwards(folder, bpe_folder, prepare, tmp_path):
+    """Launched, run and merged in processes of their own, from what datatrove has written down for them; two scripts
+    stand for the cluster."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name, text in (("sbatch", STAND_IN), ("scontrol", "#!/bin/sh\necho here\n")):
+        (commands / name).write_text(text)
+        (commands / name).chmod(stat.S_IRWXU)
+    paths = [str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]
+    words = ["--data", str(folder / "a.jsonl"), str(folder / "b.json"), "--tokenizer", str(bpe_folder)]
+    command = [sys.executable, "-c", LAUNCH, *words, str(tmp_path / "parts")]
+    run = subprocess.run(command, env={**os.environ, "PATH": os.pathsep.join(paths)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(list((tmp_path / "parts").glob("part-*"))) == 4
+    assert (tmp_path / "parts" / "logs" / "executor.json").stat().st_size < 10_000
+    assert prepare(*words, out="local")[0] == 0
+    assert prepare(*words, "--gathered", tmp_path / "parts", out="gathered")[0] == 0
+    assert contents(tmp_path / "gathered") == contents(tmp_path / "local")
+
+
+# Parts that are not what they should be
+
+
+@pytest.fixture
+def parts(bpe_folder, tmp_path):
+    """Words, work, and a folder with three parts of two files, of several chunks each."""
+    rows = [row_of("a", number) for number in range(4500)]
+    for name in ("a", "b"):
+        text = "\n".join(json.dumps(row) for row in rows)
+        (tmp_path / f"{name}.json").write_text(f"[{text.replace(chr(10), ',')}]", encoding="utf-8")
+    words = ["--data", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--tokenizer", str(bpe_folder)]
+    words += ["--packing", "false"]
+    work = rows_step(words, "unused").work
+    for task in range(3):
+        list(write_part(work, tmp_path / "parts", task, 3))
+    return words, work, tmp_path / "parts"
+
+
+def without_a_batch(path, number):
+    """As if a chunk had been lost on the way."""
+    read = pyarrow.ipc.open_stream(path.read_bytes())
+    batches = list(read.iter_batches_with_custom_metadata())
+    with pyarrow.ipc.new_stream(str(path), read.schema) as stream:
+        for place, (batch, beside) in enumerate(batches):
+            if place != number:
+                stream.write_batch(batch, beside)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda folder: part_path(folder, 1, 3).unlink(), "part-00001-of-00003.arrow is missing. Run task 1 again"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "has no parts in it"),
+        (
+            lambda folder: part_path(folder, 1, 3).rename(part_path(folder, 1, 4)),
+            "parts of runs with 3 and 4 tasks",
+        ),
+        (
+            lambda folder: part_path(folder, 2, 3).write_bytes(part_path(folder, 2, 3).read_bytes()[:-2000]),
+            "part-00002-of-00003.arrow is cut off",
+        ),
+        (lambda folder: part_path(folder, 0, 3).write_bytes(b"nothing"), "part-00000-of-00003.arrow cannot be read"),
+        (lambda folder: without_a_batch(part_path(folder, 0, 3), 0), "does not fit the other parts"),
+        (lambda folder: without_a_batch(part_path(folder, 1, 3), 1), "does not fit the other parts"),
+        (lambda folder: without_a_batch(part_path(folder, 2, 3), -1 + 3), "part-00002-of-00003.arrow is cut off"),
+        (
+            lambda folder: part_path(folder, 0, 3).write_bytes(part_path(folder, 1, 3).read_bytes()),
+            "does not fit the other parts",
+        ),
+    ],
+)
+def test_a_part_that_is_not_whole_is_named(parts, prepare, tmp_path, harm, said):
+    words, _, folder = parts
+    harm(folder)
+    code, complained = prepare(*words, "--gathered", folder, out="gathered")
+    assert code == 2 and said in complained
+    assert not (tmp_path / "gathered").exists()
+
+
+def test_parts_of_other_settings_or_data_are_refused(parts, prepare, tmp_path):
+    words, _, folder = parts
+    code, said = prepare(*words, "--template", "plain", "--gathered", folder, out="gathered")
+    assert code == 2 and "made of other data, with other settings" in said
+    path = tmp_path / "b.json"
+    path.write_text(path.read_text().replace("Say a 7.", "Sag a 7."))
+    code, said = prepare(*words, "--gathered", folder, out="gathered")
+    assert code == 2 and "made of other data, with other settings" in said
+
+
+def test_a_task_that_is_stopped_leaves_nothing_half(parts):
+    _, work, folder = parts
+    for path in folder.iterdir():
+        path.unlink()
+    batches = write_part(work, folder, 0, 3)
+    next(batches)
+    batches.close()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_step_travels_as_the_engine_sends_it(parts, tmp_path):
+    """datatrove pickles with dill."""
+    words, _, folder = parts
+    step = dill.loads(dill.dumps(rows_step(words, tmp_path / "sent")))
+    list(step.run(None, 1, 3))
+    assert part_path(tmp_path / "sent", 1, 3).read_bytes() == part_path(folder, 1, 3).read_bytes()
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--engine", "spark"], "engine is 'spark'; it can be local or datatrove"),
+        (["--tasks", "4"], "Add --engine datatrove"),
+        (["--engine", "datatrove", "--tasks", "-1"], "tasks is -1"),
+        (["--engine", "datatrove", "--gathered", "parts"], "Drop one"),
+        (["--gathered", "nowhere"], "has no parts in it"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(folder, bpe_folder, prepare, words, said):
+    code, complained = prepare("--data", folder / "b.json", "--tokenizer", bpe_folder, *words, out="prepared")
+    assert code == 2 and said in complained
+
+
+def test_without_datatrove_the_extra_is_named(folder, bpe_folder, prepare, monkeypatch):
+    monkeypatch.delitem(sys.modules, "diptych.data_prep.datatrove_rows")
+    monkeypatch.setitem(sys.modules, "datatrove.data", None)
+    words = ["--data", folder / "b.json", "--tokenizer", bpe_folder, "--engine", "datatrove"]
+    code, said = prepare(*words, out="prepared")
+    assert code == 2 and "pip install 'diptych[datatrove]'" in said
