@@ -192,7 +192,8 @@ def stage_costs(folder: Path) -> dict[str, float]:
 
 
 class PeakMemory:
-    """The most that this process and its children held together, shared pages counted once (PSS), every 50 ms."""
+    """The most that this process and its children held together, looked at every 50 ms: their own pages (Pss_Anon of
+    /proc/PID/smaps_rollup: shared ones counted once). Mapped pages of files are the system's to take back."""
 
     def __enter__(self) -> "PeakMemory":
         import threading
@@ -207,10 +208,11 @@ class PeakMemory:
                 total = 0
                 for process in [me, *me.children(recursive=True)]:
                     try:
-                        total += process.memory_full_info().pss
-                    except psutil.Error:
+                        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+                    except OSError:  # it has just ended
                         continue
-                self.megabytes = max(self.megabytes, total / 1e6)
+                    total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
+                self.megabytes = max(self.megabytes, total / 1e3)
 
         self.thread = threading.Thread(target=watch, daemon=True)
         self.thread.start()

@@ -8,6 +8,7 @@ dies (killed for memory, mostly) ends the run with a message, and workers end wh
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -62,6 +63,7 @@ def cores() -> int:
 def _begin(function: Callable[..., Any]) -> None:
     global _function
     _function = function
+    gc.freeze()  # what came with the fork is never garbage: collections look at new objects only
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core, and the threads do not survive a fork
     threading.Thread(target=_end_with_parent, daemon=True).start()
