@@ -22,6 +22,18 @@ from diptych.data_prep.records import UserError, nearest
 from diptych.data_prep.train_tokenizer import MINIMUM_VOCAB_SIZE, TRAINERS
 
 DESCRIPTION = "From files of instruction rows or parallel text to a prepared dataset."
+USAGE = "diptych prepare --data SOURCE ... --tokenizer CHECKPOINT [--out FOLDER] [settings]"
+SECTIONS = {
+    "data": "what is read",
+    "out": "what is written, and for which checkpoint",
+    "max_source_tokens": "lengths",
+    "deduplicate": "cleaning",
+    "packing": "packing",
+    "validation_fraction": "splits",
+    "workers": "how it is run",
+}
+"""The headings of --help, each by the setting that it stands above."""
+
 LIST_OPTIONS = (
     "--data",
     "--aligned",
@@ -208,9 +220,10 @@ class PrepareSettings:
 def parse_settings(argv: Sequence[str]) -> PrepareSettings:
     """A field's docstring is its --help text. Lists take words up to the next option: `--data a.json b.json`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="diptych prepare", description=DESCRIPTION, exit_on_error=False)
+    parser = ArgumentParser(prog="diptych prepare", usage=USAGE, description=DESCRIPTION, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
     parser.add_class_arguments(PrepareSettings)
+    _divide_help(parser)
     try:
         parsed = parser.instantiate(parser.parse_args(_spell_out(argv)))
     except ArgumentError as error:
@@ -218,6 +231,18 @@ def parse_settings(argv: Sequence[str]) -> PrepareSettings:
     settings = PrepareSettings(**{setting.name: parsed[setting.name] for setting in fields(PrepareSettings)})
     _check(settings)
     return settings
+
+
+def _divide_help(parser: ArgumentParser) -> None:
+    """One heading for fifty settings says nothing. Groups of argparse can only be made before what is in them."""
+    (whole,) = (group for group in parser._action_groups if "--data" in str(group._group_actions))
+    actions = [action for action in whole._group_actions if action.option_strings]
+    whole._group_actions = []
+    group = whole
+    for action in actions:
+        if action.dest in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[action.dest])
+        group._group_actions.append(action)
 
 
 def _check(settings: PrepareSettings) -> None:
