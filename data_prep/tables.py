@@ -10,7 +10,7 @@ train.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,8 @@ from diptych.data_prep.stages import FINAL_COLUMNS, Lengths
 PERCENTILES = (50, 90, 99, 100)
 
 PACKED_AT_ONCE = 500  # rows: some ten megabytes
+PACKED_TOGETHER = 100_000
+"""Neighbouring examples that may share a row: some hundred megabytes, and enough for the fullest rows."""
 POORLY_FILLED = 0.5
 """Where a budget that was given is filled less than this, it is said what would have been chosen."""
 
@@ -104,7 +106,7 @@ def plan_packing(
     lengths = (sides.source_tokens, sides.target_tokens - repeats_start)
     groups = sides.sources
     chosen = choose_budget(*lengths, *budget, groups=groups, names=train["origin"])
-    rows = pack(*lengths, chosen, seed, groups)
+    rows = list(_rows(lengths, chosen, seed, groups))
     encoded = numpy.concatenate(
         rows if groups is None else [row[numpy.unique(groups[row], return_index=True)[1]] for row in rows]
     )
@@ -131,6 +133,17 @@ def plan_packing(
         "seed": seed,
     }
     return PackingPlan(ids, rows, chosen, repeats_start, pad_token_id, decoder_start_token_id, share_sources, entry)
+
+
+def _rows(
+    lengths: Sequence[numpy.ndarray], budget: Budget, seed: int, groups: numpy.ndarray | None
+) -> Iterator[numpy.ndarray]:
+    """Rows of neighbours: of a file that memory cannot hold, examples from all over would be read one by one."""
+    for start in range(0, len(lengths[0]), PACKED_TOGETHER):
+        part = slice(start, start + PACKED_TOGETHER)
+        sides = (side[part] for side in lengths)
+        for row in pack(*sides, budget, seed, None if groups is None else groups[part]):
+            yield row + start
 
 
 def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:

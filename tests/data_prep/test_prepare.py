@@ -576,6 +576,18 @@ def test_a_budget_that_is_given_and_poorly_filled_is_warned_of_with_a_better_one
     assert "warning: packed rows" not in prepare("--data", path, "--packed_source_tokens", *full)[2]
 
 
+def test_large_splits_are_packed_some_neighbours_at_a_time(prepare, write_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("diptych.data_prep.tables.PACKED_TOGETHER", 10)
+    code, *_ = prepare("--data", write_rows("rows.jsonl", ROWS), "--template", "plain", "--workers", 1)
+    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
+    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
+    assert code == 0 and sorted(place for row in packed for place in row["examples"]) == list(range(36))
+    assert all(max(row["examples"]) // 10 == min(row["examples"]) // 10 for row in packed)
+    for row in packed:
+        for place, (ids, labels, _) in zip(row["examples"], packed_examples(row), strict=True):
+            assert (ids, labels) == (train[place]["input_ids"], train[place]["labels"])
+
+
 def test_packing_that_gains_nothing_is_said(prepare, write_rows, tmp_path):
     path, words = write_rows("rows.jsonl", ROWS), "packing gains nothing: next to every row holds one example alone"
     assert words not in prepare("--data", path)[1]
