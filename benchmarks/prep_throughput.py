@@ -174,7 +174,7 @@ def stage_costs(folder: Path) -> dict[str, float]:
     whole.run(chunks[0], 0)  # tables of scripts and compiled templates are made once
     timed("read and parse", lambda: [row for chunk in chunks for row in chunk.rows()])
     records = timed("convert and check", lambda: [result for row in rows for result in converter.records(row)])
-    examples = timed("render", lambda: stages.render(TEMPLATES["alpaca"], records, []))
+    examples = timed("render", lambda: stages.render(TEMPLATES["alpaca"], [(record, "") for record in records], []))
     timed("keys", lambda: [(text_key(example.source), *record_keys(example.record)) for example in examples])
     timed("scripts", lambda: [(script_of(record.input), script_of(record.output)) for record in records])
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")

@@ -1,7 +1,7 @@
 """The tokenizer of the checkpoint that will be tuned, with its template and its decoder's first token, from its files.
 
-    load_tokenizer_and_template(settings)  → the tokenizer with the template attached; None where it is to be trained
-    decoder_start_of(settings)             → (0, "model config"): with what every packed target begins, and who says so
+    load_tokenizer_and_template(settings, "alpaca")  → the tokenizer (None where it is to be trained) and the template
+    decoder_start_of(settings)                       → (0, "model config"): how packed targets begin, and who says so
 
 No model code runs here, and none of a stranger's.
 """
@@ -30,15 +30,18 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max(tokenizer.get_vocab().values())
 
 
-def load_tokenizer_and_template(settings: PrepareSettings) -> tuple[PreTrainedTokenizerBase | None, Template]:
-    """The tokenizer is None where it has to be trained, which needs the train split first."""
+def load_tokenizer_and_template(
+    settings: PrepareSettings, default: str
+) -> tuple[PreTrainedTokenizerBase | None, Template]:
+    """The tokenizer is None where it has to be trained, which needs the train split first. `default` is the template
+    where neither the settings nor the tokenizer have one."""
     if settings.tokenizer is None:
-        return None, load_template(settings.template or "alpaca")
+        return None, load_template(settings.template or default)
     tokenizer = _load_tokenizer(settings)
     if settings.template is None and TOKENIZER_KEY in tokenizer.init_kwargs:
         template = template_of(tokenizer)
     else:
-        template = load_template(settings.template or "alpaca")
+        template = load_template(settings.template or default)
     attach_template(tokenizer, template)
     return tokenizer, template
 

@@ -18,6 +18,7 @@ from diptych.data_prep.records import Reject, Rejects
 from diptych.data_prep.report import histogram, joint_histogram, padded_fill, token_chips
 from diptych.data_prep.selection import Selection, conflict_rows
 from diptych.data_prep.stages import Counts
+from diptych.data_prep.templates import Template, golden_examples
 
 SAMPLES = 10
 PADDED_BATCH = 32
@@ -118,6 +119,11 @@ def sensitive(counts: Counts, was_looked_for: bool) -> dict[str, Any] | None:
         if shown[example["kind"]] <= SENSITIVE_SHOWN:
             examples.append(example)
     return {"counts": dict(counts.sensitive.most_common()), "examples": examples}
+
+
+def golden(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
+    """The rows by which loading checks that a template still renders the same, as texts."""
+    return [f"{row['source']}  →  {row['target']}" for row in golden_examples(tokenizer, template) if row["source"]]
 
 
 def samples(train: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> list[dict[str, Any]]:

@@ -183,7 +183,10 @@ class Converter:
             value = self.value(fields, name)
             if value is MISSING and name not in RECORD_FIELDS:
                 check_not_misspelt(column, fields, self.used_fields)
-        return "" if value is MISSING or value is None else text(value, column, may_be_empty=True)
+        if value is MISSING or value is None:
+            return ""
+        checked = text(value, column, may_be_empty=True)
+        return checked if checked.strip() else ""  # a template asks whether there is one
 
     def mapped(self, fields: Mapping[str, Any]) -> dict[str, str]:
         """`system` and `category`, where --map says what they are."""

@@ -195,7 +195,7 @@ def _refuse_longer(
         raise UserError(
             f"{name}: its {side} has {lengths[longest]:,} tokens, and a packed row has room for {room:,}."
             f"{others if len(too_long) > 1 else ''} Give packed_{side}_tokens >= {lengths[longest]}, or"
-            f" max_{side}_tokens <= {room} to cut what is longer."
+            f" max_{side}_tokens <= {room} to leave out what is longer."
         )
 
 

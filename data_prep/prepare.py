@@ -56,7 +56,14 @@ from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed
 from diptych.data_prep.sensitive import require_detectors
 from diptych.data_prep.settings import PrepareSettings, parse_settings
 from diptych.data_prep.stages import Check, Lengths, Stages
-from diptych.data_prep.summary import packing_lines, packing_warnings, splits_line, summary_lines, usage_warnings
+from diptych.data_prep.summary import (
+    packing_lines,
+    packing_warnings,
+    shortened,
+    splits_line,
+    summary_lines,
+    usage_warnings,
+)
 from diptych.data_prep.tables import (
     PackingPlan,
     packed_table,
@@ -64,7 +71,7 @@ from diptych.data_prep.tables import (
     split_tables,
     token_counts,
 )
-from diptych.data_prep.templates import Template, attach_template, golden_examples
+from diptych.data_prep.templates import Template, attach_template
 from diptych.data_prep.train_tokenizer import curve_vocab_size, table_vocab_size, train_tokenizer
 from diptych.data_prep.workers import cores
 
@@ -90,7 +97,7 @@ def prepare(settings: PrepareSettings) -> Path:
     """The whole way, told in order. Returns the folder of the prepared dataset."""
     folder = Path(settings.out).expanduser().resolve()
     inputs = open_inputs(settings)
-    tokenizer, template = load_tokenizer_and_template(settings)
+    tokenizer, template = load_tokenizer_and_template(settings, default_template(settings, inputs))
     wanted = fingerprint_of(settings, inputs, tokenizer, template)
     if (manifest := find_reusable(folder, wanted)) is not None:
         print(f"Reused     {folder}: nothing has changed since it was prepared")
@@ -102,6 +109,7 @@ def prepare(settings: PrepareSettings) -> Path:
         file.close()
         put_in_place(partial, folder, {"fingerprint": wanted, **manifest})
     shutil.rmtree(_parts_folder(folder), ignore_errors=True)
+    _rejects_beside(folder).unlink(missing_ok=True)  # of an earlier run of which nothing could be kept
     print("\n".join(summary_lines(folder, manifest)))
     _warn(manifest["warnings"])
     return folder
@@ -159,10 +167,14 @@ def _prepare(
     manifest = {
         "rows": {"read": rows_read, "kept": selection.kept, "rejected": rejects.count},
         "rejected_by_kind": rejects.by_kind(),
-        "first_rejected": {kind: str(examples[0].origin) for kind, examples in rejects.examples.items()},
+        "first_rejected": {
+            kind: f"{examples[0].origin}: {shortened(examples[0].reason)}"
+            for kind, examples in rejects.examples.items()
+        },
         "splits": {name: len(table) for name, table in tables.items()},
         "groups": selection.groups,
         "conflicts": len(selection.conflicting),
+        "sensitive": dict(gathered.counts.sensitive.most_common()) if settings.sensitive else None,
         "tokens": tokens,
         "packing": plan.entry if plan else None,
         "inputs": _input_facts(inputs, formats, gathered, selection, places["train"], settings),
@@ -184,7 +196,7 @@ def _prepare(
         {
             "name": Path(settings.out).name,
             **{name: manifest[name] for name in ("rows", "splits", "groups", "tokenizer", "warnings")},
-            "template": {**manifest["template"], "golden": golden_examples(tokenizer, template)},
+            "template": {**manifest["template"], "golden": facts.golden(tokenizer, template)},
             "sources": manifest["inputs"],
             "removed": facts.removed(rejects),
             "lengths": facts.lengths(gathered, places, tokens, settings.too_long),
@@ -261,8 +273,14 @@ class Inputs:
     """What training must not hold."""
 
 
+def limits_of(settings: PrepareSettings) -> Limits:
+    return Limits(
+        max_row_bytes=int(settings.max_row_megabytes * 1_000_000), max_unpacked_ratio=settings.max_unpacked_ratio
+    )
+
+
 def open_inputs(settings: PrepareSettings) -> Inputs:
-    limits = Limits(int(settings.max_row_megabytes * 1_000_000), settings.max_unpacked_ratio)
+    limits = limits_of(settings)
     sources = open_sources(settings.data, settings.aligned, limits)
     entries = [source.entry or source.name for source in sources]
     if settings.mixture is not None:
@@ -292,6 +310,15 @@ def make_stages(
     return Stages(tuple(converters), template, tokenizer, lengths, checks, shingles, settings.sensitive), formats
 
 
+def default_template(settings: PrepareSettings, inputs: Inputs) -> str:
+    """Conversations need one that has a place for what was said before."""
+    if settings.template:
+        return settings.template
+    converters = [make_converter(settings, source) for source in inputs.sources]
+    has_turns = any(it.conversational or it.format.name in ("messages", "sharegpt") for it in converters)
+    return "chat" if has_turns else "alpaca"
+
+
 def make_converter(settings: PrepareSettings, source: Source) -> Converter:
     """What its first rows say it is. A source without a single row to read has only rejects, of whatever format."""
     rows = first_rows(source)
@@ -302,12 +329,19 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
         source.name,
         settings.format,
         parse_mapping(settings.map),
-        Directions(settings.forward or source.forward, settings.backward or source.backward),
+        directions_for(settings, source),
         settings.languages,
         settings.summary_instruction,
         settings.positive_examples,
         settings.negative_examples,
     )
+
+
+def directions_for(settings: PrepareSettings, source: Source) -> Directions:
+    """A sample's own, unless one direction or both are given."""
+    if settings.forward or settings.backward:
+        return Directions(settings.forward, settings.backward)
+    return Directions(source.forward, source.backward)
 
 
 def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
@@ -323,18 +357,25 @@ def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
 
 
 def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record]:
-    """A row of an evaluation set that cannot be read would leave its text in training unseen, so it is an error."""
     for source in inputs.evaluation:
-        converter = make_converter(settings, source)
-        for row in source.rows():
-            for result in converter.records(row):
-                if isinstance(result, Reject):
-                    raise UserError(
-                        f"{result.origin}: {result.reason} It is a row of an evaluation set, which training cannot be"
-                        " compared with. Mend or remove it."
-                    )
-                if isinstance(result, Record):
-                    yield result
+        rows = first_rows(source)
+        if not rows:
+            raise UserError(f"{source.name} has no row that training could be compared with.")
+        both = Directions("Translate:", "Translate:")  # so that both sides of a pair are looked at
+        converter = converter_for(rows, source.name, directions=both)
+        results = (result for row in source.rows() for result in converter.records(row))
+        bad: list[Reject] = []
+        for result in results:
+            if isinstance(result, Record):
+                yield result
+            elif isinstance(result, Reject):
+                bad.append(result)
+        if bad:
+            print(
+                f"warning: {len(bad):,} rows of {source.name} cannot be read, so training is not compared with them;"
+                f" the first, {bad[0].origin}: {bad[0].reason}",
+                file=sys.stderr,
+            )
 
 
 def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
@@ -401,14 +442,17 @@ def _need_rows(rows: int, rejects: Rejects, partial: Path, out: str) -> None:
         raise UserError("there are no rows in what was read.")
     kinds = "; ".join(f"{count:,} × {kind}" for kind, count in list(rejects.by_kind().items())[:3])
     first = next(iter(rejects.examples.values()))[0]
-    folder = Path(out).expanduser().resolve()
-    reasons = folder.with_name(f"{folder.name}.rejects.jsonl")
+    reasons = _rejects_beside(Path(out).expanduser().resolve())
     rejects.file.flush()
     shutil.copyfile(partial / REJECTS, reasons)
     raise UserError(
         f"none of the {rejects.count:,} rows can be kept ({kinds}). The first, {first.origin}: {first.reason}"
-        f" Mend the rows, and prepare them again. All of them: {reasons}"
+        f" Mend the rows or the settings, and prepare them again. All of them: {reasons}"
     )
+
+
+def _rejects_beside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.rejects.jsonl")
 
 
 def _trained_tokenizer(settings: PrepareSettings, texts: Callable[[], Iterator[str]]) -> PreTrainedTokenizerBase:

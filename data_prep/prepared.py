@@ -14,8 +14,10 @@ dataset. A folder that holds anything that this code did not write is never repl
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -100,15 +102,44 @@ def beside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` to write into, which is gone at the end, unless `put_in_place` has renamed it."""
     check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.partial")
-    for remains in (partial, _previous(folder)):  # of a run that was killed
-        shutil.rmtree(remains, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            for remains in (partial, _previous(folder)):  # of a run that was killed
+                shutil.rmtree(remains, ignore_errors=True)
+            try:
+                partial.mkdir()
+                yield partial
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One run at a time writes here: two would take away each other's files. The lock of a run that was killed is
+    free."""
+    path = folder.with_name(f".{folder.name}.lock")
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = path.exists() and path.samefile(f"/dev/fd/{file.fileno()}")  # and not one just taken away
+        except BlockingIOError:
+            is_free = False
+        if not is_free:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is being written by another run (process {file.read().strip()}). Wait for it, or choose"
+                " another --out."
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:

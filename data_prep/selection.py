@@ -54,7 +54,7 @@ class Selection:
 
 
 def select(gathered: Gathered, settings: PrepareSettings, rejects: Rejects) -> Selection:
-    keys = numpy.stack([gathered.column("source_key"), gathered.column("output_key")], axis=1)
+    keys = numpy.stack([gathered.column("source_key"), gathered.column("target_key")], axis=1)
     stays = numpy.ones(len(keys), dtype=bool)
     facts: dict[str, Any] = {"exact": 0, "near": 0, "threshold": settings.near_duplicates, "examples": []}
     if settings.deduplicate:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from diptych.data_prep.deduplicate import DEFAULT_SIZES
 from diptych.data_prep.filters import LengthFilter
 from diptych.data_prep.formats import SUMMARY_INSTRUCTION
 from diptych.data_prep.mixture import Mixture
@@ -70,7 +71,7 @@ class PrepareSettings:
 
     forward: str | None = None
     """Instruction for parallel text from the first side to the second, such as 'Translate English to Korean:'. Without
-    one, that direction gives no rows."""
+    one, that direction gives no rows; shipped samples bring their own for both, if neither is given."""
 
     backward: str | None = None
     """Instruction for parallel text from the second side to the first."""
@@ -95,7 +96,7 @@ class PrepareSettings:
 
     template: str | None = None
     """How a row becomes source text and target text: alpaca, plain, chat, translate, or a Jinja file. Default: the
-    template that the tokenizer carries, else alpaca."""
+    template that the tokenizer carries, else chat for conversations and alpaca for all else."""
 
     tokenizer: str | None = None
     """An existing tokenizer, as a folder or a Hub id: the one of the checkpoint that will be fine-tuned."""
@@ -127,7 +128,7 @@ class PrepareSettings:
     """Whether a target that was cut still ends in eos. A model that learns from such targets stops in mid-sentence."""
 
     deduplicate: bool = True
-    """Remove rows whose source and target repeat an earlier row's, case, width and spacing aside."""
+    """Remove rows whose source and target repeat an earlier row's."""
 
     near_duplicates: float | None = None
     """Also remove rows that share at least this part of their shingles with an earlier row (Jaccard similarity, by
@@ -226,7 +227,7 @@ def parse_settings(argv: Sequence[str]) -> PrepareSettings:
     _divide_help(parser)
     try:
         parsed = parser.instantiate(parser.parse_args(_spell_out(argv)))
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # ValueError: what a filter says of its own bounds
         raise UserError(f"{str(error).rstrip('.')}.{_nearest_setting(str(error))}") from None
     settings = PrepareSettings(**{setting.name: parsed[setting.name] for setting in fields(PrepareSettings)})
     _check(settings)
@@ -257,6 +258,13 @@ def _check(settings: PrepareSettings) -> None:
     tokens = settings.vocab_size
     if settings.train_tokenizer and isinstance(tokens, int) and tokens < MINIMUM_VOCAB_SIZE:
         raise UserError(f"vocab_size is {tokens}; bytes and special tokens alone are {MINIMUM_VOCAB_SIZE}.")
+    if not settings.out.strip():
+        raise UserError("out is empty; it names the folder to write.")
+    for name in ("seed", "workers"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"{name} is {getattr(settings, name)}; it is 0 or more.")
+    if settings.shingle not in DEFAULT_SIZES:
+        raise UserError(f"shingle is '{settings.shingle}'; it can be {' or '.join(DEFAULT_SIZES)}.")
     if settings.too_long not in TOO_LONG:
         raise UserError(f"too_long is '{settings.too_long}'; it can be {', '.join(TOO_LONG)}.")
     if settings.end_cut_targets and settings.too_long != "cut":

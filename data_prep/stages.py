@@ -5,7 +5,8 @@
     source, target          the rendered texts          instruction, input    as the data has them
     origin                  "rows.jsonl:7"              source_number         which source it came from
     input_ids, labels       token ids, cut to the limits if so told           source_tokens, target_tokens  before that
-    source_key, input_key, output_key    64 bits of each text: who is whose duplicate, and may be in which split
+    source_key, target_key  64 bits of each rendered text: who repeats whom, to the letter
+    input_key, output_key   64 bits of what splits.py compares: who may be in which split
     signature               MinHash of source and target, where near duplicates are sought
 
 Nothing here knows of other rows, files or processes: `Stages` is plain data that can be sent to a worker, and the same
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -25,7 +26,8 @@ import pyarrow
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.deduplicate import Shingles, compared_text, signatures
+from diptych.data_prep.checkpoint_tokenizer import vocabulary_size
+from diptych.data_prep.deduplicate import Shingles, compared_text, exact_key, signatures
 from diptych.data_prep.encode import (
     Encoding,
     fit,
@@ -40,7 +42,7 @@ from diptych.data_prep.formats import Converter
 from diptych.data_prep.readers import Chunk
 from diptych.data_prep.records import Origin, Record, Reject, Row, Tokenised, UserError
 from diptych.data_prep.sensitive import find_in_record, masked
-from diptych.data_prep.splits import record_keys, text_key
+from diptych.data_prep.splits import record_keys
 from diptych.data_prep.templates import Template
 
 SENSITIVE_EXAMPLES = 5
@@ -54,6 +56,7 @@ TEXT_FIELDS = [
     pyarrow.field("origin", pyarrow.string()),
     pyarrow.field("source_number", pyarrow.int32()),
     pyarrow.field("source_key", pyarrow.uint64()),
+    pyarrow.field("target_key", pyarrow.uint64()),
     pyarrow.field("input_key", pyarrow.uint64()),
     pyarrow.field("output_key", pyarrow.uint64()),
 ]
@@ -84,9 +87,10 @@ class Lengths(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A record and what the template made of it."""
+    """A record, the row that it is from, and what the template made of it."""
 
     record: Record | Tokenised
+    raw: str
     source: str
     target: str
 
@@ -149,13 +153,13 @@ class Stages:
         self._count(examples, counts)
         batch = self.arrow(examples, source_number)
         if self.tokenizer is not None:
-            given = {n: it.record for n, it in enumerate(examples) if isinstance(it.record, Tokenised)}
-            batch = encode_batch(batch, self.tokenizer, self.template, self.lengths, rejects, counts, given)
+            batch = encode_batch(batch, self.tokenizer, self.template, self.lengths, rejects, counts, examples)
         return Batch(batch, rejects, counts, chunk.bytes_done)
 
     def _records(
         self, rows: Iterable[Row | Reject], converter: Converter, rejects: list[Reject], counts: Counts
-    ) -> list[Record | Tokenised]:
+    ) -> list[tuple[Record | Tokenised, str]]:
+        """Each with its row as it was read."""
         records = []
         for row in rows:
             if isinstance(row, Reject):
@@ -168,7 +172,7 @@ class Stages:
                 elif fault := self._fault(result):
                     rejects.append(Reject(result.origin, None, *fault, row.raw))
                 else:
-                    records.append(result)
+                    records.append((result, row.raw))
         return records
 
     def _fault(self, record: Record | Tokenised) -> tuple[str, str] | None:
@@ -190,7 +194,7 @@ class Stages:
 
     def arrow(self, examples: list[Example], source_number: int) -> pyarrow.RecordBatch:
         records = [example.record for example in examples]
-        keys = numpy.array([_keys(example) for example in examples], dtype=numpy.uint64).reshape(-1, 3)
+        keys = numpy.array([_keys(example) for example in examples], dtype=numpy.uint64).reshape(-1, 4)
         columns = [
             [marked(example.source) for example in examples],
             [marked(example.target) for example in examples],
@@ -209,25 +213,27 @@ class Stages:
         return pyarrow.RecordBatch.from_arrays(arrays, schema=pyarrow.schema(fields))
 
 
-def render(template: Template, records: Iterable[Record | Tokenised], rejects: list[Reject]) -> list[Example]:
+def render(
+    template: Template, records: Iterable[tuple[Record | Tokenised, str]], rejects: list[Reject]
+) -> list[Example]:
     """A row that a user's template cannot render, or of which it makes nothing, is a reject like any other."""
     examples = []
-    for record in records:
+    for record, raw in records:
         if isinstance(record, Tokenised):
-            examples.append(Example(record, "", ""))
+            examples.append(Example(record, raw, "", ""))
             continue
         try:
             source = template.render_source(record.instruction, record.input, record.history, record.system)
             target = template.render_target(record.output)
         except UserError as error:
-            rejects.append(Reject(record.origin, None, "template failed", str(error), raw_of(record)))
+            rejects.append(Reject(record.origin, None, "template failed", str(error), raw))
             continue
         if source.strip() and target.strip():
-            examples.append(Example(record, source, target))
+            examples.append(Example(record, raw, source, target))
         else:
             side = "target" if source.strip() else "source"
             reason = f"template {template.name} makes an empty {side} of it."
-            rejects.append(Reject(record.origin, None, "template empty", reason, raw_of(record)))
+            rejects.append(Reject(record.origin, None, "template empty", reason, raw))
     return examples
 
 
@@ -238,21 +244,26 @@ def encode_batch(
     lengths: Lengths,
     rejects: list[Reject],
     counts: Counts,
-    given: dict[int, Tokenised] | None = None,
+    examples: Sequence[Example] = (),
 ) -> pyarrow.RecordBatch:
     """The same rows with ID_FIELDS, less those that end as rejects. `given` are the rows that came as token ids."""
     source_texts, target_texts = ([from_marked(text) for text in batch[side].to_pylist()] for side in SIDES)
     counts.spelled.update(spelled_added_tokens(tokenizer, [*source_texts, *target_texts]))
     sources = split_sources(tokenizer, source_texts)
     targets = split_targets(tokenizer, target_texts, template.decoder_prefix)
-    for place, record in (given or {}).items():
-        sources[place] = Encoding([], list(record.input_ids), [])
-        targets[place] = Encoding([], list(record.labels), [])
+    given = {place for place, example in enumerate(examples) if isinstance(example.record, Tokenised)}
+    end = vocabulary_size(tokenizer) if given else 0
+    for place in given:
+        sources[place] = Encoding([], list(examples[place].record.input_ids), [])
+        targets[place] = Encoding([], list(examples[place].record.labels), [])
     kept, columns = [], ([], [], [], [])
     for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
         source_ids, target_ids, fault = _fitted(source, target, lengths)
+        if fault is None and place in given:
+            fault = _unknown_token(source_ids, target_ids, end)
         if fault is not None:
-            rejects.append(Reject(origin_of(batch, place), None, *fault, raw_of_place(batch, place)))
+            raw = examples[place].raw if examples else raw_of_place(batch, place)
+            rejects.append(Reject(origin_of(batch, place), None, *fault, raw))
             continue
         kept.append(place)
         for column, value in zip(
@@ -294,27 +305,30 @@ def _fitted(
     return source_ids, target_ids, None
 
 
-def _keys(example: Example) -> tuple[int, int, int]:
+def _keys(example: Example) -> tuple[int, int, int, int]:
     record = example.record
     if isinstance(record, Tokenised):
         source, target = (xxhash.xxh3_64_intdigest(str(ids).encode()) for ids in (record.input_ids, record.labels))
-        return source, source, target
-    return text_key(example.source), *record_keys(record)
+        return source, target, source, target
+    return exact_key(example.source), exact_key(example.target), *record_keys(record)
 
 
 def _compared(example: Example) -> str:
     return "" if isinstance(example.record, Tokenised) else compared_text(example.record)
 
 
-def raw_of(record: Record) -> str:
-    """A record that turned out later to be of no use, as text for rejects.jsonl."""
-    values = {"instruction": record.instruction, "input": record.input, "output": record.output}
-    return json.dumps(values, ensure_ascii=False)
+def _unknown_token(source: Sequence[int], target: Sequence[int], end: int) -> tuple[str, str] | None:
+    """Rows that came as token ids may be of another tokenizer."""
+    largest = max(*source, *target)
+    if largest < end:
+        return None
+    return "unknown token", f"it holds the token {largest}, and the ids of the tokenizer end at {end - 1}."
 
 
 def raw_of_place(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> str:
-    values = {name: batch[name][place].as_py() for name in ("instruction", "input", "target")}
-    return json.dumps(values, ensure_ascii=False)
+    """The texts of a row that is known by them alone: what it was read from is gone when all are looked at."""
+    instruction, text, target = (batch[name][place].as_py() for name in ("instruction", "input", "target"))
+    return json.dumps({"instruction": instruction, "input": text, "output": target}, ensure_ascii=False)
 
 
 def origin_of(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> Origin:

@@ -34,7 +34,15 @@ import pyarrow.compute
 
 from diptych.data_prep.checkpoint_tokenizer import decoder_start_of, load_tokenizer_and_template, vocabulary_size
 from diptych.data_prep.packing import Budget, assemble_row, choose_budget, pack, repeated_start
-from diptych.data_prep.prepare import Inputs, facts_that_decide, fatal_kinds, make_stages, open_inputs
+from diptych.data_prep.prepare import (
+    Inputs,
+    default_template,
+    facts_that_decide,
+    fatal_kinds,
+    limits_of,
+    make_stages,
+    open_inputs,
+)
 from diptych.data_prep.prepared import fingerprint
 from diptych.data_prep.read_columns import hub_chunks
 from diptych.data_prep.readers import HUB_PREFIX, Chunk, Limits, Source
@@ -245,9 +253,9 @@ def open_stream(settings: PrepareSettings, rejects_folder: Path, epochs: int | N
         raise UserError("packing is false, and a stream is packed always. Drop it.")
     if settings.tokenizer is None:
         raise UserError("a stream needs a tokenizer. Give the folder or Hub id of the checkpoint's.")
-    tokenizer, template = load_tokenizer_and_template(settings)
-    start, _ = decoder_start_of(settings) or (tokenizer.pad_token_id, "assumed")
     inputs, parts_of = _open_inputs(settings)
+    tokenizer, template = load_tokenizer_and_template(settings, default_template(settings, inputs))
+    start, _ = decoder_start_of(settings) or (tokenizer.pad_token_id, "assumed")
     stages, _ = make_stages(settings, inputs, tokenizer, template)
     print("Stream     every row trains: nothing is held out, and duplicates stay")
     facts = facts_that_decide(settings, inputs, tokenizer, template)
@@ -271,7 +279,7 @@ def open_stream(settings: PrepareSettings, rejects_folder: Path, epochs: int | N
 
 def _open_inputs(settings: PrepareSettings) -> tuple[Inputs, dict[str, list[Source]]]:
     """What will be read, and the parts of what comes from the Hub: the format of a data set is that of its first."""
-    limits = Limits(int(settings.max_row_megabytes * 1_000_000), settings.max_unpacked_ratio)
+    limits = limits_of(settings)
     files = open_inputs(replace(settings, data=[it for it in settings.data if not it.startswith(HUB_PREFIX)]))
     parts_of = {entry: _open_hub(entry, limits) for entry in settings.data if entry.startswith(HUB_PREFIX)}
     whole = [replace(parts[0], name=entry) for entry, parts in parts_of.items()]

@@ -26,6 +26,7 @@ NEXT_TO_ALONE = 1.05
 """Examples a row: with fewer, packing saves hardly any row."""
 
 NAMES_SHOWN = 4
+REASON_CHARACTERS = 120
 CONFLICT = f"one source with different targets, which stay: {CONFLICTS} lists them"
 
 STARTS = {
@@ -45,6 +46,7 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> list[str]:
             for kind, count in manifest["rejected_by_kind"].items()
         ),
         *mixture_lines(manifest),
+        *sensitive_lines(manifest),
         splits_line(manifest),
         *([f"Conflicts  {manifest['conflicts']:,} × {CONFLICT}"] if manifest["conflicts"] else []),
         f"Source     {_lengths(tokens['source'])}",
@@ -57,6 +59,12 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> list[str]:
     ]
 
 
+def sensitive_lines(manifest: dict[str, Any]) -> Iterator[str]:
+    if manifest["sensitive"] is not None:
+        found = ", ".join(f"{count:,} × {kind}" for kind, count in manifest["sensitive"].items())
+        yield f"Sensitive  {found + ' (masked in the report; nothing was changed)' if found else 'nothing was found'}"
+
+
 def mixture_lines(manifest: dict[str, Any]) -> Iterator[str]:
     """Of several sources, what each gave to train."""
     if manifest["settings"]["mixture"] is None:
@@ -65,6 +73,10 @@ def mixture_lines(manifest: dict[str, Any]) -> Iterator[str]:
         yield f"Mixture    {source['share']:.1%} of train, {source['mixed']:,} rows: {source['name']}".replace(
             "%", " %"
         )
+
+
+def shortened(reason: str) -> str:
+    return reason if len(reason) <= REASON_CHARACTERS else reason[:REASON_CHARACTERS] + " …"
 
 
 def splits_line(manifest: dict[str, Any]) -> str:
@@ -108,7 +120,10 @@ def packing_warnings(entry: dict[str, Any] | None, settings: PrepareSettings) ->
 def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> Iterator[str]:
     """What was given and is not used, or not as one might expect."""
     if counts.unused_fields:
-        yield f"fields that are not used: {', '.join(name for name, _ in counts.unused_fields.most_common())}."
+        names = [name for name, _ in counts.unused_fields.most_common()]
+        yield f"fields that are not used: {', '.join(name or '(without a name)' for name in names)}."
+        if "system" in names:
+            yield "--map system=system uses that field, with a template that has a place for it, such as chat."
     if counts.with_input and "input" not in template.source_variables():
         yield f"template {template.name} leaves out the input, and {counts.with_input:,} rows have one."
     if counts.spelled:

@@ -37,6 +37,7 @@ from diptych.data_prep.train_tokenizer import (
     train_tokenizer,
 )
 
+NO_PLAIN_TEXT = (".json", ".csv", ".tsv", ".tmx", ".parquet", ".arrow", ".gz", ".zst")
 TEXT_FIELDS = ("instruction", "input", "output", "prompt", "completion", "source", "target", "text")
 REPORT_JSON, REPORT_PNG = "tokenizer_report.json", "tokenizer_report.png"
 MODEL_CONFIGS = ("config.json", "generation_config.json")
@@ -289,6 +290,11 @@ def _texts(names: Sequence[str], text_fields: Sequence[str]) -> Callable[[], Ite
 def _read(path: Path, text_fields: Sequence[str]) -> Iterable[str]:
     if path.is_dir():
         return _prepared_texts(path)
+    if path.suffix.lower() in NO_PLAIN_TEXT:
+        raise UserError(
+            f"{path} is no plain text, and its syntax would be learned with it. Prepare it (diptych prepare --data"
+            f" {path} …), and name the folder that this writes."
+        )
     return _jsonl_texts(path, text_fields) if path.suffix in (".jsonl", ".ndjson") else _lines(path)
 
 

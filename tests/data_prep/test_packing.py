@@ -181,7 +181,7 @@ def test_an_example_longer_than_the_budget_is_refused_by_name():
     names = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]
     words = (
         r"a.jsonl:3: its target has 50 tokens, and a packed row has room for 32. 2 of 3 examples have a longer target"
-        r" than that, this one the longest. Give packed_target_tokens >= 50, or max_target_tokens <= 32 to cut"
+        r" than that, this one the longest. Give packed_target_tokens >= 50, or max_target_tokens <= 32 to leave out"
     )
     with pytest.raises(UserError, match=words):
         pack([9, 9, 9], [9, 40, 50], Budget(32, 32), names=names)

@@ -1,5 +1,6 @@
 """`diptych prepare` from end to end, in this process and as a command: what it writes, reuses, refuses and says."""
 
+import gzip
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 from diptych.data_prep.packing import PACKED_COLUMNS, SHARED_COLUMN
 from diptych.data_prep.prepare import main
-from diptych.data_prep.prepared import FORMAT
+from diptych.data_prep.prepared import FORMAT, beside
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.templates import TEMPLATES, load_template, template_of
 
@@ -257,14 +258,14 @@ def test_sources_are_mixed_as_the_recipe_says(prepare, write_rows, tmp_path):
 
 
 def test_exact_duplicates_go_with_their_reason_and_can_stay(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", [*ROWS, {**ROWS[3], "instruction": " SAY  3. "}])
+    path = write_rows("rows.jsonl", [*ROWS, ROWS[3], {**ROWS[3], "instruction": "say 3."}])
     code, said, _ = prepare("--data", path)
     assert code == 0 and "Rejected   1 × exact duplicate" in said
     [reject] = rejects_of(tmp_path / "prepared")
     assert reject["row"] == 41 and reject["reason"] == f"the same source and target as {path}:4, which stays."
     report = json.loads((tmp_path / "prepared" / "report.json").read_text(encoding="utf-8"))
-    assert report["duplicates"]["exact"] == 1
-    assert "41 kept" in prepare("--data", path, "--deduplicate", "false")[1]
+    assert report["duplicates"]["exact"] == 1 and report["rows"]["kept"] == 41  # case can be what a row is about
+    assert "42 kept" in prepare("--data", path, "--deduplicate", "false")[1]
 
 
 def test_a_duplicate_that_is_also_too_long_is_one_reject(prepare, write_rows, tmp_path):
@@ -378,7 +379,9 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
     assert "none of the 4 rows can be kept (3 × missing field 'instruction'; 1 × empty output)" in error
     assert not (tmp_path / "prepared").exists()
     assert len((tmp_path / "prepared.rejects.jsonl").read_text(encoding="utf-8").splitlines()) == 4
-    assert error.endswith(f"Mend the rows, and prepare them again. All of them: {tmp_path}/prepared.rejects.jsonl\n")
+    assert error.endswith(
+        f"Mend the rows or the settings, and prepare them again. All of them: {tmp_path}/prepared.rejects.jsonl\n"
+    )
     broken = b'[\n {"instruction": "a" "output": "b"}\n]'
     words = (
         f"The first, {tmp_path}/broken.json:1: broken JSON: Expecting ',' delimiter, line 2, column 22. Mend the rows"
@@ -698,6 +701,42 @@ def test_an_input_of_the_same_size_and_time_but_other_content_is_noticed(prepare
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert "Reused" not in prepare("--data", path)[1]
     assert "Reused" in prepare("--data", path)[1]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(prepare, write_rows, tmp_path, bpe_folder):
+    path = write_rows("rows.jsonl", ROWS)
+    with beside(tmp_path / "prepared"):
+        code, _, error = prepare("--data", path)
+        assert code == 2 and f"is being written by another run (process {os.getpid()})" in error
+    assert prepare("--data", path)[0] == 0
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_conversations_take_the_template_that_has_a_place_for_them(prepare, write_rows, tmp_path):
+    rows = [json.loads(json.dumps(FORMS["messages"]).replace("{n}", str(n))) for n in range(20)]
+    code, said, _ = prepare("--data", write_rows("rows.jsonl", rows))
+    assert code == 0 and "40 kept, 0 rejected" in said and "Template   chat" in said
+
+
+def test_limits_are_those_of_the_settings(prepare, write_rows, tmp_path):
+    task = {
+        "Definition": ["Say it."],
+        "Instances": [{"id": str(n), "input": f"in {n}", "output": [f"out {n}", f"or {n}"]} for n in range(30)],
+    }
+    path = write_rows("task.json", json.dumps(task).encode())
+    code, said, _ = prepare("--data", path)
+    assert code == 0 and "natural_instructions" in said and "60 kept" in said
+    packed = write_rows("rows.jsonl.gz", gzip.compress(b" " * 99_000_000 + GOOD.encode()))
+    assert (
+        "--max_unpacked_ratio" in prepare("--data", packed)[2] or "max_unpacked_ratio" in prepare("--data", packed)[2]
+    )
+
+
+def test_token_ids_of_another_tokenizer_are_rejected(prepare, write_rows, tmp_path):
+    rows = [{"input_ids": [5, 6], "labels": [7 + n]} for n in range(20)] + [{"input_ids": [5, 99_999], "labels": [7]}]
+    code, *_ = prepare("--data", write_rows("rows.jsonl", rows))
+    [reject] = rejects_of(tmp_path / "prepared")
+    assert code == 0 and reject["kind"] == "unknown token" and "99999" in reject["reason"]
 
 
 def test_a_changed_input_template_tokenizer_or_setting_is_prepared_anew(prepare, write_rows, tmp_path, sentences):
