@@ -41,6 +41,7 @@ from diptych.data_prep.files import (
     line_blocks,
 )
 from diptych.data_prep.records import RAW_CHARACTERS_KEPT, Origin, Reject, Row, UserError
+from diptych.data_prep.validate import listed
 
 SPACE = re.compile(r"[ \t\r\n]*")
 NEXT_ROW = re.compile(r"\}\s*,\s*(?=\{)")
@@ -496,12 +497,12 @@ def object_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
         return
     wanted = [key for key, is_rows in lists.items() if is_rows]
     if len(wanted) != 1:
-        found = ", ".join(f"'{key}'" for key in (wanted or lists)) or "nothing"
         what = "several lists of rows" if wanted else "no list of rows"
+        mend = f"jq '.{wanted[0]}'" if wanted else "jq '[.[]]' if its values are the rows:"
         raise UserError(
             f"{file.name}, line 1, column 1: a JSON object stands here, and an array of objects is due:"
-            f" [{{…}}, {{…}}]. An object may wrap one such list; this one has {what}: {found}. Take it out, such as by"
-            f" jq '.{next(iter(wanted or lists), 'data')}' {file.name} > rows.json."
+            f" [{{…}}, {{…}}]. An object may wrap one such list; this one has {what}: {listed(wanted or lists)}. Take"
+            f" it out, such as by {mend} {file.name} > rows.json."
         )
     with file.open(limits) as content:
         window = Window(content, mark, limits.block_bytes)

@@ -104,6 +104,8 @@ class TmxRows:
             except (expat.ExpatError, _NewUnit) as error:
                 yield from self._take_done()
                 yield self._recover(error)
+            except UserError:
+                raise
             except (ValueError, LookupError) as error:
                 raise UserError(f"{self.name}: its encoding cannot be read ({error}). Convert it to UTF-8.") from None
             else:
