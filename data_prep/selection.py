@@ -22,7 +22,7 @@ from diptych.data_prep.mixture import Mixture, mix
 from diptych.data_prep.records import Reject, Rejects
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.splits import SPLITS, Split, split_rows
-from diptych.data_prep.stages import origin_of, raw_of_place
+from diptych.data_prep.stages import origin_of
 
 EXAMPLES_SHOWN = 5
 SHOWN_CHARACTERS = 1_000
@@ -110,7 +110,7 @@ def _remove(
     for row in numpy.flatnonzero(repeats >= 0).tolist():
         kept = table["origin"][int(repeats[row])].as_py()
         reject = Reject(
-            origin_of(table, row), None, f"{what} duplicate", f"{why} {kept}, which stays.", raw_of_place(table, row)
+            origin_of(table, row), None, f"{what} duplicate", f"{why} {kept}, which stays.", table["raw"][row].as_py()
         )
         rejects.add(reject)
         if facts[what] < EXAMPLES_SHOWN:

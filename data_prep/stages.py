@@ -4,6 +4,7 @@
 
     source, target          the rendered texts          instruction, input    as the data has them
     origin                  "rows.jsonl:7"              source_number         which source it came from
+    raw                     the row as it was read, for the case that it is left out later
     input_ids, labels       token ids, cut to the limits if so told           source_tokens, target_tokens  before that
     source_key, target_key  64 bits of each rendered text: who repeats whom, to the letter
     input_key, output_key   64 bits of what splits.py compares: who may be in which split
@@ -15,7 +16,6 @@ chunk gives the same batch on one core, in a pool, in a stream, or in another en
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from diptych.data_prep.encode import (
 from diptych.data_prep.filters import script_of
 from diptych.data_prep.formats import Converter
 from diptych.data_prep.readers import Chunk
-from diptych.data_prep.records import Origin, Record, Reject, Row, Tokenised, UserError
+from diptych.data_prep.records import RAW_CHARACTERS_KEPT, Origin, Record, Reject, Row, Tokenised, UserError
 from diptych.data_prep.sensitive import find_in_record, masked
 from diptych.data_prep.splits import record_keys
 from diptych.data_prep.templates import Template
@@ -54,6 +54,7 @@ TEXT_FIELDS = [
     pyarrow.field("instruction", pyarrow.string()),
     pyarrow.field("input", pyarrow.string()),
     pyarrow.field("origin", pyarrow.string()),
+    pyarrow.field("raw", pyarrow.string()),
     pyarrow.field("source_number", pyarrow.int32()),
     pyarrow.field("source_key", pyarrow.uint64()),
     pyarrow.field("target_key", pyarrow.uint64()),
@@ -201,6 +202,7 @@ class Stages:
             [getattr(record, "instruction", "") for record in records],
             [getattr(record, "input", "") for record in records],
             [str(record.origin) for record in records],
+            [_writable(example.raw) for example in examples],
             numpy.full(len(examples), source_number, dtype=numpy.int32),
             *keys.T,
         ]
@@ -262,8 +264,7 @@ def encode_batch(
         if fault is None and place in given:
             fault = _unknown_token(source_ids, target_ids, end)
         if fault is not None:
-            raw = examples[place].raw if examples else raw_of_place(batch, place)
-            rejects.append(Reject(origin_of(batch, place), None, *fault, raw))
+            rejects.append(Reject(origin_of(batch, place), None, *fault, batch["raw"][place].as_py()))
             continue
         kept.append(place)
         for column, value in zip(
@@ -325,10 +326,10 @@ def _unknown_token(source: Sequence[int], target: Sequence[int], end: int) -> tu
     return "unknown token", f"it holds the token {largest}, and the ids of the tokenizer end at {end - 1}."
 
 
-def raw_of_place(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> str:
-    """The texts of a row that is known by them alone: what it was read from is gone when all are looked at."""
-    instruction, text, target = (batch[name][place].as_py() for name in ("instruction", "input", "target"))
-    return json.dumps({"instruction": instruction, "input": text, "output": target}, ensure_ascii=False)
+def _writable(raw: str) -> str:
+    """As rejects.jsonl has it: shortened, and what is no character in a field that nobody reads, spelled."""
+    raw = raw[:RAW_CHARACTERS_KEPT]
+    return raw if raw.isascii() else raw.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def origin_of(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> Origin:

@@ -262,6 +262,7 @@ def test_exact_duplicates_go_with_their_reason_and_can_stay(prepare, write_rows,
     code, said, _ = prepare("--data", path)
     assert code == 0 and "Rejected   1 × exact duplicate" in said
     [reject] = rejects_of(tmp_path / "prepared")
+    assert json.loads(reject["raw"]) == ROWS[3]
     assert reject["row"] == 41 and reject["reason"] == f"the same source and target as {path}:4, which stays."
     report = json.loads((tmp_path / "prepared" / "report.json").read_text(encoding="utf-8"))
     assert report["duplicates"]["exact"] == 1 and report["rows"]["kept"] == 41  # case can be what a row is about
