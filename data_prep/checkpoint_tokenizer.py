@@ -20,14 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.records import UserError
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template, load_template, template_of
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id, which is not len(tokenizer) where ids have gaps."""
-    return 1 + max(tokenizer.get_vocab().values())
 
 
 def load_tokenizer_and_template(

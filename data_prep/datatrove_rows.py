@@ -33,8 +33,8 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from diptych.data_prep.checkpoint_tokenizer import load_tokenizer_and_template
+from diptych.data_prep.inputs import fingerprint_of, make_stages, open_inputs
 from diptych.data_prep.parts import Work, part_path, write_part
-from diptych.data_prep.prepare import default_template, fingerprint_of, make_stages, open_inputs
 from diptych.data_prep.settings import parse_settings
 
 
@@ -62,8 +62,8 @@ def rows_step(words: Sequence[str], folder: str | Path) -> GatherRows:
     here, once, and not in each task."""
     settings = parse_settings(words)
     inputs = open_inputs(settings)
-    tokenizer, template = load_tokenizer_and_template(settings, default_template(settings, inputs))
-    stages, _ = make_stages(settings, inputs, tokenizer, template)
+    tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template)
+    stages = make_stages(settings, inputs, tokenizer, template)
     return GatherRows(Work(inputs.sources, stages, fingerprint_of(settings, inputs, tokenizer, template)), folder)
 
 

@@ -224,6 +224,11 @@ def spelled_added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str
     return counts
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id, which is not len(tokenizer) where ids have gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def _before(eos: int, suffix: list[int]) -> list[int]:
     return suffix[: suffix.index(eos)] if eos in suffix else suffix
 

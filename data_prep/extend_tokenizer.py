@@ -37,6 +37,7 @@ import tokenizers
 from tokenizers import models, trainers
 from transformers import AutoTokenizer
 
+from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import attach_template, carried_template
 
@@ -136,7 +137,7 @@ class _Cutter:
         self.backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.tokens = tokenizer.convert_ids_to_tokens(range(vocabulary_end(tokenizer)))
+        self.tokens = tokenizer.convert_ids_to_tokens(range(vocabulary_size(tokenizer)))
         self.added = set(tokenizer.added_tokens_decoder)
         self.unknown = {token_id for token_id, token in enumerate(self.tokens) if token == tokenizer.unk_token}
         self.unknown_id = tokenizer.unk_token_id
@@ -210,7 +211,7 @@ class _Symbols:
     """Words for a trainer that joins characters: each old token, and each new character, is one private character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, characters: dict[str, tuple[int, ...]]) -> None:
-        self.tokens = tokenizer.convert_ids_to_tokens(range(vocabulary_end(tokenizer)))
+        self.tokens = tokenizer.convert_ids_to_tokens(range(vocabulary_size(tokenizer)))
         self.characters = characters
         self.letters = list(characters)
         self.number_of_letter = {letter: len(self.tokens) + place for place, letter in enumerate(self.letters)}
@@ -271,16 +272,11 @@ def _learn_merges(
     return [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
 
 
-def vocabulary_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 def add_new_tokens(tokenizer: PreTrainedTokenizerBase, new: NewTokens) -> PreTrainedTokenizerBase:
     """Another tokenizer, as it is after saving and loading, with the new tokens at the ids after all old ones."""
     check_extensible(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    first = vocabulary_end(tokenizer)
+    first = vocabulary_size(tokenizer)
     if isinstance(backend["model"]["vocab"], list):
         _extend_unigram(backend, new, first, tokenizer)
     else:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.gather import Gathered
 from diptych.data_prep.records import Reject, Rejects
-from diptych.data_prep.report import histogram, joint_histogram, padded_fill, token_chips
+from diptych.data_prep.report import joint_histogram, length_facts, padded_fill, token_chips
 from diptych.data_prep.selection import Selection, conflict_rows
 from diptych.data_prep.stages import Counts
 from diptych.data_prep.templates import Template, golden_examples
@@ -68,12 +68,8 @@ def lengths(gathered: Gathered, places: Mapping[str, numpy.ndarray], tokens: dic
     found: dict[str, Any] = {}
     for side, values in sides.items():
         over = tokens[side]["cut"] + tokens[side]["dropped"]
-        found[side] = {
-            **histogram(values, tokens[side]["limit"]),
-            **tokens[side],
-            "over_limit": over,
-            "treatment": too_long,
-        }
+        counted = length_facts(values, tokens[side]["limit"], too_long)
+        found[side] = {**counted, **tokens[side], "over_limit": over}
     return {**found, "joint": joint_histogram(sides["source"], sides["target"])}
 
 

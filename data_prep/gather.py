@@ -57,12 +57,10 @@ def first_rows(source: Source) -> list[Row]:
     return list(islice(rows, ROWS_TO_RECOGNISE))
 
 
-def gather(
-    sources: Sequence[Source], stages: Stages, rejects: Rejects, scratch: Path, workers: int, hidden: bool = False
-) -> Gathered:
+def gather(sources: Sequence[Source], stages: Stages, rejects: Rejects, scratch: Path, workers: int) -> Gathered:
     """`scratch` is an existing folder, which has to stay as long as the result is used."""
     total = sum(source.bytes for source in sources) if all(source.bytes for source in sources) else None
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Reading", disable=hidden, mininterval=0.5) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Reading", mininterval=0.5) as bar:
         batches = _batches(sources, stages, workers, rejects, bar)
         return collect(batches, len(sources), stages, rejects, scratch)
 
@@ -104,7 +102,6 @@ def encode(
     rejects: Rejects,
     scratch: Path,
     workers: int,
-    hidden: bool = False,
 ) -> Gathered:
     """These rows (ascending places) with token ids, for a tokenizer that was made of some of them. `place` says where
     a row stood before, as some become rejects here."""
@@ -113,7 +110,7 @@ def encode(
     encoder = functools.partial(_encoded, tokenizer=tokenizer, template=template, lengths=lengths)
 
     def batches() -> Iterator[pyarrow.RecordBatch]:
-        with tqdm(total=len(rows), unit=" rows", unit_scale=True, desc="Encoding", disable=hidden) as bar:
+        with tqdm(total=len(rows), unit=" rows", unit_scale=True, desc="Encoding") as bar:
             for batch, found, counts in in_order(encoder, tasks, workers):
                 for reject in found:
                     rejects.add(reject)

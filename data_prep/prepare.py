@@ -18,7 +18,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,11 +30,8 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep import facts
 from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, decoder_start_of, load_tokenizer_and_template
-from diptych.data_prep.decontaminate import Decontaminate, EvalIndex
-from diptych.data_prep.filters import LanguageFilter
-from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
-from diptych.data_prep.gather import Gathered, collect, encode, first_rows, gather
-from diptych.data_prep.mixture import check_mixture
+from diptych.data_prep.gather import Gathered, collect, encode, gather
+from diptych.data_prep.inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
 from diptych.data_prep.parts import Work, merged
 from diptych.data_prep.prepared import (
     CONFLICTS,
@@ -44,18 +41,13 @@ from diptych.data_prep.prepared import (
     beside,
     code_version,
     find_reusable,
-    fingerprint,
     put_in_place,
     save_quietly,
-    tokenizer_digest,
 )
-from diptych.data_prep.readers import Limits, Source, open_sources
-from diptych.data_prep.records import Record, Reject, Rejects, UserError
+from diptych.data_prep.records import Rejects, UserError
 from diptych.data_prep.report import write_report
-from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed_train, select, shingles_of
-from diptych.data_prep.sensitive import require_detectors
+from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed_train, select
 from diptych.data_prep.settings import PrepareSettings, parse_settings
-from diptych.data_prep.stages import Check, Lengths, Stages
 from diptych.data_prep.summary import (
     packing_lines,
     packing_warnings,
@@ -97,7 +89,7 @@ def prepare(settings: PrepareSettings) -> Path:
     """The whole way, told in order. Returns the folder of the prepared dataset."""
     folder = Path(settings.out).expanduser().resolve()
     inputs = open_inputs(settings)
-    tokenizer, template = load_tokenizer_and_template(settings, default_template(settings, inputs))
+    tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template)
     wanted = fingerprint_of(settings, inputs, tokenizer, template)
     if (manifest := find_reusable(folder, wanted)) is not None:
         print(f"Reused     {folder}: nothing has changed since it was prepared")
@@ -128,7 +120,7 @@ def _prepare(
     scratch = partial / "scratch"
     scratch.mkdir()
     rejects = Rejects(rejects_file, settings.strict, fatal_kinds(settings))
-    stages, formats = make_stages(settings, inputs, tokenizer, template)
+    stages = make_stages(settings, inputs, tokenizer, template)
     workers = settings.workers or min(cores(), 1 + sum(it.bytes or 0 for it in inputs.sources) // BYTES_PER_WORKER)
     gathered = _gather(settings, Work(inputs.sources, stages, wanted), rejects, scratch, workers)
     _need_rows(gathered.examples.num_rows, rejects, partial, settings.out)
@@ -177,7 +169,7 @@ def _prepare(
         "sensitive": dict(gathered.counts.sensitive.most_common()) if settings.sensitive else None,
         "tokens": tokens,
         "packing": plan.entry if plan else None,
-        "inputs": _input_facts(inputs, formats, gathered, selection, places["train"], settings),
+        "inputs": _input_facts(inputs, gathered, selection, places["train"], settings),
         "template": asdict(template),
         "tokenizer": {
             "from": settings.tokenizer or f"{settings.train_tokenizer} trained on the train split",
@@ -262,154 +254,8 @@ def _warn(warnings: Iterable[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What will be read."""
-
-    sources: list[Source]
-    entries: list[str]
-    """For each source, the entry of `data` that it belongs to: a folder is one entry and several sources."""
-    evaluation: list[Source]
-    """What training must not hold."""
-
-
-def limits_of(settings: PrepareSettings) -> Limits:
-    return Limits(
-        max_row_bytes=int(settings.max_row_megabytes * 1_000_000), max_unpacked_ratio=settings.max_unpacked_ratio
-    )
-
-
-def open_inputs(settings: PrepareSettings) -> Inputs:
-    limits = limits_of(settings)
-    sources = open_sources(settings.data, settings.aligned, limits)
-    entries = [source.entry or source.name for source in sources]
-    if settings.mixture is not None:
-        check_mixture(settings.mixture, list(dict.fromkeys(entries)))
-    return Inputs(sources, entries, open_sources(settings.decontaminate, [], limits))
-
-
-def make_stages(
-    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
-) -> tuple[Stages, list[str]]:
-    """The stages, and the format of each source, which is said aloud where it was recognised."""
-    converters, formats = [], []
-    for source in inputs.sources:
-        for note in source.notes:
-            print(f"Note       {note}")
-        converter = make_converter(settings, source)
-        converters.append(converter)
-        formats.append(converter.format.name)
-        print(f"Format     {source.name}: {converter.format.name}, {'given' if settings.format else 'recognised'}")
-    lengths = Lengths(
-        settings.max_source_tokens, settings.max_target_tokens, settings.too_long, settings.end_cut_targets
-    )
-    if settings.sensitive:
-        require_detectors()
-    checks = tuple(_checks(settings, inputs))
-    shingles = shingles_of(settings) if settings.near_duplicates is not None else None
-    return Stages(tuple(converters), template, tokenizer, lengths, checks, shingles, settings.sensitive), formats
-
-
-def default_template(settings: PrepareSettings, inputs: Inputs) -> str:
-    """Conversations need one that has a place for what was said before."""
-    if settings.template:
-        return settings.template
-    converters = [make_converter(settings, source) for source in inputs.sources]
-    has_turns = any(it.conversational or it.format.name in ("messages", "sharegpt") for it in converters)
-    return "chat" if has_turns else "alpaca"
-
-
-def make_converter(settings: PrepareSettings, source: Source) -> Converter:
-    """What its first rows say it is. A source without a single row to read has only rejects, of whatever format."""
-    rows = first_rows(source)
-    if not rows:
-        return Converter(named(settings.format or "alpaca"))
-    return converter_for(
-        rows,
-        source.name,
-        settings.format,
-        parse_mapping(settings.map),
-        directions_for(settings, source),
-        settings.languages,
-        settings.summary_instruction,
-        settings.positive_examples,
-        settings.negative_examples,
-    )
-
-
-def directions_for(settings: PrepareSettings, source: Source) -> Directions:
-    """A sample's own, unless one direction or both are given."""
-    if settings.forward or settings.backward:
-        return Directions(settings.forward, settings.backward)
-    return Directions(source.forward, source.backward)
-
-
-def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
-    if settings.lengths is not None:
-        yield settings.lengths
-    if settings.source_languages or settings.target_languages:
-        languages = tuple(settings.source_languages), tuple(settings.target_languages)
-        yield LanguageFilter(*languages, settings.language_confidence)
-    if inputs.evaluation:
-        yield Decontaminate(
-            EvalIndex.from_records(_evaluation_records(settings, inputs), settings.decontaminate_ngram)
-        )
-
-
-def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record]:
-    for source in inputs.evaluation:
-        rows = first_rows(source)
-        if not rows:
-            raise UserError(f"{source.name} has no row that training could be compared with.")
-        both = Directions("Translate:", "Translate:")  # so that both sides of a pair are looked at
-        converter = converter_for(rows, source.name, directions=both)
-        results = (result for row in source.rows() for result in converter.records(row))
-        bad: list[Reject] = []
-        for result in results:
-            if isinstance(result, Record):
-                yield result
-            elif isinstance(result, Reject):
-                bad.append(result)
-        if bad:
-            print(
-                f"warning: {len(bad):,} rows of {source.name} cannot be read, so training is not compared with them;"
-                f" the first, {bad[0].origin}: {bad[0].reason}",
-                file=sys.stderr,
-            )
-
-
-def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
-    """Kinds of rejects of which one ends the run."""
-    return ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
-
-
-def fingerprint_of(
-    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
-) -> str:
-    """The same for the same result."""
-    start = decoder_start_of(settings) if settings.packing else None
-    return fingerprint({**facts_that_decide(settings, inputs, tokenizer, template), "decoder_start": start})
-
-
-def facts_that_decide(
-    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
-) -> dict[str, Any]:
-    """What decides the result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
-    no_decision = {"data", "aligned", "decontaminate", "out", "template", "tokenizer", "strict"}
-    no_decision |= {"workers", "engine", "tasks", "gathered"}
-    return {
-        "inputs": [(source.name, source.digest) for source in inputs.sources],
-        "entries": inputs.entries,
-        "evaluation": [(source.name, source.digest) for source in inputs.evaluation],
-        "template": asdict(template),
-        "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
-        "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
-    }
-
-
 def _input_facts(
     inputs: Inputs,
-    formats: Sequence[str],
     gathered: Gathered,
     selection: Selection,
     train: numpy.ndarray,
@@ -423,7 +269,7 @@ def _input_facts(
         {
             "name": source.name,
             "digest": source.digest,
-            "format": formats[place],
+            "format": inputs.converters[place].format.name,
             "read": gathered.rows_read[place],
             "kept": kept[place],
             "rejected": gathered.rows_read[place] - kept[place],

@@ -16,10 +16,10 @@ from typing import Any
 import numpy
 import pyarrow.compute
 
-from diptych.data_prep.deduplicate import Shingles, conflicts, exact_duplicates, near_duplicates
+from diptych.data_prep.deduplicate import Shingles, compared_text, conflicts, exact_duplicates, near_duplicates
 from diptych.data_prep.gather import Gathered
 from diptych.data_prep.mixture import Mixture, mix
-from diptych.data_prep.records import Reject, Rejects
+from diptych.data_prep.records import Record, Reject, Rejects
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.splits import SPLITS, Split, split_rows
 from diptych.data_prep.stages import origin_of
@@ -131,10 +131,11 @@ def _has_text(gathered: Gathered) -> numpy.ndarray:
 
 
 def _compared(gathered: Gathered, row: int) -> str:
-    """As `compared_text` has it of a record."""
     example = gathered.examples.slice(row, 1)
-    text, instruction, target = (example[name][0].as_py() for name in ("input", "instruction", "target"))
-    return f"{text if text.strip() else instruction}\n{target}"
+    instruction, text, target = (example[name][0].as_py() for name in ("instruction", "input", "target"))
+    return compared_text(
+        Record(instruction=instruction, input=text, output=target, origin=origin_of(gathered.examples, row))
+    )
 
 
 def _split(gathered: Gathered, rows: numpy.ndarray, settings: PrepareSettings) -> Split:

@@ -26,7 +26,6 @@ import pyarrow
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.checkpoint_tokenizer import vocabulary_size
 from diptych.data_prep.deduplicate import Shingles, compared_text, exact_key, signatures
 from diptych.data_prep.encode import (
     Encoding,
@@ -36,6 +35,7 @@ from diptych.data_prep.encode import (
     spelled_added_tokens,
     split_sources,
     split_targets,
+    vocabulary_size,
 )
 from diptych.data_prep.filters import script_of
 from diptych.data_prep.formats import Converter

@@ -32,17 +32,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.compute
 
-from diptych.data_prep.checkpoint_tokenizer import decoder_start_of, load_tokenizer_and_template, vocabulary_size
-from diptych.data_prep.packing import Budget, assemble_row, choose_budget, pack, repeated_start
-from diptych.data_prep.prepare import (
+from diptych.data_prep.checkpoint_tokenizer import decoder_start_of, load_tokenizer_and_template
+from diptych.data_prep.encode import vocabulary_size
+from diptych.data_prep.inputs import (
     Inputs,
-    default_template,
     facts_that_decide,
     fatal_kinds,
     limits_of,
+    make_converter,
     make_stages,
     open_inputs,
 )
+from diptych.data_prep.packing import Budget, assemble_row, choose_budget, pack, repeated_start
 from diptych.data_prep.prepared import fingerprint
 from diptych.data_prep.read_columns import hub_chunks
 from diptych.data_prep.readers import HUB_PREFIX, Chunk, Limits, Source
@@ -254,9 +255,9 @@ def open_stream(settings: PrepareSettings, rejects_folder: Path, epochs: int | N
     if settings.tokenizer is None:
         raise UserError("a stream needs a tokenizer. Give the folder or Hub id of the checkpoint's.")
     inputs, parts_of = _open_inputs(settings)
-    tokenizer, template = load_tokenizer_and_template(settings, default_template(settings, inputs))
+    tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template)
     start, _ = decoder_start_of(settings) or (tokenizer.pad_token_id, "assumed")
-    stages, _ = make_stages(settings, inputs, tokenizer, template)
+    stages = make_stages(settings, inputs, tokenizer, template)
     print("Stream     every row trains: nothing is held out, and duplicates stay")
     facts = facts_that_decide(settings, inputs, tokenizer, template)
     parts = [parts_of.get(source.name, [source]) for source in inputs.sources]
@@ -283,7 +284,8 @@ def _open_inputs(settings: PrepareSettings) -> tuple[Inputs, dict[str, list[Sour
     files = open_inputs(replace(settings, data=[it for it in settings.data if not it.startswith(HUB_PREFIX)]))
     parts_of = {entry: _open_hub(entry, limits) for entry in settings.data if entry.startswith(HUB_PREFIX)}
     whole = [replace(parts[0], name=entry) for entry, parts in parts_of.items()]
-    return Inputs([*files.sources, *whole], [*files.entries, *parts_of], files.evaluation), parts_of
+    converters = [*files.converters, *(make_converter(settings, source) for source in whole)]
+    return Inputs([*files.sources, *whole], [*files.entries, *parts_of], files.evaluation, converters), parts_of
 
 
 def _open_hub(entry: str, limits: Limits) -> list[Source]:

@@ -20,7 +20,7 @@ import pyarrow.compute
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.checkpoint_tokenizer import vocabulary_size
+from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.gather import Gathered, taken, written
 from diptych.data_prep.packing import (
     PACKED_COLUMNS,

@@ -32,6 +32,7 @@ from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositi
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
+from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
 
@@ -235,11 +236,6 @@ def _load_adapted(
 
 def embedding_rows(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[0]
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id; `len(tokenizer)` is smaller where ids have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

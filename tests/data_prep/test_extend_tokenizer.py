@@ -5,13 +5,12 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep.encode import split_sources
+from diptych.data_prep.encode import split_sources, vocabulary_size
 from diptych.data_prep.extend_tokenizer import (
     NEW_TOKENS_KEY,
     add_new_tokens,
     learn_new_tokens,
     pieces_of_new_tokens,
-    vocabulary_end,
 )
 from diptych.data_prep.records import UserError
 from diptych.data_prep.tokenizer_report import HARD_TEXTS, tokenizer_report
@@ -55,7 +54,7 @@ def test_old_tokens_keep_their_ids_and_new_ones_come_after_them(both):
     tokenizer, extended = both
     new = pieces_of_new_tokens(extended)
     assert tokenizer.get_vocab().items() <= extended.get_vocab().items()
-    assert sorted(new) == list(range(vocabulary_end(tokenizer), vocabulary_end(extended)))
+    assert sorted(new) == list(range(vocabulary_size(tokenizer), vocabulary_size(extended)))
     assert len(new) == TOKENS
     assert type(extended) is type(tokenizer)
     assert {i: str(t) for i, t in extended.added_tokens_decoder.items()} == {

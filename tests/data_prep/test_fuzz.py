@@ -32,7 +32,7 @@ import zstandard
 
 from diptych.data_prep.files import Limits
 from diptych.data_prep.gather import gather
-from diptych.data_prep.prepare import Inputs, make_stages
+from diptych.data_prep.inputs import Inputs, make_converter, make_stages
 from diptych.data_prep.readers import open_sources
 from diptych.data_prep.records import Reject, Rejects, Row, UserError
 from diptych.data_prep.settings import PrepareSettings
@@ -390,13 +390,16 @@ def check_stages(case, folder):
     scratch.mkdir()
     file = io.StringIO()
     rejects = Rejects(file)
-    with written(case, folder) as path, contextlib.redirect_stdout(io.StringIO()):
+    silence = io.StringIO()
+    with written(case, folder) as path, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         limits = {"max_source_tokens": 60, "max_target_tokens": 40}
         settings = PrepareSettings(data=[str(path)], forward="To Korean:", **limits)
         try:
-            inputs = Inputs(open_sources(settings.data, (), case.limits), [case.name], [])
-            stages, _ = make_stages(settings, inputs, small_tokenizer(), TEMPLATES["chat"])
-            gathered = gather(inputs.sources, stages, rejects, scratch, workers=1, hidden=True)
+            sources = open_sources(settings.data, (), case.limits)
+            converters = [make_converter(settings, source) for source in sources]
+            inputs = Inputs(sources, [case.name], [], converters)
+            stages = make_stages(settings, inputs, small_tokenizer(), TEMPLATES["chat"])
+            gathered = gather(inputs.sources, stages, rejects, scratch, workers=1)
         except UserError as error:
             assert str(error).strip()
             return [], error

@@ -1,0 +1,173 @@
+"""What is read, as the settings say it: the sources, the format of each, and the stages that their rows go through.
+
+    inputs = open_inputs(settings)                              all that can be known to be wrong is said here
+    stages = make_stages(settings, inputs, tokenizer, template)
+    fingerprint_of(settings, inputs, tokenizer, template)       the same for the same result
+
+`diptych prepare`, streams and datatrove all begin so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from diptych.data_prep.checkpoint_tokenizer import decoder_start_of
+from diptych.data_prep.decontaminate import Decontaminate, EvalIndex
+from diptych.data_prep.filters import LanguageFilter
+from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
+from diptych.data_prep.gather import first_rows
+from diptych.data_prep.mixture import check_mixture
+from diptych.data_prep.prepared import fingerprint, tokenizer_digest
+from diptych.data_prep.readers import Limits, Source, open_sources
+from diptych.data_prep.records import Record, Reject, UserError
+from diptych.data_prep.selection import shingles_of
+from diptych.data_prep.sensitive import require_detectors
+from diptych.data_prep.settings import PrepareSettings
+from diptych.data_prep.stages import Check, Lengths, Stages
+from diptych.data_prep.templates import Template
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What will be read."""
+
+    sources: list[Source]
+    entries: list[str]
+    """For each source, the entry of `data` that it belongs to: a folder is one entry and several sources."""
+    evaluation: list[Source]
+    """What training must not hold."""
+    converters: list[Converter]
+    """For each source, what makes records of its rows; recognised by its first ones."""
+
+    @property
+    def default_template(self) -> str:
+        """Conversations need one that has a place for what was said before."""
+        has_turns = any(it.conversational or it.format.name in ("messages", "sharegpt") for it in self.converters)
+        return "chat" if has_turns else "alpaca"
+
+
+def limits_of(settings: PrepareSettings) -> Limits:
+    return Limits(
+        max_row_bytes=int(settings.max_row_megabytes * 1_000_000), max_unpacked_ratio=settings.max_unpacked_ratio
+    )
+
+
+def open_inputs(settings: PrepareSettings) -> Inputs:
+    limits = limits_of(settings)
+    sources = open_sources(settings.data, settings.aligned, limits)
+    entries = [source.entry or source.name for source in sources]
+    if settings.mixture is not None:
+        check_mixture(settings.mixture, list(dict.fromkeys(entries)))
+    evaluation = open_sources(settings.decontaminate, [], limits)
+    return Inputs(sources, entries, evaluation, [make_converter(settings, source) for source in sources])
+
+
+def make_stages(
+    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> Stages:
+    """All that happens to a row; how each source is read is said aloud."""
+    for source, converter in zip(inputs.sources, inputs.converters, strict=True):
+        for note in source.notes:
+            print(f"Note       {note}")
+        print(f"Format     {source.name}: {converter.format.name}, {'given' if settings.format else 'recognised'}")
+    lengths = Lengths(
+        settings.max_source_tokens, settings.max_target_tokens, settings.too_long, settings.end_cut_targets
+    )
+    if settings.sensitive:
+        require_detectors()
+    checks = tuple(_checks(settings, inputs))
+    shingles = shingles_of(settings) if settings.near_duplicates is not None else None
+    return Stages(tuple(inputs.converters), template, tokenizer, lengths, checks, shingles, settings.sensitive)
+
+
+def make_converter(settings: PrepareSettings, source: Source) -> Converter:
+    """What its first rows say it is. A source without a single row to read has only rejects, of whatever format."""
+    rows = first_rows(source)
+    if not rows:
+        return Converter(named(settings.format or "alpaca"))
+    return converter_for(
+        rows,
+        source.name,
+        settings.format,
+        parse_mapping(settings.map),
+        directions_for(settings, source),
+        settings.languages,
+        settings.summary_instruction,
+        settings.positive_examples,
+        settings.negative_examples,
+    )
+
+
+def directions_for(settings: PrepareSettings, source: Source) -> Directions:
+    """A sample's own, unless one direction or both are given."""
+    if settings.forward or settings.backward:
+        return Directions(settings.forward, settings.backward)
+    return Directions(source.forward, source.backward)
+
+
+def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
+    if settings.lengths is not None:
+        yield settings.lengths
+    if settings.source_languages or settings.target_languages:
+        languages = tuple(settings.source_languages), tuple(settings.target_languages)
+        yield LanguageFilter(*languages, settings.language_confidence)
+    if inputs.evaluation:
+        yield Decontaminate(
+            EvalIndex.from_records(_evaluation_records(settings, inputs), settings.decontaminate_ngram)
+        )
+
+
+def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record]:
+    for source in inputs.evaluation:
+        rows = first_rows(source)
+        if not rows:
+            raise UserError(f"{source.name} has no row that training could be compared with.")
+        both = Directions("Translate:", "Translate:")  # so that both sides of a pair are looked at
+        converter = converter_for(rows, source.name, directions=both)
+        results = (result for row in source.rows() for result in converter.records(row))
+        bad: list[Reject] = []
+        for result in results:
+            if isinstance(result, Record):
+                yield result
+            elif isinstance(result, Reject):
+                bad.append(result)
+        if bad:
+            print(
+                f"warning: {len(bad):,} rows of {source.name} cannot be read, so training is not compared with them;"
+                f" the first, {bad[0].origin}: {bad[0].reason}",
+                file=sys.stderr,
+            )
+
+
+def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
+    """Kinds of rejects of which one ends the run."""
+    return ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
+
+
+def fingerprint_of(
+    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> str:
+    """The same for the same result."""
+    start = decoder_start_of(settings) if settings.packing else None
+    return fingerprint({**facts_that_decide(settings, inputs, tokenizer, template), "decoder_start": start})
+
+
+def facts_that_decide(
+    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> dict[str, Any]:
+    """What decides the result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
+    no_decision = {"data", "aligned", "decontaminate", "out", "template", "tokenizer", "strict"}
+    no_decision |= {"workers", "engine", "tasks", "gathered"}
+    return {
+        "inputs": [(source.name, source.digest) for source in inputs.sources],
+        "entries": inputs.entries,
+        "evaluation": [(source.name, source.digest) for source in inputs.evaluation],
+        "template": asdict(template),
+        "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
+        "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
+    }
