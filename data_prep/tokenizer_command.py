@@ -26,8 +26,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from diptych.data_prep.extend_tokenizer import MINIMUM_FREQUENCY, add_new_tokens, check_extensible, learn_new_tokens
+from diptych.data_prep.filters import script_of
 from diptych.data_prep.records import UserError, nearest
-from diptych.data_prep.tokenizer_report import draw_report, report_of_pairs, script_of, table_of
+from diptych.data_prep.tokenizer_report import draw_report, report_of_pairs, table_of
 from diptych.data_prep.train_tokenizer import (
     LEAST_SAVING,
     CurvePoint,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,17 +143,6 @@ def _batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
 
 def _model_type(tokenizer: PreTrainedTokenizerBase) -> str:
     return type(tokenizer.backend_tokenizer.model).__name__ if tokenizer.is_fast else "Python"
-
-
-def script_of(text: str) -> str:
-    """The script of most letters, by their names in Unicode: "Latin", "Hangul", "Cjk", "Hiragana", …, or "none"."""
-    scripts = Counter(filter(None, map(_script, text)))
-    return scripts.most_common(1)[0][0] if scripts else "none"
-
-
-@lru_cache(maxsize=4096)
-def _script(character: str) -> str | None:
-    return unicodedata.name(character, "").partition(" ")[0].title() if character.isalpha() else None
 
 
 COLUMNS = (

@@ -9,7 +9,6 @@ from diptych.data_prep.tokenizer_report import (
     HARD_TEXTS,
     draw_report,
     report_of_pairs,
-    script_of,
     table_of,
     tokenizer_report,
 )
@@ -94,15 +93,6 @@ def test_mixed_pairs_give_the_same_as_texts_by_language(tokenizers_by_family, la
     random.Random(0).shuffle(pairs)
     mixed, apart = report_of_pairs(tokenizer, pairs), tokenizer_report(tokenizer, languages)
     assert mixed["languages"] == apart["languages"] and mixed["total"] == apart["total"]
-
-
-@pytest.mark.parametrize(
-    ("text", "script"),
-    [("Go now.", "Latin"), ("가자 now", "Latin"), ("안녕하세요 hi", "Hangul"), ("привет", "Cyrillic"), ("漢字", "Cjk")]
-    + [("12 + 3 🙂", "none"), ("שלום", "Hebrew"), ("e\u0301", "Latin")],
-)
-def test_the_script_is_that_of_most_letters(text, script):
-    assert script_of(text) == script
 
 
 def test_the_drawing_is_a_picture(tokenizers_by_family, languages, tmp_path):
