@@ -23,7 +23,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -111,8 +111,9 @@ def fit(
 ) -> list[int] | None:
     """The ids of an encoding; where they are more than `max_tokens`: None to drop it, less of its text, or UserError.
 
-    A source that is cut keeps the tokenizer's last tokens. A target should only do so if the user says so
-    (`end_after_cut`): from an eos in the middle of a sentence a model learns to stop there.
+    A source that is cut keeps the tokenizer's last tokens; one from a template had better be `shortened` before, which
+    keeps the template's last words too. A target should keep its end only if the user says so (`end_after_cut`): from
+    an eos in the middle of a sentence a model learns to stop there.
     """
     if encoding.token_count <= max_tokens or treatment == "cut":
         return encoding.ids(max_tokens, end_after_cut)
@@ -122,6 +123,49 @@ def fit(
         f"it has {encoding.token_count:,} tokens, and the limit is {max_tokens:,}. Raise the limit, or have longer"
         f" rows dropped or cut."
     )
+
+
+def shortened(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> str:
+    """A rendered source with less of its longest fields, such that it has at most `max_tokens`, special ones included.
+
+    What a template says after the fields (`### Response:`) stays: without it a model would not know what to do. All
+    fields are cut to one length, so that a short instruction stays whole beside a long text. Where the template alone
+    is too long, the fields come out empty.
+    """
+    around = sum(map(len, _around(tokenizer, "text")))
+    pieces = _pieces(text)
+
+    def cut(length: int) -> Rendered:
+        return Rendered(FRAME_MARK.join(it if place % 2 else it[:length] for place, it in enumerate(pieces)))
+
+    def tokens(length: int) -> int:
+        return around + len(_contents(tokenizer, [cut(length)], "text")[0])
+
+    return cut(_longest_that_fits(tokens, max(map(len, pieces[::2])), max_tokens))
+
+
+def _longest_that_fits(tokens: Callable[[int], int], length: int, most: int) -> int:
+    """The largest number of characters, at most `length`, of which `tokens` makes at most `most`; 0 where none is.
+
+    Tokens are nearly proportional to characters: each other try lies on the line between the two last ones, so that a
+    long text takes five or so.
+    """
+    fits, fits_tokens, over, over_tokens = 0, tokens(0), length, tokens(length)
+    if over_tokens <= most:
+        return length
+    if fits_tokens >= most:
+        return 0
+    while over - fits > 1 and fits_tokens < most:
+        share = (most - fits_tokens) / (over_tokens - fits_tokens)
+        middle = min(max(fits + round(share * (over - fits)), fits + 1), over - 1)
+        for tried in (middle, (fits + over) // 2):
+            if not fits < tried < over:
+                continue
+            if (count := tokens(tried)) <= most:
+                fits, fits_tokens = tried, count
+            else:
+                over, over_tokens = tried, count
+    return fits
 
 
 def encode_sources(

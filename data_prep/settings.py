@@ -121,8 +121,8 @@ class PrepareSettings:
     """Longest target, its eos token included."""
 
     too_long: str = "drop"
-    """What becomes of a row with a longer side: drop it (counted, and listed in rejects.jsonl), cut its end off, or
-    error."""
+    """What becomes of a row with a longer side: drop it (counted, and listed in rejects.jsonl), cut it, or error.
+    A target loses its end; a source the ends of its longest fields, and keeps all that the template says."""
 
     end_cut_targets: bool = False
     """Whether a target that was cut still ends in eos. A model that learns from such targets stops in mid-sentence."""

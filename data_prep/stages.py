@@ -32,6 +32,7 @@ from diptych.data_prep.encode import (
     fit,
     from_marked,
     marked,
+    shortened,
     spelled_added_tokens,
     split_sources,
     split_targets,
@@ -108,14 +109,14 @@ class Counts:
     sensitive_examples: list[dict[str, str]] = field(default_factory=list)
     spelled: Counter[str] = field(default_factory=Counter)
     """Added tokens that stood in texts, and were encoded as their characters."""
-    with_input: int = 0
+    given: Counter[str] = field(default_factory=Counter)
+    """Rows that have an instruction, and that have an input."""
 
     def add(self, other: Counts) -> None:
         for name, value in vars(other).items():
             if isinstance(value, Counter):
                 getattr(self, name).update(value)
         self.sensitive_examples += other.sensitive_examples
-        self.with_input += other.with_input
 
 
 class Batch(NamedTuple):
@@ -185,7 +186,7 @@ class Stages:
         for record in (example.record for example in examples):
             if isinstance(record, Tokenised):
                 continue
-            counts.with_input += bool(record.input)
+            counts.given.update(name for name in ("instruction", "input") if getattr(record, name))
             counts.source_scripts[script_of(record.input or record.instruction)] += 1
             counts.target_scripts[script_of(record.output)] += 1
             if record.category:
@@ -258,9 +259,10 @@ def encode_batch(
     for place in given:
         sources[place] = Encoding([], list(examples[place].record.input_ids), [])
         targets[place] = Encoding([], list(examples[place].record.labels), [])
+    fitting = _cut_sources(sources, source_texts, given, tokenizer, lengths) if lengths.too_long == "cut" else sources
     kept, columns = [], ([], [], [], [])
     for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        source_ids, target_ids, fault = _fitted(source, target, lengths)
+        source_ids, target_ids, fault = _fitted(fitting[place], target, lengths)
         if fault is None and place in given:
             fault = _unknown_token(source_ids, target_ids, end)
         if fault is not None:
@@ -282,6 +284,25 @@ def encode_batch(
     )
 
 
+def _cut_sources(
+    sources: Sequence[Encoding],
+    texts: Sequence[str],
+    given: set[int],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Lengths,
+) -> list[Encoding]:
+    """Those over the limit with less of what the user wrote; ids that were given lose their end."""
+    limit, cut = lengths.max_source_tokens, list(sources)
+    for place, source in enumerate(sources):
+        if source.token_count <= limit:
+            continue
+        if place in given:
+            cut[place] = source._replace(content=source.content[:limit])
+        else:
+            cut[place] = split_sources(tokenizer, [shortened(tokenizer, texts[place], limit)])[0]
+    return cut
+
+
 def _fitted(
     source: Encoding, target: Encoding, lengths: Lengths
 ) -> tuple[list[int], list[int], tuple[str, str] | None]:
@@ -290,19 +311,16 @@ def _fitted(
         if not encoding.content:
             return [], [], ("no tokens", f"the tokenizer makes no token of the {side}.")
     treatment = "cut" if lengths.too_long == "cut" else "drop"  # an error is raised where all rejects come together
-    source_ids = fit(source, lengths.max_source_tokens, treatment)
+    source_ids = fit(source, lengths.max_source_tokens)  # has been cut; if it is too long still, that is the template
     target_ids = fit(target, lengths.max_target_tokens, treatment, lengths.end_cut_targets)
     for side, ids, encoding, limit in (
         ("source", source_ids, source, lengths.max_source_tokens),
         ("target", target_ids, target, lengths.max_target_tokens),
     ):
         if ids is None:
-            tokens = encoding.token_count
-            return (
-                [],
-                [],
-                (f"{side} over the limit", f"the {side} has {tokens:,} tokens, and max_{side}_tokens is {limit:,}."),
-            )
+            what = "template's own text" if treatment == "cut" else side
+            reason = f"the {what} has {encoding.token_count:,} tokens, and max_{side}_tokens is {limit:,}."
+            return [], [], (f"{side} over the limit", reason)
     return source_ids, target_ids, None
 
 

@@ -4,7 +4,7 @@
     Rejected   2 × empty output, the first in codealpaca_2k.json:238
     Split      train 1,813 | validation 101 | test 101 rows, from 1,917 groups that share no text
     Source     in all splits: median 57 tokens, 90 % up to 82, 99 % up to 123, longest 228 | none over 512
-    Packing    train: 1,813 examples in 205 rows of 544 + 512 tokens, 8.8 a row | filled: source 98.7 %, target …
+    Packing    train: 1,813 examples in 225 rows of 496 + 464 tokens, 8.1 a row | filled: source 98.6 %, target …
 
 One line for each thing that went in or came out, then a warning for each thing that was given and is not used.
 """
@@ -124,8 +124,9 @@ def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, count
         yield f"fields that are not used: {', '.join(name or '(without a name)' for name in names)}."
         if "system" in names:
             yield "--map system=system uses that field, with a template that has a place for it, such as chat."
-    if counts.with_input and "input" not in template.source_variables():
-        yield f"template {template.name} leaves out the input, and {counts.with_input:,} rows have one."
+    for name, rows in counts.given.items():
+        if name not in template.source_variables():
+            yield f"template {template.name} leaves out the {name}, and {rows:,} rows have one."
     if counts.spelled:
         tokens = ", ".join(repr(token) for token, _ in counts.spelled.most_common(5))
         yield (

@@ -19,6 +19,7 @@ from diptych.data_prep.encode import (
     from_marked,
     label_prefix,
     marked,
+    shortened,
     spelled_added_tokens,
     split_sources,
     split_targets,
@@ -338,6 +339,29 @@ def test_what_is_too_long_is_dropped_refused_or_cut():
         fit(source, 5, "error")
     with pytest.raises(UserError, match="leaves no room for text beside 3 special tokens"):
         fit(source, 3, "cut")
+
+
+def test_a_shortened_source_is_as_long_as_can_be(tokenizer, sentences):
+    template = Template("t", "Sum up: {{ instruction }} | {{ input }} | In short:")
+    told, given = sentences[0], " ".join(sentences[:60])
+    text = template.render_source(told, given)
+    length = split_sources(tokenizer, [text])[0].token_count
+    for limit in (length, length - 1, length // 2, length // 3):
+        short = shortened(tokenizer, text, limit)
+        kept = short.removeprefix(f"Sum up: {told} | ").removesuffix(" | In short:")
+        assert given.startswith(kept) and split_sources(tokenizer, [short])[0].token_count <= limit
+        longer = [template.render_source(told, given[: len(kept) + more]) for more in range(1, 12)]
+        counts = [encoding.token_count for encoding in split_sources(tokenizer, longer)]
+        assert kept == given or max(counts) > limit
+
+
+def test_fields_are_cut_to_one_length(tokenizers_by_family):
+    template = Template("t", "Sum up: {{ instruction }} | {{ input }} | In short:")
+    text, tokenizer = template.render_source("a b c d e f", "1 2 3 4 5 6 7 8 9 0"), tokenizers_by_family["byt5"]
+    frame = len("Sum up:  |  | In short:") + 1  # its end token
+    assert shortened(tokenizer, text, frame + 11 + 15) == "Sum up: a b c d e f | 1 2 3 4 5 6 7 8 | In short:"
+    assert shortened(tokenizer, text, frame + 9) == "Sum up: a b  | 1 2  | In short:"
+    assert shortened(tokenizer, text, 5) == "Sum up:  |  | In short:"
 
 
 def test_a_cut_target_ends_in_eos_only_if_told_and_keeps_its_language(tokenizers_by_family, sentences):

@@ -413,7 +413,7 @@ def test_a_row_over_a_limit_can_be_an_error(prepare, write_rows, tmp_path):
 @pytest.mark.parametrize("end", [False, True])
 def test_targets_that_are_cut_end_in_eos_only_if_the_user_says_so(end, prepare, write_rows, tmp_path):
     path = write_rows("rows.jsonl", [*ROWS, LONG_ROW])
-    arguments = ["--max_target_tokens", 20, "--max_source_tokens", 30, "--too_long", "cut", "--test_fraction", 0]
+    arguments = ["--max_target_tokens", 20, "--max_source_tokens", 90, "--too_long", "cut", "--test_fraction", 0]
     code, said, _ = prepare("--data", path, *arguments, *(["--end_cut_targets"] if end else []))
     assert (code, "1 cut at 20" in said) == (0, True)
     assert manifest_of(tmp_path / "prepared")["tokens"]["target"]["cut"] == 1
@@ -424,6 +424,26 @@ def test_targets_that_are_cut_end_in_eos_only_if_the_user_says_so(end, prepare, 
     assert row["labels"] == ([*whole[:19], tokenizer.eos_token_id] if end else whole[:20])
     for table in tables.values():
         assert all(ids[-1] == tokenizer.eos_token_id for ids in table["input_ids"])
+
+
+def test_a_source_that_is_cut_keeps_what_the_template_says_after_it(prepare, write_rows, tmp_path):
+    rows = [*ROWS, {"instruction": "Sum it up.", "input": "many words of it, " * 200, "output": "Many."}]
+    arguments = ["--max_source_tokens", 200, "--too_long", "cut", "--template", "alpaca", "--test_fraction", 0]
+    code, said, _ = prepare("--data", write_rows("rows.jsonl", rows), *arguments)
+    assert (code, "1 cut at 200" in said) == (0, True)
+    tables = datasets.load_from_disk(tmp_path / "prepared")
+    [row] = [row for table in tables.values() for row in table if row["target"] == "Many."]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    read = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+    assert "Sum it up." in read and "many words of it, many words" in read and read.rstrip().endswith("### Response:")
+    assert 195 <= len(row["input_ids"]) <= 200 and row["input_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_a_template_longer_than_the_limit_cannot_be_cut(prepare, write_rows, tmp_path):
+    rows = [*ROWS, {"instruction": "Sum it up.", "input": "many words of it, " * 200, "output": "Many."}]
+    arguments = ["--max_source_tokens", 20, "--too_long", "cut", "--template", "alpaca"]
+    code, _, error = prepare("--data", write_rows("rows.jsonl", rows), *arguments)
+    assert code == 2 and "the template's own text has" in error
 
 
 def test_a_row_that_the_template_cannot_render_is_a_reject(prepare, write_rows, tmp_path):
