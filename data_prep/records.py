@@ -26,8 +26,15 @@ EXAMPLES_KEPT = 3
 """Of each kind of reject, for the report."""
 
 
+CUT_OFF = "file cut off"
+"""The kind of reject that says that a file ends where more is due: what came after is in no other reject."""
+
+
 class UserError(ValueError):
-    """A mistake that a person can mend: its message says what, got, allowed, next. The command exits with 2."""
+    """A mistake that a person can mend: its message says what, got, allowed, next."""
+
+    exit_code = 2
+    """What the command exits with; finetune/exits.py has the others."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,11 @@ class Rejects:
     def by_kind(self) -> dict[str, int]:
         """How many rows have which fault, the most frequent first."""
         return dict(self.kinds.most_common())
+
+
+def counted(number: int, thing: str) -> str:
+    """`counted(1, "group")` → "1 group"; 2000 → "2,000 groups"."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

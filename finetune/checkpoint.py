@@ -4,90 +4,186 @@
                                   optimizer.safetensors  AdamW's two means of every weight, by name
                                   state.json             step, place in the data, sums since the last log line
                                   rng.json               random states of python, numpy and torch, of every rank
-                                  manifest.json          size and SHA-256 of each file above
+                                  manifest.json          size and XXH3-128 of each file above
     run/checkpoints/best.json     which one is the best, by what
+    run/checkpoints/aside/        what was newer when a run was taken back to an earlier one
 
-All of it is written to step-000200.partial, flushed to the disk, and renamed: a rename is atomic, so a run that is
-killed at any moment leaves complete checkpoints and perhaps one `.partial`, which nobody reads. Nothing is unpickled.
-(`accelerate.save_state` writes in place, and its optimizer states are pickles.)
+All of it is written to step-000200.partial, flushed to the disk, renamed, and read back before an older one goes: a
+rename is atomic, so a run that is killed at any moment leaves complete checkpoints and perhaps one `.partial`, which
+nobody reads. Their order is that of their steps; clocks have no part in it. Nothing is unpickled.
+
+(`accelerate.save_state` takes the old one away before it writes the new, flushes nothing, and its states are pickles;
+`torch.distributed.checkpoint` unpickles its `.metadata`; and no format of weights would notice a flipped bit.)
 """
 
 import base64
-import hashlib
+import errno
 import json
 import os
 import random
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diptych.finetune.exits import STORAGE_ERRORS, CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
 PARTIAL = ".partial"
+ASIDE = "aside"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def write_checkpoint(path: Path, write: Callable[[Path], None]) -> None:
-    """`write(folder)` fills a folder beside `path`; then it is flushed, described, and renamed to `path`."""
+def write_checkpoint(path: Path, write: Callable[[Path], None], bytes_needed: int = 0) -> None:
+    """`write(folder)` fills a folder beside `path`; then it is flushed, described, renamed to `path`, and read back.
+
+    StorageError, and no half a folder, where the disk has less than `bytes_needed`, or runs full nevertheless.
+    """
     partial = path.with_name(path.name + PARTIAL)
     for leftover in (partial, path):  # of a killed run, or damaged: a complete one is never written again
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    manifest = {
-        str(file.relative_to(partial).as_posix()): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in files
-    }
-    write_json(partial / MANIFEST, manifest)
-    for file in files:
-        _flush(file)
-    for folder in [*(file for file in partial.rglob("*") if file.is_dir()), partial]:
-        _flush(folder)
+    try:
+        partial.mkdir(parents=True)
+        _check_space(path, bytes_needed)
+        write(partial)
+        write_manifest(partial)
+        flush_folder(partial)
+    except Exception as error:
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        shutil.rmtree(partial, ignore_errors=True)
+        if _is_of_storage(error):
+            raise _no_space(path, f"it ended after {written:,} bytes: {error}", bytes_needed) from error
+        raise
     os.rename(partial, path)
     _flush(path.parent)
+    if fault := fault_of(path):
+        raise StorageError(f"{path} was written, and is not what is read back: {fault}. Look after this disk.")
+
+
+def write_manifest(folder: Path) -> None:
+    """Size and hash of every file in the folder, in a file beside them. XXH3 finds damage, not forgery."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": _hash(file)} for file in files
+    }
+    write_json(folder / MANIFEST, entries)
+
+
+def flush_folder(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush(path)
+
+
+def _check_space(path: Path, bytes_needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < bytes_needed:
+        raise _no_space(path, f"{free:,} bytes are free", bytes_needed)
+
+
+def _no_space(path: Path, why: str, bytes_needed: int) -> StorageError:
+    older = checkpoint_steps(path.parent)
+    left = f"That of step {older[-1]} is untouched" if older else "There is no earlier one"
+    return StorageError(
+        f"{path} needs {bytes_needed:,} bytes, and there is no room: {why}\n"
+        f"{left}. Make room, or have fewer kept (keep_last), and go on: --resume true."
+    )
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """safetensors tells an OSError's number in words alone."""
+    words = [os.strerror(number) for number in STORAGE_ERRORS if number != errno.EIO]
+    return getattr(error, "errno", None) in STORAGE_ERRORS or any(word in str(error) for word in words)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Those whose files are all there in full length, the oldest first."""
-    return sorted((path for path in folder.glob("step-*") if _is_complete(path)), key=checkpoint_step)
+    paths = (checkpoint_path(folder, step) for step in checkpoint_steps(folder))
+    return [path for path in paths if not fault_of(path, read=False)]
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Of all that are visible as checkpoints, whatever is in them."""
+    names = (path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint whose contents are what was written; a damaged one is passed over, said aloud."""
-    for path in reversed(complete_checkpoints(folder)):
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        damaged = [name for name, entry in manifest.items() if _sha256(path / name) != entry["sha256"]]
-        if not damaged:
-            return path
-        warnings.warn(
-            f"{path} is damaged ({damaged[0]} is not what was written); an earlier one is used", stacklevel=2
+class Found(NamedTuple):
+    path: Path | None
+    passed_over: list[str]
+    """Newer ones, and what is wrong with each."""
+
+
+def latest_checkpoint(folder: Path) -> Found:
+    """The newest checkpoint whose contents are what was written. CheckpointError where there are some, all damaged."""
+    passed_over = []
+    for step in reversed(checkpoint_steps(folder)):
+        path = checkpoint_path(folder, step)
+        fault = fault_of(path)
+        if not fault:
+            return Found(path, passed_over)
+        passed_over.append(f"{path.name}: {fault}")
+    if passed_over:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is sound: {'; '.join(passed_over)}.\nBring one back from a copy, or begin anew"
+            f" with another `out`."
         )
-    return None
+    return Found(None, [])
 
 
-def _is_complete(path: Path) -> bool:
-    manifest = path / MANIFEST
-    if path.name.endswith(PARTIAL) or not manifest.is_file():
-        return False
+def check_checkpoint(path: Path) -> None:
+    """CheckpointError where it is not whole, or not what was written."""
+    fault = "there is no such folder" if not path.is_dir() else fault_of(path)
+    if fault:
+        raise CheckpointError(f"{path} cannot be used: {fault}. Name another one, or `--resume true` for the newest.")
+
+
+def fault_of(path: Path, read: bool = True) -> str:
+    """What is wrong with a checkpoint, in words; empty where nothing is. Without `read`, by its files' sizes alone."""
     try:
-        entries = json.loads(manifest.read_text(encoding="utf-8")).items()
-    except (ValueError, AttributeError):  # the manifest itself is damaged
-        return False
-    return all((path / name).is_file() and (path / name).stat().st_size == entry["bytes"] for name, entry in entries)
+        entries = read_json(path / MANIFEST)
+        expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, AttributeError, KeyError, TypeError, OSError):
+        return f"its {MANIFEST} cannot be read"
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
+        if read and _hash(file) != digest:
+            return f"{name} is not what was written"
+    return ""
+
+
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Moves checkpoints of later steps to where no run looks for them; they are not deleted."""
+    moved = []
+    for step in checkpoint_steps(folder):
+        if step <= after:
+            continue
+        (folder / ASIDE).mkdir(exist_ok=True)
+        number = 1
+        while (target := folder / ASIDE / f"step-{step:06d}-{number}").exists():
+            number += 1
+        os.rename(checkpoint_path(folder, step), target)
+        moved.append(target)
+    return moved
 
 
 def mark_best(folder: Path, step: int, metric: str, value: float) -> None:
@@ -100,7 +196,9 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` and the best, and what killed runs left half-written."""
+    """Deletes all but the newest `keep_last` and the best, and what killed runs left half-written.
+
+    Those that are damaged do not count among the newest, and stay for somebody to look at."""
     best = best_checkpoint(folder)
     for path in complete_checkpoints(folder)[:-keep_last]:
         if path != best:
@@ -110,15 +208,19 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """A copy that is whole or not there, as checkpoints are."""
+    """A copy that is whole or not there, with a manifest, as checkpoints are."""
     partial = target.with_name(target.name + PARTIAL)
-    for leftover in (partial, target):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
-    for file in partial.rglob("*"):
-        _flush(file)
+    write_manifest(partial)
+    flush_folder(partial)
+    previous = target.with_name(f"{target.name}.previous{PARTIAL}")
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.exists():
+        os.rename(target, previous)
     os.rename(partial, target)
     _flush(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -138,24 +240,48 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def save_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> None:
-    """Every tensor that the optimizer keeps, as `name/exp_avg`. Its settings are the recipe's and are not kept."""
-    tensors = {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
+) -> dict[str, torch.Tensor]:
+    """Every tensor that the optimizer keeps, whole and on the CPU, as `name/exp_avg`: the same whatever the number of
+    ranks, all of which must ask for it. Its settings are the recipe's and are not kept."""
+    return {
+        f"{names[parameter]}/{key}": whole(value)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU; what is spread over ranks, put together."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, file)
 
 
 def load_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> None:
-    parameters = {name: parameter for parameter, name in names.items()}
-    for key, value in load_file(file).items():
-        name, _, entry = key.rpartition("/")
-        parameter = parameters[name]
-        # `step` stays where AdamW made it: on the CPU unless it is fused on a GPU
-        device = parameter.device if value.ndim or optimizer.defaults["fused"] else "cpu"
-        optimizer.state[parameter][entry] = value.to(device)
+    """CheckpointError where the file holds anything else than the state of these weights."""
+    tensors = load_file(file)
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    expected = {f"{names[weight]}/{key}" for weight in trained for key in ("step", "exp_avg", "exp_avg_sq")}
+    if different := sorted(expected ^ tensors.keys()):
+        is_missing = different[0] in expected
+        raise CheckpointError(
+            f"{file} {'lacks' if is_missing else 'holds'} {different[0]}{'' if is_missing else ', which is unknown'}:"
+            f" {len(expected)} entries were expected, {len(tensors)} found. Name another checkpoint."
+        )
+    for weight in trained:
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors[f"{names[weight]}/{key}"]
+            # `step` stays where AdamW made it: on the CPU unless it is fused on a GPU
+            if value.ndim or optimizer.defaults["fused"]:
+                value = value.to(weight.device)
+            if value.ndim and isinstance(weight, DTensor):
+                value = distribute_tensor(value, weight.device_mesh, weight.placements)
+            optimizer.state[weight][key] = value
 
 
 def random_states() -> dict[str, Any]:
@@ -190,8 +316,8 @@ def _decode(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
+def _hash(file: Path) -> str:
+    digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while block := stream.read(2**20):
             digest.update(block)

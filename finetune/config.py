@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from diptych.data_prep.records import UserError
 from diptych.finetune.cli import parse_settings
-from diptych.finetune.metrics import check_metric_names
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,9 @@ class TrainRecipe:
     """Tokenizer saved with the model; the prepared folder's own unless given. Its vocabulary must be the same."""
     grow_vocabulary: bool = False
     """Allow a tokenizer with more tokens than the model has embedding rows: rows are added, which LoRA trains too."""
-    resume: bool = False
-    """Go on from the latest complete checkpoint in `out`; from the beginning where there is none yet."""
+    resume: bool | str = False
+    """`true` goes on from the newest sound checkpoint in `out`, from the beginning where there is none yet; the folder
+    of an earlier checkpoint goes back to that one, and moves the later ones to checkpoints/aside."""
     seed: int = 0
     """Seed of new weights, the order of rows, and dropout."""
 
@@ -126,6 +126,11 @@ class TrainRecipe:
     """Which checkpoint becomes `final/`. Without a validation split it is the last."""
     logging_every: int = 10
     """Steps between log lines."""
+    rank_timeout: float = 1800.0
+    """Seconds that a rank waits for the others, before the run ends with exit code 6. Longer than it takes to write a
+    checkpoint, which one rank does while the others wait."""
+    debug: bool = False
+    """Show the traceback under an error message."""
     profile: bool = False
     """Look at three steps with torch.profiler: profile/trace.json (a chrome trace) and profile/table.txt."""
     trackers: str = ""
@@ -156,12 +161,15 @@ class TrainRecipe:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below 1.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas are {list(self.betas)}; both must be 0 or more and below 1.")
-        if self.learning_rate <= 0 or self.epsilon <= 0:
-            name = "learning_rate" if self.learning_rate <= 0 else "epsilon"
-            raise UserError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ABOVE_ZERO:
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0.")
         if self.warmup_steps and self.warmup_ratio:
             raise UserError("warmup_steps and warmup_ratio are both given. Keep one of them.")
-        check_metric_names(split_names(self.metrics))
+        if self.metrics:
+            from diptych.finetune.metrics import check_metric_names  # the libraries of metrics take seconds
+
+            check_metric_names(split_names(self.metrics))
         if self.best_metric != "loss" and not self.metrics:
             raise UserError(
                 f"best_metric is {self.best_metric}, but no metrics are computed. "
@@ -179,6 +187,7 @@ AT_LEAST_ONE = [
     "eval_batch_size",
 ] + ["metrics_limit", "max_new_tokens", "save_every", "keep_last", "logging_every"]
 AT_LEAST_ZERO = ["seed", "warmup_steps", "weight_decay", "max_grad_norm", "lora_alpha", "patience", "z_loss"]
+ABOVE_ZERO = ["learning_rate", "epsilon", "rank_timeout"]
 BELOW_ONE = ["warmup_ratio", "label_smoothing", "lora_dropout"]
 
 # A resumed run that changed one of these would be another run: they must be as they were.
@@ -189,12 +198,16 @@ FIXED_IN_A_RUN = [
     "seed",
     "packed",
     "group_by_length",
+    "precision",
     "method",
     "lora_rank",
     "lora_alpha",
-] + ["lora_targets", "lora_embeddings", "best_metric"]
+    "lora_targets",
+    "lora_embeddings",
+    "best_metric",
+]
 # And these have no part in what is computed.
-FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers", "profile"]
+FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers", "profile", "rank_timeout", "debug"]
 
 
 def split_names(names: str) -> list[str]:

@@ -100,10 +100,11 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return weights | {name: weight for name, weight in trained.items() if "lora_" not in name}
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """`weights` are those of `adapter_weights`, if they are on the CPU already."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.cpu().contiguous() for name, weight in adapter_weights(model).items()}
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    weights = weights or {name: weight.cpu().contiguous() for name, weight in adapter_weights(model).items()}
+    save_file(dict(weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config["default"]
     was_inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))

@@ -8,16 +8,16 @@ What is wrong with a recipe shows here, in the first seconds, as a UserError.
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
+import numpy as np
 import torch
 import transformers
 import yaml
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -30,21 +30,27 @@ from diptych.finetune.batches import (
     BatchOrder,
     PaddedRows,
     Prepared,
+    Step,
     check_rows_fit,
     drop_repeated_start,
     load_prepared,
 )
 from diptych.finetune.cli import choose_from
-from diptych.finetune.config import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe, split_names
+from diptych.finetune.config import TrainRecipe, split_names
+from diptych.finetune.evaluation import selectable_figures
+from diptych.finetune.exits import CheckpointError
 from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
 from diptych.finetune.feeding import check_precision, set_attention, training_rows
 from diptych.finetune.loading import has_tokenizer, load_tokenizer
-from diptych.finetune.metrics import score_texts
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.packed_rows import PackedRows
+from diptych.finetune.ranks import Ranks, meet
+from diptych.finetune.resuming import check_same_run, choose_checkpoint, run_facts, take_back, to_yaml, weights_hash
+from diptych.finetune.run_folder import CONFIG, Status
 from diptych.finetune.run_log import RunLog, short
 from diptych.finetune.speed import Work, compile_layers, matmul_peak, work_per_token
 from diptych.finetune.starting_model import is_named_size, starting_model
+from diptych.finetune.stopping import StopRequest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -67,6 +73,8 @@ class Progress:
     """The best value of best_metric so far, and its step."""
     best_step: int | None = None
     evaluations_without_gain: int = 0
+    evaluated_step: int = 0
+    """The step of the last evaluation."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,12 @@ class Run:
     total_steps: int
     log: RunLog
     progress: Progress
+    ranks: Ranks
+    stop: StopRequest
+    status: Status
+    base_hash: str
+    """Of the frozen weights under an adapter; empty where all weights are trained."""
+    _epochs: dict[int, np.ndarray] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -101,6 +115,22 @@ class Run:
     @property
     def weight_names(self) -> dict[nn.Parameter, str]:
         return {weight: name for name, weight in self.model.named_parameters()}
+
+    @property
+    def eval_every(self) -> int:
+        return self.recipe.eval_every or self.order.steps_per_epoch
+
+    @property
+    def save_every(self) -> int:
+        return self.recipe.save_every or self.order.steps_per_epoch
+
+    def step(self, number: int) -> Step:
+        """The rows of the step that comes after `number` others."""
+        epoch, index = divmod(number, self.order.steps_per_epoch)
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            self._epochs[epoch] = self.order.rows_of(epoch)
+        return self.order.step(self._epochs[epoch], index)
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -118,12 +148,12 @@ class Run:
         return {name: tensor.to(self.accelerator.device) for name, tensor in rows.tensors(numbers).items()}
 
 
-def set_up(recipe: TrainRecipe) -> Run:
+def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
-    accelerator = make_accelerator(recipe)
+    accelerator = meet(recipe)
     recipe = resolve_precision(recipe, accelerator.device)
     folder = Path(recipe.out)
-    saved = claim_folder(recipe, folder)
+    saved = choose_checkpoint(recipe, folder)
     prepared = load_prepared(recipe.data)
     tokenizer = load_run_tokenizer(recipe, prepared)
     check_best_metric(recipe)
@@ -137,16 +167,8 @@ def set_up(recipe: TrainRecipe) -> Run:
     check_rows_fit(without_adapter(model), used)
     prepared = prepared._replace(splits=used)
     rows, why_padded = training_rows(recipe, prepared, model, tokenizer)
-    check_precision(recipe, model)
-    set_attention(recipe, without_adapter(model), accelerator.device, is_packed=why_padded is None)
-    if recipe.gradient_checkpointing:
-        with warnings.catch_warnings():  # transformers 5.22 has another name for it, and warns of this one
-            warnings.simplefilter("ignore", FutureWarning)
-            without_adapter(model).gradient_checkpointing_enable({"use_reentrant": False})
-    if accelerator.num_processes > 1:
-        switch_off_layer_drop(without_adapter(model))
-    if recipe.compile:
-        compile_layers(model)
+    base_hash = weights_hash(model) if isinstance(model, PeftModel) else ""
+    model = ready_to_train(recipe, model, accelerator, is_packed=why_padded is None)
     objective = Seq2SeqObjective(model, recipe.label_smoothing, recipe.z_loss)
     objective, optimizer = accelerator.prepare(objective, make_optimizer(model, recipe))
     order = BatchOrder(
@@ -160,13 +182,15 @@ def set_up(recipe: TrainRecipe) -> Run:
     )
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=recipe.precision == "fp16")
     set_seed(recipe.seed, device_specific=True)  # from here on each rank drops out its own
-    state = checkpoints.read_json(saved / "state.json") if saved else {"progress": {}, "written": {}}
-    if saved:
-        check_same_order(recipe, state["order"], order_facts(prepared, order))
+    state = saved_state(recipe, saved, run_facts(prepared, order, base_hash))
     accelerator.wait_for_everyone()  # all have seen the folder as it was; now it may change
     if accelerator.is_main_process:  # first of all files, and whole: by it a run is known that was killed early
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_text(folder / "config.yaml", yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+        checkpoints.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+        if saved:
+            take_back(recipe, folder, saved)
+    total_steps = recipe.max_steps or recipe.epochs * order.steps_per_epoch
+    status.begin()
+    status.update(step=state.progress.step, total_steps=total_steps)
     run = Run(
         recipe=recipe,
         folder=folder,
@@ -182,40 +206,59 @@ def set_up(recipe: TrainRecipe) -> Run:
         work=work_per_token(model),
         # on CPUs without fast products in fp16, the rest of a step is faster than they are
         peak=max(matmul_peak(accelerator.device, dtype) for dtype in {DTYPES[recipe.precision], torch.float32}),
-        total_steps=recipe.max_steps or recipe.epochs * order.steps_per_epoch,
-        log=RunLog(folder, accelerator, state["written"]),
-        progress=Progress(**state["progress"]),
+        total_steps=total_steps,
+        log=RunLog(folder, accelerator, state.written),
+        progress=state.progress,
+        ranks=Ranks(accelerator, recipe.rank_timeout, status.end),
+        stop=stop,
+        status=status,
+        base_hash=base_hash,
     )
     accelerator.init_trackers("diptych", config={name: str(value) for name, value in asdict(recipe).items()})
     say_what_runs(run, why_padded)
     if saved:
         restore(run, saved)
-        scaler.load_state_dict(state["scaler"])
+        scaler.load_state_dict(state.scaler)
     return run
 
 
-def make_accelerator(recipe: TrainRecipe) -> accelerate.Accelerator:
-    known, available = accelerate.tracking.LOGGER_TYPE_TO_CLASS, accelerate.tracking.get_available_trackers()
-    trackers = split_names(recipe.trackers)
-    for name in trackers:
-        if name not in known:
-            raise UserError(f"accelerate knows no tracker {name!r}. {choose_from(name, list(known))}")
-        if name not in [str(tracker) for tracker in available]:
-            raise UserError(f"the tracker {name} is not installed. Install it: pip install {name}")
-    accelerator = accelerate.Accelerator(
-        mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
-        log_with=trackers or None,
-        project_dir=recipe.out,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # ranks wait while one generates
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise UserError(
-            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would train "
-            f"alone, in the same folder. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
-        )
-    accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
-    return accelerator
+class SavedState(NamedTuple):
+    """What state.json of a checkpoint holds beside the facts of its run."""
+
+    progress: Progress
+    written: dict[str, int]
+    scaler: dict[str, Any]
+
+
+def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) -> SavedState:
+    """Of the checkpoint to go on from, or of a run that begins. CheckpointError where it holds something else."""
+    if saved is None:
+        return SavedState(Progress(), {}, {})
+    try:
+        state = checkpoints.read_json(saved / "state.json")
+        before, written, scaler = state["run"], dict(state["written"]), dict(state["scaler"])
+        progress = Progress(**state["progress"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{saved / 'state.json'} is not the state of a run: {error!r}") from error
+    check_same_run(recipe, saved, before, facts)
+    return SavedState(progress, written, scaler)
+
+
+def ready_to_train(
+    recipe: TrainRecipe, model: PreTrainedModel | PeftModel, accelerator: accelerate.Accelerator, is_packed: bool
+) -> PreTrainedModel | PeftModel:
+    """With the attention, the memory and the compilation that the recipe asks for."""
+    check_precision(recipe, model)
+    set_attention(recipe, without_adapter(model), accelerator.device, is_packed)
+    if recipe.gradient_checkpointing:
+        with warnings.catch_warnings():  # transformers 5.22 has another name for it, and warns of this one
+            warnings.simplefilter("ignore", FutureWarning)
+            without_adapter(model).gradient_checkpointing_enable({"use_reentrant": False})
+    if accelerator.num_processes > 1:
+        switch_off_layer_drop(without_adapter(model))
+    if recipe.compile:
+        compile_layers(model)
+    return model
 
 
 def resolve_precision(recipe: TrainRecipe, device: torch.device) -> TrainRecipe:
@@ -223,36 +266,6 @@ def resolve_precision(recipe: TrainRecipe, device: torch.device) -> TrainRecipe:
         return recipe
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return replace(recipe, precision="bf16" if has_bf16 else "fp32")
-
-
-def claim_folder(recipe: TrainRecipe, folder: Path) -> Path | None:
-    """The checkpoint to go on from; UserError where the folder is taken by another run, or by something else."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if not recipe.resume:
-        raise UserError(f"{folder} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
-    config = folder / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"{folder} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
-    before, now = yaml.safe_load(config.read_text(encoding="utf-8")), to_yaml(recipe)
-    if not isinstance(before, dict) or not set(FIXED_IN_A_RUN) <= before.keys():
-        raise UserError(f"{config} is not the recipe of a run. Give `out` the folder of a run, or a new one.")
-    before = now | before  # a setting that is younger than the run
-    for name in FIXED_IN_A_RUN:
-        if before[name] != now[name]:
-            raise UserError(
-                f"{name} was {before[name]!r} in the run in {folder}, and is {now[name]!r} now. "
-                f"A run goes on as it began: set it back, or start anew in another folder."
-            )
-    changed = [name for name in now if before[name] != now[name] and name not in FREE_IN_A_RUN]
-    if changed and os.environ.get("RANK", "0") == "0":
-        print("changed for the rest of the run: " + ", ".join(f"{n} {before[n]} -> {now[n]}" for n in changed))
-    return checkpoints.latest_checkpoint(folder / "checkpoints")
-
-
-def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
-    """The recipe as config.yaml has it: as of the beginning, however often the run was resumed."""
-    return asdict(recipe) | {"betas": list(recipe.betas), "resume": False}
 
 
 def load_run_tokenizer(recipe: TrainRecipe, prepared: Prepared) -> PreTrainedTokenizerBase:
@@ -289,7 +302,7 @@ def check_best_metric(recipe: TrainRecipe) -> None:
     """Now, and not at the first evaluation, which may be hours away."""
     if recipe.best_metric == "loss":
         return
-    known = ["loss", "exact_match_rows", *score_texts(split_names(recipe.metrics), ["a"], [["a"]])[0]]
+    known = selectable_figures(split_names(recipe.metrics))
     if recipe.best_metric not in known:
         raise UserError(f"best_metric is {recipe.best_metric!r}. {choose_from(recipe.best_metric, known)}")
 
@@ -318,39 +331,18 @@ def make_optimizer(model: PreTrainedModel | PeftModel, recipe: TrainRecipe) -> t
     )
 
 
-def order_facts(prepared: Prepared, order: BatchOrder) -> dict[str, Any]:
-    """What decides which rows a step has."""
-    return {
-        "data": prepared.fingerprint,
-        "rows_per_step": order.rows_per_step,
-        "rows_together": order.rows_per_batch * order.ranks if order.group_by_length else None,
-        "packed": order.row_tokens is not None,
-    }
-
-
-def check_same_order(recipe: TrainRecipe, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if before["data"] != now["data"]:
-        raise UserError(f"{recipe.data} is not the data that this run was trained on. Name the same prepared folder.")
-    if before.get("packed", False) != now["packed"]:
-        raise UserError(
-            f"this run was trained on {'packed' if before.get('packed') else 'padded'} rows, now they would be "
-            f"{'packed' if now['packed'] else 'padded'}. Set packed back."
-        )
-    if any(before[name] != now[name] for name in ("rows_per_step", "rows_together")):
-        raise UserError(
-            f"a step of this run had {before['rows_per_step']} rows, now it has {now['rows_per_step']}, or they come "
-            f"in other batches. Keep batch_size × ranks, and gradient_accumulation_steps, as they were."
-        )
-
-
 def restore(run: Run, saved: Path) -> None:
     """Optimizer and random states; the weights are there already."""
     checkpoints.load_optimizer(saved / "optimizer.safetensors", run.optimizer, run.weight_names)
     random_states = checkpoints.read_json(saved / "rng.json")
-    if run.accelerator.process_index < len(random_states):
-        checkpoints.restore_random_states(random_states[run.accelerator.process_index])
-    if run.accelerator.num_processes != len(random_states):
-        run.log.say(f"{len(random_states)} ranks before, {run.accelerator.num_processes} now: dropout will differ")
+    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    try:
+        if rank < len(random_states):
+            checkpoints.restore_random_states(random_states[rank])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{saved / 'rng.json'} holds no random states of rank {rank}: {error!r}") from error
+    if ranks != len(random_states):
+        run.log.say(f"{len(random_states)} ranks before, {ranks} now: dropout will differ")
 
 
 def say_what_runs(run: Run, why_padded: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune.exits import CheckpointError
 
 
 def write(folder, step: int, text: str = "weights"):
@@ -25,27 +27,40 @@ def test_latest_is_the_one_of_the_largest_step(tmp_path):
         write(tmp_path, step)
     names = [path.name for path in checkpoints.complete_checkpoints(tmp_path)]
     assert names == ["step-000200", "step-001000", "step-9000000"]
-    assert checkpoints.latest_checkpoint(tmp_path).name == "step-9000000"
+    assert checkpoints.latest_checkpoint(tmp_path).path.name == "step-9000000"
 
 
-@pytest.mark.parametrize("damage", ["manifest", "missing", "short", "flipped"])
-def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path):
+FOUND = {
+    "manifest": "it has no manifest.json",
+    "garbled": "its manifest.json cannot be read",
+    "missing": "weights is missing",
+    "short": "weights has 5 bytes instead of 7",
+    "flipped": "weights is not what was written",
+}
+
+
+@pytest.mark.parametrize("damage, found", FOUND.items())
+def test_a_damaged_checkpoint_is_passed_over_and_why_is_said(damage, found, tmp_path):
     good, bad = write(tmp_path, 1), write(tmp_path, 2)
     if damage == "manifest":
         (bad / "manifest.json").unlink()
+    elif damage == "garbled":
+        (bad / "manifest.json").write_text('{"weights": 3}')
     elif damage == "missing":
         (bad / "weights").unlink()
     elif damage == "short":
         (bad / "weights").write_text("weigh")
     else:
-        (bad / "weights").write_text("weighty")
-    if damage == "flipped":
-        with pytest.warns(UserWarning, match="step-000002 is damaged"):
-            assert checkpoints.latest_checkpoint(tmp_path) == good
-    else:
-        assert checkpoints.latest_checkpoint(tmp_path) == good
+        (bad / "weights").write_text("weighTs")
+    path, passed_over = checkpoints.latest_checkpoint(tmp_path)
+    assert path == good and passed_over == [f"step-000002: {found}"]
+    with pytest.raises(CheckpointError, match=f"step-000002 cannot be used: {found}"):
+        checkpoints.check_checkpoint(bad)
+    shutil.rmtree(good)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is sound: step-000002"):
+        checkpoints.latest_checkpoint(tmp_path)
     write(tmp_path, 2, "again")
-    assert (checkpoints.latest_checkpoint(tmp_path) / "weights").read_text() == "again"
+    assert (checkpoints.latest_checkpoint(tmp_path).path / "weights").read_text() == "again"
 
 
 def test_an_error_while_writing_leaves_no_checkpoint(tmp_path):
@@ -74,7 +89,7 @@ def test_a_process_killed_while_writing_leaves_only_whole_checkpoints(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     whole = checkpoints.complete_checkpoints(tmp_path)
-    assert whole and checkpoints.latest_checkpoint(tmp_path) == whole[-1]
+    assert whole and checkpoints.latest_checkpoint(tmp_path).path == whole[-1]
     left = {path for path in tmp_path.iterdir() if not path.name.endswith(".partial")}
     assert left == set(whole)
 
@@ -113,7 +128,7 @@ def test_optimizer_goes_on_with_the_same_bits(fused, tmp_path):
     model, optimizer = new()
     steps(model, optimizer, 5)
     names = {weight: name for name, weight in model.named_parameters()}
-    checkpoints.save_optimizer(tmp_path / "optimizer.safetensors", optimizer, names)
+    checkpoints.save_tensors(tmp_path / "optimizer.safetensors", checkpoints.optimizer_tensors(optimizer, names))
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     steps(model, optimizer, 5)
 

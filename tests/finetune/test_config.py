@@ -9,7 +9,7 @@ import yaml
 from diptych.data_prep.records import UserError
 from diptych.finetune import config
 from diptych.finetune.config import TrainRecipe, parse_recipe, split_names
-from diptych.finetune.train import learning_rate
+from diptych.finetune.loop import learning_rate
 
 NEEDED = {"model": "diptych-8m", "data": "prepared", "out": "run", "epochs": 1}
 RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))
@@ -39,18 +39,18 @@ def test_every_field_says_what_it_does(capsys):
         parse_recipe(["--help"])
     help_text = capsys.readouterr().out
     for setting in fields(TrainRecipe):
-        described = help_text.split(f"--{setting.name} ")[1].split("(type:")[0]
+        described = help_text.split(f"\n  --{setting.name} ")[1].split("\n  --")[0]
         assert len(described.split()) > 4, f"{setting.name} has no docstring"
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--lerning_rate", "1e-4"], "Did you mean learning_rate?"),
+        (["--lerning_rate", "1e-4"], "Did you mean --learning_rate?"),
         (["--learning_rate", "fast"], "learning_rate"),
-        (["--schedule", "cosin"], "'cosine', 'linear', 'constant'"),
+        (["--schedule", "cosin"], "'cosin'; it can be cosine, linear or constant. Did you mean cosine?"),
         (["--config", "absent.yaml"], "absent.yaml"),
-        (["--precision", "fp64"], "'auto', 'bf16', 'fp16', 'fp32'"),
+        (["--precision", "fp64"], "--precision is 'fp64'; it can be auto, bf16, fp16 or fp32."),
         (["--patience", "-1"], "patience is -1; it must be 0 or more."),
     ],
 )

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,12 +22,13 @@ from transformers import AutoModelForSeq2SeqLM
 from diptych.data_prep.records import UserError
 from diptych.data_prep.train_tokenizer import train_tokenizer
 from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune import train
+from diptych.finetune import loop
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.evaluation import evaluate_rows
 from diptych.finetune.loading import load_model_and_tokenizer
 from diptych.finetune.lora import add_adapter
-from diptych.finetune.set_up import make_optimizer, to_yaml
+from diptych.finetune.resuming import to_yaml
+from diptych.finetune.set_up import make_optimizer
 from diptych.finetune.train import main, run_recipe
 
 FAMILIES = ["diptych", "t5", "mt5", "bart", "m2m_100", "t5gemma"]
@@ -188,17 +190,18 @@ def test_a_killed_run_goes_on_with_the_same_bits(resumable):
     run_recipe(whole)
     script = (
         "import os, signal, sys, yaml\n"
-        "from diptych.finetune import train\n"
+        "from diptych.finetune import loop\n"
         "from diptych.finetune.config import TrainRecipe\n"
-        "def die_in_step_8(loss, gradient_norm, step, rate):\n"
-        "    if step == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "train.check_finite = die_in_step_8\n"
-        "train.run_recipe(TrainRecipe(**yaml.safe_load(sys.stdin)))\n"
+        "from diptych.finetune.train import run_recipe\n"
+        "def die_in_step_8(run, *_):\n"
+        "    if run.progress.step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop.check_finite = die_in_step_8\n"
+        "run_recipe(TrainRecipe(**yaml.safe_load(sys.stdin)))\n"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], input=as_yaml(killed), text=True, env=environment)
     assert done.returncode == -signal.SIGKILL
-    assert checkpoints.latest_checkpoint(Path(killed.out) / "checkpoints").name == "step-000005"
+    assert checkpoints.latest_checkpoint(Path(killed.out) / "checkpoints").path.name == "step-000005"
     assert len(figures(killed.out, "train")) == 2, "one line more than the checkpoint knows"
     run_recipe(replace(killed, resume=True))
     assert_same_bits(whole.out, killed.out)
@@ -215,14 +218,14 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(family, changes, resumabl
     whole, stopped = (resumable(family, out, **changes) for out in ("whole", "stopped"))
     run_recipe(whole)
 
-    def interrupt_in_step_8(loss, gradient_norm, step, rate):
-        if step == 8:
+    def interrupt_in_step_8(run, *_):
+        if run.progress.step == 7:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "check_finite", interrupt_in_step_8)
+        patch.setattr(loop, "check_finite", interrupt_in_step_8)
         assert main(["--config", write_recipe(stopped)]) == 130
-    assert "interrupted; go on with: --config" in capsys.readouterr().err
+    assert "interrupted; what was committed is kept" in capsys.readouterr().err
     assert main(["--config", str(Path(stopped.out) / "config.yaml"), "--resume", "true"]) == 0
     assert_same_bits(whole.out, stopped.out)
 
@@ -232,7 +235,7 @@ def test_resume_without_a_checkpoint_begins_at_the_beginning(recipe, capsys):
     run_recipe(whole)
     early = recipe(out="early", resume=True)
     Path(early.out).mkdir()
-    (Path(early.out) / "config.yaml").write_text(as_yaml(early))
+    (Path(early.out) / "config.yaml").write_text(as_yaml(replace(early, precision="fp32")))
     (Path(early.out) / "metrics.jsonl").write_text('{"step": 2, "split": "train", "loss": 9.0}\n')
     run_recipe(early)
     assert "begins at the beginning" in capsys.readouterr().out
@@ -250,15 +253,15 @@ def test_resume_refuses_another_run(recipe, tmp_path, training_folder):
     run_recipe(recipe())
     with pytest.raises(UserError, match=r"is not empty.*--resume true"):
         run_recipe(recipe())
-    with pytest.raises(UserError, match=r"seed was 0 in the run.*and is 1 now"):
-        run_recipe(recipe(seed=1, resume=True))
-    with pytest.raises(UserError, match=r"a step of this run had 4 rows, now it has 3"):
+    with pytest.raises(UserError, match=r"this is not the run in [^:]*:\nseed 0 -> 1, lora_rank 16 -> 4\n"):
+        run_recipe(recipe(seed=1, lora_rank=4, resume=True))
+    with pytest.raises(UserError, match=r"rows in a step [^:]*4 -> 3"):
         run_recipe(recipe(batch_size=3, resume=True))
     other = tmp_path / "other"
     datasets.load_from_disk(training_folder).save_to_disk(other)
     (other / "manifest.json").write_text('{"rows": 9}')
     load_model_and_tokenizer(Path(recipe().out) / "final")[1].save_pretrained(other / "tokenizer")
-    with pytest.raises(UserError, match="is not the data that this run was trained on"):
+    with pytest.raises(UserError, match="data, template or tokenizer '.*' -> '.*'"):
         run_recipe(recipe(data=str(other), resume=True))
 
 
@@ -299,7 +302,16 @@ def test_a_run_folder_has_what_it_should(recipe):
     settings = recipe(epochs=4, eval_every=4, metrics="exact_match,chrf", best_metric="chrf")
     run_recipe(settings)
     out = Path(settings.out)
-    names = {"config.yaml", "metrics.jsonl", "samples.jsonl", "loss.png", "checkpoints", "final"}
+    names = {
+        ".lock",
+        "status.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "loss.png",
+        "checkpoints",
+        "final",
+    }
     assert {path.name for path in out.iterdir()} == names
     assert TrainRecipe(**yaml.safe_load((out / "config.yaml").read_text())).precision == "fp32"
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -343,10 +355,10 @@ def test_bf16_learns_and_keeps_fp32_weights(recipe):
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, capsys):
     settings = recipe(learning_rate=1e30, max_grad_norm=0.0)
-    assert main(["--config", write_recipe(settings)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("diptych train: at step 2 the loss is") and "Lower learning_rate" in error
-    assert error.count("\n") == 1
+    assert main(["--config", write_recipe(settings)]) == 5
+    error = capsys.readouterr().err.partition("diptych train: ")[2]
+    assert error.startswith("at step 2 the loss is") and "Lower learning_rate" in error
+    assert re.search(r"\nin rank 0, rows (\d, ){3}\d of train in ", error) and error.count("\n") <= 6
 
 
 def test_norms_biases_and_tables_that_lora_trains_do_not_decay(new_model, recipe):

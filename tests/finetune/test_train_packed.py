@@ -20,15 +20,15 @@ from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune import set_up, train
+from diptych.finetune import loop, set_up
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.evaluation import evaluate_rows
 from diptych.finetune.families import FAMILIES
 from diptych.finetune.loading import load_model_and_tokenizer
 from diptych.finetune.packed_rows import Packing, check_packing_fits, load_packed
-from diptych.finetune.set_up import to_yaml
+from diptych.finetune.resuming import to_yaml
 from diptych.finetune.speed import compile_layers
-from diptych.finetune.train import run_recipe
+from diptych.finetune.train import main, run_recipe
 
 STARTS = {"diptych": 0, "t5": 0, "bart": 0, "m2m_100": 1, "pegasus": 0, "t5gemma": 2}
 
@@ -118,19 +118,19 @@ def test_an_interrupted_packed_run_goes_on_with_the_same_bits(recipe, monkeypatc
     whole, stopped = recipe(out="whole", **cut), recipe(out="stopped", **cut)
     run_recipe(whole)
 
-    def interrupt_in_step_7(loss, gradient_norm, step, rate):
-        if step == 7:
+    def interrupt_in_step_7(run, *_):
+        if run.progress.step == 6:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "check_finite", interrupt_in_step_7)
+        patch.setattr(loop, "check_finite", interrupt_in_step_7)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(stopped)
     run_recipe(replace(stopped, resume=True))
     expected = final_weights(whole.out)
     assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(stopped.out).items())
     assert [entry["loss"] for entry in figures(stopped.out)] == [entry["loss"] for entry in figures(whole.out)]
-    with pytest.raises(UserError, match="packed was True in the run"):
+    with pytest.raises(UserError, match="packed True -> False"):
         run_recipe(replace(stopped, resume=True, packed=False))
 
 
@@ -164,6 +164,7 @@ ONE_STEP = """
 import json, sys
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 import datasets, torch
 import numpy as np
 from transformers import AutoModelForSeq2SeqLM
@@ -173,7 +174,10 @@ from diptych.finetune.config import TrainRecipe
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.packed_rows import PackedRows, Packing
 from diptych.finetune.set_up import set_up
-from diptych.finetune.train import add_up_gradients, end
+from diptych.finetune.stopping import StopRequest
+from diptych.finetune.loop import add_up_gradients
+from diptych.finetune.ranks import part
+from diptych.finetune.run_folder import Status
 
 draw = np.random.default_rng(0)
 SOURCES = [60, 3, 17, 9, 41, 5, 22, 8, 30, 12, 4, 50]
@@ -200,19 +204,21 @@ def gradients(run, dtype, rows_per_batch, batches, packed):
     step = order.step(order.rows_of(0), 0)
     assert step.target_tokens == sum(TARGETS)
     objective = run.accelerator.prepare(Seq2SeqObjective(model)).train()
-    loss = add_up_gradients(replace(run, model=model, objective=objective, rows=rows, order=order), step)
+    loss, _, _ = add_up_gradients(replace(run, model=model, objective=objective, rows=rows, order=order), step)
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {"loss": torch.tensor(loss, dtype=dtype), **found}
 
 if __name__ == "__main__":
     recipe, dtype, layouts, out = sys.argv[1:]
-    run = set_up(TrainRecipe(**json.loads(recipe)))
+    recipe = TrainRecipe(**json.loads(recipe))
+    Path(recipe.out).mkdir(parents=True, exist_ok=True)
+    run = set_up(recipe, StopRequest(), Status(Path(recipe.out), has_begun=False))
     results = [gradients(run, getattr(torch, dtype), *layout) for layout in json.loads(layouts)]
     if run.accelerator.is_main_process:
         torch.save(results, out)
     accelerator = run.accelerator
     del run
-    end(accelerator)
+    part(accelerator)
 """
 
 
@@ -344,7 +350,7 @@ def test_an_interrupted_fp16_run_goes_on_with_its_scale(recipe, monkeypatch):
     cut = {"precision": "fp16", "max_steps": 8, "save_every": 3}
     whole, stopped = recipe("bart", out="whole", **cut), recipe("bart", out="stopped", **cut)
     run_recipe(whole)
-    original = train.learning_rate
+    original = loop.learning_rate
 
     def interrupt_in_step_5(step, *rest):
         if step == 4:
@@ -352,7 +358,7 @@ def test_an_interrupted_fp16_run_goes_on_with_its_scale(recipe, monkeypatch):
         return original(step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", interrupt_in_step_5)
+        patch.setattr(loop, "learning_rate", interrupt_in_step_5)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(stopped)
     state = checkpoints.read_json(Path(stopped.out) / "checkpoints" / "step-000003" / "state.json")
@@ -373,7 +379,7 @@ def test_a_row_that_memory_cannot_hold_is_told_with_what_to_do(recipe, packed_fo
     """A T5 wants a bias for each pair of tokens: 300,000 times 300,000."""
     settings = recipe("t5", data=str(packed_folder(0, packed_source_tokens=300_000)))
     arguments = [f"--{name}={getattr(settings, name)}" for name in ("model", "data", "out", "max_steps")]
-    assert train.main(arguments) == 2
+    assert main(arguments) == 4
     assert "pack into shorter rows" in capsys.readouterr().err
 
 

@@ -1,0 +1,270 @@
+"""The training loop.
+
+    code = run(recipe, stop, status)        DONE, or STOPPED where a signal came: saved, and to be gone on with
+
+One optimizer step: its rows are dealt to micro-batches and ranks, its target tokens are counted, every loss is a sum
+divided by that count, gradients are added up, clipped, applied. The place in the data is a function of the step's
+number, so a run that was killed goes on with the same bits (on a CPU), and 2 ranks compute what 1 would.
+
+What is due at a step (an evaluation, a checkpoint) comes before the next step, and what is due is a function of what
+has been done: a run that is cut between the two does it when it goes on.
+"""
+
+import math
+import time
+from contextlib import nullcontext
+
+import accelerate
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from diptych.finetune.batches import Step, longest_first
+from diptych.finetune.config import TrainRecipe, split_names
+from diptych.finetune.evaluation import evaluate_rows, is_improvement
+from diptych.finetune.exits import DONE, STOPPED, NotFiniteError
+from diptych.finetune.loss_plot import plot_loss
+from diptych.finetune.ranks import part
+from diptych.finetune.run_folder import Status
+from diptych.finetune.run_log import Pace, train_line, validation_line
+from diptych.finetune.saving import save_checkpoint, write_final
+from diptych.finetune.set_up import Run, set_up
+from diptych.finetune.speed import keep_memory, peak_memory, profiler
+from diptych.finetune.stopping import StopRequest
+
+ROWS_NAMED = 20
+
+
+def run(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
+    keep_memory()
+    run = set_up(recipe, stop, status)
+    with stop.deferred():
+        is_stopped = train(run)
+        if not is_stopped:
+            write_final(run)
+    accelerator = run.accelerator
+    del run
+    part(accelerator)
+    return STOPPED if is_stopped else DONE
+
+
+def train(run: Run) -> bool:
+    """The loop. Whether it was stopped before its end."""
+    progress, pace = run.progress, Pace(run.total_steps, run.progress.step, run.accelerator.is_main_process)
+    run.objective.train()
+    profile = start_profile(run)
+    is_stopped = False
+    while not is_stopped:
+        is_better = is_evaluation_due(run) and evaluate(run)
+        is_last = progress.step >= run.total_steps or run.is_out_of_patience
+        if is_last or is_better or is_due(progress.step, run.save_every):
+            save_checkpoint(run)
+        if is_last:
+            break
+        is_stopped = take_step(run, pace)
+        if profile is not None:
+            profile.step()
+    pace.bar.close()
+    if profile is not None:
+        profile.stop()
+    if is_stopped:  # an evaluation that is due now comes first when the run goes on
+        save_checkpoint(run)
+        run.log.say(f"stopped by {run.stop.reason or 'a signal to another rank'} after step {progress.step}, saved")
+    elif run.is_out_of_patience:
+        run.log.say(f"stopped: no better {run.recipe.best_metric} in the last {run.recipe.patience} evaluations")
+    return is_stopped
+
+
+def is_due(step: int, every: int) -> bool:
+    return step > 0 and step % every == 0
+
+
+def is_evaluation_due(run: Run) -> bool:
+    step = run.progress.step
+    is_now = is_due(step, run.eval_every) or step == run.total_steps
+    return is_now and run.progress.evaluated_step != step and "validation" in run.prepared.splits
+
+
+def take_step(run: Run, pace: Pace) -> bool:
+    """One optimizer step. Whether any rank was asked to stop meanwhile."""
+    recipe, progress, accelerator = run.recipe, run.progress, run.accelerator
+    started = time.perf_counter()
+    step = run.step(progress.step)
+    loss, parts, wants_stop = add_up_gradients(run, step)
+    run.scaler.unscale_(run.optimizer)
+    gradient_norm = float(accelerator.clip_grad_norm_(list(run.weight_names), recipe.max_grad_norm or math.inf))
+    rate = learning_rate(progress.step, run.total_steps, recipe)
+    # A scale that was too large shows as an infinite gradient: the scaler leaves that step out, and halves it.
+    if not (run.scaler.is_enabled() and math.isfinite(loss) and run.scaler.get_scale() > 1):
+        check_finite(run, step, parts, loss, gradient_norm, rate)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+
+    tokens = step.source_tokens + step.target_tokens
+    progress.step += 1
+    progress.tokens += tokens
+    progress.target_tokens += step.target_tokens
+    progress.nats += loss * step.target_tokens
+    progress.logged_target_tokens += step.target_tokens
+    progress.logged_tokens += tokens
+    progress.logged_padded_tokens += step.padded_tokens
+    work = step.source_tokens * run.work.source + step.target_tokens * run.work.target
+    pace.advance(loss, tokens, work, time.perf_counter() - started)
+    if is_due(progress.step, recipe.logging_every) or progress.step == run.total_steps:
+        log_training(run, rate, gradient_norm, pace)
+    return wants_stop
+
+
+def add_up_gradients(run: Run, step: Step) -> tuple[float, list[torch.Tensor], bool]:
+    """Both passes for all micro-batches of a step: every weight's gradient, the same on all ranks; the loss; this
+    rank's parts of it, one for each micro-batch; and whether any rank was asked to stop, which costs nothing here."""
+    accelerator, parts = run.accelerator, []
+    for number, batch in enumerate(step.batches, start=1):
+        tensors = run.tensors(run.rows, batch[accelerator.process_index])
+        is_last = number == len(step.batches)  # only then do ranks exchange gradients
+        waits = run.ranks.waiting_for(f"the gradients of step {run.progress.step + 1}") if is_last else nullcontext()
+        with waits, nullcontext() if is_last else accelerator.no_sync(run.objective):
+            with run.autocast():
+                part = run.objective(tensors, step.target_tokens)
+            # Each part is a share of the sum over all ranks, but DDP takes the mean over them.
+            accelerator.backward(run.scaler.scale(part * accelerator.num_processes))
+        parts.append(part.detach())
+    asked = parts[0].new_tensor(float(bool(run.stop.reason)))
+    with run.ranks.waiting_for(f"the loss of step {run.progress.step + 1}"):
+        loss, asked = accelerator.reduce(torch.stack((torch.stack(parts).sum(), asked)), reduction="sum").tolist()
+    return loss, parts, asked > 0
+
+
+def start_profile(run: Run) -> torch.profiler.profile | None:
+    if not run.recipe.profile or not run.accelerator.is_main_process:
+        return None
+    profile = profiler(run.folder / "profile")
+    profile.start()
+    return profile
+
+
+def learning_rate(step: int, total_steps: int, recipe: TrainRecipe) -> float:
+    """Of the step that comes after `step` others: a function of nothing else, so there is no scheduler to save."""
+    warmup_steps = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return recipe.learning_rate * (step + 1) / warmup_steps
+    passed = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    left = {"constant": 1.0, "linear": 1 - passed, "cosine": 0.5 + 0.5 * math.cos(math.pi * passed)}
+    return recipe.learning_rate * left[recipe.schedule]
+
+
+def check_finite(
+    run: Run, step: Step, parts: list[torch.Tensor], loss: float, gradient_norm: float, rate: float
+) -> None:
+    """Before the optimizer moves: weights that have seen a NaN are lost. All ranks see the same two numbers."""
+    if math.isfinite(loss) and math.isfinite(gradient_norm):
+        return
+    rank = run.accelerator.process_index
+    own = [
+        (rank, np.sort(batch[rank]).tolist())
+        for batch, part in zip(step.batches, parts, strict=True)
+        if not torch.isfinite(part) and len(batch[rank])
+    ]
+    found = [(rank, rows) for rank, rows in gather_object(own)]
+    where = "; ".join(f"rank {rank}, rows {_named(rows)}" for rank, rows in found)
+    where = (
+        where or f"the loss itself is finite; rows {_named(np.sort(np.concatenate(sum(step.batches, []))).tolist())}"
+    )
+    kind = "packed/" if run.rows.row_tokens else "train"
+    raise NotFiniteError(
+        f"at step {run.progress.step + 1} the loss is {loss} and the gradient's length {gradient_norm}, at a learning "
+        f"rate of {rate:.1e}\n"
+        f"in {where} of {kind} in {run.recipe.data}, counted from 0\n"
+        f"Training stops before the weights move; the checkpoints before are sound. Lower learning_rate or "
+        f"max_grad_norm, or raise warmup_steps; if it comes at step 1, try precision: fp32, and look at these rows."
+    )
+
+
+def _named(rows: list[int]) -> str:
+    more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
+    return ", ".join(map(str, rows[:ROWS_NAMED])) + more
+
+
+def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> None:
+    progress = run.progress
+    tokens_per_second, work_per_second = pace.per_second()
+    entry = {
+        "step": progress.step,
+        "split": "train",
+        "epoch": progress.step / run.order.steps_per_epoch,
+        "tokens": progress.tokens,
+        "target_tokens": progress.target_tokens,
+        "loss": progress.nats / progress.logged_target_tokens,
+        "learning_rate": rate,
+        "gradient_norm": gradient_norm,
+        "fill": progress.logged_tokens / progress.logged_padded_tokens,
+        "tokens_per_second": tokens_per_second,
+        "mfu": work_per_second / run.peak / run.accelerator.num_processes,
+        "memory_bytes": peak_memory(run.accelerator.device),
+    }
+    progress.nats, progress.logged_target_tokens = 0.0, 0
+    progress.logged_tokens, progress.logged_padded_tokens = 0, 0
+    run.log.add_figures(entry)
+    run.log.say(train_line(entry, run.total_steps, pace.seconds_left()))
+
+
+def evaluate(run: Run) -> bool:
+    """Loss on the validation split, and metrics where asked; whether it is the best evaluation so far."""
+    progress, recipe = run.progress, run.recipe
+    with torch.compiler.set_stance("force_eager"):  # its rows are padded: new shapes without end
+        figures = {"loss": validation_loss(run)}
+        if recipe.metrics:
+            figures |= generation_figures(run)
+    value = figures[recipe.best_metric]
+    is_better = is_improvement(recipe.best_metric, value, progress.best)
+    progress.evaluations_without_gain = 0 if is_better else progress.evaluations_without_gain + 1
+    progress.evaluated_step = progress.step
+    if is_better:
+        progress.best, progress.best_step = value, progress.step
+    entry = {"step": progress.step, "split": "validation"} | figures
+    run.log.add_figures(entry)
+    run.log.say(validation_line(entry, run.total_steps, is_better))
+    if run.accelerator.is_main_process:
+        plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
+    return is_better
+
+
+@torch.no_grad()
+def validation_loss(run: Run) -> float:
+    """Nats per target token over the whole split: each rank its share, in as many calls as the others."""
+    rows, accelerator = run.padded(run.prepared.splits["validation"]), run.accelerator
+    lengths = rows.lengths
+    target_tokens = int(lengths.target_tokens.sum())
+    loss = torch.zeros((), dtype=torch.float64)
+    run.objective.eval()
+    for batch in longest_first(lengths, run.recipe.eval_batch_size, accelerator.num_processes):
+        with run.autocast():
+            part = run.objective(run.tensors(rows, batch[accelerator.process_index]), target_tokens)
+        loss += part.cpu().double()
+    run.objective.train()
+    with run.ranks.waiting_for(f"the validation loss after step {run.progress.step}"):
+        return accelerator.reduce(loss.float().to(accelerator.device), reduction="sum").item()
+
+
+def generation_figures(run: Run) -> dict[str, float]:
+    """Metrics of what the model writes for a sample of the validation split, kept in samples.jsonl."""
+    recipe, figures = run.recipe, [{}]
+    if run.accelerator.is_main_process:
+        with run.autocast():
+            evaluation = evaluate_rows(
+                run.model,
+                run.tokenizer,
+                run.prepared.splits["validation"],
+                metrics=split_names(recipe.metrics),
+                batch_size=recipe.eval_batch_size,
+                max_new_tokens=recipe.max_new_tokens,
+                limit=recipe.metrics_limit,
+            )
+        run.log.add_samples([{"step": run.progress.step} | row._asdict() for row in evaluation.predictions])
+        of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
+        figures = [{name: value for name, value in evaluation.figures.items() if name not in of_the_loss}]
+    with run.ranks.waiting_for(f"the metrics after step {run.progress.step}"):
+        return accelerate.utils.broadcast_object_list(figures)[0]

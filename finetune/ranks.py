@@ -1,0 +1,127 @@
+"""The processes of one run: how they meet, how long one waits for another, and how they part.
+
+    accelerator = meet(recipe)                      UserError where they would train apart, or in another way than asked
+    with waiting_for("the gradients of step 7"):    a rank that has gone, or does not answer, is a RankError that says so
+        …
+    part(accelerator)
+
+A rank that dies closes its connections, which the others feel at once (gloo) or when the launcher ends them. One that
+hangs is waited for as long as `rank_timeout` says; on GPUs, where torch would abort the process, a thread of our own
+is what ends it, with the number of exits.py.
+"""
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import accelerate
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.cli import choose_from
+from diptych.finetune.config import TrainRecipe, split_names
+from diptych.finetune.exits import RANKS, RankError
+
+PATIENCE = 1.5
+"""Times the timeout, after which the thread ends a process that torch itself has not ended."""
+
+
+def meet(recipe: TrainRecipe) -> Accelerator:
+    """All ranks that were launched, joined to one run."""
+    _check_launch()
+    accelerator = Accelerator(
+        mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
+        log_with=_trackers(recipe) or None,
+        project_dir=recipe.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.rank_timeout))],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would train "
+            f"alone, in the same folder. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
+        )
+    accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
+    return accelerator
+
+
+def _check_launch() -> None:
+    """What accelerate's configuration asks for and this loop does otherwise is refused: on a CPU, accelerate itself
+    would take DDP for FSDP without a word."""
+    for name, what in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate's configuration asks for {what}. Here the recipe says how weights are spread: launch with"
+                f" `torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE --sharding full`, which is"
+                f" FSDP2, or drop it for DDP."
+            )
+
+
+def _trackers(recipe: TrainRecipe) -> list[str]:
+    known, available = accelerate.tracking.LOGGER_TYPE_TO_CLASS, accelerate.tracking.get_available_trackers()
+    names = split_names(recipe.trackers)
+    for name in names:
+        if name not in known:
+            raise UserError(f"accelerate knows no tracker {name!r}. {choose_from(name, list(known))}")
+        if name not in [str(tracker) for tracker in available]:
+            raise UserError(f"the tracker {name} is not installed. Install it: pip install {name}")
+    return names
+
+
+class Ranks:
+    """Waits with a deadline. With one process there is nobody to wait for, and nothing here does anything."""
+
+    def __init__(self, accelerator: Accelerator, timeout: float, on_timeout: Callable[[int, str], None]):
+        self.count, self.number, self.timeout = accelerator.num_processes, accelerator.process_index, timeout
+        self.on_timeout = on_timeout
+        """Called with exit code and message before the process ends."""
+
+    @contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        if self.count == 1:
+            yield
+            return
+        timer = threading.Timer(PATIENCE * self.timeout, self._give_up, [what])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_another_rank(error):
+                raise
+            raise RankError(self._message(what, str(error).splitlines()[0])) from error
+        finally:
+            timer.cancel()
+
+    def _message(self, what: str, why: str) -> str:
+        return (
+            f"rank {self.number} waited for the others with {what}, and one of {self.count} ranks has gone or does not "
+            f"answer: {why[-300:]}\nSee what the other ranks say; then go on from the last checkpoint: --resume true."
+        )
+
+    def _give_up(self, what: str) -> None:
+        message = self._message(what, f"no answer in {PATIENCE * self.timeout:.0f} s (rank_timeout).")
+        self.on_timeout(RANKS, message)
+        print(f"diptych train: {message}", file=sys.stderr, flush=True)
+        os._exit(RANKS)  # the main thread is inside a collective that nobody will end
+
+
+def _is_of_another_rank(error: RuntimeError) -> bool:
+    """gloo's errors are plain RuntimeErrors that name its source files."""
+    is_torchs = isinstance(error, torch.distributed.DistError)
+    return is_torchs or any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL", "Timed out"))
+
+
+def part(accelerator: Accelerator) -> None:
+    """DDP, of which nobody else may hold anything, goes before the process group. If it were the last to hold it, gloo
+    would join its threads while this one keeps the interpreter's lock, for which one of them may be waiting: one run
+    of thirty on two ranks never ended, and one of fifty was aborted."""
+    accelerator.free_memory()
+    gc.collect()  # what was wrapped stands in cycles, and accelerate collects before it lets go
+    accelerator.end_training()
