@@ -16,8 +16,10 @@ REQUIREMENTS = [
     "rouge-score>=0.1.2",  # ROUGE behind ours
     "tokenizers>=0.23",
     "safetensors>=0.8",
+    "huggingface_hub>=2.4",  # publishing, by its client of httpx2
     "jinja2>=3.1.6",  # templates
-    "jsonargparse[signatures]>=4.53",  # dataclass field docstrings become --help; YAML with overrides
+    "docstring-parser>=0.16",  # the docstrings of dataclass fields
+    "jsonargparse[signatures]>=4.53",  # command lines as dataclasses; YAML with overrides
     "pyyaml>=6.0.3",
     "matplotlib>=3.10",  # loss.png
     "tqdm>=4.70",
@@ -63,7 +65,7 @@ setup(
     package_dir={"diptych.modeling": "modeling", "diptych.data_prep": "data_prep", "diptych.finetune": "finetune"},
     package_data={
         "diptych.data_prep": ["samples/*", "frames/*.jinja"],
-        "diptych.finetune": ["recipes/*.yaml"],
+        "diptych.finetune": ["recipes/*.yaml", "frames/*.jinja"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

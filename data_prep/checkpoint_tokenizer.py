@@ -1,5 +1,6 @@
 """The tokenizer of the checkpoint that will be tuned, with its template and its decoder's first token, from its files.
 
+    open_tokenizer("google-t5/t5-small")             → the tokenizer, or one message that says why there is none
     load_tokenizer_and_template(settings, "alpaca")  → the tokenizer (None where it is to be trained) and the template
     decoder_start_of(settings)                       → (0, "model config"): how packed targets begin, and who says so
 
@@ -7,8 +8,6 @@ No model code runs here, and none of a stranger's.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -21,9 +20,20 @@ from transformers import (
 )
 
 from diptych.data_prep.encode import vocabulary_size
+from diptych.data_prep.hub import check_place
 from diptych.data_prep.records import UserError
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template, load_template, template_of
+
+
+def open_tokenizer(name: str, **languages: str) -> PreTrainedTokenizerBase:
+    """A folder's or a Hub id's; `languages` are src_lang and tgt_lang, for those that put one into texts."""
+    check_place(name)
+    try:
+        # False, and not left out: left out, transformers would ask on the terminal whether to run a stranger's code.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **languages)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:  # the last is of a config beside it
+        raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
 
 
 def load_tokenizer_and_template(
@@ -44,14 +54,9 @@ def load_tokenizer_and_template(
 
 def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
     name = settings.tokenizer
-    if not Path(name).is_dir() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"the tokenizer '{name}' is a path, and there is no such folder. Mend it, or name a Hub id.")
     languages = {"src_lang": settings.source_language, "tgt_lang": settings.target_language}
     given = {keyword: code for keyword, code in languages.items() if code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **given)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:  # the last is of a config beside it
-        raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
+    tokenizer = open_tokenizer(name, **given)
     is_multilingual = hasattr(tokenizer, "tgt_lang")
     if given and not is_multilingual:
         raise UserError(f"'{name}' puts no languages into texts. Drop source_language and target_language.")

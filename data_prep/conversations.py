@@ -11,6 +11,8 @@ templates do. What has no place in an example is refused rather than lost: turns
 text, a system turn after the first user turn, an answer without a question. Of other keys of a turn only `weight` is
 read: an assistant turn with weight 0 is history and not an example, as OpenAI has it.
 
+At inference the same conversation asks one thing (`open_question`): what its last user turn says, after all before it.
+
 An answer costs 5 µs.
 """
 
@@ -103,15 +105,51 @@ class ChatExample(NamedTuple):
 
 def answers(turns: Sequence[Turn], name: str) -> tuple[list[str], list[ChatExample], Turn | None]:
     """What system turns say, the examples, and the user turn at the end that nobody answers."""
-    system: list[str] = []
-    history: list[tuple[str, str]] = []
-    examples: list[ChatExample] = []
-    asked: list[Turn] = []
     if sum(turn.role == "assistant" for turn in turns) > MAX_TURNS:
         raise Fault(name, "too many turns", f"'{name}' has more than {MAX_TURNS:,} assistant turns. Divide it.")
+    system, exchanges, asked = _exchanges(turns)
+    history = [(exchange.instruction, exchange.answer.text) for exchange in exchanges]
+    examples = [
+        ChatExample(exchange.instruction, tuple(history[:place]), exchange.answer.text)
+        for place, exchange in enumerate(exchanges)
+        if exchange.answer.is_target
+    ]
+    if not examples:
+        raise Fault(name, "no assistant turn", f"'{name}' has no assistant turn to learn from.")
+    return system, examples, asked[0] if asked else None
+
+
+def open_question(turns: Sequence[Turn], name: str) -> tuple[list[str], ChatExample]:
+    """What system turns say, and the example that the model is to answer, without its output. An answer at the end
+    that is a target is left out: the model is asked what it was trained to say."""
+    system, exchanges, asked = _exchanges(turns)
+    if asked:
+        instruction = _joined(asked)
+    elif exchanges and exchanges[-1].answer.is_target:
+        instruction = exchanges.pop().instruction
+    elif exchanges:
+        where = exchanges[-1].answer.where
+        reason = f"'{where}' has weight 0, so it is history, and no user turn after it asks anything. Add one."
+        raise Fault(where, "no user turn at the end", reason)
+    else:
+        raise Fault(name, "no user turn", f"'{name}' has no user turn, so nothing is asked. Add one.")
+    history = tuple((exchange.instruction, exchange.answer.text) for exchange in exchanges)
+    return system, ChatExample(instruction, history, "")
+
+
+class _Exchange(NamedTuple):
+    instruction: str
+    answer: Turn
+
+
+def _exchanges(turns: Sequence[Turn]) -> tuple[list[str], list[_Exchange], list[Turn]]:
+    """What system turns say, each answer with its question, and the user turns at the end that nobody answers."""
+    system: list[str] = []
+    exchanges: list[_Exchange] = []
+    asked: list[Turn] = []
     for turn in turns:
         if turn.role == "system":
-            if asked or history:
+            if asked or exchanges:
                 raise _bad_order(turn, "a system turn after the conversation has begun")
             system.append(turn.text)
         elif turn.role == "user":
@@ -119,14 +157,13 @@ def answers(turns: Sequence[Turn], name: str) -> tuple[list[str], list[ChatExamp
         elif not asked:
             raise _bad_order(turn, "an assistant turn with no user turn before it")
         else:
-            instruction = "\n".join(user.text for user in asked)
-            if turn.is_target:
-                examples.append(ChatExample(instruction, tuple(history), turn.text))
-            history.append((instruction, turn.text))
+            exchanges.append(_Exchange(_joined(asked), turn))
             asked = []
-    if not examples:
-        raise Fault(name, "no assistant turn", f"'{name}' has no assistant turn to learn from.")
-    return system, examples, asked[0] if asked else None
+    return system, exchanges, asked
+
+
+def _joined(asked: Sequence[Turn]) -> str:
+    return "\n".join(turn.text for turn in asked)
 
 
 def _bad_order(turn: Turn, what: str) -> Fault:

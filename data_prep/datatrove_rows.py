@@ -52,7 +52,7 @@ class GatherRows(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         with self.track_time("part"):
             for batch in write_part(self.work, Path(self.folder), rank, world_size):
-                self.stat_update("rows", value=batch.rows_read, unit="chunk")
+                self.stat_update("rows", value=batch.counts.rows, unit="chunk")
                 self.stat_update("rejected", value=len(batch.rejects), unit="chunk")
         yield from data or ()
 

@@ -8,7 +8,8 @@
 As GPT-3 did it (Brown et al. 2020, appendix C), words are compared without case and punctuation, a run of 13 words is
 an overlap, and a text of 8 to 12 words is a run by itself. A shorter text says too little to be looked for inside
 others ("n = 5" is in every second exercise); a row of which no text is longer goes only if it is the evaluation row:
-the same instruction and input, or the same input and output, in either direction. Runs that stand in more than ten
+the same instruction and input, or the same input and output, in either direction. A line of plain text is also looked
+for as the whole source of a row, however short; as a target, "Yes." says nothing. Runs that stand in more than ten
 evaluation texts are boilerplate and do not count (GPT-3 counted them in the training data), nor do runs of which less
 than half are different words with a letter: "0 0 0 0 …", "arr j arr j 1 let temp arr j arr j arr".
 
@@ -34,7 +35,7 @@ import regex
 import xxhash
 
 from diptych.data_prep.filters import Complaint
-from diptych.data_prep.records import Record, UserError
+from diptych.data_prep.records import Origin, Record, UserError
 
 LONGEST_RUN = 13
 SHORTEST_RUN = 8
@@ -46,6 +47,16 @@ _WORD = regex.compile(rf"[{_CHARACTER_WORDS}]|[[\p{{L}}\p{{M}}\p{{N}}]--[{_CHARA
 
 
 Words = list[str]
+
+ALONE = ""
+"""Stands before the words of a text that counts by itself, as no word does: it is no row of that instruction."""
+
+
+class PlainText(NamedTuple):
+    """A line of a file of nothing but texts: nobody knows whether it is an input, an answer or both."""
+
+    text: str
+    origin: Origin
 
 
 class Overlap(NamedTuple):
@@ -78,12 +89,16 @@ class EvalIndex:
         return cls._build((([words], [words]) for words in map(words_of, texts)), ngram, names)
 
     @classmethod
-    def from_records(cls, records: Iterable[Record], ngram: int = LONGEST_RUN) -> EvalIndex:
+    def from_records(cls, records: Iterable[Record | PlainText], ngram: int = LONGEST_RUN) -> EvalIndex:
         names: list[str] = []
 
         def rows() -> Iterator[tuple[list[Words], list[Words]]]:
             for record in records:
                 names.append(str(record.origin))
+                if isinstance(record, PlainText):
+                    words = words_of(record.text)
+                    yield [words], [[ALONE, *words]] if words else []
+                    continue
                 texts = _RecordWords.of(record)
                 yield [texts.source, texts.output], texts.wholes()
 
@@ -120,7 +135,7 @@ class EvalIndex:
 
     def equal(self, words: Words) -> Overlap | None:
         found = _find(self.wholes, numpy.array([_whole_key(words)], dtype=numpy.uint64))
-        return Overlap(" ".join(words[: self.ngram]), int(self.whole_texts[found[1]])) if found else None
+        return Overlap(" ".join(words[: self.ngram]).strip(), int(self.whole_texts[found[1]])) if found else None
 
     def shared_run(self, words: Words) -> Overlap | None:
         longest = None
@@ -157,6 +172,8 @@ class Decontaminate:
         for words in texts.wholes():
             if found := self.index.equal(words):
                 return self._complaint("row is the same as", found)
+        if found := self.index.equal([ALONE, *texts.source]):
+            return self._complaint("source is the same as", found)
         sides = [("source", texts.source), ("target", texts.output), *(("history", words) for words in texts.history)]
         for side, words in sides:
             if found := self.index.shared_run(words):

@@ -18,6 +18,7 @@ import errno
 import glob
 import io
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -367,15 +368,22 @@ class Content:
 def check_text(head: bytes, name: str) -> int:
     """Length of the UTF-8 mark at the beginning of a text, or an error where it is no UTF-8 text at all."""
     if head.startswith(UTF16_MARKS) or _every_second_byte_is_nul(head[:256]):
-        raise UserError(
-            f"{name} is UTF-16, and UTF-8 is due. Convert it: iconv -f UTF-16 -t UTF-8 {name} > converted."
-        )
+        raise UserError(f"{name} is UTF-16, and UTF-8 is due. Convert it: {conversion(name, 'UTF-16')}")
     if head[257:262] == b"ustar":
         raise UserError(f"{name} holds a tar archive, and nothing is unpacked from it. Unpack it, and name the files.")
     mark = len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0
     if len(head) < HEAD_BYTES and not head[mark:].strip():
         raise UserError(f"{name} is empty: there is nothing to prepare.")
     return mark
+
+
+def conversion(name: str, encoding: str) -> str:
+    """A command to paste, whose result has a name that can be read: `iconv -f CP949 -t UTF-8 a.csv > a.utf8.csv`."""
+    suffix, packed = _suffixes(name)
+    stem = name[: -len(Path(name).suffix)] if packed else name
+    result, name = shlex.quote(f"{stem.removesuffix(Path(stem).suffix)}.utf8{suffix}"), shlex.quote(name)
+    command = f"iconv -f {encoding} -t UTF-8"
+    return f"{packed} -dc {name} | {command} > {result}" if packed else f"{command} {name} > {result}"
 
 
 def _every_second_byte_is_nul(head: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Which rows a user wants, by length and by language; and a text's script, for the report.
+"""Which rows a user wants, by length and by language; and a text's script and Unicode form, for the report.
 
     LengthFilter(maximum_source=2000, minimum_target=2).check(record)   None, or ("target too short", "output has 1 …")
     LanguageFilter(("en",), ("ko",)).check(record)                      None, or ("source language", "… 'ja', not en")
@@ -23,6 +23,7 @@ licence is CC BY-SA; langdetect draws random numbers; cld2 and cld3 have no kept
 from __future__ import annotations
 
 import functools
+import unicodedata
 from dataclasses import dataclass
 
 import numpy
@@ -77,12 +78,17 @@ class LengthFilter:
     unit: str = "characters"
     """"characters" or "words" (what white space divides)."""
     minimum_source: int | None = None
+    """Shortest source that is kept: the input, or the instruction where there is none."""
     maximum_source: int | None = None
+    """Longest one."""
     minimum_target: int | None = None
+    """Shortest target that is kept."""
     maximum_target: int | None = None
+    """Longest one."""
     minimum_ratio: float | None = None
-    """Length of the target over length of the source."""
+    """Lowest length of the target over that of the source."""
     maximum_ratio: float | None = None
+    """Highest one."""
 
     def __post_init__(self) -> None:
         if self.unit not in ("characters", "words"):
@@ -169,6 +175,14 @@ def language_of(text: str) -> tuple[str, float]:
     """`("en", 0.98)`: the most probable language and its probability, which is low where the text is short."""
     language, confidence = _identifier().classify(text)
     return language, float(confidence)
+
+
+def is_composed(record: Record) -> bool:
+    """Whether all its texts are in Unicode's form NFC, which writes 각 as one character and not as three jamo (NFD, as
+    in names of files from macOS). An ASCII text costs 0.1 µs, a Korean sentence of 160 characters 1 µs."""
+    texts = (record.instruction, record.input, record.output, record.system)
+    earlier = (text for turn in record.history for text in turn)
+    return all(unicodedata.is_normalized("NFC", text) for text in (*texts, *earlier))
 
 
 def script_of(text: str) -> str:

@@ -440,7 +440,10 @@ def _suggestion(views: Sequence[Mapping[str, Any]], candidates: Mapping[str, For
         if is_whole and count and (best is None or count < best[0]):
             best = (count, format.name, renamed)
     if best is None:
-        return " Columns with other names are mapped, also inside of others: --map output=answer, or answers.text.0."
+        return (
+            " Columns with other names are mapped, also inside of others: --map output=answer, or answers.text.0."
+            " Those of a csv without a header are numbers: --map instruction=1 output=2."
+        )
     _, name, renamed = best
     pairs = [(known, shown_name(column)) for known, column in renamed.items()]
     meant = " and ".join(f"'{column}' is the {known}" for known, column in pairs[:1])

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.deduplicate import PERMUTATIONS
 from diptych.data_prep.readers import Source
-from diptych.data_prep.records import Reject, Rejects, Row
+from diptych.data_prep.records import Reject, Rejects, Row, counted
 from diptych.data_prep.stages import Batch, Counts, Lengths, Stages, encode_batch
 from diptych.data_prep.templates import Template
 from diptych.data_prep.workers import in_order
@@ -43,8 +43,8 @@ class Gathered:
     signatures: numpy.ndarray | None
     """(rows, permutations), mapped too, where near duplicates are looked for."""
     counts: Counts
-    rows_read: list[int]
-    """Of each source: examples and rejects."""
+    examples_read: list[int]
+    """Of each source: examples and rejects. `counts.rows` are the rows that gave them."""
 
     def column(self, name: str) -> numpy.ndarray:
         """A column of numbers, (rows,)."""
@@ -69,12 +69,12 @@ def collect(
     numbered: Iterable[tuple[int, Batch]], sources: int, stages: Stages, rejects: Rejects, scratch: Path
 ) -> Gathered:
     """Batches, each with the number of its source, in the order of the data, wherever they were made."""
-    counts, rows_read = Counts(), Counter()
+    counts, examples_read = Counts(), Counter()
     signatures_file = (scratch / "signatures").open("wb") if stages.shingles else None
 
     def batches() -> Iterator[pyarrow.RecordBatch]:
         for number, batch in numbered:
-            rows_read[number] += batch.rows_read
+            examples_read[number] += batch.examples_read
             counts.add(batch.counts)
             for reject in batch.rejects:
                 rejects.add(reject)
@@ -90,7 +90,7 @@ def collect(
         signatures_file.close()
         shape = (examples.num_rows, PERMUTATIONS)
         signatures = numpy.memmap(scratch / "signatures", numpy.uint32, "r", shape=shape) if shape[0] else None
-    return Gathered(examples, signatures, counts, [rows_read[number] for number in range(sources)])
+    return Gathered(examples, signatures, counts, [examples_read[number] for number in range(sources)])
 
 
 def encode(
@@ -110,7 +110,7 @@ def encode(
     encoder = functools.partial(_encoded, tokenizer=tokenizer, template=template, lengths=lengths)
 
     def batches() -> Iterator[pyarrow.RecordBatch]:
-        with tqdm(total=len(rows), unit=" rows", unit_scale=True, desc="Encoding") as bar:
+        with tqdm(total=len(rows), unit=" examples", unit_scale=True, desc="Encoding") as bar:
             for batch, found, counts in in_order(encoder, tasks, workers):
                 for reject in found:
                     rejects.add(reject)
@@ -119,7 +119,7 @@ def encode(
                 yield batch
 
     examples = written(batches(), scratch / "encoded.arrow")
-    return Gathered(examples, None, gathered.counts, gathered.rows_read)
+    return Gathered(examples, None, gathered.counts, gathered.examples_read)
 
 
 def written(batches: Iterable[pyarrow.RecordBatch], path: Path) -> pyarrow.Table:
@@ -163,9 +163,9 @@ def _batches(
         if number != current:
             done_before, done, current = done_before + done, 0, number
         done = batch.bytes_done
-        rows += batch.rows_read
+        rows += batch.counts.rows
         yield number, batch
-        bar.set_postfix_str(f"{rows:,} rows, {rejects.count:,} rejected", refresh=False)
+        bar.set_postfix_str(f"{counted(rows, 'row')}, {rejects.count:,} rejected", refresh=False)
         bar.update(done_before + done - bar.n)
 
 

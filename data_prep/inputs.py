@@ -17,14 +17,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.checkpoint_tokenizer import decoder_start_of
-from diptych.data_prep.decontaminate import Decontaminate, EvalIndex
+from diptych.data_prep.decontaminate import Decontaminate, EvalIndex, PlainText
 from diptych.data_prep.filters import LanguageFilter
 from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
 from diptych.data_prep.gather import first_rows
 from diptych.data_prep.mixture import check_mixture
 from diptych.data_prep.prepared import fingerprint, tokenizer_digest
-from diptych.data_prep.readers import Limits, Source, open_sources
-from diptych.data_prep.records import Record, Reject, UserError
+from diptych.data_prep.readers import Limits, Source, is_plain, open_evaluation, open_sources
+from diptych.data_prep.records import Record, Reject, Row, UserError, counted
 from diptych.data_prep.selection import shingles_of
 from diptych.data_prep.sensitive import require_detectors
 from diptych.data_prep.settings import PrepareSettings
@@ -59,11 +59,13 @@ def limits_of(settings: PrepareSettings) -> Limits:
 
 def open_inputs(settings: PrepareSettings) -> Inputs:
     limits = limits_of(settings)
-    sources = open_sources(settings.data, settings.aligned, limits)
+    columns = parse_mapping(settings.map).values()
+    numbered = bool(columns) and all(column.isdecimal() for column in columns)
+    sources = open_sources(settings.data, settings.aligned, limits, numbered)
     entries = [source.entry or source.name for source in sources]
     if settings.mixture is not None:
         check_mixture(settings.mixture, list(dict.fromkeys(entries)))
-    evaluation = open_sources(settings.decontaminate, [], limits)
+    evaluation = open_evaluation(settings.decontaminate, limits)
     return Inputs(sources, entries, evaluation, [make_converter(settings, source) for source in sources])
 
 
@@ -71,6 +73,8 @@ def make_stages(
     settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
 ) -> Stages:
     """All that happens to a row; how each source is read is said aloud."""
+    for note in (note for source in inputs.evaluation for note in source.notes):
+        print(f"Note       {note}")
     for source, converter in zip(inputs.sources, inputs.converters, strict=True):
         for note in source.notes:
             print(f"Note       {note}")
@@ -122,26 +126,31 @@ def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
         )
 
 
-def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record]:
+def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record | PlainText]:
     for source in inputs.evaluation:
         rows = first_rows(source)
         if not rows:
             raise UserError(f"{source.name} has no row that training could be compared with.")
-        both = Directions("Translate:", "Translate:")  # so that both sides of a pair are looked at
-        converter = converter_for(rows, source.name, directions=both)
-        results = (result for row in source.rows() for result in converter.records(row))
+        records = _plain_text
+        if not is_plain(source.name):
+            both = Directions("Translate:", "Translate:")  # so that both sides of a pair are looked at
+            records = converter_for(rows, source.name, directions=both).records
         bad: list[Reject] = []
-        for result in results:
-            if isinstance(result, Record):
+        for result in (result for row in source.rows() for result in records(row)):
+            if isinstance(result, Record | PlainText):
                 yield result
             elif isinstance(result, Reject):
                 bad.append(result)
         if bad:
             print(
-                f"warning: {len(bad):,} rows of {source.name} cannot be read, so training is not compared with them;"
-                f" the first, {bad[0].origin}: {bad[0].reason}",
+                f"warning: training is not compared with {counted(len(bad), 'row')} of {source.name}, which cannot be"
+                f" read; the first, {bad[0].origin}: {bad[0].reason}",
                 file=sys.stderr,
             )
+
+
+def _plain_text(row: Row | Reject) -> list[PlainText | Reject]:
+    return [row if isinstance(row, Reject) else PlainText(row.fields["text"], row.origin)]
 
 
 def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:

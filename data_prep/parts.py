@@ -26,7 +26,7 @@ from typing import IO, Any
 import pyarrow
 
 from diptych.data_prep.readers import Chunk, Source
-from diptych.data_prep.records import Origin, Reject, UserError
+from diptych.data_prep.records import Origin, Reject, UserError, counted
 from diptych.data_prep.stages import Batch, Counts, Stages
 
 SOURCES_PER_TASK = 4
@@ -164,7 +164,7 @@ def _part_paths(folder: Path) -> list[Path]:
         )
     paths = [part_path(folder, task, totals[0]) for task in range(totals[0])]
     if missing := [path for path in paths if not path.is_file()]:
-        others = f" So are {len(missing) - 1} others." if len(missing) > 1 else ""
+        others = f" {counted(len(missing) - 1, 'more part')} too." if len(missing) > 1 else ""
         raise UserError(f"{missing[0]} is missing.{others} {_again(missing[0])}")
     return paths
 

@@ -14,6 +14,8 @@ any; 2 with one message when a person has to mend something first.
 from __future__ import annotations
 
 import functools
+import glob
+import itertools
 import json
 import shutil
 import sys
@@ -44,11 +46,12 @@ from diptych.data_prep.prepared import (
     put_in_place,
     save_quietly,
 )
-from diptych.data_prep.records import Rejects, UserError
+from diptych.data_prep.records import Rejects, UserError, counted
 from diptych.data_prep.report import write_report
 from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed_train, select
 from diptych.data_prep.settings import PrepareSettings, parse_settings
 from diptych.data_prep.summary import (
+    cut_off_warnings,
     packing_lines,
     packing_warnings,
     shortened,
@@ -88,13 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(settings: PrepareSettings) -> Path:
     """The whole way, told in order. Returns the folder of the prepared dataset."""
     folder = Path(settings.out).expanduser().resolve()
+    _check_apart(folder, settings)
     inputs = open_inputs(settings)
     tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template)
     wanted = fingerprint_of(settings, inputs, tokenizer, template)
     if (manifest := find_reusable(folder, wanted)) is not None:
         print(f"Reused     {folder}: nothing has changed since it was prepared")
         print("\n".join([splits_line(manifest), *packing_lines(manifest)]))
-        _warn(packing_warnings(manifest["packing"], settings))
+        _warn(manifest["warnings"])
         return folder
     with beside(folder) as partial, (partial / REJECTS).open("w", encoding="utf-8") as file:
         manifest = _prepare(settings, inputs, tokenizer, template, wanted, partial, file)
@@ -138,8 +142,8 @@ def _prepare(
         selection = replace(selection, split_of_row=numpy.asarray(of_row))
     places = selection.places()
     _need_rows(len(places.get("train", ())), rejects, partial, settings.out)
-    rows_read = sum(gathered.rows_read)
-    assert selection.kept + rejects.count == rows_read, (selection.kept, rejects.count, rows_read)
+    examples_read = sum(gathered.examples_read)
+    assert selection.kept + rejects.count == examples_read, (selection.kept, rejects.count, examples_read)
     if settings.mixture is not None:
         names = (inputs.entries, settings.mixture, settings.seed)
         places["train"] = mixed_train(gathered, places["train"], *names)
@@ -155,9 +159,15 @@ def _prepare(
         *usage_warnings(template, tokenizer, gathered.counts),
         *selection.warnings,
         *packing_warnings(plan.entry if plan else None, settings),
+        *cut_off_warnings(rejects),
     ]
     manifest = {
-        "rows": {"read": rows_read, "kept": selection.kept, "rejected": rejects.count},
+        "rows": {
+            "read": gathered.counts.rows,
+            "examples": examples_read,
+            "kept": selection.kept,
+            "rejected": rejects.count,
+        },
         "rejected_by_kind": rejects.by_kind(),
         "first_rejected": {
             kind: f"{examples[0].origin}: {shortened(examples[0].reason)}"
@@ -187,7 +197,8 @@ def _prepare(
         partial,
         {
             "name": Path(settings.out).name,
-            **{name: manifest[name] for name in ("rows", "splits", "groups", "tokenizer", "warnings")},
+            "rows": {**manifest["rows"], "read": examples_read},
+            **{name: manifest[name] for name in ("splits", "groups", "tokenizer", "warnings")},
             "template": {**manifest["template"], "golden": facts.golden(tokenizer, template)},
             "sources": manifest["inputs"],
             "removed": facts.removed(rejects),
@@ -225,6 +236,21 @@ def _gather(settings: PrepareSettings, work: Work, rejects: Rejects, scratch: Pa
         folder = _parts_folder(Path(settings.out).expanduser().resolve()) / f"{work.fingerprint[:16]}-{tasks}"
         run_tasks(work, folder, tasks, workers)
     return collect(merged(work, folder), len(work.sources), work.stages, rejects, scratch)
+
+
+def _check_apart(folder: Path, settings: PrepareSettings) -> None:
+    """What is written must not be among what is read, where the next run would find it."""
+    for entry in (*settings.data, *settings.decontaminate):
+        read = Path(entry).expanduser()
+        if read.resolve() == _rejects_beside(folder):
+            raise UserError(f"{entry} is what an earlier run could not keep, and goes with the next. Rename it first.")
+        if "**" in entry:
+            read = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), read.parts))
+        if read.is_dir() and folder.is_relative_to(read.resolve()):
+            raise UserError(
+                f"--out {settings.out} lies in {entry}, all of which is read: the next run would read what this one"
+                f" writes. Choose a folder beside it, such as --out {read.resolve().parent / 'prepared'}."
+            )
 
 
 def _parts_folder(folder: Path) -> Path:
@@ -270,9 +296,9 @@ def _input_facts(
             "name": source.name,
             "digest": source.digest,
             "format": inputs.converters[place].format.name,
-            "read": gathered.rows_read[place],
+            "read": gathered.examples_read[place],
             "kept": kept[place],
-            "rejected": gathered.rows_read[place] - kept[place],
+            "rejected": gathered.examples_read[place] - kept[place],
             "mixed": mixed[place] if settings.mixture is not None else None,
             "share": mixed[place] / len(train),
         }
@@ -292,7 +318,7 @@ def _need_rows(rows: int, rejects: Rejects, partial: Path, out: str) -> None:
     rejects.file.flush()
     shutil.copyfile(partial / REJECTS, reasons)
     raise UserError(
-        f"none of the {rejects.count:,} rows can be kept ({kinds}). The first, {first.origin}: {first.reason}"
+        f"of {counted(rejects.count, 'row')}, none can be kept ({kinds}). The first, {first.origin}: {first.reason}"
         f" Mend the rows or the settings, and prepare them again. All of them: {reasons}"
     )
 

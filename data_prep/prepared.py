@@ -160,10 +160,17 @@ def _previous(folder: Path) -> Path:
 
 def save_quietly(tables: DatasetDict | Dataset, folder: Path) -> None:
     """Without a progress bar for each split: copying takes no time worth one."""
+    with without_bars():
+        tables.save_to_disk(folder)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Those of `datasets`, which count everything as examples."""
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        tables.save_to_disk(folder)
+        yield
     finally:
         if bars_were_on:
             datasets.enable_progress_bars()

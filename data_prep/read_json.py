@@ -40,7 +40,7 @@ from diptych.data_prep.files import (
     LongLine,
     line_blocks,
 )
-from diptych.data_prep.records import RAW_CHARACTERS_KEPT, Origin, Reject, Row, UserError
+from diptych.data_prep.records import CUT_OFF, RAW_CHARACTERS_KEPT, Origin, Reject, Row, UserError
 from diptych.data_prep.validate import listed
 
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -295,8 +295,8 @@ class ArrayRows:
             if character == "" and self.is_over:
                 return
             if character == "":
-                fault = f"broken JSON: the file ends inside the array, {window.place(window.at)}."
-                yield Reject(self._next_origin(), None, "broken JSON", fault, "")
+                fault = f"the file ends inside the array, {window.place(window.at)}."
+                yield Reject(self._next_origin(), None, CUT_OFF, fault, "")
                 return
             if character == "]":
                 window.at += 1

@@ -1,8 +1,10 @@
-"""Tables as text, and parallel text: csv and tsv with a header, pairs of sentences in one file or in two.
+"""Tables as text, parallel text and plain text: csv and tsv, pairs of sentences in one file or in two, a text a line.
 
     instruction,output                             a header, then records
     "two                                           → Row({"instruction": "two\nlines", "output": "b"}), row 2
     lines",b
+    sep=;                                          Excel's word on what separates columns: not a row
+    a;b                                            without a header: Row({"1": "a", "2": "b"}), row 2
     Go.\t가.\tCC-BY                                → Row({"first": "Go.", "second": "가.", "column 3": "CC-BY"})
     a.en: Go.   a.ko: 가.                           → Row({"first": "Go.", "second": "가."})
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +34,8 @@ from diptych.data_prep.chunks import (
 )
 from diptych.data_prep.files import Content, File, Limits, Lines, LongLine, line_blocks
 from diptych.data_prep.records import Origin, Reject, Row, UserError
+
+SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -142,27 +147,30 @@ class _Lines:
         del self.taken[1:]
 
 
-def table_chunks(file: File, limits: Limits, mark: int, delimiter: str) -> Iterator[Chunk]:
-    """A header, then records, which may span lines inside quotes. A record's row is the line that it starts on."""
+def table_chunks(file: File, limits: Limits, mark: int, delimiter: str, numbered: bool = False) -> Iterator[Chunk]:
+    """A header, then records, which may span lines inside quotes. A record's row is the line that it starts on. With
+    `numbered` there is no header: the columns are "1", "2" and so on, as many as the first record has."""
     with file.open(limits) as content:
         lines = _Lines(line_blocks(content, mark, limits), limits.max_row_bytes)
-        yield from in_chunks(_table_rows(lines, file.name, limits, delimiter), lambda: content.position)
+        yield from in_chunks(_table_rows(lines, file.name, limits, delimiter, numbered), lambda: content.position)
 
 
-def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Rows:
+def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str, numbered: bool) -> Rows:
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than some documents have
     records = _csv_records(lines, name, limits, delimiter)
     header: list[str] | None = None
     for record in records:
         if isinstance(record, Reject):
-            if header is None:
+            if header is None and not numbered:
                 raise UserError(f"{name}: the header {record.raw.strip()[:200]!r} is wrong: {record.reason}")
             yield record
             continue
         values, number, text, offset = record
-        if not values:  # a blank line
+        if not values or (number == 1 and SEPARATOR_LINE.fullmatch(text)):  # a blank line, or Excel's
             continue
         origin = Origin(name, number)
+        if header is None and numbered:
+            header = [str(place) for place in range(1, len(values) + 1)]
         if header is None:
             header = [value.strip() for value in values]
             if len(set(header)) < len(header) or NOT_UTF8.search(text):
@@ -174,7 +182,8 @@ def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Row
         elif offset is not None and NOT_UTF8.search(text):
             yield unreadable(origin, text, offset, "")
         elif len(values) != len(header):
-            fault = f"wrong number of columns: {len(values)}, and the header has {len(header)}."
+            first = "first line" if numbered else "header"
+            fault = f"wrong number of columns: {len(values)}, and the {first} has {len(header)}."
             yield unreadable(origin, text, None, fault)
         else:
             yield Row(dict(zip(header, values, strict=True)), origin, text)
@@ -216,6 +225,18 @@ def _offset_of_first(taken: list[tuple[int, str, int | None]]) -> int | None:
     return None
 
 
+def text_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
+    """Plain text, a text a line; blank lines are none."""
+    with file.open(limits) as content:
+        lines = enumerate(_aligned_lines(content, mark, limits), start=1)
+        rows = (_text_row(Origin(file.name, number), line, limits) for number, line in lines)
+        yield from in_chunks((row for row in rows if row.raw.strip()), lambda: content.position)
+
+
+def _text_row(origin: Origin, line: tuple[str, int | None] | LongLine, limits: Limits) -> Row | Reject:
+    return _line_fault(origin, line, limits) or Row({"text": line[0]}, origin, line[0])
+
+
 def aligned_chunks(files: list[File], marks: list[int], limits: Limits) -> Iterator[Chunk]:
     """Line N of one file belongs to line N of the other; if one has more lines, nobody knows which pairs are right."""
     with files[0].open(limits) as first, files[1].open(limits) as second:
@@ -249,12 +270,18 @@ def _aligned_rows(files: list[File], lines: list[Iterator], limits: Limits) -> R
 
 def _aligned_row(files: list[File], pair: list, number: int, limits: Limits) -> Row | Reject:
     for file, line in zip(files, pair, strict=True):
-        if isinstance(line, LongLine):
-            return too_large(Origin(file.name, number), line.head.decode("utf-8", "replace"), line.length, limits)
-        text, offset = line
-        if size := size_if_too_large(text, limits):
-            return too_large(Origin(file.name, number), text, size, limits)
-        if offset is not None and NOT_UTF8.search(text):
-            return unreadable(Origin(file.name, number), text, offset, "")
+        if fault := _line_fault(Origin(file.name, number), line, limits):
+            return fault
     (first, _), (second, _) = pair
     return Row({"first": first, "second": second}, Origin(files[0].name, number), f"{first}\t{second}")
+
+
+def _line_fault(origin: Origin, line: tuple[str, int | None] | LongLine, limits: Limits) -> Reject | None:
+    if isinstance(line, LongLine):
+        return too_large(origin, line.head.decode("utf-8", "replace"), line.length, limits)
+    text, offset = line
+    if size := size_if_too_large(text, limits):
+        return too_large(origin, text, size, limits)
+    if offset is not None and NOT_UTF8.search(text):
+        return unreadable(origin, text, offset, "")
+    return None

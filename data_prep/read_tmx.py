@@ -14,10 +14,11 @@ from xml.parsers import expat
 
 from diptych.data_prep.chunks import Chunk, Rows, bad_byte, in_chunks, too_large
 from diptych.data_prep.files import LONG_ROW_CHARACTERS_KEPT, Content, File, Limits
-from diptych.data_prep.records import Origin, Reject, Row, UserError
+from diptych.data_prep.records import CUT_OFF, Origin, Reject, Row, UserError
 
 NEXT_UNIT = re.compile(rb"<tu(?=[\s>])")
 OPEN_TAGS = b"<tmx><body>"
+AT_THE_END = (expat.errors.XML_ERROR_NO_ELEMENTS, expat.errors.XML_ERROR_UNCLOSED_TOKEN)
 CODE_TAGS = frozenset(("bpt", "ept", "it", "ph", "ut"))
 
 
@@ -142,7 +143,11 @@ class TmxRows:
         found = NEXT_UNIT.search(self._data, max(0, here - self._base) + (not is_new_unit))
         head = unit.head if unit and unit.head is not None else self._data[begin - self._base :]
         raw = head[: found.start() - (begin - self._base)] if found else head[:LONG_ROW_CHARACTERS_KEPT]
-        reject = self._broken(raw, begin, here, fault)
+        if found is None and not is_new_unit and expat.errors.messages[error.code] in AT_THE_END:
+            fault = f"the file ends before </tmx>, line {line}, column {column}."
+            reject = Reject(self._next_origin(), None, CUT_OFF, fault, raw.decode(self.encoding, "replace"))
+        else:
+            reject = self._broken(raw, begin, here, fault)
         until = here if is_new_unit else here + 1
         self._lines_before = line - 1
         self._forget(until)

@@ -2,6 +2,7 @@
 
     rows.jsonl (.ndjson)  one object a line             rows.json     [{…}, {…}], or an object that holds one such list
     rows.csv              a header line, then records   rows.tsv      likewise, if its first line names columns
+                          (without one, if columns are mapped by number: {"1": …, "2": …})
     rows.parquet, .arrow  columns; an Arrow file or stream; a folder saved by `datasets`
     pairs.tsv             first ⇥ second ⇥ …            → {"first": …, "second": …, "column 3": …}
     --aligned a.en a.ko   line N with line N            → {"first": …, "second": …}
@@ -23,6 +24,7 @@ UserError. On one core 100 MB of JSONL take 0.55 s (json.loads of the same lines
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import os
 from collections import Counter
@@ -37,7 +39,7 @@ from diptych.data_prep.chunks import Chunk, Rows, check_encoding
 from diptych.data_prep.files import DEFAULT_LIMITS, HEAD_BYTES, File, Found, Limits, check_text, find_files, identify
 from diptych.data_prep.read_columns import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks, object_chunks
-from diptych.data_prep.read_tables import aligned_chunks, table_chunks, tsv_chunks
+from diptych.data_prep.read_tables import SEPARATOR_LINE, aligned_chunks, table_chunks, text_chunks, tsv_chunks
 from diptych.data_prep.read_tmx import tmx_chunks
 from diptych.data_prep.records import UserError
 
@@ -105,21 +107,52 @@ SAMPLES = {
 # Opening
 
 
-def open_sources(entries: Sequence[str], aligned: Sequence[str] = (), limits: Limits = DEFAULT_LIMITS) -> list[Source]:
+def open_sources(
+    entries: Sequence[str],
+    aligned: Sequence[str] = (),
+    limits: Limits = DEFAULT_LIMITS,
+    numbered: bool = False,
+) -> list[Source]:
     """All that is to be read, in the order given; what can be known to be wrong is said here, before anything is read.
 
-    `aligned` is empty or two files. A file that comes up twice is read once, with a note.
+    `aligned` is empty or two files. With `numbered`, tables have no header: their columns are "1", "2" and so on. A
+    file that comes up twice is read once, with a note.
     """
     sources: list[Source] = []
     for entry in entries:
-        sources += _open_entry(entry, limits)
+        sources += _open_entry(entry, limits, numbered)
     sources = _each_once(sources)
     if aligned:
         sources.append(_open_aligned(aligned, limits))
     return sources
 
 
-def _open_entry(entry: str, limits: Limits) -> list[Source]:
+def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> list[Source]:
+    """What training is compared with: the same files, and plain ones of a text a line, whose rows are {"text": …}."""
+    sources: list[Source] = []
+    for entry in entries:
+        names = sorted(glob.glob(entry)) or [entry] if is_plain(entry) else [entry]
+        for name in names:
+            sources += [_open_plain(name, limits)] if is_plain(name) else _open_entry(name, limits)
+    return _each_once(sources)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file has a text a line and nothing else, to judge by its name."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+
+
+def _open_plain(entry: str, limits: Limits) -> Source:
+    [found], _ = find_files(entry, SAMPLES)
+    file = identify(found, any_text=True)
+    with file.open(limits) as content:
+        head = content.peek(HEAD_BYTES)
+    mark = check_text(head, file.name)
+    check_encoding(head, file.name)
+    return Source(file.name, file.digest, file.bytes, functools.partial(text_chunks, file, limits, mark), entry)
+
+
+def _open_entry(entry: str, limits: Limits, numbered: bool = False) -> list[Source]:
     if entry.startswith(HUB_PREFIX):
         return [_open_hub(entry, limits)]
     if entry in SAMPLES:
@@ -129,7 +162,7 @@ def _open_entry(entry: str, limits: Limits) -> list[Source]:
     if (Path(entry) / "dataset_dict.json").is_file() or (Path(entry) / "state.json").is_file():
         return _open_saved_dataset(entry, limits)
     found, notes = find_files(entry, SAMPLES)
-    sources = [_open_file(identify(file), limits) for file in found]
+    sources = [_open_file(identify(file), limits, numbered) for file in found]
     sources[0] = _with_notes(sources[0], notes)
     return sources
 
@@ -154,7 +187,7 @@ def _each_once(sources: list[Source]) -> list[Source]:
     return list(kept.values())
 
 
-def _open_file(file: File, limits: Limits, **more: Any) -> Source:
+def _open_file(file: File, limits: Limits, numbered: bool = False, **more: Any) -> Source:
     """The way to read a file, by its suffix and its beginning."""
     if file.suffix == ".parquet":
         read, notes = parquet_chunks, []
@@ -168,17 +201,22 @@ def _open_file(file: File, limits: Limits, **more: Any) -> Source:
         else:
             mark = check_text(head, file.name)
             check_encoding(head, file.name)
-            read, notes = _by_beginning(file, head[mark:].decode("utf-8", "surrogateescape"))
+            read, notes = _by_beginning(file, head[mark:].decode("utf-8", "surrogateescape"), numbered)
             read = functools.partial(read, mark=mark)
     read = functools.partial(read, file, limits=limits)
     return Source(file.name, file.digest, file.bytes, read, file.entry, notes=tuple(notes), **more)
 
 
-def _by_beginning(file: File, head: str) -> tuple[Callable[..., Iterator[Chunk]], list[str]]:
-    if file.suffix == ".csv":
-        delimiter = _delimiter(head)
-        notes = [] if delimiter == "," else [f"{file.name}: its columns are separated by {DELIMITERS[delimiter]}"]
-        return functools.partial(table_chunks, delimiter=delimiter), notes
+def _by_beginning(file: File, head: str, numbered: bool) -> tuple[Callable[..., Iterator[Chunk]], list[str]]:
+    if file.suffix == ".csv" or (file.suffix == ".tsv" and numbered):
+        delimiter = _delimiter(head) if file.suffix == ".csv" else "\t"
+        notes = []
+        if delimiter != "," and file.suffix == ".csv":
+            notes.append(f"{file.name}: its columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
+        if numbered:
+            _check_no_header(_first_cells(head, delimiter), file.name)
+            notes.append(f"{file.name}: its first line is data, since --map names columns by number")
+        return functools.partial(table_chunks, delimiter=delimiter, numbered=numbered), notes
     if file.suffix == ".tsv":
         lines = [line for line in head.split("\n")[:1000] if line.strip()]
         names = [cell.strip().casefold() for cell in lines[0].split("\t")] if lines else []
@@ -232,15 +270,31 @@ def _is_object(line: str) -> bool:
 
 
 def _delimiter(head: str) -> str:
-    """The one that splits the header into most known names, then into most names; a comma if that decides nothing."""
-    header = head[SPACE.match(head).end() :].split("\n", 1)[0]
+    """The one that Excel's first line `sep=;` names, else the one that splits the header into most known names, then
+    into most names; a comma if that decides nothing."""
+    if named := SEPARATOR_LINE.match(head):
+        return named[1]
     scores = {}
     for delimiter in DELIMITERS:
-        cells = [cell.strip().strip('"').strip().casefold() for cell in header.split(delimiter)]
+        cells = _first_cells(head, delimiter)
         known = sum(cell in KNOWN_COLUMNS for cell in cells)
         scores[delimiter] = (known, 1 if known else 0 if delimiter == "|" else len(cells))
     best = max(scores, key=lambda delimiter: (scores[delimiter], delimiter == ","))
     return best
+
+
+def _first_cells(head: str, delimiter: str) -> list[str]:
+    named = SEPARATOR_LINE.match(head)
+    header = head[SPACE.match(head, named.end() if named else 0).end() :].split("\n", 1)[0]
+    return [cell.strip().strip('"').strip().casefold() for cell in header.split(delimiter)]
+
+
+def _check_no_header(cells: list[str], name: str) -> None:
+    if KNOWN_COLUMNS.issuperset(cells):
+        raise UserError(
+            f"{name}: --map names columns by number, which is for tables without a header, and the first line here"
+            f" names them: {', '.join(cells)}. Map these names."
+        )
 
 
 def _usual_columns(lines: list[str], name: str) -> int:

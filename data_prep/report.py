@@ -359,7 +359,7 @@ def _log(length: float) -> float:
 
 
 def _flow(facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Streams from one block of all rows read to where they ended: splits, then the stages that removed some."""
+    """Streams from one block of all examples read to where they ended: splits, then the stages that removed some."""
     rows, splits = facts.get("rows") or {}, facts.get("splits") or {}
     read = rows.get("read")
     if not read:
@@ -535,7 +535,7 @@ def _plot_rows(figure: Figure, flow: dict[str, Any]) -> None:
     )
     axes.bar_label(bars, [f" {stream['count']:,}" for stream in streams])
     _name_bars(axes, [f"{'' if s['kind'] == 'kept' else 'removed: '}{s['name']}" for s in streams])
-    axes.set_title(f"Where {flow['read']:,} rows went")
+    axes.set_title(f"Where {flow['read']:,} examples went")
 
 
 def _plot_sources(figure: Figure, sources: list[dict[str, Any]]) -> None:

@@ -4,19 +4,26 @@
     find_sensitive(text)       →  [Finding("e-mail address", 5, 21), Finding("IP address", 27, 34)]
     masked(text, finding)      →  "ja… (16 characters)"
 
-What has a checksum is checked: card numbers (Luhn), IBAN (ISO 7064, 97), Korean resident registration numbers (a date,
-and the check digit, which numbers given since October 2020 need not have: those are missed). An IP address counts if
-it is a public one, a phone number if it has a country code or the groups of a Korean or North American number.
-Patterns know nothing of meaning: names and postal addresses are not found, and an example's `user@example.org` is.
+What has a checksum is checked: card numbers (Luhn), IBAN (ISO 7064, 97), Korean resident registration numbers. Those
+have no check digit if they were given since 5 October 2020, to the newly born or in place of an older one: so
+900101-1234567 counts by its date, and 13 digits in a row only with the check digit or a birth since then. An IP
+address counts if it is a public one, a phone number if it has a country code or the groups of a Korean or North
+American number. Patterns know nothing of meaning: names and postal addresses are not found, and an example's
+`user@example.org` is.
 
 Secrets are found by the detectors of detect-secrets (Yelp) for keys with a form of their own: AWS, GitHub, GitLab,
-OpenAI, Slack, Stripe, JSON Web Tokens, private keys, passwords in URLs and others. Their patterns are asked for the
-string itself; the library's `scan_line` takes 1.5 ms a text, calls "from" and "list" secrets for their entropy, and
-may ask Amazon or GitHub whether a key is valid. Left out for the same noise, or because they go by a variable's name:
-the detectors of entropy and keywords, and those of Cloudant, IBM and SoftLayer (80 µs a text).
+Slack, Stripe, JSON Web Tokens, private keys, passwords in URLs and others. Their patterns are asked for the string
+itself; the library's `scan_line` takes 1.5 ms a text, calls "from" and "list" secrets for their entropy, and may ask
+Amazon or GitHub whether a key is valid. Left out are its detectors of entropy, for that noise, those of Cloudant, IBM
+and SoftLayer (80 µs a text), and two that have their like here:
 
-A row takes 34 µs in Tatoeba and 72 in CodeAlpaca, without secrets 4 and 26. In CodeAlpaca's 2,017 rows there are four
-e-mail addresses and one phone number, twice; in Tatoeba's 6,636 sentences, one phone number.
+    sk-proj-…, sk-ant-…, hf_…, AIza…   API_KEY; OpenAIDetector knows one of OpenAI's forms, and none of others'
+    password: hunter2                  ASSIGNED, with the names of KeywordDetector; that one takes all up to the end of
+                                       the line, as in `password_chars = string.ascii_letters + …`, and `"root"`
+
+A row takes 34 µs in Tatoeba and 170 in CodeAlpaca, without secrets 2 and 42. In CodeAlpaca's 2,017 rows there are four
+e-mail addresses, one phone number, twice, and one encrypted password, twice; in Tatoeba's 6,636 sentences, one phone
+number.
 """
 
 from __future__ import annotations
@@ -32,6 +39,9 @@ import regex
 
 from diptych.data_prep.records import Record, UserError
 
+NO_CHECK_DIGITS_SINCE = date(2020, 10, 5)
+"""Births since then have resident registration numbers of random digits behind the first of the second half."""
+
 PIECE, PIECE_OVERLAP = 4096, 256
 """Characters. Some detectors start anew at each "eyJ" and read to the end: a long text is given to them in pieces."""
 
@@ -46,7 +56,6 @@ SECRET_DETECTORS = (
     ("jwt", "JwtTokenDetector"),
     ("mailchimp", "MailchimpDetector"),
     ("npm", "NpmDetector"),
-    ("openai", "OpenAIDetector"),
     ("private_key", "PrivateKeyDetector"),
     ("pypi_token", "PypiTokenDetector"),
     ("sendgrid", "SendGridDetector"),
@@ -70,12 +79,14 @@ class Finding:
 
 def find_sensitive(text: str, secrets: bool = True) -> list[Finding]:
     """What is found, in the order of the text; of two that overlap, the one whose pattern says more."""
-    found = _find_secrets(text) if secrets else []
+    found = [*_find_api_keys(text), *_find_secrets(text)] if secrets else []
     if "@" in text:
         found += [Finding("e-mail address", *match.span()) for match in _EMAIL.finditer(text)]
     if _DIGITS.search(text):
         for kind, pattern, is_one in NUMBERS:
             found += [Finding(kind, *match.span()) for match in pattern.finditer(text) if is_one(match[0])]
+    if secrets:
+        found += _find_assigned(text)
     return sorted(_without_overlaps(found, len(text)), key=lambda finding: finding.start)
 
 
@@ -98,6 +109,36 @@ def masked(text: str, finding: Finding) -> str:
 def require_detectors() -> None:
     """Says at once, before any row is read, that detect-secrets is missing."""
     _detectors()
+
+
+def _find_api_keys(text: str) -> list[Finding]:
+    return [Finding("secret (API key)", *match.span()) for match in API_KEY.finditer(text)]
+
+
+def _find_assigned(text: str) -> list[Finding]:
+    """What stands behind `password:`, where it looks like a password: neither a word nor a piece of a program."""
+    if ":" not in text and "=" not in text:
+        return []
+    return [
+        Finding("secret (assigned)", *match.span("value"))
+        for match in _assigned().finditer(text)
+        if _is_password(match["value"])
+    ]
+
+
+def _is_password(value: str) -> bool:
+    """A plain word is an example or a name ("securepassword"), `{secret2}` and `<KEY_1>` stand for something else."""
+    from detect_secrets.filters.heuristic import is_templated_secret
+
+    return bool(_LETTER.search(value) and _DIGIT_OR_SIGN.search(value)) and not is_templated_secret(value)
+
+
+@functools.cache
+def _assigned() -> regex.Pattern:
+    require_detectors()
+    from detect_secrets.plugins.keyword import DENYLIST
+
+    return regex.compile(ASSIGNED.format(names="|".join((*DENYLIST, *MORE_NAMES))), regex.IGNORECASE)
 
 
 def _find_secrets(text: str) -> list[Finding]:
@@ -159,14 +200,19 @@ def _is_iban(text: str) -> bool:
 
 
 def _is_resident_number(text: str) -> bool:
-    """YYMMDD-SNNNNNC: a date, the century and sex in S, and C from the others (weights 2…9, 2…5, modulo 11)."""
+    """YYMMDD-SNNNNNC: a date of birth, the century and sex in S, and C from the others (weights 2…9, 2…5, modulo 11),
+    or any digits, where there may be no check digit."""
     digits = _digits(text)
     century = {1: 1900, 2: 1900, 3: 2000, 4: 2000, 5: 1900, 6: 1900, 7: 2000, 8: 2000, 9: 1800, 0: 1800}[digits[6]]
     year, month, day = (10 * digits[place] + digits[place + 1] for place in (0, 2, 4))
     try:
-        date(century + year, month, day)
+        birth = date(century + year, month, day)
     except ValueError:
         return False
+    if birth > date.today():
+        return False
+    if birth >= NO_CHECK_DIGITS_SINCE or ("-" in text and century > 1800):
+        return True
     weighted = sum(digit * weight for digit, weight in zip(digits, (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5), strict=False))
     foreign = 2 if digits[6] in (5, 6, 7, 8) else 0
     return ((11 - weighted % 11) % 10 + foreign) % 10 == digits[12]
@@ -186,7 +232,7 @@ def _is_phone(text: str) -> bool:
 _DIGITS = regex.compile(r"\d")
 _EMAIL = regex.compile(r"(?<![\w.%+-])[A-Za-z0-9._%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
 _IBAN = regex.compile(r"(?<!\w)[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
-_RESIDENT_NUMBER = regex.compile(r"(?<![\w-])[0-9]{6}-?[0-9]{7}(?![\w-])")
+_RESIDENT_NUMBER = regex.compile(r"(?<![\w-])[0-9]{6}(?: ?- ?)?[0-9]{7}(?![\w-])")
 _CARD = regex.compile(
     r"(?<![\w.-])(?:[2-6][0-9]{12,18}"
     r"|[2-6][0-9]{3}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?"  # 4-4-4-4, and 3 more
@@ -203,6 +249,27 @@ _PHONE = regex.compile(
     r"|(?:1[ .-])?[2-9][0-9]{2}([ .-])[2-9][0-9]{2}\1[0-9]{4}"  # 212-555-0123
     r")(?![\w-])"
 )
+
+API_KEY = regex.compile(
+    r"(?<![\w-])(?:sk-(?:proj|svcacct|admin|ant|or-v1)-(?=[\w-]*[0-9])[A-Za-z0-9_-]{16,250}"
+    r"|sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Za-z0-9]{16})[A-Za-z0-9_-]{20,250}"
+    r"|hf_[A-Za-z0-9]{30,40}|AIza[\w-]{35}|gsk_[A-Za-z0-9]{40,60}|xai-[A-Za-z0-9]{60,90}|github_pat_\w{60,90})(?![\w-])"
+)
+"""Keys of OpenAI, Anthropic, OpenRouter, Hugging Face, Google, Groq, xAI and GitHub by how they begin. `sk-` begins
+names too (`sk-fading-circle12`), of which no part is as long."""
+
+ASSIGNED = r"""(?x)
+    (?!secretar) (?:{names}) \w{{0,30}} [\]'")]{{0,2}} [ ]{{0,3}} (?: :=? | ={{1,3}}>? | !=+ ) [ ]{{0,3}}
+    (?: (?P<quote>["'`]) (?P<value>[^\s"'`]{{6,100}}) (?P=quote)
+      | (?! [$&/(\[{{<] | \w+:// | [A-Za-z_]\w*\.[A-Za-z_] | (?:u?int|float|bytes|utf|sha|base|md)[-_]?[0-9] )
+        (?P<value>[^\s"'`,;&<>(){{}}\[\]]{{5,100}} [^\s"'`,;&<>(){{}}\[\].]) (?= [\s,;&<>)}}\].] | $ ) )"""
+"""A name, a sign, and a value: in quotes, or one word that is no `config.key2`, `read(…)`, `uint256` or address."""
+
+MORE_NAMES = ("passphrase", "passcode", "(?:access|auth|api|bearer)_?token", "비밀번호", "패스워드", "비번")
+"""Besides those of detect-secrets (password, passwd, pwd, secret, api_key, private_key …)."""
+
+_LETTER = regex.compile(r"[A-Za-z]")  # "비밀번호: 8자이상" is a rule for passwords
+_DIGIT_OR_SIGN = regex.compile(r"[0-9]|(?<=\w)[!@#$%](?=\w)")
 
 NUMBERS: tuple[tuple[str, regex.Pattern, Callable[[str], bool]], ...] = (
     ("IBAN", _IBAN, _is_iban),

@@ -6,23 +6,18 @@ diptych prepare --config prepare.yaml --data a.json b.json --strict
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
-from diptych.data_prep.deduplicate import DEFAULT_SIZES
+from diptych.data_prep.arguments import parse
 from diptych.data_prep.filters import LengthFilter
 from diptych.data_prep.formats import SUMMARY_INSTRUCTION
 from diptych.data_prep.mixture import Mixture
 from diptych.data_prep.readers import SAMPLES
-from diptych.data_prep.records import UserError, nearest
-from diptych.data_prep.train_tokenizer import MINIMUM_VOCAB_SIZE, TRAINERS
+from diptych.data_prep.records import UserError
+from diptych.data_prep.train_tokenizer import MINIMUM_VOCAB_SIZE
 
-DESCRIPTION = "From files of instruction rows or parallel text to a prepared dataset."
 USAGE = "diptych prepare --data SOURCE ... --tokenizer CHECKPOINT [--out FOLDER] [settings]"
 SECTIONS = {
     "data": "what is read",
@@ -35,25 +30,12 @@ SECTIONS = {
 }
 """The headings of --help, each by the setting that it stands above."""
 
-LIST_OPTIONS = (
-    "--data",
-    "--aligned",
-    "--map",
-    "--languages",
-    "--decontaminate",
-    "--source_languages",
-    "--target_languages",
-)
-FLAG_OPTIONS = ("--strict", "--packing", "--share_sources", "--deduplicate", "--sensitive", "--end_cut_targets")
-ENGINES = ("local", "datatrove")
 MOST_TASKS = 99_999
-TOO_LONG = ("drop", "cut", "error")
-UNKNOWN_SETTING = re.compile(r"(?:unrecognized arguments: |option:? |Option )'?-*(\w+)")
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """Settings of `diptych prepare`; from the command line, or from a YAML file with --config."""
+    """From files of instruction rows or parallel text to a checked, tokenised and packed dataset."""
 
     data: list[str] = field(default_factory=list)
     """What to read, one or more: files (.json, .jsonl, .csv, .tsv, .tmx, .parquet, .arrow; text also as .gz or .zst),
@@ -67,7 +49,8 @@ class PrepareSettings:
     parallel, summarisation, tokenised. Default: recognised from the first rows of each source, and said."""
 
     map: list[str] = field(default_factory=list)
-    """Columns that have other names in the data, the known name first: `--map output=answer instruction=q.text`."""
+    """Columns that have other names in the data, the known name first: `--map output=answer instruction=q.text`. Where
+    all are numbers, csv and tsv files have no header: `--map instruction=1 output=2`."""
 
     forward: str | None = None
     """Instruction for parallel text from the first side to the second, such as 'Translate English to Korean:'. Without
@@ -101,7 +84,7 @@ class PrepareSettings:
     tokenizer: str | None = None
     """An existing tokenizer, as a folder or a Hub id: the one of the checkpoint that will be fine-tuned."""
 
-    train_tokenizer: str | None = None
+    train_tokenizer: Literal["bpe", "unigram"] | None = None
     """Train a tokenizer on the train split instead: bpe or unigram."""
 
     vocab_size: int | Literal["auto", "table"] = 8000
@@ -120,7 +103,7 @@ class PrepareSettings:
     max_target_tokens: int = 512
     """Longest target, its eos token included."""
 
-    too_long: str = "drop"
+    too_long: Literal["drop", "cut", "error"] = "drop"
     """What becomes of a row with a longer side: drop it (counted, and listed in rejects.jsonl), cut it, or error.
     A target loses its end; a source the ends of its longest fields, and keeps all that the template says."""
 
@@ -134,15 +117,15 @@ class PrepareSettings:
     """Also remove rows that share at least this part of their shingles with an earlier row (Jaccard similarity, by
     MinHash), such as 0.8."""
 
-    shingle: str = "characters"
+    shingle: Literal["characters", "words"] = "characters"
     """What near duplicates are compared by: runs of characters or words."""
 
     shingle_size: int = 0
     """Characters or words in a run; 0 is 5 characters or 2 words. 3 characters suit short sentences."""
 
     decontaminate: list[str] = field(default_factory=list)
-    """Files with texts that training must not hold, such as evaluation sets: rows that share a run of words with them
-    are removed."""
+    """Files with texts that training must not hold, such as evaluation sets, as --data has them or as .txt with a text
+    a line: rows that share a run of words with them are removed."""
 
     decontaminate_ngram: int = 13
     """Words of such a run; texts with fewer count from 8 on, or as a whole."""
@@ -187,7 +170,7 @@ class PrepareSettings:
     test_fraction: float = 0.05
     """Part of the rows that is held out to the end; 0 for none."""
 
-    split_by: str = "both"
+    split_by: Literal["both", "source"] = "both"
     """Which texts may not be in two splits: both (inputs and outputs) or source (inputs only, for data in which many
     rows share an output, such as classification)."""
 
@@ -197,7 +180,7 @@ class PrepareSettings:
     workers: int = 0
     """Processes that read and encode; 0 picks by the size of the data and the cores."""
 
-    engine: str = "local"
+    engine: Literal["local", "datatrove"] = "local"
     """What runs the stages of each row: local, or datatrove, whose tasks are kept and not run again when a run broke
     off (extra `datatrove`). On many machines: see `gathered`."""
 
@@ -219,31 +202,10 @@ class PrepareSettings:
 
 
 def parse_settings(argv: Sequence[str]) -> PrepareSettings:
-    """A field's docstring is its --help text. Lists take words up to the next option: `--data a.json b.json`."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="diptych prepare", usage=USAGE, description=DESCRIPTION, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
-    parser.add_class_arguments(PrepareSettings)
-    _divide_help(parser)
-    try:
-        parsed = parser.instantiate(parser.parse_args(_spell_out(argv)))
-    except (ArgumentError, ValueError) as error:  # ValueError: what a filter says of its own bounds
-        raise UserError(f"{str(error).rstrip('.')}.{_nearest_setting(str(error))}") from None
-    settings = PrepareSettings(**{setting.name: parsed[setting.name] for setting in fields(PrepareSettings)})
+    """Raises UserError for what cannot be meant."""
+    settings = parse(PrepareSettings, "diptych prepare", argv, USAGE, SECTIONS)
     _check(settings)
     return settings
-
-
-def _divide_help(parser: ArgumentParser) -> None:
-    """One heading for fifty settings says nothing. Groups of argparse can only be made before what is in them."""
-    (whole,) = (group for group in parser._action_groups if "--data" in str(group._group_actions))
-    actions = [action for action in whole._group_actions if action.option_strings]
-    whole._group_actions = []
-    group = whole
-    for action in actions:
-        if action.dest in SECTIONS:
-            group = parser.add_argument_group(SECTIONS[action.dest])
-        group._group_actions.append(action)
 
 
 def _check(settings: PrepareSettings) -> None:
@@ -253,8 +215,6 @@ def _check(settings: PrepareSettings) -> None:
         raise UserError(f"--aligned takes two files, and got {len(settings.aligned)}.")
     if bool(settings.tokenizer) == bool(settings.train_tokenizer):
         raise UserError("give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe (or unigram).")
-    if settings.train_tokenizer not in (None, *TRAINERS):
-        raise UserError(f"train_tokenizer is '{settings.train_tokenizer}'; it can be {' or '.join(TRAINERS)}.")
     tokens = settings.vocab_size
     if settings.train_tokenizer and isinstance(tokens, int) and tokens < MINIMUM_VOCAB_SIZE:
         raise UserError(f"vocab_size is {tokens}; bytes and special tokens alone are {MINIMUM_VOCAB_SIZE}.")
@@ -263,10 +223,6 @@ def _check(settings: PrepareSettings) -> None:
     for name in ("seed", "workers"):
         if getattr(settings, name) < 0:
             raise UserError(f"{name} is {getattr(settings, name)}; it is 0 or more.")
-    if settings.shingle not in DEFAULT_SIZES:
-        raise UserError(f"shingle is '{settings.shingle}'; it can be {' or '.join(DEFAULT_SIZES)}.")
-    if settings.too_long not in TOO_LONG:
-        raise UserError(f"too_long is '{settings.too_long}'; it can be {', '.join(TOO_LONG)}.")
     if settings.end_cut_targets and settings.too_long != "cut":
         raise UserError(
             f"end_cut_targets is for too_long cut, and too_long is {settings.too_long}. Drop one of the two."
@@ -281,8 +237,6 @@ def _check(settings: PrepareSettings) -> None:
     _check_engine(settings)
     if settings.max_row_megabytes <= 0 or settings.max_unpacked_ratio < 1:
         raise UserError("max_row_megabytes is above 0 and max_unpacked_ratio at least 1.")
-    if settings.split_by not in ("both", "source"):
-        raise UserError(f"split_by is '{settings.split_by}'; it can be both or source.")
     for name in ("validation_fraction", "test_fraction"):
         if not 0 <= getattr(settings, name) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}; it is a part of all rows, from 0 to below 1.")
@@ -295,8 +249,6 @@ def _check(settings: PrepareSettings) -> None:
 
 
 def _check_engine(settings: PrepareSettings) -> None:
-    if settings.engine not in ENGINES:
-        raise UserError(f"engine is '{settings.engine}'; it can be {' or '.join(ENGINES)}.")
     if settings.tasks and settings.engine != "datatrove":
         raise UserError(f"tasks are those of datatrove, and engine is {settings.engine}. Add --engine datatrove.")
     if not 0 <= settings.tasks <= MOST_TASKS:
@@ -323,28 +275,3 @@ def _check_packing(settings: PrepareSettings) -> None:
             f"decoder_start_token_id is {start}, and with vocab_size {settings.vocab_size} ids end at"
             f" {settings.vocab_size - 1}. Give one up to there, or none: then it is the padding token."
         )
-
-
-def _spell_out(argv: Sequence[str]) -> list[str]:
-    """What people type, as jsonargparse reads it: `--data a b --strict` → `--strict=true --data=["a", "b"]`."""
-    lists: dict[str, list[str]] = {}
-    others, current = [], None
-    for position, word in enumerate(argv):
-        option, equals, value = word.partition("=")
-        if option in LIST_OPTIONS:
-            current = lists.setdefault(option, [])
-            current.extend([value] if equals else [])
-        elif word.startswith("-"):
-            current = None
-            is_bare_flag = word in FLAG_OPTIONS and argv[position + 1 : position + 2] not in (["true"], ["false"])
-            others.append(f"{word}=true" if is_bare_flag else word)
-        else:
-            (others if current is None else current).append(word)
-    return [*others, *(f"{option}={json.dumps(words)}" for option, words in lists.items())]
-
-
-def _nearest_setting(message: str) -> str:
-    """jsonargparse says which key it does not know; people want to hear which one they meant."""
-    unknown = UNKNOWN_SETTING.search(message)
-    near = unknown and nearest(unknown.group(1), (setting.name for setting in fields(PrepareSettings)))
-    return f" Did you mean '{near}'?" if near else ""

@@ -23,7 +23,7 @@ import xxhash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from diptych.data_prep.records import Record
+from diptych.data_prep.records import Record, counted
 
 SPLITS = ("train", "validation", "test")
 LARGE_GROUP_FRACTION = 0.1
@@ -136,9 +136,14 @@ def _warnings(
             f" {count:,}), so all of them are train. For data with few different outputs, such as classification,"
             " --split_by source keeps only the inputs apart."
         )
+    can_be_smaller = len(keys) == 2 and len(largest) > 1 and not found
+    smaller = " --split_by source makes them smaller, by keeping only inputs apart." if can_be_smaller else ""
     for name, number in wanted.items():
         if taken[name] < 0.8 * number:
-            found.append(f"{name} has {taken[name]:,} rows instead of {number:,}: no more whole groups of rows fit.")
+            found.append(
+                f"{name} has {counted(taken[name], 'row')} instead of {number:,}: rows that share a text stay"
+                f" together, and no more of these groups fit whole.{smaller}"
+            )
     return found
 
 

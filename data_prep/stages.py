@@ -38,7 +38,7 @@ from diptych.data_prep.encode import (
     split_targets,
     vocabulary_size,
 )
-from diptych.data_prep.filters import script_of
+from diptych.data_prep.filters import is_composed, script_of
 from diptych.data_prep.formats import Converter
 from diptych.data_prep.readers import Chunk
 from diptych.data_prep.records import RAW_CHARACTERS_KEPT, Origin, Record, Reject, Row, Tokenised, UserError
@@ -111,8 +111,14 @@ class Counts:
     """Added tokens that stood in texts, and were encoded as their characters."""
     given: Counter[str] = field(default_factory=Counter)
     """Rows that have an instruction, and that have an input."""
+    decomposed: Counter[str] = field(default_factory=Counter)
+    """Rows of each file with a text that is not in Unicode's form NFC, such as Hangul in single jamo."""
+
+    rows: int = 0
+    """As they stand in the data, where one may give several examples."""
 
     def add(self, other: Counts) -> None:
+        self.rows += other.rows
         for name, value in vars(other).items():
             if isinstance(value, Counter):
                 getattr(self, name).update(value)
@@ -120,7 +126,7 @@ class Counts:
 
 
 class Batch(NamedTuple):
-    """What became of a chunk: every row that was read is an example or a reject."""
+    """What became of a chunk: every example that its rows gave is one, or a reject."""
 
     examples: pyarrow.RecordBatch
     rejects: list[Reject]
@@ -128,7 +134,7 @@ class Batch(NamedTuple):
     bytes_done: int
 
     @property
-    def rows_read(self) -> int:
+    def examples_read(self) -> int:
         return self.examples.num_rows + len(self.rejects)
 
 
@@ -164,6 +170,7 @@ class Stages:
         """Each with its row as it was read."""
         records = []
         for row in rows:
+            counts.rows += 1
             if isinstance(row, Reject):
                 rejects.append(row)
                 continue
@@ -189,6 +196,8 @@ class Stages:
             counts.given.update(name for name in ("instruction", "input") if getattr(record, name))
             counts.source_scripts[script_of(record.input or record.instruction)] += 1
             counts.target_scripts[script_of(record.output)] += 1
+            if not is_composed(record):
+                counts.decomposed[record.origin.file] += 1
             if record.category:
                 counts.categories[record.category] += 1
             if self.sensitive:

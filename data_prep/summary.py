@@ -2,7 +2,7 @@
 
     Read       2,017 rows from codealpaca_2k.json: 2,015 kept, 2 rejected
     Rejected   2 × empty output, the first in codealpaca_2k.json:238
-    Split      train 1,813 | validation 101 | test 101 rows, from 1,917 groups that share no text
+    Split      train 1,813 | validation 101 | test 101 | 1,917 groups of examples, no text in two of them
     Source     in all splits: median 57 tokens, 90 % up to 82, 99 % up to 123, longest 228 | none over 512
     Packing    train: 1,813 examples in 225 rows of 496 + 464 tokens, 8.1 a row | filled: source 98.6 %, target …
 
@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.prepared import CONFLICTS, REJECTS
+from diptych.data_prep.records import CUT_OFF, Rejects, counted
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.stages import Counts
 from diptych.data_prep.templates import Template
@@ -40,7 +41,7 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> list[str]:
     rows, tokens, names = manifest["rows"], manifest["tokens"], [source["name"] for source in manifest["inputs"]]
     named = ", ".join(names) if len(names) <= NAMES_SHOWN else f"{len(names):,} sources"
     return [
-        f"Read       {rows['read']:,} rows from {named}: {rows['kept']:,} kept, {rows['rejected']:,} rejected",
+        f"Read       {_read(rows)} from {named}: {rows['kept']:,} kept, {rows['rejected']:,} rejected",
         *(
             f"Rejected   {count:,} × {kind}, the first in {manifest['first_rejected'][kind]}"
             for kind, count in manifest["rejected_by_kind"].items()
@@ -59,6 +60,12 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> list[str]:
     ]
 
 
+def _read(rows: dict[str, int]) -> str:
+    """Rows of several turns, instances or directions give an example for each."""
+    more = f", {counted(rows['examples'], 'example')} in them," if rows["examples"] != rows["read"] else ""
+    return counted(rows["read"], "row") + more
+
+
 def sensitive_lines(manifest: dict[str, Any]) -> Iterator[str]:
     if manifest["sensitive"] is not None:
         found = ", ".join(f"{count:,} × {kind}" for kind, count in manifest["sensitive"].items())
@@ -70,9 +77,8 @@ def mixture_lines(manifest: dict[str, Any]) -> Iterator[str]:
     if manifest["settings"]["mixture"] is None:
         return
     for source in manifest["inputs"]:
-        yield f"Mixture    {source['share']:.1%} of train, {source['mixed']:,} rows: {source['name']}".replace(
-            "%", " %"
-        )
+        share = f"{source['share']:.1%}".replace("%", " %")
+        yield f"Mixture    {share} of train, {counted(source['mixed'], 'row')}: {source['name']}"
 
 
 def shortened(reason: str) -> str:
@@ -80,9 +86,10 @@ def shortened(reason: str) -> str:
 
 
 def splits_line(manifest: dict[str, Any]) -> str:
-    rows = " | ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
+    splits = " | ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
     shared = "text" if manifest["settings"]["split_by"] == "both" else "input"
-    return f"Split      {rows} rows, from {manifest['groups']:,} groups that share no {shared}"
+    groups = counted(manifest["groups"], "group")
+    return f"Split      {splits} | {groups} of examples, no {shared} in two of them"
 
 
 def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
@@ -93,9 +100,10 @@ def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
     per_row = packing["examples"] / packing["rows"]
     sources = "each source encoded for itself"
     if packing["share_sources"]:
-        sources = f"{packing['shared']:,} examples read a source that is encoded for another"
+        reading = f"{counted(packing['shared'], 'example')} read{'s' * (packing['shared'] == 1)}"
+        sources = f"{reading} a source that is encoded for another"
     yield (
-        f"Packing    train: {packing['examples']:,} examples in {packing['rows']:,} rows of"
+        f"Packing    train: {counted(packing['examples'], 'example')} in {counted(packing['rows'], 'row')} of"
         f" {packing['max_source_tokens']:,} + {packing['max_target_tokens']:,} tokens,"
         f" {per_row:.1f} a row | filled: source {packing['source_fill']:.1%},"
         f" target {packing['target_fill']:.1%} | {sources}"
@@ -117,6 +125,18 @@ def packing_warnings(entry: dict[str, Any] | None, settings: PrepareSettings) ->
     ).replace("%", " %")
 
 
+def cut_off_warnings(rejects: Rejects) -> Iterator[str]:
+    """Last of all, for what is missing can be most of a file."""
+    shown = rejects.examples.get(CUT_OFF, [])
+    for reject in shown:
+        yield (
+            f"{reject.origin.file} IS CUT OFF ({reject.reason.rstrip('.')}). What came after is missing from this"
+            " dataset: get the whole file, and prepare it again."
+        )
+    if more := rejects.kinds[CUT_OFF] - len(shown):
+        yield f"{counted(more, 'more file')} CUT OFF: rejects.jsonl has each, by its kind, '{CUT_OFF}'."
+
+
 def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> Iterator[str]:
     """What was given and is not used, or not as one might expect."""
     if counts.unused_fields:
@@ -132,6 +152,14 @@ def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, count
         yield (
             f"texts hold {tokens}, which the tokenizer has as added tokens. They are encoded as characters, since"
             " control tokens come from templates alone."
+        )
+    if counts.decomposed:
+        files = ", ".join(name for name, _ in counts.decomposed.most_common(NAMES_SHOWN))
+        yield (
+            "text that is not in Unicode's form NFC, such as Hangul in single jamo, stands in"
+            f" {counted(counts.decomposed.total(), 'example')} of {files}. It is kept as it is, and a tokenizer that"
+            " does not compose it makes more tokens of it, and others. No setting changes texts: if it is not meant,"
+            " compose them before, as Python's unicodedata.normalize('NFC', text) does."
         )
     if "output" not in template.target_variables():
         yield f"template {template.name} leaves out the output: every target is the same."

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy
 import pyarrow.compute
 from datasets import Dataset, DatasetDict, Features, List, Value
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.encode import vocabulary_size
@@ -31,6 +32,7 @@ from diptych.data_prep.packing import (
     pack,
     repeated_start,
 )
+from diptych.data_prep.prepared import without_bars
 from diptych.data_prep.records import Rejects
 from diptych.data_prep.stages import FINAL_COLUMNS, Lengths
 
@@ -154,17 +156,21 @@ def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
         tokens[SHARED_COLUMN] = plan.budget.target_tokens
     features = {name: List(Value("int32"), length=length) for name, length in tokens.items()}
     examples = Features({"examples": List(Value("int32"))})
-    return Dataset.from_dict({"examples": plan.rows}, features=examples).map(
-        assemble_rows,
-        batched=True,
-        batch_size=PACKED_AT_ONCE,
-        writer_batch_size=PACKED_AT_ONCE,
-        fn_kwargs={"plan": plan},
-        features=Features({**examples, **features}),
-        cache_file_name=str(scratch / "rows.arrow"),
-        new_fingerprint="packed-train",
-        desc="Packing rows of train",
-    )
+    with without_bars(), tqdm(total=len(plan.rows), unit=" rows", desc="Packing train") as bar:
+
+        def assembled(batch: dict[str, list[list[int]]]) -> dict[str, numpy.ndarray]:
+            bar.update(len(batch["examples"]))
+            return assemble_rows(batch, plan)
+
+        return Dataset.from_dict({"examples": plan.rows}, features=examples).map(
+            assembled,
+            batched=True,
+            batch_size=PACKED_AT_ONCE,
+            writer_batch_size=PACKED_AT_ONCE,
+            features=Features({**examples, **features}),
+            cache_file_name=str(scratch / "rows.arrow"),
+            new_fingerprint="packed-train",
+        )
 
 
 def assemble_rows(batch: dict[str, list[list[int]]], plan: PackingPlan) -> dict[str, numpy.ndarray]:

@@ -11,7 +11,7 @@ A template has two sides. The source is a Jinja text that knows `instruction`, `
     {# stop: ### Instruction: #}          once for each; in double quotes as in JSON: {# stop: "\\nUser:" #}
     Task: {{ instruction }}
     Text: {{ input }}
-    {# target #}                          all that follows may be left out, and is {{ output }} then
+    {# target #}                          at most once; all that follows may be left out, and is {{ output }} then
     Answer: {{ output }}
 
 Decoder prefix: in training these tokens stand at the head of the labels and count in the loss, as language codes do in
@@ -53,7 +53,7 @@ TOKENIZER_KEY = "diptych_template"
 """The key in tokenizer_config.json. (A name that ends in `_token` would be taken for a special token.)"""
 
 FRAMES_FOLDER = Path(__file__).with_name("frames")
-TARGET_MARK = "{# target #}"
+TARGET_MARK = re.compile(r"\{#-?\s*target\s*-?#\}")
 OUTPUT_ALONE = "{{ output }}"
 SOURCE_VARIABLES = ("instruction", "input", "history", "system")
 TARGET_VARIABLES = ("output",)
@@ -72,6 +72,8 @@ GOLDEN_ROWS = (
     {"instruction": "Say </s> and {{ 7 * 7 }}.", "output": "  </s> <pad>\n{{ 7 * 7 }}"},
     {"instruction": "And now?", "output": "It rains.", "history": [["Hello!", "Hi."]], "system": "Be brief."},
 )
+
+GOLDEN_COLUMNS = {"source": "source text", "target": "target text", "input_ids": "source ids", "labels": "target ids"}
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, check: bool = True) -> Templ
             f"the tokenizer carries no template, so it is not known how its model's prompts look. Name the template:"
             f" one of {', '.join(TEMPLATES)}, or a Jinja file."
         )
-    stored = dict(stored)
-    golden = stored.pop("golden", [])  # folders that were written before there were any have none
+    stored = {name: value for name, value in stored.items() if name != "golden"}
     try:
         template = Template(**stored | {name: tuple(stored.get(name, ())) for name in SETTINGS})
     except TypeError as error:
@@ -154,7 +155,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, check: bool = True) -> Templ
             f"the template in tokenizer_config.json is not one ({error}). Name one with --template."
         ) from None
     if check:
-        check_golden(tokenizer, template, golden)
+        check_golden(tokenizer, template)
     return template
 
 
@@ -168,26 +169,39 @@ def golden_examples(tokenizer: PreTrainedTokenizerBase, template: Template) -> l
     return [_golden(tokenizer, template, _placed(template, row)) for row in GOLDEN_ROWS]
 
 
-def check_golden(tokenizer: PreTrainedTokenizerBase, template: Template, golden: list[dict[str, Any]]) -> None:
-    """UserError that says what differs. Where another language is set than then, only the text is compared."""
-    for number, then in enumerate(golden, start=1):
+def stored_golden(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The golden examples that travel with the template; folders that were written before there were any have none."""
+    return tokenizer.init_kwargs[TOKENIZER_KEY].get("golden", [])
+
+
+def check_golden(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """UserError that says what differs from what was stored, and what to do."""
+    if difference := golden_difference(tokenizer, template):
+        raise UserError(
+            f"template '{template.name}' and this tokenizer do not give what they gave when they were saved:"
+            f" {difference}. A model that was trained on the one would be asked the other. Put the tokenizer's files"
+            f" back as they were; if the change is wanted, name the template with --template, or call attach_template"
+            f" again."
+        )
+
+
+def golden_difference(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+    """`"the source text of example 1 was 'Q: Go.' and is 'A: Go.'"`; "" where all is as it was stored. Where another
+    language is set than then, of the ids only those of the text are compared."""
+    for number, then in enumerate(stored_golden(tokenizer), start=1):
         try:
             now = _golden(tokenizer, template, then["fields"])
         except UserError as error:
-            raise UserError(f"the template that travels with this tokenizer no longer renders: {error}") from error
-        for name, what in (("source", "source text"), ("target", "target text"), ("input_ids", "source ids")) + (
-            ("labels", "target ids"),
-        ):
+            return f"example {number} can no longer be encoded: {error}"
+        if isinstance(now["input_ids"], str) and now["input_ids"] != then["input_ids"]:
+            return f"example {number} is no longer rendered: {now['input_ids']}"
+        for name, what in GOLDEN_COLUMNS.items():
             before, after = then[name], now[name]
             if name in ("input_ids", "labels") and then["languages"] != now["languages"]:
                 before, after = before[1], after[1]
             if before != after:
-                raise UserError(
-                    f"template '{template.name}' and this tokenizer do not give what they gave when they were saved:"
-                    f" the {what} of example {number} was {_short(before)} and is {_short(after)}. A model that was"
-                    f" trained on the one would be asked the other. Put the tokenizer's files back as they were; if"
-                    f" the change is wanted, name the template with --template, or call attach_template again."
-                )
+                return f"the {what} of example {number} was {_short(before)} and is {_short(after)}"
+    return ""
 
 
 def _golden(tokenizer: PreTrainedTokenizerBase, template: Template, fields: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +245,7 @@ def _read(name: str, path: Path) -> Template:
         raise UserError(f"{path}: invalid UTF-8 at byte offset {error.start}. Save the template as UTF-8.") from None
     lines = text.splitlines(keepends=True)
     first, settings = _settings(name, lines)
-    target_mark = next((n for n, line in enumerate(lines) if line.strip() == TARGET_MARK), None)
+    target_mark = _target_mark(name, lines)
     source = "".join(lines[first:target_mark])
     if target_mark is None:
         template = Template(name, source, source_line=first + 1, **settings)
@@ -240,7 +254,26 @@ def _read(name: str, path: Path) -> Template:
         template = Template(name, source, target, source_line=first + 1, target_line=target_mark + 2, **settings)
     _check(name, template.source, SOURCE_VARIABLES, template.source_line)
     _check(name, template.target, TARGET_VARIABLES, template.target_line)
+    if not template.source_variables() & set(SOURCE_VARIABLES):
+        raise UserError(
+            f"{name}: the source uses none of {', '.join(SOURCE_VARIABLES)}, so it would be the same for every row."
+            f" Write {{{{ instruction }}}} or {{{{ input }}}} where the row's text is to stand."
+        )
     return template
+
+
+def _target_mark(name: str, lines: list[str]) -> int | None:
+    """The index of the line between source and target, if there is one."""
+    marks = [place for place, line in enumerate(lines) if TARGET_MARK.search(line)]
+    for place in marks:
+        if not TARGET_MARK.fullmatch(lines[place].strip()):
+            raise UserError(f"{name}, line {place + 1}: {{# target #}} needs a line of its own. Give it one.")
+    if len(marks) > 1:
+        raise UserError(
+            f"{name}, line {marks[1] + 1}: a second {{# target #}}, after that in line {marks[0] + 1}; a template has"
+            f" one source and one target. Delete one of the two lines."
+        )
+    return marks[0] if marks else None
 
 
 def _settings(name: str, lines: list[str]) -> tuple[int, dict[str, tuple[str, ...]]]:

@@ -70,7 +70,8 @@ EVERY_BYTE = [
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """`kind` is a key of TRAINERS. Small data gives fewer tokens than asked; at least the 256 bytes are there."""
+    """`kind` is a key of TRAINERS. Small data gives fewer tokens than asked (`why_fewer` says so); at least the 256
+    bytes are there."""
     if kind not in TRAINERS:
         raise UserError(f"train_tokenizer is '{kind}'; it can be {' or '.join(TRAINERS)}.")
     if vocab_size < MINIMUM_VOCAB_SIZE:
@@ -93,6 +94,16 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
         bos_token=BOS,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+    )
+
+
+def why_fewer(kind: str, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str | None:
+    """For a person, where training did not give as many tokens as were asked for; None where it did."""
+    if len(tokenizer) >= vocab_size:
+        return None
+    return (
+        f"the tokenizer has {len(tokenizer):,} tokens, and {vocab_size:,} were asked for: {NO_MORE[kind]} Give more"
+        " text if it should have more."
     )
 
 
@@ -194,3 +205,8 @@ def _count_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> int:
 
 
 TRAINERS = {"bpe": _bpe, "unigram": _unigram}
+NO_MORE = {
+    "bpe": "each word of this little text is one token already, so that there is nothing left to join.",
+    "unigram": "this little text has no more pieces that occur again, of which tokens could be made.",
+}
+"""Why training may end early."""

@@ -107,14 +107,15 @@ class TrainRecipe:
     eval_batch_size: int = 16
     """Examples computed together in evaluation, on one rank, padded."""
     metrics: str = ""
-    """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf.
-    They take longer than the loss; the outputs are kept in samples.jsonl."""
+    """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf,
+    superni_rougeL. They take longer than the loss; the outputs are kept in samples.jsonl."""
     metrics_limit: int = 100
     """Rows of the validation split that are generated for them, drawn from everywhere, the same ones each time."""
     max_new_tokens: int | None = None
     """No generated output gets longer than this; a quarter more than the longest target unless given."""
     best_metric: str = "loss"
-    """What decides which checkpoint is best: loss, or a figure of `metrics` (exact_match, rougeL, chrf …)."""
+    """What decides which checkpoint is best: loss, or with `metrics` any of their figures (exact_match, rougeL, chrf
+    …), exact_match_rows, or unfinished. Of loss and unfinished less is better."""
     patience: int = 0
     """Evaluations without a better best_metric after which training stops early; 0 never."""
 

@@ -8,7 +8,7 @@
     ✗ HF Trainer: 8 = 1           loss × 8.081, gradient × 8.512, cosine 0.896
         Train with `diptych train`, which is right (above). In a Trainer: give it compute_loss_func,
         …
-    17 green, 2 red, 0 do not apply, in 10 s
+    18 green, 2 red, 0 do not apply, in 10 s
 
 The exit code is 0 where all is green, 1 where something is red, 2 for a mistake such as a folder that is not there.
 Nothing is written, nothing is changed, and no code of the checkpoint is run. The two checks with several processes or
@@ -197,13 +197,7 @@ def run(settings: DoctorSettings) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else list(argv)
-    # jsonargparse wants a value with each option; people type --json alone.
-    words = [
-        "--json=true" if word == "--json" and words[place + 1 : place + 2] not in (["true"], ["false"]) else word
-        for place, word in enumerate(words)
-    ]
-    settings = parse_settings(DoctorSettings, "diptych doctor", words)
+    settings = parse_settings(DoctorSettings, "diptych doctor", argv)
     return report_errors("diptych doctor", run, settings)
 
 

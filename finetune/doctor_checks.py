@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import carried_template, golden_difference, stored_golden
 from diptych.finetune.batches import pad_batch
 from diptych.finetune.doctor_rows import Row, Rows, built_in_rows, eight_of, random_rows
 from diptych.finetune.doctor_steps import (
@@ -426,6 +427,26 @@ def labels_without_start(patient: Patient) -> Finding:
     )
 
 
+def golden_rows(patient: Patient) -> Finding:
+    tokenizer = patient.tokenizer
+    if tokenizer is None:
+        raise DoesNotApply("the checkpoint has no tokenizer")
+    template = carried_template(tokenizer, check=False)
+    if template is None:
+        raise DoesNotApply("the tokenizer carries no template")
+    rows = len(stored_golden(tokenizer))
+    if not rows:
+        raise DoesNotApply(f"template '{template.name}' was saved without golden rows")
+    difference = golden_difference(tokenizer, template)
+    return _judge(
+        not difference,
+        difference or f"'{template.name}' gives {rows} golden rows to the token",
+        "The model would be asked otherwise than it was trained. Put the tokenizer's files back as they were; if the "
+        "change is wanted, attach_template(tokenizer, template), and save the tokenizer.",
+        {"template": template.name, "rows": rows, "difference": difference},
+    )
+
+
 # Weights
 
 
@@ -523,6 +544,7 @@ CHECKS: dict[str, Callable[[Patient], Finding]] = {
     "token ids in range": ids_in_range,
     "decoder start token": start_token,
     "labels do not repeat it": labels_without_start,
+    "template renders as saved": golden_rows,
     "safetensors": safetensors,
     "tied weights": tied_weights,
     "finite weights": finite,

@@ -1,7 +1,7 @@
 """How well a model does on a prepared split: loss on every row, and metrics on what it generates.
 
     evaluate_split(model, tokenizer, split, metrics=["chrf"], batch_size=16)
-    -> {"rows": 300, "sources": 292, "loss": 1.873, "target_tokens": 4310, "chrf": 41.2, "exact_match_rows": 9.3,
+    -> {"rows": 300, "loss": 1.873, "target_tokens": 4310, "sources": 292, "chrf": 41.2, "exact_match_rows": 9.3,
         "unfinished": 2, "max_new_tokens": 45}
 
 The loss is in nats per target token, sum over sum, by the objective that training uses. For the metrics each different
@@ -11,35 +11,59 @@ translations among the pairs of Tatoeba, and four of them would count as wrong i
 outputs that reached the cap on new tokens without ending. The decoder prefix of the template that made the rows is
 forced, and its stop strings end an output; the references end there too.
 
-`diptych evaluate MODEL --data prepared --split test --out report.json` prints this as a table, and writes the report
-and report.predictions.jsonl (source, references, prediction, finished). Every row counts once, in order; the same
-model, data and machine give the same figures.
+`diptych evaluate MODEL --data prepared --split test --out report.json` prints this as a table, each figure with its
+interval (confidence.py), and writes the report and report.predictions.jsonl (source, references, prediction, finished,
+nats, target_tokens), of which `diptych compare` makes tests. Every row counts once, in order; the same model, data and
+machine give the same figures. On several ranks (`torchrun … -m diptych.finetune.evaluation`, on CPUs with
+ACCELERATE_USE_CPU=true) whole batches are dealt, the same ones whatever the number of ranks, so that with as many
+threads in each process the figures are those of one rank, to the last digit.
 """
 
+import hashlib
 import json
 import math
+import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.records import IGNORE_INDEX, UserError
+from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template, carried_template
-from diptych.finetune.batches import check_rows_fit, drop_repeated_start, longest_first, pad_batch, row_lengths
+from diptych.finetune.batches import PaddedRows, check_rows_fit, drop_repeated_start, longest_first
+from diptych.finetune.checkpoint import MANIFEST, read_json
 from diptych.finetune.cli import choose_from, parse_settings, report_errors
+from diptych.finetune.confidence import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
+from diptych.finetune.exits import NotFiniteError
 from diptych.finetune.families import decoder_start_token
-from diptych.finetune.generate import generate_outputs
+from diptych.finetune.generate import GenerationBar, Output
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
-from diptych.finetune.metrics import check_metric_names, score_texts
+from diptych.finetune.metrics import (
+    Statistics,
+    check_metric_names,
+    count_texts,
+    figures_and_signatures,
+    ratio,
+    score_texts,
+)
 from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.reranking import chosen_outputs
 from diptych.finetune.speed import keep_memory
+
+Batch = TypeVar("Batch")
+Found = TypeVar("Found")
+
+LOWER_IS_BETTER = frozenset({"loss", "unfinished"})
 
 # The cap on new tokens is the longest target and a quarter more: room for another wording, not for endless repetition.
 CAP_OVER_LONGEST_TARGET = 1.25
@@ -52,6 +76,9 @@ class Prediction(NamedTuple):
     references: list[str]
     prediction: str
     finished: bool
+    nats: float
+    """Summed loss of the rows with this source, and their target tokens: those evaluated, where there is a limit."""
+    target_tokens: int
 
 
 class Evaluation(NamedTuple):
@@ -61,30 +88,15 @@ class Evaluation(NamedTuple):
     """What sacrebleu says a figure was computed with; figures with different signatures cannot be compared."""
     predictions: list[Prediction]
     """One for each different source, in the order of their first rows; none where no metric was asked."""
+    statistics: dict[str, Statistics]
+    """What was counted for each of these sources: of it, confidence.py makes intervals."""
 
 
 def evaluate_split(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    *,
-    metrics: Sequence[str] = (),
-    batch_size: int = 16,
-    max_new_tokens: int | None = None,
-    limit: int | None = None,
-    progress: bool = False,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, **settings: Any
 ) -> dict[str, float]:
     """The figures of `evaluate_rows`, flat."""
-    return evaluate_rows(
-        model,
-        tokenizer,
-        dataset,
-        metrics=metrics,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        limit=limit,
-        progress=progress,
-    ).figures
+    return evaluate_rows(model, tokenizer, dataset, **settings).figures
 
 
 def evaluate_rows(
@@ -99,39 +111,88 @@ def evaluate_rows(
     progress: bool = False,
     bleu_tokenize: str | None = None,
     template: Template | None = None,
+    accelerator: Accelerator | None = None,
+    mbr_samples: int = 0,
+    seed: int = 0,
+    before_each: Callable[[], None] | None = None,
     **generation_kwargs: Any,
 ) -> Evaluation:
     """Loss and, where metrics are asked, scores, of all rows or of `limit` rows drawn from everywhere in the split.
 
     Files are often sorted, so the first rows would tell of the shortest ones. References come from the whole split.
-    `max_new_tokens` is taken from the longest target unless given, `template` from the tokenizer. The model may be in
-    training mode; it is put back.
+    `max_new_tokens` is taken from the longest target unless given, `template` from the tokenizer. With an
+    `accelerator` all its ranks must call this; they share the work, and each returns the same. With `mbr_samples` the
+    output is the best of so many samples (reranking.py), drawn by `seed`. All ranks call `before_each` before each of
+    their batches, and equally often; what it raises ends the evaluation. The model may be in training mode; it is put
+    back. NotFiniteError where a row's loss is no number.
     """
     check_metric_names(metrics)
     rows = dataset if limit is None else draw(dataset, limit)
     if not len(rows):
         raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
-    figures = {"rows": len(rows)} | split_loss(model, tokenizer, rows, batch_size)
+    source_of_row = _places(rows["source"])
+    losses = row_losses(
+        Seq2SeqObjective(model), padded_rows(model, tokenizer, rows), batch_size, accelerator, before_each
+    )
+    nats, target_tokens = (np.bincount(source_of_row, weights=column) for column in losses.T)
+    statistics = {"loss": ratio("loss", nats, target_tokens)}
+    figures = {"rows": len(rows)} | statistics["loss"].figures() | {"target_tokens": int(target_tokens.sum())}
     if not metrics:
-        return Evaluation(figures, {}, [])
+        return Evaluation(figures, {}, [], statistics)
+
     cap = max_new_tokens or cap_from_targets(rows, position_limit(model))
     template = template or carried_template(tokenizer, check=False)  # loading has checked it
-    predictions = predict_rows(
-        model, tokenizer, rows, dataset, batch_size, cap, progress, template, **generation_kwargs
+    source_ids = {row["source"]: row["input_ids"] for row in rows}
+    outputs = predict(
+        model,
+        tokenizer,
+        list(source_ids.values()),
+        batch_size=batch_size,
+        progress=progress,
+        accelerator=accelerator,
+        before_each=before_each,
+        mbr_samples=mbr_samples,
+        seed=seed,
+        max_new_tokens=cap,
+        template=template,
+        **generation_kwargs,
     )
-    said = {row.source: row.prediction for row in predictions}
-    targets = [_cut(target, template) for target in rows["target"]]
-    own = sum(said[source] == target for source, target in zip(rows["source"], targets, strict=True))
-    scores, signatures = score_texts(
+    references = references_of(source_ids, dataset, template)
+    predictions = [
+        Prediction(source, targets, output.text, output.finished, float(of_source), int(tokens))
+        for (source, targets), output, of_source, tokens in zip(
+            references.items(), outputs, nats, target_tokens, strict=True
+        )
+    ]
+    counted = count_texts(
         metrics, [row.prediction for row in predictions], [row.references for row in predictions], bleu_tokenize
     )
-    figures |= {"sources": len(predictions)} | scores
-    figures |= {
-        "exact_match_rows": 100 * own / len(rows),
-        "unfinished": sum(not row.finished for row in predictions),
-        "max_new_tokens": cap,
-    }
-    return Evaluation(figures, signatures, predictions)
+    scores, signatures = figures_and_signatures(list(counted.values()))
+    own = [
+        predictions[source].prediction == _cut(target, template)
+        for source, target in zip(source_of_row, rows["target"], strict=True)
+    ]
+    statistics |= counted
+    statistics["exact_match_rows"] = ratio(
+        "exact_match_rows", np.bincount(source_of_row, weights=own), np.bincount(source_of_row), scale=100
+    )
+    figures |= {"sources": len(predictions)} | scores | statistics["exact_match_rows"].figures()
+    figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
+    return Evaluation(figures, signatures, predictions, statistics)
+
+
+def selectable_figures(metrics: Sequence[str]) -> list[str]:
+    """The figures by which a checkpoint can be the best one, where these metrics are computed."""
+    if not metrics:
+        return ["loss"]
+    return ["loss", *score_texts(metrics, ["a"], [["a"]])[0], "exact_match_rows", "unfinished"]
+
+
+def is_improvement(figure: str, value: float, best: float | None) -> bool:
+    """Whether `value` is better than the best so far. What is no number never is."""
+    if math.isnan(value):
+        return False
+    return best is None or (value < best if figure in LOWER_IS_BETTER else value > best)
 
 
 def draw(dataset: Dataset, limit: int) -> Dataset:
@@ -140,24 +201,75 @@ def draw(dataset: Dataset, limit: int) -> Dataset:
     return dataset.select(sorted(chosen))
 
 
+def _places(sources: Sequence[str]) -> np.ndarray:
+    """`["b", "a", "b"]` -> `[0, 1, 0]`: which of the different sources each row has, by their first rows."""
+    places: dict[str, int] = {}
+    return np.array([places.setdefault(source, len(places)) for source in sources])
+
+
+def padded_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> PaddedRows:
+    return PaddedRows(rows, tokenizer.pad_token_id, decoder_start_token(model))
+
+
+def over_ranks(
+    work: Callable[[Batch], Found],
+    batches: Sequence[Batch],
+    accelerator: Accelerator | None,
+    before_each: Callable[[], None] | None = None,
+) -> list[Found]:
+    """`work(batch)` of every batch, in their order, on every rank; batch n is worked on by rank n modulo ranks.
+
+    All ranks work equally often, because a sharded model computes nothing on one rank alone: where no batch is left
+    for a rank, it works on the last one too, and that is not counted.
+    """
+    ranks, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    found = []
+    for first in range(0, len(batches), ranks):
+        if before_each is not None:
+            before_each()
+        place = first + rank
+        result = work(batches[min(place, len(batches) - 1)])
+        if place < len(batches):
+            found.append((place, result))
+    gathered = dict(gather_object(found) if ranks > 1 else found)
+    return [gathered[place] for place in range(len(batches))]
+
+
 @torch.no_grad()
-def split_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
-) -> dict[str, float]:
-    """Sum of cross-entropy over all target tokens ÷ their number. Batches hold rows of like length."""
-    objective, was_training = Seq2SeqObjective(model), model.training
-    start_token = decoder_start_token(model)
-    model.eval()
-    nats, target_tokens = 0.0, 0
+def row_losses(
+    objective: Seq2SeqObjective,
+    rows: PaddedRows,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+    before_each: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """Nats and target tokens of each row, (rows, 2), float64. Batches hold rows of like length, the longest first.
+
+    NotFiniteError names the first row whose loss is infinite or no number.
+    """
+    device, was_training = objective.model.device, objective.training
+    objective.eval()
+
+    def work(numbers: np.ndarray) -> list[tuple[float, int]]:
+        batch = {name: tensor.to(device) for name, tensor in rows.tensors(numbers).items()}
+        nats = objective.token_losses(batch).cpu().double().sum(dim=1)
+        return nats.tolist()
+
+    lengths = rows.lengths
+    batches = [numbers for (numbers,) in longest_first(lengths, batch_size, ranks=1)]
     try:
-        for (numbers,) in longest_first(row_lengths(rows), batch_size, ranks=1):
-            batch = pad_batch([rows[int(number)] for number in numbers], tokenizer.pad_token_id, start_token)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            nats += objective(batch, num_items_in_batch=1).item()  # divided by 1: the sum
-            target_tokens += int((batch["labels"] != IGNORE_INDEX).sum())
+        found = over_ranks(work, batches, accelerator, before_each)
     finally:
-        model.train(was_training)
-    return {"loss": nats / target_tokens, "target_tokens": target_tokens}
+        objective.train(was_training)
+    nats = np.empty(len(lengths.target_tokens))
+    nats[np.concatenate(batches)] = np.concatenate(found)
+    if not np.isfinite(nats).all():
+        bad = np.flatnonzero(~np.isfinite(nats))
+        raise NotFiniteError(
+            f"the loss of {len(bad)} of {len(nats)} rows is infinite or no number, first that of row {bad[0] + 1}. If "
+            f"the weights are in float16, try --dtype float32; otherwise the checkpoint's weights are broken."
+        )
+    return np.column_stack([nats, lengths.target_tokens])
 
 
 def cap_from_targets(rows: Dataset, limit: int | None) -> int:
@@ -167,37 +279,44 @@ def cap_from_targets(rows: Dataset, limit: int | None) -> int:
     return cap if limit is None else max(longest, min(cap, limit))
 
 
-def predict_rows(
+def predict(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    split: Dataset,
+    source_ids: Sequence[Sequence[int]],
+    *,
     batch_size: int,
-    max_new_tokens: int,
-    progress: bool = False,
-    template: Template | None = None,
-    **generation_kwargs: Any,
-) -> list[Prediction]:
-    """One prediction for each different source of `rows`, in order; all its targets in `split` are references."""
-    source_ids = {row["source"]: row["input_ids"] for row in rows}
-    references: dict[str, list[str]] = {source: [] for source in source_ids}
+    progress: bool,
+    accelerator: Accelerator | None,
+    before_each: Callable[[], None] | None,
+    seed: int,
+    **settings: Any,
+) -> list[Output]:
+    """One output for each source, in order; `settings` are those of `chosen_outputs`."""
+    order = sorted(range(len(source_ids)), key=lambda place: -len(source_ids[place]))
+    batches = list(enumerate(order[start : start + batch_size] for start in range(0, len(order), batch_size)))
+    ranks = accelerator.num_processes if accelerator else 1
+    shown = progress and (accelerator is None or accelerator.is_main_process)
+
+    def work(batch: tuple[int, list[int]]) -> list[Output]:
+        number, places = batch
+        ids = [source_ids[place] for place in places]
+        given = settings | {"batch_size": batch_size, "progress": bar}
+        # Seeded by the batch's number, so that it does not matter which rank has it.
+        return chosen_outputs(model, tokenizer, ids, seed=seed + number, **given)
+
+    with GenerationBar(sum(len(places) for _, places in batches[::ranks]), shown=shown) as bar:  # this rank's share
+        found = over_ranks(work, batches, accelerator, before_each)
+    outputs = dict(zip(order, (output for batch in found for output in batch), strict=True))
+    return [outputs[place] for place in range(len(source_ids))]
+
+
+def references_of(sources: Mapping[str, Any], split: Dataset, template: Template | None) -> dict[str, list[str]]:
+    """For each source, in order, the targets of all rows of the split that have it, up to the template's stop."""
+    references: dict[str, list[str]] = {source: [] for source in sources}
     for source, target in zip(split["source"], split["target"], strict=True):
         if source in references:
             references[source].append(_cut(target, template))
-    outputs = generate_outputs(
-        model,
-        tokenizer,
-        list(source_ids.values()),
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        template=template,
-        progress=progress,
-        **generation_kwargs,
-    )
-    return [
-        Prediction(source, targets, output.text, output.finished)
-        for (source, targets), output in zip(references.items(), outputs, strict=True)
-    ]
+    return references
 
 
 def _cut(target: str, template: Template | None) -> str:
@@ -226,6 +345,11 @@ class EvaluateSettings:
     """No output gets longer than this; a quarter more than the longest target unless given."""
     num_beams: int = 1
     """Width of beam search; 1 is greedy."""
+    mbr_samples: int = 0
+    """Draw so many samples of each output and take the one that is most like the others by chrF (minimum Bayes risk);
+    0 does not. 16 take about as long as 16 beams."""
+    seed: int = 0
+    """Seed of these samples, and of the intervals' resampling."""
     bleu_tokenize: str = ""
     """sacrebleu's name of a tokenisation (13a, intl, char, ko-mecab …); chosen by the targets' script unless given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -240,6 +364,11 @@ class EvaluateSettings:
         for name in ("limit", "batch_size", "max_new_tokens", "num_beams"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.mbr_samples and (self.mbr_samples < 2 or self.num_beams > 1):
+            raise UserError(
+                f"mbr_samples is {self.mbr_samples} with num_beams={self.num_beams}. It takes 2 samples or more to "
+                f"choose one, and samples need no beams: --mbr_samples 16 --num_beams 1."
+            )
 
     def metric_names(self) -> list[str]:
         return [name.strip() for name in self.metrics.split(",") if name.strip()]
@@ -267,51 +396,108 @@ def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, da
     return prepared
 
 
-def format_table(evaluation: Evaluation) -> str:
-    """The figures as a person reads them, one on each line with its unit."""
+Intervals = Mapping[str, tuple[float, float]]
+
+
+def format_table(evaluation: Evaluation, intervals: Intervals) -> str:
+    """The figures as a person reads them, one on each line with its interval and unit."""
     figures = evaluation.figures
-    lines = [f"{'rows':18}{figures['rows']:>9,}"]
-    lines += [f"{'loss':18}{figures['loss']:>9.3f} nats/token over {figures['target_tokens']:,} target tokens"]
-    if not evaluation.predictions:
-        return lines[0] + "\n" + lines[1]
-    scores = set(figures) - {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
-    for name in [name for name in figures if name in scores]:
-        note = "of rows gave their own target" if name == "exact_match_rows" else evaluation.signatures.get(name, "")
-        lines.append(f"{name:18}{figures[name]:>9.2f} {note}".rstrip())
-    lines[1:1] = [f"{'sources':18}{figures['sources']:>9,} different; scores are 0 to 100 over these"]
-    lines += [
-        f"{'unfinished':18}{figures['unfinished']:>9,} outputs were stopped at {figures['max_new_tokens']} tokens"
-    ]
+
+    def line(name: str, note: str, form: str = ",") -> str:
+        spread = "[{:{form}}, {:{form}}]".format(*intervals[name], form=form) if name in intervals else ""
+        return f"{name:20}{figures[name]:>9{form}} {spread:17} {note}".rstrip()
+
+    lines = [line("rows", "")]
+    if evaluation.predictions:
+        lines.append(line("sources", "different; scores are 0 to 100 over these"))
+    lines.append(line("loss", f"nats/token over {figures['target_tokens']:,} target tokens", ".3f"))
+    if evaluation.predictions:
+        counts = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
+        for name in [name for name in figures if name not in counts]:
+            own = "of rows gave their own target" if name == "exact_match_rows" else ""
+            lines.append(line(name, own or evaluation.signatures.get(name, ""), ".2f"))
+        lines.append(line("unfinished", f"outputs never ended and were stopped at {figures['max_new_tokens']} tokens"))
+    if intervals:
+        lines.append(
+            f"[low, high]: {LEVEL_PERCENT} % intervals over other sources ({RESAMPLES:,} bootstrap resamples)"
+        )
     return "\n".join(lines)
 
 
-def write_report(settings: EvaluateSettings, evaluation: Evaluation) -> None:
-    """settings.out, and the predictions beside it."""
+def write_report(
+    settings: EvaluateSettings, evaluation: Evaluation, intervals: Intervals, data: Mapping[str, Any]
+) -> None:
+    """settings.out, and the predictions beside it, which come first: the report holds their hash."""
     out = Path(settings.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "figures": evaluation.figures,
+        "intervals": {name: list(interval) for name, interval in intervals.items()},
+        "confidence": {"level_percent": LEVEL_PERCENT, "resamples": RESAMPLES, "seed": settings.seed},
         "signatures": evaluation.signatures,
         "settings": asdict(settings),
+        "model": model_identity(settings.model),
+        "data": data,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     written = str(out)
     if evaluation.predictions:
-        beside = out.with_suffix(".predictions.jsonl")
+        beside = predictions_file(out)
         lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in evaluation.predictions]
-        beside.write_text("".join(lines), encoding="utf-8")
+        content = "".join(lines).encode("utf-8")
+        beside.write_bytes(content)
+        report["predictions_sha256"] = hashlib.sha256(content).hexdigest()
         written += f" and {beside}"
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"written: {written}")
 
 
+def predictions_file(report: Path) -> Path:
+    return report.with_suffix(".predictions.jsonl")
+
+
+def model_identity(name: str) -> dict[str, Any] | None:
+    """What tells this model from others: sizes and hashes of its files, as training wrote them beside it; by these
+    `diptych publish` knows whose scores they are. None where there are none."""
+    manifest = Path(name).expanduser() / MANIFEST
+    return read_json(manifest) if manifest.is_file() else None
+
+
+def data_identity(split: Dataset) -> dict[str, Any]:
+    """What tells this split from others, whatever tokenizer it was prepared with: a hash of its texts, in order."""
+    digest = hashlib.sha256()
+    for rows in split.select_columns(["source", "target"]).iter(batch_size=10_000):
+        for pair in zip(rows["source"], rows["target"], strict=True):
+            digest.update(json.dumps(pair).encode())
+    return {"rows": len(split), "texts_sha256": digest.hexdigest()}
+
+
+def make_accelerator() -> Accelerator | None:
+    """Of a launch with several ranks; else none. UserError where the ranks did not find each other."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1:
+        return None
+    accelerator = Accelerator()
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would "
+            f"evaluate everything. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
+        )
+    return accelerator
+
+
 def run(settings: EvaluateSettings) -> int:
-    rows = load_split(settings.data, settings.split)
-    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, pick_device(settings.device))
+    if settings.out:  # what cannot be written shows now, and not after hours
+        Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
+    split = load_split(settings.data, settings.split)
+    accelerator = make_accelerator()
+    speaks = accelerator is None or accelerator.is_main_process
+    device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
+    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device)
     prepared = check_same_tokenizer(settings.model, tokenizer, settings.data)
-    check_rows_fit(model, {settings.split: rows})
-    rows = drop_repeated_start(rows, model.config.decoder_start_token_id)
-    print(f"{settings.model} on {settings.data}, split {settings.split}", file=sys.stderr)
+    check_rows_fit(model, {settings.split: split})
+    rows = drop_repeated_start(split, model.config.decoder_start_token_id)
+    if speaks:
+        print(f"{settings.model} on {settings.data}, split {settings.split}", file=sys.stderr)
     evaluation = evaluate_rows(
         model,
         tokenizer,
@@ -323,18 +509,26 @@ def run(settings: EvaluateSettings) -> int:
         progress=True,
         bleu_tokenize=settings.bleu_tokenize or None,
         template=carried_template(prepared, check=False),  # the one that made the rows
+        accelerator=accelerator,
+        mbr_samples=settings.mbr_samples,
+        seed=settings.seed,
         num_beams=settings.num_beams,
     )
-    print(format_table(evaluation))
-    if settings.out:
-        write_report(settings, evaluation)
+    if speaks:
+        intervals = bootstrap_intervals(evaluation.statistics, seed=settings.seed)
+        print(format_table(evaluation, intervals))
+        if settings.out:
+            write_report(settings, evaluation, intervals, data_identity(split))
+    if accelerator:
+        accelerator.end_training()
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(EvaluateSettings, "diptych evaluate", argv)
     keep_memory()
-    return report_errors("diptych evaluate", run, settings)
+    rank = os.environ.get("RANK", "0")
+    return report_errors("diptych evaluate" if rank == "0" else f"diptych evaluate, rank {rank}", run, settings)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,12 @@ from diptych.data_prep.encode import label_prefix, split_sources
 from diptych.data_prep.records import UserError, nearest
 from diptych.data_prep.templates import Template, load_template, template_of
 from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.detokenize import text_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 
 DEFAULT_NEW_TOKENS = 256
+LINES_SUFFIX = ".txt"
+"""Of files in which each line is a text; all others are JSONL."""
 GREEDY = {"num_beams": 1, "do_sample": False}
 TOKENS_BEFORE_STOP = 16
 """Stop strings are looked for in the last tokens alone: as many as the longest one has bytes, and these."""
@@ -119,10 +122,11 @@ def generate_outputs(
         for start in range(0, len(longest_first), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = [source_ids[row] for row in rows]
-            kwargs = GREEDY | generation_kwargs
-            found, tokens = _generate_batch(model, tokenizer, batch, max_new_tokens, template, kwargs)
+            found, tokens = _generate_batch(
+                model, tokenizer, batch, max_new_tokens, template, GREEDY | generation_kwargs
+            )
+            each = len(found) // len(rows)
             for position, row in enumerate(rows):
-                each = len(found) // len(rows)
                 outputs[row] = found[position * each : (position + 1) * each]
             bar.advance(len(rows), tokens)
     finally:
@@ -164,7 +168,8 @@ def _generate_batch(
         inputs["decoder_input_ids"] = torch.tensor([prefix] * len(source_ids))
         max_new_tokens = max(1, max_new_tokens - len(prefix))
     if template and template.stop:
-        generation_kwargs["stopping_criteria"] = StoppingCriteriaList([StopStrings(tokenizer, template)])
+        stop = StoppingCriteriaList([StopStrings(tokenizer, template)])
+        generation_kwargs = generation_kwargs | {"stopping_criteria": stop}
     inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
     try:
         config, others = _generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
@@ -175,18 +180,24 @@ def _generate_batch(
         raise UserError(f"{len(source_ids)} rows do not fit into memory together. Lower batch_size.") from error
     outputs, tokens = [], 0
     for sequence in sequences:
-        # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for. A prefix
-        # that begins with the start token is given as it is; before any other, transformers puts the start.
-        given = len(prefix) + (sequence[0] not in prefix[:1])
-        ids, finished = _cut_at_eos(sequence[given:], config.eos_token_id)
-        if config.forced_eos_token_id is not None and len(ids) + 1 == max_new_tokens:
-            finished = False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        ids, finished = _new_tokens(sequence, prefix, config)
+        text = text_of(tokenizer, ids)
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
         outputs.append(Output(text, finished))
         tokens += len(ids) + finished
     return outputs, tokens
+
+
+def _new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig) -> tuple[list[int], bool]:
+    """What the model added to start and prefix, up to its end token; and whether it wrote one."""
+    # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for. A prefix that
+    # begins with the start token is given as it is; before any other, transformers puts the start.
+    given = len(prefix) + (sequence[0] not in prefix[:1])
+    ids, finished = _cut_at_eos(sequence[given:], config.eos_token_id)
+    if config.forced_eos_token_id is not None and len(ids) + 1 == config.max_new_tokens:
+        finished = False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
+    return ids, finished
 
 
 class StopStrings(StoppingCriteria):
@@ -201,7 +212,7 @@ class StopStrings(StoppingCriteria):
         return torch.tensor(ends, device=input_ids.device)
 
     def _holds_stop(self, ids: list[int]) -> bool:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = text_of(self.tokenizer, ids)
         return any(stop in text for stop in self.template.stop)
 
 
@@ -233,21 +244,23 @@ def _cut_at_eos(ids: list[int], eos_token_id: int | list[int] | None) -> tuple[l
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """Text from a trained encoder-decoder: one prompt, a session (neither prompt nor file given), or a JSONL file."""
+    """Text from a trained encoder-decoder: one prompt, a session (neither prompt nor file given), or a file."""
 
     model: str
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
     instruction: str = ""
-    """The instruction of a single prompt."""
+    """The instruction of a single prompt, or of each line of a .txt file."""
     input: str = ""
     """The input that the instruction is about."""
     system: str = ""
-    """A system prompt, for templates that have a place for one; in a session, for every prompt."""
+    """A system prompt, for templates that have a place for one; in a session or a .txt file, for every prompt."""
     in_file: str = ""
-    """JSONL file of rows with `instruction` and, where there are any, `input`, `history`, `system`; other fields
-    are kept."""
+    """JSONL file of rows with `instruction` and, where there are any, `input`, `history`, `system`, or with
+    `messages`; other fields are kept. Or a .txt file, of which each line is the input of --instruction, or an
+    instruction where none is given."""
     out_file: str = ""
-    """JSONL file to write: one line for each row, in order. Started again after a kill, it goes on where it was."""
+    """JSONL file to write: one line for each of in_file, in order, also for a blank one. Started again after a kill,
+    it goes on where it was."""
     overwrite: bool = False
     """Start out_file again from its first row, whatever is in it."""
     template: str = ""
@@ -263,7 +276,10 @@ class GenerateSettings:
     temperature: float = 0.0
     """Above 0, tokens are sampled at this temperature; 0 takes the likeliest."""
     num_return_sequences: int = 1
-    """Outputs for each prompt; needs as many beams, or sampling."""
+    """Outputs for each prompt, the likeliest first; needs as many beams, or sampling."""
+    mbr_samples: int = 0
+    """Draw so many samples for each prompt and take the one that is most like the others by chrF (minimum Bayes risk);
+    0 does not."""
     seed: int = 0
     """Seed of the sampling."""
     generation: dict[str, Any] = field(default_factory=dict)
@@ -282,9 +298,11 @@ class GenerateSettings:
             raise UserError(
                 f"--{given} was given without --{missing}. Give both, or neither for a prompt or a session."
             )
-        if self.in_file and (self.instruction or self.input or self.system):
+        asks_of_each_line = self.in_file.endswith(LINES_SUFFIX)
+        if self.in_file and (self.input or ((self.instruction or self.system) and not asks_of_each_line)):
             raise UserError(
-                "--in_file and a prompt were both given. Drop --instruction, --input and --system, or the files."
+                "--in_file and a prompt were both given. Drop --instruction, --input and --system, or the files; "
+                "--instruction and --system can be given for a .txt file, whose lines are texts."
             )
         if self.input and not self.instruction:
             raise UserError("--input was given without --instruction. Say with --instruction what to do with it.")
@@ -293,11 +311,21 @@ class GenerateSettings:
                 f"num_return_sequences is {self.num_return_sequences} with num_beams={self.num_beams} and no "
                 f"sampling, which has one answer. Give --num_beams {self.num_return_sequences}, or --temperature 1."
             )
+        if self.mbr_samples and (
+            self.mbr_samples < 2 or max(self.num_beams, self.num_return_sequences) > 1 or self.temperature
+        ):
+            raise UserError(
+                f"mbr_samples is {self.mbr_samples}. It takes 2 or more to choose one output, and they are drawn in a "
+                f"way of their own: drop num_beams, num_return_sequences and temperature."
+            )
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
         check_generation_names(self.generation)
 
     def generation_kwargs(self) -> dict[str, Any]:
+        """Those of `reranking.chosen_outputs`."""
+        if self.mbr_samples:
+            return {"mbr_samples": self.mbr_samples} | self.generation
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         beams = {"num_beams": self.num_beams, "num_return_sequences": self.num_return_sequences}
         return sampling | beams | self.generation
@@ -354,17 +382,21 @@ def answer(
     model: PreTrainedModel, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str
 ) -> None:
     """Print the output of one prompt: as it comes where there is one beam and no stop string, else when it is done."""
+    from diptych.finetune.reranking import chosen_outputs  # here, because it imports this file
+
     source_ids, cut = prompter.encode([prompter.template.render_source(instruction, text, (), settings.system)])
     if cut[0]:
         print(f"(the prompt was cut to {len(source_ids[0])} tokens)", file=sys.stderr)
     generation = settings.generation_kwargs()
-    streams = settings.num_beams == settings.num_return_sequences == 1 and not prompter.template.stop
+    is_single = settings.num_beams == settings.num_return_sequences == 1 and not settings.mbr_samples
+    streams = is_single and not prompter.template.stop
     if streams:
         generation["streamer"] = TextStreamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    outputs = generate_outputs(
+    outputs = chosen_outputs(
         model,
         prompter.tokenizer,
         source_ids,
+        seed=settings.seed,
         batch_size=1,
         max_new_tokens=settings.max_new_tokens,
         template=prompter.template,
@@ -416,7 +448,7 @@ def run(settings: GenerateSettings) -> int:
     from diptych.finetune.generate_file import generate_file, read_prompts  # here, because it imports this file
 
     # The file first: its mistakes are found before a large model is loaded.
-    rows = read_prompts(settings.in_file) if settings.in_file else []
+    rows = read_prompts(settings.in_file, settings.instruction, settings.system) if settings.in_file else []
     device, uses_own = pick_device(settings.device), not settings.template
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
     settings = resolve_limits(settings, model)

@@ -1,11 +1,15 @@
-"""A JSONL file of prompts in, a JSONL file of outputs out; killed at any moment and started again, it goes on.
+"""A file of prompts in, a JSONL file of outputs out; killed at any moment and started again, it goes on.
 
     {"id": 7, "instruction": "Translate to Korean.", "input": "Yes."}     one row of in_file, its first
     {"row": 1, "prediction": "네.", "finished": true, "source_cut": false, "id": 7, "instruction": …, "input": …}
     {"row": 2, "error": "broken JSON at column 9: …"}                     what a row that is no prompt gets
 
-Each row of in_file gets exactly one line, in its place; `row` counts from 1. `prediction` and `finished` (ended by
-the model, not by the cap) are lists where there are several outputs for each prompt.
+A row may be a conversation instead, `messages` as in training: its next answer is generated, or, if it ends in one,
+that answer anew. In a .txt file each line is an instruction, or the input of the one that is given for all.
+
+Each line of in_file gets exactly one line, in its place; `row` counts from 1. A blank one asks nothing, and has an
+empty prediction. `prediction` and `finished` (ended by the model, not by the cap) are lists where there are several
+outputs for each prompt.
 
 Rows are generated in chunks of CHUNK_BATCHES batches, sorted by length within a chunk only, and a chunk is written
 and flushed to disk at once. Where a chunk starts does not depend on where a run was killed, and the sampling is
@@ -26,73 +30,141 @@ import torch
 import transformers
 from transformers import PreTrainedModel, set_seed
 
+from diptych.data_prep.conversations import ROLES, SHAREGPT_ROLES, Fault, open_question, turns_of
 from diptych.data_prep.records import UserError, nearest
 from diptych.data_prep.templates import Template
-from diptych.finetune.generate import GenerateSettings, GenerationBar, Prompter, generate_outputs
+from diptych.finetune.generate import LINES_SUFFIX, GenerateSettings, GenerationBar, Output, Prompter
+from diptych.finetune.reranking import chosen_outputs
 
 # 8 batches: sorting among them already removes most of the padding, and a kill costs at most their time.
 CHUNK_BATCHES = 8
 PROMPT_FIELDS = ("instruction", "input", "history", "system")
+CONVERSATION_FIELDS = ("messages", "conversations")
 OUR_FIELDS = ("row", "prediction", "finished", "source_cut", "error")
 
 
+class Prompt(NamedTuple):
+    """What a row asks, as `Template.render_source` takes it."""
+
+    instruction: str
+    input: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+
+
 class PromptRow(NamedTuple):
-    """One line of in_file: its fields as they are, or why it is no prompt."""
+    """One line of in_file: its fields as they are, and what it asks, or why it is no prompt."""
 
     fields: dict[str, Any]
+    prompt: Prompt | None = None
     error: str = ""
 
 
-def read_prompts(in_file: str) -> list[PromptRow]:
-    """Every line of in_file; UserError where there is no file, no line, or no line that is a prompt."""
+BLANK = PromptRow({})
+
+
+def read_prompts(in_file: str, instruction: str = "", system: str = "") -> list[PromptRow]:
+    """Every line of in_file; `instruction` and `system` are those of all lines of a .txt file.
+
+    UserError where there is no file, no line, or no line that is a prompt.
+    """
     lines = Path(in_file).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    if in_file.endswith(LINES_SUFFIX):
+        rows = [_line_row(line, instruction, system) for line in lines]
+    else:
+        rows = [_json_row(line) for line in lines]
     if lines[-1] == b"":
-        lines.pop()
-    rows = [_read_row(line) for line in lines]
-    if not rows:
-        raise UserError(f"{in_file} is empty. Write one JSON object for each prompt, one on each line.")
-    if all(row.error for row in rows):
-        raise UserError(f"{in_file} has no row that is a prompt; row 1: {rows[0].error}")
+        rows.pop()
+    asked = [row for row in rows if row != BLANK]
+    if not asked:
+        raise UserError(f"{in_file} is empty. Write one prompt on each line: a JSON object, or in a .txt file a text.")
+    if all(row.error for row in asked):
+        hint = "" if any(row.fields for row in asked) else ". If its lines are texts and not JSON, name it .txt."
+        first = rows.index(asked[0])
+        raise UserError(f"{in_file} has no row that is a prompt; row {first + 1}: {rows[first].error}{hint}")
     return rows
 
 
-def _read_row(line: bytes) -> PromptRow:
+def _line_row(line: bytes, instruction: str, system: str) -> PromptRow:
+    try:
+        text = line.decode("utf-8").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        return PromptRow({}, error=_not_utf8(error))
+    if not text.strip():
+        return BLANK
+    if instruction:
+        return PromptRow({"input": text}, Prompt(instruction, text, system=system))
+    return PromptRow({"instruction": text}, Prompt(text, system=system))
+
+
+def _json_row(line: bytes) -> PromptRow:
+    if not line.strip():
+        return BLANK
     try:
         fields = json.loads(line.decode("utf-8"))
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        return PromptRow({}, f"invalid UTF-8 at byte {error.start + 1} of the line")
+        return PromptRow({}, error=_not_utf8(error))
     except UnicodeEncodeError:
-        return PromptRow({}, "half of a surrogate pair (\\ud800 to \\udfff) is no text")
+        return PromptRow({}, error="half of a surrogate pair (\\ud800 to \\udfff) is no text")
     except json.JSONDecodeError as error:
-        return PromptRow({}, f"broken JSON at column {error.colno}: {error.msg}")
+        return PromptRow({}, error=f"broken JSON at column {error.colno}: {error.msg}")
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 brackets in a row
-        return PromptRow({}, f"JSON that cannot be read: {error}")
+        return PromptRow({}, error=f"JSON that cannot be read: {error}")
     if not isinstance(fields, dict):
-        return PromptRow({}, f"a JSON object is needed, got {type(fields).__name__}")
-    return PromptRow(fields, _field_error(fields))
+        return PromptRow({}, error=f"a JSON object is needed, got {type(fields).__name__}")
+    try:
+        return PromptRow(fields, _prompt_of(fields))
+    except (UserError, Fault) as error:
+        return PromptRow(fields, error=str(error))
 
 
-def _field_error(fields: dict[str, Any]) -> str:
-    """What keeps these fields from being a prompt; "" where nothing does."""
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"invalid UTF-8 at byte {error.start + 1} of the line"
+
+
+def _prompt_of(fields: dict[str, Any]) -> Prompt:
+    """What these fields ask. UserError, or a Fault of a conversation, with what keeps them from being a prompt."""
     taken = [name for name in OUR_FIELDS if name in fields]
     if taken:
-        return f"field {taken[0]!r} is one that is written here; rename it"
+        raise UserError(f"field {taken[0]!r} is one that is written here; rename it")
+    conversation = next((name for name in CONVERSATION_FIELDS if name in fields), None)
     for name in PROMPT_FIELDS:
-        needed = name == "instruction"
         near = nearest(name, [other for other in fields if other not in PROMPT_FIELDS], cutoff=0.75)
         if name not in fields and near:
-            return f"{name!r} is missing; is {near!r} meant? Rename it to {name!r}"
-        if name not in fields and needed:
-            return f"{name!r} is missing; the row has {', '.join(map(repr, fields)) or 'no fields'}"
-    if not isinstance(fields["instruction"], str) or not fields["instruction"].strip():
-        return f"'instruction' must be a string that is not empty, got {json.dumps(fields['instruction'])[:60]}"
+            raise UserError(f"{name!r} is missing; is {near!r} meant? Rename it to {name!r}")
     for name in ("input", "system"):
         if not isinstance(fields.get(name) or "", str):
-            return f"{name!r} must be a string, got {json.dumps(fields[name])[:60]}"
-    if not _is_history(fields.get("history") or []):
-        return "'history' must be a list of [instruction, output] pairs of strings, oldest first"
-    return ""
+            raise UserError(f"{name!r} must be a string, got {_shown(fields[name])}")
+    if conversation is not None:
+        return _conversation_prompt(fields, conversation)
+    if "instruction" not in fields:
+        raise UserError(f"'instruction' is missing; the row has {', '.join(map(repr, fields)) or 'no fields'}")
+    if not isinstance(fields["instruction"], str) or not fields["instruction"].strip():
+        raise UserError(f"'instruction' must be a string that is not empty, got {_shown(fields['instruction'])}")
+    history = fields.get("history") or []
+    if not _is_history(history):
+        raise UserError("'history' must be a list of [instruction, output] pairs of strings, oldest first")
+    pairs = tuple((instruction, output) for instruction, output in history)
+    return Prompt(fields["instruction"], fields.get("input") or "", pairs, fields.get("system") or "")
+
+
+def _conversation_prompt(fields: dict[str, Any], name: str) -> Prompt:
+    """Of a row with `messages`, as OpenAI or ShareGPT have them. A system prompt beside them stands before theirs."""
+    for other in ("instruction", "input", "history"):
+        if fields.get(other):
+            raise UserError(f"the row has {name!r} and {other!r}, and either says what is asked; take one out")
+    turns = fields[name]
+    first = turns[0] if isinstance(turns, list) and turns else None
+    is_sharegpt = isinstance(first, dict) and "role" not in first and "from" in first
+    form = ("from", "value", SHAREGPT_ROLES) if is_sharegpt else ("role", "content", ROLES)
+    system, question = open_question(turns_of(turns, name, *form), name)
+    system = [text for text in (fields.get("system"), *system) if text]
+    return Prompt(question.instruction, history=question.history, system="\n".join(system))
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:60]
 
 
 def _is_history(history: Any) -> bool:
@@ -105,12 +177,10 @@ def render_prompts(rows: list[PromptRow], template: Template) -> tuple[list[Prom
     """The rows, those with an error now that the template cannot render, and the prompt of each good row's index."""
     judged, prompts = list(rows), {}
     for index, row in enumerate(rows):
-        if row.error:
+        if row.prompt is None:
             continue
         try:
-            history = tuple((instruction, output) for instruction, output in row.fields.get("history") or [])
-            text, system = row.fields.get("input") or "", row.fields.get("system") or ""
-            prompts[index] = template.render_source(row.fields["instruction"], text, history, system)
+            prompts[index] = template.render_source(*row.prompt)
         except UserError as error:
             judged[index] = row._replace(error=str(error))
     return judged, prompts
@@ -119,7 +189,7 @@ def render_prompts(rows: list[PromptRow], template: Template) -> tuple[list[Prom
 def generate_file(
     model: PreTrainedModel, prompter: Prompter, settings: GenerateSettings, rows: list[PromptRow]
 ) -> int:
-    """Write out_file, from its first row or from where a killed run left it; the exit code."""
+    """Write out_file, from its first row or from where a killed run left it. Returns the exit code."""
     out_file = Path(settings.out_file)
     if out_file.resolve() == Path(settings.in_file).resolve():
         raise UserError(f"--in_file and --out_file are the same file, {out_file}. Name another --out_file.")
@@ -127,6 +197,7 @@ def generate_file(
     ids, cut = prompter.encode(list(prompts.values()))
     sources, was_cut = dict(zip(prompts, ids, strict=True)), dict(zip(prompts, cut, strict=True))
 
+    nothing = _predictions([Output("", finished=True)] * settings.num_return_sequences, settings)[0]
     chunk_rows = CHUNK_BATCHES * settings.batch_size
     identity = run_identity(model, prompter.template, settings, rows, ids)
     done = open_run(out_file, identity, chunk_rows, len(rows), settings.overwrite)
@@ -138,12 +209,14 @@ def generate_file(
             good = [row for row in chunk if row in sources]
             outputs = _generate_chunk(model, prompter, settings, [sources[row] for row in good], start, bar)
             bar.advance(len(chunk) - len(good), 0)
-            answers = dict(zip(good, outputs, strict=True))
-            lines = [_output_line(row, rows[row], answers.get(row), was_cut.get(row)) for row in chunk]
+            predicted = dict(zip(good, outputs, strict=True))
+            lines = [
+                _output_line(row, rows[row], predicted.get(row, nothing), was_cut.get(row, False)) for row in chunk
+            ]
             out.write("".join(lines).encode("utf-8"))
             out.flush()
             os.fsync(out.fileno())
-    print(_summary(out_file, len(rows), len(rows) - len(sources), sum(cut)), file=sys.stderr)
+    print(_summary(out_file, rows, sum(cut)), file=sys.stderr)
     return 0
 
 
@@ -157,16 +230,21 @@ def _generate_chunk(
 ) -> list[dict[str, Any]]:
     """For each prompt of the chunk that starts at row `start`: its `prediction` and `finished`."""
     set_seed(settings.seed + start)  # by the chunk's place, so that a resumed run samples what the first would have
-    outputs = generate_outputs(
+    outputs = chosen_outputs(
         model,
         prompter.tokenizer,
         source_ids,
+        seed=settings.seed + start,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
         template=prompter.template,
         progress=bar,
         **settings.generation_kwargs(),
     )
+    return _predictions(outputs, settings)
+
+
+def _predictions(outputs: list[Output], settings: GenerateSettings) -> list[dict[str, Any]]:
     each = settings.num_return_sequences
     if each == 1:
         return [{"prediction": output.text, "finished": output.finished} for output in outputs]
@@ -174,16 +252,19 @@ def _generate_chunk(
     return [{"prediction": [o.text for o in group], "finished": [o.finished for o in group]} for group in groups]
 
 
-def _output_line(row: int, prompt: PromptRow, output: dict[str, Any] | None, was_cut: bool | None) -> str:
-    ours = {"error": prompt.error} if output is None else output | {"source_cut": was_cut}
+def _output_line(row: int, prompt: PromptRow, output: dict[str, Any], was_cut: bool) -> str:
+    ours = {"error": prompt.error} if prompt.error else output | {"source_cut": was_cut}
     theirs = {name: value for name, value in prompt.fields.items() if name not in OUR_FIELDS}
     return json.dumps({"row": row + 1} | ours | theirs, ensure_ascii=False) + "\n"
 
 
-def _summary(out_file: Path, rows: int, errors: int, cut: int) -> str:
-    parts = [f"{out_file}: {rows} rows"]
+def _summary(out_file: Path, rows: list[PromptRow], cut: int) -> str:
+    errors, blank = sum(bool(row.error) for row in rows), rows.count(BLANK)
+    parts = [f"{out_file}: {len(rows)} rows"]
     if errors:
         parts.append(f"{errors} with an error in place of a prediction")
+    if blank:
+        parts.append(f"{blank} blank, whose prediction is empty")
     if cut:
         parts.append(f"{cut} whose prompt was cut (source_cut)")
     return ", ".join(parts)
@@ -200,7 +281,7 @@ def run_identity(
     own = ("batch_size", "max_new_tokens", "seed")
     rules = {"decoder_prefix": list(template.decoder_prefix), "stop": list(template.stop)}
     return {
-        "prompts_sha256": _sha256(json.dumps([rows, source_ids]).encode()),
+        "prompts_sha256": _sha256(json.dumps([[[row.fields, row.error] for row in rows], source_ids]).encode()),
         "weights_sha256": weights_sha256(model),
         "generation_config": json.loads(model.generation_config.to_json_string(use_diff=False)),
         "settings": {name: getattr(settings, name) for name in own} | rules | settings.generation_kwargs(),

@@ -33,6 +33,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
 from diptych.data_prep.encode import vocabulary_size
+from diptych.data_prep.hub import check_place
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
 
@@ -80,20 +81,13 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def check_folder(name: str) -> None:
-    """UserError where `name` can only be a folder and is not there, or is there and holds no checkpoint."""
+    """UserError where `name` is neither a folder nor on a Hub that can be reached, or a folder without checkpoint."""
+    check_place(name)
     folder = Path(name)
-    if folder.is_dir():
-        if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
-            raise UserError(
-                f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder "
-                f"that save_pretrained wrote (after `diptych train`: RUN/final).{_checkpoint_inside(folder)}"
-            )
-    elif folder.exists():
-        raise UserError(f"{name} is a file; a checkpoint is a folder with config.json. Name the folder it lies in.")
-    elif name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir()):
-        # what is left, a name or owner/name whose owner is no folder here, may be a Hub id
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
         raise UserError(
-            f"there is no folder {name}. Name a checkpoint folder, or a Hub id such as google-t5/t5-small."
+            f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder "
+            f"that save_pretrained wrote (after `diptych train`: RUN/final).{_checkpoint_inside(folder)}"
         )
 
 
@@ -130,6 +124,7 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
     """The tokenizer in `name`, or in `fallback` (an adapter's base) where `name` has none."""
     reason: Exception = FileNotFoundError("it has no tokenizer files.")
     for place in filter(None, (name, fallback)):
+        check_place(place)
         if not has_tokenizer(place):
             continue  # transformers 5 would make a T5 tokenizer out of nothing, with a vocabulary of 104 tokens
         try:

@@ -13,15 +13,15 @@ has been done: a run that is cut between the two does it when it goes on.
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 
-import accelerate
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from diptych.finetune.batches import Step, longest_first
+from diptych.finetune.batches import Step
 from diptych.finetune.config import TrainRecipe, split_names
-from diptych.finetune.evaluation import evaluate_rows, is_improvement
+from diptych.finetune.evaluation import evaluate_rows, is_improvement, row_losses
 from diptych.finetune.exits import DONE, STOPPED, NotFiniteError
 from diptych.finetune.loss_plot import plot_loss
 from diptych.finetune.ranks import part
@@ -55,7 +55,11 @@ def train(run: Run) -> bool:
     profile = start_profile(run)
     is_stopped = False
     while not is_stopped:
-        is_better = is_evaluation_due(run) and evaluate(run)
+        try:
+            is_better = is_evaluation_due(run) and evaluate(run)
+        except EvaluationStopped:
+            is_stopped = True
+            break
         is_last = progress.step >= run.total_steps or run.is_out_of_patience
         if is_last or is_better or is_due(progress.step, run.save_every):
             save_checkpoint(run)
@@ -232,39 +236,46 @@ def evaluate(run: Run) -> bool:
     return is_better
 
 
-@torch.no_grad()
 def validation_loss(run: Run) -> float:
-    """Nats per target token over the whole split: each rank its share, in as many calls as the others."""
-    rows, accelerator = run.padded(run.prepared.splits["validation"]), run.accelerator
-    lengths = rows.lengths
-    target_tokens = int(lengths.target_tokens.sum())
-    loss = torch.zeros((), dtype=torch.float64)
-    run.objective.eval()
-    for batch in longest_first(lengths, run.recipe.eval_batch_size, accelerator.num_processes):
-        with run.autocast():
-            part = run.objective(run.tensors(rows, batch[accelerator.process_index]), target_tokens)
-        loss += part.cpu().double()
-    run.objective.train()
-    with run.ranks.waiting_for(f"the validation loss after step {run.progress.step}"):
-        return accelerator.reduce(loss.float().to(accelerator.device), reduction="sum").item()
+    """Nats per target token over the whole split: the same digits on any number of ranks."""
+    rows, objective = run.padded(run.prepared.splits["validation"]), run.accelerator.unwrap_model(run.objective)
+    with (
+        run.autocast(),
+        run.ranks.waiting_for(f"the validation loss after step {run.progress.step}", has_own_work=True),
+    ):
+        losses = row_losses(objective, rows, run.recipe.eval_batch_size, run.accelerator, partial(look_up, run))
+    nats, target_tokens = losses.sum(axis=0).tolist()
+    return nats / target_tokens
 
 
 def generation_figures(run: Run) -> dict[str, float]:
     """Metrics of what the model writes for a sample of the validation split, kept in samples.jsonl."""
-    recipe, figures = run.recipe, [{}]
-    if run.accelerator.is_main_process:
-        with run.autocast():
-            evaluation = evaluate_rows(
-                run.model,
-                run.tokenizer,
-                run.prepared.splits["validation"],
-                metrics=split_names(recipe.metrics),
-                batch_size=recipe.eval_batch_size,
-                max_new_tokens=recipe.max_new_tokens,
-                limit=recipe.metrics_limit,
-            )
-        run.log.add_samples([{"step": run.progress.step} | row._asdict() for row in evaluation.predictions])
-        of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
-        figures = [{name: value for name, value in evaluation.figures.items() if name not in of_the_loss}]
-    with run.ranks.waiting_for(f"the metrics after step {run.progress.step}"):
-        return accelerate.utils.broadcast_object_list(figures)[0]
+    recipe = run.recipe
+    with run.autocast(), run.ranks.waiting_for(f"the metrics after step {run.progress.step}", has_own_work=True):
+        evaluation = evaluate_rows(
+            run.model,
+            run.tokenizer,
+            run.prepared.splits["validation"],
+            metrics=split_names(recipe.metrics),
+            batch_size=recipe.eval_batch_size,
+            max_new_tokens=recipe.max_new_tokens,
+            limit=recipe.metrics_limit,
+            accelerator=run.accelerator,
+            before_each=partial(look_up, run),
+        )
+    run.log.add_samples([{"step": run.progress.step} | row._asdict() for row in evaluation.predictions])
+    of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
+    return {name: value for name, value in evaluation.figures.items() if name not in of_the_loss}
+
+
+class EvaluationStopped(Exception):
+    """Some rank was asked to stop; nothing of this evaluation was written."""
+
+
+def look_up(run: Run) -> None:
+    """Between two batches of an evaluation, on all ranks: EvaluationStopped if any of them was asked to stop."""
+    asked = torch.tensor(float(bool(run.stop.reason)), device=run.accelerator.device)
+    with run.ranks.waiting_for(f"the evaluation after step {run.progress.step}"):
+        asked = run.accelerator.reduce(asked, reduction="sum")
+    if asked.item():
+        raise EvaluationStopped

@@ -8,16 +8,24 @@ A prediction earns what its best reference gives it (exact_match, token_f1, roug
 of them together (bleu). The counting is done by sacrebleu (Post 2018, https://aclanthology.org/W18-6319) and
 rouge-score; what is decided here is how text becomes tokens, because their defaults were made for English:
 rouge-score drops every letter outside a-z ("나는 학생이다" has no tokens at all), and BLEU over Korean words
-punishes a wrong particle like a wrong word.
+punishes a wrong particle like a wrong word. `superni_rougeL` alone keeps those defaults, to be comparable with the
+figures that are published for Super-NaturalInstructions.
+
+Each metric first counts, prediction by prediction (`Statistics`), and its figures follow from the sums. So
+confidence.py has them for a thousand resamples of the predictions without reading a text again.
 """
 
+import math
+import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from typing import NamedTuple
 
 import datasets
 import evaluate
+import numpy as np
 import regex
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
@@ -32,6 +40,7 @@ _TOKEN = regex.compile(rf"[{_CHARACTER_SCRIPTS}]|[[\p{{L}}\p{{M}}\p{{N}}]--[{_CH
 _LETTER = regex.compile(r"\p{L}")
 _CHARACTER_SCRIPT_LETTER = regex.compile(rf"[[{_CHARACTER_SCRIPTS}]&&\p{{L}}]", regex.V1)
 _ENGLISH_ARTICLES = {"a", "an", "the"}
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def split_tokens(text: str) -> list[str]:
@@ -84,8 +93,39 @@ def reference_streams(references: Sequence[Sequence[str]]) -> list[list[str | No
     return [list(stream) for stream in zip_longest(*references)]
 
 
+class Statistics(NamedTuple):
+    """What was counted for each of N predictions, K numbers each, and what figures their sums give."""
+
+    counts: np.ndarray
+    """(N, K), float64."""
+    figures_of: Callable[[np.ndarray], dict[str, float]]
+    """Sums over any choice of rows (K,) -> name and value of each figure."""
+    signature: str = ""
+    """With what it was computed, where that is a choice: figures with different signatures cannot be compared."""
+
+    def figures(self) -> dict[str, float]:
+        """Those of all rows. Their sum is exact, so that it does not matter in which order they came."""
+        return self.figures_of(np.array([math.fsum(column) for column in self.counts.T]))
+
+
+def mean_percentages(names: Sequence[str], scores: Sequence[Sequence[float]]) -> Statistics:
+    """Scores between 0 and 1, for each prediction one of each name -> the means of the names, times 100."""
+    counts = np.column_stack([np.array(scores, dtype=np.float64), np.ones(len(scores))])
+
+    def figures_of(sums: np.ndarray) -> dict[str, float]:
+        return {name: 100 * float(total) / float(sums[-1]) for name, total in zip(names, sums[:-1], strict=True)}
+
+    return Statistics(counts, figures_of)
+
+
+def ratio(name: str, parts: Sequence[float], wholes: Sequence[float], scale: float = 1.0) -> Statistics:
+    """Sum of the parts ÷ sum of the wholes: `ratio("loss", nats, target_tokens)`."""
+    counts = np.column_stack([np.array(parts, dtype=np.float64), np.array(wholes, dtype=np.float64)])
+    return Statistics(counts, lambda sums: {name: scale * float(sums[0]) / float(sums[1])})
+
+
 class TextMetric(evaluate.Metric):
-    """What the five metrics share: string features, checked pairs, and nothing written to the metrics cache."""
+    """What the metrics share: string features, checked pairs, and nothing written to the metrics cache."""
 
     description = ""
     citation = ""
@@ -107,13 +147,22 @@ class TextMetric(evaluate.Metric):
         check_pairs(predictions, references)
         super().add_batch(predictions=predictions, references=references)
 
+    def count(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
+        raise NotImplementedError
+
+    def _compute(self, predictions, references, **settings) -> dict[str, float | str]:
+        statistics = self.count(predictions, references, **settings)
+        figures = statistics.figures()
+        signed = {f"{name}_signature": statistics.signature for name in figures if statistics.signature}
+        return figures | signed
+
 
 class ExactMatch(TextMetric):
     description = "Percentage of predictions that equal one of their references, character by character."
 
-    def _compute(self, predictions, references) -> dict[str, float]:
-        hits = sum(prediction in row for prediction, row in zip(predictions, references, strict=True))
-        return {"exact_match": 100 * hits / len(predictions)}
+    def count(self, predictions, references) -> Statistics:
+        hits = [[prediction in row] for prediction, row in zip(predictions, references, strict=True)]
+        return mean_percentages(["exact_match"], hits)
 
 
 class TokenF1(TextMetric):
@@ -124,12 +173,12 @@ class TokenF1(TextMetric):
 case and punctuation do not count."
     )
 
-    def _compute(self, predictions, references) -> dict[str, float]:
+    def count(self, predictions, references) -> Statistics:
         scores = [
-            max(_token_f1(prediction, reference) for reference in row)
+            [max(_token_f1(prediction, reference) for reference in row)]
             for prediction, row in zip(predictions, references, strict=True)
         ]
-        return {"token_f1": 100 * sum(scores) / len(scores)}
+        return mean_percentages(["token_f1"], scores)
 
 
 def _token_f1(prediction: str, reference: str) -> float:
@@ -152,20 +201,47 @@ class Rouge(TextMetric):
     description = "Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L without stemming, over words, or over syllables in \
 Hangul, Han and kana."
 
-    def _compute(self, predictions, references) -> dict[str, float]:
+    def count(self, predictions, references) -> Statistics:
         names = ["rouge1", "rouge2", "rougeL"]
         scorer = RougeScorer(names, tokenizer=_RougeTokens())
         rows = [scorer.score_multi(row, guess) for guess, row in zip(predictions, references, strict=True)]
-        return {name: 100 * sum(row[name].fmeasure for row in rows) / len(rows) for name in names}
+        return mean_percentages(names, [[row[name].fmeasure for name in names] for row in rows])
+
+
+class SuperNiRougeL(TextMetric):
+    """As compute_metrics.py of Tk-Instruct (Wang et al. 2022, arXiv 2204.07705) has them for its English tracks.
+
+    ROUGE-L with rouge-score's own tokens, stemmed: letters a-z and digits, in lower case. Text in any other script has
+    no tokens and scores 0 even where it is right; the signature says how many predictions that touches. Exact match is
+    without case, ASCII punctuation and surplus spaces. Both take the best reference.
+    """
+
+    description = "ROUGE-L with Porter stemming and exact match without case and punctuation, as \
+Super-NaturalInstructions computes them. For text in Latin letters without accents only."
+
+    def count(self, predictions, references) -> Statistics:
+        scorer = RougeScorer(["rougeL"], use_stemmer=True)
+        scores, unseen = [], 0
+        for prediction, row in zip(predictions, references, strict=True):
+            said, wanted = _superni_normalised(prediction), [_superni_normalised(reference) for reference in row]
+            scores.append([scorer.score_multi(row, prediction)["rougeL"].fmeasure, said in wanted])
+            unseen += not any(regex.search("[a-z0-9]", text) for text in wanted)
+        signature = "tok:rouge-score|stem:porter"
+        if unseen:
+            signature += f"|{unseen} of {len(scores)} score 0 whatever they say: their references have no letter a-z"
+        return mean_percentages(["superni_rougeL", "superni_exact_match"], scores)._replace(signature=signature)
+
+
+def _superni_normalised(text: str) -> str:
+    return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
 
 
 class Bleu(TextMetric):
     description = "Corpus BLEU of sacrebleu; `tokenize` is chosen by the references' script unless it is given."
 
-    def _compute(self, predictions, references, tokenize: str | None = None) -> dict[str, float | str]:
+    def count(self, predictions, references, tokenize: str | None = None) -> Statistics:
         scorer = _sacrebleu_scorer(tokenize or choose_bleu_tokenize(references))
-        score = scorer.corpus_score(predictions, reference_streams(references)).score
-        return {"bleu": score, "bleu_signature": str(scorer.get_signature())}
+        return _sacrebleu_statistics("bleu", scorer, predictions, references)
 
 
 def _sacrebleu_scorer(tokenize: str) -> sacrebleu.BLEU:
@@ -182,10 +258,23 @@ def _sacrebleu_scorer(tokenize: str) -> sacrebleu.BLEU:
 class Chrf(TextMetric):
     description = "Corpus chrF2 of sacrebleu: character n-grams up to 6, so that no tokenisation is needed."
 
-    def _compute(self, predictions, references) -> dict[str, float | str]:
-        scorer = sacrebleu.CHRF()
-        score = scorer.corpus_score(predictions, reference_streams(references)).score
-        return {"chrf": score, "chrf_signature": str(scorer.get_signature())}
+    def count(self, predictions, references) -> Statistics:
+        return _sacrebleu_statistics("chrf", sacrebleu.CHRF(), predictions, references)
+
+
+def _sacrebleu_statistics(
+    name: str, scorer: sacrebleu.BLEU | sacrebleu.CHRF, predictions: list[str], references: list[list[str]]
+) -> Statistics:
+    """n-grams in the prediction, in the reference and in both, and lengths, from which sacrebleu makes corpus scores.
+
+    Its own significance tests start from these two functions; its corpus_score is nothing but both in a row.
+    """
+    counts = scorer._extract_corpus_statistics(predictions, reference_streams(references))
+
+    def figures_of(sums: np.ndarray) -> dict[str, float]:
+        return {name: scorer._compute_score_from_stats(sums.tolist()).score}
+
+    return Statistics(np.array(counts, dtype=np.float64), figures_of, str(scorer.get_signature()))
 
 
 def check_metric_names(names: Sequence[str]) -> None:
@@ -195,22 +284,40 @@ def check_metric_names(names: Sequence[str]) -> None:
             raise UserError(f"there is no metric {name!r}. {choose_from(name, list(METRICS))}")
 
 
+def count_texts(
+    names: Sequence[str],
+    predictions: list[str],
+    references: list[list[str]],
+    bleu_tokenize: str | None = None,
+) -> dict[str, Statistics]:
+    """For each named metric what it counted, prediction by prediction."""
+    check_metric_names(names)
+    check_pairs(predictions, references)
+    settings = {"bleu": {"tokenize": bleu_tokenize}}
+    return {
+        name: METRICS[name]().count(predictions, references, **settings.get(name, {})) for name in dict.fromkeys(names)
+    }
+
+
+def figures_and_signatures(counted: Sequence[Statistics]) -> tuple[dict[str, float], dict[str, str]]:
+    """What the statistics give, and the signatures, by the name of the figure, without which none can be compared."""
+    figures, signatures = {}, {}
+    for statistics in counted:
+        found = statistics.figures()
+        figures |= found
+        if statistics.signature:
+            signatures |= dict.fromkeys(found, statistics.signature)
+    return figures, signatures
+
+
 def score_texts(
     names: Sequence[str],
     predictions: list[str],
     references: list[list[str]],
     bleu_tokenize: str | None = None,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The figures of the named metrics, and the signatures (sacrebleu's) without which they cannot be compared."""
-    check_metric_names(names)
-    check_pairs(predictions, references)
-    results = {}
-    for name in dict.fromkeys(names):
-        settings = {"tokenize": bleu_tokenize} if name == "bleu" else {}
-        results |= METRICS[name]().compute(predictions=predictions, references=references, **settings)
-    figures = {key: float(value) for key, value in results.items() if not isinstance(value, str)}
-    signatures = {key.removesuffix("_signature"): value for key, value in results.items() if isinstance(value, str)}
-    return figures, signatures
+    """The figures of the named metrics, and their signatures."""
+    return figures_and_signatures(list(count_texts(names, predictions, references, bleu_tokenize).values()))
 
 
 def compute_metrics(names: Sequence[str], predictions: list[str], references: list[list[str]]) -> dict[str, float]:
@@ -224,4 +331,5 @@ METRICS: dict[str, type[evaluate.Metric]] = {
     "rouge": Rouge,
     "bleu": Bleu,
     "chrf": Chrf,
+    "superni_rougeL": SuperNiRougeL,
 }

@@ -83,13 +83,15 @@ class Ranks:
         """Called with exit code and message before the process ends."""
 
     @contextmanager
-    def waiting_for(self, what: str) -> Iterator[None]:
+    def waiting_for(self, what: str, has_own_work: bool = False) -> Iterator[None]:
+        """RankError where a rank goes meanwhile; and where it takes too long, unless this is work of its own length."""
         if self.count == 1:
             yield
             return
         timer = threading.Timer(PATIENCE * self.timeout, self._give_up, [what])
         timer.daemon = True
-        timer.start()
+        if not has_own_work:
+            timer.start()
         try:
             yield
         except RuntimeError as error:

@@ -74,7 +74,7 @@ class Status:
         if not self.has_begun:
             return
         file = self.folder / STATUS
-        beside = file.with_name(f"{STATUS}.{os.getpid()}.partial")
+        beside = file.with_name(f"{STATUS}.{os.environ.get('RANK', '0')}.partial")
         beside.write_text(json.dumps(self.facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(beside, file)
 
@@ -112,6 +112,8 @@ def _lock(folder: Path) -> int:
             f"{folder} is in use by another run ({holder or 'which has just begun'}). Wait for it, stop it, or give"
             f" `out` another folder."
         ) from None
+    for leftover in folder.glob(f"{STATUS}.*.partial"):  # of a run that was killed
+        leftover.unlink()
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n".encode(), 0)
     return lock

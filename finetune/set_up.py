@@ -238,6 +238,8 @@ def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) 
         state = checkpoints.read_json(saved / "state.json")
         before, written, scaler = state["run"], dict(state["written"]), dict(state["scaler"])
         progress = Progress(**state["progress"])
+        if missing := asdict(progress).keys() - state["progress"].keys():
+            raise KeyError(*missing)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{saved / 'state.json'} is not the state of a run: {error!r}") from error
     check_same_run(recipe, saved, before, facts)

@@ -66,7 +66,7 @@ def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTr
         config = named_config(recipe.model, **(settings | recipe.model_overrides))
     except (ValueError, TypeError, StrictDataclassError) as error:  # also what the config says of wrong overrides
         raise UserError(f"{recipe.model} cannot be made: {error}") from error
-    return AutoModelForSeq2SeqLM.from_config(config)
+    return AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # which its config then says, too
 
 
 def _check_overrides(overrides: dict[str, Any], where: str = "model_overrides") -> None:

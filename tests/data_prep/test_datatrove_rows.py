@@ -114,7 +114,7 @@ def test_few_tasks_take_whole_files_and_many_take_chunks(bpe_folder, prepare, tm
     words = ["--data", sixteen_files(tmp_path / "rows"), "--tokenizer", bpe_folder, "--packing", "false"]
     assert prepare(*words, out="local")[0] == 0
     work = rows_step([*map(str, words)], "unused").work
-    rows = [sum(it.rows_read for it in write_part(work, tmp_path / "parts", task, tasks)) for task in range(tasks)]
+    rows = [sum(it.examples_read for it in write_part(work, tmp_path / "parts", task, tasks)) for task in range(tasks)]
     assert sum(rows) == 16 * 12
     assert prepare(*words, "--gathered", tmp_path / "parts", out="gathered")[0] == 0
     assert contents(tmp_path / "gathered") == contents(tmp_path / "local")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.data_prep.decontaminate import Decontaminate, EvalIndex, words_of
+from diptych.data_prep.decontaminate import Decontaminate, EvalIndex, PlainText, words_of
 from diptych.data_prep.records import Origin, Record, UserError
 
 PARIS = "What is the capital of France, the country in Europe whose flag is blue, white and red?"
@@ -143,6 +143,20 @@ def test_a_row_is_the_evaluation_row_by_instruction_and_input_or_by_input_and_ou
 def test_a_target_as_short_as_yes_is_no_overlap():
     check = Decontaminate(EvalIndex.from_records([record("Is it raining?", "Yes.")])).check
     assert check(record("Do you like it here, in this old house?", "Yes.")) is None
+
+
+def test_a_plain_text_is_a_whole_source_or_a_run_and_no_short_target():
+    lines = ["How are you?", PARIS, "…"]
+    index = EvalIndex.from_records([PlainText(line, Origin("t.txt", row)) for row, line in enumerate(lines, 1)])
+    check = Decontaminate(index).check
+    assert check(record("HOW are you", "Fine."))[1] == "The source is the same as t.txt:1: “how are you”."
+    assert check(record("", "Fine.", instruction="How are you?"))
+    assert check(record("How are you, my friend?", "Fine.")) is None
+    assert check(record("Say it.", "How are you?")) is None
+    assert "The target shares a run of words with t.txt:2" in check(record("Ask me.", f"So: {PARIS}"))[1]
+    assert check(record("!", "?", instruction="!")) is None
+    rows = Decontaminate(EvalIndex.from_records([record("", "Fine.", instruction="Greet me.")])).check
+    assert rows(record("Greet me.", "Hi.", instruction="Do:")) is None  # a row is not a plain text
 
 
 def test_targets_and_history_are_searched_as_well():

@@ -3,6 +3,8 @@
 import pickle
 import subprocess
 import sys
+import unicodedata
+from dataclasses import replace
 
 import pytest
 import regex
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from diptych.data_prep.filters import (
     LanguageFilter,
     LengthFilter,
+    is_composed,
     language_of,
     script_of,
     source_text,
@@ -185,3 +188,13 @@ def test_scripts_are_those_that_regex_counts(text):
     found = script_of(text)
     assert counts.get(found, 0) == max(counts.values())
     assert (found == "none") == (not any(counts.values()))
+
+
+@pytest.mark.parametrize("text", ["각각의 값", "café", "が"])
+def test_a_record_is_composed_if_all_its_texts_are(text):
+    composed = record(text, text)
+    decomposed = unicodedata.normalize("NFD", text)
+    assert decomposed != text and is_composed(composed)
+    for field in ("instruction", "input", "output", "system"):
+        assert not is_composed(replace(composed, **{field: decomposed}))
+    assert not is_composed(replace(composed, history=((text, text), (text, decomposed))))

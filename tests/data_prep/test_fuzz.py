@@ -406,7 +406,7 @@ def check_stages(case, folder):
         read = [row for source in inputs.sources for row in source.rows()]
     kept = gathered.examples["origin"].to_pylist() if gathered.examples.num_columns else []
     told = [json.loads(line) for line in file.getvalue().split("\n") if line]
-    assert len(kept) + len(told) == sum(gathered.rows_read) >= len(read)
+    assert len(kept) + len(told) == sum(gathered.examples_read) >= len(read)
     ends = {tuple(origin.rsplit(":", 1)) for origin in kept}
     ends = {(name, int(place.split(".")[0])) for name, place in ends} | {(it["file"], it["row"]) for it in told}
     assert ends == {(row.origin.file, row.origin.row) for row in read}

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import fields
 
 import datasets
@@ -82,7 +83,7 @@ def test_the_manifest_says_what_went_in_and_what_came_out(prepare, write_rows, t
     prepare("--data", path)
     manifest = manifest_of(tmp_path / "prepared")
     assert manifest["format"] == FORMAT
-    assert manifest["rows"] == {"read": 41, "kept": 40, "rejected": 1}
+    assert manifest["rows"] == {"read": 41, "examples": 41, "kept": 40, "rejected": 1}
     assert manifest["rejected_by_kind"] == {"empty output": 1}
     assert manifest["splits"] == {"train": 36, "validation": 2, "test": 2}
     assert manifest["template"]["name"] == "alpaca"
@@ -125,7 +126,7 @@ def test_the_shipped_sample_is_prepared_with_a_trained_tokenizer(prepare, tmp_pa
         tokenizer=None,
     )
     assert code == 0
-    assert "Read       6,636 rows from tatoeba_eng_kor.tsv: 6,636 kept, 0 rejected" in said
+    assert "Read       3,318 rows, 6,636 examples in them, from tatoeba_eng_kor.tsv: 6,636 kept, 0 rejected" in said
     tables = datasets.load_from_disk(tmp_path / "prepared")
     sides = {name: {*table["input"], *table["target"]} for name, table in tables.items()}
     assert sides["train"].isdisjoint(sides["validation"] | sides["test"])
@@ -200,7 +201,7 @@ def test_each_format_is_recognised_and_prepared(name, prepare, write_rows, tmp_p
     assert f"rows.jsonl: {name}, recognised" in said
     manifest = manifest_of(tmp_path / "prepared")
     per_row = 1 if name in ("dolly", "prompt_completion", "summarisation") else 2
-    assert manifest["rows"] == {"read": 30 * per_row, "kept": 30 * per_row, "rejected": 0}
+    assert manifest["rows"] == {"read": 30, "examples": 30 * per_row, "kept": 30 * per_row, "rejected": 0}
     assert manifest["inputs"][0]["format"] == name
     sources = [row["source"] for table in datasets.load_from_disk(tmp_path / "prepared").values() for row in table]
     if name in ("messages", "sharegpt"):
@@ -224,6 +225,16 @@ def test_columns_can_be_mapped(prepare, write_rows):
     assert "--map" in prepare("--data", path)[2]
     code, said, _ = prepare("--data", path, "--map", "instruction=question", "output=answers.text.0")
     assert (code, "20 kept, 0 rejected" in said) == (0, True)
+
+
+def test_columns_of_a_table_without_a_header_are_mapped_by_number(prepare, write_rows):
+    path = write_rows("rows.csv", [f'"Say {n}, please.",It is {n}.,x' for n in range(20)])
+    assert "--map instruction=1 output=2" in prepare("--data", path)[2]
+    code, said, warned = prepare("--data", path, "--map", "instruction=1", "output=2")
+    assert code == 0 and "20 kept, 0 rejected" in said and "its first line is data" in said
+    assert "fields that are not used: 3." in warned
+    code, _, error = prepare("--data", path, "--map", "instruction=1", "output=4", out="other")
+    assert code == 2 and "there is no column '4' in its first rows; columns there are '1', '2', '3'" in error
 
 
 def test_the_format_can_be_given_and_an_ambiguous_one_is_an_error(prepare, write_rows):
@@ -305,7 +316,31 @@ def test_training_holds_nothing_of_an_evaluation_set(prepare, write_rows, tmp_pa
     assert code == 0 and "Rejected   1 × overlaps the evaluation data" in said
     assert rejects_of(tmp_path / "prepared")[0]["row"] == 8
     code, _, error = prepare("--data", path, "--decontaminate", path)
-    assert code == 2 and "none of the 40 rows can be kept (40 × overlaps the evaluation data)" in error
+    assert code == 2 and "of 40 rows, none can be kept (40 × overlaps the evaluation data)" in error
+
+
+def test_training_holds_no_line_of_a_plain_text(prepare, write_rows, tmp_path):
+    rows = [{"instruction": "Translate.", "input": f"Number {n}.", "output": f"Zahl {n}."} for n in range(40)]
+    lines = write_rows("test.txt", ["NUMBER 7", "", "Something else."])
+    code, said, _ = prepare("--data", write_rows("rows.jsonl", rows), "--decontaminate", lines)
+    assert code == 0 and "Rejected   1 × overlaps the evaluation data" in said
+    [reject] = rejects_of(tmp_path / "prepared")
+    assert reject["row"] == 8 and f"The source is the same as {lines}:1" in reject["reason"]
+
+
+def test_text_that_is_not_composed_is_kept_as_it_is_and_said(prepare, write_rows, tmp_path):
+    decomposed = unicodedata.normalize("NFD", "각각 열 개")
+    rows = [{**row, "output": f"{decomposed} {n}" if n < 4 else "각각"} for n, row in enumerate(ROWS)]
+    path = write_rows("rows.jsonl", rows)
+    code, _, warned = prepare("--data", path, "--test_fraction", 0, "--validation_fraction", 0)
+    assert (
+        code == 0
+        and f"is not in Unicode's form NFC, such as Hangul in single jamo, stands in 4 examples of {path}" in warned
+    )
+    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
+    assert sum(decomposed in text for text in train["target"]) == 4
+    assert "Unicode&#39;s form NFC" in (tmp_path / "prepared" / "report.html").read_text(encoding="utf-8")
+    assert "NFC" not in prepare("--data", write_rows("composed.jsonl", ROWS), out="composed")[2]
 
 
 def test_languages_and_lengths_filter_and_what_is_sensitive_is_only_reported(prepare, write_rows, tmp_path):
@@ -377,7 +412,7 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
     path = write_rows("rows.jsonl", [{"prompt": "a", "output": "b"}] * 3 + [{"instruction": "a", "output": ""}])
     code, _, error = prepare("--data", path)
     assert code == 2
-    assert "none of the 4 rows can be kept (3 × missing field 'instruction'; 1 × empty output)" in error
+    assert "of 4 rows, none can be kept (3 × missing field 'instruction'; 1 × empty output)" in error
     assert not (tmp_path / "prepared").exists()
     assert len((tmp_path / "prepared.rejects.jsonl").read_text(encoding="utf-8").splitlines()) == 4
     assert error.endswith(
@@ -857,6 +892,18 @@ def test_the_template_that_a_tokenizer_carries_is_used_unless_another_is_named(p
     assert template.render_source("x", "y") == "Q: x y"
 
 
+def test_a_template_that_ignores_the_instruction_warns_and_one_that_ignores_all_is_refused(
+    prepare, write_rows, tmp_path
+):
+    path, frame = write_rows("rows.jsonl", ROWS), tmp_path / "frame.jinja"
+    frame.write_text("Answer: {{ input }}")
+    code, _, error = prepare("--data", path, "--template", frame)
+    assert code == 0 and "frame.jinja leaves out the instruction, and 40 rows have one." in error
+    frame.write_text("Answer:")
+    code, _, error = prepare("--data", path, "--template", frame, out="none")
+    assert code == 2 and "frame.jinja: the source uses none of instruction, input" in error
+
+
 def test_what_is_given_and_not_used_is_said(prepare, write_rows, tmp_path):
     frame = tmp_path / "frame.jinja"
     frame.write_text("{{ instruction }}\n{# target #}\nyes")
@@ -866,12 +913,13 @@ def test_what_is_given_and_not_used_is_said(prepare, write_rows, tmp_path):
     assert "warning: fields that are not used: difficulty." in error
     assert "leaves out the input, and 40 rows have one" in error
     assert "leaves out the output: every target is the same" in error
+    assert "leaves out the instruction" not in error
     assert load_template(str(frame)).target == "yes"
 
 
 def test_tokenizers_that_cannot_serve_are_refused(prepare, write_rows, tokenizers_by_family, tmp_path):
     path = write_rows("rows.jsonl", ROWS)
-    assert "there is no such folder" in prepare("--data", path, tokenizer=tmp_path / "nowhere")[2]
+    assert "there is no folder" in prepare("--data", path, tokenizer=tmp_path / "nowhere")[2]
     (tmp_path / "hollow").mkdir()
     assert "could not be loaded" in prepare("--data", path, tokenizer=tmp_path / "hollow")[2]
     without_pad = AutoTokenizer.from_pretrained(_saved(tokenizers_by_family["bart"], tmp_path / "bart"))
@@ -896,7 +944,7 @@ def _saved(tokenizer, folder):
         ([], "nothing to read: give --data FILE"),
         (["--data", "tatoeba"], "give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe"),
         (["--data", "tatoeba", "--train_tokenizer", "bpq"], "'bpq'; it can be bpe or unigram"),
-        (["--data", "tatoeba", "--train_tokeniser", "bpe"], "Did you mean 'train_tokenizer'?"),
+        (["--data", "tatoeba", "--train_tokeniser", "bpe"], "Did you mean --train_tokenizer?"),
         (["--data", "tatoeba", "--train_tokenizer", "bpe", "--vocab_size", "many"], "vocab_size"),
         (["--data", "tatoeba", "--train_tokenizer", "bpe", "--vocab_size", "10"], "vocab_size is 10"),
         (["--data", "tatoeba", "--train_tokenizer", "bpe", "--test_fraction", "1.5"], "test_fraction is 1.5"),
@@ -928,7 +976,7 @@ def test_settings_come_from_yaml_and_the_command_line_goes_before(prepare, write
     assert (settings["data"], settings["template"], settings["seed"]) == ([path], "plain", 4)
     config.write_text(f"data: [{path}]\ntemplte: plain\n")
     code, _, error = prepare("--config", config)
-    assert (code, "Did you mean 'template'?" in error) == (2, True)
+    assert (code, "Did you mean template?" in error) == (2, True)
 
 
 def test_an_unwritable_place_is_a_user_error(prepare, write_rows):
@@ -963,3 +1011,79 @@ def test_help_explains_every_setting(capsys):
 
 def run_command(*arguments, cwd):
     return subprocess.run([*COMMAND, *arguments], cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+
+
+# Words on the screen
+
+
+def test_rows_are_told_from_the_examples_that_they_give(prepare, tmp_path):
+    code, said, _ = prepare("--data", "tatoeba", "--template", "translate")
+    assert code == 0
+    assert "Read       3,318 rows, 6,636 examples in them, from tatoeba_eng_kor.tsv: 6,636 kept, 0 rejected" in said
+    assert manifest_of(tmp_path / "prepared")["rows"]["read"] == 3318
+
+
+def test_one_of_something_is_told_in_the_singular(prepare, write_rows):
+    code, said, _ = prepare(
+        "--data", write_rows("rows.jsonl", ROWS[:1]), "--validation_fraction=0", "--test_fraction=0"
+    )
+    assert code == 0
+    assert "Read       1 row from " in said and "1 group of examples" in said and "1 example in 1 row of" in said
+
+
+def test_the_bars_say_what_they_count(write_rows, tmp_path):
+    write_rows("rows.jsonl", ROWS)
+    finished = run_command("--data", "rows.jsonl", "--train_tokenizer", "bpe", cwd=tmp_path)
+    assert "40 rows, 0 rejected" in finished.stderr and "examples/s]" in finished.stderr
+    (packing,) = {line.split(":")[0] for line in finished.stderr.splitlines() if " rows/s]" in line}
+    assert packing == "Packing train"
+
+
+@pytest.mark.parametrize("out", ["in/prepared", "in"])
+def test_an_out_folder_among_what_is_read_is_refused_at_once(out, prepare, write_rows, tmp_path):
+    (tmp_path / "in").mkdir()
+    write_rows("in/rows.jsonl", ROWS)
+    code, _, error = prepare("--data", tmp_path / "in", out=out)
+    assert code == 2 and "all of which is read" in error and f"--out {tmp_path / 'prepared'}" in error
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["rows.jsonl"]
+    assert prepare("--data", f"{tmp_path}/in/**/*.jsonl", out="in/deep/prepared")[0] == 2
+    assert prepare("--data", tmp_path / "in")[0] == 0
+
+
+def test_the_rejects_of_an_earlier_run_are_not_taken_for_data(prepare, write_rows, tmp_path):
+    assert prepare("--data", write_rows("rows.jsonl", [{"instruction": "a", "output": ""}]))[0] == 2
+    code, _, error = prepare("--data", tmp_path / "prepared.rejects.jsonl")
+    assert code == 2 and "could not keep" in error
+    assert (tmp_path / "prepared.rejects.jsonl").exists()
+
+
+def _cut_json(folder):
+    text = json.dumps(ROWS, indent=1)
+    (folder / "cut.json").write_text(text[: text.index("number 30")])
+
+
+def _cut_tmx(folder):
+    unit = '<tu><tuv xml:lang="en"><seg>Go {0}.</seg></tuv><tuv xml:lang="ko"><seg>가 {0}.</seg></tuv></tu>\n'
+    text = '<?xml version="1.0"?>\n<tmx version="1.4"><body>\n' + "".join(map(unit.format, range(40)))
+    (folder / "cut.tmx").write_text(text[: text.index("Go 30")], encoding="utf-8")
+
+
+@pytest.mark.parametrize("name, make, row", [("cut.json", _cut_json, 32), ("cut.tmx", _cut_tmx, 31)])
+def test_a_file_that_is_cut_off_is_said_last_and_again_when_it_is_reused(name, make, row, prepare, tmp_path):
+    make(tmp_path)
+    for _ in range(2):
+        code, _, error = prepare("--data", tmp_path / name, "--forward", "Translate:")
+        assert code == 0
+        last = error.splitlines()[-1]
+        assert last.startswith(f"warning: {tmp_path / name} IS CUT OFF (the file ends ") and ", line " in last
+    (reject,) = [it for it in rejects_of(tmp_path / "prepared") if it["kind"] == "file cut off"]
+    assert reject["row"] == row
+
+
+def test_a_broken_row_inside_a_tmx_does_not_make_it_one_that_is_cut_off(prepare, tmp_path):
+    _cut_tmx(tmp_path)
+    text = (tmp_path / "cut.tmx").read_text(encoding="utf-8")
+    broken = text.replace("Go 7.</seg>", "Go 7.").removesuffix("<seg>") + "<seg>a</seg></tuv></tu></body></tmx>"
+    (tmp_path / "broken.tmx").write_text(broken, encoding="utf-8")
+    code, said, error = prepare("--data", tmp_path / "broken.tmx", "--forward", "Translate:")
+    assert code == 0 and "broken XML" in said and "CUT OFF" not in error

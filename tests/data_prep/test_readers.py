@@ -1,8 +1,10 @@
 """Every format is read, every bad row is named with its place, and no bad row loses another."""
 
+import gzip
 import json
 import pickle
 import random
+import subprocess
 
 import datasets
 import pyarrow
@@ -11,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from diptych.data_prep.files import DEFAULT_LIMITS, Limits
-from diptych.data_prep.readers import SAMPLES, SAMPLES_FOLDER, open_sources
+from diptych.data_prep.readers import SAMPLES, SAMPLES_FOLDER, open_evaluation, open_sources
 from diptych.data_prep.records import Reject, Row, UserError
 
 ROWS = [
@@ -158,6 +160,56 @@ def test_another_delimiter_of_a_csv_is_found_and_said(delimiter, word, write_row
     assert open_sources([path])[0].notes == (f"{path}: its columns are separated by {word}",)
     assert open_sources([write_rows("b.csv", ["instruction,output", "a;b,c"])])[0].notes == ()
     assert values(read(write_rows("c.csv", ["text", "a;b"]))[0]) == [{"text": "a;b"}]
+
+
+def test_excels_word_on_the_separator_is_heard_and_is_no_row(write_rows):
+    for first in ("sep=;", "SEP=;", '"sep=;"'):
+        path = write_rows("a.csv", f"\ufeff{first}\r\ninstruction;output\r\na, b, c;d\r\n".encode())
+        rows, rejects = read(path)
+        assert (values(rows), rejects) == ([{"instruction": "a, b, c", "output": "d"}], [])
+        assert str(rows[0].origin) == f"{path}:3"
+        assert open_sources([path])[0].notes == (f"{path}: its columns are separated by semicolons",)
+    assert values(read(write_rows("b.csv", ["sep=^", "a^b", "c^d"]))[0]) == [{"a": "c", "b": "d"}]
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("a.csv", ['"Add, please.",2', "Say.,3"]),
+        ("a.csv", ["sep=;", "Add, please.;2", "", "Say.;3"]),
+        ("a.tsv", ["Add, please.\t2", "Say.\t3"]),
+    ],
+)
+def test_a_table_whose_columns_are_numbered_has_no_header(name, lines, write_rows):
+    path = write_rows(name, lines)
+    [source] = open_sources([path], numbered=True)
+    assert [row.fields for row in source.rows()] == [{"1": "Add, please.", "2": "2"}, {"1": "Say.", "2": "3"}]
+    assert source.notes[-1] == f"{path}: its first line is data, since --map names columns by number"
+
+
+def test_a_numbered_table_loses_no_row_to_a_bad_one_and_a_header_is_not_taken_for_data(write_rows):
+    [source] = open_sources([write_rows("a.csv", ['"never closed', "a,b", "c,d,e", "f,g"])], numbered=True)
+    rows = list(source.rows())
+    assert [row.fields["1"] for row in rows if isinstance(row, Row)] == ["a", "f"]
+    bad = [row for row in rows if isinstance(row, Reject)]
+    assert places(bad) == [(1, "broken csv"), (3, "wrong number of columns")]
+    assert bad[1].reason == "wrong number of columns: 3, and the first line has 2."
+    with pytest.raises(UserError, match="the first line here names them: instruction, output. Map these names"):
+        open_sources([write_rows("b.csv", ["Instruction,output", "a,b"])], numbered=True)
+
+
+def test_plain_texts_are_read_to_compare_with_and_not_to_train_on(write_rows, tmp_path):
+    path = write_rows("test.txt", b"\xef\xbb\xbfGo.\r\n\n  \nx\xffy\n" + "가.".encode())
+    [source] = open_evaluation([str(tmp_path / "*.txt")])
+    rows = list(source.rows())
+    assert [(row.fields["text"], str(row.origin)) for row in (rows[0], rows[2])] == [
+        ("Go.", f"{path}:1"),
+        ("가.", f"{path}:5"),
+    ]
+    assert (rows[1].origin.row, rows[1].kind, len(rows)) == (4, "invalid UTF-8", 3)
+    assert "do not know how to read '.txt'" in refused(path)
+    with pytest.raises(UserError, match="there is no such file"):
+        open_evaluation([str(tmp_path / "other.txt")])
 
 
 def test_aligned_files_pair_line_with_line(write_rows):
@@ -480,6 +532,40 @@ def test_korean_in_another_encoding_is_told_and_how_to_convert_it(write_rows):
     assert "Read as CP949 (EUC-KR) it is Korean: iconv -f CP949 -t UTF-8." in reject.reason
     _, [reject] = read(write_rows("c.jsonl", line.encode() + b'{"instruction": "caf\xe9 au lait"}\n'))
     assert "CP949" not in reject.reason
+
+
+@pytest.mark.parametrize("name", ["my rows.csv", "a.jsonl", "a.csv.gz"])
+def test_a_file_in_windows_1252_is_told_with_the_place_and_a_command_that_mends_it(name, write_rows, tmp_path):
+    text = "instruction,output\nLe café à la crème,“Déjà vu” – 5 €\n"
+    if name == "a.jsonl":
+        text = '{"instruction": "L’été à Köln", "output": "Übersetzt: schön"}\n'
+    content = text.encode("cp1252")
+    path = write_rows(name, gzip.compress(content) if name.endswith(".gz") else content)
+    message = refused(path)
+    first = next(place for place, byte in enumerate(content) if byte > 127)
+    assert f"(byte 0x{content[first]:02x} at byte offset {first})" in message
+    assert "Read as Windows-1252 (or Latin-1) its words are '" in message
+    command = message.split("convert it: ")[1]
+    subprocess.run(command, shell=True, check=True)
+    mended = tmp_path / name.replace(".gz", "").replace(".", ".utf8.")
+    assert mended.read_bytes() == text.encode() and len(read(str(mended))[0]) == 1
+
+
+def test_what_is_no_windows_1252_is_not_called_so(write_rows):
+    for text, encoding in [
+        ("Привет, мир. Как твои дела сегодня?", "cp1251"),
+        ("καλημέρα κόσμε, πώς είσαι σήμερα", "iso8859-7"),
+        ("zażółć gęślą jaźń, proszę bardzo, cześć", "cp1250"),
+        ("日本語のテキスト", "shift-jis"),
+    ]:
+        [reject] = read(write_rows("a.jsonl", f'{{"instruction": "{text}"}}\n'.encode(encoding)))[1]
+        assert reject.kind == "invalid UTF-8" and "1252" not in reject.reason
+    _, [reject] = read(write_rows("b.jsonl", GOOD + b'\n{"instruction": "caf\xe9 au lait"}\n'))
+    assert reject.reason.endswith("In Windows-1252 it is 'café': iconv -f WINDOWS-1252 -t UTF-8.")
+    mixed = GOOD + '\n{"instruction": "안녕"}\n'.encode() + b'{"instruction": "caf\xe9 d\xe9j\xe0 \xe9t\xe9 \xe0"}\n'
+    assert len(read(write_rows("c.jsonl", mixed))[0]) == 2  # two encodings: no command mends the whole
+    few = (GOOD + b"\n") * 100 + b'{"instruction": "caf\xe9 d\xe9j\xe0"}\n' * 5
+    assert len(read(write_rows("d.jsonl", few))[0]) == 100  # bad rows cost themselves
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow"])

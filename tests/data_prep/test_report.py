@@ -369,6 +369,19 @@ def test_controls_and_bidi_overrides_are_shown_by_their_number(visit, facts):
     assert sum(f"{text[: text.index('a')]}{numbers}"[:30] in shown for text in put) > 60
 
 
+SCROLLING = """() => [...document.querySelectorAll('.scroll, #template pre')].filter(
+    box => box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight).map(box => box.innerText)"""
+
+
+def test_tables_and_templates_are_whole_on_a_phone(visit, facts):
+    lines = "\n".join(f"line {number}" for number in range(60))
+    facts = {**facts, "template": {**facts["template"], "source": lines}}
+    for width in (420, 1200):
+        seen = visit(render_page(facts), SCROLLING, viewport={"width": width, "height": 900})
+        assert seen.answer == [] and seen.too_wide <= 0
+        assert all(f"{source['rejected']:,}" in seen.text for source in facts["sources"])
+
+
 def test_a_word_of_100_000_characters_fits_a_phone(visit, facts):
     changed, _ = with_texts(facts, ["W" * 100_000])
     page = render_page(changed)

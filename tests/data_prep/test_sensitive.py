@@ -63,6 +63,17 @@ def test_the_literal_of_the_docstring():
         ("IBAN", "GB82WEST12345698765432"),
         ("resident registration number", "900101-1234568"),
         ("resident registration number", "9001011234568"),
+        ("resident registration number", "900101-1234567"),  # no check digit: given in place of another
+        ("resident registration number", "880229 - 2345678"),
+        ("resident registration number", "2010053123456"),  # born when check digits had ended
+        ("secret (API key)", "sk-proj-" + drawn(ALPHANUMERIC + "-_", 74) + "T3BlbkFJ" + drawn(ALPHANUMERIC, 74)),
+        ("secret (API key)", "sk-ant-api03-" + drawn(ALPHANUMERIC + "-_", 93) + "AA"),
+        ("secret (API key)", "sk-or-v1-" + drawn(string.hexdigits.lower(), 64)),
+        ("secret (API key)", "sk-" + drawn(ALPHANUMERIC, 48)),
+        ("secret (API key)", "sk-" + drawn(ALPHANUMERIC, 20) + "T3BlbkFJ" + drawn(ALPHANUMERIC, 20)),
+        ("secret (API key)", "hf_" + drawn(ALPHANUMERIC, 34)),
+        ("secret (API key)", "AIza" + drawn(ALPHANUMERIC, 35)),
+        ("secret (API key)", "github_pat_" + drawn(ALPHANUMERIC + "_", 82)),
         ("IP address", "8.8.8.8"),
         ("IP address", "2001:4860:4860::8888"),
         ("phone number", "+82 10-1234-5678"),
@@ -86,8 +97,13 @@ def test_each_kind_is_found_where_it_stands(kind, text, around):
         "0000 0000 0000 0000",
         "4 8 12 16 20 24 28 32 36 40",
         "GB82WEST12345698765433",  # modulo 97
-        "900101-1234567",  # check digit
+        "9001011234567",  # check digit
+        "2010043123456",  # the day before check digits ended
         "901301-1234568",  # month 13
+        "991231-3123456",  # born in 2099
+        "900101-9123456",  # born in 1890, and no check digit
+        ".sk-fading-circle12 { } .sk-cube-grid-2024-animation-delay",
+        "sk-SK, sk-learn, risk-free2024-and-more-of-the-same",
         "192.168.0.1, 10.0.0.1, 127.0.0.1, 256.1.1.1, 3.11.7.2.1, v1.2.3.4",
         "std::vector<int>::iterator a::b ::1 fe80::1",
         "2024-01-02 12:30:45.123456, 1700000000, 1700000000000",
@@ -100,6 +116,43 @@ def test_each_kind_is_found_where_it_stands(kind, text, around):
     ],
 )
 def test_what_only_looks_like_it_is_not_found(text):
+    assert found(text) == []
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("password: hunter2", "hunter2"),
+        ("The PASSWORD=hunter2.", "hunter2"),
+        ("비밀번호: tiger1234", "tiger1234"),
+        ('{"api_key": "9f8a7d6c5b", "n": 1}', "9f8a7d6c5b"),
+        ("'db_password' => 'Gehe!m'", "Gehe!m"),
+        ("my.key_passphrase := S3cr3t,x", "S3cr3t"),
+        ("?user=a&client_secret=abcd1234&x=1", "abcd1234"),
+        ("Server=db;Password=hunter2;", "hunter2"),
+    ],
+)
+def test_what_is_assigned_to_a_name_for_secrets_is_one(text, value):
+    assert found(text) == [("secret (assigned)", value)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Password: required! 비밀번호: 최소8자이상",
+        'password = "securepassword"; pwd = "root"',
+        "password = input('Password 1: ')",
+        "password = getpass2(prompt)",
+        "secret = config.secret2; api_key = os.environ['KEY_1']",
+        "password: str, secret: Uint8Array, pwd: uint256",
+        "password = $PASSWORD1, api_key: {{ key_1 }}, api_key: <YOUR_KEY_1>, secret='{secret1}'",
+        "password_chars = string.ascii_letters + string.digits",
+        "secret: https://example.org/page2",
+        "Secretary: anna2000. The password has 12 characters.",
+        "password: ********",
+    ],
+)
+def test_what_is_assigned_and_no_password_is_left_alone(text):
     assert found(text) == []
 
 
@@ -169,7 +222,10 @@ def test_all_texts_of_a_record_are_looked_at():
     ]
 
 
-@pytest.mark.parametrize("text", ["eyJ", "1 ", "+1", "a@", "a.", "://a:", "1234-", "AB12 ", "2001:", "a@b.co "])
+@pytest.mark.parametrize(
+    "text",
+    ["eyJ", "1 ", "+1", "sk-a1", "password=", "pwd a", "a@", "a.", "://a:", "1234-", "AB12 ", "2001:", "a@b.co "],
+)
 def test_no_text_makes_the_search_slow(text):
     started = time.process_time()
     find_sensitive(text * (100_000 // len(text)))
@@ -195,4 +251,4 @@ def test_without_detect_secrets_the_extra_is_named_and_the_rest_works():
 
 def test_all_detectors_are_there():
     sensitive.require_detectors()
-    assert len(sensitive.SECRET_DETECTORS) == 19
+    assert len(sensitive.SECRET_DETECTORS) == 18

@@ -150,6 +150,8 @@ def test_a_file_is_the_source_and_may_hold_the_target(frame):
     assert template.render_target("2") == "Answer: 2"
     alone = load_template(frame("{{ instruction | upper }}\n"))
     assert (alone.render_source("add"), alone.render_target("2")) == ("ADD", "2")
+    tight = load_template(frame("{{ instruction }}\n{#- target -#}\nA: {{ output }}"))
+    assert (tight.render_source("add"), tight.render_target("2")) == ("add", "A: 2")
     windows = load_template(frame(b"\xef\xbb\xbf{{ instruction }}\r\n{# target #}\r\n{{ output }}\r\n"))
     assert (windows.render_source("add"), windows.render_target("2")) == ("add", "2")
 
@@ -169,6 +171,12 @@ def test_a_file_is_the_source_and_may_hold_the_target(frame):
             "line 4: unknown variable 'input'; here are output",
         ),
         ("{{ instruction }}\n{# target #}\n\n{{ output ", "line 4"),
+        (
+            "{{ input }}\n{# target #}\n{{ output }}\n{#target#}\n",
+            "line 4: a second {# target #}, after that in line 2",
+        ),
+        ("{{ input }}\n{{ instruction }} {# target #}", "line 2: {# target #} needs a line of its own"),
+        ("Answer:\n{# target #}\n{{ output }}", "the source uses none of instruction, input, history, system"),
         (b"{{ instruction }}\xff", "invalid UTF-8 at byte offset 17"),
     ],
 )

@@ -1,8 +1,10 @@
 """`diptych tokenizer` as a person uses it: files in, a folder or a table out, one message where something is wrong."""
 
 import json
+from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 from transformers import AutoTokenizer
 
@@ -43,7 +45,7 @@ def test_train_to_a_size(korean, size, tokens, tmp_path, capsys):
 
 
 def test_report_on_every_kind_of_data(t5_folder, korean, tmp_path, capsys):
-    rows = [{"instruction": "Say it.", "id": "x1", "output": "Go."}, {"text": "안녕", "output": None}]
+    rows = [{"instruction": "Say it.", "id": "x1", "output": "Go."}, {"instruction": "안녕", "id": "x2", "output": ""}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = datasets.Dataset.from_list([{"source": "Go now.", "target": "가."}])
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "prepared")
@@ -51,9 +53,12 @@ def test_report_on_every_kind_of_data(t5_folder, korean, tmp_path, capsys):
     out = tmp_path / "reports" / "t5.json"
     assert main(["report", t5_folder, "--data", *data, "--by", "file", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
-    assert [figures["texts"] for figures in report["languages"].values()] == [3318, 3, 2]
+    assert [figures["texts"] for figures in report["languages"].values()] == [3318, 2, 2]
     assert out.with_suffix(".png").exists()
-    assert main(["report", t5_folder, "--data", *data, "--text_fields", "id"]) == 0
+    shown = capsys.readouterr()
+    assert "rows.jsonl: alpaca, recognised" in shown.out
+    assert "warning: rows left out: 1 (1 × empty output)" in shown.err
+    assert main(["report", t5_folder, "--data", data[1], "--text_fields", "id", "instruction"]) == 0
     assert "Hangul" in capsys.readouterr().out
 
 
@@ -70,22 +75,47 @@ def test_extend_writes_what_prepare_and_train_take(t5_folder, korean, tmp_path, 
     assert json.loads((out / "config.json").read_text())["decoder_start_token_id"] == 0
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_fewer_tokens_than_asked_for_are_said_with_the_reason(kind, tmp_path, capsys):
+    (tmp_path / "few.txt").write_text("Go. Come and go.\nGo away.\n")
+    few = ["train", "--data", str(tmp_path / "few.txt"), "--kind", kind]
+    assert main([*few, "--vocab_size", "2000", "--out", str(tmp_path / "new")]) == 0
+    got = len(AutoTokenizer.from_pretrained(tmp_path / "new"))
+    shown = capsys.readouterr().err
+    assert f"warning: the tokenizer has {got:,} tokens, and 2,000 were asked for: " in shown and "little text" in shown
+
+
+def test_no_warning_where_there_are_as_many_as_asked_for(korean, tmp_path, capsys):
+    assert main(["train", "--data", korean, "--vocab_size", "400", "--out", str(tmp_path / "new")]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_extend_names_a_train_command_that_works(t5_folder, korean, tmp_path, capsys):
+    command = ["extend", t5_folder, "--data", korean, "--tokens", "20", "--out"]
+    assert main([*command, str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert f"--model {t5_folder}" not in shown and "--model CHECKPOINT --grow_vocabulary true" in shown
+    assert f"{t5_folder} has no weights to train" in shown
+    (weights := Path(t5_folder) / "model.safetensors").touch()
+    try:
+        assert main([*command, str(tmp_path / "b")]) == 0
+        assert f"diptych train --model {t5_folder} --grow_vocabulary true" in capsys.readouterr().out
+    finally:
+        weights.unlink()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["repot"], "there is no action 'repot'. Did you mean report? Choose from: train, report, extend."),
         (["train"], "nothing to read: give --data FILE"),
-        (["train", "--data", "nowhere.txt"], "there is no file or folder nowhere.txt."),
+        (["train", "--data", "nowhere.txt"], "nowhere.txt: there is no such file."),
         (["train", "--dta", "x"], "Did you mean --data?"),
-        (["train", "--vocab_size", "big"], "big. See --help."),
-        (["extend", "./nowhere", "--data", "x"], "'./nowhere' is a path, and there is no such folder"),
-        (
-            ["extend", "{t5}", "--data", "{full}/not.jsonl", "--out", "{new}"],
-            "not.jsonl:2 is no JSON object with text",
-        ),
-        (["extend", "{t5}", "--data", "{full}/none.jsonl", "--out", "{new}"], "has none of the fields instruction"),
-        (["extend", "{t5}", "--data", "{full}/latin.txt", "--out", "{new}"], "latin.txt is not UTF-8"),
-        (["extend", "{t5}", "--data", "{full}", "--out", "{new}"], "is no folder that diptych prepare wrote"),
+        (["train", "--vocab_size", "big"], "vocab_size is 'big'; it can be a whole number, auto or table."),
+        (["extend", "./nowhere", "--data", "x"], "there is no folder ./nowhere. Name a checkpoint folder"),
+        (["report", "t5-smal", "--data", "x"], "there is no folder t5-smal, nothing was downloaded under this name"),
+        (["extend", "{t5}", "--data", "{full}/none.jsonl", "--out", "{new}"], "--text_fields words"),
+        (["extend", "{t5}", "--data", "{full}/latin.txt", "--out", "{new}"], "latin.txt:1: invalid UTF-8: byte 0xff"),
         (["extend", "{t5}", "--data", "{full}/few.txt", "--out", "{new}"], "no new token stands 5 times in the data"),
         (["extend", "{t5}", "--data", "{full}/few.txt", "--tokens", "0"], "tokens is 0; at least 1"),
         (["extend", "{t5}", "--data", "{full}/few.txt", "--out", "{full}"], "will not be overwritten"),
@@ -98,12 +128,12 @@ def test_mistakes_end_with_code_2_and_one_message(
     full = tmp_path / "full"
     full.mkdir()
     (full / "few.txt").write_text("Go.\n")
-    (full / "not.jsonl").write_text('{"text": "a"}\n[]\n')
     (full / "none.jsonl").write_text('{"words": "a"}\n')
-    (full / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (full / "latin.txt").write_bytes(b"\xff\xfd\n")
     tokenizers_by_family["byt5"].save_pretrained(tmp_path / "byt5")
     places = {"t5": t5_folder, "full": full, "new": tmp_path / "new", "byt5": tmp_path / "byt5"}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert main([argument.format(**places) for argument in arguments]) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.startswith("error: ") and shown.count("\n") == 1

@@ -133,10 +133,16 @@ def test_settings_come_from_the_command_line_and_yaml_and_text_stays_text(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["here", "--bach_size", "2"], "Did you mean batch_size? Choose from: model, batch_size, text."),
-        (["here", "--config", "{folder}/some.yaml"], "Option 'bach_size' is not accepted. Did you mean batch_size?"),
-        (["here", "--batch_size", "two"], "Expected a <class 'int'>. Got value: two. See --help."),
-        ([], "required: model. See --help."),
+        (
+            ["here", "--bach_size", "2"],
+            "there is no option --bach_size. Did you mean --batch_size? Choose from: --batch_size, --text.",
+        ),
+        (
+            ["here", "--config", "{folder}/some.yaml"],
+            "some.yaml: there is no setting bach_size. Did you mean batch_size?",
+        ),
+        (["here", "--batch_size", "two"], "--batch_size is 'two'; it has to be a whole number."),
+        ([], "no model is given: diptych some MODEL …"),
     ],
 )
 def test_settings_that_cannot_be_parsed_end_with_code_2_and_the_nearest_name(tmp_path, arguments, message, capsys):
@@ -153,4 +159,5 @@ def test_help_of_a_command_is_its_docstrings(capsys):
         parsed("--help")
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "What this command does:" in shown and "Rows together. (type: int, default: 16)" in shown
+    assert "usage: diptych some MODEL [--SETTING VALUE ...]\n\nWhat this command does." in shown
+    assert "\n  --batch_size NUMBER\n      Rows together. (default: 16)\n" in shown

@@ -16,7 +16,7 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 
 from diptych.data_prep.encode import TEXT_TOKENS_KEY
 from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import Template, attach_template
+from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template
 from diptych.finetune import doctor, doctor_checks
 from diptych.finetune.doctor import DoctorSettings, admit, format_table
 from diptych.finetune.doctor_checks import CHECKS, Finding, examine
@@ -76,7 +76,7 @@ def test_of_a_t5_all_is_green_but_transformers_trainer(checkpoint, tmp_path, mon
     shown = capsys.readouterr()
     report = json.loads(shown.out)
     assert shown.err == "" and not list(work.iterdir())  # no logs, no bars, no files left
-    assert (report["model_type"], report["green"], report["red"], report["not_applicable"]) == ("t5", 17, 2, 0)
+    assert (report["model_type"], report["green"], report["red"], report["not_applicable"]) == ("t5", 18, 2, 0)
     checks = {check["name"]: check for check in report["checks"]}
     assert list(checks) == list(CHECKS)
     assert [name for name, check in checks.items() if check["status"] == "red"] == [TRAINER, "HF Trainer: 2 ranks = 1"]
@@ -98,7 +98,7 @@ def test_a_diptych_is_all_green_in_a_table_of_100_columns(checkpoint, training_f
     marked = [line for line in lines if line[:1] in "✓✗–" and line]
     assert [line.split("  ")[0][2:] for line in marked] == list(CHECKS)
     assert all(line.startswith("✓") for line in marked)
-    assert lines[-1].startswith("19 green, 0 red, 0 do not apply, in ")
+    assert lines[-1].startswith("20 green, 0 red, 0 do not apply, in ")
     assert "split train, on cpu" in " ".join(lines[:3])
 
 
@@ -123,7 +123,7 @@ def test_pickles_are_red_and_not_read(checkpoint, capsys):
     assert "    A pickle can run code, and is not read." in shown
     assert "✗ dtype                       saved as float16" in shown
     assert "– finite weights              the weights were not read" in shown
-    assert "1 green, 2 red, 16 do not apply" in shown
+    assert "2 green, 2 red, 16 do not apply" in shown
 
 
 def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
@@ -161,7 +161,7 @@ def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
             "cut.jsonl:2: Expecting ',' delimiter at column 13. Mend the row",
         ),
         (["{model}", "--device", "gpu"], "device 'gpu' cannot be used"),
-        (["{model}", "--jsn"], "Did you mean json?"),
+        (["{model}", "--jsn"], "Did you mean --json?"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_message(checkpoint, tmp_path, arguments, message, capsys):
@@ -399,6 +399,51 @@ def test_an_adapter_is_examined_merged_and_trainable(new_model, checkpoint, tiny
     tiny_tokenizer.save_pretrained(tmp_path / "adapter")
     assert examined(tmp_path / "adapter", "8 micro-batches = 1 batch").status == "green"
     assert examined(tmp_path / "adapter", "each weight has a gradient").measured["tensors"] > 40
+
+
+# The template that travels
+
+
+GOLDEN = "template renders as saved"
+
+
+def test_a_template_that_gives_other_prompts_than_when_it_was_saved(checkpoint, examined):
+    folder = checkpoint("t5")
+    finding = examined(folder, GOLDEN)
+    assert (finding.status, finding.message) == ("green", "'translate' gives 3 golden rows to the token")
+    stored = json.loads((folder / "tokenizer_config.json").read_text())[TOKENIZER_KEY]
+    edit_json(folder / "tokenizer_config.json", **{TOKENIZER_KEY: stored | {"source": "Q: " + stored["source"]}})
+    finding = examined(folder, GOLDEN)
+    assert finding.status == "red" and finding.remedy.endswith("and save the tokenizer.")
+    assert re.match(r"the source text of example 1 was 'Translate .*' and is 'Q: Translate ", finding.message)
+
+    broken = stored | {"source": "{{ instruction.split('=')[1] }}"}
+    edit_json(folder / "tokenizer_config.json", **{TOKENIZER_KEY: broken})
+    rows = folder.with_name("rows.json")  # the built-in ones have no = in them
+    rows.write_text(json.dumps([{"instruction": f"a={n}", "output": "b"} for n in range(8)]))
+    finding = examined(folder, GOLDEN, rows)
+    assert finding.status == "red" and finding.message.startswith(
+        "example 1 is no longer rendered: template translate"
+    )
+
+
+def test_a_tokenizer_that_makes_other_tokens_of_a_golden_row(checkpoint, examined):
+    folder = checkpoint("t5")
+    backend = json.loads((folder / "tokenizer.json").read_text())
+    backend["model"]["merges"] = backend["model"]["merges"][:10]
+    (folder / "tokenizer.json").write_text(json.dumps(backend))
+    finding = examined(folder, GOLDEN)
+    assert finding.status == "red" and finding.message.startswith("the source ids of example 1 was ")
+
+
+def test_without_a_template_or_its_golden_rows_there_is_nothing_to_compare(checkpoint, checkpoint_of, examined):
+    assert examined(checkpoint_of("t5"), GOLDEN).message == "the checkpoint has no tokenizer"
+    folder = checkpoint("t5")
+    stored = json.loads((folder / "tokenizer_config.json").read_text())[TOKENIZER_KEY]
+    edit_json(folder / "tokenizer_config.json", **{TOKENIZER_KEY: {**stored, "golden": []}})
+    assert examined(folder, GOLDEN) == Finding("not_applicable", "template 'translate' was saved without golden rows")
+    edit_json(folder / "tokenizer_config.json", **{TOKENIZER_KEY: ...})
+    assert examined(folder, GOLDEN) == Finding("not_applicable", "the tokenizer carries no template")
 
 
 # What it measures with

@@ -1,17 +1,36 @@
 """The figures of an evaluation, checked by hand on a small real model and real prepared rows."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import datasets
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template, attach_template
 from diptych.finetune import evaluation
-from diptych.finetune.evaluation import cap_from_targets, draw, evaluate_rows, evaluate_split, format_table
+from diptych.finetune.confidence import bootstrap_intervals
+from diptych.finetune.evaluation import (
+    cap_from_targets,
+    data_identity,
+    draw,
+    evaluate_rows,
+    evaluate_split,
+    format_table,
+    is_improvement,
+    padded_rows,
+    row_losses,
+    selectable_figures,
+)
+from diptych.finetune.exits import NOT_FINITE, NotFiniteError
 from diptych.finetune.generate import generate_texts
-from diptych.finetune.metrics import compute_metrics
+from diptych.finetune.metrics import METRICS, compute_metrics
+from diptych.finetune.objectives import Seq2SeqObjective
 
 METRIC_NAMES = ["exact_match", "token_f1", "rouge", "bleu", "chrf"]
 
@@ -73,7 +92,8 @@ def test_metrics_are_those_of_the_texts_that_were_generated(learned, tiny_tokeni
 
 def test_the_same_evaluation_twice_gives_the_same_figures(learned, tiny_tokenizer, split):
     first, second = (evaluate_rows(learned, tiny_tokenizer, split, metrics=["bleu"]) for _ in range(2))
-    assert first == second
+    assert first[:3] == second[:3]
+    assert bootstrap_intervals(first.statistics) == bootstrap_intervals(second.statistics)
 
 
 def test_limit_draws_the_same_rows_from_the_whole_split_with_all_their_references(
@@ -116,12 +136,19 @@ def test_an_empty_split_or_an_unknown_metric_is_refused(learned_t5, tiny_tokeniz
 
 
 def test_the_table_has_a_line_for_each_figure_with_its_unit(learned, tiny_tokenizer, split):
-    table = format_table(evaluate_rows(learned, tiny_tokenizer, split, metrics=["rouge", "chrf"]))
-    first_words = [line.split()[0] for line in table.splitlines()]
-    assert first_words == [
-        "rows", "sources", "loss", "rouge1", "rouge2", "rougeL", "chrf", "exact_match_rows", "unfinished",
+    evaluated = evaluate_rows(learned, tiny_tokenizer, split, metrics=["rouge", "chrf"], max_new_tokens=5)
+    intervals = bootstrap_intervals(evaluated.statistics)
+    table = format_table(evaluated, intervals)
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    assert list(lines) == [
+        "rows", "sources", "loss", "rouge1", "rouge2", "rougeL", "chrf", "exact_match_rows", "unfinished", "[low,",
     ]  # fmt: skip
-    assert "nats/token over" in table
+    assert "nats/token over" in lines["loss"]
+    low, high = intervals["chrf"]
+    assert low < evaluated.figures["chrf"] < high
+    assert f"[{low:.2f}, {high:.2f}]" in lines["chrf"]
+    assert "never ended and were stopped at 5 tokens" in lines["unfinished"]
+    assert not any(line.startswith("[low") for line in format_table(evaluated, {}).splitlines())
 
 
 def test_the_command_writes_a_report_and_the_predictions_in_order(
@@ -137,8 +164,16 @@ def test_the_command_writes_a_report_and_the_predictions_in_order(
     lines = [json.loads(line) for line in (tmp_path / "reports" / "report.predictions.jsonl").read_text().splitlines()]
     assert lines == [
         {"source": row["source"], "references": [row["target"]], "prediction": row["target"], "finished": True}
-        for row in eight_prepared_rows
+        | {"nats": pytest.approx(line["nats"]), "target_tokens": len(row["labels"])}
+        for line, row in zip(lines, eight_prepared_rows, strict=True)
     ]
+    nats = sum(line["nats"] for line in lines) / sum(line["target_tokens"] for line in lines)
+    assert nats == pytest.approx(report["figures"]["loss"])
+    assert report["intervals"].keys() == {"loss", "chrf", "bleu", "exact_match_rows"}
+    assert report["intervals"]["chrf"] == pytest.approx([100, 100])
+    low, high = report["intervals"]["loss"]
+    assert low < report["figures"]["loss"] < high
+    assert report["figures"]["unfinished"] == 0 and report["figures"]["max_new_tokens"] > 0
 
 
 @pytest.mark.parametrize(
@@ -147,7 +182,8 @@ def test_the_command_writes_a_report_and_the_predictions_in_order(
         (["--split", "tset"], "has no split 'tset'. Did you mean test?"),
         (["--metrics", "blue"], "no metric 'blue'. Did you mean bleu?"),
         (["--limit", "0"], "limit is 0; it must be 1 or more"),
-        (["--nun_beams", "2"], "Did you mean num_beams?"),
+        (["--nun_beams", "2"], "Did you mean --num_beams?"),
+        (["--mbr_samples", "4", "--num_beams", "2"], "--mbr_samples 16 --num_beams 1"),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_message(t5_checkpoint, prepared_folder, more, message, capsys):
@@ -160,10 +196,6 @@ def test_mistakes_end_with_code_2_and_one_message(t5_checkpoint, prepared_folder
 
 
 def test_data_prepared_with_another_tokenizer_is_refused(t5_checkpoint, prepared_folder, tmp_path, capsys):
-    import shutil
-
-    from transformers import AutoTokenizer
-
     folder = shutil.copytree(prepared_folder, tmp_path / "prepared")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.add_tokens(["낱말"])
@@ -203,3 +235,98 @@ def test_the_prefix_and_stop_of_the_template_that_made_the_rows_are_used(two_lan
     assert json.loads(report.read_text())["figures"]["exact_match_rows"] == 100
     lines = (tmp_path / "report.predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["prediction"] for line in lines] == [row.prediction for row in stopped.predictions]
+
+
+def test_each_rows_loss_is_its_own_whatever_stands_beside_it(learned, tiny_tokenizer, split):
+    found = row_losses(Seq2SeqObjective(learned), padded_rows(learned, tiny_tokenizer, split), batch_size=3)
+    for row, (nats, tokens) in zip(split, found, strict=True):
+        mean, own_tokens = loss_by_hand(learned, [row])
+        assert nats == pytest.approx(mean * own_tokens, rel=1e-4) and tokens == own_tokens
+
+
+def test_rows_that_share_a_source_are_drawn_together_for_intervals(learned, tiny_tokenizer, split_with_alternatives):
+    result = evaluate_rows(learned, tiny_tokenizer, split_with_alternatives, metrics=["chrf"])
+    assert {name: len(each.counts) for name, each in result.statistics.items()} == {
+        "loss": 8, "chrf": 8, "exact_match_rows": 8,
+    }  # fmt: skip
+    assert result.statistics["exact_match_rows"].counts[0].tolist() == [1, 3]  # of three targets of "Go." one came out
+    assert result.predictions[0].target_tokens == sum(
+        len(row["labels"]) for row in split_with_alternatives if row["source"] == result.predictions[0].source
+    )
+
+
+def test_a_loss_that_is_no_number_names_the_row(new_model, tiny_tokenizer, split, prepared_folder, tmp_path, capsys):
+    model = new_model("t5", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[split[2]["input_ids"][-2]] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"the loss of \d of 8 rows is infinite or no number, first that of row"):
+        evaluate_rows(model, tiny_tokenizer, split)
+    model.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer.save_pretrained(tmp_path / "broken")
+    assert evaluation.main([str(tmp_path / "broken"), "--data", str(prepared_folder), "--metrics", ""]) == NOT_FINITE
+    assert "--dtype float32" in capsys.readouterr().err
+
+
+def test_every_figure_that_can_choose_a_checkpoint_is_computed_and_has_a_direction(learned, tiny_tokenizer, split):
+    figures = evaluate_split(learned, tiny_tokenizer, split, metrics=list(METRICS))
+    selectable = selectable_figures(list(METRICS))
+    assert set(selectable) <= set(figures) and {"superni_rougeL", "chrf", "loss", "unfinished"} <= set(selectable)
+    assert selectable_figures([]) == ["loss"]
+    for name in selectable:
+        lower = name in ("loss", "unfinished")
+        assert is_improvement(name, 2.0, None) and not is_improvement(name, 2.0, 2.0)
+        assert is_improvement(name, 1.0, 2.0) == lower and is_improvement(name, 3.0, 2.0) != lower
+        assert not is_improvement(name, float("nan"), None)
+
+
+def test_the_identity_of_a_split_is_that_of_its_texts(split):
+    other = split.map(lambda row: {"labels": row["labels"][:1]}, load_from_cache_file=False)
+    assert data_identity(split) == data_identity(other)
+    assert data_identity(split) != data_identity(split.select(range(7)))
+    assert data_identity(split) != data_identity(split.select([1, 0, *range(2, 8)]))
+
+
+def test_samples_are_drawn_by_the_seed_and_leave_torchs_own_random_state(learned_t5, tiny_tokenizer, split):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again = (
+        evaluate_rows(learned_t5, tiny_tokenizer, split, metrics=["chrf"], batch_size=3, mbr_samples=4, seed=1)
+        for _ in range(2)
+    )
+    assert first.predictions == again.predictions
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--batch_size", "3", "--metrics", "chrf,bleu,token_f1"],  # three batches: in the second round one is left
+        ["--limit", "1", "--metrics", "chrf", "--mbr_samples", "3"],  # one row for two ranks
+    ],
+    ids=["eight rows", "one row"],
+)
+def test_two_ranks_are_one_rank_to_the_last_digit(t5_checkpoint, prepared_folder, more, tmp_path, capfd):
+    def arguments(out):
+        return [str(t5_checkpoint), "--data", str(prepared_folder), "--device", "cpu", "--out", str(out), *more]
+
+    alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
+    assert evaluation.main(arguments(alone)) == 0
+    printed = capfd.readouterr().out
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, "-m", "diptych.finetune.evaluation", *arguments(shared)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed.replace("alone", "shared"), "one rank speaks"
+    reports = [json.loads(path.read_text()) for path in (alone, shared)]
+    for report in reports:
+        del report["settings"]["out"]
+    assert reports[0] == reports[1]
+    lines = [path.with_suffix(".predictions.jsonl").read_bytes() for path in (alone, shared)]
+    assert lines[0] == lines[1] and lines[0].count(b"\n") == reports[0]["figures"]["rows"]
+
+
+def test_ranks_that_did_not_find_each_other_are_refused(t5_checkpoint, prepared_folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluation.main([str(t5_checkpoint), "--data", str(prepared_folder)]) == 2
+    assert "ACCELERATE_USE_CPU=true" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in good]
     bad = {
         b'{"instruction": "Go."': "broken JSON at column 22",
-        b"": "broken JSON at column 1",
+        b"{}": "'instruction' is missing; the row has no fields",
         b"[1, 2]": "a JSON object is needed, got list",
         b'{"instruction": "\xff"}': "invalid UTF-8 at byte 18 of the line",
         b'{"instruction": "\\ud800"}': "half of a surrogate pair",
@@ -153,6 +153,87 @@ def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
     for line, reason in zip(written[5 : 5 + len(bad)], bad.values(), strict=True):
         assert reason in line["error"] and "prediction" not in line
     assert f"21 rows, {len(bad)} with an error in place of a prediction" in capsys.readouterr().err
+
+
+KOREAN = "Translate English to Korean:"
+
+
+@pytest.fixture
+def chat_frame(tmp_path):
+    """The template of the eight rows, with a place for what went before."""
+    path = tmp_path / "chat.jinja"
+    path.write_text("{{ system }}{% for told, said in history %} {{ told }} {{ said }}{% endfor %} {{ instruction }}")
+    return str(path)
+
+
+def turns(*said, keys=("role", "content")):
+    return [dict(zip(keys, turn, strict=True)) for turn in said]
+
+
+def test_a_conversation_is_asked_what_training_learned_from_it(tmp_path, t5_checkpoint, chat_frame):
+    asked = [("system", KOREAN), ("user", "I"), ("assistant", "am"), ("user", "a student.")]
+    shared = [("human", "Add. 1"), ("gpt", "+"), ("human", "1")]
+    rows = [
+        {"id": 7, "messages": turns(*asked)},
+        {"messages": turns(*asked, ("assistant", "what training learned"))},
+        {"messages": turns(*asked[1:]), "system": KOREAN},
+        {"conversations": turns(*shared, keys=("from", "value")), "system": ""},
+    ]
+    in_file, out_file = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    prompts = [row.prompt for row in read_prompts(str(in_file))]
+    assert prompts == 3 * [("a student.", "", (("I", "am"),), KOREAN)] + [("1", "", (("Add. 1", "+"),), "")]
+    assert generate.main(command(t5_checkpoint, in_file, out_file, "--template", chat_frame)) == 0
+    lines = read_lines(out_file)
+    assert [line["prediction"] for line in lines[:3]] == ["나는 학생이다."] * 3
+    assert [line["row"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["messages"] == rows[0]["messages"] and lines[0]["id"] == 7
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": []}, "'messages' has no user turn, so nothing is asked"),
+        ({"messages": "Hi."}, "'messages' is a string ('Hi.'), and a list of turns is due"),
+        ({"messages": turns(("assistant", "Hi."))}, "an assistant turn with no user turn before it"),
+        ({"messages": turns(("bot", "Hi."))}, "known are system, developer, user, assistant"),
+        ({"messages": turns(("user", "a")), "instruction": "b"}, "the row has 'messages' and 'instruction'"),
+        (
+            {"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "weight": 0}]},
+            "'messages[1].content' has weight 0, so it is history",
+        ),
+    ],
+)
+def test_a_conversation_that_asks_nothing_gets_its_reason(row, reason, tmp_path):
+    first, second = read_prompts(str(write_rows(tmp_path / "rows.jsonl", [row, {"instruction": "Add."}])))
+    assert reason in first.error and first.prompt is None and first.fields == row
+    assert second.prompt.instruction == "Add."
+
+
+def test_each_line_of_a_text_is_answered_in_its_place_and_a_blank_one_by_nothing(tmp_path, t5_checkpoint, capsys):
+    in_file, out_file = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    in_file.write_bytes(b"Go.\r\n\r\n  \nYes.\nI am a student.\n\n")
+    assert generate.main(command(t5_checkpoint, in_file, out_file, "--instruction", KOREAN)) == 0
+    lines = read_lines(out_file)
+    assert [line["prediction"] for line in lines] == ["가.", "", "", "네.", "나는 학생이다.", ""]
+    assert lines[0] == {"row": 1, "prediction": "가.", "finished": True, "source_cut": False, "input": "Go."}
+    assert lines[1] == {"row": 2, "prediction": "", "finished": True, "source_cut": False}
+    assert "6 rows, 3 blank, whose prediction is empty" in capsys.readouterr().err
+
+    in_file.write_text(f"{KOREAN} Yes.\n\n")
+    several = ["--num_beams", "2", "--num_return_sequences", "2", "--overwrite", "true"]
+    assert generate.main(command(t5_checkpoint, in_file, out_file, *several)) == 0
+    first, blank = read_lines(out_file)
+    assert first["prediction"][0] == "네." and first["instruction"] == f"{KOREAN} Yes."
+    assert (blank["prediction"], blank["finished"]) == (["", ""], [True, True])
+
+
+def test_blank_lines_between_json_rows_keep_the_numbers_of_the_lines(tmp_path, t5_checkpoint, eight_prepared_rows):
+    row = json.dumps({name: eight_prepared_rows[2][name] for name in ("instruction", "input")}) + "\n"
+    (tmp_path / "in.jsonl").write_text("\n" + row + "\n" * 40 + row)
+    assert generate.main(command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl")) == 0
+    lines = read_lines(tmp_path / "out.jsonl")
+    assert [line["row"] for line in lines if line["prediction"]] == [2, 43]
+    assert [line["row"] for line in lines] == list(range(1, 44)) and not any("error" in line for line in lines)
 
 
 def test_several_outputs_for_a_prompt_are_a_list(tmp_path, t5_checkpoint, many_rows):
@@ -238,6 +319,9 @@ def test_files_without_a_prompt_are_refused_before_a_model_is_loaded(tmp_path, c
     (tmp_path / "in.jsonl").write_text('[{"instruction": "a json array"}]')
     assert generate.main(arguments) == 2
     assert "no row that is a prompt; row 1: a JSON object is needed, got list" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text("\nTranslate this.\n")
+    assert generate.main(arguments) == 2
+    assert "row 2: broken JSON at column 1: Expecting value. If its lines are texts" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import TOKENIZER_KEY, template_of
-from diptych.finetune.loading import load_model_and_tokenizer, pick_device
+from diptych.finetune.loading import load_model_and_tokenizer, load_tokenizer, pick_device
 from diptych.finetune.lora import add_adapter, grow_embeddings, save_adapter
 from diptych.modeling import DiptychForConditionalGeneration, named_config
 
@@ -128,8 +128,11 @@ def test_a_folder_that_is_not_there_or_holds_no_checkpoint_is_named(tmp_path, t5
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_explained(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else it tries for a minute
-    assert re.search("Name a checkpoint folder, or a Hub id", refusal("nobody-here/no-such-model"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # what it asks else: test_hub.py
+    expected = "there is no folder nobody-here/no-such-model, .* Name a checkpoint folder, or a Hub id"
+    assert re.search(expected, refusal("nobody-here/no-such-model"))
+    with pytest.raises(UserError, match=expected):
+        load_tokenizer("nobody-here/no-such-model")
 
 
 @pytest.mark.parametrize(

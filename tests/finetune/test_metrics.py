@@ -160,10 +160,14 @@ def test_metrics_are_evaluate_metrics_and_can_be_filled_row_by_row():
 
 def test_all_figures_lie_between_0_and_100_also_for_empty_texts():
     figures = compute_metrics(list(METRICS), ["", "나는"], [["나는"], [""]])
-    assert set(figures) == {"exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf"}
+    superni = {"superni_rougeL", "superni_exact_match"}
+    assert set(figures) == {"exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf"} | superni
     assert all(value == 0 for value in figures.values())
-    perfect = compute_metrics(list(METRICS), KOREAN, [[text] for text in KOREAN])
-    assert all(value == pytest.approx(100) for value in perfect.values())
+    for texts in (ENGLISH, KOREAN):
+        perfect = compute_metrics(list(METRICS), texts, [[text] for text in texts])
+        if texts is KOREAN:
+            assert perfect.pop("superni_rougeL") == 0
+        assert all(value == pytest.approx(100) for value in perfect.values())
 
 
 @pytest.mark.parametrize(
@@ -185,3 +189,45 @@ def test_pairs_that_do_not_fit_are_refused(name, predictions, references, messag
 def test_an_unknown_metric_names_the_nearest():
     with pytest.raises(UserError, match="no metric 'chrff'. Did you mean chrf[?] Choose from: exact_match, token_f1"):
         compute_metrics(["bleu", "chrff"], ["a"], [["a"]])
+
+
+def superni_figures(predictions, references):
+    """What the benchmark's script says it does: each pair by itself, the best reference, stemmed; 0 to 100."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+
+    def normalized(text):
+        return " ".join(re.sub(r"[!-/:-@\[-`{-~]", "", text.lower()).split())
+
+    pairs = list(zip(predictions, references, strict=True))
+    best = [max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in pairs]
+    exact = [any(normalized(p) == normalized(r) for r in refs) for p, refs in pairs]
+    return {"superni_rougeL": 100 * sum(best) / len(best), "superni_exact_match": 100 * sum(exact) / len(exact)}
+
+
+def test_super_ni_figures_are_the_benchmarks():
+    predictions = [*ENGLISH, "  the CAT  sat on the mat", "Running dogs.", "café!"]
+    references = [*ENGLISH_REFERENCES, ["No.", "The cat sat, on the mat!"], ["He runs a dog"], ["Café"]]
+    figures, signatures = score_texts(["superni_rougeL"], predictions, references)
+    assert figures == pytest.approx(superni_figures(predictions, references))
+    assert figures["superni_exact_match"] == pytest.approx(100 * 2 / 6)  # case and punctuation, but not letters
+    assert figures["superni_rougeL"] > compute_metrics(["rouge"], predictions, references)["rougeL"], "it stems"
+    assert signatures["superni_rougeL"] == "tok:rouge-score|stem:porter"
+
+
+def test_super_ni_says_how_many_references_it_cannot_see():
+    _, signatures = score_texts(["superni_rougeL"], [*ENGLISH, *KOREAN], [*ENGLISH_REFERENCES, *KOREAN_REFERENCES])
+    assert "3 of 6 score 0 whatever they say" in signatures["superni_rougeL"]
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_what_was_counted_on_some_rows_gives_the_figures_of_these_rows(name):
+    predictions, references = [*ENGLISH, *KOREAN], [*ENGLISH_REFERENCES, *KOREAN_REFERENCES]
+    counted = METRICS[name]().count(predictions, references)
+    settings = {"tokenize": "char"} if name == "bleu" else {}
+    rows = [4, 0, 0, 3]
+    drawn = METRICS[name]().compute(
+        predictions=[predictions[row] for row in rows], references=[references[row] for row in rows], **settings
+    )
+    assert counted.figures_of(counted.counts[rows].sum(axis=0)) == pytest.approx(
+        {key: value for key, value in drawn.items() if not isinstance(value, str)}
+    )

@@ -1,0 +1,162 @@
+"""Training processes by the dozen: forked from one that has imported everything, so that each starts at once.
+
+    with Nursery() as nursery:
+        ranks = nursery.train(["--config", "run.yaml"], ranks=2, log=tmp_path / "log")
+        os.kill(ranks[1].pid, signal.SIGKILL)
+        assert ranks[0].wait(10) == 6
+
+They are `diptych train` in all that matters: real processes, in which nothing was used before the fork, with gloo
+between ranks as torchrun sets it up. `die_at=7` has the process kill itself before its seventh change to the disk.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Process(NamedTuple):
+    pid: int
+    nursery: "Nursery"
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code, negative for a signal; None if it is still there."""
+        return self.nursery.ask({"wait": self.pid, "seconds": seconds})
+
+    def is_alive(self) -> bool:
+        return self.wait(0) is None
+
+
+class Nursery:
+    def __enter__(self) -> "Nursery":
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.ask({"wait": 0, "seconds": 0})  # until everything is imported
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def train(
+        self, arguments: Sequence[str], log: Path, ranks: int = 1, die_at: int | None = None, dying_rank: int = 0
+    ) -> list[Process]:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+        processes = []
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+            pid = self.ask(
+                {
+                    "arguments": list(arguments),
+                    "environment": {"ACCELERATE_USE_CPU": "true"} | ((meeting | own) if ranks > 1 else {}),
+                    "log": f"{log}.{rank}",
+                    "die_at": die_at if rank == dying_rank else None,
+                }
+            )
+            processes.append(Process(pid, self))
+        return processes
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def serve() -> None:
+    import torch
+
+    import diptych.finetune.loop  # noqa: F401  what a training process imports
+
+    torch.set_num_threads(1)
+    ended: dict[int, int] = {0: 0}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = _wait(request["wait"], request["seconds"], ended)
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _be_a_process(request)
+        print(json.dumps(answer), flush=True)
+    for pid in _children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _children() -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def _wait(pid: int, seconds: float, ended: dict[int, int]) -> int | None:
+    until = time.monotonic() + seconds
+    while pid not in ended:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() >= until:
+            return None
+        else:
+            time.sleep(0.01)
+    return ended[pid]
+
+
+def _be_a_process(request: dict[str, Any]) -> None:
+    from diptych.finetune.train import main
+
+    os.environ.update(request["environment"])
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    for place, target in ((nowhere, 0), (log, 1), (log, 2)):
+        os.dup2(place, target)
+    os.setpgid(0, 0)  # Ctrl-C in the terminal of a test is for the test
+    if request["die_at"] is not None:
+        _die_at(request["die_at"])
+    code = 1
+    try:
+        code = main(request["arguments"])
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _die_at(number: int) -> None:
+    """Before the `number`-th call that changes what is on the disk, counted from 1."""
+    calls = 0
+
+    def counted(call):
+        def wrapper(*arguments, **settings):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **settings)
+
+        return wrapper
+
+    for name in ("fsync", "rename", "replace", "truncate", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+if __name__ == "__main__":
+    serve()
