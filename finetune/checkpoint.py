@@ -72,7 +72,7 @@ def write_checkpoint(path: Path, write: Callable[[Path], None], bytes_needed: in
 
 def write_manifest(folder: Path) -> None:
     """Size and hash of every file in the folder, in a file beside them. XXH3 finds damage, not forgery."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
     entries = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": _hash(file)} for file in files
     }

@@ -82,4 +82,6 @@ def message_of(error: BaseException) -> str:
     """What to tell of an error with one of the numbers above."""
     if is_out_of_memory(error):
         return f"out of memory: {(str(error).splitlines() or [''])[0]} {NO_MEMORY}"
+    if isinstance(error, OSError) and exit_code_of(error) == STORAGE:
+        return f"{error}. Make room on this disk, then go on from what was committed: --resume true."
     return str(error)

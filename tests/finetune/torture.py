@@ -92,10 +92,10 @@ class Torture:
 
     def _make_base(self) -> None:
         """A checkpoint for LoRA to stand on: what one step of training leaves."""
-        recipe = self._recipe(Case(1, "full", True), self.folder / "base") | {"max_steps": 1}
-        assert self._run(Case(1, "full", True), recipe, "base")[0].wait(DEADLINE) == 0, self._log("base")
+        recipe = self.recipe(Case(1, "full", True), self.folder / "base") | {"max_steps": 1}
+        assert self.start(Case(1, "full", True), recipe, "base")[0].wait(DEADLINE) == 0, self.log("base")
 
-    def _recipe(self, case: Case, out: Path) -> dict:
+    def recipe(self, case: Case, out: Path) -> dict:
         sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
         overrides = {"model_overrides": sizes | {"residual_dropout": 0.1}}
         model = (
@@ -122,13 +122,15 @@ class Torture:
             "rank_timeout": 30.0,
         }
 
-    def _run(self, case: Case, recipe: dict, name: str, die_at: int | None = None) -> list[Process]:
+    def start(
+        self, case: Case, recipe: dict, name: str, die_at: int | None = None, resume: str = "true"
+    ) -> list[Process]:
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe))
-        arguments = ["--config", str(file), "--resume", "true"]
+        arguments = ["--config", str(file), "--resume", resume]
         return self.nursery.train(arguments, self.folder / f"{name}.log", case.ranks, die_at)
 
-    def _log(self, name: str) -> str:
+    def log(self, name: str) -> str:
         return "\n".join(file.read_text() for file in sorted(self.folder.glob(f"{name}.log.*")))
 
     def reference(self, case: Case) -> tuple[Path, float]:
@@ -136,8 +138,8 @@ class Torture:
         if case not in self.references:
             name = f"reference-{CASES.index(case)}"
             started = time.monotonic()
-            processes = self._run(case, self._recipe(case, self.folder / name), name)
-            assert [process.wait(DEADLINE) for process in processes] == [0] * case.ranks, self._log(name)
+            processes = self.start(case, self.recipe(case, self.folder / name), name)
+            assert [process.wait(DEADLINE) for process in processes] == [0] * case.ranks, self.log(name)
             self.references[case] = self.folder / name, time.monotonic() - started
         return self.references[case]
 
@@ -146,21 +148,21 @@ class Torture:
         reference, seconds = self.reference(case)
         name = f"run-{CASES.index(case)}-{tally.runs}"
         out = self.folder / name
-        recipe = self._recipe(case, out)
+        recipe = self.recipe(case, out)
         newest = 0
         for _ in range(kills):
             at_a_change = self.random.random() < 0.5
-            processes = self._run(case, recipe, name, self.random.randint(1, 150) if at_a_change else None)
+            processes = self.start(case, recipe, name, self.random.randint(1, 150) if at_a_change else None)
             if not at_a_change:
                 time.sleep(self.random.random() * seconds)
                 os.kill(self.random.choice(processes).pid, signal.SIGKILL)
             codes = [process.wait(DEADLINE) for process in processes]
             if -signal.SIGKILL not in codes:
-                assert set(codes) == {0}, f"{codes}\n{self._log(name)}"
+                assert set(codes) == {0}, f"{codes}\n{self.log(name)}"
                 continue  # it was faster
             tally.kills += 1
             tally.inside_a_save += any((out / "checkpoints").glob("step-*.partial"))
-            assert set(codes) <= {-signal.SIGKILL, 6, 0}, f"{codes}\n{self._log(name)}"
+            assert set(codes) <= {-signal.SIGKILL, 6, 0}, f"{codes}\n{self.log(name)}"
             steps = checkpoints.checkpoint_steps(out / "checkpoints")
             faults = [checkpoints.fault_of(checkpoints.checkpoint_path(out / "checkpoints", step)) for step in steps]
             assert not any(faults), faults
@@ -168,9 +170,9 @@ class Torture:
             best = checkpoints.best_checkpoint(out / "checkpoints")
             assert best is None or best.is_dir()
             newest = max(steps, default=0)
-        processes = self._run(case, recipe, name)
+        processes = self.start(case, recipe, name)
         codes = [process.wait(DEADLINE) for process in processes]
-        assert codes == [0] * case.ranks, f"{codes}\n{self._log(name)}"
+        assert codes == [0] * case.ranks, f"{codes}\n{self.log(name)}"
         tally.runs += 1
         differences = differences_of(reference, out)
         assert not differences, f"{case}, {reference} and {out}: {differences}"

@@ -1,0 +1,342 @@
+"""Signals, lost ranks, full disks, second starts: real processes, and what they leave behind."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from nursery import Nursery
+from torture import DEADLINE, Case, Torture, differences_of
+
+from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune.exits import StorageError
+from diptych.finetune.run_folder import read_status
+
+ALONE, TOGETHER = Case(1, "full", packed=True), Case(2, "full", packed=True)
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def torturer(tmp_path_factory):
+    with Nursery() as nursery:
+        yield Torture(tmp_path_factory.mktemp("surviving"), nursery)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(torturer):
+    """`undisturbed(case)`: a run of STEPS steps to compare with."""
+    made = {}
+
+    def folder(case: Case) -> Path:
+        if case not in made:
+            made[case] = torturer.folder / f"undisturbed-{case.ranks}"
+            processes = torturer.start(case, long(torturer, case, made[case]), f"undisturbed-{case.ranks}")
+            assert {process.wait(DEADLINE) for process in processes} == {0}
+        return made[case]
+
+    return folder
+
+
+def long(torturer: Torture, case: Case, out: Path, **changes) -> dict:
+    settings = {"max_steps": STEPS, "save_every": 5, "eval_every": 10, "metrics": "", "keep_last": 1}
+    return torturer.recipe(case, out) | settings | changes
+
+
+def until(condition, seconds: float = DEADLINE):
+    """Waits for something that another process does."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+    return found
+
+
+def has_saved(out: Path):
+    return lambda: checkpoints.checkpoint_steps(out / "checkpoints")
+
+
+def ends_alike(torturer, undisturbed, case: Case, recipe: dict) -> None:
+    out = Path(recipe["out"])
+    processes = torturer.start(case, recipe, f"{out.name}-resumed")
+    assert {process.wait(DEADLINE) for process in processes} == {0}, torturer.log(f"{out.name}-resumed")
+    assert not differences_of(undisturbed(case), out)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_and_the_run_goes_on_with_the_same_bits(name, torturer, undisturbed, tmp_path):
+    out = tmp_path / name
+    recipe = long(torturer, ALONE, out)
+    (process,) = torturer.start(ALONE, recipe, name)
+    until(has_saved(out))
+    os.kill(process.pid, getattr(signal, name))
+    assert process.wait(DEADLINE) == 75, torturer.log(name)
+    status, said = read_status(out), torturer.log(name)
+    assert (status["state"], status["exit_code"]) == ("stopped", 75)
+    assert 0 < status["step"] < STEPS and checkpoints.checkpoint_steps(out / "checkpoints")[-1] == status["step"]
+    assert f"stopped by {name} after step {status['step']}, saved" in said
+    assert f"go on with: diptych train --config {out / 'config.yaml'} --resume true" in said
+    ends_alike(torturer, undisturbed, ALONE, recipe)
+
+
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(torturer, undisturbed, tmp_path):
+    """Evaluations that take most of the time: one is cut, and comes first when the run goes on."""
+    out = tmp_path / "evaluating"
+    recipe = long(torturer, ALONE, out, eval_every=1, save_every=1000, max_steps=6, metrics="exact_match")
+    recipe |= {"metrics_limit": 2, "eval_batch_size": 1, "max_new_tokens": 200}
+    (process,) = torturer.start(ALONE, recipe | {"out": str(tmp_path / "whole")}, "evaluating-whole")
+    assert process.wait(DEADLINE) == 0
+    (process,) = torturer.start(ALONE, recipe, "evaluating")
+    until(lambda: (out / "metrics.jsonl").is_file() and "validation" in (out / "metrics.jsonl").read_text())
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(DEADLINE) == 75, torturer.log("evaluating")
+    (process,) = torturer.start(ALONE, recipe, "evaluating-on")
+    assert process.wait(DEADLINE) == 0, torturer.log("evaluating-on")
+    for name in ("final", "samples.jsonl", "loss.png"):
+        assert not [it for it in differences_of(tmp_path / "whole", out) if it.startswith(name)]
+    assert not [it for it in differences_of(tmp_path / "whole", out) if it == "metrics.jsonl"]
+
+
+def test_a_signal_to_one_rank_stops_all(torturer, undisturbed, tmp_path):
+    out = tmp_path / "together"
+    recipe = long(torturer, TOGETHER, out)
+    processes = torturer.start(TOGETHER, recipe, "together")
+    until(has_saved(out))
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert [process.wait(DEADLINE) for process in processes] == [75, 75], torturer.log("together")
+    assert "torchrun --nproc_per_node=2 -m diptych.finetune.train --config" in torturer.log("together")
+    ends_alike(torturer, undisturbed, TOGETHER, recipe)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    script = (
+        "import os, signal, time\n"
+        "from diptych.finetune.stopping import StopRequest\n"
+        "stop = StopRequest()\n"
+        "stop.listen()\n"
+        "with stop.deferred():\n"
+        "    for pause in (0.0, 0.2, 1.2):\n"
+        "        time.sleep(pause)\n"
+        "        print(repr(stop.reason), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["''", "'SIGINT'", "'SIGINT'"]
+    assert "KeyboardInterrupt" in done.stderr
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_half_done(torturer, tmp_path):
+    out = tmp_path / "early"
+    (process,) = torturer.start(ALONE, long(torturer, ALONE, out), "early")
+    until(lambda: (out / ".lock").exists())
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(DEADLINE) == 75
+    steps = checkpoints.checkpoint_steps(out / "checkpoints")
+    assert len(steps) == 1 or "before the first step: nothing is lost" in torturer.log("early")
+
+
+def test_a_lost_rank_ends_the_others(torturer, undisturbed, tmp_path):
+    out = tmp_path / "lost"
+    recipe = long(torturer, TOGETHER, out)
+    processes = torturer.start(TOGETHER, recipe, "lost")
+    until(has_saved(out))
+    os.kill(processes[1].pid, signal.SIGKILL)
+    assert processes[0].wait(10) == 6, torturer.log("lost")
+    said = torturer.log("lost")
+    assert "rank 0 waited for the others with the " in said and "one of 2 ranks has gone" in said
+    assert read_status(out)["exit_code"] == 6
+    ends_alike(torturer, undisturbed, TOGETHER, recipe)
+
+
+def test_a_rank_that_hangs_is_not_waited_for_longer_than_twice_the_timeout(torturer, tmp_path):
+    out = tmp_path / "hung"
+    processes = torturer.start(TOGETHER, long(torturer, TOGETHER, out, rank_timeout=4.0), "hung")
+    until(has_saved(out))
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    try:
+        assert processes[0].wait(8) == 6, torturer.log("hung")
+    finally:
+        os.kill(processes[1].pid, signal.SIGKILL)
+    assert "rank 0 waited for the others with the " in torturer.log("hung")
+    assert read_status(out)["exit_code"] == 6
+
+
+def launch(launcher: list[str], recipe: dict, file: Path) -> subprocess.Popen:
+    file.write_text(yaml.safe_dump(recipe))
+    command = [*launcher, "-m", "diptych.finetune.train", "--config", str(file), "--resume", "true"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with file.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--num_processes", "1", "--cpu", "--mixed_precision", "no"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_when_the_launcher_alone_is_told_to_stop_the_run_is_saved_and_no_orphan_is_left(name, torturer, tmp_path):
+    out = tmp_path / name
+    recipe = long(torturer, ALONE if name == "accelerate" else TOGETHER, out, max_steps=4000)
+    launcher = launch([sys.executable, "-m", *LAUNCHERS[name]], recipe, tmp_path / f"{name}.yaml")
+    until(has_saved(out))
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.terminate()
+    launcher.wait(DEADLINE)
+    _, alive = psutil.wait_procs(children, timeout=DEADLINE)
+    assert not alive
+    status = until(lambda: (found := read_status(out))["exit_code"] is not None and found)
+    assert status["exit_code"] == 75, (tmp_path / f"{name}.log").read_text()
+    assert checkpoints.checkpoint_steps(out / "checkpoints")[-1] == status["step"]
+
+
+def test_a_second_start_is_refused_and_a_lock_of_a_killed_run_is_free(torturer, undisturbed, tmp_path):
+    out = tmp_path / "twice"
+    recipe = long(torturer, ALONE, out)
+    (first,) = torturer.start(ALONE, recipe, "first")
+    until(has_saved(out))
+    os.kill(first.pid, signal.SIGSTOP)
+    (second,) = torturer.start(ALONE, recipe, "second")
+    assert second.wait(DEADLINE) == 2
+    said = torturer.log("second")
+    assert f"is in use by another run (process {first.pid} on {socket.gethostname()}" in said
+    assert read_status(out)["process"] == first.pid, "the second one has no say"
+    os.kill(first.pid, signal.SIGKILL)
+    ends_alike(torturer, undisturbed, ALONE, recipe)
+
+
+def test_a_taken_folder_is_told_before_the_seconds_that_torch_takes():
+    script = "import sys, diptych.finetune.train; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_disk_that_runs_full_leaves_the_older_checkpoint(torturer, undisturbed, tmp_path):
+    """As large a file as the weights cannot be written any more."""
+    out = tmp_path / "full"
+    recipe = long(torturer, ALONE, out)
+    (process,) = torturer.start(ALONE, recipe, "full")
+    until(has_saved(out))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
+    assert process.wait(DEADLINE) == 4, torturer.log("full")
+    said = torturer.log("full")
+    assert " bytes, and there is no room: it ended after " in said and "is untouched. Make room" in said
+    assert "Traceback" not in said and read_status(out)["exit_code"] == 4
+    (left,) = (out / "checkpoints").glob("step-*")
+    assert not checkpoints.fault_of(left)
+    ends_alike(torturer, undisturbed, ALONE, recipe)
+
+
+def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path):
+    def write(folder):
+        (folder / "weights").write_text("weights")
+
+    checkpoints.write_checkpoint(checkpoints.checkpoint_path(tmp_path, 1), write)
+    with pytest.raises(
+        StorageError, match=r"step-000002 needs 1,000,000,000,000,000,000 bytes.* free\nThat of step 1"
+    ):
+        checkpoints.write_checkpoint(checkpoints.checkpoint_path(tmp_path, 2), write, bytes_needed=10**18)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+@pytest.fixture
+def finished(torturer, tmp_path):
+    """(recipe, its checkpoints): a short run that is over, all of whose checkpoints are kept."""
+    out = tmp_path / "finished"
+    recipe = long(torturer, ALONE, out, max_steps=15, keep_last=9)
+    assert torturer.start(ALONE, recipe, "finished")[0].wait(DEADLINE) == 0, torturer.log("finished")
+    return recipe, out / "checkpoints"
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_passed_over_and_the_run_says_so(finished, torturer):
+    recipe, folder = finished
+    flip_a_bit(checkpoints.checkpoint_path(folder, 15) / "optimizer.safetensors")
+    shutil.copytree(checkpoints.checkpoint_path(folder, 10), checkpoints.checkpoint_path(folder, 12))
+    (checkpoints.checkpoint_path(folder, 12) / "rng.json").unlink()
+    (process,) = torturer.start(ALONE, recipe, "passing")
+    assert process.wait(DEADLINE) == 0
+    said = torturer.log("passing")
+    assert "passed over step-000015: optimizer.safetensors is not what was written" in said
+    assert "passed over step-000012: rng.json is missing" in said and "goes on after step 10" in said
+
+
+def test_nothing_begins_anew_where_all_checkpoints_are_damaged(finished, torturer):
+    recipe, folder = finished
+    for step in checkpoints.checkpoint_steps(folder):
+        flip_a_bit(checkpoints.checkpoint_path(folder, step) / "model" / "model.safetensors")
+    (process,) = torturer.start(ALONE, recipe, "hopeless")
+    assert process.wait(DEADLINE) == 3
+    assert "no checkpoint in" in torturer.log("hopeless") and read_status(folder.parent)["exit_code"] == 3
+
+
+def test_a_named_checkpoint_is_gone_back_to_or_is_an_error(finished, torturer):
+    recipe, folder = finished
+    before = {file.name: file.read_bytes() for file in (folder.parent / "final").iterdir()}
+    named = checkpoints.checkpoint_path(folder, 5)
+    (process,) = torturer.start(ALONE, recipe, "back", resume=str(named))
+    assert process.wait(DEADLINE) == 0, torturer.log("back")
+    assert "goes back to step-000005: 2 later checkpoints are in" in torturer.log("back")
+    assert sorted(path.name for path in (folder / "aside").iterdir()) == ["step-000010-1", "step-000015-1"]
+    assert {file.name: file.read_bytes() for file in (folder.parent / "final").iterdir()} == before
+    flip_a_bit(named / "state.json")
+    for path, fault in {
+        named: "state.json is not what was written",
+        folder / "step-7": "there is no such folder",
+    }.items():
+        (process,) = torturer.start(ALONE, recipe, f"bad-{path.name}", resume=str(path))
+        assert process.wait(DEADLINE) == 3
+        assert f"{path} cannot be used: {fault}" in torturer.log(f"bad-{path.name}")
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"seed": 1, "precision": "bf16"}, ["seed 0 -> 1", "precision 'fp32' -> 'bf16'"]),
+        ({"batch_size": 2}, ["rows in a step (batch_size × ranks × gradient_accumulation_steps) 4 -> 2"]),
+        ({"packed": False}, ["packed True -> False"]),
+        ({"model_overrides": {"hidden_size": 64}}, ["model_overrides {"]),
+    ],
+)
+def test_another_run_is_told_key_by_key(changes, said, finished, torturer):
+    recipe, folder = finished
+    (process,) = torturer.start(ALONE, recipe | changes, "other")
+    assert process.wait(DEADLINE) == 2
+    log = torturer.log("other")
+    assert "this is not the run" in log and all(words in log for words in said)
+    assert len(log[log.index("diptych train: ") :].splitlines()) <= 6
+    Path(f"{torturer.folder}/other.log.0").unlink()
+
+
+def test_two_ranks_go_on_as_one_and_one_as_two(torturer, tmp_path):
+    """The order of rows is that of the whole run; without dropout, whose states are each rank's own, so are the sums."""
+    quiet = {"model_overrides": {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}}
+    quiet |= {"max_steps": 10, "epsilon": 1e-2}
+    weights, expected = {}, []
+    for name, first, then in (("alone", ALONE, ALONE), ("2 to 1", TOGETHER, ALONE), ("1 to 2", ALONE, TOGETHER)):
+        out = tmp_path / name
+        for case, steps in ((first, 5), (then, 10)):
+            recipe = long(torturer, case, out, **quiet) | {"schedule": "constant", "max_steps": steps}
+            processes = torturer.start(case, recipe, f"{name}-{steps}")
+            assert {process.wait(DEADLINE) for process in processes} == {0}, torturer.log(f"{name}-{steps}")
+        weights[name] = checkpoints.load_file(out / "final" / "model.safetensors")
+        losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert name == "alone" or losses == pytest.approx(expected, abs=1e-5)
+        expected = losses
+    for name in ("2 to 1", "1 to 2"):
+        for key, weight in weights[name].items():
+            assert (weight - weights["alone"][key]).abs().max() <= 1e-5
