@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install demo test lint format wheel clean
+.PHONY: help install demo test torture lint format wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ demo: install  ## prepare data, train from scratch, evaluate, publishable folder
 
 test: install lint  ## lint, layout and every contract: about seven minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+torture: install  ## kill training 100 times on one rank and 50 on two: about twenty minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/finetune/torture.py --kills 100 --kills_on_two_ranks 50
 
 lint: install  ## ruff check and ruff format --check
 	$(BIN)/ruff check .

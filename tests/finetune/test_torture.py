@@ -22,7 +22,7 @@ def torturer(tmp_path_factory):
         yield Torture(tmp_path_factory.mktemp("torture"), nursery, seed=1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.packed == (case.method == "lora")], ids=str)
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(case, torturer):
     tally = Tally()
     while not tally.kills:
@@ -94,7 +94,7 @@ TAKEN_AWAY = {
     ),
     "the facts of the run": lambda saved: change_json(saved / "state.json", lambda state: without(state, "run")),
     "the scaler": lambda saved: change_json(saved / "state.json", lambda state: without(state, "scaler")),
-    "the best value": lambda saved: change_progress(saved / "state.json", "best", None),
+    "the best value": lambda saved: change_progress(saved / "state.json", "best", 0.0),
     "the tokens so far": lambda saved: change_progress(saved / "state.json", "tokens", 0),
     "the sum of the loss": lambda saved: change_progress(saved / "state.json", "nats", 1.0),
     "the step": lambda saved: change_progress(saved / "state.json", "step", 3),
@@ -106,23 +106,20 @@ TAKEN_AWAY = {
 
 
 @pytest.mark.parametrize("what", [*TAKEN_AWAY, "nothing"])
-@pytest.mark.parametrize("is_described", [True, False], ids=["described", "as found"])
-def test_nothing_that_a_checkpoint_holds_can_be_missing(what, is_described, torturer, halfway):
-    """Whether or not the manifest was written anew to fit: then only what is read can tell."""
+def test_nothing_that_a_checkpoint_holds_can_be_missing(what, torturer, halfway):
+    """With a manifest that was written anew to fit, so that only what is read can tell."""
     reference, out, saved, recipe = halfway
     if what != "nothing":
         TAKEN_AWAY[what](saved)
-    if is_described:
-        checkpoints.write_manifest(saved)
+        assert checkpoints.fault_of(saved)
+    checkpoints.write_manifest(saved)
     name = f"resumed-{out.parent.name}"
     code = torturer.start(CASE, recipe, name, resume=str(saved))[0].wait(DEADLINE)
     log = torturer.log(name)
+    differences = [it for it in differences_of(reference, out) if "step-000009" in it or "step-" not in it]
     if what == "nothing":
-        assert code == 0, log
-        assert all("step-" in difference for difference in differences_of(reference, out))  # it keeps more of them
+        assert code == 0 and not differences, log
     elif code == 0:
-        assert is_described, log
-        assert [name for name in differences_of(reference, out) if "step-000009" in name or "/" not in name], log
+        assert differences, log
     else:
-        assert code in (2, 3), log
-        assert log.rstrip().splitlines()[-1] and "Traceback" not in log
+        assert code in (2, 3) and "Traceback" not in log and "diptych train: " in log, log
