@@ -67,11 +67,11 @@ def run(reader: Path, command: list[str] | str) -> None:
 
 def test_commands_run_one_after_another_as_they_stand(reader):
     typed = [command for command in commands() if not command.startswith("make ")]
-    assert len(typed) == 9, typed
+    assert len(typed) == 13, typed
     for command in typed:
         run(reader, command)
     assert (reader / "runs/full/loss.png").stat().st_size > 10_000
-    assert {"loss", "chrf", "bleu"} <= json.loads((reader / "report.json").read_text())["figures"].keys()
+    assert {"loss", "chrf", "bleu"} <= json.loads((reader / "runs/full/test.json").read_text())["figures"].keys()
     assert len((reader / "answers.jsonl").read_text(encoding="utf-8").splitlines()) == 9
 
 
