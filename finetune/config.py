@@ -7,7 +7,7 @@ folder as config.yaml. recipes/ has some to start from.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +91,10 @@ class TrainRecipe:
 
     method: Literal["full", "lora"] = "full"
     """Train all weights, or LoRA adapters (arXiv 2106.09685) on a frozen checkpoint."""
+    lora_variant: Literal["lora", "rslora", "dora", "pissa", "olora"] = "lora"
+    """rslora: a scale that suits high ranks. dora: direction and length of each weight apart, slower, often better at
+    low ranks. pissa, olora: begin with the main part of the base in the adapter, for a faster start; saved as a plain
+    adapter of twice the rank."""
     lora_rank: int = 16
     """Rank of each adapter; its size in memory and on disk is proportional."""
     lora_alpha: float = 32.0
@@ -99,8 +103,15 @@ class TrainRecipe:
     """Probability of dropping an input of an adapter."""
     lora_targets: str = ""
     """Names of the layers that get an adapter, separated by commas; all linear layers of the family unless given."""
+    peft_config: dict[str, Any] = field(default_factory=dict)
+    """Another of peft's methods, with its fields: {peft_type: IA3, feedforward_modules: [wo]}; or BOFT, DELORA, HIRA,
+    HRA, LOHA, LOKR, MISS, OFT, RANDLORA or VERA. Of LoRA's own: rank_pattern, alpha_pattern, exclude_modules."""
+    quantize: Literal["none", "4bit"] = "none"
+    """4bit: QLoRA (arXiv 2305.14314), the frozen base in 4 bits (nf4) on a CUDA GPU, by bitsandbytes: a fifth of the
+    memory. The adapter is loaded onto the base as it was, and merged into that."""
     lora_embeddings: bool = False
-    """Train the embedding tables and the head beside the adapters, in full: for a language the model hardly knows."""
+    """Train the embedding tables and the head beside the adapters, in full: for a language the model hardly knows.
+    Such an adapter, like one with new tokens, shares its base with no other: `diptych merge` it before."""
 
     eval_every: int | None = None
     """Steps between evaluations on the validation split; once an epoch unless given. There is one at the end, too."""
@@ -167,6 +178,7 @@ class TrainRecipe:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0.")
         if self.warmup_steps and self.warmup_ratio:
             raise UserError("warmup_steps and warmup_ratio are both given. Keep one of them.")
+        self._check_adapter()
         if self.metrics:
             from diptych.finetune.metrics import check_metric_names  # the libraries of metrics take seconds
 
@@ -176,6 +188,30 @@ class TrainRecipe:
                 f"best_metric is {self.best_metric}, but no metrics are computed. "
                 f"Name them in `metrics`, or choose by loss."
             )
+
+    def _check_adapter(self) -> None:
+        """No setting of an adapter is given for nothing."""
+        changed = [setting.name for setting in fields(self) if getattr(self, setting.name) != _default(setting)]
+        if self.method == "full":
+            of_adapters = [name for name in ("lora_variant", "peft_config", "quantize") if name in changed]
+            if of_adapters:
+                raise UserError(f"{of_adapters[0]} is given, but method is full. Set method: lora, or leave it out.")
+        method = self.peft_config.get("peft_type", "LORA")
+        of_lora = [name for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_variant") if name in changed]
+        if method != "LORA" and of_lora:
+            raise UserError(
+                f"{of_lora[0]} is given, but peft_config.peft_type is {method}, which takes its settings from "
+                f"peft_config alone. Leave one of them out."
+            )
+        if self.quantize != "none" and self.lora_variant in ("pissa", "olora"):
+            raise UserError(
+                f"lora_variant is {self.lora_variant}, which takes weights out of the base; 4 bits hold no such "
+                f"difference. Use another variant, or quantize: none."
+            )
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 AT_LEAST_ONE = [
@@ -201,10 +237,13 @@ FIXED_IN_A_RUN = [
     "group_by_length",
     "precision",
     "method",
+    "lora_variant",
     "lora_rank",
     "lora_alpha",
     "lora_targets",
     "lora_embeddings",
+    "peft_config",
+    "quantize",
     "best_metric",
 ]
 # And these have no part in what is computed.

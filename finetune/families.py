@@ -104,17 +104,12 @@ def decoder_start_token(model: PreTrainedModel) -> int:
 
 def vocabulary_tables(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Every weight with a row for each token: input embeddings and head, a tied one once, under its first name."""
-    rows = model.get_output_embeddings().weight.shape[0]
-    return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding | torch.nn.Linear)
-        and module.weight.shape[0] == rows
-        and any(module.weight is table for table in _input_and_output_tables(model))
-    }
+    tables = {id(table) for table in input_and_output_tables(model)}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) in tables}
 
 
-def _input_and_output_tables(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+def input_and_output_tables(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Of the model, its encoder, its decoder, and its head; each (V, D), and which of them are one is the model's."""
     panels = (model, model.get_encoder(), model.get_decoder())
     return [panel.get_input_embeddings().weight for panel in panels] + [model.get_output_embeddings().weight]
 

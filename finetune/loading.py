@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -56,7 +57,7 @@ def load_model_and_tokenizer(
     """
     name = os.path.expanduser(path)
     check_folder(name)
-    adapter = _adapter_settings(name)
+    adapter = adapter_settings(name)
     if adapter:
         tokenizer = load_tokenizer(name, fallback=adapter["base_model_name_or_path"])
         model = _load_adapted(name, adapter, tokenizer, dtype)
@@ -96,7 +97,7 @@ def _checkpoint_inside(folder: Path) -> str:
     return f" Did you mean {inside[-1]}?" if inside else ""
 
 
-def _adapter_settings(name: str) -> dict:
+def adapter_settings(name: str) -> dict:
     """adapter_config.json of a local adapter or of a Hub repository that has one; {} where the model is whole."""
     file = Path(name) / ADAPTER_CONFIG
     if not Path(name).is_dir():
@@ -137,14 +138,20 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
     ) from reason
 
 
-def load_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """A whole encoder-decoder checkpoint; UserError for another kind of model, or where weights are missing."""
+def load_model(
+    name: str, dtype: str | torch.dtype = "auto", quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """A whole encoder-decoder checkpoint; UserError for another kind of model, or where weights are missing.
+
+    With `quantization`, on this rank's GPU.
+    """
+    settings = {} if quantization is None else {"quantization_config": quantization, "device_map": "cuda"}
     config = _load_config(name)
     _check_seq2seq(config, name)
     _check_safetensors(name)
     try:
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_NO_CODE
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings, **_NO_CODE
         )
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that do not fit the config
         raise UserError(f"the weights of {name} could not be read: {_first_line(error)}") from error

@@ -174,9 +174,8 @@ def check_finite(
     ]
     found = [(rank, rows) for rank, rows in gather_object(own)]
     where = "; ".join(f"rank {rank}, rows {_named(rows)}" for rank, rows in found)
-    where = (
-        where or f"the loss itself is finite; rows {_named(np.sort(np.concatenate(sum(step.batches, []))).tolist())}"
-    )
+    all_rows = np.sort(np.concatenate(sum(step.batches, []))).tolist()
+    where = where or f"one of the rows {_named(all_rows)}, whose losses are finite and whose gradients are not,"
     kind = "packed/" if run.rows.row_tokens else "train"
     raise NotFiniteError(
         f"at step {run.progress.step + 1} the loss is {loss} and the gradient's length {gradient_norm}, at a learning "

@@ -1,42 +1,118 @@
-"""LoRA (arXiv 2106.09685) through peft: a frozen checkpoint in, the same model with trainable adapters out.
+"""LoRA (arXiv 2106.09685) and its kin through peft: a frozen checkpoint in, the same with trainable adapters out.
 
-    model = add_adapter(model, base_name="google-t5/t5-small", rank=16, alpha=32)
+    model = add_adapter(model, "google-t5/t5-small", rank=16, alpha=32, variant="dora")
     save_adapter(model, folder)            adapter_config.json, adapter_model.safetensors, as peft itself writes them
+
+What is saved loads with peft alone (`AutoPeftModelForSeq2SeqLM`), several adapters onto one base (`load_adapter`,
+`set_adapter`), and merges into the base within 1e-5 of the logits' size: the tests hold this for every variant and
+method below, on all ten families.
+
+PiSSA and OLoRA begin with a part of the base in the adapter, and train it on what is left of the base. They are saved
+as the LoRA of twice the rank that turns the base as it was into the same model: [B, -B0] [A; A0].
 
 Where embedding tables are trained too (new tokens, or `lora_embeddings`), they are trained in place and saved under
 their own names, which peft loads back as they are. peft's two own ways fail for encoder-decoders (0.21, tried on nine
 families): `modules_to_save` with a table that encoder, decoder and head share turns the embedding into a linear layer,
-and `trainable_token_indices` misses Marian's head and merges wrongly where only decoder and head are tied.
+and `trainable_token_indices` misses Marian's head and merges wrongly where only decoder and head are tied. The price:
+peft keeps one set of tables for a base, that of the adapter loaded last. So of adapters with tables each wants a base
+of its own; to serve two, merge them (`diptych merge`). And where the head of a model is not the input table, though its
+config says so (Flan-T5, mT5), an adapter with new tokens is for `diptych` to load or merge: AutoPeftModel grows the
+base as transformers does, and loses the head.
 """
 
+import copy
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from diptych.data_prep.records import UserError
-from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
+from diptych.finetune.checkpoint import whole
+from diptych.finetune.cli import choose_from
+from diptych.finetune.exits import CheckpointError
+from diptych.finetune.families import family_of, input_and_output_tables, vocabulary_tables, without_adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},  # arXiv 2312.03732
+    "dora": {"use_dora": True},  # arXiv 2402.09353
+    "pissa": {"init_lora_weights": "pissa"},  # arXiv 2404.02948
+    "olora": {"init_lora_weights": "olora"},  # arXiv 2406.01775
+}
+TAKEN_FROM_THE_BASE = ("pissa", "olora")
+"""Values of init_lora_weights with which the adapter begins as a part of the base, which loses it."""
+METHODS = ["LORA", "BOFT", "DELORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "RANDLORA", "VERA"]
+"""Of peft's many, those that need a config and nothing else. AdaLoRA wants to be called after each step, prompts want
+peft's own forward pass, which packed rows go round, Lily cannot be merged, and FourierFT and FRoD are off by more."""
+NOISE = 3e-5
+"""Of new rows, in standard deviations of the old ones: enough that no two are the same."""
+LORA_FIELDS = ["rank_pattern", "alpha_pattern", "exclude_modules"]
+"""Those of LoraConfig that can be given besides our settings, which stand for the others."""
+OUR_FIELDS = [field.name for field in dataclasses.fields(PeftConfig)] + ["target_modules", "modules_to_save", "bias"]
 
+
+@torch.no_grad()
 def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Adds rows to every vocabulary table, and says so to every config that counts them (T5Gemma's panels have their
-    own, which transformers 5.23 forgets: such a checkpoint could not be loaded again)."""
-    model.resize_token_embeddings(rows)
-    configs = {id(config): config for config in (model.config, model.get_encoder().config, model.get_decoder().config)}
-    for config in configs.values():
-        config.vocab_size = rows
-    short = [name for name, table in vocabulary_tables(model).items() if table.shape[0] != rows]
-    if short or model.get_output_embeddings().weight.shape[0] != rows:
+    """Adds rows to every vocabulary table, the mean of the old ones and a little noise, as transformers does (Hewitt
+    2021). Tables that were one stay one, and the others apart, whatever the config says.
+
+    (transformers' own `resize_token_embeddings`, 5.23, ties the head of Flan-T5, T5 v1.1, mT5 and UMT5 to the input
+    table, whose config says so, and the three tables of an untied BART to each other; what a table held is lost. And
+    it forgets the configs of T5Gemma's panels, so that such a checkpoint could not be loaded again.)
+    """
+    unread = [
+        module.weight for name, module in model.named_modules() if name.endswith("shared")
+    ]  # in an untied Marian
+    tables = [*input_and_output_tables(model), *unread]
+    old = tables[0].shape[0]
+    if any(table.shape[0] != old for table in tables):
         raise UserError(
             f"the vocabulary of this {model.config.model_type} cannot be grown to {rows} tokens: its encoder and its "
             f"decoder have one each. Prepare the data with the model's own tokenizer."
         )
+    grown = {id(table): torch.nn.Parameter(_with_rows(table, rows), table.requires_grad) for table in tables}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding | torch.nn.Linear) and id(module.weight) in grown:
+            module.weight = grown[id(module.weight)]
+            if isinstance(module, torch.nn.Embedding):
+                module.num_embeddings = rows
+            else:
+                module.out_features = rows
+        if isinstance(module, PreTrainedModel):
+            _say_rows(module, old, rows)
+
+
+def _with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    noise = torch.randn(rows - table.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
+    return torch.cat([table, table.mean(0) + NOISE * table.std(0) * noise])
+
+
+def _say_rows(module: PreTrainedModel, old: int, rows: int) -> None:
+    """Wherever the tokens are counted: in configs, T5Gemma's head, and the bias of BART's logits."""
+    for name in ("vocab_size", "decoder_vocab_size"):
+        for place in (module.config, module):
+            if vars(place).get(name) == old:
+                setattr(place, name, rows)
+    if "final_logits_bias" in dict(module.named_buffers(recurse=False)):
+        module.final_logits_bias = torch.nn.functional.pad(module.final_logits_bias, (0, rows - old))
 
 
 @torch.no_grad()
@@ -48,43 +124,105 @@ def fill_rows_with_means(model: PreTrainedModel, pieces: Mapping[int, Sequence[i
             table[token] = table[list(old_tokens)].mean(dim=0)
 
 
+def adapter_config(
+    model: PreTrainedModel,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    variant: str = "lora",
+    targets: Sequence[str] = (),
+    peft_config: Mapping[str, Any] | None = None,
+) -> PeftConfig:
+    """`targets` are names of layers, all linear layers of the family unless given. `peft_config` has the fields of
+    another of METHODS, as `peft_type`, which has no use for rank, alpha, dropout and variant; or of LORA_FIELDS.
+
+    UserError for a method, field or value that is not known, and for targets that the model has not.
+    """
+    given = dict(peft_config or {})
+    method = given.pop("peft_type", "LORA")
+    if method not in METHODS:
+        raise UserError(f"peft_config.peft_type is {method!r}. {choose_from(str(method), METHODS)}")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    known = LORA_FIELDS if method == "LORA" else _own_fields(config_class)
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"peft_config has {name!r}, which is not to be set for {method}. {choose_from(name, known)}"
+            )
+    if method == "LORA":
+        given |= {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout} | VARIANTS[variant]
+    layers = _targets(model, targets)
+    try:
+        return config_class(task_type=TaskType.SEQ_2_SEQ_LM, target_modules=layers, **given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"peft takes no such {config_class.__name__}: {error}") from error
+
+
+def _own_fields(config_class: type[PeftConfig]) -> list[str]:
+    return [field.name for field in dataclasses.fields(config_class) if field.name not in OUR_FIELDS]
+
+
+def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
+    if not names:
+        family = family_of(model)
+        return list(family.lora_targets) if family else "all-linear"
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in names:  # peft asks for one that fits, and leaves out the others without a word
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UserError(
+                f"lora_targets names {target}, and no linear layer is called so. {choose_from(target, known)}"
+            )
+    return list(names)
+
+
 def add_adapter(
     model: PreTrainedModel,
     base_name: str,
     *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    targets: list[str] | None = None,
     new_rows: int = 0,
     train_embeddings: bool = False,
+    **adapter: Any,
 ) -> PeftModel:
-    """Freezes `model` and puts an adapter into each target layer.
+    """Freezes `model` and puts an adapter into each target layer; `adapter` are the settings of `adapter_config`.
 
     The last `new_rows` rows of the vocabulary tables are trained as they are; with `train_embeddings` all rows.
+    UserError where peft finds that adapter and model do not fit.
     """
-    family = family_of(model)
+    config = adapter_config(model, **adapter)
     tables = list(vocabulary_tables(model).values())
-    config = LoraConfig(
-        task_type=TaskType.SEQ_2_SEQ_LM,
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets or (list(family.lora_targets) if family else "all-linear"),
-    )
     try:
         with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for something that has a new name there
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"no adapter could be added: {error} Name layers of this model in lora_targets.") from error
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"no adapter could be added: {error}") from error
     adapted.peft_config["default"].base_model_name_or_path = base_name
+    if _is_taken_from_the_base(config):
+        adapted.start = _start(adapted)
     if new_rows or train_embeddings:
         for table in tables:
             table.requires_grad_(True)
             if not train_embeddings:
                 _train_last_rows_only(table, new_rows)
     return adapted
+
+
+def _is_taken_from_the_base(config: PeftConfig) -> bool:
+    return isinstance(config, LoraConfig) and config.init_lora_weights in TAKEN_FROM_THE_BASE
+
+
+def _start(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A0 and B0, under peft's names. UserError where a layer is too small to give as much as the rank says."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and layer.lora_A["default"].weight.shape[0] < layer.r["default"]:
+            raise UserError(
+                f"lora_rank is {layer.r['default']}, but {name} has only {layer.lora_A['default'].weight.shape[0]} "
+                f"directions to take into an adapter. Lower lora_rank, or use another lora_variant."
+            )
+    start = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: weight.detach().clone() for name, weight in start.items()}
 
 
 def _train_last_rows_only(table: torch.nn.Parameter, new_rows: int) -> None:
@@ -94,10 +232,21 @@ def _train_last_rows_only(table: torch.nn.Parameter, new_rows: int) -> None:
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """What the adapter adds to its base: LoRA matrices under peft's names, and trained tables under their own."""
-    trained = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    """What the adapter adds to its base: its own weights under peft's names, and trained tables under theirs."""
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return weights | {name: weight for name, weight in trained.items() if "lora_" not in name}
+    if _is_taken_from_the_base(model.peft_config["default"]):
+        weights = {name: _with_start(name, weight, model.start[name]) for name, weight in weights.items()}
+    tables = {id(table) for table in vocabulary_tables(without_adapter(model)).values()}
+    return weights | {
+        name: weight.detach()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and id(weight) in tables
+    }
+
+
+def _with_start(name: str, weight: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """A (r, in) over A0, B (out, r) beside -B0: their product is BA - B0A0."""
+    return torch.cat([whole(weight), start], 0) if ".lora_A." in name else torch.cat([whole(weight), -start], 1)
 
 
 def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -105,17 +254,43 @@ def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Ten
     folder.mkdir(parents=True, exist_ok=True)
     weights = weights or {name: weight.cpu().contiguous() for name, weight in adapter_weights(model).items()}
     save_file(dict(weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = model.peft_config["default"]
-    was_inference, config.inference_mode = config.inference_mode, True
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    if _is_taken_from_the_base(config):
+        config.init_lora_weights = True
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        config.rank_pattern = {layer: 2 * rank for layer, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {layer: 2 * alpha for layer, alpha in config.alpha_pattern.items()}
     config.save_pretrained(str(folder))
-    config.inference_mode = was_inference
     without_adapter(model).generation_config.save_pretrained(str(folder))
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Weights of a saved adapter into a model that `add_adapter` made in the same way."""
-    result = set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS))
-    assert not result.unexpected_keys, f"{folder} does not fit: {result.unexpected_keys[:3]}"
+    """Weights of a saved adapter into a model that `add_adapter` made in the same way. CheckpointError where they are
+    another's, or began from another part of the base."""
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    expected = {name: weight.shape for name, weight in adapter_weights(model).items()}
+    if different := [name for name in sorted(expected | weights) if _shape(weights, name) != expected.get(name)]:
+        raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} is of another adapter: {different[0]} does not fit.")
+    if _is_taken_from_the_base(model.peft_config["default"]):
+        weights = {name: _without_start(name, weight, model.start, folder) for name, weight in weights.items()}
+    set_peft_model_state_dict(model, weights)
+
+
+def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
+    return weights[name].shape if name in weights else None
+
+
+def _without_start(name: str, weight: torch.Tensor, start: Mapping[str, torch.Tensor], folder: Path) -> torch.Tensor:
+    if name not in start:  # a vocabulary table
+        return weight
+    trained, saved = weight.chunk(2, 0 if ".lora_A." in name else 1)
+    if not torch.equal(saved if ".lora_A." in name else -saved, start[name]):
+        raise CheckpointError(
+            f"{folder} began from another part of the base than this machine takes from {name}: the last digits of a "
+            f"decomposition differ from one processor to another. Go on where the run began, or begin anew."
+        )
+    return trained.contiguous()
 
 
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
@@ -125,6 +300,6 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     tied = model.config.tie_word_embeddings
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
-        merged = model.merge_and_unload()
+        merged = model.merge_and_unload(safe_merge=True)  # which looks for NaN first
     merged.config.tie_word_embeddings = tied
     return merged

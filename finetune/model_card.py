@@ -233,7 +233,10 @@ def summary(
 ) -> str:
     count = f"{weights_count(files):,} weights"
     if adapter_base:
-        return f"A LoRA adapter ({count}, rank {config['r']}) for the encoder-decoder `{adapter_base}`."
+        kind = f"LoRA adapter ({count}, rank {config['r']})"
+        if config["peft_type"] != "LORA":
+            kind = f"{config['peft_type']} adapter ({count})"
+        return f"A {kind} for the encoder-decoder `{adapter_base}`."
     if is_named_size(recipe["model"]):
         return f"A Diptych encoder-decoder ({count}), trained from scratch in the size {recipe['model']}."
     base = last_part(recipe["model"])

@@ -115,7 +115,7 @@ def weights_hash(model: PreTrainedModel) -> str:
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     for name, weight in sorted(frozen):
         digest.update(name.encode())
-        digest.update(weight.detach().contiguous().view(-1).numpy().tobytes())
+        digest.update(weight.detach().cpu().contiguous().view(-1).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,11 +2,14 @@
 
 diptych-8m                       new random weights, as many embedding rows as the tokenizer has tokens
 google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with adapters in it
+…, quantize=4bit                 its linear layers in 4 bits on a CUDA GPU. This has not been run: where it was written
+                                 there was none
 
 A tokenizer may have more tokens than the checkpoint (`grow_vocabulary`). Rows of tokens that `diptych tokenizer
 extend` added start as the mean of the rows of their old pieces; those of other new tokens as transformers makes them.
 """
 
+import importlib.util
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.records import UserError
@@ -88,7 +91,27 @@ def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
             f"Drop them, or start from a named size."
         )
     check_folder(recipe.model)
+    if recipe.quantize == "4bit":
+        check_can_quantize()
+        return load_model(recipe.model, torch.float32, in_4_bits())
     return load_model(recipe.model, torch.float32)
+
+
+def check_can_quantize() -> None:
+    lacking = [] if torch.cuda.is_available() else ["a CUDA GPU"]
+    lacking += [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
+    if lacking:
+        raise UserError(f"quantize is 4bit, and here is no {' and no '.join(lacking)}. Set quantize: none.")
+
+
+def in_4_bits() -> BitsAndBytesConfig:
+    """As QLoRA has it: normal floats, their scales quantized again, products in bf16. Embeddings and head stay."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _with_adapter(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None) -> PeftModel:
@@ -105,7 +128,9 @@ def _with_adapter(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved
         rank=recipe.lora_rank,
         alpha=recipe.lora_alpha,
         dropout=recipe.lora_dropout,
+        variant=recipe.lora_variant,
         targets=split_names(recipe.lora_targets),
+        peft_config=recipe.peft_config,
         new_rows=new_rows,
         train_embeddings=recipe.lora_embeddings,
     )

@@ -201,17 +201,15 @@ def test_tokens_extended_twice_are_filled_one_after_the_other(new_model):
     torch.testing.assert_close(table[369], (middle + table[4]) / 2)
 
 
-def test_other_new_tokens_get_the_rows_that_transformers_makes(new_model, old_tokenizer, tmp_path):
+def test_other_new_tokens_begin_as_the_mean_of_all(new_model, old_tokenizer, tmp_path):
     save_model(new_model("t5", vocab_size=len(old_tokenizer)), old_tokenizer, tmp_path / "old")
     old_tokenizer.save_pretrained(tmp_path / "plain")
     added = AutoTokenizer.from_pretrained(tmp_path / "plain")
-    added.add_tokens(["<ko>"])
-    torch.manual_seed(0)
-    model = starting_model(recipe_for(tmp_path / "old"), added, None)
-    torch.manual_seed(0)
-    grown = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "old")
-    grow_embeddings(grown, len(added))
-    assert torch.equal(model.get_input_embeddings().weight, grown.get_input_embeddings().weight)
+    added.add_tokens(["<ko>", "<en>"])
+    table = starting_model(recipe_for(tmp_path / "old"), added, None).get_input_embeddings().weight
+    new, old = table[len(old_tokenizer) :], table[: len(old_tokenizer)]
+    assert len(new) == 2 and not torch.equal(new[0], new[1])
+    torch.testing.assert_close(new, old.mean(0).expand(2, -1), rtol=0, atol=1e-3 * old.std().item())
 
 
 def test_growth_is_asked_for(checkpoint, tokenizer):

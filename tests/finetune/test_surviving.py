@@ -323,7 +323,7 @@ def test_another_run_is_told_key_by_key(changes, said, finished, torturer):
 
 
 def test_two_ranks_go_on_as_one_and_one_as_two(torturer, tmp_path):
-    """The order of rows is that of the whole run; without dropout, whose states are each rank's own, so are the sums."""
+    """The order of rows is the whole run's; without dropout, whose states are each rank's own, so are the sums."""
     quiet = {"model_overrides": {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}}
     quiet |= {"max_steps": 10, "epsilon": 1e-2}
     weights, expected = {}, []

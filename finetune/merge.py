@@ -1,0 +1,98 @@
+"""An adapter in; a plain checkpoint out, which needs neither the adapter nor peft.
+
+    diptych merge runs/lora/final --out merged
+
+    merged/  as save_pretrained writes it: weights, config, tokenizer with its template
+             manifest.json, as checkpoints have it: size and XXH3-128 of each file
+
+The base is found by its name in adapter_config.json, loaded in fp32, and the adapter added to its weights, so that the
+logits stay within 1e-5 of their size; only then does `dtype` round. What was tied is tied. The folder is written
+beside, flushed, renamed and read back: it is whole, or not there.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.cli import parse_settings, report_errors
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Merge an adapter into its base: a plain checkpoint, that from_pretrained loads."""
+
+    adapter: str
+    """Adapter folder (after training: RUN/final) or Hub id."""
+    out: str = ""
+    """New folder for the checkpoint."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the weights are saved in. float32 is what was trained; the others take half the room, and round."""
+
+    def __post_init__(self):
+        if not self.out:
+            raise UserError("out is not set. Name a new folder for the checkpoint: --out …")
+
+
+def merge(settings: MergeSettings) -> Path:
+    """UserError where `adapter` is none or `out` is taken; StorageError where the disk has no room for it."""
+    import torch  # seconds, that --help need not wait for
+
+    from diptych.finetune.loading import adapter_settings, check_folder, load_model_and_tokenizer
+
+    name, out = os.path.expanduser(settings.adapter), Path(settings.out).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already. Name a new folder: --out …")
+    check_folder(name)
+    if not adapter_settings(name):
+        raise UserError(f"{name} is a whole model: there is no adapter to merge. Name a folder with an adapter.")
+    model, tokenizer = load_model_and_tokenizer(name, dtype=torch.float32)
+    model = model.to(getattr(torch, settings.dtype))
+    _write(model, tokenizer, out)
+    return out
+
+
+def _write(model, tokenizer, out: Path) -> None:
+    from safetensors import SafetensorError
+
+    from diptych.finetune import checkpoint as checkpoints
+    from diptych.finetune.exits import StorageError
+
+    partial = out.with_name(out.name + checkpoints.PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())  # a tied one counts once
+        free = shutil.disk_usage(partial).free
+        if free < needed:
+            raise StorageError(
+                f"{out} needs {needed:,} bytes, and {free:,} are free. Make room, or name another disk."
+            )
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        checkpoints.write_manifest(partial)
+        checkpoints.flush_folder(partial)
+        os.rename(partial, out)
+    except SafetensorError as error:  # by which safetensors says that a disk is full
+        raise StorageError(f"{out} could not be written: {error}. Make room, or name another disk.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if fault := checkpoints.fault_of(out):
+        raise StorageError(f"{out} was written, and is not what is read back: {fault}. Look after this disk.")
+
+
+def run_merge(settings: MergeSettings) -> int:
+    out = merge(settings)
+    print(f"{settings.adapter}, merged into its base, is in {out} ({settings.dtype})")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return report_errors("diptych merge", run_merge, parse_settings(MergeSettings, "diptych merge", argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
