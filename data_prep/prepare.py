@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep import facts
 from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, decoder_start_of, load_tokenizer_and_template
+from diptych.data_prep.encode import from_marked
 from diptych.data_prep.gather import Gathered, collect, encode, gather
 from diptych.data_prep.inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
 from diptych.data_prep.parts import Work, merged
@@ -345,9 +346,9 @@ def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:
         for source, target, is_learned in zip(
             *(column.to_pylist() for column in batch.columns), is_train, strict=True
         ):
-            if is_learned:
-                yield source
-                yield target
+            if is_learned:  # as people read them: the template's marks are no text
+                yield str(from_marked(source))
+                yield str(from_marked(target))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy
 import pyarrow.compute
 
 from diptych.data_prep.deduplicate import Shingles, compared_text, conflicts, exact_duplicates, near_duplicates
+from diptych.data_prep.encode import from_marked
 from diptych.data_prep.gather import Gathered
 from diptych.data_prep.mixture import Mixture, mix
 from diptych.data_prep.records import Record, Reject, Rejects
@@ -91,9 +92,9 @@ def mixed_train(
 
 def conflict_rows(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
     """One source with its different targets, and where they stand."""
-    table = gathered.examples
-    rows = [{"origin": table["origin"][row].as_py(), "target": table["target"][row].as_py()} for row in group]
-    return {"source": table["source"][group[0]].as_py(), "rows": rows}
+    origins = gathered.examples["origin"]
+    rows = [{"origin": origins[row].as_py(), "target": _side(gathered, "target", row)} for row in group]
+    return {"source": _side(gathered, "source", group[0]), "rows": rows}
 
 
 def _remove(
@@ -121,8 +122,12 @@ def _remove(
 
 
 def _text(gathered: Gathered, row: int) -> str:
-    source, target = (gathered.examples[side][row].as_py() for side in ("source", "target"))
-    return f"{source} → {target}"[:SHOWN_CHARACTERS]
+    return f"{_side(gathered, 'source', row)} → {_side(gathered, 'target', row)}"[:SHOWN_CHARACTERS]
+
+
+def _side(gathered: Gathered, side: str, row: int) -> str:
+    """As a person reads it: what is not encoded yet still has the template's marks."""
+    return str(from_marked(gathered.examples[side][row].as_py()))
 
 
 def _has_text(gathered: Gathered) -> numpy.ndarray:
@@ -132,7 +137,8 @@ def _has_text(gathered: Gathered) -> numpy.ndarray:
 
 def _compared(gathered: Gathered, row: int) -> str:
     example = gathered.examples.slice(row, 1)
-    instruction, text, target = (example[name][0].as_py() for name in ("instruction", "input", "target"))
+    instruction, text = (example[name][0].as_py() for name in ("instruction", "input"))
+    target = _side(gathered, "target", row)
     return compared_text(
         Record(instruction=instruction, input=text, output=target, origin=origin_of(gathered.examples, row))
     )
@@ -142,7 +148,7 @@ def _split(gathered: Gathered, rows: numpy.ndarray, settings: PrepareSettings) -
     def shown(row: int, side: str) -> str:
         example = gathered.examples.slice(int(rows[row]), 1)
         if side == "output":
-            return example["target"][0].as_py()
+            return _side(gathered, side="target", row=int(rows[row]))
         return example["input"][0].as_py() or example["instruction"][0].as_py()
 
     keys = (gathered.column("input_key")[rows], gathered.column("output_key")[rows])

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import datasets
 import numpy
 import pytest
 import transformers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from diptych.data_prep.packing import PACKED_COLUMNS, SHARED_COLUMN
@@ -307,6 +309,27 @@ def test_conflicting_targets_are_listed_and_stay(prepare, write_rows, tmp_path):
     assert code == 0 and "41 kept" in said and "Conflicts  1 × one source with different targets" in said
     [group] = [json.loads(line) for line in (tmp_path / "prepared" / "conflicts.jsonl").read_text().splitlines()]
     assert [row["target"] for row in group["rows"]] == ["It is 5.", "No."]
+
+
+def test_the_marks_of_a_template_are_in_nothing_that_is_learned_or_shown(prepare, write_rows, tmp_path):
+    """Between reading and encoding, texts hold characters that tell the template's pieces from the user's."""
+    near = {
+        "instruction": "Write down at length what the quick brown fox does, and then why it does it",
+        "output": "a",
+    }
+    rows = [*ROWS, {**ROWS[5], "output": "No."}, near, {**near, "instruction": near["instruction"] + "!"}]
+    frame = tmp_path / "frame.jinja"
+    frame.write_text("Do: {{ instruction }} {{ input }}\n{# target #}\nDone: {{ output }}")
+    arguments = ["--train_tokenizer", "bpe", "--vocab_size", 400, "--near_duplicates", 0.8, "--template", frame]
+    code, _, _ = prepare("--data", write_rows("rows.jsonl", rows), *arguments, tokenizer=None)
+    assert code == 0
+    written = {path.name: path.read_text("utf-8") for path in (tmp_path / "prepared").iterdir() if path.is_file()}
+    assert {"conflicts.jsonl", "report.json", "report.html"} <= written.keys()
+    for name, text in written.items():
+        assert not re.search("\U0010fffe|U\\+10FFFE|dbff.udffe", text, re.IGNORECASE), name
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer").get_vocab()
+    bytes_of_a_mark = ByteLevel(add_prefix_space=False).pre_tokenize_str("\U0010fffe")[0][0]
+    assert not [token for token in vocabulary if bytes_of_a_mark[:2] in token]
 
 
 def test_training_holds_nothing_of_an_evaluation_set(prepare, write_rows, tmp_path):
