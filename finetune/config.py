@@ -83,6 +83,9 @@ class TrainRecipe:
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "varlen"] = "auto"
     """How attention is computed. `varlen` computes nothing between examples of a packed row: flash attention on a GPU,
     segment by segment on a CPU. `auto` takes it where the family and the device can, else what the model prefers."""
+    sharding: Literal["none", "full"] = "none"
+    """What each of several ranks holds. none: the whole model, which is fastest where it fits. full: its share of
+    weights, gradients and optimizer (FSDP2), for models that do not: 16 bytes a weight, divided by the ranks."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, a fraction of the memory."""
     compile: bool = False
@@ -104,8 +107,8 @@ class TrainRecipe:
     lora_targets: str = ""
     """Names of the layers that get an adapter, separated by commas; all linear layers of the family unless given."""
     peft_config: dict[str, Any] = field(default_factory=dict)
-    """Another of peft's methods, with its fields: {peft_type: IA3, feedforward_modules: [wo]}; or BOFT, DELORA, HIRA,
-    HRA, LOHA, LOKR, MISS, OFT, RANDLORA or VERA. Of LoRA's own: rank_pattern, alpha_pattern, exclude_modules."""
+    """Another of peft's methods, with its fields: {peft_type: IA3, feedforward_modules: [wo]}; or HRA, LOHA, LOKR,
+    MISS, OFT, VERA. Of LoRA's own: rank_pattern, alpha_pattern, exclude_modules."""
     quantize: Literal["none", "4bit"] = "none"
     """4bit: QLoRA (arXiv 2305.14314), the frozen base in 4 bits (nf4) on a CUDA GPU, by bitsandbytes: a fifth of the
     memory. The adapter is loaded onto the base as it was, and merged into that."""
@@ -202,6 +205,11 @@ class TrainRecipe:
             raise UserError(
                 f"{of_lora[0]} is given, but peft_config.peft_type is {method}, which takes its settings from "
                 f"peft_config alone. Leave one of them out."
+            )
+        if self.quantize != "none" and self.sharding != "none":
+            raise UserError(
+                f"sharding is {self.sharding}, but quantize is {self.quantize}, and weights in 4 bits are not spread "
+                f"over ranks. Set sharding: none; a base in 4 bits takes little room on each."
             )
         if self.quantize != "none" and self.lora_variant in ("pissa", "olora"):
             raise UserError(

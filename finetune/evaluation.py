@@ -115,6 +115,7 @@ def evaluate_rows(
     mbr_samples: int = 0,
     seed: int = 0,
     before_each: Callable[[], None] | None = None,
+    objective: Seq2SeqObjective | None = None,
     **generation_kwargs: Any,
 ) -> Evaluation:
     """Loss and, where metrics are asked, scores, of all rows or of `limit` rows drawn from everywhere in the split.
@@ -123,17 +124,17 @@ def evaluate_rows(
     `max_new_tokens` is taken from the longest target unless given, `template` from the tokenizer. With an
     `accelerator` all its ranks must call this; they share the work, and each returns the same. With `mbr_samples` the
     output is the best of so many samples (reranking.py), drawn by `seed`. All ranks call `before_each` before each of
-    their batches, and equally often; what it raises ends the evaluation. The model may be in training mode; it is put
-    back. NotFiniteError where a row's loss is no number.
+    their batches, and equally often; what it raises ends the evaluation. `objective` is that of the model, where
+    there is one: a sharded model is whole in its passes alone. The model may be in training mode; it is put back.
+    NotFiniteError where a row's loss is no number.
     """
     check_metric_names(metrics)
     rows = dataset if limit is None else draw(dataset, limit)
     if not len(rows):
         raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
     source_of_row = _places(rows["source"])
-    losses = row_losses(
-        Seq2SeqObjective(model), padded_rows(model, tokenizer, rows), batch_size, accelerator, before_each
-    )
+    objective = objective or Seq2SeqObjective(model)
+    losses = row_losses(objective, padded_rows(model, tokenizer, rows), batch_size, accelerator, before_each)
     nats, target_tokens = (np.bincount(source_of_row, weights=column) for column in losses.T)
     statistics = {"loss": ratio("loss", nats, target_tokens)}
     figures = {"rows": len(rows)} | statistics["loss"].figures() | {"target_tokens": int(target_tokens.sum())}

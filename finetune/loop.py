@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import gather_object
 
 from diptych.finetune.batches import Step
+from diptych.finetune.checkpoint import whole
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.evaluation import evaluate_rows, is_improvement, row_losses
 from diptych.finetune.exits import DONE, STOPPED, NotFiniteError
@@ -95,8 +96,10 @@ def take_step(run: Run, pace: Pace) -> bool:
     started = time.perf_counter()
     step = run.step(progress.step)
     loss, parts, wants_stop = add_up_gradients(run, step)
-    run.scaler.unscale_(run.optimizer)
-    gradient_norm = float(accelerator.clip_grad_norm_(list(run.weight_names), recipe.max_grad_norm or math.inf))
+    with run.ranks.waiting_for(f"the gradient's length of step {progress.step + 1}"):  # of which each may have a share
+        run.scaler.unscale_(run.optimizer)
+        clipped_from = accelerator.clip_grad_norm_(list(run.weight_names), recipe.max_grad_norm or math.inf)
+        gradient_norm = float(whole(clipped_from))
     rate = learning_rate(progress.step, run.total_steps, recipe)
     # A scale that was too large shows as an infinite gradient: the scaler leaves that step out, and halves it.
     if not (run.scaler.is_enabled() and math.isfinite(loss) and run.scaler.get_scale() > 1):
@@ -128,12 +131,13 @@ def add_up_gradients(run: Run, step: Step) -> tuple[float, list[torch.Tensor], b
     accelerator, parts = run.accelerator, []
     for number, batch in enumerate(step.batches, start=1):
         tensors = run.tensors(run.rows, batch[accelerator.process_index])
-        is_last = number == len(step.batches)  # only then do ranks exchange gradients
-        waits = run.ranks.waiting_for(f"the gradients of step {run.progress.step + 1}") if is_last else nullcontext()
+        is_last = number == len(step.batches)  # only then does DDP exchange gradients; FSDP always does
+        is_waited = is_last or run.recipe.sharding == "full"
+        waits = run.ranks.waiting_for(f"the gradients of step {run.progress.step + 1}") if is_waited else nullcontext()
         with waits, nullcontext() if is_last else accelerator.no_sync(run.objective):
             with run.autocast():
                 part = run.objective(tensors, step.target_tokens)
-            # Each part is a share of the sum over all ranks, but DDP takes the mean over them.
+            # Each part is a share of the sum over all ranks, but DDP and FSDP take the mean over them.
             accelerator.backward(run.scaler.scale(part * accelerator.num_processes))
         parts.append(part.detach())
     asked = parts[0].new_tensor(float(bool(run.stop.reason)))
@@ -261,6 +265,7 @@ def generation_figures(run: Run) -> dict[str, float]:
             limit=recipe.metrics_limit,
             accelerator=run.accelerator,
             before_each=partial(look_up, run),
+            objective=run.accelerator.unwrap_model(run.objective),
         )
     run.log.add_samples([{"step": run.progress.step} | row._asdict() for row in evaluation.predictions])
     of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")

@@ -15,7 +15,7 @@ their own names, which peft loads back as they are. peft's two own ways fail for
 families): `modules_to_save` with a table that encoder, decoder and head share turns the embedding into a linear layer,
 and `trainable_token_indices` misses Marian's head and merges wrongly where only decoder and head are tied. The price:
 peft keeps one set of tables for a base, that of the adapter loaded last. So of adapters with tables each wants a base
-of its own; to serve two, merge them (`diptych merge`). And where the head of a model is not the input table, though its
+of its own; to serve two, merge them (`diptych merge`). And where a model's head is not the input table, though its
 config says so (Flan-T5, mT5), an adapter with new tokens is for `diptych` to load or merge: AutoPeftModel grows the
 base as transformers does, and loses the head.
 """
@@ -59,9 +59,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 TAKEN_FROM_THE_BASE = ("pissa", "olora")
 """Values of init_lora_weights with which the adapter begins as a part of the base, which loses it."""
-METHODS = ["LORA", "BOFT", "DELORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "RANDLORA", "VERA"]
-"""Of peft's many, those that need a config and nothing else. AdaLoRA wants to be called after each step, prompts want
-peft's own forward pass, which packed rows go round, Lily cannot be merged, and FourierFT and FRoD are off by more."""
+METHODS = ["LORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "VERA"]
+"""Of peft's many, some that need a config and nothing else. AdaLoRA wants to be called after each step, prompts want
+peft's own forward pass, which packed rows go round, BOFT builds a CUDA extension when it is made, Lily and BEFT cannot
+be merged everywhere, and FourierFT and FRoD are off by more than 1e-5."""
 NOISE = 3e-5
 """Of new rows, in standard deviations of the old ones: enough that no two are the same."""
 LORA_FIELDS = ["rank_pattern", "alpha_pattern", "exclude_modules"]
@@ -172,7 +173,8 @@ def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise UserError(
-                f"lora_targets names {target}, and no linear layer is called so. {choose_from(target, known)}"
+                f"no adapter could be added: lora_targets names {target}, and no linear layer is called so. "
+                f"{choose_from(target, known)}"
             )
     return list(names)
 

@@ -65,8 +65,7 @@ def _compare_recipes(recipe: TrainRecipe, folder: Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{config} is not the recipe of a run: {' '.join(str(error).split())}") from error
     now = to_yaml(recipe)
-    required = set(FIXED_IN_A_RUN) - {"precision"}
-    if not isinstance(before, dict) or not required <= before.keys():
+    if not isinstance(before, dict) or not {"model", "data", "seed"} <= before.keys():
         raise UserError(f"{config} is not the recipe of a run. Give `out` the folder of a run, or a new one.")
     before = now | before  # a setting that is younger than the run
     different = [name for name in FIXED_IN_A_RUN if before[name] != now[name]]

@@ -48,6 +48,7 @@ from diptych.finetune.ranks import Ranks, meet
 from diptych.finetune.resuming import check_same_run, choose_checkpoint, run_facts, take_back, to_yaml, weights_hash
 from diptych.finetune.run_folder import CONFIG, Status
 from diptych.finetune.run_log import RunLog, short
+from diptych.finetune.sharding import spread
 from diptych.finetune.speed import Work, compile_layers, matmul_peak, work_per_token
 from diptych.finetune.starting_model import is_named_size, starting_model
 from diptych.finetune.stopping import StopRequest
@@ -90,7 +91,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel | PeftModel
     objective: nn.Module
-    """Model and loss in one module, as accelerate wrapped it."""
+    """Model and loss in one module, as it goes over the ranks."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     """Scales the loss in fp16, whose smallest numbers are too large for gradients; else does nothing."""
@@ -138,7 +139,9 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.recipe.precision]
-        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32)
+        is_whole = self.recipe.sharding == "none"  # else autocast would keep, cast, what was put together for a while
+        device = self.accelerator.device.type
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=is_whole)
 
     def padded(self, split: Dataset) -> PaddedRows:
         return PaddedRows(split, self.tokenizer.pad_token_id, self.model.config.decoder_start_token_id)
@@ -178,7 +181,8 @@ def make_run(
     base_hash = weights_hash(model) if isinstance(model, PeftModel) else ""
     model = ready_to_train(recipe, model, accelerator, is_packed=why_padded is None)
     objective = Seq2SeqObjective(model, recipe.label_smoothing, recipe.z_loss)
-    objective, optimizer = accelerator.prepare(objective, make_optimizer(model, recipe))
+    objective = spread(objective, recipe.sharding, accelerator)
+    optimizer = make_optimizer(model, recipe)
     order = BatchOrder(
         rows.lengths,
         recipe.batch_size,
@@ -208,7 +212,7 @@ def make_run(
         tokenizer=tokenizer,
         model=model,
         objective=objective,
-        optimizer=optimizer.optimizer,
+        optimizer=optimizer,
         scaler=scaler,
         order=order,
         work=work_per_token(model),

@@ -98,10 +98,10 @@ def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
 
 
 def check_can_quantize() -> None:
-    lacking = [] if torch.cuda.is_available() else ["a CUDA GPU"]
+    lacking = [] if torch.cuda.is_available() else ["CUDA GPU"]
     lacking += [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
     if lacking:
-        raise UserError(f"quantize is 4bit, and here is no {' and no '.join(lacking)}. Set quantize: none.")
+        raise UserError(f"quantize is 4bit, and there is no {' and no '.join(lacking)} here. Set quantize: none.")
 
 
 def in_4_bits() -> BitsAndBytesConfig:

@@ -1,6 +1,7 @@
-"""LoRA and its kin on every family: what is trained, what is saved, and that loaded and merged it is what was trained."""
+"""LoRA and its kin on every family: what is trained and saved, and that loaded and merged it is what was trained."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from diptych.data_prep.records import UserError
 from diptych.finetune.batches import pad_batch
+from diptych.finetune.config import TrainRecipe
 from diptych.finetune.exits import CheckpointError
 from diptych.finetune.families import FAMILIES, decoder_start_token, input_and_output_tables, vocabulary_tables
 from diptych.finetune.lora import (
@@ -24,6 +26,9 @@ from diptych.finetune.lora import (
     save_adapter,
 )
 from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.saving import save_model
+from diptych.finetune.starting_model import starting_model
+from diptych.finetune.train import run_recipe
 
 NEW_TOKEN = 370
 ROWS = [
@@ -33,18 +38,17 @@ ROWS = [
 GROWN = NEW_TOKEN + 2
 SMALL = {"rank": 4, "alpha": 8}
 
-# Each method with as little as it takes on layers of 64 and 128.
-FIELDS = {
-    "BOFT": {"boft_block_size": 4},
-    "IA3": {"feedforward_modules": ["wi", "wi_0", "wi_1", "wo", "fc1", "fc2", "gate_proj", "up_proj", "down_proj"]},
-    "OFT": {"oft_block_size": 4},
-    "VERA": {"r": 16},
-}
-KINDS = {variant: SMALL | {"variant": variant} for variant in VARIANTS} | {
-    method: {"peft_config": {"peft_type": method} | FIELDS.get(method, {"r": 4})}
-    for method in METHODS
-    if method != "LORA"
-}
+# As little as a method takes on layers of 64 and 128.
+FIELDS = {"OFT": {"oft_block_size": 4}, "VERA": {"r": 16}}
+KINDS = [*VARIANTS, *METHODS[1:]]
+
+
+def settings_of(kind: str, family: str) -> dict:
+    if kind in VARIANTS:
+        return SMALL | {"variant": kind}
+    scaled_going_in = [name for name in FAMILIES[family].lora_targets if name in ("wo", "fc2", "down_proj")]
+    own = {"feedforward_modules": scaled_going_in} if kind == "IA3" else FIELDS.get(kind, {"r": 4})
+    return {"peft_config": {"peft_type": kind} | own}
 
 
 def train(model: PeftModel, steps: int = 5) -> None:
@@ -176,17 +180,17 @@ def which_are_one(model) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of, tmp_path):
-    base = checkpoint_of(family)
+    base, settings = checkpoint_of(family), settings_of(kind, family)
     torch.manual_seed(1)
-    model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **KINDS[kind])
+    model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **settings)
     before = logits(model.eval())
-    train(model)
+    train(model, 3)
     trained = logits(model)
     assert (trained - before).abs().max() > 0.01
     save_adapter(model, tmp_path / "adapter")
 
     torch.manual_seed(1)
-    resumed = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **KINDS[kind]).eval()
+    resumed = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **settings).eval()
     load_adapter(resumed, tmp_path / "adapter")
     assert torch.equal(logits(resumed), trained)
 
@@ -202,6 +206,13 @@ def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(logits(again), logits(merged))
     assert which_are_one(again) == ties == which_are_one(AutoModelForSeq2SeqLM.from_pretrained(base))
+
+
+def add_words(tokenizer, folder):
+    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens([f"<{number}>" for number in range(GROWN - len(tokenizer))])
+    return tokenizer
 
 
 @pytest.fixture
@@ -256,12 +267,28 @@ def test_a_vocabulary_grows_under_a_head_of_its_own(family, with_own_head, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_of_its_own_is_trained_in_full_and_saved(family, with_own_head, tiny_tokenizer, tmp_path):
+    tokenizer = add_words(tiny_tokenizer, tmp_path)
+    recipe = {"model": str(with_own_head(family)), "data": "d", "out": "o", "epochs": 1, "grow_vocabulary": True}
+    model = starting_model(TrainRecipe(**recipe), tokenizer, None)
+    ties = which_are_one(model)
+    train(model, 3)
+    save_model(model, tokenizer, tmp_path / "trained")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "trained").eval()
+    assert again.get_output_embeddings().weight.shape[0] == GROWN and which_are_one(again) == ties
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_untied_vocabulary_grows_and_loads_again(family, new_model, tmp_path):
     """BART's three tables are apart then, and Marian has a fourth that nothing reads."""
     model = new_model(family, tie_word_embeddings=False).eval()
-    ties, before = which_are_one(model), logits(model)
-    grow_embeddings(model, GROWN)
-    torch.testing.assert_close(logits(model)[..., :368], before, rtol=1e-4, atol=1e-4)
+    ties, batch = which_are_one(model), batch_for(model)
+    del batch["labels"]
+    with torch.no_grad():
+        before = model(**batch).logits
+        grow_embeddings(model, GROWN)
+        assert_close(model(**batch).logits[..., :368], before)
     model.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again), logits(model)) and which_are_one(again) == ties
@@ -270,9 +297,7 @@ def test_an_untied_vocabulary_grows_and_loads_again(family, new_model, tmp_path)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_tokens_come_with_the_adapter_for_peft_alone(family, checkpoint_of, tiny_tokenizer, tmp_path):
     base = checkpoint_of(family)
-    tiny_tokenizer.save_pretrained(tmp_path / "adapter")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter")
-    tokenizer.add_tokens([f"<{number}>" for number in range(GROWN - len(tokenizer))])
+    tokenizer = add_words(tiny_tokenizer, tmp_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(base)
     grow_embeddings(model, GROWN)
     model = add_adapter(model, str(base), **SMALL, new_rows=GROWN - 368)
@@ -287,15 +312,15 @@ def test_new_tokens_come_with_the_adapter_for_peft_alone(family, checkpoint_of, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_several_kinds_share_a_base(family, checkpoint_of, tmp_path):
     base, expected = checkpoint_of(family), {}
-    for kind in ("lora", "dora", "pissa", "olora"):
-        model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **KINDS[kind])
-        train(model)
+    for kind in ("lora", "dora", "pissa"):
+        model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **SMALL, variant=kind)
+        train(model, 3)
         save_adapter(model, tmp_path / kind)
         expected[kind] = logits(model)
     loaded = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), tmp_path / "lora", "lora").eval()
-    for kind in ("dora", "pissa", "olora"):
+    for kind in ("dora", "pissa"):
         loaded.load_adapter(tmp_path / kind, kind)
-    for kind in ("olora", "lora", "pissa", "dora"):
+    for kind in ("pissa", "lora", "dora"):
         loaded.set_adapter(kind)
         assert_close(logits(loaded.eval()), expected[kind])
     with loaded.disable_adapter():
@@ -323,9 +348,12 @@ def test_of_adapters_with_tables_the_last_one_loaded_has_the_base(checkpoint_of,
     "settings, message",
     [
         ({"targets": ["q", "qproj"]}, "lora_targets names qproj, and no linear layer is called so.*Choose from: k, "),
-        ({"peft_config": {"peft_type": "LOAH"}}, "peft_type is 'LOAH'.*Did you mean LOHA"),
+        ({"peft_config": {"peft_type": "LOHAA"}}, "peft_type is 'LOHAA'.*Did you mean LOHA"),
         ({"peft_config": {"peft_type": "PREFIX_TUNING"}}, "peft_type is 'PREFIX_TUNING'.*Choose from: LORA, "),
-        ({"peft_config": {"peft_type": "LOHA", "rnk": 4}}, "peft_config has 'rnk'.*for LOHA.*Did you mean r"),
+        (
+            {"peft_config": {"peft_type": "LOHA", "rnk": 4}},
+            "peft_config has 'rnk', which is not to be set for LOHA.*alpha",
+        ),
         ({"peft_config": {"peft_type": "LOHA", "modules_to_save": ["shared"]}}, "'modules_to_save', which is not"),
         ({"peft_config": {"use_dora": True}}, "'use_dora', which is not to be set for LORA.*rank_pattern"),
         ({"peft_config": {"peft_type": "OFT", "r": 4, "oft_block_size": 4}}, "peft takes no such OFTConfig"),
@@ -336,6 +364,48 @@ def test_of_adapters_with_tables_the_last_one_loaded_has_the_base(checkpoint_of,
 def test_what_cannot_be_adapted_is_refused(settings, message, new_model):
     with pytest.raises(UserError, match=message):
         add_adapter(new_model("t5"), "base", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "full", "lora_variant": "dora"}, "lora_variant is given, but method is full"),
+        ({"method": "full", "quantize": "4bit"}, "quantize is given, but method is full"),
+        (
+            {"peft_config": {"peft_type": "LOHA"}, "lora_rank": 4},
+            "lora_rank is given, but peft_config.peft_type is LOHA",
+        ),
+        ({"quantize": "4bit", "lora_variant": "pissa"}, "lora_variant is pissa.*4 bits hold no such"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainRecipe(**({"model": "m", "data": "d", "out": "o", "epochs": 1, "method": "lora"} | settings))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_four_bits_without_a_gpu_are_refused_before_anything_is_loaded(checkpoint_of, tiny_tokenizer):
+    recipe = TrainRecipe(model=str(checkpoint_of("t5")), data="d", out="o", epochs=1, method="lora", quantize="4bit")
+    with pytest.raises(UserError, match="quantize is 4bit, and there is no CUDA GPU"):
+        starting_model(recipe, tiny_tokenizer, None)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "VERA"])
+def test_a_run_of_another_kind_goes_on_with_the_same_bits(kind, checkpoint_of, training_folder, tmp_path):
+    """Also in random matrices that VeRA draws and never trains."""
+    settings = {"lora_variant": "pissa"} if kind == "pissa" else {"peft_config": {"peft_type": "VERA", "r": 16}}
+    settings |= {"model": str(checkpoint_of("bart")), "data": str(training_folder), "method": "lora", "batch_size": 4}
+    settings |= {"schedule": "constant", "learning_rate": 1e-2, "save_every": 2}
+    whole = TrainRecipe(out=str(tmp_path / "whole"), max_steps=4, **settings)
+    cut = TrainRecipe(out=str(tmp_path / "cut"), max_steps=2, **settings)
+    run_recipe(whole)
+    run_recipe(cut)
+    run_recipe(replace(cut, max_steps=4, resume=True))
+    weights = [load_file(tmp_path / run / "final" / ADAPTER_WEIGHTS) for run in ("whole", "cut")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    with pytest.raises(UserError, match="(lora_variant|peft_config) .* -> "):
+        run_recipe(replace(cut, resume=True, lora_variant="dora", peft_config={}))
 
 
 def test_an_adapter_of_another_shape_is_not_gone_on_with(new_model, tmp_path):

@@ -1,0 +1,145 @@
+"""`diptych merge`: an adapter becomes a plain checkpoint; and what ties a head to its table holds wherever it goes."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import yaml
+from nursery import Nursery
+from safetensors import safe_open
+from transformers import AutoModelForSeq2SeqLM
+
+from diptych.data_prep.templates import carried_template
+from diptych.finetune import set_up
+from diptych.finetune.checkpoint import fault_of
+from diptych.finetune.cli import main
+from diptych.finetune.config import TrainRecipe
+from diptych.finetune.families import input_and_output_tables
+from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.finetune.resuming import to_yaml
+from diptych.finetune.speed import compile_layers
+from diptych.finetune.train import run_recipe
+
+
+@pytest.fixture
+def recipe(training_folder, checkpoint_of, tmp_path):
+    def make(family: str = "t5", **changes) -> TrainRecipe:
+        settings = {"model": str(checkpoint_of(family)), "data": str(training_folder), "out": str(tmp_path / "run")}
+        return TrainRecipe(**(settings | {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2} | changes))
+
+    return make
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    ids = torch.tensor([[12, 7, 9, 1]])
+    return model(input_ids=ids, decoder_input_ids=ids).logits
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "t5gemma", "diptych"])
+def test_merged_folder_is_a_plain_checkpoint(family, recipe, tmp_path, capsys):
+    run_recipe(recipe(family, method="lora", lora_variant="dora"))
+    adapter, merged = tmp_path / "run" / "final", tmp_path / "new" / "merged"
+    capsys.readouterr()
+    assert main(["merge", str(adapter), "--out", str(merged)]) == 0
+    assert capsys.readouterr().out == f"{adapter}, merged into its base, is in {merged} (float32)\n"
+    assert not fault_of(merged) and not (merged / "adapter_config.json").exists()
+
+    expected, tokenizer = load_model_and_tokenizer(adapter)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(merged).eval()
+    assert torch.equal(logits(plain), logits(expected))
+    assert plain.generation_config.decoder_start_token_id == expected.generation_config.decoder_start_token_id
+    *_, decoder_table, head = input_and_output_tables(plain)
+    assert head is decoder_table
+    _, own = load_model_and_tokenizer(merged)
+    assert own.get_vocab() == tokenizer.get_vocab() and carried_template(own) == carried_template(tokenizer)
+
+
+def test_merged_weights_are_rounded_last(recipe, tmp_path):
+    run_recipe(recipe(method="lora"))
+    adapter = str(tmp_path / "run" / "final")
+    for dtype in ("float32", "bfloat16"):
+        assert main(["merge", adapter, "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
+    exact = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "float32").state_dict()
+    for name, weight in AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "bfloat16").state_dict().items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, exact[name].bfloat16()), name
+
+
+def test_what_cannot_be_merged_is_refused(recipe, checkpoint_of, tmp_path, capsys):
+    def says(arguments: list, message: str) -> None:
+        try:
+            code = main(["merge", *map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
+        error = capsys.readouterr().err
+        assert code == 2 and message in error and error.startswith("diptych merge: ") and "Traceback" not in error
+
+    run_recipe(recipe(method="lora"))
+    adapter, new = tmp_path / "run" / "final", tmp_path / "new"
+    says([adapter], "out is not set")
+    says([adapter, "--out", tmp_path / "run"], "is there already")
+    says([checkpoint_of("t5"), "--out", new], "is a whole model: there is no adapter to merge")
+    says([tmp_path / "absent", "--out", new], "absent")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(checkpoint_of("bart"))
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    says([adapter, "--out", new], "does not fit its base")
+    assert not new.exists() and not list(tmp_path.glob("*.partial"))
+
+
+def saved_names(folder) -> set[str]:
+    """Of every weight in every file of a run."""
+    names = set()
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            names |= set(tensors.keys())
+    return names
+
+
+def assert_names_are_the_models_own(run, recipe: TrainRecipe) -> None:
+    names = saved_names(run)
+    assert names and not [name for name in names if "_orig_mod" in name or "module." in name]
+    model, _ = load_model_and_tokenizer(run / "final")
+    *_, decoder_table, head = input_and_output_tables(model)
+    assert head is decoder_table
+    if recipe.method == "full":
+        assert set(saved_names(run / "final")) == saved_names_of_plain(recipe)
+
+
+def saved_names_of_plain(recipe: TrainRecipe) -> set[str]:
+    with safe_open(f"{recipe.model}/model.safetensors", "pt") as tensors:
+        return set(tensors.keys())
+
+
+@pytest.mark.parametrize(
+    "family, method, compiler",
+    [
+        ("t5", "full", "ours"),
+        ("t5gemma", "lora", "ours"),
+        ("t5gemma", "full", "accelerate's"),
+        ("t5", "lora", "accelerate's"),
+    ],
+)
+def test_compiled_models_are_saved_under_their_own_names(family, method, compiler, recipe, tmp_path, monkeypatch):
+    """The graphs are traced and run as they are: a compiler of C++ would take minutes."""
+    monkeypatch.setattr(set_up, "compile_layers", partial(compile_layers, backend="eager"))
+    if compiler == "accelerate's":
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    settings = recipe(family, method=method, compile=compiler == "ours", max_steps=1, batch_size=8)
+    torch._dynamo.reset()
+    run_recipe(settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert_names_are_the_models_own(tmp_path / "run", settings)
+
+
+def test_ranks_save_under_the_models_own_names(recipe, tmp_path):
+    with Nursery() as nursery:
+        for family, method in (("t5", "lora"), ("t5gemma", "full")):
+            run = tmp_path / f"{family}-{method}"
+            settings = recipe(family, method=method, out=str(run), max_steps=2, batch_size=2)
+            file = tmp_path / "recipe.yaml"
+            file.write_text(yaml.safe_dump(to_yaml(settings)))
+            ranks = nursery.train(["--config", str(file)], log=tmp_path / "log", ranks=2)
+            assert [rank.wait(120) for rank in ranks] == [0, 0], (tmp_path / "log.0").read_text()[-2000:]
+            assert_names_are_the_models_own(run, settings)
