@@ -28,6 +28,7 @@ REQUIREMENTS = [
     "pyarrow>=20.0",
     "scipy>=1.15",  # connected components: which rows share a text
     "xxhash>=3.5",  # keys of texts and files
+    "psutil>=6.0",  # the launcher that a rank watches; memory that a model would take
     "datasketch>=2.0",  # MinHash
 ]
 

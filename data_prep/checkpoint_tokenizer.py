@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from diptych.data_prep.encode import vocabulary_size
-from diptych.data_prep.hub import check_place
+from diptych.data_prep.hub import check_chat_templates, check_config, check_place
 from diptych.data_prep.records import UserError
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template, load_template, template_of
@@ -29,11 +29,14 @@ from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template
 def open_tokenizer(name: str, **languages: str) -> PreTrainedTokenizerBase:
     """A folder's or a Hub id's; `languages` are src_lang and tgt_lang, for those that put one into texts."""
     check_place(name)
+    check_config(name)
     try:
         # False, and not left out: left out, transformers would ask on the terminal whether to run a stranger's code.
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **languages)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **languages)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:  # the last is of a config beside it
         raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
+    check_chat_templates(tokenizer.chat_template, name)
+    return tokenizer
 
 
 def load_tokenizer_and_template(

@@ -285,7 +285,7 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, new: NewTokens) -> PreTra
         tokenizer.save_pretrained(folder)
         text = json.dumps(backend, ensure_ascii=False)
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
-        extended = AutoTokenizer.from_pretrained(folder)
+        extended = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     _check(tokenizer, extended, new, first)
     extended.name_or_path = extended.init_kwargs["name_or_path"] = tokenizer.name_or_path
     earlier = tokenizer.init_kwargs.get(NEW_TOKENS_KEY, {})

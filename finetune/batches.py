@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from diptych.data_prep.packing import repeated_start
 from diptych.data_prep.records import IGNORE_INDEX, UserError
 from diptych.finetune.families import family_of
+from diptych.finetune.trust import open_prepared
 
 BATCHES_SORTED_TOGETHER = 50
 """Rows of like length are sought among this many batches: enough for little padding, and another mix each epoch."""
@@ -102,7 +103,7 @@ def load_prepared(folder: str) -> Prepared:
         raise UserError(
             f"{folder} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
         )
-    splits = datasets.load_from_disk(folder)
+    splits = open_prepared(folder)
     if "train" not in splits or not len(splits["train"]):
         raise UserError(f"{folder} has no rows to train on; it has the splits {', '.join(splits)}. Prepare it again.")
     manifest = place / "manifest.json"

@@ -241,21 +241,23 @@ def read_json(file: Path) -> Any:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
+    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], keep: bool = True
 ) -> dict[str, torch.Tensor]:
     """Every tensor that the optimizer keeps, whole and on the CPU, as `name/exp_avg`: the same whatever the number of
-    ranks, all of which must ask for it. Its settings are the recipe's and are not kept."""
+    ranks, all of which must ask for it. Its settings are the recipe's and are not kept. `keep`: see `whole`."""
     return {
-        f"{names[parameter]}/{key}": whole(value)
+        f"{names[parameter]}/{key}": whole(value, keep)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """On the CPU; what is spread over ranks, put together."""
+def whole(tensor: torch.Tensor, keep: bool = True) -> torch.Tensor:
+    """On the CPU; what is spread over ranks, put together. All of them must ask; one that does not `keep` it gets
+    nothing, or a machine of eight ranks would hold everything eight times."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.cpu().contiguous() if keep else torch.empty(0)
 
 
 def save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:

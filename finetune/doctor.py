@@ -35,7 +35,7 @@ import datasets
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from diptych.data_prep.records import UserError
 from diptych.finetune.cli import parse_settings, report_errors
@@ -45,6 +45,7 @@ from diptych.finetune.loading import (
     ADAPTER_CONFIG,
     check_folder,
     has_tokenizer,
+    load_config,
     load_model,
     load_model_and_tokenizer,
     load_tokenizer,
@@ -119,11 +120,11 @@ def _load_weights(name: str) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
         folder = Path(name)
         if not folder.is_dir() or any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
             raise
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = load_config(name)
         if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
             raise
         return None, config
-    return model, AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return model, load_config(name)
 
 
 def format_table(findings: Mapping[str, Finding], colours: bool) -> str:

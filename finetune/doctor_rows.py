@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from diptych.data_prep.encode import encode_sources, encode_targets
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import TEMPLATES, carried_template
 from diptych.finetune.loading import embedding_rows
+from diptych.finetune.trust import open_prepared
 
 ROWS_LOOKED_AT = 10_000
 """So many rows of the data have their ids checked: a second or two."""
@@ -129,7 +129,7 @@ def _cut(ids: list[int], tokens: int) -> list[int]:
 
 
 def _prepared_rows(place: Path) -> list[Row]:
-    splits = datasets.load_from_disk(str(place))
+    splits = open_prepared(place)
     if "train" not in splits or not len(splits["train"]):
         raise UserError(f"{place} has no rows to train on; it has the splits {', '.join(splits)}. Prepare it again.")
     train = splits["train"].select(range(min(len(splits["train"]), ROWS_LOOKED_AT)))

@@ -35,8 +35,8 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset, load_from_disk
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template, carried_template
@@ -47,7 +47,7 @@ from diptych.finetune.confidence import LEVEL_PERCENT, RESAMPLES, bootstrap_inte
 from diptych.finetune.exits import NotFiniteError
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import GenerationBar, Output
-from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.loading import load_model_and_tokenizer, load_tokenizer, pick_device, position_limit
 from diptych.finetune.metrics import (
     Statistics,
     check_metric_names,
@@ -59,6 +59,7 @@ from diptych.finetune.metrics import (
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.reranking import chosen_outputs
 from diptych.finetune.speed import keep_memory
+from diptych.finetune.trust import open_prepared
 
 Batch = TypeVar("Batch")
 Found = TypeVar("Found")
@@ -380,7 +381,7 @@ def load_split(data: str, split: str) -> Dataset:
         raise UserError(
             f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
         )
-    splits = load_from_disk(data)
+    splits = open_prepared(data)
     if split not in splits:
         raise UserError(f"{data} has no split {split!r}. {choose_from(split, list(splits))}")
     return splits[split]
@@ -388,7 +389,7 @@ def load_split(data: str, split: str) -> Dataset:
 
 def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, data: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the rows. They are token ids: read with another vocabulary they would be other words."""
-    prepared = AutoTokenizer.from_pretrained(Path(data) / "tokenizer", trust_remote_code=False)
+    prepared = load_tokenizer(str(Path(data) / "tokenizer"))
     if prepared.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {model_name} "

@@ -53,16 +53,17 @@ class HubError(UserError):
     exit_code = HUB
 
 
-class Stopped(UserError):
-    """A signal came before there was anything to save."""
-
-    exit_code = STOPPED
+class Stopped(BaseException):
+    """A signal came before there was anything to save. No Exception, since it may come anywhere, also inside of what
+    takes a ValueError of a loader for a broken file."""
 
 
 def exit_code_of(error: BaseException) -> int:
     """The number for an error; 1 for one that nobody foresaw, whose traceback should be shown."""
     if isinstance(error, UserError):
         return error.exit_code
+    if isinstance(error, Stopped):
+        return STOPPED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if is_out_of_memory(error):

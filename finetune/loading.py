@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -34,9 +35,10 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
 from diptych.data_prep.encode import vocabulary_size
-from diptych.data_prep.hub import check_place
+from diptych.data_prep.hub import check_chat_templates, check_config, check_place
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
+from diptych.finetune.trust import MODEL_WEIGHTS, check_adapter, check_sizes, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -109,7 +111,12 @@ def adapter_settings(name: str) -> dict:
         file = Path(found)
     if not file.is_file():
         return {}
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}. Copy the adapter again.") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str | None):
+        raise UserError(f"{file} holds no settings of an adapter. Copy the adapter again.")
     if not settings.get("base_model_name_or_path"):
         raise UserError(f"{file} names no base model. Write its folder or Hub id into base_model_name_or_path.")
     return settings
@@ -128,10 +135,14 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
         check_place(place)
         if not has_tokenizer(place):
             continue  # transformers 5 would make a T5 tokenizer out of nothing, with a vocabulary of 104 tokens
+        check_config(place)
         try:
-            return AutoTokenizer.from_pretrained(place, **_NO_CODE)
+            tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = error
+            continue
+        check_chat_templates(tokenizer.chat_template, place)
+        return tokenizer
     raise UserError(
         f"no tokenizer could be loaded from {name}: {_first_line(reason)} Save one there with "
         f"tokenizer.save_pretrained({name!r})."
@@ -146,9 +157,11 @@ def load_model(
     With `quantization`, on this rank's GPU.
     """
     settings = {} if quantization is None else {"quantization_config": quantization, "device_map": "cuda"}
-    config = _load_config(name)
+    config = load_config(name)
     _check_seq2seq(config, name)
-    _check_safetensors(name)
+    files = weight_files(name, MODEL_WEIGHTS)
+    if quantization is None:  # else it takes a quarter, of another memory
+        check_sizes(config, files, dtype, name)
     try:
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings, **_NO_CODE
@@ -174,14 +187,23 @@ def _freeze_sinusoids(model: PreTrainedModel) -> None:
             module.weight.requires_grad_(False)
 
 
-def _load_config(name: str) -> PreTrainedConfig:
+def load_config(name: str) -> PreTrainedConfig:
+    """UserError for one that cannot be read, that would load code, or whose weights are quantized."""
+    check_config(name)
     try:
-        return AutoConfig.from_pretrained(name, **_NO_CODE)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, **_NO_CODE)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(
             f"the config of {name} could not be read: {_first_line(error)} "
             f"Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
         ) from error
+    for key in ("quantization_config", "transformers_weights"):
+        if getattr(config, key, None) is not None:
+            raise UserError(
+                f"config.json of {name} has a {key}, by which other weights are read, or with other libraries. Take "
+                f"the checkpoint that is not quantized, with {MODEL_WEIGHTS}."
+            )
+    return config
 
 
 def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
@@ -199,32 +221,21 @@ def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
     )
 
 
-def _check_safetensors(name: str) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
-        raise UserError(
-            f"{name} has no *.safetensors file{f', only {pickles[0]}' if pickles else ''}. Weights are read from "
-            f"safetensors alone, because a pickle can run code; if you trust it, convert it: "
-            f"AutoModelForSeq2SeqLM.from_pretrained(folder).save_pretrained(new_folder)."
-        )
-
-
 def _load_adapted(
     name: str, adapter: dict, tokenizer: PreTrainedTokenizerBase, dtype: str | torch.dtype
 ) -> PreTrainedModel:
     """The base that the adapter names, with the adapter merged in."""
     from peft import PeftModel  # seconds that only adapters need
 
-    from diptych.finetune.lora import grow_embeddings, merge_adapter
+    from diptych.finetune.lora import ADAPTER_WEIGHTS, grow_embeddings, merge_adapter
 
+    check_adapter(adapter, weight_files(name, ADAPTER_WEIGHTS), name)
     base_name = os.path.expanduser(adapter["base_model_name_or_path"])
     try:
         check_folder(base_name)
         base = load_model(base_name, dtype)
     except UserError as error:
         raise UserError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
-    _check_safetensors(name)
     if embedding_rows(base) < vocabulary_size(tokenizer):
         grow_embeddings(base, vocabulary_size(tokenizer))  # the adapter brings the rows that were added
     try:

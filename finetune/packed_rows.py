@@ -24,6 +24,7 @@ from diptych.data_prep.packing import PACKED_COLUMNS, SHARED_COLUMN, Budget, ass
 from diptych.data_prep.records import IGNORE_INDEX, UserError
 from diptych.finetune.batches import Lengths
 from diptych.finetune.families import decoder_start_token, family_of
+from diptych.finetune.trust import open_prepared
 
 SOURCE_COLUMNS = ("input_ids", "segment_ids", "position_ids")
 TARGET_COLUMNS = tuple(name for name in PACKED_COLUMNS if name not in SOURCE_COLUMNS)
@@ -50,7 +51,7 @@ class Packing(NamedTuple):
 
 def load_packed(folder: Path) -> datasets.Dataset:
     """`packed/` of a prepared folder, whose columns come as numpy arrays."""
-    table = datasets.load_from_disk(str(folder / "packed"))
+    table = open_prepared(folder / "packed")
     names = [name for name in (*PACKED_COLUMNS, SHARED_COLUMN, "attention_mask") if name in table.column_names]
     if missing := [name for name in PACKED_COLUMNS if name not in names]:
         raise UserError(f"{folder / 'packed'} has no column {missing[0]}. Run `diptych prepare` again.")

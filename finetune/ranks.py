@@ -28,6 +28,7 @@ from diptych.data_prep.records import UserError
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.exits import RANKS, RankError
+from diptych.finetune.run_folder import is_main_rank
 
 PATIENCE = 1.5
 """Times the timeout, after which the thread ends a process that torch itself has not ended."""
@@ -35,7 +36,7 @@ PATIENCE = 1.5
 
 def meet(recipe: TrainRecipe) -> Accelerator:
     """All ranks that were launched, joined to one run."""
-    _check_launch()
+    _check_launch(recipe)
     trackers, launched = _trackers(recipe), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
@@ -55,13 +56,22 @@ def meet(recipe: TrainRecipe) -> Accelerator:
             f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would train "
             f"alone, in the same folder. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
         )
+    if recipe.sharding == "full" and accelerator.num_processes == 1:
+        raise UserError(
+            "sharding is full, but one process was launched, and has nobody to share the model with. Launch several: "
+            "`torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE`, or add --sharding none."
+        )
     accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
     return accelerator
 
 
-def _check_launch() -> None:
+def _check_launch(recipe: TrainRecipe) -> None:
     """What accelerate's configuration asks for and this loop does otherwise is refused: on a CPU, accelerate itself
-    would take DDP for FSDP without a word."""
+    would take DDP for FSDP without a word. Where the recipe asks for FSDP as well, accelerate is not to hear of it:
+    sharding.py does it, and transformers would load weights on the first rank alone."""
+    if recipe.sharding == "full" and os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        if is_main_rank():
+            print("sharding: full, and accelerate's FSDP settings have no part in it", flush=True)
     for name, what in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
         if os.environ.get(name, "").lower() in ("true", "1"):
             raise UserError(

@@ -31,9 +31,10 @@ def save_checkpoint(run: Run) -> None:
     path = checkpoints.checkpoint_path(folder, progress.step)
     with run.ranks.waiting_for(f"the checkpoint of step {progress.step}"):
         random_states = gather_object([checkpoints.random_states()])
-        weights = model_tensors(run.model)
-        states = checkpoints.optimizer_tensors(run.optimizer, run.weight_names)
-        if run.accelerator.is_main_process:
+        is_writer = run.accelerator.is_main_process
+        weights = model_tensors(run.model, keep=is_writer)
+        states = checkpoints.optimizer_tensors(run.optimizer, run.weight_names, keep=is_writer)
+        if is_writer:
             if not path.is_dir() or checkpoints.fault_of(path):
                 checkpoints.write_checkpoint(
                     path,
@@ -72,14 +73,14 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
     return sum(sizes.values())
 
 
-def model_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+def model_tensors(model: PreTrainedModel | PeftModel, keep: bool = True) -> dict[str, torch.Tensor]:
     """What is saved of a model, whole and on the CPU: of an adapted one what the adapter adds. What was tied still
-    shares its memory, by which save_pretrained knows it."""
+    shares its memory, by which save_pretrained knows it. `keep`: see checkpoint.whole."""
     tensors = adapter_weights(model) if isinstance(model, PeftModel) else model.state_dict(keep_vars=True)
     put_together: dict[int, torch.Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in put_together:
-            put_together[id(tensor)] = checkpoints.whole(tensor)
+            put_together[id(tensor)] = checkpoints.whole(tensor, keep)
     return {name: put_together[id(tensor)] for name, tensor in tensors.items()}
 
 

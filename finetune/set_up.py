@@ -365,11 +365,12 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
     trained = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad)
     counts = {name: len(split) for name, split in run.prepared.splits.items()}
     kind = "padded" if why_padded else "packed"
+    sharded = ", sharded" if recipe.sharding == "full" else ""
     say(
         f"{recipe.model} ({run.model.config.model_type}, {short(total)} weights, {short(trained)} trained) | "
         + ", ".join(f"{count:,} {name} rows" for name, count in counts.items())
         + f" | {run.total_steps} steps of {run.order.rows_per_step} {kind} rows | {run.accelerator.num_processes} × "
-        + f"{run.accelerator.device.type}, {recipe.precision} | {run.folder}"
+        + f"{run.accelerator.device.type}, {recipe.precision}{sharded} | {run.folder}"
     )
     if why_padded:
         say(f"trains on padded rows: {why_padded}")

@@ -15,6 +15,7 @@ what it casts of a layer stays until that layer's backward pass, 2 bytes a weigh
 set. (accelerate's own FSDP becomes DDP on a CPU without a word; this is the same with gloo on CPUs and NCCL on GPUs.)
 """
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,8 @@ def spread(objective: Seq2SeqObjective, sharding: str, accelerator: Accelerator)
         fully_shard(layer, mesh=mesh)
     # torch would leave the last group whole after a forward pass, also where no backward pass follows
     fully_shard(objective, mesh=mesh, reshard_after_forward=True)
+    if objective.family is not None:  # T5's layers hand their position bias on as a view, and nobody writes into it
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
     register_fsdp_forward_method(objective, "token_losses")
     _generate_in_a_pass(objective)
     _hook_again(objective, hooks)
