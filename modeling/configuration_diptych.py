@@ -47,6 +47,14 @@ class DiptychPanelConfig(PreTrainedConfig):
         attention_dropout: probability of dropping an attention weight in training. flex attention refuses it.
         residual_dropout: probability of dropping what is added to the residual stream, and the embeddings.
         use_cache: whether the decoder keeps keys and values when it is not training.
+        layers_without_rope: layers whose self-attention knows no positions (NoPE, arXiv 2305.19466; SmolLM3).
+        lookahead: how many tokens ahead each token of an encoder sees; all if None, none (causal) if 0.
+        cross_attention: how the decoder reads. "separate": in a sub-layer of its own, the encoder's final states.
+            "merged": in the softmax of its self-attention, what the encoder's layers read, as if source and target
+            were one text. Such an encoder has no final norm: each decoder layer norms what it reads.
+        encoder_layer_map: for the merged hinge, the number of encoder layers that have been passed where decoder layer
+            j reads, for each j; 0 is the embeddings. If None, the last decoder layer reads the encoder's end, and each
+            one below it a layer earlier.
         is_decoder: set by `DiptychConfig`.
         cross_attention_hidden_size: width of the states that a decoder reads; set by `DiptychConfig`.
     """
@@ -85,6 +93,10 @@ class DiptychPanelConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
     use_cache: bool = True
+    layers_without_rope: list[int] | None = None
+    lookahead: int | None = None
+    cross_attention: str = "separate"
+    encoder_layer_map: list[int] | None = None
     is_decoder: bool = False
     cross_attention_hidden_size: int | None = None
 
@@ -110,17 +122,29 @@ class DiptychPanelConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim is {self.head_dim}; rotary positions turn pairs of numbers: choose an even one."
             )
+        if self.cross_attention not in ("separate", "merged"):
+            raise ValueError(f"cross_attention is {self.cross_attention!r}; there are 'separate' and 'merged'.")
+        if self.lookahead is not None and self.lookahead < 0:
+            raise ValueError(f"lookahead is {self.lookahead}; it counts tokens: 0 is causal, None sees everything.")
+        outside = [i for i in self.layers_without_rope or [] if not 0 <= i < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"layers_without_rope has {outside}, but layers are 0 to {self.num_hidden_layers - 1}.")
 
 
 # What can be given flat to `DiptychConfig` and then holds for both panels.
-SHARED_FIELDS = frozenset(DiptychPanelConfig.__annotations__) - {"is_decoder", "cross_attention_hidden_size"}
+SHARED_FIELDS = frozenset(DiptychPanelConfig.__annotations__) - {
+    "is_decoder",
+    "cross_attention_hidden_size",
+    "lookahead",
+    "layers_without_rope",
+}
 
 
 @strict
 class DiptychConfig(PreTrainedConfig):
     r"""An encoder panel and a decoder panel. Any field of `DiptychPanelConfig` given flat sets both panels, where a
     panel's own value goes first; set flat later (`config.use_cache = False`), it reaches both. Read flat, it is the
-    decoder's (`rope_parameters` excepted: ask the panel).
+    decoder's (`rope_parameters` excepted: ask the panel). `lookahead` and `layers_without_rope` are a panel's own.
 
     Args:
         encoder: the panel that reads; `DiptychPanelConfig`, dict or None.
@@ -155,6 +179,10 @@ class DiptychConfig(PreTrainedConfig):
         encoder, decoder = _panel(self.encoder, shared), _panel(self.decoder, shared)
         decoder.is_decoder = True
         decoder.cross_attention_hidden_size = encoder.hidden_size
+        if decoder.cross_attention == "merged" and decoder.encoder_layer_map is None:
+            decoder.encoder_layer_map = default_layer_map(encoder.num_hidden_layers, decoder.num_hidden_layers)
+        # The encoder has to know what it is to hand over.
+        encoder.cross_attention, encoder.encoder_layer_map = decoder.cross_attention, decoder.encoder_layer_map
         if self.vocab_size is None:
             self.vocab_size = decoder.vocab_size
         self.encoder, self.decoder = encoder, decoder
@@ -173,6 +201,32 @@ class DiptychConfig(PreTrainedConfig):
         sizes = {"model": self.vocab_size, "encoder": self.encoder.vocab_size, "decoder": self.decoder.vocab_size}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"vocab_size differs ({sizes}); the panels share one tokenizer: give it once, flat.")
+        if self.decoder.cross_attention == "merged":
+            self._validate_merged()
+
+    def _validate_merged(self):
+        encoder, decoder = self.encoder, self.decoder
+        if encoder.hidden_size != decoder.hidden_size:
+            raise ValueError(
+                f"The merged hinge projects encoder states with the decoder's weights, but hidden_size is "
+                f"{encoder.hidden_size} there and {decoder.hidden_size} here: use cross_attention='separate'."
+            )
+        if decoder.rope_parameters["rope_type"] == "dynamic":
+            raise ValueError(
+                "rope_type 'dynamic' changes with the length, also for the source's keys that are cached already: the "
+                "merged hinge cannot carry it. Use 'yarn' or 'linear', or cross_attention='separate'."
+            )
+        layer_map, depth = decoder.encoder_layer_map, encoder.num_hidden_layers
+        if len(layer_map) != decoder.num_hidden_layers or not all(0 <= m <= depth for m in layer_map):
+            raise ValueError(
+                f"encoder_layer_map is {layer_map}; it needs one number from 0 to {depth} (the encoder's layers) for "
+                f"each of the decoder's {decoder.num_hidden_layers} layers."
+            )
+        if max(layer_map) < depth:
+            raise ValueError(
+                f"encoder_layer_map ends at {max(layer_map)}, so what encoder layers {max(layer_map)} to {depth - 1} "
+                f"write is never read: give the encoder {max(layer_map)} layers, or read its end."
+            )
 
     @property
     def shares_panel_embeddings(self) -> bool:
@@ -192,6 +246,21 @@ class DiptychConfig(PreTrainedConfig):
         if name in SHARED_FIELDS - {"vocab_size", "rope_parameters"} and "decoder" in self.__dict__:
             return getattr(self.decoder, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+def default_layer_map(encoder_depth: int, decoder_depth: int) -> list[int]:
+    """Aligned at the top: (5, 6) → [0, 1, 2, 3, 4, 5], which is one LLM of six layers in two panels; (6, 6) → [1 … 6].
+
+    Raises:
+        ValueError: the encoder is too shallow for that.
+    """
+    lowest = encoder_depth - decoder_depth + 1
+    if lowest < 0:
+        raise ValueError(
+            f"The merged hinge lets each of {decoder_depth} decoder layers read another depth of the encoder, which "
+            f"has {encoder_depth} layers: say in encoder_layer_map which one reads where."
+        )
+    return list(range(lowest, encoder_depth + 1))
 
 
 def _panel(panel: DiptychPanelConfig | dict | None, shared: dict[str, Any]) -> DiptychPanelConfig:

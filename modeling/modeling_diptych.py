@@ -3,7 +3,13 @@
     input_ids ─embed─▶ [norm, self-attention, norm, SwiGLU] × N ─norm─▶ encoder states
     decoder_input_ids ─embed─▶ [norm, causal self-attention, norm, cross-attention, norm, SwiGLU] × M ─norm─▶ head
 
-Shapes: B rows, S source tokens, T target tokens, D width, H query heads, K key/value heads, E head size, V vocabulary.
+That is the separate hinge. With the merged one the decoder has no cross-attention: each of its layers attends, in one
+softmax, to its own tokens and to what an encoder layer read, as if the source stood before the target in one text:
+
+    decoder_input_ids ─embed─▶ [norm, attention to (source, target so far), norm, SwiGLU] × M ─norm─▶ head
+
+Shapes: B rows, S source tokens, T target tokens, D width, H query heads, K key/value heads, E head size, V vocabulary,
+M decoder layers.
 
 A row may hold several examples (packing). `segment_ids` number them, 0 is padding; each attention site has a mask of
 its own, and no token ever sees another example (names as in seqio and T5X):
@@ -18,6 +24,7 @@ checkpoint: it imports torch, transformers, and its neighbour.
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +32,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.masking_utils import (
+    and_masks,
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_masks_for_generate,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -163,6 +175,7 @@ class DiptychSelfAttention(DiptychAttention):
 
     def __init__(self, config: DiptychPanelConfig, layer_idx: int):
         super().__init__(config, layer_idx, key_value_size=config.hidden_size, is_causal=config.is_decoder)
+        self.has_rope = layer_idx not in (config.layers_without_rope or ())
 
     def forward(
         self,
@@ -171,12 +184,15 @@ class DiptychSelfAttention(DiptychAttention):
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = rotate(self._queries(hidden_states), *position_embeddings)
+        query = self._rotated(self._queries(hidden_states), position_embeddings)
         key, value = self._keys_and_values(hidden_states)
-        key = rotate(key, *position_embeddings)
+        key = self._rotated(key, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         return self._attend(query, key, value, attention_mask)
+
+    def _rotated(self, states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return rotate(states, *position_embeddings) if self.has_rope else states
 
 
 class DiptychCrossAttention(DiptychAttention):
@@ -202,6 +218,49 @@ class DiptychCrossAttention(DiptychAttention):
                 key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
                 past_key_values.is_updated[self.layer_idx] = True
         return self._attend(query, key, value, attention_mask)
+
+
+class DiptychMergedAttention(DiptychSelfAttention):
+    """The other hinge: one softmax over the source and the target so far. The source's keys and values come from what
+    an encoder layer read, by this layer's own projections, and are cached once."""
+
+    def __init__(self, config: DiptychPanelConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_causal = False  # the mask says it: causal among the target's tokens, open towards the source
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        source_states: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        source_position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor,
+        past_key_values: EncoderDecoderCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """hidden_states (B, T, D) and, unless they are cached, source_states (B, S, D), both normed → the output, and
+        the weights (B, H, T, …) on the target and on the source."""
+        query = self._rotated(self._queries(hidden_states), position_embeddings)
+        key, value = self._keys_and_values(hidden_states)
+        key = self._rotated(key, position_embeddings)
+        if source_states is None:
+            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            source_key, source_value = cached.keys, cached.values
+        else:
+            source_key, source_value = self._keys_and_values(source_states)
+            source_key = self._rotated(source_key, source_position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+            if source_states is not None:
+                source_key, source_value = past_key_values.cross_attention_cache.update(
+                    source_key, source_value, self.layer_idx
+                )
+                past_key_values.is_updated[self.layer_idx] = True
+        key, value = torch.cat((source_key, key), dim=2), torch.cat((source_value, value), dim=2)
+        output, weights = self._attend(query, key, value, attention_mask)
+        if weights is None:
+            return output, None, None
+        on_source, on_target = weights.tensor_split([source_key.shape[2]], dim=-1)
+        return output, on_target, on_source
 
 
 class DiptychMLP(nn.Module):
@@ -277,6 +336,40 @@ class DiptychDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
+class DiptychMergedDecoderLayer(GradientCheckpointingLayer):
+    """hidden_states (B, T, D) and what an encoder layer read (B, S, D) → (B, T, D)."""
+
+    def __init__(self, config: DiptychPanelConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = DiptychMergedAttention(config, layer_idx)
+        self.mlp = DiptychMLP(config)
+        self.input_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_layer_input: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        encoder_position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor,
+        past_key_values: EncoderDecoderCache | None = None,
+    ) -> torch.Tensor:
+        is_cached = past_key_values is not None and past_key_values.is_updated.get(self.layer_idx)
+        attended, _, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            None if is_cached else self.input_layernorm(encoder_layer_input),
+            position_embeddings,
+            encoder_position_embeddings,
+            attention_mask,
+            past_key_values,
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
 def same_segment(query_segments: torch.Tensor, key_segments: torch.Tensor) -> Callable:
     """The rule "same example" for `masking_utils`: query_segments (B, T) and key_segments (B, S).
 
@@ -290,6 +383,60 @@ def same_segment(query_segments: torch.Tensor, key_segments: torch.Tensor) -> Ca
     return rule
 
 
+def within_lookahead(lookahead: int) -> Callable:
+    """The rule "at most so many tokens ahead" for `masking_utils`; 0 is causal."""
+
+    def rule(batch_idx, head_idx, q_idx, kv_idx):
+        return kv_idx <= q_idx + lookahead
+
+    return rule
+
+
+def source_then_target(
+    source_length: int,
+    offset: int | torch.Tensor,
+    segment_ids: torch.Tensor | None,
+    cross_segment_ids: torch.Tensor | None,
+    encoder_segment_ids: torch.Tensor | None,
+) -> Callable:
+    """The merged hinge's rule for `masking_utils`, over keys of which the first `source_length` are the source's.
+
+    Query i is target token `offset` + i: it sees the source that it reads, and the target up to itself. Segments
+    (B, T), (B, T), (B, S) as in `same_segment`.
+    """
+
+    def rule(batch_idx, head_idx, q_idx, kv_idx):
+        target_idx = kv_idx - source_length
+        of_source, of_target = kv_idx < source_length, (target_idx >= 0) & (target_idx <= q_idx + offset)
+        if segment_ids is not None:
+            source_idx = kv_idx.clamp(max=source_length - 1)
+            target_idx = target_idx.clamp(min=0)
+            reads, own = same_segment(cross_segment_ids, encoder_segment_ids), same_segment(segment_ids, segment_ids)
+            of_source = of_source & reads(batch_idx, head_idx, q_idx, source_idx)
+            of_target = of_target & own(batch_idx, head_idx, q_idx, target_idx)
+        return of_source | of_target
+
+    return rule
+
+
+def source_ends(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    cross_segment_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """The position after the source that each target token reads: source positions (B, S), mask and segments (B, S),
+    and cross_segment_ids (B, T) if rows are packed → (B, T), else (B, 1)."""
+    after = position_ids + 1
+    if attention_mask is not None:
+        after = after.masked_fill(attention_mask == 0, 0)
+    if segment_ids is None:
+        return after.amax(dim=1, keepdim=True)
+    # A row of S tokens has at most S segments, so that no length depends on the data.
+    ends = after.new_zeros(after.shape[0], after.shape[1] + 1).scatter_reduce(1, segment_ids, after, "amax")
+    return ends.gather(1, cross_segment_ids.clamp(max=after.shape[1]))
+
+
 def positions_within_segments(segment_ids: torch.Tensor) -> torch.Tensor:
     """Positions that restart at 0 in each segment: [[1, 1, 1, 2, 2, 0]] → [[0, 1, 2, 0, 1, 0]]. Shape (B, L)."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
@@ -297,7 +444,7 @@ def positions_within_segments(segment_ids: torch.Tensor) -> torch.Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def check_segments(config: DiptychPanelConfig, segment_ids: torch.Tensor | None, embeds: torch.Tensor, name: str):
+def check_segments(config: DiptychPanelConfig, segment_ids: torch.Tensor | None, shape: tuple[int, int], name: str):
     """Refuses segments that could not be honoured exactly.
 
     Raises:
@@ -305,16 +452,38 @@ def check_segments(config: DiptychPanelConfig, segment_ids: torch.Tensor | None,
     """
     if segment_ids is None:
         return
-    if segment_ids.shape != embeds.shape[:2]:
+    if tuple(segment_ids.shape) != tuple(shape):
         raise ValueError(
-            f"{name} has shape {tuple(segment_ids.shape)}, but there are {tuple(embeds.shape[:2])} tokens: "
+            f"{name} has shape {tuple(segment_ids.shape)}, but there are {tuple(shape)} tokens: "
             "give one segment number per token."
         )
+    needs_mask(config, name)
+
+
+def needs_mask(config: DiptychPanelConfig, name: str):
+    """Refuses attention that would leave a mask aside.
+
+    Raises:
+        ValueError: it takes none.
+    """
     if config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
         raise ValueError(
-            f"{name} needs attention that takes a mask, but attn_implementation is {config._attn_implementation!r}. "
-            "Use 'sdpa', 'flex_attention' or 'eager' for packed rows."
+            f"{name} needs attention that takes a mask, but attn_implementation is {config._attn_implementation!r}: "
+            "use 'sdpa', 'flex_attention' or 'eager'."
         )
+
+
+@dataclass
+class DiptychEncoderOutput(BaseModelOutput):
+    """What the encoder of a merged model returns: also what its decoder reads.
+
+    Args:
+        layer_inputs: (B, M, S, D), for each decoder layer what the encoder layer of its depth read.
+        position_ids: (B, S), where the source's tokens stand; the target goes on from there.
+    """
+
+    layer_inputs: torch.FloatTensor | None = None
+    position_ids: torch.LongTensor | None = None
 
 
 class DiptychPreTrainedModel(PreTrainedModel):
@@ -323,7 +492,7 @@ class DiptychPreTrainedModel(PreTrainedModel):
     config: DiptychConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DiptychEncoderLayer", "DiptychDecoderLayer"]
+    _no_split_modules = ["DiptychEncoderLayer", "DiptychDecoderLayer", "DiptychMergedDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -359,7 +528,8 @@ class DiptychPreTrainedModel(PreTrainedModel):
 
 
 class DiptychEncoder(DiptychPreTrainedModel):
-    """The panel that reads: input_ids (B, S) → BaseModelOutput with last_hidden_state (B, S, D), normed."""
+    """The panel that reads: input_ids (B, S) → BaseModelOutput with last_hidden_state (B, S, D), normed. With the
+    merged hinge: DiptychEncoderOutput, and last_hidden_state is not normed."""
 
     config: DiptychPanelConfig
     _can_record_outputs = {
@@ -372,7 +542,8 @@ class DiptychEncoder(DiptychPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.layers = nn.ModuleList([DiptychEncoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
+        has_norm = config.cross_attention == "separate"  # else each decoder layer norms what it reads
+        self.norm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps) if has_norm else nn.Identity()
         self.rotary_emb = DiptychRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -389,30 +560,54 @@ class DiptychEncoder(DiptychPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutput:
         hidden_states = embed(self, input_ids, inputs_embeds)
-        check_segments(self.config, segment_ids, hidden_states, "segment_ids")
+        check_segments(self.config, segment_ids, hidden_states.shape[:2], "segment_ids")
         if position_ids is None:
             position_ids = default_positions(hidden_states, segment_ids)
         mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            and_mask_function=None if segment_ids is None else same_segment(segment_ids, segment_ids),
+            and_mask_function=self._rule(segment_ids),
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         hidden_states = self.dropout(hidden_states)
+        passed = [hidden_states]  # passed[m]: after m layers
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_embeddings, mask)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+            passed.append(hidden_states)
+        last_hidden_state = self.norm(hidden_states)
+        if self.config.cross_attention == "separate" or self.config.encoder_layer_map is None:
+            return BaseModelOutput(last_hidden_state=last_hidden_state)
+        return DiptychEncoderOutput(
+            last_hidden_state=last_hidden_state,
+            layer_inputs=torch.stack([passed[m] for m in self.config.encoder_layer_map], dim=1),
+            position_ids=position_ids.expand(hidden_states.shape[:2]),
+        )
+
+    def _rule(self, segment_ids: torch.Tensor | None) -> Callable | None:
+        """Which tokens see which, beyond padding."""
+        rules = [] if segment_ids is None else [same_segment(segment_ids, segment_ids)]
+        if self.config.lookahead is not None:
+            needs_mask(self.config, f"lookahead={self.config.lookahead}")
+            rules.append(within_lookahead(self.config.lookahead))
+        return and_masks(*rules) if rules else None
 
 
 class DiptychDecoder(DiptychPreTrainedModel):
-    """The panel that writes: input_ids (B, T) and encoder states (B, S, D) → last_hidden_state (B, T, D), normed."""
+    """The panel that writes: input_ids (B, T) and encoder states → last_hidden_state (B, T, D), normed.
+
+    encoder_hidden_states are the encoder's last (B, S, D); with the merged hinge its layer_inputs (B, M, S, D), beside
+    encoder_position_ids (B, S). position_ids (B, T) count from the target's beginning in either case.
+    """
 
     config: DiptychPanelConfig
     _can_record_outputs = {
-        "hidden_states": DiptychDecoderLayer,
+        "hidden_states": [OutputRecorder(DiptychDecoderLayer), OutputRecorder(DiptychMergedDecoderLayer)],
         "attentions": OutputRecorder(DiptychSelfAttention, index=1),
-        "cross_attentions": OutputRecorder(DiptychCrossAttention, index=1),
+        "cross_attentions": [
+            OutputRecorder(DiptychCrossAttention, index=1),
+            OutputRecorder(DiptychMergedAttention, index=2),
+        ],
     }
     _tp_plan = {
         "layers.*.cross_attn.q_proj": "colwise",
@@ -427,7 +622,10 @@ class DiptychDecoder(DiptychPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.residual_dropout)
-        self.layers = nn.ModuleList([DiptychDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        layer_class = DiptychDecoderLayer
+        if config.cross_attention == "merged":
+            layer_class, self._tp_plan = DiptychMergedDecoderLayer, {}
+        self.layers = nn.ModuleList([layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DiptychRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -446,59 +644,127 @@ class DiptychDecoder(DiptychPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_segment_ids: torch.LongTensor | None = None,
         cross_segment_ids: torch.LongTensor | None = None,
+        encoder_position_ids: torch.LongTensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPastAndCrossAttentions:
         if encoder_hidden_states is None:
-            raise ValueError("The decoder needs encoder_hidden_states (B, S, D): there is nothing to write about.")
-        if (segment_ids is None) != (encoder_segment_ids is None):
-            raise ValueError("Packed rows need segments on both sides: give segment_ids and decoder_segment_ids.")
+            raise ValueError("The decoder needs encoder_hidden_states: there is nothing to write about.")
         hidden_states = embed(self, input_ids, inputs_embeds)
-        check_segments(self.config, segment_ids, hidden_states, "decoder_segment_ids")
-        check_segments(self.config, encoder_segment_ids, encoder_hidden_states, "segment_ids")
-        check_segments(self.config, cross_segment_ids, hidden_states, "cross_segment_ids")
-        if cross_segment_ids is None:
-            cross_segment_ids = segment_ids
-        elif segment_ids is None:
-            raise ValueError("cross_segment_ids say which segment a segment reads: give decoder_segment_ids, too.")
+        segments = self._checked_segments(
+            hidden_states, encoder_hidden_states, segment_ids, cross_segment_ids, encoder_segment_ids
+        )
         if segment_ids is not None and past_key_values is not None:
             raise ValueError("Packed rows cannot grow token by token: give decoder_segment_ids or past_key_values.")
         if use_cache and past_key_values is None and segment_ids is None and not self.training:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         own_past = past_key_values.self_attention_cache if past_key_values is not None else None
+        is_merged = self.config.cross_attention == "merged"
         if position_ids is None:
             offset = own_past.get_seq_length() if own_past is not None else 0
             position_ids = default_positions(hidden_states, segment_ids) + offset
+            if is_merged and attention_mask is not None and attention_mask.ndim == 2:
+                # The target follows its source directly, whatever padding stands between them.
+                position_ids = (attention_mask.long().cumsum(1) - 1)[:, -hidden_states.shape[1] :].clamp(min=0)
 
-        mask = create_causal_mask(
+        masks = (attention_mask, encoder_attention_mask)
+        if is_merged:
+            states = (encoder_hidden_states, encoder_position_ids)
+            inputs_of_layers = self._merged_hinge(hidden_states, *states, *masks, position_ids, segments, own_past)
+        else:
+            states = encoder_hidden_states
+            inputs_of_layers = self._separate_hinge(hidden_states, states, *masks, position_ids, segments, own_past)
+        hidden_states = self.dropout(hidden_states)
+        for layer, inputs in zip(self.layers, inputs_of_layers, strict=True):
+            hidden_states = layer(hidden_states, *inputs, past_key_values=past_key_values)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _checked_segments(self, hidden_states, encoder_states, own, cross, encoder) -> tuple | None:
+        """The target's segments, the source's that each target token reads, and the source's own; or None.
+
+        Raises:
+            ValueError: they do not belong together, or cannot be honoured.
+        """
+        if (own is None) != (encoder is None):
+            raise ValueError("Packed rows need segments on both sides: give segment_ids and decoder_segment_ids.")
+        check_segments(self.config, own, hidden_states.shape[:2], "decoder_segment_ids")
+        check_segments(self.config, encoder, (encoder_states.shape[0], encoder_states.shape[-2]), "segment_ids")
+        check_segments(self.config, cross, hidden_states.shape[:2], "cross_segment_ids")
+        if cross is not None and own is None:
+            raise ValueError("cross_segment_ids say which segment a segment reads: give decoder_segment_ids, too.")
+        return None if own is None else (own, own if cross is None else cross, encoder)
+
+    def _separate_hinge(
+        self, hidden_states, encoder_states, mask, encoder_mask, position_ids, segments, own_past
+    ) -> list[tuple]:
+        """The inputs of each layer: the encoder's states, the target's positions, a mask for each attention."""
+        own, cross, encoder = segments or (None, None, None)
+        self_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             past_key_values=own_past,
-            and_mask_function=None if segment_ids is None else same_segment(segment_ids, segment_ids),
+            and_mask_function=None if segments is None else same_segment(own, own),
         )
         cross_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
-            attention_mask=encoder_attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
-            and_mask_function=None if segment_ids is None else same_segment(cross_segment_ids, encoder_segment_ids),
+            attention_mask=encoder_mask,
+            encoder_hidden_states=encoder_states,
+            and_mask_function=None if segments is None else same_segment(cross, encoder),
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        hidden_states = self.dropout(hidden_states)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                encoder_hidden_states,
-                position_embeddings,
-                mask,
-                cross_mask,
-                past_key_values=past_key_values,
+        return [(encoder_states, position_embeddings, self_mask, cross_mask)] * len(self.layers)
+
+    def _merged_hinge(
+        self, hidden_states, encoder_states, encoder_position_ids, mask, encoder_mask, position_ids, segments, own_past
+    ) -> list[tuple]:
+        """The inputs of each layer: what its encoder layer read, the positions of both sides, one mask over both.
+
+        Raises:
+            ValueError: what the encoder handed over is missing, or the attention or a mask cannot carry it.
+        """
+        if encoder_states.ndim != 4 or encoder_position_ids is None:
+            raise ValueError(
+                "The merged hinge reads what each encoder layer read: give encoder_outputs as the encoder returned "
+                "them (a DiptychEncoderOutput with layer_inputs and position_ids)."
             )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        needs_mask(self.config, "cross_attention='merged'")
+        given = {"attention_mask": encoder_mask, "decoder_attention_mask": mask}
+        deep = [
+            f"{name} {tuple(value.shape)}" for name, value in given.items() if value is not None and value.ndim != 2
+        ]
+        if deep:
+            raise ValueError(f"The merged hinge takes masks of padding, (B, L), not {' and '.join(deep)}.")
+        (batch, length), source_length = hidden_states.shape[:2], encoder_states.shape[2]
+        offset, own_length = 0, length
+        if own_past is not None:
+            offset, own_length = own_past.get_query_offset(0), own_past.get_mask_sizes(length, 0)[0]
+        both = source_length + own_length
+        padding = None
+        if mask is not None or encoder_mask is not None:
+            ones = hidden_states.new_ones(batch, both, dtype=torch.bool)
+            source_mask = ones[:, :source_length] if encoder_mask is None else encoder_mask.bool()
+            own_mask = ones[:, source_length:] if mask is None else F.pad(mask.bool(), (0, own_length - mask.shape[1]))
+            padding = torch.cat((source_mask, own_mask), dim=1)
+        own, cross, encoder = segments or (None, None, None)
+        merged_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=padding,
+            encoder_hidden_states=hidden_states.new_empty(batch, both, 0),  # asked for its shape only
+            and_mask_function=source_then_target(source_length, offset, own, cross, encoder),
         )
+        position_ids = position_ids + source_ends(encoder_position_ids, encoder_mask, encoder, cross)
+        # At once, since frequencies may depend on the longest position.
+        positions = torch.cat((encoder_position_ids, position_ids.expand(batch, -1)), dim=1)
+        cos, sin = self.rotary_emb(hidden_states, positions)
+        of_source = (cos[:, :source_length], sin[:, :source_length])
+        of_target = (cos[:, source_length:], sin[:, source_length:])
+        return [(states, of_target, of_source, merged_mask) for states in encoder_states.unbind(1)]
 
 
 def embed(panel: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -588,19 +854,25 @@ class DiptychModel(DiptychPreTrainedModel):
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
+        handed_over = {"encoder_hidden_states": encoder_outputs.last_hidden_state}
+        if isinstance(encoder_outputs, DiptychEncoderOutput):
+            handed_over = {
+                "encoder_hidden_states": encoder_outputs.layer_inputs,
+                "encoder_position_ids": encoder_outputs.position_ids,
+            }
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             position_ids=decoder_position_ids,
             segment_ids=decoder_segment_ids,
             inputs_embeds=decoder_inputs_embeds,
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
             encoder_segment_ids=segment_ids,
             cross_segment_ids=cross_segment_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            **handed_over,
             **kwargs,
         )
         return Seq2SeqModelOutput(
@@ -632,6 +904,14 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForMaskedLM"  # cross-entropy with no shift: the decoder's input is shifted already
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask, **kwargs):
+        """What `generate` gives to compiled decoding as decoder_attention_mask. The merged hinge masks source and
+        target together, in the decoder, and needs to know the padding only."""
+        if config.decoder.cross_attention == "merged":
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -712,6 +992,7 @@ class DiptychEncoderModel(DiptychPreTrainedModel):
     def __init__(self, config: DiptychConfig):
         config = copy.deepcopy(config)  # the caller's may go on to build a whole model
         config.is_encoder_decoder = False
+        config.encoder.encoder_layer_map = None  # there is no decoder to hand anything to
         super().__init__(config)
         self.encoder = DiptychEncoder(config.encoder)
         self.post_init()

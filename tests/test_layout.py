@@ -62,7 +62,7 @@ def is_within(module: str, *packages: str) -> bool:
 
 @pytest.mark.parametrize("path", source_files("modeling"), ids=name_of)
 def test_the_model_leans_on_torch_transformers_and_its_neighbours_only(path):
-    allowed = ("torch", "transformers", "huggingface_hub", "safetensors", "copy", "collections", "typing", "difflib")
+    allowed = ("torch", "transformers", "huggingface_hub", "safetensors", "copy", "collections", "dataclasses", "typing")
     strangers = {module for module in imports(path) if not module.startswith(".") and not is_within(module, *allowed)}
     assert not strangers
 
