@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -68,6 +69,32 @@ def write_checkpoint(path: Path, write: Callable[[Path], None], bytes_needed: in
     _flush(path.parent)
     if fault := fault_of(path):
         raise StorageError(f"{path} was written, and is not what is read back: {fault}. Look after this disk.")
+
+
+def write_new_folder(out: Path, write: Callable[[Path], None], bytes_needed: int) -> None:
+    """The same for a folder that is no run's checkpoint: `write(folder)`, manifest, flush, rename, read back.
+
+    StorageError, and nothing left, where the disk has no room or gives back something else.
+    """
+    partial = out.with_name(out.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        free = shutil.disk_usage(partial).free
+        if free < bytes_needed:
+            raise StorageError(
+                f"{out} needs {bytes_needed:,} bytes, and {free:,} are free. Make room, or name another disk."
+            )
+        write(partial)
+        write_manifest(partial)
+        flush_folder(partial)
+        os.rename(partial, out)
+    except SafetensorError as error:  # by which safetensors says that a disk is full
+        raise StorageError(f"{out} could not be written: {error}. Make room, or name another disk.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if fault := fault_of(out):
+        raise StorageError(f"{out} was written, and is not what is read back: {fault}. Look after this disk.")
 
 
 def write_manifest(folder: Path) -> None:

@@ -78,6 +78,7 @@ COMMANDS = {
     "generate": ("diptych.finetune.generate", "a prompt, a session or a JSONL file -> text"),
     "doctor": ("diptych.finetune.doctor", "a checkpoint -> whether its training is right, and what to do if not"),
     "publish": ("diptych.finetune.publish", "a run folder -> its final model on the Hub, with a card"),
+    "pair": ("diptych.finetune.pair", "a decoder-only LLM, or two -> an encoder-decoder"),
     "merge": ("diptych.finetune.merge", "an adapter -> a plain checkpoint, with the adapter in its weights"),
     "tokenizer": ("diptych.data_prep.tokenizer_command", "texts -> a tokenizer, a report on one, or an extended one"),
 }

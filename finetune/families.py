@@ -6,7 +6,7 @@ Padded or packed, a batch goes through the model's own two panels, and none of i
 mask, then the decoder with its states and two masks. A packed row needs two things more. Its masks keep examples apart
 (segments.py). And its positions restart in each example: T5 has only distances, which restart by themselves; Diptych
 and T5Gemma take `position_ids`; BART and its relatives look positions up in a table of their own, and a hook on that
-table says which rows.
+table says which rows. A Diptych with a merged hinge, whose one mask is of both sides, is given the rows as they are.
 
 A model that is not in the table trains too: padded, with full logits, and with LoRA on every linear layer. What
 stands here was read in the model files of transformers 5.23, and the tests compare it with what the models compute.
@@ -80,8 +80,20 @@ class Family:
         return target * self.scale(model)
 
 
+@dataclass(frozen=True)
+class OwnMasks(Family):
+    """Segments go into the model, which makes its masks itself: they span both sides, or look a little ahead."""
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        return model.model(**batch, use_cache=False).last_hidden_state
+
+
 def family_of(model: PreTrainedModel | PeftModel) -> Family | None:
-    return FAMILIES.get(model.config.model_type)
+    config = model.config
+    if config.model_type == "diptych":
+        is_plain = config.decoder.cross_attention == "separate" and config.encoder.lookahead is None
+        return FAMILIES["diptych" if is_plain else "diptych_merged"]
+    return FAMILIES.get(config.model_type)
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -187,6 +199,7 @@ bart = partial(Family, BART_LAYERS, _in_table, logits=_with_bias, has_position_t
 
 FAMILIES = {
     "diptych": Family(LLAMA_LAYERS, _as_argument),
+    "diptych_merged": OwnMasks(LLAMA_LAYERS, attentions=("sdpa", "flex_attention", "eager")),
     "t5": t5(scale=_t5_scale),
     "mt5": t5(),
     "umt5": t5(scale=_umt5_scale),

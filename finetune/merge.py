@@ -11,7 +11,6 @@ beside, flushed, renamed and read back: it is whole, or not there.
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,47 +40,31 @@ def merge(settings: MergeSettings) -> Path:
     """UserError where `adapter` is none or `out` is taken; StorageError where the disk has no room for it."""
     import torch  # seconds, that --help need not wait for
 
+    from diptych.finetune.checkpoint import write_new_folder
     from diptych.finetune.loading import adapter_settings, check_folder, load_model_and_tokenizer
 
-    name, out = os.path.expanduser(settings.adapter), Path(settings.out).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already. Name a new folder: --out …")
+    name, out = os.path.expanduser(settings.adapter), new_folder(settings.out)
     check_folder(name)
     if not adapter_settings(name):
         raise UserError(f"{name} is a whole model: there is no adapter to merge. Name a folder with an adapter.")
     model, tokenizer = load_model_and_tokenizer(name, dtype=torch.float32)
     model = model.to(getattr(torch, settings.dtype))
-    _write(model, tokenizer, out)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())  # a tied one counts once
+    write_new_folder(out, write, needed)
     return out
 
 
-def _write(model, tokenizer, out: Path) -> None:
-    from safetensors import SafetensorError
-
-    from diptych.finetune import checkpoint as checkpoints
-    from diptych.finetune.exits import StorageError
-
-    partial = out.with_name(out.name + checkpoints.PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())  # a tied one counts once
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise StorageError(
-                f"{out} needs {needed:,} bytes, and {free:,} are free. Make room, or name another disk."
-            )
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        checkpoints.write_manifest(partial)
-        checkpoints.flush_folder(partial)
-        os.rename(partial, out)
-    except SafetensorError as error:  # by which safetensors says that a disk is full
-        raise StorageError(f"{out} could not be written: {error}. Make room, or name another disk.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if fault := checkpoints.fault_of(out):
-        raise StorageError(f"{out} was written, and is not what is read back: {fault}. Look after this disk.")
+def new_folder(out: str) -> Path:
+    """UserError where something is there already."""
+    path = Path(out).expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already. Name a new folder: --out …")
+    return path
 
 
 def run_merge(settings: MergeSettings) -> int:

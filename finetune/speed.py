@@ -28,6 +28,7 @@ from diptych.finetune.families import without_adapter
 
 READS_SOURCE = re.compile(r"(EncDecAttention|encoder_attn|cross_attn)\.(k|v|k_proj|v_proj)\b")
 """In the decoder, the layers that are applied to source tokens."""
+READS_BOTH = re.compile(r"self_attn\.(k_proj|v_proj)\b")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 PROFILED_STEPS = (3, 3)
 """Steps before those that are profiled, and how many these are: the first ones are not like the rest."""
@@ -48,6 +49,8 @@ def work_per_token(model: PreTrainedModel | PeftModel) -> Work:
     reads_source = {name: work for name, work in decoder.items() if READS_SOURCE.search(name)}
     source = sum(encoder.values()) + sum(reads_source.values())
     target = sum(decoder.values()) - sum(reads_source.values())
+    if getattr(inner.get_decoder().config, "cross_attention", "separate") == "merged":  # one projection for both sides
+        source += sum(work for name, work in decoder.items() if READS_BOTH.search(name))
     return Work(source, target + _operations(head))
 
 

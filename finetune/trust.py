@@ -116,7 +116,13 @@ def conversion(name: str, wanted: str = MODEL_WEIGHTS) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def check_sizes(config: PreTrainedConfig, files: Sequence[Path], dtype: str | torch.dtype, name: str) -> None:
+def check_sizes(
+    config: PreTrainedConfig,
+    files: Sequence[Path],
+    dtype: str | torch.dtype,
+    name: str,
+    auto_class: type = AutoModelForSeq2SeqLM,
+) -> None:
     """UserError where the config asks for a model that the files are not of; StorageError where it is larger than the
     memory of this machine. Nothing is allocated."""
     shapes = [shape for file in files for shape in _shapes(file)]
@@ -125,7 +131,7 @@ def check_sizes(config: PreTrainedConfig, files: Sequence[Path], dtype: str | to
     layers = max((part.get(key) or 0 for part in config_parts(written) for key in LAYERS), default=0)
     if layers > len(shapes) or _is_absurd(least_weights(written), held):
         raise UserError(_absurd(name, f"{layers:,} layers and at least", least_weights(written), held, len(shapes)))
-    weights = _count(config, name)
+    weights = _count(config, name, auto_class)
     if _is_absurd(weights, held):
         raise UserError(_absurd(name, "weights of", weights, held, len(shapes)))
     size = _bytes_each(config.dtype if dtype == "auto" else dtype)
@@ -161,10 +167,10 @@ def _shapes(file: Path) -> Iterator[list[int]]:
         ) from error
 
 
-def _count(config: PreTrainedConfig, name: str) -> int:
+def _count(config: PreTrainedConfig, name: str, auto_class: type) -> int:
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForSeq2SeqLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
         model.tie_weights()
     except _FAULTS_OF_CONFIGS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -285,6 +285,7 @@ def family_configs(vocab_size: int) -> dict[str, PreTrainedConfig]:
     gemma = {"dropout_rate": 0.0, "attention_dropout": 0.0, "vocab_size": vocab_size}
     return {
         "diptych": DiptychConfig(**llama, **TOKEN_IDS),
+        "diptych_merged": DiptychConfig(**llama, **TOKEN_IDS, cross_attention="merged"),
         "t5": T5Config(**t5, **TOKEN_IDS),
         "mt5": MT5Config(**t5, **TOKEN_IDS),
         "umt5": UMT5Config(**t5, **TOKEN_IDS),
