@@ -62,7 +62,8 @@ def is_within(module: str, *packages: str) -> bool:
 
 @pytest.mark.parametrize("path", source_files("modeling"), ids=name_of)
 def test_the_model_leans_on_torch_transformers_and_its_neighbours_only(path):
-    allowed = ("torch", "transformers", "huggingface_hub", "safetensors", "copy", "collections", "dataclasses", "typing")
+    libraries = ("torch", "transformers", "huggingface_hub", "safetensors")
+    allowed = (*libraries, "copy", "collections", "dataclasses", "difflib", "json", "pathlib", "typing")
     strangers = {module for module in imports(path) if not module.startswith(".") and not is_within(module, *allowed)}
     assert not strangers
 
@@ -93,7 +94,7 @@ def test_data_preparation_knows_no_model_and_no_loop(path):
 @pytest.mark.parametrize("path", source_files("finetune"), ids=name_of)
 def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
     """So prompts are rendered, and rows laid out, by the code that made the training rows. `cli` starts `prepare`,
-    and `streaming` is where streamed rows enter."""
+    `streaming` is where streamed rows enter, and `pair` makes templates."""
     allowed = [
         "diptych.data_prep." + name
         for name in ("records", "templates", "conversations", "encode", "packing", "extend_tokenizer", "hub")
@@ -101,6 +102,8 @@ def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
     allowed.append("diptych.data_prep.arguments")  # every command line is read, and its mistakes told, in one way
     if path.name == "cli.py":
         allowed.append("diptych.data_prep.prepare")
+    if path.name == "pair.py":
+        allowed.append("diptych.data_prep.donor_template")
     if path.name == "streaming.py":
         allowed.append("diptych.data_prep.stream")
     taken = {module for module in imports(path) if is_within(module, "diptych.data_prep") and module.count(".") > 1}

@@ -23,7 +23,6 @@ from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune import loop, set_up
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.evaluation import evaluate_rows
-from diptych.finetune.families import FAMILIES
 from diptych.finetune.loading import load_model_and_tokenizer
 from diptych.finetune.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.resuming import to_yaml
@@ -433,7 +432,8 @@ def write_recipe(settings: TrainRecipe) -> Path:
     return file
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One of each way to be fed: the others' layers and positions are theirs.
+@pytest.mark.parametrize("family", ["diptych", "diptych_merged", "t5", "bart", "m2m_100", "t5gemma"])
 def test_only_the_first_step_compiles(family, recipe, packed_folder, monkeypatch):
     """Graphs are traced, guarded and counted as ever, but run as they are: a compiler of C++ would take minutes.
     Short last batches, other numbers of examples in a row, and evaluations on padded rows come up."""

@@ -1,0 +1,276 @@
+"""`diptych pair`: an encoder-decoder out of decoder-only LLMs, and that nothing which they know is lost.
+
+Donors are small and random, of every family, written in shards by transformers itself.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from diptych.finetune.checkpoint import fault_of
+from diptych.finetune.cli import main
+from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.finetune.pair import REPORT
+
+CHAT = (
+    "{% for message in messages %}<|turn|>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+DONORS = {
+    "llama": (LlamaConfig, {}),
+    "llama, biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama 3": (LlamaConfig, {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32}}),
+    "llama, yarn": (LlamaConfig, {"rope_parameters": YARN}),
+    "mistral": (MistralConfig, {"head_dim": 16, "sliding_window": None}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    "smollm3": (SmolLM3Config, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tiny_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_tokenizer.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = CHAT
+    del tokenizer.init_kwargs["diptych_template"]
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def donor(chat_tokenizer, tmp_path_factory):
+    """`donor("qwen3")`: a folder of several shards; weights are wide, so that outputs vary."""
+    made = {}
+
+    def folder(name: str, seed: int = 0, **changes) -> Path:
+        key = (name, seed, *map(str, changes.items()))
+        if key not in made:
+            config_class, fields = DONORS[name]
+            config = config_class(**(SHAPE | {"vocab_size": len(chat_tokenizer)} | fields | changes))
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.25) if parameter.ndim > 1 else parameter.data.uniform_(0.5, 1.5)
+            made[key] = tmp_path_factory.mktemp("donors") / name.replace(" ", "")
+            model.save_pretrained(made[key], max_shard_size="60KB")
+            chat_tokenizer.save_pretrained(made[key])
+            assert len(list(made[key].glob("*.safetensors"))) > 2
+        return made[key]
+
+    return folder
+
+
+@pytest.fixture
+def paired(tmp_path, capsys):
+    """`paired(donor, …)`: what the command makes, and its report."""
+
+    def make(*arguments) -> tuple[Path, dict]:
+        out = tmp_path / f"paired-{len(list(tmp_path.iterdir()))}"
+        code = main(["pair", *map(str, arguments), "--out", str(out)])
+        assert code == 0, capsys.readouterr().err
+        assert not fault_of(out)
+        return out, json.loads((out / REPORT).read_text())
+
+    return make
+
+
+def tokens(*shape, seed=1) -> torch.Tensor:
+    return torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DONORS)
+def test_merged_and_causal_is_the_donor_in_logits_and_in_text(name, donor, paired):
+    out, report = paired(donor(name), "--encoder_attention", "causal")
+    llm = AutoModelForCausalLM.from_pretrained(donor(name)).eval()
+    model = AutoModelForSeq2SeqLM.from_pretrained(out).eval()
+    source, target = tokens(3, 21), tokens(3, 14, seed=2)
+    expected = llm(torch.cat((source, target), dim=1)).logits[:, 21:]
+    found = model(input_ids=source, decoder_input_ids=target).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert report["proof"]["is_lossless"] and report["proof"]["logit_difference"] < 1e-3
+    assert report["weights"]["fresh"] == [] and report["weights"]["reshaped"] == []
+    states = llm(source, output_hidden_states=True).hidden_states
+    own = model.get_encoder()(source, output_hidden_states=True).hidden_states
+    assert len(own) == 4  # the last layer's output is read by nobody, so it is not there
+    for ours, theirs in zip(own, states, strict=False):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    start = model.config.decoder_start_token_id
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    prompt = torch.cat((source, torch.full((3, 1), start)), dim=1)
+    continued = llm.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, prompt.shape[1] :]
+    assert torch.equal(model.generate(source, **settings)[:, 1:], continued)
+    assert all(len(row.unique()) > 3 for row in continued), "outputs that hardly vary prove nothing"
+
+
+def test_the_models_prompt_is_the_donors(donor, paired, chat_tokenizer):
+    """Source, start token and answer stand one behind the other as the donor's chat template has them."""
+    out, _ = paired(donor("qwen3"), "--encoder_attention", "causal")
+    model, tokenizer = load_model_and_tokenizer(out)
+    from diptych.data_prep.encode import encode_sources, encode_targets
+    from diptych.data_prep.templates import template_of
+
+    template = template_of(tokenizer)
+    (source,) = encode_sources(tokenizer, [template.render_source("Say yes.", "Now.")])
+    (labels,) = encode_targets(tokenizer, [template.render_target("Yes.")])
+    messages = [{"role": "user", "content": "Say yes.\n\nNow."}, {"role": "assistant", "content": "Yes."}]
+    prompt = chat_tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)
+    assert [*source, model.config.decoder_start_token_id] == prompt["input_ids"]
+    whole = chat_tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+    assert [*source, model.config.decoder_start_token_id, *labels] == whole[: len(source) + 1 + len(labels)]
+    assert labels[-1] == tokenizer.eos_token_id == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", DONORS)
+def test_separate_is_the_donor_without_a_prompt_while_nothing_is_read(name, donor, paired):
+    out, report = paired(
+        donor(name),
+        "--cross_attention",
+        "separate",
+        "--cross_attention_init",
+        "zeroed",
+        "--encoder_attention",
+        "causal",
+    )
+    llm = AutoModelForCausalLM.from_pretrained(donor(name)).eval()
+    model = AutoModelForSeq2SeqLM.from_pretrained(out).eval()
+    source, target = tokens(2, 9), tokens(2, 14, seed=2)
+    found = model(input_ids=source, decoder_input_ids=target).logits
+    torch.testing.assert_close(found, llm(target).logits, rtol=1e-4, atol=1e-4)
+    states = model.get_encoder()(source).last_hidden_state
+    torch.testing.assert_close(states, llm.get_decoder()(source).last_hidden_state, rtol=1e-5, atol=1e-5)
+    zeroed = [name for name in report["weights"]["fresh"] if "o_proj" in name]
+    assert zeroed == report["weights"]["fresh"] and len(zeroed) >= 4
+
+
+@torch.no_grad()
+def test_bidirectional_reads_more_and_is_what_is_saved(donor, paired):
+    causal, _ = paired(donor("qwen3"), "--encoder_attention", "causal")
+    both, report = paired(donor("qwen3"))
+    one, other = (AutoModelForSeq2SeqLM.from_pretrained(folder).eval() for folder in (causal, both))
+    assert (one.config.encoder.lookahead, other.config.encoder.lookahead) == (0, None)
+    batch = {"input_ids": tokens(2, 9), "decoder_input_ids": tokens(2, 5)}
+    assert not torch.allclose(one(**batch).logits, other(**batch).logits, atol=1e-2)
+    assert report["proof"]["is_lossless"], "the proof is of the causal one in either case"
+
+
+def test_unequal_llms_are_joined_by_the_separate_hinge(donor, paired):
+    large = donor("qwen3", seed=1, hidden_size=64, num_hidden_layers=5)
+    out, report = paired(large, donor("qwen3"), "--cross_attention", "separate")
+    model = AutoModelForSeq2SeqLM.from_pretrained(out)
+    assert (model.config.encoder.hidden_size, model.config.decoder.hidden_size) == (64, 48)
+    kinds = {tensor["name"]: tensor["kind"] for tensor in report["tensors"]}
+    layer = "model.decoder.layers.0.cross_attn"
+    assert kinds[f"{layer}.k_proj.weight"] == kinds[f"{layer}.v_proj.weight"] == "fresh"  # from another width
+    assert kinds[f"{layer}.q_proj.weight"] == kinds[f"{layer}.o_proj.weight"] == "copied"
+    assert set(kinds) == set(model.state_dict()), "every tensor is accounted for"
+
+
+def test_fewer_decoder_layers_are_evenly_spaced_and_their_price_is_said(donor, paired):
+    out, report = paired(donor("qwen3"), "--decoder_layers", "2")
+    model = AutoModelForSeq2SeqLM.from_pretrained(out)
+    assert report["layers"] == {"encoder": 3, "decoder": 2, "decoder_kept": [0, 3], "encoder_layer_map": [0, 3]}
+    llm = AutoModelForCausalLM.from_pretrained(donor("qwen3"))
+    kept = llm.model.layers[3].self_attn.q_proj.weight
+    assert torch.equal(model.model.decoder.layers[1].self_attn.q_proj.weight, kept)
+    losses = report["proof"]["loss"]
+    assert losses["paired"] != losses["donor"] and "is_lossless" not in report["proof"]
+
+
+def test_tables_of_other_lengths_are_cut_or_filled(donor, paired, chat_tokenizer):
+    longer = donor("qwen3", seed=1, vocab_size=len(chat_tokenizer) + 16)
+    out, report = paired(longer, donor("qwen3"))
+    assert report["weights"]["reshaped"] == ["model.encoder.embed_tokens.weight"]
+    model = AutoModelForSeq2SeqLM.from_pretrained(out)
+    assert model.config.vocab_size == len(chat_tokenizer)
+    assert not model.config.tie_word_embeddings, "two donors have two tables worth keeping"
+
+
+def test_the_weights_keep_their_dtype_and_shards_have_an_index(donor, paired, tmp_path):
+    llm = AutoModelForCausalLM.from_pretrained(donor("llama"), dtype=torch.bfloat16)
+    llm.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(donor("llama")).save_pretrained(tmp_path / "half")
+    out, report = paired(tmp_path / "half", "--encoder_attention", "causal")
+    model = AutoModelForSeq2SeqLM.from_pretrained(out)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert report["proof"]["logit_difference"] < 1e-3
+
+
+REFUSED = {
+    "another block": (["gemma"], "Gemma norms after each sub-layer too"),
+    "another vocabulary": (["qwen3", "other"], "have different tokenizers ('new' is"),
+    "unequal depth, merged": (["deep", "qwen3"], "The merged hinge pairs layer with layer, and the encoder has 5"),
+    "unequal width, merged": (["wide", "qwen3"], "use cross_attention='separate'"),
+    "an encoder-decoder": (["t5"], "is no decoder-only LLM (model_type t5)"),
+    "too few layers": (["qwen3", "--decoder_layers", "1"], "of 4 layers, 2 to 4 can be kept, not 1"),
+    "an init of nothing": (["qwen3", "--cross_attention_init", "fresh"], "the merged hinge has no cross-attention"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_paired_is_refused_before_anything_is_written(
+    case, donor, chat_tokenizer, t5_checkpoint, tmp_path, capsys
+):
+    arguments, message = REFUSED[case]
+    folders = {"t5": t5_checkpoint, "qwen3": donor("qwen3")}
+    folders["deep"] = donor("qwen3", num_hidden_layers=5)
+    folders["wide"] = donor("qwen3", hidden_size=64)
+    if "other" in arguments:
+        folders["other"] = tmp_path / "other"
+        AutoModelForCausalLM.from_pretrained(donor("qwen3")).save_pretrained(folders["other"])
+        tokenizer = AutoTokenizer.from_pretrained(donor("qwen3"))
+        tokenizer.add_tokens(["new"])
+        tokenizer.save_pretrained(folders["other"])
+    if "gemma" in arguments:
+        folders["gemma"] = tmp_path / "gemma"
+        config = Gemma2Config(**SHAPE, vocab_size=len(chat_tokenizer), head_dim=12)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders["gemma"])
+        chat_tokenizer.save_pretrained(folders["gemma"])
+    code = main(["pair", *(str(folders.get(word, word)) for word in arguments), "--out", str(tmp_path / "out")])
+    assert code == 2 and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) <= 6 and "Traceback" not in said
+
+
+def test_a_paired_folder_computes_the_same_where_diptych_is_not_installed(donor, paired, tmp_path):
+    out, _ = paired(donor("qwen3"))
+    script = (
+        "import sys, json, torch\n"
+        "sys.modules['diptych'] = None\n"
+        "from transformers import AutoModelForSeq2SeqLM\n"
+        "model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()\n"
+        "ids = torch.tensor([[5, 6, 7, 8]])\n"
+        "print(json.dumps(model(input_ids=ids, decoder_input_ids=ids).logits.flatten().tolist()))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(out)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = AutoModelForSeq2SeqLM.from_pretrained(out).eval()(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.tensor(json.loads(run.stdout)).equal(expected.flatten())
