@@ -57,6 +57,7 @@ from diptych.finetune.metrics import (
     score_texts,
 )
 from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.ranks import join_ranks
 from diptych.finetune.reranking import chosen_outputs
 from diptych.finetune.speed import keep_memory
 from diptych.finetune.trust import open_prepared
@@ -473,25 +474,11 @@ def data_identity(split: Dataset) -> dict[str, Any]:
     return {"rows": len(split), "texts_sha256": digest.hexdigest()}
 
 
-def make_accelerator() -> Accelerator | None:
-    """Of a launch with several ranks; else none. UserError where the ranks did not find each other."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched == 1:
-        return None
-    accelerator = Accelerator()
-    if accelerator.num_processes != launched:
-        raise UserError(
-            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would "
-            f"evaluate everything. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
-        )
-    return accelerator
-
-
 def run(settings: EvaluateSettings) -> int:
     if settings.out:  # what cannot be written shows now, and not after hours
         Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     split = load_split(settings.data, settings.split)
-    accelerator = make_accelerator()
+    accelerator = join_ranks()
     speaks = accelerator is None or accelerator.is_main_process
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device)

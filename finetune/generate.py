@@ -38,6 +38,7 @@ from diptych.data_prep.templates import Template, load_template, template_of
 from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.ranks import join_ranks
 
 DEFAULT_NEW_TOKENS = 256
 LINES_SUFFIX = ".txt"
@@ -68,6 +69,10 @@ class GenerationBar(tqdm):
         seconds = self.format_dict["elapsed"] if not self.disable else 0
         self.set_postfix_str(f"{self.tokens / max(seconds, 1e-9):,.0f} tokens/s", refresh=False)
         self.update(rows)
+
+    def catch_up(self, rows: int) -> None:
+        """To what all ranks have done; this one counted its own."""
+        self.update(rows - self.n)
 
 
 def generate_texts(
@@ -449,13 +454,19 @@ def run(settings: GenerateSettings) -> int:
 
     # The file first: its mistakes are found before a large model is loaded.
     rows = read_prompts(settings.in_file, settings.instruction, settings.system) if settings.in_file else []
-    device, uses_own = pick_device(settings.device), not settings.template
+    accelerator, uses_own = join_ranks(), not settings.template
+    if accelerator and not settings.in_file:
+        raise UserError("one process answers a prompt, but several were launched. Launch one, or give --in_file.")
+    device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
     settings = resolve_limits(settings, model)
     template = load_template(settings.template) if settings.template else template_of(tokenizer)
     prompter = Prompter(tokenizer, template, settings.max_source_tokens)
     if settings.in_file:
-        return generate_file(model, prompter, settings, rows)
+        code = generate_file(model, prompter, settings, rows, accelerator)
+        if accelerator:
+            accelerator.end_training()
+        return code
     torch.manual_seed(settings.seed)
     if settings.instruction:
         answer(model, prompter, settings, settings.instruction, settings.input)

@@ -15,7 +15,8 @@ Rows are generated in chunks of CHUNK_BATCHES batches, sorted by length within a
 and flushed to disk at once. Where a chunk starts does not depend on where a run was killed, and the sampling is
 seeded anew for each, so that a file finished in several runs has the bytes of a file finished in one. Beside
 out.jsonl lies out.jsonl.run.json: hashes of the weights and of the encoded prompts, and the settings. A run that does
-not match it is refused; afterwards it says where the outputs came from.
+not match it is refused; afterwards it says where the outputs came from. On several ranks each works on other chunks,
+and the bytes are those of one.
 """
 
 import codecs
@@ -28,12 +29,15 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, set_seed
 
 from diptych.data_prep.conversations import ROLES, SHAREGPT_ROLES, Fault, open_question, turns_of
 from diptych.data_prep.records import UserError, nearest
 from diptych.data_prep.templates import Template
 from diptych.finetune.generate import LINES_SUFFIX, GenerateSettings, GenerationBar, Output, Prompter
+from diptych.finetune.ranks import on_main_rank
 from diptych.finetune.reranking import chosen_outputs
 
 # 8 batches: sorting among them already removes most of the padding, and a kill costs at most their time.
@@ -187,9 +191,14 @@ def render_prompts(rows: list[PromptRow], template: Template) -> tuple[list[Prom
 
 
 def generate_file(
-    model: PreTrainedModel, prompter: Prompter, settings: GenerateSettings, rows: list[PromptRow]
+    model: PreTrainedModel,
+    prompter: Prompter,
+    settings: GenerateSettings,
+    rows: list[PromptRow],
+    accelerator: Accelerator | None = None,
 ) -> int:
-    """Write out_file, from its first row or from where a killed run left it. Returns the exit code."""
+    """Write out_file, from its first row or from where a killed run left it. Returns the exit code. With an
+    `accelerator` all its ranks call this, each works on other chunks, and the main one writes them in order."""
     out_file = Path(settings.out_file)
     if out_file.resolve() == Path(settings.in_file).resolve():
         raise UserError(f"--in_file and --out_file are the same file, {out_file}. Name another --out_file.")
@@ -200,24 +209,41 @@ def generate_file(
     nothing = _predictions([Output("", finished=True)] * settings.num_return_sequences, settings)[0]
     chunk_rows = CHUNK_BATCHES * settings.batch_size
     identity = run_identity(model, prompter.template, settings, rows, ids)
-    done = open_run(out_file, identity, chunk_rows, len(rows), settings.overwrite)
-    if done:
+    done = on_main_rank(accelerator, lambda: open_run(out_file, identity, chunk_rows, len(rows), settings.overwrite))
+    ranks, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    if done and rank == 0:
         print(f"{out_file} has {done} of {len(rows)} rows already; they are kept.", file=sys.stderr)
-    with out_file.open("ab") as out, GenerationBar(len(rows), done) as bar:
-        for start in range(done, len(rows), chunk_rows):
-            chunk = range(start, min(start + chunk_rows, len(rows)))
-            good = [row for row in chunk if row in sources]
-            outputs = _generate_chunk(model, prompter, settings, [sources[row] for row in good], start, bar)
-            bar.advance(len(chunk) - len(good), 0)
-            predicted = dict(zip(good, outputs, strict=True))
-            lines = [
-                _output_line(row, rows[row], predicted.get(row, nothing), was_cut.get(row, False)) for row in chunk
-            ]
-            out.write("".join(lines).encode("utf-8"))
+
+    def chunk_lines(start: int, bar: GenerationBar) -> str:
+        chunk = range(start, min(start + chunk_rows, len(rows)))
+        good = [row for row in chunk if row in sources]
+        outputs = _generate_chunk(model, prompter, settings, [sources[row] for row in good], start, bar)
+        bar.advance(len(chunk) - len(good), 0)
+        predicted = dict(zip(good, outputs, strict=True))
+        return "".join(
+            _output_line(row, rows[row], predicted.get(row, nothing), was_cut.get(row, False)) for row in chunk
+        )
+
+    with GenerationBar(len(rows), done, shown=rank == 0) as bar:
+        for first in range(done, len(rows), chunk_rows * ranks):
+            start = first + rank * chunk_rows
+            lines = [chunk_lines(start, bar) if start < len(rows) else ""]
+            _append(out_file, gather_object(lines) if ranks > 1 else lines, is_writer=rank == 0)
+            bar.catch_up(min(first + chunk_rows * ranks, len(rows)))
+    if rank == 0:
+        print(_summary(out_file, rows, sum(cut)), file=sys.stderr)
+    return 0
+
+
+def _append(out_file: Path, chunks: list[str], is_writer: bool) -> None:
+    """Each chunk is on the disk before the next one."""
+    if not is_writer:
+        return
+    with out_file.open("ab") as out:
+        for lines in chunks:
+            out.write(lines.encode("utf-8"))
             out.flush()
             os.fsync(out.fileno())
-    print(_summary(out_file, rows, sum(cut)), file=sys.stderr)
-    return 0
 
 
 def _generate_chunk(

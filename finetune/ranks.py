@@ -18,11 +18,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from diptych.data_prep.records import UserError
 from diptych.finetune.cli import choose_from
@@ -63,6 +64,37 @@ def meet(recipe: TrainRecipe) -> Accelerator:
         )
     accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
     return accelerator
+
+
+def join_ranks() -> Accelerator | None:
+    """For what is no training: the ranks of a launch with several; else none. UserError where they did not find each
+    other."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1:
+        return None
+    accelerator = Accelerator()
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would do "
+            f"everything. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
+        )
+    return accelerator
+
+
+def on_main_rank(accelerator: Accelerator | None, work: Callable[[], Any]) -> Any:
+    """What `work()` returns on the main rank, on all of them; what it raises there, all raise."""
+    if accelerator is None:
+        return work()
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except (UserError, OSError) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def _check_launch(recipe: TrainRecipe) -> None:

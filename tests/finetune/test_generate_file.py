@@ -67,6 +67,40 @@ def kill_after_lines(out_file, lines, arguments):
     assert process.returncode == -signal.SIGKILL
 
 
+def test_two_ranks_write_the_bytes_of_one_and_go_on_where_it_was_cut(tmp_path, t5_checkpoint, many_rows):
+    """Sampled, so that a chunk which another rank draws for would show; and once with one chunk for two ranks."""
+    few = write_rows(tmp_path / "few.jsonl", read_lines(many_rows)[:3])
+    for in_file in (many_rows, few):
+        alone, shared = tmp_path / f"alone-{in_file.name}", tmp_path / f"shared-{in_file.name}"
+        sampled = ["--temperature", "1.5", "--seed", "5"]
+        assert generate.main(command(t5_checkpoint, in_file, alone, *sampled)) == 0
+        on_two_ranks(command(t5_checkpoint, in_file, shared, *sampled))
+        assert shared.read_bytes() == alone.read_bytes()
+    half = alone.with_name(f"alone-{many_rows.name}").read_bytes()
+    shared = tmp_path / f"shared-{many_rows.name}"
+    shared.write_bytes(half[: len(half) // 2])
+    said = on_two_ranks(command(t5_checkpoint, many_rows, shared, *sampled))
+    assert shared.read_bytes() == half and said.count("rows already; they are kept") == 1
+
+
+def test_an_error_of_the_rank_that_writes_ends_all(finished_run, t5_checkpoint):
+    before = finished_run[1].read_bytes()
+    said = on_two_ranks(command(t5_checkpoint, *finished_run, "--seed", "9"), code=1)
+    assert said.count("was started by a run that differs: seed was 0, is now 9") >= 1
+    assert finished_run[1].read_bytes() == before
+
+
+def on_two_ranks(arguments, code=0) -> str:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, "-m", "diptych.finetune.generate", *arguments],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done.stderr
+
+
 def test_rows_may_carry_a_system_prompt_and_earlier_turns(tmp_path, t5_checkpoint):
     frame = tmp_path / "frame.jinja"
     frame.write_text("{{ system }}{% for turn in history %} {{ turn[0] }} {{ turn[1] }}{% endfor %} {{ instruction }}")
