@@ -77,7 +77,7 @@ def _notes(encoder, decoder, config: DiptychConfig, kept) -> list[str]:
     if config.encoder.num_hidden_layers < depth:
         first, last = config.encoder.num_hidden_layers, depth - 1
         which = f"layer {first}" if first == last else f"layers {first} to {last}"
-        notes.append(f"The encoder lacks {which} and the final norm of its donor: no decoder layer reads them.")
+        notes.append(f"The encoder has no {which} and no final norm: no decoder layer would read them.")
     if kept is not None:
         notes.append(
             f"The decoder keeps {len(kept)} of {decoder.config.num_hidden_layers} layers. Its loss on the proof's text,"

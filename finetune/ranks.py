@@ -104,13 +104,12 @@ def _check_launch(recipe: TrainRecipe) -> None:
     if recipe.sharding == "full" and os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         if is_main_rank():
             print("sharding: full, and accelerate's FSDP settings have no part in it", flush=True)
-    for name, what in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
-        if os.environ.get(name, "").lower() in ("true", "1"):
-            raise UserError(
-                f"accelerate's configuration asks for {what}. Here the recipe says how weights are spread: launch with"
-                f" `torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE --sharding full`, which is"
-                f" FSDP2, or drop it for DDP."
-            )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        raise UserError(
+            "accelerate's configuration asks for FSDP. Here the recipe says how weights are spread: launch with"
+            " `torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE --sharding full`, which is"
+            " FSDP2, or drop it for DDP."
+        )
 
 
 def _trackers(recipe: TrainRecipe) -> list[str]:

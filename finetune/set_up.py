@@ -37,6 +37,7 @@ from diptych.finetune.batches import (
 )
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
+from diptych.finetune.deepspeed_config import understood
 from diptych.finetune.evaluation import selectable_figures
 from diptych.finetune.exits import CheckpointError
 from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
@@ -153,6 +154,7 @@ class Run:
 
 def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
+    recipe = understood(recipe)
     accelerator = meet(recipe)
     ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
     with ranks.waiting_for("the start of the run", has_own_work=True):
