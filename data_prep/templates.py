@@ -34,7 +34,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,7 @@ def load_template(name_or_path: str) -> Template:
         raise UserError(
             f"template '{name_or_path}' is neither one of {', '.join(TEMPLATES)} nor a Jinja file that exists.{hint}"
         )
-    return _read(name_or_path, path)
+    return replace(_read(name_or_path, path), name=path.name)  # the folders are this machine's alone
 
 
 def attach_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:

@@ -39,6 +39,7 @@ from diptych.finetune.generate import pad_sources
 from diptych.finetune.loading import embedding_rows, load_model, position_limit, vocabulary_size
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.packed_rows import pack_examples
+from diptych.finetune.trust import conversion
 
 MICRO_BATCHES = 8
 NEW_TOKENS = 16
@@ -458,8 +459,7 @@ def safetensors(patient: Patient) -> Finding:
     return _judge(
         bool(files),
         f"{len(files)} safetensors, {len(pickles)} pickled files",
-        "A pickle can run code, and is not read. If you trust it, convert it: "
-        "AutoModelForSeq2SeqLM.from_pretrained(folder).save_pretrained(new_folder).",
+        f"A pickle can run code, and is not read. If you trust it, convert it: {conversion(patient.name)}",
         {"safetensors": len(files), "pickles": len(pickles)},
     )
 

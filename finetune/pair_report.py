@@ -80,8 +80,8 @@ def _notes(encoder, decoder, config: DiptychConfig, kept) -> list[str]:
         notes.append(f"The encoder has no {which} and no final norm: no decoder layer would read them.")
     if kept is not None:
         notes.append(
-            f"The decoder keeps {len(kept)} of {decoder.config.num_hidden_layers} layers. Its loss on the proof's text,"
-            " below, says what that costs before any training."
+            f"The decoder keeps {len(kept)} of {decoder.config.num_hidden_layers} layers."
+            " The loss on the proof's text, below, says what that costs before any training."
         )
     return notes
 

@@ -23,9 +23,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
         "heavy = {'torch', 'transformers', 'datasets', 'evaluate', 'jsonargparse'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    started = time.monotonic()
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert time.monotonic() - started < 5  # a tenth of a second on a machine that does nothing else
     for command in cli.COMMANDS:
         assert f"\n  {command} " in shown
     assert "accelerate launch -m diptych.finetune.train" in shown
