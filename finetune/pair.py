@@ -74,7 +74,7 @@ class PairSettings:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Donor:
     """An LLM as it lies in its folder; nothing of it is in memory."""
 
@@ -95,6 +95,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     UserError where these LLMs make no pair; StorageError where disk or memory have no room.
     """
     import torch  # seconds, that --help need not wait for
+    from huggingface_hub.errors import StrictDataclassError
 
     from diptych.data_prep.donor_template import donor_prompt
     from diptych.finetune import pair_report
@@ -128,7 +129,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
             decoder_start_token_id=prompt.decoder_start_token_id,
         )
         origins = donors.weight_origins(config, encoder.weights, decoder.weights, kept, settings.cross_attention_init)
-    except ValueError as error:
+    except (ValueError, StrictDataclassError) as error:
         raise UserError(_lines_of(error)) from error
     dtype = decoder.config.dtype or torch.float32
     dtype = dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -223,7 +224,7 @@ def _write(folder: Path, config, origins, dtype, seed: int, decoder: Donor, prom
     prompt.tokenizer.save_pretrained(folder)
 
 
-def _lines_of(error: ValueError) -> str:
+def _lines_of(error: Exception) -> str:
     """The sentence behind a validator's error."""
     return str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
 

@@ -116,7 +116,7 @@ def test_merged_and_causal_is_the_donor_in_logits_and_in_text(name, donor, paire
     own = model.get_encoder()(source, output_hidden_states=True).hidden_states
     assert len(own) == 4  # the last layer's output is read by nobody, so it is not there
     for ours, theirs in zip(own, states, strict=False):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1.0, theirs.abs().max().item()))
 
     start = model.config.decoder_start_token_id
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -250,7 +250,12 @@ def test_what_cannot_be_paired_is_refused_before_anything_is_written(
         config = Gemma2Config(**SHAPE, vocab_size=len(chat_tokenizer), head_dim=12)
         AutoModelForCausalLM.from_config(config).save_pretrained(folders["gemma"])
         chat_tokenizer.save_pretrained(folders["gemma"])
-    code = main(["pair", *(str(folders.get(word, word)) for word in arguments), "--out", str(tmp_path / "out")])
+    command = ["pair", *(str(folders.get(word, word)) for word in arguments), "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    try:
+        code = main(command)
+    except SystemExit as end:  # of settings that do not go together
+        code = end.code
     assert code == 2 and not (tmp_path / "out").exists()
     said = capsys.readouterr().err
     assert message in said and len(said.strip().splitlines()) <= 6 and "Traceback" not in said
