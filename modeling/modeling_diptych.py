@@ -622,14 +622,14 @@ class DiptychDecoder(DiptychPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.residual_dropout)
-        layer_class = DiptychDecoderLayer
-        if config.cross_attention == "merged":
-            layer_class, self._tp_plan = DiptychMergedDecoderLayer, {}
+        layer_class = DiptychMergedDecoderLayer if config.cross_attention == "merged" else DiptychDecoderLayer
         self.layers = nn.ModuleList([layer_class(config, i) for i in range(config.num_hidden_layers)])
         self.norm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DiptychRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+        if config.cross_attention == "merged":  # a plan names what is there
+            self._tp_plan = {rule: style for rule, style in self._tp_plan.items() if ".cross_attn." not in rule}
 
     @merge_with_config_defaults
     @capture_outputs

@@ -97,6 +97,7 @@ def test_no_cache_where_none_is_wanted(build_model, batch):
     assert model.train()(**batch).past_key_values is None
 
 
+@pytest.mark.separate_hinge
 def test_cross_keys_are_written_once_and_the_source_is_not_read_again(model, batch):
     first = model(**batch)
     cache, probe = first.past_key_values, {"decoder_input_ids": torch.full((B, 1), 9)}

@@ -78,6 +78,7 @@ DONORS |= {
 }
 
 
+@pytest.mark.separate_hinge
 @pytest.mark.parametrize("donor", DONORS)
 def test_an_encoder_with_a_donors_weights_by_name_computes_what_the_donor_computes(donor, build_model, draw_tokens):
     donor_class, donor_config_class, donor_fields, our_fields = DONORS[donor]
@@ -110,6 +111,7 @@ def test_an_encoder_with_a_donors_weights_by_name_computes_what_the_donor_comput
         torch.testing.assert_close(ours(input_ids=tokens).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.separate_hinge
 def test_cross_attention_is_softmax_of_queries_and_encoder_states(model, draw_tokens):
     attention = model.model.decoder.layers[1].cross_attn
     targets, sources = torch.randn(B, T, D), torch.randn(B, S, D)
@@ -123,6 +125,7 @@ def test_cross_attention_is_softmax_of_queries_and_encoder_states(model, draw_to
     torch.testing.assert_close(attention(targets, sources, None)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.separate_hinge
 def test_decoder_layer_adds_three_prenormed_sublayers(build_model):
     model = build_model()
     layer, decoder = model.model.decoder.layers[0], model.model.decoder
@@ -154,10 +157,11 @@ def test_logits_are_the_head_on_the_last_hidden_state(model, batch):
     torch.testing.assert_close(model(**batch).logits, model.lm_head(states))
 
 
-def test_nothing_unasked_is_returned(model, batch):
+def test_nothing_unasked_is_returned(model, batch, hinge):
     assert set(model(**batch).keys()) == {"logits", "past_key_values", "encoder_last_hidden_state"}
     assert set(model(**batch, use_cache=False).keys()) == {"logits", "encoder_last_hidden_state"}
-    assert set(model.get_encoder()(input_ids=batch["input_ids"]).keys()) == {"last_hidden_state"}
+    handed_over = {"layer_inputs", "position_ids"} if hinge == "merged" else set()
+    assert set(model.get_encoder()(input_ids=batch["input_ids"]).keys()) == {"last_hidden_state"} | handed_over
 
 
 def assert_hidden_states(states, layers, length, last):
@@ -173,7 +177,7 @@ def assert_attentions(attentions, layers, queries, keys):
 
 
 @pytest.mark.parametrize("asked", ["by argument", "by config"])
-def test_hidden_states_and_attentions_of_both_panels_when_asked(asked, build_model, batch):
+def test_hidden_states_and_attentions_of_both_panels_when_asked(asked, build_model, batch, hinge):
     switches = {"output_hidden_states": True, "output_attentions": True}
     model = build_model(**(switches if asked == "by config" else {}))
     model.set_attn_implementation("eager")
@@ -183,8 +187,13 @@ def test_hidden_states_and_attentions_of_both_panels_when_asked(asked, build_mod
         assert_hidden_states(outputs.decoder_hidden_states, DECODER_LAYERS, T, last)
         assert_hidden_states(outputs.encoder_hidden_states, ENCODER_LAYERS, S, outputs.encoder_last_hidden_state)
         assert_attentions(outputs.encoder_attentions, ENCODER_LAYERS, S, S)
-        assert_attentions(outputs.decoder_attentions, DECODER_LAYERS, T, T)
-        assert_attentions(outputs.cross_attentions, DECODER_LAYERS, T, S)
+        if hinge == "merged":  # one softmax over both
+            both = zip(outputs.cross_attentions, outputs.decoder_attentions, strict=True)
+            assert_attentions([torch.cat(pair, dim=-1) for pair in both], DECODER_LAYERS, T, S + T)
+            assert all(weights.sum() > 0 for weights in outputs.cross_attentions)
+        else:
+            assert_attentions(outputs.decoder_attentions, DECODER_LAYERS, T, T)
+            assert_attentions(outputs.cross_attentions, DECODER_LAYERS, T, S)
         assert all(weights.triu(1).eq(0).all() for weights in outputs.decoder_attentions), "the decoder is causal"
         assert not any(weights.triu(1).eq(0).all() for weights in outputs.encoder_attentions)
 
@@ -208,6 +217,7 @@ def test_an_argument_overrules_the_config(build_model, batch):
     assert len(encoder(input_ids=batch["input_ids"]).hidden_states) == ENCODER_LAYERS + 1
 
 
+@pytest.mark.separate_hinge
 def test_inner_states_and_attention_weights_can_be_differentiated(build_model, batch):
     model = build_model(attn_implementation="eager")
     outputs = model(**batch, output_hidden_states=True, output_attentions=True)
@@ -276,6 +286,7 @@ def test_tokens_and_embeddings_together_or_neither_are_refused(model, batch):
         model.get_decoder()(input_ids=batch["decoder_input_ids"])
 
 
+@pytest.mark.separate_hinge
 def test_encoder_outputs_are_used_again(model, batch):
     encoded = model.get_encoder()(input_ids=batch["input_ids"])
     expected = model(**batch)
@@ -288,6 +299,7 @@ def test_encoder_outputs_are_used_again(model, batch):
     assert not torch.allclose(model(encoder_outputs=wrong, **target).logits, expected.logits)
 
 
+@pytest.mark.separate_hinge
 def test_panels_may_differ_in_width_and_depth(build_model, batch):
     model = build_model(encoder={"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 6})
     outputs = model(**batch, output_hidden_states=True)
@@ -307,6 +319,7 @@ def test_attention_can_be_switched_for_the_whole_and_for_a_panel(build_model, ba
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.separate_hinge
 def test_an_attention_of_ones_own_is_used_at_every_site_and_told_what_is_causal(build_model, batch):
     sites = []
 

@@ -80,9 +80,11 @@ def test_the_plan_names_every_matrix_and_nothing_that_is_not_there(shape, build_
     assert model.tp_plan["model.encoder.embed_tokens"] == model.tp_plan["model.decoder.embed_tokens"]
 
 
-def test_two_processes_compute_what_one_computes(build_model, tmp_path):
+def test_two_processes_compute_what_one_computes(build_model, tmp_path, hinge):
     folders = []
     for shape, fields in SHAPES.items():
+        if hinge == "merged" and "unequal" in shape:
+            continue
         folders.append(str(tmp_path / shape))
         build_model(**fields, vocab_size=54).save_pretrained(folders[-1])
     script, result = tmp_path / "rank.py", tmp_path / "report.json"

@@ -162,6 +162,7 @@ def test_rows_of_padding_give_finite_gradients(implementation, build_packing_mod
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.separate_hinge
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])  # flex_attention takes rules, not dense masks
 def test_segments_equal_dense_masks_written_by_hand(implementation, build_packing_model):
     model = build_packing_model(implementation)

@@ -172,6 +172,7 @@ def test_a_model_is_built_on_the_meta_device_and_filled_later(shape, model, batc
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+@pytest.mark.separate_hinge
 def test_what_a_checkpoint_lacks_is_drawn_and_the_rest_is_left_alone(build_model, tmp_path):
     model = build_model(initializer_range=0.02, attention_bias=True, qk_norm=True)
     with torch.no_grad():
