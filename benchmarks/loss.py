@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from diptych.finetune.objectives import Extras, Head, _SummedLoss, default_chunk
+from diptych.finetune.objectives import Extras, Head, _SummedLoss, cross_entropy, default_chunk
 
 # tokens, width, vocabulary, dtype
 SIZES = [
@@ -37,7 +37,7 @@ def fused(states, weight, labels):
 
 def chunked(states, weight, labels):
     head = Head({"weight": weight}, lambda chunk, given: F.linear(chunk, given["weight"]), default_chunk(len(weight)))
-    return _SummedLoss.apply(states, labels, head, Extras(), True, weight)
+    return _SummedLoss.apply(states, labels, head, cross_entropy(Extras()), True, weight)
 
 
 def measure(way: str, tokens: int, width: int, vocabulary: int, dtype: str) -> dict:

@@ -77,6 +77,20 @@ class TrainRecipe:
     z_loss: float = 0.0
     """Weight of the squared logarithm of the softmax's denominator (PaLM: 1e-4), which keeps logits from drifting."""
 
+    trainable: Literal["all", "cross_attention"] = "all"
+    """cross_attention: warm up fresh cross-attention alone, all else as it is, which a pair with the separate hinge
+    wants before anything. With `patience` it ends by itself, when the validation loss no longer falls."""
+    open_encoder_steps: int = 0
+    """Let a Diptych's encoder begin causal, as the LLM that it was made of, and open it to the whole source over so
+    many steps: at step s of n, a token sees s/n of the longest row ahead."""
+    teacher: str | None = None
+    """Folder or Hub id of a model with the same tokenizer, decoder-only (the LLM that a pair was made of) or an
+    encoder-decoder, whose predictions are learned beside the targets (distillation, arXiv 1503.02531)."""
+    distill_weight: float = 0.5
+    """With a teacher: the share of its predictions in the loss; the targets have the rest."""
+    distill_temperature: float = 1.0
+    """With a teacher: both predictions are flattened by it, so that unlikely words count for more."""
+
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto`: bf16 on a GPU that has it, else
     fp32. fp16, with a scaled loss, is for GPUs without bf16; T5, mT5, UMT5 and T5Gemma overflow in it and refuse."""
@@ -155,7 +169,7 @@ class TrainRecipe:
     """Experiment trackers, separated by commas: those that accelerate knows and that are installed (tensorboard …)."""
 
     def __post_init__(self):
-        for name in ("model", "data", "out", "tokenizer", "deepspeed"):
+        for name in ("model", "data", "out", "tokenizer", "deepspeed", "teacher"):
             if (getattr(self, name) or "").startswith("~"):
                 object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
         for name, example in {
@@ -185,6 +199,14 @@ class TrainRecipe:
         if self.warmup_steps and self.warmup_ratio:
             raise UserError("warmup_steps and warmup_ratio are both given. Keep one of them.")
         self._check_adapter()
+        if not 0 <= self.distill_weight <= 1:
+            raise UserError(f"distill_weight is {self.distill_weight}; it is a share, 0 to 1.")
+        if self.teacher and self.label_smoothing:
+            raise UserError(
+                "label_smoothing is given beside a teacher, which says already what else is likely. Drop one."
+            )
+        if self.trainable != "all" and self.method != "full":
+            raise UserError(f"trainable is {self.trainable}, but method is {self.method}. Set method: full.")
         if self.metrics:
             from diptych.finetune.metrics import check_metric_names  # the libraries of metrics take seconds
 
@@ -235,7 +257,8 @@ AT_LEAST_ONE = [
     "eval_batch_size",
 ] + ["metrics_limit", "max_new_tokens", "save_every", "keep_last", "logging_every"]
 AT_LEAST_ZERO = ["seed", "warmup_steps", "weight_decay", "max_grad_norm", "lora_alpha", "patience", "z_loss"]
-ABOVE_ZERO = ["learning_rate", "epsilon", "rank_timeout"]
+AT_LEAST_ZERO += ["open_encoder_steps"]
+ABOVE_ZERO = ["learning_rate", "epsilon", "rank_timeout", "distill_temperature"]
 BELOW_ONE = ["warmup_ratio", "label_smoothing", "lora_dropout"]
 
 # A resumed run that changed one of these would be another run: they must be as they were.
@@ -255,6 +278,11 @@ FIXED_IN_A_RUN = [
     "lora_embeddings",
     "peft_config",
     "quantize",
+    "trainable",
+    "open_encoder_steps",
+    "teacher",
+    "distill_weight",
+    "distill_temperature",
     "best_metric",
 ]
 # And these have no part in what is computed.

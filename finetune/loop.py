@@ -24,6 +24,7 @@ from diptych.finetune.checkpoint import whole
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.evaluation import evaluate_rows, is_improvement, row_losses
 from diptych.finetune.exits import DONE, STOPPED, NotFiniteError
+from diptych.finetune.healing import open_encoder
 from diptych.finetune.loss_plot import plot_loss
 from diptych.finetune.ranks import part
 from diptych.finetune.run_folder import Status
@@ -56,6 +57,7 @@ def train(run: Run) -> bool:
     profile = start_profile(run)
     is_stopped = False
     while not is_stopped:
+        open_encoder(run.model, progress.step, run.recipe.open_encoder_steps, run.order.lengths.source_tokens)
         try:
             is_better = is_evaluation_due(run) and evaluate(run)
         except EvaluationStopped:

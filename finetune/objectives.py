@@ -62,10 +62,14 @@ class Seq2SeqObjective(nn.Module):
         """`batch` padded or packed, labels (B, T) with IGNORE_INDEX where there is no target -> a scalar. A batch
         without targets gives a zero that still has a gradient, which is what a rank without rows contributes."""
         states, labels, head = self._states_labels_and_head(batch)
-        extras = self.extras if self.training else Extras()
+        criterion = self._criterion(batch) if self.training else cross_entropy(Extras())
         weights = list(head.weights.values())
-        total = _SummedLoss.apply(states, labels, head, extras, torch.is_grad_enabled(), *weights)
+        total = _SummedLoss.apply(states, labels, head, criterion, torch.is_grad_enabled(), *weights)
         return total / num_items_in_batch
+
+    def _criterion(self, batch: dict[str, torch.Tensor]) -> "Criterion":
+        """What training asks of a batch's logits."""
+        return cross_entropy(self.extras)
 
     @torch.no_grad()
     def token_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -117,11 +121,20 @@ class Head(NamedTuple):
         return itertools.starmap(slice, itertools.pairwise(ends))
 
 
+Criterion = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+"""Logits (n, V) in fp32 or better, labels (n,), and which of all target tokens these are → the loss of each (n,); in
+place, the logits become the gradient of the losses' sum."""
+
+
+def cross_entropy(extras: Extras) -> Criterion:
+    return lambda logits, labels, rows: _loss_and_gradient_(logits, labels, extras)
+
+
 class _SummedLoss(torch.autograd.Function):
     """States (N, D), labels (N,) and the head's weights -> the summed loss, whose gradients are worked out with it."""
 
     @staticmethod
-    def forward(ctx, states, labels, head: Head, extras: Extras, is_training: bool, *weights):
+    def forward(ctx, states, labels, head: Head, criterion: Criterion, is_training: bool, *weights):
         dtype = _compute_dtype(states)
         wants = [is_training and tensor.requires_grad for tensor in (states, *weights)]
         given = {name: weight.detach().to(dtype) for name, weight in head.weights.items()}
@@ -136,7 +149,7 @@ class _SummedLoss(torch.autograd.Function):
                 with torch.set_grad_enabled(any(wants)):
                     logits = head.logits_of(chunk.requires_grad_(wants[0]), given)
                 wide = room = _wide(logits.detach(), room)
-                total += _loss_and_gradient_(wide, labels[rows], extras).sum()
+                total += criterion(wide, labels[rows], rows).sum()
                 if any(wants):
                     of_logits = wide if wide.dtype == dtype else logits.detach().copy_(wide)
                     found = torch.autograd.grad(logits, [chunk] * wants[0] + trained, of_logits)

@@ -95,6 +95,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     UserError where these LLMs make no pair; StorageError where disk or memory have no room.
     """
     import torch  # seconds, that --help need not wait for
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
 
     from diptych.data_prep.donor_template import donor_prompt
@@ -103,6 +104,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     from diptych.finetune.merge import new_folder
     from diptych.modeling import donors
 
+    transformers.utils.logging.disable_progress_bar()  # one bar is enough
     out = new_folder(settings.out)
     encoder = open_donor(settings.encoder)
     decoder = open_donor(settings.decoder) if settings.decoder else encoder
@@ -138,7 +140,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     if settings.proof:
         pair_report.check_memory(origins)
     report = pair_report.describe(settings, encoder, decoder, config, origins, kept, prompt.notes)
-    print(pair_report.as_text(report), file=sys.stderr)
+    print(pair_report.as_text(report), flush=True)
 
     def write(folder: Path) -> None:
         _write(folder, config, origins, dtype, settings.seed, decoder, prompt)

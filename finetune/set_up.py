@@ -38,10 +38,12 @@ from diptych.finetune.batches import (
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.deepspeed_config import understood
+from diptych.finetune.distillation import DistilledObjective, load_teacher
 from diptych.finetune.evaluation import selectable_figures
 from diptych.finetune.exits import CheckpointError
 from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
 from diptych.finetune.feeding import check_precision, set_attention, training_rows
+from diptych.finetune.healing import close_encoder, train_cross_attention_alone
 from diptych.finetune.loading import has_tokenizer, load_tokenizer
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.packed_rows import PackedRows
@@ -174,6 +176,10 @@ def make_run(
     set_seed(recipe.seed)
     model = starting_model(recipe, tokenizer, saved / "model" if saved else None)
     check_checkpoint_tokenizer(recipe, tokenizer)
+    if recipe.trainable == "cross_attention":
+        train_cross_attention_alone(model)
+    if recipe.open_encoder_steps:
+        close_encoder(model)
     start = model.config.decoder_start_token_id
     used = {name: prepared.splits[name] for name in ("train", "validation") if name in prepared.splits}
     used = {name: drop_repeated_start(split, start) for name, split in used.items()}
@@ -182,7 +188,12 @@ def make_run(
     rows, why_padded = training_rows(recipe, prepared, model, tokenizer)
     base_hash = weights_hash(model) if isinstance(model, PeftModel) else ""
     model = ready_to_train(recipe, model, accelerator, is_packed=why_padded is None)
-    objective = Seq2SeqObjective(model, recipe.label_smoothing, recipe.z_loss)
+    if recipe.teacher:
+        teacher = load_teacher(recipe.teacher, tokenizer, accelerator.device, DTYPES[recipe.precision])
+        shares = recipe.distill_weight, recipe.distill_temperature
+        objective = DistilledObjective(model, teacher, *shares, z_loss=recipe.z_loss)
+    else:
+        objective = Seq2SeqObjective(model, recipe.label_smoothing, recipe.z_loss)
     objective = spread(objective, recipe.sharding, accelerator)
     optimizer = make_optimizer(model, recipe)
     order = BatchOrder(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
 
+from diptych.data_prep.templates import TOKENIZER_KEY
 from diptych.data_prep.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,16 @@ def reader(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
     T5ForConditionalGeneration(config).save_pretrained(folder / "my-checkpoint")
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llm = Qwen3ForCausalLM(Qwen3Config(vocab_size=400, **shape, num_key_value_heads=1, head_dim=16, pad_token_id=0))
+    llm.save_pretrained(folder / "my-llm")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.init_kwargs.pop(TOKENIZER_KEY, None)
+    tokenizer.save_pretrained(folder / "my-llm")
     return folder
 
 
@@ -67,7 +78,7 @@ def run(reader: Path, command: list[str] | str) -> None:
 
 def test_commands_run_one_after_another_as_they_stand(reader):
     typed = [command for command in commands() if not command.startswith("make ")]
-    assert len(typed) == 13, typed
+    assert len(typed) == 15, typed
     for command in typed:
         run(reader, command)
     assert (reader / "runs/full/loss.png").stat().st_size > 10_000
