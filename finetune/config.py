@@ -256,8 +256,9 @@ AT_LEAST_ONE = [
     "eval_every",
     "eval_batch_size",
 ] + ["metrics_limit", "max_new_tokens", "save_every", "keep_last", "logging_every"]
-AT_LEAST_ZERO = ["seed", "warmup_steps", "weight_decay", "max_grad_norm", "lora_alpha", "patience", "z_loss"]
-AT_LEAST_ZERO += ["open_encoder_steps"]
+AT_LEAST_ZERO = ["seed", "warmup_steps", "weight_decay", "max_grad_norm", "lora_alpha", "patience", "z_loss"] + [
+    "open_encoder_steps"
+]
 ABOVE_ZERO = ["learning_rate", "epsilon", "rank_timeout", "distill_temperature"]
 BELOW_ONE = ["warmup_ratio", "label_smoothing", "lora_dropout"]
 
