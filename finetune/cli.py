@@ -72,6 +72,10 @@ def report_errors(command: str, run: Callable[..., int], *arguments: Any) -> int
 
 COMMANDS = {
     "prepare": ("diptych.data_prep.prepare", "raw rows -> a prepared dataset"),
+    "denoise": (
+        "diptych.data_prep.denoising",
+        "raw text -> pairs that `prepare` packs: prefixes, spans, UL2's mixture",
+    ),
     "train": ("diptych.finetune.train", "a prepared dataset and a checkpoint or a new model -> a run folder"),
     "evaluate": ("diptych.finetune.evaluation", "a checkpoint and a prepared split -> loss and metrics"),
     "compare": ("diptych.finetune.compare", "two runs or two reports -> what differs, whether by chance, and curves"),
