@@ -23,7 +23,7 @@ import pytest
 import torch
 import xxhash
 from safetensors.torch import load_file
-from transformers import T5ForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, T5ForConditionalGeneration
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import cli
@@ -112,7 +112,8 @@ def edit(file: Path, **changes) -> None:
 
 
 HOSTILE = {"trust_remote_code": True, "custom_generate": "custom_generate", "extra": {"trust_remote_code": True}}
-AUTO_MAP = {name: "code.Any" for name in ("AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM")}
+AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForSeq2SeqLM", "AutoModelForCausalLM")
+AUTO_MAP = {name: "code.Any" for name in AUTO_CLASSES}
 CHAT_TEMPLATE = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for a in range(10**9) %}{% endfor %}"
 
 
@@ -124,6 +125,15 @@ def make_hostile(checkpoint: Path, marks: Path) -> None:
     plant_pickles(checkpoint, marks)
     plant_code(checkpoint, marks)
     plant_code(checkpoint, marks, "custom_generate/generate.py")
+
+
+def make_llm(folder: Path, checkpoint: Path) -> None:
+    """A decoder-only model of the same tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=len(tokenizer), **shape, num_key_value_heads=1, head_dim=16, eos_token_id=1)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -167,6 +177,9 @@ def aftermath(tmp_path_factory, t5_checkpoint):
     (place / "watch" / "sitecustomize.py").write_text(WATCH.format(log=str(place / "log")))
     shutil.copytree(t5_checkpoint, theirs / "checkpoint")
     make_hostile(theirs / "checkpoint", marks)
+    make_llm(theirs / "llm", t5_checkpoint)
+    make_hostile(theirs / "llm", marks)
+    edit(theirs / "llm" / "tokenizer_config.json", chat_template=None)  # pair would refuse what the other one asks for
     plant_code(theirs, marks, "rows.py")
     plant_code(place / "cwd", marks, "canary_library.py")
     rows = [{"instruction": "Add.", "input": f"{n} + 1", "output": str(n + 1)} for n in range(40)]
@@ -240,6 +253,8 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["merge", str(adapter), "--out", f"{out}/merged"],
         ["compare", f"{out}/full", f"{out}/lora", "--out", f"{out}/compared.png"],
         ["publish", f"{out}/full", "--to", "me/full", "--dry_run"],
+        ["pair", str(theirs / "llm"), "--out", f"{out}/paired"],
+        ["denoise", "--data", str(theirs / "data" / "rows.jsonl"), "--tokenizer", model, "--out", f"{out}/raw"],
         ["doctor", model, "--data", str(theirs / "data" / "rows.jsonl")],
     )
     server.shutdown()
