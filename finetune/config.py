@@ -37,6 +37,9 @@ class TrainRecipe:
     of an earlier checkpoint goes back to that one, and moves the later ones to checkpoints/aside."""
     seed: int = 0
     """Seed of new weights, the order of rows, and dropout."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Trainings one after the other: [{name: heal, max_steps: 500, data: …}, {name: instruct, epochs: 2}], each the
+    recipe with these settings over it, in `out`/stages/, from the model that the one before it made."""
 
     epochs: int | None = None
     """Passes over the training rows. Give this or max_steps."""
@@ -179,7 +182,7 @@ class TrainRecipe:
         }.items():
             if not getattr(self, name):
                 raise UserError(f"{name} is not set. Name {example}: --{name} …")
-        if (self.epochs is None) == (self.max_steps is None):
+        if not self.stages and (self.epochs is None) == (self.max_steps is None):
             given = "neither was" if self.epochs is None else "both were"
             raise UserError(f"training lasts for epochs or for max_steps, but {given} given. Give one of them.")
         for name in AT_LEAST_ONE:

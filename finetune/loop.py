@@ -37,7 +37,8 @@ from diptych.finetune.stopping import StopRequest
 ROWS_NAMED = 20
 
 
-def run(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
+def run(recipe: TrainRecipe, stop: StopRequest, status: Status, is_last: bool = True) -> int:
+    """`is_last`: whether the ranks part afterwards, and do not go on to another stage."""
     keep_memory()
     run = set_up(recipe, stop, status)
     with stop.deferred():
@@ -46,7 +47,7 @@ def run(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
             write_final(run)
     accelerator = run.accelerator
     del run
-    part(accelerator)
+    part(accelerator, for_good=is_last or is_stopped)
     return STOPPED if is_stopped else DONE
 
 

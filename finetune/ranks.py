@@ -170,10 +170,14 @@ def _is_of_another_rank(error: RuntimeError) -> bool:
     return is_torchs or any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL", "Timed out"))
 
 
-def part(accelerator: Accelerator) -> None:
+def part(accelerator: Accelerator, for_good: bool = True) -> None:
     """DDP, of which nobody else may hold anything, goes before the process group. If it were the last to hold it, gloo
     would join its threads while this one keeps the interpreter's lock, for which one of them may be waiting: one run
     of thirty on two ranks never ended, and one of fifty was aborted."""
     accelerator.free_memory()
     gc.collect()  # what was wrapped stands in cycles, and accelerate collects before it lets go
-    accelerator.end_training()
+    if for_good:
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()

@@ -19,18 +19,18 @@ from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.batches import BatchOrder, Prepared
 from diptych.finetune.config import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
 from diptych.finetune.exits import CheckpointError
-from diptych.finetune.run_folder import CONFIG, LOCK, is_main_rank
+from diptych.finetune.run_folder import CONFIG, holds_nothing, is_main_rank
 
 
 def choose_checkpoint(recipe: TrainRecipe, folder: Path) -> Path | None:
     """UserError where the folder is taken by another run, or by something else; CheckpointError where its checkpoints
     are, or the one that was named is, damaged."""
-    is_empty = not folder.exists() or not {path.name for path in folder.iterdir()} - {LOCK}
+    is_empty = holds_nothing(folder)
     if is_empty and not isinstance(recipe.resume, str):
         return None
     if not recipe.resume:
         raise UserError(f"{folder} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
-    _compare_recipes(recipe, folder)
+    compare_recipes(recipe, folder)
     place = folder / "checkpoints"
     if isinstance(recipe.resume, str):
         chosen = Path(recipe.resume)
@@ -56,7 +56,8 @@ def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
     return asdict(recipe) | {"betas": list(recipe.betas), "resume": False}
 
 
-def _compare_recipes(recipe: TrainRecipe, folder: Path) -> None:
+def compare_recipes(recipe: TrainRecipe, folder: Path) -> None:
+    """UserError where the run in the folder is another one; what has changed otherwise is said."""
     config = folder / CONFIG
     if not config.is_file():
         raise UserError(f"{folder} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")

@@ -84,6 +84,11 @@ def read_status(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Beside a lock, and what a killed run had half written before its first file."""
+    return not folder.exists() or all(path.name == LOCK or path.suffix == ".partial" for path in folder.iterdir())
+
+
 @contextmanager
 def claimed(folder: Path, resumes: bool) -> Iterator[Status]:
     """Alone in the folder until the end, which status.json tells, whatever it is. UserError where another run is."""

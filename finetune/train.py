@@ -27,7 +27,12 @@ from diptych.finetune.stopping import StopRequest
 def run_recipe(recipe: TrainRecipe, stop: StopRequest | None = None) -> int:
     """DONE, or STOPPED where `stop` asked for it; what else ends a run is raised."""
     with claimed(Path(recipe.out), bool(recipe.resume)) as status:
-        from diptych.finetune.loop import run  # torch and transformers take seconds; a taken folder is told at once
+        if recipe.stages:
+            from diptych.finetune.stages import run_stages as run
+        else:
+            from diptych.finetune.loop import (
+                run,
+            )  # torch and transformers take seconds; a taken folder is told at once
 
         code = run(recipe, stop or StopRequest(), status)
         status.end(code)

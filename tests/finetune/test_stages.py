@@ -1,0 +1,142 @@
+"""Stages: one run of several trainings, that goes on wherever it was cut, with the same bits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from nursery import Nursery
+from safetensors.torch import load_file
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.checkpoint import fault_of
+from diptych.finetune.config import TrainRecipe, parse_recipe
+from diptych.finetune.resuming import to_yaml
+from diptych.finetune.train import run_recipe
+
+STAGES = [
+    {"name": "warm-up", "trainable": "cross_attention", "max_steps": 3},
+    {"name": "heal", "max_steps": 4, "learning_rate": 1e-3, "schedule": "constant"},
+    {"name": "instruct", "epochs": 1, "packed": False},
+]
+
+
+@pytest.fixture
+def recipe(packed_folder, checkpoint_of, tmp_path):
+    def make(**changes) -> TrainRecipe:
+        settings = {
+            "model": str(checkpoint_of("diptych")),
+            "data": str(packed_folder(0)),
+            "out": str(tmp_path / "run"),
+        }
+        settings |= {"stages": STAGES, "batch_size": 2, "learning_rate": 5e-3, "logging_every": 1, "save_every": 2}
+        return TrainRecipe(**(settings | {"epsilon": 1e-2, "rank_timeout": 60.0} | changes))
+
+    return make
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "final/model.safetensors")
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def figures(run: Path) -> list[str]:
+    return [(run / "stages" / f"{n}-{it['name']}" / "metrics.jsonl").read_text() for n, it in enumerate(STAGES, 1)]
+
+
+def losses(run: Path) -> list[list[float]]:
+    return [[json.loads(line)["loss"] for line in text.splitlines()] for text in figures(run)]
+
+
+def test_each_stage_begins_where_the_one_before_it_ended(recipe, tmp_path):
+    assert run_recipe(recipe()) == 0
+    run = tmp_path / "run"
+    folders = [run / "stages" / name for name in ("1-warm-up", "2-heal", "3-instruct")]
+    for folder, earlier in zip(folders[1:], folders, strict=False):
+        assert yaml.safe_load((folder / "config.yaml").read_text())["model"] == str(earlier / "final")
+    assert not same(weights(folders[0]), weights(folders[1])) and not same(weights(folders[1]), weights(folders[2]))
+    assert same(weights(run), weights(folders[2])) and not fault_of(run / "final")
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["stage"]) == ("done", 0, "instruct")
+    assert [len(it) for it in losses(run)][:2] == [3, 4]
+    alone = {"max_steps": 4, "learning_rate": 1e-3, "schedule": "constant", "stages": []}
+    run_recipe(recipe(model=str(folders[0] / "final"), out=str(tmp_path / "apart"), **alone))
+    assert same(weights(tmp_path / "apart"), weights(folders[1])), "a stage is a run like any other"
+
+
+@pytest.mark.parametrize("die_at", [9, 40, 75, 110, 150])
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(die_at, recipe, tmp_path):
+    """Before so many changes to the disk: in the first stage, later, or not at all."""
+    whole, cut = recipe(out=str(tmp_path / "whole")), recipe(out=str(tmp_path / "cut"))
+    run_recipe(whole)
+    file = tmp_path / "cut.yaml"
+    file.write_text(yaml.safe_dump(to_yaml(cut)))
+    with Nursery() as nursery:
+        (first,) = nursery.train(["--config", str(file)], tmp_path / "log", die_at=die_at)
+        assert first.wait(120) in (-9, 0)
+        (second,) = nursery.train(["--config", str(file), "--resume", "true"], tmp_path / "log-2")
+        assert second.wait(120) == 0, (tmp_path / "log-2.0").read_text()
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_two_ranks_go_through_the_stages_as_one(recipe, tmp_path):
+    with Nursery() as nursery:
+        for ranks in (1, 2):
+            settings = recipe(out=str(tmp_path / str(ranks)), batch_size=2 // ranks)
+            file = tmp_path / f"{ranks}.yaml"
+            file.write_text(yaml.safe_dump(to_yaml(settings)))
+            processes = nursery.train(["--config", str(file)], tmp_path / f"log-{ranks}", ranks)
+            ended = [process.wait(180) for process in processes]
+            assert ended == [0] * ranks, (tmp_path / f"log-{ranks}.0").read_text()
+    one, two = (weights(tmp_path / ranks) for ranks in ("1", "2"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
+
+
+def test_a_finished_run_is_left_as_it_is_and_another_one_is_told(recipe, tmp_path):
+    run_recipe(recipe())
+    before = weights(tmp_path / "run")
+    assert run_recipe(recipe(resume=True)) == 0 and same(before, weights(tmp_path / "run"))
+    with pytest.raises(UserError, match="is not empty"):
+        run_recipe(recipe())
+    other = [STAGES[0] | {"trainable": "all"}, *STAGES[1:]]
+    with pytest.raises(UserError, match="(?s)this is not the run in .*trainable 'cross_attention' -> 'all'"):
+        run_recipe(recipe(resume=True, stages=other))
+
+
+def test_an_adapter_may_be_the_last_stage(recipe, tmp_path):
+    run_recipe(recipe(stages=[STAGES[1], {"name": "adapt", "method": "lora", "max_steps": 2}]))
+    settings = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str((tmp_path / "run/stages/1-heal/final").resolve())
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ([{"max_steps": 3}], "stage 1 has the name None. Give it one"),
+        ([{"name": "a/b", "max_steps": 3}], "has the name 'a/b'"),
+        ([STAGES[0], STAGES[0]], "two stages are called warm-up"),
+        ([{"name": "a", "out": "x", "max_steps": 3}], "stage a has out, which is the whole run's"),
+        ([{"name": "a", "max_step": 3}], "stage a: .*max_step.*max_steps"),
+        ([{"name": "a", "max_steps": "many"}], "stage a: .*max_steps"),
+        ([{"name": "a"}], "stage a: .*neither was given"),
+        ([{"name": "a", "method": "lora", "max_steps": 1}, STAGES[1]], "makes an adapter, and the next would need"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused_before_anything_is_written(stages, message, recipe, tmp_path):
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        run_recipe(recipe(stages=stages))
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_stages_are_read_from_a_recipe(recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(to_yaml(recipe())))
+    assert parse_recipe(["--config", str(file)]).stages == STAGES
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
