@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.gather import Gathered
 from diptych.data_prep.records import Reject, Rejects
-from diptych.data_prep.report import joint_histogram, length_facts, padded_fill, token_chips
+from diptych.data_prep.report import joint_histogram, length_facts, padded_fill
 from diptych.data_prep.selection import Selection, conflict_rows
 from diptych.data_prep.stages import Counts
 from diptych.data_prep.templates import Template, golden_examples
+from diptych.data_prep.text_shown import token_chips
 
 SAMPLES = 10
 PADDED_BATCH = 32

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import re
-import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,12 +25,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import numpy
-from markupsafe import Markup, escape
+
+from diptych.data_prep.text_shown import prose, shortened, token_markup, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from transformers import PreTrainedTokenizerBase
 
 FRAMES = Path(__file__).parent / "frames"
 PAGE = "report.html.jinja"
@@ -41,11 +40,6 @@ STAGES = {"check": "checks", "clean": "cleaning", "template": "template", "lengt
 
 BINS, JOINT_BINS = 40, 28
 PERCENTILES = (50, 90, 99, 100)
-
-LONGEST_TEXT = 2_000
-"""Characters of one text that the page shows; report.json has all of them."""
-
-LONGEST_TOKEN = 60
 
 TOKENS_SHOWN = 160
 """Of each side of a sample."""
@@ -100,25 +94,6 @@ def padded_fill(lengths: numpy.ndarray, batch_size: int, seed: int = 0) -> float
     return float(shuffled.sum() / (numpy.maximum.reduceat(shuffled, starts) * rows).sum())
 
 
-def token_chips(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """[3, 1] → [{"id": 3, "text": " Go", "special": False}, {"id": 1, "text": "</s>", "special": True}].
-
-    Spaces are spaces, whatever the tokenizer writes for them; bytes that are no whole character are `\\xEA`. A label
-    that the loss leaves out (-100) has no text.
-    """
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    is_byte_level = tokenizer.is_fast and '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
-    chips = []
-    for token_id in map(int, ids):
-        token = tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else ""
-        text = str(token or "")
-        if token_id not in special:
-            text = _byte_level_text(text) if is_byte_level else text.replace("\u2581", " ")
-        chips.append({"id": token_id, "text": text, "special": token_id in special})
-    return chips
-
-
 def _edges(lengths: numpy.ndarray, bins: int, limit: int | None = None) -> list[int]:
     """Whole numbers, each some per cent larger than the one before, up to one more than the longest."""
     if not len(lengths):
@@ -130,23 +105,6 @@ def _edges(lengths: numpy.ndarray, bins: int, limit: int | None = None) -> list[
         nearest = min(edges - {shortest, longest + 1} or {limit + 1}, key=lambda edge: abs(edge - limit - 1))
         edges = (edges - {nearest}) | {limit + 1}
     return sorted(edges)
-
-
-def _byte_level_text(token: str) -> str:
-    """ĠGo → " Go". Byte-level tokenizers write each byte as one printable character (GPT-2's `bytes_to_unicode`)."""
-    bytes_of = _byte_alphabet()
-    if not all(character in bytes_of for character in token):  # an added token stands as its own text
-        return token
-    raw = bytes(bytes_of[character] for character in token)
-    text = raw.decode("utf-8", "surrogateescape")
-    return "".join(f"\\x{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 # report.json
@@ -215,15 +173,15 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(FRAMES),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
-        finalize=lambda value: _visible(_shortened(value)) if type(value) is str else value,
+        finalize=lambda value: visible(shortened(value)) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
         "number": _number,
         "percent": _percent,
-        "prose": _prose,
-        "token": _token,
+        "prose": prose,
+        "token": token_markup,
         "written": _written,
         "share_rows": _share_rows,
         "zipped": lambda left, right: list(itertools.zip_longest(left or (), right or ())),
@@ -232,62 +190,11 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-HIDDEN = (
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f"
-    "\u2028-\u202e\u2060-\u206f\u3164\ufdd0-\ufdef\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff"
-    "\U0001fffe\U0001ffff\U0010fffe\U0010ffff\U000e0000-\U000e0fff]"
-)
-"""Controls, characters without a shape, and those that turn the writing direction. The joiners U+200C and U+200D are
-not among them: Persian words and emoji families are spelled with them."""
-
-IN_A_TOKEN = HIDDEN + "|[ \n\t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]|^[\u200c\u200d]|[\u200c\u200d]$"
-"""In a token blanks count too, and joiners that join nothing."""
-
-BLANKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
-
-
-def _visible(text: str) -> str:
-    return re.sub(HIDDEN, lambda found: _name_of(found[0]), text)
-
-
-def _name_of(character: str) -> str:
-    return f"U+{ord(character):04X}"
-
-
-def _marked(text: str, hidden: str = HIDDEN) -> Markup:
-    """Like `_visible`, each such character in a frame of its own, so that nobody takes it for text."""
-    pieces, end = [], 0
-    for found in re.finditer(hidden, text):
-        blank = BLANKS.get(found[0])
-        mark = Markup("<u>{}</u>").format(blank) if blank else Markup("<s>{}</s>").format(_name_of(found[0]))
-        pieces += [escape(text[end : found.start()]), mark]
-        end = found.end()
-    return Markup("").join([*pieces, escape(text[end:])])
-
-
-def _prose(value: Any, characters: int = LONGEST_TEXT) -> Markup:
-    """A text of the data, shortened to so many characters."""
-    return Markup("") if value is None else _marked(_shortened(str(value), characters))
-
-
-def _token(text: str | None) -> Markup:
-    """One token: blanks have a sign, and a mark that sits on a letter gets a ring to sit on."""
-    text = _shortened(text or "", LONGEST_TOKEN)
-    sits_on_a_letter = text[:1] and unicodedata.category(text[0]) in ("Mn", "Mc", "Me")
-    return _marked("\u25cc" + text if sits_on_a_letter else text, IN_A_TOKEN)
-
-
 def _written(value: Any) -> str:
     """A setting, as a person would write it down: ["a.tsv", "b.tsv"] → "a.tsv, b.tsv"."""
     if isinstance(value, list):
         return ", ".join(map(_written, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _shortened(text: Any, characters: int = LONGEST_TEXT) -> Any:
-    if type(text) is not str or len(text) <= characters:
-        return text
-    return f"{text[:characters]} … ({len(text) - characters:,} more characters)"
 
 
 def _number(value: Any) -> str:
@@ -551,7 +458,7 @@ def _plot_sources(figure: Figure, sources: list[dict[str, Any]]) -> None:
 
 def _name_bars(axes: Axes, names: list[str]) -> None:
     """Names come from users: a `$` in them is no mathematics."""
-    axes.set_yticks(range(len(names)), [_visible(_shortened(name, 40)) for name in names], parse_math=False)
+    axes.set_yticks(range(len(names)), [visible(shortened(name, 40)) for name in names], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("rows")
     axes.margins(x=0.12)

@@ -97,7 +97,16 @@ def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
     `streaming` is where streamed rows enter, and `pair` makes templates."""
     allowed = [
         "diptych.data_prep." + name
-        for name in ("records", "templates", "conversations", "encode", "packing", "extend_tokenizer", "hub")
+        for name in (
+            "records",
+            "templates",
+            "conversations",
+            "encode",
+            "packing",
+            "extend_tokenizer",
+            "hub",
+            "text_shown",
+        )
     ]
     allowed.append("diptych.data_prep.arguments")  # every command line is read, and its mistakes told, in one way
     if path.name == "cli.py":

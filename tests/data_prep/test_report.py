@@ -14,15 +14,14 @@ import pytest
 from PIL import Image
 
 from diptych.data_prep.report import (
-    HIDDEN,
     histogram,
     joint_histogram,
     length_facts,
     padded_fill,
     render_page,
-    token_chips,
     write_report,
 )
+from diptych.data_prep.text_shown import HIDDEN, token_chips
 from diptych.data_prep.train_tokenizer import train_tokenizer
 
 PHONE = {"viewport": {"width": 360, "height": 740}}

@@ -1,0 +1,111 @@
+"""Text and tokens as a page shows them: what would not be seen, or would turn the line around, stands there by name.
+
+token_chips(tokenizer, [3, 1])   [{"id": 3, "text": " Go", "special": False}, {"id": 1, "text": "</s>", …}]
+prose("a\\u202eb")               Markup("a<s>U+202E</s>b"), escaped, and shortened where it is long
+token_markup(" Go")              Markup("<u>␣</u>Go")
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_TEXT = 2_000
+"""Characters of one text that the page shows; report.json has all of them."""
+
+LONGEST_TOKEN = 60
+
+
+HIDDEN = (
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ufdd0-\ufdef\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff"
+    "\U0001fffe\U0001ffff\U0010fffe\U0010ffff\U000e0000-\U000e0fff]"
+)
+"""Controls, characters without a shape, and those that turn the writing direction. The joiners U+200C and U+200D are
+not among them: Persian words and emoji families are spelled with them."""
+
+IN_A_TOKEN = HIDDEN + "|[ \n\t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]|^[\u200c\u200d]|[\u200c\u200d]$"
+"""In a token blanks count too, and joiners that join nothing."""
+
+BLANKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
+
+
+def token_chips(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """[3, 1] → [{"id": 3, "text": " Go", "special": False}, {"id": 1, "text": "</s>", "special": True}].
+
+    Spaces are spaces, whatever the tokenizer writes for them; bytes that are no whole character are `\\xEA`. A label
+    that the loss leaves out (-100) has no text.
+    """
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= set(tokenizer.all_special_ids)
+    is_byte_level = tokenizer.is_fast and '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
+    chips = []
+    for token_id in map(int, ids):
+        token = tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else ""
+        text = str(token or "")
+        if token_id not in special:
+            text = _byte_level_text(text) if is_byte_level else text.replace("\u2581", " ")
+        chips.append({"id": token_id, "text": text, "special": token_id in special})
+    return chips
+
+
+def _byte_level_text(token: str) -> str:
+    """ĠGo → " Go". Byte-level tokenizers write each byte as one printable character (GPT-2's `bytes_to_unicode`)."""
+    bytes_of = _byte_alphabet()
+    if not all(character in bytes_of for character in token):  # an added token stands as its own text
+        return token
+    raw = bytes(bytes_of[character] for character in token)
+    text = raw.decode("utf-8", "surrogateescape")
+    return "".join(f"\\x{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def visible(text: str) -> str:
+    return re.sub(HIDDEN, lambda found: _name_of(found[0]), text)
+
+
+def _name_of(character: str) -> str:
+    return f"U+{ord(character):04X}"
+
+
+def marked_up(text: str, hidden: str = HIDDEN) -> Markup:
+    """Like `visible`, each such character in a frame of its own, so that nobody takes it for text."""
+    pieces, end = [], 0
+    for found in re.finditer(hidden, text):
+        blank = BLANKS.get(found[0])
+        mark = Markup("<u>{}</u>").format(blank) if blank else Markup("<s>{}</s>").format(_name_of(found[0]))
+        pieces += [escape(text[end : found.start()]), mark]
+        end = found.end()
+    return Markup("").join([*pieces, escape(text[end:])])
+
+
+def prose(value: Any, characters: int = LONGEST_TEXT) -> Markup:
+    """A text of the data, shortened to so many characters."""
+    return Markup("") if value is None else marked_up(shortened(str(value), characters))
+
+
+def token_markup(text: str | None) -> Markup:
+    """One token: blanks have a sign, and a mark that sits on a letter gets a ring to sit on."""
+    text = shortened(text or "", LONGEST_TOKEN)
+    sits_on_a_letter = text[:1] and unicodedata.category(text[0]) in ("Mn", "Mc", "Me")
+    return marked_up("\u25cc" + text if sits_on_a_letter else text, IN_A_TOKEN)
+
+
+def shortened(text: Any, characters: int = LONGEST_TEXT) -> Any:
+    if type(text) is not str or len(text) <= characters:
+        return text
+    return f"{text[:characters]} … ({len(text) - characters:,} more characters)"
