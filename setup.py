@@ -65,8 +65,8 @@ setup(
     packages=["diptych.modeling", "diptych.data_prep", "diptych.finetune"],
     package_dir={"diptych.modeling": "modeling", "diptych.data_prep": "data_prep", "diptych.finetune": "finetune"},
     package_data={
-        "diptych.data_prep": ["samples/*", "frames/*.jinja"],
-        "diptych.finetune": ["recipes/*.yaml", "frames/*.jinja"],
+        "diptych.data_prep": ["samples/*", "frames/*"],
+        "diptych.finetune": ["recipes/*.yaml", "frames/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -80,6 +80,7 @@ COMMANDS = {
     "evaluate": ("diptych.finetune.evaluation", "a checkpoint and a prepared split -> loss and metrics"),
     "compare": ("diptych.finetune.compare", "two runs or two reports -> what differs, whether by chance, and curves"),
     "generate": ("diptych.finetune.generate", "a prompt, a session or a JSONL file -> text"),
+    "inspect": ("diptych.finetune.inspection", "a checkpoint and an input -> a page that shows each step inside"),
     "doctor": ("diptych.finetune.doctor", "a checkpoint -> whether its training is right, and what to do if not"),
     "publish": ("diptych.finetune.publish", "a run folder -> its final model on the Hub, with a card"),
     "pair": ("diptych.finetune.pair", "a decoder-only LLM, or two -> an encoder-decoder"),

@@ -177,7 +177,7 @@ def _generate_batch(
         generation_kwargs = generation_kwargs | {"stopping_criteria": stop}
     inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
     try:
-        config, others = _generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
+        config, others = generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
         sequences = model.generate(**inputs, generation_config=config, **others).tolist()
     except ValueError as error:  # how transformers refuses settings, some of them only now
         raise UserError(f"transformers' generate refuses this: {error}") from error
@@ -185,7 +185,7 @@ def _generate_batch(
         raise UserError(f"{len(source_ids)} rows do not fit into memory together. Lower batch_size.") from error
     outputs, tokens = [], 0
     for sequence in sequences:
-        ids, finished = _new_tokens(sequence, prefix, config)
+        ids, finished = new_tokens(sequence, prefix, config)
         text = text_of(tokenizer, ids)
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
@@ -194,7 +194,7 @@ def _generate_batch(
     return outputs, tokens
 
 
-def _new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig) -> tuple[list[int], bool]:
+def new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig) -> tuple[list[int], bool]:
     """What the model added to start and prefix, up to its end token; and whether it wrote one."""
     # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for. A prefix that
     # begins with the start token is given as it is; before any other, transformers puts the start.
@@ -221,7 +221,7 @@ class StopStrings(StoppingCriteria):
         return any(stop in text for stop in self.template.stop)
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """The checkpoint's own with these settings, and what of them is no part of a config (a streamer).

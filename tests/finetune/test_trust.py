@@ -250,6 +250,7 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["evaluate", model, "--data", f"{out}/prepared", "--split", "validation", "--out", f"{out}/report.json"],
         ["generate", model, "--in_file", str(place / "prompts.jsonl"), "--out_file", f"{out}/answers.jsonl"],
         ["generate", str(adapter), "--instruction", "Add.", "--input", "1 + 1"],
+        ["inspect", str(adapter), "--source", "1 + 1", "--out", f"{out}/inspect.html"],
         ["merge", str(adapter), "--out", f"{out}/merged"],
         ["compare", f"{out}/full", f"{out}/lora", "--out", f"{out}/compared.png"],
         ["publish", f"{out}/full", "--to", "me/full", "--dry_run"],
