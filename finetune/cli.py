@@ -47,10 +47,12 @@ def _list_commands() -> str:
     return "\n".join(f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
 
 
-def parse_settings(settings_class: type[Settings], command: str, argv: Sequence[str] | None) -> Settings:
+def parse_settings(
+    settings_class: type[Settings], command: str, argv: Sequence[str] | None, usage: str | None = None
+) -> Settings:
     """The command line as a frozen dataclass (arguments.py). What cannot be meant ends the process with code 2."""
     try:
-        return parse(settings_class, command, sys.argv[1:] if argv is None else argv)
+        return parse(settings_class, command, sys.argv[1:] if argv is None else argv, usage)
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
