@@ -8,6 +8,7 @@ one message without a traceback. Nothing heavy is imported before a subcommand i
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(module).main(rest)
     except KeyboardInterrupt:  # while it was still importing
         return 130
+    except BrokenPipeError:  # `| head` has read enough; nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _list_commands() -> str:
