@@ -39,10 +39,13 @@ EXTRAS = {
     "demo": ["tensorboard>=2.21"],
     # Filters by language, and the report of keys and passwords.
     "clean": ["py3langid>=0.4", "detect-secrets>=1.5"],
+    # `diptych serve`.
+    "serve": ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"],
     # Preparation on many machines.
     "datatrove": ["datatrove>=0.10"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove]",
+        "diptych[sentencepiece,demo,clean,datatrove,serve]",
+        "openai>=3.0",  # the client that serve is tested with
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "hypothesis>=6.150",

@@ -127,7 +127,7 @@ def generate_outputs(
         for start in range(0, len(longest_first), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = [source_ids[row] for row in rows]
-            found, tokens = _generate_batch(
+            found, tokens = generate_batch(
                 model, tokenizer, batch, max_new_tokens, template, GREEDY | generation_kwargs
             )
             each = len(found) // len(rows)
@@ -158,7 +158,7 @@ def pad_sources(source_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[
     return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
 
 
-def _generate_batch(
+def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source_ids: Sequence[Sequence[int]],
@@ -172,9 +172,10 @@ def _generate_batch(
     if prefix:
         inputs["decoder_input_ids"] = torch.tensor([prefix] * len(source_ids))
         max_new_tokens = max(1, max_new_tokens - len(prefix))
+    criteria = StoppingCriteriaList(generation_kwargs.get("stopping_criteria", ()))
     if template and template.stop:
-        stop = StoppingCriteriaList([StopStrings(tokenizer, template)])
-        generation_kwargs = generation_kwargs | {"stopping_criteria": stop}
+        criteria.append(StopStrings(tokenizer, template))
+    generation_kwargs = generation_kwargs | {"stopping_criteria": criteria}
     inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
     try:
         config, others = generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
@@ -199,7 +200,7 @@ def new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig)
     # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for. A prefix that
     # begins with the start token is given as it is; before any other, transformers puts the start.
     given = len(prefix) + (sequence[0] not in prefix[:1])
-    ids, finished = _cut_at_eos(sequence[given:], config.eos_token_id)
+    ids, finished = _cut_at_eos(sequence[given:], end_tokens(config))
     if config.forced_eos_token_id is not None and len(ids) + 1 == config.max_new_tokens:
         finished = False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
     return ids, finished
@@ -238,9 +239,13 @@ def generation_config(
     return config, others
 
 
-def _cut_at_eos(ids: list[int], eos_token_id: int | list[int] | None) -> tuple[list[int], bool]:
+def end_tokens(config: GenerationConfig) -> list[int | None]:
+    """A config may name several tokens that end a row."""
+    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+
+
+def _cut_at_eos(ids: list[int], ends: list[int | None]) -> tuple[list[int], bool]:
     """`[31, 40, 1, 0, 0]` with eos 1 -> `[31, 40], True`; without an eos, all of it and False."""
-    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     for position, token in enumerate(ids):
         if token in ends:
             return ids[:position], True
