@@ -41,10 +41,12 @@ EXTRAS = {
     "clean": ["py3langid>=0.4", "detect-secrets>=1.5"],
     # `diptych serve`.
     "serve": ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"],
+    # `diptych demo`.
+    "gradio": ["gradio>=6.29"],
     # Preparation on many machines.
     "datatrove": ["datatrove>=0.10"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove,serve]",
+        "diptych[sentencepiece,demo,clean,datatrove,serve,gradio]",
         "openai>=3.0",  # the client that serve is tested with
         "pytest>=9.2",
         "pytest-xdist>=3.8",

@@ -38,20 +38,31 @@ class Decoding(NamedTuple):
     """Answers to a prompt; more than one are sampled."""
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    num_beams: int = 1
+    """With more than one, the text comes when it is whole."""
+    repetition_penalty: float = 1.0
 
     def generation_kwargs(self) -> dict[str, Any]:
-        if not self.temperature:
-            return dict(GREEDY)
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        return GREEDY | sampling | {"num_return_sequences": self.n}
+        settings = GREEDY | {"num_beams": self.num_beams}
+        if self.temperature:
+            settings |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+            settings |= {"num_return_sequences": self.n}
+        if self.repetition_penalty != 1:
+            settings |= {"repetition_penalty": self.repetition_penalty}
+        return settings
 
 
 class Answer(NamedTuple):
     text: str
     finished: bool
     """By the model, not by the cap on new tokens."""
-    tokens: int
-    """That were generated for it, its end token included."""
+    ids: tuple[int, ...]
+    """The text's tokens, without the one that ends it."""
+
+    @property
+    def tokens(self) -> int:
+        """That were generated."""
+        return len(self.ids) + self.finished
 
 
 class Piece(NamedTuple):
@@ -184,6 +195,9 @@ class Engine:
         rows = [(job, index) for job in jobs for index in range(decoding.n)]
         config, _ = generation_config(self.model, self.tokenizer, {})
         writer = RowWriter(self.tokenizer, template, end_tokens(config), rows)
+        watching = {"stopping_criteria": [DroppedRows(rows)]}
+        if decoding.num_beams == 1:
+            watching["streamer"] = writer
         if decoding.temperature:
             torch.manual_seed(torch.seed() if decoding.seed is None else decoding.seed)
         outputs, _ = generate_batch(
@@ -192,14 +206,12 @@ class Engine:
             [job.source_ids for job in jobs],
             decoding.max_new_tokens,
             template,
-            decoding.generation_kwargs() | {"streamer": writer, "stopping_criteria": [DroppedRows(rows)]},
+            decoding.generation_kwargs() | watching,
         )
         for place, (job, _) in enumerate(rows):
             if job.wants_pieces and not job.is_dropped:
                 writer.send(place, outputs[place].text)
-        answers = [
-            Answer(output.text, output.finished, len(ids)) for output, ids in zip(outputs, writer.ids, strict=True)
-        ]
+        answers = [Answer(output.text, output.finished, output.ids) for output in outputs]
         return [answers[place : place + decoding.n] for place in range(0, len(answers), decoding.n)]
 
 
@@ -208,13 +220,14 @@ def _can_share(first: Decoding, other: Decoding) -> bool:
 
 
 class DroppedRows(StoppingCriteria):
-    """Ends the rows (B, T) of jobs that were dropped."""
+    """Ends the rows (B × k, T) of jobs that were dropped; beam search asks for k candidates of each."""
 
     def __init__(self, rows: Sequence[tuple[Job, int]]):
         self.rows = rows
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.tensor([job.is_dropped for job, _ in self.rows], device=input_ids.device)
+        dropped = torch.tensor([job.is_dropped for job, _ in self.rows], device=input_ids.device)
+        return dropped.repeat_interleave(len(input_ids) // len(self.rows))
 
 
 class RowWriter(BaseStreamer):

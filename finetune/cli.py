@@ -87,6 +87,7 @@ COMMANDS = {
     "compare": ("diptych.finetune.compare", "two runs or two reports -> what differs, whether by chance, and curves"),
     "generate": ("diptych.finetune.generate", "a prompt, a session or a JSONL file -> text"),
     "inspect": ("diptych.finetune.inspection", "a checkpoint and an input -> a page that shows each step inside"),
+    "demo": ("diptych.finetune.demo", "a checkpoint, or two side by side, on a page to try"),
     "serve": ("diptych.finetune.serve", "a checkpoint behind OpenAI's HTTP interface"),
     "doctor": ("diptych.finetune.doctor", "a checkpoint -> whether its training is right, and what to do if not"),
     "publish": ("diptych.finetune.publish", "a run folder -> its final model on the Hub, with a card"),

@@ -53,6 +53,8 @@ class Output(NamedTuple):
     """What was generated, without special tokens, up to the template's stop string."""
     finished: bool
     """Whether the model ended it, with its end token or a stop string, and not the cap on new tokens."""
+    ids: tuple[int, ...] = ()
+    """The tokens that it was written with, without an end token."""
 
 
 class GenerationBar(tqdm):
@@ -190,7 +192,7 @@ def generate_batch(
         text = text_of(tokenizer, ids)
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
-        outputs.append(Output(text, finished))
+        outputs.append(Output(text, finished, tuple(ids)))
         tokens += len(ids) + finished
     return outputs, tokens
 

@@ -15,13 +15,9 @@ token is needed, from the environment: DIPTYCH_TOKEN. No text of a request is wr
 """
 
 import asyncio
-import contextlib
 import hmac
-import ipaddress
 import json
 import os
-import signal
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -37,6 +33,7 @@ from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
 from diptych.finetune.generate_file import prompt_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.web import LOOPBACK_NAMES, address, check_port, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[serve]'"
 TOKEN_VARIABLE = "DIPTYCH_TOKEN"
@@ -45,7 +42,6 @@ LARGEST_BODY = 4_000_000
 MOST_PROMPTS = 64
 MOST_ANSWERS = 16
 RETRY_SECONDS = 1
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 KNOWN = {"model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options"}
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
@@ -101,8 +97,7 @@ class ServeSettings:
         for name in ("batch_size", "queue", "max_source_tokens", "max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"port is {self.port}; it is a number from 0 to 65535.")
+        check_port(self.port)
         if self.timeout <= 0 or self.batch_wait_ms < 0:
             raise UserError("timeout is above 0 seconds, and batch_wait_ms 0 or more. Mend them.")
 
@@ -341,6 +336,10 @@ class Service:
         self.written.inc(sum(answer.tokens for of_prompt in answers for answer in of_prompt))
         self.seconds.observe(time.monotonic() - jobs[0].created)
 
+    def close(self) -> None:
+        """What was begun is ended, and no more begun."""
+        self.is_closing = True
+
     def metrics(self) -> bytes:
         from prometheus_client import generate_latest
 
@@ -487,26 +486,16 @@ def build_app(service: Service, token: str | None):
     return Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing})
 
 
-def is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
 def run(settings: ServeSettings) -> int:
     try:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed. `diptych serve` needs it: {INSTALL}") from error
     token = os.environ.get(TOKEN_VARIABLE) or None
-    if not is_loopback(settings.host) and token is None:
-        raise UserError(
-            f"host {settings.host} can be reached from elsewhere, and no token is set. Set {TOKEN_VARIABLE} in the "
-            f"environment to what clients must send, or listen at 127.0.0.1."
-        )
-    listener = _listen(settings)  # before the model, which takes longer
+    need_secret(settings.host, token, TOKEN_VARIABLE)
+    listener = listen(settings.host, settings.port)  # before the model, which takes longer
     uses_own = not settings.template
     device = pick_device(settings.device)
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
@@ -518,35 +507,10 @@ def run(settings: ServeSettings) -> int:
     engine = Engine(model, tokenizer, template, **sizes)
     service = Service(settings, engine, prompter, most)
 
-    config = uvicorn.Config(build_app(service, token), log_level="warning", access_log=False, server_header=False)
-    config.timeout_graceful_shutdown = int(settings.timeout) + 1
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            service.is_closing = True  # what was begun is ended, and no more begun
-            super().handle_exit(sig, frame)
-
-    server = Server(config)
-    for name in (signal.SIGTERM, signal.SIGINT):  # which uvicorn raises anew when it has ended
-        signal.signal(name, lambda number, frame: None)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"{settings.model_name} on {device}: http://{shown}:{port}/v1 (Ctrl-C ends)", file=sys.stderr, flush=True)
-    server.run(sockets=[listener])
+    message = f"{settings.model_name} on {device}: {address(listener)}/v1"
+    run_until_signal(build_app(service, token), listener, message, settings.timeout, on_signal=service.close)
     engine.close()
     return 0
-
-
-def _listen(settings: ServeSettings):
-    import socket
-
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=512)
-    except OSError as error:
-        raise UserError(
-            f"{settings.host}:{settings.port} cannot be listened at: {error.strerror}. Choose another --port."
-        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

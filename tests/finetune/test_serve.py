@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
@@ -13,12 +11,12 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import openai
 import pytest
 import torch
 from conftest import EIGHT_ROWS, TO_KOREAN, tiny_t5
+from listening import listening
 
 from diptych.data_prep.templates import attach_template, load_template, template_of
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
@@ -30,23 +28,10 @@ SECRET = "the-token-of-this-test"
 
 @contextlib.contextmanager
 def server(checkpoint, log, *arguments: str, **environment: str):
-    """A process of `diptych serve` on a free port, until the block ends."""
-    with log.open("w+b") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "diptych.finetune.cli", "serve", str(checkpoint), "--port", "0", *arguments],
-            stderr=said,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
-        )
-        try:
-            while not (found := re.search(r"http://\S+:(\d+)/v1", log.read_text(errors="replace"))):
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.05)
-            url = f"http://127.0.0.1:{found[1]}"
-            client = openai.OpenAI(base_url=f"{url}/v1", api_key=SECRET, max_retries=0)
-            yield SimpleNamespace(process=process, url=url, port=int(found[1]), client=client, log=log)
-        finally:
-            process.kill()
-            process.wait()
+    """A process of `diptych serve` on a free port, and a client of it, until the block ends."""
+    with listening(["serve", str(checkpoint), *arguments], log, **environment) as started:
+        started.client = openai.OpenAI(base_url=f"{started.url}/v1", api_key=SECRET, max_retries=0)
+        yield started
 
 
 @pytest.fixture(scope="module")

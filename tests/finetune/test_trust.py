@@ -277,6 +277,7 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["publish", f"{out}/full", "--to", "me/full", "--dry_run"],
         ["pair", str(theirs / "llm"), "--out", f"{out}/paired"],
         ["denoise", "--data", str(theirs / "data" / "rows.jsonl"), "--tokenizer", model, "--out", f"{out}/raw"],
+        ["demo", str(adapter), "--port", str(free_port())],
         ["serve", str(adapter), "--port", str(free_port())],
         ["doctor", model, "--data", str(theirs / "data" / "rows.jsonl")],
     )
