@@ -39,10 +39,12 @@ EXTRAS = {
     "demo": ["tensorboard>=2.21"],
     # Filters by language, and the report of keys and passwords.
     "clean": ["py3langid>=0.4", "detect-secrets>=1.5"],
+    # Export to CTranslate2, and generation with it.
+    "ctranslate2": ["ctranslate2>=4.8"],
     # Preparation on many machines.
     "datatrove": ["datatrove>=0.10"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove]",
+        "diptych[sentencepiece,demo,clean,datatrove,ctranslate2]",
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "hypothesis>=6.150",
