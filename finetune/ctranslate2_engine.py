@@ -1,7 +1,8 @@
-"""An exported folder in; a translator that stands where `generate` has a model, with the same outputs in the same order.
+"""An exported folder in; a translator that stands where `generate` has a model.
 
     translator, tokenizer = load_translator("exported")
-    translator.outputs(tokenizer, [[12, 7, 1], [8, 1]], seed=0, batch_size=16, max_new_tokens=64) -> [Output("가.", True), …]
+    translator.outputs(tokenizer, [[12, 7, 1], [8, 1]], seed=0, batch_size=16, max_new_tokens=64)
+    -> [Output("가.", True), Output("네.", True)]       in the order of the sources
 
 Greedy search gives torch's tokens, up to ties and rounding: `diptych export` proved it. Beams are CTranslate2's own
 search, which ends when as many outputs are finished as there are beams, and samples are its own draws, so these differ
@@ -117,7 +118,9 @@ class Translator:
         if config.do_sample and seed != self._seed:
             import_ctranslate2().set_random_seed(seed)
             self._translator, self._seed = self._started(), seed
-        prefix, options["max_decoding_length"] = self._forced(tokenizer, template, config, max_new_tokens)
+        prefix, hidden, most = self._forced(tokenizer, template, config, max_new_tokens)
+        options["max_decoding_length"] = max(most, 1)
+        options["min_decoding_length"] = min(options["min_decoding_length"], options["max_decoding_length"])
         longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]))
         found: list[list[Output]] = [[] for _ in source_ids]
         bar = progress if isinstance(progress, GenerationBar) else GenerationBar(len(source_ids), shown=progress)
@@ -126,8 +129,8 @@ class Translator:
             for row, hypotheses in zip(
                 rows, self._translate(tokenizer, template, source_ids, rows, prefix, options, streamer), strict=True
             ):
-                found[row] = [self._output(tokenizer, template, ids, prefix, config) for ids in hypotheses]
-                tokens += sum(len(ids) - len(prefix) for ids in hypotheses)
+                found[row] = [self._output(tokenizer, template, ids[hidden:most], config) for ids in hypotheses]
+                tokens += sum(len(ids[hidden:most]) for ids in hypotheses)
             bar.advance(len(rows), tokens)
         if bar is not progress:
             bar.close()
@@ -181,7 +184,8 @@ class Translator:
             )
         config = copy.deepcopy(self.generation_config)
         unknown = config.update(**(GREEDY | generation))
-        asked = {name for name in config.to_diff_dict() if not name.startswith("_")} - CARRIED - WITHOUT_EFFECT
+        known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
+        asked = (config.to_diff_dict().keys() & known) - CARRIED - WITHOUT_EFFECT
         refused = sorted({*unknown, *asked})
         if config.early_stopping == "never":
             refused.append("early_stopping='never'")
@@ -189,8 +193,8 @@ class Translator:
             refused.append("sampling within beams")
         if refused:
             raise UserError(
-                f"CTranslate2 has no {', '.join(refused)}. Take it out of the settings, or of generation_config.json in "
-                f"{self.folder} where it is from there; or use --engine torch with the checkpoint."
+                f"CTranslate2 has no {', '.join(refused)}. Take it out of the settings, or of "
+                f"{self.folder}/generation_config.json; or use --engine torch with the checkpoint."
             )
         return config
 
@@ -222,17 +226,19 @@ class Translator:
         template: Template | None,
         config: GenerationConfig,
         max_new_tokens: int,
-    ) -> tuple[list[int], int]:
-        """The ids that stand after the start, whatever the model would write, and how many may stand there in all."""
+    ) -> tuple[list[int], int, int]:
+        """The ids that stand after the start, whatever the model would write; how many of them are no part of the
+        text; and how many tokens may stand there in all."""
         prefix = label_prefix(tokenizer, template.decoder_prefix) if template and template.decoder_prefix else []
         most = max(max_new_tokens, len(prefix) + 1) if prefix else max_new_tokens
+        hidden = len(prefix)
         if prefix[:1] == [self.start]:
-            prefix, most = prefix[1:], most - 1
+            prefix, hidden, most = prefix[1:], hidden - 1, most - 1
         elif not prefix and config.forced_bos_token_id is not None:
             prefix = [config.forced_bos_token_id]
         if config.forced_eos_token_id is not None:
             most -= 1  # where torch writes the end at the cap, whatever the model would have written
-        return prefix, max(most, 1)
+        return prefix, hidden, most
 
     def _translate(
         self,
@@ -274,12 +280,12 @@ class Translator:
         tokenizer: PreTrainedTokenizerBase,
         template: Template | None,
         ids: list[int],
-        prefix: list[int],
         config: GenerationConfig,
     ) -> Output:
+        """Of `ids` without what was forced, end included."""
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        finished = ids[-1:] != [] and ids[-1] in ends
-        text = text_of(tokenizer, ids[len(prefix) : len(ids) - finished])
+        finished = bool(ids) and ids[-1] in ends
+        text = text_of(tokenizer, ids[: len(ids) - finished])
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
         return Output(text, finished)

@@ -48,8 +48,8 @@ class ExportSettings:
     """What weights are stored in. ctranslate2: float32, bfloat16, float16, int8 (with int8_float32, int8_bfloat16,
     int8_float16: what is not quantized). onnx, torch-export: float32."""
     rows: str = ""
-    """JSONL file of prompts to compare on, as `generate` takes them; `output` or `outputs` are references. The examples
-    that travel with the template and built-in sentences unless given."""
+    """JSONL file of prompts to compare on, as `generate` takes them; `output` or `outputs` are references. The
+    examples that travel with the template and built-in sentences unless given."""
     template: str = ""
     """Name or file of a prompt template; the one saved with the tokenizer unless given. It is saved in the export."""
     max_new_tokens: int = 64
@@ -126,8 +126,8 @@ def _write(folder: Path, settings: ExportSettings, target: ModuleType, model: An
         facts["float32"] = _exported_and_compared(target, model, tokenizer, examples, task, place, "float32")
     if fault := facts["float32"].pop("fault"):
         raise NotTheSameError(
-            f"{settings.model} was exported to {settings.to}, and does not write the same in float32: {fault}. Nothing "
-            f"was kept. Please report the model's config; its checkpoint can be used as it is."
+            f"{settings.model} was exported to {settings.to}, and does not write the same in float32: {fault}. "
+            f"Nothing was kept. Please report the model's config; its checkpoint can be used as it is."
         )
     if settings.precision != "float32":
         facts[settings.precision] = _exported_and_compared(

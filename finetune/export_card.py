@@ -56,8 +56,8 @@ tags: [diptych, {facts["to"]}]
 
 # {facts["model"]} for {facts["to"]}
 
-{facts["weights"] / 1e6:.1f} million weights ({facts["model_type"]}), stored in {facts["precision"]}. Made and proven by
-`diptych export`: both models wrote greedily on {facts["rows"]}, torch in float32.
+{facts["weights"] / 1e6:.1f} million weights ({facts["model_type"]}), stored in {facts["precision"]}. Made and
+proven by `diptych export`: both models wrote greedily on {facts["rows"]}, torch in float32.
 
 {head}
 {table}

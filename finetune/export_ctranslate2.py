@@ -56,8 +56,8 @@ def check(model: PreTrainedModel) -> None:
     if kind == "diptych":
         if faults := diptych_faults(model.config):
             raise UserError(
-                f"CTranslate2 cannot express this model: {'; '.join(faults)}. Use it as it is (`diptych generate`), or "
-                f"export it --to torch-export."
+                f"CTranslate2 cannot express this model: {'; '.join(faults)}. Use it as it is (`diptych "
+                f"generate`), or export it --to torch-export."
             )
     elif kind not in LOADERS:
         reason = REFUSED.get(kind, f"it has no loader for {kind}")
@@ -94,8 +94,8 @@ def diptych_faults(config: Any) -> list[str]:
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, precision: str) -> None:
-    """The three files above. `precision` is CTranslate2's word for what weights are stored in: int8 is of matrices, with
-    a scale for each row. UserError for what cannot be expressed."""
+    """The three files above. `precision` is CTranslate2's word for what weights are stored in: int8 is of matrices,
+    with a scale for each row. UserError for what cannot be expressed."""
     check(model)
     if precision.startswith("int8") or model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()  # int8 is computed in place, in the model's own weights
@@ -176,6 +176,8 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
         # It goes by tie_word_embeddings; T5's configs have a field for it, and mT5 never scales.
         scale = FAMILIES[kind].scale(model)
         spec.decoder.scale_outputs = scale if scale != 1.0 else "__optional"
+    if hasattr(model.config, "decoder_attention_heads"):  # the loaders take the encoder's for both
+        spec.decoder.num_heads = np.int16(model.config.decoder_attention_heads)
     if kind == "m2m_100":
         _set_sinusoids(spec, model)
     return spec
@@ -183,7 +185,7 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
 
 def _set_sinusoids(spec: Any, model: PreTrainedModel) -> None:
     """M2M100 counts from the row after the padding token's, and the padding token itself is in that row: a decoder
-    that starts with it begins one row earlier. The loader takes the table from row 2 on, whatever the padding token."""
+    that starts with it begins one row earlier. The loader takes the table from row 2 on, whatever that token is."""
     for side, panel in ((spec.encoder, model.get_encoder()), (spec.decoder, model.get_decoder())):
         table = panel.embed_positions
         starts_with_padding = side is spec.decoder and decoder_start_token(model) == table.padding_idx
@@ -335,15 +337,15 @@ def _bart(before: bool, embedding: bool) -> dict[str, bool]:
     return {"normalize_before": before, "normalize_embedding": embedding}
 
 
-# By model_type: CTranslate2's loader, and what its config has to say besides. Marian's own loader drops the last row of
-# the tables and starts from zeros, which is right only for a pad token that is last and was never trained.
+# By model_type: CTranslate2's loader, and what the config has to say besides. Its loader of Marian drops the tables'
+# last row and starts from zeros, which is right only for a pad token that is last and was never trained.
 LOADERS = {
     "t5": ("T5Loader", {}),
     "mt5": ("MT5Loader", {}),
     "umt5": ("UMT5Loader", {}),
     "bart": ("BartLoader", _bart(before=False, embedding=True)),
     "mbart": ("MBartLoader", _bart(before=True, embedding=True)),
-    "m2m_100": ("M2M100Loader", {}),
+    "m2m_100": ("M2M100Loader", _bart(before=True, embedding=False)),
     "marian": ("BartLoader", _bart(before=False, embedding=False)),
     "pegasus": ("PegasusLoader", _bart(before=True, embedding=False)),
 }

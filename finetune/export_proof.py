@@ -15,13 +15,14 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.encode import label_prefix, split_sources
-from diptych.data_prep.records import UserError
+from diptych.data_prep.records import UserError, counted
 from diptych.data_prep.templates import TOKENIZER_KEY, Template, stored_golden
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.doctor_rows import SENTENCES
@@ -130,7 +131,7 @@ def examples_of(
     examples = [
         Example(encoding.ids(max_source_tokens), own) for encoding, own in zip(encodings, references, strict=True)
     ]
-    return examples, f"{len(examples)} rows of {file}"
+    return examples, f"{counted(len(examples), 'row')} of {Path(file).name}"
 
 
 def _built_in(template: Template | None, instruction: str, text: str) -> str:
@@ -211,7 +212,7 @@ def compare(
 
 
 def _timed(write: Any, sources: Sequence[Sequence[int]], task: Task) -> tuple[list[list[int]], float]:
-    """What is written for each source, in their order, and tokens a second; the first batch once before, unmeasured."""
+    """What is written for each source, in their order, and tokens a second; the first batch runs once before."""
     order = sorted(range(len(sources)), key=lambda row: -len(sources[row]))
     batches = [order[start : start + task.batch_size] for start in range(0, len(order), task.batch_size)]
     write([sources[row] for row in batches[0]])

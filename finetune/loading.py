@@ -92,8 +92,8 @@ def check_folder(name: str) -> None:
     if kind := export_kind(name):
         use = "generate from it with --engine ctranslate2, or name" if kind == "ctranslate2" else "name"
         raise UserError(
-            f"{name} is an export to {kind}, made by `diptych export`, and no checkpoint: {use} the checkpoint that it "
-            f"was made of."
+            f"{name} is an export to {kind}, made by `diptych export`, and no checkpoint: {use} the checkpoint that "
+            f"it was made of."
         )
     if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
         raise UserError(

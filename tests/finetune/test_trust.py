@@ -251,6 +251,8 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["generate", model, "--in_file", str(place / "prompts.jsonl"), "--out_file", f"{out}/answers.jsonl"],
         ["generate", str(adapter), "--instruction", "Add.", "--input", "1 + 1"],
         ["merge", str(adapter), "--out", f"{out}/merged"],
+        ["export", model, "--out", f"{out}/exported"],
+        ["generate", f"{out}/exported", "--engine", "ctranslate2", "--instruction", "Add.", "--input", "1 + 1"],
         ["compare", f"{out}/full", f"{out}/lora", "--out", f"{out}/compared.png"],
         ["publish", f"{out}/full", "--to", "me/full", "--dry_run"],
         ["pair", str(theirs / "llm"), "--out", f"{out}/paired"],
