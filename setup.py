@@ -41,10 +41,12 @@ EXTRAS = {
     "clean": ["py3langid>=0.4", "detect-secrets>=1.5"],
     # Export to CTranslate2, and generation with it.
     "ctranslate2": ["ctranslate2>=4.8"],
+    # Export to ONNX, and its proof.
+    "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     # Preparation on many machines.
     "datatrove": ["datatrove>=0.10"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove,ctranslate2]",
+        "diptych[sentencepiece,demo,clean,datatrove,ctranslate2,onnx]",
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "hypothesis>=6.150",

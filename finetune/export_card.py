@@ -9,6 +9,9 @@ card(facts)    the same as a README.md, and how the folder is used
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+THREE_GRAPHS = """`encoder_model` reads the source, `decoder_model` the decoder's start token (see `export.json`) and
+what is forced after it, `decoder_with_past_model` each further token, with the keys and values that came out before:
+`present.…` goes in as `past_key_values.…`."""
 USES = {
     "ctranslate2": """```
 diptych generate FOLDER --engine ctranslate2 --instruction "…" --input "…"
@@ -16,6 +19,11 @@ diptych generate FOLDER --engine ctranslate2 --instruction "…" --input "…"
 
 or, without Diptych, `ctranslate2.Translator("FOLDER").translate_batch([tokens])`, where `tokens` are
 `tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)`.""",
+    "onnx": THREE_GRAPHS,
+    "torch-export": f"""{THREE_GRAPHS}
+
+`torch.export.load("FOLDER/encoder_model.pt2").module()` is called with its inputs in the order of `graphs.json`; the
+past is one list.""",
 }
 LIBRARIES = {"ctranslate2": "ctranslate2", "onnx": "onnx", "torch-export": "pytorch"}
 
