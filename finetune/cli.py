@@ -93,6 +93,7 @@ COMMANDS = {
     "publish": ("diptych.finetune.publish", "a run folder -> its final model on the Hub, with a card"),
     "pair": ("diptych.finetune.pair", "a decoder-only LLM, or two -> an encoder-decoder"),
     "merge": ("diptych.finetune.merge", "an adapter -> a plain checkpoint, with the adapter in its weights"),
+    "export": ("diptych.finetune.export", "a checkpoint -> a folder for a faster engine, proven to write the same"),
     "tokenizer": ("diptych.data_prep.tokenizer_command", "texts -> a tokenizer, a report on one, or an extended one"),
 }
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -39,6 +39,9 @@ from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.ranks import join_ranks
+
+if TYPE_CHECKING:
+    from diptych.finetune.ctranslate2_engine import Translator
 
 DEFAULT_NEW_TOKENS = 256
 LINES_SUFFIX = ".txt"
@@ -259,7 +262,10 @@ class GenerateSettings:
     """Text from a trained encoder-decoder: one prompt, a session (neither prompt nor file given), or a file."""
 
     model: str
-    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id; with --engine ctranslate2 the folder
+    that `diptych export` wrote."""
+    engine: Literal["torch", "ctranslate2"] = "torch"
+    """What computes: torch, or CTranslate2, which is faster on CPUs."""
     instruction: str = ""
     """The instruction of a single prompt, or of each line of a .txt file."""
     input: str = ""
@@ -361,9 +367,9 @@ def check_generation_names(generation: dict[str, Any]) -> None:
             )
 
 
-def resolve_limits(settings: GenerateSettings, model: PreTrainedModel) -> GenerateSettings:
+def resolve_limits(settings: GenerateSettings, model: "PreTrainedModel | Translator") -> GenerateSettings:
     """The settings with every limit filled in; UserError for one that is beyond the model's positions."""
-    limit = position_limit(model)
+    limit = position_limit(model) if isinstance(model, PreTrainedModel) else model.position_limit
     for name in ("max_source_tokens", "max_new_tokens"):
         tokens = getattr(settings, name)
         if limit is not None and tokens is not None and tokens > limit:
@@ -391,7 +397,7 @@ class Prompter(NamedTuple):
 
 
 def answer(
-    model: PreTrainedModel, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str
+    model: "PreTrainedModel | Translator", prompter: Prompter, settings: GenerateSettings, instruction: str, text: str
 ) -> None:
     """Print the output of one prompt: as it comes where there is one beam and no stop string, else when it is done."""
     from diptych.finetune.reranking import chosen_outputs  # here, because it imports this file
@@ -420,7 +426,7 @@ def answer(
         print(f"(stopped at --max_new_tokens {settings.max_new_tokens}, before its end)", file=sys.stderr)
 
 
-def run_session(model: PreTrainedModel, prompter: Prompter, settings: GenerateSettings) -> int:
+def run_session(model: "PreTrainedModel | Translator", prompter: Prompter, settings: GenerateSettings) -> int:
     """Ask for an instruction and its input, answer, ask again, until the end of input (Ctrl-D) or Ctrl-C.
 
     An empty instruction repeats the last one, so that many inputs can follow one instruction. Ctrl-C during an
@@ -465,7 +471,13 @@ def run(settings: GenerateSettings) -> int:
     if accelerator and not settings.in_file:
         raise UserError("one process answers a prompt, but several were launched. Launch one, or give --in_file.")
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
-    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
+    if settings.engine == "ctranslate2":
+        from diptych.finetune.ctranslate2_engine import load_translator  # here, because it imports this file
+
+        model, tokenizer = load_translator(settings.model, settings.dtype, device, check_template=uses_own)
+        model.check(settings.generation_kwargs())
+    else:
+        model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
     settings = resolve_limits(settings, model)
     template = load_template(settings.template) if settings.template else template_of(tokenizer)
     prompter = Prompter(tokenizer, template, settings.max_source_tokens)

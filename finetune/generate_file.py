@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, set_seed
 from diptych.data_prep.conversations import ROLES, SHAREGPT_ROLES, Fault, open_question, turns_of
 from diptych.data_prep.records import UserError, nearest
 from diptych.data_prep.templates import Template
+from diptych.finetune.ctranslate2_engine import Translator
 from diptych.finetune.generate import LINES_SUFFIX, GenerateSettings, GenerationBar, Output, Prompter
 from diptych.finetune.ranks import on_main_rank
 from diptych.finetune.reranking import chosen_outputs
@@ -191,7 +192,7 @@ def render_prompts(rows: list[PromptRow], template: Template) -> tuple[list[Prom
 
 
 def generate_file(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Translator,
     prompter: Prompter,
     settings: GenerateSettings,
     rows: list[PromptRow],
@@ -247,7 +248,7 @@ def _append(out_file: Path, chunks: list[str], is_writer: bool) -> None:
 
 
 def _generate_chunk(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Translator,
     prompter: Prompter,
     settings: GenerateSettings,
     source_ids: list[list[int]],
@@ -297,7 +298,7 @@ def _summary(out_file: Path, rows: list[PromptRow], cut: int) -> str:
 
 
 def run_identity(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Translator,
     template: Template,
     settings: GenerateSettings,
     rows: list[PromptRow],
@@ -306,13 +307,13 @@ def run_identity(
     """All that decides the bytes of out_file. Prompts are hashed as encoded: template and tokenizer are in them."""
     own = ("batch_size", "max_new_tokens", "seed")
     rules = {"decoder_prefix": list(template.decoder_prefix), "stop": list(template.stop)}
-    return {
+    is_torch = not isinstance(model, Translator)
+    engine = {"weights_sha256": weights_sha256(model), "torch": torch.__version__} if is_torch else model.identity()
+    return engine | {
         "prompts_sha256": _sha256(json.dumps([[[row.fields, row.error] for row in rows], source_ids]).encode()),
-        "weights_sha256": weights_sha256(model),
         "generation_config": json.loads(model.generation_config.to_json_string(use_diff=False)),
         "settings": {name: getattr(settings, name) for name in own} | rules | settings.generation_kwargs(),
         "device": model.device.type,
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 

@@ -42,6 +42,8 @@ from diptych.finetune.trust import MODEL_WEIGHTS, check_adapter, check_sizes, we
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
 ADAPTER_CONFIG = "adapter_config.json"
+EXPORT_FILE = "export.json"
+"""What `diptych export` writes into the folders that it makes."""
 # False, and not left out: left out, transformers would ask on the terminal whether to run the checkpoint's code.
 _NO_CODE = {"trust_remote_code": False}
 
@@ -87,6 +89,12 @@ def check_folder(name: str) -> None:
     """UserError where `name` is neither a folder nor on a Hub that can be reached, or a folder without checkpoint."""
     check_place(name)
     folder = Path(name)
+    if kind := export_kind(name):
+        use = "generate from it with --engine ctranslate2, or name" if kind == "ctranslate2" else "name"
+        raise UserError(
+            f"{name} is an export to {kind}, made by `diptych export`, and no checkpoint: {use} the checkpoint that "
+            f"it was made of."
+        )
     if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
         raise UserError(
             f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder "
@@ -97,6 +105,17 @@ def check_folder(name: str) -> None:
 def _checkpoint_inside(folder: Path) -> str:
     inside = sorted(file.parent for file in folder.glob("*/config.json"))
     return f" Did you mean {inside[-1]}?" if inside else ""
+
+
+def export_kind(name: str) -> str:
+    """What the folder was exported to (`ctranslate2`, `onnx`, `torch-export`); "" where it is no export."""
+    file = Path(name) / EXPORT_FILE
+    if not file.is_file():
+        return ""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["to"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} says nothing that `diptych export` writes ({error}). Export again.") from None
 
 
 def adapter_settings(name: str) -> dict:

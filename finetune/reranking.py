@@ -16,13 +16,14 @@ import sacrebleu
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.finetune.ctranslate2_engine import Translator
 from diptych.finetune.generate import Output, generate_outputs
 
 EPSILON_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "epsilon_cutoff": 0.02}
 
 
 def chosen_outputs(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Translator,
     tokenizer: PreTrainedTokenizerBase,
     source_ids: Sequence[Sequence[int]],
     *,
@@ -30,7 +31,9 @@ def chosen_outputs(
     mbr_samples: int = 0,
     **settings: Any,
 ) -> list[Output]:
-    """Those of `mbr_outputs` where samples are asked for, else of `generate_outputs`."""
+    """Those of `mbr_outputs` where samples are asked for, else of `generate_outputs`, by either engine."""
+    if isinstance(model, Translator):
+        return model.outputs(tokenizer, source_ids, seed=seed, **settings)
     if mbr_samples:
         return mbr_outputs(model, tokenizer, source_ids, samples=mbr_samples, seed=seed, **settings)
     return generate_outputs(model, tokenizer, source_ids, **settings)

@@ -273,6 +273,8 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["generate", str(adapter), "--instruction", "Add.", "--input", "1 + 1"],
         ["inspect", str(adapter), "--source", "1 + 1", "--out", f"{out}/inspect.html"],
         ["merge", str(adapter), "--out", f"{out}/merged"],
+        ["export", model, "--out", f"{out}/exported"],
+        ["generate", f"{out}/exported", "--engine", "ctranslate2", "--instruction", "Add.", "--input", "1 + 1"],
         ["compare", f"{out}/full", f"{out}/lora", "--out", f"{out}/compared.png"],
         ["publish", f"{out}/full", "--to", "me/full", "--dry_run"],
         ["pair", str(theirs / "llm"), "--out", f"{out}/paired"],

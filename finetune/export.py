@@ -1,0 +1,205 @@
+"""A checkpoint in; a folder for a faster or smaller engine out, proven on the spot.
+
+    diptych export runs/full/final --to ctranslate2 --precision int8 --out exported
+    diptych generate exported --engine ctranslate2 --instruction … --input …
+
+    exported/  what the engine reads (export_ctranslate2.py), the tokenizer with its template, generation_config.json
+               export.json    what was exported, and the proof, as figures
+               README.md      the same as a card
+               manifest.json  size and hash of each file
+
+The export is made in float32 first and compared with the torch model in float32 (export_proof.py): greedy tokens on
+rows, and logits. If they differ by more than rounding, the command ends with exit code 1 and leaves nothing behind.
+Then the precision that was asked for is measured in the same way: what it changes, its size, its speed.
+"""
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from diptych.data_prep.records import UserError
+from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.exits import BUG
+
+
+class NotTheSameError(UserError):
+    """The export was made, and does not write what the model writes."""
+
+    exit_code = BUG
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Export a checkpoint to another engine, and prove that it writes the same."""
+
+    model: str
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id. An adapter is merged."""
+    to: Literal["ctranslate2", "onnx", "torch-export"] = "ctranslate2"
+    """The engine."""
+    out: str = ""
+    """New folder for the export."""
+    precision: str = "float32"
+    """What weights are stored in. ctranslate2: float32, bfloat16, float16, int8 (with int8_float32, int8_bfloat16,
+    int8_float16: what is not quantized). onnx, torch-export: float32."""
+    rows: str = ""
+    """JSONL file of prompts to compare on, as `generate` takes them; `output` or `outputs` are references. The
+    examples that travel with the template and built-in sentences unless given."""
+    template: str = ""
+    """Name or file of a prompt template; the one saved with the tokenizer unless given. It is saved in the export."""
+    max_new_tokens: int = 64
+    """No row gets longer in the comparison."""
+    batch_size: int = 8
+    """Rows written together in the comparison."""
+    device: str = "cpu"
+    """Where both are run for the comparison: cpu, or cuda."""
+
+    def __post_init__(self):
+        if not self.out:
+            raise UserError("out is not set. Name a new folder for the export: --out …")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if self.precision not in PRECISIONS[self.to]:
+            raise UserError(
+                f"precision is {self.precision!r}; for {self.to} there is {', '.join(PRECISIONS[self.to])}."
+            )
+
+
+# What the engines store weights in, here so that a mistake is told before torch is imported.
+PRECISIONS = {
+    "ctranslate2": ("float32", "bfloat16", "float16", "int8", "int8_float32", "int8_bfloat16", "int8_float16"),
+    "onnx": ("float32",),
+    "torch-export": ("float32",),
+}
+
+
+TARGETS = {
+    "ctranslate2": "diptych.finetune.export_ctranslate2",
+    "onnx": "diptych.finetune.export_onnx",
+    "torch-export": "diptych.finetune.export_torch",
+}
+"""Modules with `check(model)`, `write(model, tokenizer, folder, precision)` and `open_export(folder, device)`."""
+
+
+def export(settings: ExportSettings) -> Path:
+    """The new folder. UserError for what cannot be expressed, NotTheSameError for an export that proved wrong."""
+    import torch  # seconds, that --help need not wait for
+
+    from diptych.data_prep.templates import attach_template, load_template
+    from diptych.finetune.checkpoint import write_new_folder
+    from diptych.finetune.loading import load_model_and_tokenizer, pick_device
+    from diptych.finetune.merge import new_folder
+
+    out, target = new_folder(settings.out), importlib.import_module(TARGETS[settings.to])
+    name, device = os.path.expanduser(settings.model), pick_device(settings.device)
+    model, tokenizer = load_model_and_tokenizer(name, torch.float32, device, not settings.template)
+    target.check(model)
+    if settings.template:
+        attach_template(tokenizer, load_template(settings.template))
+    needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    write_new_folder(out, lambda folder: _write(folder, settings, target, model, tokenizer), needed)
+    return out
+
+
+def _write(folder: Path, settings: ExportSettings, target: ModuleType, model: Any, tokenizer: Any) -> None:
+    """Export, proof and card. What is raised here leaves no folder."""
+    from diptych.data_prep.templates import carried_template
+    from diptych.finetune.checkpoint import write_json, write_text
+    from diptych.finetune.export_card import card, lines
+    from diptych.finetune.export_proof import examples_of, task_of
+    from diptych.finetune.loading import EXPORT_FILE, position_limit
+
+    template, limit = carried_template(tokenizer), position_limit(model)
+    examples, described = examples_of(settings.rows, tokenizer, template, limit)
+    task = task_of(model, tokenizer, template, min(settings.max_new_tokens, limit or sys.maxsize), settings.batch_size)
+    facts = {"model": shown_name(settings.model), "rows": described, "batch_size": task.batch_size}
+    facts |= {"torch_bytes": _weight_bytes(settings.model, model)}
+    with tempfile.TemporaryDirectory(prefix=".exact-", dir=folder.parent) as beside:
+        # In float32 first, whatever is asked for: only there does a difference tell a wrong export from a coarse one.
+        place = folder if settings.precision == "float32" else Path(beside)
+        facts["float32"] = _exported_and_compared(target, model, tokenizer, examples, task, place, "float32")
+    if fault := facts["float32"].pop("fault"):
+        raise NotTheSameError(
+            f"{settings.model} was exported to {settings.to}, and does not write the same in float32: {fault}. "
+            f"Nothing was kept. Please report the model's config; its checkpoint can be used as it is."
+        )
+    if settings.precision != "float32":
+        facts[settings.precision] = _exported_and_compared(
+            target, model, tokenizer, examples, task, folder, settings.precision
+        )
+        del facts[settings.precision]["fault"]
+    facts = read_facts(folder) | facts
+    write_json(folder / EXPORT_FILE, facts)
+    write_text(folder / "README.md", card(facts))
+    print("\n".join(lines(facts)))
+
+
+def _exported_and_compared(
+    target: ModuleType, model: Any, tokenizer: Any, examples: list, task: Any, folder: Path, precision: str
+) -> dict[str, Any]:
+    """Fills `folder`; size, speed and differences of what is in it."""
+    from diptych.finetune.checkpoint import write_json
+    from diptych.finetune.export_proof import compare
+    from diptych.finetune.families import decoder_start_token
+    from diptych.finetune.loading import EXPORT_FILE, position_limit
+
+    target.write(model, tokenizer, folder, precision)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    tokenizer.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    facts = {
+        "to": target.NAME,
+        "precision": precision,
+        "model_type": model.config.model_type,
+        "weights": sum(weight.numel() for weight in model.parameters()),
+        "decoder_start_token_id": decoder_start_token(model),
+        "position_limit": position_limit(model),
+    }
+    write_json(folder / EXPORT_FILE, facts)
+    exported = target.open_export(folder, model.device)
+    comparison = compare(model, exported, tokenizer, examples, task)
+    computed = {"computed_in": exported.computed_in, "device": model.device.type, "bytes": size}
+    return computed | comparison.as_json() | {"fault": comparison.fault()}
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    from diptych.finetune.checkpoint import read_json
+    from diptych.finetune.loading import EXPORT_FILE
+
+    return read_json(folder / EXPORT_FILE)
+
+
+def shown_name(model: str) -> str:
+    """A Hub id as it is, of a folder the last two parts: the others are this machine's alone."""
+    path = Path(model).expanduser()
+    return "/".join(path.absolute().parts[-2:]) if path.is_dir() else model
+
+
+def _weight_bytes(name: str, model: Any) -> int:
+    """Of the checkpoint's files; of an adapter, those that it has merged in float32."""
+    from diptych.finetune.loading import adapter_settings
+    from diptych.finetune.trust import MODEL_WEIGHTS, weight_files
+
+    if adapter_settings(os.path.expanduser(name)):
+        return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return sum(file.stat().st_size for file in weight_files(os.path.expanduser(name), MODEL_WEIGHTS))
+
+
+def run_export(settings: ExportSettings) -> int:
+    out = export(settings)
+    print(f"{settings.model} is in {out} ({settings.to}, {settings.precision})")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return report_errors("diptych export", run_export, parse_settings(ExportSettings, "diptych export", argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,120 @@
+"""`diptych export --to torch-export` and `--to onnx`: files written, read back by torch and ONNX Runtime, and run."""
+
+import sys
+
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from diptych.data_prep.records import UserError
+from diptych.finetune import export_graphs, export_onnx, export_torch
+from diptych.finetune.checkpoint import fault_of, read_json
+from diptych.finetune.cli import main
+from diptych.finetune.export_graphs import DECODER, ENCODER, WITH_PAST
+from diptych.finetune.loading import EXPORT_FILE, load_tokenizer
+from diptych.modeling import DiptychConfig
+
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "initializer_range": 0.25}
+SHALLOW = {"t5": {"num_layers": 1, "num_decoder_layers": 1}, "bart": {"encoder_layers": 1, "decoder_layers": 1}}
+DIPTYCHS = {
+    "diptych": {"qk_norm": True, "encoder": {"lookahead": 2, "hidden_size": 48}},
+    "diptych_merged": {"cross_attention": "merged"},
+}
+
+
+@pytest.fixture
+def checkpoint(new_model, tiny_tokenizer, tmp_path):
+    def make(kind: str):
+        torch.manual_seed(0)
+        if kind in DIPTYCHS:
+            config = DiptychConfig(vocab_size=len(tiny_tokenizer), **IDS, **SHAPE, **DIPTYCHS[kind])
+            model = AutoModelForSeq2SeqLM.from_config(config)
+        else:
+            model = new_model(kind, **SHALLOW[kind])
+        model.save_pretrained(tmp_path / kind)
+        tiny_tokenizer.save_pretrained(tmp_path / kind)
+        return tmp_path / kind
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [("torch-export", "diptych_merged"), ("onnx", "diptych"), ("onnx", "t5")],
+)
+def test_three_graphs_write_what_torch_writes(engine, kind, checkpoint, tmp_path, capfd):
+    out = tmp_path / "export"
+    assert main(["export", str(checkpoint(kind)), "--to", engine, "--max_new_tokens", "12", "--out", str(out)]) == 0
+    said = capfd.readouterr()
+    assert "float32  11 of 11 rows the same" in said.out and "torchvision" not in said.err
+    assert not fault_of(out)
+    suffix = "onnx" if engine == "onnx" else "pt2"
+    assert {file.stem for file in out.glob(f"*.{suffix}")} == {ENCODER, DECODER, WITH_PAST}
+    facts = read_json(out / EXPORT_FILE)
+    assert (
+        facts["to"] == engine and facts["float32"]["max_logit_difference"] < 1e-5 * facts["float32"]["largest_logit"]
+    )
+    assert facts["float32"]["rows_with_logits"] == 11 and facts["float32"]["tokens"] > 40
+    assert "decoder_with_past_model" in (out / "README.md").read_text(encoding="utf-8")
+    assert load_tokenizer(str(out))("Go.")["input_ids"][-1] == 1
+    if engine == "onnx":
+        check_names(out)
+    assert main(["generate", str(out), "--instruction", "Go."]) == 2
+    assert f"is an export to {engine}" in capfd.readouterr().err
+
+
+def check_names(out) -> None:
+    """Those that Optimum gives."""
+    graph = onnx.load(out / f"{WITH_PAST}.onnx").graph
+    assert [put.name for put in graph.input] == [
+        "input_ids",
+        "encoder_attention_mask",
+        "past_key_values.0.decoder.key",
+        "past_key_values.0.decoder.value",
+        "past_key_values.0.encoder.key",
+        "past_key_values.0.encoder.value",
+    ]
+    assert [put.name for put in graph.output] == ["logits", "present.0.decoder.key", "present.0.decoder.value"]
+
+
+def test_a_family_whose_head_is_not_known_is_refused_and_so_is_a_precision(new_model, checkpoint, tmp_path, capsys):
+    for target in (export_torch, export_onnx):
+        with pytest.raises(UserError, match=f"{target.NAME} is written for bart, diptych, m2m_100.*what a blenderbot"):
+            target.check(new_model("blenderbot"))
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "x", "--to", "onnx", "--precision", "int8", "--out", str(tmp_path / "new")])
+    assert ended.value.code == 2
+    assert "precision is 'int8'; for onnx there is float32." in capsys.readouterr().err
+
+
+def test_masks_are_made_as_before_after_an_export(new_model):
+    model, ids = new_model("diptych_merged"), torch.tensor([[5, 6, 7], [8, 9, 0]])
+    asked = {"input_ids": ids, "attention_mask": (ids != 0).long(), "decoder_input_ids": ids}
+    with torch.no_grad():
+        before = model(**asked).logits
+        with export_graphs.masks_without_vmap():
+            within = model(**asked).logits
+        after = model(**asked).logits
+    assert torch.equal(before, after)
+    torch.testing.assert_close(within, before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("absent", "arguments"),
+    [
+        ("ctranslate2", ["export", "{model}", "--out", "{new}"]),
+        ("ctranslate2", ["generate", "{model}", "--engine", "ctranslate2", "--instruction", "Go."]),
+        ("onnxruntime", ["export", "{model}", "--to", "onnx", "--out", "{new}"]),
+    ],
+)
+def test_a_package_that_is_not_installed_is_told_with_its_install_line(
+    absent, arguments, t5_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, absent, None)  # as the import system has it: there is none
+    assert main([word.format(model=t5_checkpoint, new=tmp_path / "new") for word in arguments]) == 2
+    extra = "onnx" if absent == "onnxruntime" else absent
+    assert f"pip install 'diptych[{extra}]'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
