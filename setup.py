@@ -43,10 +43,15 @@ EXTRAS = {
     "ctranslate2": ["ctranslate2>=4.8"],
     # Export to ONNX, and its proof.
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
+    # `diptych serve`.
+    "serve": ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"],
+    # `diptych demo`.
+    "gradio": ["gradio>=6.29"],
     # Preparation on many machines.
     "datatrove": ["datatrove>=0.10"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove,ctranslate2,onnx]",
+        "diptych[sentencepiece,demo,clean,datatrove,ctranslate2,onnx,serve,gradio]",
+        "openai>=3.0",  # the client that serve is tested with
         "pytest>=9.2",
         "pytest-xdist>=3.8",
         "hypothesis>=6.150",
@@ -69,8 +74,8 @@ setup(
     packages=["diptych.modeling", "diptych.data_prep", "diptych.finetune"],
     package_dir={"diptych.modeling": "modeling", "diptych.data_prep": "data_prep", "diptych.finetune": "finetune"},
     package_data={
-        "diptych.data_prep": ["samples/*", "frames/*.jinja"],
-        "diptych.finetune": ["recipes/*.yaml", "frames/*.jinja"],
+        "diptych.data_prep": ["samples/*", "frames/*"],
+        "diptych.finetune": ["recipes/*.yaml", "frames/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 import numpy
 
-from diptych.data_prep.text_shown import prose, shortened, token_markup, visible
+from diptych.data_prep.text_shown import FRAMES, prose, shortened, token_markup, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FRAMES = Path(__file__).parent / "frames"
+
 PAGE = "report.html.jinja"
 
 STAGES = {"check": "checks", "clean": "cleaning", "template": "template", "length": "length limits"}

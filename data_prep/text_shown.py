@@ -11,12 +11,16 @@ import functools
 import re
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+FRAMES = Path(__file__).parent / "frames"
+"""Of pages; page.css is what all of them look like."""
 
 LONGEST_TEXT = 2_000
 """Characters of one text that the page shows; report.json has all of them."""
@@ -103,6 +107,12 @@ def token_markup(text: str | None) -> Markup:
     text = shortened(text or "", LONGEST_TOKEN)
     sits_on_a_letter = text[:1] and unicodedata.category(text[0]) in ("Mn", "Mc", "Me")
     return marked_up("\u25cc" + text if sits_on_a_letter else text, IN_A_TOKEN)
+
+
+def token_text(text: str) -> str:
+    """`token_markup` without markup, for places that take text alone: " Go" → "␣Go"."""
+    text = re.sub(IN_A_TOKEN, lambda found: BLANKS.get(found[0]) or _name_of(found[0]), text)
+    return shortened(text, LONGEST_TOKEN)
 
 
 def shortened(text: Any, characters: int = LONGEST_TEXT) -> Any:

@@ -8,6 +8,7 @@ one message without a traceback. Nothing heavy is imported before a subcommand i
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -41,16 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(module).main(rest)
     except KeyboardInterrupt:  # while it was still importing
         return 130
+    except BrokenPipeError:  # `| head` has read enough; nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _list_commands() -> str:
     return "\n".join(f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
 
 
-def parse_settings(settings_class: type[Settings], command: str, argv: Sequence[str] | None) -> Settings:
+def parse_settings(
+    settings_class: type[Settings], command: str, argv: Sequence[str] | None, usage: str | None = None
+) -> Settings:
     """The command line as a frozen dataclass (arguments.py). What cannot be meant ends the process with code 2."""
     try:
-        return parse(settings_class, command, sys.argv[1:] if argv is None else argv)
+        return parse(settings_class, command, sys.argv[1:] if argv is None else argv, usage)
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -80,6 +86,9 @@ COMMANDS = {
     "evaluate": ("diptych.finetune.evaluation", "a checkpoint and a prepared split -> loss and metrics"),
     "compare": ("diptych.finetune.compare", "two runs or two reports -> what differs, whether by chance, and curves"),
     "generate": ("diptych.finetune.generate", "a prompt, a session or a JSONL file -> text"),
+    "inspect": ("diptych.finetune.inspection", "a checkpoint and an input -> a page that shows each step inside"),
+    "demo": ("diptych.finetune.demo", "a checkpoint, or two side by side, on a page to try"),
+    "serve": ("diptych.finetune.serve", "a checkpoint behind OpenAI's HTTP interface"),
     "doctor": ("diptych.finetune.doctor", "a checkpoint -> whether its training is right, and what to do if not"),
     "publish": ("diptych.finetune.publish", "a run folder -> its final model on the Hub, with a card"),
     "pair": ("diptych.finetune.pair", "a decoder-only LLM, or two -> an encoder-decoder"),

@@ -45,6 +45,8 @@ class Family:
     """What the decoder's states are multiplied with before the head."""
     logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, logits: logits
     """Model and what its head computed (N, V) -> the logits that it means (N, V)."""
+    final_norm: str | None = "norm"
+    """The decoder's module that its last layer's states go through, if there is one."""
     attentions: tuple[str, ...] = ("eager", "sdpa", "flex_attention", VARLEN)
     """Implementations of attention that can keep packed examples apart."""
     gpu_varlen: bool = True
@@ -194,8 +196,8 @@ T5_LAYERS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
 BART_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-t5 = partial(Family, T5_LAYERS, gpu_varlen=False, overflows_in_fp16=True)
-bart = partial(Family, BART_LAYERS, _in_table, logits=_with_bias, has_position_table=True)
+t5 = partial(Family, T5_LAYERS, final_norm="final_layer_norm", gpu_varlen=False, overflows_in_fp16=True)
+bart = partial(Family, BART_LAYERS, _in_table, logits=_with_bias, final_norm="layer_norm", has_position_table=True)
 
 FAMILIES = {
     "diptych": Family(LLAMA_LAYERS, _as_argument),
@@ -203,10 +205,11 @@ FAMILIES = {
     "t5": t5(scale=_t5_scale),
     "mt5": t5(),
     "umt5": t5(scale=_umt5_scale),
-    "bart": bart(),
+    "bart": bart(final_norm=None),
     "mbart": bart(),
-    "m2m_100": Family(BART_LAYERS, _in_sinusoids),  # its table of sinusoids grows when a row is longer
-    "marian": bart(),
+    # Its table of sinusoids grows when a row is longer.
+    "m2m_100": Family(BART_LAYERS, _in_sinusoids, final_norm="layer_norm"),
+    "marian": bart(final_norm=None),
     "pegasus": bart(),
     "t5gemma": Family(
         LLAMA_LAYERS,

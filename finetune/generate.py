@@ -56,6 +56,8 @@ class Output(NamedTuple):
     """What was generated, without special tokens, up to the template's stop string."""
     finished: bool
     """Whether the model ended it, with its end token or a stop string, and not the cap on new tokens."""
+    ids: tuple[int, ...] = ()
+    """The tokens that it was written with, without an end token."""
 
 
 class GenerationBar(tqdm):
@@ -130,7 +132,7 @@ def generate_outputs(
         for start in range(0, len(longest_first), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = [source_ids[row] for row in rows]
-            found, tokens = _generate_batch(
+            found, tokens = generate_batch(
                 model, tokenizer, batch, max_new_tokens, template, GREEDY | generation_kwargs
             )
             each = len(found) // len(rows)
@@ -161,7 +163,7 @@ def pad_sources(source_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[
     return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
 
 
-def _generate_batch(
+def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source_ids: Sequence[Sequence[int]],
@@ -175,12 +177,13 @@ def _generate_batch(
     if prefix:
         inputs["decoder_input_ids"] = torch.tensor([prefix] * len(source_ids))
         max_new_tokens = max(1, max_new_tokens - len(prefix))
+    criteria = StoppingCriteriaList(generation_kwargs.get("stopping_criteria", ()))
     if template and template.stop:
-        stop = StoppingCriteriaList([StopStrings(tokenizer, template)])
-        generation_kwargs = generation_kwargs | {"stopping_criteria": stop}
+        criteria.append(StopStrings(tokenizer, template))
+    generation_kwargs = generation_kwargs | {"stopping_criteria": criteria}
     inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
     try:
-        config, others = _generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
+        config, others = generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
         sequences = model.generate(**inputs, generation_config=config, **others).tolist()
     except ValueError as error:  # how transformers refuses settings, some of them only now
         raise UserError(f"transformers' generate refuses this: {error}") from error
@@ -188,21 +191,21 @@ def _generate_batch(
         raise UserError(f"{len(source_ids)} rows do not fit into memory together. Lower batch_size.") from error
     outputs, tokens = [], 0
     for sequence in sequences:
-        ids, finished = _new_tokens(sequence, prefix, config)
+        ids, finished = new_tokens(sequence, prefix, config)
         text = text_of(tokenizer, ids)
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
-        outputs.append(Output(text, finished))
+        outputs.append(Output(text, finished, tuple(ids)))
         tokens += len(ids) + finished
     return outputs, tokens
 
 
-def _new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig) -> tuple[list[int], bool]:
+def new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig) -> tuple[list[int], bool]:
     """What the model added to start and prefix, up to its end token; and whether it wrote one."""
     # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for. A prefix that
     # begins with the start token is given as it is; before any other, transformers puts the start.
     given = len(prefix) + (sequence[0] not in prefix[:1])
-    ids, finished = _cut_at_eos(sequence[given:], config.eos_token_id)
+    ids, finished = _cut_at_eos(sequence[given:], end_tokens(config))
     if config.forced_eos_token_id is not None and len(ids) + 1 == config.max_new_tokens:
         finished = False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
     return ids, finished
@@ -224,7 +227,7 @@ class StopStrings(StoppingCriteria):
         return any(stop in text for stop in self.template.stop)
 
 
-def _generation_config(
+def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """The checkpoint's own with these settings, and what of them is no part of a config (a streamer).
@@ -241,9 +244,13 @@ def _generation_config(
     return config, others
 
 
-def _cut_at_eos(ids: list[int], eos_token_id: int | list[int] | None) -> tuple[list[int], bool]:
+def end_tokens(config: GenerationConfig) -> list[int | None]:
+    """A config may name several tokens that end a row."""
+    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+
+
+def _cut_at_eos(ids: list[int], ends: list[int | None]) -> tuple[list[int], bool]:
     """`[31, 40, 1, 0, 0]` with eos 1 -> `[31, 40], True`; without an eos, all of it and False."""
-    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     for position, token in enumerate(ids):
         if token in ends:
             return ids[:position], True

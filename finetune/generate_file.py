@@ -119,7 +119,7 @@ def _json_row(line: bytes) -> PromptRow:
     if not isinstance(fields, dict):
         return PromptRow({}, error=f"a JSON object is needed, got {type(fields).__name__}")
     try:
-        return PromptRow(fields, _prompt_of(fields))
+        return PromptRow(fields, prompt_of(fields))
     except (UserError, Fault) as error:
         return PromptRow(fields, error=str(error))
 
@@ -128,7 +128,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"invalid UTF-8 at byte {error.start + 1} of the line"
 
 
-def _prompt_of(fields: dict[str, Any]) -> Prompt:
+def prompt_of(fields: dict[str, Any]) -> Prompt:
     """What these fields ask. UserError, or a Fault of a conversation, with what keeps them from being a prompt."""
     taken = [name for name in OUR_FIELDS if name in fields]
     if taken:

@@ -246,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if len(argv) > 1 and not any(word.startswith("-") for word in argv[:2]):
         argv = [argv[0], "--decoder", *argv[1:]]
-    return report_errors("diptych pair", run_pair, parse_settings(PairSettings, "diptych pair", argv))
+    usage = "diptych pair ENCODER [DECODER] --out FOLDER [--SETTING VALUE ...]"
+    return report_errors("diptych pair", run_pair, parse_settings(PairSettings, "diptych pair", argv, usage))
 
 
 if __name__ == "__main__":

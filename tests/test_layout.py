@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("modeling", "data_prep", "finetune")
-OTHER_FOLDERS = {"benchmarks", "examples", "tests"}
+OTHER_FOLDERS = {"benchmarks", "docs", "examples", "tests"}
 ROOT_FILES = {
     "CONTRIBUTING.md",
     "LICENSE",

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import shutil
 import socket
 import string
 import threading
@@ -25,47 +24,6 @@ from diptych.data_prep.text_shown import HIDDEN, token_chips
 from diptych.data_prep.train_tokenizer import train_tokenizer
 
 PHONE = {"viewport": {"width": 360, "height": 740}}
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome on PATH")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=found[0], args=[*QUIET, "--disable-sync"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def visit(browser, tmp_path):
-    """visit(html) opens it as a file, with all <details> open, and tells what it showed and what it tried."""
-
-    def open_page(html, ask="() => null", media=None, **context):
-        file = tmp_path / "page.html"
-        file.write_text(html, encoding="utf-8")
-        with browser.new_context(**context) as window:
-            page = window.new_page()
-            page.emulate_media(media=media)
-            seen = SimpleNamespace(requests=[], dialogs=[], errors=[])
-            page.on("request", lambda request: seen.requests.append(request.url))
-            page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
-            page.on("pageerror", lambda error: seen.errors.append(str(error)))
-            page.on("console", lambda message: seen.errors.append(message.text))
-            page.goto(file.as_uri(), wait_until="load")
-            page.evaluate("document.querySelectorAll('details').forEach(d => d.setAttribute('open', ''))")
-            page.wait_for_timeout(60)  # for what a page may do after it has loaded
-            seen.requests = [url for url in seen.requests if url != file.as_uri() and not url.startswith("data:")]
-            seen.text = page.evaluate("document.body.innerText")
-            seen.ran = page.evaluate("window.ran === true")
-            seen.too_wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-            seen.answer = page.evaluate(ask)
-        return seen
-
-    return open_page
 
 
 @pytest.fixture

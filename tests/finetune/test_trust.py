@@ -22,6 +22,7 @@ import pyarrow
 import pytest
 import torch
 import xxhash
+from nursery import free_port
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, T5ForConditionalGeneration
 
@@ -65,10 +66,30 @@ def _watch(event, arguments):
 sys.addaudithook(_watch)
 """
 DAY = """
-import json, sys
+import json, os, signal, sys, threading, time, urllib.request
 from diptych.finetune import cli
+
+def visit(port):
+    # What serves is asked once, and then told to end.
+    body = json.dumps({"prompt": "Add.", "input": "1 + 1"}).encode()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            opener.open(f"http://127.0.0.1:{port}/v1/completions", body)
+        except ConnectionError:
+            continue
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, ConnectionError):
+                time.sleep(0.1)
+                continue
+            print("served:", error)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+
 for arguments in json.loads(sys.argv[1]):
     print("$", *arguments, flush=True)
+    if "--port" in arguments:
+        threading.Thread(target=visit, args=[arguments[-1]]).start()
     try:
         code = cli.main(arguments)
     except SystemExit as error:
@@ -250,6 +271,7 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["evaluate", model, "--data", f"{out}/prepared", "--split", "validation", "--out", f"{out}/report.json"],
         ["generate", model, "--in_file", str(place / "prompts.jsonl"), "--out_file", f"{out}/answers.jsonl"],
         ["generate", str(adapter), "--instruction", "Add.", "--input", "1 + 1"],
+        ["inspect", str(adapter), "--source", "1 + 1", "--out", f"{out}/inspect.html"],
         ["merge", str(adapter), "--out", f"{out}/merged"],
         ["export", model, "--out", f"{out}/exported"],
         ["generate", f"{out}/exported", "--engine", "ctranslate2", "--instruction", "Add.", "--input", "1 + 1"],
@@ -257,6 +279,8 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["publish", f"{out}/full", "--to", "me/full", "--dry_run"],
         ["pair", str(theirs / "llm"), "--out", f"{out}/paired"],
         ["denoise", "--data", str(theirs / "data" / "rows.jsonl"), "--tokenizer", model, "--out", f"{out}/raw"],
+        ["demo", str(adapter), "--port", str(free_port())],
+        ["serve", str(adapter), "--port", str(free_port())],
         ["doctor", model, "--data", str(theirs / "data" / "rows.jsonl")],
     )
     server.shutdown()

@@ -1,0 +1,396 @@
+"""`diptych demo`: a page on which to try a checkpoint, or two of them side by side.
+
+    diptych demo runs/full/final
+    diptych demo runs/lora/final --beside my-checkpoint --examples prompts.jsonl
+    diptych demo me/capitals --export_space space      a folder that the Hub serves as a Space, written and not run
+
+The answer comes as it is written, by serve's engine (batching.py), and is that of `diptych generate`; below it stands
+where the decoder looked while it wrote. The page is Gradio's, at the loopback, asks nothing of any other host, takes
+no files, and shows all text as text. Beyond the loopback it demands a password, from the environment:
+DIPTYCH_PASSWORD.
+"""
+
+import json
+import os
+import queue
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from markupsafe import Markup
+from transformers import PreTrainedModel
+
+from diptych.data_prep.encode import label_prefix
+from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import load_template, template_of
+from diptych.data_prep.text_shown import token_markup
+from diptych.finetune import inspection_facts as facts
+from diptych.finetune.attentions import mean_weights
+from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece
+from diptych.finetune.checkpoint import write_new_folder
+from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.families import decoder_start_token
+from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
+from diptych.finetune.generate_file import read_prompts
+from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.web import LOOPBACK_NAMES, address, check_port, listen, need_secret, run_until_signal
+
+INSTALL = "pip install 'diptych[gradio]'"
+PASSWORD_VARIABLE = "DIPTYCH_PASSWORD"
+USER = "diptych"
+FRAMES = Path(__file__).parent / "frames"
+MOST_MAP_TOKENS = 160
+"""Of source and answer; a larger map cannot be read."""
+MOST_EXAMPLES = 12
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors {};"
+)
+"""By which a browser asks no other host. Gradio's own page needs inline scripts."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """A page on which to try a checkpoint, or two of them side by side."""
+
+    model: str
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
+    beside: str = ""
+    """A second checkpoint, whose answer is shown beside."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Any but the loopback's needs a password in the environment, DIPTYCH_PASSWORD; the user is
+    diptych."""
+    port: int = 7860
+    """0 takes a free one, which is said."""
+    examples: str = ""
+    """JSONL file of rows with `instruction` and `input`, of which the first are offered on the page."""
+    template: str = ""
+    """Name or file of a prompt template; the one saved with the tokenizer unless given."""
+    max_new_tokens: int | None = None
+    """The longest answer that can be asked for; 256, or the model's own limit if that is lower, unless given."""
+    public: bool = False
+    """Let everybody in without a password, wherever it listens: for a Space."""
+    export_space: str = ""
+    """Write a new folder that works as a Hugging Face Space, with a copy of the checkpoint if it is a folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto` is as the checkpoint was saved."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
+
+    def __post_init__(self):
+        check_port(self.port)
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
+
+
+class Contestant(NamedTuple):
+    """One of the checkpoints on the page."""
+
+    name: str
+    model: PreTrainedModel
+    prompter: Prompter
+    engine: Engine
+    most_tokens: int
+
+    def attention(self, source_ids: list[int], answer: Answer) -> str:
+        """Where the decoder looked, as a table: rows are what it wrote, columns what it read."""
+        tokenizer = self.prompter.tokenizer
+        if max(len(source_ids), len(answer.ids)) > MOST_MAP_TOKENS or not answer.ids:
+            return _note(f"A map of attention is drawn of up to {MOST_MAP_TOKENS} tokens on either side.")
+        prefix = label_prefix(tokenizer, self.prompter.template.decoder_prefix)
+        start = decoder_start_token(self.model)
+        decoder_ids = [start, *(prefix if prefix[:1] != [start] else prefix[1:]), *answer.ids]
+        passage = facts.read_and_write(self.model, source_ids, decoder_ids)
+        weights = mean_weights(passage.seen.cross)[-len(answer.ids) :]
+        read, written = (facts.token_chips(tokenizer, ids) for ids in (source_ids, answer.ids))
+        most = float(weights.max())
+        head = Markup("").join(Markup("<th><span>{}</span></th>").format(token_markup(it["text"])) for it in read)
+        lines = []
+        for token, row in zip(written, weights.tolist(), strict=True):
+            cells = Markup("").join(
+                Markup('<td style="--share:{:.0f}%" title="{:.1f} %"></td>').format(100 * (it / most) ** 0.5, 100 * it)
+                for it in row
+            )
+            lines.append(Markup("<tr><th>{}</th>{}</tr>").format(token_markup(token["text"]), cells))
+        rows = Markup("").join(lines)
+        table = '<div class="looks"><table><thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>'
+        return str(Markup(table).format(head, rows))
+
+
+def shown_name(checkpoint: str) -> str:
+    return Path(checkpoint.rstrip("/")).name
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def load_contestant(settings: DemoSettings, name: str) -> Contestant:
+    uses_own = not settings.template
+    model, tokenizer = load_model_and_tokenizer(
+        name, settings.dtype, pick_device(settings.device), check_template=uses_own
+    )
+    template = template_of(tokenizer) if uses_own else load_template(settings.template)
+    limit = position_limit(model)
+    most = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)
+    engine = Engine(model, tokenizer, template, batch_size=8, queue_size=64, batch_wait_ms=5)
+    return Contestant(shown_name(name), model, Prompter(tokenizer, template, limit), engine, most)
+
+
+class Asked(NamedTuple):
+    """What a visitor wrote and chose, in the order of the page's inputs."""
+
+    instruction: str
+    input: str
+    system: str
+    max_new_tokens: float
+    num_beams: float
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    seed: float
+
+    def decoding(self, most_tokens: int) -> Decoding:
+        beams = 1 if self.temperature else int(self.num_beams)
+        return Decoding(
+            min(int(self.max_new_tokens), most_tokens),
+            float(self.temperature),
+            float(self.top_p) if self.temperature else 1.0,
+            seed=int(self.seed) if self.temperature else None,
+            num_beams=beams,
+            repetition_penalty=float(self.repetition_penalty),
+        )
+
+
+def answer_all(contestants: Sequence[Contestant], asked: Asked) -> Iterator[list[str]]:
+    """Ever longer texts, with a note each; at last with a map of attention. [text, note, map] for each contestant.
+
+    When nobody takes the next one (the visitor pressed Stop, or left), their rows end.
+    """
+    shown = [["", "", ""] for _ in contestants]
+    events: queue.Queue = queue.Queue()
+    jobs: list[Job | None] = []
+    for place, contestant in enumerate(contestants):
+        job = None
+        try:
+            if not asked.instruction.strip():
+                raise UserError("Write an instruction first.")
+            text = contestant.prompter.template.render_source(asked.instruction, asked.input, (), asked.system)
+            (source_ids,), (is_cut,) = contestant.prompter.encode([text])
+            decoding = asked.decoding(contestant.most_tokens)
+            job = Job(source_ids, decoding, lambda it, place=place: events.put((place, it)), wants_pieces=True)
+            shown[place][1] = _note(f"The prompt was cut to {len(source_ids)} tokens.") if is_cut else ""
+            contestant.engine.submit([job])
+        except UserError as error:
+            shown[place][1] = _note(str(error))
+        jobs.append(job)
+    yield _flat(shown)
+    try:
+        yield from _written(contestants, jobs, events, shown)
+    finally:
+        for job in filter(None, jobs):
+            job.is_dropped = True
+
+
+def _written(
+    contestants: Sequence[Contestant], jobs: list[Job | None], events: queue.Queue, shown: list[list[str]]
+) -> Iterator[list[str]]:
+    due = sum(job is not None for job in jobs)
+    while due:
+        place, event = events.get()
+        if isinstance(event, Piece):
+            shown[place][0] += event.text
+        elif isinstance(event, Failed):
+            due -= 1
+            shown[place][1] = _note(f"The model failed: {event.error}")
+        elif isinstance(event, Ended):
+            due -= 1
+            (answer,) = event.answers
+            tokens = f"{len(answer.ids)} tokens"
+            shown[place][:2] = (
+                answer.text,
+                shown[place][1] + _note(tokens if answer.finished else f"{tokens}, and stopped there, before its end"),
+            )
+            shown[place][2] = contestants[place].attention(list(jobs[place].source_ids), answer)
+        if events.empty():
+            yield _flat(shown)
+
+
+def _flat(shown: list[list[str]]) -> list[str]:
+    return [text for of_one in shown for text in of_one]
+
+
+def build_page(contestants: Sequence[Contestant], examples: list[list[str]]) -> Any:
+    """Gradio's Blocks."""
+    import gradio
+
+    has_system = any("system" in it.prompter.template.source_variables() for it in contestants)
+    most_tokens = max(contestant.most_tokens for contestant in contestants)
+    title = " and ".join(contestant.name for contestant in contestants)
+    with gradio.Blocks(analytics_enabled=False, fill_width=True, title=f"{title} · Diptych") as page:
+        gradio.HTML(f'<h1 class="title">{escape(title)}</h1>')
+        with gradio.Row(equal_height=False):
+            with gradio.Column(scale=4, min_width=320):
+                instruction = gradio.Textbox(
+                    label="Instruction", lines=2, max_lines=8, autofocus=True, elem_id="instruction"
+                )
+                text = gradio.Textbox(label="Input", info="What it is about, if anything", lines=5, elem_id="input")
+                system = gradio.Textbox(label="System prompt", visible=has_system, elem_id="system")
+                with gradio.Row():
+                    stop = gradio.Button("Stop", elem_id="stop")
+                    go = gradio.Button("Write", variant="primary", elem_id="go")
+                with gradio.Accordion("How it writes", open=False, elem_id="settings"):
+                    first_tokens = min(128, most_tokens)
+                    settings = [
+                        gradio.Slider(1, most_tokens, first_tokens, step=1, label="Longest answer, tokens"),
+                        gradio.Slider(
+                            1, 8, 1, step=1, label="Beams", info="Searched side by side; without temperature"
+                        ),
+                        gradio.Slider(
+                            0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token each time"
+                        ),
+                        gradio.Slider(
+                            0.05, 1, 1, step=0.05, label="Top p", info="Draws from so much of the likeliest"
+                        ),
+                        gradio.Slider(1, 2, 1, step=0.05, label="Repetition penalty"),
+                        gradio.Number(0, label="Seed", precision=0, minimum=0),
+                    ]
+            with gradio.Column(scale=7, min_width=320), gradio.Row(equal_height=False):
+                outputs = []
+                for place, contestant in enumerate(contestants):
+                    with gradio.Column(min_width=300):
+                        label = contestant.name if len(contestants) > 1 else "Answer"
+                        outputs.append(
+                            gradio.Textbox(
+                                label=label, lines=4, interactive=False, buttons=["copy"], elem_id=f"answer-{place}"
+                            )
+                        )
+                        outputs.append(gradio.HTML(elem_id=f"note-{place}"))
+                        outputs.append(gradio.HTML(elem_id=f"looks-{place}"))
+        if examples:
+            gradio.Examples(examples, [instruction, text], label="Examples", cache_examples=False)
+
+        def write(*values: Any) -> Iterator[list[str]]:
+            # A box that is not shown has no value.
+            yield from answer_all(contestants, Asked(*("" if value is None else value for value in values)))
+
+        inputs = [instruction, text, system, *settings]
+        running = [
+            trigger(write, inputs, outputs, show_progress="hidden", api_visibility="private", concurrency_limit=8)
+            for trigger in (go.click, instruction.submit)
+        ]
+        stop.click(None, cancels=running, api_visibility="private")
+    return page
+
+
+class Guard:
+    """ASGI: who may ask (see web.py), no uploads, and a policy by which a browser asks no other host."""
+
+    def __init__(self, app: Any, only_loopback: bool, ancestors: str):
+        self.app, self.only_loopback, self.policy = app, only_loopback, POLICY.format(ancestors)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        from starlette.requests import Request
+        from starlette.responses import PlainTextResponse
+
+        request = Request(scope)
+        if self.only_loopback and request.url.hostname not in LOOPBACK_NAMES:
+            return await PlainTextResponse("asked for as another host than this one", 403)(scope, receive, send)
+        if "/upload" in request.url.path or "/proxy=" in request.url.path:
+            return await PlainTextResponse("this page takes no files", 403)(scope, receive, send)
+
+        async def send_with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", self.policy.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def export_space(settings: DemoSettings) -> int:
+    """A folder with app.py, requirements.txt, README.md, and the checkpoint if it is a local one."""
+    folder = Path(settings.export_space).expanduser()
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"{settings.export_space} has something in it, which is kept. Choose another --export_space.")
+    checkpoints = {"model": settings.model, "beside": settings.beside}
+    local = {role: Path(name) for role, name in checkpoints.items() if name and Path(name).is_dir()}
+    given = checkpoints | {role: role for role in local} | {"template": settings.template}
+    given["examples"] = "examples.jsonl" if settings.examples else ""
+
+    def write(place: Path) -> None:
+        for role, checkpoint in local.items():
+            shutil.copytree(checkpoint, place / role)
+        if settings.examples:
+            shutil.copy(settings.examples, place / given["examples"])
+        frame = (FRAMES / "space_app.py.txt").read_text(encoding="utf-8")
+        card = (FRAMES / "space_card.md.txt").read_text(encoding="utf-8")
+        (place / "app.py").write_text(frame.format(**given), encoding="utf-8")
+        (place / "README.md").write_text(card.format(title=json.dumps(shown_name(settings.model))), encoding="utf-8")
+        (place / "requirements.txt").write_text("diptych[gradio]\n", encoding="utf-8")
+
+    sizes = (file.stat().st_size for checkpoint in local.values() for file in checkpoint.rglob("*") if file.is_file())
+    write_new_folder(folder, write, sum(sizes))
+    print(f"{folder}: app.py, requirements.txt, README.md. Upload it as a Space; nothing was sent anywhere.")
+    return 0
+
+
+def run(settings: DemoSettings) -> int:
+    if settings.export_space:
+        return export_space(settings)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import fastapi
+        import gradio
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed. `diptych demo` needs it: {INSTALL}") from error
+    password = os.environ.get(PASSWORD_VARIABLE) or None
+    if not settings.public:
+        need_secret(settings.host, password, PASSWORD_VARIABLE)
+    rows = read_prompts(settings.examples, "", "") if settings.examples else []
+    examples = [[row.prompt.instruction, row.prompt.input] for row in rows if row.prompt][:MOST_EXAMPLES]
+    listener = listen(settings.host, settings.port)
+    names = [settings.model, settings.beside] if settings.beside else [settings.model]
+    contestants = [load_contestant(settings, name) for name in names]
+    if len(contestants) == 2 and contestants[0].name == contestants[1].name:
+        contestants = [it._replace(name=name.rstrip("/")) for it, name in zip(contestants, names, strict=True)]
+
+    theme = gradio.themes.Default(
+        primary_hue="orange",
+        secondary_hue="cyan",
+        neutral_hue="stone",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    app = gradio.mount_gradio_app(
+        fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        build_page(contestants, examples),
+        path="/",
+        auth=None if password is None or settings.public else [(USER, password)],
+        theme=theme,
+        css=(FRAMES / "demo.css").read_text(encoding="utf-8"),
+        footer_links=[],
+        ssr_mode=False,
+        enable_monitoring=False,
+        show_error=False,
+    )
+    ancestors = "https://huggingface.co" if settings.public else "'none'"
+    guarded = Guard(app, only_loopback=password is None and not settings.public, ancestors=ancestors)
+    message = f"{', '.join(it.name for it in contestants)}: {address(listener)}"
+    run_until_signal(guarded, listener, message, 5, on_signal=lambda: None)
+    for contestant in contestants:
+        contestant.engine.close()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = parse_settings(DemoSettings, "diptych demo", argv)
+    return report_errors("diptych demo", run, settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,258 @@
+"""An input in; `inspect.html` out: what an encoder-decoder makes of it, from the text to each next token.
+
+    diptych inspect runs/full/final --instruction 'Translate to Korean:' --input 'I am a student.'
+    diptych inspect t5-small --source 'translate English to German: Good morning.' --target 'Guten Morgen.'
+    diptych inspect runs/full/final --instruction … --data test.jsonl       and over a file: what is left out, made up
+
+Any AutoModelForSeq2SeqLM checkpoint, adapters too, whatever attention it runs on: the weights of attention are
+computed anew for the page (attentions.py), the figures are inspection_facts.py's, the page inspection_page.py's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+
+from diptych.data_prep.encode import encode_sources, encode_targets, label_prefix
+from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import TEMPLATES, Template, carried_template, load_template
+from diptych.finetune import inspection_facts as facts
+from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.detokenize import text_of
+from diptych.finetune.families import decoder_start_token
+from diptych.finetune.generate import GREEDY, StopStrings, generation_config, new_tokens, pad_sources
+from diptych.finetune.generate_file import PromptRow, read_prompts, render_prompts
+from diptych.finetune.inspection_page import check_page, write_page
+from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+
+WORDS = ("man", "woman", "king", "queen", "prince", "princess", "boy", "girl", "father", "mother")
+LONGEST_SOURCE = 512
+"""Tokens; a map of more cannot be read."""
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """What an encoder-decoder makes of one input, step by step, on a page to look at."""
+
+    model: str
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
+    instruction: str = ""
+    """The instruction, as `diptych generate` takes it: the template turns it into the source."""
+    input: str = ""
+    """The input that the instruction is about."""
+    system: str = ""
+    """A system prompt, for templates that have a place for one."""
+    source: str = ""
+    """The source as the encoder is to read it, without any template, in place of an instruction."""
+    target: str = ""
+    """What the output should have been. The page then shows what each of its tokens costs, and where the model would
+    go another way."""
+    data: str = ""
+    """JSONL file of rows with `instruction` (and `input`, `output` …): over all of them, which words of sources no
+    output looked at, and which tokens of outputs looked at nothing."""
+    rows: int = 100
+    """Of data, so many rows from the first on."""
+    out: str = "inspect.html"
+    """The page to write; an older one is replaced."""
+    words: list[str] = field(default_factory=lambda: list(WORDS))
+    """Words whose vectors are shown on a plane."""
+    template: str = ""
+    """Name or file of a prompt template; the one saved with the tokenizer unless given."""
+    max_new_tokens: int = 64
+    """No output gets longer than this many tokens."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto` is as the checkpoint was saved."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
+
+    def __post_init__(self):
+        if bool(self.instruction) == bool(self.source):
+            given = "both were" if self.source else "neither was"
+            raise UserError(
+                f"--instruction (with --input), or --source is what the model is to read, but {given} given. Give one."
+            )
+        if self.source and (self.input or self.system or self.template):
+            raise UserError("--source is read as it is: drop --input, --system and --template, or give --instruction.")
+        for name in ("rows", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+
+
+class Reader(NamedTuple):
+    """What every row goes through."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    max_new_tokens: int
+
+    def passage(self, source: str, target: str | None = None) -> facts.Passage:
+        """What the model writes to a rendered source; or what it makes of a rendered target, which it is given."""
+        (source_ids,) = encode_sources(self.tokenizer, [source])
+        limit = min(LONGEST_SOURCE, position_limit(self.model) or LONGEST_SOURCE)
+        if len(source_ids) > limit:
+            raise UserError(f"the source has {len(source_ids)} tokens, but no more than {limit} can be shown. Cut it.")
+        if target is None:
+            decoder_ids, given = self._written(source_ids)
+        else:
+            (labels,) = encode_targets(self.tokenizer, [target], decoder_prefix=self.template.decoder_prefix)
+            decoder_ids = [decoder_start_token(self.model), *labels]
+            given = len(decoder_ids)
+        return facts.read_and_write(self.model, source_ids, decoder_ids, given)
+
+    def _written(self, source_ids: list[int]) -> tuple[list[int], int]:
+        """Start token, prefix and greedy output, and how many of them were given."""
+        inputs = pad_sources([source_ids], self.tokenizer.pad_token_id or 0)
+        prefix = label_prefix(self.tokenizer, self.template.decoder_prefix) if self.template.decoder_prefix else []
+        if prefix:
+            inputs["decoder_input_ids"] = torch.tensor([prefix])
+        stop = [StopStrings(self.tokenizer, self.template)] if self.template.stop else []
+        settings = GREEDY | {"max_new_tokens": self.max_new_tokens, "stopping_criteria": StoppingCriteriaList(stop)}
+        config, others = generation_config(self.model, self.tokenizer, settings)
+        inputs = {name: ids.to(self.model.device) for name, ids in inputs.items()}
+        (sequence,) = self.model.generate(**inputs, generation_config=config, **others).tolist()
+        ids, finished = new_tokens(sequence, prefix, config)
+        given = len(prefix) + (sequence[0] not in prefix[:1])
+        return sequence[: given + len(ids) + finished], given
+
+    def text(self, passage: facts.Passage) -> str:
+        return text_of(self.tokenizer, passage.decoder_ids[1:])
+
+
+def run(settings: InspectSettings) -> int:
+    check_page(Path(settings.out))
+    rows = read_prompts(settings.data, "", "")[: settings.rows] if settings.data else []
+    uses_own = not settings.template
+    model, tokenizer = load_model_and_tokenizer(
+        settings.model, settings.dtype, pick_device(settings.device), check_template=uses_own
+    )
+    template = _template(settings, tokenizer)
+    reader = Reader(model, tokenizer, template, settings.max_new_tokens)
+    source, target = settings.source, settings.target or None
+    if settings.instruction:
+        source = template.render_source(settings.instruction, settings.input, (), settings.system)
+        target = None if target is None else template.render_target(target)
+    found = _facts(settings, reader, source, target)
+    if rows:
+        found["data"] = survey(reader, rows, settings.data)
+    write_page(Path(settings.out), found)
+    print(found["answer"])
+    print(f"{settings.out}: {len(found['source'])} source tokens, {len(found['steps'])} steps. Open it in a browser.")
+    return 0
+
+
+def _template(settings: InspectSettings, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Given, or the tokenizer's own; a source that is read as it is needs none."""
+    if settings.template:
+        return load_template(settings.template)
+    own = carried_template(tokenizer)
+    if own is None and (settings.instruction or settings.data):
+        raise UserError(
+            f"the tokenizer of {settings.model} carries no template, so it is not known how an instruction is put. "
+            f"Give --template ({', '.join(TEMPLATES)}, or a Jinja file), or --source, which is read as it is."
+        )
+    return own or Template(name="none", source="")
+
+
+def _facts(settings: InspectSettings, reader: Reader, source: str, target: str | None) -> dict[str, Any]:
+    model, tokenizer = reader.model, reader.tokenizer
+    passage = reader.passage(source)
+    found = {
+        "name": Path(settings.model).name,
+        "model": _about(model),
+        "asked": {"instruction": settings.instruction, "input": settings.input, "system": settings.system},
+        "template": reader.template.name if settings.instruction else None,
+        "source_text": str(source),
+        "answer": reader.text(passage),
+        "source": facts.chips(tokenizer, passage.source_ids),
+        "decoder": facts.chips(tokenizer, passage.decoder_ids),
+        "given": passage.given,
+        "embeddings": facts.embeddings(model, tokenizer, passage.source_ids),
+        "words": facts.word_map(model, tokenizer, settings.words),
+        "attention": facts.attention_maps(passage),
+        "unread": facts.unread(passage, tokenizer),
+        "steps": facts.steps(model, tokenizer, passage),
+        "lens": facts.lens(model, tokenizer, passage),
+    }
+    if target is not None:
+        found["target"] = _teacher_forced(reader, source, target)
+    return found
+
+
+def _about(model: PreTrainedModel) -> dict[str, Any]:
+    is_merged = model.config.model_type == "diptych" and model.config.decoder.cross_attention == "merged"
+    return {
+        "type": model.config.model_type,
+        "weights": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "width": model.get_input_embeddings().weight.shape[1],
+        "vocabulary": model.get_input_embeddings().weight.shape[0],
+        "is_merged": is_merged,
+    }
+
+
+def _teacher_forced(reader: Reader, source: str, target: str) -> dict[str, Any]:
+    """What each token of the target costs, and the first place where the model would have written another."""
+    passage = reader.passage(source, target)
+    steps = facts.steps(reader.model, reader.tokenizer, passage)
+    prefix = len(label_prefix(reader.tokenizer, reader.template.decoder_prefix))
+    astray = next((place for place, step in enumerate(steps) if step["rank"] > 1 and place >= prefix), None)
+    losses = [step["loss"] for step in steps]
+    return {"text": str(target), "steps": steps, "loss": sum(losses) / len(losses), "astray": astray}
+
+
+def survey(reader: Reader, rows: Sequence[PromptRow], name: str) -> dict[str, Any]:
+    """Over a file's rows: what their outputs left unread, and which tokens looked at nothing. A row that has an
+    `output` is read with it as target, others with what the model writes. Rows that are no prompts are counted."""
+    judged, prompts = render_prompts(list(rows), reader.template)
+    found, skipped = [], len(judged) - len(prompts)
+    for place, source in tqdm(prompts.items(), desc="inspect", unit="rows"):
+        output = judged[place].fields.get("output")
+        target = reader.template.render_target(output) if isinstance(output, str) and output.strip() else None
+        try:
+            passage = reader.passage(source, target)
+        except UserError:  # longer than can be shown
+            skipped += 1
+            continue
+        unread = facts.unread(passage, reader.tokenizer)
+        source_chips = facts.chips(reader.tokenizer, passage.source_ids)
+        target_chips = facts.chips(reader.tokenizer, passage.decoder_ids[1:])
+        left = sum(last - first + 1 for first, last in unread["source"])
+        losses = [step["loss"] for step in facts.steps(reader.model, reader.tokenizer, passage)]
+        found.append(
+            {
+                "row": place + 1,
+                "is_given": target is not None,
+                "source": [chip["text"] for chip in source_chips],
+                "target": [chip["text"] for chip in target_chips],
+                "unread": unread,
+                "left": left / max(1, unread["words"]),
+                "made_up": len(unread["target"]) / max(1, unread["steps"]),
+                "loss": sum(losses) / len(losses),
+            }
+        )
+    if not found:
+        raise UserError(f"{name} has no row that could be read within {LONGEST_SOURCE} tokens. Give another --data.")
+    found.sort(key=lambda row: (-row["left"] - row["made_up"], row["row"]))
+    left = sum(last - first + 1 for row in found for first, last in row["unread"]["source"])
+    made_up = sum(len(row["unread"]["target"]) for row in found)
+    return {
+        "name": Path(name).name,
+        "rows": found,
+        "skipped": skipped,
+        "left_words": left,
+        "made_up_tokens": made_up,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = parse_settings(InspectSettings, "diptych inspect", argv)
+    return report_errors("diptych inspect", run, settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,522 @@
+"""`diptych serve`: an encoder-decoder behind OpenAI's HTTP interface, for clients that know that one.
+
+    diptych serve runs/full/final --port 8000
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "final", "prompt": "Name the capital.", "input": "France"}'
+
+    POST /v1/completions         a prompt is an instruction, which the checkpoint's template makes a source of, as for
+                                 `diptych generate`; `input` and `system` may stand beside it
+    POST /v1/chat/completions    messages; the next answer is written
+    GET  /v1/models, /health, /metrics (Prometheus)
+
+Greedy unless a temperature is asked for, and then the text is that of `diptych generate`, however many clients there
+are: batching.py. What the model cannot do (tools, log-probabilities, images) is refused by name. Beyond the loopback a
+token is needed, from the environment: DIPTYCH_TOKEN. No text of a request is written anywhere.
+"""
+
+import asyncio
+import hmac
+import json
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from diptych.data_prep.conversations import Fault
+from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import load_template, template_of
+from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
+from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
+from diptych.finetune.generate_file import prompt_of
+from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.web import LOOPBACK_NAMES, address, check_port, listen, need_secret, run_until_signal
+
+INSTALL = "pip install 'diptych[serve]'"
+TOKEN_VARIABLE = "DIPTYCH_TOKEN"
+LARGEST_BODY = 4_000_000
+"""Bytes."""
+MOST_PROMPTS = 64
+MOST_ANSWERS = 16
+RETRY_SECONDS = 1
+
+KNOWN = {"model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options"}
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+"""The same under its old and its new name."""
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+"""They say nothing about the answer."""
+HARMLESS = {
+    "presence_penalty": (0, None),
+    "frequency_penalty": (0, None),
+    "logprobs": (False, None),
+    "logit_bias": ({}, None),
+    "echo": (False, None),
+    "best_of": (1, None),
+    "suffix": ("", None),
+    "tools": ([], None),
+    "response_format": ({"type": "text"}, None),
+}
+"""Fields that may be given with a value that asks for nothing."""
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """A checkpoint behind OpenAI's HTTP interface: completions and chat, streamed or whole."""
+
+    model: str
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Any but the loopback's needs a token in the environment, DIPTYCH_TOKEN."""
+    port: int = 8000
+    """0 takes a free one, which is said."""
+    name: str = ""
+    """What clients call the model; the folder's name unless given."""
+    template: str = ""
+    """Name or file of a prompt template; the one saved with the tokenizer unless given."""
+    batch_size: int = 16
+    """Prompts that are generated together, at most."""
+    batch_wait_ms: float = 5.0
+    """Milliseconds that the first prompt of a batch waits for others."""
+    queue: int = 256
+    """Prompts that may wait; more are told to come again (503)."""
+    timeout: float = 120.0
+    """Seconds after which a request is given up (504), its waiting included."""
+    max_source_tokens: int | None = None
+    """Longer prompts are refused; the model's own limit unless given."""
+    max_new_tokens: int | None = None
+    """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights; `auto` is as the checkpoint was saved."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "queue", "max_source_tokens", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        check_port(self.port)
+        if self.timeout <= 0 or self.batch_wait_ms < 0:
+            raise UserError("timeout is above 0 seconds, and batch_wait_ms 0 or more. Mend them.")
+
+    @property
+    def model_name(self) -> str:
+        return self.name or Path(self.model.rstrip("/")).name
+
+
+class RequestError(Exception):
+    """What a client did wrong, or the server cannot do now: an HTTP status, OpenAI's kind, and the field."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, kind: str = "invalid_request_error"):
+        super().__init__(message)
+        self.status, self.param, self.kind = status, param, kind
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": None}}
+
+
+class Ask:
+    """One request, checked: its prompts as token ids, and how they are answered."""
+
+    def __init__(self, body: dict[str, Any], service: "Service", is_chat: bool):
+        self.is_chat = is_chat
+        self.service = service
+        _check_fields(body, KNOWN | {*TOKEN_LIMITS} | ({"messages"} if is_chat else {"prompt", "input", "system"}))
+        model = _field(body, "model", str, service.name)
+        if model != service.name:
+            raise RequestError(404, f"there is no model {model!r} here; this is {service.name!r}.", "model")
+        self.stream = _field(body, "stream", bool, False)
+        options = _field(body, "stream_options", dict, {})
+        self.include_usage = bool(options.get("include_usage"))
+        self.decoding = _decoding(body, service.max_new_tokens)
+        self.sources = service.sources(_rows(body, is_chat))
+        self.id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.sources))
+
+    def whole(self, answers: list[list[Answer]]) -> dict[str, Any]:
+        flat = [answer for of_prompt in answers for answer in of_prompt]
+        choices = [self._choice(index, answer.text, _reason(answer), "message") for index, answer in enumerate(flat)]
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._envelope(kind) | {"choices": choices, "usage": self.usage(flat)}
+
+    def chunk(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return self._envelope(kind) | {"choices": [self._choice(index, text, reason, "delta")]}
+
+    def last_chunk(self, answers: list[Answer]) -> dict[str, Any]:
+        return self.chunk(0, "") | {"choices": [], "usage": self.usage(answers)}
+
+    def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
+        written = sum(answer.tokens for answer in answers)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": written,
+            "total_tokens": self.prompt_tokens + written,
+        }
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
+
+    def _choice(self, index: int, text: str, reason: str | None, place: str) -> dict[str, Any]:
+        if self.is_chat:
+            return {"index": index, place: {"role": "assistant", "content": text}, "finish_reason": reason}
+        return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+
+
+def _reason(answer: Answer) -> str:
+    return "stop" if answer.finished else "length"
+
+
+def _check_fields(body: dict[str, Any], known: set[str]) -> None:
+    for name, value in body.items():
+        if name in known | IGNORED or (name in HARMLESS and value in HARMLESS[name]):
+            continue
+        more = ", or give it as if it were not there" if name in HARMLESS else ""
+        raise RequestError(400, f"{name!r} asks for something that is not done here. Leave it out{more}.", name)
+
+
+def _field(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        due = " or ".join(one.__name__ for one in kinds)
+        raise RequestError(400, f"{name!r} is {json.dumps(value)[:60]}; it must be of type {due}.", name)
+    return value
+
+
+def _number(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any, low: Any, high: Any) -> Any:
+    value = _field(body, name, kind, default)
+    if value is not None and not low <= value <= high:
+        raise RequestError(400, f"{name!r} is {value}; it is a number from {low} to {high}.", name)
+    return value
+
+
+def _decoding(body: dict[str, Any], most_tokens: int) -> Decoding:
+    given = [name for name in TOKEN_LIMITS if body.get(name) is not None] or ["max_tokens"]
+    if len(given) > 1:
+        raise RequestError(400, f"{' and '.join(given)} say the same. Give one.", "max_tokens")
+    tokens = _number(body, given[0], int, most_tokens, 1, most_tokens)
+    temperature = float(_number(body, "temperature", (int, float), 0, 0, 2))
+    top_p = float(_number(body, "top_p", (int, float), 1, 1e-6, 1))
+    count = _number(body, "n", int, 1, 1, MOST_ANSWERS)
+    if count > 1 and not temperature:
+        raise RequestError(400, "'n' above 1 without a temperature would be one answer several times. Give one.", "n")
+    stop = _field(body, "stop", (str, list), [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if len(stop) > 16 or not all(isinstance(text, str) and text for text in stop):
+        raise RequestError(400, "'stop' is a text that is not empty, or a list of up to 16 of them.", "stop")
+    seed = _number(body, "seed", int, None, 0, 2**63 - 1)
+    if not temperature:  # then these decide nothing, and prompts can share a batch
+        top_p, seed = 1.0, None
+    return Decoding(tokens, temperature, top_p, count, tuple(stop), seed)
+
+
+def _rows(body: dict[str, Any], is_chat: bool) -> list[dict[str, Any]]:
+    """What is asked, as rows of `diptych generate --in_file`."""
+    if is_chat:
+        messages = _field(body, "messages", list, None)
+        if not messages:
+            raise RequestError(400, "'messages' is missing. Give a list of {role, content}.", "messages")
+        return [{"messages": [_message(place, message) for place, message in enumerate(messages)]}]
+    prompts = _field(body, "prompt", (str, list), None)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not prompts or len(prompts) > MOST_PROMPTS or not all(isinstance(prompt, str) for prompt in prompts):
+        raise RequestError(
+            400, f"'prompt' is a text, or a list of 1 to {MOST_PROMPTS} texts (no token ids).", "prompt"
+        )
+    more = {name: _field(body, name, str, "") for name in ("input", "system")}
+    return [{"instruction": prompt} | more for prompt in prompts]
+
+
+def _message(place: int, message: Any) -> dict[str, Any]:
+    """With its content as one text; `developer` is OpenAI's newer word for system."""
+    where = f"messages[{place}]"
+    if not isinstance(message, dict):
+        raise RequestError(400, f"'{where}' must be an object with role and content.", where)
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            raise RequestError(400, f"'{where}.content' has parts that are no text; only text is read.", where)
+        content = "".join(str(part.get("text", "")) for part in content)
+    role = "system" if message.get("role") == "developer" else message.get("role")
+    return {"role": role, "content": content}
+
+
+class Service:
+    """The model, what is counted, and an answer for each path."""
+
+    def __init__(self, settings: ServeSettings, engine: Engine, prompter: Prompter, max_new_tokens: int):
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self.settings, self.engine, self.prompter = settings, engine, prompter
+        self.name, self.max_new_tokens = settings.model_name, max_new_tokens
+        self.is_closing = False
+        self.registry = CollectorRegistry()
+        kept = {"registry": self.registry}
+        self.requests = Counter("diptych_requests", "Requests by path and status.", ["path", "status"], **kept)
+        self.dropped = Counter("diptych_dropped", "Requests whose client went, or whose time was over.", **kept)
+        self.read = Counter("diptych_prompt_tokens", "Tokens of prompts.", **kept)
+        self.written = Counter("diptych_generated_tokens", "Tokens generated.", **kept)
+        self.seconds = Histogram("diptych_request_seconds", "From a request to the end of its answer.", **kept)
+        self.first = Histogram("diptych_first_text_seconds", "From a request to its first streamed text.", **kept)
+        sizes = [1, 2, 4, 8, 16, 32, 64, 128]
+        engine.on_batch = Histogram("diptych_batch_rows", "Prompts of a batch.", buckets=sizes, **kept).observe
+        Gauge("diptych_queue_depth", "Prompts that wait.", **kept).set_function(lambda: engine.waiting)
+        running = Gauge("diptych_running_rows", "Prompts that are being answered.", **kept)
+        running.set_function(lambda: sum(not job.is_dropped for job in engine.running))
+
+    def sources(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Rendered by the template and encoded, as `diptych generate` does it."""
+        try:
+            texts = [self.prompter.template.render_source(*prompt_of(row)) for row in rows]
+        except (UserError, Fault) as error:
+            raise RequestError(400, str(error), "messages" if "messages" in rows[0] else "prompt") from None
+        found, is_cut = self.prompter.encode(texts)
+        if any(is_cut):
+            limit = self.prompter.max_source_tokens
+            raise RequestError(400, f"the prompt has more than {limit} tokens, which is all that is read.", "prompt")
+        return found
+
+    def submit(self, ask: Ask) -> tuple[list[Job], asyncio.Queue]:
+        """The jobs, and a queue of (place of the job, event)."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+
+        def to_queue(place: int):
+            return lambda event: loop.call_soon_threadsafe(events.put_nowait, (place, event))
+
+        jobs = [Job(ids, ask.decoding, to_queue(place), ask.stream) for place, ids in enumerate(ask.sources)]
+        try:
+            self.engine.submit(jobs)
+        except QueueFull:
+            raise RequestError(
+                503, f"{self.settings.queue} prompts wait already. Come again.", kind="overloaded"
+            ) from None
+        self.read.inc(ask.prompt_tokens)
+        return jobs, events
+
+    async def whole(self, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> dict[str, Any]:
+        answers: list[list[Answer]] = [[] for _ in jobs]
+        for _ in jobs:
+            place, event = await events.get()
+            answers[place] = _answers(event)
+        self._count(ask, jobs, answers)
+        return ask.whole(answers)
+
+    async def streamed(self, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[dict[str, Any]]:
+        """OpenAI's chunks: one for each piece, one that ends each answer, and the usage if it was asked for."""
+        answers: list[list[Answer]] = [[] for _ in jobs]
+        open_jobs, has_begun = len(jobs), False
+        until = jobs[0].created + self.settings.timeout
+        while open_jobs:
+            place, event = await asyncio.wait_for(events.get(), until - time.monotonic())
+            first = place * ask.decoding.n
+            if isinstance(event, Piece):
+                if not has_begun:
+                    self.first.observe(time.monotonic() - jobs[0].created)
+                has_begun = True
+                yield ask.chunk(first + event.index, event.text)
+                continue
+            answers[place] = _answers(event)
+            open_jobs -= 1
+            for index, answer in enumerate(answers[place]):
+                yield ask.chunk(first + index, "", _reason(answer))
+        self._count(ask, jobs, answers)
+        if ask.include_usage:
+            yield ask.last_chunk([answer for of_prompt in answers for answer in of_prompt])
+
+    def _count(self, ask: Ask, jobs: list[Job], answers: list[list[Answer]]) -> None:
+        self.written.inc(sum(answer.tokens for of_prompt in answers for answer in of_prompt))
+        self.seconds.observe(time.monotonic() - jobs[0].created)
+
+    def close(self) -> None:
+        """What was begun is ended, and no more begun."""
+        self.is_closing = True
+
+    def metrics(self) -> bytes:
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)
+
+
+def _answers(event: Ended | Failed) -> list[Answer]:
+    if isinstance(event, Failed):
+        is_users = isinstance(event.error, UserError)
+        message = str(event.error) if is_users else f"the model failed: {type(event.error).__name__}"
+        raise RequestError(400 if is_users else 500, message, kind="server_error")
+    return event.answers
+
+
+def build_app(service: Service, token: str | None):
+    """The ASGI application."""
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    def refuse(path: str, error: RequestError) -> Response:
+        service.requests.labels(path, error.status).inc()
+        headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
+        return JSONResponse(error.body(), error.status, headers)
+
+    def admit(request: Request) -> None:
+        """Without a token, only this machine, and no page that a browser on it has open, under whatever name."""
+        if token is None and request.url.hostname not in LOOPBACK_NAMES:
+            raise RequestError(403, f"asked for as another host than this one. Set {TOKEN_VARIABLE} to allow it.")
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
+            message = f"a token is needed: Authorization: Bearer …, as in {TOKEN_VARIABLE} of the server."
+            raise RequestError(401, message, kind="authentication_error")
+
+    async def body_of(request: Request) -> dict[str, Any]:
+        data = b""
+        async for part in request.stream():
+            data += part
+            if len(data) > LARGEST_BODY:
+                raise RequestError(413, f"the request has more than {LARGEST_BODY:,} bytes. Send less at once.")
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(400, f"the request is no JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise RequestError(400, f"the request must be a JSON object, and is {type(body).__name__}.")
+        return body
+
+    async def complete(request: Request) -> Response:
+        path, jobs = request.url.path, []
+        try:
+            admit(request)
+            if service.is_closing:
+                raise RequestError(503, "the server is about to end. Come again.", kind="overloaded")
+            ask = Ask(await body_of(request), service, is_chat="chat" in path)
+            jobs, events = service.submit(ask)
+            if ask.stream:
+                service.requests.labels(path, 200).inc()
+                return StreamingResponse(stream(ask, jobs, events), media_type="text/event-stream")
+            answer = await until_gone(request, service.whole(ask, jobs, events))
+            service.requests.labels(path, 200).inc()
+            return JSONResponse(answer)
+        except RequestError as error:
+            drop(jobs)
+            return refuse(path, error)
+        except ClientDisconnect:
+            drop(jobs)
+            return refuse(path, RequestError(499, "the client has gone."))
+        except asyncio.TimeoutError:
+            drop(jobs)
+            return refuse(path, timed_out())
+
+    def drop(jobs: list[Job]) -> None:
+        for job in jobs:
+            job.is_dropped = True
+        service.dropped.inc(bool(jobs))
+
+    def timed_out() -> RequestError:
+        seconds = service.settings.timeout
+        return RequestError(504, f"no answer within {seconds:g} seconds. Ask for fewer tokens.", kind="timeout")
+
+    async def until_gone(request: Request, answer) -> dict[str, Any]:
+        """The answer; asyncio.TimeoutError if it takes too long, ClientDisconnect if nobody waits for it any more."""
+        answering = asyncio.ensure_future(answer)
+        leaving = asyncio.ensure_future(gone(request))
+        limit = service.settings.timeout
+        await asyncio.wait({answering, leaving}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if answering.done():
+            return answering.result()
+        answering.cancel()
+        raise ClientDisconnect if leaving.done() and not leaving.cancelled() else asyncio.TimeoutError
+
+    async def gone(request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def stream(ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
+        is_whole = False
+        try:
+            async for chunk in service.streamed(ask, jobs, events):
+                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            is_whole = True
+            yield "data: [DONE]\n\n"
+        except asyncio.TimeoutError:
+            yield f"data: {json.dumps(timed_out().body())}\n\n"
+        except RequestError as error:
+            yield f"data: {json.dumps(error.body())}\n\n"
+        finally:  # also when the client has gone, and this generator is closed
+            if not is_whole:
+                drop(jobs)
+
+    async def models(request: Request) -> Response:
+        try:
+            admit(request)
+        except RequestError as error:
+            return refuse("/v1/models", error)
+        found = {"id": service.name, "object": "model", "created": 0, "owned_by": "diptych"}
+        return JSONResponse({"object": "list", "data": [found]})
+
+    async def health(request: Request) -> Response:
+        state = "closing" if service.is_closing else "ok"
+        return JSONResponse({"status": state, "model": service.name}, 503 if service.is_closing else 200)
+
+    async def metrics(request: Request) -> Response:
+        try:
+            admit(request)
+        except RequestError as error:
+            return refuse("/metrics", error)
+        return Response(service.metrics(), media_type="text/plain; version=0.0.4")
+
+    async def nothing(request: Request, error: Exception) -> Response:
+        paths = ", ".join(route.path for route in routes)
+        return refuse("elsewhere", RequestError(error.status_code, f"there are {paths}.", kind="not_found"))
+
+    routes = [
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/chat/completions", complete, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/health", health),
+        Route("/metrics", metrics),
+    ]
+    return Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing})
+
+
+def run(settings: ServeSettings) -> int:
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed. `diptych serve` needs it: {INSTALL}") from error
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    need_secret(settings.host, token, TOKEN_VARIABLE)
+    listener = listen(settings.host, settings.port)  # before the model, which takes longer
+    uses_own = not settings.template
+    device = pick_device(settings.device)
+    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
+    template = template_of(tokenizer) if uses_own else load_template(settings.template)
+    limit = position_limit(model)
+    prompter = Prompter(tokenizer, template, settings.max_source_tokens or limit)
+    most = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)
+    sizes = {"batch_size": settings.batch_size, "queue_size": settings.queue, "batch_wait_ms": settings.batch_wait_ms}
+    engine = Engine(model, tokenizer, template, **sizes)
+    service = Service(settings, engine, prompter, most)
+
+    message = f"{settings.model_name} on {device}: {address(listener)}/v1"
+    run_until_signal(build_app(service, token), listener, message, settings.timeout, on_signal=service.close)
+    engine.close()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    settings = parse_settings(ServeSettings, "diptych serve", argv)
+    return report_errors("diptych serve", run, settings)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

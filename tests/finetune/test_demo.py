@@ -1,0 +1,195 @@
+"""`diptych demo`: the page of a real process, driven in a real browser."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+
+import pytest
+from conftest import EIGHT_ROWS, TO_KOREAN, tiny_t5
+from listening import listening
+
+from diptych.finetune.cli import main as diptych
+
+HOSTILE = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>${window.ran = true}"
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, tiny_tokenizer, t5_checkpoint):
+    """One that has learned the eight rows, and one that writes without end."""
+    folder = tmp_path_factory.mktemp("demo")
+    model = tiny_t5(len(tiny_tokenizer))
+    no_text = [id for id in range(400) if id < 3 or "\N{REPLACEMENT CHARACTER}" in tiny_tokenizer.decode(id)]
+    model.generation_config.suppress_tokens = no_text
+    model.save_pretrained(folder / "endless")
+    tiny_tokenizer.save_pretrained(folder / "endless")
+    rows = [{"instruction": TO_KOREAN, "input": text} for _, text, _ in EIGHT_ROWS[:3]]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return t5_checkpoint, folder / "endless", folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def shown(checkpoints, tmp_path_factory):
+    learned, endless, rows = checkpoints
+    command = ["demo", str(learned), "--beside", str(endless), "--examples", str(rows), "--max_new_tokens", "20000"]
+    with listening(command, tmp_path_factory.mktemp("shown") / "log") as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser, shown):
+    with browser.new_context(viewport={"width": 1200, "height": 900}) as window:
+        opened = window.new_page()
+        opened.requests, opened.errors = [], []
+        opened.on("request", lambda request: opened.requests.append(request.url))
+        opened.on("pageerror", lambda error: opened.errors.append(str(error)))
+        opened.goto(shown.url)
+        opened.wait_for_selector("#instruction textarea")
+        yield opened
+        assert not opened.errors and opened.evaluate("window.ran") is None
+        outside = [url for url in opened.requests if not url.startswith((shown.url, "data:", "blob:"))]
+        assert not outside
+
+
+def ask(page, instruction: str, text: str = "") -> None:
+    page.fill("#instruction textarea", instruction)
+    page.fill("#input textarea", text)
+    page.click("#go")
+
+
+def wait_for_note(page, place: int, text: str) -> None:
+    page.wait_for_function(f"text => document.querySelector('#note-{place}').innerText.includes(text)", arg=text)
+
+
+def set_slider(page, label: str, value: str) -> None:
+    if not page.locator(f'input[aria-label*="{label}"]').first.is_visible():
+        page.click("#settings button")
+    box = page.locator(f'input[type=number][aria-label*="{label}"]').first
+    box.fill(value)
+    box.press("Tab")
+
+
+def test_the_answer_is_that_of_generate_beside_another_model(page, checkpoints, capsys):
+    learned, endless, _ = checkpoints
+    set_slider(page, "Longest answer", "24")
+    for instruction, text, output in (EIGHT_ROWS[0], EIGHT_ROWS[3]):
+        ask(page, instruction, text)
+        page.wait_for_function("value => document.querySelector('#answer-0 textarea').value === value", arg=output)
+        wait_for_note(page, 1, "24 tokens, and stopped there")
+        command = ["generate", str(endless), "--instruction", instruction, "--input", text, "--max_new_tokens", "24"]
+        assert diptych(command) == 0
+        assert page.input_value("#answer-1 textarea").strip() == capsys.readouterr().out.strip()
+        cells = page.locator("#looks-0 tbody tr").count(), page.locator("#looks-0 thead th").count()
+        note = page.inner_text("#note-0")
+        assert f"{cells[0]} tokens" in note and cells[1] > 5
+        assert page.locator("#looks-0 tbody td").count() == cells[0] * cells[1]
+
+
+def test_settings_matter_and_say_so(page):
+    set_slider(page, "Longest answer", "3")
+    ask(page, TO_KOREAN, EIGHT_ROWS[3][1])
+    wait_for_note(page, 0, "3 tokens, and stopped there")
+    first = page.input_value("#answer-0 textarea")
+    assert first and EIGHT_ROWS[3][2].startswith(first)
+    set_slider(page, "Longest answer", "40")
+    set_slider(page, "Beams", "3")
+    ask(page, TO_KOREAN, EIGHT_ROWS[3][1])
+    page.wait_for_function(
+        "value => document.querySelector('#answer-0 textarea').value === value", arg=EIGHT_ROWS[3][2]
+    )
+    set_slider(page, "Temperature", "2")
+    ask(page, TO_KOREAN, EIGHT_ROWS[3][1])
+    page.wait_for_function(
+        "value => ![value, ''].includes(document.querySelector('#answer-0 textarea').value)", arg=EIGHT_ROWS[3][2]
+    )
+
+
+def test_it_streams_and_stops(page, shown):
+    set_slider(page, "Longest answer", "20000")
+    ask(page, TO_KOREAN, "Go.")
+    length = "() => document.querySelector('#answer-1 textarea').value.length"
+    page.wait_for_function(f"({length})() > 20")
+    page.wait_for_function("before => document.querySelector('#answer-1 textarea').value.length > before", arg=60)
+    page.click("#stop")
+    ask(page, TO_KOREAN, "Yes.")  # its row has ended, so that this one's turn comes
+    page.wait_for_function("document.querySelector('#answer-0 textarea').value === '네.'")
+    page.click("#stop")
+
+
+def test_examples_fill_the_boxes(page):
+    page.click("text=I am a student.")
+    page.wait_for_function("document.querySelector('#input textarea').value === 'I am a student.'")
+    assert page.input_value("#instruction textarea") == TO_KOREAN
+
+
+def test_texts_stay_texts(page):
+    set_slider(page, "Longest answer", "4")
+    ask(page, HOSTILE)
+    page.wait_for_selector("#looks-0 table")
+    assert HOSTILE.replace(" ", "␣") in "".join(page.locator("#looks-0 thead th").all_inner_texts())
+    ask(page, " ")
+    wait_for_note(page, 0, "Write an instruction first.")
+
+
+def test_it_fits_a_phone(browser, shown):
+    with browser.new_context(viewport={"width": 400, "height": 800}, color_scheme="dark") as window:
+        page = window.new_page()
+        page.goto(shown.url)
+        page.wait_for_selector("#instruction textarea")
+        ask(page, TO_KOREAN, "Yes.")
+        page.wait_for_function("document.querySelector('#answer-0 textarea').value === '네.'")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        page.click("#stop")
+
+
+def test_no_files_no_strangers(shown):
+    for path in ("gradio_api/upload", "upload", "gradio_api/proxy=http://example.org/"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{shown.url}/{path}", b"x")
+    strange = urllib.request.Request(shown.url, headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(strange)
+    answer = urllib.request.urlopen(shown.url)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+
+
+def test_beyond_the_loopback_a_password_is_needed(t5_checkpoint, tmp_path):
+    command = ["demo", str(t5_checkpoint), "--host", "0.0.0.0"]
+    refused = subprocess.run([sys.executable, "-m", "diptych.finetune.cli", *command], capture_output=True, text=True)
+    assert refused.returncode == 2 and "DIPTYCH_PASSWORD" in refused.stderr and "Traceback" not in refused.stderr
+    with listening(command, tmp_path / "log", DIPTYCH_PASSWORD="open sesame") as started:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{started.url}/config")
+        started.process.send_signal(signal.SIGTERM)
+        assert started.process.wait() == 0 and "Traceback" not in started.log.read_text()
+
+
+def test_a_space_is_a_folder_that_runs(t5_checkpoint, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Add."}\n')
+    command = ["demo", str(t5_checkpoint), "--examples", str(rows), "--export_space", str(tmp_path / "space")]
+    assert diptych(command) == 0 and "nothing was sent anywhere" in capsys.readouterr().out
+    space = tmp_path / "space"
+    assert (space / "README.md").read_text().startswith('---\ntitle: "t5"\nsdk: gradio\napp_file: app.py\n')
+    assert "diptych[gradio]" in (space / "requirements.txt").read_text()
+    assert (space / "model" / "model.safetensors").is_file() and (space / "examples.jsonl").is_file()
+    assert diptych(command) == 2 and "has something in it" in capsys.readouterr().err
+    app = (space / "app.py").read_text()
+    assert str(tmp_path) not in app and '"7860"' in app
+    (space / "app.py").write_text(app.replace('"7860"', '"0"').replace("0.0.0.0", "127.0.0.1"))  # a port of our own
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen([sys.executable, "app.py"], cwd=space, stderr=log, env=environment)
+        while "http://" not in (tmp_path / "log").read_text():
+            assert started.poll() is None, (tmp_path / "log").read_text()
+        started.send_signal(signal.SIGINT)
+        assert started.wait() == 0
+
+
+def test_a_missing_extra_is_explained():
+    code = "import sys; sys.modules['gradio'] = None; from diptych.finetune.demo import main; sys.exit(main(['x']))"
+    missing = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert missing.returncode == 2 and "pip install 'diptych[gradio]'" in missing.stderr

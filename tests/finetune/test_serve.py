@@ -1,0 +1,375 @@
+"""`diptych serve`: real processes on real sockets, asked by OpenAI's own client."""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import torch
+from conftest import EIGHT_ROWS, TO_KOREAN, tiny_t5
+from listening import listening
+
+from diptych.data_prep.templates import attach_template, load_template, template_of
+from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
+from diptych.finetune.generate import generate_texts
+from diptych.finetune.loading import load_model_and_tokenizer
+
+SECRET = "the-token-of-this-test"
+
+
+@contextlib.contextmanager
+def server(checkpoint, log, *arguments: str, **environment: str):
+    """A process of `diptych serve` on a free port, and a client of it, until the block ends."""
+    with listening(["serve", str(checkpoint), *arguments], log, **environment) as started:
+        started.client = openai.OpenAI(base_url=f"{started.url}/v1", api_key=SECRET, max_retries=0)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def served(t5_checkpoint, tmp_path_factory):
+    with server(t5_checkpoint, tmp_path_factory.mktemp("served") / "log", "--batch_wait_ms", "20") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory, tiny_tokenizer):
+    """A server whose model never ends by itself, one prompt at a time, two that wait."""
+    folder = tmp_path_factory.mktemp("endless")
+    model = tiny_t5(len(tiny_tokenizer))
+    no_text = [
+        id for id in range(len(tiny_tokenizer)) if id < 3 or "\N{REPLACEMENT CHARACTER}" in tiny_tokenizer.decode(id)
+    ]
+    model.generation_config.suppress_tokens = no_text
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    limits = ("--batch_size", "1", "--queue", "2", "--max_new_tokens", "100000", "--timeout", "4")
+    with server(folder / "model", folder / "log", *limits) as started:
+        yield started
+
+
+def ask(served, text: str, instruction: str = TO_KOREAN, **settings):
+    return served.client.completions.create(
+        model="t5", prompt=instruction, extra_body={"input": text} if text else {}, **settings
+    )
+
+
+def metric(served, name: str) -> float:
+    text = urllib.request.urlopen(f"{served.url}/metrics").read().decode()
+    names = (f"{name} ", f"{name}{{")  # with its labels, or for all of them together
+    lines = [line for line in text.splitlines() if line.startswith(names)]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+def until(condition) -> None:
+    """Waits for what must come; a test that waits in vain is ended by whoever runs the tests."""
+    while not condition():
+        time.sleep(0.02)
+
+
+def post(url: str, data: bytes, **headers: str) -> tuple[int, dict, dict]:
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | headers)
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.loads(answer.read()), dict(answer.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read()), dict(error.headers)
+
+
+@pytest.fixture(scope="module")
+def alone(t5_checkpoint):
+    """What `diptych generate` makes of each of the eight rows."""
+    model, tokenizer = load_model_and_tokenizer(t5_checkpoint)
+    template = template_of(tokenizer)
+    sources = [tokenizer(template.render_source(instruction, text)).input_ids for instruction, text, _ in EIGHT_ROWS]
+    return [
+        generate_texts(model, tokenizer, [ids], batch_size=1, max_new_tokens=256, template=template)[0]
+        for ids in sources
+    ]
+
+
+def test_answers_are_those_of_generate_streamed_or_whole(served, alone):
+    assert alone == [output for _, _, output in EIGHT_ROWS]
+    for (instruction, text, _), expected in zip(EIGHT_ROWS, alone, strict=True):
+        whole = ask(served, text, instruction)
+        assert whole.choices[0].text == expected and whole.choices[0].finish_reason == "stop"
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+        chunks = list(ask(served, text, instruction, stream=True, stream_options={"include_usage": True}))
+        pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
+        assert "".join(pieces) == expected and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+        assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+        assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    assert len([piece for piece in pieces if piece]) >= 1
+
+
+def test_chat_is_asked_with_its_earlier_turns(served, alone):
+    instruction, text, _ = EIGHT_ROWS[1]
+    messages = [{"role": "user", "content": [{"type": "text", "text": f"{instruction} {text}"}]}]
+    whole = served.client.chat.completions.create(model="t5", messages=messages)
+    assert (whole.choices[0].message.role, whole.choices[0].message.content) == ("assistant", alone[1])
+    streamed = served.client.chat.completions.create(model="t5", messages=messages, stream=True)
+    assert "".join(chunk.choices[0].delta.content for chunk in streamed) == alone[1]
+    with pytest.raises(openai.BadRequestError, match="has no place for earlier turns"):
+        turns = [{"role": "assistant", "content": "x"}, messages[0]]
+        served.client.chat.completions.create(model="t5", messages=[messages[0], *turns])
+
+
+def test_fifty_clients_at_once_get_what_each_gets_alone(served, alone):
+    before = metric(served, "diptych_batch_rows_count"), metric(served, "diptych_batch_rows_sum")
+
+    def one(number: int) -> str:
+        instruction, text, _ = EIGHT_ROWS[number % 8]
+        if number % 3:
+            return ask(served, text, instruction).choices[0].text
+        return "".join(chunk.choices[0].text for chunk in ask(served, text, instruction, stream=True))
+
+    with ThreadPoolExecutor(50) as clients:
+        answers = list(clients.map(one, range(50)))
+    assert answers == [alone[number % 8] for number in range(50)]
+    batches = metric(served, "diptych_batch_rows_count") - before[0]
+    assert metric(served, "diptych_batch_rows_sum") - before[1] == 50 and batches < 50
+    assert metric(served, "diptych_queue_depth") == metric(served, "diptych_running_rows") == 0
+
+
+def test_several_prompts_and_what_stops_them(served, alone):
+    prompts = [f"{instruction} {text}" for instruction, text, _ in EIGHT_ROWS[:4]]
+    found = served.client.completions.create(model="t5", prompt=prompts)
+    assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in found.choices] == alone[:4]
+    short = ask(served, EIGHT_ROWS[3][1], max_tokens=2)
+    assert short.choices[0].finish_reason == "length" and alone[3].startswith(short.choices[0].text)
+    assert short.usage.completion_tokens == 2
+    stop = alone[3][4:7]  # cuts through tokens
+    for stream in (False, True):
+        found = ask(served, EIGHT_ROWS[3][1], stop=[stop, "never"], stream=stream)
+        text = "".join(chunk.choices[0].text for chunk in found) if stream else found.choices[0].text
+        assert text == alone[3][: alone[3].index(stop)]
+
+
+def test_samples_are_those_of_their_seed(served, t5_checkpoint):
+    settings = {"temperature": 2.0, "seed": 3, "max_tokens": 12}
+    first, second = (ask(served, "Yes.", n=3, **settings) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in second.choices] and len(set(texts)) > 1
+    model, tokenizer = load_model_and_tokenizer(t5_checkpoint)
+    template = template_of(tokenizer)
+    ids = tokenizer(template.render_source(TO_KOREAN, "Yes.")).input_ids
+    torch.manual_seed(3)
+    sampling = {"do_sample": True, "temperature": 2.0, "top_p": 1.0, "num_return_sequences": 3}
+    assert (
+        generate_texts(model, tokenizer, [ids], batch_size=1, max_new_tokens=12, template=template, **sampling)
+        == texts
+    )
+    streamed = {0: "", 1: "", 2: ""}
+    for chunk in ask(served, "Yes.", n=3, stream=True, **settings):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(streamed.values()) == texts
+
+
+@pytest.mark.parametrize(
+    "body, status, param",
+    [
+        ({"prompt": "Go.", "model": "gpt"}, 404, "model"),
+        ({}, 400, "prompt"),
+        ({"prompt": []}, 400, "prompt"),
+        ({"prompt": [1, 2]}, 400, "prompt"),
+        ({"prompt": " "}, 400, "prompt"),
+        ({"prompt": "Go. " * 3, "system": "Be kind."}, 400, "prompt"),
+        ({"prompt": "Go.", "max_tokens": 0}, 400, "max_tokens"),
+        ({"prompt": "Go.", "max_tokens": 257}, 400, "max_tokens"),
+        ({"prompt": "Go.", "max_tokens": True}, 400, "max_tokens"),
+        ({"prompt": "Go.", "temperature": 3}, 400, "temperature"),
+        ({"prompt": "Go.", "temperature": "hot"}, 400, "temperature"),
+        ({"prompt": "Go.", "n": 2}, 400, "n"),
+        ({"prompt": "Go.", "stop": ["", "x"]}, 400, "stop"),
+        ({"prompt": "Go.", "logprobs": 5}, 400, "logprobs"),
+        ({"prompt": "Go.", "tools": [{}]}, 400, "tools"),
+        ({"prompt": "Go.", "temprature": 1}, 400, "temprature"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0]"),
+        ({"messages": [{"role": "king", "content": "Go."}]}, 400, "messages"),
+        ({"messages": ["Go."]}, 400, "messages[0]"),
+    ],
+)
+def test_what_cannot_be_done_names_the_field(served, body, status, param):
+    path = "chat/completions" if "messages" in body else "completions"
+    found, answer, _ = post(f"{served.url}/v1/{path}", json.dumps(body).encode())
+    assert (found, answer["error"]["param"]) == (status, param), answer
+    assert answer["error"]["message"] and answer["error"]["type"] == "invalid_request_error"
+
+
+def test_fields_that_ask_for_nothing_may_be_there(served, alone):
+    nothing = {"user": "u", "presence_penalty": 0, "logit_bias": {}, "tools": [], "echo": False, "max_tokens": None}
+    body = {"prompt": EIGHT_ROWS[0][0], "input": EIGHT_ROWS[0][1]} | nothing
+    assert post(f"{served.url}/v1/completions", json.dumps(body).encode())[1]["choices"][0]["text"] == alone[0]
+
+
+def test_what_is_no_request_is_refused(served):
+    completions = f"{served.url}/v1/completions"
+    assert post(completions, b"{")[0] == 400
+    assert post(completions, b"[1]")[0] == 400
+    assert post(completions, b"[" * 100_000)[0] == 400
+    assert post(completions, json.dumps({"prompt": "x" * 4_000_001}).encode())[0] == 413
+    assert post(f"{served.url}/v1/nothing", b"{}")[0] == 404
+    assert post(f"{served.url}/health", b"{}")[0] == 405
+    status, answer, _ = post(completions, b'{"prompt": "Go."}', Host="evil.example")
+    assert status == 403 and "DIPTYCH_TOKEN" in answer["error"]["message"]
+
+
+def test_models_and_health(served):
+    assert [model.id for model in served.client.models.list()] == ["t5"]
+    assert json.loads(urllib.request.urlopen(f"{served.url}/health").read()) == {"status": "ok", "model": "t5"}
+
+
+def test_no_text_of_a_request_is_in_the_log(served):
+    ask(served, "a text that nobody should keep")
+    assert "nobody" not in served.log.read_text() and "Traceback" not in served.log.read_text()
+
+
+def hold(endless) -> threading.Thread:
+    """A client that asks, and waits as long as it takes."""
+
+    def wait():
+        with contextlib.suppress(openai.APIStatusError):
+            endless.client.completions.create(model="model", prompt="Go.")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_a_full_queue_a_timeout_and_clients_that_hang_up(endless):
+    waiting = [hold(endless)]
+    until(lambda: metric(endless, "diptych_running_rows") == 1)
+    waiting += [hold(endless), hold(endless)]
+    until(lambda: metric(endless, "diptych_queue_depth") == 2)
+    status, answer, headers = post(f"{endless.url}/v1/completions", b'{"prompt": "Go."}')
+    assert status == 503 and answer["error"]["type"] == "overloaded" and headers["Retry-After".lower()] == "1"
+    for thread in waiting:
+        thread.join()  # each is given up after four seconds
+    assert metric(endless, 'diptych_requests_total{path="/v1/completions",status="504"}') == 3
+    until(lambda: metric(endless, "diptych_running_rows") == 0)  # their rows were ended, too
+
+    dropped = metric(endless, "diptych_dropped_total")
+    stream = endless.client.completions.create(model="model", prompt="Go.", stream=True)
+    next(iter(stream))
+    assert metric(endless, "diptych_running_rows") == 1
+    stream.close()
+    until(lambda: metric(endless, "diptych_running_rows") == 0)
+    with socket.create_connection(("127.0.0.1", endless.port)) as rude:
+        body = b'{"prompt": "Go."}'
+        rude.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        until(lambda: metric(endless, "diptych_running_rows") == 1)
+    until(lambda: metric(endless, "diptych_running_rows") == 0)
+    until(lambda: metric(endless, "diptych_dropped_total") == dropped + 2)
+
+    events = list(endless.client.completions.create(model="model", prompt="Go.", max_tokens=3, stream=True))
+    assert events[-1].choices[0].finish_reason == "length"  # it still works
+    with pytest.raises(openai.APIError, match="no answer within 4 seconds"):
+        list(endless.client.completions.create(model="model", prompt="Go.", stream=True))
+
+
+def test_sigterm_lets_end_what_was_begun(t5_checkpoint, tmp_path, alone):
+    with server(t5_checkpoint, tmp_path / "log", "--batch_wait_ms", "1500") as started:
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(ask(started, EIGHT_ROWS[0][1]).choices[0].text))
+        thread.start()
+        until(lambda: metric(started, "diptych_queue_depth") == 1)
+        started.process.send_signal(signal.SIGTERM)
+        assert started.process.wait() == 0
+        thread.join()
+        assert answers == [alone[0]]
+        assert "Traceback" not in started.log.read_text()
+
+
+def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "diptych.finetune.cli", "serve", str(t5_checkpoint), "--host", "0.0.0.0"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "DIPTYCH_TOKEN" in refused.stderr
+    with server(t5_checkpoint, tmp_path / "log", "--host", "0.0.0.0", DIPTYCH_TOKEN=SECRET) as started:
+        assert ask(started, EIGHT_ROWS[0][1]).choices[0].text == "가."
+        stranger = openai.OpenAI(base_url=f"{started.url}/v1", api_key="another", max_retries=0)
+        for call in (lambda: stranger.models.list(), lambda: stranger.completions.create(model="t5", prompt="Go.")):
+            with pytest.raises(openai.AuthenticationError):
+                call()
+        assert post(f"{started.url}/v1/completions", b'{"prompt": "Go."}')[0] == 401
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{started.url}/metrics")
+        assert urllib.request.urlopen(f"{started.url}/health").status == 200
+        assert SECRET not in started.log.read_text()
+
+
+def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, served):
+    command = [sys.executable, "-m", "diptych.finetune.cli", "serve", str(t5_checkpoint), "--port", str(served.port)]
+    taken = subprocess.run(command, capture_output=True, text=True)
+    assert taken.returncode == 2 and "cannot be listened at" in taken.stderr and "Traceback" not in taken.stderr
+    code = "import sys; sys.modules['uvicorn'] = None; from diptych.finetune.serve import main; sys.exit(main(['x']))"
+    missing = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert missing.returncode == 2 and "pip install 'diptych[serve]'" in missing.stderr
+
+
+@pytest.fixture
+def engine(learned_t5, tiny_tokenizer):
+    started = Engine(
+        learned_t5, tiny_tokenizer, template_of(tiny_tokenizer), batch_size=4, queue_size=3, batch_wait_ms=300
+    )
+    yield started
+    started.close()
+
+
+def test_those_that_decode_alike_share_a_batch(engine, tiny_tokenizer):
+    sizes, events = [], []
+    engine.on_batch = sizes.append
+    ids = tiny_tokenizer("Go.").input_ids
+    same, other = Decoding(8), Decoding(9)
+    dropped = Job(ids, same, events.append, is_dropped=True)
+    jobs = [Job(ids, same, events.append), Job(ids, other, events.append), Job(ids, same, events.append)]
+    engine.submit([dropped, *jobs])
+    with pytest.raises(QueueFull):
+        engine.submit([Job(ids, same, events.append)])
+    until(lambda: len(events) == 3)
+    assert sizes == [2, 1] and all(isinstance(event, Ended) for event in events)
+    assert events[0].answers == events[1].answers and isinstance(events[0].answers[0], Answer)
+
+
+def test_a_batch_that_breaks_says_so_and_the_next_one_goes_on(engine, tiny_tokenizer):
+    events = []
+    ids = tiny_tokenizer("Go.").input_ids
+    engine.submit([Job([10**9], Decoding(8), events.append)])
+    until(lambda: events)
+    assert isinstance(events[0], Failed)
+    engine.submit([Job(ids, Decoding(8), events.append)])
+    until(lambda: len(events) == 2)
+    assert isinstance(events[1], Ended)
+
+
+def test_text_that_may_begin_a_stop_string_waits(tiny_tokenizer, learned_t5, tmp_path):
+    """The third row's answer is 나는 학생이다. With 학생이 아 as stop string, 학생이 has to wait for what follows."""
+    file = tmp_path / "stop.jinja"
+    file.write_text('{# stop: "학생이 아" #}\n{{ instruction }} {{ input }}\n{# target #}\n{{ output }}')
+    tokenizer = type(tiny_tokenizer).from_pretrained(_saved(tiny_tokenizer, tmp_path))
+    attach_template(tokenizer, load_template(str(file)))
+    started = Engine(learned_t5, tokenizer, template_of(tokenizer), batch_size=1, queue_size=1, batch_wait_ms=0)
+    events = []
+    ids = tiny_tokenizer(template_of(tiny_tokenizer).render_source(TO_KOREAN, "I am a student.")).input_ids
+    started.submit([Job(ids, Decoding(64), events.append, wants_pieces=True)])
+    until(lambda: events and isinstance(events[-1], Ended))
+    started.close()
+    pieces = [event.text for event in events if isinstance(event, Piece)]
+    so_far = ["".join(pieces[: count + 1]) for count in range(len(pieces))]
+    assert so_far[-1] == events[-1].answers[0].text == "나는 학생이다."
+    assert not any(text.endswith(("학", "학생", "학생이")) for text in so_far)
+
+
+def _saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
