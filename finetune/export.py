@@ -15,7 +15,6 @@ Then the precision that was asked for is measured in the same way: what it chang
 
 import importlib
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,9 +114,9 @@ def _write(folder: Path, settings: ExportSettings, target: ModuleType, model: An
     from diptych.finetune.export_proof import examples_of, task_of
     from diptych.finetune.loading import EXPORT_FILE, position_limit
 
-    template, limit = carried_template(tokenizer), position_limit(model)
-    examples, described = examples_of(settings.rows, tokenizer, template, limit)
-    task = task_of(model, tokenizer, template, min(settings.max_new_tokens, limit or sys.maxsize), settings.batch_size)
+    template = carried_template(tokenizer)
+    examples, described = examples_of(settings.rows, tokenizer, template, position_limit(model))
+    task = task_of(model, tokenizer, template, settings.max_new_tokens, settings.batch_size)
     facts = {"model": shown_name(settings.model), "rows": described, "batch_size": task.batch_size}
     facts |= {"torch_bytes": _weight_bytes(settings.model, model)}
     with tempfile.TemporaryDirectory(prefix=".exact-", dir=folder.parent) as beside:

@@ -70,8 +70,8 @@ def diptych_faults(config: Any) -> list[str]:
     faults = []
     if decoder.cross_attention == "merged":
         faults.append(
-            "cross_attention is 'merged', but its decoder reads the encoder's final states alone, in a sub-layer "
-            "without positions"
+            "cross_attention is 'merged', but its decoder reads the encoder's final states, and not what each of the "
+            "encoder's layers read"
         )
     if encoder.lookahead is not None:
         faults.append(f"encoder.lookahead is {encoder.lookahead}, but its encoder sees the whole source")
@@ -148,6 +148,10 @@ class Vocabulary:
             token = named if isinstance(named, str) and (row in names or named not in known) else f"<unused_{row}>"
             known.add(token)
             self.tokens.append(token)
+        if tokenizer.eos_token is None:
+            raise UserError(
+                "the tokenizer has no eos token, so that nothing would end. Set tokenizer.eos_token first."
+            )
         self.eos_token = tokenizer.eos_token
         self.bos_token = tokenizer.bos_token or tokenizer.pad_token or self.eos_token
         self.pad_token = tokenizer.pad_token or self.eos_token

@@ -29,6 +29,7 @@ from diptych.finetune.doctor_rows import SENTENCES
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import pad_sources
 from diptych.finetune.generate_file import read_prompts, render_prompts
+from diptych.finetune.loading import position_limit
 from diptych.finetune.metrics import score_texts
 
 TOLERANCE = 1e-3
@@ -149,13 +150,15 @@ def _references(file: str, index: int, fields: dict[str, Any]) -> list[str]:
 def task_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template | None, tokens: int, batch_size: int
 ) -> Task:
-    """Prefix and ends as generation has them for this model."""
+    """Prefix and ends as generation has them for this model; `tokens` at most, within its positions."""
     config, start = model.generation_config, decoder_start_token(model)
     prefix = label_prefix(tokenizer, template.decoder_prefix) if template and template.decoder_prefix else []
     if not prefix and config.forced_bos_token_id is not None:
         prefix = [config.forced_bos_token_id]
     prefix = prefix[1:] if prefix[:1] == [start] else prefix
     end = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    limit = position_limit(model)
+    tokens = tokens if limit is None else max(1, min(tokens, limit - len(prefix)))
     return Task(prefix, end if isinstance(end, list) else [end], tokens, batch_size)
 
 

@@ -1,6 +1,7 @@
 """`diptych export` to CTranslate2 and `generate --engine ctranslate2`: real folders, read by the real engine, against
 the torch model; and for each thing that is refused, that without the refusal the engine would write something else."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from itertools import product
 import ctranslate2
 import pytest
 import torch
+from ctranslate2.converters.transformers import T5GemmaLoader
 from ctranslate2.specs.common_spec import LayerNormSpec
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM
@@ -59,7 +61,8 @@ def export_of(model, tokenizer, folder, save=None) -> Translator:
 
 def comparison(model, exported, tokenizer, sources=None, tokens=24):
     examples = [Example(ids, []) for ids in sources or encode_sources(tokenizer, SOURCES)]
-    return compare(model, exported, tokenizer, examples, task_of(model, tokenizer, None, tokens, batch_size=2))
+    task = task_of(model, tokenizer, None, tokens, batch_size=2)._replace(tokens=tokens)  # also beyond its positions
+    return compare(model, exported, tokenizer, examples, task)
 
 
 def rope(kind, **settings):
@@ -155,6 +158,7 @@ def test_families_that_ctranslate2_converts_are_converted_exactly(family, new_mo
     assert (found.fault(), found.same_rows) == ("", 3)
     assert found.max_logit_difference < 1e-4 * found.largest_logit
     assert not {"normalize_before", "normalize_embedding"} & vars(model.config).keys()
+    export_ctranslate2.write(model, tiny_tokenizer, tmp_path, "int8")  # which CTranslate2 computes in place
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -187,6 +191,29 @@ def test_rows_without_a_token_get_a_name_and_gaps_move_nothing(new_model, tiny_t
 def test_other_families_are_refused_by_name(family, new_model):
     with pytest.raises(UserError, match=f"CTranslate2 cannot express this model: .*{family}.*It takes diptych, t5"):
         export_ctranslate2.check(new_model(family))
+
+
+def test_t5gemma_is_refused_for_the_cap_on_its_attention_scores_and_for_nothing_else(
+    new_model, tiny_tokenizer, tmp_path
+):
+    """CTranslate2's own loader converts one without it exactly."""
+    plain = {"query_pre_attn_scalar": 16, "final_logit_softcapping": None, "attn_logit_softcapping": None}
+    for cap in (None, 50.0):
+        config = new_model("t5gemma").config
+        for panel in (config.encoder, config.decoder):
+            panel.update(plain | {"attn_logit_softcapping": cap})
+        torch.manual_seed(0)
+        model = AutoModelForSeq2SeqLM.from_config(config).eval()
+        model.generation_config.decoder_start_token_id = 2
+
+        def regardless(model=model, cap=cap):
+            spec = T5GemmaLoader()(copy.deepcopy(model), export_ctranslate2.Vocabulary(model, tiny_tokenizer))
+            spec.validate()
+            spec.optimize(quantization="float32")
+            spec.save(str(tmp_path / str(cap)))
+
+        found = comparison(model, export_of(model, tiny_tokenizer, tmp_path / str(cap), regardless), tiny_tokenizer)
+        assert bool(found.fault()) == bool(cap)
 
 
 def test_positions_beyond_those_it_was_built_for_are_rotated_alike(tiny_tokenizer, tmp_path):
