@@ -57,12 +57,11 @@ class Answer(NamedTuple):
     finished: bool
     """By the model, not by the cap on new tokens."""
     ids: tuple[int, ...]
-    """The text's tokens, without the one that ends it."""
+    """The tokens that were written, the one that ends it included."""
 
     @property
     def tokens(self) -> int:
-        """That were generated."""
-        return len(self.ids) + self.finished
+        return len(self.ids)
 
 
 class Piece(NamedTuple):

@@ -284,11 +284,10 @@ class Translator:
     ) -> Output:
         """Of `ids` without what was forced, end included."""
         finished = bool(ids) and ids[-1] in end_tokens(config)
-        kept = ids[: len(ids) - finished]
-        text = text_of(tokenizer, kept)
+        text = text_of(tokenizer, ids[: len(ids) - finished])
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
-        return Output(text, finished, tuple(kept))
+        return Output(text, finished, tuple(ids))
 
 
 def _array(step: Any) -> Any:

@@ -57,7 +57,9 @@ class Output(NamedTuple):
     finished: bool
     """Whether the model ended it, with its end token or a stop string, and not the cap on new tokens."""
     ids: tuple[int, ...] = ()
-    """The tokens that it was written with, without an end token."""
+    """The tokens that the model wrote, its end token included."""
+    log_probability: float | None = None
+    """Of these tokens, given the source and what was forced, in nats; None unless asked for (reranking.py)."""
 
 
 class GenerationBar(tqdm):
@@ -192,24 +194,24 @@ def generate_batch(
     outputs, tokens = [], 0
     for sequence in sequences:
         ids, finished = new_tokens(sequence, prefix, config)
-        text = text_of(tokenizer, ids)
+        text = text_of(tokenizer, ids[: len(ids) - finished])
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
             while ids and ids[-1] == config.pad_token_id:  # which a row is given that ended before others
                 ids = ids[:-1]
         outputs.append(Output(text, finished, tuple(ids)))
-        tokens += len(ids) + finished
+        tokens += len(ids)
     return outputs, tokens
 
 
 def new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig) -> tuple[list[int], bool]:
-    """What the model added to start and prefix, up to its end token; and whether it wrote one."""
+    """What the model added to start and prefix, up to its end token, and whether it wrote one."""
     # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for. A prefix that
     # begins with the start token is given as it is; before any other, transformers puts the start.
     given = len(prefix) + (sequence[0] not in prefix[:1])
     ids, finished = _cut_at_eos(sequence[given:], end_tokens(config))
-    if config.forced_eos_token_id is not None and len(ids) + 1 == config.max_new_tokens:
-        finished = False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
+    if finished and config.forced_eos_token_id is not None and len(ids) == config.max_new_tokens:
+        return ids[:-1], False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
     return ids, finished
 
 
@@ -252,10 +254,10 @@ def end_tokens(config: GenerationConfig) -> list[int | None]:
 
 
 def _cut_at_eos(ids: list[int], ends: list[int | None]) -> tuple[list[int], bool]:
-    """`[31, 40, 1, 0, 0]` with eos 1 -> `[31, 40], True`; without an eos, all of it and False."""
+    """`[31, 40, 1, 0, 0]` with eos 1 -> `[31, 40, 1], True`; without an eos, all of it and False."""
     for position, token in enumerate(ids):
         if token in ends:
-            return ids[:position], True
+            return ids[: position + 1], True
     return ids, False
 
 
@@ -297,6 +299,10 @@ class GenerateSettings:
     """Above 0, tokens are sampled at this temperature; 0 takes the likeliest."""
     num_return_sequences: int = 1
     """Outputs for each prompt, the likeliest first; needs as many beams, or sampling."""
+    scores: bool = False
+    """Say of each output how likely it was: its log-probability, in nats, and that of its mean token."""
+    choices: list[str] = field(default_factory=list)
+    """Answer with one of these texts, the one that the model finds likeliest, and nothing else."""
     mbr_samples: int = 0
     """Draw so many samples for each prompt and take the one that is most like the others by chrF (minimum Bayes risk);
     0 does not."""
@@ -326,7 +332,8 @@ class GenerateSettings:
             )
         if self.input and not self.instruction:
             raise UserError("--input was given without --instruction. Say with --instruction what to do with it.")
-        if self.num_return_sequences > 1 and self.temperature == 0 and self.num_beams < self.num_return_sequences:
+        is_greedy = self.temperature == 0 and not self.choices
+        if self.num_return_sequences > 1 and is_greedy and self.num_beams < self.num_return_sequences:
             raise UserError(
                 f"num_return_sequences is {self.num_return_sequences} with num_beams={self.num_beams} and no "
                 f"sampling, which has one answer. Give --num_beams {self.num_return_sequences}, or --temperature 1."
@@ -338,12 +345,22 @@ class GenerateSettings:
                 f"mbr_samples is {self.mbr_samples}. It takes 2 or more to choose one output, and they are drawn in a "
                 f"way of their own: drop num_beams, num_return_sequences and temperature."
             )
+        if self.choices and (self.mbr_samples or self.temperature or self.num_beams > 1 or self.generation):
+            raise UserError("choices are weighed: drop mbr_samples, temperature, num_beams and generation.")
+        if self.engine != "torch" and (self.choices or self.scores):
+            raise UserError("scores and choices are of torch: drop them, or --engine ctranslate2.")
+        if self.choices and not len(set(self.choices)) == len(self.choices) >= self.num_return_sequences:
+            raise UserError("choices are texts that differ, no fewer than num_return_sequences. Mend them.")
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
         check_generation_names(self.generation)
 
     def generation_kwargs(self) -> dict[str, Any]:
         """Those of `reranking.chosen_outputs`."""
+        if self.choices:
+            return {"choices": self.choices, "num_return_sequences": self.num_return_sequences, "scores": self.scores}
+        if self.scores:
+            return {"scores": True} | replace(self, scores=False).generation_kwargs()
         if self.mbr_samples:
             return {"mbr_samples": self.mbr_samples} | self.generation
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
@@ -409,7 +426,7 @@ def answer(
         print(f"(the prompt was cut to {len(source_ids[0])} tokens)", file=sys.stderr)
     generation = settings.generation_kwargs()
     is_single = settings.num_beams == settings.num_return_sequences == 1 and not settings.mbr_samples
-    streams = is_single and not prompter.template.stop
+    streams = is_single and not (prompter.template.stop or settings.scores or settings.choices)
     if streams:
         generation["streamer"] = TextStreamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
     outputs = chosen_outputs(
@@ -423,9 +440,16 @@ def answer(
         **generation,
     )
     if not streams:
-        print("\n".join(output.text for output in outputs), flush=True)
+        print("\n".join(map(_shown, outputs)), flush=True)
     if not all(output.finished for output in outputs):
         print(f"(stopped at --max_new_tokens {settings.max_new_tokens}, before its end)", file=sys.stderr)
+
+
+def _shown(output: Output) -> str:
+    if output.log_probability is None:
+        return output.text
+    tokens = max(1, len(output.ids))
+    return f"{output.text}\t{output.log_probability:.4f} nats, {output.log_probability / tokens:.4f} a token"
 
 
 def run_session(model: "PreTrainedModel | Translator", prompter: Prompter, settings: GenerateSettings) -> int:

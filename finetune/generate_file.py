@@ -9,7 +9,7 @@ that answer anew. In a .txt file each line is an instruction, or the input of th
 
 Each line of in_file gets exactly one line, in its place; `row` counts from 1. A blank one asks nothing, and has an
 empty prediction. `prediction` and `finished` (ended by the model, not by the cap) are lists where there are several
-outputs for each prompt.
+outputs for each prompt; with scores, so are `log_probability` and `log_probability_per_token`, in nats.
 
 Rows are generated in chunks of CHUNK_BATCHES batches, sorted by length within a chunk only, and a chunk is written
 and flushed to disk at once. Where a chunk starts does not depend on where a run was killed, and the sampling is
@@ -45,7 +45,7 @@ from diptych.finetune.reranking import chosen_outputs
 CHUNK_BATCHES = 8
 PROMPT_FIELDS = ("instruction", "input", "history", "system")
 CONVERSATION_FIELDS = ("messages", "conversations")
-OUR_FIELDS = ("row", "prediction", "finished", "source_cut", "error")
+OUR_FIELDS = ("row", "prediction", "finished", "source_cut", "error", "log_probability", "log_probability_per_token")
 
 
 class Prompt(NamedTuple):
@@ -272,11 +272,23 @@ def _generate_chunk(
 
 
 def _predictions(outputs: list[Output], settings: GenerateSettings) -> list[dict[str, Any]]:
+    """What a line says of its outputs: of one, or lists of several."""
     each = settings.num_return_sequences
+    said = [_said(output, settings.scores) for output in outputs]
     if each == 1:
-        return [{"prediction": output.text, "finished": output.finished} for output in outputs]
-    groups = [outputs[first : first + each] for first in range(0, len(outputs), each)]
-    return [{"prediction": [o.text for o in group], "finished": [o.finished for o in group]} for group in groups]
+        return said
+    groups = [said[first : first + each] for first in range(0, len(said), each)]
+    return [{name: [of_one[name] for of_one in group] for name in group[0]} for group in groups]
+
+
+def _said(output: Output, scores: bool) -> dict[str, Any]:
+    found = {"prediction": output.text, "finished": output.finished}
+    if not scores:
+        return found
+    log_probability = output.log_probability
+    per_token = None if log_probability is None else round(log_probability / max(1, len(output.ids)), 6)
+    rounded = None if log_probability is None else round(log_probability, 6)
+    return found | {"log_probability": rounded, "log_probability_per_token": per_token}
 
 
 def _output_line(row: int, prompt: PromptRow, output: dict[str, Any], was_cut: bool) -> str:

@@ -115,9 +115,9 @@ class Reader(NamedTuple):
         config, others = generation_config(self.model, self.tokenizer, settings)
         inputs = {name: ids.to(self.model.device) for name, ids in inputs.items()}
         (sequence,) = self.model.generate(**inputs, generation_config=config, **others).tolist()
-        ids, finished = new_tokens(sequence, prefix, config)
+        ids, _ = new_tokens(sequence, prefix, config)
         given = len(prefix) + (sequence[0] not in prefix[:1])
-        return sequence[: given + len(ids) + finished], given
+        return sequence[: given + len(ids)], given
 
     def text(self, passage: facts.Passage) -> str:
         return text_of(self.tokenizer, passage.decoder_ids[1:])

@@ -1,6 +1,11 @@
-"""Several outputs of each source, and one of them chosen: minimum Bayes risk (MBR) over samples.
+"""Outputs weighed: how likely each is, which of given texts is likeliest, which sample is most like the others.
 
+    chosen_outputs(model, tokenizer, [[12, 7, 1]], seed=0, batch_size=4, max_new_tokens=64, scores=True)
+    choice_outputs(model, tokenizer, [[12, 7, 1]], ["yes", "no"], batch_size=4)      all choices are weighed: exact
     mbr_outputs(model, tokenizer, [[12, 7, 1]], samples=16, seed=0, batch_size=4, max_new_tokens=64)
+
+A log-probability is of the tokens as they were written, given the source and what was forced on the decoder, from one
+pass with teacher forcing: the model's own, whatever beams, samples or penalties found them.
 
 The likeliest output is often a poor one. MBR takes the sample that is most like all others, by chrF: the one with the
 highest expected utility if the samples are what the truth might be (Eikema and Aziz 2020, arXiv 2005.10283). Samples
@@ -16,8 +21,13 @@ import sacrebleu
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.encode import encode_targets, label_prefix
+from diptych.data_prep.templates import Template
+from diptych.finetune.batches import pad_batch
 from diptych.finetune.ctranslate2_engine import Translator
-from diptych.finetune.generate import Output, generate_outputs
+from diptych.finetune.families import decoder_start_token
+from diptych.finetune.generate import GenerationBar, Output, generate_outputs
+from diptych.finetune.objectives import Seq2SeqObjective
 
 EPSILON_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "epsilon_cutoff": 0.02}
 
@@ -29,14 +39,96 @@ def chosen_outputs(
     *,
     seed: int,
     mbr_samples: int = 0,
+    choices: Sequence[str] = (),
+    scores: bool = False,
     **settings: Any,
 ) -> list[Output]:
-    """Those of `mbr_outputs` where samples are asked for, else of `generate_outputs`, by either engine."""
+    """Those of `mbr_outputs` or `choice_outputs` where these are asked for, else of `generate_outputs`, by either
+    engine."""
     if isinstance(model, Translator):
         return model.outputs(tokenizer, source_ids, seed=seed, **settings)
+    if choices:
+        settings.pop("max_new_tokens", None)
+        outputs = choice_outputs(model, tokenizer, source_ids, choices, **settings)
+        return outputs if scores else [output._replace(log_probability=None) for output in outputs]
     if mbr_samples:
-        return mbr_outputs(model, tokenizer, source_ids, samples=mbr_samples, seed=seed, **settings)
-    return generate_outputs(model, tokenizer, source_ids, **settings)
+        outputs = mbr_outputs(model, tokenizer, source_ids, samples=mbr_samples, seed=seed, **settings)
+    else:
+        outputs = generate_outputs(model, tokenizer, source_ids, **settings)
+    if not scores:
+        return outputs
+    each = len(outputs) // max(1, len(source_ids))
+    sources = [ids for ids in source_ids for _ in range(each)]
+    prefix = _prefix(model, tokenizer, settings.get("template"))
+    targets = [[*prefix, *output.ids] for output in outputs]
+    found = log_probabilities(model, tokenizer, sources, targets, len(prefix), settings["batch_size"])
+    return [output._replace(log_probability=score) for output, score in zip(outputs, found, strict=True)]
+
+
+def _prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[int]:
+    """What the template forces on the decoder after its start token."""
+    if template is None or not template.decoder_prefix:
+        return []
+    prefix = label_prefix(tokenizer, template.decoder_prefix)
+    return prefix[1:] if prefix[:1] == [decoder_start_token(model)] else prefix
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source_ids: Sequence[Sequence[int]],
+    target_ids: Sequence[Sequence[int]],
+    forced: int,
+    batch_size: int,
+) -> list[float]:
+    """Of each target (without the decoder's start token) given its source, in nats; its first `forced` tokens are
+    given, too, and count for nothing."""
+    objective = Seq2SeqObjective(model)
+    was_training = model.training
+    model.eval()
+    longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]) - len(target_ids[row]))
+    found = [0.0] * len(source_ids)
+    try:
+        for first in range(0, len(longest_first), batch_size):
+            rows = [row for row in longest_first[first : first + batch_size] if len(target_ids[row]) > forced]
+            given = [{"input_ids": source_ids[row], "labels": target_ids[row]} for row in rows]
+            batch = pad_batch(given, tokenizer.pad_token_id or 0, decoder_start_token(model))
+            nats = objective.token_losses({name: tensor.to(model.device) for name, tensor in batch.items()})
+            for row, of_row in zip(rows, nats[:, forced:].double().sum(1).tolist(), strict=False):
+                found[row] = -of_row
+    finally:
+        model.train(was_training)
+    return found
+
+
+def choice_outputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source_ids: Sequence[Sequence[int]],
+    choices: Sequence[str],
+    *,
+    batch_size: int,
+    template: Template | None = None,
+    num_return_sequences: int = 1,
+    progress: bool | GenerationBar = False,
+) -> list[Output]:
+    """For each source the likeliest of the choices, or so many, the likeliest first. All of them are weighed, so that
+    none is missed, as a search token by token might; it costs a pass for each."""
+    texts = [template.render_target(choice) if template else choice for choice in choices]
+    prefix = template.decoder_prefix if template else ()
+    targets = encode_targets(tokenizer, texts, decoder_prefix=prefix)
+    start = decoder_start_token(model)
+    targets = [ids[1:] if prefix and ids[:1] == [start] else ids for ids in targets]
+    forced = len(_prefix(model, tokenizer, template))
+    found = []
+    for source in source_ids:
+        scores = log_probabilities(model, tokenizer, [source] * len(choices), targets, forced, batch_size)
+        best = sorted(range(len(choices)), key=lambda place: -scores[place])[:num_return_sequences]
+        found += [Output(choices[it], True, tuple(targets[it][forced:]), scores[it]) for it in best]
+        if isinstance(progress, GenerationBar):
+            progress.advance(1, sum(map(len, targets)))
+    return found
 
 
 def mbr_outputs(

@@ -532,7 +532,7 @@ def test_outputs_are_in_the_order_of_the_sources_and_none_is_refused(
     exported, _ = load_translator(exported_folder)
     sources = [row["input_ids"] for row in eight_prepared_rows]
     outputs = exported.outputs(tiny_tokenizer, sources, seed=0, batch_size=3, max_new_tokens=32)
-    assert outputs == [Output(row["target"], True, tuple(row["labels"][:-1])) for row in eight_prepared_rows]
+    assert outputs == [Output(row["target"], True, tuple(row["labels"])) for row in eight_prepared_rows]
     assert exported.outputs(tiny_tokenizer, [], seed=0, batch_size=3, max_new_tokens=32) == []
     with pytest.raises(UserError, match=r"source_ids\[1\] is empty"):
         exported.outputs(tiny_tokenizer, [[5, 1], []], seed=0, batch_size=3, max_new_tokens=32)

@@ -11,7 +11,6 @@ from diptych.data_prep.templates import TEMPLATES, Template
 from diptych.finetune import generate
 from diptych.finetune.generate import (
     GenerateSettings,
-    Output,
     Prompter,
     StopStrings,
     generate_outputs,
@@ -172,7 +171,7 @@ def test_generation_ends_at_a_stop_string_which_is_no_part_of_the_text(learned, 
         learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=64, template=template, num_beams=beams
     )
     texts = ["가.", "안녕!", "나는 ", "그는 내 ", "네.", "I am a ", "Go.", "2"]
-    assert outputs == [Output(text, finished=True) for text in texts]
+    assert [(output.text, output.finished) for output in outputs] == [(text, True) for text in texts]
 
 
 def test_a_stop_string_ends_a_row_as_soon_as_it_is_written(tiny_tokenizer):

@@ -37,16 +37,17 @@ def many_rows(tmp_path, eight_prepared_rows):
     return write_rows(tmp_path / "rows.jsonl", rows)
 
 
-def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, t5_checkpoint, many_rows):
+@pytest.mark.parametrize("more", [[], ["--num_beams", "2", "--num_return_sequences", "2", "--scores", "true"]])
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, t5_checkpoint, many_rows, more):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    assert generate.main(command(t5_checkpoint, many_rows, whole)) == 0
+    assert generate.main(command(t5_checkpoint, many_rows, whole, *more)) == 0
 
-    kill_after_lines(killed, 2 * CHUNK_BATCHES, command(t5_checkpoint, many_rows, killed))
+    kill_after_lines(killed, 2 * CHUNK_BATCHES, command(t5_checkpoint, many_rows, killed, *more))
     first = killed.read_bytes()
     assert 0 < len(first) < len(whole.read_bytes())
     with killed.open("ab") as out:  # what a kill in the middle of a write leaves
         out.write(whole.read_bytes()[len(first) : len(first) + 700])
-    assert generate.main(command(t5_checkpoint, many_rows, killed)) == 0
+    assert generate.main(command(t5_checkpoint, many_rows, killed, *more)) == 0
     assert killed.read_bytes() == whole.read_bytes()
 
 

@@ -6,9 +6,11 @@ import pytest
 import sacrebleu
 import torch
 
+from diptych.data_prep.templates import Template
 from diptych.finetune import generate
+from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import generate_outputs
-from diptych.finetune.reranking import EPSILON_SAMPLING, mbr_outputs, most_expected
+from diptych.finetune.reranking import EPSILON_SAMPLING, choice_outputs, chosen_outputs, mbr_outputs, most_expected
 
 
 def test_the_text_that_is_most_like_all_others_is_taken():
@@ -68,3 +70,74 @@ def test_settings_that_do_not_go_with_it_are_refused(t5_checkpoint, more, capsys
     with pytest.raises(SystemExit, match="2"):
         generate.main([str(t5_checkpoint), "--instruction", "Add.", "--mbr_samples", *more])
     assert "drop num_beams, num_return_sequences and temperature" in capsys.readouterr().err
+
+
+def teacher_forced(model, source: list[int], forced: list[int], written: tuple[int, ...]) -> float:
+    """One row, no batch, the model's own logits."""
+    decoder = torch.tensor([[decoder_start_token(model), *forced, *written]])
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([source]), decoder_input_ids=decoder[:, :-1]).logits[0].double()
+    logs = logits.log_softmax(-1)
+    places = range(len(forced), len(forced) + len(written))
+    return sum(float(logs[place, token]) for place, token in zip(places, written, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3, "num_return_sequences": 3}, {"do_sample": True, "temperature": 3.0}, {"max_new_tokens": 2}],
+)
+def test_scores_are_the_models_log_probabilities(learned, tiny_tokenizer, eight_prepared_rows, settings):
+    sources = [row["input_ids"] for row in eight_prepared_rows]
+    torch.manual_seed(0)
+    settings = {"batch_size": 3, "max_new_tokens": 24} | settings
+    outputs = chosen_outputs(learned, tiny_tokenizer, sources, seed=0, scores=True, **settings)
+    each = len(outputs) // len(sources)
+    assert any(len(output.ids) > 2 for output in outputs) or settings["max_new_tokens"] == 2
+    for place, output in enumerate(outputs):
+        expected = teacher_forced(learned, sources[place // each], [], output.ids)
+        assert output.log_probability == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_forced_counts_for_nothing(two_languages):
+    model, tokenizer, rows = two_languages
+    template = Template("ko", "{{ instruction }}", decoder_prefix=("<ko>",))
+    sources = [row["input_ids"] for row in rows[:3]]
+    settings = {"seed": 0, "batch_size": 2, "max_new_tokens": 24, "template": template, "scores": True}
+    ko = tokenizer.convert_tokens_to_ids("<ko>")
+    for source, output in zip(sources, chosen_outputs(model, tokenizer, sources, **settings), strict=True):
+        assert output.log_probability == pytest.approx(teacher_forced(model, source, [ko], output.ids), abs=1e-4)
+        assert output.log_probability > -0.5  # with <ko> it would be a nat less
+    (chosen, *_) = choice_outputs(model, tokenizer, sources, ["Go!", "가.", "네."], batch_size=2, template=template)
+    assert chosen.text == "가." and chosen.log_probability > -0.5
+
+
+def test_the_likeliest_choice_is_taken_and_all_are_weighed(learned_t5, tiny_tokenizer, eight_prepared_rows):
+    targets = [row["target"] for row in eight_prepared_rows]
+    for row in eight_prepared_rows:
+        found = choice_outputs(
+            learned_t5, tiny_tokenizer, [row["input_ids"]], targets, batch_size=3, num_return_sequences=len(targets)
+        )
+        assert found[0].text == row["target"]
+        scores = [teacher_forced(learned_t5, row["input_ids"], [], output.ids) for output in found]
+        assert [output.log_probability for output in found] == pytest.approx(scores, abs=1e-4)
+        assert scores == sorted(scores, reverse=True) and {output.text for output in found} == set(targets)
+
+
+def test_scores_and_choices_on_the_command_line(t5_checkpoint, tmp_path, capsys):
+    asked = ["--instruction", "Translate English to Korean:", "--input", "Yes."]
+    assert generate.main([str(t5_checkpoint), *asked, "--scores"]) == 0
+    text, said = capsys.readouterr().out.strip().split("\t")
+    assert text == "네." and said.endswith("a token") and said.startswith("-0.0")
+    assert generate.main([str(t5_checkpoint), *asked, "--choices", "가.", "네.", "2"]) == 0
+    assert capsys.readouterr().out.strip() == "네."
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "Add.", "input": "1 + 1"}\n\n{"instruction": "Add.", "input": "1 + 1"}\n')
+    command = [str(t5_checkpoint), "--in_file", str(rows), "--out_file", str(tmp_path / "out.jsonl"), "--scores"]
+    assert generate.main([*command, "--choices", "가.", "2", "--num_return_sequences", "2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == [["2", "가."], ["", ""], ["2", "가."]]
+    first, second = lines[0]["log_probability"]
+    assert first > second and lines[0]["log_probability_per_token"][0] == pytest.approx(
+        first / 2, abs=1e-5
+    )  # 2 and its end
+    assert lines[1]["log_probability"] == [None, None]
