@@ -285,10 +285,11 @@ class Translator:
         """Of `ids` without what was forced, end included."""
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         finished = bool(ids) and ids[-1] in ends
-        text = text_of(tokenizer, ids[: len(ids) - finished])
+        ids = ids[: len(ids) - finished]
+        text = text_of(tokenizer, ids)
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
-        return Output(text, finished)
+        return Output(text, finished, tuple(ids))
 
 
 def _array(step: Any) -> Any:

@@ -463,7 +463,10 @@ def test_prefixes_and_stop_strings_are_torchs(two_languages, tmp_path):
             same = {"batch_size": 2, "max_new_tokens": cap, "template": template, "num_beams": beams}
             theirs = exported.outputs(tokenizer, sources, seed=0, **same)
             if beams == 1:
-                assert theirs == generate_outputs(model, tokenizer, sources, **same)
+                ours = generate_outputs(model, tokenizer, sources, **same)
+                # A row that has stopped is padded by torch, while the others of its batch go on.
+                assert [output[:2] for output in theirs] == [output[:2] for output in ours]
+                assert stop or theirs == ours
             elif cap == 24 and prefix == ("<ko>",):
                 assert [output.text for output in theirs] == (
                     ["가.", "네.", "나는 "] if stop else ["가.", "네.", "나는 학생이다."]
@@ -532,7 +535,7 @@ def test_outputs_are_in_the_order_of_the_sources_and_none_is_refused(
     exported, _ = load_translator(exported_folder)
     sources = [row["input_ids"] for row in eight_prepared_rows]
     outputs = exported.outputs(tiny_tokenizer, sources, seed=0, batch_size=3, max_new_tokens=32)
-    assert outputs == [Output(row["target"], True) for row in eight_prepared_rows]
+    assert outputs == [Output(row["target"], True, tuple(row["labels"][:-1])) for row in eight_prepared_rows]
     assert exported.outputs(tiny_tokenizer, [], seed=0, batch_size=3, max_new_tokens=32) == []
     with pytest.raises(UserError, match=r"source_ids\[1\] is empty"):
         exported.outputs(tiny_tokenizer, [[5, 1], []], seed=0, batch_size=3, max_new_tokens=32)
