@@ -39,18 +39,18 @@ EXTRAS = {
     "demo": ["tensorboard>=2.21"],
     # Filters by language, and the report of keys and passwords.
     "clean": ["py3langid>=0.4", "detect-secrets>=1.5"],
-    # Export to CTranslate2, and generation with it.
-    "ctranslate2": ["ctranslate2>=4.8"],
-    # Export to ONNX, and its proof.
-    "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     # `diptych serve`.
     "serve": ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"],
     # `diptych demo`.
     "gradio": ["gradio>=6.29"],
+    # Export to CTranslate2, and generation with it.
+    "ctranslate2": ["ctranslate2>=4.8"],
+    # Export to ONNX, and its proof.
+    "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     # Preparation on many machines.
     "datatrove": ["datatrove>=0.10"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove,ctranslate2,onnx,serve,gradio]",
+        "diptych[sentencepiece,demo,clean,datatrove,serve,gradio,ctranslate2,onnx]",
         "openai>=3.0",  # the client that serve is tested with
         "pytest>=9.2",
         "pytest-xdist>=3.8",

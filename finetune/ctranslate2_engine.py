@@ -29,7 +29,7 @@ from diptych.data_prep.templates import Template, carried_template
 from diptych.finetune.checkpoint import read_json
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.export_ctranslate2 import import_ctranslate2
-from diptych.finetune.generate import GREEDY, GenerationBar, Output, check_source_ids
+from diptych.finetune.generate import GREEDY, GenerationBar, Output, check_source_ids, end_tokens
 from diptych.finetune.loading import EXPORT_FILE, export_kind, load_tokenizer
 
 MODEL_FILES = ("model.bin", "config.json", "shared_vocabulary.json")
@@ -283,13 +283,12 @@ class Translator:
         config: GenerationConfig,
     ) -> Output:
         """Of `ids` without what was forced, end included."""
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        finished = bool(ids) and ids[-1] in ends
-        ids = ids[: len(ids) - finished]
-        text = text_of(tokenizer, ids)
+        finished = bool(ids) and ids[-1] in end_tokens(config)
+        kept = ids[: len(ids) - finished]
+        text = text_of(tokenizer, kept)
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
-        return Output(text, finished, tuple(ids))
+        return Output(text, finished, tuple(kept))
 
 
 def _array(step: Any) -> Any:

@@ -195,6 +195,8 @@ def generate_batch(
         text = text_of(tokenizer, ids)
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
+            while ids and ids[-1] == config.pad_token_id:  # which a row is given that ended before others
+                ids = ids[:-1]
         outputs.append(Output(text, finished, tuple(ids)))
         tokens += len(ids) + finished
     return outputs, tokens

@@ -32,7 +32,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
 def test_an_unknown_command_names_the_nearest_and_none_shows_the_help(capsys):
     assert cli.main(["trian"]) == 2
     said = capsys.readouterr().err
-    assert "there is no command 'trian'. Did you mean train? --help lists them all." in said
+    assert "there is no command 'trian'. Did you mean train?" in said
     assert cli.main([]) == 2
     assert "usage: diptych COMMAND" in capsys.readouterr().err
 

@@ -1,0 +1,179 @@
+"""transformers' pipelines for text to text, which version 5 has left out, for every AutoModelForSeq2SeqLM.
+
+    from diptych.finetune.pipelines import register_pipelines
+    from transformers import pipeline
+
+    register_pipelines()
+    write = pipeline("text2text-generation", model="runs/full/final")
+    write({"instruction": "Name the capital.", "input": "France"})     [{"generated_text": "Paris"}]
+    pipeline("translation", model="nllb")("Good morning.", src_lang="eng_Latn", tgt_lang="kor_Hang")
+    pipeline("summarization", model="bart")(texts, batch_size=8)       [{"summary_text": "…"}, …]
+
+An input is a text, a row of instruction (and input, history, system), or a list of messages. What the checkpoint's own
+template makes of it is read, by data_prep's code, as in training; where no template travels with the tokenizer, a text
+is read as it is. Greedy, and what `diptych generate` writes, unless told otherwise; generate_outputs does the work, so
+that rows are batched by length and come back in order.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from types import GeneratorType
+from typing import Any
+
+import transformers.pipelines
+from transformers import AutoModelForSeq2SeqLM, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.pt_utils import KeyDataset
+
+from diptych.data_prep.conversations import Fault
+from diptych.data_prep.encode import split_sources
+from diptych.data_prep.records import UserError
+from diptych.data_prep.templates import Template, carried_template, load_template
+from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Output, generate_outputs
+from diptych.finetune.generate_file import prompt_of
+from diptych.finetune.loading import position_limit
+
+STREAMED_BATCHES = 4
+"""Of an iterator so many batches are taken at once, for the sake of batches of like lengths."""
+
+
+class Text2TextPipeline(Pipeline):
+    """`pipe(inputs, batch_size=1, max_new_tokens=256, template=None, src_lang=None, tgt_lang=None, **generate)`.
+
+    One input gives a list of dicts, one for each of `num_return_sequences`; a list gives a list of dicts, or of lists
+    of them; an iterator or a dataset of inputs is answered by an iterator. `streamer` (transformers') gets the tokens
+    of a single input as they come.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+    task_name = "text2text-generation"
+    output_key = "generated_text"
+
+    def _sanitize_parameters(self, batch_size=None, template=None, src_lang=None, tgt_lang=None, **generate):
+        reading = {"template": template, "src_lang": src_lang, "tgt_lang": tgt_lang}
+        if batch_size is not None:
+            generate["batch_size"] = batch_size
+        return {name: value for name, value in reading.items() if value is not None}, generate, {}
+
+    def __call__(self, inputs: Any, **settings: Any) -> Any:
+        reading, generating, _ = self._sanitize_parameters(**settings)
+        reading, generating = self._preprocess_params | reading, self._forward_params | generating
+        if isinstance(inputs, str | Mapping) or _is_conversation(inputs):
+            (outputs,) = self._forward([self.preprocess(inputs, **reading)], **reading, **generating)
+            return self.postprocess(outputs)
+        if isinstance(inputs, list | tuple):
+            sources = [self.preprocess(it, **reading) for it in inputs]
+            return [_single(self.postprocess(it)) for it in self._forward(sources, **reading, **generating)]
+        return self._answers(iter(_rows(inputs)), reading, generating)
+
+    def _answers(self, inputs: Iterator[Any], reading: dict, generating: dict) -> Iterator[Any]:
+        size = STREAMED_BATCHES * generating.get("batch_size", 1)
+        while some := list(itertools.islice(inputs, size)):
+            yield from self(some, **reading, **generating)
+
+    def preprocess(self, inputs: Any, template: str | None = None, **languages: str) -> list[int]:
+        """One input → the token ids of its source.
+
+        Raises:
+            ValueError: it is none, or the template has no place for what it has.
+        """
+        frame = self._template(template)
+        try:
+            if frame is None:
+                text = self._bare_text(inputs, **languages)
+            else:
+                row = {"instruction": inputs} if isinstance(inputs, str) else inputs
+                text = frame.render_source(*prompt_of({"messages": row} if isinstance(row, list | tuple) else row))
+        except (UserError, Fault) as error:
+            raise ValueError(f"an input of the pipeline cannot be read: {error}") from None
+        if languages.get("src_lang") and hasattr(self.tokenizer, "src_lang"):
+            self.tokenizer.src_lang = languages["src_lang"]
+        (encoding,) = split_sources(self.tokenizer, [text])
+        return encoding.ids(position_limit(self.model))
+
+    def _template(self, name: str | None) -> Template | None:
+        return load_template(name) if name else carried_template(self.tokenizer)
+
+    def _bare_text(self, inputs: Any, src_lang: str | None = None, tgt_lang: str | None = None) -> str:
+        """A text as it is, after the words that a T5 checkpoint's config says its task begins with."""
+        if not isinstance(inputs, str):
+            raise UserError("the tokenizer carries no template for rows and messages: give texts, or a template")
+        tasks = getattr(self.model.config, "task_specific_params", None) or {}
+        name = f"{self.task_name}_{src_lang}_to_{tgt_lang}" if src_lang and tgt_lang else self.task_name
+        return tasks.get(name, {}).get("prefix", "") + inputs
+
+    def _forward(self, sources: list[list[int]], batch_size: int = 1, **settings: Any) -> list[list[Output]]:
+        """Source ids → for each the outputs."""
+        frame, target = self._template(settings.pop("template", None)), settings.pop("tgt_lang", None)
+        settings.pop("src_lang", None)
+        if target is not None and (token := self._language_token(target)) is not None:
+            settings["forced_bos_token_id"] = token
+        limit = position_limit(self.model) or DEFAULT_NEW_TOKENS
+        most = settings.pop("max_new_tokens", min(DEFAULT_NEW_TOKENS, limit))
+        outputs = generate_outputs(
+            self.model, self.tokenizer, sources, batch_size=batch_size, max_new_tokens=most, template=frame, **settings
+        )
+        each = settings.get("num_return_sequences", 1)
+        return [outputs[place : place + each] for place in range(0, len(outputs), each)]
+
+    def _language_token(self, language: str) -> int | None:
+        """The token by which a multilingual decoder is told what to write; None for a tokenizer without languages."""
+        if not hasattr(self.tokenizer, "src_lang"):
+            return None
+        if hasattr(self.tokenizer, "get_lang_id"):  # M2M100 writes `ko` as __ko__
+            return self.tokenizer.get_lang_id(language)
+        token = self.tokenizer.convert_tokens_to_ids(language)
+        if token == self.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer knows no language {language!r}. Name one of its codes, such as kor_Hang.")
+        return token
+
+    def postprocess(self, outputs: list[Output]) -> list[dict[str, str]]:
+        return [{self.output_key: output.text} for output in outputs]
+
+
+class TranslationPipeline(Text2TextPipeline):
+    """With `src_lang` and `tgt_lang` for models of several languages."""
+
+    task_name = "translation"
+    output_key = "translation_text"
+
+
+class SummarizationPipeline(Text2TextPipeline):
+    task_name = "summarization"
+    output_key = "summary_text"
+
+
+def _single(found: list[dict[str, str]]) -> Any:
+    return found[0] if len(found) == 1 else found
+
+
+def _is_conversation(inputs: Any) -> bool:
+    return (
+        isinstance(inputs, list | tuple)
+        and bool(inputs)
+        and all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in inputs)
+    )
+
+
+def _rows(inputs: Any) -> Any:
+    """What is given one after another: a generator, a dataset, one column of it."""
+    if isinstance(inputs, GeneratorType | KeyDataset) or hasattr(inputs, "__iter__"):
+        return inputs
+    raise ValueError(f"a pipeline reads texts, rows, messages, or several of them, and was given a {type(inputs)}.")
+
+
+def register_pipelines() -> None:
+    """Makes `pipeline("text2text-generation")`, "translation" and "summarization" known to transformers."""
+    for kind in PIPELINES:
+        # `pipeline` refuses, before it looks into its registry, what is listed here.
+        transformers.pipelines.REMOVED_TASKS.pop(kind.task_name, None)
+        if PIPELINE_REGISTRY.supported_tasks.get(kind.task_name, {}).get("impl") is not kind:
+            PIPELINE_REGISTRY.register_pipeline(
+                kind.task_name, pipeline_class=kind, pt_model=AutoModelForSeq2SeqLM, type="text"
+            )
+
+
+PIPELINES = (Text2TextPipeline, TranslationPipeline, SummarizationPipeline)

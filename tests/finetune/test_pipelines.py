@@ -1,0 +1,150 @@
+"""transformers' pipelines for text to text, as `diptych generate` writes."""
+
+import queue
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from conftest import EIGHT_ROWS, TO_KOREAN, family_configs
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TextIteratorStreamer, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+from diptych.finetune.cli import main as diptych
+from diptych.finetune.pipelines import SummarizationPipeline, Text2TextPipeline, register_pipelines
+
+ROWS = [{"instruction": instruction, "input": text} for instruction, text, _ in EIGHT_ROWS]
+ANSWERS = [output for _, _, output in EIGHT_ROWS]
+
+
+@pytest.fixture(scope="module")
+def write(t5_checkpoint):
+    register_pipelines()
+    return pipeline("text2text-generation", model=str(t5_checkpoint))
+
+
+def test_transformers_has_none_until_they_are_registered():
+    code = (
+        "from transformers import pipeline\n"
+        "import diptych.finetune.pipelines as ours\n"
+        "tasks = ours.PIPELINE_REGISTRY.get_supported_tasks\n"
+        "assert 'summarization' not in tasks()\n"
+        "ours.register_pipelines(); ours.register_pipelines()\n"
+        "assert {'summarization', 'translation', 'text2text-generation'} <= set(tasks())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "already registered" not in done.stderr, done.stderr
+
+
+def test_rows_texts_and_messages_are_answered_as_generate_does(write, t5_checkpoint, capsys):
+    assert isinstance(write, Text2TextPipeline)
+    for row, answer in zip(ROWS, ANSWERS, strict=True):
+        assert write(row) == [{"generated_text": answer}]
+        text = f"{row['instruction']} {row['input']}"
+        assert write(text) == write([{"role": "user", "content": text}]) == [{"generated_text": answer}]
+    assert diptych(["generate", str(t5_checkpoint), "--instruction", TO_KOREAN, "--input", "Yes."]) == 0
+    assert capsys.readouterr().out.strip() == write({"instruction": TO_KOREAN, "input": "Yes."})[0]["generated_text"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_several_come_back_in_order(write, batch_size):
+    expected = [{"generated_text": answer} for answer in ANSWERS]
+    assert write(ROWS, batch_size=batch_size) == expected
+    assert list(write((row for row in ROWS), batch_size=batch_size)) == expected
+    table = datasets.Dataset.from_list([{"text": f"{row['instruction']} {row['input']}"} for row in ROWS])
+    assert list(write(KeyDataset(table, "text"), batch_size=batch_size)) == expected
+    assert list(write(datasets.Dataset.from_list(ROWS), batch_size=batch_size)) == expected
+
+
+def test_n_best_and_samples(write):
+    three = write(ROWS[3], num_beams=3, num_return_sequences=3)
+    assert len(three) == 3 and three[0] == {"generated_text": ANSWERS[3]}
+    both = write(ROWS[:2], num_beams=3, num_return_sequences=3, batch_size=2)
+    assert [len(found) for found in both] == [3, 3] and both[1][0] == {"generated_text": ANSWERS[1]}
+    torch.manual_seed(0)
+    assert write(ROWS[3], do_sample=True, temperature=5.0, max_new_tokens=8)[0]["generated_text"] != ANSWERS[3]
+
+
+def test_tokens_come_as_they_are_written(write):
+    streamer = TextIteratorStreamer(write.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    write(ROWS[3], streamer=streamer)
+    pieces = list(streamer)
+    assert "".join(pieces) == ANSWERS[3] and len([piece for piece in pieces if piece]) > 1
+    with pytest.raises(queue.Empty):
+        streamer.text_queue.get_nowait()
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({"instruction": 3}, "'instruction' must be a string"),
+        ({"question": "Go."}, "'instruction' is missing"),
+        ([{"role": "king", "content": "Go."}], "king"),
+        ({"instruction": "Go.", "system": "Be kind."}, "no place for a system prompt"),
+        (3, "was given a <class 'int'>"),
+    ],
+)
+def test_what_cannot_be_read_is_said(write, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        write(inputs)
+
+
+@pytest.mark.parametrize("family", ["diptych", "diptych_merged", "bart", "marian", "m2m_100", "t5gemma", "blenderbot"])
+def test_every_family_writes(family, tiny_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForSeq2SeqLM.from_config(family_configs(len(tiny_tokenizer))[family]).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    register_pipelines()
+    found = pipeline("summarization", model=str(tmp_path))(ROWS[:2], max_new_tokens=4, batch_size=2)
+    assert [set(row) for row in found] == [{"summary_text"}] * 2
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory, learned_t5, tiny_tokenizer):
+    """A checkpoint whose tokenizer carries no template, and whose config has T5's prefixes."""
+    folder = tmp_path_factory.mktemp("bare")
+    learned_t5.save_pretrained(folder)
+    tokenizer = type(tiny_tokenizer)(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_without_a_template_text_is_read_as_it_is(bare):
+    register_pipelines()
+    write = pipeline("text2text-generation", model=str(bare))
+    assert write(f"{TO_KOREAN} Yes.") == [{"generated_text": "네."}]
+    assert write(ROWS[4], template="translate") == [{"generated_text": "네."}]
+    with pytest.raises(ValueError, match="carries no template"):
+        write(ROWS[4])
+
+
+def test_a_t5_config_says_how_its_tasks_begin(bare):
+    register_pipelines()
+    translate = pipeline("translation", model=str(bare))
+    translate.model.config.task_specific_params = {
+        "translation_en_to_ko": {"prefix": f"{TO_KOREAN} "},
+        "summarization": {"prefix": f"{TO_KOREAN} "},
+    }
+    assert translate("Yes.", src_lang="en", tgt_lang="ko") == [{"translation_text": "네."}]
+    summarize = SummarizationPipeline(model=translate.model, tokenizer=translate.tokenizer)
+    assert summarize(["Yes.", "Go."]) == [{"summary_text": "네."}, {"summary_text": "가."}]
+
+
+def test_a_language_is_forced_on_a_multilingual_decoder(two_languages, tmp_path):
+    model, tokenizer, rows = two_languages
+    tokenizer.src_lang = "<en>"
+    translate = Text2TextPipeline(model=model, tokenizer=tokenizer)
+    for row in rows:
+        (found,) = translate(row["source"], template=None, tgt_lang=row["language"], src_lang="<en>")
+        assert found["generated_text"] == row["target"]
+    with pytest.raises(ValueError, match="no language 'xx'"):
+        tokenizer.unk_token = "<s>"
+        translate("Go.", tgt_lang="xx")
+
+
+def test_a_saved_tokenizer_is_the_same_as_the_one_in_memory(t5_checkpoint, write):
+    again = Text2TextPipeline(model=write.model, tokenizer=AutoTokenizer.from_pretrained(t5_checkpoint))
+    assert again(ROWS) == write(ROWS)
