@@ -463,7 +463,10 @@ def test_prefixes_and_stop_strings_are_torchs(two_languages, tmp_path):
             same = {"batch_size": 2, "max_new_tokens": cap, "template": template, "num_beams": beams}
             theirs = exported.outputs(tokenizer, sources, seed=0, **same)
             if beams == 1:
-                assert theirs == generate_outputs(model, tokenizer, sources, **same)
+                ours = generate_outputs(model, tokenizer, sources, **same)
+                # A row that has stopped is padded by torch, while the others of its batch go on.
+                assert [output[:2] for output in theirs] == [output[:2] for output in ours]
+                assert stop or theirs == ours
             elif cap == 24 and prefix == ("<ko>",):
                 assert [output.text for output in theirs] == (
                     ["가.", "네.", "나는 "] if stop else ["가.", "네.", "나는 학생이다."]
