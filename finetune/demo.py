@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -342,7 +343,12 @@ def export_space(settings: DemoSettings) -> int:
 def run(settings: DemoSettings) -> int:
     if settings.export_space:
         return export_space(settings)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with tempfile.TemporaryDirectory() as folder:  # Gradio makes one in any case, and would leave it there
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        return _serve(settings)
+
+
+def _serve(settings: DemoSettings) -> int:
     try:
         import fastapi
         import gradio
