@@ -30,6 +30,7 @@ from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.confidence import LEVEL_PERCENT, TRIALS, Paired, paired_tests
 from diptych.finetune.evaluation import is_improvement, predictions_file
 from diptych.finetune.metrics import METRICS, Statistics, count_texts, ratio
+from diptych.finetune.run_folder import last_training
 
 
 class Report(NamedTuple):
@@ -71,7 +72,8 @@ def load_side(name: str) -> Side:
     """UserError for what is neither a run folder nor a report."""
     path = Path(name)
     if path.is_dir():
-        metrics, config = path / "metrics.jsonl", path / "config.yaml"
+        last = last_training(path)
+        metrics, config = last / "metrics.jsonl", last / "config.yaml"
         if not metrics.is_file() or not config.is_file():
             missing = metrics.name if config.is_file() else config.name
             raise UserError(f"{name} is no run folder (it has no {missing}). Name the `out` of a run, or a report.")

@@ -10,7 +10,7 @@ the same card, byte by byte, and of paths there are only the last parts in it.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune.run_folder import last_training
 from diptych.finetune.starting_model import is_named_size
 
 FRAME = Path(__file__).with_name("frames") / "model_card.md.jinja"
@@ -29,7 +30,7 @@ FRAME = Path(__file__).with_name("frames") / "model_card.md.jinja"
 NO_SCORES = {"rows", "sources", "target_tokens", "unfinished", "max_new_tokens", "step", "split"}
 """Figures of an evaluation that say how it was made."""
 
-PATHS_OF_A_RECIPE = ("model", "data", "out", "tokenizer")
+PATHS_OF_A_RECIPE = ("model", "data", "out", "tokenizer", "teacher")
 PATHS_OF_PREPARATION = ("data", "aligned", "out", "template", "tokenizer", "decontaminate", "gathered")
 UNNAMED = "unknown"
 
@@ -56,12 +57,14 @@ class Score(NamedTuple):
 
 def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license: str = "", language: str = "") -> str:
     """`files` are those that are published with it, by name."""
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    step, facts = trained_steps(run)
+    whole = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    last = last_training(run)
+    recipe = yaml.safe_load((last / "config.yaml").read_text(encoding="utf-8"))
+    step, facts = trained_steps(last)
     manifest, fingerprint = prepared_manifest(recipe, facts)
     config = read_config(files, "config.json") or read_config(files, "adapter_config.json")
     adapter_base = config.get("base_model_name_or_path") if "adapter_config.json" in files else None
-    scores = [*validation_scores(run, step, recipe), *report_scores(run)]
+    scores = [*validation_scores(last, step, recipe), *report_scores(run)]
     template = read_config(files, "tokenizer_config.json").get("diptych_template", {})
     has_code = any(name.endswith(".py") for name in files)
     card = ModelCard.from_template(
@@ -81,10 +84,10 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
         data=manifest and data_facts(manifest, fingerprint, recipe),
         no_data=f"Prepared data `{last_part(recipe['data'])}`, of which nothing else is known here: "
         f"its folder was not there any more, or was prepared anew, when this card was made.",
-        training=training(recipe, step),
+        training=training(recipe, step, whole.get("stages")),
         limits=limits(manifest, scores),
         prepare_yaml=manifest and dump(prepare_settings(manifest)),
-        train_yaml=dump(train_settings(recipe)),
+        train_yaml=dump(train_settings(whole)),
     )
     return str(card)
 
@@ -269,7 +272,10 @@ def data_facts(manifest: Mapping[str, Any], fingerprint: str, recipe: Mapping[st
     }
 
 
-def training(recipe: Mapping[str, Any], step: int | None) -> str:
+def training(recipe: Mapping[str, Any], step: int | None, stages: Sequence[Mapping[str, Any]] | None = None) -> str:
+    if stages:
+        names = ", ".join(stage["name"] for stage in stages)
+        return f"In {len(stages)} stages, one after the other: {names}. Of the last: {training(recipe, step)}"
     how = "LoRA on a frozen base" if recipe["method"] == "lora" else "All weights were trained"
     if step is None:
         return f"{how}, in {recipe['precision']}. Of which step this model is, is not known any more."
@@ -319,7 +325,10 @@ def without_places(settings: Mapping[str, Any], names: Iterable[str]) -> dict[st
 
 def train_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """All of them, as YAML that `diptych train` reads: what is usual may change."""
-    return without_places({name: value for name, value in recipe.items() if name != "resume"}, PATHS_OF_A_RECIPE)
+    settings = {name: value for name, value in recipe.items() if name != "resume"}
+    if settings.get("stages"):
+        settings["stages"] = [without_places(stage, PATHS_OF_A_RECIPE) for stage in settings["stages"]]
+    return without_places(settings, PATHS_OF_A_RECIPE)
 
 
 def prepare_settings(manifest: Mapping[str, Any]) -> dict[str, Any]:

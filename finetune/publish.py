@@ -225,7 +225,10 @@ def check_private(files: Mapping[str, Path | bytes], run: Path) -> None:
 def local_places(run: Path) -> list[str]:
     """What must stand in no published file: where the run and what went into it lie, and what lies around them."""
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    named = [Path(recipe[name]) for name in ("model", "data", "out", "tokenizer") if recipe.get(name)]
+    recipes = [recipe, *(recipe.get("stages") or ())]
+    named = [
+        Path(it[name]) for it in recipes for name in ("model", "data", "out", "tokenizer", "teacher") if it.get(name)
+    ]
     folders = [str(place.resolve()) for place in (run, *named) if place.is_absolute() or place.exists()]
     around = [f"{folder}/" for folder in (Path.home(), Path.cwd()) if folder != Path("/")]
     return [*folders, *around]

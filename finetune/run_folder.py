@@ -26,6 +26,14 @@ from diptych.data_prep.records import UserError
 from diptych.finetune.exits import BUG, DONE, RANKS, STOPPED, exit_code_of, message_of
 
 LOCK, STATUS, CONFIG = ".lock", "status.json", "config.yaml"
+STAGES = "stages"
+"""The folder of a run of several trainings in which each has its own (stages.py)."""
+
+
+def last_training(run: Path) -> Path:
+    """Where the figures of a run's final model are: in the run's own folder, or in its last stage's."""
+    stages = sorted((run / STAGES).glob("*-*"), key=lambda folder: int(folder.name.split("-")[0]))
+    return stages[-1] if stages else run
 
 
 def is_main_rank() -> bool:

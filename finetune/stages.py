@@ -27,10 +27,9 @@ from diptych.data_prep.arguments import parse
 from diptych.data_prep.records import UserError
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.exits import DONE, STOPPED
-from diptych.finetune.run_folder import CONFIG, Status, claimed, holds_nothing, is_main_rank, read_status
+from diptych.finetune.run_folder import CONFIG, STAGES, Status, claimed, holds_nothing, is_main_rank, read_status
 from diptych.finetune.stopping import StopRequest
 
-FOLDER = "stages"
 OF_THE_WHOLE = ("out", "resume", "stages", "model", "model_overrides", "debug")
 """Settings that a stage cannot have: its model is what the stage before it made."""
 
@@ -81,7 +80,7 @@ def stage_recipes(recipe: TrainRecipe) -> Iterator[tuple[str, TrainRecipe]]:
         for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
             if changes.get(given) is not None and other not in changes:
                 settings[other] = None
-        folder = Path(recipe.out) / FOLDER / f"{number}-{name}"
+        folder = Path(recipe.out) / STAGES / f"{number}-{name}"
         settings |= {"model": model, "out": str(folder), "resume": folder.exists()}
         if number > 1:
             settings["model_overrides"] = {}

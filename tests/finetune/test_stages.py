@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from diptych.data_prep.records import UserError
 from diptych.finetune.checkpoint import fault_of
+from diptych.finetune.cli import main as diptych
 from diptych.finetune.config import TrainRecipe, parse_recipe
 from diptych.finetune.resuming import to_yaml
 from diptych.finetune.train import run_recipe
@@ -108,6 +109,18 @@ def test_a_finished_run_is_left_as_it_is_and_another_one_is_told(recipe, tmp_pat
     other = [STAGES[0] | {"trainable": "all"}, *STAGES[1:]]
     with pytest.raises(UserError, match="(?s)this is not the run in .*trainable 'cross_attention' -> 'all'"):
         run_recipe(recipe(resume=True, stages=other))
+
+
+def test_a_run_of_stages_is_compared_and_published_like_any_other(recipe, tmp_path, capsys):
+    assert run_recipe(recipe()) == 0
+    run = str(tmp_path / "run")
+    assert diptych(["publish", run, "--to", "me/staged", "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "In 3 stages, one after the other: warm-up, heal, instruct." in said
+    assert "  - name: heal" in said or "- name: heal" in said
+    assert str(tmp_path) not in said.split("# staged")[1]
+    assert diptych(["compare", run, f"{run}/stages/2-heal", "--out", str(tmp_path / "compared.png")]) == 0
+    assert "warm-up" not in capsys.readouterr().err
 
 
 def test_an_adapter_may_be_the_last_stage(recipe, tmp_path):
