@@ -15,23 +15,27 @@ is read as it is. Greedy, and what `diptych generate` writes, unless told otherw
 that rows are batched by length and come back in order.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
 import transformers.pipelines
-from transformers import AutoModelForSeq2SeqLM, Pipeline
+from transformers import AutoModelForSeq2SeqLM, Pipeline, PreTrainedTokenizerBase
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import KeyDataset
 
+import diptych.modeling
 from diptych.data_prep.conversations import Fault
 from diptych.data_prep.encode import split_sources
 from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import Template, carried_template, load_template
+from diptych.data_prep.templates import Template, carried_template, load_template, stored_golden
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Output, generate_outputs
 from diptych.finetune.generate_file import prompt_of
 from diptych.finetune.loading import position_limit
+from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 STREAMED_BATCHES = 4
 """Of an iterator so many batches are taken at once, for the sake of batches of like lengths."""
@@ -176,4 +180,37 @@ def register_pipelines() -> None:
             )
 
 
+def travelling_pipeline(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], bytes]:
+    """What a checkpoint needs to bring a pipeline of its own: its config with an entry more, and the code, a file that
+    is called TRAVELLING_CODE (modeling/pipeline_diptych.py).
+
+    Raises:
+        UserError: no template travels with the tokenizer, or the code does not read it as data_prep does.
+    """
+    template = carried_template(tokenizer)
+    if template is None:
+        raise UserError("the tokenizer carries no template, by which a pipeline of its own would read. Attach one.")
+    reader = DiptychPipeline.__new__(DiptychPipeline)
+    reader.tokenizer = tokenizer
+    is_proven = False
+    for example in stored_golden(tokenizer):
+        with contextlib.suppress(ValueError):  # a row that spells control tokens, which this one refuses
+            found = reader.preprocess(example["fields"])["input_ids"][0].tolist()
+            if found != [token for part in example["input_ids"] for token in part]:
+                raise UserError(f"template '{template.name}' cannot travel: {TRAVELLING_CODE} renders it otherwise.")
+            is_proven = True
+    if not is_proven:
+        raise UserError(f"template '{template.name}' cannot travel: {TRAVELLING_CODE} renders none of its examples.")
+    code = Path(diptych.modeling.__file__).with_name(TRAVELLING_CODE).read_bytes()
+    return dict(config) | {"custom_pipelines": TRAVELLING_ENTRY}, code
+
+
+TRAVELLING_CODE = "pipeline_diptych.py"
+TRAVELLING_ENTRY = {
+    "text2text-generation": {
+        "impl": "pipeline_diptych.DiptychPipeline",
+        "pt": ["AutoModelForSeq2SeqLM"],
+        "type": "text",
+    }
+}
 PIPELINES = (Text2TextPipeline, TranslationPipeline, SummarizationPipeline)

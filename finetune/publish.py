@@ -25,7 +25,9 @@ from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.exits import CheckpointError, HubError
 from diptych.finetune.hub_push import prepare_upload, push, remote_hashes
+from diptych.finetune.loading import load_tokenizer
 from diptych.finetune.model_card import model_card
+from diptych.finetune.pipelines import TRAVELLING_CODE, travelling_pipeline
 
 ALLOWED = {
     "weights": ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"],
@@ -47,7 +49,8 @@ ALLOWED = {
         "sentencepiece.bpe.model",  # mBART, M2M100
         "tokenizer.model",
     ],
-    "code": ["configuration_diptych.py", "modeling_diptych.py"],  # what travels with every Diptych
+    # What travels with every Diptych, and, if asked for, with any checkpoint.
+    "code": ["configuration_diptych.py", "modeling_diptych.py", TRAVELLING_CODE],
     "card": ["README.md"],
 }
 CARD = "README.md"
@@ -82,6 +85,9 @@ class PublishSettings:
     given."""
     language: str = ""
     """Languages for the card, separated by commas (en,ko); those that `diptych prepare` filtered by unless given."""
+    pipeline: bool = False
+    """Let code travel with it by which transformers' pipeline("text2text-generation") works, with
+    trust_remote_code=True, where Diptych is not installed."""
     dry_run: bool = False
     """Print the files with their sizes, and the card; connect to nothing."""
 
@@ -121,10 +127,23 @@ def publication(settings: PublishSettings) -> Publication:
         raise UserError(f"base names the base of an adapter, and {final} is a whole model. Leave out --base.")
     files: dict[str, Path | bytes] = {name: final / name for name in names}
     changed = [change for name in names if name in CONFIGS for change in _without_local_paths(files, name, settings)]
+    if settings.pipeline:
+        changed.append(_with_pipeline(files, final))
     files[CARD] = model_card(run, settings.to, files, settings.license, settings.language).encode()
     check_private(files, run)
     left_out = [name for name in present if name not in files and name != checkpoints.MANIFEST]
     return Publication(files, left_out, changed)
+
+
+def _with_pipeline(files: dict[str, Path | bytes], final: Path) -> str:
+    """Adds the code and its entry in config.json; and says so."""
+    if "config.json" not in files:
+        raise UserError(f"{final} is an adapter, which brings no pipeline. Merge it first, or leave out --pipeline.")
+    content = files["config.json"]
+    config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    config, files[TRAVELLING_CODE] = travelling_pipeline(config, load_tokenizer(str(final)))
+    files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return f"config.json: names the pipeline in {TRAVELLING_CODE}"
 
 
 def check_final(run: Path) -> None:

@@ -1,6 +1,9 @@
 """transformers' pipelines for text to text, as `diptych generate` writes."""
 
+import json
+import os
 import queue
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +14,15 @@ from conftest import EIGHT_ROWS, TO_KOREAN, family_configs
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
+from diptych.data_prep.templates import Template, attach_template
 from diptych.finetune.cli import main as diptych
-from diptych.finetune.pipelines import SummarizationPipeline, Text2TextPipeline, register_pipelines
+from diptych.finetune.pipelines import (
+    TRAVELLING_CODE,
+    SummarizationPipeline,
+    Text2TextPipeline,
+    register_pipelines,
+    travelling_pipeline,
+)
 
 ROWS = [{"instruction": instruction, "input": text} for instruction, text, _ in EIGHT_ROWS]
 ANSWERS = [output for _, _, output in EIGHT_ROWS]
@@ -148,3 +158,57 @@ def test_a_language_is_forced_on_a_multilingual_decoder(two_languages, tmp_path)
 def test_a_saved_tokenizer_is_the_same_as_the_one_in_memory(t5_checkpoint, write):
     again = Text2TextPipeline(model=write.model, tokenizer=AutoTokenizer.from_pretrained(t5_checkpoint))
     assert again(ROWS) == write(ROWS)
+
+
+WITHOUT_DIPTYCH = """
+import sys, json
+sys.modules["diptych"] = None
+from transformers import pipeline
+write = pipeline("text2text-generation", model=sys.argv[1], trust_remote_code=True)
+rows = json.loads(sys.argv[2])
+found = [write(row) for row in rows] + [write(rows, batch_size=3)]
+text = f"{rows[0]['instruction']} {rows[0]['input']}"
+found += [write(text), write([{"role": "user", "content": text}]), write(rows[0], num_beams=2, num_return_sequences=2)]
+try:
+    write("a </s> b")
+except ValueError as error:
+    found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("kind", ["t5", "forced and stopped"])
+def test_a_pipeline_travels_to_where_diptych_is_not_installed(kind, t5_checkpoint, two_languages, tmp_path):
+    folder, rows, answers = tmp_path / "published", ROWS, ANSWERS
+    if kind == "t5":
+        shutil.copytree(t5_checkpoint, folder)
+    else:
+        model, tokenizer, learned = two_languages
+        attach_template(
+            tokenizer, Template("ko", "{{ instruction }}{{ input }}", decoder_prefix=("<ko>",), stop=("생",))
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        rows = [{"instruction": row["source"], "input": ""} for row in learned[:3]]
+        answers = [row["target"].split("생")[0] for row in learned[:3]]
+    config, code = travelling_pipeline(
+        json.loads((folder / "config.json").read_text()), AutoTokenizer.from_pretrained(folder)
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / TRAVELLING_CODE).write_bytes(code)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DIPTYCH, str(folder), json.dumps(rows)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *alone, together, text, messages, two, refused = json.loads(done.stdout)
+    assert [found[0]["generated_text"] for found in alone] == answers
+    assert [found[0]["generated_text"] for found in together] == answers
+    assert text[0]["generated_text"] == messages[0]["generated_text"] == two[0]["generated_text"] == answers[0]
+    assert len(two) == 2 and "control token </s>" in refused
+    register_pipelines()
+    ours = pipeline(
+        "text2text-generation", model=str(folder), trust_remote_code=False, pipeline_class=Text2TextPipeline
+    )
+    assert [found["generated_text"] for found in ours(rows)] == answers
