@@ -16,6 +16,7 @@ as soon as they are written, and are not part of the text.
 
 import copy
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -69,13 +70,25 @@ class GenerationBar(tqdm):
         # In a log file, where each refresh is a line, once every 30 seconds.
         every = 0.2 if sys.stderr.isatty() else 30.0
         super().__init__(desc="generate", total=rows, initial=done, unit="rows", disable=not shown, mininterval=every)
-        self.tokens = 0
+        self.tokens = self.under_way = 0
 
     def advance(self, rows: int, tokens: int) -> None:
-        self.tokens += tokens
-        seconds = self.format_dict["elapsed"] if not self.disable else 0
-        self.set_postfix_str(f"{self.tokens / max(seconds, 1e-9):,.0f} tokens/s", refresh=False)
+        self.tokens, self.under_way = self.tokens + tokens, 0
+        self._say_rate()
         self.update(rows)
+
+    def tick(self, tokens: int) -> None:
+        """So many more are written of a batch that is under way, which may take minutes."""
+        self.under_way += tokens
+        if time.time() - self.last_print_t >= self.mininterval:
+            self._say_rate()
+            self.last_print_t = time.time()
+            self.refresh()
+
+    def _say_rate(self) -> None:
+        seconds = self.format_dict["elapsed"] if not self.disable else 0
+        rate = f"{(self.tokens + self.under_way) / max(seconds, 1e-9):,.0f} tokens/s"
+        self.set_postfix_str(f"{rate}, {self.under_way:,} tokens under way" if self.under_way else rate, refresh=False)
 
     def catch_up(self, rows: int) -> None:
         """To what all ranks have done; this one counted its own."""
@@ -134,9 +147,11 @@ def generate_outputs(
         for start in range(0, len(longest_first), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = [source_ids[row] for row in rows]
-            found, tokens = generate_batch(
-                model, tokenizer, batch, max_new_tokens, template, GREEDY | generation_kwargs
-            )
+            settings = GREEDY | generation_kwargs
+            if not bar.disable:
+                ticks = [*settings.get("stopping_criteria", ()), Ticks(bar, len(rows))]
+                settings |= {"stopping_criteria": ticks}
+            found, tokens = generate_batch(model, tokenizer, batch, max_new_tokens, template, settings)
             each = len(found) // len(rows)
             for position, row in enumerate(rows):
                 outputs[row] = found[position * each : (position + 1) * each]
@@ -213,6 +228,17 @@ def new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig)
     if finished and config.forced_eos_token_id is not None and len(ids) == config.max_new_tokens:
         return ids[:-1], False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
     return ids, finished
+
+
+class Ticks(StoppingCriteria):
+    """Ends no row; tells a bar of each step of a batch."""
+
+    def __init__(self, bar: GenerationBar, rows: int):
+        self.bar, self.rows = bar, rows
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.bar.tick(self.rows)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class StopStrings(StoppingCriteria):

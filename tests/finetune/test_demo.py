@@ -43,6 +43,7 @@ def shown(checkpoints, tmp_path_factory):
 def page(browser, shown):
     with browser.new_context(viewport={"width": 1200, "height": 900}) as window:
         opened = window.new_page()
+        opened.set_default_timeout(120_000)  # for what would hang; a busy machine takes its time
         opened.requests, opened.errors = [], []
         opened.on("request", lambda request: opened.requests.append(request.url))
         opened.on("pageerror", lambda error: opened.errors.append(str(error)))
@@ -137,6 +138,7 @@ def test_texts_stay_texts(page):
 def test_it_fits_a_phone(browser, shown):
     with browser.new_context(viewport={"width": 400, "height": 800}, color_scheme="dark") as window:
         page = window.new_page()
+        page.set_default_timeout(120_000)
         page.goto(shown.url)
         page.wait_for_selector("#instruction textarea")
         ask(page, TO_KOREAN, "Yes.")

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diptych.data_prep.templates import TEMPLATES, Template
 from diptych.finetune import generate
 from diptych.finetune.generate import (
     GenerateSettings,
+    GenerationBar,
     Prompter,
     StopStrings,
     generate_outputs,
@@ -266,3 +268,17 @@ def test_limits_come_from_the_model_and_may_not_exceed_its_positions(tiny_tokeni
     assert (resolved.max_source_tokens, resolved.max_new_tokens) == (64, 64)
     with pytest.raises(UserError, match="max_new_tokens is 65, but model was built for 64 positions"):
         generate.resolve_limits(GenerateSettings("model", max_new_tokens=65), bart)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_bar_moves_inside_a_batch(learned_t5, tiny_tokenizer, source_ids, capsys, beams):
+    bar = GenerationBar(len(source_ids))
+    bar.mininterval = 0
+    outputs = generate_outputs(
+        learned_t5, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=24, progress=bar, num_beams=beams
+    )
+    bar.close()
+    said = capsys.readouterr().err
+    under_way = [int(count) for count in re.findall(r"(\d+) tokens under way", said)]
+    assert under_way == list(range(8, 8 * len(under_way) + 1, 8)) and len(under_way) > 3
+    assert "100%" in said and bar.tokens == sum(len(output.ids) for output in outputs)

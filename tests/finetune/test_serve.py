@@ -70,8 +70,10 @@ def metric(served, name: str) -> float:
 
 
 def until(condition) -> None:
-    """Waits for what must come; a test that waits in vain is ended by whoever runs the tests."""
+    """Waits for what must come. Two minutes are for a test that would hang, not for a slow machine."""
+    end = time.monotonic() + 120
     while not condition():
+        assert time.monotonic() < end, "it did not come"
         time.sleep(0.02)
 
 
