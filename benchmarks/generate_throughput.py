@@ -1,0 +1,195 @@
+"""Writing, side by side in one run: HF's `generate` on T5 and BART, on Diptych, Diptych's own decoding, CTranslate2.
+
+    python benchmarks/generate_throughput.py                two cores, about a quarter of an hour
+    python benchmarks/generate_throughput.py --smoke        every part, small: its figures mean nothing
+
+Random weights, 61 million each, T5-small's shape (Diptych's with SwiGLU at the same number of weights), a head of
+32,128 tokens. Each contestant writes exactly 64 tokens, greedily, to the same random sources; they take turns, so that
+a slow minute of the machine meets them all. Medians: milliseconds a token (of a whole batch, reading the source
+included), tokens a second, and × HF's generate on T5 in fp32.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import ctranslate2
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.utils import logging
+
+from diptych.finetune.export_ctranslate2 import write as write_ctranslate2
+from diptych.finetune.fast_decode import fast_decode
+from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Size:
+    vocabulary: int = 32128
+    width: int = 512
+    layers: int = 6
+    heads: int = 8
+    t5_ff: int = 2048
+    diptych_ff: int = 1408
+    batches: tuple[int, ...] = (1, 8, 32)
+    sources: tuple[int, ...] = (64, 512)
+    tokens: int = 64
+    rounds: int = 3
+
+
+FULL = Size()
+SMOKE = replace(
+    FULL, vocabulary=500, width=64, layers=2, heads=4, t5_ff=128, diptych_ff=96, batches=(2,), sources=(16,)
+)
+SMOKE = replace(SMOKE, tokens=8, rounds=1)
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+
+Writer = Callable[[torch.Tensor, int], None]
+"""Sources (B, S) and a number of tokens, that are then written to each."""
+
+
+def make_models(size: Size) -> dict[str, PreTrainedModel]:
+    torch.manual_seed(0)
+    ids = IDS | {"vocab_size": size.vocabulary}
+    depth = {"num_layers": size.layers, "num_heads": size.heads}
+    t5 = T5Config(d_model=size.width, d_kv=size.width // size.heads, d_ff=size.t5_ff, **depth, **ids)
+    panels = {f"{panel}_layers": size.layers for panel in ("encoder", "decoder")}
+    panels |= {f"{panel}_attention_heads": size.heads for panel in ("encoder", "decoder")}
+    panels |= {f"{panel}_ffn_dim": size.t5_ff for panel in ("encoder", "decoder")}
+    bart = BartConfig(d_model=size.width, **panels, **ids, bos_token_id=2, forced_eos_token_id=None)
+    diptych = DiptychConfig(
+        hidden_size=size.width,
+        intermediate_size=size.diptych_ff,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        initializer_range=size.width**-0.5,
+        **ids,
+    )
+    classes = (T5ForConditionalGeneration, BartForConditionalGeneration, DiptychForConditionalGeneration)
+    configs = dict(zip(("T5", "BART", "Diptych"), zip(classes, (t5, bart, diptych), strict=True), strict=True))
+    return {name: kind(config).eval() for name, (kind, config) in configs.items()}
+
+
+def by_generate(model: PreTrainedModel, **settings) -> Writer:
+    def write(ids: torch.Tensor, tokens: int) -> None:
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            **settings,
+        )
+        assert written.shape == (len(ids), tokens + 1), written.shape
+
+    return write
+
+
+def by_ctranslate2(model: PreTrainedModel, precision: str, folder: Path) -> Writer:
+    """Through the export, with as many threads as torch."""
+    names = {f"t{number}": number for number in range(model.config.vocab_size)}
+    backend = Tokenizer(models.WordLevel(names, unk_token="t2"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token="t1", unk_token="t2")
+    folder.mkdir()
+    write_ctranslate2(copy.deepcopy(model), tokenizer, folder, precision)
+    translator = ctranslate2.Translator(str(folder), compute_type=precision, intra_threads=torch.get_num_threads())
+
+    def write(ids: torch.Tensor, tokens: int) -> None:
+        sources = [[f"t{number}" for number in row] for row in ids.tolist()]
+        found = translator.translate_batch(
+            sources, beam_size=1, min_decoding_length=tokens, max_decoding_length=tokens, max_input_length=0
+        )
+        assert all(len(it.hypotheses[0]) == tokens for it in found)
+
+    return write
+
+
+def contestants(size: Size, folder: Path) -> dict[str, Writer]:
+    found = {}
+    made = make_models(size)
+    for name, model in made.items():
+        print(f"{name}: {model.num_parameters() / 1e6:.1f}M weights")
+        found[f"{name}, generate, fp32"] = by_generate(model)
+    half = {name: copy.deepcopy(model).to(torch.bfloat16) for name, model in made.items()}
+    for name in ("T5", "Diptych"):
+        found[f"{name}, generate, bf16"] = by_generate(half[name])
+    found["Diptych, generate, static cache"] = by_generate(made["Diptych"], cache_implementation="static")
+    found["Diptych, own decoding, fp32"] = by_generate(made["Diptych"], custom_generate=fast_decode)
+    found["Diptych, own decoding, bf16"] = by_generate(half["Diptych"], custom_generate=fast_decode)
+    precisions = [it for it in ("float32", "bfloat16", "int8") if it in ctranslate2.get_supported_compute_types("cpu")]
+    print(f"CTranslate2 computes here in {', '.join(precisions)}")
+    for name in ("T5", "Diptych"):
+        for precision in precisions:
+            found[f"{name}, CTranslate2, {precision}"] = by_ctranslate2(
+                made[name], precision, folder / f"{name}-{precision}"
+            )
+    return found
+
+
+@torch.no_grad()
+def measure(size: Size) -> list[dict]:
+    """One row for each batch and source length: contestant → seconds of each round."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        writers = contestants(size, Path(folder))
+        for write in writers.values():
+            write(torch.full((1, 8), 5), 4)
+        for batch in size.batches:
+            for source in size.sources:
+                ids = torch.randint(3, size.vocabulary, (batch, source))
+                seconds = {name: [] for name in writers}
+                for _ in range(size.rounds):
+                    for name, write in writers.items():
+                        began = time.perf_counter()
+                        write(ids, size.tokens)
+                        seconds[name].append(time.perf_counter() - began)
+                rows.append({"batch": batch, "source": source, "tokens": size.tokens, "seconds": seconds})
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """ms a token (tokens a second), × HF's generate on T5 in fp32."""
+    names = list(rows[0]["seconds"])
+    lines = ["| | " + " | ".join(f"{row['batch']} × {row['source']}" for row in rows) + " |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for name in names:
+        cells = []
+        for row in rows:
+            own, first = (statistics.median(row["seconds"][it]) for it in (name, names[0]))
+            rate = row["batch"] * row["tokens"] / own
+            cells.append(f"{1000 * own / row['tokens']:.1f} ms ({rate:,.0f}/s) {first / own:.2f} ×")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="every part, small: its figures mean nothing")
+    settings = parser.parse_args()
+    torch.set_num_threads(os.cpu_count())
+    logging.set_verbosity_error()
+    rows = measure(SMOKE if settings.smoke else FULL)
+    print(table(rows))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Diptych's own decoding writes what transformers' `generate` writes, token by token."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from diptych.finetune.fast_decode import ROOM, can_decode_fast, fast_decode
+from diptych.finetune.generate import generate_batch
+from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
+
+PAD, END, START = 0, 1, 2
+SHAPE = {
+    "vocab_size": 53,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "encoder": {"num_hidden_layers": 3},
+    "decoder": {"num_hidden_layers": 3},
+    "initializer_range": 0.5,
+    "tie_word_embeddings": False,
+    "pad_token_id": PAD,
+    "eos_token_id": END,
+    "decoder_start_token_id": START,
+}
+CONFIGS = {
+    "separate": {},
+    "merged": {"cross_attention": "merged"},
+    "normed heads, biases": {"qk_norm": True, "attention_bias": True, "mlp_bias": True},
+    "merged, normed heads": {"cross_attention": "merged", "qk_norm": True},
+    "one key head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "all heads have keys": {"num_key_value_heads": 4},
+    "unequal panels": {"encoder": {"num_hidden_layers": 4, "hidden_size": 48}, "decoder": {"num_hidden_layers": 2}},
+    "layers without positions": {"layers_without_rope": [1]},
+    "merged, layers without positions": {"cross_attention": "merged", "layers_without_rope": [0]},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
+}
+
+
+def make(changes: dict, seed: int = 5) -> DiptychForConditionalGeneration:
+    torch.manual_seed(seed)
+    return DiptychForConditionalGeneration(DiptychConfig(**(SHAPE | changes))).eval()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request) -> DiptychForConditionalGeneration:
+    return make(CONFIGS[request.param])
+
+
+def sources(rows: int = 5, padding: str = "right") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 53, (rows, 11), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        if padding == "right":
+            ids[row, 11 - row :], mask[row, 11 - row :] = PAD, 0
+        elif padding == "left":
+            ids[row, :row], mask[row, :row] = PAD, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def both(model, inputs, seed: int = 0, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": 20} | settings
+    found = []
+    for more in ({}, {"custom_generate": fast_decode}):
+        torch.manual_seed(seed)
+        found.append(model.generate(**inputs, **settings, **more))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+def test_greedy_tokens_are_the_same(model, padding):
+    theirs, ours = both(model, sources(padding=padding))
+    assert torch.equal(theirs, ours)
+    assert len({tuple(row) for row in ours.tolist()}) > 1
+
+
+def test_one_row_and_outputs_longer_than_the_first_room(model):
+    theirs, ours = both(model, sources(1), max_new_tokens=2 * ROOM + 30, min_new_tokens=2 * ROOM + 20)
+    assert torch.equal(theirs, ours) and ours.shape[1] > 2 * ROOM
+
+
+def test_rows_end_at_different_steps(model):
+    """With ten tokens that end a row, most rows end early and leave the batch."""
+    ends = list(range(1, 53, 5))
+    theirs, ours = both(model, sources(8), eos_token_id=ends, max_new_tokens=40)
+    assert torch.equal(theirs, ours)
+    lengths = {int((row[1:] != PAD).sum()) for row in ours}
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_decoder_prompts_with_and_without_padding(model, padding):
+    prompts = torch.tensor([[START, 7, 8], [PAD, START, 9], [START, 4, 5]])
+    mask = (prompts != PAD).long()
+    inputs = sources(3, padding) | {"decoder_input_ids": prompts, "decoder_attention_mask": mask}
+    theirs, ours = both(model, inputs)
+    assert torch.equal(theirs, ours) and torch.equal(ours[:, :3], prompts)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
+        {"bad_words_ids": [[9], [10, 11]], "suppress_tokens": [20, 21]},
+        {"forced_bos_token_id": 12, "forced_eos_token_id": END},
+        {"do_sample": True, "temperature": 1.5},
+        {"do_sample": True, "top_k": 5, "top_p": 0.8},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
+)
+def test_rules_and_samples_are_theirs(settings):
+    for changes in (CONFIGS["separate"], CONFIGS["merged"]):
+        theirs, ours = both(make(changes), sources(4), seed=3, **settings)
+        assert torch.equal(theirs, ours)
+
+
+def test_logits_are_the_models_own(model):
+    """Through a processor that writes down what it is given."""
+
+    class Notes(LogitsProcessor):
+        def __init__(self):
+            self.scores = []
+
+        def __call__(self, input_ids, scores):
+            self.scores.append(scores.clone())
+            return scores
+
+    notes = [Notes(), Notes()]
+    inputs = sources(4)
+    settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    model.generate(**inputs, **settings, logits_processor=[notes[0]])
+    model.generate(**inputs, **settings, logits_processor=[notes[1]], custom_generate=fast_decode)
+    theirs, ours = (torch.stack(note.scores) for note in notes)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_stays_close():
+    for changes in (CONFIGS["separate"], CONFIGS["merged"]):
+        theirs, ours = both(make(changes).to(torch.bfloat16), sources(4))
+        assert (theirs[:, : ours.shape[1]] == ours[:, : theirs.shape[1]]).float().mean() > 0.5
+
+
+def test_criteria_and_streamers_are_heeded(model):
+    class AtThree(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.arange(len(input_ids)) < (2 if input_ids.shape[1] >= 4 else 0)
+
+    theirs, ours = both(model, sources(4), stopping_criteria=[AtThree()])
+    assert torch.equal(theirs, ours)
+
+    class Notes(BaseStreamer):
+        def __init__(self):
+            self.put_in, self.has_ended = [], False
+
+        def put(self, value):
+            self.put_in.append(value.tolist())
+
+        def end(self):
+            self.has_ended = True
+
+    told = [Notes(), Notes()]
+    settings = {"do_sample": False, "max_new_tokens": 15}
+    model.generate(**sources(3), **settings, streamer=told[0])
+    model.generate(**sources(3), **settings, custom_generate=fast_decode, writes_to=told[1])
+    assert told[0].put_in == told[1].put_in and told[1].has_ended
+
+
+def test_what_it_cannot_do_is_left_to_generate():
+    model = make({})
+    config = GenerationConfig(eos_token_id=END, pad_token_id=PAD, max_new_tokens=4, do_sample=False, num_beams=1)
+    assert can_decode_fast(model, config, {}) and can_decode_fast(model, config, {"streamer": None})
+    for name, value in {
+        "num_beams": 2,
+        "use_cache": False,
+        "eos_token_id": None,
+        "prompt_lookup_num_tokens": 3,
+    }.items():
+        other = copy.deepcopy(config)
+        setattr(other, name, value)
+        assert not can_decode_fast(model, other, {}), name
+    assert not can_decode_fast(model, config, {"assistant_model": model})
+    assert not can_decode_fast(copy.deepcopy(model).train(), config, {})
+    dynamic = make({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}})
+    assert not can_decode_fast(dynamic, config, {})
+
+
+def test_generate_takes_it_for_a_diptych(tiny_tokenizer, monkeypatch):
+    model = make({"vocab_size": len(tiny_tokenizer)})
+    rows = [[40, 41, 42, 1], [50, 1]]
+    calls = []
+    whole = model.generate
+
+    def noted(*arguments, **settings):
+        calls.append(settings.get("custom_generate"))
+        return whole(*arguments, **settings)
+
+    model.generate = noted
+    ours, _ = generate_batch(model, tiny_tokenizer, rows, 12, None, {"do_sample": False, "num_beams": 1})
+    monkeypatch.setattr("diptych.finetune.generate.can_decode_fast", lambda *given: False)
+    theirs, _ = generate_batch(model, tiny_tokenizer, rows, 12, None, {"do_sample": False, "num_beams": 1})
+    assert ours == theirs and calls == [fast_decode, None]
