@@ -3,17 +3,21 @@
     sequences = model.generate(**source, max_new_tokens=64, custom_generate=fast_decode)
 
 transformers runs the encoder and makes the logits processors and stopping criteria; what is here takes the place of
-its loop, and writes the same tokens. Of a token's time on two cores (61M weights, one row, fp32) less than a third is
-work with weights; the rest goes to masks and positions made anew, caches that are copied to grow by one, outputs that
-are wrapped and unwrapped. Here a step is what depends on the token: some thirty tensor operations a layer.
+its loop, and writes the same tokens. There, masks and positions are made anew for each token, caches are copied to
+grow by one, and outputs are wrapped and unwrapped; here a step is what depends on the token, and most of its time is
+the reading of weights.
 
 - Keys and values stand in tensors with room to spare. The source's masks and the target's rotations are made once.
 - Query heads that share a key head are that head's queries: nothing is repeated.
-- Several rows in fp32 are multiplied as W · xᵀ with xᵀ laid out anew: BLAS then reads both as they lie, and takes half
-  to three quarters of the time. Weights are the model's own, so that there is nothing to keep in step.
+- Several rows in fp32 are multiplied as W · xᵀ with xᵀ laid out anew: BLAS then reads both as they lie, which takes a
+  sixth less time for 32 rows. Weights are the model's own, so that there is nothing to keep in step.
 - Rows that are finished leave the batch, when there are enough of them.
+- With `prompt_lookup_num_tokens=n` and one row, n tokens are guessed by what followed the last ones before, in the
+  source or in the target (arXiv 2304.04487), and read at once; those that the model would have written stay. The same
+  tokens again, in fewer steps where the target repeats the source. transformers looks in the target alone.
 
-B rows, S source tokens, D width, K key/value heads, G query heads for each of them, E head size, V vocabulary.
+B rows, S source tokens, T new tokens, D width, K key/value heads, G query heads for each of them, E head
+size, V vocabulary.
 """
 
 from typing import Any
@@ -31,6 +35,8 @@ from diptych.modeling.modeling_diptych import DiptychAttention, DiptychMLP, rota
 
 ROOM = 64
 """Tokens that a cache is made larger by, at least."""
+LONGEST_LOOKED_UP = 2
+"""Tokens by which the next ones are looked up, as in transformers, where the config does not say."""
 DROPPED_AT = 3 / 4
 """Finished rows are dropped when no more than this part of a batch goes on: each time costs a copy of the caches."""
 
@@ -41,6 +47,8 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
         return False
     decoder = model.config.decoder
     mode = config.get_generation_mode()
+    if config.prompt_lookup_num_tokens and not config.do_sample and config.num_beams == 1:
+        mode = GenerationMode.GREEDY_SEARCH
     return (
         decoder._attn_implementation in ("sdpa", "eager")
         and decoder.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # they change with the length
@@ -61,14 +69,22 @@ def fast_decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     writes_to: BaseStreamer | None = None,
+    inputs_tensor: torch.Tensor | None = None,
     **given: Any,
 ) -> torch.Tensor:
     """What `generate` calls in place of its own loop: prompts (B, P) → them and what was written, padded, (B, L).
 
     `writes_to` is told the prompts and then the tokens of each step, as `generate` tells its streamer, which it keeps
     to itself. What the model is `given` has no names here, since `generate` would take those for arguments of this
-    function alone.
+    function alone; `inputs_tensor` is its name for the source, (B, S).
+
+    Raises:
+        ValueError: tokens are to be looked up, for several rows.
     """
+    if generation_config.prompt_lookup_num_tokens and len(input_ids) > 1:
+        raise ValueError(
+            f"prompt_lookup_num_tokens is for one row at a time, but there are {len(input_ids)}: batch_size 1."
+        )
     if writes_to is not None:
         writes_to.put(input_ids)
     names = ("encoder_outputs", "attention_mask", "decoder_attention_mask", "past_key_values")
@@ -84,6 +100,9 @@ def fast_decode(
     )
     step = Step(model, outputs.past_key_values, encoder_outputs, encoder_mask, decoder_mask)
     logits = outputs.logits[:, -1]
+    if generation_config.prompt_lookup_num_tokens:
+        rules = (logits_processor, stopping_criteria, generation_config)
+        return _decode_by_lookup(step, logits, inputs_tensor, input_ids, *rules, writes_to)
     (batch, length), pad = input_ids.shape, _pad_token(generation_config)
     sequences = F.pad(input_ids, (0, generation_config.max_length - length), value=pad)
     going_on = torch.ones(batch, dtype=torch.bool)
@@ -107,10 +126,55 @@ def fast_decode(
             kept = going_on[rows].nonzero().squeeze(1)
             step.keep(kept)
             rows = rows[kept]
-        logits = step(sequences[rows, length - 1])
+        logits = step(sequences[rows, length - 1 : length])
     if writes_to is not None:
         writes_to.end()
     return sequences[:, :length]
+
+
+def _decode_by_lookup(
+    step: "Step",
+    logits: torch.Tensor,
+    source: torch.Tensor,
+    sequence: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    writes_to: BaseStreamer | None,
+) -> torch.Tensor:
+    """The rest of `fast_decode` for one row, greedily: source (1, S), sequence (1, P) → (1, L)."""
+    guesses: list[int] = []
+    while True:
+        # logits (1 + guesses, V): after the last token, and after each guess, of use as long as these are right.
+        for after, scores in enumerate(logits.float()):
+            token = logits_processor(sequence, scores[None]).argmax(-1)
+            sequence = torch.cat((sequence, token[None]), dim=1)
+            if writes_to is not None:
+                writes_to.put(token)
+            is_over = bool(stopping_criteria(sequence, None).all())
+            if is_over or guesses[after : after + 1] != token.tolist():
+                break
+        if is_over:
+            break
+        step.forget(len(guesses) - after)
+        before = [*source[0].tolist(), *sequence[0].tolist()]
+        tokens = min(config.prompt_lookup_num_tokens, config.max_length - sequence.shape[1] - 1)
+        guesses = look_up(before, tokens, config.max_matching_ngram_size or LONGEST_LOOKED_UP)
+        logits = step(torch.tensor([[before[-1], *guesses]]))
+    if writes_to is not None:
+        writes_to.end()
+    return sequence
+
+
+def look_up(ids: list[int], tokens: int, longest: int) -> list[int]:
+    """What followed the last `longest` ids where they stood last, or the last fewer: `[5, 6, 7, 8, 5, 6]` -> `[7, 8]`
+    for 2 tokens. [] where even the last one is new."""
+    for length in range(min(longest, len(ids) - 1), 0, -1):
+        end = ids[-length:]
+        for start in range(len(ids) - length - 1, -1, -1):
+            if ids[start : start + length] == end:
+                return ids[start + length : start + length + tokens]
+    return []
 
 
 def _pad_token(config: GenerationConfig) -> int:
@@ -121,7 +185,7 @@ def _pad_token(config: GenerationConfig) -> int:
 
 
 class Step:
-    """The decoder and the head over one more token of each row, after the model itself has read the prompts.
+    """The decoder and the head over the next tokens of each row, after the model itself has read the prompts.
 
     For each layer `own` has the keys and values of the target so far, (2, B, K, room, E), of which `length` are
     filled; with the separate hinge `cross` has the source's, (2, B, K, S, E). With the merged hinge the source's stand
@@ -157,19 +221,17 @@ class Step:
             read = prompt if decoder_mask is None else decoder_mask.sum(1, keepdim=True)
             self.position = read + source_ends(encoder_outputs.position_ids, encoder_mask, None, None)
         self.own, self.cross = target, source
-        self.length = target[0].shape[3]
+        self.first = self.length = target[0].shape[3]
         self._make_room()
 
     def _make_room(self) -> None:
-        """Doubles what there is for the target, and turns the angles of its positions into factors, (B or 1, L, E)."""
+        """Doubles what there is for the target, and makes cos and sin of what is not read yet, (B or 1, L, E)."""
         more = max(ROOM, self.length)
         self.own = [F.pad(each, (0, 0, 0, more)) for each in self.own]
         if self.own_mask is not None:
             self.own_mask = F.pad(self.own_mask, (0, more))
-        ahead = self.position + torch.arange(more)
-        self.cos, self.sin = self.decoder.rotary_emb(self.own[0], ahead)
-        self.first = self.length
-        """Where the factors begin."""
+        new = torch.arange(self.own[0].shape[3] - self.first)
+        self.cos, self.sin = self.decoder.rotary_emb(self.own[0], self.position + new)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Goes on with these rows alone."""
@@ -181,26 +243,27 @@ class Step:
         if len(self.position) > 1:
             self.position, self.cos, self.sin = self.position[rows], self.cos[rows], self.sin[rows]
 
+    def forget(self, tokens: int) -> None:
+        """The last ones were wrong."""
+        self.length -= tokens
+
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The token that was written last in each row, (B,) → logits (B, V)."""
-        if self.length == self.own[0].shape[3]:
+        """The tokens that each row goes on with, (B, T), of which none is padding → logits (B × T, V)."""
+        new = tokens.shape[1]
+        while self.length + new > self.own[0].shape[3]:
             self._make_room()
         place = self.length - self.first
-        rotation = self.cos[:, place : place + 1], self.sin[:, place : place + 1]
-        self.length += 1
-        self.position = self.position + 1
+        rotation = self.cos[:, place : place + new], self.sin[:, place : place + new]
+        self.length += new
         own_mask = None if self.own_mask is None else self.own_mask[..., : self.length]
-        hidden = self.decoder.embed_tokens(tokens)
+        hidden = self.decoder.embed_tokens(tokens.flatten())
         for index, layer in enumerate(self.decoder.layers):
-            attended = self._write_and_attend(
-                index, layer.self_attn, layer.input_layernorm(hidden), rotation, own_mask
-            )
-            hidden = hidden + attended
+            normed = layer.input_layernorm(hidden)
+            hidden = hidden + self._write_and_attend(index, layer.self_attn, normed, rotation, own_mask)
             if not self.is_merged:
-                normed = layer.cross_attention_layernorm(hidden)
-                query = _heads(layer.cross_attn, layer.cross_attn.q_proj, normed)
-                query = layer.cross_attn.q_norm(query)
-                hidden = hidden + _attend(layer.cross_attn, query, self.cross[index], self.cross_mask)
+                attention, normed = layer.cross_attn, layer.cross_attention_layernorm(hidden)
+                query = attention.q_norm(_heads(attention, attention.q_proj, normed, new))
+                hidden = hidden + _attend(attention, query, self.cross[index], self.cross_mask)
             hidden = hidden + _feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
         return _project(self.lm_head, self.decoder.norm(hidden)).contiguous()
 
@@ -212,13 +275,18 @@ class Step:
         rotation: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        query = attention.q_norm(_heads(attention, attention.q_proj, normed))
-        key = attention.k_norm(_heads(attention, attention.k_proj, normed))
+        new = rotation[0].shape[1]
+        query = attention.q_norm(_heads(attention, attention.q_proj, normed, new))
+        key = attention.k_norm(_heads(attention, attention.k_proj, normed, new))
         if attention.has_rope:
-            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
+            query, key = rotate(query, *rotation), rotate(key, *rotation)
         own = self.own[index]
-        own[0, :, :, self.length - 1] = key
-        own[1, :, :, self.length - 1] = _heads(attention, attention.v_proj, normed)
+        own[0, :, :, self.length - new : self.length] = key
+        own[1, :, :, self.length - new : self.length] = _heads(attention, attention.v_proj, normed, new)
+        if new > 1:  # each sees those before it, in each of the queries that share a key head
+            ahead = torch.full((new, self.length), -torch.inf, dtype=normed.dtype).triu(self.length - new + 1)
+            ahead = ahead.repeat(attention.num_key_value_groups, 1)
+            mask = ahead if mask is None else mask + ahead
         return _attend(attention, query, own[:, :, :, : self.length], mask)
 
 
@@ -229,23 +297,20 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(mask == 0, -torch.inf)[:, None, None]
 
 
-def _heads(attention: DiptychAttention, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """(B, D) → (B, heads, E)."""
-    return _project(layer, states).unflatten(-1, (-1, attention.head_dim))
-
-
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """(B, heads, E), factors (B or 1, 1, E): all heads of a row stand at the same position."""
-    return rotate(states.unsqueeze(2), cos, sin).squeeze(2)
+def _heads(attention: DiptychAttention, layer: nn.Module, states: torch.Tensor, new: int) -> torch.Tensor:
+    """(B × T, D) → (B, heads, T, E)."""
+    return _project(layer, states).unflatten(-1, (-1, attention.head_dim)).unflatten(0, (-1, new)).transpose(1, 2)
 
 
 def _attend(
     attention: DiptychAttention, query: torch.Tensor, keys_and_values: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Queries (B, K × G, E), what they look at (2, B, K, L, E) → (B, D)."""
-    groups = query.contiguous().unflatten(1, (-1, attention.num_key_value_groups))
+    """Queries (B, K × G, T, E), what they look at (2, B, K, L, E) → (B × T, D)."""
+    heads, new = query.shape[1:3]
+    groups = query.contiguous().view(len(query), keys_and_values.shape[2], -1, query.shape[-1])  # (B, K, G × T, E)
     attended = F.scaled_dot_product_attention(groups, *keys_and_values, attn_mask=mask, scale=attention.scaling)
-    return _project(attention.o_proj, attended.flatten(1))
+    attended = attended.reshape(len(query), heads, new, -1).transpose(1, 2)
+    return _project(attention.o_proj, attended.reshape(len(query) * new, -1))
 
 
 def _feed_forward(mlp: DiptychMLP, states: torch.Tensor) -> torch.Tensor:
@@ -254,7 +319,7 @@ def _feed_forward(mlp: DiptychMLP, states: torch.Tensor) -> torch.Tensor:
 
 
 def _project(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """(B, in) → (B, out), for several rows laid out column by column; what is no plain layer does it by itself."""
+    """(B × T, in) → (B × T, out), several rows laid out column by column; what is no plain layer does it itself."""
     if type(layer) is not nn.Linear or states.dtype != torch.float32 or len(states) == 1:
         return layer(states)
     projected = torch.mm(layer.weight, states.t().contiguous()).t()

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from diptych.finetune.fast_decode import ROOM, can_decode_fast, fast_decode
+from diptych.finetune.fast_decode import ROOM, can_decode_fast, fast_decode, look_up
 from diptych.finetune.generate import generate_batch
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
@@ -179,7 +179,6 @@ def test_what_it_cannot_do_is_left_to_generate():
         "num_beams": 2,
         "use_cache": False,
         "eos_token_id": None,
-        "prompt_lookup_num_tokens": 3,
     }.items():
         other = copy.deepcopy(config)
         setattr(other, name, value)
@@ -188,6 +187,58 @@ def test_what_it_cannot_do_is_left_to_generate():
     assert not can_decode_fast(copy.deepcopy(model).train(), config, {})
     dynamic = make({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}})
     assert not can_decode_fast(dynamic, config, {})
+
+
+def test_tokens_that_are_looked_up_change_nothing(model):
+    """Guesses are mostly wrong here, and have to be taken back."""
+    for tokens, rules in {
+        5: {"repetition_penalty": 1.3},
+        9: {"max_matching_ngram_size": 1, "eos_token_id": [END, 9, 33]},
+        ROOM - 10: {"max_matching_ngram_size": 1},  # room is made for guesses that are then taken back
+    }.items():
+        settings = {"do_sample": False, "max_new_tokens": ROOM + 30} | rules
+        expected = model.generate(**sources(1), **settings)
+        ours = model.generate(**sources(1), **settings, prompt_lookup_num_tokens=tokens, custom_generate=fast_decode)
+        assert torch.equal(ours, expected)
+
+
+def test_a_prompt_and_its_padding_are_kept_when_tokens_are_looked_up(model):
+    prompt = {"decoder_input_ids": torch.tensor([[PAD, START, 9, 8, 9]])}
+    inputs = sources(1) | prompt | {"decoder_attention_mask": (prompt["decoder_input_ids"] != PAD).long()}
+    settings = {"do_sample": False, "max_new_tokens": 30}
+    expected = model.generate(**inputs, **settings)
+    ours = model.generate(**inputs, **settings, prompt_lookup_num_tokens=4, custom_generate=fast_decode)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("guessed", [4, 3 * ROOM])
+def test_tokens_of_the_source_are_looked_up_and_save_steps(guessed):
+    """A rule wants the source again: each step but the first few finds what it guessed right, and one token more."""
+    model, source = make({}), torch.arange(3, 53).repeat(5)[None]
+
+    class Again(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.index_fill(1, source[0, input_ids.shape[1] - 1], 1e4)
+
+    calls = []
+    model.get_decoder().norm.register_forward_hook(lambda *_: calls.append(1))
+    settings = {"do_sample": False, "max_new_tokens": 250, "logits_processor": [Again()]}
+    ours = model.generate(source, **settings, prompt_lookup_num_tokens=guessed, custom_generate=fast_decode)
+    assert torch.equal(ours[0, 1:], source[0])
+    assert len(calls) <= 8 + 250 // (guessed + 1)
+
+
+def test_several_rows_are_refused_when_tokens_are_looked_up():
+    settings = {"do_sample": False, "max_new_tokens": 4, "prompt_lookup_num_tokens": 4}
+    with pytest.raises(ValueError, match="one row at a time, but there are 3"):
+        make({}).generate(**sources(3), **settings, custom_generate=fast_decode)
+
+
+def test_what_followed_is_looked_up_as_in_the_docstring():
+    assert look_up([5, 6, 7, 8, 5, 6], 2, longest=2) == [7, 8]
+    assert look_up([5, 6, 7, 9, 6], 3, longest=2) == [7, 9, 6], "by one token where there are no two"
+    assert look_up([5, 6, 7], 3, longest=2) == [] and look_up([5, 6, 5, 6], 0, longest=2) == []
+    assert look_up([1, 5, 2, 5, 3, 5], 1, longest=1) == [3], "where it stood last"
 
 
 def test_generate_takes_it_for_a_diptych(tiny_tokenizer, monkeypatch):
