@@ -33,7 +33,7 @@ def recipe(packed_folder, checkpoint_of, tmp_path):
             "out": str(tmp_path / "run"),
         }
         settings |= {"stages": STAGES, "batch_size": 2, "learning_rate": 5e-3, "logging_every": 1, "save_every": 2}
-        return TrainRecipe(**(settings | {"epsilon": 1e-2, "rank_timeout": 60.0} | changes))
+        return TrainRecipe(**(settings | {"epsilon": 1e-2, "rank_timeout": 300.0} | changes))
 
     return make
 
