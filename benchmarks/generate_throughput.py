@@ -4,7 +4,8 @@
     python benchmarks/generate_throughput.py --smoke        every part, small: its figures mean nothing
 
 Random weights, 61 million each, a head of 32,128 tokens: T5-small's shape; Diptych 6+6, which is the same with SwiGLU;
-and Diptych 12+2, twelve layers that read and two that write, with half as many key heads. Each contestant writes
+Diptych 12+2, twelve layers that read and two that write (arXiv 2006.10369); and Diptych 6+2, in which these two are as
+heavy as six. The last two have half as many key heads. Each contestant writes
 exactly 64 tokens, greedily, to the same random sources; they take turns, so that a slow minute of the machine meets
 them all. Medians: milliseconds a token (of a whole batch, reading the source included), tokens a second, and × HF's
 generate on T5 in fp32. "reads" is the encoder alone, on the same scale: the part that no decoding makes faster.
@@ -51,9 +52,12 @@ class Size:
     layers: int = 6
     heads: int = 8
     t5_ff: int = 2048
-    diptych_ff: int = 1408
-    deep: tuple[int, int, int, int] = (12, 2, 4, 1472)
-    """Layers that read, layers that write, key heads and feed-forward width of the other Diptych."""
+    diptych: tuple[tuple[int, int, int, int, int], ...] = (
+        (6, 6, 8, 1408, 1408),
+        (12, 2, 4, 1472, 1472),
+        (6, 2, 4, 1408, 7552),
+    )
+    """Layers that read, layers that write, key heads, and the feed-forward widths of both, for each of DIPTYCHS."""
     batches: tuple[int, ...] = (1, 8, 32)
     sources: tuple[int, ...] = (64, 512)
     tokens: int = 64
@@ -61,8 +65,9 @@ class Size:
 
 
 FULL = Size()
-SMOKE = replace(FULL, vocabulary=500, width=64, layers=2, heads=4, t5_ff=128, diptych_ff=96, deep=(3, 1, 2, 96))
-SMOKE = replace(SMOKE, batches=(2,), sources=(16,), tokens=8, rounds=1)
+SMOKE = replace(FULL, vocabulary=500, width=64, layers=2, heads=4, t5_ff=128, batches=(2,), sources=(16,), tokens=8)
+SMOKE = replace(SMOKE, rounds=1, diptych=((2, 2, 4, 96, 96), (3, 1, 2, 96, 96), (2, 1, 2, 96, 192)))
+DIPTYCHS = ("Diptych 6+6", "Diptych 12+2", "Diptych 6+2")
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 
 Writer = Callable[[torch.Tensor, int], torch.Tensor | None]
@@ -80,20 +85,19 @@ def make_models(size: Size) -> dict[str, PreTrainedModel]:
     bart = BartConfig(d_model=size.width, **panels, **ids, bos_token_id=2, forced_eos_token_id=None)
     classes = (T5ForConditionalGeneration, BartForConditionalGeneration)
     found = {"T5": classes[0](t5), "BART": classes[1](bart)}
-    reads, writes, key_heads, feed_forward = size.deep
-    found["Diptych 6+6"] = make_diptych(size, size.layers, size.layers, size.heads, size.diptych_ff)
-    found["Diptych 12+2"] = make_diptych(size, reads, writes, key_heads, feed_forward)
+    found |= {name: make_diptych(size, *shape) for name, shape in zip(DIPTYCHS, size.diptych, strict=True)}
     return {name: model.eval() for name, model in found.items()}
 
 
-def make_diptych(size: Size, reads: int, writes: int, key_heads: int, feed_forward: int) -> PreTrainedModel:
+def make_diptych(
+    size: Size, reads: int, writes: int, key_heads: int, reading_ff: int, writing_ff: int
+) -> PreTrainedModel:
     config = DiptychConfig(
         hidden_size=size.width,
-        intermediate_size=feed_forward,
         num_attention_heads=size.heads,
         num_key_value_heads=key_heads,
-        encoder={"num_hidden_layers": reads},
-        decoder={"num_hidden_layers": writes},
+        encoder={"num_hidden_layers": reads, "intermediate_size": reading_ff},
+        decoder={"num_hidden_layers": writes, "intermediate_size": writing_ff},
         initializer_range=size.width**-0.5,
         vocab_size=size.vocabulary,
         **IDS,
@@ -151,18 +155,18 @@ def contestants(size: Size, folder: Path) -> dict[str, Writer]:
     for name, model in made.items():
         print(f"{name}: {model.num_parameters() / 1e6:.1f}M weights")
         found[f"{name}, generate, fp32"] = by_generate(model)
-    for name in ("T5", "Diptych 6+6", "Diptych 12+2"):
+    for name in ("T5", *DIPTYCHS):
         found[f"{name}, reads, fp32"] = by_reading(made[name])
-    half = {name: copy.deepcopy(made[name]).to(torch.bfloat16) for name in ("T5", "Diptych 6+6", "Diptych 12+2")}
+    half = {name: copy.deepcopy(made[name]).to(torch.bfloat16) for name in ("T5", *DIPTYCHS)}
     found["T5, generate, bf16"] = by_generate(half["T5"])
     found["Diptych 6+6, generate, bf16"] = by_generate(half["Diptych 6+6"])
     found["Diptych 6+6, generate, static cache"] = by_generate(made["Diptych 6+6"], cache_implementation="static")
-    for name in ("Diptych 6+6", "Diptych 12+2"):
+    for name in DIPTYCHS:
         found[f"{name}, own decoding, fp32"] = by_generate(made[name], custom_generate=fast_decode)
         found[f"{name}, own decoding, bf16"] = by_generate(half[name], custom_generate=fast_decode)
     precisions = [it for it in ("float32", "bfloat16", "int8") if it in ctranslate2.get_supported_compute_types("cpu")]
     print(f"CTranslate2 computes here in {', '.join(precisions)}")
-    for name in ("T5", "Diptych 6+6", "Diptych 12+2"):
+    for name in ("T5", *DIPTYCHS):
         for precision in precisions:
             found[f"{name}, CTranslate2, {precision}"] = by_ctranslate2(
                 made[name], precision, folder / f"{name}-{precision}"
@@ -207,8 +211,8 @@ class Copies(LogitsProcessor):
 def measure_guessing(size: Size) -> dict[str, dict[str, list[float]]]:
     """ "copies" and "random" → way → ms a token of each round, for one row."""
     torch.manual_seed(0)
-    model = make_diptych(size, size.layers, size.layers, size.heads, size.diptych_ff)
-    draft = make_diptych(size, size.layers, 1, size.heads, size.diptych_ff)
+    reads, _, *rest = size.diptych[0]
+    model, draft = make_diptych(size, *size.diptych[0]), make_diptych(size, reads, 1, *rest)
     source = torch.randperm(size.vocabulary - 3)[None, : min(size.sources)] + 3
     guesses = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}
     draft.generation_config.update(**guesses, assistant_confidence_threshold=0.0)
