@@ -1,12 +1,17 @@
 """Writing, side by side in one run: HF's `generate` on T5 and BART, on Diptych, Diptych's own decoding, CTranslate2.
 
-    python benchmarks/generate_throughput.py                two cores, about a quarter of an hour
+    python benchmarks/generate_throughput.py                two cores, about half an hour
     python benchmarks/generate_throughput.py --smoke        every part, small: its figures mean nothing
 
-Random weights, 61 million each, T5-small's shape (Diptych's with SwiGLU at the same number of weights), a head of
-32,128 tokens. Each contestant writes exactly 64 tokens, greedily, to the same random sources; they take turns, so that
-a slow minute of the machine meets them all. Medians: milliseconds a token (of a whole batch, reading the source
-included), tokens a second, and × HF's generate on T5 in fp32.
+Random weights, 61 million each, a head of 32,128 tokens: T5-small's shape; Diptych 6+6, which is the same with SwiGLU;
+Diptych 12+2, twelve layers that read and two that write (arXiv 2006.10369); and Diptych 6+2, in which these two are as
+heavy as six. The last two have half as many key heads. Each contestant writes
+exactly 64 tokens, greedily, to the same random sources; they take turns, so that a slow minute of the machine meets
+them all. Medians: milliseconds a token (of a whole batch, reading the source included), tokens a second, and × HF's
+generate on T5 in fp32. "reads" is the encoder alone, on the same scale: the part that no decoding makes faster.
+
+Then one row whose tokens are guessed, by looking them up or by a small draft model (6+1 layers): ms a token where all
+guesses are right, because a rule makes both models copy the source, and where they are as random as the weights.
 """
 
 import argparse
@@ -26,6 +31,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -45,7 +52,12 @@ class Size:
     layers: int = 6
     heads: int = 8
     t5_ff: int = 2048
-    diptych_ff: int = 1408
+    diptych: tuple[tuple[int, int, int, int, int], ...] = (
+        (6, 6, 8, 1408, 1408),
+        (12, 2, 4, 1472, 1472),
+        (6, 2, 4, 1408, 7552),
+    )
+    """Layers that read, layers that write, key heads, and the feed-forward widths of both, for each of DIPTYCHS."""
     batches: tuple[int, ...] = (1, 8, 32)
     sources: tuple[int, ...] = (64, 512)
     tokens: int = 64
@@ -53,13 +65,12 @@ class Size:
 
 
 FULL = Size()
-SMOKE = replace(
-    FULL, vocabulary=500, width=64, layers=2, heads=4, t5_ff=128, diptych_ff=96, batches=(2,), sources=(16,)
-)
-SMOKE = replace(SMOKE, tokens=8, rounds=1)
+SMOKE = replace(FULL, vocabulary=500, width=64, layers=2, heads=4, t5_ff=128, batches=(2,), sources=(16,), tokens=8)
+SMOKE = replace(SMOKE, rounds=1, diptych=((2, 2, 4, 96, 96), (3, 1, 2, 96, 96), (2, 1, 2, 96, 192)))
+DIPTYCHS = ("Diptych 6+6", "Diptych 12+2", "Diptych 6+2")
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 
-Writer = Callable[[torch.Tensor, int], None]
+Writer = Callable[[torch.Tensor, int], torch.Tensor | None]
 """Sources (B, S) and a number of tokens, that are then written to each."""
 
 
@@ -72,21 +83,37 @@ def make_models(size: Size) -> dict[str, PreTrainedModel]:
     panels |= {f"{panel}_attention_heads": size.heads for panel in ("encoder", "decoder")}
     panels |= {f"{panel}_ffn_dim": size.t5_ff for panel in ("encoder", "decoder")}
     bart = BartConfig(d_model=size.width, **panels, **ids, bos_token_id=2, forced_eos_token_id=None)
-    diptych = DiptychConfig(
+    classes = (T5ForConditionalGeneration, BartForConditionalGeneration)
+    found = {"T5": classes[0](t5), "BART": classes[1](bart)}
+    found |= {name: make_diptych(size, *shape) for name, shape in zip(DIPTYCHS, size.diptych, strict=True)}
+    return {name: model.eval() for name, model in found.items()}
+
+
+def make_diptych(
+    size: Size, reads: int, writes: int, key_heads: int, reading_ff: int, writing_ff: int
+) -> PreTrainedModel:
+    config = DiptychConfig(
         hidden_size=size.width,
-        intermediate_size=size.diptych_ff,
-        num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
+        num_key_value_heads=key_heads,
+        encoder={"num_hidden_layers": reads, "intermediate_size": reading_ff},
+        decoder={"num_hidden_layers": writes, "intermediate_size": writing_ff},
         initializer_range=size.width**-0.5,
-        **ids,
+        vocab_size=size.vocabulary,
+        **IDS,
     )
-    classes = (T5ForConditionalGeneration, BartForConditionalGeneration, DiptychForConditionalGeneration)
-    configs = dict(zip(("T5", "BART", "Diptych"), zip(classes, (t5, bart, diptych), strict=True), strict=True))
-    return {name: kind(config).eval() for name, (kind, config) in configs.items()}
+    return DiptychForConditionalGeneration(config).eval()
+
+
+def by_reading(model: PreTrainedModel) -> Writer:
+    def read(ids: torch.Tensor, tokens: int) -> None:
+        model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    return read
 
 
 def by_generate(model: PreTrainedModel, **settings) -> Writer:
-    def write(ids: torch.Tensor, tokens: int) -> None:
+    def write(ids: torch.Tensor, tokens: int) -> torch.Tensor:
         written = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -97,6 +124,7 @@ def by_generate(model: PreTrainedModel, **settings) -> Writer:
             **settings,
         )
         assert written.shape == (len(ids), tokens + 1), written.shape
+        return written
 
     return write
 
@@ -127,15 +155,18 @@ def contestants(size: Size, folder: Path) -> dict[str, Writer]:
     for name, model in made.items():
         print(f"{name}: {model.num_parameters() / 1e6:.1f}M weights")
         found[f"{name}, generate, fp32"] = by_generate(model)
-    half = {name: copy.deepcopy(model).to(torch.bfloat16) for name, model in made.items()}
-    for name in ("T5", "Diptych"):
-        found[f"{name}, generate, bf16"] = by_generate(half[name])
-    found["Diptych, generate, static cache"] = by_generate(made["Diptych"], cache_implementation="static")
-    found["Diptych, own decoding, fp32"] = by_generate(made["Diptych"], custom_generate=fast_decode)
-    found["Diptych, own decoding, bf16"] = by_generate(half["Diptych"], custom_generate=fast_decode)
+    for name in ("T5", *DIPTYCHS):
+        found[f"{name}, reads, fp32"] = by_reading(made[name])
+    half = {name: copy.deepcopy(made[name]).to(torch.bfloat16) for name in ("T5", *DIPTYCHS)}
+    found["T5, generate, bf16"] = by_generate(half["T5"])
+    found["Diptych 6+6, generate, bf16"] = by_generate(half["Diptych 6+6"])
+    found["Diptych 6+6, generate, static cache"] = by_generate(made["Diptych 6+6"], cache_implementation="static")
+    for name in DIPTYCHS:
+        found[f"{name}, own decoding, fp32"] = by_generate(made[name], custom_generate=fast_decode)
+        found[f"{name}, own decoding, bf16"] = by_generate(half[name], custom_generate=fast_decode)
     precisions = [it for it in ("float32", "bfloat16", "int8") if it in ctranslate2.get_supported_compute_types("cpu")]
     print(f"CTranslate2 computes here in {', '.join(precisions)}")
-    for name in ("T5", "Diptych"):
+    for name in ("T5", *DIPTYCHS):
         for precision in precisions:
             found[f"{name}, CTranslate2, {precision}"] = by_ctranslate2(
                 made[name], precision, folder / f"{name}-{precision}"
@@ -165,6 +196,58 @@ def measure(size: Size) -> list[dict]:
     return rows
 
 
+class Copies(LogitsProcessor):
+    """A rule that makes any model write its source again."""
+
+    def __init__(self, source: torch.Tensor):
+        self.source = source
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place = (input_ids.shape[1] - 1) % self.source.shape[1]
+        return scores.index_fill(1, self.source[0, place], 1e4)
+
+
+@torch.no_grad()
+def measure_guessing(size: Size) -> dict[str, dict[str, list[float]]]:
+    """ "copies" and "random" → way → ms a token of each round, for one row."""
+    torch.manual_seed(0)
+    reads, _, *rest = size.diptych[0]
+    model, draft = make_diptych(size, *size.diptych[0]), make_diptych(size, reads, 1, *rest)
+    source = torch.randperm(size.vocabulary - 3)[None, : min(size.sources)] + 3
+    guesses = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "constant"}
+    draft.generation_config.update(**guesses, assistant_confidence_threshold=0.0)
+    own = {"custom_generate": fast_decode}
+    ways = {
+        "generate": {},
+        "generate, looks up 5": {"prompt_lookup_num_tokens": 5},
+        "generate, draft of 5": {"assistant_model": draft},
+        "own decoding": own,
+        "own decoding, looks up 5": own | {"prompt_lookup_num_tokens": 5},
+        "own decoding, looks up 10": own | {"prompt_lookup_num_tokens": 10},
+    }
+    found = {}
+    for rule, processors in {"copies": [Copies(source)], "random": []}.items():
+        seconds, written = {way: [] for way in ways}, []
+        for _ in range(size.rounds):
+            for way, settings in ways.items():
+                write = by_generate(model, logits_processor=LogitsProcessorList(processors), **settings)
+                began = time.perf_counter()
+                written.append(write(source, size.tokens))
+                seconds[way].append(1000 * (time.perf_counter() - began) / size.tokens)
+        assert all(torch.equal(tokens, written[0]) for tokens in written), "guessing changed what is written"
+        found[rule] = seconds
+    return found
+
+
+def guessing_table(found: dict[str, dict[str, list[float]]]) -> str:
+    middle = {rule: {way: statistics.median(it) for way, it in ways.items()} for rule, ways in found.items()}
+    lines = ["| one row, Diptych 6+6, fp32 | all guesses right | random weights |", "|---|---|---|"]
+    for way in middle["copies"]:
+        cells = [f"{it[way]:.1f} ms, {it['generate'] / it[way]:.2f} ×" for it in middle.values()]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict]) -> str:
     """ms a token (tokens a second), × HF's generate on T5 in fp32."""
     names = list(rows[0]["seconds"])
@@ -186,9 +269,12 @@ def main() -> None:
     settings = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
     logging.set_verbosity_error()
-    rows = measure(SMOKE if settings.smoke else FULL)
+    size = SMOKE if settings.smoke else FULL
+    guessing = measure_guessing(size)
+    print(guessing_table(guessing), flush=True)
+    rows = measure(size)
     print(table(rows))
-    print(json.dumps(rows))
+    print(json.dumps({"writing": rows, "guessing": guessing}))
 
 
 if __name__ == "__main__":
