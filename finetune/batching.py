@@ -11,8 +11,10 @@ all.
 """
 
 import itertools
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +24,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template
 from diptych.finetune.detokenize import UNKNOWN_ID, text_of
 from diptych.finetune.generate import GREEDY, end_tokens, generate_batch, generation_config
@@ -152,15 +155,14 @@ class Engine:
             self.running = jobs
             self.on_batch(len(jobs))
             try:
-                answers = self._generate(jobs)
-            except Exception as error:  # whatever it is, it is these jobs', and the next ones may go well
-                answers = None
-                for job in jobs:
-                    job.on_event(Failed(error))
+                events = [Ended(answers) for answers in self._generate(jobs)]
+            except Exception as error:  # the thread outlives it: it is these jobs' alone, and they are told
+                _show_place(error)
+                events = [Failed(error)] * len(jobs)
             self.running = []
-            for job, its_answers in zip(jobs, answers or (), strict=False):
+            for job, event in zip(jobs, events, strict=True):
                 if not job.is_dropped:
-                    job.on_event(Ended(its_answers))
+                    job.on_event(event)
 
     def _next_batch(self) -> list[Job]:
         """The one that waits longest, and those that decode like it; [] when the engine is closed."""
@@ -212,6 +214,13 @@ class Engine:
                 writer.send(place, outputs[place].text)
         answers = [Answer(output.text, output.finished, output.ids) for output in outputs]
         return [answers[place : place + decoding.n] for place in range(0, len(answers), decoding.n)]
+
+
+def _show_place(error: Exception) -> None:
+    """Where a mistake of our own arose, for whoever runs the server; without its words, which may be a client's."""
+    if not isinstance(error, UserError):
+        traceback.print_tb(error.__traceback__)
+        print(f"{type(error).__name__} in a batch: please report it.", file=sys.stderr, flush=True)
 
 
 def _can_share(first: Decoding, other: Decoding) -> bool:

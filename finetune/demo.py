@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 from markupsafe import Markup
 from transformers import PreTrainedModel
 
-from diptych.data_prep.encode import label_prefix
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import load_template, template_of
 from diptych.data_prep.text_shown import token_markup
@@ -33,10 +32,10 @@ from diptych.finetune.attentions import mean_weights
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece
 from diptych.finetune.checkpoint import write_new_folder
 from diptych.finetune.cli import parse_settings, report_errors
-from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
 from diptych.finetune.generate_file import read_prompts
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.targets import given_tokens
 from diptych.finetune.web import LOOPBACK_NAMES, address, check_port, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[gradio]'"
@@ -101,10 +100,8 @@ class Contestant(NamedTuple):
         tokenizer = self.prompter.tokenizer
         if max(len(source_ids), len(answer.ids)) > MOST_MAP_TOKENS or not answer.ids:
             return _note(f"A map of attention is drawn of up to {MOST_MAP_TOKENS} tokens on either side.")
-        prefix = label_prefix(tokenizer, self.prompter.template.decoder_prefix)
-        start = decoder_start_token(self.model)
-        decoder_ids = [start, *(prefix if prefix[:1] != [start] else prefix[1:]), *answer.ids]
-        passage = facts.read_and_write(self.model, source_ids, decoder_ids)
+        given = given_tokens(self.model, tokenizer, self.prompter.template)
+        passage = facts.read_and_write(self.model, source_ids, [*given, *answer.ids])
         weights = mean_weights(passage.seen.cross)[-len(answer.ids) :]
         read, written = (facts.token_chips(tokenizer, ids) for ids in (source_ids, answer.ids))
         most = float(weights.max())

@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.encode import encode_sources, encode_targets, label_prefix
+from diptych.data_prep.encode import encode_sources
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import TEMPLATES, Template, carried_template, load_template
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.families import decoder_start_token
-from diptych.finetune.generate import GREEDY, StopStrings, generation_config, new_tokens, pad_sources
+from diptych.finetune.generate import GREEDY, generate_batch
 from diptych.finetune.generate_file import PromptRow, read_prompts, render_prompts
 from diptych.finetune.inspection_page import check_page, write_page
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.targets import given_tokens, target_ids
 
 WORDS = ("man", "woman", "king", "queen", "prince", "princess", "boy", "girl", "father", "mother")
 LONGEST_SOURCE = 512
@@ -97,27 +97,21 @@ class Reader(NamedTuple):
         if len(source_ids) > limit:
             raise UserError(f"the source has {len(source_ids)} tokens, but no more than {limit} can be shown. Cut it.")
         if target is None:
-            decoder_ids, given = self._written(source_ids)
-        else:
-            (labels,) = encode_targets(self.tokenizer, [target], decoder_prefix=self.template.decoder_prefix)
-            decoder_ids = [decoder_start_token(self.model), *labels]
-            given = len(decoder_ids)
-        return facts.read_and_write(self.model, source_ids, decoder_ids, given)
+            given = given_tokens(self.model, self.tokenizer, self.template)
+            decoder_ids = [*given, *self._written(source_ids)]
+            return facts.read_and_write(self.model, source_ids, decoder_ids, len(given))
+        (labels,) = target_ids(self.model, self.tokenizer, [target], self.template)
+        decoder_ids = [decoder_start_token(self.model), *labels]
+        return facts.read_and_write(self.model, source_ids, decoder_ids, len(decoder_ids))
 
-    def _written(self, source_ids: list[int]) -> tuple[list[int], int]:
-        """Start token, prefix and greedy output, and how many of them were given."""
-        inputs = pad_sources([source_ids], self.tokenizer.pad_token_id or 0)
-        prefix = label_prefix(self.tokenizer, self.template.decoder_prefix) if self.template.decoder_prefix else []
-        if prefix:
-            inputs["decoder_input_ids"] = torch.tensor([prefix])
-        stop = [StopStrings(self.tokenizer, self.template)] if self.template.stop else []
-        settings = GREEDY | {"max_new_tokens": self.max_new_tokens, "stopping_criteria": StoppingCriteriaList(stop)}
-        config, others = generation_config(self.model, self.tokenizer, settings)
-        inputs = {name: ids.to(self.model.device) for name, ids in inputs.items()}
-        (sequence,) = self.model.generate(**inputs, generation_config=config, **others).tolist()
-        ids, _ = new_tokens(sequence, prefix, config)
-        given = len(prefix) + (sequence[0] not in prefix[:1])
-        return sequence[: given + len(ids)], given
+    def _written(self, source_ids: list[int]) -> tuple[int, ...]:
+        """What `diptych generate` would write, end included."""
+        (output,), _ = generate_batch(
+            self.model, self.tokenizer, [source_ids], self.max_new_tokens, self.template, GREEDY
+        )
+        if not output.ids:
+            raise UserError("the model writes nothing within max_new_tokens, so there is no step to show. Raise it.")
+        return output.ids
 
     def text(self, passage: facts.Passage) -> str:
         return text_of(self.tokenizer, passage.decoder_ids[1:])
@@ -199,8 +193,8 @@ def _teacher_forced(reader: Reader, source: str, target: str) -> dict[str, Any]:
     """What each token of the target costs, and the first place where the model would have written another."""
     passage = reader.passage(source, target)
     steps = facts.steps(reader.model, reader.tokenizer, passage)
-    prefix = len(label_prefix(reader.tokenizer, reader.template.decoder_prefix))
-    astray = next((place for place, step in enumerate(steps) if step["rank"] > 1 and place >= prefix), None)
+    forced = len(given_tokens(reader.model, reader.tokenizer, reader.template)) - 1
+    astray = next((place for place, step in enumerate(steps) if step["rank"] > 1 and place >= forced), None)
     losses = [step["loss"] for step in steps]
     return {"text": str(target), "steps": steps, "loss": sum(losses) / len(losses), "astray": astray}
 

@@ -19,13 +19,11 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import GeneratorType
 from typing import Any
 
 import transformers.pipelines
 from transformers import AutoModelForSeq2SeqLM, Pipeline, PreTrainedTokenizerBase
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.pipelines.pt_utils import KeyDataset
 
 import diptych.modeling
 from diptych.data_prep.conversations import Fault
@@ -71,7 +69,7 @@ class Text2TextPipeline(Pipeline):
         if isinstance(inputs, list | tuple):
             sources = [self.preprocess(it, **reading) for it in inputs]
             return [_single(self.postprocess(it)) for it in self._forward(sources, **reading, **generating)]
-        return self._answers(iter(_rows(inputs)), reading, generating)
+        return self._answers(_rows(inputs), reading, generating)
 
     def _answers(self, inputs: Iterator[Any], reading: dict, generating: dict) -> Iterator[Any]:
         size = STREAMED_BATCHES * generating.get("batch_size", 1)
@@ -162,11 +160,14 @@ def _is_conversation(inputs: Any) -> bool:
     )
 
 
-def _rows(inputs: Any) -> Any:
+def _rows(inputs: Any) -> Iterator[Any]:
     """What is given one after another: a generator, a dataset, one column of it."""
-    if isinstance(inputs, GeneratorType | KeyDataset) or hasattr(inputs, "__iter__"):
-        return inputs
-    raise ValueError(f"a pipeline reads texts, rows, messages, or several of them, and was given a {type(inputs)}.")
+    try:
+        return iter(inputs)
+    except TypeError:
+        raise ValueError(
+            f"a pipeline reads texts, rows, messages, or several of them, and was given a {type(inputs)}."
+        ) from None
 
 
 def register_pipelines() -> None:

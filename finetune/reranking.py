@@ -21,13 +21,13 @@ import sacrebleu
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.encode import encode_targets, label_prefix
 from diptych.data_prep.templates import Template
 from diptych.finetune.batches import pad_batch
 from diptych.finetune.ctranslate2_engine import Translator
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import GenerationBar, Output, generate_outputs
 from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.targets import given_tokens, target_ids
 
 EPSILON_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "epsilon_cutoff": 0.02}
 
@@ -59,18 +59,10 @@ def chosen_outputs(
         return outputs
     each = len(outputs) // max(1, len(source_ids))
     sources = [ids for ids in source_ids for _ in range(each)]
-    prefix = _prefix(model, tokenizer, settings.get("template"))
+    _, *prefix = given_tokens(model, tokenizer, settings.get("template"))
     targets = [[*prefix, *output.ids] for output in outputs]
     found = log_probabilities(model, tokenizer, sources, targets, len(prefix), settings["batch_size"])
     return [output._replace(log_probability=score) for output, score in zip(outputs, found, strict=True)]
-
-
-def _prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[int]:
-    """What the template forces on the decoder after its start token."""
-    if template is None or not template.decoder_prefix:
-        return []
-    prefix = label_prefix(tokenizer, template.decoder_prefix)
-    return prefix[1:] if prefix[:1] == [decoder_start_token(model)] else prefix
 
 
 @torch.no_grad()
@@ -78,7 +70,7 @@ def log_probabilities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source_ids: Sequence[Sequence[int]],
-    target_ids: Sequence[Sequence[int]],
+    written_ids: Sequence[Sequence[int]],
     forced: int,
     batch_size: int,
 ) -> list[float]:
@@ -87,12 +79,12 @@ def log_probabilities(
     objective = Seq2SeqObjective(model)
     was_training = model.training
     model.eval()
-    longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]) - len(target_ids[row]))
+    longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]) - len(written_ids[row]))
     found = [0.0] * len(source_ids)
     try:
         for first in range(0, len(longest_first), batch_size):
-            rows = [row for row in longest_first[first : first + batch_size] if len(target_ids[row]) > forced]
-            given = [{"input_ids": source_ids[row], "labels": target_ids[row]} for row in rows]
+            rows = [row for row in longest_first[first : first + batch_size] if len(written_ids[row]) > forced]
+            given = [{"input_ids": source_ids[row], "labels": written_ids[row]} for row in rows]
             batch = pad_batch(given, tokenizer.pad_token_id or 0, decoder_start_token(model))
             nats = objective.token_losses({name: tensor.to(model.device) for name, tensor in batch.items()})
             for row, of_row in zip(rows, nats[:, forced:].double().sum(1).tolist(), strict=False):
@@ -116,11 +108,8 @@ def choice_outputs(
     """For each source the likeliest of the choices, or so many, the likeliest first. All of them are weighed, so that
     none is missed, as a search token by token might; it costs a pass for each."""
     texts = [template.render_target(choice) if template else choice for choice in choices]
-    prefix = template.decoder_prefix if template else ()
-    targets = encode_targets(tokenizer, texts, decoder_prefix=prefix)
-    start = decoder_start_token(model)
-    targets = [ids[1:] if prefix and ids[:1] == [start] else ids for ids in targets]
-    forced = len(_prefix(model, tokenizer, template))
+    targets = target_ids(model, tokenizer, texts, template)
+    forced = len(given_tokens(model, tokenizer, template)) - 1
     found = []
     for source in source_ids:
         scores = log_probabilities(model, tokenizer, [source] * len(choices), targets, forced, batch_size)

@@ -343,12 +343,13 @@ def test_those_that_decode_alike_share_a_batch(engine, tiny_tokenizer):
     assert events[0].answers == events[1].answers and isinstance(events[0].answers[0], Answer)
 
 
-def test_a_batch_that_breaks_says_so_and_the_next_one_goes_on(engine, tiny_tokenizer):
+def test_a_batch_that_breaks_says_so_and_the_next_one_goes_on(engine, tiny_tokenizer, capsys):
     events = []
     ids = tiny_tokenizer("Go.").input_ids
     engine.submit([Job([10**9], Decoding(8), events.append)])
     until(lambda: events)
     assert isinstance(events[0], Failed)
+    assert "IndexError in a batch: please report it." in capsys.readouterr().err
     engine.submit([Job(ids, Decoding(8), events.append)])
     until(lambda: len(events) == 2)
     assert isinstance(events[1], Ended)
