@@ -32,7 +32,14 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from diptych.modeling import DiptychForConditionalGeneration
-from diptych.modeling.modeling_diptych import DiptychAttention, DiptychMLP, rotate, source_ends
+from diptych.modeling.modeling_diptych import (
+    DiptychAttention,
+    DiptychDecoderLayer,
+    DiptychMergedDecoderLayer,
+    DiptychMLP,
+    rotate,
+    source_ends,
+)
 
 ROOM = 64
 """Tokens that a cache is made larger by, at least."""
@@ -53,7 +60,8 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
     if config.prompt_lookup_num_tokens and not config.do_sample and config.num_beams == 1:
         mode = GenerationMode.GREEDY_SEARCH
     return (
-        decoder._attn_implementation in ("sdpa", "eager")
+        all(_is_plain(layer) for layer in model.get_decoder().layers)
+        and decoder._attn_implementation in ("sdpa", "eager")
         and decoder.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # they change with the length
         and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         and config.eos_token_id is not None
@@ -63,6 +71,12 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
         and not config.prefill_chunk_size
         and others.keys() <= {"streamer", "stopping_criteria", "logits_processor"}
     )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Layers are taken apart here, not called: whoever brings their weights only for a call would not notice. FSDP2
+    gives them another class, and accelerate's offloading another `forward`."""
+    return type(layer) in (DiptychDecoderLayer, DiptychMergedDecoderLayer) and "forward" not in vars(layer)
 
 
 def fast_decode(

@@ -66,11 +66,17 @@ def wait_for_note(page, place: int, text: str) -> None:
 
 
 def set_slider(page, label: str, value: str) -> None:
+    """Until it stays: Gradio gives a box that was just shown its first value somewhat later."""
     if not page.locator(f'input[aria-label*="{label}"]').first.is_visible():
         page.click("#settings button")
     box = page.locator(f'input[type=number][aria-label*="{label}"]').first
-    box.fill(value)
-    box.press("Tab")
+    for _ in range(20):
+        box.fill(value)
+        box.press("Tab")
+        page.wait_for_timeout(500)
+        if box.input_value() == value:
+            return
+    raise AssertionError(f"{label} does not stay at {value}")
 
 
 def test_the_answer_is_that_of_generate_beside_another_model(page, checkpoints, capsys):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -187,6 +188,8 @@ def test_what_it_cannot_do_is_left_to_generate():
     assert not can_decode_fast(copy.deepcopy(model).train(), config, {})
     dynamic = make({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}})
     assert not can_decode_fast(dynamic, config, {})
+    add_hook_to_module(model.get_decoder().layers[0], ModelHook())  # as accelerate does for what it offloads
+    assert not can_decode_fast(model, config, {})
 
 
 def test_tokens_that_are_looked_up_change_nothing(model):
