@@ -1,14 +1,14 @@
 """Writing, side by side in one run: HF's `generate` on T5 and BART, on Diptych, Diptych's own decoding, CTranslate2.
 
-    python benchmarks/generate_throughput.py                two cores, about half an hour
+    python benchmarks/generate_throughput.py                two cores, about 25 minutes
     python benchmarks/generate_throughput.py --smoke        every part, small: its figures mean nothing
 
 Random weights, 61 million each, a head of 32,128 tokens: T5-small's shape; Diptych 6+6, which is the same with SwiGLU;
-Diptych 12+2, twelve layers that read and two that write (arXiv 2006.10369); and Diptych 6+2, in which these two are as
-heavy as six. The last two have half as many key heads. Each contestant writes
-exactly 64 tokens, greedily, to the same random sources; they take turns, so that a slow minute of the machine meets
-them all. Medians: milliseconds a token (of a whole batch, reading the source included), tokens a second, and × HF's
-generate on T5 in fp32. "reads" is the encoder alone, on the same scale: the part that no decoding makes faster.
+Diptych 12+2, twelve layers that read and two that write (arXiv 2006.10369); and Diptych 6+2, in which those that write
+are three times as wide. The last two have half as many key heads. Each contestant writes exactly 64 tokens, greedily,
+to the same random sources; they take turns, so that a slow minute of the machine meets them all; what is compiled has
+been, for the very shapes. Medians: milliseconds a token (of a whole batch, reading the source included), tokens a
+second, and × HF's generate on T5 in fp32. "reads" is the encoder alone, on the same scale.
 
 Then one row whose tokens are guessed, by looking them up or by a small draft model (6+1 layers): ms a token where all
 guesses are right, because a rule makes both models copy the source, and where they are as random as the weights.
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import ctranslate2
@@ -31,6 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    CompileConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -41,7 +43,7 @@ from transformers import (
 from transformers.utils import logging
 
 from diptych.finetune.export_ctranslate2 import write as write_ctranslate2
-from diptych.finetune.fast_decode import fast_decode
+from diptych.finetune.fast_decode import fast_decode, read_fast
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
 
@@ -55,7 +57,7 @@ class Size:
     diptych: tuple[tuple[int, int, int, int, int], ...] = (
         (6, 6, 8, 1408, 1408),
         (12, 2, 4, 1472, 1472),
-        (6, 2, 4, 1408, 7552),
+        (6, 2, 4, 2048, 5632),
     )
     """Layers that read, layers that write, key heads, and the feed-forward widths of both, for each of DIPTYCHS."""
     batches: tuple[int, ...] = (1, 8, 32)
@@ -67,6 +69,7 @@ class Size:
 FULL = Size()
 SMOKE = replace(FULL, vocabulary=500, width=64, layers=2, heads=4, t5_ff=128, batches=(2,), sources=(16,), tokens=8)
 SMOKE = replace(SMOKE, rounds=1, diptych=((2, 2, 4, 96, 96), (3, 1, 2, 96, 96), (2, 1, 2, 96, 192)))
+COMPILED = "Diptych 6+6, generate, static cache, compiled"
 DIPTYCHS = ("Diptych 6+6", "Diptych 12+2", "Diptych 6+2")
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 
@@ -107,7 +110,10 @@ def make_diptych(
 
 def by_reading(model: PreTrainedModel) -> Writer:
     def read(ids: torch.Tensor, tokens: int) -> None:
-        model.get_encoder()(input_ids=ids, attention_mask=torch.ones_like(ids))
+        encode = (
+            partial(read_fast, model) if isinstance(model, DiptychForConditionalGeneration) else model.get_encoder()
+        )
+        encode(input_ids=ids, attention_mask=torch.ones_like(ids))
 
     return read
 
@@ -117,14 +123,24 @@ def by_generate(model: PreTrainedModel, **settings) -> Writer:
         written = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            min_new_tokens=tokens,
             max_new_tokens=tokens,
+            eos_token_id=model.config.vocab_size,  # which nobody writes
             do_sample=False,
             num_beams=1,
             **settings,
         )
         assert written.shape == (len(ids), tokens + 1), written.shape
         return written
+
+    return write
+
+
+def by_own_decoding(model: PreTrainedModel) -> Writer:
+    """As `diptych generate` has it."""
+
+    def write(ids: torch.Tensor, tokens: int) -> torch.Tensor:
+        read = read_fast(model, ids, torch.ones_like(ids))
+        return by_generate(model, encoder_outputs=read, custom_generate=fast_decode)(ids, tokens)
 
     return write
 
@@ -160,10 +176,14 @@ def contestants(size: Size, folder: Path) -> dict[str, Writer]:
     half = {name: copy.deepcopy(made[name]).to(torch.bfloat16) for name in ("T5", *DIPTYCHS)}
     found["T5, generate, bf16"] = by_generate(half["T5"])
     found["Diptych 6+6, generate, bf16"] = by_generate(half["Diptych 6+6"])
-    found["Diptych 6+6, generate, static cache"] = by_generate(made["Diptych 6+6"], cache_implementation="static")
+    static = {"cache_implementation": "static"}
+    found["Diptych 6+6, generate, static cache"] = by_generate(made["Diptych 6+6"], **static)
+    compiling = CompileConfig()
+    compiling._compile_all_devices = True  # else a CPU's is left as it is
+    found[COMPILED] = by_generate(made["Diptych 6+6"], **static, compile_config=compiling)
     for name in DIPTYCHS:
-        found[f"{name}, own decoding, fp32"] = by_generate(made[name], custom_generate=fast_decode)
-        found[f"{name}, own decoding, bf16"] = by_generate(half[name], custom_generate=fast_decode)
+        found[f"{name}, own decoding, fp32"] = by_own_decoding(made[name])
+        found[f"{name}, own decoding, bf16"] = by_own_decoding(half[name])
     precisions = [it for it in ("float32", "bfloat16", "int8") if it in ctranslate2.get_supported_compute_types("cpu")]
     print(f"CTranslate2 computes here in {', '.join(precisions)}")
     for name in ("T5", *DIPTYCHS):
@@ -185,6 +205,7 @@ def measure(size: Size) -> list[dict]:
         for batch in size.batches:
             for source in size.sources:
                 ids = torch.randint(3, size.vocabulary, (batch, source))
+                writers[COMPILED](ids, size.tokens)
                 seconds = {name: [] for name in writers}
                 for _ in range(size.rounds):
                     for name, write in writers.items():

@@ -38,7 +38,7 @@ from diptych.data_prep.records import UserError, nearest
 from diptych.data_prep.templates import Template, load_template, template_of
 from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.detokenize import text_of
-from diptych.finetune.fast_decode import can_decode_fast, fast_decode
+from diptych.finetune.fast_decode import can_decode_fast, fast_decode, read_fast
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.ranks import join_ranks
 
@@ -204,6 +204,7 @@ def generate_batch(
         config, others = generation_config(model, tokenizer, generation_kwargs | {"max_new_tokens": max_new_tokens})
         if can_decode_fast(model, config, others):  # the same tokens, sooner
             others |= {"custom_generate": fast_decode, "writes_to": others.pop("streamer", None)}
+            others |= {"encoder_outputs": read_fast(model, inputs["input_ids"], inputs["attention_mask"])}
         sequences = model.generate(**inputs, generation_config=config, **others).tolist()
     except ValueError as error:  # how transformers refuses settings, some of them only now
         raise UserError(f"transformers' generate refuses this: {error}") from error

@@ -8,7 +8,16 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from diptych.finetune.fast_decode import LAID_OUT_FROM, ROOM, can_decode_fast, fast_decode, look_up
+from diptych.finetune.fast_decode import (
+    PACKED_AFTER,
+    PACKED_FROM,
+    ROOM,
+    Step,
+    can_decode_fast,
+    fast_decode,
+    look_up,
+    read_fast,
+)
 from diptych.finetune.generate import generate_batch
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
@@ -75,7 +84,7 @@ def both(model, inputs, seed: int = 0, **settings) -> tuple[torch.Tensor, torch.
 
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
 def test_greedy_tokens_are_the_same(model, padding):
-    theirs, ours = both(model, sources(LAID_OUT_FROM + 1, padding))
+    theirs, ours = both(model, sources(max(PACKED_FROM.values()) + 1, padding))
     assert torch.equal(theirs, ours)
     assert len({tuple(row) for row in ours.tolist()}) > 1
 
@@ -145,6 +154,44 @@ def test_bfloat16_stays_close():
     for changes in (CONFIGS["separate"], CONFIGS["merged"]):
         theirs, ours = both(make(changes).to(torch.bfloat16), sources(4))
         assert (theirs[:, : ours.shape[1]] == ours[:, : theirs.shape[1]]).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 4), (torch.float32, 3), (torch.bfloat16, 1)])
+def test_packed_matrices_are_the_same_ones(model, dtype, rows, monkeypatch):
+    """Logits of a step that multiplies the weights themselves, and of one that multiplies packed copies."""
+    model = copy.deepcopy(model).to(dtype)
+    steps = []
+    keep = Step.__init__
+    monkeypatch.setattr(Step, "__init__", lambda self, *given: (keep(self, *given), steps.append(self))[0])
+    settings = {"do_sample": False, "min_new_tokens": PACKED_AFTER + 4, "max_new_tokens": PACKED_AFTER + 4}
+    model.generate(**sources(rows), **settings, custom_generate=fast_decode)
+    (step,) = steps
+    plain = [layer for layer in (*model.get_decoder().modules(), model.lm_head) if type(layer) is torch.nn.Linear]
+    assert list(step.packed) == (plain if rows >= PACKED_FROM[dtype] else [])
+    with torch.no_grad():
+        packed = step(torch.full((rows, 1), 9))
+        step.packed.clear()
+        step.forget(1)
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(packed, step(torch.full((rows, 1), 9)), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+def test_rows_that_are_read_a_few_at_a_time_are_read_the_same(model, padding, monkeypatch):
+    monkeypatch.setattr("diptych.finetune.fast_decode.READ_AT_ONCE", 25)  # two rows of eleven tokens
+    inputs = sources(5, padding)
+    reads = []
+    model.get_encoder().register_forward_hook(lambda module, given, output: reads.append(output))
+    with torch.no_grad():
+        ours, theirs = read_fast(model, **inputs), model.get_encoder()(**inputs)
+    assert [len(it.last_hidden_state) for it in reads] == [2, 2, 1, 5]
+    assert type(ours) is type(theirs) and list(ours) == list(theirs)
+    there = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours.last_hidden_state[there], theirs.last_hidden_state[there], rtol=1e-4, atol=1e-5)
+    settings = {"do_sample": False, "max_new_tokens": 20}
+    expected = model.generate(**inputs, **settings)
+    written = model.generate(**inputs, encoder_outputs=ours, **settings, custom_generate=fast_decode)
+    assert torch.equal(written, expected)
 
 
 def test_criteria_and_streamers_are_heeded(model):
