@@ -109,10 +109,10 @@ def make_diptych(
 
 
 def by_reading(model: PreTrainedModel) -> Writer:
+    is_ours = isinstance(model, DiptychForConditionalGeneration)
+    encode = partial(read_fast, model) if is_ours else model.get_encoder()
+
     def read(ids: torch.Tensor, tokens: int) -> None:
-        encode = (
-            partial(read_fast, model) if isinstance(model, DiptychForConditionalGeneration) else model.get_encoder()
-        )
         encode(input_ids=ids, attention_mask=torch.ones_like(ids))
 
     return read

@@ -41,6 +41,7 @@ from diptych.finetune.detokenize import text_of
 from diptych.finetune.fast_decode import can_decode_fast, fast_decode, read_fast
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.ranks import join_ranks
+from diptych.finetune.speed import keep_memory
 
 if TYPE_CHECKING:
     from diptych.finetune.ctranslate2_engine import Translator
@@ -551,6 +552,7 @@ def run(settings: GenerateSettings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(GenerateSettings, "diptych generate", argv)
+    keep_memory()
     return report_errors("diptych generate", run, settings)
 
 
