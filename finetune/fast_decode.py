@@ -4,9 +4,8 @@
     sequences = model.generate(**source, encoder_outputs=read, max_new_tokens=64, custom_generate=fast_decode)
 
 transformers makes the logits processors and stopping criteria; what is here takes the place of its loop, and writes
-the same tokens. There, masks and positions are made anew for each token, caches are copied to
-grow by one, and outputs are wrapped and unwrapped; here a step is what depends on the token, and most of its time is
-the reading of weights.
+the same tokens. There, masks and positions are made anew for each token, caches are copied to grow by one, and outputs
+are wrapped and unwrapped; here a step is what depends on the token, and most of its time is the reading of weights.
 
 - Rows are read a few at a time, so that what a layer makes is small enough to be used again, and is not fetched from
   the system each time, which costs a third of reading (32 rows of 512 tokens: 4.5 s → 2.9).
@@ -20,8 +19,8 @@ the reading of weights.
   source or in the target (arXiv 2304.04487), and read at once; those that the model would have written stay. The same
   tokens again, in fewer steps where the target repeats the source. transformers looks in the target alone.
 
-B rows, S source tokens, T new tokens, D width, K key/value heads, G query heads for each of them, E head
-size, V vocabulary.
+B rows, S source tokens, T new tokens, D width, K key/value heads, G query heads for each of them, E head size, V
+vocabulary.
 """
 
 import math
@@ -90,6 +89,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) in (DiptychDecoderLayer, DiptychMergedDecoderLayer) and "forward" not in vars(layer)
 
 
+@torch.no_grad()
 def read_fast(
     model: DiptychForConditionalGeneration, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> BaseModelOutput:
