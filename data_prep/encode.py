@@ -314,6 +314,14 @@ def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: st
             raise UserError(
                 f"a text holds U+10FFFE or U+10FFFF, which are no characters. Remove them. The text: {text[:200]!r}"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            place = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+            raise UserError(
+                f"a text holds {place}: half of a broken symbol, or a byte that is no UTF-8. Take it out. "
+                f"The text: {text[:200]!r}"
+            ) from None
     control = _control_tokens(tokenizer)
     pattern = _pattern(tuple(control))
     if not tokenizer.is_fast:

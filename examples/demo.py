@@ -9,6 +9,7 @@ data (95 % of 300 sampled training targets, exactly).
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -29,7 +30,9 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
     """Shows a command, runs it, and stops the demo with its exit code if it fails."""
     command = [str(part) for part in command]
     print(f"\n$ {shlex.join(command)}", flush=True)
-    code = subprocess.run(command, cwd=cwd).returncode
+    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # this Python's commands
+    command[0] = shutil.which(command[0], path=beside) or command[0]
+    code = subprocess.run(command, cwd=cwd, env=os.environ | {"PATH": beside}).returncode
     if code:
         raise SystemExit(code)
 

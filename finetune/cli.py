@@ -69,7 +69,8 @@ def report_errors(command: str, run: Callable[..., int], *arguments: Any) -> int
     except (UserError, OSError) as error:
         from diptych.finetune.exits import exit_code_of
 
-        print(f"{command}: {error}", file=sys.stderr)
+        of_system = isinstance(error, OSError) and error.filename is not None
+        print(f"{command}: {f'{error.filename}: {error.strerror}' if of_system else error}", file=sys.stderr)
         return exit_code_of(error)
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted", file=sys.stderr)

@@ -329,7 +329,8 @@ class GenerateSettings:
     temperature: float = 0.0
     """Above 0, tokens are sampled at this temperature; 0 takes the likeliest."""
     num_return_sequences: int = 1
-    """Outputs for each prompt, the likeliest first; needs as many beams, or sampling."""
+    """Outputs for each prompt, of beams the likeliest first, by the log-probability of the mean token; needs as many
+    beams, or sampling."""
     scores: bool = False
     """Say of each output how likely it was: its log-probability, in nats, and that of its mean token."""
     choices: list[str] = field(default_factory=list)
@@ -366,9 +367,11 @@ class GenerateSettings:
         is_greedy = self.temperature == 0 and not self.choices
         if self.num_return_sequences > 1 and is_greedy and self.num_beams < self.num_return_sequences:
             raise UserError(
-                f"num_return_sequences is {self.num_return_sequences} with num_beams={self.num_beams} and no "
-                f"sampling, which has one answer. Give --num_beams {self.num_return_sequences}, or --temperature 1."
+                f"num_return_sequences is {self.num_return_sequences}, but num_beams={self.num_beams} has no more "
+                f"without sampling. Give --num_beams {self.num_return_sequences}, or --temperature 1."
             )
+        if self.num_beams > 1 and self.generation.get("prompt_lookup_num_tokens"):
+            raise UserError("generation.prompt_lookup_num_tokens is for greedy writing. Drop it, or num_beams.")
         if self.mbr_samples and (
             self.mbr_samples < 2 or max(self.num_beams, self.num_return_sequences) > 1 or self.temperature
         ):

@@ -11,6 +11,7 @@ are registered by the import below.
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from transformers import (
 )
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
 from diptych.data_prep.encode import vocabulary_size
@@ -61,6 +62,8 @@ def load_model_and_tokenizer(
     """
     name = os.path.expanduser(path)
     check_folder(name)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # which is for who watches
     adapter = adapter_settings(name)
     if adapter:
         tokenizer = load_tokenizer(name, fallback=adapter["base_model_name_or_path"])
@@ -212,10 +215,10 @@ def load_config(name: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, **_NO_CODE)
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(
-            f"the config of {name} could not be read: {_first_line(error)} "
-            f"Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
-        ) from error
+        advice = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
+        if Path(name).is_dir():
+            advice = "Copy its config.json again, or name another checkpoint."
+        raise UserError(f"the config of {name} could not be read: {_first_line(error)} {advice}") from error
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(
@@ -292,4 +295,6 @@ def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """And what a first line that ends with a colon leads to."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -61,7 +61,7 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
     last = last_training(run)
     recipe = yaml.safe_load((last / "config.yaml").read_text(encoding="utf-8"))
     step, facts = trained_steps(last)
-    manifest, fingerprint = prepared_manifest(recipe, facts)
+    manifest, fingerprint = prepared_manifest(recipe, facts, run)
     config = read_config(files, "config.json") or read_config(files, "adapter_config.json")
     adapter_base = config.get("base_model_name_or_path") if "adapter_config.json" in files else None
     scores = [*validation_scores(last, step, recipe), *report_scores(run)]
@@ -83,7 +83,7 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
         is_selected=recipe["final"] == "best" and any(score.split == "validation" for score in scores),
         data=manifest and data_facts(manifest, fingerprint, recipe),
         no_data=f"Prepared data `{last_part(recipe['data'])}`, of which nothing else is known here: "
-        f"its folder was not there any more, or was prepared anew, when this card was made.",
+        f"what was trained on was not found when this card was made.",
         training=training(recipe, step, whole.get("stages")),
         limits=limits(manifest, scores),
         prepare_yaml=manifest and dump(prepare_settings(manifest)),
@@ -106,13 +106,20 @@ def trained_steps(run: Path) -> tuple[int | None, dict[str, Any]]:
     return None, {}
 
 
-def prepared_manifest(recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """What `diptych prepare` wrote of the data, and its hash; None where it is no more that which was trained on: the
-    hash is among the facts of the run (resuming.py)."""
-    file = Path(recipe["data"]) / checkpoints.MANIFEST
-    fingerprint = sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-    manifest = checkpoints.read_json(file) if fingerprint in facts.values() and fingerprint else {}
-    return (manifest if "inputs" in manifest else None), fingerprint
+def prepared_manifest(
+    recipe: Mapping[str, Any], facts: Mapping[str, Any], run: Path
+) -> tuple[dict[str, Any] | None, str]:
+    """What `diptych prepare` wrote of the data, and its hash; None, "" where that is not found.
+
+    A folder that was named from where training ran is looked for from here, and from every folder that the run lies
+    in: the hash, which is among the facts of the run (resuming.py), tells whether it is the one that was trained on.
+    """
+    for folder in (Path(), *run.resolve().parents):
+        file = folder / recipe["data"] / checkpoints.MANIFEST
+        fingerprint = sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+        if fingerprint and fingerprint in facts.values() and "inputs" in (manifest := checkpoints.read_json(file)):
+            return manifest, fingerprint
+    return None, ""
 
 
 def validation_scores(run: Path, step: int | None, recipe: Mapping[str, Any]) -> list[Score]:

@@ -17,6 +17,7 @@ that rows are batched by length and come back in order.
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,16 @@ class Text2TextPipeline(Pipeline):
             else:
                 row = {"instruction": inputs} if isinstance(inputs, str) else inputs
                 text = frame.render_source(*prompt_of({"messages": row} if isinstance(row, list | tuple) else row))
+            if languages.get("src_lang") and hasattr(self.tokenizer, "src_lang"):
+                self.tokenizer.src_lang = languages["src_lang"]
+            (encoding,) = split_sources(self.tokenizer, [text])
         except (UserError, Fault) as error:
             raise ValueError(f"an input of the pipeline cannot be read: {error}") from None
-        if languages.get("src_lang") and hasattr(self.tokenizer, "src_lang"):
-            self.tokenizer.src_lang = languages["src_lang"]
-        (encoding,) = split_sources(self.tokenizer, [text])
-        return encoding.ids(position_limit(self.model))
+        whole, kept = encoding.ids(), encoding.ids(position_limit(self.model))
+        if whole != kept:
+            message = f"an input has {len(whole)} tokens, more than the model was built for: cut to {len(kept)}."
+            warnings.warn(message, stacklevel=2)
+        return kept
 
     def _template(self, name: str | None) -> Template | None:
         return load_template(name) if name else carried_template(self.tokenizer)

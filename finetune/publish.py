@@ -81,8 +81,7 @@ class PublishSettings:
     """For an adapter that was trained on a folder: the Hub id under which that base is published. Its weights there
     are compared with those in the folder."""
     license: str = ""
-    """Licence for the card, as the Hub spells it (apache-2.0, cc-by-4.0 …); the card says that it is unknown unless
-    given."""
+    """Licence for the card, as the Hub spells it (apache-2.0, cc-by-4.0 …); the card names none unless given."""
     language: str = ""
     """Languages for the card, separated by commas (en,ko); those that `diptych prepare` filtered by unless given."""
     pipeline: bool = False

@@ -132,6 +132,7 @@ class Ask:
         self.include_usage = bool(options.get("include_usage"))
         self.decoding = _decoding(body, service.max_new_tokens)
         self.sources = service.sources(_rows(body, is_chat))
+        self.begun: set[int] = set()  # of the answers, those of which a client was told who speaks
         self.id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
@@ -165,7 +166,9 @@ class Ask:
 
     def _choice(self, index: int, text: str, reason: str | None, place: str) -> dict[str, Any]:
         if self.is_chat:
-            return {"index": index, place: {"role": "assistant", "content": text}, "finish_reason": reason}
+            speaker = {} if place == "delta" and index in self.begun else {"role": "assistant"}
+            self.begun.add(index)
+            return {"index": index, place: speaker | {"content": text}, "finish_reason": reason}
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
 
 
@@ -224,7 +227,7 @@ def _rows(body: dict[str, Any], is_chat: bool) -> list[dict[str, Any]]:
     if is_chat:
         messages = _field(body, "messages", list, None)
         if not messages:
-            raise RequestError(400, "'messages' is missing. Give a list of {role, content}.", "messages")
+            raise RequestError(400, "'messages' is missing or empty. Give a list of {role, content}.", "messages")
         return [{"messages": [_message(place, message) for place, message in enumerate(messages)]}]
     prompts = _field(body, "prompt", (str, list), None)
     prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -277,9 +280,9 @@ class Service:
         """Rendered by the template and encoded, as `diptych generate` does it."""
         try:
             texts = [self.prompter.template.render_source(*prompt_of(row)) for row in rows]
+            found, is_cut = self.prompter.encode(texts)
         except (UserError, Fault) as error:
             raise RequestError(400, str(error), "messages" if "messages" in rows[0] else "prompt") from None
-        found, is_cut = self.prompter.encode(texts)
         if any(is_cut):
             limit = self.prompter.max_source_tokens
             raise RequestError(400, f"the prompt has more than {limit} tokens, which is all that is read.", "prompt")
@@ -383,10 +386,17 @@ def build_app(service: Service, token: str | None):
                 raise RequestError(413, f"the request has more than {LARGEST_BODY:,} bytes. Send less at once.")
         try:
             body = json.loads(data)
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise RequestError(400, "the request is nested too deeply.") from None
+        except ValueError as error:
             raise RequestError(400, f"the request is no JSON: {error}") from None
         if not isinstance(body, dict):
             raise RequestError(400, f"the request must be a JSON object, and is {type(body).__name__}.")
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ord(error.object[error.start])
+            raise RequestError(400, f"the request holds U+{half:04X}, half of a character. Send whole ones.") from None
         return body
 
     async def complete(request: Request) -> Response:
@@ -454,12 +464,16 @@ def build_app(service: Service, token: str | None):
                 drop(jobs)
 
     async def models(request: Request) -> Response:
+        """The only one there is, in a list or by its name."""
+        found = {"id": service.name, "object": "model", "created": 0, "owned_by": "diptych"}
+        name = request.path_params.get("name")
         try:
             admit(request)
+            if name not in (None, service.name):
+                raise RequestError(404, f"there is no model {name!r} here; this is {service.name!r}.", "model")
         except RequestError as error:
             return refuse("/v1/models", error)
-        found = {"id": service.name, "object": "model", "created": 0, "owned_by": "diptych"}
-        return JSONResponse({"object": "list", "data": [found]})
+        return JSONResponse({"object": "list", "data": [found]} if name is None else found)
 
     async def health(request: Request) -> Response:
         state = "closing" if service.is_closing else "ok"
@@ -473,13 +487,14 @@ def build_app(service: Service, token: str | None):
         return Response(service.metrics(), media_type="text/plain; version=0.0.4")
 
     async def nothing(request: Request, error: Exception) -> Response:
-        paths = ", ".join(route.path for route in routes)
+        paths = ", ".join(f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in routes)
         return refuse("elsewhere", RequestError(error.status_code, f"there are {paths}.", kind="not_found"))
 
     routes = [
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", complete, methods=["POST"]),
         Route("/v1/models", models),
+        Route("/v1/models/{name:path}", models),
         Route("/health", health),
         Route("/metrics", metrics),
     ]

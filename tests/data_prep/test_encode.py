@@ -292,6 +292,11 @@ def test_a_rendered_text_survives_pickling_and_marks_survive_a_table():
     assert marked("plain") == from_marked("plain") == "plain"
 
 
+def test_a_text_with_half_a_character_is_named(tokenizer):
+    with pytest.raises(UserError, match=r"holds U\+D800 at character 4: half of a broken symbol"):
+        split_sources(tokenizer, ["whole", "so \ud800"])
+
+
 @pytest.mark.parametrize("character", ["\U0010fffe", "\U0010ffff"])
 def test_a_text_with_a_noncharacter_cannot_spell_a_control_token(tokenizer, character):
     with pytest.raises(UserError, match="which are no characters"):

@@ -246,6 +246,7 @@ def test_a_session_on_a_pipe_answers_pairs_of_lines_until_the_end(learned_t5, pr
         ({"input": "x"}, "without --instruction"),
         ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
         ({"num_return_sequences": 3}, "Give --num_beams 3"),
+        ({"num_beams": 2, "generation": {"prompt_lookup_num_tokens": 4}}, "is for greedy writing"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"generation": {"lenght_penalty": 1}}, "Did you mean length_penalty"),
         ({"generation": {"num_beams": 4}}, "has a setting of its own"),

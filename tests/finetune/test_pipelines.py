@@ -92,6 +92,7 @@ def test_tokens_come_as_they_are_written(write):
         ({"question": "Go."}, "'instruction' is missing"),
         ([{"role": "king", "content": "Go."}], "king"),
         ({"instruction": "Go.", "system": "Be kind."}, "no place for a system prompt"),
+        ("Go \ud800.", "holds U\\+D800"),
         (3, "was given a <class 'int'>"),
     ],
 )

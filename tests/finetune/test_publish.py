@@ -213,6 +213,18 @@ def test_the_card_tells_of_the_run_and_its_yaml_is_the_run_again(hub, run, train
     )
 
 
+def test_data_are_found_from_the_folders_that_the_run_lies_in(hub, run, tmp_path, monkeypatch):
+    """A path that is relative to where training ran says nothing where publishing runs."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    shutil.copytree(config["data"], tmp_path / "prepared" / "eight")
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": "prepared/eight"}))
+    (tmp_path / "far").mkdir()
+    monkeypatch.chdir(tmp_path / "far")
+    assert publish.main([str(run), "--to", REPO]) == 0
+    text = remote(hub)["README.md"].decode()
+    assert "prepare.yaml" in text and "nothing else is known" not in text
+
+
 def test_data_that_were_prepared_anew_are_not_described(hub, run, tmp_path):
     config = yaml.safe_load((run / "config.yaml").read_text())
     data = shutil.copytree(config["data"], tmp_path / "elsewhere")

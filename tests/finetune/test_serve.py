@@ -118,7 +118,9 @@ def test_chat_is_asked_with_its_earlier_turns(served, alone):
     whole = served.client.chat.completions.create(model="t5", messages=messages)
     assert (whole.choices[0].message.role, whole.choices[0].message.content) == ("assistant", alone[1])
     streamed = served.client.chat.completions.create(model="t5", messages=messages, stream=True)
-    assert "".join(chunk.choices[0].delta.content for chunk in streamed) == alone[1]
+    deltas = [chunk.choices[0].delta for chunk in streamed]
+    assert "".join(delta.content for delta in deltas) == alone[1]
+    assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     with pytest.raises(openai.BadRequestError, match="has no place for earlier turns"):
         turns = [{"role": "assistant", "content": "x"}, messages[0]]
         served.client.chat.completions.create(model="t5", messages=[messages[0], *turns])
@@ -192,6 +194,8 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
         ({"prompt": "Go.", "temperature": "hot"}, 400, "temperature"),
         ({"prompt": "Go.", "n": 2}, 400, "n"),
         ({"prompt": "Go.", "stop": ["", "x"]}, 400, "stop"),
+        ({"prompt": "Go.", "stop": "\ud800"}, 400, None),
+        ({"prompt": "\ud800", "stream": True}, 400, None),
         ({"prompt": "Go.", "logprobs": 5}, 400, "logprobs"),
         ({"prompt": "Go.", "tools": [{}]}, 400, "tools"),
         ({"prompt": "Go.", "temprature": 1}, 400, "temprature"),
@@ -227,6 +231,9 @@ def test_what_is_no_request_is_refused(served):
 
 def test_models_and_health(served):
     assert [model.id for model in served.client.models.list()] == ["t5"]
+    assert served.client.models.retrieve("t5").id == "t5"
+    with pytest.raises(openai.NotFoundError, match="this is 't5'"):
+        served.client.models.retrieve("gpt")
     assert json.loads(urllib.request.urlopen(f"{served.url}/health").read()) == {"status": "ok", "model": "t5"}
 
 
