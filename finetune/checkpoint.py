@@ -104,6 +104,8 @@ def write_manifest(folder: Path) -> None:
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": _hash(file)} for file in files
     }
     write_json(folder / MANIFEST, entries)
+    for file in folder.rglob("*.safetensors"):  # which safetensors lets nobody else read, whatever the umask says
+        file.chmod((folder / MANIFEST).stat().st_mode)
 
 
 def flush_folder(folder: Path) -> None:

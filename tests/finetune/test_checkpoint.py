@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.exits import CheckpointError
@@ -28,6 +29,19 @@ def test_latest_is_the_one_of_the_largest_step(tmp_path):
     names = [path.name for path in checkpoints.complete_checkpoints(tmp_path)]
     assert names == ["step-000200", "step-001000", "step-9000000"]
     assert checkpoints.latest_checkpoint(tmp_path).path.name == "step-9000000"
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path):
+    """safetensors makes its files with the mode 0600."""
+    path = checkpoints.checkpoint_path(tmp_path, 1)
+    checkpoints.write_checkpoint(path, lambda at: save_file({"a": torch.ones(2)}, at / "model.safetensors"))
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o666 & ~_umask()}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 FOUND = {
