@@ -8,6 +8,11 @@ import pytest
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 
 
+def pytest_collection_modifyitems(items):
+    """README's commands first, which are one test of four minutes: as the last one it would run alone."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api")
