@@ -1,4 +1,5 @@
-"""What tests of pages share: a real browser without a network, and a visit that tells what a page showed and tried."""
+"""What is first, and what tests of pages share: a real browser without a network, and a visit that tells what a page
+showed and tried."""
 
 import shutil
 from types import SimpleNamespace
