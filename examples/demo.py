@@ -69,8 +69,8 @@ def main(out: str = "runs/demo") -> int:
         "--vocab_size", "6000", "--out", data)  # fmt: skip
     threads = str(os.cpu_count())  # of which accelerate launch would take one
     run("accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads, "-m", "diptych.finetune.train", "--config", RECIPE,
-        "--data", data, "--out", model)  # fmt: skip
+        "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads, "-m", "diptych.finetune.train",
+        "--config", RECIPE, "--data", data, "--out", model)  # fmt: skip
     figures = {split: evaluate(model / "final", data, split, folder) for split in ("train", "test")}
 
     with tempfile.TemporaryDirectory() as elsewhere:
