@@ -1,4 +1,4 @@
-"""The whole chain on real data, command by command, as anyone could type it: about four minutes on two cores.
+"""The whole chain on real data, command by command, as anyone could type it: four to six minutes on two cores.
 
 Prepares the shipped English–Korean pairs in both directions, trains a tokenizer and a small Diptych from scratch,
 evaluates it on what it has seen and on what it has not, copies the finished folder elsewhere, and translates with it
