@@ -171,7 +171,9 @@ function choose(step) {
   [...document.getElementById("step-chips").children].forEach((chip, place) => chip.setAttribute("aria-pressed", place === chosenStep));
   document.querySelector('[data-go="-1"]').disabled = chosenStep === 0;
   document.querySelector('[data-go="1"]').disabled = chosenStep === facts.steps.length - 1;
-  document.getElementById("step-chips").children[chosenStep].scrollIntoView({ block: "nearest", inline: "nearest" });
+  // Not scrollIntoView, which would move the page as well, away from where it opens.
+  const strip = document.getElementById("step-chips"), chip = strip.children[chosenStep];
+  strip.scrollLeft = chip.offsetLeft - strip.offsetLeft - (strip.clientWidth - chip.offsetWidth) / 2;
   for (const cell of document.querySelectorAll(".lens td")) cell.classList.toggle("now", Number(cell.dataset.step) === chosenStep);
   maps.decoder.draw();
   maps.cross.draw();

@@ -220,6 +220,7 @@ def test_the_page_in_a_browser(page_of, visit, tmp_path, capsys):
         assert heading in seen.text
     assert "It would first go another way at token 1" in seen.text
     assert "8 rows of rows.jsonl" in seen.text
+    assert visit(html, "() => new Promise(end => setTimeout(() => end(scrollY), 500))").answer == 0, "opens at its top"
     narrow = visit(html, viewport={"width": 360, "height": 740}, color_scheme="dark")
     assert narrow.too_wide <= 0 and not narrow.errors
     printed = visit(html, "() => getComputedStyle(document.getElementById('strip')).display", media="print")
