@@ -23,7 +23,7 @@ $(BIN)/.installed: setup.py pyproject.toml constraints.txt
 demo: install  ## prepare data, train from scratch, evaluate, publishable folder, translate: four to six minutes
 	$(BIN)/python examples/demo.py
 
-test: install lint  ## lint, layout and every contract: about a quarter of an hour
+test: install lint  ## lint, layout and every contract: about 25 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 torture: install  ## kill training 100 times on one rank and 50 on two: about twenty minutes

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import tokenizers
 
 from diptych.data_prep.records import UserError, nearest
+from diptych.data_prep.validate import broken_character
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -314,14 +315,8 @@ def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: st
             raise UserError(
                 f"a text holds U+10FFFE or U+10FFFF, which are no characters. Remove them. The text: {text[:200]!r}"
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            place = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
-            raise UserError(
-                f"a text holds {place}: half of a broken symbol, or a byte that is no UTF-8. Take it out. "
-                f"The text: {text[:200]!r}"
-            ) from None
+        if broken := broken_character(text):
+            raise UserError(f"a text holds {broken} Take it out. The text: {text[:200]!r}")
     control = _control_tokens(tokenizer)
     pattern = _pattern(tuple(control))
     if not tokenizer.is_fast:

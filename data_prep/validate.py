@@ -78,14 +78,20 @@ def not_a_string(value: Any, name: str) -> Fault:
     return Fault(name, f"'{without_index(name)}' is not a string", reason, of_shape=True)
 
 
-def _check_characters(value: str, name: str) -> None:
-    """JSON may spell half of a surrogate pair (`"\\ud83d"`), which is no character and cannot be encoded."""
+def broken_character(text: str) -> str:
+    """The first that no encoding has, where it stands and what it is; "" where there is none. JSON may spell half of a
+    surrogate pair (`"\\ud83d"`)."""
     try:
-        encoded = value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        at = error.start
-        reason = f"{_place(value, at)}: half of a broken symbol, or a byte that is no UTF-8."
-        raise Fault(name, "broken Unicode", f"'{name}' holds {reason}") from None
+        return f"{_place(text, error.start)}: half of a broken symbol, or a byte that is no UTF-8."
+    return ""
+
+
+def _check_characters(value: str, name: str) -> None:
+    if broken := broken_character(value):
+        raise Fault(name, "broken Unicode", f"'{name}' holds {broken}")
+    encoded = value.encode("utf-8")
     if not any(part in encoded for part in NO_UNFIT_BYTES) or not (found := UNFIT.search(value)):
         return
     place = _place(value, found.start())

@@ -31,7 +31,6 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
     command = [str(part) for part in command]
     print(f"\n$ {shlex.join(command)}", flush=True)
     beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # this Python's commands
-    command[0] = shutil.which(command[0], path=beside) or command[0]
     code = subprocess.run(command, cwd=cwd, env=os.environ | {"PATH": beside}).returncode
     if code:
         raise SystemExit(code)

@@ -69,8 +69,9 @@ def report_errors(command: str, run: Callable[..., int], *arguments: Any) -> int
     except (UserError, OSError) as error:
         from diptych.finetune.exits import exit_code_of
 
-        of_system = isinstance(error, OSError) and error.filename is not None
-        print(f"{command}: {f'{error.filename}: {error.strerror}' if of_system else error}", file=sys.stderr)
+        is_of_a_file = isinstance(error, OSError) and error.filename is not None
+        told = f"{error.filename}: {error.strerror}" if is_of_a_file else str(error)
+        print(f"{command}: {told}", file=sys.stderr)
         return exit_code_of(error)
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted", file=sys.stderr)

@@ -83,7 +83,7 @@ def pick_device(device: str = "auto") -> torch.device:
             return torch.empty(0, device=device).device  # made, not only named, so that a missing one shows here
         except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
             raise UserError(
-                f"device {device!r} cannot be used: {_first_line(error).split('. ')[0]}. Leave it at auto."
+                f"device {device!r} cannot be used: {_in_short(error).split('. ')[0]}. Leave it at auto."
             ) from error
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
@@ -162,11 +162,13 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
             tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = error
+            if "backend tokenizer" in str(error):  # and then, over many lines, what might be there
+                reason = FileNotFoundError("neither tokenizer.json nor another vocabulary is there.")
             continue
         check_chat_templates(tokenizer.chat_template, place)
         return tokenizer
     raise UserError(
-        f"no tokenizer could be loaded from {name}: {_first_line(reason)} Save one there with "
+        f"no tokenizer could be loaded from {name}: {_in_short(reason)} Save one there with "
         f"tokenizer.save_pretrained({name!r})."
     ) from reason
 
@@ -189,7 +191,7 @@ def load_model(
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings, **_NO_CODE
         )
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that do not fit the config
-        raise UserError(f"the weights of {name} could not be read: {_first_line(error)}") from error
+        raise UserError(f"the weights of {name} could not be read: {_in_short(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -218,7 +220,7 @@ def load_config(name: str) -> PreTrainedConfig:
         advice = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
         if Path(name).is_dir():
             advice = "Copy its config.json again, or name another checkpoint."
-        raise UserError(f"the config of {name} could not be read: {_first_line(error)} {advice}") from error
+        raise UserError(f"the config of {name} could not be read: {_in_short(error)} {advice}") from error
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(
@@ -263,7 +265,7 @@ def _load_adapted(
     try:
         model = merge_adapter(PeftModel.from_pretrained(base, name, is_trainable=False))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the adapter {name} does not fit its base {base_name}: {_first_line(error)}") from error
+        raise UserError(f"the adapter {name} does not fit its base {base_name}: {_in_short(error)}") from error
     if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes it down where the base has none
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model
@@ -294,7 +296,7 @@ def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         )
 
 
-def _first_line(error: BaseException) -> str:
+def _in_short(error: BaseException) -> str:
     """And what a first line that ends with a colon leads to."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

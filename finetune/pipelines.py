@@ -28,10 +28,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import diptych.modeling
 from diptych.data_prep.conversations import Fault
-from diptych.data_prep.encode import split_sources
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template, carried_template, load_template, stored_golden
-from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Output, generate_outputs
+from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Output, Prompter, generate_outputs
 from diptych.finetune.generate_file import prompt_of
 from diptych.finetune.loading import position_limit
 from diptych.modeling.pipeline_diptych import DiptychPipeline
@@ -92,14 +91,12 @@ class Text2TextPipeline(Pipeline):
                 text = frame.render_source(*prompt_of({"messages": row} if isinstance(row, list | tuple) else row))
             if languages.get("src_lang") and hasattr(self.tokenizer, "src_lang"):
                 self.tokenizer.src_lang = languages["src_lang"]
-            (encoding,) = split_sources(self.tokenizer, [text])
+            (ids,), (is_cut,) = Prompter(self.tokenizer, frame, position_limit(self.model)).encode([text])
         except (UserError, Fault) as error:
             raise ValueError(f"an input of the pipeline cannot be read: {error}") from None
-        whole, kept = encoding.ids(), encoding.ids(position_limit(self.model))
-        if whole != kept:
-            message = f"an input has {len(whole)} tokens, more than the model was built for: cut to {len(kept)}."
-            warnings.warn(message, stacklevel=2)
-        return kept
+        if is_cut:
+            warnings.warn(f"an input was cut to {len(ids)} tokens, for which the model was built.", stacklevel=2)
+        return ids
 
     def _template(self, name: str | None) -> Template | None:
         return load_template(name) if name else carried_template(self.tokenizer)

@@ -28,6 +28,7 @@ from typing import Any, Literal
 from diptych.data_prep.conversations import Fault
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import load_template, template_of
+from diptych.data_prep.validate import broken_character
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
@@ -125,8 +126,7 @@ class Ask:
         self.service = service
         _check_fields(body, KNOWN | {*TOKEN_LIMITS} | ({"messages"} if is_chat else {"prompt", "input", "system"}))
         model = _field(body, "model", str, service.name)
-        if model != service.name:
-            raise RequestError(404, f"there is no model {model!r} here; this is {service.name!r}.", "model")
+        service.check_model(model)
         self.stream = _field(body, "stream", bool, False)
         options = _field(body, "stream_options", dict, {})
         self.include_usage = bool(options.get("include_usage"))
@@ -276,6 +276,10 @@ class Service:
         running = Gauge("diptych_running_rows", "Prompts that are being answered.", **kept)
         running.set_function(lambda: sum(not job.is_dropped for job in engine.running))
 
+    def check_model(self, name: str) -> None:
+        if name != self.name:
+            raise RequestError(404, f"there is no model {name!r} here; this is {self.name!r}.", "model")
+
     def sources(self, rows: list[dict[str, Any]]) -> list[list[int]]:
         """Rendered by the template and encoded, as `diptych generate` does it."""
         try:
@@ -392,11 +396,8 @@ def build_app(service: Service, token: str | None):
             raise RequestError(400, f"the request is no JSON: {error}") from None
         if not isinstance(body, dict):
             raise RequestError(400, f"the request must be a JSON object, and is {type(body).__name__}.")
-        try:
-            json.dumps(body, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = ord(error.object[error.start])
-            raise RequestError(400, f"the request holds U+{half:04X}, half of a character. Send whole ones.") from None
+        if broken := broken_character(json.dumps(body, ensure_ascii=False)):
+            raise RequestError(400, f"the request holds {broken}")
         return body
 
     async def complete(request: Request) -> Response:
@@ -469,8 +470,7 @@ def build_app(service: Service, token: str | None):
         name = request.path_params.get("name")
         try:
             admit(request)
-            if name not in (None, service.name):
-                raise RequestError(404, f"there is no model {name!r} here; this is {service.name!r}.", "model")
+            service.check_model(service.name if name is None else name)
         except RequestError as error:
             return refuse("/v1/models", error)
         return JSONResponse({"object": "list", "data": [found]} if name is None else found)

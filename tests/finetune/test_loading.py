@@ -191,6 +191,8 @@ def test_a_missing_tokenizer_and_one_too_large_are_refused(copy, tmp_path, t5_ch
     tokenizer.save_pretrained(copy)
     message = refusal(copy)
     assert f"ids up to {len(tokenizer) - 1}, but the model has {len(tiny_tokenizer)} embedding rows" in message
+    (copy / "tokenizer.json").unlink()
+    assert "neither tokenizer.json nor another vocabulary is there. Save one there with" in refusal(copy)
     for file in copy.glob("tokenizer*"):
         file.unlink()
     assert "no tokenizer could be loaded" in refusal(copy)
