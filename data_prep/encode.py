@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tokenizers
 
-from diptych.data_prep.records import UserError, nearest
-from diptych.data_prep.validate import broken_character
+from diptych.data_prep.records import UserError, broken_character, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

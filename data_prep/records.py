@@ -144,3 +144,17 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     spelled = {candidate.strip().casefold(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=cutoff)
     return spelled[matches[0]] if matches else None
+
+
+def character_at(value: str, position: int) -> str:
+    return f"U+{ord(value[position]):04X} at character {position + 1}"
+
+
+def broken_character(text: str) -> str:
+    """The first that no encoding has, where it stands and what it is; "" where there is none. JSON may spell half of a
+    surrogate pair (`"\\ud83d"`)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"{character_at(text, error.start)}: half of a broken symbol, or a byte that is no UTF-8."
+    return ""

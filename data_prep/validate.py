@@ -16,7 +16,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from diptych.data_prep.records import nearest
+from diptych.data_prep.records import broken_character, character_at, nearest
 
 JSON_TYPE_NAMES = {
     str: "a string",
@@ -78,32 +78,18 @@ def not_a_string(value: Any, name: str) -> Fault:
     return Fault(name, f"'{without_index(name)}' is not a string", reason, of_shape=True)
 
 
-def broken_character(text: str) -> str:
-    """The first that no encoding has, where it stands and what it is; "" where there is none. JSON may spell half of a
-    surrogate pair (`"\\ud83d"`)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"{_place(text, error.start)}: half of a broken symbol, or a byte that is no UTF-8."
-    return ""
-
-
 def _check_characters(value: str, name: str) -> None:
     if broken := broken_character(value):
         raise Fault(name, "broken Unicode", f"'{name}' holds {broken}")
     encoded = value.encode("utf-8")
     if not any(part in encoded for part in NO_UNFIT_BYTES) or not (found := UNFIT.search(value)):
         return
-    place = _place(value, found.start())
+    place = character_at(value, found.start())
     if found.group() == "\0":
         reason = f"'{name}' holds a NUL, {place}: no text has one. The file may be binary, or UTF-16."
         raise Fault(name, "NUL in the text", reason)
     reason = f"'{name}' holds a noncharacter, {place}: Unicode keeps it for a program's own use. Take it out."
     raise Fault(name, "noncharacter in the text", reason)
-
-
-def _place(value: str, position: int) -> str:
-    return f"U+{ord(value[position]):04X} at character {position + 1}"
 
 
 def missing(column: str, fields: Mapping[str, Any], known: Iterable[str]) -> Fault:

@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diptych.data_prep.conversations import Fault
-from diptych.data_prep.records import UserError
+from diptych.data_prep.records import UserError, broken_character
 from diptych.data_prep.templates import load_template, template_of
-from diptych.data_prep.validate import broken_character
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
