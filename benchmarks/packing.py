@@ -1,8 +1,8 @@
-"""Packing pairs as long as CodeAlpaca's, all at once and as a stream: seconds, rows, and what part of them is filled.
+"""Packing pairs as long as CodeAlpaca's: seconds, rows, and what part of them is filled.
 
     python benchmarks/packing.py         one core; 10,000, 100,000 and 1,000,000 pairs (--up_to 100000 for fewer)
 
-Lengths are drawn from percentiles of CodeAlpaca's train split with 8,000 tokens of BPE. The stream holds 10,000 pairs.
+Lengths are drawn from percentiles of CodeAlpaca's train split with 8,000 tokens of BPE.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from itertools import chain
 
 import numpy as np
 
-from diptych.data_prep.packing import Budget, choose_budget, pack, pack_stream
+from diptych.data_prep.packing import choose_budget, pack
 
 PAIRS = (10_000, 100_000, 1_000_000)
 PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
@@ -25,27 +25,15 @@ def lengths(pairs: int) -> list[np.ndarray]:
     return [np.interp(draw.uniform(0, 100, pairs), PERCENTILES, side).astype(int) for side in (SOURCES, TARGETS)]
 
 
-def packed(sources: np.ndarray, targets: np.ndarray, budget: Budget) -> list:
-    return pack(sources, targets, budget)
-
-
-def streamed(sources: np.ndarray, targets: np.ndarray, budget: Budget) -> list:
-    return list(pack_stream(zip(range(len(sources)), sources.tolist(), targets.tolist(), strict=True), budget))
-
-
-WAYS = {"pack": packed, "pack_stream": streamed}
-
-
-def measure(way: str, pairs: int) -> dict:
+def measure(pairs: int) -> dict:
     sources, targets = lengths(pairs)
     started = time.perf_counter()
     budget = choose_budget(sources, targets)
     chosen = time.perf_counter()
-    rows = WAYS[way](sources, targets, budget)
+    rows = pack(sources, targets, budget)
     ended = time.perf_counter()
     assert sorted(chain.from_iterable(rows)) == list(range(pairs))
     return {
-        "way": way,
         "pairs": pairs,
         "budget": list(budget),
         "seconds_to_choose": round(chosen - started, 2),
@@ -61,15 +49,14 @@ def main() -> None:
     parser.add_argument("--up_to", type=int, default=max(PAIRS), help="leave out what has more pairs")
     up_to = parser.parse_args().up_to
     results = []
-    print(f"{'':12}{'pairs':>10}{'row':>12}{'choose':>9}{'pack':>9}{'rows':>9}{'source':>9}{'target':>9}")
+    print(f"{'pairs':>10}{'row':>12}{'choose':>9}{'pack':>9}{'rows':>9}{'source':>9}{'target':>9}")
     for pairs in (pairs for pairs in PAIRS if pairs <= up_to):
-        for way in WAYS:
-            found = measure(way, pairs)
-            results.append(found)
-            seconds = f"{found['seconds_to_choose']:>7.2f} s{found['seconds']:>7.2f} s"
-            fill = f"{found['source_fill']:>9.1%}{found['target_fill']:>9.1%}"
-            row = " + ".join(map(str, found["budget"]))
-            print(f"{way:12}{pairs:>10,}{row:>12}{seconds}{found['rows']:>9,}{fill}", flush=True)
+        found = measure(pairs)
+        results.append(found)
+        seconds = f"{found['seconds_to_choose']:>7.2f} s{found['seconds']:>7.2f} s"
+        fill = f"{found['source_fill']:>9.1%}{found['target_fill']:>9.1%}"
+        row = " + ".join(map(str, found["budget"]))
+        print(f"{pairs:>10,}{row:>12}{seconds}{found['rows']:>9,}{fill}", flush=True)
     print(json.dumps(results))
 
 

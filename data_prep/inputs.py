@@ -4,7 +4,7 @@
     stages = make_stages(settings, inputs, tokenizer, template)
     fingerprint_of(settings, inputs, tokenizer, template)       the same for the same result
 
-`diptych prepare`, streams and datatrove all begin so.
+`diptych prepare` and datatrove both begin so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -51,14 +50,9 @@ class Inputs:
         return "chat" if has_turns else "alpaca"
 
 
-def limits_of(settings: PrepareSettings) -> Limits:
-    return Limits(
-        max_row_bytes=int(settings.max_row_megabytes * 1_000_000), max_unpacked_ratio=settings.max_unpacked_ratio
-    )
-
-
 def open_inputs(settings: PrepareSettings) -> Inputs:
-    limits = limits_of(settings)
+    max_row_bytes = int(settings.max_row_megabytes * 1_000_000)
+    limits = Limits(max_row_bytes=max_row_bytes, max_unpacked_ratio=settings.max_unpacked_ratio)
     columns = parse_mapping(settings.map).values()
     numbered = bool(columns) and all(column.isdecimal() for column in columns)
     sources = open_sources(settings.data, settings.aligned, limits, numbered)
@@ -161,22 +155,16 @@ def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
 def fingerprint_of(
     settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
 ) -> str:
-    """The same for the same result."""
-    start = decoder_start_of(settings) if settings.packing else None
-    return fingerprint({**facts_that_decide(settings, inputs, tokenizer, template), "decoder_start": start})
-
-
-def facts_that_decide(
-    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
-) -> dict[str, Any]:
-    """What decides the result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
+    """The same for the same result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
     no_decision = {"data", "aligned", "decontaminate", "out", "template", "tokenizer", "strict"}
     no_decision |= {"workers", "engine", "tasks", "gathered"}
-    return {
+    facts = {
         "inputs": [(source.name, source.digest) for source in inputs.sources],
         "entries": inputs.entries,
         "evaluation": [(source.name, source.digest) for source in inputs.evaluation],
         "template": asdict(template),
         "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
         "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
+        "decoder_start": decoder_start_of(settings) if settings.packing else None,
     }
+    return fingerprint(facts)

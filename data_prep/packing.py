@@ -25,7 +25,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,32 +103,6 @@ def pack(
     rows = _pack_units(source_lengths, target_lengths, budget, draw)
     rows = [rows[place] for place in draw.permutation(len(rows))]
     return rows if members is None else [_next_to_each_other(row, members, groups) for row in rows]
-
-
-def pack_stream(
-    items: Iterable[tuple[Hashable, int, int]], budget: Budget, buffer_size: int = 10_000
-) -> Iterator[list[Hashable]]:
-    """(key, source tokens, target tokens) in, rows as lists of keys out, never more than `buffer_size` keys held.
-
-    The same keys in the same order give the same rows. A row is made when the buffer is full, from all that is in it.
-    """
-    if buffer_size < 1:
-        raise UserError(f"buffer_size is {buffer_size}; at least one example has to be held.")
-    waiting: defaultdict[tuple[int, int], list[Hashable]] = defaultdict(list)
-    stock = _Stock(_units(budget))
-    for key, source_tokens, target_tokens in items:
-        if source_tokens > budget.source_tokens or target_tokens > budget.target_tokens:
-            _refuse_longer(np.array([source_tokens]), np.array([target_tokens]), budget, [str(key)])
-        kind = (
-            _in_units(source_tokens, budget.source_tokens, stock.room[0]),
-            _in_units(target_tokens, budget.target_tokens, stock.room[1]),
-        )
-        stock.add(*kind)
-        waiting[kind].append(key)
-        if stock.examples == buffer_size:
-            yield _take(waiting, stock.fill_row())
-    while stock.examples:
-        yield _take(waiting, stock.fill_row())
 
 
 def choose_budget(
@@ -221,10 +195,6 @@ def _next_to_each_other(row: np.ndarray, members: list[np.ndarray], groups: Sequ
     return np.array([example for examples in together.values() for example in examples])
 
 
-def _take(waiting: dict[tuple[int, int], list[Hashable]], row: Counter[tuple[int, int]]) -> list[Hashable]:
-    return [waiting[kind].pop() for kind in row.elements()]
-
-
 # Best fit
 
 
@@ -277,28 +247,25 @@ class _Stock:
         self.longest_up_to = np.zeros((room[0] + 1, room[1] + 1), dtype=np.int16)
         """[s, t]: the longest target up to t that stands in stock with a source of s; 0 is none."""
         self.largest_first: list[tuple[float, float, int, int]] = []
-        """A heap of all kinds in stock, and of some that were: `queued` keeps a kind from standing in it twice."""
-        self.queued: set[tuple[int, int]] = set()
+        """A heap of all kinds in stock, and of some that were."""
         self.examples = self.source_total = self.target_total = 0
         self.changes_since_look = 0
         self.closing_room = (0, 0)
         self.waste = self.sizes = np.zeros((1, 1))
 
-    def add(self, source: int, target: int, count: int = 1) -> None:
-        if not self.counts[source, target]:
-            if (source, target) not in self.queued:
-                parts = (source / self.room[0], target / self.room[1])
-                heapq.heappush(self.largest_first, (-max(parts), -sum(parts), source, target))
-                self.queued.add((source, target))
-            longer = self.longest_up_to[source, target:]
-            np.maximum(longer, target, out=longer)
+    def add(self, source: int, target: int, count: int) -> None:
+        """All examples of a kind, once."""
+        parts = (source / self.room[0], target / self.room[1])
+        heapq.heappush(self.largest_first, (-max(parts), -sum(parts), source, target))
+        longer = self.longest_up_to[source, target:]
+        np.maximum(longer, target, out=longer)
         self._change(source, target, count)
 
     def fill_row(self) -> Counter[tuple[int, int]]:
         """One row's kinds, taken out of stock: the largest that there is, then what fits best while anything fits."""
         self._look_ahead()
         while not self.counts[self.largest_first[0][2:]]:
-            self.queued.remove(heapq.heappop(self.largest_first)[2:])
+            heapq.heappop(self.largest_first)
         row: Counter[tuple[int, int]] = Counter()
         source_left, target_left = self.room
         kind: tuple[int, int] | None = self.largest_first[0][2:]

@@ -11,7 +11,7 @@
     signature               MinHash of source and target, where near duplicates are sought
 
 Nothing here knows of other rows, files or processes: `Stages` is plain data that can be sent to a worker, and the same
-chunk gives the same batch on one core, in a pool, in a stream, or in another engine.
+chunk gives the same batch on one core, in a pool, or in another engine.
 """
 
 from __future__ import annotations

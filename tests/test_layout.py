@@ -95,8 +95,8 @@ def test_data_preparation_knows_no_model_and_no_loop(path):
 
 @pytest.mark.parametrize("path", source_files("finetune"), ids=name_of)
 def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
-    """So prompts are rendered, and rows laid out, by the code that made the training rows. `cli` starts `prepare`,
-    `streaming` is where streamed rows enter, and `pair` makes templates."""
+    """So prompts are rendered, and rows laid out, by the code that made the training rows. `cli` starts `prepare`
+    and `denoise`, and `pair` makes templates."""
     allowed = [
         "diptych.data_prep." + name
         for name in (
@@ -115,8 +115,6 @@ def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
         allowed += ["diptych.data_prep.prepare", "diptych.data_prep.denoising"]
     if path.name == "pair.py":
         allowed.append("diptych.data_prep.donor_template")
-    if path.name == "streaming.py":
-        allowed.append("diptych.data_prep.stream")
     taken = {module for module in imports(path) if is_within(module, "diptych.data_prep") and module.count(".") > 1}
     assert not {module for module in taken if not is_within(module, *allowed)}
 

@@ -14,7 +14,6 @@ from diptych.data_prep.packing import (
     assemble_row,
     choose_budget,
     pack,
-    pack_stream,
     repeated_start,
 )
 from diptych.data_prep.prepare import main
@@ -143,7 +142,6 @@ def test_rows_do_not_come_in_the_order_of_their_making():
 
 def test_no_examples_make_no_rows():
     assert pack([], [], Budget(8, 8)) == []
-    assert list(pack_stream([], Budget(8, 8))) == []
 
 
 # Budgets
@@ -189,52 +187,6 @@ def test_an_example_longer_than_the_budget_is_refused_by_name():
         choose_budget([9, 9, 33], [9, 9, 9], source_tokens=32, names=names)
     with pytest.raises(UserError, match="example 1: its source has 33 tokens"):
         pack([9, 33], [9, 9], Budget(32, 32))
-    with pytest.raises(UserError, match="b.jsonl:7: its source has 33 tokens"):
-        list(pack_stream([("b.jsonl:7", 33, 9)], Budget(32, 32)))
-
-
-# Streams
-
-
-def test_a_stream_is_packed_while_no_more_than_the_buffer_is_held():
-    sources, targets = like_codealpaca(5_000, 0)
-    budget, buffer_size = Budget(576, 576), 600
-    read = []
-
-    def items():
-        for item in zip(range(5_000), sources.tolist(), targets.tolist(), strict=True):
-            read.append(item)
-            yield item
-
-    rows, given = [], 0
-    for row in pack_stream(items(), budget, buffer_size):
-        assert len(read) - given <= buffer_size
-        given += len(row)
-        rows.append(np.array(row))
-    assert sorted(chain.from_iterable(as_lists(rows))) == list(range(5_000))
-    assert max(sources[row].sum() for row in rows) <= budget.source_tokens
-    assert max(targets[row].sum() for row in rows) <= budget.target_tokens
-    fewest = max(sources.sum(), targets.sum()) / 576
-    assert len(rows) < 1.04 * fewest
-    again = pack_stream(zip(range(5_000), sources.tolist(), targets.tolist(), strict=True), budget, buffer_size)
-    assert as_lists(rows) == list(again)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("buffer_size", [1, 3, 50])
-def test_a_small_buffer_loses_nothing(kind, buffer_size):
-    sources, targets = of_lengths(np.random.default_rng(3), kind, 200)
-    items = [
-        (f"row {row}", *lengths) for row, lengths in enumerate(zip(sources.tolist(), targets.tolist(), strict=True))
-    ]
-    rows = list(pack_stream(iter(items), Budget(512, 520), buffer_size))
-    assert sorted(chain.from_iterable(rows)) == sorted(key for key, *_ in items)
-    assert buffer_size > 1 or all(len(row) == 1 for row in rows)
-
-
-def test_a_buffer_that_holds_nothing_is_refused():
-    with pytest.raises(UserError, match="buffer_size is 0; at least one example has to be held"):
-        list(pack_stream([(0, 1, 1)], Budget(8, 8), 0))
 
 
 # Equal sources
