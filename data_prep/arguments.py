@@ -33,6 +33,8 @@ HELP_COLUMNS = 100
 ANSWERS = ("--help", "--print_config")
 """Options that end the command with an answer."""
 CONFIG = "--config"
+INSTEAD = {"deepspeed": "DeepSpeed does not run here; --sharding full (FSDP2) spreads a model over the ranks."}
+"""What is said of options that people bring along and that have another way here."""
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 PLACEHOLDERS = {int: "NUMBER", float: "NUMBER", bool: "true|false", str: "TEXT", dict: "{NAME: VALUE, ...}"}
 OTHER_OPTIONS = {
@@ -80,6 +82,8 @@ def parse(
 
 def choose_from(name: str, known: Sequence[str]) -> str:
     """`Did you mean …? Choose from: …`, the end of a message about a name that is not known."""
+    if name.removeprefix("--") in INSTEAD:
+        return INSTEAD[name.removeprefix("--")]
     near = nearest(name, known)
     names = f"Choose from: {', '.join(known)}." if len(known) <= NAMES_SHOWN else "--help lists them all."
     return f"{f'Did you mean {near}? ' if near else ''}{names}"

@@ -103,9 +103,6 @@ class TrainRecipe:
     sharding: Literal["none", "full"] = "none"
     """What each of several ranks holds. none: the whole model, which is fastest where it fits. full: its share of
     weights, gradients and optimizer (FSDP2), for models that do not: 16 bytes a weight, divided by the ranks."""
-    deepspeed: str | None = None
-    """A DeepSpeed JSON: ZeRO stage 0 is sharding none, a higher one is full. Its engine does not run; what contradicts
-    the recipe is refused, "auto" is the recipe's. `accelerate launch --use_deepspeed` says the same."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: about a third slower, a fraction of the memory."""
     compile: bool = False
@@ -172,7 +169,7 @@ class TrainRecipe:
     """Experiment trackers, separated by commas: those that accelerate knows and that are installed (tensorboard …)."""
 
     def __post_init__(self):
-        for name in ("model", "data", "out", "tokenizer", "deepspeed", "teacher"):
+        for name in ("model", "data", "out", "tokenizer", "teacher"):
             if (getattr(self, name) or "").startswith("~"):
                 object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
         for name, example in {
@@ -290,7 +287,7 @@ FIXED_IN_A_RUN = [
     "best_metric",
 ]
 # And these have no part in what is computed.
-FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "deepspeed", "trackers", "profile", "rank_timeout", "debug"]
+FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers", "profile", "rank_timeout", "debug"]
 
 
 def split_names(names: str) -> list[str]:

@@ -72,6 +72,7 @@ def join_ranks() -> Accelerator | None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:
         return None
+    _refuse_deepspeed()
     accelerator = Accelerator()
     if accelerator.num_processes != launched:
         raise UserError(
@@ -101,6 +102,7 @@ def _check_launch(recipe: TrainRecipe) -> None:
     """What accelerate's configuration asks for and this loop does otherwise is refused: on a CPU, accelerate itself
     would take DDP for FSDP without a word. Where the recipe asks for FSDP as well, accelerate is not to hear of it:
     sharding.py does it, and transformers would load weights on the first rank alone."""
+    _refuse_deepspeed()
     if recipe.sharding == "full" and os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         if is_main_rank():
             print("sharding: full, and accelerate's FSDP settings have no part in it", flush=True)
@@ -109,6 +111,14 @@ def _check_launch(recipe: TrainRecipe) -> None:
             "accelerate's configuration asks for FSDP. Here the recipe says how weights are spread: launch with"
             " `torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE --sharding full`, which is"
             " FSDP2, or drop it for DDP."
+        )
+
+
+def _refuse_deepspeed() -> None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        raise UserError(
+            "accelerate's configuration asks for DeepSpeed, which does not run here: launch with `torchrun"
+            " --nproc_per_node=N`, and spread a model in training with `--sharding full` (FSDP2)."
         )
 
 

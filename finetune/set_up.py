@@ -37,7 +37,6 @@ from diptych.finetune.batches import (
 )
 from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
-from diptych.finetune.deepspeed_config import understood
 from diptych.finetune.distillation import DistilledObjective, load_teacher
 from diptych.finetune.evaluation import selectable_figures
 from diptych.finetune.exits import CheckpointError
@@ -156,7 +155,6 @@ class Run:
 
 def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
-    recipe = understood(recipe)
     accelerator = meet(recipe)
     ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
     with ranks.waiting_for("the start of the run", has_own_work=True):

@@ -51,6 +51,7 @@ def test_every_field_says_what_it_does(capsys):
         (["--schedule", "cosin"], "'cosin'; it can be cosine, linear or constant. Did you mean cosine?"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--precision", "fp64"], "--precision is 'fp64'; it can be auto, bf16, fp16 or fp32."),
+        (["--deepspeed", "ds.json"], "DeepSpeed does not run here; --sharding full (FSDP2) spreads a model"),
         (["--patience", "-1"], "patience is -1; it must be 0 or more."),
     ],
 )

@@ -215,21 +215,16 @@ def test_launches_that_cannot_share_are_refused_with_what_can(train, tmp_path):
     assert "weights in 4 bits are not spread over ranks" in (tmp_path / "quantized.log.0").read_text()
 
 
+@pytest.mark.parametrize("engine, said", [("FSDP", "asks for FSDP"), ("DEEPSPEED", "DeepSpeed, which does not run")])
 def test_what_accelerate_is_asked_for_and_the_recipe_is_not_is_refused(
-    training_folder, checkpoint_of, tmp_path, monkeypatch
+    engine, said, training_folder, checkpoint_of, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     recipe = TrainRecipe(
         model=str(checkpoint_of("t5")), data=str(training_folder), out=str(tmp_path / "run"), max_steps=1
     )
-    with pytest.raises(UserError, match="asks for FSDP.*torchrun .* --sharding full"):
+    with pytest.raises(UserError, match=f"{said}.*torchrun .*--sharding full"):
         run_recipe(recipe)
-
-
-def test_a_deepspeed_file_shards_a_run(train, tmp_path):
-    alone = train("alone", 1)
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 6}')
-    assert_same_run(alone, train("shared", 2, sharding="none", deepspeed=str(tmp_path / "ds.json")))
 
 
 def test_where_the_recipe_shards_accelerates_own_fsdp_has_no_part(train, tmp_path):
