@@ -9,12 +9,12 @@ REQUIREMENTS = [
     "torch>=2.13",
     "transformers>=5.20,<6",
     "accelerate>=1.15",
-    "peft>=0.21",
+    "peft>=0.21.2",
     "datasets>=5.2",
     "evaluate>=0.4.6",
     "sacrebleu>=2.6",  # BLEU and chrF behind our evaluate.Metric classes
     "rouge-score>=0.1.2",  # ROUGE behind ours
-    "tokenizers>=0.23",
+    "tokenizers>=0.23.3",
     "safetensors>=0.8",
     "huggingface_hub>=2.4",  # publishing, by its client of httpx2
     "jinja2>=3.1.6",  # templates
@@ -23,9 +23,9 @@ REQUIREMENTS = [
     "pyyaml>=6.0.3",
     "matplotlib>=3.10",  # loss.png
     "tqdm>=4.70",
-    "regex>=2026.1",  # words and syllables of every script, in the metrics
+    "regex>=2026.1.14",  # words and syllables of every script, in the metrics
     "numpy>=2.2",
-    "pyarrow>=20.0",
+    "pyarrow>=24.0",
     "scipy>=1.15",  # connected components: which rows share a text
     "xxhash>=3.5",  # keys of texts and files
     "psutil>=6.0",  # the launcher that a rank watches; memory that a model would take
@@ -40,9 +40,9 @@ EXTRAS = {
     # Filters by language, and the report of keys and passwords.
     "clean": ["py3langid>=0.4", "detect-secrets>=1.5"],
     # `diptych serve`.
-    "serve": ["starlette>=1.0", "uvicorn>=0.40", "prometheus-client>=0.22"],
+    "serve": ["starlette>=1.0.1", "uvicorn>=0.40", "prometheus-client>=0.22"],
     # `diptych demo`.
-    "gradio": ["gradio>=6.29"],
+    "gradio": ["gradio>=6.31"],
     # Export to CTranslate2, and generation with it.
     "ctranslate2": ["ctranslate2>=4.8"],
     # Export to ONNX, and its proof.

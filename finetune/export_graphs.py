@@ -30,6 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from diptych.data_prep.records import UserError
 from diptych.finetune.families import FAMILIES, family_of
 from diptych.finetune.generate import pad_sources
+from diptych.modeling.modeling_diptych import CACHE_NAME
 
 ENCODER, DECODER, WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 # Of the examples that programs are made with; all different, so that no two are taken for one.
@@ -87,7 +88,7 @@ class DecoderGraph(nn.Module):
             input_ids=input_ids,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             use_cache=True,
             return_dict=True,
             **more,

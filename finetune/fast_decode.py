@@ -37,6 +37,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from diptych.modeling import DiptychForConditionalGeneration
 from diptych.modeling.modeling_diptych import (
+    CACHE_NAME,
     DiptychAttention,
     DiptychDecoderLayer,
     DiptychMergedDecoderLayer,
@@ -127,18 +128,18 @@ def fast_decode(
         )
     if writes_to is not None:
         writes_to.put(input_ids)
-    names = ("encoder_outputs", "attention_mask", "decoder_attention_mask", "past_key_values")
+    names = ("encoder_outputs", "attention_mask", "decoder_attention_mask", CACHE_NAME)
     encoder_outputs, encoder_mask, decoder_mask, cache = (given.get(name) for name in names)
     outputs = model(
         encoder_outputs=encoder_outputs,
         attention_mask=encoder_mask,
         decoder_input_ids=input_ids,
         decoder_attention_mask=decoder_mask,
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    step = Step(model, outputs.past_key_values, encoder_outputs, encoder_mask, decoder_mask)
+    step = Step(model, getattr(outputs, CACHE_NAME), encoder_outputs, encoder_mask, decoder_mask)
     logits = outputs.logits[:, -1]
     if generation_config.prompt_lookup_num_tokens:
         rules = (logits_processor, stopping_criteria, generation_config)

@@ -37,7 +37,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from diptych.modeling.modeling_diptych import same_segment
+from diptych.modeling.modeling_diptych import CACHE_NAME, same_segment
 
 VARLEN = "varlen"
 Mask = torch.Tensor | BlockMask
@@ -66,7 +66,7 @@ def site_masks(model: PreTrainedModel, batch: dict[str, torch.Tensor], by_layer_
     of_encoder = {"config": model.get_encoder().config, "inputs_embeds": reading, "attention_mask": None}
     of_encoder["and_mask_function"] = same_segment(source, source)
     of_decoder = {"config": model.get_decoder().config, "inputs_embeds": writing, "attention_mask": None}
-    of_self = of_decoder | {"and_mask_function": same_segment(target, target), "past_key_values": None}
+    of_self = of_decoder | {"and_mask_function": same_segment(target, target), CACHE_NAME: None}
     of_cross = of_decoder | {"and_mask_function": same_segment(cross, source), "encoder_hidden_states": reading}
     masks = SiteMasks(
         create_bidirectional_mask(**of_encoder), create_causal_mask(**of_self), create_bidirectional_mask(**of_cross)

@@ -60,7 +60,7 @@ class DiptychPanelConfig(PreTrainedConfig):
     """
 
     model_type = "diptych_panel"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.self_attn.q_proj": "colwise",
@@ -157,7 +157,7 @@ class DiptychConfig(PreTrainedConfig):
     """
 
     model_type = "diptych"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     sub_configs_defaults = {"encoder": SubConfigSpec(DiptychPanelConfig), "decoder": SubConfigSpec(DiptychPanelConfig)}
 
     encoder: DiptychPanelConfig | dict[Any, Any] | None = None

@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from diptych.modeling.modeling_diptych import CACHE_NAME
+
 B, S, T = 3, 7, 6
 UNEQUAL = {
     "equal": {},
@@ -54,10 +56,10 @@ def logits_in_pieces(model, batch, pieces, cache=None) -> torch.Tensor:
             encoder_outputs=encoded,
             attention_mask=batch["attention_mask"],
             decoder_input_ids=batch["decoder_input_ids"][:, start : start + length],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-        cache, start = outputs.past_key_values, start + length
+        cache, start = getattr(outputs, CACHE_NAME), start + length
         collected.append(outputs.logits)
     return torch.cat(collected, dim=1)
 
@@ -74,7 +76,7 @@ def test_logits_with_a_cache_match_logits_without(panels, pieces, implementation
 @pytest.mark.parametrize("panels", UNEQUAL)
 def test_cache_is_sized_by_the_decoder(panels, build_model, batch):
     model = build_model(**UNEQUAL[panels])
-    cache = model(**batch).past_key_values
+    cache = getattr(model(**batch), CACHE_NAME)
     decoder = model.config.decoder
     assert isinstance(cache, EncoderDecoderCache)
     for kind, length in ((cache.self_attention_cache, T), (cache.cross_attention_cache, S)):
@@ -92,47 +94,46 @@ def test_a_static_cache_gives_the_same_logits(model, batch):
 
 def test_no_cache_where_none_is_wanted(build_model, batch):
     model = build_model()
-    assert model(**batch, use_cache=False).past_key_values is None
-    assert build_model(use_cache=False)(**batch).past_key_values is None
-    assert model.train()(**batch).past_key_values is None
+    assert getattr(model(**batch, use_cache=False), CACHE_NAME) is None
+    assert getattr(build_model(use_cache=False)(**batch), CACHE_NAME) is None
+    assert getattr(model.train()(**batch), CACHE_NAME) is None
 
 
 @pytest.mark.separate_hinge
 def test_cross_keys_are_written_once_and_the_source_is_not_read_again(model, batch):
     first = model(**batch)
-    cache, probe = first.past_key_values, {"decoder_input_ids": torch.full((B, 1), 9)}
+    cache, probe = getattr(first, CACHE_NAME), {"decoder_input_ids": torch.full((B, 1), 9)}
     keys = [layer.keys for layer in cache.cross_attention_cache.layers]
     other_states = BaseModelOutput(last_hidden_state=torch.randn(B, S, 32))
     again = copy.deepcopy(cache)
     mask = {"attention_mask": batch["attention_mask"]}
-    expected = model(**source_of(batch), **probe, past_key_values=again).logits
-    assert torch.equal(model(encoder_outputs=other_states, **mask, **probe, past_key_values=cache).logits, expected)
+    expected = model(**source_of(batch), **probe, cache=again).logits
+    assert torch.equal(model(encoder_outputs=other_states, **mask, **probe, cache=cache).logits, expected)
     assert all(layer.keys is key for layer, key in zip(cache.cross_attention_cache.layers, keys, strict=True))
     assert cache.get_seq_length() == T + 1 and all(cache.is_updated.values())
 
 
 def test_positions_not_given_begin_at_the_cached_length(model, batch):
     source, target = source_of(batch), batch["decoder_input_ids"]
-    cache = model(**source, decoder_input_ids=target[:, :4]).past_key_values
+    cache = getattr(model(**source, decoder_input_ids=target[:, :4]), CACHE_NAME)
     step = source | {"decoder_input_ids": target[:, 4:]}
     at = {
         start: model(
-            **step, past_key_values=copy.deepcopy(cache), decoder_position_ids=torch.arange(start, start + 2)[None]
+            **step, cache=copy.deepcopy(cache), decoder_position_ids=torch.arange(start, start + 2)[None]
         ).logits
         for start in (0, 4)
     }
-    default = model(**step, past_key_values=cache).logits
+    default = model(**step, cache=cache).logits
     assert torch.equal(default, at[4]) and not torch.allclose(default, at[0], atol=1e-3)
 
 
 def test_left_padded_prompts_go_on_from_the_cache(model, batch, draw_tokens):
     prompt, mask = batch["decoder_input_ids"].clone(), torch.ones(B, T, dtype=torch.long)
     prompt[0, :2], mask[0, :2] = 0, 0
-    cache = model(
-        **source_of(batch), decoder_input_ids=prompt[:, :5], decoder_attention_mask=mask[:, :5]
-    ).past_key_values
+    first = model(**source_of(batch), decoder_input_ids=prompt[:, :5], decoder_attention_mask=mask[:, :5])
+    cache = getattr(first, CACHE_NAME)
     cached = model(
-        **source_of(batch), decoder_input_ids=prompt[:, 5:], decoder_attention_mask=mask, past_key_values=cache
+        **source_of(batch), decoder_input_ids=prompt[:, 5:], decoder_attention_mask=mask, cache=cache
     ).logits
     alone = model(
         input_ids=batch["input_ids"][:1], decoder_input_ids=prompt[:1, 2:], attention_mask=batch["attention_mask"][:1]
@@ -154,35 +155,53 @@ def select(batch, rows) -> dict[str, torch.Tensor]:
     ids=["reorder", "select", "repeat"],
 )
 def test_rows_of_a_cache_can_be_moved(change, rows, model, batch):
-    cache = model(**{**batch, "decoder_input_ids": batch["decoder_input_ids"][:, :5]}).past_key_values
+    cache = getattr(model(**{**batch, "decoder_input_ids": batch["decoder_input_ids"][:, :5]}), CACHE_NAME)
     change(cache)
     moved = select(batch, rows)
     expected = model(**moved, use_cache=False).logits[:, -1:]
     step = moved | {"decoder_input_ids": moved["decoder_input_ids"][:, 5:]}
-    torch.testing.assert_close(model(**step, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(**step, cache=cache).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cropped_cache_forgets_the_last_tokens(model, batch):
-    cache = model(**batch).past_key_values
+    cache = getattr(model(**batch), CACHE_NAME)
     cache.crop(-2)
     assert cache.get_seq_length() == T - 2
     step = source_of(batch) | {"decoder_input_ids": batch["decoder_input_ids"][:, 4:5]}
     expected = model(**batch, use_cache=False).logits[:, 4:5]
-    torch.testing.assert_close(model(**step, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(**step, cache=cache).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_reset_cache_reads_the_new_source(model, batch, draw_tokens):
     config = model.config.decoder
     cache = EncoderDecoderCache(StaticCache(config, max_cache_len=T), StaticCache(config, max_cache_len=S))
-    model(**batch, past_key_values=cache)
+    model(**batch, cache=cache)
     cache.reset()
     other = {"input_ids": draw_tokens(B, S, seed=8), "decoder_input_ids": batch["decoder_input_ids"]}
     expected = model(**other, use_cache=False).logits
-    torch.testing.assert_close(model(**other, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(**other, cache=cache).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_empty_dynamic_cache_can_be_given(model, batch):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    outputs = model(**batch, past_key_values=cache)
-    assert outputs.past_key_values is cache and cache.get_seq_length() == T
+    outputs = model(**batch, cache=cache)
+    assert getattr(outputs, CACHE_NAME) is cache and cache.get_seq_length() == T
     torch.testing.assert_close(outputs.logits, model(**batch, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cache_has_two_names_of_which_one_is_given(model, batch):
+    step = source_of(batch) | {"decoder_input_ids": torch.full((B, 1), 9)}
+    cache = getattr(model(**batch), CACHE_NAME)
+    by_new_name = model(**step, cache=copy.deepcopy(cache)).logits
+    assert torch.equal(model(**step, past_key_values=copy.deepcopy(cache)).logits, by_new_name)
+    assert not torch.equal(model(**step).logits, by_new_name), "else no cache was read"
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(**step, cache=cache, past_key_values=cache)
+
+
+def test_a_cache_under_gradient_checkpointing_is_refused(build_model, batch):
+    model = build_model().train()
+    model.gradient_checkpointing_enable()
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with torch.enable_grad(), pytest.raises(ValueError, match="write the cache twice"):
+        model(**batch, cache=cache)

@@ -62,7 +62,7 @@ def test_compiled_decoding_step_with_a_static_cache_is_one_graph_and_matches_eag
     encoded = model.get_encoder()(input_ids=draw_tokens(2, 7))
     expected = model(encoder_outputs=encoded, decoder_input_ids=target, use_cache=False).logits
     cache = EncoderDecoderCache(StaticCache(config, max_cache_len=8), StaticCache(config, max_cache_len=7))
-    model(encoder_outputs=encoded, decoder_input_ids=target[:, :2], past_key_values=cache)
+    model(encoder_outputs=encoded, decoder_input_ids=target[:, :2], cache=cache)
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
     for step in (2, 3, 4):
@@ -71,7 +71,7 @@ def test_compiled_decoding_step_with_a_static_cache_is_one_graph_and_matches_eag
             encoder_outputs=encoded,
             decoder_input_ids=target[:, step : step + 1],
             decoder_position_ids=position,
-            past_key_values=cache,
+            cache=cache,
         ).logits
         torch.testing.assert_close(logits[:, 0], expected[:, step], rtol=1e-4, atol=1e-4)
     assert graphs.frame_count == 1

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from diptych.modeling import DiptychEncoderModel, DiptychForConditionalGeneration, DiptychModel
+from diptych.modeling.modeling_diptych import CACHE_NAME
 
 B, S, T, D, V = 3, 7, 5, 32, 53
 ENCODER_LAYERS, DECODER_LAYERS, HEADS = 2, 3, 4
@@ -158,7 +159,7 @@ def test_logits_are_the_head_on_the_last_hidden_state(model, batch):
 
 
 def test_nothing_unasked_is_returned(model, batch, hinge):
-    assert set(model(**batch).keys()) == {"logits", "past_key_values", "encoder_last_hidden_state"}
+    assert set(model(**batch).keys()) == {"logits", CACHE_NAME, "encoder_last_hidden_state"}
     assert set(model(**batch, use_cache=False).keys()) == {"logits", "encoder_last_hidden_state"}
     handed_over = {"layer_inputs", "position_ids"} if hinge == "merged" else set()
     assert set(model.get_encoder()(input_ids=batch["input_ids"]).keys()) == {"last_hidden_state"} | handed_over
@@ -359,3 +360,22 @@ def test_residual_dropout_drops_the_embeddings_and_everything_that_is_added(buil
     outputs = model(**batch)
     assert (outputs.encoder_last_hidden_state == 0).all() and (outputs.last_hidden_state == 0).all()
     assert not (model.eval()(**batch).last_hidden_state == 0).any()
+
+
+def test_a_name_that_forward_does_not_know_is_an_error(build_model, batch):
+    """Whatever a caller asks for is done or refused: an argument that is ignored goes wrong in silence."""
+    model = build_model()
+    encoder = DiptychEncoderModel(model.config)
+    source = {"input_ids": batch["input_ids"]}
+    with torch.no_grad():
+        states = model.get_encoder()(**source).last_hidden_state
+    decoder = {"input_ids": batch["decoder_input_ids"], "encoder_hidden_states": states}
+    for module, inputs in (
+        (model, batch),
+        (model.model, batch),
+        (encoder, source),
+        (model.get_encoder(), source),
+        (model.get_decoder(), decoder),
+    ):
+        with pytest.raises(TypeError, match="kv_cache"):
+            module(**inputs, kv_cache=None)

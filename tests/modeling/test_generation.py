@@ -1,6 +1,7 @@
 """`generate` in every mode, and that no way of computing it changes what is written."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from diptych.modeling import DiptychForConditionalGeneration
+from diptych.modeling.modeling_diptych import CACHE_NAME, check_cached_decoding
 
 NEW_TOKENS = 10
 GREEDY = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -79,7 +81,7 @@ def test_cached_logits_match_uncached_at_each_step(model, source, greedy):
     expected = model(**source, decoder_input_ids=greedy[:, :-1], use_cache=False).logits
     torch.testing.assert_close(torch.stack(outputs.logits, dim=1), expected, rtol=1e-4, atol=1e-4)
     assert len(outputs.encoder_hidden_states) == 3 and len(outputs.decoder_hidden_states) == NEW_TOKENS
-    assert outputs.past_key_values.get_seq_length() == NEW_TOKENS
+    assert getattr(outputs, CACHE_NAME).get_seq_length() == NEW_TOKENS
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
@@ -220,8 +222,8 @@ def test_generation_goes_on_from_a_prompt_and_from_a_returned_cache(model, sourc
     assert torch.equal(model.generate(**source, **prompt, **rest), greedy)
     first = GREEDY | {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True}
     outputs = model.generate(**source, **first)
-    assert outputs.past_key_values.get_seq_length() == 4
-    so_far = {"decoder_input_ids": outputs.sequences, "past_key_values": outputs.past_key_values}
+    assert getattr(outputs, CACHE_NAME).get_seq_length() == 4
+    so_far = {"decoder_input_ids": outputs.sequences, CACHE_NAME: getattr(outputs, CACHE_NAME)}
     mask = torch.ones_like(outputs.sequences)  # says that the prompt holds what is cached, too
     continued = model.generate(**source, **so_far, decoder_attention_mask=mask, **rest)
     assert torch.equal(continued, greedy)
@@ -235,3 +237,25 @@ def test_generation_settings_come_from_the_config_and_travel(build_model, tmp_pa
     model.save_pretrained(tmp_path)
     loaded = DiptychForConditionalGeneration.from_pretrained(tmp_path).generation_config
     assert isinstance(loaded, GenerationConfig) and (loaded.num_beams, loaded.decoder_start_token_id) == (3, 2)
+
+
+def test_a_cache_that_is_lost_on_the_way_is_noticed(model, source, monkeypatch):
+    """A library that renames what it hands over: each step sees its own token alone, as if it were the first."""
+    check_cached_decoding.cache_clear()
+    forward = DiptychForConditionalGeneration.forward
+
+    def loses_the_cache(self, *, cache=None, past_key_values=None, **inputs):
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(DiptychForConditionalGeneration, "forward", functools.wraps(forward)(loses_the_cache))
+    with pytest.raises(RuntimeError, match="use_cache=False"):
+        model.generate(**source, **GREEDY)
+    model.generate(**source, **GREEDY, use_cache=False)
+
+
+def test_the_check_of_the_cache_is_silent_and_leaves_the_random_state(model, capfd, recwarn):
+    check_cached_decoding.cache_clear()
+    state = torch.get_rng_state()
+    check_cached_decoding(model.config.decoder.cross_attention)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr() == ("", "") and not recwarn.list

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from diptych.modeling import DiptychConfig, DiptychEncoderModel, DiptychForConditionalGeneration
 from diptych.modeling.configuration_diptych import default_layer_map
+from diptych.modeling.modeling_diptych import CACHE_NAME
 
 B, S, T = 3, 7, 5
 SHAPE = {"vocab_size": 53, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 16}
@@ -140,11 +141,11 @@ def test_the_sources_keys_are_made_once_and_kept_once(batch):
     projection = model.get_decoder().layers[0].self_attn.k_proj
     projection.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[1]))
     first = model(**batch)
-    cache = first.past_key_values
+    cache = getattr(first, CACHE_NAME)
     keys = [layer.keys for layer in cache.cross_attention_cache.layers]
     encoded = model.get_encoder()(batch["input_ids"])
     encoded.layer_inputs = torch.full_like(encoded.layer_inputs, torch.nan)  # not read any more
-    step = model(encoder_outputs=encoded, decoder_input_ids=torch.full((B, 1), 9), past_key_values=cache)
+    step = model(encoder_outputs=encoded, decoder_input_ids=torch.full((B, 1), 9), cache=cache)
     assert step.logits.isfinite().all() and sorted(calls) == [1, T, S]
     assert all(layer.keys is key for layer, key in zip(cache.cross_attention_cache.layers, keys, strict=True))
     assert [layer.keys.shape[2] for layer in cache.self_attention_cache.layers] == [T + 1] * 4

@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from diptych.modeling import DiptychEncoderModel
-from diptych.modeling.modeling_diptych import positions_within_segments, same_segment
+from diptych.modeling.modeling_diptych import CACHE_NAME, positions_within_segments, same_segment
 
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 PACKED = {
@@ -229,7 +229,7 @@ def test_what_cannot_be_honoured_is_refused(build_packing_model):
         model(**without("segment_ids", "decoder_segment_ids"), cross_segment_ids=rows["decoder_segment_ids"])
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with pytest.raises(ValueError, match="cannot grow token by token"):
-        model(**rows, past_key_values=cache)
+        model(**rows, cache=cache)
     model.get_encoder().config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2': use 'sdpa', 'flex_attention' or 'eager'"):
         model(**rows)
@@ -257,4 +257,4 @@ def test_targets_that_share_a_source_match_rows_of_their_own(implementation, bui
 
 
 def test_packed_rows_keep_no_cache(build_packing_model):
-    assert build_packing_model()(**tensors(PACKED)).past_key_values is None
+    assert getattr(build_packing_model()(**tensors(PACKED)), CACHE_NAME) is None
