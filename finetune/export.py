@@ -39,13 +39,13 @@ class ExportSettings:
 
     model: str
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id. An adapter is merged."""
-    to: Literal["ctranslate2", "onnx", "torch-export"] = "ctranslate2"
+    to: Literal["ctranslate2", "onnx"] = "ctranslate2"
     """The engine."""
     out: str = ""
     """New folder for the export."""
     precision: str = "float32"
     """What weights are stored in. ctranslate2: float32, bfloat16, float16, int8 (with int8_float32, int8_bfloat16,
-    int8_float16: what is not quantized). onnx, torch-export: float32."""
+    int8_float16: what is not quantized). onnx: float32."""
     rows: str = ""
     """JSONL file of prompts to compare on, as `generate` takes them; `output` or `outputs` are references. The
     examples that travel with the template and built-in sentences unless given."""
@@ -74,14 +74,12 @@ class ExportSettings:
 PRECISIONS = {
     "ctranslate2": ("float32", "bfloat16", "float16", "int8", "int8_float32", "int8_bfloat16", "int8_float16"),
     "onnx": ("float32",),
-    "torch-export": ("float32",),
 }
 
 
 TARGETS = {
     "ctranslate2": "diptych.finetune.export_ctranslate2",
     "onnx": "diptych.finetune.export_onnx",
-    "torch-export": "diptych.finetune.export_torch",
 }
 """Modules with `check(model)`, `write(model, tokenizer, folder, precision)` and `open_export(folder, device)`."""
 

@@ -9,9 +9,6 @@ card(facts)    the same as a README.md, and how the folder is used
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-THREE_GRAPHS = """`encoder_model` reads the source, `decoder_model` the decoder's start token (see `export.json`) and
-what is forced after it, `decoder_with_past_model` each further token, with the keys and values that came out before:
-`present.…` goes in as `past_key_values.…`."""
 USES = {
     "ctranslate2": """```
 diptych generate FOLDER --engine ctranslate2 --instruction "…" --input "…"
@@ -19,13 +16,10 @@ diptych generate FOLDER --engine ctranslate2 --instruction "…" --input "…"
 
 or, without Diptych, `ctranslate2.Translator("FOLDER").translate_batch([tokens])`, where `tokens` are
 `tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)`.""",
-    "onnx": THREE_GRAPHS,
-    "torch-export": f"""{THREE_GRAPHS}
-
-`torch.export.load("FOLDER/encoder_model.pt2").module()` is called with its inputs in the order of `graphs.json`; the
-past is one list.""",
+    "onnx": """`encoder_model` reads the source, `decoder_model` the decoder's start token (see `export.json`) and what
+is forced after it, `decoder_with_past_model` each further token, with the keys and values that came out before:
+`present.…` goes in as `past_key_values.…`.""",
 }
-LIBRARIES = {"ctranslate2": "ctranslate2", "onnx": "onnx", "torch-export": "pytorch"}
 
 
 def lines(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -58,7 +52,7 @@ def card(facts: Mapping[str, Any]) -> str:
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     head = "| | " + " | ".join(_measured(facts)) + " |\n|" + "---|" * (len(_measured(facts)) + 1)
     return f"""---
-library_name: {LIBRARIES[facts["to"]]}
+library_name: {facts["to"]}
 tags: [diptych, {facts["to"]}]
 ---
 

@@ -57,7 +57,7 @@ def check(model: PreTrainedModel) -> None:
         if faults := diptych_faults(model.config):
             raise UserError(
                 f"CTranslate2 cannot express this model: {'; '.join(faults)}. Use it as it is (`diptych "
-                f"generate`), or export it --to torch-export."
+                f"generate`), or export it --to onnx."
             )
     elif kind not in LOADERS:
         reason = REFUSED.get(kind, f"it has no loader for {kind}")

@@ -1,4 +1,4 @@
-"""A model as three graphs over plain tensors, which torch-export and ONNX write down; and the loop that runs them.
+"""A model as three graphs over plain tensors, which export_onnx.py writes down; and the loop that runs them.
 
     encoder            input_ids (B, S), attention_mask (B, S)                     -> last_hidden_state (B, S, D)
     decoder            input_ids (B, T), encoder_attention_mask (B, S), encoder_hidden_states (B, S, D)
@@ -27,23 +27,13 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from diptych.data_prep.records import UserError
-from diptych.finetune.families import FAMILIES, family_of
+from diptych.finetune.families import family_of
 from diptych.finetune.generate import pad_sources
 from diptych.modeling.modeling_diptych import CACHE_NAME
 
 ENCODER, DECODER, WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
 # Of the examples that programs are made with; all different, so that no two are taken for one.
 SIZES = {"rows": 3, "source": 7, "target": 5, "past": 4}
-
-
-def check_graphs(model: PreTrainedModel, engine: str) -> None:
-    """UserError for a family whose head is not known here."""
-    if family_of(model) is None:
-        raise UserError(
-            f"{engine} is written for {', '.join(sorted(FAMILIES.keys() - {'diptych_merged'}))}; what a "
-            f"{model.config.model_type} computes after its decoder is not known here."
-        )
 
 
 class EncoderGraph(nn.Module):
@@ -196,9 +186,8 @@ class Graphs:
         self,
         run: Callable[[str, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
         start: int,
-        computed_in: str,
     ):
-        self.run, self.start, self.computed_in = run, start, computed_in
+        self.run, self.start, self.computed_in = run, start, "float32"
 
     def greedy(
         self, sources: Sequence[Sequence[int]], prefix: Sequence[int], tokens: int, ends: Sequence[int]

@@ -111,7 +111,7 @@ def _checkpoint_inside(folder: Path) -> str:
 
 
 def export_kind(name: str) -> str:
-    """What the folder was exported to (`ctranslate2`, `onnx`, `torch-export`); "" where it is no export."""
+    """What the folder was exported to (`ctranslate2`, `onnx`); "" where it is no export."""
     file = Path(name) / EXPORT_FILE
     if not file.is_file():
         return ""

@@ -1,4 +1,4 @@
-"""`diptych export --to torch-export` and `--to onnx`: files written, read back by torch and ONNX Runtime, and run."""
+"""`diptych export --to onnx`: files written, read back by ONNX Runtime, and run."""
 
 import sys
 
@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.records import UserError
-from diptych.finetune import export_graphs, export_onnx, export_torch
+from diptych.finetune import export_graphs, export_onnx
 from diptych.finetune.checkpoint import fault_of, read_json
 from diptych.finetune.cli import main
 from diptych.finetune.export_graphs import DECODER, ENCODER, WITH_PAST
@@ -41,29 +41,23 @@ def checkpoint(new_model, tiny_tokenizer, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("engine", "kind"),
-    [("torch-export", "diptych_merged"), ("onnx", "diptych"), ("onnx", "t5")],
-)
-def test_three_graphs_write_what_torch_writes(engine, kind, checkpoint, tmp_path, capfd):
+@pytest.mark.parametrize("kind", ["diptych_merged", "diptych", "t5"])
+def test_three_graphs_write_what_torch_writes(kind, checkpoint, tmp_path, capfd):
     out = tmp_path / "export"
-    assert main(["export", str(checkpoint(kind)), "--to", engine, "--max_new_tokens", "12", "--out", str(out)]) == 0
+    assert main(["export", str(checkpoint(kind)), "--to", "onnx", "--max_new_tokens", "12", "--out", str(out)]) == 0
     said = capfd.readouterr()
     assert "float32  11 of 11 rows the same" in said.out and "torchvision" not in said.err
     assert not fault_of(out)
-    suffix = "onnx" if engine == "onnx" else "pt2"
-    assert {file.stem for file in out.glob(f"*.{suffix}")} == {ENCODER, DECODER, WITH_PAST}
+    assert {file.stem for file in out.glob("*.onnx")} == {ENCODER, DECODER, WITH_PAST}
     facts = read_json(out / EXPORT_FILE)
-    assert (
-        facts["to"] == engine and facts["float32"]["max_logit_difference"] < 1e-5 * facts["float32"]["largest_logit"]
-    )
+    assert facts["to"] == "onnx"
+    assert facts["float32"]["max_logit_difference"] < 1e-5 * facts["float32"]["largest_logit"]
     assert facts["float32"]["rows_with_logits"] == 11 and facts["float32"]["tokens"] > 40
     assert "decoder_with_past_model" in (out / "README.md").read_text(encoding="utf-8")
     assert load_tokenizer(str(out))("Go.")["input_ids"][-1] == 1
-    if engine == "onnx":
-        check_names(out)
+    check_names(out)
     assert main(["generate", str(out), "--instruction", "Go."]) == 2
-    assert f"is an export to {engine}" in capfd.readouterr().err
+    assert "is an export to onnx" in capfd.readouterr().err
 
 
 def check_names(out) -> None:
@@ -81,9 +75,8 @@ def check_names(out) -> None:
 
 
 def test_a_family_whose_head_is_not_known_is_refused_and_so_is_a_precision(new_model, checkpoint, tmp_path, capsys):
-    for target in (export_torch, export_onnx):
-        with pytest.raises(UserError, match=f"{target.NAME} is written for bart, diptych, m2m_100.*what a blenderbot"):
-            target.check(new_model("blenderbot"))
+    with pytest.raises(UserError, match="onnx is written for bart, diptych, m2m_100.*what a blenderbot"):
+        export_onnx.check(new_model("blenderbot"))
     with pytest.raises(SystemExit) as ended:
         main(["export", "x", "--to", "onnx", "--precision", "int8", "--out", str(tmp_path / "new")])
     assert ended.value.code == 2
