@@ -2,7 +2,6 @@
 
     diptych demo runs/full/final
     diptych demo runs/lora/final --beside my-checkpoint --examples prompts.jsonl
-    diptych demo me/capitals --export_space space      a folder that the Hub serves as a Space, written and not run
 
 The answer comes as it is written, by serve's engine (batching.py), and is that of `diptych generate`; below it stands
 where the decoder looked while it wrote. The page is Gradio's, at the loopback, asks nothing of any other host, takes
@@ -10,10 +9,8 @@ no files, and shows all text as text. Beyond the loopback it demands a password,
 DIPTYCH_PASSWORD.
 """
 
-import json
 import os
 import queue
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +27,6 @@ from diptych.data_prep.text_shown import token_markup
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.attentions import mean_weights
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece
-from diptych.finetune.checkpoint import write_new_folder
 from diptych.finetune.cli import parse_settings, report_errors
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
 from diptych.finetune.generate_file import read_prompts
@@ -47,7 +43,8 @@ MOST_MAP_TOKENS = 160
 MOST_EXAMPLES = 12
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors {};"
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; form-action 'self'; "
+    "frame-ancestors 'none';"
 )
 """By which a browser asks no other host. Gradio's own page needs inline scripts."""
 
@@ -71,10 +68,6 @@ class DemoSettings:
     """Name or file of a prompt template; the one saved with the tokenizer unless given."""
     max_new_tokens: int | None = None
     """The longest answer that can be asked for; 256, or the model's own limit if that is lower, unless given."""
-    public: bool = False
-    """Let everybody in without a password, wherever it listens: for a Space."""
-    export_space: str = ""
-    """Write a new folder that works as a Hugging Face Space, with a copy of the checkpoint if it is a folder."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; `auto` is as the checkpoint was saved."""
     device: str = "auto"
@@ -287,8 +280,8 @@ def build_page(contestants: Sequence[Contestant], examples: list[list[str]]) -> 
 class Guard:
     """ASGI: who may ask (see web.py), no uploads, and a policy by which a browser asks no other host."""
 
-    def __init__(self, app: Any, only_loopback: bool, ancestors: str):
-        self.app, self.only_loopback, self.policy = app, only_loopback, POLICY.format(ancestors)
+    def __init__(self, app: Any, only_loopback: bool):
+        self.app, self.only_loopback = app, only_loopback
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -304,42 +297,13 @@ class Guard:
 
         async def send_with_policy(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", self.policy.encode())]
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
 
 
-def export_space(settings: DemoSettings) -> int:
-    """A folder with app.py, requirements.txt, README.md, and the checkpoint if it is a local one."""
-    folder = Path(settings.export_space).expanduser()
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(f"{settings.export_space} has something in it, which is kept. Choose another --export_space.")
-    checkpoints = {"model": settings.model, "beside": settings.beside}
-    local = {role: Path(name) for role, name in checkpoints.items() if name and Path(name).is_dir()}
-    given = checkpoints | {role: role for role in local} | {"template": settings.template}
-    given["examples"] = "examples.jsonl" if settings.examples else ""
-
-    def write(place: Path) -> None:
-        for role, checkpoint in local.items():
-            shutil.copytree(checkpoint, place / role)
-        if settings.examples:
-            shutil.copy(settings.examples, place / given["examples"])
-        frame = (FRAMES / "space_app.py.txt").read_text(encoding="utf-8")
-        card = (FRAMES / "space_card.md.txt").read_text(encoding="utf-8")
-        (place / "app.py").write_text(frame.format(**given), encoding="utf-8")
-        (place / "README.md").write_text(card.format(title=json.dumps(shown_name(settings.model))), encoding="utf-8")
-        (place / "requirements.txt").write_text("diptych[gradio]\n", encoding="utf-8")
-
-    sizes = (file.stat().st_size for checkpoint in local.values() for file in checkpoint.rglob("*") if file.is_file())
-    write_new_folder(folder, write, sum(sizes))
-    print(f"{folder}: app.py, requirements.txt, README.md. Upload it as a Space; nothing was sent anywhere.")
-    return 0
-
-
 def run(settings: DemoSettings) -> int:
-    if settings.export_space:
-        return export_space(settings)
     with tempfile.TemporaryDirectory() as folder:  # Gradio makes one in any case, and would leave it there
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
         return _serve(settings)
@@ -352,8 +316,7 @@ def _serve(settings: DemoSettings) -> int:
     except ImportError as error:
         raise UserError(f"{error.name} is not installed. `diptych demo` needs it: {INSTALL}") from error
     password = os.environ.get(PASSWORD_VARIABLE) or None
-    if not settings.public:
-        need_secret(settings.host, password, PASSWORD_VARIABLE)
+    need_secret(settings.host, password, PASSWORD_VARIABLE)
     rows = read_prompts(settings.examples, "", "") if settings.examples else []
     examples = [[row.prompt.instruction, row.prompt.input] for row in rows if row.prompt][:MOST_EXAMPLES]
     listener = listen(settings.host, settings.port)
@@ -373,7 +336,7 @@ def _serve(settings: DemoSettings) -> int:
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         build_page(contestants, examples),
         path="/",
-        auth=None if password is None or settings.public else [(USER, password)],
+        auth=None if password is None else [(USER, password)],
         theme=theme,
         css=(FRAMES / "demo.css").read_text(encoding="utf-8"),
         footer_links=[],
@@ -381,8 +344,7 @@ def _serve(settings: DemoSettings) -> int:
         enable_monitoring=False,
         show_error=False,
     )
-    ancestors = "https://huggingface.co" if settings.public else "'none'"
-    guarded = Guard(app, only_loopback=password is None and not settings.public, ancestors=ancestors)
+    guarded = Guard(app, only_loopback=password is None)
     message = f"{', '.join(it.name for it in contestants)}: {address(listener)}"
     run_until_signal(guarded, listener, message, 5, on_signal=lambda: None)
     for contestant in contestants:

@@ -1,7 +1,6 @@
 """`diptych demo`: the page of a real process, driven in a real browser."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -173,28 +172,6 @@ def test_beyond_the_loopback_a_password_is_needed(t5_checkpoint, tmp_path):
             urllib.request.urlopen(f"{started.url}/config")
         started.process.send_signal(signal.SIGTERM)
         assert started.process.wait() == 0 and "Traceback" not in started.log.read_text()
-
-
-def test_a_space_is_a_folder_that_runs(t5_checkpoint, tmp_path, capsys):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"instruction": "Add."}\n')
-    command = ["demo", str(t5_checkpoint), "--examples", str(rows), "--export_space", str(tmp_path / "space")]
-    assert diptych(command) == 0 and "nothing was sent anywhere" in capsys.readouterr().out
-    space = tmp_path / "space"
-    assert (space / "README.md").read_text().startswith('---\ntitle: "t5"\nsdk: gradio\napp_file: app.py\n')
-    assert "diptych[gradio]" in (space / "requirements.txt").read_text()
-    assert (space / "model" / "model.safetensors").is_file() and (space / "examples.jsonl").is_file()
-    assert diptych(command) == 2 and "has something in it" in capsys.readouterr().err
-    app = (space / "app.py").read_text()
-    assert str(tmp_path) not in app and '"7860"' in app
-    (space / "app.py").write_text(app.replace('"7860"', '"0"').replace("0.0.0.0", "127.0.0.1"))  # a port of our own
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        started = subprocess.Popen([sys.executable, "app.py"], cwd=space, stderr=log, env=environment)
-        while "http://" not in (tmp_path / "log").read_text():
-            assert started.poll() is None, (tmp_path / "log").read_text()
-        started.send_signal(signal.SIGINT)
-        assert started.wait() == 0
 
 
 def test_a_missing_extra_is_explained():
