@@ -3,7 +3,7 @@
     prepared/  dataset_dict.json train/ validation/ test/   datasets.load_from_disk("prepared") reads it
                packed/                                      load_from_disk("prepared/packed"): train, in packed rows
                tokenizer/                                   AutoTokenizer reads it; the template is inside
-               report.html report.json figures/             all that is worth knowing of the data, to look at
+               report.html report.json                      all that is worth knowing of the data, to look at
                manifest.json                                what went in, what came out, every file with its size
                rejects.jsonl conflicts.jsonl                every row that was not kept, with its reason; sources that
                                                             have several targets

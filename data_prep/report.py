@@ -1,11 +1,11 @@
-"""What a preparation did, as a page to look at: facts in; report.html, report.json and figures/*.png out.
+"""What a preparation did, as a page to look at: facts in; report.html and report.json out.
 
     write_report(folder, {"name": "codealpaca_2k", "rows": {"read": 2017, "kept": 2015, "rejected": 2}, …})
 
 The page is one file without a script. It asks nothing of any network, and its Content-Security-Policy forbids it to;
 texts of rows are escaped, and characters that would not show, or would turn the line around, stand there by number
 (U+202E). Every fact may be missing: then its part of the page is. Facts are counts and a few examples, so that the
-page of 100,000 rows, 330 kB in 0.2 s, is about as large as that of 2,000; its five figures take 1.5 s more.
+page of 100,000 rows, 330 kB in 0.2 s, is about as large as that of 2,000.
 
 Lengths have a long tail, and so are shown on logarithmic axes, in bins that widen with the length. A bar's area, not
 its height, is its number of rows: bins of whole tokens cannot all be equally wide.
@@ -18,20 +18,14 @@ import itertools
 import json
 import math
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy
 
 from diptych.data_prep.text_shown import FRAMES, prose, shortened, token_markup, visible
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 PAGE = "report.html.jinja"
 
@@ -46,12 +40,11 @@ TOKENS_SHOWN = 160
 
 
 def write_report(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Writes report.html, report.json and figures/ into a folder that exists."""
+    """Writes report.html and report.json into a folder that exists."""
     text = _as_json(_ordered(facts))
     facts = json.loads(text)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8", newline="\n")
     (folder / "report.html").write_text(render_page(facts), encoding="utf-8", newline="\n")
-    _draw_figures(folder / "figures", facts)
 
 
 # Facts that are the report's own to count
@@ -295,18 +288,9 @@ def _flow(facts: dict[str, Any]) -> dict[str, Any] | None:
 
 def _histograms(facts: dict[str, Any]) -> list[dict[str, Any]]:
     """One drawing for each side that has lengths, in a viewBox of 420 × 190."""
-    return [_histogram(side, lengths) for side, lengths in _binned_sides(facts).items()]
-
-
-def _binned_sides(facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
     sides = facts.get("lengths") or {}
     found = {side: sides.get(side) or {} for side in ("source", "target")}
-    return {side: lengths for side, lengths in found.items() if lengths.get("edges") and lengths.get("counts")}
-
-
-def _binned_pairs(facts: dict[str, Any]) -> dict[str, Any] | None:
-    joint = (facts.get("lengths") or {}).get("joint") or {}
-    return joint if all(joint.get(name) for name in ("source_edges", "target_edges", "counts")) else None
+    return [_histogram(side, it) for side, it in found.items() if it.get("edges") and it.get("counts")]
 
 
 def _histogram(side: str, lengths: dict[str, Any]) -> dict[str, Any]:
@@ -345,10 +329,11 @@ def _bin_name(start: int, end: int) -> str:
 
 def _joint(facts: dict[str, Any]) -> dict[str, Any] | None:
     """Cells of a heat grid in a viewBox of 420 × 372: the more rows, the stronger, on a logarithmic scale."""
-    joint, packing, lengths = _binned_pairs(facts), facts.get("packing") or {}, facts.get("lengths") or {}
-    if joint is None:
+    packing, lengths = facts.get("packing") or {}, facts.get("lengths") or {}
+    joint = lengths.get("joint") or {}
+    source_edges, target_edges, counts = (joint.get(name) for name in ("source_edges", "target_edges", "counts"))
+    if not (source_edges and target_edges and counts):
         return None
-    source_edges, target_edges, counts = joint["source_edges"], joint["target_edges"], joint["counts"]
     x = _Scale(source_edges[0], source_edges[-1], 54, 412)
     y = _Scale(target_edges[0], target_edges[-1], 332, 12)
     most = max(map(max, counts)) or 1
@@ -394,129 +379,3 @@ def _strength(count: int, most: int) -> float:
 def _round_counts(most: int) -> list[int]:
     """The counts in the legend of the heat grid: 1, 10, 100 … and the most."""
     return sorted({10**power for power in range(12) if 10**power < most} | {most})
-
-
-# figures/*.png, for slides and for those who look at a folder of pictures
-
-
-SOURCE_COLOUR, TARGET_COLOUR, KEPT_COLOUR, REMOVED_COLOUR = "#1f6f8b", "#b8561b", "#3f7d5d", "#a8485c"
-
-
-FONTS = ("Noto Sans CJK KR", "Noto Sans KR", "NanumGothic", "Apple SD Gothic Neo", "Malgun Gothic", "PingFang SC")
-"""Those of them that a machine has write what DejaVu Sans cannot: names of sources."""
-
-
-def _draw_figures(folder: Path, facts: dict[str, Any]) -> None:
-    """One PNG for each fact that there is. They are drawn without pyplot: none stays open, and no backend is set."""
-    import matplotlib.font_manager
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    folder.mkdir(exist_ok=True)
-    drawings = {
-        "rows": ((8, 3), _plot_rows, _flow(facts)),
-        "sources": ((8, 4), _plot_sources, (facts.get("sources") or [])[:20]),
-        "lengths": ((9, 3.6), _plot_lengths, _binned_sides(facts)),
-        "joint": ((6, 5), _plot_joint, facts if _binned_pairs(facts) else None),
-        "packing": ((8, 2.6), _plot_packing, facts.get("packing")),
-    }
-    here = set(matplotlib.font_manager.get_font_names())
-    font = {"font.family": ["DejaVu Sans", *(name for name in FONTS if name in here)]}
-    with matplotlib.style.context(["default", font], after_reset=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        for name, (size, draw, value) in drawings.items():
-            if value:
-                figure = Figure(figsize=size, layout="constrained")
-                draw(figure, value)
-                figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
-
-
-def _plot_rows(figure: Figure, flow: dict[str, Any]) -> None:
-    axes, streams = figure.subplots(), flow["streams"]
-    bars = axes.barh(
-        range(len(streams)),
-        [stream["count"] for stream in streams],
-        color=[KEPT_COLOUR if stream["kind"] == "kept" else REMOVED_COLOUR for stream in streams],
-        hatch=["" if stream["kind"] == "kept" else "///" for stream in streams],
-        edgecolor="white",
-    )
-    axes.bar_label(bars, [f" {stream['count']:,}" for stream in streams])
-    _name_bars(axes, [f"{'' if s['kind'] == 'kept' else 'removed: '}{s['name']}" for s in streams])
-    axes.set_title(f"Where {flow['read']:,} examples went")
-
-
-def _plot_sources(figure: Figure, sources: list[dict[str, Any]]) -> None:
-    axes, left = figure.subplots(), numpy.zeros(len(sources))
-    for field, colour, hatch in (("kept", KEPT_COLOUR, ""), ("rejected", REMOVED_COLOUR, "///")):
-        counts = [source.get(field) or 0 for source in sources]
-        axes.barh(range(len(sources)), counts, left=left, color=colour, hatch=hatch, edgecolor="white", label=field)
-        left += counts
-    _name_bars(axes, [source.get("name") or "" for source in sources])
-    axes.set_title("Rows of each source")
-    axes.legend()
-
-
-def _name_bars(axes: Axes, names: list[str]) -> None:
-    """Names come from users: a `$` in them is no mathematics."""
-    axes.set_yticks(range(len(names)), [visible(shortened(name, 40)) for name in names], parse_math=False)
-    axes.invert_yaxis()
-    axes.set_xlabel("rows")
-    axes.margins(x=0.12)
-
-
-def _plot_lengths(figure: Figure, sides: dict[str, Any]) -> None:
-    panels = figure.subplots(1, len(sides), squeeze=False)[0]
-    for axes, (side, lengths) in zip(panels, sides.items(), strict=True):
-        edges, limit = numpy.maximum(lengths["edges"], 0.5), lengths.get("limit")
-        densities = numpy.array(lengths["counts"]) / numpy.diff(numpy.log(edges))
-        axes.stairs(densities, edges, fill=True, color=SOURCE_COLOUR if side == "source" else TARGET_COLOUR)
-        axes.set(yticks=[], ylabel="rows (area)", ylim=(0, 1.08 * densities.max()))
-        title = "no limit" if not limit else f"limit {limit:,}: {lengths.get('over_limit') or 0:,} rows over it"
-        axes.set_title(title, fontsize=10)
-        limit_is_drawn = limit and limit + 1 <= LIMIT_IN_VIEW * edges[-1]
-        if limit_is_drawn:
-            axes.axvline(limit + 1, color="black", linestyle="--", linewidth=1)
-        _count_lengths(axes, f"{side} tokens", "x", [edges[0], max(edges[-1], limit + 1 if limit_is_drawn else 0)])
-
-
-def _plot_joint(figure: Figure, facts: dict[str, Any]) -> None:
-    from matplotlib.colors import LogNorm
-
-    joint, packing = facts["lengths"]["joint"], facts.get("packing") or {}
-    axes = figure.subplots()
-    counts = numpy.array(joint["counts"], dtype=float)
-    edges = [numpy.maximum(joint[f"{side}_edges"], 0.5) for side in ("source", "target")]
-    norm = LogNorm(0.7, max(counts.max(), 2))
-    mesh = axes.pcolormesh(*edges, numpy.where(counts, counts, numpy.nan).T, norm=norm, cmap="BuPu")
-    legend = _round_counts(int(counts.max()))
-    figure.colorbar(mesh, label="rows", ticks=legend, format="{x:,.0f}").minorticks_off()
-    if packing.get("max_source_tokens") and packing.get("max_target_tokens"):
-        ratio = packing["max_target_tokens"] / packing["max_source_tokens"]
-        label = f"{packing['max_source_tokens']:,} : {packing['max_target_tokens']:,}, the budgets of a packed row"
-        axes.plot(edges[0][[0, -1]], edges[0][[0, -1]] * ratio, color=TARGET_COLOUR, label=label)
-        figure.legend(loc="outside upper left", frameon=False)
-    _count_lengths(axes, "source tokens", "x", edges[0])
-    _count_lengths(axes, "target tokens", "y", edges[1])
-    axes.set(xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
-
-
-def _count_lengths(axes: Axes, label: str, direction: str, edges: Sequence[float]) -> None:
-    """A logarithmic axis with its lengths written out, as on the page."""
-    ticks = _Scale(edges[0], edges[-1], 0, 1).ticks()
-    axes.set(**{f"{direction}scale": "log", f"{direction}label": label})
-    axes.set(**{f"{direction}ticks": [tick["length"] for tick in ticks]})
-    axes.set(**{f"{direction}ticklabels": [f"{tick['length']:,}" for tick in ticks]})
-    axes.tick_params(axis=direction, which="minor", labelbottom=False, labelleft=False)
-
-
-def _plot_packing(figure: Figure, packing: dict[str, Any]) -> None:
-    axes = figure.subplots()
-    names = [f"{side}, {kind}" for side, kind in itertools.product(("source", "target"), ("padded", "packed"))]
-    fills = [packing.get(f"{p}{s}_fill") or 0 for s in ("source", "target") for p in ("padded_", "")]
-    colours = [SOURCE_COLOUR, SOURCE_COLOUR, TARGET_COLOUR, TARGET_COLOUR]
-    bars = axes.barh(range(4), fills, color=colours, hatch=["///", "", "///", ""], edgecolor="white")
-    axes.bar_label(bars, [f" {_percent(fill)}" for fill in fills])
-    axes.set_yticks(range(4), names)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 1.12), title="Part of all token positions that is no padding")
-    axes.xaxis.set_major_formatter(lambda part, _: f"{part:.0%}".replace("%", " %"))

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
-from PIL import Image
 
 from diptych.data_prep.report import (
     histogram,
@@ -457,28 +456,8 @@ def test_files_are_written_and_the_same_each_time(tmp_path, facts):
         (tmp_path / name).mkdir()
         write_report(tmp_path / name, facts)
     first, second = (sorted(path for path in (tmp_path / n).rglob("*") if path.is_file()) for n in ("first", "second"))
-    names = {path.name for path in first}
-    assert names == {"report.html", "report.json"} | {f"{n}.png" for n in "rows sources lengths joint packing".split()}
+    assert {path.name for path in first} == {"report.html", "report.json"}
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-
-
-def test_figures_are_pictures_and_none_stays_open(tmp_path, facts):
-    from matplotlib import pyplot
-
-    hostile, _ = with_texts(facts, ["$\\frac{$ 한국어 \x00\u202e"])
-    write_report(tmp_path, hostile)
-    for path in (tmp_path / "figures").iterdir():
-        with Image.open(path) as picture:
-            picture.load()
-            assert min(picture.size) > 250
-            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 20, path.name
-    assert not pyplot.get_fignums()
-
-
-def test_without_facts_there_are_no_figures(tmp_path):
-    write_report(tmp_path, {})
-    assert not list((tmp_path / "figures").iterdir())
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == {}
 
 
 def test_report_json_gives_the_facts_back(tmp_path, facts):
