@@ -7,9 +7,10 @@
     assistant  A model.
 
 Consecutive user turns and several system turns are joined by a newline; text parts of one message by nothing, as chat
-templates do. What has no place in an example is refused rather than lost: turns and calls of tools, parts that are no
-text, a system turn after the first user turn, an answer without a question. Of other keys of a turn only `weight` is
-read: an assistant turn with weight 0 is history and not an example, as OpenAI has it.
+templates do. What has no place in an example is refused rather than lost: turns and calls of tools, images and other
+parts that are no text, a system turn after the first user turn, an answer without a question. Of other keys of a turn
+only its marks are read (`weight: 0`, `train: false`, `masked: true` …): an assistant turn that is marked as not to be
+learned from is history and not an example. All other keys with a value are named in a warning (`unused_in_turns`).
 
 At inference the same conversation asks one thing (`open_question`): what its last user turn says, after all before it.
 
@@ -18,10 +19,21 @@ An answer costs 5 µs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diptych.data_prep.validate import Fault, described, missing_inside, text, without_index
+from diptych.data_prep.validate import (
+    Fault,
+    described,
+    from_json_text,
+    has_value,
+    is_missing,
+    missing_inside,
+    some_list,
+    text,
+    unread,
+    without_index,
+)
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {
@@ -33,6 +45,35 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant",
 }
 TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "observation", "tool_response", "ipython"}
+
+MARKS = {
+    "weight": True,
+    "loss": True,
+    "loss_weight": True,
+    "loss_mask": True,
+    "train": True,
+    "training": True,
+    "trainable": True,
+    "masked": False,
+}
+"""Keys that mark whether a turn is learned from, and whether 1 or true means that it is: those of OpenAI and ShareGPT
+(`weight`), ms-swift (`loss`), axolotl (`train`, `training`) and others."""
+
+PARTS_OF_A_TURN = "marks parts of a turn, which is learned from as a whole or not at all. Mark the whole turn instead."
+MARKS_NOT_READ = {
+    "mask": "can mean that the turn is learned from, or that it is not. Call it 'loss_mask' (1: it is) or 'masked' (1:"
+    " it is not).",
+    "train_detail": PARTS_OF_A_TURN,
+    "training_detail": PARTS_OF_A_TURN,
+}
+YES_OR_NO = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+
+MEDIA = frozenset(
+    f"{name}{ending}"
+    for name in ("image", "video", "audio")
+    for ending in ("", "s", "_url", "_urls", "_path", "_paths", "_file", "_files")
+) | {"pixel_values"}
+"""Keys, of a turn or of a row, under which data sets keep what is no text."""
 
 MAX_TURNS = 1000
 """Answers in one conversation. Each becomes an example with all before it, so their size grows with the square."""
@@ -49,10 +90,8 @@ class Turn(NamedTuple):
 
 def turns_of(value: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> list[Turn]:
     """`name` is the column; `roles` says which role of ours each role of the data is."""
-    if not isinstance(value, list | tuple):
-        reason = f"'{name}' is {described(value)}, and a list of turns is due."
-        raise Fault(name, f"'{name}' is not a list", reason, of_shape=True)
-    return [_turn(turn, f"{name}[{n}]", role_key, text_key, roles) for n, turn in enumerate(value)]
+    turns = some_list(value, name, "a list of turns")
+    return [_turn(from_json_text(turn), f"{name}[{n}]", role_key, text_key, roles) for n, turn in enumerate(turns)]
 
 
 def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Turn:
@@ -69,9 +108,65 @@ def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[st
     if role is None:
         reason = f"'{where}.{role_key}' is {described(written)}; known are {', '.join(roles)}."
         raise Fault(f"{where}.{role_key}", "unknown role", reason)
+    if media := next((name for name in turn if name in MEDIA and has_value(turn[name])), None):
+        reason = (
+            f"'{where}.{media}' belongs to the turn, and only text can be learned from. Leave the conversation out."
+        )
+        raise Fault(f"{where}.{media}", "part that is no text", reason)
     place = f"{where}.{text_key}"
     content = text(_content(turn[text_key], place), place, may_be_empty=role == "system", what=f"{role} turn")
-    return Turn(role, content, place, is_target=role == "assistant" and turn.get("weight") != 0)
+    return Turn(role, content, place, is_target=_is_learned_from(turn, where) and role == "assistant")
+
+
+def _is_learned_from(turn: Mapping[str, Any], where: str) -> bool:
+    """What the marks of a turn say; True where it has none."""
+    if turn.keys().isdisjoint(MARKS) and turn.keys().isdisjoint(MARKS_NOT_READ):
+        return True
+    if name := next((name for name in MARKS_NOT_READ if has_value(turn.get(name))), None):
+        reason = f"'{where}.{name}' {MARKS_NOT_READ[name]}"
+        raise Fault(f"{where}.{name}", "mark of a turn that is not read", reason)
+    said = {name: _mark(turn[name], name, where) for name in MARKS if not is_missing(turn.get(name))}
+    if len(set(said.values())) > 1:
+        names = " and ".join(f"'{name}'" for name in said)
+        reason = f"{names} of '{where}' contradict each other on whether it is learned from. Drop one."
+        raise Fault(f"{where}.{next(iter(said))}", "marks of a turn that contradict each other", reason)
+    return all(said.values())
+
+
+def _mark(value: Any, name: str, where: str) -> bool:
+    """Whether the turn is learned from."""
+    written = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if written in YES_OR_NO:
+        return YES_OR_NO[written] is MARKS[name]
+    reason = f"'{where}.{name}' is {described(value)}; a turn is learned from (1, true) or it is not (0, false)"
+    try:
+        float(written)
+    except ValueError:
+        reason += ". Write one of these."
+    else:
+        reason += ": there are no weights in between, since every target token counts the same. Round it to 0 or 1."
+    raise Fault(f"{where}.{name}", f"'{without_index(where)}.{name}' is neither 0 nor 1", reason)
+
+
+def unused_in_turns(turns: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Iterator[str]:
+    """`messages.name`: keys of turns, and of their parts, that hold something and are not read; and marks that ask for
+    a turn to be learned from that is no assistant's."""
+    turns = from_json_text(turns)
+    names = {role_key: {}, text_key: {"type": {}, "text": {}}, **dict.fromkeys(MARKS, {})}
+    yield from unread(turns, name, names)
+    for turn in turns if isinstance(turns, list | tuple) else ():
+        if isinstance(turn, Mapping) and roles.get(str(turn.get(role_key))) in ("user", "system"):
+            for mark in MARKS.keys() & turn.keys():
+                if YES_OR_NO.get(str(turn[mark]).lower()) is MARKS[mark]:
+                    yield f"{name}.{mark} of {turn[role_key]} turns"
+
+
+def key_of_turns(value: Any) -> str | None:
+    """`role` or `from`, whichever the first turn has; None where there are no turns."""
+    turns = from_json_text(value)
+    turns = map(from_json_text, turns[:8]) if isinstance(turns, list | tuple) else ()
+    keys = (key for turn in turns if isinstance(turn, Mapping) for key in ("role", "from") if key in turn)
+    return next(keys, None)
 
 
 def _is_tool(role: Any) -> bool:
@@ -115,7 +210,8 @@ def answers(turns: Sequence[Turn], name: str) -> tuple[list[str], list[ChatExamp
         if exchange.answer.is_target
     ]
     if not examples:
-        raise Fault(name, "no assistant turn", f"'{name}' has no assistant turn to learn from.")
+        marked = " that is not marked as history" if exchanges else ""
+        raise Fault(name, "no assistant turn", f"'{name}' has no assistant turn to learn from{marked}.")
     return system, examples, asked[0] if asked else None
 
 
@@ -129,7 +225,7 @@ def open_question(turns: Sequence[Turn], name: str) -> tuple[list[str], ChatExam
         instruction = exchanges.pop().instruction
     elif exchanges:
         where = exchanges[-1].answer.where
-        reason = f"'{where}' has weight 0, so it is history, and no user turn after it asks anything. Add one."
+        reason = f"'{where}' is marked as history, and no user turn after it asks anything. Add one."
         raise Fault(where, "no user turn at the end", reason)
     else:
         raise Fault(name, "no user turn", f"'{name}' has no user turn, so nothing is asked. Add one.")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,20 +25,36 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from diptych.data_prep.conversations import ROLES, SHAREGPT_ROLES, Turn, answers, turns_of
+from diptych.data_prep.conversations import (
+    MEDIA,
+    ROLES,
+    SHAREGPT_ROLES,
+    Turn,
+    answers,
+    key_of_turns,
+    turns_of,
+    unused_in_turns,
+)
 from diptych.data_prep.records import IGNORE_INDEX, Origin, Record, Reject, Row, Tokenised, UserError, nearest
 from diptych.data_prep.validate import (
     Fault,
     check_not_misspelt,
     described,
     filled_list,
+    from_json_text,
+    has_value,
     inner,
     input_of,
+    is_missing,
+    is_unparsed,
     joined,
     listed,
     missing,
+    not_a_string,
     shown_name,
     text,
+    unparsed,
+    unread,
 )
 
 SUMMARY_INSTRUCTION = "Summarize the following text."
@@ -47,6 +64,12 @@ SUMMARY_NAMES = ("summary", "highlights")
 
 POSITIVE, NEGATIVE = "Positive Examples", "Negative Examples"
 """What a task file of Super-NaturalInstructions calls its worked examples."""
+
+MEDIA_MARK = re.compile(r"<\|?(image|img|video|audio)\w*\|?>", re.IGNORECASE)
+"""Where a text says that a picture or a sound belongs: `<image>`, `<|image_1|>`, `<|video_pad|>`."""
+
+MAX_PAIRS = 1000
+"""Of one row, in which every text of the first side is paired with every text of the second."""
 
 LARGEST_TOKEN_ID = 2**31 - 1
 """Token ids are stored as int32."""
@@ -92,6 +115,10 @@ class Format:
     shapes: tuple[Mapping[str, str], ...]
     """What columns make a row one of this format: field → column, in each spelling that data sets have."""
     optional: tuple[str, ...] = ()
+    inside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of a field that holds objects, the names in them that are read, as `unread` takes them."""
+    turns: tuple[str, str, Mapping[str, str]] | None = None
+    """Of a conversation: the keys of a turn that hold role and text, and what the roles mean."""
     looks: Callable[[Mapping[str, Any], Mapping[str, str]], bool] | None = None
     """Whether the values are such, where columns alone do not tell."""
 
@@ -123,7 +150,7 @@ class Converter:
     """Field → column, where the two have other names; a column `answers.text` is `text` inside of `answers`."""
     directions: Directions = Directions()
     conversational: bool = False
-    """Whether prompt and completion are lists of turns."""
+    """Whether its columns are lists of turns."""
     summary_instruction: str = SUMMARY_INSTRUCTION
     positive_examples: int = 0
     """How many of a Natural Instructions task's examples are told in the instruction."""
@@ -136,6 +163,7 @@ class Converter:
         if isinstance(row, Reject):
             return [row]
         try:
+            self._check_media(row.fields)
             return self.format.convert(row, self)
         except Fault as fault:
             reason = fault.reason + self._other_shape(row) if fault.of_shape else fault.reason
@@ -151,8 +179,40 @@ class Converter:
         return frozenset(used | {name.split(".")[0] for name in used})
 
     def unused_fields(self, row: Row) -> list[str]:
+        """Columns, and names inside of columns (`messages.name`), that are not read; each once."""
         used = self.used_fields
-        return [name for name in row.fields if name not in used]
+        names = [name for name in row.fields if name not in used]
+        for name, known in self._inside.items():
+            if name in row.fields:
+                names += unread(by_language(from_json_text(row.fields[name])), name, known)
+        if self.conversational:
+            for name in map(self.column, self.format.shapes[0]):
+                names += unused_in_turns(row.fields.get(name), name, *self.format.turns)
+        return list(dict.fromkeys(names))
+
+    @functools.cached_property
+    def _inside(self) -> dict[str, dict[str, Any]]:
+        """Column → the names in it that are read: the format's, and the steps of paths such as `answers.text.0`."""
+        inside = {self.column(name): dict(known) for name, known in self.format.inside.items()}
+        for column in self.mapping.values():
+            first, *steps = (step for step in _steps(column) if not step.isdecimal())
+            known = inside.setdefault(first, {}) if steps else {}
+            for step in steps:
+                known = known.setdefault(step, {})
+        return {column: known for column, known in inside.items() if column in self.used_fields}
+
+    def _check_media(self, fields: Mapping[str, Any]) -> None:
+        """A text that speaks of a picture, in a row that has one, cannot be learned from without it."""
+        if MEDIA.isdisjoint(fields):
+            return
+        media = [name for name in fields if name in MEDIA and has_value(fields[name])]
+        for column in self.used_fields & fields.keys() if media else ():
+            if found := MEDIA_MARK.search(json.dumps(from_json_text(fields[column]), ensure_ascii=False, default=str)):
+                reason = (
+                    f"'{column}' says {found[0]}, which is what {listed(media)} holds, and only text can be learned"
+                    " from. Leave the row out."
+                )
+                raise Fault(column, "part that is no text", reason)
 
     def column(self, name: str) -> str:
         return self.mapping.get(name, name)
@@ -173,18 +233,47 @@ class Converter:
         """A text that has to be there."""
         column = self.mapping.get(name, name)
         value = fields.get(column)
-        return text(self.needed(fields, name) if value is None else value, column)
+        value = self.needed(fields, name) if value is None else value
+        if not isinstance(value, str):
+            raise not_a_string(value, column, name)
+        return text(value, column)
+
+    def texts(self, fields: Mapping[str, Any], name: str) -> list[str]:
+        """A text that has to be there, or a list of them: several translations of one sentence."""
+        column = self.column(name)
+        value = self.value(fields, name)
+        if value is MISSING and "." in column:  # a language of a translation that lists its languages
+            value = self._in_language(fields, *column.rsplit(".", 1))
+        if isinstance(value, list | tuple):
+            listed = enumerate(filled_list(value, column, f"empty {column}"))
+            return [text(it, f"{column}[{number}]") for number, it in listed]
+        return [text(value, column)] if isinstance(value, str) else [self.text(fields, name)]
+
+    def _in_language(self, fields: Mapping[str, Any], holder: str, language: str) -> Any:
+        written = from_json_text(_inside(fields, holder))
+        unit = by_language(written)
+        if not isinstance(unit, Mapping):
+            return MISSING
+        if unit is not written and len(written["language"]) != len(written["translation"]):
+            kind = "languages and translations differ in number"
+            raise Fault(holder, kind, f"'{holder}' has no translation for each language, or no language for each.")
+        if language not in unit:
+            reason = f"'{holder}' has no text in '{language}'; it has some in {listed(unit) or 'no language'}."
+            raise Fault(f"{holder}.{language}", f"missing field '{holder}.{language}'", reason, of_shape=True)
+        return unit[language]
 
     def optional_text(self, fields: Mapping[str, Any], name: str) -> str:
-        """Absent and null are "": null is how tables say that there is none."""
+        """Absent, null and NaN are "": they are how tables say that there is none."""
         column = self.mapping.get(name, name)
         value = fields.get(column)
         if value is None:
             value = self.value(fields, name)
             if value is MISSING and name not in RECORD_FIELDS:
                 check_not_misspelt(column, fields, self.used_fields)
-        if value is MISSING or value is None:
+        if value is MISSING or is_missing(value):
             return ""
+        if not isinstance(value, str):
+            raise not_a_string(value, column, name)
         checked = text(value, column, may_be_empty=True)
         return checked if checked.strip() else ""  # a template asks whether there is one
 
@@ -228,7 +317,8 @@ def converter_for(
         format,
         columns,
         directions,
-        conversational=_is_conversational(_views(rows, mapping)),
+        conversational=format.turns is not None
+        and (format.name != "prompt_completion" or _is_conversational(_views(rows, mapping))),
         summary_instruction=summary_instruction,
         positive_examples=positive_examples,
         negative_examples=negative_examples,
@@ -355,6 +445,7 @@ def _inside(fields: Mapping[str, Any], path: str) -> Any:
     """`answers.text.0` is the first of the list `text` inside of `answers`."""
     value: Any = fields
     for name in _steps(path):
+        value = from_json_text(value)
         if isinstance(value, Mapping) and name in value:
             value = value[name]
         elif isinstance(value, list | tuple) and name.isdecimal() and len(name) < 10 and int(name) < len(value):
@@ -417,9 +508,13 @@ def _nothing_fits(
     found = listed(dict.fromkeys(name for row in rows for name in row.fields)) or "none"
     needs = "; ".join(f"{name}: {format.needs}" for name, format in candidates.items())
     what = "no known format" if len(candidates) > 1 else f"not {next(iter(candidates))}, as --format says"
+    advice = next(
+        (unparsed(value, f"'{shown_name(name)}'", name) for name, value in views[0].items() if is_unparsed(value)),
+        _suggestion(views, candidates),
+    )
     return (
-        f"{source}: {what}, to judge by its first rows. Columns there are {found}."
-        f"{_suggestion(views, candidates)} What the columns have to be: {needs}."
+        f"{source}: {what}, to judge by its first rows. Columns there are {found}.{advice} What the columns have to"
+        f" be: {needs}."
     )
 
 
@@ -454,7 +549,8 @@ def _suggestion(views: Sequence[Mapping[str, Any]], candidates: Mapping[str, For
 
 def _languages(rows: Sequence[Row], source: str, column: str, languages: Sequence[str]) -> dict[str, str]:
     """The columns of the two sides: `translation.en` and `translation.ko`."""
-    units = [view["translation"] for view in _views(rows, {"translation": column}) if "translation" in view]
+    views = _views(rows, {"translation": column})
+    units = [by_language(from_json_text(view["translation"])) for view in views if "translation" in view]
     found = list(dict.fromkeys(name for unit in units if isinstance(unit, Mapping) for name in unit))
     if languages:
         if len(languages) != 2 or languages[0] == languages[1]:
@@ -473,10 +569,27 @@ def _languages(rows: Sequence[Row], source: str, column: str, languages: Sequenc
     return {"first": f"{column}.{first}", "second": f"{column}.{second}"}
 
 
+def by_language(unit: Any) -> Any:
+    """`{"language": ["de", "en", "en"], "translation": ["Geh.", "Go.", "Leave."]}`, as datasets keeps translations of
+    which a row has several in a language, or not all: {"de": ["Geh."], "en": ["Go.", "Leave."]}."""
+    if not isinstance(unit, Mapping) or unit.keys() != {"language", "translation"}:
+        return unit
+    languages, translations = unit["language"], unit["translation"]
+    if not isinstance(languages, list | tuple) or not isinstance(translations, list | tuple):
+        return unit
+    found: dict[str, list[Any]] = {}
+    for language, translation in zip(languages, translations, strict=False):
+        found.setdefault(str(language), []).append(translation)
+    return found
+
+
 def _is_conversational(views: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether most prompts are lists of turns."""
+    """Whether most prompts are lists of turns; a text is one only if it is the JSON of turns."""
     prompts = [view["prompt"] for view in views if view.get("prompt") is not None]
-    return 2 * sum(isinstance(prompt, list | tuple) for prompt in prompts) > len(prompts)
+    are_turns = [
+        key_of_turns(it) is not None if isinstance(it, str) else isinstance(it, list | tuple) for it in prompts
+    ]
+    return 2 * sum(are_turns) > len(prompts)
 
 
 def _check_settings(directions: Directions, summary_instruction: str) -> None:
@@ -520,22 +633,17 @@ def _prompt_completion(row: Row, it: Converter) -> list[Result]:
     if not it.conversational:
         prompt, completion = it.text(fields, "prompt"), it.text(fields, "completion")
         return [Record(instruction=prompt, input="", output=completion, origin=row.origin, **it.mapped(fields))]
-    prompt = turns_of(it.needed(fields, "prompt"), it.column("prompt"), "role", "content", ROLES)
-    completion = turns_of(it.needed(fields, "completion"), it.column("completion"), "role", "content", ROLES)
+    prompt = turns_of(it.needed(fields, "prompt"), it.column("prompt"), *it.format.turns)
+    completion = turns_of(it.needed(fields, "completion"), it.column("completion"), *it.format.turns)
     before = [turn._replace(is_target=False) if turn.role == "assistant" else turn for turn in prompt]
     return _conversation([*before, *completion], it.column("completion"), row, it)
 
 
 def _messages(row: Row, it: Converter) -> list[Result]:
-    name = it.column("messages")
-    turns = turns_of(it.needed(row.fields, "messages"), name, "role", "content", ROLES)
-    return _conversation(turns, name, row, it)
-
-
-def _sharegpt(row: Row, it: Converter) -> list[Result]:
-    name = it.column("conversations")
-    turns = turns_of(it.needed(row.fields, "conversations"), name, "from", "value", SHAREGPT_ROLES)
-    return _conversation(turns, name, row, it)
+    """Of OpenAI or ShareGPT, whose one field holds the turns."""
+    (field,) = it.format.shapes[0]
+    name = it.column(field)
+    return _conversation(turns_of(it.needed(row.fields, field), name, *it.format.turns), name, row, it)
 
 
 def _conversation(turns: Sequence[Turn], name: str, row: Row, it: Converter) -> list[Result]:
@@ -570,7 +678,7 @@ def _self_instruct(row: Row, it: Converter) -> list[Result]:
     results: list[Result] = []
     for number, instance in enumerate(instances):
         origin = _part(row.origin, number + 1, len(instances))
-        where = f"{name}[{number}]"
+        where, instance = f"{name}[{number}]", from_json_text(instance)
         try:
             input, output = input_of(instance, where), text(inner(instance, "output", where), f"{where}.output")
         except Fault as fault:
@@ -594,7 +702,7 @@ def _natural_instructions(row: Row, it: Converter) -> list[Result]:
     results: list[Result] = []
     pairs: list[tuple[Any, str, str, Any]] = []
     for number, instance in enumerate(filled_list(it.needed(fields, "Instances"), name, "no instances")):
-        where = f"{name}[{number}]"
+        where, instance = f"{name}[{number}]", from_json_text(instance)
         try:
             input, outputs = input_of(instance, where), inner(instance, "output", where)
             if isinstance(outputs, list | tuple):
@@ -634,13 +742,19 @@ def _task_examples(fields: Mapping[str, Any], name: str, wanted: int, it: Conver
 
 
 def _parallel(row: Row, it: Converter) -> list[Result]:
-    """A record for each direction. A pair for which there is no instruction is an instruction and its answer."""
+    """A record for each direction, and for each pair where a side has several texts. A pair for which there is no
+    instruction is an instruction and its answer."""
     fields, mapped = row.fields, it.mapped(row.fields)
-    first, second = it.text(fields, "first"), it.text(fields, "second")
     there, back = it.directions.forward, it.directions.backward
-    if not there and not back:
-        return [Record(instruction=first, input="", output=second, origin=row.origin, **mapped)]
-    ways = [way for way in ((there, first, second), (back, second, first)) if way[0]]
+    firsts, seconds = it.texts(fields, "first"), it.texts(fields, "second")
+    if len(firsts) * len(seconds) > MAX_PAIRS:
+        reason = f"the row makes {len(firsts) * len(seconds):,} pairs, and {MAX_PAIRS:,} are allowed. Divide it."
+        raise Fault(it.column("first"), "too many pairs", reason)
+    ways: list[tuple[str, str, str]] = []
+    for first, second in product(firsts, seconds):
+        if not there and not back:
+            ways.append((first, "", second))
+        ways += [way for way in ((there, first, second), (back, second, first)) if way[0]]
     return [
         Record(instruction=way, input=input, output=output, origin=_part(row.origin, number, len(ways)), **mapped)
         for number, (way, input, output) in enumerate(ways, start=1)
@@ -686,26 +800,23 @@ def _part(origin: Origin, number: int, parts: int) -> Origin:
 # What makes a row one of a format, where columns alone do not tell
 
 
-def _key_of_turns(value: Any) -> str | None:
-    """`role` or `from`, whichever the first turn has."""
-    turns = value if isinstance(value, list | tuple) else ()
-    keys = (key for turn in turns[:8] if isinstance(turn, Mapping) for key in ("role", "from") if key in turn)
-    return next(keys, None)
-
-
 def _looks_like_messages(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
     """`conversations` is where ShareGPT has its turns, so there the turns have to say that they are messages."""
-    key = _key_of_turns(view[shape["messages"]])
+    key = key_of_turns(view[shape["messages"]])
     return key == "role" or (key is None and shape["messages"] == "messages")
 
 
 def _looks_like_sharegpt(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
-    key = _key_of_turns(view[shape["conversations"]])
+    key = key_of_turns(view[shape["conversations"]])
     return key == "from" or (key is None and shape["conversations"] == "conversations")
 
 
 def _looks_like_parallel(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
-    return isinstance(view["translation"], Mapping) if "translation" in shape else True
+    return "translation" not in shape or isinstance(from_json_text(view["translation"]), Mapping)
+
+
+INSTANCE: Mapping[str, Any] = {"input": {}, "output": {}}
+EXAMPLE: Mapping[str, Any] = {**INSTANCE, "explanation": {}}
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -737,6 +848,7 @@ FORMATS = {
             '{"prompt": "The sky is", "completion": " blue."}',
             _prompt_completion,
             (_same("prompt", "completion"),),
+            turns=("role", "content", ROLES),
         ),
         Format(
             "messages",
@@ -744,14 +856,16 @@ FORMATS = {
             '{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}',
             _messages,
             (_same("messages"), {"messages": "conversations"}),
+            turns=("role", "content", ROLES),
             looks=_looks_like_messages,
         ),
         Format(
             "sharegpt",
             "conversations as ShareGPT has them; every gpt turn is an example",
             '{"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}',
-            _sharegpt,
+            _messages,
             (_same("conversations"), {"conversations": "messages"}),
+            turns=("from", "value", SHAREGPT_ROLES),
             looks=_looks_like_sharegpt,
         ),
         Format(
@@ -762,6 +876,7 @@ FORMATS = {
             _natural_instructions,
             (_same("Definition", "Instances"),),
             optional=("Categories", POSITIVE, NEGATIVE),
+            inside={"Instances": INSTANCE, POSITIVE: EXAMPLE, NEGATIVE: EXAMPLE},
         ),
         Format(
             "self_instruct",
@@ -769,6 +884,7 @@ FORMATS = {
             '{"instruction": "Add.", "instances": [{"input": "1 + 1", "output": "2"}]}',
             _self_instruct,
             (_same("instruction", "instances"),),
+            inside={"instances": INSTANCE},
         ),
         Format(
             "parallel",

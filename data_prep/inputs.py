@@ -46,8 +46,7 @@ class Inputs:
     @property
     def default_template(self) -> str:
         """Conversations need one that has a place for what was said before."""
-        has_turns = any(it.conversational or it.format.name in ("messages", "sharegpt") for it in self.converters)
-        return "chat" if has_turns else "alpaca"
+        return "chat" if any(it.conversational for it in self.converters) else "alpaca"
 
 
 def open_inputs(settings: PrepareSettings) -> Inputs:

@@ -1,7 +1,7 @@
 """What a value must be to count as a text: a string, of characters that can be encoded, with something in it.
 
 text("2", "output")                → "2", the very string: values are never changed
-text(2, "output")                  → Fault "'output' is a number (2), not a string: put it in quotes."
+text(2, "output")                  → Fault "'output' is a number (2), not a string. Write it as one: …"
 text("  \\u200b", "output")         → Fault "'output' is empty: a row needs one to be learned from."
 text("a\\ufdd0", "output")          → Fault "'output' holds a noncharacter, U+FDD0 at character 2: …"
 
@@ -11,9 +11,11 @@ An ASCII text costs 0.1 µs, a Korean sentence of 160 characters 2 µs.
 from __future__ import annotations
 
 import functools
+import json
+import math
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diptych.data_prep.records import broken_character, character_at, nearest
@@ -71,11 +73,53 @@ def text(value: Any, name: str, may_be_empty: bool = False, what: str | None = N
     raise Fault(name, f"empty {what or without_index(name)}", reason)
 
 
-def not_a_string(value: Any, name: str) -> Fault:
+def not_a_string(value: Any, name: str, known: str | None = None) -> Fault:
+    """`known` is what `--map` calls the column, where the value is a whole column's."""
     if value is None:
         return Fault(name, f"'{without_index(name)}' is null", f"'{name}' is null; a string is due.", of_shape=True)
-    reason = f"'{name}' is {described(value)}, not a string: put it in quotes."
+    if is_missing(value):
+        reason = f"'{name}' is NaN, a missing value. Drop such rows, or fill them in (in pandas: dropna or fillna)."
+        return Fault(name, f"'{without_index(name)}' is NaN", reason, of_shape=True)
+    reason = f"'{name}' is {described(value)}, not a string. {_how_to_write_it(value, name, known)}"
     return Fault(name, f"'{without_index(name)}' is not a string", reason, of_shape=True)
+
+
+def _how_to_write_it(value: Any, name: str, known: str | None) -> str:
+    if isinstance(value, bytes):
+        return f"Decode it (in pandas: df[{name!r}] = df[{name!r}].str.decode('utf-8'))."
+    if isinstance(value, list | tuple | Mapping):
+        path = path_to_text(value)
+        if not path:
+            return "Write a string, or leave the row out."
+        several = ", or write a row for each" if isinstance(value, list | tuple) and len(value) > 1 else ""
+        if known is None:
+            return f"Write the string that is inside of it, at {shown_name('.'.join(path))}{several}."
+        return f"--map {known}={shown_name('.'.join([name, *path]))} takes the string in it{several}."
+    return "Write it as one: in quotes in JSON, as a column of strings in a table (in pandas: .astype(str))."
+
+
+def path_to_text(value: Any, most_steps: int = 4) -> list[str]:
+    """Steps to the first string inside of a value: `{"text": ["a"]}` → ["text", "0"]; [] where there is none."""
+    if not most_steps:
+        return []
+    inside = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    )
+    for name, inner in inside:
+        if isinstance(inner, str):
+            return [str(name)]
+        if deeper := path_to_text(inner, most_steps - 1):
+            return [str(name), *deeper]
+    return []
+
+
+def is_missing(value: Any) -> bool:
+    """Null, or NaN, which tables have for a missing value."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def has_value(value: Any) -> bool:
+    return not is_missing(value) and value not in ("", [], {}, ())
 
 
 def _check_characters(value: str, name: str) -> None:
@@ -126,13 +170,63 @@ def _misspelt(column: str, names: tuple[str, ...], known: tuple[str, ...], cutof
     return nearest(column, [name for name in names if name not in known], cutoff=cutoff)
 
 
+def some_list(value: Any, name: str, due: str = "a list") -> Sequence[Any]:
+    """A list, which may be written as JSON text."""
+    found = from_json_text(value)
+    if isinstance(found, list | tuple):
+        return found
+    reason = f"'{name}' is {described(found)}, and {due} is due.{unparsed(found, 'It', name)}"
+    raise Fault(name, f"'{without_index(name)}' is not a list", reason, of_shape=True)
+
+
 def filled_list(value: Any, name: str, kind: str) -> Sequence[Any]:
-    if not isinstance(value, list | tuple):
-        reason = f"'{name}' is {described(value)}, and a list is due."
-        raise Fault(name, f"'{without_index(name)}' is not a list", reason, of_shape=True)
-    if not value:
+    found = some_list(value, name)
+    if not found:
         raise Fault(name, kind, f"'{name}' is empty: there is nothing in it to learn from.")
-    return value
+    return found
+
+
+def from_json_text(value: Any) -> Any:
+    """`'[{"role": "user", …}]'` → the list: tables and databases keep lists and objects as JSON text. Any other value,
+    and a text that is not the JSON of a list or an object, is returned as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def is_unparsed(value: Any) -> bool:
+    """Whether a text begins as a list or an object does, and is no JSON."""
+    found = from_json_text(value)
+    return isinstance(found, str) and found.lstrip()[:1] in ("[", "{")
+
+
+def unparsed(value: Any, what: str, column: str) -> str:
+    """What to do with such a text, which is mostly in Python's own notation."""
+    if not is_unparsed(value):
+        return ""
+    return (
+        f" {what} is text that begins as a list or an object does, but it is no JSON. If it is Python's own notation,"
+        f" as pandas writes lists into csv, pandas makes JSON of it: df[{column!r}] ="
+        f" df[{column!r}].map(ast.literal_eval); df.to_json('rows.jsonl', orient='records', lines=True)."
+    )
+
+
+def unread(value: Any, path: str, names: Mapping[str, Any]) -> Iterator[str]:
+    """`messages.name`: the keys inside of a value that hold something and are not read. `names` are those that are,
+    each with such names inside of it; where there are none, nobody looks there. A key may come several times."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in names:
+                if has_value(inner):
+                    yield f"{path}.{shown_name(str(key))}"
+            elif names[key]:
+                yield from unread(inner, f"{path}.{key}", names[key])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from unread(from_json_text(part), path, names)
 
 
 def inner(value: Any, key: str, where: str) -> Any:

@@ -1,8 +1,11 @@
 """Each format is recognised, gives exactly these records, and says of each faulty row what is wrong with it."""
 
+import ast
 import json
 import pickle
+import re
 
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -316,7 +319,7 @@ def test_columns_can_be_mapped():
     }
     converter = converter_for(rows(fields), "f", mapping=mapping)
     assert converter.records(row(fields)) == [record("Who?", "Ann did.", "Ann", category="qa")]
-    assert converter.unused_fields(row(fields)) == ["id"]
+    assert converter.unused_fields(row(fields)) == ["id", "answers.start"]
     [reject] = converter.records(row({**fields, "answers": {"text": []}}))
     assert reject.field == "answers.text.0"
     assert "'answers.text.0' is missing; the row has 'question', 'context', 'answers', 'meta', 'id'." in reject.reason
@@ -478,9 +481,12 @@ def test_examples_of_a_task_go_into_the_instruction_if_so_told():
     [reject] = results({**task, "Positive Examples": [{"input": "1"}]}, positive_examples=1)
     assert reject.field == "Positive Examples[0].output"
     converter = converter_for(rows(task), "f")
-    assert converter.unused_fields(row({**task, "Source": []})) == ["Positive Examples", "Negative Examples", "Source"]
+    assert converter.unused_fields(row({**task, "Source": []})) == [
+        *("Positive Examples", "Negative Examples", "Source"),
+        "Instances.id",
+    ]
     converter = converter_for(rows(task), "f", positive_examples=1)
-    assert converter.unused_fields(row(task)) == ["Negative Examples"]
+    assert converter.unused_fields(row(task)) == ["Negative Examples", "Instances.id"]
 
 
 @pytest.mark.parametrize(
@@ -526,9 +532,144 @@ def test_turns_of_one_speaker_and_parts_of_one_message_are_joined():
     assert results({"messages": messages}) == [record("Look.\nAnd this.", "", "Yes.", system="A.\nB.")]
 
 
-def test_an_answer_of_weight_0_is_history_only():
-    messages = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1)]
+@pytest.mark.parametrize(
+    "no, yes",
+    [
+        ({"weight": 0}, {"weight": 1}),
+        ({"weight": "0"}, {"weight": "1"}),
+        ({"loss_weight": 0.0}, {"loss_weight": 1.0}),
+        ({"loss": False}, {"loss": True}),
+        ({"loss_mask": 0}, {"loss_mask": None}),
+        ({"train": False}, {}),
+        ({"training": "False"}, {"training": "True"}),
+        ({"trainable": False, "weight": None}, {"weight": float("nan")}),
+        ({"masked": True}, {"masked": False}),
+    ],
+)
+def test_an_answer_that_is_marked_as_not_learned_from_is_history_only(no, yes):
+    messages = [user("a"), assistant("b", **no), user("c"), assistant("d", **yes)]
     assert results({"messages": messages}) == [record("c", "", "d", history=(("a", "b"),))]
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **no}]
+    sharegpt += [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d", **yes}]
+    assert results({"conversations": sharegpt}) == [record("c", "", "d", history=(("a", "b"),))]
+    assert converter_for(rows({"messages": messages}), "f").unused_fields(row({"messages": messages})) == []
+
+
+@pytest.mark.parametrize(
+    "marks, words",
+    [
+        ({"weight": 0.5}, "'messages[1].weight' is a number (0.5); a turn is learned from (1, true) or it is not"),
+        ({"weight": 0.5}, "there are no weights in between, since every target token counts the same. Round it"),
+        ({"loss_weight": "2"}, "there are no weights in between"),
+        ({"train": "maybe"}, "'messages[1].train' is a string ('maybe'); a turn is learned from"),
+        ({"masked": []}, "'messages[1].masked' is a list ([])"),
+        ({"mask": 1}, "'messages[1].mask' can mean that the turn is learned from, or that it is not. Call it"),
+        ({"train_detail": [{"begin_offset": 0}]}, "'messages[1].train_detail' marks parts of a turn"),
+        ({"train": True, "weight": 0}, "'weight' and 'train' of 'messages[1]' contradict each other"),
+    ],
+)
+def test_a_mark_that_is_not_understood_is_refused_by_name(marks, words):
+    sound = {"messages": [user("a"), assistant("b")]}
+    reject = late({"messages": [user("a"), assistant("b", **marks)]}, sound)
+    assert words in reject.reason
+    assert reject.field.removeprefix("messages[1].") in marks
+
+
+def test_what_a_turn_or_an_instance_holds_besides_is_named():
+    parts = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]
+    turns = [
+        {**system("Be brief."), "weight": 1},
+        {**user(parts), "name": "Ann", "train": True, "images": []},
+        assistant("b", reasoning_content="Hm.", thinking="", tool_calls=[], prefix=None),
+    ]
+    fields = {"messages": turns, "id": 1}
+    names = ["id", "messages.content.cache_control", "messages.name", "messages.reasoning_content"]
+    marks = ["messages.weight of system turns", "messages.train of user turns"]
+    assert converter_for(rows(fields), "f").unused_fields(row(fields)) == [*names[:3], names[3], *marks]
+    fields = {"prompt": [{**user("a"), "time": 3}], "completion": [assistant("b", reasoning="c")]}
+    assert converter_for(rows(fields), "f").unused_fields(row(fields)) == ["prompt.time", "completion.reasoning"]
+    fields = {"instruction": "a", "instances": [{"input": "", "output": "b", "hint": "c"}, {"output": "d"}]}
+    assert converter_for(rows(fields), "f").unused_fields(row(fields)) == ["instances.hint"]
+    fields = {"translation": {"en": "a", "de": "b", "fr": "c"}}
+    converter = converter_for(rows(fields), "f", directions=BOTH, languages=("en", "de"))
+    assert converter.unused_fields(row(fields)) == ["translation.fr"]
+
+
+@pytest.mark.parametrize(
+    "fields, field",
+    [
+        (
+            {"messages": [{**user("See <image>."), "images": ["a.jpg"]}, assistant("A cat.")]},
+            "messages[0].images",
+        ),
+        ({"messages": [user("Hear this."), assistant("Hm.", audio={"id": "x"})]}, "messages[1].audio"),
+        ({"messages": [user("<image>\nWhat is it?"), assistant("A cat.")], "image": "a.jpg"}, "messages"),
+        ({"messages": [user("See <|video_1|>."), assistant("A cat.")], "videos": ["a.mp4"]}, "messages"),
+    ],
+)
+def test_a_conversation_about_a_picture_is_refused_by_name(fields, field):
+    reject = late(fields, {"messages": [user("a"), assistant("b")]})
+    assert (reject.field, reject.kind) == (field, "part that is no text")
+    assert "only text can be learned from" in reject.reason
+
+
+def test_a_row_that_only_names_pictures_is_kept():
+    about = {"instruction": "What does <image> mean in SVG?", "output": "A picture."}
+    assert len(results(about, {**about, "image": None})) == 2
+    reject = late({**about, "image": "a.jpg"}, about)
+    assert reject.reason == (
+        "'instruction' says <image>, which is what 'image' holds, and only text can be learned from. Leave the row"
+        " out."
+    )
+
+
+def test_lists_and_objects_may_be_json_text():
+    turns = [user("a"), assistant("b", name="Ann")]
+    expected = [record("a", "", "b")]
+    fields = {"messages": json.dumps(turns)}
+    assert results(fields) == results({"messages": [json.dumps(turn) for turn in turns]}) == expected
+    assert converter_for(rows(fields), "f").unused_fields(row(fields)) == ["messages.name"]
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert results({"messages": json.dumps(sharegpt)}) == expected
+    assert results({"prompt": json.dumps(turns[:1]), "completion": json.dumps(turns[1:])}) == expected
+    assert results({"prompt": "[1]", "completion": '{"a": 2}'}) == [record("[1]", "", '{"a": 2}')]
+    assert results({"instruction": "a", "instances": '[{"output": "b"}]'}) == expected
+    pair = {"translation": '{"en": "Go.", "ko": "가."}'}
+    assert results(pair, directions=Directions("x")) == [record("x", "Go.", "가.")]
+    ids = {"input_ids": "[1, 2]", "labels": "[3]"}
+    assert results(ids) == [Tokenised(input_ids=(1, 2), labels=(3,), origin=Origin("rows.jsonl", 1))]
+
+
+def test_lists_in_pythons_notation_are_told_from_json_and_the_advice_works(tmp_path):
+    """As pandas writes them into csv."""
+    turns = [user("It's me."), assistant("Hi.")]
+    fields = {"messages": repr(turns)}
+    told = late(fields, {"messages": turns}).reason
+    assert "'messages' is a string (" in told and "it is no JSON" in told
+    with pytest.raises(UserError, match="'translation' is text that begins as a list or an object does"):
+        converter_for(rows({"translation": "{'en': 'Go.', 'ko': '가.'}"}), "f")
+    advice = told[told.index("df[") : told.index(". (This source")]
+    frame = pandas.DataFrame([fields])
+    exec(advice.replace("rows.jsonl", str(tmp_path / "rows.jsonl")), {"df": frame, "ast": ast})
+    assert json.loads((tmp_path / "rows.jsonl").read_text()) == {"messages": turns}
+
+
+@pytest.mark.parametrize(
+    "value", [["Los.", "Geh."], {"text": ["Geh."], "start": [0]}, [{"text": "Geh."}], {"n": 1, "b": {"de": "Geh."}}]
+)
+def test_the_map_that_is_advised_for_a_list_or_an_object_reads_it(value):
+    with_text = {"instruction": "Go.", "answer": "Geh."}
+    reject = late({"instruction": "Go.", "answer": value}, with_text, mapping={"output": "answer"})
+    advice = re.search(r"--map (\S+) takes the string in it", reject.reason)[1]
+    found = results({"instruction": "Go.", "answer": value}, mapping=parse_mapping([advice]))
+    assert [it.output for it in found] in (["Los."], ["Geh."])
+
+
+def test_a_missing_value_of_a_table_is_no_text_and_no_input():
+    nan = float("nan")
+    assert results({"instruction": "a", "input": nan, "output": "b"}) == [record("a", "", "b")]
+    reject = late({"instruction": "a", "output": nan}, {"instruction": "a", "output": "b"})
+    assert (reject.kind, "dropna or fillna" in reject.reason) == ("'output' is NaN", True)
 
 
 def test_a_question_at_the_end_is_a_reject_beside_the_answers():
@@ -643,6 +784,24 @@ def test_a_translation_has_its_languages_in_order_or_as_told():
     assert reject.field == "translation.ko"
     assert late({"translation": {"en": "", "ko": "가."}}, fields).kind == "empty translation.en"
     assert converter_for(rows(fields), "f", directions=there).unused_fields(row(fields)) == ["id"]
+
+
+def test_each_of_several_translations_makes_a_pair():
+    several = {"translation": {"en": "Go.", "de": ["Geh.", "Los."]}}
+    pairs = [record("x", "Go.", "Geh.", instance=1), record("x", "Go.", "Los.", instance=2)]
+    assert results(several, directions=Directions("x")) == pairs
+    assert results({"first": "Go.", "second": ["Geh.", "Los."]}, directions=Directions("x")) == pairs
+    listed = {"translation": {"language": ["de", "en", "de"], "translation": ["Geh.", "Go.", "Los."]}}
+    assert results(listed, directions=Directions("x"), languages=("en", "de")) == pairs
+    assert len(results(listed, directions=BOTH)) == 4
+    assert late({"translation": {"en": "Go.", "de": []}}, several, directions=BOTH).kind == "empty translation.de"
+    lone = {"translation": {"language": ["en"], "translation": ["Go."]}}
+    reject = late(lone, listed, directions=BOTH)
+    assert reject.reason.startswith("'translation' has no text in 'de'; it has some in 'en'.")
+    short = {"translation": {"language": ["en", "de"], "translation": ["Go."]}}
+    assert late(short, listed, directions=BOTH).kind == "languages and translations differ in number"
+    many = {"translation": {"en": ["a"] * 40, "de": ["b"] * 40}}
+    assert late(many, several, directions=BOTH).kind == "too many pairs"
 
 
 def test_an_empty_side_is_one_reject_for_both_directions():

@@ -1,5 +1,7 @@
 """What counts as a text, what is said of what does not, and that a text is never changed."""
 
+from datetime import date
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +18,9 @@ from diptych.data_prep.validate import (
     text,
 )
 
+NO_STRING = "'output' is not a string"
+AS_TEXT = "Write it as one: in quotes in JSON, as a column of strings in a table (in pandas: .astype(str))."
+
 ALL_NONCHARACTERS = [chr(code) for code in range(0x110000) if 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE]
 
 
@@ -31,12 +36,33 @@ def test_a_sound_text_is_the_very_value(value):
     "value, kind, reason",
     [
         (None, "'output' is null", "'output' is null; a string is due."),
-        (5, "'output' is not a string", "'output' is a number (5), not a string: put it in quotes."),
-        (float("nan"), "'output' is not a string", "'output' is a number (nan), not a string: put it in quotes."),
-        (True, "'output' is not a string", "'output' is true or false (True), not a string: put it in quotes."),
-        (["a"], "'output' is not a string", "'output' is a list (['a']), not a string: put it in quotes."),
-        ({"b": 1}, "'output' is not a string", "'output' is an object ({'b': 1}), not a string: put it in quotes."),
-        (b"a", "'output' is not a string", "'output' is a bytes (b'a'), not a string: put it in quotes."),
+        (5, NO_STRING, f"'output' is a number (5), not a string. {AS_TEXT}"),
+        (True, NO_STRING, f"'output' is true or false (True), not a string. {AS_TEXT}"),
+        (date(2026, 1, 2), NO_STRING, f"'output' is a date (datetime.date(2026, 1, 2)), not a string. {AS_TEXT}"),
+        (
+            float("nan"),
+            "'output' is NaN",
+            "'output' is NaN, a missing value. Drop such rows, or fill them in (in pandas: dropna or fillna).",
+        ),
+        (
+            ["a", "b"],
+            NO_STRING,
+            "'output' is a list (['a', 'b']), not a string. Write the string that is inside of it, at 0, or write a"
+            " row for each.",
+        ),
+        (
+            {"n": 1, "b": {"c": "d"}},
+            NO_STRING,
+            "'output' is an object ({'b': {'c': 'd'}, 'n': 1}), not a string. Write the string that is inside of it,"
+            " at b.c.",
+        ),
+        ([1], NO_STRING, "'output' is a list ([1]), not a string. Write a string, or leave the row out."),
+        (
+            b"a",
+            NO_STRING,
+            "'output' is a bytes (b'a'), not a string. Decode it (in pandas: df['output'] ="
+            " df['output'].str.decode('utf-8')).",
+        ),
         ("", "empty output", "'output' is empty: a row needs one to be learned from."),
         (" \n\t\x0b\u3000", "empty output", "'output' is empty: a row needs one to be learned from."),
         ("\u200b\ufeff \u2060\u00ad\u200d", "empty output", "'output' is empty: a row needs one to be learned from."),

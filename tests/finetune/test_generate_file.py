@@ -234,7 +234,7 @@ def test_a_conversation_is_asked_what_training_learned_from_it(tmp_path, t5_chec
         ({"messages": turns(("user", "a")), "instruction": "b"}, "the row has 'messages' and 'instruction'"),
         (
             {"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "weight": 0}]},
-            "'messages[1].content' has weight 0, so it is history",
+            "'messages[1].content' is marked as history",
         ),
     ],
 )
