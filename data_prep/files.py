@@ -28,6 +28,7 @@ import pyarrow
 import xxhash
 
 from diptych.data_prep.records import UserError, nearest
+from diptych.data_prep.validate import listed
 
 BLOCK_BYTES = 1 << 18
 
@@ -40,6 +41,12 @@ LONG_ROW_CHARACTERS_KEPT = 1_000
 KNOWN_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tmx", ".parquet", ".arrow")
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 PACKED_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
+"""What `datasets` and the Hub write beside the rows. A folder or a glob does not mean them."""
+
+REPOSITORY_MARKS = frozenset((".gitattributes", "dataset_infos.json"))
+"""A folder with one of these is a clone of a Hub repository."""
+
 REFUSED_SUFFIXES = {
     ".zip": "an archive",
     ".tar": "an archive",
@@ -93,6 +100,14 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+class EmptyFile(UserError):
+    """A file without a byte in it, or with blanks alone. Among others it is a note."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is empty: there is nothing to prepare.")
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -230,7 +245,7 @@ def _why_not(path: str, name: str, error: Exception) -> str:
 def _check_first_bytes(head: bytes, name: str, suffix: str, packed: str | None) -> None:
     """The name says what is in a file; where its first bytes say something else, one of the two is wrong."""
     if not head:
-        raise UserError(f"{name} is empty: there is nothing to prepare.")
+        raise EmptyFile(name)
     is_kind = next((kind for first, kind in FIRST_BYTES.items() if head.startswith(first)), None)
     expected = packed or {".parquet": "parquet", ".arrow": "arrow"}.get(suffix)
     if is_kind == expected or (suffix == ".arrow" and is_kind is None):  # arrow streams begin with no mark
@@ -373,7 +388,7 @@ def check_text(head: bytes, name: str) -> int:
         raise UserError(f"{name} holds a tar archive, and nothing is unpacked from it. Unpack it, and name the files.")
     mark = len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0
     if len(head) < HEAD_BYTES and not head[mark:].strip():
-        raise UserError(f"{name} is empty: there is nothing to prepare.")
+        raise EmptyFile(name)
     return mark
 
 
@@ -517,6 +532,7 @@ def _walk(folder: str, entry: str, files: list[Found], notes: list[str], above: 
         return
     if "state.json" in names and "dataset_info.json" in names or "dataset_dict.json" in names:
         raise UserError(f"{folder} is a data set saved by `datasets`, inside the folder {entry}. Name it by itself.")
+    names = _of_repository(folder, names, entry, notes)
     for name in names:
         path = os.path.join(folder, name)
         if name.startswith("."):
@@ -527,10 +543,26 @@ def _walk(folder: str, entry: str, files: list[Found], notes: list[str], above: 
             _take(path, entry, files, notes)
 
 
+def _of_repository(folder: str, names: list[str], entry: str, notes: list[str]) -> list[str]:
+    """Of a cloned Hub repository, `data/` alone, if it has files to read: that is what the Hub reads of it."""
+    if not REPOSITORY_MARKS & set(names) or not os.path.isdir(data := os.path.join(folder, "data")):
+        return names
+    found: list[Found] = []
+    _walk(data, entry, found, [], ())
+    others = [name for name in names if name != "data" and name not in METADATA_FILES and not name.startswith(".")]
+    if not found:
+        return names
+    if others:
+        notes.append(f"of {folder}, a clone of a Hub repository, data/ is read, and not {listed(others)}")
+    return ["data"]
+
+
 def _take(path: str, entry: str, files: list[Found], notes: list[str]) -> None:
     """Of what a folder or a glob holds, files of known kinds are read; an odd one of them is an error, not a note."""
     suffix, _ = _suffixes(path)
-    if suffix in KNOWN_SUFFIXES:
+    if os.path.basename(path) in METADATA_FILES:
+        notes.append(f"{path} is metadata of a data set and was not read")
+    elif suffix in KNOWN_SUFFIXES:
         files.append(Found(path, path, entry))
     else:
         notes.append(f"{path} is {REFUSED_SUFFIXES.get(suffix, 'of no kind that is known')} and was not read")

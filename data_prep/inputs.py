@@ -52,9 +52,8 @@ class Inputs:
 def open_inputs(settings: PrepareSettings) -> Inputs:
     max_row_bytes = int(settings.max_row_megabytes * 1_000_000)
     limits = Limits(max_row_bytes=max_row_bytes, max_unpacked_ratio=settings.max_unpacked_ratio)
-    columns = parse_mapping(settings.map).values()
-    numbered = bool(columns) and all(column.isdecimal() for column in columns)
-    sources = open_sources(settings.data, settings.aligned, limits, numbered)
+    columns = tuple(parse_mapping(settings.map).values())
+    sources = open_sources(settings.data, settings.aligned, limits, columns)
     entries = [source.entry or source.name for source in sources]
     if settings.mixture is not None:
         check_mixture(settings.mixture, list(dict.fromkeys(entries)))

@@ -4,12 +4,16 @@
     "Add."       "2"       →
     "Sub."       b"\xff"        Reject "invalid UTF-8 in 'output': byte 0xff at byte 0 of the value."
 
-Values become Python objects in the worker. Nothing that a file says of itself is trusted: how much it unpacks to is
-looked at before, and Arrow's offsets are checked, since they would be followed to anywhere in memory.
+Values become Python objects in the worker: those of `datasets`' Json() are decoded, and a ClassLabel is the name that
+the file gives to its number.
+
+Nothing that a file says of itself is trusted: how much it unpacks to is looked at before, and Arrow's offsets are
+checked, since they would be followed to anywhere in memory.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +26,7 @@ import pyarrow.parquet
 
 from diptych.data_prep.chunks import CHARACTERS_IN_CHUNK, ROWS_IN_CHUNK, Chunk, Rows, too_large
 from diptych.data_prep.files import File, Limits
+from diptych.data_prep.read_json import json_value
 from diptych.data_prep.records import Origin, Reject, Row, UserError
 
 MOST_BATCH_BYTES = 1 << 28
@@ -29,6 +34,15 @@ MOST_BATCH_BYTES = 1 << 28
 stand in every row)."""
 
 FEWEST_ROWS = 16
+
+TEXT_TYPES = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+LIST_TYPES = (
+    pyarrow.ListType,
+    pyarrow.LargeListType,
+    pyarrow.FixedSizeListType,
+    pyarrow.ListViewType,
+    pyarrow.LargeListViewType,
+)
 
 FAULTS = (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)
 """What Arrow raises for broken files; the last is of a column's name."""
@@ -54,7 +68,8 @@ class Columns:
     def rows(self) -> Rows:
         names = self.batch.schema.names
         may_have_large_rows = _unfolded_bytes(self.batch) > self.limits.max_row_bytes
-        columns = [] if may_have_large_rows else [_values(column) for column in self.batch.columns]
+        decoders = _decoders(self.batch.schema, self.limits)
+        columns = [] if may_have_large_rows else list(map(_values, self.batch.columns, decoders))
         for place in range(self.batch.num_rows):
             origin = Origin(self.name, self.first_row + place)
             if may_have_large_rows:
@@ -63,7 +78,7 @@ class Columns:
                 if size > self.limits.max_row_bytes:
                     yield too_large(origin, _beginning(row), size, self.limits)
                     continue
-                values = [_values(column)[0] for column in row.columns]
+                values = [column[0] for column in map(_values, row.columns, decoders)]
             else:
                 values = [column[place] for column in columns]
             yield _columns_row(dict(zip(names, values, strict=True)), origin)
@@ -104,21 +119,84 @@ class _Unreadable(str):
     """What is wrong with a value that has no Python form."""
 
 
-def _values(column: pyarrow.Array) -> list[Any]:
+Decoder = Callable[[Any], Any]
+"""From a stored value to the one that is meant. ValueError "kind: what is wrong" where it is none."""
+
+
+def _decoders(schema: pyarrow.Schema, limits: Limits) -> list[Decoder | None]:
+    """One for each column; None where values are what is stored. `datasets` writes its features into the schema."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (TypeError, KeyError, ValueError):
+        features = None
+    return [_decoder(field.type, _inside(features, field.name), limits) for field in schema]
+
+
+def _inside(feature: Any, key: str) -> Any:
+    return feature.get(key) if isinstance(feature, dict) else None
+
+
+def _decoder(kind: pyarrow.DataType, feature: Any, limits: Limits) -> Decoder | None:
+    """`feature` is what `datasets` says of values of this type: {"_type": "List", "feature": …} or [feature] of a
+    list, {name: feature} of a struct; anything else says nothing."""
+    what = _inside(feature, "_type")
+    is_json = isinstance(kind, pyarrow.BaseExtensionType) and kind.extension_name == "arrow.json"
+    if is_json or (what == "Json" and kind in TEXT_TYPES):
+        return functools.partial(json_value, limits=limits)
+    if what == "ClassLabel" and pyarrow.types.is_integer(kind) and isinstance(names := feature.get("names"), list):
+        return functools.partial(_label_name, names=names)
+    if pyarrow.types.is_struct(kind):
+        if what == "Sequence":  # of objects, which `datasets` before 4.0 stores as an object of lists
+            inner = _inside(feature, "feature")
+            feature = {field.name: [_inside(inner, field.name)] for field in kind}
+        decoders = {field.name: _decoder(field.type, _inside(feature, field.name), limits) for field in kind}
+        decoders = {name: decode for name, decode in decoders.items() if decode}
+        return functools.partial(_decoded_struct, decoders=decoders) if decoders else None
+    if isinstance(kind, LIST_TYPES):
+        inner = feature[0] if isinstance(feature, list) and feature else _inside(feature, "feature")
+        decode = _decoder(kind.value_type, inner, limits)
+        return functools.partial(_decoded_list, decode=decode) if decode else None
+    return None
+
+
+def _label_name(value: int, names: list[Any]) -> Any:
+    """-1 is how `datasets` says that there is none."""
+    if not -1 <= value < len(names):
+        raise ValueError(f"unknown label: {value}, and the file names 0 to {len(names) - 1}")
+    return None if value == -1 else names[value]
+
+
+def _decoded_struct(value: dict[str, Any], decoders: dict[str, Decoder]) -> dict[str, Any]:
+    return {name: _decoded(inner, decoders.get(name)) for name, inner in value.items()}
+
+
+def _decoded_list(value: list[Any], decode: Decoder) -> list[Any]:
+    return [_decoded(inner, decode) for inner in value]
+
+
+def _decoded(value: Any, decode: Decoder | None) -> Any:
+    return value if decode is None or value is None else decode(value)
+
+
+def _values(column: pyarrow.Array, decode: Decoder | None) -> list[Any]:
     """Arrow does not check that its strings are UTF-8, and has times that Python has not: they cost their own row."""
     try:
-        return column.to_pylist()
+        return [_decoded(value, decode) for value in column.to_pylist()] if decode else column.to_pylist()
     except (ValueError, OverflowError, pyarrow.ArrowException):
-        return [_value(scalar) for scalar in column]
+        return [_value(scalar, decode) for scalar in column]
 
 
-def _value(scalar: pyarrow.Scalar) -> Any:
+def _value(scalar: pyarrow.Scalar, decode: Decoder | None) -> Any:
     try:
-        return scalar.as_py()
+        value = scalar.as_py()
     except UnicodeDecodeError as error:
         return _Unreadable(f"invalid UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start} of the value")
     except (ValueError, OverflowError, pyarrow.ArrowException) as error:
         return _Unreadable(f"unreadable value: {error}")
+    try:
+        return _decoded(value, decode)
+    except ValueError as error:
+        return _Unreadable(error)
 
 
 def _columns_row(fields: dict[str, Any], origin: Origin) -> Row | Reject:
@@ -242,5 +320,6 @@ def _one_line(error: Exception) -> str:
 def hub_chunks(dataset: Any, name: str, limits: Limits) -> Iterator[Chunk]:
     _check_columns(dataset.features.arrow_schema, name)
     tables = dataset.with_format("arrow").iter(batch_size=ROWS_IN_CHUNK)
-    batches = (batch for table in tables for batch in table.to_batches())
+    features = dataset.features.arrow_schema.metadata
+    batches = (batch.replace_schema_metadata(features) for table in tables for batch in table.to_batches())
     return _columns_chunks(batches, name, lambda: 0, limits)

@@ -108,6 +108,22 @@ def _is_too_deep(value: Any, most: int) -> bool:
     return True
 
 
+def json_value(text: str, limits: Limits) -> Any:
+    """A value that a column holds as JSON text. ValueError "kind: what is wrong" where it is none."""
+    try:
+        value = _JSON.decode(text)
+        if text.count("{") + text.count("[") > limits.max_depth and _is_too_deep(value, limits.max_depth):
+            raise RecursionError
+        return value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON: {error.msg}, character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError(f"nested too deeply: lists and objects, deeper than {limits.max_depth}") from None
+    except ValueError as error:
+        kind = error.kind if isinstance(error, _Fault) else "number too long"
+        raise ValueError(f"{kind}: {error}") from None
+
+
 def _checked(value: Any, raw: str, origin: Origin, limits: Limits) -> Row | Reject:
     """A decoded value as a row, if it is an object of bearable depth."""
     if not isinstance(value, dict):
@@ -144,19 +160,20 @@ class JsonLines:
                 is_sound = False
             if is_sound:
                 yield _checked(value, text, Origin(self.name, number), self.limits)
-            elif text.strip(" \t\r"):
+            elif text.strip(" \t\r\ufeff"):
                 yield self._odd_row(text.removesuffix("\r"), Origin(self.name, number), offset)
             if offset is not None:
                 offset += len(text.encode("utf-8", "surrogateescape")) + 1
 
     def _odd_row(self, text: str, origin: Origin, offset: int | None) -> Row | Reject:
-        """A line with blanks about it, a fault in it, or a neighbour that is no UTF-8."""
+        """A line with blanks or a byte order mark (of files that were joined) about it, a fault in it, or a neighbour
+        that is no UTF-8."""
         if size := size_if_too_large(text, self.limits):
             return too_large(origin, text, size, self.limits)
         if offset is not None and NOT_UTF8.search(text):
             return unreadable(origin, text, offset, "")
         try:
-            value = _JSON.decode(text)
+            value = _JSON.decode(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             kind, reason, field = _json_fault(error, lambda at: f"line {origin.row}, column {at + 1}", 0)
             return Reject(origin, field, kind, reason, text)

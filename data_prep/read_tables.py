@@ -6,6 +6,8 @@
     sep=;                                          Excel's word on what separates columns: not a row
     a;b                                            without a header: Row({"1": "a", "2": "b"}), row 2
     Go.\t가.\tCC-BY                                → Row({"first": "Go.", "second": "가.", "column 3": "CC-BY"})
+    source\ttarget                                 a tsv has no quoting, with a header or without one
+    "Go.\t가.                                      → Row({"source": '"Go.', "target": "가."})
     a.en: Go.   a.ko: 가.                           → Row({"first": "Go.", "second": "가."})
 
 A quote that is never closed, or a line with other columns, costs its own line.
@@ -17,7 +19,7 @@ import csv
 import io
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from diptych.data_prep.chunks import (
@@ -32,62 +34,110 @@ from diptych.data_prep.chunks import (
     too_large,
     unreadable,
 )
-from diptych.data_prep.files import Content, File, Limits, Lines, LongLine, line_blocks
+from diptych.data_prep.files import UTF8_MARK, Content, File, Limits, Lines, LongLine, line_blocks
 from diptych.data_prep.records import Origin, Reject, Row, UserError
 
+MARK = UTF8_MARK.decode()
 SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class PairLines:
-    """Lines of parallel text as they stand in the file."""
+class Header:
+    """What the columns of a table are called, and how the cells of a line become fields."""
+
+    names: tuple[str, ...]
+    width: int
+    """Cells that the header has, and most lines have. Those behind the last name have none."""
+
+    line: int | None
+    """Where it stands in the file; None where the file has none."""
+
+    @classmethod
+    def of_cells(cls, cells: Sequence[str], line: int) -> Header:
+        """Spreadsheets write empty cells after the last name: these are no columns. A place without a name between
+        names is called by its number, `column 2`."""
+        names = [cell.strip() for cell in cells]
+        while names and not names[-1]:
+            names.pop()
+        return cls(tuple(name or f"column {place}" for place, name in enumerate(names, 1)), len(cells), line)
+
+    @classmethod
+    def numbered(cls, width: int) -> Header:
+        """For a table without one: columns "1", "2" and so on."""
+        return cls(tuple(str(place) for place in range(1, width + 1)), width, None)
+
+    @classmethod
+    def of_pairs(cls, width: int) -> Header:
+        """For parallel text without one: two columns are a pair, further ones (an attribution) come along."""
+        return cls(("first", "second", *(f"column {place}" for place in range(3, width + 1))), width, None)
+
+    def row(self, cells: Sequence[str], origin: Origin, text: str) -> Row | Reject:
+        """Empty cells behind the last name are dropped; others there are called `column 3`, if the header has a place
+        for them."""
+        names = self.names
+        if len(cells) == len(names):
+            if self.line is not None and names == tuple(cell.strip() for cell in cells):
+                reason = "the header stands here once more, as in files that were joined. Take it out."
+                return Reject(origin, None, "repeated header", reason, text)
+            return Row(dict(zip(names, cells, strict=True)), origin, text)
+        if len(cells) < len(names) or any(cell.strip() for cell in cells[self.width :]):
+            others = f"this table has {self.width}" if self.line is None else f"the header has {self.width}"
+            return unreadable(origin, text, None, f"wrong number of columns: {len(cells)}, and {others}.")
+        further = {
+            f"column {place}": cell for place, cell in enumerate(cells, 1) if place > len(names) and cell.strip()
+        }
+        return Row({**dict(zip(names, cells, strict=False)), **further}, origin, text)
+
+
+@dataclass(frozen=True)
+class TabLines:
+    """Lines of a tsv as they stand in the file. Nothing is quoted: a quote mark is a character like any other."""
 
     name: str
     lines: Lines
-    columns: int
+    header: Header
     bytes_done: int
     limits: Limits
 
     def rows(self) -> Rows:
         for number, text, offset in _texts_of(self.lines):
-            if not text.strip(" \t\r"):
+            if not text.strip(" \t\r") or number == self.header.line:
                 continue
-            origin, cells = Origin(self.name, number), text.split("\t")
+            if number == 1 and SEPARATOR_LINE.fullmatch(text + "\n"):
+                continue
+            origin = Origin(self.name, number)
             if size := size_if_too_large(text, self.limits):
                 yield too_large(origin, text, size, self.limits)
             elif offset is not None and NOT_UTF8.search(text):
                 yield unreadable(origin, text, offset, "")
-            elif len(cells) != self.columns:
-                fault = f"wrong number of columns: {len(cells)}, and most lines have {self.columns}."
-                yield unreadable(origin, text, None, fault)
             else:
-                further = {f"column {place}": cell for place, cell in enumerate(cells[2:], start=3)}
-                yield Row({"first": cells[0], "second": cells[1], **further}, origin, text)
+                yield self.header.row(text.split("\t"), origin, text)
 
 
 def _texts_of(lines: Lines) -> Iterator[tuple[int, str, int | None]]:
-    """Number, text without its end, and offset of each line; the offset only where some bytes are no UTF-8."""
+    """Number, text without its end, and offset of each line; the offset only where some bytes are no UTF-8. A byte
+    order mark at the beginning of a line, as in files that were joined, is no part of its text."""
     data = lines.data.removesuffix(b"\n")
     try:
         texts = data.decode("utf-8").split("\n")
     except UnicodeDecodeError:
         offset = lines.offset
         for number, line in enumerate(data.split(b"\n"), start=lines.first_line):
-            yield number, line.decode("utf-8", "surrogateescape").removesuffix("\r"), offset
+            text = line.removeprefix(UTF8_MARK)
+            yield number, text.decode("utf-8", "surrogateescape").removesuffix("\r"), offset + len(line) - len(text)
             offset += len(line) + 1
     else:
         for number, text in enumerate(texts, start=lines.first_line):
-            yield number, text.removesuffix("\r"), None
+            yield number, text.removeprefix(MARK).removesuffix("\r"), None
 
 
-def tsv_chunks(file: File, limits: Limits, mark: int, columns: int) -> Iterator[Chunk]:
-    """Parallel text: two columns are a pair, further ones (an attribution) come along; nothing is quoted."""
+def tsv_chunks(file: File, limits: Limits, mark: int, header: Header) -> Iterator[Chunk]:
     with file.open(limits) as content:
         for lines in line_blocks(content, mark, limits):
             if isinstance(lines, LongLine):
                 yield Finished((long_line(lines, file.name, limits),), content.position)
             else:
-                yield PairLines(file.name, lines, columns, content.position, limits)
+                yield TabLines(file.name, lines, header, content.position, limits)
 
 
 class _RecordTooLarge(Exception):
@@ -113,12 +163,13 @@ class _Lines:
                 continue
             try:
                 for text in io.StringIO(block.data.decode("utf-8"), newline=""):
-                    yield number, text, None
+                    yield number, text.removeprefix(MARK), None
                     number += 1
             except UnicodeDecodeError:
                 offset = block.offset
                 for line in block.data.splitlines(keepends=True):
-                    yield number, line.decode("utf-8", "surrogateescape"), offset
+                    text = line.removeprefix(UTF8_MARK)
+                    yield number, text.decode("utf-8", "surrogateescape"), offset + len(line) - len(text)
                     number, offset = number + 1, offset + len(line)
 
     def __iter__(self) -> _Lines:
@@ -147,19 +198,18 @@ class _Lines:
         del self.taken[1:]
 
 
-def table_chunks(file: File, limits: Limits, mark: int, delimiter: str, numbered: bool = False) -> Iterator[Chunk]:
+def csv_chunks(file: File, limits: Limits, mark: int, delimiter: str, numbered: bool = False) -> Iterator[Chunk]:
     """A header, then records, which may span lines inside quotes. A record's row is the line that it starts on. With
     `numbered` there is no header: the columns are "1", "2" and so on, as many as the first record has."""
     with file.open(limits) as content:
         lines = _Lines(line_blocks(content, mark, limits), limits.max_row_bytes)
-        yield from in_chunks(_table_rows(lines, file.name, limits, delimiter, numbered), lambda: content.position)
+        yield from in_chunks(_csv_rows(lines, file.name, limits, delimiter, numbered), lambda: content.position)
 
 
-def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str, numbered: bool) -> Rows:
+def _csv_rows(lines: _Lines, name: str, limits: Limits, delimiter: str, numbered: bool) -> Rows:
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than some documents have
-    records = _csv_records(lines, name, limits, delimiter)
-    header: list[str] | None = None
-    for record in records:
+    header: Header | None = None
+    for record in _csv_records(lines, name, limits, delimiter):
         if isinstance(record, Reject):
             if header is None and not numbered:
                 raise UserError(f"{name}: the header {record.raw.strip()[:200]!r} is wrong: {record.reason}")
@@ -168,25 +218,28 @@ def _table_rows(lines: _Lines, name: str, limits: Limits, delimiter: str, number
         values, number, text, offset = record
         if not values or (number == 1 and SEPARATOR_LINE.fullmatch(text)):  # a blank line, or Excel's
             continue
-        origin = Origin(name, number)
         if header is None and numbered:
-            header = [str(place) for place in range(1, len(values) + 1)]
+            header = Header.numbered(len(values))
         if header is None:
-            header = [value.strip() for value in values]
-            if len(set(header)) < len(header) or NOT_UTF8.search(text):
-                what = (bad_byte(text.encode("utf-8", "surrogateescape"), offset or 0)) or "it names a column twice"
-                raise UserError(f"{name}: the header {text.strip()[:200]!r} is wrong: {what}.")
+            header = Header.of_cells(values, number)
+            check_header(header, text, name, offset)
             continue
+        origin = Origin(name, number)
         if size := size_if_too_large(text, limits):
             yield too_large(origin, text, size, limits)
         elif offset is not None and NOT_UTF8.search(text):
             yield unreadable(origin, text, offset, "")
-        elif len(values) != len(header):
-            first = "first line" if numbered else "header"
-            fault = f"wrong number of columns: {len(values)}, and the {first} has {len(header)}."
-            yield unreadable(origin, text, None, fault)
         else:
-            yield Row(dict(zip(header, values, strict=True)), origin, text)
+            yield header.row(values, origin, text)
+
+
+def check_header(header: Header, text: str, name: str, offset: int | None) -> None:
+    """UserError where two columns have one name, or the line `text` at byte `offset` is no UTF-8."""
+    what = bad_byte(text.encode("utf-8", "surrogateescape"), offset or 0)
+    if what is None and len(set(header.names)) < len(header.names):
+        what = "it names a column twice"
+    if what is not None:
+        raise UserError(f"{name}: the header {text.strip()[:200]!r} is wrong: {what.rstrip('.')}.")
 
 
 def _csv_records(lines: _Lines, name: str, limits: Limits, delimiter: str) -> Iterator[tuple | Reject]:

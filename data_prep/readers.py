@@ -4,7 +4,7 @@
     rows.csv              a header line, then records   rows.tsv      likewise, if its first line names columns
                           (without one, if columns are mapped by number: {"1": …, "2": …})
     rows.parquet, .arrow  columns; an Arrow file or stream; a folder saved by `datasets`
-    pairs.tsv             first ⇥ second ⇥ …            → {"first": …, "second": …, "column 3": …}
+    pairs.tsv             first ⇥ second ⇥ …            → {"first": …, "second": …, "column 3": …}; nothing is quoted
     --aligned a.en a.ko   line N with line N            → {"first": …, "second": …}
     memory.tmx            translation units             → {"translation": {"en": …, "ko": …}}
     hf:user/name[:split]  a data set of the Hub         tatoeba, seed_tasks   ship with the project
@@ -27,19 +27,37 @@ import functools
 import glob
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from diptych.data_prep.chunks import Chunk, Rows, check_encoding
-from diptych.data_prep.files import DEFAULT_LIMITS, HEAD_BYTES, File, Found, Limits, check_text, find_files, identify
+from diptych.data_prep.files import (
+    DEFAULT_LIMITS,
+    HEAD_BYTES,
+    EmptyFile,
+    File,
+    Found,
+    Limits,
+    check_text,
+    find_files,
+    identify,
+)
 from diptych.data_prep.read_columns import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks, object_chunks
-from diptych.data_prep.read_tables import SEPARATOR_LINE, aligned_chunks, table_chunks, text_chunks, tsv_chunks
+from diptych.data_prep.read_tables import (
+    SEPARATOR_LINE,
+    Header,
+    aligned_chunks,
+    check_header,
+    csv_chunks,
+    text_chunks,
+    tsv_chunks,
+)
 from diptych.data_prep.read_tmx import tmx_chunks
 from diptych.data_prep.records import UserError
 
@@ -53,6 +71,9 @@ KNOWN_COLUMNS = frozenset(
     " input_ids labels attention_mask domain license attribution".split()
 )
 """A tsv whose first line has none but these in it begins with a header; any other is parallel text."""
+
+NAME = re.compile(r"\w[\w:-]*(?:\.\w+)*")
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -111,17 +132,15 @@ def open_sources(
     entries: Sequence[str],
     aligned: Sequence[str] = (),
     limits: Limits = DEFAULT_LIMITS,
-    numbered: bool = False,
+    columns: Collection[str] = (),
 ) -> list[Source]:
     """All that is to be read, in the order given; what can be known to be wrong is said here, before anything is read.
 
-    `aligned` is empty or two files. With `numbered`, tables have no header: their columns are "1", "2" and so on. A
-    file that comes up twice is read once, with a note.
+    `aligned` is empty or two files. `columns` are those that a person names: where a tsv has one in its first line,
+    this is its header; where all are numbers, csv and tsv have no header, and their columns are "1", "2" and so on. A
+    file that comes up twice is read once, with a note; so are the others where some are empty.
     """
-    sources: list[Source] = []
-    for entry in entries:
-        sources += _open_entry(entry, limits, numbered)
-    sources = _each_once(sources)
+    sources = _open_entries(entries, limits, columns)
     if aligned:
         sources.append(_open_aligned(aligned, limits))
     return sources
@@ -133,7 +152,7 @@ def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> 
     for entry in entries:
         names = sorted(glob.glob(entry)) or [entry] if is_plain(entry) else [entry]
         for name in names:
-            sources += [_open_plain(name, limits)] if is_plain(name) else _open_entry(name, limits)
+            sources += [_open_plain(name, limits)] if is_plain(name) else _open_entries([name], limits)
     return _each_once(sources)
 
 
@@ -152,23 +171,43 @@ def _open_plain(entry: str, limits: Limits) -> Source:
     return Source(file.name, file.digest, file.bytes, functools.partial(text_chunks, file, limits, mark), entry)
 
 
-def _open_entry(entry: str, limits: Limits, numbered: bool = False) -> list[Source]:
+def _open_entries(entries: Sequence[str], limits: Limits, columns: Collection[str] = ()) -> list[Source]:
+    """The sources of all entries. An empty file is a note of the first source, unless every file is empty."""
+    sources: list[Source] = []
+    empty: list[EmptyFile] = []
+    for entry in entries:
+        sources += _open_entry(entry, limits, columns, empty)
+    if empty and not sources:
+        raise empty[0]
+    if empty:
+        sources[0] = _with_notes(sources[0], [f"{file.name} is empty and was not read" for file in empty])
+    return _each_once(sources)
+
+
+def _open_entry(entry: str, limits: Limits, columns: Collection[str], empty: list[EmptyFile]) -> list[Source]:
+    """The sources of one entry; its empty files are added to `empty`."""
     if entry.startswith(HUB_PREFIX):
         return [_open_hub(entry, limits)]
     if entry in SAMPLES:
         sample = SAMPLES[entry]
         file = identify(Found(str(SAMPLES_FOLDER / sample.file), sample.file, entry))
-        return [_open_file(file, limits, forward=sample.forward, backward=sample.backward)]
+        return [replace(_open_file(file, limits), forward=sample.forward, backward=sample.backward, notes=())]
     if (Path(entry) / "dataset_dict.json").is_file() or (Path(entry) / "state.json").is_file():
         return _open_saved_dataset(entry, limits)
     found, notes = find_files(entry, SAMPLES)
-    sources = [_open_file(identify(file), limits, numbered) for file in found]
-    sources[0] = _with_notes(sources[0], notes)
+    sources: list[Source] = []
+    for file in found:
+        try:
+            sources.append(_open_file(identify(file), limits, columns))
+        except EmptyFile as error:
+            empty.append(error)
+    if sources:
+        sources[0] = _with_notes(sources[0], notes)
     return sources
 
 
 def _with_notes(source: Source, notes: Iterable[str]) -> Source:
-    return Source(**{**vars(source), "notes": (*source.notes, *notes)})
+    return replace(source, notes=(*source.notes, *notes))
 
 
 def _each_once(sources: list[Source]) -> list[Source]:
@@ -187,7 +226,7 @@ def _each_once(sources: list[Source]) -> list[Source]:
     return list(kept.values())
 
 
-def _open_file(file: File, limits: Limits, numbered: bool = False, **more: Any) -> Source:
+def _open_file(file: File, limits: Limits, columns: Collection[str] = ()) -> Source:
     """The way to read a file, by its suffix and its beginning."""
     if file.suffix == ".parquet":
         read, notes = parquet_chunks, []
@@ -201,34 +240,79 @@ def _open_file(file: File, limits: Limits, numbered: bool = False, **more: Any) 
         else:
             mark = check_text(head, file.name)
             check_encoding(head, file.name)
-            read, notes = _by_beginning(file, head[mark:].decode("utf-8", "surrogateescape"), numbered)
+            read, notes = _by_beginning(file, head[mark:].decode("utf-8", "surrogateescape"), columns)
             read = functools.partial(read, mark=mark)
     read = functools.partial(read, file, limits=limits)
-    return Source(file.name, file.digest, file.bytes, read, file.entry, notes=tuple(notes), **more)
+    return Source(file.name, file.digest, file.bytes, read, file.entry, notes=tuple(notes))
 
 
-def _by_beginning(file: File, head: str, numbered: bool) -> tuple[Callable[..., Iterator[Chunk]], list[str]]:
-    if file.suffix == ".csv" or (file.suffix == ".tsv" and numbered):
-        delimiter = _delimiter(head) if file.suffix == ".csv" else "\t"
-        notes = []
-        if delimiter != "," and file.suffix == ".csv":
+def _by_beginning(file: File, head: str, columns: Collection[str]) -> tuple[Callable[..., Iterator[Chunk]], list[str]]:
+    if file.suffix == ".tsv":
+        header, notes = _tsv_header(head, file.name, columns)
+        return functools.partial(tsv_chunks, header=header), notes
+    if file.suffix == ".csv":
+        delimiter, notes, numbered = _delimiter(head), [], _are_numbers(columns)
+        if delimiter != ",":
             notes.append(f"{file.name}: its columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
         if numbered:
             _check_no_header(_first_cells(head, delimiter), file.name)
-            notes.append(f"{file.name}: its first line is data, since --map names columns by number")
-        return functools.partial(table_chunks, delimiter=delimiter, numbered=numbered), notes
-    if file.suffix == ".tsv":
-        lines = [line for line in head.split("\n")[:1000] if line.strip()]
-        names = [cell.strip().casefold() for cell in lines[0].split("\t")] if lines else []
-        if len(names) > 1 and KNOWN_COLUMNS.issuperset(names):
-            return functools.partial(table_chunks, delimiter="\t"), []
-        return functools.partial(tsv_chunks, columns=_usual_columns(lines, file.name)), []
+            notes.append(f"{file.name}: {FIRST_LINE_IS_DATA}")
+        return functools.partial(csv_chunks, delimiter=delimiter, numbered=numbered), notes
     layout = _json_layout(head, file)
     by_name = "array" if file.suffix == ".json" else "lines"
     notes = (
         [] if layout in (by_name, "object") else [f"{file.name}: read as {JSON_LAYOUTS[layout]}, in spite of its name"]
     )
     return {"lines": jsonl_chunks, "array": json_chunks, "object": object_chunks}[layout], notes
+
+
+FIRST_LINE_IS_DATA = "its first line is data, since --map names columns by number"
+
+
+def _are_numbers(columns: Collection[str]) -> bool:
+    return bool(columns) and all(column.isdecimal() for column in columns)
+
+
+def _tsv_header(head: str, name: str, columns: Collection[str]) -> tuple[Header, list[str]]:
+    """A first line is a header if `columns`, which --map names, are in it, or if it has names that data sets give
+    their columns. What it is taken for is said."""
+    lines = [(number, line) for number, line in enumerate(head.split("\n")[:1000], 1) if line.strip()]
+    if lines and SEPARATOR_LINE.fullmatch(f"{lines[0][1]}\n"):
+        del lines[0]
+    number, first = lines[0] if lines else (1, "")
+    cells = [cell.strip() for cell in first.split("\t")]
+    texts = [line for _, line in lines]
+    notes = _quoting_note(texts, name)
+    if _are_numbers(columns):
+        _check_no_header([cell.casefold() for cell in cells], name)
+        return Header.numbered(_usual_columns(texts, name)), [*notes, f"{name}: {FIRST_LINE_IS_DATA}"]
+    if any(cell in columns for cell in cells) or _names_columns(cells):
+        header = Header.of_cells(cells, number)
+        check_header(header, first, name, None)
+        return header, [*notes, f"{name}: its first line names the columns: {', '.join(header.names)}"]
+    header = Header.of_pairs(_usual_columns(texts, name))
+    note = f"{name}: its first line is taken for a pair, {cells[0][:40]!r} and {''.join(cells[1:2])[:40]!r}"
+    if all(NAME.fullmatch(cell) for cell in cells[:2]):
+        note += f"; if it names columns, --map first={cells[0]} second={cells[1]} makes it the header"
+    return header, [*notes, note]
+
+
+def _names_columns(cells: list[str]) -> bool:
+    """Whether two cells are names that data sets give to columns, and the others look like names too."""
+    names = {cell.casefold() for cell in cells if cell}
+    return len(names & KNOWN_COLUMNS) >= 2 and all(map(NAME.fullmatch, names))
+
+
+def _quoting_note(lines: list[str], name: str) -> list[str]:
+    """Some programs quote in a tsv as in a csv. Whether that is so is for a person to say."""
+    cells = [line.rstrip("\r").split("\t") for line in lines[:100]]
+    is_first_quoted = bool(cells) and all(map(QUOTED.fullmatch, cells[0]))
+    if is_first_quoted or any(QUOTED.fullmatch(cell) and '""' in cell[1:-1] for line in cells for cell in line):
+        return [
+            f"{name}: some cells look quoted as in a csv. A tsv has no quoting, so the quote marks are read as text."
+            " If they quote, name the file .csv"
+        ]
+    return []
 
 
 JSON_LAYOUTS = {"lines": "one JSON object a line", "array": "a JSON array", "object": "a JSON object"}

@@ -99,7 +99,7 @@ def open_texts(entries: Sequence[str], text_fields: Sequence[str] = ()) -> Texts
     sources = [(_open_plain(path), functools.partial(_columns, (TEXT_COLUMN,))) for path in dict.fromkeys(plain)]
     for source, _ in sources:
         print(f"Format     {source.name}: a text a line")
-    for source in open_sources(others):
+    for source in open_sources(others, columns=text_fields):
         for note in source.notes:
             if not note.startswith(tuple(f"{path} " for path in plain)):  # left out there, and read here
                 print(f"Note       {note}")

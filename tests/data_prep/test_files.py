@@ -75,6 +75,41 @@ def test_a_folder_without_files_says_what_it_left_out(place):
     assert "d/notes.docx is of no kind that is known" in refused("d")
 
 
+def test_an_empty_file_among_others_is_a_note(place):
+    for name, content in {"a.jsonl": b"", "b.jsonl": ROW, "c.csv": b" \n\n", "d.jsonl.gz": gzip.compress(b"")}.items():
+        (place / "d" / name).parent.mkdir(exist_ok=True)
+        (place / "d" / name).write_bytes(content)
+    for entries in (["d"], ["d/*"], ["d/a.jsonl", "d/b.jsonl", "d/c.csv", "d/d.jsonl.gz"]):
+        [source] = open_sources(entries)
+        assert source.name == "d/b.jsonl"
+        assert source.notes == tuple(
+            f"d/{name} is empty and was not read" for name in ("a.jsonl", "c.csv", "d.jsonl.gz")
+        )
+    (place / "d/b.jsonl").unlink()
+    assert "d/a.jsonl is empty: there is nothing to prepare" in refused("d")
+
+
+def test_of_a_cloned_hub_repository_the_rows_are_read_and_the_metadata_are_not(place):
+    for name in (
+        "dataset_infos.json",
+        "README.md",
+        "stats.json",
+        "data/train.jsonl",
+        "plain/dataset_info.json",
+        "plain/a.jsonl",
+    ):
+        (place / "repo" / name).parent.mkdir(exist_ok=True, parents=True)
+        (place / "repo" / name).write_bytes(ROW)
+    assert names("repo") == ["repo/data/train.jsonl"]
+    [note] = open_sources(["repo"])[0].notes
+    assert note == "of repo, a clone of a Hub repository, data/ is read, and not 'README.md', 'plain', 'stats.json'"
+    [source] = open_sources(["repo/plain"])
+    assert source.notes == ("repo/plain/dataset_info.json is metadata of a data set and was not read",)
+    (place / "repo/data/train.jsonl").rename(place / "repo/train.jsonl")
+    assert names("repo") == ["repo/plain/a.jsonl", "repo/stats.json", "repo/train.jsonl"]
+    assert names("repo/dataset_infos.json") == ["repo/dataset_infos.json"]  # a name that a person writes is meant
+
+
 def test_a_glob_stands_for_its_matches_in_order(place):
     for name in ("b.jsonl", "a.jsonl", "c.csv", "x/y/d.jsonl"):
         (place / name).parent.mkdir(exist_ok=True, parents=True)

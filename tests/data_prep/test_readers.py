@@ -48,8 +48,8 @@ def places(found):
     return [(row.origin.row, row.kind) for row in found]
 
 
-def csv_line(row, delimiter=","):
-    return delimiter.join('"' + value.replace('"', '""') + '"' for value in row.values())
+def csv_line(row):
+    return ",".join('"' + value.replace('"', '""') + '"' for value in row.values())
 
 
 def write_columns(tmp_path, name, columns, **options):
@@ -74,7 +74,6 @@ def write_columns(tmp_path, name, columns, **options):
         "a.ndjson",
         "A.JSONL",
         "a.csv",
-        "a.tsv",
         "a.parquet",
         "a.arrow",
         "stream.arrow",
@@ -89,9 +88,8 @@ def test_the_same_rows_come_out_of_every_format(name, write_rows, tmp_path):
     elif name == "saved":
         datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / name, num_shards=2)
         path = str(tmp_path / name)
-    elif name.endswith((".csv", ".tsv")):
-        delimiter = "," if name.endswith(".csv") else "\t"
-        path = write_rows(name, [delimiter.join(ROWS[0]), *(csv_line(row, delimiter) for row in ROWS)])
+    elif name.endswith(".csv"):
+        path = write_rows(name, [",".join(ROWS[0]), *(csv_line(row) for row in ROWS)])
     elif name == "data.json":
         content = {"version": 1, "meta": {"list": [1, {"a": "]"}]}, "data": ROWS, "end": None}
         path = write_rows(name, json.dumps(content, indent=1).encode())
@@ -141,11 +139,73 @@ def test_parallel_lines_are_a_pair_and_what_comes_along(write_rows):
     ]
 
 
-def test_a_tsv_whose_first_line_names_columns_has_a_header(write_rows):
-    rows, _ = read(write_rows("a.tsv", ["Source\ttarget", "Go.\t가.", '"a\tb"\tc']))
-    assert values(rows) == [{"Source": "Go.", "target": "가."}, {"Source": "a\tb", "target": "c"}]
-    rows, _ = read(write_rows("b.tsv", ["source\tGo.", "Go.\t가."]))
-    assert values(rows)[0] == {"first": "source", "second": "Go."}
+QUOTE_MARKS = [
+    ("Good morning.", "Guten Morgen."),
+    ('"I saw him.', "„Ich sah ihn."),
+    ('Then I ran."', '""Dann" lief ich.“'),
+    ('"He said ""no""."', "'Nein'"),
+]
+
+
+@pytest.mark.parametrize("header", [["Source\ttarget"], []])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_tsv_has_no_quoting(header, end, write_rows):
+    text = "".join(line + end for line in [*header, *map("\t".join, QUOTE_MARKS)]).encode()
+    names = ("Source", "target") if header else ("first", "second")
+    for name, content in (("a.tsv", text), ("a.tsv.gz", gzip.compress(text))):
+        path = write_rows(name, content)
+        for limits in (DEFAULT_LIMITS, SMALL_BLOCKS):
+            rows, rejects = read(path, limits=limits)
+            assert values(rows) == [dict(zip(names, pair, strict=True)) for pair in QUOTE_MARKS]
+            assert rejects == []
+        [source] = open_evaluation([path])
+        assert [tuple(row.fields.values()) for row in source.rows()] == QUOTE_MARKS
+        assert "some cells look quoted as in a csv. A tsv has no quoting" in source.notes[0]
+    assert len(open_sources([write_rows("b.tsv", ['"Go.\tGeh.', 'Go."\tGeh.'])])[0].notes) == 1
+
+
+def test_what_the_first_line_of_a_tsv_was_taken_for_is_said(write_rows):
+    def first(*lines, columns=()):
+        [source] = open_sources([write_rows("a.tsv", lines)], columns=columns)
+        return next(source.rows()).fields, source.notes[-1].split("a.tsv: ")[1]
+
+    header = "its first line names the columns: "
+    assert first("Source\ttarget", "Go.\t가.") == ({"Source": "Go.", "target": "가."}, f"{header}Source, target")
+    assert first("id\tmy_id\tsource\ttarget", "1\t2\tGo.\t가.")[0]["my_id"] == "2"  # one name is not known
+    fields, note = first("source\tGo.", "Go.\t가.")
+    assert (fields, note) == (
+        {"first": "source", "second": "Go."},
+        "its first line is taken for a pair, 'source' and 'Go.'",
+    )
+    fields, note = first("en\tko", "Go.\t가.")
+    assert fields == {"first": "en", "second": "ko"}
+    assert note.endswith("if it names columns, --map first=en second=ko makes it the header")
+    assert first("en\tko", "Go.\t가.", columns=("en", "ok")) == ({"en": "Go.", "ko": "가."}, f"{header}en, ko")
+    assert first("text", "Go.", columns=("text",))[0] == {"text": "Go."}
+
+
+@pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])
+def test_cells_behind_the_last_name_of_a_header_are_columns_only_where_they_hold_something(
+    suffix, delimiter, write_rows
+):
+    table = ["|instruction|output||", "0|a|b||", "1|c|d", "2|e|f||x", "3|g", "4|h|i|||", "5|j|k|||x"]
+    rows, rejects = read(write_rows(f"a.{suffix}", [line.replace("|", delimiter) for line in table]))
+    assert values(rows) == [
+        {"column 1": "0", "instruction": "a", "output": "b"},
+        {"column 1": "1", "instruction": "c", "output": "d"},
+        {"column 1": "2", "instruction": "e", "output": "f", "column 5": "x"},
+        {"column 1": "4", "instruction": "h", "output": "i"},
+    ]
+    assert places(rejects) == [(5, "wrong number of columns"), (7, "wrong number of columns")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
+def test_files_that_were_joined_with_their_byte_order_marks_and_headers_are_read_on(name, write_rows):
+    lines = {"a.jsonl": [GOOD], "a.csv": [b"instruction,output", b'"a",b'], "a.tsv": [b"instruction\toutput", b"a\tb"]}
+    part = b"\xef\xbb\xbf" + b"\r\n".join(lines[name]) + b"\r\n"
+    rows, rejects = read(write_rows(name, part * 3))
+    assert values(rows) == [{"instruction": "a", "output": "b"}] * 3
+    assert [reject.kind for reject in rejects] == ["repeated header"] * (0 if name == "a.jsonl" else 2)
 
 
 @pytest.mark.parametrize("delimiter, word", [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
@@ -182,20 +242,20 @@ def test_excels_word_on_the_separator_is_heard_and_is_no_row(write_rows):
 )
 def test_a_table_whose_columns_are_numbered_has_no_header(name, lines, write_rows):
     path = write_rows(name, lines)
-    [source] = open_sources([path], numbered=True)
+    [source] = open_sources([path], columns=("1", "2"))
     assert [row.fields for row in source.rows()] == [{"1": "Add, please.", "2": "2"}, {"1": "Say.", "2": "3"}]
     assert source.notes[-1] == f"{path}: its first line is data, since --map names columns by number"
 
 
 def test_a_numbered_table_loses_no_row_to_a_bad_one_and_a_header_is_not_taken_for_data(write_rows):
-    [source] = open_sources([write_rows("a.csv", ['"never closed', "a,b", "c,d,e", "f,g"])], numbered=True)
+    [source] = open_sources([write_rows("a.csv", ['"never closed', "a,b", "c,d,e", "f,g"])], columns=("1", "2"))
     rows = list(source.rows())
     assert [row.fields["1"] for row in rows if isinstance(row, Row)] == ["a", "f"]
     bad = [row for row in rows if isinstance(row, Reject)]
     assert places(bad) == [(1, "broken csv"), (3, "wrong number of columns")]
-    assert bad[1].reason == "wrong number of columns: 3, and the first line has 2."
+    assert bad[1].reason == "wrong number of columns: 3, and this table has 2."
     with pytest.raises(UserError, match="the first line here names them: instruction, output. Map these names"):
-        open_sources([write_rows("b.csv", ["Instruction,output", "a,b"])], numbered=True)
+        open_sources([write_rows("b.csv", ["Instruction,output", "a,b"])], columns=("1", "2"))
 
 
 def test_plain_texts_are_read_to_compare_with_and_not_to_train_on(write_rows, tmp_path):
@@ -585,6 +645,55 @@ def test_values_of_columns_keep_their_types(tmp_path):
         {"n": 1, "ids": [1, 2], "turns": [{"role": "user"}]},
         {"n": None, "ids": [], "turns": None},
     ]
+
+
+LABEL = datasets.ClassLabel(names=["negative", "positive"])
+FEATURES = {
+    "answer": (datasets.Json(), ['서울\n"특별시"', 42, None, {"a": [1]}]),
+    "parts": (datasets.List(datasets.Json()), [["가", 1], [], None, [{"a": "b"}]]),
+    "nested": (
+        {"json": datasets.Json(), "label": LABEL},
+        [{"json": ["x"], "label": 0}, None, *[{"json": None, "label": 1}] * 2],
+    ),
+    "label": (LABEL, [1, 0, -1, 1]),
+    "labels": (datasets.List(LABEL), [[0, 1], [], [1], None]),
+    "text": (datasets.Value("large_string"), ["a", "b", None, "d"]),
+}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "saved", "hf"])
+def test_columns_of_datasets_have_the_values_that_are_meant(name, tmp_path):
+    """JSON text and numbers of labels are how `datasets` stores them."""
+    features = datasets.Features({column: feature for column, (feature, _) in FEATURES.items()})
+    rows = datasets.Dataset.from_dict({column: stored for column, (_, stored) in FEATURES.items()}, features)
+    path = str(tmp_path / name)
+    rows.save_to_disk(path) if name == "saved" else rows.to_parquet(f"{path}/train.parquet" if name == "hf" else path)
+    found, rejects = read(f"hf:{path}" if name == "hf" else path)
+    assert rejects == []
+    meant = {column: stored for column, (_, stored) in FEATURES.items()} | {
+        "nested": [{"json": ["x"], "label": "negative"}, None, *[{"json": None, "label": "positive"}] * 2],
+        "label": ["positive", "negative", None, "positive"],
+        "labels": [["negative", "positive"], [], ["positive"], None],
+    }
+    assert values(found) == [dict(zip(meant, row, strict=True)) for row in zip(*meant.values(), strict=True)]
+
+
+def test_a_value_of_columns_that_is_not_what_the_file_says_costs_its_own_row(tmp_path):
+    features = {"json": {"_type": "Json"}, "label": {"_type": "ClassLabel", "names": ["no", "yes"]}}
+    table = pyarrow.table({"json": ["1", "[1", '{"a": NaN}', "[" * 500 + "]" * 500, "2"], "label": [1, 0, 0, 0, 2]})
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    rows, rejects = read(str(tmp_path / "a.parquet"))
+    assert values(rows) == [{"json": 1, "label": "yes"}]
+    assert [reject.reason for reject in rejects] == [
+        "broken JSON in 'json': Expecting ',' delimiter, character 3.",
+        "NaN or Infinity in 'json': NaN is no JSON; write null, a number, or a string.",
+        "nested too deeply in 'json': lists and objects, deeper than 100.",
+        "unknown label in 'label': 2, and the file names 0 to 1.",
+    ]
+    for metadata in (b"no JSON", b"[]", b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}}'):
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "a.parquet")
+        assert len(read(str(tmp_path / "a.parquet"))[0]) == 5
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
