@@ -26,6 +26,7 @@ from diptych.data_prep.validate import (
     Fault,
     described,
     from_json_text,
+    from_object_of_lists,
     has_value,
     is_missing,
     missing_inside,
@@ -151,7 +152,7 @@ def _mark(value: Any, name: str, where: str) -> bool:
 def unused_in_turns(turns: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Iterator[str]:
     """`messages.name`: keys of turns, and of their parts, that hold something and are not read; and marks that ask for
     a turn to be learned from that is no assistant's."""
-    turns = from_json_text(turns)
+    turns = from_object_of_lists(turns)
     names = {role_key: {}, text_key: {"type": {}, "text": {}}, **dict.fromkeys(MARKS, {})}
     yield from unread(turns, name, names)
     for turn in turns if isinstance(turns, list | tuple) else ():
@@ -163,7 +164,7 @@ def unused_in_turns(turns: Any, name: str, role_key: str, text_key: str, roles: 
 
 def key_of_turns(value: Any) -> str | None:
     """`role` or `from`, whichever the first turn has; None where there are no turns."""
-    turns = from_json_text(value)
+    turns = from_object_of_lists(value)
     turns = map(from_json_text, turns[:8]) if isinstance(turns, list | tuple) else ()
     keys = (key for turn in turns if isinstance(turn, Mapping) for key in ("role", "from") if key in turn)
     return next(keys, None)

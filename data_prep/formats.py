@@ -184,7 +184,10 @@ class Converter:
         names = [name for name in row.fields if name not in used]
         for name, known in self._inside.items():
             if name in row.fields:
-                names += unread(by_language(from_json_text(row.fields[name])), name, known)
+                value = by_language(from_json_text(row.fields[name]))
+                if self.format.name == "parallel" and isinstance(value, Mapping):
+                    known = {it: inner for language, inner in known.items() for it in variants(language, value)}
+                names += unread(value, name, known)
         if self.conversational:
             for name in map(self.column, self.format.shapes[0]):
                 names += unused_in_turns(row.fields.get(name), name, *self.format.turns)
@@ -242,7 +245,7 @@ class Converter:
         """A text that has to be there, or a list of them: several translations of one sentence."""
         column = self.column(name)
         value = self.value(fields, name)
-        if value is MISSING and "." in column:  # a language of a translation that lists its languages
+        if (value is MISSING or value is None) and "." in column:  # the language may be listed, or have a region
             value = self._in_language(fields, *column.rsplit(".", 1))
         if isinstance(value, list | tuple):
             listed = enumerate(filled_list(value, column, f"empty {column}"))
@@ -257,10 +260,14 @@ class Converter:
         if unit is not written and len(written["language"]) != len(written["translation"]):
             kind = "languages and translations differ in number"
             raise Fault(holder, kind, f"'{holder}' has no translation for each language, or no language for each.")
-        if language not in unit:
+        found = variants(language, unit)
+        if not found and language not in unit:
             reason = f"'{holder}' has no text in '{language}'; it has some in {listed(unit) or 'no language'}."
             raise Fault(f"{holder}.{language}", f"missing field '{holder}.{language}'", reason, of_shape=True)
-        return unit[language]
+        if len(found) < 2:
+            return unit[found[0] if found else language]
+        texts = [unit[name] for name in found]
+        return [part for text in texts for part in (text if isinstance(text, list | tuple) else [text])]
 
     def optional_text(self, fields: Mapping[str, Any], name: str) -> str:
         """Absent, null and NaN are "": they are how tables say that there is none."""
@@ -556,17 +563,33 @@ def _languages(rows: Sequence[Row], source: str, column: str, languages: Sequenc
         if len(languages) != 2 or languages[0] == languages[1]:
             raise UserError(f"--languages takes two different languages, and got {' '.join(languages)}.")
         for language in languages:
-            if language not in found:
+            if not variants(language, dict.fromkeys(found, "")):
                 near = nearest(language, found)
                 hint = f" Did you mean '{shown_name(near)}'?" if near else ""
                 raise UserError(f"{source} has no language '{language}'; languages there are {listed(found)}.{hint}")
     elif len(found) != 2:
+        bases = list(dict.fromkeys(_tag(name).split("-")[0] for name in found))
+        shown = " ".join(map(shown_name, bases if len(bases) == 2 else found[:2]))
+        regions = " (en stands for en-GB and en-US as well)" if len(bases) < len(found) else ""
         raise UserError(
             f"{source} has text in {listed(found)}, and pairs are of two languages. Say which are the first and the"
-            f" second side, for example --languages {' '.join(shown_name(name) for name in found[:2])}."
+            f" second side, for example --languages {shown}{regions}."
         )
     first, second = languages or found
     return {"first": f"{column}.{first}", "second": f"{column}.{second}"}
+
+
+def variants(language: str, unit: Mapping[str, Any]) -> list[str]:
+    """What a unit calls a language that it has text in: `en` is `EN` or, where there is none, `en-GB` and `en_US`."""
+    asked, filled = _tag(language), [name for name, value in unit.items() if value is not None]
+    for fits in (language.__eq__, lambda name: _tag(name) == asked, lambda name: _tag(name).startswith(f"{asked}-")):
+        if found := [name for name in filled if fits(name)]:
+            return found
+    return []
+
+
+def _tag(language: str) -> str:
+    return language.casefold().replace("_", "-")
 
 
 def by_language(unit: Any) -> Any:
@@ -587,7 +610,8 @@ def _is_conversational(views: Sequence[Mapping[str, Any]]) -> bool:
     """Whether most prompts are lists of turns; a text is one only if it is the JSON of turns."""
     prompts = [view["prompt"] for view in views if view.get("prompt") is not None]
     are_turns = [
-        key_of_turns(it) is not None if isinstance(it, str) else isinstance(it, list | tuple) for it in prompts
+        key_of_turns(it) is not None if isinstance(it, str | Mapping) else isinstance(it, list | tuple)
+        for it in prompts
     ]
     return 2 * sum(are_turns) > len(prompts)
 

@@ -126,7 +126,7 @@ def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[R
         records = _plain_text
         if not is_plain(source.name):
             both = Directions("Translate:", "Translate:")  # so that both sides of a pair are looked at
-            records = converter_for(rows, source.name, directions=both).records
+            records = converter_for(rows, source.name, directions=both, languages=settings.languages).records
         bad: list[Reject] = []
         for result in (result for row in source.rows() for result in records(row)):
             if isinstance(result, Record | PlainText):

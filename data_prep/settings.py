@@ -60,7 +60,8 @@ class PrepareSettings:
     """Instruction for parallel text from the second side to the first."""
 
     languages: list[str] = field(default_factory=list)
-    """Which two languages of parallel text with more are the first and the second side: `--languages en ko`."""
+    """Which two languages of parallel text with more are the first and the second side: `--languages en ko`. Where a
+    row has no `en`, this is `EN`, or each of its regions: `en-GB`, `en_US`."""
 
     summary_instruction: str = SUMMARY_INSTRUCTION
     """The instruction of summarisation pairs."""

@@ -171,8 +171,8 @@ def _misspelt(column: str, names: tuple[str, ...], known: tuple[str, ...], cutof
 
 
 def some_list(value: Any, name: str, due: str = "a list") -> Sequence[Any]:
-    """A list, which may be written as JSON text."""
-    found = from_json_text(value)
+    """A list, which may be written as JSON text, or as an object of lists."""
+    found = from_object_of_lists(value)
     if isinstance(found, list | tuple):
         return found
     reason = f"'{name}' is {described(found)}, and {due} is due.{unparsed(found, 'It', name)}"
@@ -195,6 +195,17 @@ def from_json_text(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def from_object_of_lists(value: Any) -> Any:
+    """`{"role": ["user"], "content": ["Hi."]}` → `[{"role": "user", "content": "Hi."}]`: so `datasets` before 4.0
+    keeps a list of objects. Any other value is returned as `from_json_text` does."""
+    value = from_json_text(value)
+    if not isinstance(value, Mapping) or not all(isinstance(part, list | tuple) for part in value.values()):
+        return value
+    if len(set(map(len, value.values()))) != 1:
+        return value
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
 
 
 def is_unparsed(value: Any) -> bool:

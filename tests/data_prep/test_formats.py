@@ -786,6 +786,51 @@ def test_a_translation_has_its_languages_in_order_or_as_told():
     assert converter_for(rows(fields), "f", directions=there).unused_fields(row(fields)) == ["id"]
 
 
+def test_a_language_stands_for_its_regions_where_a_row_has_no_other_text_in_it():
+    units = [
+        {"en-GB": "Colour.", "de-DE": "Farbe."},
+        {"en_us": "Color.", "DE": "Farbe."},
+        {"en": "Go.", "en-GB": "Off you go.", "de-AT": "Geh."},
+        {"en-GB": "Lorry.", "en-US": "Truck.", "en": None, "de": "Lkw."},
+        {"eng": "Hi.", "de": "Hallo."},
+    ]
+    there, all_rows = Directions("x"), [{"translation": unit} for unit in units]
+    *pairs, reject = results(*all_rows, directions=there, languages=("en", "de"))
+    assert [(pair.origin.row, pair.input, pair.output) for pair in pairs] == [
+        (1, "Colour.", "Farbe."),
+        (2, "Color.", "Farbe."),
+        (3, "Go.", "Geh."),
+        (4, "Lorry.", "Lkw."),
+        (4, "Truck.", "Lkw."),
+    ]
+    assert "has no text in 'en'; it has some in 'eng', 'de'" in reject.reason
+    british = results(*all_rows, directions=there, languages=("EN-gb", "de"))
+    assert [pair.input for pair in british if isinstance(pair, Record)] == ["Colour.", "Off you go.", "Lorry."]
+    converter = converter_for(rows(*all_rows), "f", directions=there, languages=("en", "de"))
+    assert [converter.unused_fields(it) for it in rows(*all_rows[:4])] == [[], [], ["translation.en-GB"], []]
+    with pytest.raises(UserError, match=r"for example --languages en de \(en stands for en-GB and en-US as well\)"):
+        results(*all_rows[:4], directions=there)
+    with pytest.raises(UserError, match="has no language 'fr'"):
+        results(*all_rows, directions=there, languages=("en", "fr"))
+
+
+def test_an_object_of_lists_is_the_list_of_objects_that_datasets_made_it_of():
+    turns = {"from": ["human", "gpt"], "value": ["Hi.", "Hello."], "note": [None, "x"]}
+    assert results({"conversations": turns}) == [record("Hi.", "", "Hello.")]
+    converter = converter_for(rows({"conversations": turns}), "f")
+    assert converter.unused_fields(row({"conversations": turns})) == ["conversations.note"]
+    prompt = {"role": ["user"], "content": ["Hi."]}
+    completion = {"role": ["assistant"], "content": ["Hello."]}
+    assert results({"prompt": prompt, "completion": completion}) == [record("Hi.", "", "Hello.")]
+    instances = {"input": ["1 + 1", ""], "output": ["2", "3"]}
+    assert results({"instruction": "Add.", "instances": instances}) == [
+        record("Add.", "1 + 1", "2", instance=1),
+        record("Add.", "", "3", instance=2),
+    ]
+    uneven = {"from": ["human"], "value": ["Hi.", "Hello."]}
+    assert "a list of turns is due" in late({"conversations": uneven}, {"conversations": turns}).reason
+
+
 def test_each_of_several_translations_makes_a_pair():
     several = {"translation": {"en": "Go.", "de": ["Geh.", "Los."]}}
     pairs = [record("x", "Go.", "Geh.", instance=1), record("x", "Go.", "Los.", instance=2)]
