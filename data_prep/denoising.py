@@ -21,7 +21,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -35,8 +34,10 @@ from tqdm import tqdm
 
 from diptych.data_prep.arguments import parse
 from diptych.data_prep.checkpoint_tokenizer import open_tokenizer
+from diptych.data_prep.command_line import run_command
 from diptych.data_prep.encode import split_sources, split_targets
 from diptych.data_prep.records import UserError
+from diptych.data_prep.settings import DenoiseSettings
 from diptych.data_prep.tokenizer_texts import open_texts
 
 if TYPE_CHECKING:
@@ -70,52 +71,6 @@ UL2_MIXTURE = (
     Denoiser("X", 0.5, 64),
 )
 """Table 1 of the paper, each as often as the others."""
-
-
-@dataclass(frozen=True)
-class DenoiseSettings:
-    """Make pairs of source and target out of raw text, as rows of token ids that `diptych prepare` packs."""
-
-    data: list[str] = field(default_factory=list)
-    """Files of text: .txt with a document a line, rows with a column `text` or of any known format (jsonl, parquet,
-    also .gz and .zst), folders, globs, and Hub ids (hf:user/name)."""
-    tokenizer: str = ""
-    """Checkpoint whose tokenizer cuts the text: folder or Hub id."""
-    out: str = ""
-    """New folder, for pairs.parquet, and for the tokenizer if sentinels are added to it."""
-    objective: Literal["prefix_lm", "span_corruption", "ul2"] = "prefix_lm"
-    """prefix_lm asks for no new token, and is what an LLM did all along; the others need sentinels."""
-    noise_density: float = 0.15
-    """span_corruption: share of the tokens that are cut out."""
-    mean_noise_span_length: float = 3.0
-    """span_corruption: tokens of a span, on average."""
-    minimum_prefix: float = 0.25
-    """prefix_lm: the least share of a window that is read; the most is so much from the end. UL2 has its own."""
-    max_source_tokens: int = 512
-    """The longest source, special tokens included."""
-    max_target_tokens: int = 512
-    """The longest target."""
-    text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, where they are not recognised."""
-    documents: Literal["line", "file"] = "line"
-    """Whether each line of a .txt is a document, or each file (blank lines go)."""
-    add_sentinels: int = 0
-    """Add so many sentinels <extra_id_0>, <extra_id_1> … to the tokenizer, and save it in OUT/tokenizer."""
-    mode_tokens: list[str] = field(default_factory=list)
-    """ul2: three tokens of the tokenizer, for R, S and X, with which a source begins."""
-    seed: int = 0
-    """Of all that is drawn."""
-
-    def __post_init__(self):
-        for name, example in {"tokenizer": "a checkpoint", "out": "a new folder"}.items():
-            if not getattr(self, name):
-                raise UserError(f"{name} is not set. Name {example}: --{name} …")
-        if not 0 < self.noise_density < 1 or self.mean_noise_span_length < 1:
-            raise UserError("noise_density is a share between 0 and 1, and a span has 1 token or more. Mend them.")
-        if not 0 < self.minimum_prefix <= 0.5:
-            raise UserError(f"minimum_prefix is {self.minimum_prefix}; it is a share, above 0 and at most 0.5.")
-        if self.mode_tokens and (self.objective != "ul2" or len(self.mode_tokens) != 3):
-            raise UserError("mode_tokens are three, for R, S and X, of objective ul2. Give them so, or none.")
 
 
 class Frame(NamedTuple):
@@ -319,15 +274,10 @@ def _write(writer: pyarrow.parquet.ParquetWriter, pairs: list[tuple]) -> None:
         pairs.clear()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(settings: DenoiseSettings) -> int:
     datasets.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    try:
-        settings = parse(DenoiseSettings, "diptych denoise", sys.argv[1:] if argv is None else argv)
-        counts = denoise(settings)
-    except (UserError, OSError) as error:
-        print(f"diptych denoise: {error}", file=sys.stderr)
-        return 2
+    counts = denoise(settings)
     tokenizer = f"{settings.out}/tokenizer" if settings.add_sentinels else settings.tokenizer
     print(
         f"{counts['pairs']:,} pairs of {counts['documents']:,} documents, {counts['tokens']:,} tokens; "
@@ -335,6 +285,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"Next: diptych prepare --data {settings.out}/pairs.parquet --tokenizer {tokenizer} --out prepared")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("diptych denoise", lambda words: parse(DenoiseSettings, "diptych denoise", words), run, argv)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ from diptych.data_prep.templates import attach_template, carried_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NEW_TOKENS_KEY = "diptych_new_tokens"
-"""The key in tokenizer_config.json: {new token: [ids of the old tokens it stands for]}."""
-
 MINIMUM_FREQUENCY = 5
 """A token that is rarer in the new texts has nothing to train its row."""
+
+NEW_TOKENS_KEY = "diptych_new_tokens"
+"""The key in tokenizer_config.json: {new token: [ids of the old tokens it stands for]}."""
 
 SAVING_SCORE = 0.01
 """Unigram: what a new piece scores above its old pieces, for each token saved. Scores are logarithms of probabilities,

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep import facts
 from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, decoder_start_of, load_tokenizer_and_template
+from diptych.data_prep.command_line import run_command
 from diptych.data_prep.encode import from_marked
 from diptych.data_prep.gather import Gathered, collect, encode, gather
 from diptych.data_prep.inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
@@ -79,13 +80,13 @@ BYTES_PER_WORKER = 4_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("error", parse_settings, run, argv)
+
+
+def run(settings: PrepareSettings) -> int:
     datasets.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    try:
-        prepare(parse_settings(sys.argv[1:] if argv is None else argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    prepare(settings)
     return 0
 
 

@@ -128,6 +128,12 @@ SAMPLES = {
 # Opening
 
 
+def check_entry(entry: str) -> None:
+    """UserError where what is to be read is not there; nothing is opened."""
+    if not entry.startswith(HUB_PREFIX) and entry not in SAMPLES and not os.path.exists(entry):
+        find_files(entry, SAMPLES)
+
+
 def open_sources(
     entries: Sequence[str],
     aligned: Sequence[str] = (),

@@ -14,24 +14,29 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import transformers
 from transformers.utils import cached_file
 
-from diptych.data_prep.arguments import parse
 from diptych.data_prep.checkpoint_tokenizer import open_tokenizer
-from diptych.data_prep.extend_tokenizer import MINIMUM_FREQUENCY, add_new_tokens, check_extensible, learn_new_tokens
+from diptych.data_prep.command_line import run_command
+from diptych.data_prep.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
 from diptych.data_prep.filters import script_of
-from diptych.data_prep.records import UserError, nearest
+from diptych.data_prep.records import UserError
+from diptych.data_prep.settings import (
+    ExtendTokenizerSettings,
+    ReportTokenizerSettings,
+    TrainTokenizerSettings,
+    parse_tokenizer_settings,
+)
 from diptych.data_prep.tokenizer_report import draw_report, report_of_pairs, table_of
 from diptych.data_prep.tokenizer_texts import Texts, open_texts
 from diptych.data_prep.train_tokenizer import (
-    LEAST_SAVING,
     CurvePoint,
     curve_vocab_size,
     is_held_out,
@@ -46,99 +51,15 @@ TEXTS_MEASURED = 20_000
 """Held-out texts on which an extension is measured, at most."""
 
 
-@dataclass(frozen=True)
-class TrainTokenizerSettings:
-    """Train a byte-level tokenizer, from which every text comes back exactly."""
-
-    data: list[str] = field(default_factory=list)
-    """What to learn from, one or more: all that `diptych prepare` reads (files, folders, globs, Hub data sets), files
-    of plain text (a text a line), folders of prepared data (their train split)."""
-    out: str = "tokenizer"
-    """Folder to write: the tokenizer, with tokenizer_report.json and tokenizer_report.png."""
-    kind: Literal["bpe", "unigram"] = "bpe"
-    """How words are cut: byte pair encoding, or the most probable pieces (Unigram)."""
-    vocab_size: int | Literal["auto", "table"] = "auto"
-    """Tokens. `auto` trains sizes that double and takes the smallest after which a doubling saves too little; `table`
-    goes by the amount of text; or a number."""
-    least_saving: float = LEAST_SAVING
-    """For auto: a doubling of the vocabulary has to save at least this part of the tokens of unseen text."""
-    text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
-
-
-@dataclass(frozen=True)
-class ReportTokenizerSettings:
-    """Report how many tokens texts take, whether they come back exactly, and how much of the vocabulary is used."""
-
-    tokenizer: str
-    """A tokenizer or checkpoint, as a folder or a Hub id."""
-    data: list[str] = field(default_factory=list)
-    """What to measure on, one or more: all that `diptych prepare` reads, files of plain text (a text a line), folders
-    of prepared data (their train split)."""
-    by: Literal["script", "language", "file"] = "script"
-    """What the rows of the table are: the script of most letters, the language as py3langid guesses it (needs the
-    extra `clean`), or the file."""
-    out: str | None = None
-    """Also write the report as JSON to this file, and its bars as a PNG beside it."""
-    text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
-
-
-@dataclass(frozen=True)
-class ExtendTokenizerSettings:
-    """Add tokens for a new language or domain to a checkpoint's tokenizer, whose old tokens keep their ids."""
-
-    checkpoint: str
-    """The checkpoint whose tokenizer is extended, as a folder or a Hub id."""
-    data: list[str] = field(default_factory=list)
-    """Texts of the new language or domain, one or more: all that `diptych prepare` reads, files of plain text (a text
-    a line), folders of prepared data (their train split). One text in twenty is held out to measure on."""
-    tokens: int = 2000
-    """New tokens, at most. Each costs a row of the embedding table, and of the head where that has its own; training
-    (with grow_vocabulary) starts it as the mean of the rows that it stands for."""
-    out: str = "extended-tokenizer"
-    """Folder to write: the tokenizer, with what it gains in tokenizer_report.json. Use it as prepare's --tokenizer."""
-    minimum_frequency: int = MINIMUM_FREQUENCY
-    """A new token stands at least so often in the data: a rarer one would have nothing to learn from."""
-    text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
+    return run_command("error", parse_tokenizer_settings, run, argv)
+
+
+def run(settings: TrainTokenizerSettings | ReportTokenizerSettings | ExtendTokenizerSettings) -> int:
     datasets.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_usage(), file=sys.stdout if argv else sys.stderr)
-        return 0 if argv else 2
-    action, *rest = argv
-    try:
-        if action not in ACTIONS:
-            near = nearest(action, ACTIONS)
-            hint = f"Did you mean {near}? " if near else ""
-            raise UserError(f"there is no action {action!r}. {hint}Choose from: {', '.join(ACTIONS)}.")
-        settings_class, run, _ = ACTIONS[action]
-        run(parse(settings_class, f"diptych tokenizer {action}", rest))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    ACTIONS[type(settings)](settings)
     return 0
-
-
-def _usage() -> str:
-    lines = [f"  {action:8}{summary}" for action, (_, _, summary) in ACTIONS.items()]
-    return "\n".join(
-        [
-            "usage: diptych tokenizer ACTION ...",
-            "",
-            *lines,
-            "",
-            "`diptych tokenizer ACTION --help` says what it takes.",
-        ]
-    )
 
 
 def train(settings: TrainTokenizerSettings) -> None:
@@ -289,11 +210,7 @@ def _as_json(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
-ACTIONS = {
-    "train": (TrainTokenizerSettings, train, "texts -> a tokenizer that gives every text back"),
-    "report": (ReportTokenizerSettings, report, "a tokenizer and texts -> how many tokens they take"),
-    "extend": (ExtendTokenizerSettings, extend, "a checkpoint and new texts -> its tokenizer with tokens for them"),
-}
+ACTIONS = {TrainTokenizerSettings: train, ReportTokenizerSettings: report, ExtendTokenizerSettings: extend}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,11 +25,14 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from diptych.data_prep.records import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD, EOS, BOS = "<pad>", "</s>", "<s>"
 SPECIAL_TOKENS = [PAD, EOS, BOS]
@@ -87,6 +90,8 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", pair=f"$A $B {EOS}", special_tokens=[(EOS, eos_id)]
     )
+    from transformers import PreTrainedTokenizerFast  # a second, which --help of prepare does not wait for
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

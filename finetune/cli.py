@@ -1,22 +1,18 @@
-"""The command `diptych`, and the two things that its subcommands share: reading settings, and reporting user errors.
+"""The command `diptych`: which subcommands there are, where their settings stand, and where their work is done.
 
     diptych prepare …     diptych train …     diptych evaluate …     diptych generate …     diptych doctor …
 
-Each subcommand is the `main(argv)` of one file and returns its exit code (exits.py): 0 done, 2 a user's error, told in
-one message without a traceback. Nothing heavy is imported before a subcommand is known, so that
-`diptych --help` answers in a tenth of a second.
+Settings stand in modules that import nothing heavy. The module that does the work is imported once the settings are
+known to be good, so that --help and mistakes are answered in a fraction of a second. Exit codes are those of exits.py.
 """
 
 import importlib
-import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from diptych.data_prep.arguments import choose_from, parse
-from diptych.data_prep.records import UserError
-
-Settings = TypeVar("Settings")
+from diptych.data_prep.command_line import run_command, survive_closed_pipes
 
 USAGE = """usage: diptych COMMAND ...
 
@@ -28,75 +24,120 @@ Fine-tuning for encoder-decoders.
 launch the same loop with: accelerate launch -m diptych.finetune.train --config recipe.yaml"""
 
 
+class Command(NamedTuple):
+    summary: str
+    settings: str
+    """`module:name` of the settings' class, or of a function that makes settings of an argv."""
+    work: str
+    """`module:name` of a function that takes the settings and returns an exit code."""
+    said_by: str = ""
+    """What its messages begin with; its name unless given."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
+        survive_closed_pipes("diptych")
         print(USAGE.format(commands=_list_commands()), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     command, *rest = argv
     if command not in COMMANDS:
         print(f"diptych: there is no command {command!r}. {choose_from(command, list(COMMANDS))}", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[command]
-    try:
-        return importlib.import_module(module).main(rest)
-    except KeyboardInterrupt:  # while it was still importing
-        return 130
-    except BrokenPipeError:  # `| head` has read enough; nothing may be flushed into the pipe at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return run(command, rest)
+
+
+def run(name: str, argv: Sequence[str] | None) -> int:
+    """The exit code of a command."""
+    command = COMMANDS[name]
+
+    def parse_it(words: Sequence[str]) -> Any:
+        settings = _named(command.settings)
+        return parse(settings, f"diptych {name}", words) if isinstance(settings, type) else settings(words)
+
+    return run_command(
+        command.said_by or f"diptych {name}", parse_it, lambda settings: _named(command.work)(settings), argv
+    )
+
+
+def _named(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _list_commands() -> str:
-    return "\n".join(f"  {name:10}{summary}" for name, (_, summary) in COMMANDS.items())
+    return "\n".join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())
 
 
-def parse_settings(
-    settings_class: type[Settings], command: str, argv: Sequence[str] | None, usage: str | None = None
-) -> Settings:
-    """The command line as a frozen dataclass (arguments.py). What cannot be meant ends the process with code 2."""
-    try:
-        return parse(settings_class, command, sys.argv[1:] if argv is None else argv, usage)
-    except UserError as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def report_errors(command: str, run: Callable[..., int], *arguments: Any) -> int:
-    """`run(*arguments)`; what a person can mend becomes one message and the exit code of exits.py."""
-    try:
-        return run(*arguments)
-    except (UserError, OSError) as error:
-        from diptych.finetune.exits import exit_code_of
-
-        is_of_a_file = isinstance(error, OSError) and error.filename is not None
-        told = f"{error.filename}: {error.strerror}" if is_of_a_file else str(error)
-        print(f"{command}: {told}", file=sys.stderr)
-        return exit_code_of(error)
-    except KeyboardInterrupt:
-        print(f"\n{command}: interrupted", file=sys.stderr)
-        return 130
-
-
+DATA, FINETUNE = "diptych.data_prep", "diptych.finetune"
+SETTINGS = f"{FINETUNE}.command_settings"
 COMMANDS = {
-    "prepare": ("diptych.data_prep.prepare", "raw rows -> a prepared dataset"),
-    "denoise": (
-        "diptych.data_prep.denoising",
-        "raw text -> pairs that `prepare` packs: prefixes, spans, UL2's mixture",
+    "prepare": Command(
+        "raw rows -> a prepared dataset", f"{DATA}.settings:parse_settings", f"{DATA}.prepare:run", "error"
     ),
-    "train": ("diptych.finetune.train", "a prepared dataset and a checkpoint or a new model -> a run folder"),
-    "evaluate": ("diptych.finetune.evaluation", "a checkpoint and a prepared split -> loss and metrics"),
-    "compare": ("diptych.finetune.compare", "two runs or two reports -> what differs, whether by chance, and curves"),
-    "generate": ("diptych.finetune.generate", "a prompt, a session or a JSONL file -> text"),
-    "inspect": ("diptych.finetune.inspection", "a checkpoint and an input -> a page that shows each step inside"),
-    "demo": ("diptych.finetune.demo", "a checkpoint, or two side by side, on a page to try"),
-    "serve": ("diptych.finetune.serve", "a checkpoint behind OpenAI's HTTP interface"),
-    "doctor": ("diptych.finetune.doctor", "a checkpoint -> whether its training is right, and what to do if not"),
-    "publish": ("diptych.finetune.publish", "a run folder -> its final model on the Hub, with a card"),
-    "pair": ("diptych.finetune.pair", "a decoder-only LLM, or two -> an encoder-decoder"),
-    "merge": ("diptych.finetune.merge", "an adapter -> a plain checkpoint, with the adapter in its weights"),
-    "export": ("diptych.finetune.export", "a checkpoint -> a folder for a faster engine, proven to write the same"),
-    "tokenizer": ("diptych.data_prep.tokenizer_command", "texts -> a tokenizer, a report on one, or an extended one"),
+    "denoise": Command(
+        "raw text -> pairs that `prepare` packs: prefixes, spans, UL2's mixture",
+        f"{DATA}.settings:DenoiseSettings",
+        f"{DATA}.denoising:run",
+    ),
+    "train": Command(
+        "a prepared dataset and a checkpoint or a new model -> a run folder",
+        f"{FINETUNE}.config:TrainRecipe",
+        f"{FINETUNE}.train:run",
+    ),
+    "evaluate": Command(
+        "a checkpoint and a prepared split -> loss and metrics",
+        f"{SETTINGS}:EvaluateSettings",
+        f"{FINETUNE}.evaluation:run",
+    ),
+    "compare": Command(
+        "two runs or two reports -> what differs, whether by chance, and curves",
+        f"{SETTINGS}:CompareSettings",
+        f"{FINETUNE}.compare:run",
+    ),
+    "generate": Command(
+        "a prompt, a session or a JSONL file -> text", f"{SETTINGS}:GenerateSettings", f"{FINETUNE}.generate:run"
+    ),
+    "inspect": Command(
+        "a checkpoint and an input -> a page that shows each step inside",
+        f"{SETTINGS}:InspectSettings",
+        f"{FINETUNE}.inspection:run",
+    ),
+    "demo": Command(
+        "a checkpoint, or two side by side, on a page to try", f"{SETTINGS}:DemoSettings", f"{FINETUNE}.demo:run"
+    ),
+    "serve": Command(
+        "a checkpoint behind OpenAI's HTTP interface", f"{SETTINGS}:ServeSettings", f"{FINETUNE}.serve:run"
+    ),
+    "doctor": Command(
+        "a checkpoint -> whether its training is right, and what to do if not",
+        f"{SETTINGS}:DoctorSettings",
+        f"{FINETUNE}.doctor:run",
+    ),
+    "publish": Command(
+        "a run folder -> its final model on the Hub, with a card",
+        f"{SETTINGS}:PublishSettings",
+        f"{FINETUNE}.publish:run",
+    ),
+    "pair": Command(
+        "a decoder-only LLM, or two -> an encoder-decoder", f"{SETTINGS}:parse_pair", f"{FINETUNE}.pair:run"
+    ),
+    "merge": Command(
+        "an adapter -> a plain checkpoint, with the adapter in its weights",
+        f"{SETTINGS}:MergeSettings",
+        f"{FINETUNE}.merge:run",
+    ),
+    "export": Command(
+        "a checkpoint -> a folder for a faster engine, proven to write the same",
+        f"{SETTINGS}:ExportSettings",
+        f"{FINETUNE}.export:run",
+    ),
+    "tokenizer": Command(
+        "texts -> a tokenizer, a report on one, or an extended one",
+        f"{DATA}.settings:parse_tokenizer_settings",
+        f"{DATA}.tokenizer_command:run",
+        "error",
+    ),
 }
 
 if __name__ == "__main__":

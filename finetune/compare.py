@@ -19,15 +19,15 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import parse_settings, report_errors
-from diptych.finetune.confidence import LEVEL_PERCENT, TRIALS, Paired, paired_tests
+from diptych.finetune import cli
+from diptych.finetune.command_settings import CompareSettings
+from diptych.finetune.confidence import LEVEL_PERCENT, Paired, paired_tests
 from diptych.finetune.evaluation import is_improvement, predictions_file
 from diptych.finetune.metrics import METRICS, Statistics, count_texts, ratio
 from diptych.finetune.run_folder import last_training
@@ -303,26 +303,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines).strip("\n")
 
 
-@dataclass(frozen=True)
-class CompareSettings:
-    """Two runs or two evaluation reports: what differs, losses, metrics with intervals, paired tests, and curves."""
-
-    run_a: str
-    """Run folder (what `out` of the recipe named), or a report that `diptych evaluate --out` wrote."""
-    run_b: str
-    """The other one. Reports that lie in a run folder are found; of each split the newest is taken."""
-    out: str = ""
-    """JSON file for all figures; the picture of the curves goes beside it. Printed only unless given."""
-    trials: int = TRIALS
-    """Random exchanges of outputs for each p-value, whose smallest possible value is 1 / (trials + 1)."""
-    seed: int = 0
-    """Seed of the tests."""
-
-    def __post_init__(self):
-        if self.trials < 1:
-            raise UserError(f"trials is {self.trials}; it must be 1 or more.")
-
-
 def run(settings: CompareSettings) -> int:
     a, b = load_side(settings.run_a), load_side(settings.run_b)
     shared = [split for split in a.reports if split in b.reports]
@@ -370,7 +350,7 @@ def to_json(a: Side, b: Side, comparisons: Mapping[str, Comparison]) -> dict[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report_errors("diptych compare", run, parse_settings(CompareSettings, "diptych compare", argv))
+    return cli.run("compare", argv)
 
 
 if __name__ == "__main__":

@@ -6,29 +6,28 @@ A recipe is read from YAML, single settings are overridden on the command line, 
 folder as config.yaml. recipes/ has some to start from.
 """
 
-from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych.data_prep.command_line import CHECKPOINT, PREPARED, START
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import parse_settings
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
     """Fine-tune an encoder-decoder, or train a Diptych from scratch, on a prepared dataset."""
 
-    model: str = ""
+    model: str = field(default="", metadata=START)
     """Where training starts: a checkpoint folder or Hub id of any AutoModelForSeq2SeqLM, or a named size
     (diptych-8m, -60m, -220m, -770m, -3b), which starts from random weights."""
     model_overrides: dict[str, Any] = field(default_factory=dict)
     """Config values of a named size, such as {residual_dropout: 0.1}. A checkpoint takes none: it has its config."""
-    data: str = ""
+    data: str = field(default="", metadata=PREPARED)
     """Folder that `diptych prepare` wrote: its split `train` is trained on, `validation` evaluated if it is there."""
     out: str = ""
     """Run folder, made if need be. It must be empty unless `resume` is set."""
-    tokenizer: str | None = None
+    tokenizer: str | None = field(default=None, metadata=CHECKPOINT)
     """Tokenizer saved with the model; the prepared folder's own unless given. Its vocabulary must be the same."""
     grow_vocabulary: bool = False
     """Allow a tokenizer with more tokens than the model has embedding rows: rows are added, which LoRA trains too."""
@@ -86,7 +85,7 @@ class TrainRecipe:
     open_encoder_steps: int = 0
     """Let a Diptych's encoder begin causal, as the LLM that it was made of, and open it to the whole source over so
     many steps: at step s of n, a token sees s/n of the longest row ahead."""
-    teacher: str | None = None
+    teacher: str | None = field(default=None, metadata=CHECKPOINT)
     """Folder or Hub id of a model with the same tokenizer, decoder-only (the LLM that a pair was made of) or an
     encoder-decoder, whose predictions are learned beside the targets (distillation, arXiv 1503.02531)."""
     distill_weight: float = 0.5
@@ -293,8 +292,3 @@ FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers", "profile", "r
 def split_names(names: str) -> list[str]:
     """`"chrf, bleu"` -> `["chrf", "bleu"]`; no names give no list."""
     return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def parse_recipe(argv: Sequence[str] | None) -> TrainRecipe:
-    """The recipe from YAML and command line; what cannot be parsed ends the process with code 2 and one message."""
-    return parse_settings(TrainRecipe, "diptych train", argv)

@@ -13,10 +13,9 @@ import os
 import queue
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 from transformers import PreTrainedModel
@@ -24,15 +23,16 @@ from transformers import PreTrainedModel
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import load_template, template_of
 from diptych.data_prep.text_shown import token_markup
+from diptych.finetune import cli
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.attentions import mean_weights
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece
-from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.command_settings import DemoSettings
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
 from diptych.finetune.generate_file import read_prompts
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.targets import given_tokens
-from diptych.finetune.web import LOOPBACK_NAMES, address, check_port, listen, need_secret, run_until_signal
+from diptych.finetune.web import LOOPBACK_NAMES, address, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[gradio]'"
 PASSWORD_VARIABLE = "DIPTYCH_PASSWORD"
@@ -47,36 +47,6 @@ POLICY = (
     "frame-ancestors 'none';"
 )
 """By which a browser asks no other host. Gradio's own page needs inline scripts."""
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """A page on which to try a checkpoint, or two of them side by side."""
-
-    model: str
-    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
-    beside: str = ""
-    """A second checkpoint, whose answer is shown beside."""
-    host: str = "127.0.0.1"
-    """Address to listen at. Any but the loopback's needs a password in the environment, DIPTYCH_PASSWORD; the user is
-    diptych."""
-    port: int = 7860
-    """0 takes a free one, which is said."""
-    examples: str = ""
-    """JSONL file of rows with `instruction` and `input`, of which the first are offered on the page."""
-    template: str = ""
-    """Name or file of a prompt template; the one saved with the tokenizer unless given."""
-    max_new_tokens: int | None = None
-    """The longest answer that can be asked for; 256, or the model's own limit if that is lower, unless given."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; `auto` is as the checkpoint was saved."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
-
-    def __post_init__(self):
-        check_port(self.port)
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
 
 
 class Contestant(NamedTuple):
@@ -353,8 +323,7 @@ def _serve(settings: DemoSettings) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    settings = parse_settings(DemoSettings, "diptych demo", argv)
-    return report_errors("diptych demo", run, settings)
+    return cli.run("demo", argv)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,8 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune import cli
+from diptych.finetune.command_settings import DoctorSettings
 from diptych.finetune.doctor_checks import CHECKS, Finding, Patient, examine
 from diptych.finetune.doctor_rows import rows_from
 from diptych.finetune.loading import (
@@ -57,20 +57,6 @@ NAME_COLUMNS = max(map(len, CHECKS)) + 2
 MARKS = {"green": "✓", "red": "✗", "not_applicable": "–"}
 COLOURS = {"green": "\033[32m", "red": "\033[31m", "not_applicable": "\033[2m"}
 COLOUR_END = "\033[0m"
-
-
-@dataclass(frozen=True)
-class DoctorSettings:
-    """Whether a checkpoint's training is right, and what to do where it is not."""
-
-    model: str
-    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
-    data: str = ""
-    """Rows to examine it with: a prepared folder, or a .json or .jsonl file; built-in sentences unless given."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
-    json: bool = False
-    """Print JSON instead of the table."""
 
 
 @contextmanager
@@ -198,8 +184,7 @@ def run(settings: DoctorSettings) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    settings = parse_settings(DoctorSettings, "diptych doctor", argv)
-    return report_errors("diptych doctor", run, settings)
+    return cli.run("doctor", argv)
 
 
 if __name__ == "__main__":

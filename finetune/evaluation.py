@@ -22,13 +22,12 @@ threads in each process the figures are those of one rank, to the last digit.
 import hashlib
 import json
 import math
-import os
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,11 +37,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template, carried_template
+from diptych.finetune import cli
 from diptych.finetune.batches import PaddedRows, check_rows_fit, drop_repeated_start, longest_first
 from diptych.finetune.checkpoint import MANIFEST, read_json
-from diptych.finetune.cli import choose_from, parse_settings, report_errors
+from diptych.finetune.command_settings import EvaluateSettings
 from diptych.finetune.confidence import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
 from diptych.finetune.exits import NotFiniteError
 from diptych.finetune.families import decoder_start_token
@@ -326,57 +327,6 @@ def _cut(target: str, template: Template | None) -> str:
     return template.cut_at_stop(target) if template else target
 
 
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """Loss and metrics of a checkpoint on one split of a prepared dataset."""
-
-    model: str
-    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
-    data: str = ""
-    """Prepared dataset, the folder that `diptych prepare` wrote."""
-    split: str = "test"
-    """The split to evaluate."""
-    metrics: str = "exact_match,token_f1,rouge,bleu,chrf"
-    """Names, separated by commas; an empty string gives the loss alone, which is much faster."""
-    out: str = ""
-    """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given."""
-    limit: int | None = None
-    """Only so many rows, drawn from the whole split, the same ones each time."""
-    batch_size: int = 16
-    """Rows together. More is faster until memory is full."""
-    max_new_tokens: int | None = None
-    """No output gets longer than this; a quarter more than the longest target unless given."""
-    num_beams: int = 1
-    """Width of beam search; 1 is greedy."""
-    mbr_samples: int = 0
-    """Draw so many samples of each output and take the one that is most like the others by chrF (minimum Bayes risk);
-    0 does not. 16 take about as long as 16 beams."""
-    seed: int = 0
-    """Seed of these samples, and of the intervals' resampling."""
-    bleu_tokenize: str = ""
-    """sacrebleu's name of a tokenisation (13a, intl, char, ko-mecab …); chosen by the targets' script unless given."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; `auto` is as the checkpoint was saved."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
-
-    def __post_init__(self):
-        if not self.data:
-            raise UserError("data is not set. Name the folder that `diptych prepare` wrote: --data FOLDER.")
-        check_metric_names(self.metric_names())
-        for name in ("limit", "batch_size", "max_new_tokens", "num_beams"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        if self.mbr_samples and (self.mbr_samples < 2 or self.num_beams > 1):
-            raise UserError(
-                f"mbr_samples is {self.mbr_samples} with num_beams={self.num_beams}. It takes 2 samples or more to "
-                f"choose one, and samples need no beams: --mbr_samples 16 --num_beams 1."
-            )
-
-    def metric_names(self) -> list[str]:
-        return [name.strip() for name in self.metrics.split(",") if name.strip()]
-
-
 def load_split(data: str, split: str) -> Dataset:
     if not (Path(data) / "dataset_dict.json").is_file():
         raise UserError(
@@ -475,6 +425,8 @@ def data_identity(split: Dataset) -> dict[str, Any]:
 
 
 def run(settings: EvaluateSettings) -> int:
+    check_metric_names(settings.metric_names())
+    keep_memory()
     if settings.out:  # what cannot be written shows now, and not after hours
         Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     split = load_split(settings.data, settings.split)
@@ -514,10 +466,7 @@ def run(settings: EvaluateSettings) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    settings = parse_settings(EvaluateSettings, "diptych evaluate", argv)
-    keep_memory()
-    rank = os.environ.get("RANK", "0")
-    return report_errors("diptych evaluate" if rank == "0" else f"diptych evaluate, rank {rank}", run, settings)
+    return cli.run("evaluate", argv)
 
 
 if __name__ == "__main__":

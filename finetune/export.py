@@ -17,13 +17,13 @@ import importlib
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune import cli
+from diptych.finetune.command_settings import ExportSettings
 from diptych.finetune.exits import BUG
 
 
@@ -31,50 +31,6 @@ class NotTheSameError(UserError):
     """The export was made, and does not write what the model writes."""
 
     exit_code = BUG
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """Export a checkpoint to another engine, and prove that it writes the same."""
-
-    model: str
-    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id. An adapter is merged."""
-    to: Literal["ctranslate2", "onnx"] = "ctranslate2"
-    """The engine."""
-    out: str = ""
-    """New folder for the export."""
-    precision: str = "float32"
-    """What weights are stored in. ctranslate2: float32, bfloat16, float16, int8 (with int8_float32, int8_bfloat16,
-    int8_float16: what is not quantized). onnx: float32."""
-    rows: str = ""
-    """JSONL file of prompts to compare on, as `generate` takes them; `output` or `outputs` are references. The
-    examples that travel with the template and built-in sentences unless given."""
-    template: str = ""
-    """Name or file of a prompt template; the one saved with the tokenizer unless given. It is saved in the export."""
-    max_new_tokens: int = 64
-    """No row gets longer in the comparison."""
-    batch_size: int = 8
-    """Rows written together in the comparison."""
-    device: str = "cpu"
-    """Where both are run for the comparison: cpu, or cuda."""
-
-    def __post_init__(self):
-        if not self.out:
-            raise UserError("out is not set. Name a new folder for the export: --out …")
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        if self.precision not in PRECISIONS[self.to]:
-            raise UserError(
-                f"precision is {self.precision!r}; for {self.to} there is {', '.join(PRECISIONS[self.to])}."
-            )
-
-
-# What the engines store weights in, here so that a mistake is told before torch is imported.
-PRECISIONS = {
-    "ctranslate2": ("float32", "bfloat16", "float16", "int8", "int8_float32", "int8_bfloat16", "int8_float16"),
-    "onnx": ("float32",),
-}
 
 
 TARGETS = {
@@ -188,14 +144,14 @@ def _weight_bytes(name: str, model: Any) -> int:
     return sum(file.stat().st_size for file in weight_files(os.path.expanduser(name), MODEL_WEIGHTS))
 
 
-def run_export(settings: ExportSettings) -> int:
+def run(settings: ExportSettings) -> int:
     out = export(settings)
     print(f"{settings.model} is in {out} ({settings.to}, {settings.precision})")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report_errors("diptych export", run_export, parse_settings(ExportSettings, "diptych export", argv))
+    return cli.run("export", argv)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ computed anew for the page (attentions.py), the figures are inspection_facts.py'
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diptych.data_prep.encode import encode_sources
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import TEMPLATES, Template, carried_template, load_template
+from diptych.finetune import cli
 from diptych.finetune import inspection_facts as facts
-from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.command_settings import InspectSettings
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import GREEDY, generate_batch
@@ -32,54 +32,6 @@ from diptych.finetune.targets import given_tokens, target_ids
 WORDS = ("man", "woman", "king", "queen", "prince", "princess", "boy", "girl", "father", "mother")
 LONGEST_SOURCE = 512
 """Tokens; a map of more cannot be read."""
-
-
-@dataclass(frozen=True)
-class InspectSettings:
-    """What an encoder-decoder makes of one input, step by step, on a page to look at."""
-
-    model: str
-    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
-    instruction: str = ""
-    """The instruction, as `diptych generate` takes it: the template turns it into the source."""
-    input: str = ""
-    """The input that the instruction is about."""
-    system: str = ""
-    """A system prompt, for templates that have a place for one."""
-    source: str = ""
-    """The source as the encoder is to read it, without any template, in place of an instruction."""
-    target: str = ""
-    """What the output should have been. The page then shows what each of its tokens costs, and where the model would
-    go another way."""
-    data: str = ""
-    """JSONL file of rows with `instruction` (and `input`, `output` …): over all of them, which words of sources no
-    output looked at, and which tokens of outputs looked at nothing."""
-    rows: int = 100
-    """Of data, so many rows from the first on."""
-    out: str = "inspect.html"
-    """The page to write; an older one is replaced."""
-    words: list[str] = field(default_factory=lambda: list(WORDS))
-    """Words whose vectors are shown on a plane."""
-    template: str = ""
-    """Name or file of a prompt template; the one saved with the tokenizer unless given."""
-    max_new_tokens: int = 64
-    """No output gets longer than this many tokens."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; `auto` is as the checkpoint was saved."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
-
-    def __post_init__(self):
-        if bool(self.instruction) == bool(self.source):
-            given = "both were" if self.source else "neither was"
-            raise UserError(
-                f"--instruction (with --input), or --source is what the model is to read, but {given} given. Give one."
-            )
-        if self.source and (self.input or self.system or self.template):
-            raise UserError("--source is read as it is: drop --input, --system and --template, or give --instruction.")
-        for name in ("rows", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
 
 
 class Reader(NamedTuple):
@@ -244,8 +196,7 @@ def survey(reader: Reader, rows: Sequence[PromptRow], name: str) -> dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    settings = parse_settings(InspectSettings, "diptych inspect", argv)
-    return report_errors("diptych inspect", run, settings)
+    return cli.run("inspect", argv)
 
 
 if __name__ == "__main__":

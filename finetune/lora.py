@@ -42,9 +42,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.records import UserError
 from diptych.finetune.checkpoint import whole
-from diptych.finetune.cli import choose_from
 from diptych.finetune.exits import CheckpointError
 from diptych.finetune.families import family_of, input_and_output_tables, vocabulary_tables, without_adapter
 

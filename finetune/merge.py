@@ -12,28 +12,11 @@ beside, flushed, renamed and read back: it is whole, or not there.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import parse_settings, report_errors
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """Merge an adapter into its base: a plain checkpoint, that from_pretrained loads."""
-
-    adapter: str
-    """Adapter folder (after training: RUN/final) or Hub id."""
-    out: str = ""
-    """New folder for the checkpoint."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the weights are saved in. float32 is what was trained; the others take half the room, and round."""
-
-    def __post_init__(self):
-        if not self.out:
-            raise UserError("out is not set. Name a new folder for the checkpoint: --out …")
+from diptych.finetune import cli
+from diptych.finetune.command_settings import MergeSettings
 
 
 def merge(settings: MergeSettings) -> Path:
@@ -67,14 +50,14 @@ def new_folder(out: str) -> Path:
     return path
 
 
-def run_merge(settings: MergeSettings) -> int:
+def run(settings: MergeSettings) -> int:
     out = merge(settings)
     print(f"{settings.adapter}, merged into its base, is in {out} ({settings.dtype})")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return report_errors("diptych merge", run_merge, parse_settings(MergeSettings, "diptych merge", argv))
+    return cli.run("merge", argv)
 
 
 if __name__ == "__main__":

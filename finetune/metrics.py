@@ -30,8 +30,8 @@ import regex
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
+from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import choose_from
 
 # Hangul, Han and kana are read one character at a time: Korean glues particles and endings to the word, Chinese and
 # Japanese write no spaces. Counting overlap by syllable is also what KorQuAD's official F1 does.

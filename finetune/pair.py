@@ -17,61 +17,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune import cli
+from diptych.finetune.command_settings import PairSettings
 
 REPORT = "pair.json"
-
-
-@dataclass(frozen=True)
-class PairSettings:
-    """Make an encoder-decoder of a decoder-only LLM (Llama, Mistral, Qwen2, Qwen3, SmolLM3 and their kin), or of two
-    with one tokenizer."""
-
-    encoder: str
-    """Folder or Hub id of the LLM that the encoder is made of, and the decoder, too, unless there is a second one."""
-    out: str = ""
-    """New folder for the encoder-decoder."""
-    decoder: str | None = None
-    """The LLM that the decoder is made of; it may also be given as a second name."""
-    cross_attention: Literal["merged", "separate"] = "merged"
-    """How the decoder reads. merged: in the softmax of its self-attention, source and target as one text: nothing that
-    the LLM knows is lost, no weight is new. separate: by a sub-layer of its own, for panels of any depth and width; it
-    has to be trained before the model is worth anything."""
-    encoder_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """What an encoder's token sees. causal is the LLM as it was, to the digit; bidirectional sees the whole source,
-    which costs little at once and pays after some training."""
-    cross_attention_init: Literal["copied", "fresh", "zeroed"] = "copied"
-    """What separate cross-attention begins with: the decoder's self-attention (where shapes agree), random weights, or
-    the former with a zero output, so that the decoder at first writes as if there were no source."""
-    decoder_layers: int | None = None
-    """Keep so many of the decoder's layers, evenly spaced. Faster; the report says how much worse it is at first."""
-    encoder_layer_map: list[int] | None = None
-    """For the merged hinge and LLMs of unequal depth: after how many encoder layers each decoder layer reads."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the weights are saved in; auto: as the decoder's donor."""
-    text: str | None = None
-    """A UTF-8 file for the proof: its first tokens are halved into source and target. By default a few sentences."""
-    proof: bool = True
-    """Load donor and result in fp32, one after the other, and compare what they compute. It takes 4 bytes a weight of
-    memory; without it, nothing but a shard of weights is ever loaded."""
-    seed: int = 0
-    """Of fresh weights."""
-
-    def __post_init__(self):
-        if not self.out:
-            raise UserError("out is not set. Name a new folder for the encoder-decoder: --out …")
-        if self.cross_attention == "merged" and self.cross_attention_init != "copied":
-            raise UserError(
-                "the merged hinge has no cross-attention to begin with anything. Drop cross_attention_init, or take"
-                " --cross_attention separate."
-            )
-        if self.cross_attention == "separate" and self.encoder_layer_map:
-            raise UserError(
-                "encoder_layer_map belongs to the merged hinge. Drop it, or take --cross_attention merged."
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +183,7 @@ def _lines_of(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
 
 
-def run_pair(settings: PairSettings) -> int:
+def run(settings: PairSettings) -> int:
     from diptych.finetune.pair_report import proof_as_text
 
     report = pair(settings)
@@ -243,11 +195,7 @@ def run_pair(settings: PairSettings) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if len(argv) > 1 and not any(word.startswith("-") for word in argv[:2]):
-        argv = [argv[0], "--decoder", *argv[1:]]
-    usage = "diptych pair ENCODER [DECODER] --out FOLDER [--SETTING VALUE ...]"
-    return report_errors("diptych pair", run_pair, parse_settings(PairSettings, "diptych pair", argv, usage))
+    return cli.run("pair", argv)
 
 
 if __name__ == "__main__":

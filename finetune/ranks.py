@@ -25,8 +25,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
+from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.exits import RANKS, RankError
 from diptych.finetune.run_folder import is_main_rank

@@ -21,19 +21,18 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from diptych.data_prep.conversations import Fault
 from diptych.data_prep.records import UserError, broken_character
 from diptych.data_prep.templates import load_template, template_of
+from diptych.finetune import cli
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
-from diptych.finetune.cli import parse_settings, report_errors
+from diptych.finetune.command_settings import ServeSettings
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
 from diptych.finetune.generate_file import prompt_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
-from diptych.finetune.web import LOOPBACK_NAMES, address, check_port, listen, need_secret, run_until_signal
+from diptych.finetune.web import LOOPBACK_NAMES, address, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[serve]'"
 TOKEN_VARIABLE = "DIPTYCH_TOKEN"
@@ -60,50 +59,6 @@ HARMLESS = {
     "response_format": ({"type": "text"}, None),
 }
 """Fields that may be given with a value that asks for nothing."""
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """A checkpoint behind OpenAI's HTTP interface: completions and chat, streamed or whole."""
-
-    model: str
-    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
-    host: str = "127.0.0.1"
-    """Address to listen at. Any but the loopback's needs a token in the environment, DIPTYCH_TOKEN."""
-    port: int = 8000
-    """0 takes a free one, which is said."""
-    name: str = ""
-    """What clients call the model; the folder's name unless given."""
-    template: str = ""
-    """Name or file of a prompt template; the one saved with the tokenizer unless given."""
-    batch_size: int = 16
-    """Prompts that are generated together, at most."""
-    batch_wait_ms: float = 5.0
-    """Milliseconds that the first prompt of a batch waits for others."""
-    queue: int = 256
-    """Prompts that may wait; more are told to come again (503)."""
-    timeout: float = 120.0
-    """Seconds after which a request is given up (504), its waiting included."""
-    max_source_tokens: int | None = None
-    """Longer prompts are refused; the model's own limit unless given."""
-    max_new_tokens: int | None = None
-    """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; `auto` is as the checkpoint was saved."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
-
-    def __post_init__(self):
-        for name in ("batch_size", "queue", "max_source_tokens", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        check_port(self.port)
-        if self.timeout <= 0 or self.batch_wait_ms < 0:
-            raise UserError("timeout is above 0 seconds, and batch_wait_ms 0 or more. Mend them.")
-
-    @property
-    def model_name(self) -> str:
-        return self.name or Path(self.model.rstrip("/")).name
 
 
 class RequestError(Exception):
@@ -528,8 +483,7 @@ def run(settings: ServeSettings) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    settings = parse_settings(ServeSettings, "diptych serve", argv)
-    return report_errors("diptych serve", run, settings)
+    return cli.run("serve", argv)
 
 
 if __name__ == "__main__":

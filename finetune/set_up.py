@@ -23,6 +23,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
 from diptych.finetune import checkpoint as checkpoints
@@ -35,7 +36,6 @@ from diptych.finetune.batches import (
     drop_repeated_start,
     load_prepared,
 )
-from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.distillation import DistilledObjective, load_teacher
 from diptych.finetune.evaluation import selectable_figures

@@ -19,9 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.records import UserError
-from diptych.finetune.cli import choose_from
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.loading import (

@@ -18,7 +18,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from diptych.finetune.config import TrainRecipe, parse_recipe
+from diptych.finetune import cli
+from diptych.finetune.config import TrainRecipe
 from diptych.finetune.exits import BUG, INTERRUPTED, RANKS, STOPPED, exit_code_of, message_of
 from diptych.finetune.run_folder import claimed, is_main_rank
 from diptych.finetune.stopping import StopRequest
@@ -28,19 +29,20 @@ def run_recipe(recipe: TrainRecipe, stop: StopRequest | None = None) -> int:
     """DONE, or STOPPED where `stop` asked for it; what else ends a run is raised."""
     with claimed(Path(recipe.out), bool(recipe.resume)) as status:
         if recipe.stages:
-            from diptych.finetune.stages import run_stages as run
+            from diptych.finetune.stages import run_stages as carry_out
         else:
-            from diptych.finetune.loop import (
-                run,
-            )  # torch and transformers take seconds; a taken folder is told at once
+            from diptych.finetune.loop import run as carry_out  # torch takes seconds; a taken folder is told at once
 
-        code = run(recipe, stop or StopRequest(), status)
+        code = carry_out(recipe, stop or StopRequest(), status)
         status.end(code)
         return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    recipe = parse_recipe(argv)
+    return cli.run("train", argv)
+
+
+def run(recipe: TrainRecipe) -> int:
     stop = StopRequest()
     stop.listen()
     try:

@@ -95,8 +95,8 @@ def test_data_preparation_knows_no_model_and_no_loop(path):
 
 @pytest.mark.parametrize("path", source_files("finetune"), ids=name_of)
 def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
-    """So prompts are rendered, and rows laid out, by the code that made the training rows. `cli` starts `prepare`
-    and `denoise`, and `pair` makes templates."""
+    """So prompts are rendered, and rows laid out, by the code that made the training rows. `pair` makes
+    templates."""
     allowed = [
         "diptych.data_prep." + name
         for name in (
@@ -110,9 +110,8 @@ def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
             "text_shown",
         )
     ]
-    allowed.append("diptych.data_prep.arguments")  # every command line is read, and its mistakes told, in one way
-    if path.name == "cli.py":
-        allowed += ["diptych.data_prep.prepare", "diptych.data_prep.denoising"]
+    # Every command line is read, and its mistakes told, in one way.
+    allowed += ["diptych.data_prep.arguments", "diptych.data_prep.command_line"]
     if path.name == "pair.py":
         allowed.append("diptych.data_prep.donor_template")
     taken = {module for module in imports(path) if is_within(module, "diptych.data_prep") and module.count(".") > 1}

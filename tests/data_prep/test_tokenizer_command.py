@@ -141,10 +141,12 @@ def test_mistakes_end_with_code_2_and_one_message(
 
 
 def test_help_says_what_there_is(capsys):
-    assert main(["--help"]) == 0
-    assert "extend  a checkpoint and new texts" in capsys.readouterr().out
-    assert main([]) == 2
-    with pytest.raises(SystemExit) as ended:
-        main(["extend", "--help"])
-    assert ended.value.code == 0
-    assert "whose tokenizer is extended" in capsys.readouterr().out
+    for words, code, said in (
+        (["--help"], 0, "extend  a checkpoint and new texts"),
+        (["extend", "--help"], 0, "whose tokenizer is extended"),
+        ([], 2, "extend  a checkpoint and new texts"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        shown = capsys.readouterr()
+        assert ended.value.code == code and said in (shown.err if code else shown.out)

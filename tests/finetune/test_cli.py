@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from diptych.data_prep.arguments import parse
+from diptych.data_prep.command_line import run_command
 from diptych.finetune import cli
-from diptych.finetune.cli import parse_settings
 
 DIPTYCH = [sys.executable, "-m", "diptych.finetune.cli"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
@@ -29,6 +30,41 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     assert "accelerate launch -m diptych.finetune.train" in shown
 
 
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "matplotlib"}
+ANSWERED_AT_ONCE = [
+    *([*command, "--help"] for command in [[name] for name in cli.COMMANDS] + [["tokenizer", "report"]]),
+    *([*command, "--no_such_option", "1"] for command in [[name] for name in cli.COMMANDS if name != "tokenizer"]),
+    *([name, "no/such/place", "--out", "o"] for name in ("pair", "merge", "export")),
+    *([name, "no/such/place"] for name in ("generate", "demo", "serve", "doctor")),
+    ["compare", "no/such/place", "b"],
+    ["inspect", "no/such/place", "--instruction", "Add."],
+    ["evaluate", "no/such/place", "--data", "d"],
+    ["publish", "no/such/place", "--to", "me/mine"],
+    ["prepare", "--data", "no/such/place", "--tokenizer", "t"],
+    ["prepare", "--data", "tatoeba", "--tokenizer", "no/such/place"],
+    ["denoise", "--data", "no/such/place", "--tokenizer", "t", "--out", "o"],
+    ["tokenizer", "report", "no/such/place"],
+    ["train", "--model", "diptych-8m", "--data", "no/such/place", "--out", "o", "--epochs", "1"],
+    ["train", "--model", "no/such/place", "--data", "d", "--out", "o", "--epochs", "1"],
+]
+
+
+def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(tmp_path):
+    """All in one process, whose modules add up."""
+    code = (
+        "import json, sys; from diptych.finetune import cli\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try: code = cli.main(words)\n"
+        "    except SystemExit as ended: code = ended.code\n"
+        "    heavy = set(json.loads(sys.argv[2])) & set(sys.modules)\n"
+        "    assert code == (0 if '--help' in words else 2) and not heavy, (words, code, heavy)\n"
+    )
+    arguments = [sys.executable, "-c", code, json.dumps(ANSWERED_AT_ONCE), json.dumps(sorted(HEAVY))]
+    ended = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr and ended.stderr.count("no/such/place") >= 17
+
+
 def test_an_unknown_command_names_the_nearest_and_none_shows_the_help(capsys):
     assert cli.main(["trian"]) == 2
     said = capsys.readouterr().err
@@ -37,12 +73,10 @@ def test_an_unknown_command_names_the_nearest_and_none_shows_the_help(capsys):
     assert "usage: diptych COMMAND" in capsys.readouterr().err
 
 
-def test_every_command_is_a_module_with_a_main():
-    import importlib
-
-    for module, summary in cli.COMMANDS.values():
-        assert callable(importlib.import_module(module).main), module
-        assert summary
+def test_every_command_has_settings_and_work_and_each_module_of_work_has_a_main():
+    for command in cli.COMMANDS.values():
+        assert callable(cli._named(command.settings)) and callable(cli._named(command.work)) and command.summary
+        assert callable(cli._named(f"{command.work.split(':')[0]}:main"))
 
 
 def test_exit_codes_and_arguments_are_passed_through(t5_checkpoint, tmp_path, capsys):
@@ -116,7 +150,7 @@ class SomeSettings:
 
 
 def parsed(*arguments):
-    return parse_settings(SomeSettings, "diptych some", list(arguments))
+    return parse(SomeSettings, "diptych some", list(arguments))
 
 
 def test_settings_come_from_the_command_line_and_yaml_and_text_stays_text(tmp_path):
@@ -146,9 +180,8 @@ def test_settings_come_from_the_command_line_and_yaml_and_text_stays_text(tmp_pa
 )
 def test_settings_that_cannot_be_parsed_end_with_code_2_and_the_nearest_name(tmp_path, arguments, message, capsys):
     (tmp_path / "some.yaml").write_text("bach_size: 4\n")
-    with pytest.raises(SystemExit) as ended:
-        parsed(*[argument.replace("{folder}", str(tmp_path)) for argument in arguments])
-    assert ended.value.code == 2
+    words = [argument.replace("{folder}", str(tmp_path)) for argument in arguments]
+    assert run_command("diptych some", lambda argv: parsed(*argv), lambda settings: 0, words) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.startswith("diptych some: ") and shown.count("\n") == 1
 

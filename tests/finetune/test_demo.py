@@ -175,6 +175,6 @@ def test_beyond_the_loopback_a_password_is_needed(t5_checkpoint, tmp_path):
 
 
 def test_a_missing_extra_is_explained():
-    code = "import sys; sys.modules['gradio'] = None; from diptych.finetune.demo import main; sys.exit(main(['x']))"
+    code = "import sys; sys.modules['gradio'] = None; from diptych.finetune.demo import main; sys.exit(main(['.']))"
     missing = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert missing.returncode == 2 and "pip install 'diptych[gradio]'" in missing.stderr

@@ -142,7 +142,7 @@ def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
     [
         (["{folder}/nothing"], "there is no folder"),
         (["{folder}"], "so it is not a checkpoint"),
-        (["{model}", "--data", "{folder}/none.jsonl"], "Name a prepared folder, or a .json or .jsonl file of rows."),
+        (["{model}", "--data", "{folder}/none.jsonl"], "none.jsonl: there is no such file"),
         (["{model}", "--data", "{folder}"], "is no prepared dataset"),
         (["{model}", "--data", "{folder}/rows.csv"], "is neither .json nor .jsonl"),
         (["{model}", "--data", "{folder}/rows.jsonl"], "rows.jsonl:2: a row is an object with the texts"),
@@ -174,11 +174,7 @@ def test_mistakes_end_with_code_2_and_one_message(checkpoint, tmp_path, argument
     (tmp_path / "cut.jsonl").write_text('{"instruction": "Add.", "output": "2"}\n{"output":7 8}\n')
     model = checkpoint("t5")
     capsys.readouterr()
-    try:
-        code = doctor.main([word.format(folder=tmp_path, model=model) for word in arguments])
-    except SystemExit as ended:
-        code = ended.code
-    assert code == 2
+    assert doctor.main([word.format(folder=tmp_path, model=model) for word in arguments]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.startswith("diptych doctor: ") and shown.out == ""
 

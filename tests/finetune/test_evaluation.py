@@ -187,11 +187,7 @@ def test_the_command_writes_a_report_and_the_predictions_in_order(
     ],
 )
 def test_mistakes_end_with_code_2_and_one_message(t5_checkpoint, prepared_folder, more, message, capsys):
-    try:
-        code = evaluation.main([str(t5_checkpoint), "--data", str(prepared_folder), *more])
-    except SystemExit as ended:
-        code = ended.code
-    assert code == 2
+    assert evaluation.main([str(t5_checkpoint), "--data", str(prepared_folder), *more]) == 2
     assert message in capsys.readouterr().err
 
 

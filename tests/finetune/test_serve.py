@@ -321,7 +321,7 @@ def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, s
     command = [sys.executable, "-m", "diptych.finetune.cli", "serve", str(t5_checkpoint), "--port", str(served.port)]
     taken = subprocess.run(command, capture_output=True, text=True)
     assert taken.returncode == 2 and "cannot be listened at" in taken.stderr and "Traceback" not in taken.stderr
-    code = "import sys; sys.modules['uvicorn'] = None; from diptych.finetune.serve import main; sys.exit(main(['x']))"
+    code = "import sys; sys.modules['uvicorn'] = None; from diptych.finetune.serve import main; sys.exit(main(['.']))"
     missing = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert missing.returncode == 2 and "pip install 'diptych[serve]'" in missing.stderr
 

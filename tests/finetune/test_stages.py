@@ -10,10 +10,11 @@ import yaml
 from nursery import Nursery
 from safetensors.torch import load_file
 
+from diptych.data_prep.arguments import parse
 from diptych.data_prep.records import UserError
 from diptych.finetune.checkpoint import fault_of
 from diptych.finetune.cli import main as diptych
-from diptych.finetune.config import TrainRecipe, parse_recipe
+from diptych.finetune.config import TrainRecipe
 from diptych.finetune.resuming import to_yaml
 from diptych.finetune.train import run_recipe
 
@@ -151,5 +152,5 @@ def test_stages_that_cannot_be_are_refused_before_anything_is_written(stages, me
 def test_stages_are_read_from_a_recipe(recipe, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(to_yaml(recipe())))
-    assert parse_recipe(["--config", str(file)]).stages == STAGES
+    assert parse(TrainRecipe, "diptych train", ["--config", str(file)]).stages == STAGES
     shutil.rmtree(tmp_path / "run", ignore_errors=True)

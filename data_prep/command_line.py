@@ -1,0 +1,161 @@
+"""How every command runs: its settings first, then its work, and each mistake in one message with an exit code.
+
+    run_command("diptych evaluate", parse_it, work, argv)      → the exit code
+    model: str = field(metadata=CHECKPOINT)                    a setting that names a checkpoint, a file, a folder …
+
+`parse_it(argv)` and the modules that settings stand in import nothing heavy; `work(settings)` imports torch and its
+like when it is called. So --help, a misspelt option and a path that leads nowhere are answered at once.
+
+Whoever reads the output through a pipe may go away (`| head -1`). What is printed then goes nowhere, and the work
+goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diptych.data_prep.records import UserError, nearest
+
+Settings = TypeVar("Settings")
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+DONE, USER, STORAGE, INTERRUPTED = 0, 2, 4, 130
+"""Exit codes; finetune/exits.py has the others."""
+
+
+def run_command(
+    command: str,
+    parse_it: Callable[[Sequence[str]], Settings],
+    work: Callable[[Settings], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """The exit code. What a person can mend is told in one message that begins with `command`."""
+    survive_closed_pipes(command)
+    rank = os.environ.get("RANK", "0")
+    said_by = command if rank == "0" else f"{command}, rank {rank}"
+    try:
+        settings = parse_it(sys.argv[1:] if argv is None else argv)
+        check_places(settings)
+        return work(settings)
+    except (UserError, OSError) as error:
+        is_of_a_file = isinstance(error, OSError) and error.filename is not None
+        print(f"{said_by}: {f'{error.filename}: {error.strerror}' if is_of_a_file else error}", file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        print(f"\n{said_by}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def exit_code(error: UserError | OSError) -> int:
+    if isinstance(error, UserError):
+        return error.exit_code
+    return STORAGE if error.errno in STORAGE_ERRORS else USER
+
+
+# Settings that name a place
+
+
+def check_places(settings: Any) -> None:
+    """UserError where a setting names what is not there. Whatever else may be wrong with it is found by the work."""
+    for setting in fields(settings):
+        check, value = setting.metadata.get("check"), getattr(settings, setting.name)
+        given_as = setting.name if setting.default is setting.default_factory is MISSING else f"--{setting.name}"
+        for name in value if isinstance(value, list) else [value]:
+            if check is not None and name:
+                check(os.path.expanduser(name), given_as)
+
+
+def _check_checkpoint(name: str, given_as: str) -> None:
+    if not os.path.isdir(name):
+        from diptych.data_prep.hub import check_place  # 0.2 s, of huggingface_hub
+
+        check_place(name)
+
+
+def _check_start(name: str, given_as: str) -> None:
+    if not name.startswith("diptych-"):  # a named size
+        _check_checkpoint(name, given_as)
+
+
+def _check_prepared(name: str, given_as: str) -> None:
+    if not (Path(name) / "dataset_dict.json").is_file():
+        why = "it has no dataset_dict.json" if os.path.isdir(name) else "there is no such folder"
+        raise UserError(f"{name} is no prepared dataset ({why}). Make one with `diptych prepare`.")
+
+
+def _check_exists(name: str, given_as: str) -> None:
+    path = Path(name)
+    if not os.path.lexists(path):
+        near = nearest(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
+        hint = f" Did you mean {path.with_name(near)}?" if near else ""
+        raise UserError(f"{given_as} {name}: there is no such file or folder.{hint}")
+
+
+def _check_template(name: str, given_as: str) -> None:
+    from diptych.data_prep.templates import load_template
+
+    load_template(name)
+
+
+def _check_source(name: str, given_as: str) -> None:
+    from diptych.data_prep.readers import check_entry
+
+    check_entry(name)
+
+
+CHECKPOINT = {"check": _check_checkpoint}
+"""A folder, or what the Hub has; of a folder, only that it is there."""
+START = {"check": _check_start}
+"""The same, or a named size."""
+PREPARED = {"check": _check_prepared}
+EXISTING = {"check": _check_exists}
+TEMPLATE = {"check": _check_template}
+SOURCE = {"check": _check_source}
+"""What `diptych prepare` reads."""
+
+
+# Pipes
+
+
+def survive_closed_pipes(command: str) -> None:
+    """From now on, a reader of stdout or stderr that goes away does not end this process."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__") or not _is_pipe(stream.fileno()):
+            continue
+        stream.flush()
+        pipe = io.BufferedWriter(_Pipe(stream.fileno(), command, name))
+        lines = stream.line_buffering or stream.write_through
+        setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=lines))
+
+
+def _is_pipe(descriptor: int) -> bool:
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+class _Pipe(io.FileIO):
+    """Once its reader has gone, the descriptor leads to /dev/null, for other libraries and processes too."""
+
+    def __init__(self, descriptor: int, command: str, name: str):
+        super().__init__(descriptor, "w", closefd=False)
+        self.command, self.stream = command, name
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if self.stream == "stdout":
+                print(f"{self.command}: nobody reads what is printed any more; the work goes on.", file=sys.stderr)
+            return len(data)
