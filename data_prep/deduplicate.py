@@ -184,11 +184,13 @@ def near_duplicates(
     considered: numpy.ndarray | None = None,
     texts: Callable[[int], str] | None = None,
     shingles: Shingles = Shingles(),  # noqa: B008
+    stay: numpy.ndarray | None = None,
 ) -> numpy.ndarray:
     """(rows,) int64: the first row that stays and is at least `threshold` similar, or −1 for a row that stays.
 
     `signatures`, (rows, P), may be a memory map: its columns are read band by band. `considered`, (rows,) bool, leaves
-    rows out that are gone already: they neither go nor stand for others. Without `texts` two rows are as similar as
+    rows out that are gone already: they neither go nor stand for others. Those of `stay`, (rows,) bool, stay whatever
+    they are like, and others go for them. Without `texts` two rows are as similar as
     their signatures say; with it (row → text) what is near the threshold is decided by the true Jaccard similarity.
     """
     if not 0 < threshold <= 1:
@@ -199,9 +201,12 @@ def near_duplicates(
     similar = (
         _by_signature(signatures, threshold) if texts is None else _by_text(signatures, threshold, texts, shingles)
     )
-    for row in numpy.flatnonzero((groups >= 0).any(axis=1)).tolist():
+    rows = numpy.flatnonzero((groups >= 0).any(axis=1))
+    if stay is not None:  # first, so that all others meet them
+        rows = rows[numpy.argsort(~stay[rows], kind="stable")]
+    for row in rows.tolist():
         own = groups[row][groups[row] >= 0]
-        alike = similar(row, kept.sharing(own))
+        alike = None if stay is not None and stay[row] else similar(row, kept.sharing(own))
         if alike is None:
             kept.add(row, own)
         else:

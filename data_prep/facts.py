@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.gather import Gathered
 from diptych.data_prep.records import Reject, Rejects
 from diptych.data_prep.report import joint_histogram, length_facts, padded_fill
-from diptych.data_prep.selection import Selection, conflict_rows
+from diptych.data_prep.selection import ALSO_HELD_OUT, Selection, conflict_rows
 from diptych.data_prep.stages import Counts
 from diptych.data_prep.templates import Template, golden_examples
 from diptych.data_prep.text_shown import token_chips
@@ -36,7 +36,7 @@ STAGE_OF = {
     "target over the limit": "length",
 }
 CONTAMINATED = "overlaps the evaluation data"
-CLEANING = ("exact duplicate", "near duplicate", CONTAMINATED, "source ", "target ")
+CLEANING = (ALSO_HELD_OUT, "exact duplicate", "near duplicate", CONTAMINATED, "source ", "target ")
 """How the kinds begin that cleaning gives."""
 
 
@@ -75,7 +75,7 @@ def lengths(gathered: Gathered, places: Mapping[str, numpy.ndarray], tokens: dic
 
 
 def packing(
-    entry: dict[str, Any] | None, gathered: Gathered, train: numpy.ndarray, seed: int
+    entry: dict[str, Any] | None, gathered: Gathered, train: numpy.ndarray | None, seed: int
 ) -> dict[str, Any] | None:
     """What manifest.json says of it, and how full padded batches would be."""
     if entry is None:
@@ -123,10 +123,10 @@ def golden(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
     return [f"{row['source']}  →  {row['target']}" for row in golden_examples(tokenizer, template) if row["source"]]
 
 
-def samples(train: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> list[dict[str, Any]]:
-    """Some rows of train, evenly from all, as a model meets them, token by token."""
-    places = numpy.unique(numpy.linspace(0, len(train) - 1, SAMPLES).astype(int)).tolist()
-    return [_sample(train[place], tokenizer, decoder_start) for place in places]
+def samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> list[dict[str, Any]]:
+    """Some rows, evenly from all, as a model meets them, token by token."""
+    places = numpy.unique(numpy.linspace(0, len(rows) - 1, SAMPLES).astype(int)).tolist()
+    return [_sample(rows[place], tokenizer, decoder_start) for place in places]
 
 
 def _sample(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import glob
 import io
+import itertools
 import os
 import shlex
 import stat
@@ -117,6 +118,8 @@ class Found:
     path: str
     name: str
     entry: str
+    inside: str = ""
+    """Where it lies in the folder that was named, or below the fixed part of a glob; "" where it was named itself."""
 
 
 @dataclass(frozen=True)
@@ -563,6 +566,12 @@ def _take(path: str, entry: str, files: list[Found], notes: list[str]) -> None:
     if os.path.basename(path) in METADATA_FILES:
         notes.append(f"{path} is metadata of a data set and was not read")
     elif suffix in KNOWN_SUFFIXES:
-        files.append(Found(path, path, entry))
+        files.append(Found(path, path, entry, os.path.relpath(path, fixed_part(entry))))
     else:
         notes.append(f"{path} is {REFUSED_SUFFIXES.get(suffix, 'of no kind that is known')} and was not read")
+
+
+def fixed_part(entry: str) -> Path:
+    """The folder itself; of a glob, what stands before its first pattern."""
+    path = Path(entry).expanduser()
+    return path if path.is_dir() else Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))

@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,8 +22,9 @@ from diptych.data_prep.filters import LanguageFilter
 from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
 from diptych.data_prep.gather import first_rows
 from diptych.data_prep.mixture import check_mixture
+from diptych.data_prep.named_splits import HELD_OUT, kind_of, said_kind, splits_of
 from diptych.data_prep.prepared import fingerprint, tokenizer_digest
-from diptych.data_prep.readers import Limits, Source, is_plain, open_evaluation, open_sources
+from diptych.data_prep.readers import HUB_PREFIX, TRAIN, Limits, Source, is_plain, open_evaluation, open_sources
 from diptych.data_prep.records import Record, Reject, Row, UserError, counted
 from diptych.data_prep.selection import shingles_of
 from diptych.data_prep.sensitive import require_detectors
@@ -42,6 +44,13 @@ class Inputs:
     """What training must not hold."""
     converters: list[Converter]
     """For each source, what makes records of its rows; recognised by its first ones."""
+    warnings: list[str]
+    """What looks like a mistake in what was named."""
+
+    @property
+    def splits(self) -> list[str]:
+        """Those that sources were named or taken for, in their order."""
+        return list(dict.fromkeys(source.split for source in self.sources))
 
     @property
     def default_template(self) -> str:
@@ -53,12 +62,35 @@ def open_inputs(settings: PrepareSettings) -> Inputs:
     max_row_bytes = int(settings.max_row_megabytes * 1_000_000)
     limits = Limits(max_row_bytes=max_row_bytes, max_unpacked_ratio=settings.max_unpacked_ratio)
     columns = tuple(parse_mapping(settings.map).values())
-    sources = open_sources(settings.data, settings.aligned, limits, columns)
+    held_out = {kind: getattr(settings, kind) for kind in HELD_OUT}
+    sources = open_sources(settings.data, settings.aligned, limits, columns, held_out)
     entries = [source.entry or source.name for source in sources]
     if settings.mixture is not None:
-        check_mixture(settings.mixture, list(dict.fromkeys(entries)))
+        mixed = [entry for entry, source in zip(entries, sources, strict=True) if source.split == TRAIN]
+        check_mixture(settings.mixture, list(dict.fromkeys(mixed)))
     evaluation = open_evaluation(settings.decontaminate, limits)
-    return Inputs(sources, entries, evaluation, [make_converter(settings, source) for source in sources])
+    converters = [make_converter(settings, source) for source in sources]
+    inputs = Inputs(sources, entries, evaluation, converters, list(_odd_names(sources)))
+    for kind in HELD_OUT:
+        if splits_of(kind, inputs.splits) and getattr(settings, f"{kind}_fraction"):
+            own = next(source.name for source in sources if kind_of(source.split) == kind)
+            raise UserError(
+                f"{kind}_fraction holds out a part of train, and {own} is {kind} already. Drop {kind}_fraction; or, to"
+                f" train on {own} as well, name it in --data itself."
+            )
+    return inputs
+
+
+def _odd_names(sources: Sequence[Source]) -> Iterator[str]:
+    """Files that were named to train on, and whose names say that they are held out."""
+    for source in sources:
+        if source.split != TRAIN:
+            continue
+        name = f"{Path(source.entry).name}/{Path(source.name).name}"
+        if source.name.startswith(HUB_PREFIX):  # of its name, only a split says something
+            name = source.name.removeprefix(HUB_PREFIX).partition(":")[2]
+        if (kind := said_kind(name)) in HELD_OUT:
+            yield f"{source.name} is trained on, as --data says, and its name says {kind}. --{kind} holds it out."
 
 
 def make_stages(
@@ -70,7 +102,10 @@ def make_stages(
     for source, converter in zip(inputs.sources, inputs.converters, strict=True):
         for note in source.notes:
             print(f"Note       {note}")
-        print(f"Format     {source.name}: {converter.format.name}, {'given' if settings.format else 'recognised'}")
+        split = f"{source.split}, " if source.split != TRAIN else ""
+        print(
+            f"Format     {source.name}: {split}{converter.format.name}, {'given' if settings.format else 'recognised'}"
+        )
     lengths = Lengths(
         settings.max_source_tokens, settings.max_target_tokens, settings.too_long, settings.end_cut_targets
     )
@@ -78,7 +113,9 @@ def make_stages(
         require_detectors()
     checks = tuple(_checks(settings, inputs))
     shingles = shingles_of(settings) if settings.near_duplicates is not None else None
-    return Stages(tuple(inputs.converters), template, tokenizer, lengths, checks, shingles, settings.sensitive)
+    checked = tuple(source.split == TRAIN for source in inputs.sources)
+    converters = tuple(inputs.converters)
+    return Stages(converters, template, tokenizer, lengths, checks, shingles, settings.sensitive, checked)
 
 
 def make_converter(settings: PrepareSettings, source: Source) -> Converter:
@@ -154,10 +191,10 @@ def fingerprint_of(
     settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
 ) -> str:
     """The same for the same result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
-    no_decision = {"data", "aligned", "decontaminate", "out", "template", "tokenizer", "strict"}
+    no_decision = {"data", "aligned", "validation", "test", "decontaminate", "out", "template", "tokenizer", "strict"}
     no_decision |= {"workers", "engine", "tasks", "gathered"}
     facts = {
-        "inputs": [(source.name, source.digest) for source in inputs.sources],
+        "inputs": [(source.name, source.digest, source.split) for source in inputs.sources],
         "entries": inputs.entries,
         "evaluation": [(source.name, source.digest) for source in inputs.evaluation],
         "template": asdict(template),

@@ -14,8 +14,6 @@ any; 2 with one message when a person has to mend something first.
 from __future__ import annotations
 
 import functools
-import glob
-import itertools
 import json
 import shutil
 import sys
@@ -34,8 +32,10 @@ from diptych.data_prep import facts
 from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, decoder_start_of, load_tokenizer_and_template
 from diptych.data_prep.command_line import run_command
 from diptych.data_prep.encode import from_marked
+from diptych.data_prep.files import fixed_part
 from diptych.data_prep.gather import Gathered, collect, encode, gather
 from diptych.data_prep.inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
+from diptych.data_prep.named_splits import KINDS, named
 from diptych.data_prep.parts import Work, merged
 from diptych.data_prep.prepared import (
     CONFLICTS,
@@ -54,6 +54,7 @@ from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed
 from diptych.data_prep.settings import PrepareSettings, parse_settings
 from diptych.data_prep.summary import (
     cut_off_warnings,
+    own_sets_warnings,
     packing_lines,
     packing_warnings,
     shortened,
@@ -71,6 +72,8 @@ from diptych.data_prep.tables import (
 from diptych.data_prep.templates import Template, attach_template
 from diptych.data_prep.train_tokenizer import curve_vocab_size, table_vocab_size, train_tokenizer
 from diptych.data_prep.workers import cores
+
+TRAIN = KINDS[0]
 
 TASKS_PER_WORKER = 4
 """Of datatrove, unless told: so much is lost and done again when one fails."""
@@ -131,7 +134,7 @@ def _prepare(
     gathered = _gather(settings, Work(inputs.sources, stages, wanted), rejects, scratch, workers)
     _need_rows(gathered.examples.num_rows, rejects, partial, settings.out)
 
-    selection = select(gathered, settings, rejects)
+    selection = select(gathered, [source.split for source in inputs.sources], settings, rejects)
     duplicates = facts.duplicates(gathered, selection)
     _write_conflicts(partial / CONFLICTS, gathered, selection)
     if tokenizer is None:
@@ -143,23 +146,27 @@ def _prepare(
         of_row = selection.split_of_row[gathered.column("place")] if gathered.examples.num_rows else ()
         selection = replace(selection, split_of_row=numpy.asarray(of_row))
     places = selection.places()
-    _need_rows(len(places.get("train", ())), rejects, partial, settings.out)
+    for split in inputs.splits:
+        _need_rows(len(places.get(split, ())), rejects, partial, settings.out, split if len(inputs.splits) > 1 else "")
     examples_read = sum(gathered.examples_read)
     assert selection.kept + rejects.count == examples_read, (selection.kept, rejects.count, examples_read)
     if settings.mixture is not None:
         names = (inputs.entries, settings.mixture, settings.seed)
-        places["train"] = mixed_train(gathered, places["train"], *names)
+        places[TRAIN] = mixed_train(gathered, places[TRAIN], *names)
     tables = split_tables(gathered, places, scratch)
 
     plan = None
-    if settings.packing:
+    if settings.packing and TRAIN in tables:
         budget = (settings.packed_source_tokens, settings.packed_target_tokens)
         start = decoder_start_of(settings) or (tokenizer.pad_token_id, "assumed")
-        plan = plan_packing(tables["train"], tokenizer, start, budget, settings.share_sources, settings.seed)
+        plan = plan_packing(tables[TRAIN], tokenizer, start, budget, settings.share_sources, settings.seed)
     tokens = token_counts(gathered, places, stages.lengths, rejects)
+    input_facts = _input_facts(inputs, gathered, selection, places.get(TRAIN, numpy.zeros(0, int)), settings)
     warnings = [
         *usage_warnings(template, tokenizer, gathered.counts),
+        *inputs.warnings,
         *selection.warnings,
+        *own_sets_warnings(selection.own_sets, input_facts),
         *packing_warnings(plan.entry if plan else None, settings),
         *cut_off_warnings(rejects),
     ]
@@ -177,11 +184,12 @@ def _prepare(
         },
         "splits": {name: len(table) for name, table in tables.items()},
         "groups": selection.groups,
+        "own_sets": selection.own_sets,
         "conflicts": len(selection.conflicting),
         "sensitive": dict(gathered.counts.sensitive.most_common()) if settings.sensitive else None,
         "tokens": tokens,
         "packing": plan.entry if plan else None,
-        "inputs": _input_facts(inputs, gathered, selection, places["train"], settings),
+        "inputs": input_facts,
         "template": asdict(template),
         "tokenizer": {
             "from": settings.tokenizer or f"{settings.train_tokenizer} trained on the train split",
@@ -200,12 +208,12 @@ def _prepare(
         {
             "name": Path(settings.out).name,
             "rows": {**manifest["rows"], "read": examples_read},
-            **{name: manifest[name] for name in ("splits", "groups", "tokenizer", "warnings")},
+            **{name: manifest[name] for name in ("splits", "groups", "own_sets", "tokenizer", "warnings")},
             "template": {**manifest["template"], "golden": facts.golden(tokenizer, template)},
             "sources": manifest["inputs"],
             "removed": facts.removed(rejects),
             "lengths": facts.lengths(gathered, places, tokens, settings.too_long),
-            "packing": facts.packing(manifest["packing"], gathered, places["train"], settings.seed),
+            "packing": facts.packing(manifest["packing"], gathered, places.get(TRAIN), settings.seed),
             "duplicates": duplicates,
             "contamination": facts.contamination(rejects, settings.decontaminate),
             "sensitive": facts.sensitive(gathered.counts, settings.sensitive),
@@ -214,7 +222,7 @@ def _prepare(
                 "target": dict(gathered.counts.target_scripts.most_common()),
             },
             "categories": dict(gathered.counts.categories.most_common(facts.CATEGORIES_SHOWN)),
-            "samples": facts.samples(tables["train"], tokenizer, start),
+            "samples": facts.samples(next(iter(tables.values())), tokenizer, start),
             "settings": manifest["settings"],
         },
     )
@@ -242,12 +250,13 @@ def _gather(settings: PrepareSettings, work: Work, rejects: Rejects, scratch: Pa
 
 def _check_apart(folder: Path, settings: PrepareSettings) -> None:
     """What is written must not be among what is read, where the next run would find it."""
-    for entry in (*settings.data, *settings.decontaminate):
+    held_out = [named(entry)[1] for entry in (*settings.validation, *settings.test)]
+    for entry in (*settings.data, *held_out, *settings.decontaminate):
         read = Path(entry).expanduser()
         if read.resolve() == _rejects_beside(folder):
             raise UserError(f"{entry} is what an earlier run could not keep, and goes with the next. Rename it first.")
         if "**" in entry:
-            read = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), read.parts))
+            read = fixed_part(entry)
         if read.is_dir() and folder.is_relative_to(read.resolve()):
             raise UserError(
                 f"--out {settings.out} lies in {entry}, all of which is read: the next run would read what this one"
@@ -297,30 +306,35 @@ def _input_facts(
         {
             "name": source.name,
             "digest": source.digest,
+            "split": source.split,
             "format": inputs.converters[place].format.name,
             "read": gathered.examples_read[place],
             "kept": kept[place],
             "rejected": gathered.examples_read[place] - kept[place],
             "mixed": mixed[place] if settings.mixture is not None else None,
-            "share": mixed[place] / len(train),
+            "share": mixed[place] / len(train) if len(train) else 0.0,
         }
         for place, source in enumerate(inputs.sources)
     ]
 
 
-def _need_rows(rows: int, rejects: Rejects, partial: Path, out: str) -> None:
-    """Without a row to train on there is no dataset, but what was wrong with each row is still written down."""
+def _need_rows(rows: int, rejects: Rejects, partial: Path, out: str, split: str = "") -> None:
+    """Without a row to train on, or of a set that was named, there is no dataset, but what was wrong with each row is
+    still written down."""
     if rows:
         return
     if not rejects.count:
-        raise UserError("there are no rows in what was read.")
+        raise UserError(f"there are no rows in what was read{split and f' for {split}'}.")
     kinds = "; ".join(f"{count:,} × {kind}" for kind, count in list(rejects.by_kind().items())[:3])
     first = next(iter(rejects.examples.values()))[0]
     reasons = _rejects_beside(Path(out).expanduser().resolve())
     rejects.file.flush()
     shutil.copyfile(partial / REJECTS, reasons)
+    what = f"of {counted(rejects.count, 'row')}, none can be kept"
+    if split:
+        what = f"nothing is left for {split}: {counted(rejects.count, 'row')} cannot be kept"
     raise UserError(
-        f"of {counted(rejects.count, 'row')}, none can be kept ({kinds}). The first, {first.origin}: {first.reason}"
+        f"{what} ({kinds}). The first, {first.origin}: {first.reason}"
         f" Mend the rows or the settings, and prepare them again. All of them: {reasons}"
     )
 

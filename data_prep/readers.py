@@ -5,12 +5,13 @@
                           (without one, if columns are mapped by number: {"1": …, "2": …})
     rows.parquet, .arrow  columns; an Arrow file or stream; a folder saved by `datasets`
     pairs.tsv             first ⇥ second ⇥ …            → {"first": …, "second": …, "column 3": …}; nothing is quoted
-    --aligned a.en a.ko   line N with line N            → {"first": …, "second": …}
+    a.en+a.ko             two aligned files: line N with line N  → {"first": …, "second": …}
     memory.tmx            translation units             → {"translation": {"en": …, "ko": …}}
     hf:user/name[:split]  a data set of the Hub         tatoeba, seed_tasks   ship with the project
 
-Text files may end in .gz or .zst too; folders and globs stand for the files in them. What the fields mean is not
-decided here: fields come as they are found.
+Text files may end in .gz or .zst too; folders and globs stand for the files in them. A folder, a saved DatasetDict
+and a Hub data set are read by their splits, which the names of their parts say (named_splits.py). What the fields mean
+is not decided here: fields come as they are found.
 
     for source in open_sources(["data", "more.jsonl.gz"]):
         for chunk in source.chunks():          # picklable: a worker process can do what follows
@@ -29,9 +30,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -47,6 +49,7 @@ from diptych.data_prep.files import (
     find_files,
     identify,
 )
+from diptych.data_prep.named_splits import HELD_OUT, KINDS, kind_of, named, said_kind
 from diptych.data_prep.read_columns import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks, object_chunks
 from diptych.data_prep.read_tables import (
@@ -59,9 +62,13 @@ from diptych.data_prep.read_tables import (
     tsv_chunks,
 )
 from diptych.data_prep.read_tmx import tmx_chunks
-from diptych.data_prep.records import UserError
+from diptych.data_prep.records import UserError, counted
 
 HUB_PREFIX = "hf:"
+ALIGNED_BY = "+"
+TRAIN = KINDS[0]
+FILES_NAMED = 3
+"""Of many with one split, in a note."""
 SAMPLES_FOLDER = Path(__file__).with_name("samples")
 
 KNOWN_COLUMNS = frozenset(
@@ -101,6 +108,9 @@ class Source:
     backward: str | None = None
     notes: tuple[str, ...] = ()
     """What should be said aloud: files left out, an unusual delimiter, lines where an array was due."""
+    split: str = ""
+    """Which split its rows are for: train, validation, test/news. While sources are opened, what its name says; ""
+    where that says nothing."""
 
     def chunks(self) -> Iterator[Chunk]:
         return self.read()
@@ -139,17 +149,104 @@ def open_sources(
     aligned: Sequence[str] = (),
     limits: Limits = DEFAULT_LIMITS,
     columns: Collection[str] = (),
+    held_out: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Source]:
-    """All that is to be read, in the order given; what can be known to be wrong is said here, before anything is read.
+    """All that is to be read, each with its split: first train, then what is held out, in the order given. What can be
+    known to be wrong is said here, before anything is read.
 
     `aligned` is empty or two files. `columns` are those that a person names: where a tsv has one in its first line,
-    this is its header; where all are numbers, csv and tsv have no header, and their columns are "1", "2" and so on. A
-    file that comes up twice is read once, with a note; so are the others where some are empty.
+    this is its header; where all are numbers, csv and tsv have no header, and their columns are "1", "2" and so on.
+    `held_out` are the entries that were named for validation and for test, as SOURCE or NAME=SOURCE. A file that comes
+    up twice in a split is read once, with a note; so are the others where some are empty.
     """
-    sources = _open_entries(entries, limits, columns)
+    given = {
+        kind: _open_held_out(kind, named_for, limits, columns)
+        for kind, named_for in (held_out or {}).items()
+        if named_for
+    }
+    read = _without_given(_by_splits(_open_entries(entries, limits, columns)), given)
     if aligned:
-        sources.append(_open_aligned(aligned, limits))
+        read.append(replace(_open_aligned(aligned, limits), split=TRAIN))
+    if entries and all(source.split != TRAIN for source in read):
+        raise UserError(
+            f"{' and '.join(entries)}: nothing is left to train on ({_parts(read) or 'no file'}, by the names). To"
+            " train on it, name the files themselves in --data; to evaluate alone, give it as --test, not as --data."
+        )
+    order = [source for kind in KINDS for source in (*read, *given.get(kind, ())) if kind_of(source.split) == kind]
+    return _each_once(order)
+
+
+def _open_held_out(kind: str, entries: Sequence[str], limits: Limits, columns: Collection[str]) -> list[Source]:
+    """What was named for validation or for test. Where the names of its parts say more than one split, only this one
+    is read."""
+    sources: list[Source] = []
+    for name, entry in map(named, entries):
+        found = _open_entries([entry], limits, columns)
+        others = [source for source in found if source.split not in ("", kind)]
+        own = [source for source in found if source.split == kind] if others else found
+        if not own:
+            raise UserError(
+                f"--{kind} {entry}: nothing in it is called {kind} ({_parts(found)}, by their names). Name the file or"
+                " the split that is meant."
+            )
+        if others:
+            left_out = [source for source in found if source not in own]
+            notes = [note for source in left_out for note in source.notes]
+            notes.append(f"of {entry}, only what is called {kind} is read: not {_named_few(left_out)}")
+            own[0] = _with_notes(own[0], notes)
+        sources += [replace(source, split=f"{kind}/{name}" if name else kind) for source in own]
+    names = {source.split for source in sources}
+    if len(names) > 1 and kind in names:
+        unnamed = next(source for source in sources if source.split == kind)
+        raise UserError(
+            f"--{kind} has sets with a name and {unnamed.entry} without one. Give each a name (--{kind} news=a.jsonl"
+            " medical=b.jsonl), or none: then all are one set."
+        )
     return sources
+
+
+def _by_splits(sources: list[Source]) -> list[Source]:
+    """What was named to train on: a part whose name does not say that it is held out is train."""
+    kept = [replace(source, split=source.split or TRAIN) for source in sources]
+    for entry in dict.fromkeys(source.entry for source in kept):
+        own = [source for source in kept if source.entry == entry]
+        if any(source.split != TRAIN for source in own):
+            place = kept.index(next((source for source in own if source.split == TRAIN), own[0]))
+            kept[place] = _with_notes(kept[place], [f"{entry} is read by the names in it: {_parts(own)}"])
+    return kept
+
+
+def _without_given(sources: list[Source], given: Mapping[str, Sequence[Source]]) -> list[Source]:
+    """Of what was named to train on, all but what --validation and --test name, or stand in place of."""
+    places = {_place(source): source for held_out in given.values() for source in held_out}
+    kept, notes = [], []
+    for source in sources:
+        if other := places.get(_place(source)):
+            kind = kind_of(other.split)
+            if source.split == TRAIN and source.entry == source.name:
+                raise UserError(f"{source.name} is in --data and in --{kind}. Take it out of one of them.")
+            if source.split != kind:
+                notes.append(f"{source.name} is {other.split}, as --{kind} says, and not {source.split}")
+        elif source.split in given:
+            notes.append(f"{source.name} is not read: --{source.split} names what is {source.split} instead")
+        else:
+            kept.append(source)
+            continue
+        notes += source.notes
+    if kept:
+        kept[0] = _with_notes(kept[0], notes)
+    return kept
+
+
+def _parts(sources: Sequence[Source]) -> str:
+    """`train is a.jsonl; test is test.jsonl`."""
+    of = {kind: [source for source in sources if source.split == kind] for kind in (*KINDS, "")}
+    return "; ".join(f"{kind or 'of no split'} is {_named_few(own)}" for kind, own in of.items() if own)
+
+
+def _named_few(sources: Sequence[Source]) -> str:
+    names = ", ".join(source.name for source in sources[:FILES_NAMED])
+    return names + (f" and {len(sources) - FILES_NAMED:,} more" if len(sources) > FILES_NAMED else "")
 
 
 def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> list[Source]:
@@ -158,8 +255,19 @@ def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> 
     for entry in entries:
         names = sorted(glob.glob(entry)) or [entry] if is_plain(entry) else [entry]
         for name in names:
-            sources += [_open_plain(name, limits)] if is_plain(name) else _open_entries([name], limits)
+            sources += (
+                [_open_plain(name, limits)] if is_plain(name) else _held_out_parts(_open_entries([name], limits))
+            )
     return _each_once(sources)
+
+
+def _held_out_parts(sources: list[Source]) -> list[Source]:
+    """Of something with a train split, what is not train: it would be compared with itself."""
+    held_out = [source for source in sources if source.split in HELD_OUT]
+    if not held_out or len(held_out) == len(sources):
+        return sources
+    left_out = [source for source in sources if source not in held_out]
+    return [_with_notes(held_out[0], [f"training is not compared with {_named_few(left_out)}"]), *held_out[1:]]
 
 
 def is_plain(name: str) -> bool:
@@ -191,20 +299,24 @@ def _open_entries(entries: Sequence[str], limits: Limits, columns: Collection[st
 
 
 def _open_entry(entry: str, limits: Limits, columns: Collection[str], empty: list[EmptyFile]) -> list[Source]:
-    """The sources of one entry; its empty files are added to `empty`."""
+    """The sources of one entry, each with the split that its name says, if it lies in what was named; empty files are
+    added to `empty`."""
     if entry.startswith(HUB_PREFIX):
-        return [_open_hub(entry, limits)]
+        return _open_hub(entry, limits)
     if entry in SAMPLES:
         sample = SAMPLES[entry]
         file = identify(Found(str(SAMPLES_FOLDER / sample.file), sample.file, entry))
         return [replace(_open_file(file, limits), forward=sample.forward, backward=sample.backward, notes=())]
     if (Path(entry) / "dataset_dict.json").is_file() or (Path(entry) / "state.json").is_file():
         return _open_saved_dataset(entry, limits)
+    pair = entry.split(ALIGNED_BY)
+    if len(pair) == 2 and all(map(os.path.isfile, pair)) and not os.path.lexists(entry):
+        return [replace(_open_aligned(pair, limits), entry=entry)]
     found, notes = find_files(entry, SAMPLES)
     sources: list[Source] = []
     for file in found:
         try:
-            sources.append(_open_file(identify(file), limits, columns))
+            sources.append(replace(_open_file(identify(file), limits, columns), split=said_kind(file.inside)))
         except EmptyFile as error:
             empty.append(error)
     if sources:
@@ -216,13 +328,18 @@ def _with_notes(source: Source, notes: Iterable[str]) -> Source:
     return replace(source, notes=(*source.notes, *notes))
 
 
+def _place(source: Source) -> str:
+    """The same for the same file, whatever it is called."""
+    if not os.path.exists(source.name):
+        return source.name
+    found = os.stat(source.name)
+    return f"{found.st_dev}:{found.st_ino}"
+
+
 def _each_once(sources: list[Source]) -> list[Source]:
-    kept: dict[str, Source] = {}
+    kept: dict[tuple[str, str], Source] = {}
     for source in sources:
-        place = source.name
-        if os.path.exists(source.name):
-            found = os.stat(source.name)
-            place = f"{found.st_dev}:{found.st_ino}"
+        place = (_place(source), source.split)
         if place in kept:
             first = kept[place]
             note = f"{source.name} (by {source.entry}) is {first.name} (by {first.entry}) once more, and is read once"
@@ -416,12 +533,22 @@ def _open_aligned(names: Sequence[str], limits: Limits) -> Source:
 
 
 def _open_saved_dataset(entry: str, limits: Limits) -> list[Source]:
-    """A folder that `save_to_disk` wrote: its shards, in the order that it names them."""
+    """A folder that `save_to_disk` wrote: its splits, and their shards in the order that it names them."""
     folder = Path(entry)
-    parts = sorted(part.parent.name for part in folder.glob("*/state.json"))
-    if not (folder / "state.json").is_file():
-        splits = ", ".join(str(folder / part) for part in parts) or "none"
-        raise UserError(f"{entry} is a saved DatasetDict, with several data sets in it. Name those to read: {splits}.")
+    if (folder / "dataset_dict.json").is_file():
+        try:
+            splits = list(json.loads((folder / "dataset_dict.json").read_bytes())["splits"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder / 'dataset_dict.json'} does not say which splits there are: {error!r}."
+            ) from None
+        kinds, notes = _kinds_of(entry, splits, str(folder / (splits or KINDS)[0]))
+        sources = [
+            replace(source, split=kind, entry=entry)
+            for split, kind in kinds.items()
+            for source in _open_saved_dataset(str(folder / split), limits)
+        ]
+        return [_with_notes(sources[0], notes), *sources[1:]]
     try:
         shards = [shard["filename"] for shard in json.loads((folder / "state.json").read_bytes())["_data_files"]]
         paths = [str(folder / Path(shard).name) for shard in shards]
@@ -430,13 +557,41 @@ def _open_saved_dataset(entry: str, limits: Limits) -> list[Source]:
     return [_open_file(identify(Found(path, path, entry)), limits) for path in paths]
 
 
-def _open_hub(entry: str, limits: Limits) -> Source:
+def _kinds_of(entry: str, splits: Sequence[str], example: str) -> tuple[dict[str, str], list[str]]:
+    """The splits to read of a data set, with the kind that each one's name says, and a note on those left out. A lone
+    split is read whatever it is called."""
+    kinds = {split: said_kind(split) for split in splits}
+    if len(splits) == 1:
+        return kinds, []
+    said = {split: kind for split, kind in kinds.items() if kind}
+    if not said:
+        raise UserError(
+            f"{entry} has the splits {', '.join(splits) or 'none'}, whose names do not say what they are for. Name the"
+            f" one to read: {example}."
+        )
+    others = [split for split in splits if split not in said]
+    return said, [f"{entry}: its {counted(len(others), 'split')} {', '.join(others)} not read"] if others else []
+
+
+def _open_hub(entry: str, limits: Limits) -> list[Source]:
     import datasets  # takes a second, which only those who read from the Hub should wait
 
     name, _, split = entry.removeprefix(HUB_PREFIX).partition(":")
     faults = (OSError, ValueError, RuntimeError, RecursionError, datasets.exceptions.DatasetsError)
     try:
-        dataset = datasets.load_dataset(name, split=split or "train")
+        found = datasets.load_dataset(name, split=split or None)
     except faults as error:
         raise UserError(f"{entry} could not be loaded from the Hub: {error}") from error
-    return Source(entry, dataset._fingerprint, None, functools.partial(hub_chunks, dataset, entry, limits), entry)
+    if split:
+        return [_hub_source(found, entry, entry, limits)]
+    kinds, notes = _kinds_of(entry, list(found), f"{entry}:{next(iter(found), 'train')}")
+    sources = [
+        _hub_source(found[split], f"{entry}:{split}" if len(found) > 1 else entry, entry, limits, kind)
+        for split, kind in kinds.items()
+    ]
+    return [_with_notes(sources[0], notes), *sources[1:]]
+
+
+def _hub_source(dataset: Any, name: str, entry: str, limits: Limits, split: str = "") -> Source:
+    read = functools.partial(hub_chunks, dataset, name, limits)
+    return Source(name, dataset._fingerprint, None, read, entry, split=split)

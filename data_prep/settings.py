@@ -18,6 +18,7 @@ from diptych.data_prep.command_line import CHECKPOINT, SOURCE, TEMPLATE
 from diptych.data_prep.filters import LengthFilter
 from diptych.data_prep.formats import SUMMARY_INSTRUCTION
 from diptych.data_prep.mixture import Mixture
+from diptych.data_prep.named_splits import HELD_OUT
 from diptych.data_prep.readers import SAMPLES
 from diptych.data_prep.records import UserError
 from diptych.data_prep.train_tokenizer import LEAST_SAVING, MINIMUM_VOCAB_SIZE
@@ -29,12 +30,20 @@ SECTIONS = {
     "max_source_tokens": "lengths",
     "deduplicate": "cleaning",
     "packing": "packing",
-    "validation_fraction": "splits",
+    "validation": "splits",
     "workers": "how it is run",
 }
 """The headings of --help, each by the setting that it stands above."""
 
 MOST_TASKS = 99_999
+
+USUAL_FRACTION = 0.05
+OF_TRAIN_ALONE = (
+    *("mixture", "train_tokenizer", "near_duplicates", "decontaminate", "lengths", "source_languages"),
+    *("target_languages", "packed_source_tokens", "packed_target_tokens", "share_sources", "on_both_sides"),
+    *("validation_fraction", "test_fraction", "split_by"),
+)
+"""Settings that say nothing where there is only an evaluation set."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,9 @@ class PrepareSettings:
 
     data: list[str] = field(default_factory=list, metadata=SOURCE)
     """What to read, one or more: files (.json, .jsonl, .csv, .tsv, .tmx, .parquet, .arrow; text also as .gz or .zst),
-    folders, globs, shipped samples (tatoeba, seed_tasks), Hub data sets (hf:user/name or hf:user/name:split)."""
+    folders, globs, shipped samples (tatoeba, seed_tasks), Hub data sets (hf:user/name or hf:user/name:split), two
+    aligned files (a.en+a.ko). In a folder, a saved DatasetDict or a Hub data set, the names train, valid, dev, test
+    and their like say which split a part is."""
 
     aligned: list[str] = field(default_factory=list, metadata=SOURCE)
     """Two text files of parallel text, where line N of one belongs to line N of the other."""
@@ -169,15 +180,29 @@ class PrepareSettings:
     """The first decoder input of every packed example. Default: what the checkpoint's config says, else the padding
     token, as T5 and Diptych have it."""
 
-    validation_fraction: float = 0.05
-    """Part of the rows that is held out to look at during training; 0 for none."""
+    validation: list[str] = field(default_factory=list)
+    """A validation set of your own, to look at during training: what --data takes. Several sets have names:
+    `--validation news=a.jsonl medical=b.jsonl`. All its rows stay, in their order; filters are for train alone."""
 
-    test_fraction: float = 0.05
-    """Part of the rows that is held out to the end; 0 for none."""
+    test: list[str] = field(default_factory=list)
+    """A test set of your own, or several, in the same way. Without --data, they are prepared for evaluation alone."""
 
-    split_by: Literal["both", "source"] = "both"
-    """Which texts may not be in two splits: both (inputs and outputs) or source (inputs only, for data in which many
-    rows share an output, such as classification)."""
+    on_both_sides: Literal["drop", "keep", "error"] = "drop"
+    """What becomes of a train row that is also in a validation or test set of your own: drop it from train (counted,
+    and listed in rejects.jsonl), keep it (and say so), or error. It is the same row where its source is the same, or
+    input and output are, in either direction; split_by asks for more."""
+
+    validation_fraction: float | None = None
+    """Part of the train rows that is held out to look at during training; 0 for none. Default: 0.05, or none if you
+    have a validation or test set of your own."""
+
+    test_fraction: float | None = None
+    """Part of the train rows that is held out to the end; the same default."""
+
+    split_by: Literal["both", "source"] | None = None
+    """Which texts may not be in train and in another split: both (inputs and outputs) or source (inputs only, for data
+    in which many rows share an output, such as classification). Default: both for the parts that are held out by
+    fractions, and whole rows, see on_both_sides, for sets of your own."""
 
     seed: int = 0
     """Decides which rows are held out, which are taken for a mixture, and which of like length are packed together."""
@@ -214,7 +239,7 @@ def parse_settings(argv: Sequence[str]) -> PrepareSettings:
 
 
 def _check(settings: PrepareSettings) -> None:
-    if not settings.data and not settings.aligned:
+    if not (settings.data or settings.aligned or settings.validation or settings.test):
         raise UserError(f"nothing to read: give --data FILE, --data {' or --data '.join(SAMPLES)}, or --aligned A B.")
     if settings.aligned and len(settings.aligned) != 2:
         raise UserError(f"--aligned takes two files, and got {len(settings.aligned)}.")
@@ -242,15 +267,29 @@ def _check(settings: PrepareSettings) -> None:
     _check_engine(settings)
     if settings.max_row_megabytes <= 0 or settings.max_unpacked_ratio < 1:
         raise UserError("max_row_megabytes is above 0 and max_unpacked_ratio at least 1.")
-    for name in ("validation_fraction", "test_fraction"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; it is a part of all rows, from 0 to below 1.")
-    if settings.validation_fraction + settings.test_fraction >= 1:
-        raise UserError("validation_fraction and test_fraction together leave no rows to train on. Lower them.")
+    _check_splits(settings)
     for name in ("max_source_tokens", "max_target_tokens"):
         if getattr(settings, name) < 2:
             raise UserError(f"{name} is {getattr(settings, name)}; at least 2: one token of text and eos.")
     _check_packing(settings)
+
+
+def _check_splits(settings: PrepareSettings) -> None:
+    for name in ("validation_fraction", "test_fraction"):
+        if not 0 <= (getattr(settings, name) or 0) < 1:
+            raise UserError(f"{name} is {getattr(settings, name)}; it is a part of all rows, from 0 to below 1.")
+    if sum(fraction_of(settings, kind, has_own_sets=False) for kind in HELD_OUT) >= 1:
+        raise UserError("validation_fraction and test_fraction together leave no rows to train on. Lower them.")
+    if not settings.data and not settings.aligned:
+        for name in OF_TRAIN_ALONE:
+            if getattr(settings, name) != getattr(PrepareSettings(), name):
+                raise UserError(f"{name} is for rows to train on, and there is no --data. Drop it, or give --data.")
+
+
+def fraction_of(settings: PrepareSettings, kind: str, has_own_sets: bool) -> float:
+    """Of the train rows, what is held out for validation or for test."""
+    given = getattr(settings, f"{kind}_fraction")
+    return (0.0 if has_own_sets else USUAL_FRACTION) if given is None else given
 
 
 def _check_engine(settings: PrepareSettings) -> None:

@@ -10,6 +10,11 @@ whichever side it stands on:
 Tatoeba's 3,318 pairs in both directions are 6,636 rows in 3,015 groups, the largest of 16 rows. The same rows,
 fractions and seed give the same split, in whatever order the rows come. Texts are known by 64-bit keys (two different
 ones that met would only be kept on one side); five million rows take some ten seconds.
+
+A validation or test set of the user's own is what it is, and the train rows that are in it are found: rows with the
+same source, or with the same input and output, in either direction. A shared input or output alone is not enough,
+unless it is asked for: every label of a classification stands on both sides, and so do the tables that questions are
+about.
 """
 
 from __future__ import annotations
@@ -23,15 +28,16 @@ import xxhash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from diptych.data_prep.named_splits import KINDS
 from diptych.data_prep.records import Record, counted
 
-SPLITS = ("train", "validation", "test")
 LARGE_GROUP_FRACTION = 0.1
+_FACTOR = numpy.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class Split:
-    """`of_row[i]`, (rows,) int8, is the place in SPLITS of row i."""
+    """`of_row[i]`, (rows,) int8, is the place in KINDS of row i."""
 
     of_row: numpy.ndarray
     groups: int
@@ -52,7 +58,7 @@ def split_rows(
     Keys are (rows,) uint64, from `text_key`; `shown(row, "input" or "output")` is the text, for messages.
     """
     rows = len(input_keys)
-    keys = [input_keys] if split_by == "source" else [input_keys, output_keys]
+    keys = row_keys(None, input_keys, output_keys, split_by)
     group_of_row, groups = _groups(keys)
     sizes = numpy.bincount(group_of_row, minlength=groups)
     wanted = {"test": _wanted(test_fraction, rows), "validation": _wanted(validation_fraction, rows)}
@@ -65,7 +71,7 @@ def split_rows(
         for name in ("test", "validation"):
             if group != largest and taken[name] + sizes[group] <= wanted[name]:  # so that train is never empty
                 taken[name] += int(sizes[group])
-                split_of_group[group] = SPLITS.index(name)
+                split_of_group[group] = KINDS.index(name)
                 break
     warnings = _warnings(numpy.flatnonzero(group_of_row == largest), rows, keys, shown, wanted, taken)
     return Split(split_of_group[group_of_row], groups, warnings)
@@ -87,6 +93,29 @@ def record_keys(record: Record) -> tuple[int, int]:
     """The keys of a record's input and output. All turns of a conversation have the input of the first."""
     text = record.history[0][0] if record.history else record.input
     return text_key(text if text.strip() else record.instruction), text_key(record.output)
+
+
+def row_keys(
+    source: numpy.ndarray | None, inputs: numpy.ndarray, outputs: numpy.ndarray, split_by: str | None
+) -> list[numpy.ndarray]:
+    """Columns of keys, (rows,) uint64 each, of which two rows that may not stand on both sides share one. `source` is
+    of the whole source, and not used where `split_by` says which texts count."""
+    if split_by is not None:
+        return [inputs] if split_by == "source" else [inputs, outputs]
+    pair = numpy.minimum(inputs, outputs) * _FACTOR + numpy.maximum(inputs, outputs)  # in either direction
+    return [source, pair]
+
+
+def found_in(rows: list[numpy.ndarray], held_out: list[numpy.ndarray]) -> numpy.ndarray:
+    """For each row the place of the first held-out row with a key of it, or -1: (rows,) int64."""
+    places = numpy.tile(numpy.arange(len(held_out[0])), len(held_out))
+    keys, first = numpy.unique(numpy.concatenate(held_out), return_index=True)
+    found = numpy.full(len(rows[0]), len(places), dtype=numpy.int64)
+    for column in rows:
+        place = numpy.searchsorted(keys, column).clip(max=len(keys) - 1)
+        is_there = keys[place] == column
+        found[is_there] = numpy.minimum(found, places[first[place]])[is_there]
+    return numpy.where(found < len(places), found, -1)
 
 
 def _groups(keys: list[numpy.ndarray]) -> tuple[numpy.ndarray, int]:

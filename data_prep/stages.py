@@ -7,7 +7,8 @@
     raw                     the row as it was read, for the case that it is left out later
     input_ids, labels       token ids, cut to the limits if so told           source_tokens, target_tokens  before that
     source_key, target_key  64 bits of each rendered text: who repeats whom, to the letter
-    input_key, output_key   64 bits of what splits.py compares: who may be in which split
+    input_key, output_key   64 bits of what splits.py compares: who may be in which split; and
+    row_key                 of the whole source, as it compares texts
     signature               MinHash of source and target, where near duplicates are sought
 
 Nothing here knows of other rows, files or processes: `Stages` is plain data that can be sent to a worker, and the same
@@ -43,7 +44,7 @@ from diptych.data_prep.formats import Converter
 from diptych.data_prep.readers import Chunk
 from diptych.data_prep.records import RAW_CHARACTERS_KEPT, Origin, Record, Reject, Row, Tokenised, UserError
 from diptych.data_prep.sensitive import find_in_record, masked
-from diptych.data_prep.splits import record_keys
+from diptych.data_prep.splits import record_keys, text_key
 from diptych.data_prep.templates import Template
 
 SENSITIVE_EXAMPLES = 5
@@ -61,6 +62,7 @@ TEXT_FIELDS = [
     pyarrow.field("target_key", pyarrow.uint64()),
     pyarrow.field("input_key", pyarrow.uint64()),
     pyarrow.field("output_key", pyarrow.uint64()),
+    pyarrow.field("row_key", pyarrow.uint64()),
 ]
 SIGNATURE_FIELD = pyarrow.field("signature", pyarrow.binary())
 ID_FIELDS = [
@@ -152,11 +154,14 @@ class Stages:
     shingles: Shingles | None = None
     """How near duplicates are looked for; None for not at all."""
     sensitive: bool = False
+    checked: tuple[bool, ...] = ()
+    """For each source, whether `checks` are for it: a test set of the user's own stays as it is."""
 
     def run(self, chunk: Chunk, source_number: int) -> Batch:
         rejects: list[Reject] = []
         counts = Counts()
-        records = self._records(chunk.rows(), self.converters[source_number], rejects, counts)
+        checks = self.checks if not self.checked or self.checked[source_number] else ()
+        records = self._records(chunk.rows(), self.converters[source_number], checks, rejects, counts)
         examples = render(self.template, records, rejects)
         self._count(examples, counts)
         batch = self.arrow(examples, source_number)
@@ -165,7 +170,12 @@ class Stages:
         return Batch(batch, rejects, counts, chunk.bytes_done)
 
     def _records(
-        self, rows: Iterable[Row | Reject], converter: Converter, rejects: list[Reject], counts: Counts
+        self,
+        rows: Iterable[Row | Reject],
+        converter: Converter,
+        checks: Sequence[Check],
+        rejects: list[Reject],
+        counts: Counts,
     ) -> list[tuple[Record | Tokenised, str]]:
         """Each with its row as it was read."""
         records = []
@@ -178,16 +188,11 @@ class Stages:
             for result in converter.records(row):
                 if isinstance(result, Reject):
                     rejects.append(result)
-                elif fault := self._fault(result):
+                elif fault := _fault(result, checks):
                     rejects.append(Reject(result.origin, None, *fault, row.raw))
                 else:
                     records.append((result, row.raw))
         return records
-
-    def _fault(self, record: Record | Tokenised) -> tuple[str, str] | None:
-        if isinstance(record, Tokenised):
-            return None
-        return next((fault for check in self.checks if (fault := check.check(record))), None)
 
     def _count(self, examples: list[Example], counts: Counts) -> None:
         for record in (example.record for example in examples):
@@ -205,7 +210,7 @@ class Stages:
 
     def arrow(self, examples: list[Example], source_number: int) -> pyarrow.RecordBatch:
         records = [example.record for example in examples]
-        keys = numpy.array([_keys(example) for example in examples], dtype=numpy.uint64).reshape(-1, 4)
+        keys = numpy.array([_keys(example) for example in examples], dtype=numpy.uint64).reshape(-1, 5)
         columns = [
             [marked(example.source) for example in examples],
             [marked(example.target) for example in examples],
@@ -223,6 +228,12 @@ class Stages:
             columns.append([row.tobytes() for row in rows])
         arrays = [pyarrow.array(column, it.type) for column, it in zip(columns, fields, strict=True)]
         return pyarrow.RecordBatch.from_arrays(arrays, schema=pyarrow.schema(fields))
+
+
+def _fault(record: Record | Tokenised, checks: Sequence[Check]) -> tuple[str, str] | None:
+    if isinstance(record, Tokenised):
+        return None
+    return next((fault for check in checks if (fault := check.check(record))), None)
 
 
 def render(
@@ -333,12 +344,13 @@ def _fitted(
     return source_ids, target_ids, None
 
 
-def _keys(example: Example) -> tuple[int, int, int, int]:
+def _keys(example: Example) -> tuple[int, int, int, int, int]:
     record = example.record
     if isinstance(record, Tokenised):
         source, target = (xxhash.xxh3_64_intdigest(str(ids).encode()) for ids in (record.input_ids, record.labels))
-        return source, target, source, target
-    return exact_key(example.source), exact_key(example.target), *record_keys(record)
+        return source, target, source, target, source
+    exact = exact_key(example.source), exact_key(example.target)
+    return *exact, *record_keys(record), text_key(example.source)
 
 
 def _compared(example: Example) -> str:

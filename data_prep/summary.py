@@ -49,6 +49,7 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> list[str]:
         *mixture_lines(manifest),
         *sensitive_lines(manifest),
         splits_line(manifest),
+        *own_sets_lines(manifest),
         *([f"Conflicts  {manifest['conflicts']:,} × {CONFLICT}"] if manifest["conflicts"] else []),
         f"Source     {_lengths(tokens['source'])}",
         f"Target     {_lengths(tokens['target'])}",
@@ -87,13 +88,63 @@ def shortened(reason: str) -> str:
 
 def splits_line(manifest: dict[str, Any]) -> str:
     splits = " | ".join(f"{name} {count:,}" for name, count in manifest["splits"].items())
-    shared = "text" if manifest["settings"]["split_by"] == "both" else "input"
+    if manifest["groups"] is None:
+        return f"Split      {splits}"
+    shared = "input" if manifest["settings"]["split_by"] == "source" else "text"
     groups = counted(manifest["groups"], "group")
-    return f"Split      {splits} | {groups} of examples, no {shared} in two of them"
+    held_out = " of those held out by fractions" if manifest["own_sets"] else ""
+    return f"Split      {splits} | {groups} of examples, no {shared} in two of them{held_out}"
+
+
+def own_sets_lines(manifest: dict[str, Any]) -> Iterator[str]:
+    """Of the user's own validation and test sets: how much of each stands in train, and what repeats in it."""
+    if not (own := manifest["own_sets"]):
+        return
+    done = {"drop": "dropped from train", "keep": "kept in train"}.get(own["on_both_sides"])
+    same = {"rows": "", "source": " (by input)", "both": " (by input or output)"}[own["compared"]]
+    if "train" in manifest["splits"]:
+        for name, found in own["sets"].items():
+            rows = f"{found['in_train']:,} of its {counted(found['rows'], 'row')}"
+            if not found["train_rows"]:
+                yield f"Overlap    {name}: none of its {counted(found['rows'], 'row')} is in train{same}"
+                continue
+            train_row, held_out_row = found["examples"][0]
+            yield (
+                f"Overlap    {name}: {rows} also in train{same}: {counted(found['train_rows'], 'train row')} {done},"
+                f" the first {train_row}, which is {held_out_row}"
+            )
+    if own["validation_in_test"]:
+        yield f"Overlap    {counted(own['validation_in_test'], 'validation row')} also in test{same}, and kept in both"
+    for name, found in own["sets"].items():
+        if found["repeated"]:
+            rows = f"{found['repeated']:,} of its {counted(found['rows'], 'row')}"
+            yield f"Repeated   {name}: {rows} repeat others of it, and stay"
+
+
+def own_sets_warnings(own: dict[str, Any] | None, inputs: list[dict[str, Any]]) -> Iterator[str]:
+    """What makes a figure on one of the user's own sets mean something else than one might think. `inputs` are those
+    of the manifest."""
+    if own is None:
+        return
+    for name, found in own["sets"].items():
+        if own["on_both_sides"] == "keep" and found["train_rows"]:
+            yield (
+                f"{found['in_train']:,} of the {found['rows']:,} rows of {name} are trained on, as on_both_sides keep"
+                " asks: figures on it are too good."
+            )
+        read = sum(source["read"] for source in inputs if source["split"] == name)
+        if found["rows"] < read:
+            yield (
+                f"{name} has {found['rows']:,} of its {counted(read, 'row')}, because the others cannot be kept"
+                f" ({REJECTS} says why): figures on it are not those of the whole set."
+            )
 
 
 def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
     packing = manifest["packing"]
+    if "train" not in manifest["splits"]:
+        yield "Packing    none: there are no rows to train on, only to evaluate"
+        return
     if packing is None:
         yield "Packing    none: every row of a batch will be one example, padded to the longest"
         return

@@ -49,7 +49,7 @@ def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratc
     """FINAL_COLUMNS of the rows of each split, written to a file in `scratch` and read from there."""
     tables = DatasetDict()
     for name, rows in places.items():
-        path = scratch / f"{name}.arrow"
+        path = scratch / f"{name.replace('/', '.')}.arrow"
         written(taken(gathered.examples.select(FINAL_COLUMNS), rows), path)
         tables[name] = Dataset.from_file(str(path))
     return tables

@@ -7,7 +7,7 @@
 
 Rows are read, recognised and checked as `prepare` does it; a row's texts are what its records hold, each once, without
 the instructions that settings add. A file of another kind is plain text, a text a line (.gz and .zst too), of which
-folders and globs take those that are called .txt. Of a prepared folder the train split is read.
+folders and globs take those that are called .txt. Of what has splits, such as a prepared folder, train is read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from diptych.data_prep.files import (
 )
 from diptych.data_prep.formats import MISSING, Converter, Directions, converter_for, named
 from diptych.data_prep.gather import first_rows
-from diptych.data_prep.readers import SAMPLES, Source, open_sources
+from diptych.data_prep.readers import SAMPLES, TRAIN, Source, open_sources
 from diptych.data_prep.records import Origin, Record, Reject, Rejects, Row, UserError
 from diptych.data_prep.validate import Fault, listed, text
 
@@ -95,11 +95,13 @@ def open_texts(entries: Sequence[str], text_fields: Sequence[str] = ()) -> Texts
     for entry in entries:
         files, is_more = _plain_files(entry)
         plain += files
-        others += [_train_split(entry)] * is_more
+        others += [entry] * is_more
     sources = [(_open_plain(path), functools.partial(_columns, (TEXT_COLUMN,))) for path in dict.fromkeys(plain)]
     for source, _ in sources:
         print(f"Format     {source.name}: a text a line")
     for source in open_sources(others, columns=text_fields):
+        if source.split != TRAIN:
+            continue
         for note in source.notes:
             if not note.startswith(tuple(f"{path} " for path in plain)):  # left out there, and read here
                 print(f"Note       {note}")
@@ -160,16 +162,6 @@ def _lines(block: Lines | LongLine, name: str) -> Rows:
 
 
 # Rows
-
-
-def _train_split(entry: str) -> str:
-    """Of a DatasetDict, as `prepare` writes one; anything else is what it is."""
-    if not (Path(entry) / "dataset_dict.json").is_file():
-        return entry
-    train = Path(entry) / "train"
-    if not train.is_dir():
-        raise UserError(f"{entry} has no train split. Name the split to read, or other files.")
-    return str(train)
 
 
 def _texts_of_rows(source: Source, text_fields: Sequence[str]) -> TextsOfRow:

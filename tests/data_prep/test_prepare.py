@@ -342,6 +342,167 @@ def test_training_holds_nothing_of_an_evaluation_set(prepare, write_rows, tmp_pa
     assert code == 2 and "of 40 rows, none can be kept (40 × overlaps the evaluation data)" in error
 
 
+# Validation and test sets of one's own
+
+
+def said_rows(count, word):
+    return [{"instruction": "Say it.", "input": f"{word} {n}", "output": f"It is {word} {n}."} for n in range(count)]
+
+
+@pytest.fixture
+def own_sets(write_rows):
+    """Paths of train, validation and test; two of the test rows are also in train, one of them in other capitals."""
+    train, test = said_rows(30, "a"), said_rows(8, "t")
+    capitals = {"instruction": "Say it.", "input": "T  5", "output": "Another answer."}
+    return {
+        "train": write_rows("a.jsonl", [*train, test[2], capitals]),
+        "validation": write_rows("b.jsonl", said_rows(6, "v")),
+        "test": write_rows("c.jsonl", test),
+    }
+
+
+def texts_of(folder):
+    tables = datasets.load_from_disk(folder)
+    return {name: table["input"] for name, table in tables.items()}
+
+
+def test_sets_of_ones_own_are_whole_in_order_and_in_no_train_row(prepare, own_sets, tmp_path):
+    arguments = ["--data", own_sets["train"], "--validation", own_sets["validation"], "--test", own_sets["test"]]
+    code, said, error = prepare(*arguments)
+    assert code == 0 and "warning" not in error
+    assert texts_of(tmp_path / "prepared") == {
+        "train": [f"a {n}" for n in range(30)],
+        "validation": [f"v {n}" for n in range(6)],
+        "test": [f"t {n}" for n in range(8)],
+    }
+    assert "Rejected   2 × also held out" in said and "Split      train 30 | validation 6 | test 8\n" in said
+    assert "Overlap    validation: none of its 6 rows is in train" in said
+    assert "Overlap    test: 2 of its 8 rows also in train: 2 train rows dropped from train, the first" in said
+    assert [row["reason"] for row in rejects_of(tmp_path / "prepared")] == [
+        f"it is {own_sets['test']}:{row}, which is held out (test)." for row in (3, 6)
+    ]
+    manifest = manifest_of(tmp_path / "prepared")
+    assert [source["split"] for source in manifest["inputs"]] == ["train", "validation", "test"]
+    assert manifest["own_sets"]["sets"]["test"] | {"examples": None} == {
+        **{"rows": 8, "in_train": 2, "train_rows": 2, "repeated": 0, "examples": None}
+    }
+    assert "Reused" in prepare(*arguments)[1]
+    assert "Reused" not in prepare(*arguments[:4], "--test", own_sets["validation"])[1]
+
+
+def test_train_rows_that_are_held_out_can_stay_or_stop_the_run(prepare, own_sets, tmp_path):
+    arguments = ["--data", own_sets["train"], "--test", own_sets["test"], "--on_both_sides"]
+    code, said, error = prepare(*arguments, "keep")
+    assert code == 0 and len(texts_of(tmp_path / "prepared")["train"]) == 32
+    assert "2 train rows kept in train" in said
+    assert "2 of the 8 rows of test are trained on, as on_both_sides keep asks" in error
+    code, said, error = prepare(*arguments, "error", out="other")
+    assert code == 2 and not (tmp_path / "other").exists()
+    assert f"2 train rows also held out, the first {own_sets['train']}:31, which is {own_sets['test']}:3" in error
+
+
+def test_labels_and_shared_inputs_stand_on_both_sides_unless_it_is_asked_otherwise(prepare, write_rows, tmp_path):
+    def labelled(word):
+        return [
+            {"instruction": "Good?", "input": f"{word} {n}", "output": "yes" if n % 2 else "no"} for n in range(10)
+        ]
+
+    question = {"instruction": "How many?", "input": "t 1", "output": "7"}
+    train = write_rows("a.jsonl", [*labelled("a"), question])
+    test = write_rows("c.jsonl", labelled("t"))
+    expected = {None: 11, "source": 10}
+    for split_by, rows in expected.items():
+        asked = ["--split_by", split_by] if split_by else []
+        assert prepare("--data", train, "--test", test, *asked)[0] == 0
+        assert len(texts_of(tmp_path / "prepared")["train"]) == rows
+    assert "its input is that of" in rejects_of(tmp_path / "prepared")[0]["reason"]
+    code, _, error = prepare("--data", train, "--test", test, "--split_by", "both")
+    assert code == 2 and "nothing is left for train: 11 rows cannot be kept (11 × also held out)" in error
+
+
+def test_a_pair_that_is_held_out_is_not_learned_in_the_other_direction(prepare, write_rows, tmp_path):
+    pairs = [(f"word {n}", f"낱말 {n}") for n in range(12)]
+    train = write_rows("a.tsv", [f"{korean}\t{english}" for english, korean in pairs])
+    test = write_rows("c.tsv", [f"{english}\t{korean}" for english, korean in pairs[:3]])
+    assert prepare("--data", train, "--test", test, "--forward", "Translate:")[0] == 0
+    assert texts_of(tmp_path / "prepared")["train"] == [korean for _, korean in pairs[3:]]
+
+
+def test_only_train_is_filtered_deduplicated_and_mixed(prepare, write_rows, tmp_path):
+    """Near duplicates of a held-out row go from train, and repeated rows of a test set stay where they are."""
+    long = "the quick brown fox jumps over the lazy dog near the river bank at dawn"
+    held_out = [{"instruction": "Say.", "input": f"{long} {n}", "output": "yes"} for n in (1, 2, 1)]
+    near = {"instruction": "Say.", "input": f"{long} 3", "output": "yes"}
+    train = [*said_rows(20, "a"), near, *said_rows(3, "a")]
+    path, test = write_rows("a.jsonl", train), write_rows("c.jsonl", held_out)
+    cleaning = ["--near_duplicates", "0.8", "--lengths.maximum_source", "70", "--decontaminate", test]
+    mixture = ["--mixture.rows", "40"]
+    code, said, _ = prepare("--data", path, "--test", test, *mixture, *cleaning[:2])
+    found = texts_of(tmp_path / "prepared")
+    assert code == 0 and found["test"] == [row["input"] for row in held_out]
+    assert (
+        sorted(set(found["train"])) == sorted(row["input"] for row in said_rows(20, "a")) and len(found["train"]) == 40
+    )
+    assert "Rejected   3 × exact duplicate" in said and "Rejected   1 × near duplicate" in said
+    assert "Repeated   test: 1 of its 3 rows repeat others of it, and stay" in said
+    assert prepare("--data", path, "--test", test, *cleaning)[0] == 0
+    assert texts_of(tmp_path / "prepared")["test"] == found["test"]
+
+
+def test_a_folder_is_prepared_by_its_splits_and_can_be_pooled_by_name(prepare, write_rows, own_sets, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, path in own_sets.items():
+        os.rename(path, folder / f"{split}.jsonl")
+    code, said, error = prepare("--data", folder)
+    assert code == 0 and f"Note       {folder} is read by the names in it: train is {folder}/train.jsonl;" in said
+    assert {name: len(rows) for name, rows in texts_of(tmp_path / "prepared").items()} == {
+        **{"train": 30, "validation": 6, "test": 8}
+    }
+    code, _, error = prepare("--data", *sorted(folder.iterdir()))
+    assert code == 0 and sum(map(len, texts_of(tmp_path / "prepared").values())) == 45  # one of 46 is there twice
+    assert f"{folder}/test.jsonl is trained on, as --data says, and its name says test. --test holds it out." in error
+
+
+def test_fractions_are_for_what_has_no_set_of_its_own(prepare, own_sets, tmp_path):
+    test = ["--data", own_sets["train"], "--test", own_sets["test"]]
+    assert "Split      train 30 | test 8\n" in prepare(*test)[1]
+    _, said, _ = prepare(*test, "--validation_fraction", "0.1")
+    assert "Split      train 27 | validation 3 | test 8 | 30 groups of examples, no text in two of them" in said
+    code, _, error = prepare(*test, "--test_fraction", "0.1")
+    assert code == 2 and f"test_fraction holds out a part of train, and {own_sets['test']} is test already" in error
+
+
+def test_several_named_sets_and_a_folder_for_evaluation_alone(prepare, own_sets, write_rows, tmp_path):
+    lost = write_rows("d.jsonl", [*said_rows(3, "d"), {"instruction": "Say it.", "output": ""}])
+    named = ["--test", f"news={own_sets['test']}", f"medical={lost}"]
+    code, said, error = prepare("--data", own_sets["train"], *named, "--validation", own_sets["validation"])
+    assert code == 0 and "Split      train 30 | validation 6 | test/news 8 | test/medical 3\n" in said
+    assert "test/medical has 3 of its 4 rows, because the others cannot be kept" in error
+    assert texts_of(tmp_path / "prepared")["test/news"] == [f"t {n}" for n in range(8)]
+    code, said, _ = prepare(*named)
+    assert code == 0 and "Split      test/news 8 | test/medical 3\n" in said and "Overlap" not in said
+    assert "Packing    none: there are no rows to train on, only to evaluate" in said
+    assert not (tmp_path / "prepared" / "packed").exists()
+    for name, value in {"near_duplicates": "0.8", "test_fraction": "0.1", "train_tokenizer": "bpe"}.items():
+        code, _, error = prepare(*named, f"--{name}", value, tokenizer=None if name == "train_tokenizer" else "none")
+        assert code == 2 and f"{name} is for rows to train on, and there is no --data" in error
+
+
+def test_a_set_of_which_no_row_can_be_kept_is_an_error(prepare, own_sets, write_rows, tmp_path):
+    empty = write_rows("d.jsonl", [{"instruction": "Say it.", "output": ""}])
+    code, _, error = prepare("--data", own_sets["train"], "--test", empty)
+    assert code == 2 and "nothing is left for test: 1 row cannot be kept (1 × empty output)" in error
+
+
+def test_held_out_texts_are_unseen_for_a_trained_tokenizer(prepare, own_sets, write_rows, tmp_path):
+    test = write_rows("e.jsonl", [{"instruction": "Say.", "input": "zebrazebra " * 30, "output": "zebrazebra " * 30}])
+    arguments = ["--train_tokenizer", "unigram", "--vocab_size", "400"]
+    assert prepare("--data", own_sets["train"], "--test", test, *arguments, tokenizer=None)[0] == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    assert len(tokenizer.tokenize("zebrazebra")) > 4
+
+
 def test_training_holds_no_line_of_a_plain_text(prepare, write_rows, tmp_path):
     rows = [{"instruction": "Translate.", "input": f"Number {n}.", "output": f"Zahl {n}."} for n in range(40)]
     lines = write_rows("test.txt", ["NUMBER 7", "", "Something else."])

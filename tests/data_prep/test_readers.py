@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import subprocess
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -372,13 +373,136 @@ def test_a_data_set_of_the_hub_is_read_through_load_dataset(write_rows, tmp_path
     assert "could not be loaded from the Hub" in refused(f"hf:{tmp_path}:no_such_split")
 
 
-def test_a_saved_dict_of_data_sets_names_those_in_it(tmp_path):
+# Splits
+
+
+def splits_of(*entries, **more):
+    """The split of each source, by the last part of its name."""
+    return {source.name.rpartition("/")[2]: source.split for source in open_sources(entries, **more)}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"train.jsonl": "train", "validation.jsonl": "validation", "test.jsonl": "test"},
+        {"train-00000-of-00002.jsonl": "train", "dev.jsonl": "validation", "news.test.jsonl": "test"},
+        {"Training.jsonl": "train", "valid_1.jsonl": "validation", "test2024.jsonl": "test", "more.jsonl": "train"},
+        {"a.jsonl": "train", "eval/b.jsonl": "test", "val/c.jsonl": "validation", "test/train.jsonl": "train"},
+        {"developers.jsonl": "train", "testimonies.jsonl": "train", "train_test.jsonl": "train"},
+    ],
+)  # fmt: skip
+def test_the_names_in_a_folder_say_their_splits(names, write_rows, tmp_path):
+    for name in names:
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(GOOD)
+    found = {
+        str(Path(source.name).relative_to(tmp_path / "data")): source.split
+        for source in open_sources([str(tmp_path / "data")])
+    }
+    assert found == names
+    notes = " ".join(note for source in open_sources([str(tmp_path / "data")]) for note in source.notes)
+    assert ("is read by the names in it" in notes) == (set(names.values()) != {"train"})
+
+
+def test_a_glob_says_splits_below_its_pattern_and_a_file_named_itself_is_what_it_was_named_for(tmp_path, monkeypatch):
+    folder = tmp_path / "test-data"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_bytes(GOOD)
+    assert splits_of(f"{folder}/*.jsonl") == {"train.jsonl": "train", "test.jsonl": "test"}
+    assert splits_of(str(folder / "test.jsonl")) == {"test.jsonl": "train"}
+
+
+def test_a_saved_dict_and_a_data_set_of_the_hub_are_read_by_their_splits(write_rows, tmp_path):
     part = datasets.Dataset.from_dict({"a": ["b"]})
-    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "saved")
-    message = refused(str(tmp_path / "saved"))
-    assert f"Name those to read: {tmp_path / 'saved' / 'test'}, {tmp_path / 'saved' / 'train'}." in message
-    assert values(read(str(tmp_path / "saved" / "train"))[0]) == [{"a": "b"}]
+    parts = {"train": part, "validation/news": part, "test": part, "unsupervised": part}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    found = open_sources([str(tmp_path / "saved")])
+    assert [source.split for source in found] == ["train", "validation", "test"]
+    assert f"{tmp_path / 'saved'}: its 1 split unsupervised not read" in found[0].notes
+    assert values(read(str(tmp_path / "saved" / "unsupervised"))[0]) == [{"a": "b"}]
     assert "is a data set saved by `datasets`, inside the folder" in refused(str(tmp_path))
+    (tmp_path / "hub").mkdir()
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl"):
+        (tmp_path / "hub" / name).write_bytes(GOOD)
+    hub = f"hf:{tmp_path / 'hub'}"
+    assert splits_of(hub) == {"hub:train": "train", "hub:validation": "validation", "hub:test": "test"}
+    assert splits_of(f"{hub}:test") == {"hub:test": "train"}
+    assert splits_of(held_out={"test": [f"a={hub}", f"b={hub}:train"]}) == {
+        "hub:test": "test/a",
+        "hub:train": "test/b",
+    }
+
+
+def test_splits_whose_names_say_nothing_are_refused_by_name(tmp_path):
+    part = datasets.Dataset.from_dict({"a": ["b"]})
+    datasets.DatasetDict({"en": part, "ko": part}).save_to_disk(tmp_path / "saved")
+    assert f"has the splits en, ko, whose names do not say what they are for. Name the one to read: {tmp_path}" in (
+        refused(str(tmp_path / "saved"))
+    )
+
+
+def test_what_is_named_to_be_held_out_is_never_train(write_rows, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl", "validation.jsonl"):
+        (folder / name).write_bytes(GOOD)
+    other = write_rows("other.jsonl", GOOD)
+    held_out = {"test": [str(folder / "b.jsonl")], "validation": [other]}
+    found = open_sources([str(folder)], held_out=held_out)
+    assert [(Path(source.name).name, source.split) for source in found] == [
+        ("a.jsonl", "train"),
+        ("other.jsonl", "validation"),
+        ("b.jsonl", "test"),
+    ]
+    assert f"{folder}/b.jsonl is test, as --test says, and not train" in found[0].notes
+    assert f"{folder}/validation.jsonl is not read: --validation names what is validation instead" in found[0].notes
+    with pytest.raises(UserError, match="is in --data and in --test. Take it out of one of them"):
+        open_sources([other], held_out={"test": [other]})
+
+
+def test_sets_have_names_all_or_none_and_a_file_may_be_called_like_one(write_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl", "news=c.jsonl"):
+        write_rows(name, GOOD)
+    named = {"validation": ["news=a.jsonl", "news=b.jsonl", "medical=b.jsonl"], "test": ["a.jsonl", "b.jsonl"]}
+    assert [(source.name, source.split) for source in open_sources([], held_out=named)] == [
+        ("a.jsonl", "validation/news"),
+        ("b.jsonl", "validation/news"),
+        ("b.jsonl", "validation/medical"),
+        ("a.jsonl", "test"),
+        ("b.jsonl", "test"),
+    ]
+    assert splits_of(held_out={"test": ["news=c.jsonl"]}) == {"news=c.jsonl": "test"}
+    with pytest.raises(UserError, match="--test has sets with a name and b.jsonl without one. Give each a name"):
+        open_sources([], held_out={"test": ["news=a.jsonl", "b.jsonl"]})
+
+
+def test_of_what_has_splits_only_the_one_that_was_asked_for_is_read(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_bytes(GOOD)
+    [source] = open_sources([], held_out={"test": [str(folder)]})
+    assert (Path(source.name).name, source.split) == ("test.jsonl", "test")
+    assert f"of {folder}, only what is called test is read: not {folder}/train.jsonl" in source.notes
+    with pytest.raises(UserError, match="nothing in it is called validation .train is .*Name the file or the split"):
+        open_sources([], held_out={"validation": [str(folder)]})
+    (folder / "train.jsonl").unlink()
+    assert "nothing is left to train on (test is" in refused(str(folder))
+    [source] = open_evaluation([str(folder)])
+    (folder / "train.jsonl").write_bytes(GOOD)
+    assert [it.name for it in open_evaluation([str(folder)])] == [source.name]
+
+
+def test_aligned_files_are_named_like_any_other_source(write_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows("train.en", b"Go.\nHi.\n")
+    write_rows("train.ko", "가.\n안녕.\n".encode())
+    rows, rejects = read("train.en+train.ko")
+    assert (values(rows), rejects) == ([{"first": "Go.", "second": "가."}, {"first": "Hi.", "second": "안녕."}], [])
+    assert splits_of(held_out={"test": ["wmt=train.en+train.ko"]}) == {"train.en + train.ko": "test/wmt"}
 
 
 def test_the_samples_are_whole_and_bring_their_instructions():

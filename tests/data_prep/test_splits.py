@@ -5,8 +5,9 @@ import random
 import numpy
 import pytest
 
+from diptych.data_prep.named_splits import KINDS
 from diptych.data_prep.records import Origin, Record
-from diptych.data_prep.splits import SPLITS, normalise, record_keys, split_rows
+from diptych.data_prep.splits import normalise, record_keys, split_rows
 
 
 def record(source, output, instruction="Do it."):
@@ -19,7 +20,7 @@ def split_records(records, validation_fraction, test_fraction, seed, split_by="b
     split = split_rows(
         *keys.T, validation_fraction, test_fraction, seed, split_by, lambda row, side: getattr(records[row], side)
     )
-    return split, [SPLITS[place] for place in split.of_row]
+    return split, [KINDS[place] for place in split.of_row]
 
 
 def texts_by_split(records, names):

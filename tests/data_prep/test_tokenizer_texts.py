@@ -129,7 +129,7 @@ def test_a_prepared_folder_gives_its_train_split(write_rows, bpe_folder, tmp_pat
     expected = [text for row in train for text in (row["source"], row["target"])]
     assert list(open_texts([str(out)])()) == expected == list(open_texts([str(out / "train")])())
     datasets.DatasetDict({"test": train}).save_to_disk(tmp_path / "tests_only")
-    with pytest.raises(UserError, match="tests_only has no train split"):
+    with pytest.raises(UserError, match="tests_only: nothing is left to train on"):
         open_texts([str(tmp_path / "tests_only")])
 
 
