@@ -19,6 +19,14 @@ from diptych.data_prep.records import Origin, Reject, Row, UserError
 ROWS_IN_CHUNK = 2_000
 CHARACTERS_IN_CHUNK = 1 << 20
 
+KNOWN_COLUMNS = frozenset(
+    "instruction input output prompt completion context response source target text summary question answer answers"
+    " system category id title document article dialogue query reply translation reference messages conversations"
+    " instances history label language source_language target_language highlights src tgt chosen rejected score"
+    " input_ids labels attention_mask domain license attribution".split()
+)
+"""Names that data sets give to columns, by which a header, and what holds the rows of a JSON object, are told."""
+
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What "surrogateescape" makes of a byte that is no UTF-8. Such bytes cost only their own row."""
 

@@ -1,4 +1,4 @@
-"""JSON in files of any size: one object a line, an array of objects, or one object that holds such a list.
+"""JSON in files of any size: one object a line, or an array of objects. read_json_object.py reads one object as rows.
 
     {"instruction": "Add.", "output": "2"}          a line → Row({"instruction": "Add.", "output": "2"}, …)
     {"instruction": "Add." "output": "2"}           → Reject "broken JSON: Expecting ',' delimiter, line 2, column 22."
@@ -23,7 +23,6 @@ from diptych.data_prep.chunks import (
     Chunk,
     Finished,
     Rows,
-    bad_byte,
     in_chunks,
     long_line,
     size_if_too_large,
@@ -40,8 +39,7 @@ from diptych.data_prep.files import (
     LongLine,
     line_blocks,
 )
-from diptych.data_prep.records import CUT_OFF, RAW_CHARACTERS_KEPT, Origin, Reject, Row, UserError
-from diptych.data_prep.validate import listed
+from diptych.data_prep.records import CUT_OFF, Origin, Reject, Row
 
 SPACE = re.compile(r"[ \t\r\n]*")
 NEXT_ROW = re.compile(r"\}\s*,\s*(?=\{)")
@@ -53,7 +51,6 @@ MARKS_OUTSIDE_STRINGS = re.compile(r'["{}\[\]]')
 MARKS_INSIDE_STRINGS = re.compile(r'["\\]')
 SCALAR_END = re.compile(r"[,\]}\s]")
 JSON_TYPE_NAMES = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list"}
-TASK_KEYS = frozenset(("Definition", "Instances"))  # of a Super-NaturalInstructions task
 
 
 class _Fault(ValueError):
@@ -78,12 +75,12 @@ def _no_number(name: str) -> None:
     raise _Fault("NaN or Infinity", f"{name} is no JSON; write null, a number, or a string")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
-_LENIENT_JSON = json.JSONDecoder(parse_int=str)  # finds the end of what _JSON refuses for its meaning
-_scan = _JSON.scan_once
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+LENIENT_JSON = json.JSONDecoder(parse_int=str)  # finds the end of what STRICT_JSON refuses for its meaning
+_scan = STRICT_JSON.scan_once
 
 
-def _json_fault(error: Exception, place: Callable[[int], str], start: int) -> tuple[str, str, str | None]:
+def json_fault(error: Exception, place: Callable[[int], str], start: int) -> tuple[str, str, str | None]:
     """Kind, reason and field of what is wrong with a row that starts at `start`; `place` names a position in words."""
     if isinstance(error, json.JSONDecodeError):
         return "broken JSON", f"broken JSON: {error.msg}, {place(error.pos)}.", None
@@ -111,7 +108,7 @@ def _is_too_deep(value: Any, most: int) -> bool:
 def json_value(text: str, limits: Limits) -> Any:
     """A value that a column holds as JSON text. ValueError "kind: what is wrong" where it is none."""
     try:
-        value = _JSON.decode(text)
+        value = STRICT_JSON.decode(text)
         if text.count("{") + text.count("[") > limits.max_depth and _is_too_deep(value, limits.max_depth):
             raise RecursionError
         return value
@@ -124,7 +121,7 @@ def json_value(text: str, limits: Limits) -> Any:
         raise ValueError(f"{kind}: {error}") from None
 
 
-def _checked(value: Any, raw: str, origin: Origin, limits: Limits) -> Row | Reject:
+def checked_row(value: Any, raw: str, origin: Origin, limits: Limits) -> Row | Reject:
     """A decoded value as a row, if it is an object of bearable depth."""
     if not isinstance(value, dict):
         what = "null" if value is None else JSON_TYPE_NAMES.get(type(value), type(value).__name__)
@@ -159,7 +156,7 @@ class JsonLines:
             except (StopIteration, ValueError, RecursionError):
                 is_sound = False
             if is_sound:
-                yield _checked(value, text, Origin(self.name, number), self.limits)
+                yield checked_row(value, text, Origin(self.name, number), self.limits)
             elif text.strip(" \t\r\ufeff"):
                 yield self._odd_row(text.removesuffix("\r"), Origin(self.name, number), offset)
             if offset is not None:
@@ -173,11 +170,11 @@ class JsonLines:
         if offset is not None and NOT_UTF8.search(text):
             return unreadable(origin, text, offset, "")
         try:
-            value = _JSON.decode(text.removeprefix("\ufeff"))
+            value = STRICT_JSON.decode(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
-            kind, reason, field = _json_fault(error, lambda at: f"line {origin.row}, column {at + 1}", 0)
+            kind, reason, field = json_fault(error, lambda at: f"line {origin.row}, column {at + 1}", 0)
             return Reject(origin, field, kind, reason, text)
-        return _checked(value, text, origin, self.limits)
+        return checked_row(value, text, origin, self.limits)
 
 
 def jsonl_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
@@ -254,7 +251,7 @@ class Window:
         return self._bytes_before + len(self.text[:position].encode("utf-8", "surrogateescape"))
 
 
-def _skip_value(window: Window) -> int | None:
+def skip_value(window: Window) -> int | None:
     """Go past a list, object or string by its brackets and quotes alone; None if it is never closed.
 
     Returns how many characters it has. Nothing of it is kept, so it may be of any size.
@@ -340,7 +337,7 @@ class ArrayRows:
     def _row(self) -> Row | Reject:
         window = self.window
         try:
-            value, raw = self._decode(_JSON)
+            value, raw = self._decode(STRICT_JSON)
         except _TooLarge:
             return self._skip_large_row()
         except json.JSONDecodeError as error:
@@ -360,7 +357,7 @@ class ArrayRows:
             return unreadable(self._next_origin(), raw, offset, "")
         if isinstance(value, dict) and value and len(self.first_keys) < 1000:
             self.first_keys.add(next(iter(value)))
-        return _checked(value, raw, self._next_origin(), self.limits)
+        return checked_row(value, raw, self._next_origin(), self.limits)
 
     def _decode(self, decoder: json.JSONDecoder) -> tuple[Any, str]:
         """The value where the window stands, and its text. The window grows until the value fits, up to the limit."""
@@ -407,9 +404,9 @@ class ArrayRows:
     def _skip_senseless_row(self, error: Exception) -> Reject:
         """Its form is right, so that its end can be found."""
         window, start = self.window, self.window.at
-        kind, reason, field = _json_fault(error, window.place, start)
+        kind, reason, field = json_fault(error, window.place, start)
         try:
-            _, raw = self._decode(_LENIENT_JSON)
+            _, raw = self._decode(LENIENT_JSON)
             window.at += len(raw)
         except _TooLarge:
             return self._skip_large_row()
@@ -417,7 +414,7 @@ class ArrayRows:
             return self._skip_broken_row(broken)
         except RecursionError:
             raw = window.text[start : start + LONG_ROW_CHARACTERS_KEPT]
-            _skip_value(window)
+            skip_value(window)
         if self._fault_after_row():
             raw += self._skip_to_next_row(window.at, NEXT_ROW)[0]
         return Reject(self._next_origin(), field, kind, reason, raw)
@@ -427,7 +424,7 @@ class ArrayRows:
         head = window.text[window.at : window.at + LONG_ROW_CHARACTERS_KEPT]
         if key := self._key_at(window.at):
             self.first_keys.add(key)
-        is_closed = _skip_value(window) if head[0] in '[{"' else None
+        is_closed = skip_value(window) if head[0] in '[{"' else None
         if self._fault_after_row() or not is_closed:
             self._skip_to_next_row(window.at, NEXT_ROW)
         return too_large(self._next_origin(), head, None, self.limits)
@@ -466,7 +463,7 @@ class ArrayRows:
     def _find_sound_row(self, search_from: int, pattern: re.Pattern) -> int | None:
         for found in pattern.finditer(self.window.text, search_from):
             try:
-                _JSON.raw_decode(self.window.text, found.end())
+                STRICT_JSON.raw_decode(self.window.text, found.end())
             except (ValueError, RecursionError):
                 continue
             return found.end()
@@ -481,7 +478,7 @@ class ArrayRows:
             pass
         found = FIRST_KEY.match(self.window.text, position)
         try:
-            return found and _LENIENT_JSON.decode(found.group(1))
+            return found and LENIENT_JSON.decode(found.group(1))
         except ValueError:
             return None
 
@@ -494,134 +491,3 @@ def json_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
         window.at += 1
         rows = ArrayRows(window, file.name, limits, is_whole_file=True).rows()
         yield from in_chunks(rows, lambda: content.position)
-
-
-def object_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
-    """One object: a Super-NaturalInstructions task, which is one row, or the wrapping of one list of rows.
-
-    Read twice: once to see which lists it has, and once for the rows.
-    """
-    with file.open(limits) as content:
-        window = Window(content, mark, limits.block_bytes)
-        lists = {key: _begins_rows(window) for key in _members(window, file.name)}
-        if window.next_character():
-            raise UserError(
-                f"{file.name}, {window.place(window.at)}: text after the end of the object. If the file has one object"
-                " a line, name it .jsonl; if it has several objects, write them into one array: jq -s ."
-            )
-    if TASK_KEYS & lists.keys():
-        yield _whole_object(file, limits, mark)
-        return
-    wanted = [key for key, is_rows in lists.items() if is_rows]
-    if len(wanted) != 1:
-        what = "several lists of rows" if wanted else "no list of rows"
-        mend = f"jq '.{wanted[0]}'" if wanted else "jq '[.[]]' if its values are the rows:"
-        raise UserError(
-            f"{file.name}, line 1, column 1: a JSON object stands here, and an array of objects is due:"
-            f" [{{…}}, {{…}}]. An object may wrap one such list; this one has {what}: {listed(wanted or lists)}. Take"
-            f" it out, such as by {mend} {file.name} > rows.json."
-        )
-    with file.open(limits) as content:
-        window = Window(content, mark, limits.block_bytes)
-        rows = _rows_of_member(window, wanted[0], file.name, limits)
-        yield from in_chunks(rows, lambda: content.position)
-
-
-def _rows_of_member(window: Window, wanted: str, name: str, limits: Limits) -> Rows:
-    array = ArrayRows(window, name, limits, is_whole_file=False)
-    for key in _members(window, name):
-        if key == wanted:
-            window.at += 1
-            yield from array.rows()
-    while window.more():  # to the end, where the file is looked at once more
-        window.forget(len(window.text))
-
-
-def _members(window: Window, name: str) -> Iterator[str]:
-    """The keys of the object that the text is, each while the window stands at its value, which may be read or not."""
-
-    def expect(characters: str) -> str:
-        found = window.next_character()
-        if not found or found not in characters:
-            shown = repr(found) if found else "the end of the file"
-            due = " or ".join(repr(character) for character in characters)
-            raise UserError(
-                f"{name}: broken JSON, {window.place(window.at)}: {shown} stands where {due} is due, outside of any"
-                " row, so that the file cannot be read. Mend it there."
-            )
-        return found
-
-    expect("{")
-    window.at += 1
-    while expect('"}') == '"':
-        start = window.at
-        while JSON_STRING.match(window.text, start) is None and len(window.text) - start < 4 * BLOCK_BYTES:
-            if not window.more():
-                break
-        try:
-            key, window.at = _LENIENT_JSON.raw_decode(window.text, start)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name}: broken JSON: {error.msg}, {window.place(error.pos)}. Mend it there.") from None
-        expect(":")
-        window.at += 1
-        if not window.next_character():
-            expect("{[")
-        before = window.passed()
-        yield key
-        if window.passed() == before:
-            _skip_member(window)
-        if expect(",}") == ",":
-            window.at += 1
-    window.at += 1
-
-
-def _skip_member(window: Window) -> None:
-    if window.text[window.at] in '[{"':
-        _skip_value(window)
-        return
-    while (end := SCALAR_END.search(window.text, window.at)) is None:
-        window.forget(len(window.text))
-        if not window.more():
-            return
-    window.at = end.start()
-
-
-def _begins_rows(window: Window) -> bool:
-    """Whether the value where the window stands is a list of objects, as far as its first one says."""
-    if window.text[window.at] != "[":
-        return False
-    while SPACE.match(window.text, window.at + 1).end() == len(window.text):
-        if len(window.text) - window.at > 4 * BLOCK_BYTES or not window.more():
-            return False
-    return window.text[SPACE.match(window.text, window.at + 1).end()] == "{"
-
-
-def _whole_object(file: File, limits: Limits, mark: int) -> Finished:
-    with file.open(limits) as content:
-        content.read(mark)
-        blocks, size = [], 0
-        while block := content.read(4 * BLOCK_BYTES):
-            blocks.append(block)
-            size += len(block)
-            if size > limits.max_object_bytes:
-                raise UserError(
-                    f"{file.name} is one task of more than {limits.max_object_bytes:,} bytes (max_object_bytes). Split"
-                    " its instances over several files."
-                )
-        data = b"".join(blocks)
-        text, origin = data.decode("utf-8", "surrogateescape"), Origin(file.name, 1)
-        raw = text[:RAW_CHARACTERS_KEPT]
-        if bad := bad_byte(data, mark):
-            row = Reject(origin, None, "invalid UTF-8", bad, raw)
-        else:
-            try:
-                row = _checked(_JSON.decode(text), text, origin, limits)
-                row = Row(row.fields, origin, raw) if isinstance(row, Row) else row
-            except (ValueError, RecursionError) as error:
-                kind, reason, field = _json_fault(error, lambda at: _line_and_column(text, at), 0)
-                row = Reject(origin, field, kind, reason, raw)
-        return Finished((row,), content.position)
-
-
-def _line_and_column(text: str, position: int) -> str:
-    return f"line {text.count(chr(10), 0, position) + 1}, column {position - text.rfind(chr(10), 0, position)}"

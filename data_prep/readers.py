@@ -37,7 +37,7 @@ from typing import Any
 
 import xxhash
 
-from diptych.data_prep.chunks import Chunk, Rows, check_encoding
+from diptych.data_prep.chunks import KNOWN_COLUMNS, Chunk, Rows, check_encoding
 from diptych.data_prep.files import (
     DEFAULT_LIMITS,
     HEAD_BYTES,
@@ -51,7 +51,8 @@ from diptych.data_prep.files import (
 )
 from diptych.data_prep.named_splits import HELD_OUT, KINDS, kind_of, named, said_kind
 from diptych.data_prep.read_columns import arrow_chunks, hub_chunks, parquet_chunks
-from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks, object_chunks
+from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks
+from diptych.data_prep.read_json_object import object_reader
 from diptych.data_prep.read_tables import (
     SEPARATOR_LINE,
     Header,
@@ -70,14 +71,6 @@ TRAIN = KINDS[0]
 FILES_NAMED = 3
 """Of many with one split, in a note."""
 SAMPLES_FOLDER = Path(__file__).with_name("samples")
-
-KNOWN_COLUMNS = frozenset(
-    "instruction input output prompt completion context response source target text summary question answer answers"
-    " system category id title document article dialogue query reply translation reference messages conversations"
-    " instances history label language source_language target_language highlights src tgt chosen rejected score"
-    " input_ids labels attention_mask domain license attribution".split()
-)
-"""A tsv whose first line has none but these in it begins with a header; any other is parallel text."""
 
 NAME = re.compile(r"\w[\w:-]*(?:\.\w+)*")
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -363,13 +356,17 @@ def _open_file(file: File, limits: Limits, columns: Collection[str] = ()) -> Sou
         else:
             mark = check_text(head, file.name)
             check_encoding(head, file.name)
-            read, notes = _by_beginning(file, head[mark:].decode("utf-8", "surrogateescape"), columns)
+            text = head[mark:].decode("utf-8", "surrogateescape")
+            read, notes = _by_beginning(file, text, columns) or object_reader(file, limits, mark)
             read = functools.partial(read, mark=mark)
     read = functools.partial(read, file, limits=limits)
     return Source(file.name, file.digest, file.bytes, read, file.entry, notes=tuple(notes))
 
 
-def _by_beginning(file: File, head: str, columns: Collection[str]) -> tuple[Callable[..., Iterator[Chunk]], list[str]]:
+def _by_beginning(
+    file: File, head: str, columns: Collection[str]
+) -> tuple[Callable[..., Iterator[Chunk]], list[str]] | None:
+    """None for one JSON object, of which all has to be seen."""
     if file.suffix == ".tsv":
         header, notes = _tsv_header(head, file.name, columns)
         return functools.partial(tsv_chunks, header=header), notes
@@ -382,11 +379,11 @@ def _by_beginning(file: File, head: str, columns: Collection[str]) -> tuple[Call
             notes.append(f"{file.name}: {FIRST_LINE_IS_DATA}")
         return functools.partial(csv_chunks, delimiter=delimiter, numbered=numbered), notes
     layout = _json_layout(head, file)
+    if layout == "object":
+        return None
     by_name = "array" if file.suffix == ".json" else "lines"
-    notes = (
-        [] if layout in (by_name, "object") else [f"{file.name}: read as {JSON_LAYOUTS[layout]}, in spite of its name"]
-    )
-    return {"lines": jsonl_chunks, "array": json_chunks, "object": object_chunks}[layout], notes
+    notes = [] if layout == by_name else [f"{file.name}: read as {JSON_LAYOUTS[layout]}, in spite of its name"]
+    return {"lines": jsonl_chunks, "array": json_chunks}[layout], notes
 
 
 FIRST_LINE_IS_DATA = "its first line is data, since --map names columns by number"
@@ -438,7 +435,7 @@ def _quoting_note(lines: list[str], name: str) -> list[str]:
     return []
 
 
-JSON_LAYOUTS = {"lines": "one JSON object a line", "array": "a JSON array", "object": "a JSON object"}
+JSON_LAYOUTS = {"lines": "one JSON object a line", "array": "a JSON array"}
 
 
 def _json_layout(head: str, file: File) -> str:

@@ -4,6 +4,8 @@ import gzip
 import json
 import pickle
 import random
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -362,6 +364,76 @@ def test_a_task_of_super_natural_instructions_is_one_row(write_rows):
     assert "more than 100 bytes (max_object_bytes)" in refused(path, limits=Limits(max_object_bytes=100))
     _, [reject] = read(write_rows("task2.json", json.dumps(task).encode().replace(b'"Add."', b"NaN")))
     assert reject.kind == "NaN or Infinity"
+
+
+TWO = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": None}]
+COLUMNS = {"instruction": ["a", "c"], "output": ["b", None]}
+
+
+@pytest.mark.parametrize(
+    "content, note",
+    [
+        (COLUMNS, "read as columns: 'instruction', 'output'"),
+        ({"version": 1, **COLUMNS}, "read as columns: 'instruction', 'output'; 'version' is not used"),
+        ({name: dict(zip("01", column, strict=True)) for name, column in COLUMNS.items()}, "read as columns: 'instr"),
+        ({"columns": [*COLUMNS], "index": [0, 1], "data": [["a", "b"], ["c", None]]}, "read as a table of 'columns'"),
+        (dict(zip("01", TWO, strict=True)), "read as a row for each key; the keys themselves ('0', '1' …)"),
+        (dict(zip(("q1", "q2"), TWO, strict=True)), "read as a row for each key; the keys themselves ('q1', 'q2' …)"),
+        ({"tags": [{"name": "x"}], "ids": [1], "data": TWO}, "its rows are those in 'data', and not those in 'tags'"),
+        ({"schema": {"fields": [{"name": "index"}]}, "ids": [1], "data": TWO}, None),
+    ],
+)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_rows_of_a_json_object_are_found_and_it_is_said_how(content, note, is_packed, write_rows):
+    content = b"\xef\xbb\xbf" + json.dumps(content, indent=1).encode()
+    path = write_rows("a.json.gz" if is_packed else "a.json", gzip.compress(content) if is_packed else content)
+    for limits in (DEFAULT_LIMITS, SMALL_BLOCKS):
+        [source] = open_sources([path], limits=limits)
+        assert [row.fields for row in source.rows()] == TWO
+        assert [row.origin.row for row in source.rows()] == [1, 2]
+        assert len(source.notes) == (note is not None) and (not note or source.notes[0].startswith(f"{path}: {note}"))
+
+
+def test_a_column_of_objects_is_no_list_of_rows(write_rows):
+    sources = {"meta": [{"id": 1, "source": "x"}, {"id": 2, "source": "y"}]}
+    rows, _ = read(write_rows("a.json", {**sources, **COLUMNS}))
+    assert rows[1].fields == {"meta": {"id": 2, "source": "y"}, "instruction": "c", "output": None}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({**COLUMNS, "output": ["b"]}, "the columns 'instruction' and 'output' have 2 and 1 values"),
+        ({"output": {"0": "b"}, "input": {"1": "c"}}, "of the columns 'output' and 'input', only one has the row"),
+        ({"columns": ["output", "input"], "data": [["a", "b"], ["c"]]}, "row 2 in 'data' has no value for each name"),
+        ({}, "It is empty"),
+    ],
+)
+def test_a_table_in_a_json_object_that_has_a_hole_is_refused(content, words, write_rows):
+    assert words in refused(write_rows("a.json", content))
+
+
+@pytest.mark.parametrize(
+    "content, results",
+    [
+        ({"train": TWO, "te st'": TWO[:1]}, {"train": TWO, "te_st_": TWO[:1]}),
+        (TWO[0], {"rows": TWO[:1]}),
+        ({"n": 1, "result": {"rows": TWO}}, {"result": TWO}),
+        ({"output": {"text": "x"}, "input": {"text": "y"}}, {"rows": [{"output": "x", "input": "y"}]}),
+    ],
+)
+@pytest.mark.parametrize("name", ["my rows.json", "a.json.gz"])
+def test_the_commands_that_are_advised_for_a_json_object_run_and_give_the_rows(
+    content, results, name, write_rows, tmp_path
+):
+    if shutil.which("jq") is None:
+        pytest.skip("jq is not installed")
+    content = json.dumps(content).encode()
+    message = refused(write_rows(name, gzip.compress(content) if name.endswith(".gz") else content))
+    for command in re.findall(r"(?:gzip -dc \S+ \| )?jq .+?\.json'?(?=[.,])", message):
+        subprocess.run(command, shell=True, check=True)
+    for key, rows in results.items():
+        assert values(read(str(tmp_path / f"{name.split('.')[0]}.{key}.json"))[0]) == rows
 
 
 def test_a_data_set_of_the_hub_is_read_through_load_dataset(write_rows, tmp_path):
@@ -888,7 +960,7 @@ def test_tsv_lines_with_other_columns_are_rejected(write_rows):
         ("a.jsonl", b" \n\n ", "is empty"),
         ("a.csv", b"\xef\xbb\xbf", "is empty"),
         ("a.json", b'"text"', "line 1, column 1: '\"' stands here, and an array of objects is due"),
-        ("a.json", b'\n {"a": 1}', "this one has no list of rows: 'a'"),
+        ("a.json", b'\n {"a": 1}', "This one has no list of rows: 'a'. If it is one row: jq '[.]'"),
         ("a.json", b'{"train": [{}], "test": [{"a": 1}]}', "several lists of rows: 'train', 'test'"),
         ("a.json", b'{\n"a": 1\n}\n{\n"a": 2\n}', "line 4, column 1: text after the end of the object"),
         ("a.json", b'{"data": [{"a": "]}', "the end of the file stands where ',' or '}' is due"),
