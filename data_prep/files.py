@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import errno
 import glob
+import gzip
 import io
 import itertools
 import os
 import shlex
 import stat
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,9 @@ FIRST_BYTES = {
     b"%PDF": "a PDF",
     b"SQLite format 3": "an SQLite database",
 }
+ZEROS_LOOKED_AT = 16
+"""No gzip ends in so many zero bytes by itself: an empty one has nine."""
+
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -143,6 +148,15 @@ class File:
     def open_for_seeking(self) -> io.FileIO:
         """For formats that begin at their end. Whoever reads calls check_content when done."""
         return _Seekable(_open_regular(self.path, self.name), self.bytes)
+
+    def notes(self) -> list[str]:
+        """Zeros behind the end of a gzip are what tapes and some programs fill blocks with."""
+        if self.packed == "gzip" and self.bytes > ZEROS_LOOKED_AT:
+            with self.open_for_seeking() as raw:
+                raw.seek(-ZEROS_LOOKED_AT, os.SEEK_END)
+                if not any(raw.read(ZEROS_LOOKED_AT)):
+                    return [f"{self.name}: zeros stand behind the end of its gzip data, and are passed over"]
+        return []
 
     def check_unchanged(self) -> None:
         """Reading is done: is the file of this name still the one that was opened? Its content decides."""
@@ -333,7 +347,11 @@ class Content:
         self.file, self._raw, self._head = file, _Raw(file), b""
         self._unpacked, self._most = 0, limits.unpacked_bytes(file.bytes)
         self._stream = self._raw
-        if file.packed:
+        if (
+            file.packed == "gzip"
+        ):  # unlike Arrow's, Python's passes over zeros behind the end, as the program gzip does
+            self._stream = gzip.GzipFile(fileobj=self._raw)
+        elif file.packed:
             self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, "r"), file.packed)
 
     def __enter__(self) -> Content:
@@ -365,7 +383,7 @@ class Content:
     def _read(self, size: int) -> bytes:
         try:
             block = self._stream.read(size)
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
             self.file.check_unchanged()
             if self.file.packed is None:
                 raise UserError(f"{self.file.name} cannot be read on from byte {self.position:,}: {error}.") from None

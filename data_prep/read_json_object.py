@@ -5,7 +5,8 @@
     {"instruction": {"0": "a", "1": "b"}, "output": {…}}    the same, as pandas writes it
     {"columns": ["instruction", …], "data": [["a", …]]}     the same, with pandas' orient="split"
     {"q1": {"instruction": "a", "output": "c"}, "q2": {…}}  a row for each key
-    {"Definition": […], "Instances": […]}                   a task of Super-NaturalInstructions: one row
+    {"instruction": "a", "output": "b"}                     one row; so are {"messages": […]} and a task of
+    {"Definition": […], "Instances": […]}                   Super-NaturalInstructions
 
 What an object is taken for is said. Where that cannot be told, it is refused, with a command for each thing that may
 be meant. All but the first are in memory as a whole, up to `max_object_bytes`.
@@ -49,6 +50,7 @@ from diptych.data_prep.records import RAW_CHARACTERS_KEPT, Origin, Reject, Row, 
 from diptych.data_prep.validate import listed
 
 TASK_KEYS = frozenset(("Definition", "Instances"))
+TURN_KEYS = frozenset(("messages", "conversations"))
 SPLIT_KEYS = frozenset(("columns", "data"))
 COMMANDS_SHOWN = 3
 JQ_COLUMNS = "[(to_entries[0].value | keys_unsorted[]) as $key | map_values(.[$key])]"
@@ -79,7 +81,9 @@ def object_reader(file: File, limits: Limits, mark: int) -> tuple[Callable[..., 
                 " a line, name it .jsonl; if it has several objects, write them into one array: jq -s ."
             )
     if TASK_KEYS & members.keys():
-        return task_chunks, []
+        return one_row_chunks, []
+    if _is_one_row(members):
+        return one_row_chunks, [f"{file.name}: read as one row"]
     key = _rows_key(members)
     if key is not None:
         others = [name for name, member in members.items() if member.kind == "rows" and name != key]
@@ -90,6 +94,13 @@ def object_reader(file: File, limits: Limits, mark: int) -> tuple[Callable[..., 
         raise UserError(_cannot_tell(file, members))
     rows_of, said = found
     return functools.partial(table_chunks, rows_of=rows_of), [f"{file.name}: read as {said}"]
+
+
+def _is_one_row(members: Mapping[str, _Member]) -> bool:
+    """A conversation, or values alone with names as columns have them."""
+    is_known = len(KNOWN_COLUMNS & {key.casefold() for key in members}) > 1
+    are_values = all(member.kind == "value" for member in members.values())
+    return (is_known and are_values) or any(members[key].kind == "rows" for key in TURN_KEYS & members.keys())
 
 
 def _rows_key(members: Mapping[str, _Member]) -> str | None:
@@ -330,7 +341,7 @@ def _whole(file: File, limits: Limits, mark: int) -> bytes:
         return b"".join(blocks)
 
 
-def task_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
+def one_row_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
     """The object as one row."""
     data = _whole(file, limits, mark)
     text, origin = data.decode("utf-8", "surrogateescape"), Origin(file.name, 1)

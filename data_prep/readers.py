@@ -360,7 +360,7 @@ def _open_file(file: File, limits: Limits, columns: Collection[str] = ()) -> Sou
             read, notes = _by_beginning(file, text, columns) or object_reader(file, limits, mark)
             read = functools.partial(read, mark=mark)
     read = functools.partial(read, file, limits=limits)
-    return Source(file.name, file.digest, file.bytes, read, file.entry, notes=tuple(notes))
+    return Source(file.name, file.digest, file.bytes, read, file.entry, notes=(*file.notes(), *notes))
 
 
 def _by_beginning(

@@ -99,7 +99,7 @@ def test_of_a_cloned_hub_repository_the_rows_are_read_and_the_metadata_are_not(p
         "plain/a.jsonl",
     ):
         (place / "repo" / name).parent.mkdir(exist_ok=True, parents=True)
-        (place / "repo" / name).write_bytes(ROW)
+        (place / "repo" / name).write_bytes(b"[" + ROW + b"]" if name.endswith(".json") else ROW)
     assert names("repo") == ["repo/data/train.jsonl"]
     [note] = open_sources(["repo"])[0].notes
     assert note == "of repo, a clone of a Hub repository, data/ is read, and not 'README.md', 'plain', 'stats.json'"
@@ -246,6 +246,15 @@ def test_packed_files_give_the_rows_of_the_plain_one(ending, place):
     plain, packed = ([row.fields for row in source.rows()] for source in open_sources(["a.jsonl", f"p.jsonl{ending}"]))
     assert len(plain) == 3_000
     assert plain == packed
+
+
+def test_zeros_behind_the_end_of_a_gzip_are_passed_over_and_said(place):
+    for name, zeros in {"a.jsonl.gz": 0, "b.jsonl.gz": 512, "c.jsonl.gz": 3}.items():
+        (place / name).write_bytes(gzip.compress(ROW) + gzip.compress(ROW + ROW) + b"\0" * zeros)
+        [source] = open_sources([name])
+        assert [row.origin.row for row in source.rows()] == [1, 2, 3]
+        said = (f"{name}: zeros stand behind the end of its gzip data, and are passed over",)
+        assert source.notes == (said if zeros > 16 else ())
 
 
 @pytest.mark.parametrize("ending", PACK)

@@ -394,6 +394,15 @@ def test_the_rows_of_a_json_object_are_found_and_it_is_said_how(content, note, i
         assert len(source.notes) == (note is not None) and (not note or source.notes[0].startswith(f"{path}: {note}"))
 
 
+@pytest.mark.parametrize(
+    "row", [TWO[0], {"id": 7, "messages": [{"role": "user", "content": "Hi."}], "meta": {"a": 1}}]
+)
+def test_a_json_object_with_the_names_of_columns_is_one_row(row, write_rows):
+    path = write_rows("a.json", row)
+    assert values(read(path)[0]) == [row]
+    assert open_sources([path])[0].notes == (f"{path}: read as one row",)
+
+
 def test_a_column_of_objects_is_no_list_of_rows(write_rows):
     sources = {"meta": [{"id": 1, "source": "x"}, {"id": 2, "source": "y"}]}
     rows, _ = read(write_rows("a.json", {**sources, **COLUMNS}))
@@ -417,7 +426,7 @@ def test_a_table_in_a_json_object_that_has_a_hole_is_refused(content, words, wri
     "content, results",
     [
         ({"train": TWO, "te st'": TWO[:1]}, {"train": TWO, "te_st_": TWO[:1]}),
-        (TWO[0], {"rows": TWO[:1]}),
+        ({"a": 1}, {"rows": [{"a": 1}]}),
         ({"n": 1, "result": {"rows": TWO}}, {"result": TWO}),
         ({"output": {"text": "x"}, "input": {"text": "y"}}, {"rows": [{"output": "x", "input": "y"}]}),
     ],
