@@ -198,7 +198,8 @@ class Converter:
         """Column → the names in it that are read: the format's, and the steps of paths such as `answers.text.0`."""
         inside = {self.column(name): dict(known) for name, known in self.format.inside.items()}
         for column in self.mapping.values():
-            first, *steps = (step for step in _steps(column) if not step.isdecimal())
+            first, *steps = _steps(column)
+            steps = [step for step in steps if not step.isdecimal()]  # a number is a place in a list
             known = inside.setdefault(first, {}) if steps else {}
             for step in steps:
                 known = known.setdefault(step, {})
@@ -312,6 +313,10 @@ def converter_for(
     """What turns all rows of a source into records, decided by its first ones. Everything that a person has to mend
     before a row can be read is said here: columns that are not there, formats that may be two, missing directions."""
     mapping = dict(mapping or {})
+    if len(languages) == 2 and mapping.keys().isdisjoint(("first", "second", "translation")):
+        names = {name for row in rows for name in row.fields}
+        if names.issuperset(languages):  # a table with a column for each language
+            mapping |= zip(("first", "second"), languages, strict=True)
     _check_settings(directions, summary_instruction)
     format, shape = _recognise(rows, source, mapping, name)
     spelled = {name: column for name, column in shape.items() if name != column}
@@ -569,8 +574,9 @@ def _languages(rows: Sequence[Row], source: str, column: str, languages: Sequenc
                 raise UserError(f"{source} has no language '{language}'; languages there are {listed(found)}.{hint}")
     elif len(found) != 2:
         bases = list(dict.fromkeys(_tag(name).split("-")[0] for name in found))
-        shown = " ".join(map(shown_name, bases if len(bases) == 2 else found[:2]))
-        regions = " (en stands for en-GB and en-US as well)" if len(bases) < len(found) else ""
+        have_regions = 1 < len(bases) < len(found)
+        shown = " ".join(map(shown_name, (bases if have_regions else found)[:2]))
+        regions = " (en stands for en-GB and en-US as well)" if have_regions else ""
         raise UserError(
             f"{source} has text in {listed(found)}, and pairs are of two languages. Say which are the first and the"
             f" second side, for example --languages {shown}{regions}."

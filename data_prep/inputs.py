@@ -32,6 +32,9 @@ from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.stages import Check, Lengths, Stages
 from diptych.data_prep.templates import Template
 
+NOT_TOLD = Converter(named("alpaca"))
+"""Of a source without a row that can be read."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -61,7 +64,7 @@ class Inputs:
 def open_inputs(settings: PrepareSettings) -> Inputs:
     max_row_bytes = int(settings.max_row_megabytes * 1_000_000)
     limits = Limits(max_row_bytes=max_row_bytes, max_unpacked_ratio=settings.max_unpacked_ratio)
-    columns = tuple(parse_mapping(settings.map).values())
+    columns = tuple(parse_mapping(settings.map).values()) or tuple(settings.languages)
     held_out = {kind: getattr(settings, kind) for kind in HELD_OUT}
     sources = open_sources(settings.data, settings.aligned, limits, columns, held_out)
     entries = [source.entry or source.name for source in sources]
@@ -103,9 +106,9 @@ def make_stages(
         for note in source.notes:
             print(f"Note       {note}")
         split = f"{source.split}, " if source.split != TRAIN else ""
-        print(
-            f"Format     {source.name}: {split}{converter.format.name}, {'given' if settings.format else 'recognised'}"
-        )
+        how = "given" if settings.format else "recognised"
+        told = "no row tells it" if converter is NOT_TOLD else f"{converter.format.name}, {how}"
+        print(f"Format     {source.name}: {split}{told}")
     lengths = Lengths(
         settings.max_source_tokens, settings.max_target_tokens, settings.too_long, settings.end_cut_targets
     )
@@ -122,7 +125,7 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
     """What its first rows say it is. A source without a single row to read has only rejects, of whatever format."""
     rows = first_rows(source)
     if not rows:
-        return Converter(named(settings.format or "alpaca"))
+        return Converter(named(settings.format)) if settings.format else NOT_TOLD
     return converter_for(
         rows,
         source.name,

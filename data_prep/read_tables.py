@@ -216,7 +216,8 @@ def _csv_rows(lines: _Lines, name: str, limits: Limits, delimiter: str, numbered
             yield record
             continue
         values, number, text, offset = record
-        if not values or (number == 1 and SEPARATOR_LINE.fullmatch(text)):  # a blank line, or Excel's
+        is_blank = not any(value.strip() for value in values)
+        if is_blank or (number == 1 and SEPARATOR_LINE.fullmatch(text)):  # Excel's
             continue
         if header is None and numbered:
             header = Header.numbered(len(values))

@@ -373,7 +373,10 @@ def _by_beginning(
     if file.suffix == ".csv":
         delimiter, notes, numbered = _delimiter(head), [], _are_numbers(columns)
         if delimiter != ",":
-            notes.append(f"{file.name}: its columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}")
+            note = f"{file.name}: its columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}"
+            if delimiter == "\t":
+                note += "; text in quotes may go over tabs and lines. If nothing is quoted, name the file .tsv"
+            notes.append(note)
         if numbered:
             _check_no_header(_first_cells(head, delimiter), file.name)
             notes.append(f"{file.name}: {FIRST_LINE_IS_DATA}")

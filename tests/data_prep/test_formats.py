@@ -814,6 +814,12 @@ def test_a_language_stands_for_its_regions_where_a_row_has_no_other_text_in_it()
         results(*all_rows, directions=there, languages=("en", "fr"))
 
 
+def test_a_column_for_each_language_is_parallel_text():
+    table = {"en": "Go.", "ko": "가.", "id": "1"}
+    assert results(table, directions=Directions("x"), languages=("ko", "en")) == [record("x", "가.", "Go.")]
+    assert results({"first": "a", "second": "b", **table}, languages=(), directions=Directions("x"))[0].input == "a"
+
+
 def test_an_object_of_lists_is_the_list_of_objects_that_datasets_made_it_of():
     turns = {"from": ["human", "gpt"], "value": ["Hi.", "Hello."], "note": [None, "x"]}
     assert results({"conversations": turns}) == [record("Hi.", "", "Hello.")]

@@ -229,6 +229,49 @@ def test_columns_can_be_mapped(prepare, write_rows):
     assert (code, "20 kept, 0 rejected" in said) == (0, True)
 
 
+NO_SPLITS = ["--validation_fraction", 0, "--test_fraction", 0, "--template", "plain"]
+
+
+def targets_of(folder):
+    return [row["target"] for row in datasets.load_from_disk(folder)["train"]]
+
+
+def test_no_pair_of_a_tsv_is_lost_to_a_quote_mark_and_none_leaks_past_decontamination(prepare, write_rows, tmp_path):
+    pairs = [
+        (f'"Speech {n} begins.', f"„Rede {n}.") if n % 2 else (f'It {n} ends."', f"Ende {n}.“") for n in range(20)
+    ]
+    path = write_rows("a.tsv", ["source\ttarget", *map("\t".join, pairs)])
+    code, said, _ = prepare("--data", path, *NO_SPLITS)
+    assert code == 0 and "20 rows" in said and f"Note       {path}: its first line names the columns" in said
+    assert sorted(targets_of(tmp_path / "prepared")) == sorted(target for _, target in pairs)
+    held_out = write_rows("test.tsv", ["source\ttarget", *map("\t".join, pairs[:12])])
+    assert (
+        prepare("--data", path, "--decontaminate", held_out, "--decontaminate_ngram", 3, *NO_SPLITS, out="clean")[0]
+        == 0
+    )
+    assert sorted(targets_of(tmp_path / "clean")) == sorted(target for _, target in pairs[12:])
+
+
+@pytest.mark.parametrize("arguments", [["--map", "first=en", "second=ko"], ["--languages", "en", "ko"]])
+def test_names_that_stand_in_the_first_line_of_a_tsv_make_it_the_header(arguments, prepare, write_rows, tmp_path):
+    path = write_rows("a.tsv", ["en\tko", "Go.\t가.", "Hi.\t안녕."])
+    code, said, _ = prepare("--data", path, "--forward", "To Korean:", *arguments, *NO_SPLITS)
+    assert code == 0 and "its first line names the columns: en, ko" in said
+    assert sorted(targets_of(tmp_path / "prepared")) == ["가.", "안녕."]
+    code, said, _ = prepare("--data", path, "--forward", "To Korean:", *NO_SPLITS, out="pairs")
+    assert "its first line is taken for a pair, 'en' and 'ko'; if it names columns, --map first=en second=ko" in said
+    code, _, said = prepare("--data", path, "--forward", "x", "--map", "first=en", "second=kr", *NO_SPLITS)
+    assert code == 2 and "there is no column 'kr' in its first rows; columns there are 'en', 'ko'" in said
+
+
+def test_a_file_without_rows_beside_others_says_so(prepare, write_rows, tmp_path):
+    files = [write_rows("a.csv", ["instruction,output"]), write_rows("b.json", []), write_rows("c.jsonl", ROWS)]
+    code, said, _ = prepare("--data", *files, *NO_SPLITS)
+    assert code == 0
+    for file, how in zip(files, ["no row tells it"] * 2 + ["alpaca, recognised"], strict=True):
+        assert f"Format     {file}: {how}" in said
+
+
 def test_columns_of_a_table_without_a_header_are_mapped_by_number(prepare, write_rows):
     path = write_rows("rows.csv", [f'"Say {n}, please.",It is {n}.,x' for n in range(20)])
     assert "--map instruction=1 output=2" in prepare("--data", path)[2]

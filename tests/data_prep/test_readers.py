@@ -191,7 +191,7 @@ def test_what_the_first_line_of_a_tsv_was_taken_for_is_said(write_rows):
 def test_cells_behind_the_last_name_of_a_header_are_columns_only_where_they_hold_something(
     suffix, delimiter, write_rows
 ):
-    table = ["|instruction|output||", "0|a|b||", "1|c|d", "2|e|f||x", "3|g", "4|h|i|||", "5|j|k|||x"]
+    table = ["|instruction|output||", "0|a|b||", "1|c|d", "2|e|f||x", "3|g", "4|h|i|||", "5|j|k|||x", "||||"]
     rows, rejects = read(write_rows(f"a.{suffix}", [line.replace("|", delimiter) for line in table]))
     assert values(rows) == [
         {"column 1": "0", "instruction": "a", "output": "b"},
@@ -220,7 +220,9 @@ def test_another_delimiter_of_a_csv_is_found_and_said(delimiter, word, write_row
         {"instruction": f"d{delimiter}", "output": "e"},
     ]
     assert rejects == []
-    assert open_sources([path])[0].notes == (f"{path}: its columns are separated by {word}",)
+    [note] = open_sources([path])[0].notes
+    assert note.startswith(f"{path}: its columns are separated by {word}")
+    assert ("If nothing is quoted, name the file .tsv" in note) == (delimiter == "\t")
     assert open_sources([write_rows("b.csv", ["instruction,output", "a;b,c"])])[0].notes == ()
     assert values(read(write_rows("c.csv", ["text", "a;b"]))[0]) == [{"text": "a;b"}]
 
