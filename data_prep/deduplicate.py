@@ -89,9 +89,6 @@ class Shingles:
         separator = "" if self.kind == "characters" else " "
         return {separator.join(units[start : start + self.size]) for start in range(_runs(len(units), self.size))}
 
-    def jaccard(self, first: str, second: str) -> float:
-        return _jaccard(self.of(first), self.of(second))
-
     def units(self, text: str) -> Sequence[str]:
         text = normalise(text)
         if self.kind == "words":
@@ -152,11 +149,6 @@ def conflicts(source_keys: numpy.ndarray, target_keys: numpy.ndarray) -> list[li
     differ[1:] = numpy.cumsum(target != numpy.repeat(target[starts], ends - starts))
     groups = numpy.flatnonzero(differ[ends] > differ[starts])
     return sorted(order[starts[group] : ends[group]].tolist() for group in groups)
-
-
-def signature(text: str, shingles: Shingles = Shingles(), permutations: int = PERMUTATIONS) -> numpy.ndarray:  # noqa: B008
-    """(permutations,) uint32."""
-    return signatures([text], shingles, permutations)[0]
 
 
 def signatures(

@@ -11,7 +11,7 @@
 It works on tokens: a document is cut into windows that fill source and target, each token of it in one window, and
 what is done to a window is drawn by the seed, the document and the window's number, whatever came before. Text that
 spells a control token stays text (encode.py). What is left of a document and shorter than MINIMUM tokens is not
-learned from, and counted. A pair's tokens are the window's, rearranged: `restored` puts them back.
+learned from, and counted. A pair's tokens are the window's, rearranged.
 """
 
 from __future__ import annotations
@@ -149,20 +149,6 @@ def split_prefix(
     last = min(length - max(round(length * least), 1), source)
     place = int(generator.integers(first, max(first, last) + 1))
     return list(tokens[:place]), list(tokens[place:])
-
-
-def restored(source: Sequence[int], target: Sequence[int], sentinels: Sequence[int]) -> list[int]:
-    """The window of which a pair was made."""
-    spans: dict[int, list[int]] = {}
-    current: list[int] = []
-    for token in target:
-        if token in sentinels:
-            current = spans.setdefault(token, [])
-        else:
-            current.append(token)
-    if not spans:
-        return [*source, *target]
-    return [inner for token in source for inner in spans.get(token, [token])]
 
 
 def pairs_of(tokens: Sequence[int], settings: DenoiseSettings, frame: Frame, key: int) -> Iterator[tuple | int]:

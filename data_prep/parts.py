@@ -12,7 +12,7 @@ reads only its own.
 
 from __future__ import annotations
 
-import itertools
+import heapq
 import json
 import os
 import re
@@ -79,20 +79,47 @@ def write_part(work: Work, folder: Path, task: int, tasks: int) -> Iterator[Batc
 
 def merged(work: Work, folder: Path) -> Iterator[tuple[int, Batch]]:
     """The batches of all parts with the numbers of their sources, in the order of the data."""
-    parts = [_Part(path, work) for path in _part_paths(folder)]
-    chunks = Counter()
-    for source in range(len(work.sources)):
-        for number in itertools.count():
-            part = parts[_task_of(source, number, len(parts), len(work.sources))]
-            if part.next_place != (source, number):
-                break
-            chunks[source] = number + 1
-            yield source, part.take()
-    for part in parts:
-        if part.next_place is not None or any(chunks[source] != count for source, count in part.chunks_of.items()):
-            raise UserError(
-                f"{part.path} does not fit the other parts: something is missing or changed. {_again(part.path)}"
-            )
+    paths, ends, done = _part_paths(folder), [], Counter()
+    parts = [_batches(path, work, ends) for path in paths]
+    for (source, number), batch in heapq.merge(*parts, key=lambda part: part[0]):
+        if number != done[source]:
+            raise _lacks(paths, work, source, done[source])
+        done[source] += 1
+        yield source, batch
+    for source, count in ends:
+        if done[source] != count:
+            raise _lacks(paths, work, source, done[source])
+
+
+def _batches(path: Path, work: Work, ends: list) -> Iterator[tuple[tuple[int, int], Batch]]:
+    """Of one part, (source, number) before each; at the end, into `ends`, how many chunks each source had."""
+    try:
+        stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}. {_again(path)}") from None
+    if (stream.schema.metadata or {}).get(FINGERPRINT, b"").decode() != work.fingerprint:
+        raise UserError(
+            f"{path} was made of other data, with other settings, or by other code. Give the settings that its"
+            " tasks had, or run them again into a new folder."
+        )
+    while True:
+        try:
+            examples, beside = stream.read_next_batch_with_custom_metadata()
+        except (StopIteration, pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is cut off. {_again(path)}") from error
+        if END in beside:
+            ends += json.loads(beside[END])
+            return
+        facts = json.loads(beside[CHUNK])
+        rejects = [Reject(**reject | {"origin": Origin(**reject["origin"])}) for reject in facts["rejects"]]
+        examples = examples.replace_schema_metadata(None)
+        batch = Batch(examples, rejects, _counts_of(facts["counts"]), facts["bytes_done"])
+        yield (facts["source"], facts["number"]), batch
+
+
+def _lacks(paths: Sequence[Path], work: Work, source: int, chunk: int) -> UserError:
+    path = paths[_task_of(source, chunk, len(paths), len(work.sources))]
+    return UserError(f"{path} does not fit the other parts: something is missing or changed. {_again(path)}")
 
 
 def _task_of(source: int, chunk: int, tasks: int, sources: int) -> int:
@@ -114,42 +141,6 @@ def _chunks_of(
             counts[source] = number + 1
             if _task_of(source, number, tasks, len(sources)) == task:
                 yield source, number, chunk
-
-
-class _Part:
-    """One file, read along; the next batch is known before it is taken."""
-
-    def __init__(self, path: Path, work: Work) -> None:
-        self.path, self.chunks_of = path, {}
-        try:
-            self._stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}. {_again(path)}") from None
-        made_of = (self._stream.schema.metadata or {}).get(FINGERPRINT, b"").decode()
-        if made_of != work.fingerprint:
-            raise UserError(
-                f"{path} was made of other data, with other settings, or by other code. Give the settings that its"
-                " tasks had, or run them again into a new folder."
-            )
-        self._forward()
-
-    def take(self) -> Batch:
-        batch, facts = self._batch, self._facts
-        rejects = [Reject(**{**reject, "origin": Origin(**reject["origin"])}) for reject in facts["rejects"]]
-        self._forward()
-        return Batch(batch, rejects, _counts_of(facts["counts"]), facts["bytes_done"])
-
-    def _forward(self) -> None:
-        try:
-            read, beside = self._stream.read_next_batch_with_custom_metadata()
-        except (StopIteration, pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.path} is cut off. {_again(self.path)}") from error
-        self._batch = read.replace_schema_metadata(None)
-        if CHUNK in beside:
-            self._facts = json.loads(beside[CHUNK])
-            self.next_place = (self._facts["source"], self._facts["number"])
-        else:
-            self.next_place, self.chunks_of = None, dict(json.loads(beside[END]))
 
 
 def _part_paths(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """How well a model does on a prepared split: loss on every row, and metrics on what it generates.
 
-    evaluate_split(model, tokenizer, split, metrics=["chrf"], batch_size=16)
+    evaluate_rows(model, tokenizer, split, metrics=["chrf"], batch_size=16).figures
     -> {"rows": 300, "loss": 1.873, "target_tokens": 4310, "sources": 292, "chrf": 41.2, "exact_match_rows": 9.3,
         "unfinished": 2, "max_new_tokens": 45}
 
@@ -93,13 +93,6 @@ class Evaluation(NamedTuple):
     """One for each different source, in the order of their first rows; none where no metric was asked."""
     statistics: dict[str, Statistics]
     """What was counted for each of these sources: of it, confidence.py makes intervals."""
-
-
-def evaluate_split(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, **settings: Any
-) -> dict[str, float]:
-    """The figures of `evaluate_rows`, flat."""
-    return evaluate_rows(model, tokenizer, dataset, **settings).figures
 
 
 def evaluate_rows(

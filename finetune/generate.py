@@ -1,6 +1,7 @@
 """Token ids in, text out: batched generation for training, evaluation and the command `diptych generate`.
 
-    generate_texts(model, tokenizer, [[12, 7, 1], [8, 1]], batch_size=16, max_new_tokens=64) -> ["가.", "네."]
+    generate_outputs(model, tokenizer, [[12, 7, 1], [8, 1]], batch_size=16, max_new_tokens=64)
+    -> [Output("가.", finished=True, …), Output("네.", finished=True, …)]
 
 B rows of a batch, S source tokens, T new tokens. Rows are sorted by length, longest first, so that a batch holds
 little padding and a batch that does not fit into memory fails at once; what comes back is in the order of the input.
@@ -96,31 +97,6 @@ class GenerationBar(tqdm):
     def catch_up(self, rows: int) -> None:
         """To what all ranks have done; this one counted its own."""
         self.update(rows - self.n)
-
-
-def generate_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source_ids: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    template: Template | None = None,
-    progress: bool | GenerationBar = False,
-    **generation_kwargs: Any,
-) -> list[str]:
-    """One text for each row of `source_ids`, in their order; see `generate_outputs`."""
-    outputs = generate_outputs(
-        model,
-        tokenizer,
-        source_ids,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        template=template,
-        progress=progress,
-        **generation_kwargs,
-    )
-    return [output.text for output in outputs]
 
 
 def generate_outputs(

@@ -311,13 +311,10 @@ def figures_and_signatures(counted: Sequence[Statistics]) -> tuple[dict[str, flo
 
 
 def score_texts(
-    names: Sequence[str],
-    predictions: list[str],
-    references: list[list[str]],
-    bleu_tokenize: str | None = None,
+    names: Sequence[str], predictions: list[str], references: list[list[str]]
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The figures of the named metrics, and their signatures."""
-    return figures_and_signatures(list(count_texts(names, predictions, references, bleu_tokenize).values()))
+    return figures_and_signatures(list(count_texts(names, predictions, references).values()))
 
 
 def compute_metrics(names: Sequence[str], predictions: list[str], references: list[list[str]]) -> dict[str, float]:

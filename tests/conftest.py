@@ -1,17 +1,24 @@
-"""What is first, and what tests of pages share: a real browser without a network, and a visit that tells what a page
-showed and tried."""
+"""What tests of all rooms share: processes that start at once, a real browser without a network, and a visit that
+tells what a page showed and tried."""
 
 import shutil
 from types import SimpleNamespace
 
 import pytest
+from nursery import Nursery
 
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 
 
 def pytest_collection_modifyitems(items):
-    """README's commands first, which are one test of four minutes: as the last one it would run alone."""
+    """README's commands first, which are the longest test: as the last one it would run alone."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    with Nursery() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -259,12 +259,12 @@ def without_a_batch(path, number):
             "part-00002-of-00003.arrow is cut off",
         ),
         (lambda folder: part_path(folder, 0, 3).write_bytes(b"nothing"), "part-00000-of-00003.arrow cannot be read"),
-        (lambda folder: without_a_batch(part_path(folder, 0, 3), 0), "does not fit the other parts"),
-        (lambda folder: without_a_batch(part_path(folder, 1, 3), 1), "does not fit the other parts"),
+        (lambda folder: without_a_batch(part_path(folder, 0, 3), 0), "part-00000-of-00003.arrow does not fit"),
+        (lambda folder: without_a_batch(part_path(folder, 1, 3), 1), "part-00001-of-00003.arrow does not fit"),
         (lambda folder: without_a_batch(part_path(folder, 2, 3), 2), "part-00002-of-00003.arrow is cut off"),
         (
             lambda folder: part_path(folder, 0, 3).write_bytes(part_path(folder, 1, 3).read_bytes()),
-            "does not fit the other parts",
+            "part-00000-of-00003.arrow does not fit",
         ),
     ],
 )

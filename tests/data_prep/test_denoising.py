@@ -23,7 +23,6 @@ from diptych.data_prep.denoising import (
     corrupt_spans,
     noise_and_spans,
     pairs_of,
-    restored,
     split_prefix,
     window_length,
 )
@@ -34,6 +33,19 @@ SENTINELS = list(range(1000, 1100))
 TEXTS = [
     f"This is line {number}, about {number * 7} things that are </s> or <extra_id_0>. " * 4 for number in range(60)
 ]
+
+
+def restored(source, target, sentinels):
+    """The window of which a pair was made."""
+    spans, current = {}, []
+    for token in target:
+        if token in sentinels:
+            current = spans.setdefault(token, [])
+        else:
+            current.append(token)
+    if not spans:
+        return [*source, *target]
+    return [inner for token in source for inner in spans.get(token, [token])]
 
 
 @pytest.fixture(scope="module")

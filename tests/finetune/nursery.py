@@ -1,12 +1,13 @@
-"""Training processes by the dozen: forked from one that has imported everything, so that each starts at once.
+"""Processes of `diptych` by the dozen: forked from one that has imported everything, so that each starts at once.
 
-    with Nursery() as nursery:
+    with Nursery() as nursery:                           tests take the fixture `nursery`, one for the whole session
         ranks = nursery.train(["--config", "run.yaml"], ranks=2, log=tmp_path / "log")
         os.kill(ranks[1].pid, signal.SIGKILL)
         assert ranks[0].wait(10) == 6
+        assert nursery.run(["compare", "runs/a", "runs/b"], tmp_path / "log", folder=tmp_path).wait(60) == 0
 
-They are `diptych train` in all that matters: real processes, in which nothing was used before the fork, with gloo
-between ranks as torchrun sets it up. `die_at=7` has the process kill itself before its seventh change to the disk.
+They are `diptych` in all that matters: real processes, in which nothing was used before the fork, with gloo between
+ranks as torchrun sets it up. `die_at=7` has the process kill itself before its seventh change to the disk.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ class Process(NamedTuple):
 
 class Nursery:
     def __enter__(self) -> "Nursery":
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -52,6 +53,18 @@ class Nursery:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
+    def run(
+        self,
+        arguments: Sequence[str],
+        log: Path | str,
+        folder: Path | str = ".",
+        die_at: int | None = None,
+        **environment: str,
+    ) -> Process:
+        """`diptych ARGUMENTS` in `folder`, on CPUs; what it says is appended to `log`."""
+        request = {"arguments": list(arguments), "log": str(log), "folder": str(folder), "die_at": die_at}
+        return Process(self.ask(request | {"environment": {"ACCELERATE_USE_CPU": "true"} | environment}), self)
+
     def train(
         self, arguments: Sequence[str], log: Path, ranks: int = 1, die_at: int | None = None, dying_rank: int = 0
     ) -> list[Process]:
@@ -59,15 +72,9 @@ class Nursery:
         processes = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-            pid = self.ask(
-                {
-                    "arguments": list(arguments),
-                    "environment": {"ACCELERATE_USE_CPU": "true"} | ((meeting | own) if ranks > 1 else {}),
-                    "log": f"{log}.{rank}",
-                    "die_at": die_at if rank == dying_rank else None,
-                }
-            )
-            processes.append(Process(pid, self))
+            rank_dies_at = die_at if rank == dying_rank else None
+            environment = meeting | own if ranks > 1 else {}
+            processes.append(self.run(["train", *arguments], f"{log}.{rank}", die_at=rank_dies_at, **environment))
         return processes
 
 
@@ -116,8 +123,9 @@ def _wait(pid: int, seconds: float, ended: dict[int, int]) -> int | None:
 
 
 def _be_a_process(request: dict[str, Any]) -> None:
-    from diptych.finetune.train import main
+    from diptych.finetune.cli import main
 
+    os.chdir(request["folder"])
     os.environ.update(request["environment"])
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     nowhere = os.open(os.devnull, os.O_RDONLY)

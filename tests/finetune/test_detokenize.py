@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from diptych.data_prep.encode import encode_targets
 from diptych.data_prep.records import IGNORE_INDEX
 from diptych.finetune.detokenize import UNKNOWN_ID, text_of
-from diptych.finetune.generate import generate_texts
+from diptych.finetune.generate import generate_outputs
 
 SENTENCES = ["I am a student.", "나는 학생이다.", "Hello , world !", "He is my friend, and a good one.", "가. 네."]
 FAMILIES = ["bpe", "t5", "bert", "byt5", "m2m100"]
@@ -117,5 +117,5 @@ def test_a_model_that_writes_an_id_beyond_its_tokenizer_is_found_out(learned_t5,
         table = model.get_input_embeddings().weight
         table[beyond] = 1.5 * table[row["labels"][0]]
     sources = [row["input_ids"], eight_prepared_rows[0]["input_ids"]]
-    text, other = generate_texts(model, tiny_tokenizer, sources, batch_size=2, max_new_tokens=8)
-    assert text.startswith(UNKNOWN_ID) and other == "가."
+    found, other = generate_outputs(model, tiny_tokenizer, sources, batch_size=2, max_new_tokens=8)
+    assert found.text.startswith(UNKNOWN_ID) and other.text == "가."

@@ -20,7 +20,6 @@ from diptych.finetune.evaluation import (
     data_identity,
     draw,
     evaluate_rows,
-    evaluate_split,
     format_table,
     is_improvement,
     padded_rows,
@@ -28,7 +27,7 @@ from diptych.finetune.evaluation import (
     selectable_figures,
 )
 from diptych.finetune.exits import NOT_FINITE, NotFiniteError
-from diptych.finetune.generate import generate_texts
+from diptych.finetune.generate import generate_outputs
 from diptych.finetune.metrics import METRICS, compute_metrics
 from diptych.finetune.objectives import Seq2SeqObjective
 
@@ -62,7 +61,7 @@ def loss_by_hand(model, rows):
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_loss_is_nats_per_target_token_of_every_row(learned, tiny_tokenizer, split_with_alternatives, batch_size):
     expected, tokens = loss_by_hand(learned, split_with_alternatives)
-    figures = evaluate_split(learned, tiny_tokenizer, split_with_alternatives, batch_size=batch_size)
+    figures = evaluate_rows(learned, tiny_tokenizer, split_with_alternatives, batch_size=batch_size).figures
     assert figures["loss"] == pytest.approx(expected, rel=1e-4)
     assert (figures["rows"], figures["target_tokens"]) == (10, tokens)
 
@@ -82,9 +81,13 @@ def test_rows_that_share_a_source_are_generated_once_and_their_targets_are_its_r
 
 
 def test_metrics_are_those_of_the_texts_that_were_generated(learned, tiny_tokenizer, split, eight_prepared_rows):
-    figures = evaluate_split(learned, tiny_tokenizer, split, metrics=METRIC_NAMES, batch_size=8, max_new_tokens=5)
-    texts = generate_texts(learned, tiny_tokenizer, split["input_ids"], batch_size=8, max_new_tokens=5)
-    expected = compute_metrics(METRIC_NAMES, texts, [[target] for target in split["target"]])
+    figures = evaluate_rows(
+        learned, tiny_tokenizer, split, metrics=METRIC_NAMES, batch_size=8, max_new_tokens=5
+    ).figures
+    outputs = generate_outputs(learned, tiny_tokenizer, split["input_ids"], batch_size=8, max_new_tokens=5)
+    expected = compute_metrics(
+        METRIC_NAMES, [output.text for output in outputs], [[target] for target in split["target"]]
+    )
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
     assert figures["max_new_tokens"] == 5
     assert figures["unfinished"] == sum(len(row["labels"]) > 5 for row in eight_prepared_rows) > 0
@@ -125,14 +128,14 @@ def test_the_cap_is_a_quarter_over_the_longest_target_within_the_models_position
 
 
 def test_without_metrics_nothing_is_generated(learned, tiny_tokenizer, split):
-    assert set(evaluate_split(learned, tiny_tokenizer, split)) == {"rows", "loss", "target_tokens"}
+    assert set(evaluate_rows(learned, tiny_tokenizer, split).figures) == {"rows", "loss", "target_tokens"}
 
 
 def test_an_empty_split_or_an_unknown_metric_is_refused(learned_t5, tiny_tokenizer, split):
     with pytest.raises(UserError, match="has no rows"):
-        evaluate_split(learned_t5, tiny_tokenizer, split.select([]))
+        evaluate_rows(learned_t5, tiny_tokenizer, split.select([]))
     with pytest.raises(UserError, match="Did you mean chrf"):
-        evaluate_split(learned_t5, tiny_tokenizer, split, metrics=["chfr"])
+        evaluate_rows(learned_t5, tiny_tokenizer, split, metrics=["chfr"])
 
 
 def test_the_table_has_a_line_for_each_figure_with_its_unit(learned, tiny_tokenizer, split):
@@ -264,7 +267,7 @@ def test_a_loss_that_is_no_number_names_the_row(new_model, tiny_tokenizer, split
 
 
 def test_every_figure_that_can_choose_a_checkpoint_is_computed_and_has_a_direction(learned, tiny_tokenizer, split):
-    figures = evaluate_split(learned, tiny_tokenizer, split, metrics=list(METRICS))
+    figures = evaluate_rows(learned, tiny_tokenizer, split, metrics=list(METRICS)).figures
     selectable = selectable_figures(list(METRICS))
     assert set(selectable) <= set(figures) and {"superni_rougeL", "chrf", "loss", "unfinished"} <= set(selectable)
     assert selectable_figures([]) == ["loss"]

@@ -16,13 +16,13 @@ from diptych.finetune.generate import (
     Prompter,
     StopStrings,
     generate_outputs,
-    generate_texts,
     pad_sources,
 )
 
 
 def texts_of(model, tokenizer, source_ids, batch_size=8, max_new_tokens=32, **kwargs):
-    return generate_texts(model, tokenizer, source_ids, batch_size=batch_size, max_new_tokens=max_new_tokens, **kwargs)
+    settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens} | kwargs
+    return [output.text for output in generate_outputs(model, tokenizer, source_ids, **settings)]
 
 
 @pytest.fixture

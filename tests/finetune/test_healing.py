@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nursery import Nursery
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -85,17 +84,16 @@ def test_an_opening_run_is_trained_saved_and_gone_on_with_as_far_as_it_is_open(f
     assert json.loads(entries[0])["loss"] != losses[0][0], "a causal encoder reads otherwise"
 
 
-def test_two_ranks_open_as_one(packed_folder, checkpoint_of, tmp_path):
+def test_two_ranks_open_as_one(packed_folder, checkpoint_of, nursery, tmp_path):
     base = {"model": str(checkpoint_of("diptych_merged")), "data": str(packed_folder(0)), "max_steps": 4}
     base |= {"open_encoder_steps": 3, "epsilon": 1e-2, "rank_timeout": 60.0}
-    with Nursery() as nursery:
-        for ranks in (1, 2):
-            settings = base | {"out": str(tmp_path / str(ranks)), "batch_size": 2 // ranks}
-            file = tmp_path / f"{ranks}.json"
-            file.write_text(json.dumps(settings))
-            processes = nursery.train(["--config", str(file)], tmp_path / f"log-{ranks}", ranks)
-            ended = [process.wait(120) for process in processes]
-            assert ended == [0] * ranks, (tmp_path / f"log-{ranks}.0").read_text()
+    for ranks in (1, 2):
+        settings = base | {"out": str(tmp_path / str(ranks)), "batch_size": 2 // ranks}
+        file = tmp_path / f"{ranks}.json"
+        file.write_text(json.dumps(settings))
+        processes = nursery.train(["--config", str(file)], tmp_path / f"log-{ranks}", ranks)
+        ended = [process.wait(120) for process in processes]
+        assert ended == [0] * ranks, (tmp_path / f"log-{ranks}.0").read_text()
     one, two = (load_file(tmp_path / ranks / "final/model.safetensors") for ranks in ("1", "2"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)

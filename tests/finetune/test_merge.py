@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import yaml
-from nursery import Nursery
 from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM
 
@@ -133,13 +132,12 @@ def test_compiled_models_are_saved_under_their_own_names(family, method, compile
     assert_names_are_the_models_own(tmp_path / "run", settings)
 
 
-def test_ranks_save_under_the_models_own_names(recipe, tmp_path):
-    with Nursery() as nursery:
-        for family, method in (("t5", "lora"), ("t5gemma", "full")):
-            run = tmp_path / f"{family}-{method}"
-            settings = recipe(family, method=method, out=str(run), max_steps=2, batch_size=2)
-            file = tmp_path / "recipe.yaml"
-            file.write_text(yaml.safe_dump(to_yaml(settings)))
-            ranks = nursery.train(["--config", str(file)], log=tmp_path / "log", ranks=2)
-            assert [rank.wait(120) for rank in ranks] == [0, 0], (tmp_path / "log.0").read_text()[-2000:]
-            assert_names_are_the_models_own(run, settings)
+def test_ranks_save_under_the_models_own_names(recipe, nursery, tmp_path):
+    for family, method in (("t5", "lora"), ("t5gemma", "full")):
+        run = tmp_path / f"{family}-{method}"
+        settings = recipe(family, method=method, out=str(run), max_steps=2, batch_size=2)
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(to_yaml(settings)))
+        ranks = nursery.train(["--config", str(file)], log=tmp_path / "log", ranks=2)
+        assert [rank.wait(120) for rank in ranks] == [0, 0], (tmp_path / "log.0").read_text()[-2000:]
+        assert_names_are_the_models_own(run, settings)

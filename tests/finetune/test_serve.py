@@ -20,7 +20,7 @@ from listening import listening
 
 from diptych.data_prep.templates import attach_template, load_template, template_of
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
-from diptych.finetune.generate import generate_texts
+from diptych.finetune.generate import generate_outputs
 from diptych.finetune.loading import load_model_and_tokenizer
 
 SECRET = "the-token-of-this-test"
@@ -93,7 +93,7 @@ def alone(t5_checkpoint):
     template = template_of(tokenizer)
     sources = [tokenizer(template.render_source(instruction, text)).input_ids for instruction, text, _ in EIGHT_ROWS]
     return [
-        generate_texts(model, tokenizer, [ids], batch_size=1, max_new_tokens=256, template=template)[0]
+        generate_outputs(model, tokenizer, [ids], batch_size=1, max_new_tokens=256, template=template)[0].text
         for ids in sources
     ]
 
@@ -168,10 +168,8 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
     ids = tokenizer(template.render_source(TO_KOREAN, "Yes.")).input_ids
     torch.manual_seed(3)
     sampling = {"do_sample": True, "temperature": 2.0, "top_p": 1.0, "num_return_sequences": 3}
-    assert (
-        generate_texts(model, tokenizer, [ids], batch_size=1, max_new_tokens=12, template=template, **sampling)
-        == texts
-    )
+    sampling |= {"batch_size": 1, "max_new_tokens": 12, "template": template}
+    assert [output.text for output in generate_outputs(model, tokenizer, [ids], **sampling)] == texts
     streamed = {0: "", 1: "", 2: ""}
     for chunk in ask(served, "Yes.", n=3, stream=True, **settings):
         streamed[chunk.choices[0].index] += chunk.choices[0].text

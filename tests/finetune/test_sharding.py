@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from nursery import Nursery
 from peft import AutoPeftModelForSeq2SeqLM
 from safetensors.torch import load_file
 from torture import DEADLINE, differences_of
@@ -24,12 +23,6 @@ from diptych.finetune.train import run_recipe
 STEPS, SUMS_IN_ANOTHER_ORDER = 8, 1e-5
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ON_CPUS = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from nursery import Nursery
 from safetensors.torch import load_file
 
 from diptych.data_prep.arguments import parse
@@ -72,30 +71,28 @@ def test_each_stage_begins_where_the_one_before_it_ended(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("die_at", [9, 40, 75, 110, 150])
-def test_a_run_that_is_killed_goes_on_with_the_same_bits(die_at, recipe, tmp_path):
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(die_at, recipe, nursery, tmp_path):
     """Before so many changes to the disk: in the first stage, later, or not at all."""
     whole, cut = recipe(out=str(tmp_path / "whole")), recipe(out=str(tmp_path / "cut"))
     run_recipe(whole)
     file = tmp_path / "cut.yaml"
     file.write_text(yaml.safe_dump(to_yaml(cut)))
-    with Nursery() as nursery:
-        (first,) = nursery.train(["--config", str(file)], tmp_path / "log", die_at=die_at)
-        assert first.wait(120) in (-9, 0)
-        (second,) = nursery.train(["--config", str(file), "--resume", "true"], tmp_path / "log-2")
-        assert second.wait(120) == 0, (tmp_path / "log-2.0").read_text()
+    (first,) = nursery.train(["--config", str(file)], tmp_path / "log", die_at=die_at)
+    assert first.wait(120) in (-9, 0)
+    (second,) = nursery.train(["--config", str(file), "--resume", "true"], tmp_path / "log-2")
+    assert second.wait(120) == 0, (tmp_path / "log-2.0").read_text()
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
-def test_two_ranks_go_through_the_stages_as_one(recipe, tmp_path):
-    with Nursery() as nursery:
-        for ranks in (1, 2):
-            settings = recipe(out=str(tmp_path / str(ranks)), batch_size=2 // ranks)
-            file = tmp_path / f"{ranks}.yaml"
-            file.write_text(yaml.safe_dump(to_yaml(settings)))
-            processes = nursery.train(["--config", str(file)], tmp_path / f"log-{ranks}", ranks)
-            ended = [process.wait(180) for process in processes]
-            assert ended == [0] * ranks, (tmp_path / f"log-{ranks}.0").read_text()
+def test_two_ranks_go_through_the_stages_as_one(recipe, nursery, tmp_path):
+    for ranks in (1, 2):
+        settings = recipe(out=str(tmp_path / str(ranks)), batch_size=2 // ranks)
+        file = tmp_path / f"{ranks}.yaml"
+        file.write_text(yaml.safe_dump(to_yaml(settings)))
+        processes = nursery.train(["--config", str(file)], tmp_path / f"log-{ranks}", ranks)
+        ended = [process.wait(180) for process in processes]
+        assert ended == [0] * ranks, (tmp_path / f"log-{ranks}.0").read_text()
     one, two = (weights(tmp_path / ranks) for ranks in ("1", "2"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)

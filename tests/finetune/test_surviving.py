@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from nursery import Nursery
 from torture import DEADLINE, Case, Torture, differences_of
 
 from diptych.finetune import checkpoint as checkpoints
@@ -26,9 +25,8 @@ STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def torturer(tmp_path_factory):
-    with Nursery() as nursery:
-        yield Torture(tmp_path_factory.mktemp("surviving"), nursery)
+def torturer(tmp_path_factory, nursery):
+    return Torture(tmp_path_factory.mktemp("surviving"), nursery)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import shutil
 
 import pytest
 import torch
-from nursery import Nursery
 from safetensors.torch import load_file, save_file
 from torture import CASES, DEADLINE, Case, Tally, Torture, differences_of, table
 
@@ -17,9 +16,8 @@ from diptych.finetune import checkpoint as checkpoints
 
 
 @pytest.fixture(scope="module")
-def torturer(tmp_path_factory):
-    with Nursery() as nursery:
-        yield Torture(tmp_path_factory.mktemp("torture"), nursery, seed=1)
+def torturer(tmp_path_factory, nursery):
+    return Torture(tmp_path_factory.mktemp("torture"), nursery, seed=1)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.packed == (case.method == "lora")], ids=str)
@@ -34,17 +32,24 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(ca
 CASE = Case(1, "full", packed=True)
 
 
+@pytest.fixture(scope="module")
+def whole(torturer):
+    """A finished run that has kept its checkpoints."""
+    out = torturer.folder / "whole"
+    (process,) = torturer.start(CASE, torturer.recipe(CASE, out) | {"keep_last": 9}, "whole")
+    assert process.wait(DEADLINE) == 0, torturer.log("whole")
+    return out
+
+
 @pytest.fixture
-def halfway(torturer, tmp_path):
-    """`halfway()`: a copy of a finished run as it was after step 4, and of the file that resumes it."""
+def halfway(torturer, whole, tmp_path):
+    """The undisturbed run; a copy of the finished one as it was after step 4, and the recipe that resumes it."""
     reference, _ = torturer.reference(CASE)
-    out = tmp_path / "run"
-    recipe = torturer.recipe(CASE, out) | {"keep_last": 9}
-    first = torturer.start(CASE, recipe | {"max_steps": 9}, "whole")
-    assert first[0].wait(DEADLINE) == 0, torturer.log("whole")
+    out = shutil.copytree(whole, tmp_path / "run")
     for step in checkpoints.checkpoint_steps(out / "checkpoints"):
         if step > 4:
             shutil.rmtree(checkpoints.checkpoint_path(out / "checkpoints", step))
+    recipe = torturer.recipe(CASE, out) | {"keep_last": 9}
     return reference, out, checkpoints.checkpoint_path(out / "checkpoints", 4), recipe
 
 
