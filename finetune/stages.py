@@ -37,7 +37,8 @@ OF_THE_WHOLE = ("out", "resume", "stages", "model", "model_overrides", "debug")
 def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
     """DONE, or STOPPED where `stop` asked for it. UserError before anything is written for stages that cannot be."""
     stages = list(stage_recipes(recipe))
-    _check_folder(recipe)
+    if is_main_rank():  # the others may be so late that they find what it has written already
+        _check_folder(recipe)
     out = Path(recipe.out)
     from diptych.finetune import checkpoint as checkpoints  # torch takes seconds; mistakes are told before
     from diptych.finetune.loop import run
