@@ -9,6 +9,9 @@ the option, what was found, what is expected, and the nearest name:
 
     --validation_fraction is 'abc'; it has to be a number.
     r.yaml: there is no setting mixture.temprature. Did you mean temperature? Choose from: temperature, cap, weights, …
+    there is no option --lr. Here it is --learning_rate: Peak learning rate.
+
+Dashes in an option are underscores: --learning-rate is --learning_rate.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from diptych.data_prep.other_names import other_name
 from diptych.data_prep.records import UserError, nearest
 
 Settings = TypeVar("Settings")
@@ -33,8 +37,6 @@ HELP_COLUMNS = 100
 ANSWERS = ("--help", "--print_config")
 """Options that end the command with an answer."""
 CONFIG = "--config"
-INSTEAD = {"deepspeed": "DeepSpeed does not run here; --sharding full (FSDP2) spreads a model over the ranks."}
-"""What is said of options that people bring along and that have another way here."""
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 PLACEHOLDERS = {int: "NUMBER", float: "NUMBER", bool: "true|false", str: "TEXT", dict: "{NAME: VALUE, ...}"}
 OTHER_OPTIONS = {
@@ -56,13 +58,15 @@ def parse(
 
     Raises UserError for what cannot be parsed, SystemExit(0) after --help and --print_config.
     """
-    import jsonargparse  # here, so that `diptych --help` need not wait for it
-
     if "-h" in argv or "--help" in argv:
         print(help_text(settings_class, command, usage, sections))
         raise SystemExit(0)
+    import jsonargparse  # here, so that --help need not wait for it
+
+    argv = [_with_underscores(word, settings_class) for word in argv]
     words, recipes = _without_recipes(_spell_out(settings_class, argv))
     contents = [_read_recipe(name, settings_class) for name in recipes]
+    _let_go(contents, given_options(words), settings_class)
     if not any(word.split("=")[0] in ANSWERS for word in words):
         _check_words(words, settings_class, command, {name for content in contents for name in content})
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -82,14 +86,48 @@ def parse(
 
 def choose_from(name: str, known: Sequence[str]) -> str:
     """`Did you mean …? Choose from: …`, the end of a message about a name that is not known."""
-    if name.removeprefix("--") in INSTEAD:
-        return INSTEAD[name.removeprefix("--")]
     near = nearest(name, known)
     names = f"Choose from: {', '.join(known)}." if len(known) <= NAMES_SHOWN else "--help lists them all."
     return f"{f'Did you mean {near}? ' if near else ''}{names}"
 
 
+def instead_of(settings_class: type, name: str) -> Sequence[str]:
+    """The settings that `name` says in another way (metadata `instead_of`): max_steps in place of epochs."""
+    return next((it.metadata.get("instead_of", ()) for it in fields(settings_class) if it.name == name), ())
+
+
+def given_options(words: Sequence[str]) -> set[str]:
+    """Names of the settings that a command line has."""
+    options = (word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--"))
+    return {option.replace("-", "_").split(".")[0] for option in options}
+
+
 # The command line
+
+
+def _with_underscores(word: str, settings_class: type) -> str:
+    """`--learning-rate=1e-4` → `--learning_rate=1e-4`; names that are no settings, as in `--weights.a-b`, stay."""
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    parts, inner = option[2:].split("."), settings_class
+    for place, part in enumerate(parts):
+        if inner is None:
+            break
+        parts[place] = part.replace("-", "_")
+        inner = _settings_in(get_type_hints(inner).get(parts[place]))
+    return f"--{'.'.join(parts)}{equals}{value}"
+
+
+def _let_go(contents: Sequence[dict[str, Any]], given: set[str], settings_class: type) -> None:
+    """What goes before a recipe also goes before what the recipe says in another way: of `--max_steps 100` and a
+    recipe's `epochs: 3`, the epochs are dropped."""
+    for content in reversed(contents):
+        for name in given:
+            for other in instead_of(settings_class, name):
+                if other not in given:
+                    content.pop(other, None)
+        given = given | {name for name, value in content.items() if value is not None}
 
 
 def _spell_out(settings_class: type, argv: Sequence[str]) -> list[str]:
@@ -178,7 +216,8 @@ def _hint_of(option: str, settings_class: type) -> Any:
             before = "--" + "".join(f"{part}." for part in path[:depth])
             positional = {setting.name for setting in fields(inner) if _is_positional(setting)} if inner else ()
             known = [before + known for known in hints if known not in positional] or [before.rstrip(".")]
-            raise UserError(f"there is no option {option}. {choose_from(before + name, known)}")
+            advice = inner and other_name(name, _docs(inner), before) or choose_from(before + name, known)
+            raise UserError(f"there is no option {option}. {advice}")
         hint = hints[name]
     return hint
 
@@ -251,7 +290,8 @@ def _fault_inside(where: str, values: dict[Any, Any], settings_class: type) -> s
     for key, value in values.items():
         name, _, rest = str(key).partition(".")
         if name not in hints:
-            return f"there is no setting {where}{key}. {choose_from(str(key), list(hints))}"
+            advice = other_name(str(key), _docs(settings_class)) or choose_from(str(key), list(hints))
+            return f"there is no setting {where}{key}. {advice}"
         if fault := _fault(f"{where}{name}", {rest: value} if rest else value, hints[name]):
             return fault
     return None
@@ -359,12 +399,9 @@ def help_text(
 
 def _entries(settings_class: type, before: str = "") -> Iterator[tuple[str, str, str]]:
     """Of each setting its name, how it is given, and what it does; those in a setting follow it."""
-    import docstring_parser
-
-    docs = {it.arg_name: it.description or "" for it in docstring_parser.parse_from_object(settings_class).params}
-    hints = get_type_hints(settings_class)
+    docs, hints = _docs(settings_class), get_type_hints(settings_class)
     for setting in fields(settings_class):
-        name, text = f"{before}{setting.name}", docs.get(setting.name, "")
+        name, text = f"{before}{setting.name}", docs[setting.name]
         default = setting.default
         if default not in (MISSING, None, ""):
             text += f" (default: {_plain_default(default)})"
@@ -372,6 +409,14 @@ def _entries(settings_class: type, before: str = "") -> Iterator[tuple[str, str,
         yield name, head, text
         if inner := _settings_in(hints[setting.name]):
             yield from _entries(inner, f"{name}.")
+
+
+def _docs(settings_class: type) -> dict[str, str]:
+    """Of each setting what it does: the docstring below its field."""
+    import docstring_parser
+
+    described = {it.arg_name: it.description for it in docstring_parser.parse_from_object(settings_class).params}
+    return {setting.name: described.get(setting.name) or "" for setting in fields(settings_class)}
 
 
 def _plain_default(value: Any) -> str:

@@ -97,10 +97,10 @@ class PrepareSettings:
     """How a row becomes source text and target text: alpaca, plain, chat, translate, or a Jinja file. Default: the
     template that the tokenizer carries, else chat for conversations and alpaca for all else."""
 
-    tokenizer: str | None = field(default=None, metadata=CHECKPOINT)
+    tokenizer: str | None = field(default=None, metadata=CHECKPOINT | {"instead_of": ("train_tokenizer",)})
     """An existing tokenizer, as a folder or a Hub id: the one of the checkpoint that will be fine-tuned."""
 
-    train_tokenizer: Literal["bpe", "unigram"] | None = None
+    train_tokenizer: Literal["bpe", "unigram"] | None = field(default=None, metadata={"instead_of": ("tokenizer",)})
     """Train a tokenizer on the train split instead: bpe or unigram."""
 
     vocab_size: int | Literal["auto", "table"] = 8000

@@ -82,7 +82,7 @@ COMMANDS = {
     ),
     "train": Command(
         "a prepared dataset and a checkpoint or a new model -> a run folder",
-        f"{FINETUNE}.config:TrainRecipe",
+        f"{FINETUNE}.config:parse_recipe",
         f"{FINETUNE}.train:run",
     ),
     "evaluate": Command(

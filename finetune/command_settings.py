@@ -211,13 +211,13 @@ class InspectSettings:
 
     model: str = field(metadata=CHECKPOINT)
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
-    instruction: str = ""
+    instruction: str = field(default="", metadata={"instead_of": ("source",)})
     """The instruction, as `diptych generate` takes it: the template turns it into the source."""
     input: str = ""
     """The input that the instruction is about."""
     system: str = ""
     """A system prompt, for templates that have a place for one."""
-    source: str = ""
+    source: str = field(default="", metadata={"instead_of": ("instruction", "input", "system", "template")})
     """The source as the encoder is to read it, without any template, in place of an instruction."""
     target: str = ""
     """What the output should have been. The page then shows what each of its tokens costs, and where the model would

@@ -6,10 +6,12 @@ A recipe is read from YAML, single settings are overridden on the command line, 
 folder as config.yaml. recipes/ has some to start from.
 """
 
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from diptych.data_prep.arguments import given_options, instead_of, parse
 from diptych.data_prep.command_line import CHECKPOINT, PREPARED, START
 from diptych.data_prep.records import UserError
 
@@ -40,9 +42,9 @@ class TrainRecipe:
     """Trainings one after the other: [{name: heal, max_steps: 500, data: …}, {name: instruct, epochs: 2}], each the
     recipe with these settings over it, in `out`/stages/, from the model that the one before it made."""
 
-    epochs: int | None = None
-    """Passes over the training rows. Give this or max_steps."""
-    max_steps: int | None = None
+    epochs: int | None = field(default=None, metadata={"instead_of": ("max_steps",)})
+    """Passes over the training rows. Give this or max_steps; on the command line either replaces a recipe's other."""
+    max_steps: int | None = field(default=None, metadata={"instead_of": ("epochs",)})
     """Optimizer steps. Give this or epochs."""
     packed: bool = True
     """Train on the packed rows of the prepared folder, each of several examples: the same loss and gradients as of the
@@ -61,9 +63,9 @@ class TrainRecipe:
     """Peak learning rate. From scratch 1e-3 to 3e-4; a checkpoint in full 1e-4 to 3e-5; LoRA 1e-3 to 1e-4."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """What the learning rate does after warm-up: fall to zero as a half cosine or a line, or stay."""
-    warmup_steps: int = 0
+    warmup_steps: int = field(default=0, metadata={"instead_of": ("warmup_ratio",)})
     """Steps in which the learning rate rises from zero. Give this or warmup_ratio."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: float = field(default=0.0, metadata={"instead_of": ("warmup_steps",)})
     """The same as a share of all steps, 0 to 1."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW: how slowly the means of the gradient and of its square change. From scratch, a second of 0.95 to 0.98 is
@@ -292,3 +294,17 @@ FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers", "profile", "r
 def split_names(names: str) -> list[str]:
     """`"chrf, bleu"` -> `["chrf", "bleu"]`; no names give no list."""
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def parse_recipe(argv: Sequence[str]) -> TrainRecipe:
+    """UserError also where an option would be hidden by what a stage says itself."""
+    recipe = parse(TrainRecipe, "diptych train", argv)
+    for option in given_options(argv):
+        for stage in recipe.stages:
+            for name in (option, *instead_of(TrainRecipe, option)):
+                if name in stage:
+                    raise UserError(
+                        f"--{option} is given, and stage {stage.get('name')} has {name}: {stage[name]} of its own, "
+                        f"which goes before it. Change the stage in the recipe, or leave the option out."
+                    )
+    return recipe

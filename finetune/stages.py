@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from diptych.data_prep.arguments import parse
+from diptych.data_prep.arguments import instead_of, parse
 from diptych.data_prep.records import UserError
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.exits import DONE, STOPPED
@@ -78,9 +78,10 @@ def stage_recipes(recipe: TrainRecipe) -> Iterator[tuple[str, TrainRecipe]]:
             if number < len(recipe.stages):
                 raise UserError(f"stage {name} makes an adapter, and the next would need a model. Only the last may.")
         settings = common | {key: value for key, value in changes.items() if key != "name"}
-        for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-            if changes.get(given) is not None and other not in changes:
-                settings[other] = None
+        for given in changes:
+            for other in instead_of(TrainRecipe, given):
+                if other not in changes:
+                    settings.pop(other, None)
         folder = Path(recipe.out) / STAGES / f"{number}-{name}"
         settings |= {"model": model, "out": str(folder), "resume": folder.exists()}
         if number > 1:

@@ -116,6 +116,13 @@ def test_a_mistake_in_a_recipe_is_told_with_file_setting_and_value(text, message
     assert said(error).startswith(message)
 
 
+def test_an_option_may_have_dashes_and_names_inside_values_keep_theirs():
+    found = parse(Settings, "bake", ["--split-by=source", "--mixture.weights.a-b", "2"])
+    assert (found.split_by, found.mixture.weights) == ("source", {"a-b": 2.0})
+    with pytest.raises(UserError, match="^there is no option --spilt_by. Did you mean --split_by"):
+        parse(Settings, "bake", ["--spilt-by", "source"])
+
+
 def test_a_recipe_that_is_not_there_is_told_with_the_nearest(recipe):
     recipe("seed: 1")
     with pytest.raises(UserError, match="^--config q.yaml: there is no such file. Did you mean r.yaml?"):

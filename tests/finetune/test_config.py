@@ -1,15 +1,17 @@
 """Recipes: those we ship can be read, and what cannot be meant is refused with a way out."""
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
+from diptych.data_prep import settings
 from diptych.data_prep.arguments import parse
+from diptych.data_prep.other_names import HERE, other_name
 from diptych.data_prep.records import UserError
-from diptych.finetune import config
-from diptych.finetune.config import TrainRecipe, split_names
+from diptych.finetune import command_settings, config
+from diptych.finetune.config import TrainRecipe, parse_recipe, split_names
 from diptych.finetune.loop import learning_rate
 from diptych.finetune.train import main
 
@@ -51,7 +53,18 @@ def test_every_field_says_what_it_does(capsys):
     "arguments, message",
     [
         (["--lerning_rate", "1e-4"], "Did you mean --learning_rate?"),
-        (["--learning_rate", "fast"], "learning_rate"),
+        (["--learning-rate", "fast"], "--learning_rate is 'fast'; it has to be a number."),
+        (["--lr", "1e-4"], "there is no option --lr. Here it is --learning_rate: Peak learning rate."),
+        (["--num_train_epochs", "1"], "Here it is --epochs: "),
+        (["--per-device-train-batch-size", "8"], "Here it is --batch_size: "),
+        (["--gradient_accumulation", "8"], "Here it is --gradient_accumulation_steps: "),
+        (["--optim", "adamw_torch"], "The optimizer is AdamW; betas, epsilon and weight_decay"),
+        (["--report_to", "wandb"], "Here it is --trackers: "),
+        (["--output_dir", "o"], "Here it is --out: "),
+        (["--bf16"], "Here it is --precision: "),
+        (["--lr_scheduler_type", "cosine"], "Here it is --schedule: "),
+        (["--max_seq_length", "512"], "see diptych prepare --help, --max_source_tokens and --max_target_tokens."),
+        (["--dataset_name", "x"], "Here it is --data: "),
         (["--schedule", "cosin"], "'cosin'; it can be cosine, linear or constant. Did you mean cosine?"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--precision", "fp64"], "--precision is 'fp64'; it can be auto, bf16, fp16 or fp32."),
@@ -64,6 +77,43 @@ def test_wrong_argument_ends_with_one_message_and_code_2(arguments, message, cap
     assert main([*needed, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and error.startswith("diptych train: ")
+
+
+def test_every_setting_of_a_seq2seq_trainer_and_of_sft_is_answered():
+    """With what it is called here, or what to do; not with a name of ours that only looks like it."""
+    from transformers import Seq2SeqTrainingArguments
+
+    of_trl = (
+        "dataset_text_field dataset_kwargs dataset_num_proc max_length packing packing_strategy padding_free loss_type"
+        " eval_packing completion_only_loss assistant_only_loss activation_offloading chat_template_path lora_r"
+        " model_init_kwargs model_name_or_path torch_dtype attn_implementation use_peft lora_target_modules use_dora"
+        " lora_modules_to_save use_rslora load_in_4bit load_in_8bit dataset_name dataset_test_split model_revision"
+        " trust_remote_code"
+    )
+    ours = {setting.name: "What it does." for setting in fields(TrainRecipe)}
+    theirs = [setting.name for setting in fields(Seq2SeqTrainingArguments)] + of_trl.split()
+    unanswered = [name for name in theirs if name not in ours and not other_name(name, ours)]
+    assert not unanswered
+    every = [it for module in (config, command_settings, settings) for it in vars(module).values() if is_dataclass(it)]
+    known = {setting.name for settings_class in every for setting in fields(settings_class)}
+    assert {name for names in HERE for name in names.split()} <= known
+
+
+def test_what_the_command_line_says_goes_before_what_a_recipe_says_in_another_way(tmp_path):
+    file = tmp_path / "recipe.yaml"
+
+    def parsed(recipe, *words):
+        file.write_text(f"{{model: t5, data: d, out: o, {recipe}}}")
+        found = parse_recipe(["--config", str(file), *words])
+        return found.epochs, found.max_steps, found.warmup_steps, found.warmup_ratio
+
+    assert parsed("epochs: 3, warmup_ratio: 0.1", "--max-steps", "10") == (None, 10, 0, 0.1)
+    assert parsed("max_steps: 10, warmup_steps: 5", "--epochs=2", "--warmup_ratio", "0.1") == (2, None, 0, 0.1)
+    assert parsed("max_steps: 10, epochs: null, warmup_ratio: 0.1", "--warmup_steps", "3") == (None, 10, 3, 0.0)
+    with pytest.raises(UserError, match="but both were given"):
+        parsed("model_overrides: {}", "--epochs", "1", "--max_steps", "2")
+    with pytest.raises(UserError, match="^--max_steps is given, and stage heal has epochs: 1 of its own"):
+        parsed("stages: [{name: heal, epochs: 1}]", "--max_steps", "2")
 
 
 def test_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
