@@ -1,0 +1,30 @@
+"""What a new release of a library would break first; `.ci/libraries` runs it on the newest and on the oldest ones."""
+
+import pytest
+import torch
+
+from diptych.finetune.families import FAMILIES
+
+NEW_TOKENS = 8
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_is_uncached_generation_in_every_family(family, mode, new_model):
+    model = new_model(family).eval()
+    sources = torch.randint(3, 250, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(sources)
+    sources[1, 5:], mask[1, 5:] = 0, 0
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    settings |= {"return_dict_in_generate": True, "output_logits": True} | mode
+    settings["no_repeat_ngram_size"] = 1  # else a random BART repeats one token, whatever its cache holds
+    cached, plain = (
+        model.generate(input_ids=sources, attention_mask=mask, use_cache=use_cache, **settings)
+        for use_cache in (True, False)
+    )
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert len({tuple(row.tolist()) for row in plain.sequences}) > 1, "outputs that are all alike prove nothing"
+    scale = max(1.0, torch.stack(plain.logits).abs().max().item())
+    torch.testing.assert_close(
+        torch.stack(cached.logits) / scale, torch.stack(plain.logits) / scale, rtol=1e-4, atol=1e-4
+    )
