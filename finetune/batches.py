@@ -105,7 +105,10 @@ def load_prepared(folder: str) -> Prepared:
         )
     splits = open_prepared(folder)
     if "train" not in splits or not len(splits["train"]):
-        raise UserError(f"{folder} has no rows to train on; it has the splits {', '.join(splits)}. Prepare it again.")
+        raise UserError(
+            f"{folder} has no rows to train on: it is for evaluation alone, with {', '.join(splits)}. Prepare a "
+            f"folder with --data."
+        )
     manifest = place / "manifest.json"
     if not manifest.is_file():
         raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")

@@ -137,18 +137,20 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Loss and metrics of a checkpoint on one split of a prepared dataset."""
+    """Loss and metrics of a checkpoint on one split of a prepared dataset, or on all its test sets."""
 
     model: str = field(metadata=CHECKPOINT)
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
     data: str = field(default="", metadata=PREPARED)
     """Prepared dataset, the folder that `diptych prepare` wrote."""
     split: str = "test"
-    """The split to evaluate."""
+    """The split to evaluate: test, validation, train; test/news for one of several test sets with names, of which test
+    means all, one after the other."""
     metrics: str = "exact_match,token_f1,rouge,bleu,chrf"
     """Names, separated by commas; an empty string gives the loss alone, which is much faster."""
     out: str = ""
-    """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given."""
+    """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given. Of
+    several sets each has its own: report.news.json, report.medical.json."""
     limit: int | None = None
     """Only so many rows, drawn from the whole split, the same ones each time."""
     batch_size: int = 16

@@ -14,6 +14,7 @@ report has (another --limit) are left out, and counted.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from diptych.data_prep.named_splits import splits_of
 from diptych.data_prep.records import UserError
 from diptych.finetune import cli
 from diptych.finetune.command_settings import CompareSettings
@@ -122,19 +124,28 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], without: Sequence[str]
 def run_figures(side: Side) -> dict[str, Any]:
     """What a run's metrics.jsonl comes down to."""
     train = [entry for entry in side.entries if entry["split"] == "train"]
-    validation = [entry for entry in side.entries if entry["split"] == "validation"]
     figures: dict[str, Any] = {}
     if train:
         figures |= {"steps": train[-1]["step"], "epochs": train[-1]["epoch"], "tokens": train[-1]["tokens"]}
         figures["last training loss"] = train[-1]["loss"]
-    for name in dict.fromkeys(["loss", side.recipe.get("best_metric", "loss")]):
-        best = None
-        for entry in validation:
-            if name in entry and is_improvement(name, entry[name], best and best[name]):
-                best = entry
-        if best:
-            figures |= {f"best validation {name}": best[name], f"… {name} at step": best["step"]}
+    names = dict.fromkeys(["loss", side.recipe.get("best_metric", "loss").rpartition("/")[2]])
+    for split in validation_splits(side):
+        for name in names:
+            best = None
+            for entry in side.entries:
+                if (
+                    entry["split"] == split
+                    and name in entry
+                    and is_improvement(name, entry[name], best and best[name])
+                ):
+                    best = entry
+            if best:
+                figures |= {f"best {split} {name}": best[name], f"… {split} {name} at step": best["step"]}
     return figures
+
+
+def validation_splits(side: Side) -> list[str]:
+    return splits_of("validation", dict.fromkeys(entry["split"] for entry in side.entries))
 
 
 def compare_reports(a: Report, b: Report, trials: int, seed: int) -> Comparison:
@@ -221,7 +232,8 @@ def _tokenisation(signature: str) -> str:
 
 
 def plot_curves(sides: Sequence[Side], picture: Path) -> None:
-    """Training losses thin, validation losses with a mark at each evaluation, a colour for each run."""
+    """Training losses thin, validation losses with a mark at each evaluation, a colour for each run, and a mark for
+    each validation set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -229,10 +241,10 @@ def plot_curves(sides: Sequence[Side], picture: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for letter, side, colour in zip("AB", sides, ("tab:blue", "tab:orange"), strict=True):
-        for split, style in {
-            "train": {"linewidth": 1.0, "alpha": 0.55},
-            "validation": {"linewidth": 1.6, "marker": "o", "markersize": 3.5},
-        }.items():
+        styles = {"train": {"linewidth": 1.0, "alpha": 0.55}}
+        for split, marker in zip(validation_splits(side), itertools.cycle("os^vD"), strict=False):
+            styles[split] = {"linewidth": 1.6, "marker": marker, "markersize": 3.5}
+        for split, style in styles.items():
             points = [(entry["step"], entry["loss"]) for entry in side.entries if entry["split"] == split]
             if points:
                 label = f"{letter} {side.name}, {'training' if split == 'train' else split}"

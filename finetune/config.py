@@ -26,7 +26,7 @@ class TrainRecipe:
     model_overrides: dict[str, Any] = field(default_factory=dict)
     """Config values of a named size, such as {residual_dropout: 0.1}. A checkpoint takes none: it has its config."""
     data: str = field(default="", metadata=PREPARED)
-    """Folder that `diptych prepare` wrote: its split `train` is trained on, `validation` evaluated if it is there."""
+    """Folder that `diptych prepare` wrote: its split `train` is trained on, its validation sets are evaluated."""
     out: str = ""
     """Run folder, made if need be. It must be empty unless `resume` is set."""
     tokenizer: str | None = field(default=None, metadata=CHECKPOINT)
@@ -135,19 +135,20 @@ class TrainRecipe:
     Such an adapter, like one with new tokens, shares its base with no other: `diptych merge` it before."""
 
     eval_every: int | None = None
-    """Steps between evaluations on the validation split; once an epoch unless given. There is one at the end, too."""
+    """Steps between evaluations on the validation sets; once an epoch unless given. There is one at the end, too."""
     eval_batch_size: int = 16
     """Examples computed together in evaluation, on one rank, padded."""
     metrics: str = ""
     """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf,
     superni_rougeL. They take longer than the loss; the outputs are kept in samples.jsonl."""
     metrics_limit: int = 100
-    """Rows of the validation split that are generated for them, drawn from everywhere, the same ones each time."""
+    """Rows of each validation set that are generated for them, drawn from everywhere, the same ones each time."""
     max_new_tokens: int | None = None
     """No generated output gets longer than this; a quarter more than the longest target unless given."""
     best_metric: str = "loss"
     """What decides which checkpoint is best: loss, or with `metrics` any of their figures (exact_match, rougeL, chrf
-    …), exact_match_rows, or unfinished. Of loss and unfinished less is better."""
+    …), exact_match_rows, or unfinished. Of loss and unfinished less is better. Of several validation sets it is the
+    mean, each counting the same, or that of one: medical/chrf, news/loss."""
     patience: int = 0
     """Evaluations without a better best_metric after which training stops early; 0 never."""
 
@@ -212,7 +213,7 @@ class TrainRecipe:
             from diptych.finetune.metrics import check_metric_names  # the libraries of metrics take seconds
 
             check_metric_names(split_names(self.metrics))
-        if self.best_metric != "loss" and not self.metrics:
+        if self.best_metric.rpartition("/")[2] != "loss" and not self.metrics:
             raise UserError(
                 f"best_metric is {self.best_metric}, but no metrics are computed. "
                 f"Name them in `metrics`, or choose by loss."

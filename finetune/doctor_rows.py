@@ -54,10 +54,12 @@ class Rows(NamedTuple):
 
 
 def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
-    """Of a prepared folder its train split; of a .json or .jsonl file the rows as the tokenizer encodes them."""
+    """Of a prepared folder its first split, which is train if there is one; of a .json or .jsonl file the rows as the
+    tokenizer encodes them."""
     place = Path(data)
     if (place / "dataset_dict.json").is_file():
-        return Rows(_prepared_rows(place), f"rows of {data}, split train")
+        split, rows = _prepared_rows(place)
+        return Rows(rows, f"rows of {data}, split {split}")
     if place.is_dir():
         raise UserError(
             f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
@@ -128,14 +130,15 @@ def _cut(ids: list[int], tokens: int) -> list[int]:
     return ids if len(ids) <= tokens else [*ids[: tokens - 1], ids[-1]]
 
 
-def _prepared_rows(place: Path) -> list[Row]:
+def _prepared_rows(place: Path) -> tuple[str, list[Row]]:
     splits = open_prepared(place)
-    if "train" not in splits or not len(splits["train"]):
-        raise UserError(f"{place} has no rows to train on; it has the splits {', '.join(splits)}. Prepare it again.")
-    train = splits["train"].select(range(min(len(splits["train"]), ROWS_LOOKED_AT)))
-    return [
-        {"input_ids": row["input_ids"], "labels": row["labels"], "origin": f"train row {number}"}
-        for number, row in enumerate(train)
+    name = next((name for name, split in splits.items() if len(split)), None)
+    if name is None:
+        raise UserError(f"{place} has no rows; it has the splits {', '.join(splits)}. Prepare it again.")
+    looked_at = splits[name].select(range(min(len(splits[name]), ROWS_LOOKED_AT)))
+    return name, [
+        {"input_ids": row["input_ids"], "labels": row["labels"], "origin": f"{name} row {number}"}
+        for number, row in enumerate(looked_at)
     ]
 
 

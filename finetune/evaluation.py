@@ -13,10 +13,11 @@ forced, and its stop strings end an output; the references end there too.
 
 `diptych evaluate MODEL --data prepared --split test --out report.json` prints this as a table, each figure with its
 interval (confidence.py), and writes the report and report.predictions.jsonl (source, references, prediction, finished,
-nats, target_tokens), of which `diptych compare` makes tests. Every row counts once, in order; the same model, data and
-machine give the same figures. On several ranks (`torchrun … -m diptych.finetune.evaluation`, on CPUs with
-ACCELERATE_USE_CPU=true) whole batches are dealt, the same ones whatever the number of ranks, so that with as many
-threads in each process the figures are those of one rank, to the last digit.
+nats, target_tokens), of which `diptych compare` makes tests. Of several test sets with names, each has a table and a
+report. Every row counts once, in order; the same model, data and machine give the same figures. On several ranks
+(`torchrun … -m diptych.finetune.evaluation`, on CPUs with ACCELERATE_USE_CPU=true) whole batches are dealt, the same
+ones whatever the number of ranks, so that with as many threads in each process the figures are those of one rank, to
+the last digit.
 """
 
 import hashlib
@@ -25,8 +26,9 @@ import math
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -38,6 +40,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.arguments import choose_from
+from diptych.data_prep.named_splits import name_in, splits_of
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template, carried_template
 from diptych.finetune import cli
@@ -185,11 +188,19 @@ def selectable_figures(metrics: Sequence[str]) -> list[str]:
     return ["loss", *score_texts(metrics, ["a"], [["a"]])[0], "exact_match_rows", "unfinished"]
 
 
+def selected_figure(best_metric: str, figures: Mapping[str, Mapping[str, float]]) -> float:
+    """The figure that decides which checkpoint is best, of those of each validation split: `medical/chrf` is that of
+    validation/medical; `chrf` is the mean over the splits, each of which counts the same."""
+    name, _, figure = best_metric.rpartition("/")
+    chosen = [of_split for split, of_split in figures.items() if not name or name_in(split) == name]
+    return fmean(of_split[figure] for of_split in chosen)
+
+
 def is_improvement(figure: str, value: float, best: float | None) -> bool:
     """Whether `value` is better than the best so far. What is no number never is."""
     if math.isnan(value):
         return False
-    return best is None or (value < best if figure in LOWER_IS_BETTER else value > best)
+    return best is None or (value < best if figure.rpartition("/")[2] in LOWER_IS_BETTER else value > best)
 
 
 def draw(dataset: Dataset, limit: int) -> Dataset:
@@ -320,15 +331,17 @@ def _cut(target: str, template: Template | None) -> str:
     return template.cut_at_stop(target) if template else target
 
 
-def load_split(data: str, split: str) -> Dataset:
+def load_splits(data: str, split: str) -> dict[str, Dataset]:
+    """The split of this name; of `test`, where test sets have names, all of them."""
     if not (Path(data) / "dataset_dict.json").is_file():
         raise UserError(
             f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
         )
     splits = open_prepared(data)
-    if split not in splits:
+    chosen = [split] if split in splits else splits_of(split, splits)
+    if not chosen:
         raise UserError(f"{data} has no split {split!r}. {choose_from(split, list(splits))}")
-    return splits[split]
+    return {name: splits[name] for name in chosen}
 
 
 def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, data: str) -> PreTrainedTokenizerBase:
@@ -397,6 +410,12 @@ def write_report(
     print(f"written: {written}")
 
 
+def report_file(out: str, split: str, splits: int) -> Path:
+    """Of one of several splits, the file has its name: report.json, test/news → report.news.json."""
+    file = Path(out)
+    return file if splits == 1 else file.with_name(f"{file.stem}.{name_in(split)}{file.suffix}")
+
+
 def predictions_file(report: Path) -> Path:
     return report.with_suffix(".predictions.jsonl")
 
@@ -422,37 +441,39 @@ def run(settings: EvaluateSettings) -> int:
     keep_memory()
     if settings.out:  # what cannot be written shows now, and not after hours
         Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-    split = load_split(settings.data, settings.split)
+    splits = load_splits(settings.data, settings.split)
     accelerator = join_ranks()
     speaks = accelerator is None or accelerator.is_main_process
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device)
     prepared = check_same_tokenizer(settings.model, tokenizer, settings.data)
-    check_rows_fit(model, {settings.split: split})
-    rows = drop_repeated_start(split, model.config.decoder_start_token_id)
-    if speaks:
-        print(f"{settings.model} on {settings.data}, split {settings.split}", file=sys.stderr)
-    evaluation = evaluate_rows(
-        model,
-        tokenizer,
-        rows,
-        metrics=settings.metric_names(),
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        limit=settings.limit,
-        progress=True,
-        bleu_tokenize=settings.bleu_tokenize or None,
-        template=carried_template(prepared, check=False),  # the one that made the rows
-        accelerator=accelerator,
-        mbr_samples=settings.mbr_samples,
-        seed=settings.seed,
-        num_beams=settings.num_beams,
-    )
-    if speaks:
-        intervals = bootstrap_intervals(evaluation.statistics, seed=settings.seed)
-        print(format_table(evaluation, intervals))
-        if settings.out:
-            write_report(settings, evaluation, intervals, data_identity(split))
+    check_rows_fit(model, splits)
+    for name, split in splits.items():
+        if speaks:
+            print(f"{settings.model} on {settings.data}, split {name}", file=sys.stderr)
+        evaluation = evaluate_rows(
+            model,
+            tokenizer,
+            drop_repeated_start(split, model.config.decoder_start_token_id),
+            metrics=settings.metric_names(),
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            limit=settings.limit,
+            progress=True,
+            bleu_tokenize=settings.bleu_tokenize or None,
+            template=carried_template(prepared, check=False),  # the one that made the rows
+            accelerator=accelerator,
+            mbr_samples=settings.mbr_samples,
+            seed=settings.seed,
+            num_beams=settings.num_beams,
+        )
+        if speaks:
+            intervals = bootstrap_intervals(evaluation.statistics, seed=settings.seed)
+            table = format_table(evaluation, intervals)
+            print(table if len(splits) == 1 else f"{name}\n{table}\n")
+            if settings.out:
+                of_split = replace(settings, split=name, out=str(report_file(settings.out, name, len(splits))))
+                write_report(of_split, evaluation, intervals, data_identity(split))
     if accelerator:
         accelerator.end_training()
     return 0

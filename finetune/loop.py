@@ -14,6 +14,7 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ from accelerate.utils import gather_object
 from diptych.finetune.batches import Step
 from diptych.finetune.checkpoint import whole
 from diptych.finetune.config import TrainRecipe, split_names
-from diptych.finetune.evaluation import evaluate_rows, is_improvement, row_losses
+from diptych.finetune.evaluation import evaluate_rows, is_improvement, row_losses, selected_figure
 from diptych.finetune.exits import DONE, STOPPED, NotFiniteError
 from diptych.finetune.healing import open_encoder
 from diptych.finetune.loss_plot import plot_loss
 from diptych.finetune.ranks import part
 from diptych.finetune.run_folder import Status
-from diptych.finetune.run_log import Pace, train_line, validation_line
+from diptych.finetune.run_log import Pace, selection_line, train_line, validation_line
 from diptych.finetune.saving import save_checkpoint, write_final
 from diptych.finetune.set_up import Run, set_up
 from diptych.finetune.speed import keep_memory, peak_memory, profiler
@@ -90,7 +91,7 @@ def is_due(step: int, every: int) -> bool:
 def is_evaluation_due(run: Run) -> bool:
     step = run.progress.step
     is_now = is_due(step, run.eval_every) or step == run.total_steps
-    return is_now and run.progress.evaluated_step != step and "validation" in run.prepared.splits
+    return is_now and run.progress.evaluated_step != step and bool(run.validation_splits)
 
 
 def take_step(run: Run, pace: Pace) -> bool:
@@ -222,29 +223,37 @@ def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> Non
 
 
 def evaluate(run: Run) -> bool:
-    """Loss on the validation split, and metrics where asked; whether it is the best evaluation so far."""
+    """Loss on each validation split, and metrics where asked; whether it is the best evaluation so far. Written when
+    all of it is known: what a stop cuts short is evaluated again."""
     progress, recipe = run.progress, run.recipe
+    figures: dict[str, dict[str, float]] = {}
+    samples: list[dict[str, Any]] = []
     with torch.compiler.set_stance("force_eager"):  # its rows are padded: new shapes without end
-        figures = {"loss": validation_loss(run)}
-        if recipe.metrics:
-            figures |= generation_figures(run)
-    value = figures[recipe.best_metric]
+        for split in run.validation_splits:
+            figures[split] = {"loss": validation_loss(run, split)}
+            if recipe.metrics:
+                figures[split] |= generation_figures(run, split, samples)
+    value = selected_figure(recipe.best_metric, figures)
     is_better = is_improvement(recipe.best_metric, value, progress.best)
     progress.evaluations_without_gain = 0 if is_better else progress.evaluations_without_gain + 1
     progress.evaluated_step = progress.step
     if is_better:
         progress.best, progress.best_step = value, progress.step
-    entry = {"step": progress.step, "split": "validation"} | figures
-    run.log.add_figures(entry)
-    run.log.say(validation_line(entry, run.total_steps, is_better))
+    run.log.add_samples(samples)
+    for split, of_split in figures.items():
+        entry = {"step": progress.step, "split": split} | of_split
+        run.log.add_figures(entry)
+        run.log.say(validation_line(entry, run.total_steps, is_better and len(figures) == 1))
+    if len(figures) > 1:
+        run.log.say(selection_line(progress.step, run.total_steps, recipe.best_metric, value, len(figures), is_better))
     if run.accelerator.is_main_process:
         plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
     return is_better
 
 
-def validation_loss(run: Run) -> float:
+def validation_loss(run: Run, split: str) -> float:
     """Nats per target token over the whole split: the same digits on any number of ranks."""
-    rows, objective = run.padded(run.prepared.splits["validation"]), run.accelerator.unwrap_model(run.objective)
+    rows, objective = run.padded(run.prepared.splits[split]), run.accelerator.unwrap_model(run.objective)
     with (
         run.autocast(),
         run.ranks.waiting_for(f"the validation loss after step {run.progress.step}", has_own_work=True),
@@ -254,14 +263,14 @@ def validation_loss(run: Run) -> float:
     return nats / target_tokens
 
 
-def generation_figures(run: Run) -> dict[str, float]:
-    """Metrics of what the model writes for a sample of the validation split, kept in samples.jsonl."""
+def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of what the model writes for a sample of a validation split, which is added to `samples`."""
     recipe = run.recipe
     with run.autocast(), run.ranks.waiting_for(f"the metrics after step {run.progress.step}", has_own_work=True):
         evaluation = evaluate_rows(
             run.model,
             run.tokenizer,
-            run.prepared.splits["validation"],
+            run.prepared.splits[split],
             metrics=split_names(recipe.metrics),
             batch_size=recipe.eval_batch_size,
             max_new_tokens=recipe.max_new_tokens,
@@ -270,7 +279,7 @@ def generation_figures(run: Run) -> dict[str, float]:
             before_each=partial(look_up, run),
             objective=run.accelerator.unwrap_model(run.objective),
         )
-    run.log.add_samples([{"step": run.progress.step} | row._asdict() for row in evaluation.predictions])
+    samples += [{"step": run.progress.step, "split": split} | row._asdict() for row in evaluation.predictions]
     of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
     return {name: value for name, value in evaluation.figures.items() if name not in of_the_loss}
 

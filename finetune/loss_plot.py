@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from diptych.data_prep.named_splits import splits_of
+
 
 def plot_loss(metrics_file: Path, picture: Path) -> None:
     import matplotlib
@@ -13,15 +15,13 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
 
     entries = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     train = [entry for entry in entries if entry["split"] == "train"]
-    validation = [entry for entry in entries if entry["split"] == "validation"]
     figure, (loss_axes, rate_axes) = pyplot.subplots(
         2, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained"
     )
     loss_axes.plot(_column(train, "step"), _column(train, "loss"), label="training", linewidth=1.2)
-    if validation:
-        loss_axes.plot(
-            _column(validation, "step"), _column(validation, "loss"), "o-", label="validation", markersize=3
-        )
+    for split in splits_of("validation", dict.fromkeys(entry["split"] for entry in entries)):
+        validation = [entry for entry in entries if entry["split"] == split]
+        loss_axes.plot(_column(validation, "step"), _column(validation, "loss"), "o-", label=split, markersize=3)
         best = min(validation, key=lambda entry: entry["loss"])
         loss_axes.annotate(
             f"{best['loss']:.3f}", (best["step"], best["loss"]), xytext=(0, 7), textcoords="offset points", ha="center"

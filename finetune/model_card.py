@@ -20,6 +20,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from diptych.data_prep.named_splits import kind_of, named
 from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.run_folder import last_training
@@ -31,7 +32,9 @@ NO_SCORES = {"rows", "sources", "target_tokens", "unfinished", "max_new_tokens",
 """Figures of an evaluation that say how it was made."""
 
 PATHS_OF_A_RECIPE = ("model", "data", "out", "tokenizer", "teacher")
-PATHS_OF_PREPARATION = ("data", "aligned", "out", "template", "tokenizer", "decontaminate", "gathered")
+PATHS_OF_PREPARATION = (
+    *("data", "aligned", "validation", "test", "out", "template", "tokenizer", "decontaminate", "gathered"),
+)
 UNNAMED = "unknown"
 
 
@@ -80,7 +83,7 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
         decoder_prefix=" ".join(f"`{token}`" for token in template.get("decoder_prefix", ())),
         new_tokens=manifest["tokens"]["target"]["limit"] if manifest else 128,
         scores=scores,
-        is_selected=recipe["final"] == "best" and any(score.split == "validation" for score in scores),
+        is_selected=recipe["final"] == "best" and any(kind_of(score.split) == "validation" for score in scores),
         data=manifest and data_facts(manifest, fingerprint, recipe),
         no_data=f"Prepared data `{last_part(recipe['data'])}`, of which nothing else is known here: "
         f"what was trained on was not found when this card was made.",
@@ -124,11 +127,12 @@ def prepared_manifest(
 
 def validation_scores(run: Path, step: int | None, recipe: Mapping[str, Any]) -> list[Score]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    of_step = [row for row in map(json.loads, lines) if row["split"] == "validation" and row["step"] == step]
+    rows = [row for row in map(json.loads, lines) if kind_of(row["split"]) == "validation" and row["step"] == step]
+    of_step = {row["split"]: row for row in rows}  # the last of each
     dataset, sample = last_part(recipe["data"]), f"in training, on up to {recipe['metrics_limit']:,} rows"
     return [
-        Score("validation", dataset, metric, value, None, "in training" if metric == "loss" else sample)
-        for row in of_step[-1:]
+        Score(split, dataset, metric, value, None, "in training" if metric == "loss" else sample)
+        for split, row in of_step.items()
         for metric, value in row.items()
         if metric not in NO_SCORES
     ]
@@ -266,7 +270,8 @@ def data_facts(manifest: Mapping[str, Any], fingerprint: str, recipe: Mapping[st
         "counts": ", ".join(f"{rows:,} {split} rows" for split, rows in manifest["splits"].items()),
         "sources": [
             {
-                "name": last_part(source["name"]),
+                "name": last_part(source["name"])
+                + (f" ({split})" if (split := source.get("split", "train")) != "train" else ""),
                 "kept": f"{source['kept']:,}",
                 "read": f"{source['read']:,}",
                 "share": f"{100 * source['share']:.1f} %",
@@ -286,13 +291,13 @@ def training(recipe: Mapping[str, Any], step: int | None, stages: Sequence[Mappi
     how = "LoRA on a frozen base" if recipe["method"] == "lora" else "All weights were trained"
     if step is None:
         return f"{how}, in {recipe['precision']}. Of which step this model is, is not known any more."
-    which = f"the best by {recipe['best_metric']} on the validation split" if recipe["final"] == "best" else "the last"
+    which = f"the best by {recipe['best_metric']} in validation" if recipe["final"] == "best" else "the last"
     return f"{how}, in {recipe['precision']}. This is the model after step {step:,}, {which}."
 
 
 def limits(manifest: Mapping[str, Any] | None, scores: list[Score]) -> list[str]:
     said = ["It knows the kind of text that it was trained on; what it makes of other text was not looked at."]
-    if not any(score.split not in ("train", "validation") for score in scores):
+    if not any(kind_of(score.split) not in ("train", "validation") for score in scores):
         said.append("It was not evaluated on a split that had no part in choosing it.")
     if scores and not any(score.bounds for score in scores):
         said.append("How far its scores would be off on other rows was not computed.")
@@ -316,6 +321,12 @@ def is_on_the_hub(name: str) -> bool:
     return not (is_named_size(name) or Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1)
 
 
+def last_part_of_entry(entry: str) -> str:
+    """`news=my/a.jsonl` → `news=a.jsonl`; `my/a.en+my/a.ko` → `a.en+a.ko`."""
+    name, place = named(entry)
+    return (f"{name}=" if name else "") + "+".join(map(last_part, place.split("+")))
+
+
 def last_part(place: str) -> str:
     """runs/my-data -> my-data; what lies on the Hub keeps its owner."""
     if place.startswith("hf:") or (place.count("/") == 1 and is_on_the_hub(place)):
@@ -325,7 +336,7 @@ def last_part(place: str) -> str:
 
 def without_places(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     def reduced(value: Any) -> Any:
-        return [last_part(it) for it in value] if isinstance(value, list) else last_part(value)
+        return [last_part_of_entry(it) for it in value] if isinstance(value, list) else last_part(value)
 
     return {name: reduced(value) if name in names and value else value for name, value in settings.items()}
 

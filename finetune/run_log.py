@@ -98,11 +98,17 @@ def train_line(entry: dict[str, Any], total_steps: int, seconds_left: float) -> 
 
 def validation_line(entry: dict[str, Any], total_steps: int, is_best: bool) -> str:
     figures = {name: value for name, value in entry.items() if name not in ("step", "split", "loss")}
-    parts = [f"step {entry['step']}/{total_steps}", f"validation loss {entry['loss']:.3f} nats/token"]
+    parts = [f"step {entry['step']}/{total_steps}", f"{entry['split']} loss {entry['loss']:.3f} nats/token"]
     parts += [
         f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
     ]
     return " | ".join(parts + ["best so far"] * is_best)
+
+
+def selection_line(step: int, total_steps: int, figure: str, value: float, sets: int, is_best: bool) -> str:
+    """What decides which checkpoint is best, where there are several validation sets."""
+    mean = "" if "/" in figure else f"mean over {sets} validation sets: "
+    return " | ".join([f"step {step}/{total_steps}", f"{mean}{figure} {value:.3f}"] + ["best so far"] * is_best)
 
 
 def short(number: float) -> str:

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.arguments import choose_from
+from diptych.data_prep.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
 from diptych.finetune import checkpoint as checkpoints
@@ -116,6 +117,11 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def validation_splits(self) -> list[str]:
+        """`validation`, or `validation/news` and the others, where they have names."""
+        return splits_of("validation", self.prepared.splits)
+
+    @property
     def weight_names(self) -> dict[nn.Parameter, str]:
         return {weight: name for name, weight in self.model.named_parameters()}
 
@@ -169,7 +175,7 @@ def make_run(
     saved = choose_checkpoint(recipe, folder)
     prepared = load_prepared(recipe.data)
     tokenizer = load_run_tokenizer(recipe, prepared)
-    check_best_metric(recipe)
+    check_best_metric(recipe, splits_of("validation", prepared.splits))
 
     set_seed(recipe.seed)
     model = starting_model(recipe, tokenizer, saved / "model" if saved else None)
@@ -179,8 +185,11 @@ def make_run(
     if recipe.open_encoder_steps:
         close_encoder(model)
     start = model.config.decoder_start_token_id
-    used = {name: prepared.splits[name] for name in ("train", "validation") if name in prepared.splits}
-    used = {name: drop_repeated_start(split, start) for name, split in used.items()}
+    used = {
+        name: drop_repeated_start(split, start)
+        for name, split in prepared.splits.items()
+        if kind_of(name) in ("train", "validation")
+    }
     check_rows_fit(without_adapter(model), used)
     prepared = prepared._replace(splits=used)
     rows, why_padded = training_rows(recipe, prepared, model, tokenizer)
@@ -323,11 +332,13 @@ def check_checkpoint_tokenizer(recipe: TrainRecipe, tokenizer: PreTrainedTokeniz
         )
 
 
-def check_best_metric(recipe: TrainRecipe) -> None:
+def check_best_metric(recipe: TrainRecipe, validation_splits: Sequence[str]) -> None:
     """Now, and not at the first evaluation, which may be hours away."""
     if recipe.best_metric == "loss":
         return
     known = selectable_figures(split_names(recipe.metrics))
+    sets = [name_in(split) for split in validation_splits if split != "validation"]
+    known += [f"{name}/{figure}" for name in sets for figure in known]
     if recipe.best_metric not in known:
         raise UserError(f"best_metric is {recipe.best_metric!r}. {choose_from(recipe.best_metric, known)}")
 
@@ -396,7 +407,13 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
             f"{shape.max_target_tokens} tokens | filled: source {filled['source']:.1%}, target {filled['target']:.1%} "
             f"| attention: {run.model.config._attn_implementation}"
         )
-    if "validation" not in run.prepared.splits:
+    if len(run.validation_splits) > 1 and "/" not in recipe.best_metric:
+        say(
+            f"the best checkpoint is that of the best mean {recipe.best_metric} over {len(run.validation_splits)} "
+            f"validation sets, each counting the same; best_metric: {name_in(run.validation_splits[0])}/"
+            f"{recipe.best_metric} chooses by one"
+        )
+    if not run.validation_splits:
         say(f"{recipe.data} has no validation split: no evaluation, and the last checkpoint becomes final")
     if family_of(run.model) is None:
         say(f"{run.model.config.model_type} is not in families.py: its logits are held in full, which takes memory")

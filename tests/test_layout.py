@@ -108,6 +108,7 @@ def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
             "extend_tokenizer",
             "hub",
             "text_shown",
+            "named_splits",
         )
     ]
     # Every command line is read, and its mistakes told, in one way.

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from matplotlib import image
+from matplotlib.axes import Axes
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.templates import TEMPLATES, attach_template
@@ -89,6 +90,22 @@ def test_a_report_beside_itself_differs_by_nothing(reports, capsys):
     assert chrf.endswith("0.000 [0.000, 0.000]  1.0000")
 
 
+def test_each_validation_set_of_a_run_is_compared_and_drawn(tmp_path, monkeypatch):
+    run = run_folder(tmp_path / "a", [3.0, 2.0], metrics="chrf", best_metric="news/chrf")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(
+        text.replace("validation", "validation/news") + text.replace("validation", "validation/law")
+    )
+    side = compare.load_side(str(run))
+    found = compare.run_figures(side)
+    for name in ("news", "law"):
+        assert found[f"best validation/{name} loss"] == 2.2 and found[f"best validation/{name} chrf"] == 48.0
+    labels = []
+    monkeypatch.setattr(Axes, "legend", lambda axes: labels.extend(line.get_label() for line in axes.get_lines()))
+    compare.plot_curves([side, side], tmp_path / "curves.png")
+    assert [label.rpartition(", ")[2] for label in labels[:3]] == ["training", "validation/news", "validation/law"]
+
+
 def test_runs_show_the_settings_that_differ_their_losses_and_their_curves(reports, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a = run_folder(tmp_path / "a", [3.0, 2.0, 1.5], learning_rate=1e-3)
@@ -103,7 +120,7 @@ def test_runs_show_the_settings_that_differ_their_losses_and_their_curves(report
     assert ("learning_rate", "0.001", "0.0001") in words
     assert not [line for line in words if line[:1] in (("out",), ("seed",))], "these do not differ, or must"
     assert ("best", "validation", "loss", "1.700", "1.200") in words
-    assert ("…", "loss", "at", "step", "30", "20") in words
+    assert ("…", "validation", "loss", "at", "step", "30", "20") in words
     assert ("best", "validation", "chrf", "-", "49.000") in words and ("steps", "30", "30") in words
     assert any(line[:1] == ("chrf",) and len(line) == 11 for line in words), "the reports in the folders are tested"
     picture = image.imread(tmp_path / "a-vs-b.png")

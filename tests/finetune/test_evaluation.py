@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -177,6 +179,30 @@ def test_the_command_writes_a_report_and_the_predictions_in_order(
     low, high = report["intervals"]["loss"]
     assert low < report["figures"]["loss"] < high
     assert report["figures"]["unfinished"] == 0 and report["figures"]["max_new_tokens"] > 0
+
+
+def test_each_test_set_has_a_table_and_a_report_of_its_own(
+    t5_checkpoint, prepared_folder, eight_prepared_rows, tmp_path, capsys
+):
+    folder = tmp_path / "prepared"
+    rows = datasets.Dataset.from_list(eight_prepared_rows)
+    sets = {"test/news": rows.select(range(3)), "test/law": rows.select([6, 1])}
+    datasets.DatasetDict(sets).save_to_disk(folder)
+    shutil.copytree(Path(prepared_folder) / "tokenizer", folder / "tokenizer")
+    arguments = [str(t5_checkpoint), "--data", str(folder), "--metrics", "chrf", "--device", "cpu"]
+    assert evaluation.main([*arguments, "--out", str(tmp_path / "all.json")]) == 0
+    tables = capsys.readouterr().out
+    assert re.findall(r"^test/\w+$|^rows +\d+", tables, flags=re.MULTILINE) == [
+        "test/news", f"rows{3:25}", "test/law", f"rows{2:25}",
+    ]  # fmt: skip
+    assert evaluation.main([*arguments, "--split", "test/law", "--out", str(tmp_path / "one.json")]) == 0
+    of_all, alone = (json.loads((tmp_path / name).read_text()) for name in ("all.law.json", "one.json"))
+    del of_all["settings"]["out"], alone["settings"]["out"]
+    assert of_all == alone and of_all["settings"]["split"] == "test/law" and of_all["data"]["rows"] == 2
+    predictions = (tmp_path / "all.news.predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["source"] for line in predictions] == [row["source"] for row in eight_prepared_rows[:3]]
+    assert evaluation.main([*arguments, "--split", "law"]) == 2
+    assert "has no split 'law'. Choose from: test/news, test/law." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune import evaluation, publish, train
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.hub_push import push
+from diptych.finetune.model_card import prepare_settings, validation_scores
 
 REPO = "me/translate"
 SECRET = "s3cret-that-nobody-may-see"
@@ -173,6 +174,25 @@ def test_a_broken_json_among_the_reports_is_named(hub, run, capfd):
     (run / "test.json").write_text('{"figures": ')
     assert publish.main([str(run), "--to", REPO]) == 2
     assert "test.json may be a report, and is no JSON" in capfd.readouterr().err and not hub.requests
+
+
+def test_the_card_has_the_scores_of_each_validation_set_and_names_sets_without_their_paths(tmp_path):
+    lines = [
+        {"step": step, "split": f"validation/{name}", "loss": step + place}
+        for step in (5, 10)
+        for place, name in enumerate(("news", "law"))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = validation_scores(tmp_path, 10, {"data": "my/data", "metrics_limit": 100})
+    assert [(score.split, score.value) for score in scores] == [("validation/news", 10), ("validation/law", 11)]
+    settings = {
+        "data": ["/my/a.jsonl"],
+        "validation": ["news=/my/b.jsonl", "law=/my/c.en+/my/c.ko"],
+        "test": ["x/y/z.json"],
+    }
+    assert prepare_settings({"settings": settings}) == {
+        "data": ["a.jsonl"], "validation": ["news=b.jsonl", "law=c.en+c.ko"], "test": ["z.json"],
+    }  # fmt: skip
 
 
 def test_the_card_tells_of_the_run_and_its_yaml_is_the_run_again(hub, run, trained, tmp_path):

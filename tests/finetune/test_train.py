@@ -15,6 +15,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from matplotlib.axes import Axes
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSeq2SeqLM
@@ -70,6 +71,11 @@ def figures(out: str, split: str) -> list[dict]:
     return [entry for entry in map(json.loads, lines) if entry["split"] == split]
 
 
+def splits_of_run(out: str) -> set[str]:
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {"train", "validation"} if not lines else {entry["split"] for entry in map(json.loads, lines)}
+
+
 def final_weights(out: str) -> dict[str, torch.Tensor]:
     """Of the model, or of the adapter."""
     (file,) = (Path(out) / "final").glob("*.safetensors")
@@ -88,7 +94,7 @@ def write_recipe(settings: TrainRecipe) -> str:
 
 def assert_close(first: str, second: str, tolerance: float = 1e-5) -> None:
     """Two runs: the same losses, and the same weights."""
-    for split in ("train", "validation"):
+    for split in splits_of_run(first):
         for one, other in zip(figures(first, split), figures(second, split), strict=True):
             assert one["loss"] == pytest.approx(other["loss"], abs=tolerance)
     weights = final_weights(second)
@@ -108,7 +114,7 @@ def assert_same_bits(first: str, second: str) -> None:
             checkpoints.read_json(Path(run) / "checkpoints" / step / "state.json") for run in (first, second)
         )
         assert one["progress"] == other["progress"]
-    for split in ("train", "validation"):
+    for split in splits_of_run(first):
         one, other = figures(first, split), figures(second, split)
         for entry in one + other:
             for measured in ("tokens_per_second", "mfu", "memory_bytes"):  # all else is the same
@@ -150,9 +156,22 @@ def test_accumulated_batches_are_one_large_batch(recipe):
     assert_close(large.out, cut.out)
 
 
+@pytest.fixture
+def two_sets(training_folder, tmp_path):
+    """The eight rows to train on, and two validation sets with names."""
+    folder = tmp_path / "two sets"
+    train = datasets.load_from_disk(training_folder)["train"]
+    sets = {"validation/news": train.select(range(5)), "validation/law": train.select([7, 2, 5])}
+    datasets.DatasetDict({"train": train, **sets}).save_to_disk(folder)
+    shutil.copytree(training_folder / "tokenizer", folder / "tokenizer")
+    (folder / "manifest.json").write_text('{"rows": 8}')
+    return str(folder)
+
+
 @pytest.mark.parametrize("family, changes", [("t5", {}), ("diptych", {"method": "lora"})])
-def test_two_ranks_are_one_rank(family, changes, recipe):
+def test_two_ranks_are_one_rank(family, changes, recipe, two_sets):
     """3 rows a rank; in the last step of an epoch 2 rows are left for both."""
+    changes = changes or {"data": two_sets, "eval_every": 4, "metrics": "chrf", "best_metric": "law/chrf"}
     alone = recipe(family, out="alone", batch_size=6, **STEADY, **changes)
     run_recipe(alone)
     shared = recipe(family, out="shared", batch_size=3, **STEADY, **changes)
@@ -230,6 +249,28 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(family, changes, resumabl
     assert_same_bits(whole.out, stopped.out)
 
 
+def test_a_run_that_is_stopped_between_two_validation_sets_goes_on_with_the_same_bits(
+    resumable, two_sets, monkeypatch
+):
+    """The first set was evaluated, and its samples generated: nothing of it may be written twice."""
+    whole, stopped = (resumable("t5", out, data=two_sets, metrics="exact_match") for out in ("whole", "stopped"))
+    run_recipe(whole)
+    evaluated = loop.generation_figures
+
+    def stop_in_the_second(run, split, samples):
+        if split == "validation/law" and run.progress.step == 8:
+            raise loop.EvaluationStopped
+        return evaluated(run, split, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "generation_figures", stop_in_the_second)
+        run_recipe(stopped)
+    assert [entry["step"] for entry in figures(stopped.out, "validation/news")] == [4]
+    run_recipe(replace(stopped, resume=True))
+    shutil.rmtree(Path(whole.out) / "checkpoints" / "step-000008")  # the other one is of before the evaluation
+    assert_same_bits(whole.out, stopped.out)
+
+
 def test_resume_without_a_checkpoint_begins_at_the_beginning(recipe, capsys):
     whole = recipe(out="whole")
     run_recipe(whole)
@@ -298,6 +339,38 @@ def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
     assert all(torch.equal(weight, best_weights[name]) for name, weight in final_weights(settings.out).items())
 
 
+def test_the_best_is_chosen_by_one_validation_set_or_by_their_mean(recipe, two_sets, monkeypatch, capsys):
+    labels = []
+    monkeypatch.setattr(Axes, "legend", lambda axes: labels.append([line.get_label() for line in axes.get_lines()]))
+    changes = {"data": two_sets, "max_steps": 12, "eval_every": 4, "metrics": "chrf", "learning_rate": 5e-3}
+    expected = {
+        "law/chrf": lambda news, law: max(entry["chrf"] for entry in law),
+        "news/loss": lambda news, law: min(entry["loss"] for entry in news),
+        "loss": lambda news, law: min((a["loss"] + b["loss"]) / 2 for a, b in zip(news, law, strict=True)),
+    }
+    for best_metric, value in expected.items():
+        settings = recipe(out=best_metric.replace("/", "-"), best_metric=best_metric, **changes)
+        run_recipe(settings)
+        news, law = (figures(settings.out, f"validation/{name}") for name in ("news", "law"))
+        assert [entry["step"] for entry in news] == [entry["step"] for entry in law] == [4, 8, 12]
+        best = checkpoints.read_json(Path(settings.out) / "checkpoints" / "best.json")
+        assert best["value"] == pytest.approx(value(news, law)) and best["metric"] == best_metric
+    said = capsys.readouterr().out
+    assert "step 4/12 | validation/law loss" in said and "step 4/12 | law/chrf" in said
+    assert "the best mean loss over 2 validation sets" in said
+    assert "step 4/12 | mean over 2 validation sets: loss" in said
+    assert labels[-1] == ["training", "validation/news", "validation/law"]
+    with pytest.raises(UserError, match="best_metric is 'lwa/chrf'. Did you mean law/chrf"):
+        run_recipe(recipe(out="other", best_metric="lwa/chrf", **changes))
+
+
+def test_a_folder_for_evaluation_alone_trains_nothing(recipe, two_sets):
+    shutil.move(f"{two_sets}/validation/news", f"{two_sets}/news")
+    (Path(two_sets) / "dataset_dict.json").write_text('{"splits": ["validation/law"]}')
+    with pytest.raises(UserError, match="has no rows to train on: it is for evaluation alone, with validation/law"):
+        run_recipe(recipe(data=two_sets))
+
+
 def test_a_run_folder_has_what_it_should(recipe):
     settings = recipe(epochs=4, eval_every=4, metrics="exact_match,chrf", best_metric="chrf")
     run_recipe(settings)
@@ -316,7 +389,7 @@ def test_a_run_folder_has_what_it_should(recipe):
     assert TrainRecipe(**yaml.safe_load((out / "config.yaml").read_text())).precision == "fp32"
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     sample = json.loads((out / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert set(sample) == {"step", "source", "references", "prediction", "finished", "nats", "target_tokens"}
+    assert set(sample) == {"step", "split", "source", "references", "prediction", "finished", "nats", "target_tokens"}
     entry = figures(settings.out, "validation")[-1]
     assert entry["step"] == 8 and {"loss", "exact_match", "chrf"} < set(entry)
 
