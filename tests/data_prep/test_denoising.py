@@ -2,8 +2,6 @@
 
 import json
 import statistics
-import subprocess
-import sys
 
 import numpy
 import pyarrow.parquet
@@ -190,11 +188,8 @@ def test_the_same_text_gives_the_same_pairs_in_any_order(tokenizer_folder, tmp_p
     for name, texts in (("one", TEXTS), ("other", TEXTS[::-1])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
         out = tmp_path / name
-        command = [sys.executable, "-m", "diptych.data_prep.denoising", "--data", str(tmp_path / f"{name}.jsonl")]
-        done = subprocess.run(
-            [*command, "--tokenizer", str(tokenizer_folder), "--out", str(out)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        data = ["--data", str(tmp_path / f"{name}.jsonl"), "--tokenizer", str(tokenizer_folder)]
+        assert main(["denoise", *data, "--out", str(out)]) == 0
         rows = pyarrow.parquet.read_table(out / "pairs.parquet").to_pylist()
         found.append(sorted(json.dumps(row) for row in rows))
     assert found[0] == found[1]

@@ -65,16 +65,17 @@ class Nursery:
         request = {"arguments": list(arguments), "log": str(log), "folder": str(folder), "die_at": die_at}
         return Process(self.ask(request | {"environment": {"ACCELERATE_USE_CPU": "true"} | environment}), self)
 
-    def train(
-        self, arguments: Sequence[str], log: Path, ranks: int = 1, die_at: int | None = None, dying_rank: int = 0
-    ) -> list[Process]:
+    def train(self, arguments: Sequence[str], log: Path, ranks: int = 1, die_at: int | None = None) -> list[Process]:
+        return self.launch(["train", *arguments], log, ranks, die_at)
+
+    def launch(self, arguments: Sequence[str], log: Path, ranks: int, die_at: int | None = None) -> list[Process]:
+        """As torchrun launches it; rank 1 writes to `LOG.1`, and rank 0 is the one that dies."""
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         processes = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-            rank_dies_at = die_at if rank == dying_rank else None
             environment = meeting | own if ranks > 1 else {}
-            processes.append(self.run(["train", *arguments], f"{log}.{rank}", die_at=rank_dies_at, **environment))
+            processes.append(self.run(arguments, f"{log}.{rank}", die_at=None if rank else die_at, **environment))
         return processes
 
 

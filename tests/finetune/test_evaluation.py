@@ -1,11 +1,8 @@
 """The figures of an evaluation, checked by hand on a small real model and real prepared rows."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -330,19 +327,19 @@ def test_samples_are_drawn_by_the_seed_and_leave_torchs_own_random_state(learned
     ],
     ids=["eight rows", "one row"],
 )
-def test_two_ranks_are_one_rank_to_the_last_digit(t5_checkpoint, prepared_folder, more, tmp_path, capfd):
+def test_two_ranks_are_one_rank_to_the_last_digit(t5_checkpoint, prepared_folder, more, nursery, tmp_path, capfd):
     def arguments(out):
         return [str(t5_checkpoint), "--data", str(prepared_folder), "--device", "cpu", "--out", str(out), *more]
 
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     assert evaluation.main(arguments(alone)) == 0
     printed = capfd.readouterr().out
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, "-m", "diptych.finetune.evaluation", *arguments(shared)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == printed.replace("alone", "shared"), "one rank speaks"
+    processes = nursery.launch(["evaluate", *arguments(shared)], tmp_path / "log", ranks=2)
+    ended = [process.wait(200) for process in processes]
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert ended == [0, 0], said
+    assert printed.replace("alone", "shared") in said[0] and "nats/token" not in said[1], "one rank speaks"
+    assert "nats/token" in printed
     reports = [json.loads(path.read_text()) for path in (alone, shared)]
     for report in reports:
         del report["settings"]["out"]

@@ -68,7 +68,24 @@ def kill_after_lines(out_file, lines, arguments):
     assert process.returncode == -signal.SIGKILL
 
 
-def test_two_ranks_write_the_bytes_of_one_and_go_on_where_it_was_cut(tmp_path, t5_checkpoint, many_rows):
+@pytest.fixture
+def on_two_ranks(nursery, tmp_path):
+    """`on_two_ranks(arguments, code)`: what both said."""
+
+    def run(arguments, code=0) -> str:
+        log = tmp_path / "log"
+        for earlier in tmp_path.glob("log.*"):
+            earlier.unlink()
+        processes = nursery.launch(["generate", *arguments], log, ranks=2)
+        ended = [process.wait(200) for process in processes]
+        said = "".join(file.read_text() for file in sorted(tmp_path.glob("log.*")))
+        assert ended == [code, code], said
+        return said
+
+    return run
+
+
+def test_two_ranks_write_the_bytes_of_one_and_go_on_where_it_was_cut(tmp_path, t5_checkpoint, many_rows, on_two_ranks):
     """Sampled, so that a chunk which another rank draws for would show; and once with one chunk for two ranks."""
     few = write_rows(tmp_path / "few.jsonl", read_lines(many_rows)[:3])
     for in_file in (many_rows, few):
@@ -84,22 +101,11 @@ def test_two_ranks_write_the_bytes_of_one_and_go_on_where_it_was_cut(tmp_path, t
     assert shared.read_bytes() == half and said.count("rows already; they are kept") == 1
 
 
-def test_an_error_of_the_rank_that_writes_ends_all(finished_run, t5_checkpoint):
+def test_an_error_of_the_rank_that_writes_ends_all(finished_run, t5_checkpoint, on_two_ranks):
     before = finished_run[1].read_bytes()
-    said = on_two_ranks(command(t5_checkpoint, *finished_run, "--seed", "9"), code=1)
+    said = on_two_ranks(command(t5_checkpoint, *finished_run, "--seed", "9"), code=2)
     assert said.count("was started by a run that differs: seed was 0, is now 9") >= 1
     assert finished_run[1].read_bytes() == before
-
-
-def on_two_ranks(arguments, code=0) -> str:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, "-m", "diptych.finetune.generate", *arguments],
-        env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done.stderr
 
 
 def test_rows_may_carry_a_system_prompt_and_earlier_turns(tmp_path, t5_checkpoint):

@@ -169,19 +169,18 @@ def two_sets(training_folder, tmp_path):
 
 
 @pytest.mark.parametrize("family, changes", [("t5", {}), ("diptych", {"method": "lora"})])
-def test_two_ranks_are_one_rank(family, changes, recipe, two_sets):
+def test_two_ranks_are_one_rank(family, changes, recipe, two_sets, nursery, tmp_path):
     """3 rows a rank; in the last step of an epoch 2 rows are left for both."""
     changes = changes or {"data": two_sets, "eval_every": 4, "metrics": "chrf", "best_metric": "law/chrf"}
     alone = recipe(family, out="alone", batch_size=6, **STEADY, **changes)
     run_recipe(alone)
     shared = recipe(family, out="shared", batch_size=3, **STEADY, **changes)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launch, "-m", "diptych.finetune.train", "--config", write_recipe(shared)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "2 × cpu" in done.stdout
-    assert done.stdout.count("step 8/8 | loss") == 1, "one rank speaks"
+    processes = nursery.train(["--config", str(write_recipe(shared))], tmp_path / "log", ranks=2)
+    ended = [process.wait(200) for process in processes]
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert ended == [0, 0], said
+    assert "2 × cpu" in said[0]
+    assert said[0].count("step 8/8 | loss") == 1 and "step 8/8 | loss" not in said[1], "one rank speaks"
     assert_close(alone.out, shared.out)
 
 

@@ -96,12 +96,13 @@ def test_packed_training_is_padded_training(attention, recipe):
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
 
 
-def test_a_rank_without_rows_and_two_ranks_are_one_rank(recipe):
+def test_a_rank_without_rows_and_two_ranks_are_one_rank(recipe, nursery, tmp_path):
     """Three rows in two batches: in the second one, a rank has none."""
     alone = recipe("diptych", out="alone", epsilon=1e-2)
     run_recipe(alone)
     shared = recipe("diptych", out="shared", epsilon=1e-2, batch_size=1, gradient_accumulation_steps=2)
-    launch(["-m", "diptych.finetune.train", "--config", str(write_recipe(shared))])
+    processes = nursery.train(["--config", str(write_recipe(shared))], tmp_path / "log", ranks=2)
+    assert [process.wait(200) for process in processes] == [0, 0], (tmp_path / "log.0").read_text()
     assert [entry["loss"] for entry in figures(shared.out)] == pytest.approx(
         [entry["loss"] for entry in figures(alone.out)], abs=1e-5
     )
@@ -417,13 +418,12 @@ def test_targets_that_share_sources_train_as_rows_of_their_own(recipe, packed_fo
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5)
 
 
-def launch(arguments: list[str], ranks: int = 2) -> str:
+def launch(arguments: list[str], ranks: int) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *torchrun, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def write_recipe(settings: TrainRecipe) -> Path:
