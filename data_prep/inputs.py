@@ -126,17 +126,23 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
     rows = first_rows(source)
     if not rows:
         return Converter(named(settings.format)) if settings.format else NOT_TOLD
-    return converter_for(
-        rows,
-        source.name,
-        settings.format,
-        parse_mapping(settings.map),
-        directions_for(settings, source),
-        settings.languages,
-        settings.summary_instruction,
-        settings.positive_examples,
-        settings.negative_examples,
-    )
+    try:
+        return converter_for(
+            rows,
+            source.name,
+            settings.format,
+            parse_mapping(settings.map),
+            directions_for(settings, source),
+            settings.languages,
+            settings.summary_instruction,
+            settings.positive_examples,
+            settings.negative_examples,
+        )
+    except UserError as error:
+        if source.split == TRAIN or source.name == source.entry:
+            raise
+        others = "To leave it out, name the files to train on themselves in --data."
+        raise UserError(f"{error} By its name it is taken for {source.split}. {others}") from None
 
 
 def directions_for(settings: PrepareSettings, source: Source) -> Directions:

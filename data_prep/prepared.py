@@ -1,6 +1,7 @@
 """The folder of a prepared dataset: when it may be reused, when it may be replaced, and how it is written.
 
     prepared/  dataset_dict.json train/ validation/ test/   datasets.load_from_disk("prepared") reads it
+               validation/news/ test/news/                  of several sets with names, one folder each
                packed/                                      load_from_disk("prepared/packed"): train, in packed rows
                tokenizer/                                   AutoTokenizer reads it; the template is inside
                report.html report.json                      all that is worth knowing of the data, to look at

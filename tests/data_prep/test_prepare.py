@@ -502,6 +502,10 @@ def test_a_folder_is_prepared_by_its_splits_and_can_be_pooled_by_name(prepare, w
     assert {name: len(rows) for name, rows in texts_of(tmp_path / "prepared").items()} == {
         **{"train": 30, "validation": 6, "test": 8}
     }
+    (folder / "dev.jsonl").write_text('{"instruction": "No output."}\n')
+    code, _, error = prepare("--data", folder)
+    assert code == 2 and "By its name it is taken for validation. To leave it out, name the files" in error
+    (folder / "dev.jsonl").unlink()
     code, _, error = prepare("--data", *sorted(folder.iterdir()))
     assert code == 0 and sum(map(len, texts_of(tmp_path / "prepared").values())) == 45  # one of 46 is there twice
     assert f"{folder}/test.jsonl is trained on, as --data says, and its name says test. --test holds it out." in error

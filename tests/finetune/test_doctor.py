@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -504,3 +505,10 @@ def test_eight_rows_are_taken_from_the_shortest_to_the_longest_and_keep_their_en
     assert max(len(row["input_ids"]) for row in eight) == 64
     assert max(len(row["input_ids"]) for row in eight_of(rows, 20)) == 20
     assert len(eight_of(rows[:1], None)) == 8
+
+
+def test_a_folder_for_evaluation_alone_is_examined_by_its_first_set(training_folder, tmp_path):
+    rows = datasets.load_from_disk(training_folder)["train"]
+    datasets.DatasetDict({"test/news": rows, "test/law": rows}).save_to_disk(tmp_path / "prepared")
+    found = rows_from(str(tmp_path / "prepared"), None)
+    assert found.described.endswith("split test/news") and found.looked_at[1]["origin"] == "test/news row 1"
