@@ -111,6 +111,12 @@ def _check_source(name: str, given_as: str) -> None:
     check_entry(name)
 
 
+def _check_held_out(name: str, given_as: str) -> None:
+    from diptych.data_prep.named_splits import named
+
+    _check_source(named(name)[1], given_as)
+
+
 CHECKPOINT = {"check": _check_checkpoint}
 """A folder, or what the Hub has; of a folder, only that it is there."""
 START = {"check": _check_start}
@@ -120,6 +126,8 @@ EXISTING = {"check": _check_exists}
 TEMPLATE = {"check": _check_template}
 SOURCE = {"check": _check_source}
 """What `diptych prepare` reads."""
+NAMED_SOURCE = {"check": _check_held_out}
+"""The same, perhaps with a name before it: news=a.jsonl."""
 
 
 # Pipes

@@ -53,9 +53,9 @@ HERE = {
     "tokenizer": "tokenizer_name tokenizer_name_or_path processing_class",
     "teacher": "ref_model teacher_model teacher_model_name_or_path",
     "data": "dataset_name dataset dataset_path dataset_dir train_file data_path data_dir train_data",
-    "validation_fraction split": "validation_file eval_file dev_file eval_dataset dataset_test_split "
+    "validation validation_fraction split": "validation_file eval_file dev_file eval_dataset dataset_test_split "
     "validation_split_percentage val_set_size validation_split eval_split",
-    "test_fraction split": "test_file test_data test_size",
+    "test test_fraction split": "test_file test_data test_size",
     "limit metrics_limit": "max_train_samples max_eval_samples max_predict_samples max_samples",
     "max_source_tokens max_target_tokens": "max_seq_length max_seq_len max_length model_max_length block_size "
     "cutoff_len",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -110,7 +111,8 @@ def prepare(settings: PrepareSettings) -> Path:
         file.close()
         put_in_place(partial, folder, {"fingerprint": wanted, **manifest})
     shutil.rmtree(_parts_folder(folder), ignore_errors=True)
-    _rejects_beside(folder).unlink(missing_ok=True)  # of an earlier run of which nothing could be kept
+    if _is_rejects(reasons := _rejects_beside(folder)):  # of an earlier run of which nothing could be kept
+        reasons.unlink()
     print("\n".join(summary_lines(folder, manifest)))
     _warn(manifest["warnings"])
     return folder
@@ -329,6 +331,8 @@ def _need_rows(rows: int, rejects: Rejects, partial: Path, out: str, split: str 
     first = next(iter(rejects.examples.values()))[0]
     reasons = _rejects_beside(Path(out).expanduser().resolve())
     rejects.file.flush()
+    if os.path.lexists(reasons) and not _is_rejects(reasons):
+        reasons = reasons.with_name(f"{reasons.stem}-{os.getpid()}.jsonl")  # the other is somebody else's
     shutil.copyfile(partial / REJECTS, reasons)
     what = f"of {counted(rejects.count, 'row')}, none can be kept"
     if split:
@@ -337,6 +341,18 @@ def _need_rows(rows: int, rejects: Rejects, partial: Path, out: str, split: str 
         f"{what} ({kinds}). The first, {first.origin}: {first.reason}"
         f" Mend the rows or the settings, and prepare them again. All of them: {reasons}"
     )
+
+
+def _is_rejects(path: Path) -> bool:
+    """Whether an earlier run wrote this file. A link, or a file of other rows, is left alone."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.readline()
+    try:
+        return {"file", "row", "kind", "reason", "raw"} <= json.loads(first).keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def _rejects_beside(folder: Path) -> Path:

@@ -15,7 +15,6 @@ dataset. A folder that holds anything that this code did not write is never repl
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep.own_files import take_lock
 from diptych.data_prep.records import UserError
 
 FORMAT = "diptych prepared dataset, version 1"
@@ -106,8 +106,8 @@ def beside(folder: Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            for remains in (partial, _previous(folder)):  # of a run that was killed
-                shutil.rmtree(remains, ignore_errors=True)
+            _restore_previous(folder)
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
             try:
                 partial.mkdir()
                 yield partial
@@ -122,25 +122,20 @@ def _alone(folder: Path) -> Iterator[None]:
     """One run at a time writes here: two would take away each other's files. The lock of a run that was killed is
     free."""
     path = folder.with_name(f".{folder.name}.lock")
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_free = path.exists() and path.samefile(f"/dev/fd/{file.fileno()}")  # and not one just taken away
-        except BlockingIOError:
-            is_free = False
-        if not is_free:
-            file.seek(0)
-            raise UserError(
-                f"{folder} is being written by another run (process {file.read().strip()}). Wait for it, or choose"
-                " another --out."
-            )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+
+    def busy(holder: str) -> str:
+        return f"{folder} is being written by another run ({holder}). Wait for it, or choose another --out."
+
+    lock = take_lock(path, busy)
+    try:
+        if not path.exists() or not os.path.samestat(os.fstat(lock), path.stat()):  # another run has just let it go
+            raise UserError(busy("one that has just ended"))
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
 
 
 def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
@@ -153,6 +148,19 @@ def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
         folder.rename(_previous(folder))
     partial.rename(folder)
     shutil.rmtree(_previous(folder), ignore_errors=True)
+
+
+def _restore_previous(folder: Path) -> None:
+    """What a run left that was killed between two renames, or after them."""
+    previous = _previous(folder)
+    if not previous.exists():
+        return
+    if read_manifest(previous) is None:
+        raise UserError(f"{previous} is in the way, and no prepared dataset. Move it away, or choose another --out.")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    else:
+        previous.rename(folder)
 
 
 def _previous(folder: Path) -> Path:
@@ -178,8 +186,9 @@ def without_bars() -> Iterator[None]:
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not CACHE_FILE.fullmatch(path.name))
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    paths = sorted(path for path in found if not CACHE_FILE.fullmatch(path.name))
+    sizes = {path.relative_to(folder).as_posix(): path.lstat().st_size for path in paths}
     return {name: size for name, size in sizes.items() if name != MANIFEST}
 
 

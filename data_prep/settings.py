@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diptych.data_prep.arguments import choose_from, parse
-from diptych.data_prep.command_line import CHECKPOINT, SOURCE, TEMPLATE
+from diptych.data_prep.command_line import CHECKPOINT, NAMED_SOURCE, SOURCE, TEMPLATE
 from diptych.data_prep.filters import LengthFilter
 from diptych.data_prep.formats import SUMMARY_INSTRUCTION
 from diptych.data_prep.mixture import Mixture
@@ -180,11 +180,11 @@ class PrepareSettings:
     """The first decoder input of every packed example. Default: what the checkpoint's config says, else the padding
     token, as T5 and Diptych have it."""
 
-    validation: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list, metadata=NAMED_SOURCE)
     """A validation set of your own, to look at during training: what --data takes. Several sets have names:
     `--validation news=a.jsonl medical=b.jsonl`. All its rows stay, in their order; filters are for train alone."""
 
-    test: list[str] = field(default_factory=list)
+    test: list[str] = field(default_factory=list, metadata=NAMED_SOURCE)
     """A test set of your own, or several, in the same way. Without --data, they are prepared for evaluation alone."""
 
     on_both_sides: Literal["drop", "keep", "error"] = "drop"

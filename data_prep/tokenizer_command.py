@@ -27,6 +27,7 @@ from diptych.data_prep.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.command_line import run_command
 from diptych.data_prep.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
 from diptych.data_prep.filters import script_of
+from diptych.data_prep.own_files import check_overwrite, is_own_picture
 from diptych.data_prep.records import UserError
 from diptych.data_prep.settings import (
     ExtendTokenizerSettings,
@@ -97,16 +98,20 @@ def _curve_lines(curve: Sequence[CurvePoint], size: int) -> str:
 
 
 def report(settings: ReportTokenizerSettings) -> None:
+    out = Path(settings.out).expanduser() if settings.out else None
+    if out is not None:
+        out = out if out.suffix == ".json" else out.with_name(f"{out.name}.json")
+        check_overwrite(out, _is_report, "a report of `diptych tokenizer`")
+        check_overwrite(out.with_suffix(".png"), is_own_picture, "its picture")
     tokenizer = open_tokenizer(settings.tokenizer)
     label = {"script": script_of, "language": _guess_language, "file": None}[settings.by]
     texts = open_texts(settings.data, settings.text_fields)
     found = report_of_pairs(tokenizer, ((label(text) if label else file, text) for file, text in texts.pairs()))
     _warn_of_rejects(texts)
     print(table_of(found))
-    if settings.out is not None:
-        path = Path(settings.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_report(found, path if path.suffix == ".json" else path.with_name(f"{path.name}.json"))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write_report(found, out)
 
 
 def _guess_language(text: str) -> str:
@@ -204,6 +209,13 @@ def _warn_of_rejects(texts: Texts) -> None:
 def _write_report(found: dict[str, Any], path: Path) -> None:
     path.write_text(_as_json(found), encoding="utf-8")
     draw_report(found, path.with_suffix(".png"))
+
+
+def _is_report(content: bytes) -> bool:
+    try:
+        return {"tokenizer", "languages", "total"} <= json.loads(content).keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def _as_json(value: dict[str, Any]) -> str:

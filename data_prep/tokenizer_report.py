@@ -19,6 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diptych.data_prep.own_files import PICTURE_MARK
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -218,4 +220,4 @@ def draw_report(report: Mapping[str, Any], path: str | Path) -> None:
         axes[2].axvline(report["vocab_size_chosen"], linestyle=":", color="grey")
         axes[2].set_xlabel("tokens in the vocabulary")
         axes[2].set_ylabel("tokens per word, unseen text")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=PICTURE_MARK)

@@ -33,7 +33,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diptych.finetune.exits import STORAGE_ERRORS, CheckpointError, StorageError
+from diptych.data_prep.command_line import STORAGE_ERRORS
+from diptych.data_prep.records import UserError
+from diptych.finetune.exits import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"
 BEST = "best.json"
@@ -76,7 +78,7 @@ def write_new_folder(out: Path, write: Callable[[Path], None], bytes_needed: int
 
     StorageError, and nothing left, where the disk has no room or gives back something else.
     """
-    partial = out.with_name(out.name + PARTIAL)
+    partial = partial_of(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -99,13 +101,16 @@ def write_new_folder(out: Path, write: Callable[[Path], None], bytes_needed: int
 
 def write_manifest(folder: Path) -> None:
     """Size and hash of every file in the folder, in a file beside them. XXH3 finds damage, not forgery."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
-    entries = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": _hash(file)} for file in files
-    }
-    write_json(folder / MANIFEST, entries)
+    write_json(folder / MANIFEST, _manifest_of(folder))
     for file in folder.rglob("*.safetensors"):  # which safetensors lets nobody else read, whatever the umask says
         file.chmod((folder / MANIFEST).stat().st_mode)
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": _hash(file)} for file in files
+    }
 
 
 def flush_folder(folder: Path) -> None:
@@ -237,19 +242,55 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """A copy that is whole or not there, with a manifest, as checkpoints are."""
-    partial = target.with_name(target.name + PARTIAL)
+    """A copy that is whole or not there, with a manifest, as checkpoints are. A target that has these files already
+    stays as it is, whatever else lies in it. UserError where another one holds what was not written here."""
+    if _manifest_of(source) == _entries_of(target) and not fault_of(target):
+        return
+    check_own(target)
+    partial, previous = partial_of(target), partial_of(target.with_name(f"{target.name}.previous"))
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
     write_manifest(partial)
     flush_folder(partial)
-    previous = target.with_name(f"{target.name}.previous{PARTIAL}")
     shutil.rmtree(previous, ignore_errors=True)
     if target.exists():
         os.rename(target, previous)
     os.rename(partial, target)
     _flush(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def check_own(folder: Path) -> None:
+    """UserError where a folder that is to be replaced holds what was not written here, or was changed since."""
+    if not os.path.lexists(folder):
+        return
+    entries, why = _entries_of(folder), "it is a link" if folder.is_symlink() else ""
+    for path in [] if why else sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path == folder / MANIFEST or (path.is_dir() and not path.is_symlink()):
+            continue
+        if path.is_symlink() or name not in entries or _hash(path) != entries[name]["xxh3_128"]:
+            why = f"{name} in it is not as training wrote it" if name in entries else f"{name} in it is not training's"
+            break
+    if why:
+        raise UserError(
+            f"{folder} would be replaced, but {why}, and would be lost. Move {folder} away, and go on: --resume true."
+        )
+
+
+def _entries_of(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder says; nothing where there is none that can be read."""
+    try:
+        entries = read_json(folder / MANIFEST)
+        return entries if all({"bytes", "xxh3_128"} == entry.keys() for entry in entries.values()) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder is written before it is renamed. What lies there is of a run that was killed, and is removed:
+    nobody else gives that name."""
+    return folder.with_name(f".{folder.name}.diptych-partial")
 
 
 def write_json(file: Path, value: Any) -> None:

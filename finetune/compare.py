@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from diptych.data_prep.named_splits import splits_of
+from diptych.data_prep.own_files import PICTURE_MARK, check_overwrite, is_own_picture
 from diptych.data_prep.records import UserError
 from diptych.finetune import cli
 from diptych.finetune.command_settings import CompareSettings
@@ -254,7 +255,7 @@ def plot_curves(sides: Sequence[Side], picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     beside = picture.with_name(f"{picture.stem}.partial.png")
-    figure.savefig(beside, dpi=120)
+    figure.savefig(beside, dpi=120, metadata=PICTURE_MARK)
     pyplot.close(figure)
     os.replace(beside, picture)
 
@@ -323,22 +324,33 @@ def run(settings: CompareSettings) -> int:
             f"{a.name} and {b.name} have nothing to compare: not two runs, nor reports of the same split. Evaluate "
             f"both: diptych evaluate MODEL --data FOLDER --split test --out REPORT.json"
         )
+    out = Path(settings.out) if settings.out else None
+    picture = out.with_suffix(".png") if out else Path(f"{Path(a.name).name}-vs-{Path(b.name).name}.png")
+    if out:
+        check_overwrite(out, _is_comparison, "a comparison of `diptych compare`")
+    if a.entries and b.entries:
+        check_overwrite(picture, is_own_picture, "a picture of `diptych compare`")
     comparisons = {
         split: compare_reports(a.reports[split], b.reports[split], settings.trials, settings.seed) for split in shared
     }
     print(format_tables(a, b, comparisons))
-    out = Path(settings.out) if settings.out else None
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(to_json(a, b, comparisons), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written: {out}")
     if a.entries and b.entries:
-        picture = out.with_suffix(".png") if out else Path(f"{Path(a.name).name}-vs-{Path(b.name).name}.png")
         plot_curves([a, b], picture)
         print(f"curves: {picture}")
     if not shared:
         print("no split was evaluated for both, so there is nothing to test; see --help", file=sys.stderr)
     return 0
+
+
+def _is_comparison(content: bytes) -> bool:
+    try:
+        return {"a", "b", "training", "splits"} <= json.loads(content).keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def to_json(a: Side, b: Side, comparisons: Mapping[str, Comparison]) -> dict[str, Any]:

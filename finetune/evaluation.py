@@ -41,6 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.named_splits import name_in, splits_of
+from diptych.data_prep.own_files import check_overwrite
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template, carried_template
 from diptych.finetune import cli
@@ -416,6 +417,20 @@ def report_file(out: str, split: str, splits: int) -> Path:
     return file if splits == 1 else file.with_name(f"{file.stem}.{name_in(split)}{file.suffix}")
 
 
+def _is_report(content: bytes) -> bool:
+    try:
+        return {"figures", "signatures", "settings"} <= json.loads(content).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
+def _are_predictions(content: bytes) -> bool:
+    try:
+        return {"source", "references", "prediction"} <= json.loads(content.split(b"\n", 1)[0]).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
 def predictions_file(report: Path) -> Path:
     return report.with_suffix(".predictions.jsonl")
 
@@ -439,9 +454,12 @@ def data_identity(split: Dataset) -> dict[str, Any]:
 def run(settings: EvaluateSettings) -> int:
     check_metric_names(settings.metric_names())
     keep_memory()
-    if settings.out:  # what cannot be written shows now, and not after hours
-        Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
     splits = load_splits(settings.data, settings.split)
+    for split in splits if settings.out else ():  # what cannot be written shows now, and not after hours
+        report = report_file(settings.out, split, len(splits))
+        check_overwrite(report, _is_report, "a report of `diptych evaluate`")
+        check_overwrite(predictions_file(report), _are_predictions, "the predictions of a report")
+        report.parent.mkdir(parents=True, exist_ok=True)
     accelerator = join_ranks()
     speaks = accelerator is None or accelerator.is_main_process
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)

@@ -10,13 +10,11 @@ Launchers swallow these numbers (torchrun and `accelerate launch` exit with 1 wh
 its own into status.json.
 """
 
-import errno
-
+from diptych.data_prep.command_line import exit_code
 from diptych.data_prep.records import UserError
 
 DONE, BUG, USER, CHECKPOINT, STORAGE, NOT_FINITE, RANKS, HUB, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 75, 130
 
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 NO_MEMORY = (
     "Lower batch_size and raise gradient_accumulation_steps by as much, set gradient_checkpointing, or pack into"
     " shorter rows (prepare's --packed_source_tokens, --packed_target_tokens)."
@@ -60,16 +58,14 @@ class Stopped(BaseException):
 
 def exit_code_of(error: BaseException) -> int:
     """The number for an error; 1 for one that nobody foresaw, whose traceback should be shown."""
-    if isinstance(error, UserError):
-        return error.exit_code
+    if isinstance(error, UserError | OSError) and not is_out_of_memory(error):
+        return exit_code(error)
     if isinstance(error, Stopped):
         return STOPPED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if is_out_of_memory(error):
         return STORAGE
-    if isinstance(error, OSError):
-        return STORAGE if error.errno in STORAGE_ERRORS else USER
     return BUG
 
 

@@ -8,12 +8,14 @@ from diptych.data_prep.named_splits import splits_of
 
 
 def plot_loss(metrics_file: Path, picture: Path) -> None:
+    entries = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    if not entries:  # they were lost; an older picture may show them
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     train = [entry for entry in entries if entry["split"] == "train"]
     figure, (loss_axes, rate_axes) = pyplot.subplots(
         2, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained"

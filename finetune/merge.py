@@ -44,7 +44,7 @@ def merge(settings: MergeSettings) -> Path:
 
 def new_folder(out: str) -> Path:
     """UserError where something is there already."""
-    path = Path(out).expanduser().absolute()
+    path = Path(out).expanduser().resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already. Name a new folder: --out …")
     return path

@@ -131,7 +131,10 @@ def check_final(run: Path) -> None:
 
 def check_measured(final: Path, names: Sequence[str]) -> None:
     """Each file is there as training wrote it, and none came to them."""
-    again = f"Take it from its checkpoint again: diptych train --config {final.parent / 'config.yaml'} --resume true"
+    again = (
+        f"Move it away, and take it from its checkpoint again: diptych train --config {final.parent / 'config.yaml'} "
+        f"--resume true"
+    )
     if fault := checkpoints.fault_of(final):
         raise CheckpointError(f"{final} is not what was measured: {fault}. {again}")
     recorded = checkpoints.read_json(final / checkpoints.MANIFEST)

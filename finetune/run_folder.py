@@ -12,7 +12,6 @@
 No torch here: a folder that is taken is refused before the seconds that importing it takes.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diptych.data_prep.records import UserError
+from diptych.data_prep.own_files import take_lock
 from diptych.finetune.exits import BUG, DONE, RANKS, STOPPED, exit_code_of, message_of
 
 LOCK, STATUS, CONFIG = ".lock", "status.json", "config.yaml"
@@ -115,20 +114,14 @@ def claimed(folder: Path, resumes: bool) -> Iterator[Status]:
 
 def _lock(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 200, 0).decode("utf-8", "replace").strip()
-        os.close(lock)
-        raise UserError(
-            f"{folder} is in use by another run ({holder or 'which has just begun'}). Wait for it, stop it, or give"
-            f" `out` another folder."
-        ) from None
+    lock = take_lock(
+        folder / LOCK,
+        lambda holder: (
+            f"{folder} is in use by another run ({holder}). Wait for it, stop it, or give `out` another folder."
+        ),
+    )
     for leftover in folder.glob(f"{STATUS}.*.partial"):  # of a run that was killed
         leftover.unlink()
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {_now()}\n".encode(), 0)
     return lock
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from diptych.data_prep.records import UserError
+
 
 class RunLog:
     """Writes on the main process only. What was written after the checkpoint that a run goes on from is cut off, and
@@ -28,8 +30,13 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             self.files["metrics.jsonl"].touch()
             for name, file in self.files.items():
-                if file.exists():
-                    os.truncate(file, written.get(name, 0))
+                size = written.get(name, 0)
+                kept = _cut_back(file, size)
+                if kept < size:
+                    self.say(
+                        f"{file} has {kept:,} of the {size:,} bytes that it had at this checkpoint. What is missing is"
+                        f" not written again; the run goes on."
+                    )
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -55,6 +62,25 @@ class RunLog:
             stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _cut_back(file: Path, size: int) -> int:
+    """To its first `size` bytes, or to the whole lines of fewer; how many are left. UserError for what is no log."""
+    if not file.exists():
+        return 0
+    with file.open("r+b") as stream:
+        lines = stream.read(size).splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        for number, line in enumerate(lines, start=1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{file} line {number} is no JSON ({error}). Bring the file back from a copy, or move it away: the"
+                    f" run then goes on without its earlier lines."
+                ) from None
+        return stream.truncate(sum(map(len, lines)))
 
 
 class Pace:

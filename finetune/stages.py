@@ -47,6 +47,8 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
     if is_main_rank():
         checkpoints.write_text(out / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
     status.begin()
+    if not all(_has_ended(Path(stage.out)) for _, stage in stages):
+        checkpoints.check_own(out / "final")
     for number, (name, stage) in enumerate(stages, start=1):
         status.update(stage=name)
         folder = Path(stage.out)

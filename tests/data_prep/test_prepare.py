@@ -1106,6 +1106,34 @@ def test_the_remains_of_a_killed_run_are_no_dataset_and_go_with_the_next(prepare
     assert not list(tmp_path.glob(".prepared*"))
 
 
+def test_what_was_moved_away_by_a_run_that_was_killed_comes_back(prepare, write_rows, tmp_path):
+    """Between the two renames; the next run, which fails, does not take the old dataset with it."""
+    prepare("--data", write_rows("rows.jsonl", ROWS))
+    (tmp_path / "prepared").rename(tmp_path / ".prepared.previous")
+    assert prepare("--data", write_rows("bad.jsonl", [{"instruction": "a", "output": ""}]))[0] == 2
+    assert manifest_of(tmp_path / "prepared")["splits"]["train"] == 36
+
+
+def test_a_file_that_is_called_like_the_list_of_rejects_is_left_alone(prepare, write_rows, tmp_path):
+    mine = tmp_path / "prepared.rejects.jsonl"
+    mine.write_text("mine")
+    code, _, error = prepare("--data", write_rows("bad.jsonl", [{"instruction": "a", "output": ""}]))
+    listed = re.search(r"All of them: (\S+)", error)[1]
+    assert code == 2 and "'output' is empty" in open(listed).read()
+    assert prepare("--data", write_rows("rows.jsonl", ROWS))[0] == 0 and mine.read_text() == "mine"
+
+
+def test_a_reader_that_goes_away_ends_nothing(write_rows, tmp_path, bpe_folder):
+    write_rows("rows.jsonl", ROWS)
+    command = f"{sys.executable} -m diptych.finetune.cli prepare --data rows.jsonl --tokenizer {bpe_folder}"
+    for streams in ("2>&1", ""):
+        piped = f"{command} --out prepared{len(streams)} {streams} | true; exit ${{PIPESTATUS[0]}}"
+        ended = subprocess.run(["bash", "-c", piped], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+        assert manifest_of(tmp_path / f"prepared{len(streams)}")["splits"]["train"] == 36
+    assert ended.stderr.count("error: nobody reads what is printed any more; the work goes on.") == 1
+
+
 # Templates and tokenizers that a checkpoint brings along
 
 

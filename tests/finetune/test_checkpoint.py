@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.exits import CheckpointError
 
@@ -152,3 +153,41 @@ def test_optimizer_goes_on_with_the_same_bits(fused, tmp_path):
     checkpoints.load_optimizer(tmp_path / "optimizer.safetensors", other_optimizer, names)
     steps(other, other_optimizer, 5)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_copy_replaces_only_what_was_copied_before(tmp_path):
+    source, target = tmp_path / "model", tmp_path / "final"
+    (source / "tokenizer").mkdir(parents=True)
+    for text in ("first", "second"):
+        (source / "weights").write_text(text)
+        (source / "tokenizer" / "vocab").write_text(f"of {text}")
+        checkpoints.copy_folder(source, target)
+        assert (target / "weights").read_text() == text and not checkpoints.fault_of(target)
+    (target / "README.md").write_text("mine")
+    before = contents(target)
+    checkpoints.copy_folder(source, target)  # it has these files already
+    assert contents(target) == before
+    (source / "weights").write_text("third")
+    with pytest.raises(UserError, match=r"README.md in it is not training's, and would be lost. Move .*final away"):
+        checkpoints.copy_folder(source, target)
+    (target / "README.md").unlink()
+    (target / "weights").write_text("edited")
+    with pytest.raises(UserError, match="weights in it is not as training wrote it"):
+        checkpoints.copy_folder(source, target)
+    target.rename(tmp_path / "moved")
+    target.symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="it is a link"):
+        checkpoints.copy_folder(source, target)
+    assert (tmp_path / "moved" / "weights").read_text() == "edited"
+
+
+def test_a_folder_of_the_users_beside_a_new_one_is_left_alone(tmp_path):
+    (tmp_path / "merged.partial").mkdir()
+    (tmp_path / "merged.partial" / "mine").write_text("mine")
+    checkpoints.write_new_folder(tmp_path / "merged", lambda folder: (folder / "weights").write_text("a"), 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.partial"]
+    assert (tmp_path / "merged.partial" / "mine").read_text() == "mine"

@@ -264,3 +264,20 @@ def test_a_table_of_another_tokenizer_is_comparable_by_its_texts(
     good = [json.loads(line) for line in (tmp_path / "good.predictions.jsonl").read_text().splitlines()]
     texts = [row["prediction"] for row in good]
     assert compute_metrics(["chrf"], texts, [row["references"] for row in good])["chrf"] == pytest.approx(100)
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(reports, prepared_folder, t5_checkpoint, tmp_path, capsys):
+    mine = tmp_path / "notes.json"
+    mine.write_text('["mine"]')
+    arguments = [str(t5_checkpoint), "--data", str(prepared_folder), "--metrics", "", "--device", "cpu"]
+    assert evaluation.main([*arguments, "--out", str(mine)]) == 2
+    assert compare.main([*map(str, reports), "--out", str(mine)]) == 2
+    assert (
+        capsys.readouterr().err.count(f"{mine} is there already, and is not") == 2 and mine.read_text() == '["mine"]'
+    )
+    a, b = run_folder(tmp_path / "a", [2.0, 1.5]), run_folder(tmp_path / "b", [2.5, 1.9])
+    (tmp_path / "ab.png").write_bytes(b"mine")
+    assert compare.main([str(a), str(b), "--out", str(tmp_path / "ab.json")]) == 2
+    (tmp_path / "ab.png").unlink()
+    for _ in range(2):  # its own it replaces
+        assert compare.main([str(a), str(b), "--out", str(tmp_path / "ab.json")]) == 0

@@ -16,9 +16,11 @@ import pytest
 import yaml
 from torture import DEADLINE, Case, Torture, differences_of
 
+from diptych.data_prep.prepared import beside
+from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.exits import StorageError
-from diptych.finetune.run_folder import read_status
+from diptych.finetune.run_folder import claimed, read_status
 
 ALONE, TOGETHER = Case(1, "full", packed=True), Case(2, "full", packed=True)
 STEPS = 60
@@ -338,3 +340,69 @@ def test_two_ranks_go_on_as_one_and_one_as_two(torturer, tmp_path):
     for name in ("2 to 1", "1 to 2"):
         for key, weight in weights[name].items():
             assert (weight - weights["alone"][key]).abs().max() <= 1e-5
+
+
+def test_a_finished_run_leaves_what_else_lies_in_its_final_model(finished, torturer):
+    recipe, folder = finished
+    final = folder.parent / "final"
+    (final / "exported").mkdir()
+    for name in ("README.md", "exported/model.bin"):
+        (final / name).write_text("mine")
+    before = {path: path.read_bytes() for path in final.rglob("*") if path.is_file()}
+    (process,) = torturer.start(ALONE, recipe, "again")
+    assert process.wait(DEADLINE) == 0, torturer.log("again")
+    (process,) = torturer.start(ALONE, recipe | {"max_steps": 20}, "further")  # which would replace the model
+    assert process.wait(DEADLINE) == 2
+    assert "README.md in it is not training's, and would be lost. Move" in torturer.log("further")
+    assert {path: path.read_bytes() for path in final.rglob("*") if path.is_file()} == before
+    assert checkpoints.checkpoint_steps(folder)[-1] == 15
+
+
+def test_a_log_that_was_lost_or_shortened_is_said_and_not_filled_up(finished, torturer):
+    recipe, folder = finished
+    log = folder.parent / "metrics.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-20])
+    (process,) = torturer.start(ALONE, recipe, "shorter")
+    assert process.wait(DEADLINE) == 0, torturer.log("shorter")
+    assert "bytes that it had at this checkpoint" in torturer.log("shorter")
+    assert whole.startswith(log.read_bytes()) and log.read_bytes().endswith(b"\n")
+    log.unlink()
+    picture = (folder.parent / "loss.png").read_bytes()
+    (process,) = torturer.start(ALONE, recipe, "lost")
+    assert process.wait(DEADLINE) == 0, torturer.log("lost")
+    assert f"has 0 of the {len(whole):,} bytes" in torturer.log("lost") and log.read_bytes() == b""
+    assert (folder.parent / "loss.png").read_bytes() == picture
+    log.write_bytes(b"no line of ours\n" + whole)
+    (process,) = torturer.start(ALONE, recipe, "garbled")
+    assert process.wait(DEADLINE) == 2
+    assert "metrics.jsonl line 1 is no JSON" in torturer.log("garbled")
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "folder"])
+def test_what_lies_where_a_lock_is_due_is_neither_followed_nor_emptied(kind, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    run, prepared = tmp_path / "run", tmp_path / "prepared"
+    run.mkdir()
+    for lock in (run / ".lock", tmp_path / ".prepared.lock"):
+        if kind == "link":
+            lock.symlink_to(tmp_path / "mine")
+        elif kind == "file":
+            lock.write_text("mine")
+        else:
+            lock.mkdir()
+    for alone in (claimed(run, resumes=False), beside(prepared)):
+        with pytest.raises(UserError, match="is a link, or no file|is no lock, and would be overwritten"), alone:
+            raise AssertionError("it was taken")
+    assert (tmp_path / "mine").read_text() == "mine" and not prepared.exists()
+    assert kind != "file" or (run / ".lock").read_text() == (tmp_path / ".prepared.lock").read_text() == "mine"
+
+
+def test_training_goes_on_when_nobody_reads_what_it_says(torturer, tmp_path):
+    out = tmp_path / "unread"
+    recipe = long(torturer, ALONE, out, max_steps=4)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    command = f"{sys.executable} -m diptych.finetune.train --config {file} 2>&1 | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", command], timeout=DEADLINE).returncode == 0
+    assert read_status(out)["state"] == "done" and (out / "final" / "config.json").is_file()
