@@ -65,7 +65,7 @@ def test_the_model_leans_on_torch_transformers_and_its_neighbours_only(path):
     libraries = ("torch", "transformers", "huggingface_hub", "safetensors")
     if path.name == "pipeline_diptych.py":
         libraries = (*libraries, "jinja2")  # which torch brings
-    allowed = (*libraries, "copy", "collections", "dataclasses", "difflib", "json", "pathlib", "typing")
+    allowed = (*libraries, "copy", "collections", "dataclasses", "difflib", "functools", "json", "pathlib", "typing")
     strangers = {module for module in imports(path) if not module.startswith(".") and not is_within(module, *allowed)}
     assert not strangers
 
