@@ -38,6 +38,8 @@ from diptych.data_prep.files import UTF8_MARK, Content, File, Limits, Lines, Lon
 from diptych.data_prep.records import Origin, Reject, Row, UserError
 
 MARK = UTF8_MARK.decode()
+"""A byte order mark. At the beginning of a line, as in files that were joined, it is no part of the text."""
+
 SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)
 
 
@@ -111,24 +113,22 @@ class TabLines:
             elif offset is not None and NOT_UTF8.search(text):
                 yield unreadable(origin, text, offset, "")
             else:
-                yield self.header.row(text.split("\t"), origin, text)
+                yield self.header.row(text.removeprefix(MARK).split("\t"), origin, text)
 
 
 def _texts_of(lines: Lines) -> Iterator[tuple[int, str, int | None]]:
-    """Number, text without its end, and offset of each line; the offset only where some bytes are no UTF-8. A byte
-    order mark at the beginning of a line, as in files that were joined, is no part of its text."""
+    """Number, text without its end, and offset of each line; the offset only where some bytes are no UTF-8."""
     data = lines.data.removesuffix(b"\n")
     try:
         texts = data.decode("utf-8").split("\n")
     except UnicodeDecodeError:
         offset = lines.offset
         for number, line in enumerate(data.split(b"\n"), start=lines.first_line):
-            text = line.removeprefix(UTF8_MARK)
-            yield number, text.decode("utf-8", "surrogateescape").removesuffix("\r"), offset + len(line) - len(text)
+            yield number, line.decode("utf-8", "surrogateescape").removesuffix("\r"), offset
             offset += len(line) + 1
     else:
         for number, text in enumerate(texts, start=lines.first_line):
-            yield number, text.removeprefix(MARK).removesuffix("\r"), None
+            yield number, text.removesuffix("\r"), None
 
 
 def tsv_chunks(file: File, limits: Limits, mark: int, header: Header) -> Iterator[Chunk]:
@@ -163,13 +163,12 @@ class _Lines:
                 continue
             try:
                 for text in io.StringIO(block.data.decode("utf-8"), newline=""):
-                    yield number, text.removeprefix(MARK), None
+                    yield number, text, None
                     number += 1
             except UnicodeDecodeError:
                 offset = block.offset
                 for line in block.data.splitlines(keepends=True):
-                    text = line.removeprefix(UTF8_MARK)
-                    yield number, text.decode("utf-8", "surrogateescape"), offset + len(line) - len(text)
+                    yield number, line.decode("utf-8", "surrogateescape"), offset
                     number, offset = number + 1, offset + len(line)
 
     def __iter__(self) -> _Lines:
@@ -182,7 +181,7 @@ class _Lines:
             self._waiting.appendleft(line)
             raise _RecordTooLarge
         self.taken.append(line)
-        return line[1]
+        return line[1].removeprefix(MARK)
 
     def begin(self) -> None:
         self.taken, self._characters = [], 0
@@ -288,7 +287,7 @@ def text_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
 
 
 def _text_row(origin: Origin, line: tuple[str, int | None] | LongLine, limits: Limits) -> Row | Reject:
-    return _line_fault(origin, line, limits) or Row({"text": line[0]}, origin, line[0])
+    return _line_fault(origin, line, limits) or Row({"text": line[0].removeprefix(MARK)}, origin, line[0])
 
 
 def aligned_chunks(files: list[File], marks: list[int], limits: Limits) -> Iterator[Chunk]:
@@ -326,8 +325,9 @@ def _aligned_row(files: list[File], pair: list, number: int, limits: Limits) -> 
     for file, line in zip(files, pair, strict=True):
         if fault := _line_fault(Origin(file.name, number), line, limits):
             return fault
-    (first, _), (second, _) = pair
-    return Row({"first": first, "second": second}, Origin(files[0].name, number), f"{first}\t{second}")
+    first, second = (text for text, _ in pair)
+    fields = {"first": first.removeprefix(MARK), "second": second.removeprefix(MARK)}
+    return Row(fields, Origin(files[0].name, number), f"{first}\t{second}")
 
 
 def _line_fault(origin: Origin, line: tuple[str, int | None] | LongLine, limits: Limits) -> Reject | None:

@@ -209,6 +209,16 @@ def test_files_that_were_joined_with_their_byte_order_marks_and_headers_are_read
     rows, rejects = read(write_rows(name, part * 3))
     assert values(rows) == [{"instruction": "a", "output": "b"}] * 3
     assert [reject.kind for reject in rejects] == ["repeated header"] * (0 if name == "a.jsonl" else 2)
+    bad = part + b"\xef\xbb\xbf" + lines[name][-1].replace(b"a", b"\xff")
+    reject = read(write_rows(name, bad))[1][0]
+    assert f"byte offset {bad.index(0xFF, 3)} " in reject.reason
+
+
+def test_a_byte_order_mark_begins_no_text_of_joined_plain_files(write_rows):
+    lines = b"\xef\xbb\xbfGo.\n" * 3
+    first, second = write_rows("a.en", lines), write_rows("a.txt", lines)
+    assert values(read(aligned=[first, second])[0]) == [{"first": "Go.", "second": "Go."}] * 3
+    assert [row.fields["text"] for row in open_evaluation([second])[0].rows()] == ["Go."] * 3
 
 
 @pytest.mark.parametrize("delimiter, word", [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
