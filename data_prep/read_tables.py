@@ -215,7 +215,7 @@ def _csv_rows(lines: _Lines, name: str, limits: Limits, delimiter: str, numbered
             yield record
             continue
         values, number, text, offset = record
-        is_blank = not any(value.strip() for value in values)
+        is_blank = not any(value.strip(" \t\r\n") for value in values)
         if is_blank or (number == 1 and SEPARATOR_LINE.fullmatch(text)):  # Excel's
             continue
         if header is None and numbered:

@@ -414,7 +414,9 @@ def _tsv_header(head: str, name: str, columns: Collection[str]) -> tuple[Header,
         check_header(header, first, name, None)
         return header, [*notes, f"{name}: its first line names the columns: {', '.join(header.names)}"]
     header = Header.of_pairs(_usual_columns(texts, name))
-    note = f"{name}: its first line is taken for a pair, {cells[0][:40]!r} and {''.join(cells[1:2])[:40]!r}"
+    if len(cells) < 2:  # it will be rejected
+        return header, notes
+    note = f"{name}: its first line is taken for a pair, {cells[0][:40]!r} and {cells[1][:40]!r}"
     if all(NAME.fullmatch(cell) for cell in cells[:2]):
         note += f"; if it names columns, --map first={cells[0]} second={cells[1]} makes it the header"
     return header, [*notes, note]

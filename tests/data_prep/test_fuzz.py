@@ -40,6 +40,9 @@ from diptych.data_prep.templates import TEMPLATES
 from diptych.data_prep.train_tokenizer import train_tokenizer
 
 SECONDS_FOR_A_FILE = 5
+EMPTY_CELLS = b' \t\r",;|\xef\xbb\xbf'
+"""What a line of a table has that holds nothing. Such lines are no rows."""
+
 FILES_IN_THE_SUITE = 400
 FILES_THROUGH_STAGES = 200
 
@@ -331,9 +334,9 @@ def check_accounts(case, found):
         and not is_cut
         and any("first" not in getattr(row, "fields", ["first"]) for row in found)
     ):
-        lines = [line for line in text.splitlines() if line]
+        lines = [line for line in text.splitlines() if line.strip(EMPTY_CELLS)]
         raw = "".join(row.raw if row.raw.endswith(("\n", "\r")) else row.raw + "\n" for row in found)
-        kept = [line for line in raw.encode("utf-8", "surrogateescape").splitlines() if line]
+        kept = [line for line in raw.encode("utf-8", "surrogateescape").splitlines() if line.strip(EMPTY_CELLS)]
         assert kept == lines[-len(kept) :]
     elif suffix not in ("csv", "tsv", "jsonl"):
         assert [row for row, _ in numbers] == list(range(1, len(found) + 1))
@@ -397,7 +400,7 @@ def check_stages(case, folder):
         try:
             sources = open_sources(settings.data, (), case.limits)
             converters = [make_converter(settings, source) for source in sources]
-            inputs = Inputs(sources, [case.name], [], converters)
+            inputs = Inputs(sources, [case.name], [], converters, [])
             stages = make_stages(settings, inputs, small_tokenizer(), TEMPLATES["chat"])
             gathered = gather(inputs.sources, stages, rejects, scratch, workers=1)
         except UserError as error:

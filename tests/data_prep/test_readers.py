@@ -185,6 +185,8 @@ def test_what_the_first_line_of_a_tsv_was_taken_for_is_said(write_rows):
     assert note.endswith("if it names columns, --map first=en second=ko makes it the header")
     assert first("en\tko", "Go.\t가.", columns=("en", "ok")) == ({"en": "Go.", "ko": "가."}, f"{header}en, ko")
     assert first("text", "Go.", columns=("text",))[0] == {"text": "Go."}
+    [source] = open_sources([write_rows("b.tsv", ["a title", "Go.\t가.", "Hi.\t안녕."])])  # no pair, and no header
+    assert (source.notes, [type(row) for row in source.rows()]) == ((), [Reject, Row, Row])
 
 
 @pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])
