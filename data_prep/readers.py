@@ -133,8 +133,15 @@ SAMPLES = {
 
 def check_entry(entry: str) -> None:
     """UserError where what is to be read is not there; nothing is opened."""
-    if not entry.startswith(HUB_PREFIX) and entry not in SAMPLES and not os.path.exists(entry):
+    if not (entry.startswith(HUB_PREFIX) or entry in SAMPLES or os.path.exists(entry) or _aligned_pair(entry)):
         find_files(entry, SAMPLES)
+
+
+def _aligned_pair(entry: str) -> list[str]:
+    """The two files of `a.en+a.ko`; none where this is no pair of files."""
+    pair = [os.path.expanduser(name) for name in entry.split(ALIGNED_BY)]
+    is_pair = len(pair) == 2 and not os.path.lexists(entry) and all(map(os.path.isfile, pair))
+    return pair if is_pair else []
 
 
 def open_sources(
@@ -302,8 +309,7 @@ def _open_entry(entry: str, limits: Limits, columns: Collection[str], empty: lis
         return [replace(_open_file(file, limits), forward=sample.forward, backward=sample.backward, notes=())]
     if (Path(entry) / "dataset_dict.json").is_file() or (Path(entry) / "state.json").is_file():
         return _open_saved_dataset(entry, limits)
-    pair = entry.split(ALIGNED_BY)
-    if len(pair) == 2 and all(map(os.path.isfile, pair)) and not os.path.lexists(entry):
+    if pair := _aligned_pair(entry):
         return [replace(_open_aligned(pair, limits), entry=entry)]
     found, notes = find_files(entry, SAMPLES)
     sources: list[Source] = []

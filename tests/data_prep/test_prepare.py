@@ -536,6 +536,17 @@ def test_several_named_sets_and_a_folder_for_evaluation_alone(prepare, own_sets,
         assert code == 2 and f"{name} is for rows to train on, and there is no --data" in error
 
 
+def test_aligned_files_can_be_held_out_and_a_set_that_is_not_there_is_told_at_once(prepare, write_rows, tmp_path):
+    for name, word in {"train": "a", "test": "t"}.items():
+        write_rows(f"{name}.en", [f"{word} {n}" for n in range(9)])
+        write_rows(f"{name}.ko", [f"{word} 낱말 {n}" for n in range(9)])
+    train, test = (f"{tmp_path}/{name}.en+{tmp_path}/{name}.ko" for name in ("train", "test"))
+    assert prepare("--data", train, "--test", f"wmt={test}", "--forward", "Translate:")[0] == 0
+    assert texts_of(tmp_path / "prepared")["test/wmt"] == [f"t {n}" for n in range(9)]
+    code, said, error = prepare("--data", train, "--test", f"wmt={tmp_path}/tset.en")
+    assert (code, said) == (2, "") and f"{tmp_path}/tset.en: there is no such file" in error
+
+
 def test_a_set_of_which_no_row_can_be_kept_is_an_error(prepare, own_sets, write_rows, tmp_path):
     empty = write_rows("d.jsonl", [{"instruction": "Say it.", "output": ""}])
     code, _, error = prepare("--data", own_sets["train"], "--test", empty)
