@@ -25,11 +25,14 @@ from __future__ import annotations
 import functools
 import unicodedata
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy
 import regex
 
 from diptych.data_prep.records import Record, UserError, nearest
+
+if TYPE_CHECKING:
+    import numpy
 
 Complaint = tuple[str, str]
 """The kind, the same for all rows with this fault, and the reason, which tells of this row."""
@@ -189,6 +192,8 @@ def script_of(text: str) -> str:
     """The Unicode script of most letters of the text, the first one on a tie; "none" for a text without letters."""
     if text.isascii():
         return "Latin" if _ASCII_LETTER.search(text) else "none"
+    import numpy  # here, because `prepare --help` imports this file
+
     code_points = numpy.frombuffer(text.encode("utf-32-le", "surrogatepass"), numpy.uint32)
     letters = _script_of_code_point().take(code_points, mode="clip").tobytes().translate(None, b"\0")
     if not letters:
@@ -202,6 +207,8 @@ def script_of(text: str) -> str:
 @functools.cache
 def _script_of_code_point() -> numpy.ndarray:
     """(code points,) uint8, the place in SCRIPTS of each letter, 0 for all else. Made in 0.1 s, 210 KB."""
+    import numpy
+
     named = "|".join(rf"(?P<{script}>[\p{{Script={script}}}&&\p{{L}}]+)" for script in SCRIPTS[1:-1])
     letters = regex.compile(rf"{named}|(?P<other>[\p{{L}}--[\p{{Common}}\p{{Inherited}}]])", regex.V1)
     table = numpy.zeros(LAST_LETTER, dtype=numpy.uint8)

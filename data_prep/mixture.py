@@ -16,11 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy
 import xxhash
 
 from diptych.data_prep.records import UserError, nearest
+
+if TYPE_CHECKING:
+    import numpy
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def check_mixture(mixture: Mixture, sources: Sequence[str]) -> None:
 
 def mixed_counts(mixture: Mixture, rows_of: Mapping[str, int]) -> dict[str, int]:
     """How many rows of each source are taken, given how many there are."""
+    import numpy  # here, because `prepare --help` imports this file
+
     names = [name for name, rows in rows_of.items() if rows and mixture.weights.get(name, 1.0)]
     sizes = numpy.array([rows_of[name] for name in names], dtype=float)
     weights = numpy.array([mixture.weights.get(name, 1.0) for name in names])
@@ -80,6 +85,8 @@ def mix(mixture: Mixture, places: Mapping[str, numpy.ndarray], seed: int) -> num
 
     What is chosen of a source depends on the seed, its name and its number of rows alone.
     """
+    import numpy
+
     counts = mixed_counts(mixture, {name: len(there) for name, there in places.items()})
     chosen = []
     for name, there in places.items():

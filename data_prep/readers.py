@@ -133,7 +133,7 @@ SAMPLES = {
 
 def check_entry(entry: str) -> None:
     """UserError where what is to be read is not there; nothing is opened."""
-    if not (entry.startswith(HUB_PREFIX) or entry in SAMPLES or os.path.exists(entry) or _aligned_pair(entry)):
+    if not (entry.startswith(HUB_PREFIX) or entry in SAMPLES or _aligned_pair(entry)):
         find_files(entry, SAMPLES)
 
 

@@ -19,7 +19,6 @@ from diptych.data_prep.filters import LengthFilter
 from diptych.data_prep.formats import SUMMARY_INSTRUCTION
 from diptych.data_prep.mixture import Mixture
 from diptych.data_prep.named_splits import HELD_OUT
-from diptych.data_prep.readers import SAMPLES
 from diptych.data_prep.records import UserError
 from diptych.data_prep.train_tokenizer import LEAST_SAVING, MINIMUM_VOCAB_SIZE
 
@@ -240,6 +239,8 @@ def parse_settings(argv: Sequence[str]) -> PrepareSettings:
 
 def _check(settings: PrepareSettings) -> None:
     if not (settings.data or settings.aligned or settings.validation or settings.test):
+        from diptych.data_prep.readers import SAMPLES  # which imports pyarrow
+
         raise UserError(f"nothing to read: give --data FILE, --data {' or --data '.join(SAMPLES)}, or --aligned A B.")
     if settings.aligned and len(settings.aligned) != 2:
         raise UserError(f"--aligned takes two files, and got {len(settings.aligned)}.")
