@@ -96,8 +96,9 @@ class TrainRecipe:
     """With a teacher: both predictions are flattened by it, so that unlikely words count for more."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto`: bf16 on a GPU that has it, else
-    fp32. fp16, with a scaled loss, is for GPUs without bf16; T5, mT5, UMT5 and T5Gemma overflow in it and refuse."""
+    """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto` measures (0.1 s) and takes the
+    faster of bf16 and fp32; config.yaml has which, and a run keeps it when it is resumed. fp16, with a scaled loss, is
+    for GPUs without bf16; T5, mT5, UMT5 and T5Gemma overflow in it and refuse."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "varlen"] = "auto"
     """How attention is computed. `varlen` computes nothing between examples of a packed row: flash attention on a GPU,
     segment by segment on a CPU. `auto` takes it where the family and the device can, else what the model prefers."""
@@ -140,15 +141,16 @@ class TrainRecipe:
     """Examples computed together in evaluation, on one rank, padded."""
     metrics: str = ""
     """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf,
-    superni_rougeL. They take longer than the loss; the outputs are kept in samples.jsonl."""
+    superni_rougeL, token_error_rate (of words or phonemes between spaces). They take longer than the loss; the outputs
+    are kept in samples.jsonl."""
     metrics_limit: int = 100
     """Rows of each validation set that are generated for them, drawn from everywhere, the same ones each time."""
     max_new_tokens: int | None = None
     """No generated output gets longer than this; a quarter more than the longest target unless given."""
     best_metric: str = "loss"
     """What decides which checkpoint is best: loss, or with `metrics` any of their figures (exact_match, rougeL, chrf
-    …), exact_match_rows, or unfinished. Of loss and unfinished less is better. Of several validation sets it is the
-    mean, each counting the same, or that of one: medical/chrf, news/loss."""
+    …), exact_match_rows, or unfinished. Of loss, unfinished and token_error_rate less is better. Of several validation
+    sets it is the mean, each counting the same, or that of one: medical/chrf, news/loss."""
     patience: int = 0
     """Evaluations without a better best_metric after which training stops early; 0 never."""
 

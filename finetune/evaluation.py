@@ -70,7 +70,7 @@ from diptych.finetune.trust import open_prepared
 Batch = TypeVar("Batch")
 Found = TypeVar("Found")
 
-LOWER_IS_BETTER = frozenset({"loss", "unfinished"})
+LOWER_IS_BETTER = frozenset({"loss", "unfinished", "token_error_rate"})
 
 # The cap on new tokens is the longest target and a quarter more: room for another wording, not for endless repetition.
 CAP_OVER_LONGEST_TARGET = 1.25

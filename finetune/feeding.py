@@ -1,11 +1,14 @@
 """A recipe, a prepared folder and a model in; how it is fed, out: which rows, which precision, which attention.
 
+    recipe, warning = resolve_precision(recipe, device)                      `auto` becomes the faster one here
     rows, why_padded = training_rows(recipe, prepared, model, tokenizer)     packed where all three can, else padded
     check_precision(recipe, model)                                           no fp16 for what overflows in it
     set_attention(recipe, model, device, is_packed)                          the fastest that keeps examples apart
 
 What cannot be is a UserError that says what can.
 """
+
+from dataclasses import replace
 
 import torch
 from peft import PeftModel
@@ -17,6 +20,9 @@ from diptych.finetune.config import TrainRecipe
 from diptych.finetune.families import family_of, without_adapter
 from diptych.finetune.packed_rows import PackedRows, Packing, check_packed_rows, check_packing_fits, load_packed
 from diptych.finetune.segments import VARLEN, register_varlen
+from diptych.finetune.speed import training_pace
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def training_rows(
@@ -34,6 +40,23 @@ def training_rows(
     check_packing_fits(without_adapter(model), packing, recipe.data)
     check_packed_rows(packed, packing, without_adapter(model), recipe.data)
     return PackedRows(packed, packing, recipe.batch_size if recipe.compile else 1), None
+
+
+def resolve_precision(recipe: TrainRecipe, device: torch.device) -> tuple[TrainRecipe, str | None]:
+    """The recipe with bf16 or fp32 in place of `auto`, whichever trains faster here, measured in 0.1 s; and a warning
+    where it asks for a precision that is slower than half of fp32, as bf16 is on most CPUs (AMD Zen 3: 14 times)."""
+    if recipe.precision == "fp32" or device.type not in ("cpu", "cuda"):
+        return replace(recipe, precision="fp32" if recipe.precision == "auto" else recipe.precision), None
+    asked = "bf16" if recipe.precision == "auto" else recipe.precision
+    times_faster = training_pace(device, DTYPES[asked]) / training_pace(device, torch.float32)
+    if recipe.precision == "auto":
+        return replace(recipe, precision="bf16" if times_faster > 1 else "fp32"), None
+    if times_faster >= 0.5:
+        return recipe, None
+    return recipe, (
+        f"precision is {asked}, which this machine computes {1 / times_faster:.0f} times slower than fp32. A new "
+        f"run with precision auto takes the faster of bf16 and fp32."
+    )
 
 
 def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> None:

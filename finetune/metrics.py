@@ -3,13 +3,14 @@
     compute_metrics(["exact_match", "chrf"], predictions=["학생이다."], references=[["학생이야.", "학생이다."]])
     -> {"exact_match": 100.0, "chrf": 100.0}
 
-N predictions (strings) and, for each, a list of one or more references; every figure lies between 0 and 100.
-A prediction earns what its best reference gives it (exact_match, token_f1, rouge, chrf) or is matched against all
-of them together (bleu). The counting is done by sacrebleu (Post 2018, https://aclanthology.org/W18-6319) and
-rouge-score; what is decided here is how text becomes tokens, because their defaults were made for English:
-rouge-score drops every letter outside a-z ("나는 학생이다" has no tokens at all), and BLEU over Korean words
-punishes a wrong particle like a wrong word. `superni_rougeL` alone keeps those defaults, to be comparable with the
-figures that are published for Super-NaturalInstructions.
+N predictions (strings) and, for each, a list of one or more references; every figure lies between 0 and 100, and more
+is better, except for token_error_rate: of it less is better, and it can exceed 100.
+A prediction earns what its best reference gives it (exact_match, token_f1, rouge, chrf, token_error_rate) or is
+matched against all of them together (bleu). Most counting is done by sacrebleu (Post 2018,
+https://aclanthology.org/W18-6319) and rouge-score; what is decided here is how text becomes tokens, because their
+defaults were made for English: rouge-score drops every letter outside a-z ("나는 학생이다" has no tokens at all), and
+BLEU over Korean words punishes a wrong particle like a wrong word. `superni_rougeL` alone keeps those defaults, to be
+comparable with the figures that are published for Super-NaturalInstructions.
 
 Each metric first counts, prediction by prediction (`Statistics`), and its figures follow from the sums. So
 confidence.py has them for a thousand resamples of the predictions without reading a text again.
@@ -190,6 +191,32 @@ def _token_f1(prediction: str, reference: str) -> float:
     return 2 * shared / (len(predicted) + len(expected))
 
 
+class TokenErrorRate(TextMetric):
+    """Of phonemes it is the phoneme error rate, of words the word error rate of speech recognition."""
+
+    description = "Insertions, deletions and substitutions per 100 tokens of the nearest reference. Tokens are what \
+stands between spaces, as it is written."
+
+    def count(self, predictions, references) -> Statistics:
+        nearest = [
+            min((edit_distance(prediction.split(), reference.split()), -len(reference.split())) for reference in row)
+            for prediction, row in zip(predictions, references, strict=True)
+        ]
+        edits, tokens = zip(*nearest, strict=True)
+        return ratio("token_error_rate", edits, [max(1, -count) for count in tokens], scale=100)
+
+
+def edit_distance(predicted: Sequence[str], expected: Sequence[str]) -> int:
+    """Levenshtein's: the fewest insertions, deletions and substitutions that make one sequence the other."""
+    columns = np.arange(len(expected) + 1)
+    tokens, row = np.array(expected, dtype=object), columns
+    for number, token in enumerate(predicted, start=1):
+        substituted, deleted = row[:-1] + (tokens != token), row[1:] + 1
+        row = np.concatenate([[number], np.minimum(substituted, deleted)])
+        row = np.minimum.accumulate(row - columns) + columns  # insertions, from left to right
+    return int(row[-1])
+
+
 class _RougeTokens:
     """The tokenizer object that RougeScorer asks for."""
 
@@ -325,6 +352,7 @@ def compute_metrics(names: Sequence[str], predictions: list[str], references: li
 METRICS: dict[str, type[evaluate.Metric]] = {
     "exact_match": ExactMatch,
     "token_f1": TokenF1,
+    "token_error_rate": TokenErrorRate,
     "rouge": Rouge,
     "bleu": Bleu,
     "chrf": Chrf,

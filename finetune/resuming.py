@@ -6,7 +6,7 @@
 Nothing begins anew in silence, and a run that goes on is the run that it was: what has changed is listed, key by key.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,31 @@ def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
     return asdict(recipe) | {"betas": list(recipe.betas), "resume": False}
 
 
-def compare_recipes(recipe: TrainRecipe, folder: Path) -> None:
-    """UserError where the run in the folder is another one; what has changed otherwise is said."""
+def as_it_began(recipe: TrainRecipe) -> TrainRecipe:
+    """The recipe; where it resumes a run, `auto` is the precision that this run began with, on whatever machine."""
+    if recipe.precision != "auto" or not recipe.resume or holds_nothing(Path(recipe.out)):
+        return recipe
+    return replace(recipe, precision=recipe_of(Path(recipe.out)).get("precision", "auto"))
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """What config.yaml of a run's folder holds: its recipe, as it was resolved. UserError where there is none."""
     config = folder / CONFIG
     if not config.is_file():
         raise UserError(f"{folder} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
     try:
-        before = yaml.safe_load(config.read_text(encoding="utf-8"))
+        found = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{config} is not the recipe of a run: {' '.join(str(error).split())}") from error
-    now = to_yaml(recipe)
-    if not isinstance(before, dict) or not {"model", "data", "seed"} <= before.keys():
+    if not isinstance(found, dict) or not {"model", "data", "seed"} <= found.keys():
         raise UserError(f"{config} is not the recipe of a run. Give `out` the folder of a run, or a new one.")
+    return found
+
+
+def compare_recipes(recipe: TrainRecipe, folder: Path) -> None:
+    """UserError where the run in the folder is another one; what has changed otherwise is said."""
+    now = to_yaml(recipe)
+    before = recipe_of(folder)
     before = now | before  # a setting that is younger than the run
     different = [name for name in FIXED_IN_A_RUN if before[name] != now[name]]
     if different:

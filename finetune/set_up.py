@@ -8,7 +8,7 @@ What is wrong with a recipe shows here, in the first seconds, as a UserError.
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,21 +42,27 @@ from diptych.finetune.distillation import DistilledObjective, load_teacher
 from diptych.finetune.evaluation import selectable_figures
 from diptych.finetune.exits import CheckpointError
 from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
-from diptych.finetune.feeding import check_precision, set_attention, training_rows
+from diptych.finetune.feeding import DTYPES, check_precision, resolve_precision, set_attention, training_rows
 from diptych.finetune.healing import close_encoder, train_cross_attention_alone
 from diptych.finetune.loading import has_tokenizer, load_tokenizer
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.packed_rows import PackedRows
-from diptych.finetune.ranks import Ranks, meet
-from diptych.finetune.resuming import check_same_run, choose_checkpoint, run_facts, take_back, to_yaml, weights_hash
+from diptych.finetune.ranks import Ranks, meet, on_main_rank
+from diptych.finetune.resuming import (
+    as_it_began,
+    check_same_run,
+    choose_checkpoint,
+    run_facts,
+    take_back,
+    to_yaml,
+    weights_hash,
+)
 from diptych.finetune.run_folder import CONFIG, Status
 from diptych.finetune.run_log import RunLog, short
 from diptych.finetune.sharding import spread
 from diptych.finetune.speed import Work, compile_layers, matmul_peak, work_per_token
 from diptych.finetune.starting_model import is_named_size, starting_model
 from diptych.finetune.stopping import StopRequest
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
@@ -170,7 +176,9 @@ def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
 def make_run(
     recipe: TrainRecipe, stop: StopRequest, status: Status, accelerator: accelerate.Accelerator, ranks: Ranks
 ) -> Run:
-    recipe = resolve_precision(recipe, accelerator.device)
+    recipe, slow = on_main_rank(accelerator, lambda: resolve_precision(as_it_began(recipe), accelerator.device))
+    if slow and accelerator.is_main_process:
+        print(slow, flush=True)
     folder = Path(recipe.out)
     saved = choose_checkpoint(recipe, folder)
     prepared = load_prepared(recipe.data)
@@ -293,13 +301,6 @@ def ready_to_train(
     if recipe.compile:
         compile_layers(model)
     return model
-
-
-def resolve_precision(recipe: TrainRecipe, device: torch.device) -> TrainRecipe:
-    if recipe.precision != "auto":
-        return recipe
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return replace(recipe, precision="bf16" if has_bf16 else "fp32")
 
 
 def load_run_tokenizer(recipe: TrainRecipe, prepared: Prepared) -> PreTrainedTokenizerBase:

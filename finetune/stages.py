@@ -42,18 +42,23 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
     out = Path(recipe.out)
     from diptych.finetune import checkpoint as checkpoints  # torch takes seconds; mistakes are told before
     from diptych.finetune.loop import run
-    from diptych.finetune.resuming import compare_recipes, to_yaml
+    from diptych.finetune.resuming import as_it_began, compare_recipes, recipe_of, to_yaml
 
     if is_main_rank():
         checkpoints.write_text(out / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
     status.begin()
     if not all(_has_ended(Path(stage.out)) for _, stage in stages):
         checkpoints.check_own(out / "final")
+    auto = "auto"  # what it became in the first stage that has it: later stages take the same
     for number, (name, stage) in enumerate(stages, start=1):
         status.update(stage=name)
         folder = Path(stage.out)
+        is_auto = stage.precision == "auto"
+        stage = as_it_began(stage)
+        stage = replace(stage, precision=auto) if stage.precision == "auto" else stage
         if _has_ended(folder):
-            compare_recipes(_as_it_ran(stage), folder)
+            compare_recipes(stage, folder)
+            auto = stage.precision if is_auto else auto
             continue
         if is_main_rank():
             print(f"stage {number} of {len(stages)}: {name}", flush=True)
@@ -62,6 +67,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
             own.end(code)
         if code == STOPPED:
             return STOPPED
+        auto = recipe_of(folder)["precision"] if is_auto else auto
     if is_main_rank():
         checkpoints.copy_folder(Path(stages[-1][1].out) / "final", out / "final")
         print(f"final model: {out / 'final'}, of stage {stages[-1][0]}", flush=True)
@@ -126,12 +132,6 @@ def _check_folder(recipe: TrainRecipe) -> None:
         raise UserError(f"{out} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
     if not is_empty and not (out / CONFIG).is_file():
         raise UserError(f"{out} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
-
-
-def _as_it_ran(stage: TrainRecipe) -> TrainRecipe:
-    """With the precision that `auto` was on that machine."""
-    ran = yaml.safe_load((Path(stage.out) / CONFIG).read_text(encoding="utf-8"))
-    return replace(stage, precision=ran["precision"]) if stage.precision == "auto" else stage
 
 
 def _has_ended(folder: Path) -> bool:

@@ -135,7 +135,7 @@ def recipe(packed_folder, checkpoint_of, llm_folder, tmp_path):
     def make(family="diptych_merged", **changes) -> TrainRecipe:
         settings = {"model": str(checkpoint_of(family)), "data": str(packed_folder(0)), "out": str(tmp_path / "run")}
         settings |= {"teacher": str(llm_folder), "max_steps": 4, "batch_size": 1, "learning_rate": 5e-3}
-        return TrainRecipe(**(settings | {"logging_every": 1} | changes))
+        return TrainRecipe(**(settings | {"logging_every": 1, "precision": "fp32"} | changes))
 
     return make
 

@@ -18,7 +18,7 @@ from diptych.finetune.train import run_recipe
 def recipe(packed_folder, checkpoint_of, tmp_path):
     def make(family, **changes) -> TrainRecipe:
         settings = {"model": str(checkpoint_of(family)), "data": str(packed_folder(0)), "out": str(tmp_path / "run")}
-        settings |= {"max_steps": 4, "batch_size": 1, "learning_rate": 5e-3, "logging_every": 1}
+        settings |= {"max_steps": 4, "batch_size": 1, "learning_rate": 5e-3, "logging_every": 1, "precision": "fp32"}
         return TrainRecipe(**(settings | changes))
 
     return make
@@ -86,7 +86,7 @@ def test_an_opening_run_is_trained_saved_and_gone_on_with_as_far_as_it_is_open(f
 
 def test_two_ranks_open_as_one(packed_folder, checkpoint_of, nursery, tmp_path):
     base = {"model": str(checkpoint_of("diptych_merged")), "data": str(packed_folder(0)), "max_steps": 4}
-    base |= {"open_encoder_steps": 3, "epsilon": 1e-2, "rank_timeout": 60.0}
+    base |= {"open_encoder_steps": 3, "precision": "fp32", "epsilon": 1e-2, "rank_timeout": 60.0}
     for ranks in (1, 2):
         settings = base | {"out": str(tmp_path / str(ranks)), "batch_size": 2 // ranks}
         file = tmp_path / f"{ranks}.json"

@@ -25,7 +25,8 @@ from diptych.finetune.train import run_recipe
 def recipe(training_folder, checkpoint_of, tmp_path):
     def make(family: str = "t5", **changes) -> TrainRecipe:
         settings = {"model": str(checkpoint_of(family)), "data": str(training_folder), "out": str(tmp_path / "run")}
-        return TrainRecipe(**(settings | {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2} | changes))
+        settings |= {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"}
+        return TrainRecipe(**(settings | changes))
 
     return make
 

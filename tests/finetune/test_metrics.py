@@ -4,12 +4,16 @@ import re
 from collections import Counter
 
 import evaluate
+import nltk
 import pytest
 import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from diptych.data_prep.records import UserError
+from diptych.finetune.evaluation import is_improvement
 from diptych.finetune.metrics import (
     METRICS,
     Bleu,
@@ -19,6 +23,7 @@ from diptych.finetune.metrics import (
     TokenF1,
     choose_bleu_tokenize,
     compute_metrics,
+    edit_distance,
     reference_streams,
     score_texts,
     split_tokens,
@@ -158,13 +163,30 @@ def test_metrics_are_evaluate_metrics_and_can_be_filled_row_by_row():
     assert chrf.compute()["chrf"] == compute_metrics(["chrf"], KOREAN, KOREAN_REFERENCES)["chrf"]
 
 
+@given(st.lists(st.lists(st.sampled_from("ABC"), max_size=7), min_size=2, max_size=2))
+def test_edit_distance_is_nltks(sequences):
+    assert edit_distance(*sequences) == nltk.edit_distance(*sequences)
+
+
+def test_token_error_rate_counts_edits_from_the_nearest_reference_over_its_tokens():
+    references = [["AE1 B IY0"], ["T AH0 M EY1 T OW2", "T AH0 M AA1 T OW2"], ["DH AH0", "DH IY0"]]
+    perfect = [row[-1] for row in references]
+    assert compute_metrics(["token_error_rate"], perfect, references) == {"token_error_rate": 0}
+    said = ["AE1 B B IY1", "T AH0 M AA1 T", ""]  # an insertion and a substitution; a deletion; two deletions
+    rate = compute_metrics(["token_error_rate"], said, references)["token_error_rate"]
+    assert rate == pytest.approx(100 * (2 + 1 + 2) / (3 + 6 + 2))
+    assert not is_improvement("token_error_rate", rate, best=10.0) and is_improvement("token_error_rate", 9.0, 10.0)
+
+
 def test_all_figures_lie_between_0_and_100_also_for_empty_texts():
     figures = compute_metrics(list(METRICS), ["", "나는"], [["나는"], [""]])
+    assert figures.pop("token_error_rate") == 100
     superni = {"superni_rougeL", "superni_exact_match"}
     assert set(figures) == {"exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "chrf"} | superni
     assert all(value == 0 for value in figures.values())
     for texts in (ENGLISH, KOREAN):
         perfect = compute_metrics(list(METRICS), texts, [[text] for text in texts])
+        assert perfect.pop("token_error_rate") == 0
         if texts is KOREAN:
             assert perfect.pop("superni_rougeL") == 0
         assert all(value == pytest.approx(100) for value in perfect.values())

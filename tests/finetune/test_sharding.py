@@ -35,6 +35,7 @@ def train(nursery, training_folder, checkpoint_of, tmp_path):
             "model": str(checkpoint_of(family)),
             "data": str(training_folder),
             "out": str(tmp_path / name),
+            "precision": "fp32",
             "sharding": "full" if ranks > 1 else "none",
             "max_steps": STEPS,
             "batch_size": 6 // ranks,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from diptych.data_prep.arguments import parse
 from diptych.data_prep.records import UserError
+from diptych.finetune import feeding
 from diptych.finetune.checkpoint import fault_of
 from diptych.finetune.cli import main as diptych
 from diptych.finetune.config import TrainRecipe
@@ -31,6 +33,7 @@ def recipe(packed_folder, checkpoint_of, tmp_path):
             "model": str(checkpoint_of("diptych")),
             "data": str(packed_folder(0)),
             "out": str(tmp_path / "run"),
+            "precision": "fp32",
         }
         settings |= {"stages": STAGES, "batch_size": 2, "learning_rate": 5e-3, "logging_every": 1, "save_every": 2}
         return TrainRecipe(**(settings | {"epsilon": 1e-2, "rank_timeout": 300.0} | changes))
@@ -151,3 +154,17 @@ def test_stages_are_read_from_a_recipe(recipe, tmp_path):
     file.write_text(yaml.safe_dump(to_yaml(recipe())))
     assert parse(TrainRecipe, "diptych train", ["--config", str(file)]).stages == STAGES
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_all_stages_train_in_the_precision_that_the_first_one_measured(recipe, monkeypatch):
+    """Also where the run was killed between them, and goes on where another precision is the faster one."""
+    settings = recipe(stages=STAGES[:2], precision="auto")
+    fast = torch.bfloat16
+    monkeypatch.setattr(feeding, "training_pace", lambda device, dtype: 2.0 if dtype == fast else 1.0)
+    run_recipe(settings)
+    configs = sorted(Path(settings.out).glob("stages/*/config.yaml"))
+    assert [yaml.safe_load(file.read_text())["precision"] for file in configs] == ["bf16", "bf16"]
+    shutil.rmtree(configs[1].parent)
+    fast = torch.float32
+    run_recipe(replace(settings, resume=True))
+    assert yaml.safe_load(configs[1].read_text())["precision"] == "bf16"

@@ -23,7 +23,7 @@ from transformers import AutoModelForSeq2SeqLM
 from diptych.data_prep.records import UserError
 from diptych.data_prep.train_tokenizer import train_tokenizer
 from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune import loop
+from diptych.finetune import feeding, loop
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.evaluation import evaluate_rows
 from diptych.finetune.loading import load_model_and_tokenizer
@@ -52,6 +52,7 @@ def recipe(training_folder, checkpoint_of, tmp_path):
             "data": str(training_folder),
             "out": str(tmp_path / out),
             "max_steps": 8,
+            "precision": "fp32",
             "batch_size": 4,
             "learning_rate": 2e-3,
             "eval_every": 1000,
@@ -423,6 +424,79 @@ def test_bf16_learns_and_keeps_fp32_weights(recipe):
     losses = [entry["loss"] for entry in figures(settings.out, "train")]
     assert losses[-1] < losses[0] / 2
     assert {weight.dtype for weight in final_weights(settings.out).values()} == {torch.float32}
+
+
+BF16_IS_FAST = {torch.bfloat16: 2e11, torch.float16: 2e11, torch.float32: 1e11}
+BF16_IS_SLOW = {torch.bfloat16: 1e10, torch.float16: 1e10, torch.float32: 1e11}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(BF16_IS_FAST)`: from here on this one computes at such a pace."""
+    return lambda pace: monkeypatch.setattr(feeding, "training_pace", lambda device, dtype: pace[dtype])
+
+
+def precision_of(run: Path | str) -> str:
+    return yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))["precision"]
+
+
+@pytest.mark.parametrize(
+    "here, elsewhere, faster", [(BF16_IS_FAST, BF16_IS_SLOW, "bf16"), (BF16_IS_SLOW, BF16_IS_FAST, "fp32")]
+)
+def test_auto_takes_the_faster_precision_and_a_run_keeps_it_on_another_machine(
+    here, elsewhere, faster, recipe, machine
+):
+    settings = recipe(precision="auto", save_every=4)
+    machine(here)
+    run_recipe(replace(settings, max_steps=4))
+    assert precision_of(settings.out) == faster
+    machine(elsewhere)
+    run_recipe(replace(settings, resume=True))
+    assert precision_of(settings.out) == faster
+    assert [entry["step"] for entry in figures(settings.out, "train")][-1] == 8
+
+
+RANKS_THAT_DIFFER = """
+import os, sys, torch, yaml
+from pathlib import Path
+from diptych.finetune import feeding
+from diptych.finetune.set_up import Status, StopRequest, TrainRecipe, set_up
+
+rank = int(os.environ["RANK"])
+feeding.training_pace = lambda device, dtype: 2 - rank if dtype == torch.bfloat16 else 1.5
+recipe = TrainRecipe(**yaml.safe_load(sys.argv[1]))
+print(f"rank {rank}: {set_up(recipe, StopRequest(), Status(Path(recipe.out), False)).recipe.precision}", flush=True)
+"""
+
+
+def test_all_ranks_train_in_the_precision_that_the_first_one_measured(recipe, tmp_path):
+    """Were each to take its own, their gradients would not be those of one run."""
+    (tmp_path / "ranks.py").write_text(RANKS_THAT_DIFFER)
+    settings = recipe(precision="auto")
+    Path(settings.out).mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "ranks.py"), as_yaml(settings)],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert "rank 0: bf16" in done.stdout and "rank 1: bf16" in done.stdout, done.stdout + done.stderr
+
+
+def test_on_a_cpu_without_bf16_auto_is_fp32_and_who_asks_for_bf16_is_told(recipe, tmp_path):
+    """oneDNN is told to leave out all that AMD's Zen 3 does not have."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    said = {}
+    for precision in ("auto", "bf16"):
+        settings = recipe(out=precision, precision=precision, max_steps=1)
+        command = [sys.executable, "-m", "diptych.finetune.train", "--config", write_recipe(settings)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        said[precision] = re.findall(r"^precision is .*$", done.stdout, flags=re.MULTILINE)
+    assert precision_of(tmp_path / "auto") == "fp32" and said["auto"] == []
+    (line,) = said["bf16"]
+    assert re.match(r"precision is bf16, which this machine computes [\d,]+ times slower than fp32\. A new run", line)
+    assert precision_of(tmp_path / "bf16") == "bf16"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe, capsys):

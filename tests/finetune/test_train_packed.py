@@ -42,6 +42,7 @@ def recipe(checkpoint_of, packed_folder, tmp_path):
             "data": str(packed_folder(STARTS.get(family, 0))),
             "out": str(tmp_path / out),
             "max_steps": 8,
+            "precision": "fp32",
             "batch_size": 4,
             "learning_rate": 2e-3,
             "save_every": 1000,

@@ -111,6 +111,7 @@ class Torture:
             "packed": case.packed,
             "batch_size": 4 // case.ranks,
             "max_steps": 9,
+            "precision": "fp32",
             "save_every": 2,
             "eval_every": 3,
             "logging_every": 1,
