@@ -58,7 +58,7 @@ def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
 
 def as_it_began(recipe: TrainRecipe) -> TrainRecipe:
     """The recipe; where it resumes a run, `auto` is the precision that this run began with, on whatever machine."""
-    if recipe.precision != "auto" or not recipe.resume or holds_nothing(Path(recipe.out)):
+    if recipe.precision != "auto" or not recipe.resume or not (Path(recipe.out) / CONFIG).is_file():
         return recipe
     return replace(recipe, precision=recipe_of(Path(recipe.out)).get("precision", "auto"))
 
