@@ -255,9 +255,7 @@ def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> 
     for entry in entries:
         names = sorted(glob.glob(entry)) or [entry] if is_plain(entry) else [entry]
         for name in names:
-            sources += (
-                [_open_plain(name, limits)] if is_plain(name) else _held_out_parts(_open_entries([name], limits))
-            )
+            sources += [open_plain(name, limits)] if is_plain(name) else _held_out_parts(_open_entries([name], limits))
     return _each_once(sources)
 
 
@@ -275,7 +273,8 @@ def is_plain(name: str) -> bool:
     return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
 
 
-def _open_plain(entry: str, limits: Limits) -> Source:
+def open_plain(entry: str, limits: Limits = DEFAULT_LIMITS) -> Source:
+    """A file with a text a line, whatever it is called; blank lines are none."""
     [found], _ = find_files(entry, SAMPLES)
     file = identify(found, any_text=True)
     with file.open(limits) as content:

@@ -18,25 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from diptych.data_prep.chunks import Chunk, Rows, check_encoding, in_chunks, long_line, unreadable
-from diptych.data_prep.files import (
-    DEFAULT_LIMITS,
-    HEAD_BYTES,
-    KNOWN_SUFFIXES,
-    PACKED_SUFFIXES,
-    File,
-    Found,
-    Limits,
-    Lines,
-    LongLine,
-    check_text,
-    identify,
-    line_blocks,
-)
+from diptych.data_prep.files import KNOWN_SUFFIXES, PACKED_SUFFIXES
 from diptych.data_prep.formats import MISSING, Converter, Directions, converter_for, named
 from diptych.data_prep.gather import first_rows
-from diptych.data_prep.readers import SAMPLES, TRAIN, Source, open_sources
-from diptych.data_prep.records import Origin, Record, Reject, Rejects, Row, UserError
+from diptych.data_prep.readers import SAMPLES, TRAIN, Source, open_plain, open_sources
+from diptych.data_prep.records import Record, Reject, Rejects, Row, UserError
 from diptych.data_prep.validate import Fault, listed, text
 
 PLAIN_SUFFIX = ".txt"
@@ -96,7 +82,7 @@ def open_texts(entries: Sequence[str], text_fields: Sequence[str] = ()) -> Texts
         files, is_more = _plain_files(entry)
         plain += files
         others += [entry] * is_more
-    sources = [(_open_plain(path), functools.partial(_columns, (TEXT_COLUMN,))) for path in dict.fromkeys(plain)]
+    sources = [(open_plain(path), functools.partial(_columns, (TEXT_COLUMN,))) for path in dict.fromkeys(plain)]
     for source, _ in sources:
         print(f"Format     {source.name}: a text a line")
     for source in open_sources(others, columns=text_fields):
@@ -129,36 +115,6 @@ def _plain_files(entry: str) -> tuple[list[str], bool]:
 def _suffix(path: Path) -> str:
     """Of what is in it: `.txt` of a.txt.gz."""
     return (path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path).suffix.lower()
-
-
-def _open_plain(path: str) -> Source:
-    file = identify(Found(str(Path(path).expanduser()), path, path), any_text=True)
-    with file.open(DEFAULT_LIMITS) as content:
-        head = content.peek(HEAD_BYTES)
-    mark = check_text(head, file.name)
-    check_encoding(head, file.name)
-    read = functools.partial(_line_chunks, file, mark, DEFAULT_LIMITS)
-    return Source(file.name, file.digest, file.bytes, read, file.entry)
-
-
-def _line_chunks(file: File, mark: int, limits: Limits) -> Iterator[Chunk]:
-    with file.open(limits) as content:
-        blocks = line_blocks(content, mark, limits)
-        yield from in_chunks((row for block in blocks for row in _lines(block, file.name)), lambda: content.position)
-
-
-def _lines(block: Lines | LongLine, name: str) -> Rows:
-    if isinstance(block, LongLine):
-        yield long_line(block, name, DEFAULT_LIMITS)
-        return
-    offset = block.offset
-    for number, line in enumerate(block.data.removesuffix(b"\n").split(b"\n"), start=block.first_line):
-        try:
-            found = line.decode("utf-8").removesuffix("\r")
-            yield Row({TEXT_COLUMN: found}, Origin(name, number), found)
-        except UnicodeDecodeError:
-            yield unreadable(Origin(name, number), line.decode("utf-8", "surrogateescape"), offset, "")
-        offset += len(line) + 1
 
 
 # Rows
