@@ -134,7 +134,7 @@ def _table(members: Mapping[str, _Member]) -> tuple[RowsOfObject, str] | None:
         return None
     inner = frozenset().union(*(member.names for member in members.values()))
     outer = frozenset(key.casefold() for key in members)
-    are_columns = bool(outer & KNOWN_COLUMNS) or all(name.isdecimal() for name in inner)
+    are_columns = bool(outer & KNOWN_COLUMNS) or (bool(inner) and all(name.isdecimal() for name in inner))
     are_rows = bool(inner & KNOWN_COLUMNS) or all(key.isdecimal() for key in outer)
     if are_columns and not are_rows:
         return functools.partial(_rows_of_columns, columns=list(members)), f"columns: {listed(members)}"

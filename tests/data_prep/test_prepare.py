@@ -665,7 +665,7 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
         f"The first, {tmp_path}/broken.json:1: broken JSON: Expecting ',' delimiter, line 2, column 22. Mend the rows"
     )
     assert words in prepare("--data", write_rows("broken.json", broken))[2]
-    words = "object.json, line 1, column 1: a JSON object stands here, and an array of objects is due"
+    words = "object.json, line 1, column 1: a JSON object stands here, and a list of rows is due"
     assert words in prepare("--data", write_rows("object.json", b'{"rows": {}}'))[2]
     assert prepare("--data", write_rows("empty.json", []))[2].endswith("error: there are no rows in what was read.\n")
 
