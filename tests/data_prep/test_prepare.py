@@ -1005,7 +1005,7 @@ def test_a_second_run_into_the_same_folder_is_refused(prepare, write_rows, tmp_p
     path = write_rows("rows.jsonl", ROWS)
     with beside(tmp_path / "prepared"):
         code, _, error = prepare("--data", path)
-        assert code == 2 and f"is being written by another run (process {os.getpid()})" in error
+        assert code == 2 and f"is being written by another run (process {os.getpid()} on " in error
     assert prepare("--data", path)[0] == 0
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
