@@ -44,7 +44,7 @@ EXTRAS = {
     # `diptych demo`.
     "gradio": ["gradio>=6.31"],
     # Export to CTranslate2, and generation with it.
-    "ctranslate2": ["ctranslate2>=4.8"],
+    "ctranslate2": ["ctranslate2>=4.8.3"],
     # Export to ONNX, and its proof.
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     # Preparation on many machines.
