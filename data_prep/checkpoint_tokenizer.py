@@ -21,18 +21,27 @@ from transformers import (
 
 from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.hub import check_chat_templates, check_config, check_place
-from diptych.data_prep.records import UserError
+from diptych.data_prep.languages import check_spells_no_code, codes_of, set_languages
+from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.settings import PrepareSettings
-from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template, load_template, template_of
+from diptych.data_prep.templates import (
+    BARE_TEMPLATE,
+    TEMPLATES,
+    TOKENIZER_KEY,
+    Template,
+    attach_template,
+    load_template,
+    template_of,
+)
 
 
-def open_tokenizer(name: str, **languages: str) -> PreTrainedTokenizerBase:
-    """A folder's or a Hub id's; `languages` are src_lang and tgt_lang, for those that put one into texts."""
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A folder's or a Hub id's."""
     check_place(name)
     check_config(name)
     try:
         # False, and not left out: left out, transformers would ask on the terminal whether to run a stranger's code.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **languages)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:  # the last is of a config beside it
         raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
     check_chat_templates(tokenizer.chat_template, name)
@@ -49,22 +58,38 @@ def load_tokenizer_and_template(
     tokenizer = _load_tokenizer(settings)
     if settings.template is None and TOKENIZER_KEY in tokenizer.init_kwargs:
         template = template_of(tokenizer)
+    elif settings.template is None and default == "alpaca" and codes_of(tokenizer).tokens:
+        template = TEMPLATES[BARE_TEMPLATE]
     else:
         template = load_template(settings.template or default)
+    _set_languages(settings, tokenizer)
     attach_template(tokenizer, template)
     return tokenizer, template
 
 
+def _set_languages(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Those of the settings become the tokenizer's own, which are those of rows, and of prompts, that say none."""
+    codes = codes_of(tokenizer)
+    for option in ("forward", "backward"):
+        check_spells_no_code(codes, getattr(settings, option) or "", f"--{option}")
+    given = Languages(settings.source_language or "", settings.target_language or "")
+    if any(given) and not codes.tokens:
+        if not all(given):
+            raise UserError("source_language and target_language belong together. Give both, or neither.")
+        said = codes.instruction("", given)
+        words = f"rows without an instruction begin '{said}', and the others" if said else "rows"
+        print(f"Note       '{settings.tokenizer}' has no language codes: {words} keep the languages as columns alone")
+    languages = codes.checked(given)
+    for name, code in zip(given, languages, strict=True):
+        if name != code:
+            print(f"Note       language {name} is {code} for '{settings.tokenizer}'")
+    if codes.is_around_texts:
+        set_languages(tokenizer, languages)
+
+
 def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
     name = settings.tokenizer
-    languages = {"src_lang": settings.source_language, "tgt_lang": settings.target_language}
-    given = {keyword: code for keyword, code in languages.items() if code}
-    tokenizer = open_tokenizer(name, **given)
-    is_multilingual = hasattr(tokenizer, "tgt_lang")
-    if given and not is_multilingual:
-        raise UserError(f"'{name}' puts no languages into texts. Drop source_language and target_language.")
-    if is_multilingual and tokenizer.tgt_lang is None:
-        raise UserError(f"'{name}' is multilingual. Give --source_language and --target_language.")
+    tokenizer = open_tokenizer(name)
     for token in ("eos_token", "pad_token"):
         if getattr(tokenizer, token) is None:
             raise UserError(f"'{name}' has no {token}. Set tokenizer.{token}, save it, and use that folder.")

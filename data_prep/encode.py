@@ -2,6 +2,7 @@
 
     split_sources(tokenizer, ["Go.", "a </s> b"])    each an Encoding: what the tokenizer puts before, text, and after
     split_targets(tokenizer, ["가."], ["kor_Hang"])   Encoding([kor_Hang], [632, 17], [</s>]); the last one is eos
+    split_sources(nllb, ["가."], languages=[Languages("kor_Hang", "eng_Latn")])    Encoding([kor_Hang], …, [</s>])
     fit(encoding, 512, "drop")                       its ids, or None where they are more than 512
 
 Control tokens come from the tokenizer and from the template, never from the fields of a row: where a text holds the
@@ -25,10 +26,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tokenizers
 
+from diptych.data_prep.languages import Languages, codes_of, own_languages
 from diptych.data_prep.records import UserError, broken_character, nearest
 
 if TYPE_CHECKING:
@@ -78,8 +80,8 @@ def from_marked(text: str) -> str:
 
 
 class Encoding(NamedTuple):
-    """One encoded text. Only `content` comes from the text; the rest is the tokenizer's own, and what a template's
-    `decoder_prefix` names."""
+    """One encoded text. Only `content` comes from the text; the rest is the tokenizer's own, language codes, and what
+    a template's `decoder_prefix` names."""
 
     prefix: list[int]
     content: list[int]
@@ -125,14 +127,16 @@ def fit(
     )
 
 
-def shortened(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> str:
+def shortened(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, languages: Languages | None = None
+) -> str:
     """A rendered source with less of its longest fields, such that it has at most `max_tokens`, special ones included.
 
     What a template says after the fields (`### Response:`) stays: without it a model would not know what to do. All
     fields are cut to one length, so that a short instruction stays whole beside a long text. Where the template alone
     is too long, the fields come out empty.
     """
-    around = sum(map(len, _around(tokenizer, "text")))
+    around = sum(map(len, _around_source(tokenizer, languages or own_languages(tokenizer))))
     pieces = _pieces(text)
 
     def cut(length: int) -> Rendered:
@@ -169,10 +173,13 @@ def _longest_that_fits(tokens: Callable[[int], int], length: int, most: int) -> 
 
 
 def encode_sources(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_source_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_source_tokens: int | None = None,
+    languages: Sequence[Languages] | None = None,
 ) -> list[list[int]]:
     """`input_ids` of each text, with the special tokens that the tokenizer gives to sources."""
-    return [encoding.ids(max_source_tokens) for encoding in split_sources(tokenizer, texts)]
+    return [encoding.ids(max_source_tokens) for encoding in split_sources(tokenizer, texts, languages)]
 
 
 def encode_targets(
@@ -180,27 +187,40 @@ def encode_targets(
     texts: Sequence[str],
     max_target_tokens: int | None = None,
     decoder_prefix: Sequence[str] = (),
+    languages: Sequence[Languages] | None = None,
 ) -> list[list[int]]:
     """`labels` of each text, with the special tokens that the tokenizer gives to targets; the last one is eos."""
-    return [encoding.ids(max_target_tokens) for encoding in split_targets(tokenizer, texts, decoder_prefix)]
+    return [encoding.ids(max_target_tokens) for encoding in split_targets(tokenizer, texts, decoder_prefix, languages)]
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerBase, template: Template, sources: Sequence[str], targets: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    languages: Sequence[Languages] | None = None,
 ) -> tuple[list[Encoding], list[Encoding]]:
     """What the template rendered, encoded: sources, and targets that begin with its decoder prefix."""
-    return split_sources(tokenizer, sources), split_targets(tokenizer, targets, template.decoder_prefix)
+    encoded_targets = split_targets(tokenizer, targets, template.decoder_prefix, languages)
+    return split_sources(tokenizer, sources, languages), encoded_targets
 
 
-def split_sources(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoding]:
+def split_sources(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], languages: Sequence[Languages] | None = None
+) -> list[Encoding]:
+    """`languages` are those of each text, as `resolved` gives them; the tokenizer's own unless given."""
     if not texts:
         return []
-    prefix, suffix = _around(tokenizer, "text")
-    return [Encoding(prefix, content, suffix) for content in _contents(tokenizer, texts, "text")]
+    around = _language_cache(lambda of_row: _around_source(tokenizer, of_row), tokenizer, texts, languages)
+    contents = _contents(tokenizer, texts, "text")
+    return [Encoding(before, content, after) for (before, after), content in zip(around, contents, strict=True)]
 
 
 def split_targets(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], decoder_prefix: Sequence[str] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    decoder_prefix: Sequence[str] = (),
+    languages: Sequence[Languages] | None = None,
 ) -> list[Encoding]:
     """Some tokenizers put nothing after a target, mBART puts a language code after eos: generation must end at eos."""
     eos = tokenizer.eos_token_id
@@ -208,20 +228,58 @@ def split_targets(
         raise UserError("the tokenizer has no eos token, and a target must end in one. Set tokenizer.eos_token first.")
     if not texts:
         return []
-    _, suffix = _around(tokenizer, "text_target")
-    prefix, suffix = label_prefix(tokenizer, decoder_prefix), [*_before(eos, suffix), eos]
-    return [Encoding(prefix, content, suffix) for content in _contents(tokenizer, texts, "text_target")]
+    own_suffix = [] if codes_of(tokenizer).is_around_texts else _around(tokenizer, "text_target")[1]
+    suffix = [*_before(eos, own_suffix), eos]
+    before = _language_cache(
+        lambda of_row: label_prefix(tokenizer, decoder_prefix, of_row), tokenizer, texts, languages
+    )
+    contents = _contents(tokenizer, texts, "text_target")
+    return [Encoding(prefix, content, suffix) for prefix, content in zip(before, contents, strict=True)]
 
 
-def label_prefix(tokenizer: PreTrainedTokenizerBase, decoder_prefix: Sequence[str]) -> list[int]:
-    """What each target begins with: the tokenizer's own (BART `<s>`, NLLB a language code), and `decoder_prefix`.
+def _language_cache(
+    of_languages: Callable[[Languages], Any],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    languages: Sequence[Languages] | None,
+) -> list[Any]:
+    """What stands around each text, asked once for each direction."""
+    languages = [own_languages(tokenizer)] * len(texts) if languages is None else languages
+    found = {of_row: of_languages(of_row) for of_row in dict.fromkeys(languages)}
+    return [found[of_row] for of_row in languages]
+
+
+def _around_source(tokenizer: PreTrainedTokenizerBase, languages: Languages) -> tuple[list[int], list[int]]:
+    """What stands before and after a source: the tokenizer's own, with the codes of the row."""
+    codes = codes_of(tokenizer)
+    before, after = _around(tokenizer, "text")
+    if codes.layout == "source" and languages.target:
+        before = [codes.tokens[languages.target], *before]
+    if not codes.is_around_texts or not languages.source:
+        return before, after
+    own = tokenizer.convert_tokens_to_ids(codes.spellings.get(tokenizer.src_lang, tokenizer.src_lang))
+    wanted = codes.tokens[languages.source]
+    return tuple([wanted if token == own else token for token in side] for side in (before, after))
+
+
+def label_prefix(
+    tokenizer: PreTrainedTokenizerBase, decoder_prefix: Sequence[str], languages: Languages | None = None
+) -> list[int]:
+    """What each target begins with: the tokenizer's own (BART `<s>`), its language code, and `decoder_prefix`.
 
     A template that names a decoder prefix says which language is written, so the tokenizer's own code gives way to it.
     """
-    own, _ = _around(tokenizer, "text_target")
+    codes = codes_of(tokenizer)
+    if codes.is_around_texts:
+        source, target = languages or own_languages(tokenizer)
+        own = [codes.tokens[target or source]] if target or source else []  # as transformers has it without a target
+    else:
+        own, _ = _around(tokenizer, "text_target")
     if not decoder_prefix:
         return own
     named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    if codes.is_around_texts and not codes.named_by(decoder_prefix):
+        named |= set(codes.tokens.values())
     ids = [_control_id(tokenizer, token) for token in decoder_prefix]
     kept = [token_id for token_id in own if token_id in named]
     return ids if kept == ids[: len(kept)] else [*kept, *ids]
@@ -252,7 +310,8 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def spelled_added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Counter[str]:
-    """For each added token that is not special, how many texts spell it outside of the template's own pieces.
+    """For each added token that is not special, and for each language code that stands before sources, how many texts
+    spell it outside of the template's own pieces.
 
     They stay text, which is right for `<table>` and surprising for a word that was added to be used: add_tokens does
     not say which it is. Words that are to be used belong under TEXT_TOKENS_KEY.
@@ -260,7 +319,9 @@ def spelled_added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str
     words = text_tokens(tokenizer) | set(tokenizer.all_special_tokens)
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
     counts: Counter[str] = Counter()
-    if not (added := [token for token in added if token not in words]):
+    codes = codes_of(tokenizer)
+    added += codes.spellings.values() if codes.layout == "source" else ()
+    if not (added := [token for token in dict.fromkeys(added) if token not in words]):
         return counts
     pattern = _pattern(tuple(added))
     for text in texts:
@@ -269,8 +330,9 @@ def spelled_added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id, which is not len(tokenizer) where ids have gaps."""
-    return 1 + max(tokenizer.get_vocab().values())
+    """One more than the largest id, which is not len(tokenizer) where ids have gaps, or where M2M100 has its languages
+    beyond its vocabulary."""
+    return 1 + max(*tokenizer.get_vocab().values(), *codes_of(tokenizer).tokens.values())
 
 
 def _before(eos: int, suffix: list[int]) -> list[int]:
@@ -305,6 +367,8 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         for token_id, token in tokenizer.added_tokens_decoder.items()
         if token.content not in words
     }
+    codes = codes_of(tokenizer)
+    control |= {spelling: codes.tokens[code] for code, spelling in codes.spellings.items()}
     return control | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
@@ -448,8 +512,9 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, piece: str, control_ids: set[i
 
 @contextmanager
 def _mode(tokenizer: PreTrainedTokenizerBase, side: str) -> Iterator[None]:
-    """Marian has a vocabulary for each side, and changes over between them as transformers tells it to."""
-    if side == "text" or not hasattr(tokenizer, "_switch_to_target_mode"):
+    """Marian has a vocabulary for each side, and changes over between them as transformers tells it to. Others change
+    their language codes, which are not put in here."""
+    if side == "text" or not hasattr(tokenizer, "_switch_to_target_mode") or codes_of(tokenizer).is_around_texts:
         yield
         return
     tokenizer._switch_to_target_mode()

@@ -20,7 +20,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -35,7 +35,18 @@ from diptych.data_prep.conversations import (
     turns_of,
     unused_in_turns,
 )
-from diptych.data_prep.records import IGNORE_INDEX, Origin, Record, Reject, Row, Tokenised, UserError, nearest
+from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, languages_in
+from diptych.data_prep.records import (
+    IGNORE_INDEX,
+    Languages,
+    Origin,
+    Record,
+    Reject,
+    Row,
+    Tokenised,
+    UserError,
+    nearest,
+)
 from diptych.data_prep.validate import (
     Fault,
     check_not_misspelt,
@@ -74,8 +85,11 @@ MAX_PAIRS = 1000
 LARGEST_TOKEN_ID = 2**31 - 1
 """Token ids are stored as int32."""
 
-RECORD_FIELDS = ("system", "category")
+RECORD_FIELDS = ("system", "category", SOURCE_COLUMNS[0], TARGET_COLUMNS[0])
 """What `--map` can fill in any format, as in `--map system=system_prompt`."""
+
+LANGUAGE_COLUMNS = (*SOURCE_COLUMNS, *TARGET_COLUMNS)
+_NAMED = frozenset(LANGUAGE_COLUMNS)
 
 SYNONYMS = {
     "instruction": ("prompt", "question", "query", "task", "definition"),
@@ -96,10 +110,16 @@ Result = Record | Tokenised | Reject
 
 @dataclass(frozen=True)
 class Directions:
-    """Instructions for parallel text. A direction without one gives no rows."""
+    """Instructions for parallel text. A direction with None gives no rows, one with "" rows without instruction."""
 
     forward: str | None = None
     backward: str | None = None
+    languages: Languages = Languages()
+    """Of the first side and of the second; in other formats, of source and target. Rows that bring codes go before."""
+
+    @property
+    def are_none(self) -> bool:
+        return self.forward is None and self.backward is None
 
 
 @dataclass(frozen=True)
@@ -157,6 +177,8 @@ class Converter:
     negative_examples: int = 0
     was_given: bool = False
     """The format was named by --format, and not recognised."""
+    brings_languages: bool = False
+    """Whether the first rows have columns of language codes."""
 
     def records(self, row: Row | Reject) -> list[Result]:
         """At least one. A Reject, which is what readers make of a row that they cannot read, passes through."""
@@ -173,6 +195,7 @@ class Converter:
     def used_fields(self) -> frozenset[str]:
         """Columns that are read. The others can be named in a warning."""
         used = {self.column(name) for name in [*self.format.fields, *self.mapping]}
+        used |= {*SOURCE_COLUMNS, *TARGET_COLUMNS}
         if self.format.name == "natural_instructions":
             unused = {POSITIVE: not self.positive_examples, NEGATIVE: not self.negative_examples}
             used -= {self.column(name) for name, is_unused in unused.items() if is_unused}
@@ -285,11 +308,21 @@ class Converter:
         checked = text(value, column, may_be_empty=True)
         return checked if checked.strip() else ""  # a template asks whether there is one
 
-    def mapped(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """`system` and `category`, where --map says what they are."""
+    def mapped(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """`system` and `category`, where --map says what they are; and `languages`."""
+        languages = {"languages": self.languages(fields)}
         if not self.mapping:
-            return {}
-        return {name: self.optional_text(fields, name) for name in RECORD_FIELDS if name in self.mapping}
+            return languages
+        names = [name for name in RECORD_FIELDS[:2] if name in self.mapping]
+        return languages | {name: self.optional_text(fields, name) for name in names}
+
+    def languages(self, fields: Mapping[str, Any]) -> Languages:
+        """Those of the row, or of what it is from."""
+        if not fields.keys().isdisjoint(LANGUAGE_COLUMNS) or not self.mapping.keys().isdisjoint(LANGUAGE_COLUMNS):
+            named = {name: self.value(fields, name) for name in LANGUAGE_COLUMNS}
+            found = languages_in({name: value for name, value in named.items() if value is not MISSING})
+            return found.or_else(self.directions.languages)
+        return self.directions.languages
 
     def _other_shape(self, row: Row) -> str:
         """A row that is built otherwise than the first ones says so: the data may be of two kinds."""
@@ -313,16 +346,22 @@ def converter_for(
     """What turns all rows of a source into records, decided by its first ones. Everything that a person has to mend
     before a row can be read is said here: columns that are not there, formats that may be two, missing directions."""
     mapping = dict(mapping or {})
+    said = directions.languages.direction
     if len(languages) == 2 and mapping.keys().isdisjoint(("first", "second", "translation")):
         names = {name for row in rows for name in row.fields}
         if names.issuperset(languages):  # a table with a column for each language
             mapping |= zip(("first", "second"), languages, strict=True)
+            directions = replace(directions, languages=directions.languages.or_else(Languages(*languages)))
     _check_settings(directions, summary_instruction)
     format, shape = _recognise(rows, source, mapping, name)
     spelled = {name: column for name, column in shape.items() if name != column}
     if "translation" in shape:
         spelled = _languages(rows, source, mapping.pop("translation", "translation"), languages)
+        sides = (column.rpartition(".")[2] for column in spelled.values())
+        directions = replace(directions, languages=directions.languages.or_else(Languages(*sides)))
     columns = {**spelled, **mapping}
+    if format.name == "parallel" and directions.are_none and said:
+        directions = replace(directions, forward="")
     if format.name == "parallel" and columns.get("first") != "source":
         need_direction(source, directions)
     return Converter(
@@ -335,6 +374,7 @@ def converter_for(
         positive_examples=positive_examples,
         negative_examples=negative_examples,
         was_given=name is not None,
+        brings_languages=any(not _NAMED.isdisjoint(view) for view in _views(rows, mapping)),
     )
 
 
@@ -346,10 +386,11 @@ def recognise(
 
 
 def need_direction(source: str, directions: Directions) -> None:
-    if not directions.forward and not directions.backward:
+    if directions.are_none:
         raise UserError(
             f"{source} is parallel text, and no direction has an instruction. Give one or both, for example"
-            " --forward 'Translate English to Korean:' --backward 'Translate Korean to English:'."
+            " --forward 'Translate English to Korean:' --backward 'Translate Korean to English:'. For models with"
+            " language codes, --forward '' --backward '' give rows without instructions."
         )
 
 
@@ -772,22 +813,40 @@ def _task_examples(fields: Mapping[str, Any], name: str, wanted: int, it: Conver
 
 
 def _parallel(row: Row, it: Converter) -> list[Result]:
-    """A record for each direction, and for each pair where a side has several texts. A pair for which there is no
-    instruction is an instruction and its answer."""
+    """A record for each direction, and for each pair where a side has several texts. A pair without directions is an
+    instruction and its answer."""
     fields, mapped = row.fields, it.mapped(row.fields)
     there, back = it.directions.forward, it.directions.backward
     firsts, seconds = it.texts(fields, "first"), it.texts(fields, "second")
     if len(firsts) * len(seconds) > MAX_PAIRS:
         reason = f"the row makes {len(firsts) * len(seconds):,} pairs, and {MAX_PAIRS:,} are allowed. Divide it."
         raise Fault(it.column("first"), "too many pairs", reason)
-    ways: list[tuple[str, str, str]] = []
+    languages = mapped.pop("languages")
+    if back is not None and any(languages) and not all(languages):
+        known, missing = ("source", "target") if languages.source else ("target", "source")
+        reason = (
+            f"its {known} language is {max(languages)}, and nobody has said the {missing} language, which the other"
+            f" direction is from. Give --{missing}_language, or a column {missing}_language."
+        )
+        raise Fault(f"{missing}_language", "one language of two", reason)
+    ways: list[tuple[str, str, str, Languages]] = []
     for first, second in product(firsts, seconds):
-        if not there and not back:
-            ways.append((first, "", second))
-        ways += [way for way in ((there, first, second), (back, second, first)) if way[0]]
+        if it.directions.are_none:
+            ways.append((first, "", second, languages))
+        if there is not None:
+            ways.append((there, first, second, languages))
+        if back is not None:
+            ways.append((back, second, first, languages.swapped()))
     return [
-        Record(instruction=way, input=input, output=output, origin=_part(row.origin, number, len(ways)), **mapped)
-        for number, (way, input, output) in enumerate(ways, start=1)
+        Record(
+            instruction=way,
+            input=input,
+            output=output,
+            languages=of_way,
+            origin=_part(row.origin, number, len(ways)),
+            **mapped,
+        )
+        for number, (way, input, output, of_way) in enumerate(ways, start=1)
     ]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -21,16 +21,17 @@ from diptych.data_prep.decontaminate import Decontaminate, EvalIndex, PlainText
 from diptych.data_prep.filters import LanguageFilter
 from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
 from diptych.data_prep.gather import first_rows
+from diptych.data_prep.languages import codes_of, own_languages, resolved
 from diptych.data_prep.mixture import check_mixture
 from diptych.data_prep.named_splits import HELD_OUT, kind_of, said_kind, splits_of
 from diptych.data_prep.prepared import fingerprint, tokenizer_digest
 from diptych.data_prep.readers import HUB_PREFIX, TRAIN, Limits, Source, is_plain, open_evaluation, open_sources
-from diptych.data_prep.records import Record, Reject, Row, UserError, counted
+from diptych.data_prep.records import Languages, Record, Reject, Row, UserError, counted
 from diptych.data_prep.selection import shingles_of
 from diptych.data_prep.sensitive import require_detectors
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.stages import Check, Lengths, Stages
-from diptych.data_prep.templates import Template
+from diptych.data_prep.templates import BARE_TEMPLATE, Template
 
 NOT_TOLD = Converter(named("alpaca"))
 """Of a source without a row that can be read."""
@@ -57,8 +58,11 @@ class Inputs:
 
     @property
     def default_template(self) -> str:
-        """Conversations need one that has a place for what was said before."""
-        return "chat" if any(it.conversational for it in self.converters) else "alpaca"
+        """Conversations need one that has a place for what was said before, rows without instruction one that adds
+        nothing to a text."""
+        has_no_instruction = any("" in (it.directions.forward, it.directions.backward) for it in self.converters)
+        has_turns = any(it.conversational for it in self.converters)
+        return "chat" if has_turns else BARE_TEMPLATE if has_no_instruction else "alpaca"
 
 
 def open_inputs(settings: PrepareSettings) -> Inputs:
@@ -117,8 +121,35 @@ def make_stages(
     checks = tuple(_checks(settings, inputs))
     shingles = shingles_of(settings) if settings.near_duplicates is not None else None
     checked = tuple(source.split == TRAIN for source in inputs.sources)
-    converters = tuple(inputs.converters)
+    converters = tuple(_with_languages(inputs, tokenizer, template))
     return Stages(converters, template, tokenizer, lengths, checks, shingles, settings.sensitive, checked)
+
+
+def _with_languages(
+    inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> Iterator[Converter]:
+    """The converters with the tokenizer's own languages where nobody has said others, which is said aloud."""
+    codes = codes_of(tokenizer)
+    for source, converter in zip(inputs.sources, inputs.converters, strict=True):
+        directions = converter.directions
+        if tokenizer is not None and codes.is_around_texts:
+            own, named = own_languages(tokenizer), codes.named_by(template.decoder_prefix)
+            languages = directions.languages.or_else(Languages(own.source, named or own.target))
+            directions = replace(directions, languages=codes.checked(languages))
+            if not converter.brings_languages and converter.format.name != "tokenised":
+                resolved(tokenizer, languages, template.decoder_prefix)
+        knows = converter.brings_languages or (directions.languages.direction and codes.layout != "none")
+        if directions.forward == directions.backward == "" and not knows:
+            raise UserError(
+                f"{source.name}: forward and backward are '', and nothing else says which language is to be written. "
+                f"Give --source_language and --target_language if the model has language codes, else instructions."
+            )
+        if directions.languages.direction and not converter.brings_languages:
+            is_both = directions.forward is not None and directions.backward is not None
+            is_back = directions.backward is not None and not is_both
+            first, second = directions.languages.swapped() if is_back else directions.languages
+            print(f"Languages  {source.name}: {first} to {second}{' and back' if is_both else ''}")
+        yield replace(converter, directions=directions)
 
 
 def make_converter(settings: PrepareSettings, source: Source) -> Converter:
@@ -147,9 +178,11 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
 
 def directions_for(settings: PrepareSettings, source: Source) -> Directions:
     """A sample's own, unless one direction or both are given."""
-    if settings.forward or settings.backward:
-        return Directions(settings.forward, settings.backward)
-    return Directions(source.forward, source.backward)
+    given = Languages(settings.source_language or "", settings.target_language or "")
+    languages = given.or_else(Languages(*source.languages))
+    if settings.forward is not None or settings.backward is not None:
+        return Directions(settings.forward, settings.backward, languages)
+    return Directions(source.forward, source.backward, languages)
 
 
 def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,14 +144,18 @@ def choose_budget(
     return best
 
 
-def repeated_start(first_labels: np.ndarray, decoder_start_token_id: int) -> np.ndarray:
+def repeated_start(
+    first_labels: np.ndarray, decoder_start_token_id: int, language_starts: Collection[int] = ()
+) -> np.ndarray:
     """Whose first label is the token that the decoder starts with anyway, and is to be left out: (examples,) of bool.
 
     Gemma's tokenizers put bos before every text, and T5Gemma's decoder starts with bos: trained on both, the model
-    would learn to write it once more. As the tokenizer does it always or never, the first example decides.
+    would learn to write it once more. As the tokenizer does it always or never, the first example decides. A row that
+    begins with one of `language_starts` starts with that one, whatever the others start with (mBART-cc25).
     """
-    repeats = np.asarray(first_labels) == decoder_start_token_id
-    return repeats & repeats[:1]
+    first_labels = np.asarray(first_labels)
+    repeats = first_labels == decoder_start_token_id
+    return (repeats & repeats[:1]) | np.isin(first_labels, list(language_starts))
 
 
 def _refuse_longer(
@@ -411,23 +415,25 @@ def assemble_row(
     decoder_start_token_id: int,
     share_sources: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The examples of one row, each with `input_ids` and `labels`, as the int32 arrays shown above, (S,) and (T,)."""
+    """The examples of one row, each with `input_ids` and `labels`, as the int32 arrays shown above, (S,) and (T,). An
+    example with a `decoder_start` of its own starts with that."""
     sources = [np.asarray(example["input_ids"], dtype=np.int32) for example in examples]
     targets = [np.asarray(example["labels"], dtype=np.int32) for example in examples]
+    starts = np.array([example.get("decoder_start", decoder_start_token_id) for example in examples])
     reads = np.arange(1, len(sources) + 1)
     if share_sources:
         segment_of: dict[bytes, int] = {}
         reads = np.array([segment_of.setdefault(source.tobytes(), len(segment_of) + 1) for source in sources])
         sources = [np.frombuffer(source, dtype=np.int32) for source in segment_of]
         order = np.argsort(reads, kind="stable")  # targets of the same source stand next to each other
-        targets, reads = [targets[place] for place in order], reads[order]
+        targets, reads, starts = [targets[place] for place in order], reads[order], starts[order]
     source_lengths, target_lengths = [len(source) for source in sources], [len(target) for target in targets]
     assert sum(source_lengths) <= budget.source_tokens and sum(target_lengths) <= budget.target_tokens, budget
 
     labels = np.concatenate(targets)
-    decoder_input_ids = np.concatenate([[decoder_start_token_id], labels[:-1]])
+    decoder_input_ids = np.concatenate([starts[:1], labels[:-1]])
     decoder_position_ids = _positions(target_lengths)
-    decoder_input_ids[decoder_position_ids == 0] = decoder_start_token_id
+    decoder_input_ids[decoder_position_ids == 0] = starts
     columns = (
         _padded(np.concatenate(sources), budget.source_tokens, pad_token_id),
         _padded(np.repeat(np.arange(1, len(sources) + 1), source_lengths), budget.source_tokens, 0),

@@ -99,6 +99,8 @@ class Source:
     """The instruction that a shipped sample of parallel text brings along for its first → second direction."""
 
     backward: str | None = None
+    languages: tuple[str, ...] = ()
+    """Of the first side and of the second of such a sample."""
     notes: tuple[str, ...] = ()
     """What should be said aloud: files left out, an unusual delimiter, lines where an array was due."""
     split: str = ""
@@ -120,10 +122,13 @@ class Sample:
     file: str
     forward: str | None = None
     backward: str | None = None
+    languages: tuple[str, ...] = ()
 
 
 SAMPLES = {
-    "tatoeba": Sample("tatoeba_eng_kor.tsv", "Translate English to Korean:", "Translate Korean to English:"),
+    "tatoeba": Sample(
+        "tatoeba_eng_kor.tsv", "Translate English to Korean:", "Translate Korean to English:", ("en", "ko")
+    ),
     "seed_tasks": Sample("self_instruct_seed_tasks.jsonl"),
 }
 
@@ -305,7 +310,8 @@ def _open_entry(entry: str, limits: Limits, columns: Collection[str], empty: lis
     if entry in SAMPLES:
         sample = SAMPLES[entry]
         file = identify(Found(str(SAMPLES_FOLDER / sample.file), sample.file, entry))
-        return [replace(_open_file(file, limits), forward=sample.forward, backward=sample.backward, notes=())]
+        brought = {"forward": sample.forward, "backward": sample.backward, "languages": sample.languages}
+        return [replace(_open_file(file, limits), **brought, notes=())]
     if (Path(entry) / "dataset_dict.json").is_file() or (Path(entry) / "state.json").is_file():
         return _open_saved_dataset(entry, limits)
     if pair := _aligned_pair(entry):

@@ -14,7 +14,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 IGNORE_INDEX = -100
 """The label that the loss leaves out (torch's own default for `ignore_index`)."""
@@ -35,6 +35,25 @@ class UserError(ValueError):
 
     exit_code = 2
     """What the command exits with; finetune/exits.py has the others."""
+
+
+class Languages(NamedTuple):
+    """The codes of a direction or of a row; "" where nobody has said one. languages.py knows what they mean."""
+
+    source: str = ""
+    target: str = ""
+
+    @property
+    def direction(self) -> str:
+        """`"eng_Latn-kor_Hang"`; "" where either is not known."""
+        return f"{self.source}-{self.target}" if self.source and self.target else ""
+
+    def swapped(self) -> Languages:
+        return Languages(self.target, self.source)
+
+    def or_else(self, others: Languages) -> Languages:
+        """With the codes of `others` where there are none."""
+        return Languages(self.source or others.source, self.target or others.target)
 
 
 @dataclass(frozen=True)
@@ -62,7 +81,7 @@ class Row:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One valid example. `history` holds earlier (instruction, output) turns, oldest first; `system` is what a chat's
-    system prompt says, `category` what the data calls this kind of task."""
+    system prompt says, `category` what the data calls this kind of task, `languages` the codes of both sides."""
 
     instruction: str
     input: str
@@ -70,6 +89,7 @@ class Record:
     history: tuple[tuple[str, str], ...] = ()
     system: str = ""
     category: str = ""
+    languages: Languages = Languages()
     origin: Origin
 
 

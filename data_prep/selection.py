@@ -231,7 +231,7 @@ def _side(gathered: Gathered, side: str, row: int) -> str:
 
 def _has_text(gathered: Gathered) -> numpy.ndarray:
     """Rows that came as token ids have none, by which all would be alike."""
-    return pyarrow.compute.not_equal(gathered.examples["instruction"], "").to_numpy()
+    return pyarrow.compute.not_equal(gathered.examples["source"], "").to_numpy()
 
 
 def _compared(gathered: Gathered, row: int) -> str:

@@ -67,8 +67,9 @@ class PrepareSettings:
     all are numbers, csv and tsv files have no header: `--map instruction=1 output=2`."""
 
     forward: str | None = None
-    """Instruction for parallel text from the first side to the second, such as 'Translate English to Korean:'. Without
-    one, that direction gives no rows; shipped samples bring their own for both, if neither is given."""
+    """Instruction for parallel text from the first side to the second, such as 'Translate English to Korean:'; '' for
+    models that need none, because they have language codes. Without it, that direction gives no rows; shipped samples
+    bring their own for both, if neither is given."""
 
     backward: str | None = None
     """Instruction for parallel text from the second side to the first."""
@@ -107,10 +108,13 @@ class PrepareSettings:
     texts by a tenth when they are doubled; table: by the amount of text."""
 
     source_language: str | None = None
-    """Language code of the sources, for tokenizers that put one into the text (mBART: en_XX, M2M100: en)."""
+    """Language of the sources, of parallel text that of the first side: a code of the tokenizer (NLLB: eng_Latn,
+    mBART: en_XX, M2M100: en), or a short one where that is clear (en). Rows may bring their own: source_language,
+    src_lang. For a tokenizer without codes, rows without an instruction begin `translate English to Korean:`."""
 
     target_language: str | None = None
-    """Language code of the targets, for the same tokenizers."""
+    """Language of the targets, of parallel text that of the second side. Rows may bring their own: target_language,
+    tgt_lang."""
 
     max_source_tokens: int = 512
     """Longest source, the tokenizer's end token included."""

@@ -6,7 +6,8 @@
     origin                  "rows.jsonl:7"              source_number         which source it came from
     raw                     the row as it was read, for the case that it is left out later
     input_ids, labels       token ids, cut to the limits if so told           source_tokens, target_tokens  before that
-    source_key, target_key  64 bits of each rendered text: who repeats whom, to the letter
+    source_key, target_key  64 bits of each rendered text: who repeats whom, to the letter and in the same language
+    source_language, target_language   codes, as the tokenizer has them; "" where there are none
     input_key, output_key   64 bits of what splits.py compares: who may be in which split; and
     row_key                 of the whole source, as it compares texts
     signature               MinHash of source and target, where near duplicates are sought
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy
@@ -41,8 +42,18 @@ from diptych.data_prep.encode import (
 )
 from diptych.data_prep.filters import is_composed, script_of
 from diptych.data_prep.formats import Converter
+from diptych.data_prep.languages import UnknownLanguage, codes_of, resolved
 from diptych.data_prep.readers import Chunk
-from diptych.data_prep.records import RAW_CHARACTERS_KEPT, Origin, Record, Reject, Row, Tokenised, UserError
+from diptych.data_prep.records import (
+    RAW_CHARACTERS_KEPT,
+    Languages,
+    Origin,
+    Record,
+    Reject,
+    Row,
+    Tokenised,
+    UserError,
+)
 from diptych.data_prep.sensitive import find_in_record, masked
 from diptych.data_prep.splits import record_keys, text_key
 from diptych.data_prep.templates import Template
@@ -50,6 +61,7 @@ from diptych.data_prep.templates import Template
 SENSITIVE_EXAMPLES = 5
 """Of each kind and batch, for the report."""
 
+LANGUAGE_FIELDS = ("source_language", "target_language")
 TEXT_FIELDS = [
     pyarrow.field("source", pyarrow.string()),
     pyarrow.field("target", pyarrow.string()),
@@ -63,6 +75,7 @@ TEXT_FIELDS = [
     pyarrow.field("input_key", pyarrow.uint64()),
     pyarrow.field("output_key", pyarrow.uint64()),
     pyarrow.field("row_key", pyarrow.uint64()),
+    *(pyarrow.field(name, pyarrow.string()) for name in LANGUAGE_FIELDS),
 ]
 SIGNATURE_FIELD = pyarrow.field("signature", pyarrow.binary())
 ID_FIELDS = [
@@ -72,7 +85,7 @@ ID_FIELDS = [
     pyarrow.field("target_tokens", pyarrow.int32()),
 ]
 SIDES = ("source", "target")
-FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin")
+FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin", *LANGUAGE_FIELDS)
 
 
 class Check(Protocol):
@@ -162,7 +175,7 @@ class Stages:
         counts = Counts()
         checks = self.checks if not self.checked or self.checked[source_number] else ()
         records = self._records(chunk.rows(), self.converters[source_number], checks, rejects, counts)
-        examples = render(self.template, records, rejects)
+        examples = render(self.template, records, rejects, self.tokenizer)
         self._count(examples, counts)
         batch = self.arrow(examples, source_number)
         if self.tokenizer is not None:
@@ -220,6 +233,7 @@ class Stages:
             [_writable(example.raw) for example in examples],
             numpy.full(len(examples), source_number, dtype=numpy.int32),
             *keys.T,
+            *([getattr(record, "languages", Languages())[side] for record in records] for side in (0, 1)),
         ]
         fields = list(TEXT_FIELDS)
         if self.shingles is not None:
@@ -237,14 +251,30 @@ def _fault(record: Record | Tokenised, checks: Sequence[Check]) -> tuple[str, st
 
 
 def render(
-    template: Template, records: Iterable[tuple[Record | Tokenised, str]], rejects: list[Reject]
+    template: Template,
+    records: Iterable[tuple[Record | Tokenised, str]],
+    rejects: list[Reject],
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Example]:
-    """A row that a user's template cannot render, or of which it makes nothing, is a reject like any other."""
+    """A row that a user's template cannot render, or of which it makes nothing, is a reject like any other; so is one
+    whose languages the tokenizer does not know."""
+    codes = codes_of(tokenizer)
+    found: dict[Languages, Languages] = {}
     examples = []
     for record, raw in records:
         if isinstance(record, Tokenised):
             examples.append(Example(record, raw, "", ""))
             continue
+        try:
+            if record.languages not in found:
+                found[record.languages] = resolved(tokenizer, record.languages, template.decoder_prefix)
+            languages = found[record.languages]
+            instruction = codes.instruction(record.instruction, languages)
+        except UnknownLanguage as error:
+            rejects.append(Reject(record.origin, None, "unknown language", error.fault, raw))
+            continue
+        if languages != record.languages or instruction != record.instruction:
+            record = replace(record, languages=languages, instruction=instruction)
         try:
             source = template.render_source(record.instruction, record.input, record.history, record.system)
             target = template.render_target(record.output)
@@ -272,14 +302,17 @@ def encode_batch(
     """The same rows with ID_FIELDS, less those that end as rejects. `given` are the rows that came as token ids."""
     source_texts, target_texts = ([from_marked(text) for text in batch[side].to_pylist()] for side in SIDES)
     counts.spelled.update(spelled_added_tokens(tokenizer, [*source_texts, *target_texts]))
-    sources = split_sources(tokenizer, source_texts)
-    targets = split_targets(tokenizer, target_texts, template.decoder_prefix)
+    languages = [Languages(*pair) for pair in zip(*(batch[it].to_pylist() for it in LANGUAGE_FIELDS), strict=True)]
+    sources = split_sources(tokenizer, source_texts, languages)
+    targets = split_targets(tokenizer, target_texts, template.decoder_prefix, languages)
     given = {place for place, example in enumerate(examples) if isinstance(example.record, Tokenised)}
     end = vocabulary_size(tokenizer) if given else 0
     for place in given:
         sources[place] = Encoding([], list(examples[place].record.input_ids), [])
         targets[place] = Encoding([], list(examples[place].record.labels), [])
-    fitting = _cut_sources(sources, source_texts, given, tokenizer, lengths) if lengths.too_long == "cut" else sources
+    fitting = sources
+    if lengths.too_long == "cut":
+        fitting = _cut_sources(sources, source_texts, languages, given, tokenizer, lengths)
     kept, columns = [], ([], [], [], [])
     for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
         source_ids, target_ids, fault = _fitted(fitting[place], target, lengths)
@@ -307,6 +340,7 @@ def encode_batch(
 def _cut_sources(
     sources: Sequence[Encoding],
     texts: Sequence[str],
+    languages: Sequence[Languages],
     given: set[int],
     tokenizer: PreTrainedTokenizerBase,
     lengths: Lengths,
@@ -319,7 +353,8 @@ def _cut_sources(
         if place in given:
             cut[place] = source._replace(content=source.content[:limit])
         else:
-            cut[place] = split_sources(tokenizer, [shortened(tokenizer, texts[place], limit)])[0]
+            text = shortened(tokenizer, texts[place], limit, languages[place])
+            cut[place] = split_sources(tokenizer, [text], [languages[place]])[0]
     return cut
 
 
@@ -349,7 +384,8 @@ def _keys(example: Example) -> tuple[int, int, int, int, int]:
     if isinstance(record, Tokenised):
         source, target = (xxhash.xxh3_64_intdigest(str(ids).encode()) for ids in (record.input_ids, record.labels))
         return source, target, source, target, source
-    exact = exact_key(example.source), exact_key(example.target)
+    of_direction = f"\0{record.languages.target}" if record.languages.target else ""
+    exact = exact_key(example.source + of_direction), exact_key(example.target)
     return *exact, *record_keys(record), text_key(example.source)
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.gather import Gathered, taken, written
+from diptych.data_prep.languages import codes_of
 from diptych.data_prep.packing import (
     PACKED_COLUMNS,
     SHARED_COLUMN,
@@ -34,7 +35,7 @@ from diptych.data_prep.packing import (
 )
 from diptych.data_prep.prepared import without_bars
 from diptych.data_prep.records import Rejects
-from diptych.data_prep.stages import FINAL_COLUMNS, Lengths
+from diptych.data_prep.stages import FINAL_COLUMNS, LANGUAGE_FIELDS, Lengths
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -46,11 +47,14 @@ POORLY_FILLED = 0.5
 
 
 def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path) -> DatasetDict:
-    """FINAL_COLUMNS of the rows of each split, written to a file in `scratch` and read from there."""
+    """FINAL_COLUMNS of the rows of each split, written to a file in `scratch` and read from there; those of languages
+    where a row has one."""
     tables = DatasetDict()
+    empty = [name for name in LANGUAGE_FIELDS if pyarrow.compute.unique(gathered.examples[name]).to_pylist() == [""]]
+    columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty]
     for name, rows in places.items():
         path = scratch / f"{name.replace('/', '.')}.arrow"
-        written(taken(gathered.examples.select(FINAL_COLUMNS), rows), path)
+        written(taken(gathered.examples.select(columns), rows), path)
         tables[name] = Dataset.from_file(str(path))
     return tables
 
@@ -84,7 +88,7 @@ class PackingPlan:
     """Places there."""
     budget: Budget
     repeats_start: numpy.ndarray
-    """(examples,) whether the first label is the decoder's start, which is then left out."""
+    """(examples,) whether the first label is what the decoder starts with, which is then left out."""
     pad_token_id: int
     decoder_start_token_id: int
     share_sources: bool
@@ -104,7 +108,7 @@ def plan_packing(
     pad_token_id, (decoder_start_token_id, decoder_start_from) = tokenizer.pad_token_id, decoder_start
     ids = train.select_columns(["input_ids", "labels"])
     sides = _sides(ids, share_sources)
-    repeats_start = repeated_start(sides.first_labels, decoder_start_token_id)
+    repeats_start = repeated_start(sides.first_labels, decoder_start_token_id, codes_of(tokenizer).starts)
     lengths = (sides.source_tokens, sides.target_tokens - repeats_start)
     groups = sides.sources
     chosen = choose_budget(*lengths, *budget, groups=groups, names=train["origin"])
@@ -134,6 +138,8 @@ def plan_packing(
         "positions": int(max(side.max() for side in lengths)),
         "seed": seed,
     }
+    if starts := codes_of(tokenizer).starts:
+        entry["language_starts"] = sorted(starts)
     return PackingPlan(ids, rows, chosen, repeats_start, pad_token_id, decoder_start_token_id, share_sources, entry)
 
 
@@ -179,7 +185,9 @@ def assemble_rows(batch: dict[str, list[list[int]]], plan: PackingPlan) -> dict[
     table = plan.ids.with_format("arrow")[places]
     sources, labels = _id_arrays(table["input_ids"]), _id_arrays(table["labels"])
     examples = iter(
-        {"input_ids": source, "labels": target[int(repeats) :]}
+        {"input_ids": source, "labels": target[1:], "decoder_start": target[0]}
+        if repeats
+        else {"input_ids": source, "labels": target}
         for source, target, repeats in zip(sources, labels, plan.repeats_start[places], strict=True)
     )
     ids = (plan.pad_token_id, plan.decoder_start_token_id)

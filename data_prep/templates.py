@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 TOKENIZER_KEY = "diptych_template"
 """The key in tokenizer_config.json. (A name that ends in `_token` would be taken for a special token.)"""
 
+BARE_TEMPLATE = "translate"
+"""The one that adds nothing to a text, for models that are told by language codes what to do."""
 FRAMES_FOLDER = Path(__file__).with_name("frames")
 TARGET_MARK = re.compile(r"\{#-?\s*target\s*-?#\}")
 OUTPUT_ALONE = "{{ output }}"
@@ -102,6 +104,11 @@ class Template:
             raise UserError(f"template '{self.name}' has no place for earlier turns; 'plain' and 'chat' have one.")
         if system and "system" not in self.source_variables():
             raise UserError(f"template '{self.name}' has no place for a system prompt; 'plain' and 'chat' have one.")
+        if input and not instruction and self.name == "alpaca":
+            raise UserError(
+                f"template 'alpaca' is built around an instruction, and there is none. Give one, or --template"
+                f" {BARE_TEMPLATE}, which adds nothing to a text."
+            )
         values = {"instruction": instruction, "input": input, "history": history, "system": system}
         texts = (instruction, input, system, *(text for turn in history for text in turn))
         return _render(self.name, self.source, self.source_line, values, texts)

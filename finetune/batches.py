@@ -14,7 +14,7 @@ gets a row without targets, which contributes zero.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,8 @@ def pad_batch(
     """Rows with `input_ids` and `labels`, of different lengths, as the tensors (B, S) and (B, T) shown above.
 
     Labels move one place to the right within their row to become decoder inputs. There is no decoder_attention_mask:
-    padding stands after all targets, where causal attention never looks. No rows give one row without targets.
+    padding stands after all targets, where causal attention never looks. A row may bring its own `decoder_start`. No
+    rows give one row without targets.
     """
     rows = rows or [{"input_ids": [decoder_start_token_id], "labels": [IGNORE_INDEX]}]
     source_tokens = max(len(row["input_ids"]) for row in rows)
@@ -53,7 +54,7 @@ def pad_batch(
         attention_mask[number, : len(row["input_ids"])] = 1
         labels[number, : len(row["labels"])] = torch.as_tensor(row["labels"])
     decoder_input_ids = labels.roll(1, dims=1)
-    decoder_input_ids[:, 0] = decoder_start_token_id
+    decoder_input_ids[:, 0] = torch.tensor([row.get("decoder_start", decoder_start_token_id) for row in rows])
     decoder_input_ids[decoder_input_ids == IGNORE_INDEX] = pad_token_id
     return {
         "input_ids": input_ids,
@@ -79,10 +80,8 @@ class PaddedRows:
 
     def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         columns = self.split[rows]
-        picked = [
-            {"input_ids": input_ids, "labels": labels}
-            for input_ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
-        ]
+        names = [name for name in ("input_ids", "labels", "decoder_start") if name in columns]
+        picked = [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
         return pad_batch(picked, self.pad_token_id, self.decoder_start_token_id)
 
 
@@ -117,18 +116,24 @@ def load_prepared(folder: str) -> Prepared:
     return Prepared(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), packing)
 
 
-def drop_repeated_start(split: datasets.Dataset, decoder_start_token_id: int) -> datasets.Dataset:
+def drop_repeated_start(
+    split: datasets.Dataset, decoder_start_token_id: int, language_starts: Collection[int] = ()
+) -> datasets.Dataset:
     """The split with labels that do not begin with the token that the decoder starts with anyway.
 
-    The rule is that of packed rows. BART keeps its bos, since its decoder starts with eos: only the model knows.
+    The rule is that of packed rows. BART keeps its bos, since its decoder starts with eos: only the model knows. Where
+    there are `language_starts` (mBART-cc25), the column `decoder_start` has that of each row.
     """
     labels = split.select_columns("labels").with_format("arrow")[:]["labels"]
-    repeats = repeated_start(pyarrow.compute.list_element(labels, 0).to_numpy(), decoder_start_token_id)
+    first_labels = pyarrow.compute.list_element(labels, 0).to_numpy()
+    repeats = repeated_start(first_labels, decoder_start_token_id, language_starts)
     if not repeats.any():
         return split
 
     def without_start(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-        return {"labels": row["labels"][int(repeats[place]) :]}
+        first, others = row["labels"][0], row["labels"][int(repeats[place]) :]
+        start = {"decoder_start": first if repeats[place] else decoder_start_token_id} if language_starts else {}
+        return {"labels": others} | start
 
     return split.map(without_start, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
 

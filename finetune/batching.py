@@ -28,6 +28,7 @@ from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template
 from diptych.finetune.detokenize import UNKNOWN_ID, text_of
 from diptych.finetune.generate import GREEDY, end_tokens, generate_batch, generation_config
+from diptych.finetune.targets import given_tokens
 
 
 class Decoding(NamedTuple):
@@ -101,6 +102,8 @@ class Job:
     is_dropped: bool = False
     """Set it, and nothing more is done for this job."""
     created: float = field(default_factory=time.monotonic)
+    given: Sequence[int] | None = None
+    """What the decoder is given first (`targets.given_tokens`); by the tokenizer's own languages unless given."""
 
 
 class Engine:
@@ -195,6 +198,7 @@ class Engine:
         template = replace(self.template, stop=(*self.template.stop, *decoding.stop))
         rows = [(job, index) for job in jobs for index in range(decoding.n)]
         config, _ = generation_config(self.model, self.tokenizer, {})
+        own = given_tokens(self.model, self.tokenizer, self.template)
         writer = RowWriter(self.tokenizer, template, end_tokens(config), rows)
         watching = {"stopping_criteria": [DroppedRows(rows)]}
         if decoding.num_beams == 1:
@@ -208,6 +212,7 @@ class Engine:
             decoding.max_new_tokens,
             template,
             decoding.generation_kwargs() | watching,
+            [job.given or own for job in jobs],
         )
         for place, (job, _) in enumerate(rows):
             if job.wants_pieces and not job.is_dropped:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from diptych.data_prep.arguments import parse
 from diptych.data_prep.command_line import CHECKPOINT, EXISTING, PREPARED, TEMPLATE
-from diptych.data_prep.records import UserError
+from diptych.data_prep.records import Languages, UserError
 from diptych.finetune.web import check_port
 
 LINES_SUFFIX = ".txt"
@@ -38,13 +38,18 @@ class GenerateSettings:
     instruction: str = ""
     """The instruction of a single prompt, or of each line of a .txt file."""
     input: str = ""
-    """The input that the instruction is about."""
+    """The input that the instruction is about; without one, for models that need none, such as NLLB."""
+    source_language: str = ""
+    """Language of the input, for models that are told: a code of the tokenizer (eng_Latn), or a short one (en). Rows
+    may bring their own. For T5, input without instruction begins `translate English to Korean:`."""
+    target_language: str = ""
+    """Language of the output, likewise. What is not given is as the tokenizer says."""
     system: str = ""
     """A system prompt, for templates that have a place for one; in a session or a .txt file, for every prompt."""
     in_file: str = field(default="", metadata=EXISTING)
-    """JSONL file of rows with `instruction` and, where there are any, `input`, `history`, `system`, or with
-    `messages`; other fields are kept. Or a .txt file, of which each line is the input of --instruction, or an
-    instruction where none is given."""
+    """JSONL file of rows with `instruction`, `input` or both and, where there are any, `history`, `system`,
+    `source_language`, `target_language`, or with `messages`; other fields are kept. Or a .txt file, of which each line
+    is the input of --instruction or of the languages, or an instruction where none is given."""
     out_file: str = ""
     """JSONL file to write: one line for each of in_file, in order, also for a blank one. Started again after a kill,
     it goes on where it was."""
@@ -96,8 +101,6 @@ class GenerateSettings:
                 "--in_file and a prompt were both given. Drop --instruction, --input and --system, or the files; "
                 "--instruction and --system can be given for a .txt file, whose lines are texts."
             )
-        if self.input and not self.instruction:
-            raise UserError("--input was given without --instruction. Say with --instruction what to do with it.")
         is_greedy = self.temperature == 0 and not self.choices
         if self.num_return_sequences > 1 and is_greedy and self.num_beams < self.num_return_sequences:
             raise UserError(
@@ -121,6 +124,10 @@ class GenerateSettings:
             raise UserError("choices are texts that differ, no fewer than num_return_sequences. Mend them.")
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
+
+    @property
+    def languages(self) -> Languages:
+        return Languages(self.source_language, self.target_language)
 
     def generation_kwargs(self) -> dict[str, Any]:
         """Those of `reranking.chosen_outputs`."""
@@ -216,7 +223,11 @@ class InspectSettings:
     instruction: str = field(default="", metadata={"instead_of": ("source",)})
     """The instruction, as `diptych generate` takes it: the template turns it into the source."""
     input: str = ""
-    """The input that the instruction is about."""
+    """The input that the instruction is about; without one, for models that need none, such as NLLB."""
+    source_language: str = ""
+    """Language of the source, for models that are told: a code of the tokenizer (eng_Latn), or a short one (en)."""
+    target_language: str = ""
+    """Language of the output, likewise. What is not given is as the tokenizer says."""
     system: str = ""
     """A system prompt, for templates that have a place for one."""
     source: str = field(default="", metadata={"instead_of": ("instruction", "input", "system", "template")})
@@ -243,13 +254,13 @@ class InspectSettings:
     """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
 
     def __post_init__(self):
-        if bool(self.instruction) == bool(self.source):
+        if bool(self.instruction or self.input) == bool(self.source):
             given = "both were" if self.source else "neither was"
             raise UserError(
                 f"--instruction (with --input), or --source is what the model is to read, but {given} given. Give one."
             )
-        if self.source and (self.input or self.system or self.template):
-            raise UserError("--source is read as it is: drop --input, --system and --template, or give --instruction.")
+        if self.source and (self.system or self.template):
+            raise UserError("--source is read as it is: drop --system and --template, or give --instruction.")
         for name in ("rows", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
@@ -272,6 +283,10 @@ class DemoSettings:
     """JSONL file of rows with `instruction` and `input`, of which the first are offered on the page."""
     template: str = field(default="", metadata=TEMPLATE)
     """Name or file of a prompt template; the one saved with the tokenizer unless given."""
+    source_language: str = ""
+    """Language of the input at first, for models that are told: a code of the tokenizer, or a short one (en)."""
+    target_language: str = ""
+    """Language of the answer at first, likewise."""
     max_new_tokens: int | None = None
     """The longest answer that can be asked for; 256, or the model's own limit if that is lower, unless given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -299,6 +314,11 @@ class ServeSettings:
     """What clients call the model; the folder's name unless given."""
     template: str = field(default="", metadata=TEMPLATE)
     """Name or file of a prompt template; the one saved with the tokenizer unless given."""
+    source_language: str = ""
+    """Language of prompts that bring none, for models that are told: a code of the tokenizer, or a short one (en).
+    Requests may bring `source_language` and `target_language`."""
+    target_language: str = ""
+    """Language of answers, likewise. What is not given is as the tokenizer says."""
     batch_size: int = 16
     """Prompts that are generated together, at most."""
     batch_wait_ms: float = 5.0

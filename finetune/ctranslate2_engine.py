@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from diptych.data_prep.encode import label_prefix
 from diptych.data_prep.hub import check_place
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template, carried_template
@@ -31,6 +30,7 @@ from diptych.finetune.detokenize import text_of
 from diptych.finetune.export_ctranslate2 import import_ctranslate2
 from diptych.finetune.generate import GREEDY, GenerationBar, Output, check_source_ids, end_tokens
 from diptych.finetune.loading import EXPORT_FILE, export_kind, load_tokenizer
+from diptych.finetune.targets import given_tokens
 
 MODEL_FILES = ("model.bin", "config.json", "shared_vocabulary.json")
 TOP_K = 50
@@ -61,6 +61,7 @@ class Translator:
         self.tokens: list[str] = json.loads((folder / "shared_vocabulary.json").read_text(encoding="utf-8"))
         self.ids = {token: token_id for token_id, token in enumerate(self.tokens)}
         self.start: int = self.facts["decoder_start_token_id"]
+        self.generation_config.decoder_start_token_id = self.start
         self.position_limit: int | None = self.facts["position_limit"]
         self._compute_type, self._seed = compute_type, None
         self._translator = self._started()
@@ -106,19 +107,21 @@ class Translator:
         batch_size: int,
         max_new_tokens: int,
         template: Template | None = None,
+        given: Sequence[Sequence[int]] | None = None,
         progress: bool | GenerationBar = False,
         streamer: TextStreamer | None = None,
         **generation: Any,
     ) -> list[Output]:
         """As `generate.generate_outputs`: in the order of `source_ids`, several in a row for each if so many are asked
-        for; the template's decoder prefix is forced and its stop strings end a text."""
+        for; what is `given` is forced, and the template's stop strings end a text."""
         check_source_ids(source_ids)
+        given = given or [given_tokens(self, tokenizer, template)] * len(source_ids)
         config = self._config(generation)
         options = self._options(config)
         if config.do_sample and seed != self._seed:
             import_ctranslate2().set_random_seed(seed)
             self._translator, self._seed = self._started(), seed
-        prefix, hidden, most = self._forced(tokenizer, template, config, max_new_tokens)
+        prefixes, hidden, most = self._forced(given, config, max_new_tokens)
         options["max_decoding_length"] = max(most, 1)
         options["min_decoding_length"] = min(options["min_decoding_length"], options["max_decoding_length"])
         longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]))
@@ -126,8 +129,9 @@ class Translator:
         bar = progress if isinstance(progress, GenerationBar) else GenerationBar(len(source_ids), shown=progress)
         for start in range(0, len(longest_first), batch_size):
             rows, tokens = longest_first[start : start + batch_size], 0
+            of_batch = [prefixes[row] for row in rows]
             for row, hypotheses in zip(
-                rows, self._translate(tokenizer, template, source_ids, rows, prefix, options, streamer), strict=True
+                rows, self._translate(tokenizer, template, source_ids, rows, of_batch, options, streamer), strict=True
             ):
                 found[row] = [self._output(tokenizer, template, ids[hidden:most], config) for ids in hypotheses]
                 tokens += sum(len(ids[hidden:most]) for ids in hypotheses)
@@ -221,24 +225,24 @@ class Translator:
         return options
 
     def _forced(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template | None,
-        config: GenerationConfig,
-        max_new_tokens: int,
-    ) -> tuple[list[int], int, int]:
-        """The ids that stand after the start, whatever the model would write; how many of them are no part of the
-        text; and how many tokens may stand there in all."""
-        prefix = label_prefix(tokenizer, template.decoder_prefix) if template and template.decoder_prefix else []
-        most = max(max_new_tokens, len(prefix) + 1) if prefix else max_new_tokens
-        hidden = len(prefix)
-        if prefix[:1] == [self.start]:
-            prefix, hidden, most = prefix[1:], hidden - 1, most - 1
-        elif not prefix and config.forced_bos_token_id is not None:
-            prefix = [config.forced_bos_token_id]
+        self, given: Sequence[Sequence[int]], config: GenerationConfig, max_new_tokens: int
+    ) -> tuple[list[list[int]], int, int]:
+        """For each source the ids that stand after the start, whatever the model would write; how many of them are no
+        part of the text; and how many tokens may stand there in all."""
+        for start, *_ in given:
+            if start != self.start:
+                raise UserError(
+                    f"this export begins to write with {self.tokens[self.start]}, and {self.tokens[start]} is asked "
+                    f"for. Use --engine torch with the checkpoint."
+                )
+        prefixes = [list(ids[1:]) for ids in given]
+        hidden = len(prefixes[0]) if prefixes else 0
+        most = max(max_new_tokens, hidden + 1) if hidden else max_new_tokens
+        if not hidden and config.forced_bos_token_id is not None:
+            prefixes = [[config.forced_bos_token_id]] * len(given)
         if config.forced_eos_token_id is not None:
             most -= 1  # where torch writes the end at the cap, whatever the model would have written
-        return prefix, hidden, most
+        return prefixes, hidden, most
 
     def _translate(
         self,
@@ -246,7 +250,7 @@ class Translator:
         template: Template | None,
         source_ids: Sequence[Sequence[int]],
         rows: Sequence[int],
-        prefix: list[int],
+        prefixes: list[list[int]],
         options: dict[str, Any],
         streamer: TextStreamer | None,
     ) -> list[list[list[int]]]:
@@ -257,7 +261,7 @@ class Translator:
         def after_each(step: Any) -> bool:
             """Shows the token; whether its row holds a stop string."""
             written[step.batch_id].append(step.token_id)
-            if streamer and step.step >= len(prefix):
+            if streamer and step.step >= len(prefixes[0]):
                 streamer.put(torch.tensor([step.token_id]))
             stop = template.stop if template else ()
             text = text_of(tokenizer, written[step.batch_id]) if stop else ""
@@ -267,7 +271,7 @@ class Translator:
             streamer.put(torch.tensor([self.start]))  # which it takes for the prompt
         results = self._translator.translate_batch(
             [self._named(source_ids[row]) for row in rows],
-            [self._named(prefix)] * len(rows),
+            [self._named(prefix) for prefix in prefixes],
             callback=after_each if is_single and (streamer or (template and template.stop)) else None,
             **options,
         )

@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from transformers import PreTrainedModel
 
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import load_template, template_of
+from diptych.data_prep.languages import codes_of, own_languages
+from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.text_shown import token_markup
 from diptych.finetune import cli
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.attentions import mean_weights
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece
 from diptych.finetune.command_settings import DemoSettings
-from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
+from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompt, Prompter, template_for
 from diptych.finetune.generate_file import read_prompts
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.targets import given_tokens
@@ -58,12 +58,11 @@ class Contestant(NamedTuple):
     engine: Engine
     most_tokens: int
 
-    def attention(self, source_ids: list[int], answer: Answer) -> str:
+    def attention(self, source_ids: list[int], given: Sequence[int], answer: Answer) -> str:
         """Where the decoder looked, as a table: rows are what it wrote, columns what it read."""
         tokenizer = self.prompter.tokenizer
         if max(len(source_ids), len(answer.ids)) > MOST_MAP_TOKENS or not answer.ids:
             return _note(f"A map of attention is drawn of up to {MOST_MAP_TOKENS} tokens on either side.")
-        given = given_tokens(self.model, tokenizer, self.prompter.template)
         passage = facts.read_and_write(self.model, source_ids, [*given, *answer.ids])
         weights = mean_weights(passage.seen.cross)[-len(answer.ids) :]
         read, written = (facts.token_chips(tokenizer, ids) for ids in (source_ids, answer.ids))
@@ -94,11 +93,12 @@ def load_contestant(settings: DemoSettings, name: str) -> Contestant:
     model, tokenizer = load_model_and_tokenizer(
         name, settings.dtype, pick_device(settings.device), check_template=uses_own
     )
-    template = template_of(tokenizer) if uses_own else load_template(settings.template)
+    template = template_for(settings.template, tokenizer)
     limit = position_limit(model)
     most = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)
     engine = Engine(model, tokenizer, template, batch_size=8, queue_size=64, batch_wait_ms=5)
-    return Contestant(shown_name(name), model, Prompter(tokenizer, template, limit), engine, most)
+    languages = Languages(settings.source_language, settings.target_language)
+    return Contestant(shown_name(name), model, Prompter(tokenizer, template, limit, languages), engine, most)
 
 
 class Asked(NamedTuple):
@@ -113,6 +113,8 @@ class Asked(NamedTuple):
     top_p: float
     repetition_penalty: float
     seed: float
+    source_language: str = ""
+    target_language: str = ""
 
     def decoding(self, most_tokens: int) -> Decoding:
         beams = 1 if self.temperature else int(self.num_beams)
@@ -137,12 +139,15 @@ def answer_all(contestants: Sequence[Contestant], asked: Asked) -> Iterator[list
     for place, contestant in enumerate(contestants):
         job = None
         try:
-            if not asked.instruction.strip():
-                raise UserError("Write an instruction first.")
-            text = contestant.prompter.template.render_source(asked.instruction, asked.input, (), asked.system)
-            (source_ids,), (is_cut,) = contestant.prompter.encode([text])
+            if not asked.instruction.strip() and not asked.input.strip():
+                raise UserError("Write an instruction first, or an input for a model that needs none.")
+            prompter, chosen = contestant.prompter, Languages(asked.source_language, asked.target_language)
+            prompt = Prompt(asked.instruction, asked.input, system=asked.system, languages=chosen)
+            text, languages = prompter.render(prompt)
+            (source_ids,), (is_cut,) = prompter.encode([text], [languages])
             decoding = asked.decoding(contestant.most_tokens)
             job = Job(source_ids, decoding, lambda it, place=place: events.put((place, it)), wants_pieces=True)
+            job.given = given_tokens(contestant.model, prompter.tokenizer, prompter.template, languages)
             shown[place][1] = _note(f"The prompt was cut to {len(source_ids)} tokens.") if is_cut else ""
             contestant.engine.submit([job])
         except UserError as error:
@@ -175,7 +180,7 @@ def _written(
                 answer.text,
                 shown[place][1] + _note(tokens if answer.finished else f"{tokens}, and stopped there, before its end"),
             )
-            shown[place][2] = contestants[place].attention(list(jobs[place].source_ids), answer)
+            shown[place][2] = contestants[place].attention(list(jobs[place].source_ids), jobs[place].given, answer)
         if events.empty():
             yield _flat(shown)
 
@@ -190,6 +195,10 @@ def build_page(contestants: Sequence[Contestant], examples: list[list[str]]) -> 
 
     has_system = any("system" in it.prompter.template.source_variables() for it in contestants)
     most_tokens = max(contestant.most_tokens for contestant in contestants)
+    prompter = contestants[0].prompter
+    codes = sorted(codes_of(prompter.tokenizer).tokens)
+    chosen = codes_of(prompter.tokenizer).checked(prompter.languages).or_else(own_languages(prompter.tokenizer))
+    has_languages = bool(codes) or any(chosen)
     title = " and ".join(contestant.name for contestant in contestants)
     with gradio.Blocks(analytics_enabled=False, fill_width=True, title=f"{title} · Diptych") as page:
         gradio.HTML(f'<h1 class="title">{escape(title)}</h1>')
@@ -200,6 +209,18 @@ def build_page(contestants: Sequence[Contestant], examples: list[list[str]]) -> 
                 )
                 text = gradio.Textbox(label="Input", info="What it is about, if anything", lines=5, elem_id="input")
                 system = gradio.Textbox(label="System prompt", visible=has_system, elem_id="system")
+                with gradio.Row(visible=has_languages):
+                    languages = [
+                        gradio.Dropdown(
+                            codes,
+                            value=code,
+                            label=label,
+                            allow_custom_value=True,
+                            visible=has_languages,
+                            elem_id=label,
+                        )
+                        for label, code in zip(("From", "Into"), chosen, strict=True)
+                    ]
                 with gradio.Row():
                     stop = gradio.Button("Stop", elem_id="stop")
                     go = gradio.Button("Write", variant="primary", elem_id="go")
@@ -238,7 +259,7 @@ def build_page(contestants: Sequence[Contestant], examples: list[list[str]]) -> 
             # A box that is not shown has no value.
             yield from answer_all(contestants, Asked(*("" if value is None else value for value in values)))
 
-        inputs = [instruction, text, system, *settings]
+        inputs = [instruction, text, system, *settings, *languages]
         running = [
             trigger(write, inputs, outputs, show_progress="hidden", api_visibility="private", concurrency_limit=8)
             for trigger in (go.click, instruction.submit)

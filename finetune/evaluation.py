@@ -40,6 +40,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.arguments import choose_from
+from diptych.data_prep.languages import codes_of
 from diptych.data_prep.named_splits import name_in, splits_of
 from diptych.data_prep.own_files import check_overwrite
 from diptych.data_prep.records import UserError
@@ -472,7 +473,7 @@ def run(settings: EvaluateSettings) -> int:
         evaluation = evaluate_rows(
             model,
             tokenizer,
-            drop_repeated_start(split, model.config.decoder_start_token_id),
+            drop_repeated_start(split, decoder_start_token(model), codes_of(tokenizer).starts),
             metrics=settings.metric_names(),
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,

@@ -21,16 +21,18 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.encode import label_prefix, split_sources
-from diptych.data_prep.records import UserError, counted
+from diptych.data_prep.encode import split_sources
+from diptych.data_prep.languages import own_languages
+from diptych.data_prep.records import Languages, UserError, counted
 from diptych.data_prep.templates import TOKENIZER_KEY, Template, stored_golden
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.doctor_rows import SENTENCES
 from diptych.finetune.families import decoder_start_token
-from diptych.finetune.generate import pad_sources
+from diptych.finetune.generate import Prompter, pad_sources
 from diptych.finetune.generate_file import read_prompts, render_prompts
 from diptych.finetune.loading import position_limit
 from diptych.finetune.metrics import score_texts
+from diptych.finetune.targets import given_tokens
 
 TOLERANCE = 1e-3
 """Of the largest logit. fp32 on two engines is off by some 1e-6 of it; a wrong conversion by more than a tenth."""
@@ -110,29 +112,34 @@ class Comparison:
 
 def examples_of(
     file: str, tokenizer: PreTrainedTokenizerBase, template: Template | None, max_source_tokens: int | None
-) -> tuple[list[Example], str]:
+) -> tuple[list[Example], str, Languages]:
     """Rows of a JSONL file, `output` or `outputs` being their references; without a file, the examples that travel
-    with the template and built-in sentences. And what they are, in words."""
+    with the template and built-in sentences. And what they are, in words; and their languages, which are the same for
+    all, since one task is compared."""
     if not file:
         texts = [_built_in(template, instruction, text) for instruction, text, _ in SENTENCES]
         golden = stored_golden(tokenizer) if TOKENIZER_KEY in tokenizer.init_kwargs else []
         ids = [sum(entry["input_ids"], []) for entry in golden if not isinstance(entry["input_ids"], str)]
         ids += [encoding.ids() for encoding in split_sources(tokenizer, texts)]
-        return [Example(row[:max_source_tokens], []) for row in ids], "built-in sentences"
+        examples = [Example(row[:max_source_tokens], []) for row in ids]
+        return examples, "built-in sentences", own_languages(tokenizer)
     if template is None:
         raise UserError(
             "rows are prompts, and the tokenizer carries no template to render them with. Give --template."
         )
-    rows, prompts = render_prompts(read_prompts(file), template)
+    rows, prompts = render_prompts(read_prompts(file), Prompter(tokenizer, template, max_source_tokens))
     for number, row in enumerate(rows, start=1):
         if row.error:
             raise UserError(f"{file} row {number}: {row.error}. Mend it, or take it out.")
-    encodings = split_sources(tokenizer, list(prompts.values()))
+    languages = [of_row for _, of_row in prompts.values()]
+    if len(set(languages)) > 1:
+        raise UserError(f"{file} has rows of several languages, and one direction is compared. Give rows of one.")
+    encodings = split_sources(tokenizer, [text for text, _ in prompts.values()], languages)
     references = [_references(file, index, rows[index].fields) for index in prompts]
     examples = [
         Example(encoding.ids(max_source_tokens), own) for encoding, own in zip(encodings, references, strict=True)
     ]
-    return examples, f"{counted(len(examples), 'row')} of {Path(file).name}"
+    return examples, f"{counted(len(examples), 'row')} of {Path(file).name}", languages[0]
 
 
 def _built_in(template: Template | None, instruction: str, text: str) -> str:
@@ -148,14 +155,23 @@ def _references(file: str, index: int, fields: dict[str, Any]) -> list[str]:
 
 
 def task_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template | None, tokens: int, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
+    languages: Languages,
+    tokens: int,
+    batch_size: int,
 ) -> Task:
     """Prefix and ends as generation has them for this model; `tokens` at most, within its positions."""
-    config, start = model.generation_config, decoder_start_token(model)
-    prefix = label_prefix(tokenizer, template.decoder_prefix) if template and template.decoder_prefix else []
+    config = model.generation_config
+    start, *prefix = given_tokens(model, tokenizer, template, languages)
+    if start != decoder_start_token(model):
+        raise UserError(
+            f"the decoder of {model.config.model_type} starts with the language code of each row, an export with one. "
+            f"Set decoder_start_token_id in its generation_config.json to that of one language ({start} here)."
+        )
     if not prefix and config.forced_bos_token_id is not None:
         prefix = [config.forced_bos_token_id]
-    prefix = prefix[1:] if prefix[:1] == [start] else prefix
     end = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
     limit = position_limit(model)
     tokens = tokens if limit is None else max(1, min(tokens, limit - len(prefix)))

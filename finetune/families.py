@@ -106,8 +106,10 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def decoder_start_token(model: PreTrainedModel) -> int:
     """The first decoder input, the one that `model.generate` starts with: training has to start with the same."""
     generation = model.generation_config
+    if generation.decoder_start_token_id is not None:
+        return generation.decoder_start_token_id
     configured = getattr(model.config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
-    for token in (generation.decoder_start_token_id, configured, generation.bos_token_id):
+    for token in (configured, generation.bos_token_id):
         if token is not None:
             return token
     raise UserError(

@@ -27,6 +27,8 @@ import torch
 from tqdm import tqdm
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -34,16 +36,26 @@ from transformers import (
     TextStreamer,
 )
 
-from diptych.data_prep.encode import label_prefix, split_sources
-from diptych.data_prep.records import UserError, nearest
-from diptych.data_prep.templates import Template, load_template, template_of
+from diptych.data_prep.encode import split_sources
+from diptych.data_prep.languages import codes_of, languages_in, languages_note, resolved
+from diptych.data_prep.records import Languages, UserError, nearest
+from diptych.data_prep.templates import (
+    BARE_TEMPLATE,
+    TEMPLATES,
+    TOKENIZER_KEY,
+    Template,
+    load_template,
+    template_of,
+)
 from diptych.finetune import cli
 from diptych.finetune.command_settings import GenerateSettings
 from diptych.finetune.detokenize import text_of
+from diptych.finetune.families import decoder_start_token
 from diptych.finetune.fast_decode import can_decode_fast, fast_decode, read_fast
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.ranks import join_ranks
 from diptych.finetune.speed import keep_memory
+from diptych.finetune.targets import given_tokens
 
 if TYPE_CHECKING:
     from diptych.finetune.ctranslate2_engine import Translator
@@ -107,12 +119,15 @@ def generate_outputs(
     batch_size: int,
     max_new_tokens: int,
     template: Template | None = None,
+    given: Sequence[Sequence[int]] | None = None,
     progress: bool | GenerationBar = False,
     **generation_kwargs: Any,
 ) -> list[Output]:
     """Outputs in the order of `source_ids`; with `num_return_sequences=n`, n in a row for each source.
 
-    Of `template`, the decoder prefix is forced (it counts among the new tokens) and the stop strings end a row.
+    `given` is for each source what the decoder is given first (`targets.given_tokens`), all equally long: the start,
+    and a language code or the template's decoder prefix, which count among the new tokens. Where it is left out,
+    languages are the tokenizer's own. The template's stop strings end a row.
     `generation_kwargs` go to `model.generate` (num_beams, do_sample, streamer …). The model may be in training mode;
     it is put back into it.
     """
@@ -130,7 +145,8 @@ def generate_outputs(
             if not bar.disable:
                 ticks = [*settings.get("stopping_criteria", ()), Ticks(bar, len(rows))]
                 settings |= {"stopping_criteria": ticks}
-            found, tokens = generate_batch(model, tokenizer, batch, max_new_tokens, template, settings)
+            of_batch = [given[row] for row in rows] if given else None
+            found, tokens = generate_batch(model, tokenizer, batch, max_new_tokens, template, settings, of_batch)
             each = len(found) // len(rows)
             for position, row in enumerate(rows):
                 outputs[row] = found[position * each : (position + 1) * each]
@@ -166,13 +182,16 @@ def generate_batch(
     max_new_tokens: int,
     template: Template | None,
     generation_kwargs: dict[str, Any],
+    given: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[Output], int]:
-    """The outputs of one batch in its order, and how many new tokens they have together."""
+    """The outputs of one batch in its order, and how many new tokens they have together. `given` is as for
+    `generate_outputs`."""
+    given = given or [given_tokens(model, tokenizer, template)] * len(source_ids)
     inputs = pad_sources(source_ids, tokenizer.pad_token_id or 0)
-    prefix = label_prefix(tokenizer, template.decoder_prefix) if template and template.decoder_prefix else []
-    if prefix:
-        inputs["decoder_input_ids"] = torch.tensor([prefix] * len(source_ids))
-        max_new_tokens = max(1, max_new_tokens - len(prefix))
+    generation_kwargs, prompts = _with_given(model, generation_kwargs, given)
+    if prompts is not None:
+        inputs["decoder_input_ids"] = prompts
+        max_new_tokens = max(1, max_new_tokens - prompts.shape[1] + 1)
     criteria = StoppingCriteriaList(generation_kwargs.get("stopping_criteria", ()))
     if template and template.stop:
         criteria.append(StopStrings(tokenizer, template))
@@ -190,7 +209,7 @@ def generate_batch(
         raise UserError(f"{len(source_ids)} rows do not fit into memory together. Lower batch_size.") from error
     outputs, tokens = [], 0
     for sequence in sequences:
-        ids, finished = new_tokens(sequence, prefix, config)
+        ids, finished = new_tokens(sequence, len(given[0]), config)
         text = text_of(tokenizer, ids[: len(ids) - finished])
         if template and (cut := template.cut_at_stop(text)) != text:
             text, finished = cut, True
@@ -201,11 +220,43 @@ def generate_batch(
     return outputs, tokens
 
 
-def new_tokens(sequence: list[int], prefix: list[int], config: GenerationConfig) -> tuple[list[int], bool]:
-    """What the model added to start and prefix, up to its end token, and whether it wrote one."""
-    # The first token is the decoder's start: for BART it is eos, so it must go before eos is looked for. A prefix that
-    # begins with the start token is given as it is; before any other, transformers puts the start.
-    given = len(prefix) + (sequence[0] not in prefix[:1])
+def _with_given(
+    model: PreTrainedModel, generation_kwargs: dict[str, Any], given: Sequence[Sequence[int]]
+) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """The settings and the decoder's prompts (B, P) by which `generate` begins with what is given, (B, P) ids.
+
+    Where it is the start token alone, there is no need of either. Beams are scored by their length without the prompt,
+    and transformers' `forced_bos_token_id` counts a language code as written; so that beams give the same tokens here,
+    one token after the start is forced and not given.
+    """
+    starts = {ids[0] for ids in given}
+    if starts == {decoder_start_token(model)} and len(given[0]) == 1:
+        return generation_kwargs, None
+    if len(given[0]) == 2 and generation_kwargs.get("num_beams", 1) > 1:
+        each = generation_kwargs["num_beams"]
+        forced = FirstTokens([ids[1] for ids in given for _ in range(each)])
+        generation_kwargs = generation_kwargs | {"logits_processor": LogitsProcessorList([forced])}
+        given = [ids[:1] for ids in given]
+    # transformers puts a start before the prompts, unless the first one of them begins with it
+    return generation_kwargs | {"decoder_start_token_id": given[0][0]}, torch.tensor(given)
+
+
+class FirstTokens(LogitsProcessor):
+    """For each row (B) the token that it has to write first, as `forced_bos_token_id` has it for all of them."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self.tokens = torch.tensor(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > 1:
+            return scores
+        forced = torch.full_like(scores, -torch.inf)
+        return forced.scatter(1, self.tokens.to(scores.device)[:, None], 0.0)
+
+
+def new_tokens(sequence: list[int], given: int, config: GenerationConfig) -> tuple[list[int], bool]:
+    """What the model added to the `given` first tokens, up to its end token, and whether it wrote one. (For BART the
+    start is eos, so it must go before eos is looked for.)"""
     ids, finished = _cut_at_eos(sequence[given:], end_tokens(config))
     if finished and config.forced_eos_token_id is not None and len(ids) == config.max_new_tokens:
         return ids[:-1], False  # the cap wrote this eos, not the model (BART's generation configs ask for it)
@@ -287,6 +338,16 @@ def check_generation_names(generation: dict[str, Any]) -> None:
             )
 
 
+def template_for(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template that is named, or that travels with the tokenizer. Where none does, a model with language codes has
+    the one that adds nothing to a text."""
+    if name:
+        return load_template(name)
+    if codes_of(tokenizer).tokens and TOKENIZER_KEY not in tokenizer.init_kwargs:
+        return TEMPLATES[BARE_TEMPLATE]
+    return template_of(tokenizer)
+
+
 def resolve_limits(settings: GenerateSettings, model: "PreTrainedModel | Translator") -> GenerateSettings:
     """The settings with every limit filled in; UserError for one that is beyond the model's positions."""
     limit = position_limit(model) if isinstance(model, PreTrainedModel) else model.position_limit
@@ -301,16 +362,41 @@ def resolve_limits(settings: GenerateSettings, model: "PreTrainedModel | Transla
     )
 
 
+class Prompt(NamedTuple):
+    """What a row asks."""
+
+    instruction: str
+    input: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    languages: Languages = Languages()
+
+
 class Prompter(NamedTuple):
-    """What turns instruction and input into token ids: one template, one tokenizer, one limit."""
+    """What turns a prompt into token ids: one template, one tokenizer, one limit."""
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
     max_source_tokens: int | None
+    languages: Languages = Languages()
+    """Of prompts that bring none."""
 
-    def encode(self, texts: list[str]) -> tuple[list[list[int]], list[bool]]:
+    def render(self, prompt: Prompt) -> tuple[str, Languages]:
+        """The source text, and the languages as the tokenizer calls them.
+
+        Raises:
+            UserError: the template has no place for something, or the tokenizer does not know a language.
+        """
+        instruction, text, history, system, own = prompt
+        languages = resolved(self.tokenizer, own.or_else(self.languages), self.template.decoder_prefix)
+        instruction = codes_of(self.tokenizer).instruction(instruction, languages)
+        return self.template.render_source(instruction, text, history, system), languages
+
+    def encode(
+        self, texts: list[str], languages: Sequence[Languages] | None = None
+    ) -> tuple[list[list[int]], list[bool]]:
         """Rendered prompts -> their ids, and which of them were cut to max_source_tokens."""
-        encodings = split_sources(self.tokenizer, texts)
+        encodings = split_sources(self.tokenizer, texts, languages)
         ids = [encoding.ids(self.max_source_tokens) for encoding in encodings]
         cut = [encoding.ids() != kept for encoding, kept in zip(encodings, ids, strict=True)]
         return ids, cut
@@ -322,7 +408,8 @@ def answer(
     """Print the output of one prompt: as it comes where there is one beam and no stop string, else when it is done."""
     from diptych.finetune.reranking import chosen_outputs  # here, because it imports this file
 
-    source_ids, cut = prompter.encode([prompter.template.render_source(instruction, text, (), settings.system)])
+    source, languages = prompter.render(Prompt(instruction, text, system=settings.system))
+    source_ids, cut = prompter.encode([source], [languages])
     if cut[0]:
         print(f"(the prompt was cut to {len(source_ids[0])} tokens)", file=sys.stderr)
     generation = settings.generation_kwargs()
@@ -338,6 +425,7 @@ def answer(
         batch_size=1,
         max_new_tokens=settings.max_new_tokens,
         template=prompter.template,
+        given=[given_tokens(model, prompter.tokenizer, prompter.template, languages)],
         **generation,
     )
     if not streams:
@@ -356,8 +444,9 @@ def _shown(output: Output) -> str:
 def run_session(model: "PreTrainedModel | Translator", prompter: Prompter, settings: GenerateSettings) -> int:
     """Ask for an instruction and its input, answer, ask again, until the end of input (Ctrl-D) or Ctrl-C.
 
-    An empty instruction repeats the last one, so that many inputs can follow one instruction. Ctrl-C during an
-    answer stops that answer only. On a pipe nothing but the answers is printed.
+    An empty instruction repeats the last one, so that many inputs can follow one instruction. Where languages say what
+    is to be done, only inputs are asked for. Ctrl-C during an answer stops that answer only. On a pipe nothing but the
+    answers is printed.
     """
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  arrow keys and earlier lines at the prompt
@@ -365,13 +454,17 @@ def run_session(model: "PreTrainedModel | Translator", prompter: Prompter, setti
     if typed:
         print(f"{settings.model} on {model.device}, template {prompter.template.name}. Ctrl-D leaves.")
     instruction = ""
+    has_languages = any(settings.languages) or codes_of(prompter.tokenizer).is_around_texts
     try:
         while True:
-            kept = f" [{instruction}]" if instruction else ""
-            instruction = input(f"instruction{kept}> " if typed else "").strip() or instruction
-            if not instruction:
+            if has_languages:
+                text = input("input> " if typed else "").strip()
+            else:
+                kept = f" [{instruction}]" if instruction else ""
+                instruction = input(f"instruction{kept}> " if typed else "").strip() or instruction
+                text = _ask_input("input (Enter for none)> " if typed else "") if instruction else ""
+            if not instruction and not text:
                 continue
-            text = _ask_input("input (Enter for none)> " if typed else "")
             try:
                 answer(model, prompter, settings, instruction, text)
             except KeyboardInterrupt:
@@ -396,7 +489,8 @@ def run(settings: GenerateSettings) -> int:
     keep_memory()
 
     # The file first: its mistakes are found before a large model is loaded.
-    rows = read_prompts(settings.in_file, settings.instruction, settings.system) if settings.in_file else []
+    asked = settings.instruction, settings.system, any(settings.languages)
+    rows = read_prompts(settings.in_file, *asked) if settings.in_file else []
     accelerator, uses_own = join_ranks(), not settings.template
     if accelerator and not settings.in_file:
         raise UserError("one process answers a prompt, but several were launched. Launch one, or give --in_file.")
@@ -409,15 +503,19 @@ def run(settings: GenerateSettings) -> int:
     else:
         model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
     settings = resolve_limits(settings, model)
-    template = load_template(settings.template) if settings.template else template_of(tokenizer)
-    prompter = Prompter(tokenizer, template, settings.max_source_tokens)
+    template = template_for(settings.template, tokenizer)
+    prompter = Prompter(tokenizer, template, settings.max_source_tokens, settings.languages)
+    if (note := languages_note(tokenizer, settings.languages)) and not any(
+        any(languages_in(it.fields)) for it in rows
+    ):
+        print(f"({note})", file=sys.stderr)
     if settings.in_file:
         code = generate_file(model, prompter, settings, rows, accelerator)
         if accelerator:
             accelerator.end_training()
         return code
     torch.manual_seed(settings.seed)
-    if settings.instruction:
+    if settings.instruction or settings.input:
         answer(model, prompter, settings, settings.instruction, settings.input)
         return 0
     return run_session(model, prompter, settings)

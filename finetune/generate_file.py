@@ -4,8 +4,10 @@
     {"row": 1, "prediction": "네.", "finished": true, "source_cut": false, "id": 7, "instruction": …, "input": …}
     {"row": 2, "error": "broken JSON at column 9: …"}                     what a row that is no prompt gets
 
-A row may be a conversation instead, `messages` as in training: its next answer is generated, or, if it ends in one,
-that answer anew. In a .txt file each line is an instruction, or the input of the one that is given for all.
+Rows without an instruction are for models that need none. A row may bring `source_language` and `target_language` (or
+src_lang, tgt_lang), which go before those of the settings. A row may be a conversation instead, `messages` as in
+training: its next answer is generated, or, if it ends in one, that answer anew. In a .txt file each line is an
+instruction, or the input of the one that is given for all.
 
 Each line of in_file gets exactly one line, in its place; `row` counts from 1. A blank one asks nothing, and has an
 empty prediction. `prediction` and `finished` (ended by the model, not by the cap) are lists where there are several
@@ -34,27 +36,20 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, set_seed
 
 from diptych.data_prep.conversations import ROLES, SHAREGPT_ROLES, Fault, open_question, turns_of
-from diptych.data_prep.records import UserError, nearest
+from diptych.data_prep.languages import UnknownLanguage, languages_in
+from diptych.data_prep.records import Languages, UserError, nearest
 from diptych.data_prep.templates import Template
 from diptych.finetune.ctranslate2_engine import Translator
-from diptych.finetune.generate import LINES_SUFFIX, GenerateSettings, GenerationBar, Output, Prompter
+from diptych.finetune.generate import LINES_SUFFIX, GenerateSettings, GenerationBar, Output, Prompt, Prompter
 from diptych.finetune.ranks import on_main_rank
 from diptych.finetune.reranking import chosen_outputs
+from diptych.finetune.targets import given_tokens
 
 # 8 batches: sorting among them already removes most of the padding, and a kill costs at most their time.
 CHUNK_BATCHES = 8
 PROMPT_FIELDS = ("instruction", "input", "history", "system")
 CONVERSATION_FIELDS = ("messages", "conversations")
 OUR_FIELDS = ("row", "prediction", "finished", "source_cut", "error", "log_probability", "log_probability_per_token")
-
-
-class Prompt(NamedTuple):
-    """What a row asks, as `Template.render_source` takes it."""
-
-    instruction: str
-    input: str = ""
-    history: tuple[tuple[str, str], ...] = ()
-    system: str = ""
 
 
 class PromptRow(NamedTuple):
@@ -68,14 +63,17 @@ class PromptRow(NamedTuple):
 BLANK = PromptRow({})
 
 
-def read_prompts(in_file: str, instruction: str = "", system: str = "") -> list[PromptRow]:
-    """Every line of in_file; `instruction` and `system` are those of all lines of a .txt file.
+def read_prompts(
+    in_file: str, instruction: str = "", system: str = "", has_languages: bool = False
+) -> list[PromptRow]:
+    """Every line of in_file; `instruction` and `system` are those of all lines of a .txt file. With `has_languages`
+    these lines are inputs, also without an instruction.
 
     UserError where there is no file, no line, or no line that is a prompt.
     """
     lines = Path(in_file).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     if in_file.endswith(LINES_SUFFIX):
-        rows = [_line_row(line, instruction, system) for line in lines]
+        rows = [_line_row(line, instruction, system, has_languages) for line in lines]
     else:
         rows = [_json_row(line) for line in lines]
     if lines[-1] == b"":
@@ -90,14 +88,14 @@ def read_prompts(in_file: str, instruction: str = "", system: str = "") -> list[
     return rows
 
 
-def _line_row(line: bytes, instruction: str, system: str) -> PromptRow:
+def _line_row(line: bytes, instruction: str, system: str, has_languages: bool) -> PromptRow:
     try:
         text = line.decode("utf-8").removesuffix("\r")
     except UnicodeDecodeError as error:
         return PromptRow({}, error=_not_utf8(error))
     if not text.strip():
         return BLANK
-    if instruction:
+    if instruction or has_languages:
         return PromptRow({"input": text}, Prompt(instruction, text, system=system))
     return PromptRow({"instruction": text}, Prompt(text, system=system))
 
@@ -143,15 +141,17 @@ def prompt_of(fields: dict[str, Any]) -> Prompt:
             raise UserError(f"{name!r} must be a string, got {_shown(fields[name])}")
     if conversation is not None:
         return _conversation_prompt(fields, conversation)
-    if "instruction" not in fields:
+    text, instruction = fields.get("input") or "", fields.get("instruction")
+    if "instruction" not in fields and not text.strip():
         raise UserError(f"'instruction' is missing; the row has {', '.join(map(repr, fields)) or 'no fields'}")
-    if not isinstance(fields["instruction"], str) or not fields["instruction"].strip():
+    instruction = "" if instruction in (None, "") and text.strip() else instruction
+    if not isinstance(instruction, str) or not (instruction.strip() or text.strip()):
         raise UserError(f"'instruction' must be a string that is not empty, got {_shown(fields['instruction'])}")
     history = fields.get("history") or []
     if not _is_history(history):
         raise UserError("'history' must be a list of [instruction, output] pairs of strings, oldest first")
     pairs = tuple((instruction, output) for instruction, output in history)
-    return Prompt(fields["instruction"], fields.get("input") or "", pairs, fields.get("system") or "")
+    return Prompt(instruction, text, pairs, fields.get("system") or "", languages_in(fields))
 
 
 def _conversation_prompt(fields: dict[str, Any], name: str) -> Prompt:
@@ -165,7 +165,8 @@ def _conversation_prompt(fields: dict[str, Any], name: str) -> Prompt:
     form = ("from", "value", SHAREGPT_ROLES) if is_sharegpt else ("role", "content", ROLES)
     system, question = open_question(turns_of(turns, name, *form), name)
     system = [text for text in (fields.get("system"), *system) if text]
-    return Prompt(question.instruction, history=question.history, system="\n".join(system))
+    languages = languages_in(fields)
+    return Prompt(question.instruction, history=question.history, system="\n".join(system), languages=languages)
 
 
 def _shown(value: Any) -> str:
@@ -178,14 +179,19 @@ def _is_history(history: Any) -> bool:
     )
 
 
-def render_prompts(rows: list[PromptRow], template: Template) -> tuple[list[PromptRow], dict[int, str]]:
-    """The rows, those with an error now that the template cannot render, and the prompt of each good row's index."""
+def render_prompts(
+    rows: list[PromptRow], prompter: Prompter
+) -> tuple[list[PromptRow], dict[int, tuple[str, Languages]]]:
+    """The rows, those with an error now that cannot be rendered, and of each good row's index its prompt with its
+    languages."""
     judged, prompts = list(rows), {}
     for index, row in enumerate(rows):
         if row.prompt is None:
             continue
         try:
-            prompts[index] = template.render_source(*row.prompt)
+            prompts[index] = prompter.render(row.prompt)
+        except UnknownLanguage as error:
+            judged[index] = row._replace(error=error.fault)
         except UserError as error:
             judged[index] = row._replace(error=str(error))
     return judged, prompts
@@ -203,13 +209,16 @@ def generate_file(
     out_file = Path(settings.out_file)
     if out_file.resolve() == Path(settings.in_file).resolve():
         raise UserError(f"--in_file and --out_file are the same file, {out_file}. Name another --out_file.")
-    rows, prompts = render_prompts(rows, prompter.template)
-    ids, cut = prompter.encode(list(prompts.values()))
-    sources, was_cut = dict(zip(prompts, ids, strict=True)), dict(zip(prompts, cut, strict=True))
+    rows, prompts = render_prompts(rows, prompter)
+    languages = [of_row for _, of_row in prompts.values()]
+    ids, cut = prompter.encode([text for text, _ in prompts.values()], languages)
+    given_of = {it: given_tokens(model, prompter.tokenizer, prompter.template, it) for it in set(languages)}
+    sources = dict(zip(prompts, zip(ids, (given_of[it] for it in languages), strict=True), strict=True))
+    was_cut = dict(zip(prompts, cut, strict=True))
 
     nothing = _predictions([Output("", finished=True)] * settings.num_return_sequences, settings)[0]
     chunk_rows = CHUNK_BATCHES * settings.batch_size
-    identity = run_identity(model, prompter.template, settings, rows, ids)
+    identity = run_identity(model, prompter.template, settings, rows, list(sources.values()))
     done = on_main_rank(accelerator, lambda: open_run(out_file, identity, chunk_rows, len(rows), settings.overwrite))
     ranks, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     if done and rank == 0:
@@ -251,16 +260,18 @@ def _generate_chunk(
     model: PreTrainedModel | Translator,
     prompter: Prompter,
     settings: GenerateSettings,
-    source_ids: list[list[int]],
+    sources: list[tuple[list[int], list[int]]],
     start: int,
     bar: GenerationBar,
 ) -> list[dict[str, Any]]:
-    """For each prompt of the chunk that starts at row `start`: its `prediction` and `finished`."""
+    """For each prompt of the chunk that starts at row `start`: its `prediction` and `finished`. `sources` are the ids
+    of each, and what the decoder is given first."""
     set_seed(settings.seed + start)  # by the chunk's place, so that a resumed run samples what the first would have
     outputs = chosen_outputs(
         model,
         prompter.tokenizer,
-        source_ids,
+        [ids for ids, _ in sources],
+        given=[given for _, given in sources],
         seed=settings.seed + start,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
@@ -314,15 +325,16 @@ def run_identity(
     template: Template,
     settings: GenerateSettings,
     rows: list[PromptRow],
-    source_ids: list[list[int]],
+    sources: list[tuple[list[int], list[int]]],
 ) -> dict[str, Any]:
-    """All that decides the bytes of out_file. Prompts are hashed as encoded: template and tokenizer are in them."""
+    """All that decides the bytes of out_file. Prompts are hashed as encoded, with what the decoder is given: template,
+    tokenizer and languages are in them."""
     own = ("batch_size", "max_new_tokens", "seed")
     rules = {"decoder_prefix": list(template.decoder_prefix), "stop": list(template.stop)}
     is_torch = not isinstance(model, Translator)
     engine = {"weights_sha256": weights_sha256(model), "torch": torch.__version__} if is_torch else model.identity()
     return engine | {
-        "prompts_sha256": _sha256(json.dumps([[[row.fields, row.error] for row in rows], source_ids]).encode()),
+        "prompts_sha256": _sha256(json.dumps([[[row.fields, row.error] for row in rows], sources]).encode()),
         "generation_config": json.loads(model.generation_config.to_json_string(use_diff=False)),
         "settings": {name: getattr(settings, name) for name in own} | rules | settings.generation_kwargs(),
         "device": model.device.type,

@@ -16,14 +16,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.encode import encode_sources
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import TEMPLATES, Template, carried_template, load_template
+from diptych.data_prep.languages import codes_of, resolved
+from diptych.data_prep.records import Languages, UserError
+from diptych.data_prep.templates import BARE_TEMPLATE, TEMPLATES, Template, carried_template, load_template
 from diptych.finetune import cli
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.command_settings import InspectSettings
 from diptych.finetune.detokenize import text_of
-from diptych.finetune.families import decoder_start_token
-from diptych.finetune.generate import GREEDY, generate_batch
+from diptych.finetune.generate import GREEDY, Prompt, Prompter, generate_batch
 from diptych.finetune.generate_file import PromptRow, read_prompts, render_prompts
 from diptych.finetune.inspection_page import check_page, write_page
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
@@ -38,28 +38,38 @@ class Reader(NamedTuple):
     """What every row goes through."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
+    prompter: Prompter
     max_new_tokens: int
 
-    def passage(self, source: str, target: str | None = None) -> facts.Passage:
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.prompter.tokenizer
+
+    @property
+    def template(self) -> Template:
+        return self.prompter.template
+
+    def given(self, languages: Languages) -> list[int]:
+        return given_tokens(self.model, self.tokenizer, self.template, languages)
+
+    def passage(self, source: str, languages: Languages, target: str | None = None) -> facts.Passage:
         """What the model writes to a rendered source; or what it makes of a rendered target, which it is given."""
-        (source_ids,) = encode_sources(self.tokenizer, [source])
+        (source_ids,) = encode_sources(self.tokenizer, [source], languages=[languages])
         limit = min(LONGEST_SOURCE, position_limit(self.model) or LONGEST_SOURCE)
         if len(source_ids) > limit:
             raise UserError(f"the source has {len(source_ids)} tokens, but no more than {limit} can be shown. Cut it.")
         if target is None:
-            given = given_tokens(self.model, self.tokenizer, self.template)
-            decoder_ids = [*given, *self._written(source_ids)]
+            given = self.given(languages)
+            decoder_ids = [*given, *self._written(source_ids, given)]
             return facts.read_and_write(self.model, source_ids, decoder_ids, len(given))
-        (labels,) = target_ids(self.model, self.tokenizer, [target], self.template)
-        decoder_ids = [decoder_start_token(self.model), *labels]
+        ((start, labels),) = target_ids(self.model, self.tokenizer, [target], self.template, languages)
+        decoder_ids = [start, *labels]
         return facts.read_and_write(self.model, source_ids, decoder_ids, len(decoder_ids))
 
-    def _written(self, source_ids: list[int]) -> tuple[int, ...]:
+    def _written(self, source_ids: list[int], given: list[int]) -> tuple[int, ...]:
         """What `diptych generate` would write, end included."""
         (output,), _ = generate_batch(
-            self.model, self.tokenizer, [source_ids], self.max_new_tokens, self.template, GREEDY
+            self.model, self.tokenizer, [source_ids], self.max_new_tokens, self.template, GREEDY, [given]
         )
         if not output.ids:
             raise UserError("the model writes nothing within max_new_tokens, so there is no step to show. Raise it.")
@@ -77,12 +87,17 @@ def run(settings: InspectSettings) -> int:
         settings.model, settings.dtype, pick_device(settings.device), check_template=uses_own
     )
     template = _template(settings, tokenizer)
-    reader = Reader(model, tokenizer, template, settings.max_new_tokens)
+    chosen = Languages(settings.source_language, settings.target_language)
+    reader = Reader(model, Prompter(tokenizer, template, None, chosen), settings.max_new_tokens)
     source, target = settings.source, settings.target or None
-    if settings.instruction:
-        source = template.render_source(settings.instruction, settings.input, (), settings.system)
+    if source:
+        languages = resolved(tokenizer, chosen, template.decoder_prefix)
+    else:
+        source, languages = reader.prompter.render(
+            Prompt(settings.instruction, settings.input, system=settings.system)
+        )
         target = None if target is None else template.render_target(target)
-    found = _facts(settings, reader, source, target)
+    found = _facts(settings, reader, source, languages, target)
     if rows:
         found["data"] = survey(reader, rows, settings.data)
     write_page(Path(settings.out), found)
@@ -96,7 +111,9 @@ def _template(settings: InspectSettings, tokenizer: PreTrainedTokenizerBase) -> 
     if settings.template:
         return load_template(settings.template)
     own = carried_template(tokenizer)
-    if own is None and (settings.instruction or settings.data):
+    if own is None and codes_of(tokenizer).tokens:
+        return TEMPLATES[BARE_TEMPLATE]
+    if own is None and (not settings.source or settings.data):
         raise UserError(
             f"the tokenizer of {settings.model} carries no template, so it is not known how an instruction is put. "
             f"Give --template ({', '.join(TEMPLATES)}, or a Jinja file), or --source, which is read as it is."
@@ -104,14 +121,16 @@ def _template(settings: InspectSettings, tokenizer: PreTrainedTokenizerBase) -> 
     return own or Template(name="none", source="")
 
 
-def _facts(settings: InspectSettings, reader: Reader, source: str, target: str | None) -> dict[str, Any]:
+def _facts(
+    settings: InspectSettings, reader: Reader, source: str, languages: Languages, target: str | None
+) -> dict[str, Any]:
     model, tokenizer = reader.model, reader.tokenizer
-    passage = reader.passage(source)
+    passage = reader.passage(source, languages)
     found = {
         "name": Path(settings.model).name,
         "model": _about(model),
         "asked": {"instruction": settings.instruction, "input": settings.input, "system": settings.system},
-        "template": reader.template.name if settings.instruction else None,
+        "template": None if settings.source else reader.template.name,
         "source_text": str(source),
         "answer": reader.text(passage),
         "source": facts.chips(tokenizer, passage.source_ids),
@@ -125,7 +144,7 @@ def _facts(settings: InspectSettings, reader: Reader, source: str, target: str |
         "lens": facts.lens(model, tokenizer, passage),
     }
     if target is not None:
-        found["target"] = _teacher_forced(reader, source, target)
+        found["target"] = _teacher_forced(reader, source, languages, target)
     return found
 
 
@@ -141,11 +160,11 @@ def _about(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _teacher_forced(reader: Reader, source: str, target: str) -> dict[str, Any]:
+def _teacher_forced(reader: Reader, source: str, languages: Languages, target: str) -> dict[str, Any]:
     """What each token of the target costs, and the first place where the model would have written another."""
-    passage = reader.passage(source, target)
+    passage = reader.passage(source, languages, target)
     steps = facts.steps(reader.model, reader.tokenizer, passage)
-    forced = len(given_tokens(reader.model, reader.tokenizer, reader.template)) - 1
+    forced = len(reader.given(languages)) - 1
     astray = next((place for place, step in enumerate(steps) if step["rank"] > 1 and place >= forced), None)
     losses = [step["loss"] for step in steps]
     return {"text": str(target), "steps": steps, "loss": sum(losses) / len(losses), "astray": astray}
@@ -154,13 +173,13 @@ def _teacher_forced(reader: Reader, source: str, target: str) -> dict[str, Any]:
 def survey(reader: Reader, rows: Sequence[PromptRow], name: str) -> dict[str, Any]:
     """Over a file's rows: what their outputs left unread, and which tokens looked at nothing. A row that has an
     `output` is read with it as target, others with what the model writes. Rows that are no prompts are counted."""
-    judged, prompts = render_prompts(list(rows), reader.template)
+    judged, prompts = render_prompts(list(rows), reader.prompter)
     found, skipped = [], len(judged) - len(prompts)
-    for place, source in tqdm(prompts.items(), desc="inspect", unit="rows"):
+    for place, (source, languages) in tqdm(prompts.items(), desc="inspect", unit="rows"):
         output = judged[place].fields.get("output")
         target = reader.template.render_target(output) if isinstance(output, str) and output.strip() else None
         try:
-            passage = reader.passage(source, target)
+            passage = reader.passage(source, languages, target)
         except UserError:  # longer than can be shown
             skipped += 1
             continue

@@ -43,10 +43,12 @@ class Packing(NamedTuple):
     """One more than the largest id of the tokenizer."""
     positions: int
     """One more than the largest position in a row."""
+    language_starts: Sequence[int] = ()
+    """Language codes that an example may start with instead (mBART-cc25)."""
 
     @classmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> "Packing":
-        return cls(**{name: entry[name] for name in cls._fields})
+        return cls(**{name: entry[name] for name in cls._fields if name in entry or name != "language_starts"})
 
 
 def load_packed(folder: Path) -> datasets.Dataset:
@@ -178,7 +180,7 @@ def _faults(packing: Packing, positions: int | None, vocabulary: int) -> list[tu
                 f"{ids} hold a token that is none of the {vocabulary} that the model has",
             ),
         ]
-    start = packing.decoder_start_token_id
+    starts = [packing.decoder_start_token_id, *packing.language_starts]
     return faults + [
         (_mask_differs, "segment_ids do not match attention_mask"),
         (
@@ -190,8 +192,8 @@ def _faults(packing: Packing, positions: int | None, vocabulary: int) -> list[tu
             f"labels hold a token that is none of the {vocabulary} that the model has",
         ),
         (
-            lambda c: (_begins(c["decoder_segment_ids"]) & (c["decoder_input_ids"] != start)).any(1),
-            f"decoder_input_ids do not begin with the start token {start} in each segment",
+            lambda c: (_begins(c["decoder_segment_ids"]) & ~np.isin(c["decoder_input_ids"], starts)).any(1),
+            f"decoder_input_ids do not begin with the start token {starts[0]} in each segment",
         ),
         (_unread, "decoder segments do not read the encoder segments one after another"),
     ]

@@ -9,10 +9,10 @@
     pipeline("translation", model="nllb")("Good morning.", src_lang="eng_Latn", tgt_lang="kor_Hang")
     pipeline("summarization", model="bart")(texts, batch_size=8)       [{"summary_text": "…"}, …]
 
-An input is a text, a row of instruction (and input, history, system), or a list of messages. What the checkpoint's own
-template makes of it is read, by data_prep's code, as in training; where no template travels with the tokenizer, a text
-is read as it is. Greedy, and what `diptych generate` writes, unless told otherwise; generate_outputs does the work, so
-that rows are batched by length and come back in order.
+An input is a text, a row of instruction or input (and history, system, languages), or a list of messages. What the
+checkpoint's own template makes of it is read, by data_prep's code, as in training; where no template travels with the
+tokenizer, a text is read as it is. Greedy, and what `diptych generate` writes, unless told otherwise; generate_outputs
+does the work, so that rows are batched by length and come back in order.
 """
 
 import contextlib
@@ -28,19 +28,23 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import diptych.modeling
 from diptych.data_prep.conversations import Fault
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import Template, carried_template, load_template, stored_golden
-from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Output, Prompter, generate_outputs
+from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of, languages_in, resolved
+from diptych.data_prep.records import Languages, UserError
+from diptych.data_prep.templates import Template, carried_template, stored_golden
+from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Output, Prompter, generate_outputs, template_for
 from diptych.finetune.generate_file import prompt_of
 from diptych.finetune.loading import position_limit
+from diptych.finetune.targets import given_tokens
 from diptych.modeling.pipeline_diptych import DiptychPipeline
 
+NO_LANGUAGES = Languages()
 STREAMED_BATCHES = 4
 """Of an iterator so many batches are taken at once, for the sake of batches of like lengths."""
 
 
 class Text2TextPipeline(Pipeline):
-    """`pipe(inputs, batch_size=1, max_new_tokens=256, template=None, src_lang=None, tgt_lang=None, **generate)`.
+    """`pipe(inputs, batch_size=1, max_new_tokens=256, template=None, src_lang=None, tgt_lang=None, **generate)`;
+    `source_language` and `target_language` are the same two, also in rows.
 
     One input gives a list of dicts, one for each of `num_return_sequences`; a list gives a list of dicts, or of lists
     of them; an iterator or a dataset of inputs is answered by an iterator. `streamer` (transformers') gets the tokens
@@ -54,8 +58,9 @@ class Text2TextPipeline(Pipeline):
     task_name = "text2text-generation"
     output_key = "generated_text"
 
-    def _sanitize_parameters(self, batch_size=None, template=None, src_lang=None, tgt_lang=None, **generate):
-        reading = {"template": template, "src_lang": src_lang, "tgt_lang": tgt_lang}
+    def _sanitize_parameters(self, batch_size=None, template=None, **generate):
+        named = {name: generate.pop(name) for name in (*SOURCE_COLUMNS, *TARGET_COLUMNS) if name in generate}
+        reading = {"template": template, "languages": languages_in(named) if named else None}
         if batch_size is not None:
             generate["batch_size"] = batch_size
         return {name: value for name, value in reading.items() if value is not None}, generate, {}
@@ -63,12 +68,13 @@ class Text2TextPipeline(Pipeline):
     def __call__(self, inputs: Any, **settings: Any) -> Any:
         reading, generating, _ = self._sanitize_parameters(**settings)
         reading, generating = self._preprocess_params | reading, self._forward_params | generating
+        frame = self._template(reading.get("template"))
         if isinstance(inputs, str | Mapping) or _is_conversation(inputs):
-            (outputs,) = self._forward([self.preprocess(inputs, **reading)], **reading, **generating)
+            (outputs,) = self._forward([self.preprocess(inputs, **reading)], **generating, template=frame)
             return self.postprocess(outputs)
         if isinstance(inputs, list | tuple):
             sources = [self.preprocess(it, **reading) for it in inputs]
-            return [_single(self.postprocess(it)) for it in self._forward(sources, **reading, **generating)]
+            return [_single(self.postprocess(it)) for it in self._forward(sources, **generating, template=frame)]
         return self._answers(_rows(inputs), reading, generating)
 
     def _answers(self, inputs: Iterator[Any], reading: dict, generating: dict) -> Iterator[Any]:
@@ -76,8 +82,10 @@ class Text2TextPipeline(Pipeline):
         while some := list(itertools.islice(inputs, size)):
             yield from self(some, **reading, **generating)
 
-    def preprocess(self, inputs: Any, template: str | None = None, **languages: str) -> list[int]:
-        """One input → the token ids of its source.
+    def preprocess(
+        self, inputs: Any, template: str | None = None, languages: Languages = NO_LANGUAGES
+    ) -> tuple[list[int], list[int]]:
+        """One input → the token ids of its source, and those that the decoder is given first.
 
         Raises:
             ValueError: it is none, or the template has no place for what it has.
@@ -85,54 +93,58 @@ class Text2TextPipeline(Pipeline):
         frame = self._template(template)
         try:
             if frame is None:
-                text = self._bare_text(inputs, **languages)
+                text = self._bare_text(inputs, languages)
+                languages = resolved(self.tokenizer, languages)
             else:
                 row = {"instruction": inputs} if isinstance(inputs, str) else inputs
-                text = frame.render_source(*prompt_of({"messages": row} if isinstance(row, list | tuple) else row))
-            if languages.get("src_lang") and hasattr(self.tokenizer, "src_lang"):
-                self.tokenizer.src_lang = languages["src_lang"]
-            (ids,), (is_cut,) = Prompter(self.tokenizer, frame, position_limit(self.model)).encode([text])
+                prompt = prompt_of({"messages": row} if isinstance(row, list | tuple) else row)
+                text, languages = Prompter(self.tokenizer, frame, None, languages).render(prompt)
+            prompter = Prompter(self.tokenizer, frame, position_limit(self.model))
+            (ids,), (is_cut,) = prompter.encode([text], [languages])
         except (UserError, Fault) as error:
             raise ValueError(f"an input of the pipeline cannot be read: {error}") from None
         if is_cut:
             warnings.warn(f"an input was cut to {len(ids)} tokens, for which the model was built.", stacklevel=2)
-        return ids
+        return ids, given_tokens(self.model, self.tokenizer, frame, languages)
 
     def _template(self, name: str | None) -> Template | None:
-        return load_template(name) if name else carried_template(self.tokenizer)
+        if name or codes_of(self.tokenizer).tokens:
+            return template_for(name or "", self.tokenizer)
+        return carried_template(self.tokenizer)
 
-    def _bare_text(self, inputs: Any, src_lang: str | None = None, tgt_lang: str | None = None) -> str:
+    def _bare_text(self, inputs: Any, languages: Languages) -> str:
         """A text as it is, after the words that a T5 checkpoint's config says its task begins with."""
         if not isinstance(inputs, str):
             raise UserError("the tokenizer carries no template for rows and messages: give texts, or a template")
         tasks = getattr(self.model.config, "task_specific_params", None) or {}
-        name = f"{self.task_name}_{src_lang}_to_{tgt_lang}" if src_lang and tgt_lang else self.task_name
+        source, target = languages
+        name = f"{self.task_name}_{source}_to_{target}" if source and target else self.task_name
+        if name not in tasks and (words := codes_of(self.tokenizer).instruction("", languages)):
+            return f"{words} {inputs}"
         return tasks.get(name, {}).get("prefix", "") + inputs
 
-    def _forward(self, sources: list[list[int]], batch_size: int = 1, **settings: Any) -> list[list[Output]]:
-        """Source ids → for each the outputs."""
-        frame, target = self._template(settings.pop("template", None)), settings.pop("tgt_lang", None)
-        settings.pop("src_lang", None)
-        if target is not None and (token := self._language_token(target)) is not None:
-            settings["forced_bos_token_id"] = token
+    def _forward(
+        self,
+        sources: list[tuple[list[int], list[int]]],
+        template: Template | None,
+        batch_size: int = 1,
+        **settings: Any,
+    ) -> list[list[Output]]:
+        """Source ids, and what the decoder is given first → for each the outputs."""
         limit = position_limit(self.model) or DEFAULT_NEW_TOKENS
         most = settings.pop("max_new_tokens", min(DEFAULT_NEW_TOKENS, limit))
         outputs = generate_outputs(
-            self.model, self.tokenizer, sources, batch_size=batch_size, max_new_tokens=most, template=frame, **settings
+            self.model,
+            self.tokenizer,
+            [ids for ids, _ in sources],
+            given=[given for _, given in sources],
+            batch_size=batch_size,
+            max_new_tokens=most,
+            template=template,
+            **settings,
         )
         each = settings.get("num_return_sequences", 1)
         return [outputs[place : place + each] for place in range(0, len(outputs), each)]
-
-    def _language_token(self, language: str) -> int | None:
-        """The token by which a multilingual decoder is told what to write; None for a tokenizer without languages."""
-        if not hasattr(self.tokenizer, "src_lang"):
-            return None
-        if hasattr(self.tokenizer, "get_lang_id"):  # M2M100 writes `ko` as __ko__
-            return self.tokenizer.get_lang_id(language)
-        token = self.tokenizer.convert_tokens_to_ids(language)
-        if token == self.tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer knows no language {language!r}. Name one of its codes, such as kor_Hang.")
-        return token
 
     def postprocess(self, outputs: list[Output]) -> list[dict[str, str]]:
         return [{self.output_key: output.text} for output in outputs]

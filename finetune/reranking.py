@@ -59,9 +59,11 @@ def chosen_outputs(
         return outputs
     each = len(outputs) // max(1, len(source_ids))
     sources = [ids for ids in source_ids for _ in range(each)]
-    _, *prefix = given_tokens(model, tokenizer, settings.get("template"))
-    targets = [[*prefix, *output.ids] for output in outputs]
-    found = log_probabilities(model, tokenizer, sources, targets, len(prefix), settings["batch_size"])
+    given = settings.get("given") or [given_tokens(model, tokenizer, settings.get("template"))] * len(source_ids)
+    starts = [ids for ids in given for _ in range(each)]
+    targets = [(start[0], [*start[1:], *output.ids]) for start, output in zip(starts, outputs, strict=True)]
+    forced = len(starts[0]) - 1 if starts else 0
+    found = log_probabilities(model, tokenizer, sources, targets, forced, settings["batch_size"])
     return [output._replace(log_probability=score) for output, score in zip(outputs, found, strict=True)]
 
 
@@ -70,21 +72,24 @@ def log_probabilities(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source_ids: Sequence[Sequence[int]],
-    written_ids: Sequence[Sequence[int]],
+    targets: Sequence[tuple[int, Sequence[int]]],
     forced: int,
     batch_size: int,
 ) -> list[float]:
-    """Of each target (without the decoder's start token) given its source, in nats; its first `forced` tokens are
-    given, too, and count for nothing."""
+    """Of each target (the decoder's start token, and what follows) given its source, in nats; the first `forced` of
+    what follows are given, too, and count for nothing."""
     objective = Seq2SeqObjective(model)
     was_training = model.training
     model.eval()
-    longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]) - len(written_ids[row]))
+    longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]) - len(targets[row][1]))
     found = [0.0] * len(source_ids)
     try:
         for first in range(0, len(longest_first), batch_size):
-            rows = [row for row in longest_first[first : first + batch_size] if len(written_ids[row]) > forced]
-            given = [{"input_ids": source_ids[row], "labels": written_ids[row]} for row in rows]
+            rows = [row for row in longest_first[first : first + batch_size] if len(targets[row][1]) > forced]
+            given = [
+                {"input_ids": source_ids[row], "labels": targets[row][1], "decoder_start": targets[row][0]}
+                for row in rows
+            ]
             batch = pad_batch(given, tokenizer.pad_token_id or 0, decoder_start_token(model))
             nats = objective.token_losses({name: tensor.to(model.device) for name, tensor in batch.items()})
             for row, of_row in zip(rows, nats[:, forced:].double().sum(1).tolist(), strict=False):
@@ -102,21 +107,24 @@ def choice_outputs(
     *,
     batch_size: int,
     template: Template | None = None,
+    given: Sequence[Sequence[int]] | None = None,
     num_return_sequences: int = 1,
     progress: bool | GenerationBar = False,
 ) -> list[Output]:
     """For each source the likeliest of the choices, or so many, the likeliest first. All of them are weighed, so that
     none is missed, as a search token by token might; it costs a pass for each."""
     texts = [template.render_target(choice) if template else choice for choice in choices]
-    targets = target_ids(model, tokenizer, texts, template)
-    forced = len(given_tokens(model, tokenizer, template)) - 1
+    own = given_tokens(model, tokenizer, template)
+    endings = [ids[len(own) - 1 :] for _, ids in target_ids(model, tokenizer, texts, template)]
+    forced = len(own) - 1
     found = []
-    for source in source_ids:
+    for source, (start, *prefix) in zip(source_ids, given or [own] * len(source_ids), strict=True):
+        targets = [(start, [*prefix, *ids]) for ids in endings]
         scores = log_probabilities(model, tokenizer, [source] * len(choices), targets, forced, batch_size)
         best = sorted(range(len(choices)), key=lambda place: -scores[place])[:num_return_sequences]
-        found += [Output(choices[it], True, tuple(targets[it][forced:]), scores[it]) for it in best]
+        found += [Output(choices[it], True, tuple(endings[it]), scores[it]) for it in best]
         if isinstance(progress, GenerationBar):
-            progress.advance(1, sum(map(len, targets)))
+            progress.advance(1, sum(map(len, endings)))
     return found
 
 

@@ -5,7 +5,8 @@
         -d '{"model": "final", "prompt": "Name the capital.", "input": "France"}'
 
     POST /v1/completions         a prompt is an instruction, which the checkpoint's template makes a source of, as for
-                                 `diptych generate`; `input` and `system` may stand beside it
+                                 `diptych generate`; `input`, `system`, `source_language` and `target_language` may
+                                 stand beside it
     POST /v1/chat/completions    messages; the next answer is written
     GET  /v1/models, /health, /metrics (Prometheus)
 
@@ -18,20 +19,22 @@ import asyncio
 import hmac
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from diptych.data_prep.conversations import Fault
-from diptych.data_prep.records import UserError, broken_character
-from diptych.data_prep.templates import load_template, template_of
+from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of, languages_note
+from diptych.data_prep.records import Languages, UserError, broken_character
 from diptych.finetune import cli
 from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.command_settings import ServeSettings
-from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompter
+from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompt, Prompter, template_for
 from diptych.finetune.generate_file import prompt_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.targets import given_tokens
 from diptych.finetune.web import LOOPBACK_NAMES, address, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[serve]'"
@@ -42,7 +45,8 @@ MOST_PROMPTS = 64
 MOST_ANSWERS = 16
 RETRY_SECONDS = 1
 
-KNOWN = {"model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options"}
+LANGUAGES = (*SOURCE_COLUMNS[:2], *TARGET_COLUMNS[:2])
+KNOWN = {"model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", *LANGUAGES}
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 """The same under its old and its new name."""
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -85,7 +89,7 @@ class Ask:
         options = _field(body, "stream_options", dict, {})
         self.include_usage = bool(options.get("include_usage"))
         self.decoding = _decoding(body, service.max_new_tokens)
-        self.sources = service.sources(_rows(body, is_chat))
+        self.sources, self.given = service.sources(_rows(body, is_chat))
         self.begun: set[int] = set()  # of the answers, those of which a client was told who speaks
         self.id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -178,11 +182,12 @@ def _decoding(body: dict[str, Any], most_tokens: int) -> Decoding:
 
 def _rows(body: dict[str, Any], is_chat: bool) -> list[dict[str, Any]]:
     """What is asked, as rows of `diptych generate --in_file`."""
+    languages = {name: _field(body, name, str, "") for name in LANGUAGES if body.get(name)}
     if is_chat:
         messages = _field(body, "messages", list, None)
         if not messages:
             raise RequestError(400, "'messages' is missing or empty. Give a list of {role, content}.", "messages")
-        return [{"messages": [_message(place, message) for place, message in enumerate(messages)]}]
+        return [{"messages": [_message(place, message) for place, message in enumerate(messages)]} | languages]
     prompts = _field(body, "prompt", (str, list), None)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts or len(prompts) > MOST_PROMPTS or not all(isinstance(prompt, str) for prompt in prompts):
@@ -190,7 +195,7 @@ def _rows(body: dict[str, Any], is_chat: bool) -> list[dict[str, Any]]:
             400, f"'prompt' is a text, or a list of 1 to {MOST_PROMPTS} texts (no token ids).", "prompt"
         )
     more = {name: _field(body, name, str, "") for name in ("input", "system")}
-    return [{"instruction": prompt} | more for prompt in prompts]
+    return [{"instruction": prompt} | more | languages for prompt in prompts]
 
 
 def _message(place: int, message: Any) -> dict[str, Any]:
@@ -205,6 +210,14 @@ def _message(place: int, message: Any) -> dict[str, Any]:
         content = "".join(str(part.get("text", "")) for part in content)
     role = "system" if message.get("role") == "developer" else message.get("role")
     return {"role": role, "content": content}
+
+
+def _as_input(prompt: Prompt, prompter: Prompter) -> Prompt:
+    """Where T5's words for the languages say what is to be done, a prompt is the text to translate, no instruction."""
+    has_words = codes_of(prompter.tokenizer).layout == "words"
+    if prompt.input or not has_words or not prompt.languages.or_else(prompter.languages).direction:
+        return prompt
+    return prompt._replace(instruction="", input=prompt.instruction)
 
 
 class Service:
@@ -234,17 +247,20 @@ class Service:
         if name != self.name:
             raise RequestError(404, f"there is no model {name!r} here; this is {self.name!r}.", "model")
 
-    def sources(self, rows: list[dict[str, Any]]) -> list[list[int]]:
-        """Rendered by the template and encoded, as `diptych generate` does it."""
+    def sources(self, rows: list[dict[str, Any]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Rendered by the template and encoded, as `diptych generate` does it; and what the decoder is given first."""
+        prompter, model = self.prompter, self.engine.model
         try:
-            texts = [self.prompter.template.render_source(*prompt_of(row)) for row in rows]
-            found, is_cut = self.prompter.encode(texts)
+            texts, languages = zip(
+                *(prompter.render(_as_input(prompt_of(row), prompter)) for row in rows), strict=True
+            )
+            found, is_cut = prompter.encode(texts, languages)
         except (UserError, Fault) as error:
             raise RequestError(400, str(error), "messages" if "messages" in rows[0] else "prompt") from None
         if any(is_cut):
             limit = self.prompter.max_source_tokens
             raise RequestError(400, f"the prompt has more than {limit} tokens, which is all that is read.", "prompt")
-        return found
+        return found, [given_tokens(model, prompter.tokenizer, prompter.template, of_row) for of_row in languages]
 
     def submit(self, ask: Ask) -> tuple[list[Job], asyncio.Queue]:
         """The jobs, and a queue of (place of the job, event)."""
@@ -253,7 +269,10 @@ class Service:
         def to_queue(place: int):
             return lambda event: loop.call_soon_threadsafe(events.put_nowait, (place, event))
 
-        jobs = [Job(ids, ask.decoding, to_queue(place), ask.stream) for place, ids in enumerate(ask.sources)]
+        jobs = [
+            Job(ids, ask.decoding, to_queue(place), ask.stream, given=given)
+            for place, (ids, given) in enumerate(zip(ask.sources, ask.given, strict=True))
+        ]
         try:
             self.engine.submit(jobs)
         except QueueFull:
@@ -468,9 +487,12 @@ def run(settings: ServeSettings) -> int:
     uses_own = not settings.template
     device = pick_device(settings.device)
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
-    template = template_of(tokenizer) if uses_own else load_template(settings.template)
+    template = template_for(settings.template, tokenizer)
+    languages = Languages(settings.source_language, settings.target_language)
     limit = position_limit(model)
-    prompter = Prompter(tokenizer, template, settings.max_source_tokens or limit)
+    prompter = Prompter(tokenizer, template, settings.max_source_tokens or limit, languages)
+    if note := languages_note(tokenizer, languages):
+        print(f"({note})", file=sys.stderr)
     most = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)
     sizes = {"batch_size": settings.batch_size, "queue_size": settings.queue, "batch_wait_ms": settings.batch_wait_ms}
     engine = Engine(model, tokenizer, template, **sizes)

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.arguments import choose_from
+from diptych.data_prep.languages import codes_of
 from diptych.data_prep.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
@@ -193,8 +194,9 @@ def make_run(
     if recipe.open_encoder_steps:
         close_encoder(model)
     start = model.config.decoder_start_token_id
+    starts = codes_of(tokenizer).starts
     used = {
-        name: drop_repeated_start(split, start)
+        name: drop_repeated_start(split, start, starts)
         for name, split in prepared.splits.items()
         if kind_of(name) in ("train", "validation")
     }

@@ -104,6 +104,7 @@ def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
             "templates",
             "conversations",
             "encode",
+            "languages",
             "packing",
             "extend_tokenizer",
             "hub",

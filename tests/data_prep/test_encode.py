@@ -96,7 +96,7 @@ def test_the_special_tokens_that_a_tokenizer_adds_are_kept(tokenizers_by_family)
     assert added("m2m100", split_sources) == (["__en__"], ["</s>"])
     assert added("m2m100", split_targets) == (["__ko__"], ["</s>"])
     assert added("mbart", split_sources) == ([], ["</s>", "en_XX"])
-    assert added("mbart", split_targets) == ([], ["</s>"])  # its own last token is the language, where eos has to be
+    assert added("mbart", split_targets) == (["ko_KR"], ["</s>"])  # not at the end, where eos has to be
     assert added("gemma", split_targets) == ([], ["<eos>"])  # it adds none
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import pickle
 import re
+from dataclasses import replace
 
 import pandas
 import pytest
@@ -23,7 +24,7 @@ from diptych.data_prep.formats import (
     recognise,
 )
 from diptych.data_prep.readers import SAMPLES_FOLDER
-from diptych.data_prep.records import Origin, Record, Reject, Row, Tokenised, UserError
+from diptych.data_prep.records import Languages, Origin, Record, Reject, Row, Tokenised, UserError
 
 BOTH = Directions("To Korean:", "To English:")
 GOOD = {"instruction": "a", "output": "b"}
@@ -635,7 +636,7 @@ def test_lists_and_objects_may_be_json_text():
     assert results({"prompt": "[1]", "completion": '{"a": 2}'}) == [record("[1]", "", '{"a": 2}')]
     assert results({"instruction": "a", "instances": '[{"output": "b"}]'}) == expected
     pair = {"translation": '{"en": "Go.", "ko": "가."}'}
-    assert results(pair, directions=Directions("x")) == [record("x", "Go.", "가.")]
+    assert results(pair, directions=Directions("x")) == [record("x", "Go.", "가.", languages=("en", "ko"))]
     ids = {"input_ids": "[1, 2]", "labels": "[3]"}
     assert results(ids) == [Tokenised(input_ids=(1, 2), labels=(3,), origin=Origin("rows.jsonl", 1))]
 
@@ -757,8 +758,9 @@ def test_parallel_text_without_a_direction_is_refused():
         ):
             converter_for(rows(fields), "f")
     with pytest.raises(UserError, match="a.tsv is parallel text"):
-        need_direction("a.tsv", Directions("", None))
+        need_direction("a.tsv", Directions())
     need_direction("a.tsv", Directions(None, "To English:"))
+    need_direction("a.tsv", Directions("", None))
 
 
 def test_pairs_of_source_and_target_need_no_direction():
@@ -770,12 +772,16 @@ def test_pairs_of_source_and_target_need_no_direction():
 def test_a_translation_has_its_languages_in_order_or_as_told():
     fields = {"translation": {"en": "Go.", "ko": "가."}, "id": 1}
     there = Directions("x")
-    assert results(fields, directions=there) == [record("x", "Go.", "가.")]
-    assert results(fields, directions=there, languages=("ko", "en")) == [record("x", "가.", "Go.")]
+    assert results(fields, directions=there) == [record("x", "Go.", "가.", languages=("en", "ko"))]
+    assert results(fields, directions=there, languages=("ko", "en")) == [
+        record("x", "가.", "Go.", languages=("ko", "en"))
+    ]
     three = {"translation": {"en": "Go.", "fr": "Va.", "ko": "가."}}
     with pytest.raises(UserError, match="has text in 'en', 'fr', 'ko', and pairs are of two.*--languages en fr"):
         results(three, directions=there)
-    assert results(three, directions=there, languages=("fr", "ko")) == [record("x", "Va.", "가.")]
+    assert results(three, directions=there, languages=("fr", "ko")) == [
+        record("x", "Va.", "가.", languages=("fr", "ko"))
+    ]
     with pytest.raises(UserError, match="has no language 'kor'.*Did you mean 'ko'"):
         results(three, languages=("en", "kor"))
     with pytest.raises(UserError, match="--languages takes two different languages"):
@@ -816,7 +822,8 @@ def test_a_language_stands_for_its_regions_where_a_row_has_no_other_text_in_it()
 
 def test_a_column_for_each_language_is_parallel_text():
     table = {"en": "Go.", "ko": "가.", "id": "1"}
-    assert results(table, directions=Directions("x"), languages=("ko", "en")) == [record("x", "가.", "Go.")]
+    back = {"languages": ("ko", "en")}
+    assert results(table, directions=Directions("x"), **back) == [record("x", "가.", "Go.", **back)]
     assert results({"first": "a", "second": "b", **table}, languages=(), directions=Directions("x"))[0].input == "a"
 
 
@@ -839,9 +846,11 @@ def test_an_object_of_lists_is_the_list_of_objects_that_datasets_made_it_of():
 
 def test_each_of_several_translations_makes_a_pair():
     several = {"translation": {"en": "Go.", "de": ["Geh.", "Los."]}}
-    pairs = [record("x", "Go.", "Geh.", instance=1), record("x", "Go.", "Los.", instance=2)]
+    both = {"languages": ("en", "de")}
+    pairs = [record("x", "Go.", "Geh.", instance=1, **both), record("x", "Go.", "Los.", instance=2, **both)]
     assert results(several, directions=Directions("x")) == pairs
-    assert results({"first": "Go.", "second": ["Geh.", "Los."]}, directions=Directions("x")) == pairs
+    without = [replace(it, languages=Languages()) for it in pairs]
+    assert results({"first": "Go.", "second": ["Geh.", "Los."]}, directions=Directions("x")) == without
     listed = {"translation": {"language": ["de", "en", "de"], "translation": ["Geh.", "Go.", "Los."]}}
     assert results(listed, directions=Directions("x"), languages=("en", "de")) == pairs
     assert len(results(listed, directions=BOTH)) == 4

@@ -1196,8 +1196,8 @@ def test_tokenizers_that_cannot_serve_are_refused(prepare, write_rows, tokenizer
     without_pad.pad_token = None
     assert "has no pad_token" in prepare("--data", path, tokenizer=_saved(without_pad, tmp_path / "no_pad"))[2]
     nllb = AutoTokenizer.from_pretrained(_saved(tokenizers_by_family["nllb"], tmp_path / "nllb"), tgt_lang=None)
-    assert "is multilingual. Give --source" in prepare("--data", path, tokenizer=_saved(nllb, tmp_path / "no_lang"))[2]
-    assert "puts no languages into texts" in prepare("--data", path, "--source_language", "en_XX")[2]
+    assert "the tokenizer is multilingual" in prepare("--data", path, tokenizer=_saved(nllb, tmp_path / "no_lang"))[2]
+    assert "belong together" in prepare("--data", path, "--source_language", "en_XX")[2]
 
 
 def _saved(tokenizer, folder):

@@ -243,7 +243,6 @@ def test_a_session_on_a_pipe_answers_pairs_of_lines_until_the_end(learned_t5, pr
         ({"in_file": "a.jsonl"}, "--in_file was given without --out_file"),
         ({"in_file": "a", "out_file": "b", "instruction": "x"}, "Drop --instruction"),
         ({"in_file": "a.txt", "out_file": "b", "instruction": "x", "input": "y"}, "--in_file and a prompt"),
-        ({"input": "x"}, "without --instruction"),
         ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
         ({"num_return_sequences": 3}, "Give --num_beams 3"),
         ({"num_beams": 2, "generation": {"prompt_lookup_num_tokens": 4}}, "is for greedy writing"),

@@ -221,7 +221,7 @@ def test_a_conversation_is_asked_what_training_learned_from_it(tmp_path, t5_chec
         {"conversations": turns(*shared, keys=("from", "value")), "system": ""},
     ]
     in_file, out_file = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
-    prompts = [row.prompt for row in read_prompts(str(in_file))]
+    prompts = [row.prompt[:4] for row in read_prompts(str(in_file))]
     assert prompts == 3 * [("a student.", "", (("I", "am"),), KOREAN)] + [("1", "", (("Add. 1", "+"),), "")]
     assert generate.main(command(t5_checkpoint, in_file, out_file, "--template", chat_frame)) == 0
     lines = read_lines(out_file)

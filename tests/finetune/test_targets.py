@@ -8,6 +8,7 @@ from conftest import tiny_bart
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from diptych.data_prep.records import Languages
 from diptych.data_prep.templates import Template
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.attentions import mean_weights
@@ -42,7 +43,7 @@ def test_a_repeated_start_is_left_out_and_bos_is_kept(putting_bos):
     for start, labels in ((1, [2, *text, 1]), (2, [*text, 1])):  # BART starts with </s>, Gemma with <s>
         model = starting_with(start, putting_bos)
         assert given_tokens(model, putting_bos, PLAIN) == given_tokens(model, putting_bos, None) == [start]
-        assert target_ids(model, putting_bos, ["가."], PLAIN) == [labels]
+        assert target_ids(model, putting_bos, ["가."], PLAIN) == [(start, labels)]
 
 
 def test_given_and_written_tokens_are_the_sequence_of_generate(putting_bos, two_languages):
@@ -64,10 +65,11 @@ def test_given_and_written_tokens_are_the_sequence_of_generate(putting_bos, two_
 def test_inspect_and_demo_look_at_what_was_written(putting_bos):
     """Greedy decoding's tokens are the likeliest where they look; after a token too much they would not be."""
     model = starting_with(1, putting_bos)
-    passage = Reader(model, putting_bos, PLAIN, 8).passage("Yes.")
+    prompter = Prompter(putting_bos, PLAIN, None)
+    passage = Reader(model, prompter, 8).passage("Yes.", Languages())
     steps = facts.steps(model, putting_bos, passage)
     assert [step["rank"] for step in steps] == [1] * len(steps) and passage.given == 1
-    contestant = Contestant("bart", model, Prompter(putting_bos, PLAIN, None), None, 8)
-    html = contestant.attention(passage.source_ids, Answer("", True, tuple(passage.decoder_ids[1:])))
+    contestant = Contestant("bart", model, prompter, None, 8)
+    html = contestant.attention(passage.source_ids, [1], Answer("", True, tuple(passage.decoder_ids[1:])))
     shown = [float(share) for share in re.findall(r'title="([\d.]+) %"', html)]
     assert shown == pytest.approx((100 * mean_weights(passage.seen.cross)).flatten().tolist(), abs=0.051)
