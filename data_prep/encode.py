@@ -372,6 +372,10 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return control | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
 
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return set(_control_tokens(tokenizer).values())
+
+
 def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: str) -> list[list[int]]:
     for text in texts:
         if UNSPELLABLE in text or FRAME_MARK in text:
@@ -405,6 +409,16 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern:
 def _pieces(text: str) -> list[str]:
     """Field, frame, field, frame … field; a str that is not Rendered is one field."""
     return text.marked.split(FRAME_MARK) if isinstance(text, Rendered) else [text]
+
+
+def fields_in(text: str) -> list[str]:
+    """What a rendered text has of the row, without what the template says."""
+    return [piece for piece in _pieces(text)[::2] if piece]
+
+
+def field_contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts that are parts of sources, with nothing before and after."""
+    return _contents(tokenizer, texts, "text") if texts else []
 
 
 def _spell(text: str, pattern: re.Pattern) -> str:

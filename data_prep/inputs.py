@@ -30,7 +30,7 @@ from diptych.data_prep.records import Languages, Record, Reject, Row, UserError,
 from diptych.data_prep.selection import shingles_of
 from diptych.data_prep.sensitive import require_detectors
 from diptych.data_prep.settings import PrepareSettings
-from diptych.data_prep.stages import Check, Lengths, Stages
+from diptych.data_prep.stages import LOSSY, Check, Lengths, Stages
 from diptych.data_prep.templates import BARE_TEMPLATE, Template
 
 NOT_TOLD = Converter(named("alpaca"))
@@ -114,7 +114,11 @@ def make_stages(
         told = "no row tells it" if converter is NOT_TOLD else f"{converter.format.name}, {how}"
         print(f"Format     {source.name}: {split}{told}")
     lengths = Lengths(
-        settings.max_source_tokens, settings.max_target_tokens, settings.too_long, settings.end_cut_targets
+        settings.max_source_tokens,
+        settings.max_target_tokens,
+        settings.too_long,
+        settings.end_cut_targets,
+        settings.lossy_text,
     )
     if settings.sensitive:
         require_detectors()
@@ -226,7 +230,8 @@ def _plain_text(row: Row | Reject) -> list[PlainText | Reject]:
 
 def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
     """Kinds of rejects of which one ends the run."""
-    return ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
+    too_long = ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
+    return (*too_long, LOSSY) if settings.lossy_text == "error" else too_long
 
 
 def fingerprint_of(

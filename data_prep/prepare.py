@@ -197,6 +197,13 @@ def _prepare(
             "from": settings.tokenizer or f"{settings.train_tokenizer} trained on the train split",
             "class": type(tokenizer).__name__,
             "tokens": len(tokenizer),
+            "lost": {
+                it["kind"]: {
+                    "examples": gathered.counts.lost[it["kind"]],
+                    "such as": f"{it['origin']}: {it['example']}",
+                }
+                for it in gathered.counts.lost_examples
+            },
         },
         "settings": asdict(settings),
         "warnings": warnings,

@@ -129,6 +129,10 @@ class PrepareSettings:
     end_cut_targets: bool = False
     """Whether a target that was cut still ends in eos. A model that learns from such targets stops in mid-sentence."""
 
+    lossy_text: Literal["keep", "drop", "error"] = "keep"
+    """What becomes of a row of which the tokenizer loses something, such as line breaks of code (T5), capital letters
+    (BERT) or characters that it does not know: keep it (counted, with an example), drop it, or error."""
+
     deduplicate: bool = True
     """Remove rows whose source and target repeat an earlier row's."""
 

@@ -19,7 +19,7 @@ chunk gives the same batch on one core, in a pool, or in another engine.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -43,6 +43,7 @@ from diptych.data_prep.encode import (
 from diptych.data_prep.filters import is_composed, script_of
 from diptych.data_prep.formats import Converter
 from diptych.data_prep.languages import UnknownLanguage, codes_of, resolved
+from diptych.data_prep.lossy_text import Loss, source_losses, target_losses
 from diptych.data_prep.readers import Chunk
 from diptych.data_prep.records import (
     RAW_CHARACTERS_KEPT,
@@ -85,6 +86,7 @@ ID_FIELDS = [
     pyarrow.field("target_tokens", pyarrow.int32()),
 ]
 SIDES = ("source", "target")
+LOSSY = "text that the tokenizer cannot write"
 FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin", *LANGUAGE_FIELDS)
 
 
@@ -95,12 +97,14 @@ class Check(Protocol):
 
 
 class Lengths(NamedTuple):
-    """How long the two sides may be, and what is done with what is longer: error, drop or cut."""
+    """How long the two sides may be, what is done with what is longer (error, drop or cut), and with what the
+    tokenizer cannot write (keep, drop or error)."""
 
     max_source_tokens: int
     max_target_tokens: int
     too_long: str
     end_cut_targets: bool
+    lossy_text: str = "keep"
 
 
 class Example(NamedTuple):
@@ -124,6 +128,12 @@ class Counts:
     sensitive_examples: list[dict[str, str]] = field(default_factory=list)
     spelled: Counter[str] = field(default_factory=Counter)
     """Added tokens that stood in texts, and were encoded as their characters."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Examples of which the tokenizer loses something: "line breaks of the target"."""
+    lost_examples: list[dict[str, str]] = field(default_factory=list)
+    """Of each kind and batch the first: kind, origin, example."""
+    looked_at: Counter[str] = field(default_factory=Counter)
+    """Sources and targets that were looked at for this."""
     given: Counter[str] = field(default_factory=Counter)
     """Rows that have an instruction, and that have an input."""
     decomposed: Counter[str] = field(default_factory=Counter)
@@ -138,6 +148,8 @@ class Counts:
             if isinstance(value, Counter):
                 getattr(self, name).update(value)
         self.sensitive_examples += other.sensitive_examples
+        known = {example["kind"] for example in self.lost_examples}
+        self.lost_examples += [example for example in other.lost_examples if example["kind"] not in known]
 
 
 class Batch(NamedTuple):
@@ -313,19 +325,28 @@ def encode_batch(
     fitting = sources
     if lengths.too_long == "cut":
         fitting = _cut_sources(sources, source_texts, languages, given, tokenizer, lengths)
+    written = [place for place in range(len(targets)) if place not in given]
+    unknown = source_losses(tokenizer, source_texts, sources, written)
+    losses = target_losses(tokenizer, target_texts, targets, written, lengths.lossy_text != "keep")
     kept, columns = [], ([], [], [], [])
     for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
         source_ids, target_ids, fault = _fitted(fitting[place], target, lengths)
         if fault is None and place in given:
             fault = _unknown_token(source_ids, target_ids, end)
+        elif fault is None:
+            lost = {"source": unknown.get(place), "target": losses.get(place)}
+            fault = _lossy(lost) if lengths.lossy_text != "keep" else None
         if fault is not None:
             rejects.append(Reject(origin_of(batch, place), None, *fault, batch["raw"][place].as_py()))
             continue
         kept.append(place)
+        if place not in given and any(lost.values()):
+            _count_lost(lost, batch["origin"][place].as_py(), counts)
         for column, value in zip(
             columns, (source_ids, target_ids, source.token_count, target.token_count), strict=True
         ):
             column.append(value)
+    counts.looked_at.update(source=len(kept) - len(given.intersection(kept)), target=len(losses.keys() & kept))
     for side, texts in zip(SIDES, (source_texts, target_texts), strict=True):  # as people read them, without marks
         column = pyarrow.array(list(map(str, texts)), pyarrow.string())
         batch = batch.set_column(batch.schema.get_field_index(side), side, column)
@@ -377,6 +398,23 @@ def _fitted(
             reason = f"the {what} has {encoding.token_count:,} tokens, and max_{side}_tokens is {limit:,}."
             return [], [], (f"{side} over the limit", reason)
     return source_ids, target_ids, None
+
+
+def _lossy(lost: Mapping[str, Loss | None]) -> tuple[str, str] | None:
+    found = next(((side, loss) for side, loss in lost.items() if loss), None)
+    if found is None:
+        return None
+    side, loss = found
+    return LOSSY, f"the tokenizer loses {' and '.join(loss.kinds)} of the {side}: {loss.example}."
+
+
+def _count_lost(lost: Mapping[str, Loss | None], origin: str, counts: Counts) -> None:
+    for side, loss in lost.items():
+        for kind in loss.kinds if loss else ():
+            name = f"{kind} of the {side}"
+            counts.lost[name] += 1
+            if counts.lost[name] == 1:
+                counts.lost_examples.append({"kind": name, "origin": origin, "example": loss.example})
 
 
 def _keys(example: Example) -> tuple[int, int, int, int, int]:

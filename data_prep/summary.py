@@ -22,12 +22,16 @@ from diptych.data_prep.records import CUT_OFF, Rejects, counted
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.stages import Counts
 from diptych.data_prep.templates import Template
+from diptych.data_prep.validate import shown_name
 
 NEXT_TO_ALONE = 1.05
 """Examples a row: with fewer, packing saves hardly any row."""
 
 NAMES_SHOWN = 4
 REASON_CHARACTERS = 120
+FIELDS_SHOWN = 40
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+"""What data sets call the part of an answer that is written before it."""
 CONFLICT = f"one source with different targets, which stay: {CONFLICTS} lists them"
 
 STARTS = {
@@ -192,7 +196,14 @@ def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, count
     """What was given and is not used, or not as one might expect."""
     if counts.unused_fields:
         names = [name for name, _ in counts.unused_fields.most_common()]
-        yield f"fields that are not used: {', '.join(name or '(without a name)' for name in names)}."
+        shown = [shown_name(name) or "(without a name)" for name in names[:FIELDS_SHOWN]]
+        more = f" and {len(names) - FIELDS_SHOWN:,} more" if len(names) > FIELDS_SHOWN else ""
+        yield f"fields that are not used: {', '.join(shown)}{more}."
+        if thoughts := [name for name in names if name.rpartition(".")[2] in THOUGHTS and "." in name]:
+            yield (
+                f"{' and '.join(thoughts)}: a model learns the text of an answer alone. Put the thoughts into that"
+                " text if it is to write them."
+            )
         if "system" in names:
             yield "--map system=system uses that field, with a template that has a place for it, such as chat."
     for name, rows in counts.given.items():
@@ -204,6 +215,7 @@ def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, count
             f"texts hold {tokens}, which the tokenizer has as added tokens. They are encoded as characters, since"
             " control tokens come from templates alone."
         )
+    yield from lossy_warnings(counts)
     if counts.decomposed:
         files = ", ".join(name for name, _ in counts.decomposed.most_common(NAMES_SHOWN))
         yield (
@@ -214,6 +226,22 @@ def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, count
         )
     if "output" not in template.target_variables():
         yield f"template {template.name} leaves out the output: every target is the same."
+
+
+def lossy_warnings(counts: Counts) -> Iterator[str]:
+    """Of each kind of text that the tokenizer loses: how often, and an example."""
+    examples = {it["kind"]: f"{it['origin']}: {it['example']}" for it in counts.lost_examples}
+    for kind, rows in counts.lost.most_common():
+        looked_at = counts.looked_at[kind.rpartition(" ")[2]]
+        yield (
+            f"the tokenizer loses {kind} in {rows / looked_at:.1%}".replace("%", " %")
+            + f" of examples ({rows:,} of {looked_at:,} looked at), such as {examples[kind]}."
+        )
+    if counts.lost:
+        yield (
+            "a model cannot learn what the tokenizer loses. --lossy_text drop leaves such rows out, and --lossy_text"
+            " error stops at the first; a tokenizer that writes bytes, as --train_tokenizer bpe makes one, loses none."
+        )
 
 
 def _lengths(tokens: dict[str, int]) -> str:
