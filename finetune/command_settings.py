@@ -158,6 +158,10 @@ class EvaluateSettings:
     out: str = ""
     """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given. Of
     several sets each has its own: report.news.json, report.medical.json."""
+    source_language: str = ""
+    """Only rows whose source is in this language: a code of the tokenizer (eng_Latn), or a short one (en)."""
+    target_language: str = ""
+    """Only rows whose target is in this language."""
     limit: int | None = None
     """Only so many rows, drawn from the whole split, the same ones each time."""
     batch_size: int = 16

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,7 +158,7 @@ def compare_reports(a: Report, b: Report, trials: int, seed: int) -> Comparison:
         reason = unusable[0]
     if reason:
         return Comparison(a, b, {}, 0, [f"not tested: {reason}"])
-    ours, theirs = ({row["source"]: row for row in rows} for rows in predictions)
+    ours, theirs = map(_by_source, predictions)
     shared = [source for source in ours if source in theirs]
     notes = []
     if len(shared) < max(len(ours), len(theirs)):
@@ -170,6 +171,16 @@ def compare_reports(a: Report, b: Report, trials: int, seed: int) -> Comparison:
     rows = [[side[source] for source in shared] for side in (ours, theirs)]
     statistics, more = _statistics(a, b, *rows)
     return Comparison(a, b, paired_tests(*statistics, trials, seed), len(shared), notes + more)
+
+
+def _by_source(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """By text and how often it came before: two directions may share one, and two tokenizers call them differently."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for row in rows:
+        found[row["source"], seen[row["source"]]] = row
+        seen[row["source"]] += 1
+    return found
 
 
 def _why_other_data(a: Report, b: Report) -> str:

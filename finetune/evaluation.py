@@ -25,7 +25,7 @@ import json
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -40,10 +40,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.arguments import choose_from
-from diptych.data_prep.languages import codes_of
+from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of
 from diptych.data_prep.named_splits import name_in, splits_of
 from diptych.data_prep.own_files import check_overwrite
-from diptych.data_prep.records import UserError
+from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.templates import Template, carried_template
 from diptych.finetune import cli
 from diptych.finetune.batches import PaddedRows, check_rows_fit, drop_repeated_start, longest_first
@@ -66,10 +66,14 @@ from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.ranks import join_ranks
 from diptych.finetune.reranking import chosen_outputs
 from diptych.finetune.speed import keep_memory
+from diptych.finetune.targets import given_tokens
 from diptych.finetune.trust import open_prepared
 
 Batch = TypeVar("Batch")
 Found = TypeVar("Found")
+
+LANGUAGE_COLUMNS = (SOURCE_COLUMNS[0], TARGET_COLUMNS[0])
+"""Of prepared rows."""
 
 LOWER_IS_BETTER = frozenset({"loss", "unfinished", "token_error_rate"})
 
@@ -78,7 +82,8 @@ CAP_OVER_LONGEST_TARGET = 1.25
 
 
 class Prediction(NamedTuple):
-    """One source text, the targets of all rows that have it, in their order, and what the model made of it."""
+    """One source text, the targets of all rows that have it, in their order, and what the model made of it. Rows of
+    another direction have another source, though its text may be the same."""
 
     source: str
     references: list[str]
@@ -87,6 +92,11 @@ class Prediction(NamedTuple):
     nats: float
     """Summed loss of the rows with this source, and their target tokens: those evaluated, where there is a limit."""
     target_tokens: int
+    direction: str = ""
+    """`eng_Latn-kor_Hang`, where rows have languages."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in self._asdict().items() if name != "direction" or value}
 
 
 class Evaluation(NamedTuple):
@@ -98,6 +108,8 @@ class Evaluation(NamedTuple):
     """One for each different source, in the order of their first rows; none where no metric was asked."""
     statistics: dict[str, Statistics]
     """What was counted for each of these sources: of it, confidence.py makes intervals."""
+    directions: dict[str, dict[str, float]] = {}
+    """The figures of each direction, where rows are of several: one BLEU over two languages says little."""
 
 
 def evaluate_rows(
@@ -133,18 +145,22 @@ def evaluate_rows(
     rows = dataset if limit is None else draw(dataset, limit)
     if not len(rows):
         raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
-    source_of_row = _places(rows["source"])
+    keys = source_keys(rows)
+    source_of_row = _places(keys)
     objective = objective or Seq2SeqObjective(model)
     losses = row_losses(objective, padded_rows(model, tokenizer, rows), batch_size, accelerator, before_each)
     nats, target_tokens = (np.bincount(source_of_row, weights=column) for column in losses.T)
     statistics = {"loss": ratio("loss", nats, target_tokens)}
     figures = {"rows": len(rows)} | statistics["loss"].figures() | {"target_tokens": int(target_tokens.sum())}
+    directions = [languages.direction for _, languages in dict.fromkeys(keys)]
+    rows_of_source = np.bincount(source_of_row)
     if not metrics:
-        return Evaluation(figures, {}, [], statistics)
+        return Evaluation(figures, {}, [], statistics, _by_direction(directions, rows_of_source, statistics))
 
     cap = max_new_tokens or cap_from_targets(rows, position_limit(model))
     template = template or carried_template(tokenizer, check=False)  # loading has checked it
-    source_ids = {row["source"]: row["input_ids"] for row in rows}
+    source_ids = dict(zip(keys, rows["input_ids"], strict=True))
+    given_of = {it: given_tokens(model, tokenizer, template, it if any(it) else None) for _, it in source_ids}
     outputs = predict(
         model,
         tokenizer,
@@ -157,12 +173,13 @@ def evaluate_rows(
         seed=seed,
         max_new_tokens=cap,
         template=template,
+        given=[given_of[languages] for _, languages in source_ids],
         **generation_kwargs,
     )
     references = references_of(source_ids, dataset, template)
     predictions = [
-        Prediction(source, targets, output.text, output.finished, float(of_source), int(tokens))
-        for (source, targets), output, of_source, tokens in zip(
+        Prediction(source, targets, output.text, output.finished, float(of_source), int(tokens), languages.direction)
+        for ((source, languages), targets), output, of_source, tokens in zip(
             references.items(), outputs, nats, target_tokens, strict=True
         )
     ]
@@ -176,11 +193,39 @@ def evaluate_rows(
     ]
     statistics |= counted
     statistics["exact_match_rows"] = ratio(
-        "exact_match_rows", np.bincount(source_of_row, weights=own), np.bincount(source_of_row), scale=100
+        "exact_match_rows", np.bincount(source_of_row, weights=own), rows_of_source, scale=100
     )
     figures |= {"sources": len(predictions)} | scores | statistics["exact_match_rows"].figures()
     figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
-    return Evaluation(figures, signatures, predictions, statistics)
+    found = _by_direction(directions, rows_of_source, statistics, predictions, bleu_tokenize)
+    return Evaluation(figures, signatures, predictions, statistics, found)
+
+
+def _by_direction(
+    directions: Sequence[str],
+    rows_of_source: np.ndarray,
+    statistics: Mapping[str, Statistics],
+    predictions: Sequence[Prediction] = (),
+    bleu_tokenize: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """The figures of each of several directions. BLEU is counted anew, since its tokens depend on the script."""
+    found: dict[str, dict[str, float]] = {}
+    for direction in dict.fromkeys(directions) if len(set(directions)) > 1 else ():
+        places = np.flatnonzero(np.array(directions) == direction)
+        counted = {name: it._replace(counts=it.counts[places]) for name, it in statistics.items()}
+        if "bleu" in counted:
+            chosen = [predictions[place] for place in places]
+            texts = [row.prediction for row in chosen], [row.references for row in chosen]
+            counted |= count_texts(["bleu"], *texts, bleu_tokenize)
+        figures = figures_and_signatures(list(counted.values()))[0]
+        found[direction or "none"] = {"rows": int(rows_of_source[places].sum())} | figures
+    return found
+
+
+def source_keys(rows: Dataset) -> list[tuple[str, Languages]]:
+    """What tells the sources of rows apart: the text, and the direction where there is one."""
+    columns = [rows[name] if name in rows.column_names else [""] * len(rows) for name in LANGUAGE_COLUMNS]
+    return [(source, Languages(*languages)) for source, *languages in zip(rows["source"], *columns, strict=True)]
 
 
 def selectable_figures(metrics: Sequence[str]) -> list[str]:
@@ -211,9 +256,9 @@ def draw(dataset: Dataset, limit: int) -> Dataset:
     return dataset.select(sorted(chosen))
 
 
-def _places(sources: Sequence[str]) -> np.ndarray:
+def _places(sources: Sequence[Hashable]) -> np.ndarray:
     """`["b", "a", "b"]` -> `[0, 1, 0]`: which of the different sources each row has, by their first rows."""
-    places: dict[str, int] = {}
+    places: dict[Hashable, int] = {}
     return np.array([places.setdefault(source, len(places)) for source in sources])
 
 
@@ -299,9 +344,11 @@ def predict(
     accelerator: Accelerator | None,
     before_each: Callable[[], None] | None,
     seed: int,
+    given: Sequence[Sequence[int]],
     **settings: Any,
 ) -> list[Output]:
-    """One output for each source, in order; `settings` are those of `chosen_outputs`."""
+    """One output for each source, in order; `given` is what the decoder is given first for each, `settings` are those
+    of `chosen_outputs`."""
     order = sorted(range(len(source_ids)), key=lambda place: -len(source_ids[place]))
     batches = list(enumerate(order[start : start + batch_size] for start in range(0, len(order), batch_size)))
     ranks = accelerator.num_processes if accelerator else 1
@@ -310,9 +357,9 @@ def predict(
     def work(batch: tuple[int, list[int]]) -> list[Output]:
         number, places = batch
         ids = [source_ids[place] for place in places]
-        given = settings | {"batch_size": batch_size, "progress": bar}
+        of_batch = settings | {"batch_size": batch_size, "progress": bar, "given": [given[place] for place in places]}
         # Seeded by the batch's number, so that it does not matter which rank has it.
-        return chosen_outputs(model, tokenizer, ids, seed=seed + number, **given)
+        return chosen_outputs(model, tokenizer, ids, seed=seed + number, **of_batch)
 
     with GenerationBar(sum(len(places) for _, places in batches[::ranks]), shown=shown) as bar:  # this rank's share
         found = over_ranks(work, batches, accelerator, before_each)
@@ -320,10 +367,12 @@ def predict(
     return [outputs[place] for place in range(len(source_ids))]
 
 
-def references_of(sources: Mapping[str, Any], split: Dataset, template: Template | None) -> dict[str, list[str]]:
+def references_of(
+    sources: Iterable[tuple[str, Languages]], split: Dataset, template: Template | None
+) -> dict[tuple[str, Languages], list[str]]:
     """For each source, in order, the targets of all rows of the split that have it, up to the template's stop."""
-    references: dict[str, list[str]] = {source: [] for source in sources}
-    for source, target in zip(split["source"], split["target"], strict=True):
+    references: dict[tuple[str, Languages], list[str]] = {source: [] for source in sources}
+    for source, target in zip(source_keys(split), split["target"], strict=True):
         if source in references:
             references[source].append(_cut(target, template))
     return references
@@ -344,6 +393,26 @@ def load_splits(data: str, split: str) -> dict[str, Dataset]:
     if not chosen:
         raise UserError(f"{data} has no split {split!r}. {choose_from(split, list(splits))}")
     return {name: splits[name] for name in chosen}
+
+
+def of_languages(name: str, split: Dataset, settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows of a split in the languages that the settings ask for."""
+    asked = codes_of(tokenizer).checked(Languages(settings.source_language, settings.target_language))
+    if not any(asked):
+        return split
+    of_rows = [languages for _, languages in source_keys(split)]
+    places = [
+        place
+        for place, languages in enumerate(of_rows)
+        if all(code in ("", own) for code, own in zip(asked, languages, strict=True))
+    ]
+    if not places:
+        found = ", ".join(dict.fromkeys(it.direction for it in of_rows if it.direction)) or "none that is known"
+        raise UserError(
+            f"split {name} has no rows of these languages ({asked.source or 'any'} to {asked.target or 'any'}). Its "
+            f"directions are: {found}."
+        )
+    return split.select(places)
 
 
 def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, data: str) -> PreTrainedTokenizerBase:
@@ -382,7 +451,22 @@ def format_table(evaluation: Evaluation, intervals: Intervals) -> str:
         lines.append(
             f"[low, high]: {LEVEL_PERCENT} % intervals over other sources ({RESAMPLES:,} bootstrap resamples)"
         )
+    if evaluation.directions:
+        lines += ["", *_direction_lines(evaluation.directions)]
     return "\n".join(lines)
+
+
+def _direction_lines(directions: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each direction, below the names of the figures."""
+    names = list(next(iter(directions.values())))
+    widths = [max(9, len(name) + 2) for name in names]
+    forms = [",d" if name == "rows" else ".3f" if name == "loss" else ".2f" for name in names]
+    head = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
+    lines = [f"{'direction':20}{head}"]
+    for direction, figures in directions.items():
+        columns = zip(figures.values(), widths, forms, strict=True)
+        lines.append(f"{direction:20}" + "".join(f"{value:>{width}{form}}" for value, width, form in columns))
+    return lines
 
 
 def write_report(
@@ -392,6 +476,7 @@ def write_report(
     out = Path(settings.out)
     report = {
         "figures": evaluation.figures,
+        "directions": evaluation.directions,
         "intervals": {name: list(interval) for name, interval in intervals.items()},
         "confidence": {"level_percent": LEVEL_PERCENT, "resamples": RESAMPLES, "seed": settings.seed},
         "signatures": evaluation.signatures,
@@ -403,7 +488,7 @@ def write_report(
     written = str(out)
     if evaluation.predictions:
         beside = predictions_file(out)
-        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in evaluation.predictions]
+        lines = [json.dumps(row.as_json(), ensure_ascii=False) + "\n" for row in evaluation.predictions]
         content = "".join(lines).encode("utf-8")
         beside.write_bytes(content)
         report["predictions_sha256"] = hashlib.sha256(content).hexdigest()
@@ -466,6 +551,7 @@ def run(settings: EvaluateSettings) -> int:
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
     model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device)
     prepared = check_same_tokenizer(settings.model, tokenizer, settings.data)
+    splits = {name: of_languages(name, split, settings, tokenizer) for name, split in splits.items()}
     check_rows_fit(model, splits)
     for name, split in splits.items():
         if speaks:

@@ -280,7 +280,7 @@ def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> d
             before_each=partial(look_up, run),
             objective=run.accelerator.unwrap_model(run.objective),
         )
-    samples += [{"step": run.progress.step, "split": split} | row._asdict() for row in evaluation.predictions]
+    samples += [{"step": run.progress.step, "split": split} | row.as_json() for row in evaluation.predictions]
     of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
     return {name: value for name, value in evaluation.figures.items() if name not in of_the_loss}
 

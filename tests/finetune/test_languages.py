@@ -1,0 +1,191 @@
+"""Models with language codes, in several directions: what is prepared, trained, generated and exported is what plain
+transformers reads and writes with `src_lang` and `forced_bos_token_id`.
+"""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MBartTokenizer,
+    NllbTokenizer,
+)
+
+from diptych.data_prep.records import Languages
+from diptych.finetune.cli import main as diptych
+from diptych.finetune.generate import Prompt, Prompter, generate_outputs, template_for
+from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.finetune.pipelines import TranslationPipeline
+from diptych.finetune.targets import given_tokens
+
+PAIRS = [
+    ("Go.", "가.", "eng_Latn", "kor_Hang"),
+    ("Yes.", "네.", "eng_Latn", "kor_Hang"),
+    ("I am a student.", "나는 학생이다.", "eng_Latn", "kor_Hang"),
+    ("He is a good friend.", "그는 좋은 친구야.", "eng_Latn", "kor_Hang"),
+    ("Go.", "Va !", "eng_Latn", "fra_Latn"),
+    ("Yes.", "Oui.", "eng_Latn", "fra_Latn"),
+]
+"""The same English in two languages: what is written depends on the code that the decoder is given."""
+
+ASKED = [Prompt("", first, languages=Languages(*codes)) for first, _, *codes in PAIRS]
+ASKED += [Prompt("", second, languages=Languages(*codes[::-1])) for _, second, *codes in PAIRS]
+ANSWERS = [second for _, second, *_ in PAIRS] + [first for first, *_ in PAIRS]
+
+SIZES = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "dropout": 0.0, "attention_dropout": 0.0}
+SIZES |= {f"{panel}_{part}": 2 for panel in ("encoder", "decoder") for part in ("layers", "attention_heads")}
+SIZES |= {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "max_position_embeddings": 64, "init_std": 0.1}
+IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "forced_eos_token_id": None}
+
+
+def learned(folder, tokenizer, model, pairs=PAIRS):
+    """final/ of a run that has learned these pairs in both directions, prepared and trained by the commands."""
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    names = ("source", "target", "src_lang", "tgt_lang")
+    rows = [json.dumps(dict(zip(names, pair, strict=True)), ensure_ascii=False) for pair in pairs]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    prepare = [
+        "prepare",
+        "--data",
+        folder / "rows.jsonl",
+        "--tokenizer",
+        folder / "base",
+        "--out",
+        folder / "prepared",
+    ]
+    prepare += ["--forward", "", "--backward", "", "--validation_fraction", 0, "--test_fraction", 0]
+    assert diptych(list(map(str, prepare))) == 0
+    train = ["train", "--model", folder / "base", "--data", folder / "prepared", "--out", folder / "run"]
+    train += ["--max_steps", 150, "--batch_size", 8, "--learning_rate", 5e-3, "--precision", "fp32"]
+    train += ["--eval_every", 1000, "--save_every", 1000, "--logging_every", 50]
+    assert diptych(list(map(str, train))) == 0
+    return folder / "run" / "final"
+
+
+def bpe():
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([text for pair in PAIRS for text in pair[:2]], trainer)
+    trained = json.loads(tokenizer.to_str())["model"]
+    return {"vocab": trained["vocab"], "merges": [tuple(merge) for merge in trained["merges"]]}
+
+
+@pytest.fixture(scope="module")
+def nllb(tmp_path_factory):
+    tokenizer = NllbTokenizer(**bpe())
+    torch.manual_seed(0)
+    config = M2M100Config(vocab_size=len(tokenizer), **SIZES, **IDS, decoder_start_token_id=2)
+    return learned(tmp_path_factory.mktemp("nllb"), tokenizer, M2M100ForConditionalGeneration(config))
+
+
+def ours(folder, **settings):
+    """What `diptych generate` writes to all that is asked, in one batch of all directions: texts, and tokens."""
+    model, tokenizer = load_model_and_tokenizer(folder)
+    prompter = Prompter(tokenizer, template_for("", tokenizer), None)
+    texts, languages = zip(*map(prompter.render, ASKED), strict=True)
+    ids, _ = prompter.encode(list(texts), languages)
+    given = [given_tokens(model, tokenizer, prompter.template, of_row) for of_row in languages]
+    return generate_outputs(model, tokenizer, ids, given=given, batch_size=16, max_new_tokens=16, **settings)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_tuned_nllb_writes_in_plain_transformers_what_generate_writes(nllb, beams):
+    """Token by token, in every direction, and it has learned them."""
+    outputs = ours(nllb, num_beams=beams)
+    assert [output.text for output in outputs] == ANSWERS
+    model = AutoModelForSeq2SeqLM.from_pretrained(nllb)
+    for prompt, output in zip(ASKED, outputs, strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(nllb, src_lang=prompt.languages.source)
+        code = tokenizer.convert_tokens_to_ids(prompt.languages.target)
+        source = tokenizer(prompt.input, return_tensors="pt")
+        (ids,) = model.generate(
+            **source, forced_bos_token_id=code, num_beams=beams, do_sample=False, max_new_tokens=16
+        ).tolist()
+        assert ids == [2, code, *output.ids]
+
+
+def test_rows_of_a_file_a_prompt_and_lines_are_translated_as_their_languages_say(nllb, tmp_path, capsys):
+    rows = [
+        {"input": prompt.input, "src_lang": prompt.languages.source, "target_language": prompt.languages.target}
+        for prompt in ASKED
+    ]
+    rows.append({"input": "Go.", "source_language": "en", "target_language": "kor_Kore"})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--in_file", str(tmp_path / "in.jsonl"), "--out_file", str(tmp_path / "out.jsonl")]
+    assert diptych(["generate", str(nllb), *files]) == 0
+    *lines, wrong = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == ANSWERS
+    assert wrong["error"] == "'kor_Kore' is no language code of this tokenizer. Did you mean 'kor_Hang'?"
+
+    to_french = ["--source_language", "en", "--target_language", "fr"]
+    capsys.readouterr()
+    assert diptych(["generate", str(nllb), "--input", "Go.", *to_french]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == "Va !" and "(eng_Latn to fra_Latn)" in said.err
+    (tmp_path / "in.txt").write_text("Go.\nYes.\n")
+    files = ["--in_file", str(tmp_path / "in.txt"), "--out_file", str(tmp_path / "lines.jsonl")]
+    assert diptych(["generate", str(nllb), *files, *to_french]) == 0
+    lines = [json.loads(line)["prediction"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert lines == ["Va !", "Oui."]
+    assert diptych(["generate", str(nllb), "--input", "Go.", "--source_language", "en"]) == 2
+    assert "nobody has said that of the target" in capsys.readouterr().err
+
+
+def test_pipelines_take_languages_and_travel_with_them(nllb, tmp_path):
+    model, tokenizer = load_model_and_tokenizer(nllb)
+    translate = TranslationPipeline(model=model, tokenizer=tokenizer)
+    assert translate("Go.", src_lang="eng_Latn", tgt_lang="kor_Hang") == [{"translation_text": "가."}]
+    rows = [{"input": prompt.input, **dict(zip(("source_language", "target_language"), prompt.languages, strict=True))}
+            for prompt in ASKED]  # fmt: skip
+    assert [found["translation_text"] for found in translate(rows, batch_size=5)] == ANSWERS
+    with pytest.raises(ValueError, match="Did you mean 'kor_Hang'"):
+        translate("Go.", src_lang="en", tgt_lang="kor_Kore")
+
+
+def test_evaluate_has_the_figures_of_each_direction(nllb, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    command = ["evaluate", str(nllb), "--data", str(nllb.parents[1] / "prepared"), "--split", "train"]
+    assert diptych([*command, "--metrics", "chrf,bleu", "--out", str(report)]) == 0
+    table = capsys.readouterr().out
+    directions = json.loads(report.read_text())["directions"]
+    assert list(directions) == ["eng_Latn-kor_Hang", "kor_Hang-eng_Latn", "eng_Latn-fra_Latn", "fra_Latn-eng_Latn"]
+    assert [found["rows"] for found in directions.values()] == [4, 4, 2, 2]
+    assert all(found["chrf"] == found["exact_match_rows"] == 100 for found in directions.values())
+    assert "direction" in table and "eng_Latn-fra_Latn" in table
+    predictions = [json.loads(line) for line in (tmp_path / "report.predictions.jsonl").read_text().splitlines()]
+    assert {"eng_Latn-kor_Hang": "가.", "eng_Latn-fra_Latn": "Va !"} == {
+        row["direction"]: row["prediction"] for row in predictions if row["source"] == "Go."
+    }
+    assert diptych([*command, "--metrics", "", "--target_language", "fr"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["rows", "2"]
+
+
+def test_a_decoder_that_starts_with_the_code_does_so_in_each_direction(tmp_path):
+    """mBART-cc25: plain transformers has `decoder_start_token_id` for it, and the code stands last in the source."""
+    vocabulary = [(word, -float(place)) for place, word in enumerate(bpe()["vocab"])]
+    tokenizer = MBartTokenizer(vocab=vocabulary)
+    torch.manual_seed(0)
+    model = MBartForConditionalGeneration(MBartConfig(vocab_size=len(tokenizer), **SIZES, **IDS))
+    codes = {"eng_Latn": "en_XX", "kor_Hang": "ko_KR", "fra_Latn": "fr_XX"}
+    pairs = [(first, second, codes[source], codes[target]) for first, second, source, target in PAIRS]
+    final = learned(tmp_path, tokenizer, model, pairs)
+    outputs = ours(final)
+    assert [output.text for output in outputs] == ANSWERS
+    model = AutoModelForSeq2SeqLM.from_pretrained(final)
+    for prompt, output in zip(ASKED, outputs, strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(final, src_lang=codes[prompt.languages.source])
+        start = tokenizer.convert_tokens_to_ids(codes[prompt.languages.target])
+        source = tokenizer(prompt.input, return_tensors="pt")
+        assert source.input_ids[0, -1] == tokenizer.convert_tokens_to_ids(codes[prompt.languages.source])
+        (ids,) = model.generate(**source, decoder_start_token_id=start, do_sample=False, max_new_tokens=16).tolist()
+        assert ids == [start, *output.ids]
