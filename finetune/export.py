@@ -70,7 +70,7 @@ def _write(folder: Path, settings: ExportSettings, target: ModuleType, model: An
 
     template = carried_template(tokenizer)
     examples, described, languages = examples_of(settings.rows, tokenizer, template, position_limit(model))
-    task = task_of(model, tokenizer, template, languages, settings.max_new_tokens, settings.batch_size)
+    task = task_of(model, tokenizer, template, settings.max_new_tokens, settings.batch_size, languages)
     facts = {"model": shown_name(settings.model), "rows": described, "batch_size": task.batch_size}
     facts |= {"torch_bytes": _weight_bytes(settings.model, model)}
     with tempfile.TemporaryDirectory(prefix=".exact-", dir=folder.parent) as beside:

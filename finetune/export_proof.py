@@ -158,9 +158,9 @@ def task_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: Template | None,
-    languages: Languages,
     tokens: int,
     batch_size: int,
+    languages: Languages | None = None,
 ) -> Task:
     """Prefix and ends as generation has them for this model; `tokens` at most, within its positions."""
     config = model.generation_config

@@ -28,7 +28,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import diptych.modeling
 from diptych.data_prep.conversations import Fault
-from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of, languages_in, resolved
+from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of, languages_in, own_languages, resolved
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.templates import Template, carried_template, stored_golden
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Output, Prompter, generate_outputs, template_for
@@ -207,10 +207,11 @@ def travelling_pipeline(config: Mapping[str, Any], tokenizer: PreTrainedTokenize
         raise UserError("the tokenizer carries no template, by which a pipeline of its own would read. Attach one.")
     reader = DiptychPipeline.__new__(DiptychPipeline)
     reader.tokenizer = tokenizer
-    is_proven = False
+    is_proven, own = False, own_languages(tokenizer)
+    own = {"target_language": own.target or own.source} if any(own) else {}
     for example in stored_golden(tokenizer):
         with contextlib.suppress(ValueError):  # a row that spells control tokens, which this one refuses
-            found = reader.preprocess(example["fields"])["input_ids"][0].tolist()
+            found = reader.preprocess(example["fields"], **own)["input_ids"][0].tolist()
             if found != [token for part in example["input_ids"] for token in part]:
                 raise UserError(f"template '{template.name}' cannot travel: {TRAVELLING_CODE} renders it otherwise.")
             is_proven = True

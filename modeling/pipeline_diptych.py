@@ -5,6 +5,8 @@ not installed.
     write({"instruction": "Name the capital.", "input": "France"})      [{"generated_text": "Paris"}]
 
 An input is a text, which is an instruction, a row of instruction (and input, history, system), or a list of messages.
+Models with language codes (NLLB, M2M100, mBART, MADLAD) take `src_lang` and `tgt_lang`, or `source_language` and
+`target_language` in rows: codes as the tokenizer has them. What is not given is as the tokenizer says.
 Greedy unless told otherwise. A text in which a control token is spelled is refused: here, unlike in Diptych, it would
 become one. This file imports nothing but torch's and transformers' own company.
 """
@@ -29,8 +31,9 @@ class DiptychPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
 
-    def _sanitize_parameters(self, **generate):
-        return {}, generate, {}
+    def _sanitize_parameters(self, src_lang=None, tgt_lang=None, **generate):
+        named = {"source_language": src_lang, "target_language": tgt_lang}
+        return {name: code for name, code in named.items() if code}, generate, {}
 
     def __call__(self, inputs: Any, **settings: Any) -> Any:
         if is_conversation(inputs):
@@ -39,8 +42,8 @@ class DiptychPipeline(Pipeline):
             inputs = [fields_of(it) if is_conversation(it) else it for it in inputs]
         return super().__call__(inputs, **settings)
 
-    def preprocess(self, inputs: Any) -> dict[str, torch.Tensor]:
-        row = fields_of(inputs)
+    def preprocess(self, inputs: Any, **languages: str) -> dict[str, torch.Tensor]:
+        row = languages | fields_of(inputs)
         history = [list(turn) for turn in row.get("history") or ()]
         texts = [row.get("instruction", ""), row.get("input", ""), row.get("system", "")]
         for text in [*texts, *(text for turn in history for text in turn)]:
@@ -51,7 +54,24 @@ class DiptychPipeline(Pipeline):
         prompt = environment.from_string(template["source"]).render(
             instruction=instruction, input=text, history=history, system=system
         )
-        return dict(self.tokenizer(prompt, return_tensors="pt"))
+        given, target = forced_prefix(template), row.get("target_language")
+        if hasattr(self.tokenizer, "src_lang"):
+            source = row.get("source_language") or self.tokenizer.src_lang
+            self._code_token(source)
+            self.tokenizer.src_lang = source
+            given = given or [self._code_token(target or self.tokenizer.tgt_lang)]
+        elif target:
+            prompt = f"{self.tokenizer.convert_ids_to_tokens(self._code_token(target))} {prompt}"
+        encoded = dict(self.tokenizer(prompt, return_tensors="pt"))
+        return encoded | ({"given": torch.tensor([given])} if given else {})
+
+    def _code_token(self, code: str | None) -> int:
+        """NLLB and mBART: the code; M2M100: __ko__; MADLAD: <2ko>; Marian: >>kor<<."""
+        for spelled in (code, f"__{code}__", f"<2{code}>", f">>{code}<<") if code else ():
+            token = self.tokenizer.convert_tokens_to_ids(spelled)
+            if token not in (None, self.tokenizer.unk_token_id):
+                return token
+        raise ValueError(f"{code!r} is no language code of this tokenizer. Give src_lang and tgt_lang as it has them.")
 
     def _check_text(self, text: Any) -> None:
         if text is not None and not isinstance(text, str):
@@ -64,8 +84,10 @@ class DiptychPipeline(Pipeline):
         template = self.tokenizer.init_kwargs[TEMPLATE_KEY]
         settings = {"max_new_tokens": 256, "num_beams": 1, "do_sample": False} | settings
         rows = model_inputs["input_ids"].shape[0]
-        if prefix := forced_prefix(template):
-            settings["decoder_input_ids"] = torch.tensor([prefix] * rows, device=self.model.device)
+        if "given" in model_inputs:
+            settings["decoder_input_ids"] = model_inputs["given"]
+        if type(self.tokenizer).__name__ == "MBartTokenizer":  # its decoder starts with the code
+            settings["decoder_start_token_id"] = model_inputs["given"][0, 0].item()
         if template.get("stop"):
             settings |= {"stop_strings": list(template["stop"]), "tokenizer": self.tokenizer}
         inputs = {name: model_inputs[name] for name in ("input_ids", "attention_mask")}

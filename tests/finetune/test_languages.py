@@ -4,8 +4,10 @@ transformers reads and writes with `src_lang` and `forced_bos_token_id`.
 
 import json
 
+import openai
 import pytest
 import torch
+from listening import listening
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -20,10 +22,14 @@ from transformers import (
 
 from diptych.data_prep.records import Languages
 from diptych.finetune.cli import main as diptych
+from diptych.finetune.command_settings import DemoSettings
+from diptych.finetune.demo import Asked, answer_all, build_page, load_contestant
+from diptych.finetune.evaluation import LANGUAGE_COLUMNS
 from diptych.finetune.generate import Prompt, Prompter, generate_outputs, template_for
 from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.pipelines import TranslationPipeline
+from diptych.finetune.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.targets import given_tokens
+from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 PAIRS = [
     ("Go.", "가.", "eng_Latn", "kor_Hang"),
@@ -150,6 +156,66 @@ def test_pipelines_take_languages_and_travel_with_them(nllb, tmp_path):
     assert [found["translation_text"] for found in translate(rows, batch_size=5)] == ANSWERS
     with pytest.raises(ValueError, match="Did you mean 'kor_Hang'"):
         translate("Go.", src_lang="en", tgt_lang="kor_Kore")
+
+    config, _ = travelling_pipeline(json.loads((nllb / "config.json").read_text()), tokenizer)
+    assert "custom_pipelines" in config
+    travelling = DiptychPipeline(model=model, tokenizer=tokenizer)
+    assert [found[0]["generated_text"] for found in travelling(rows)] == ANSWERS
+    assert travelling("Yes.", src_lang="eng_Latn", tgt_lang="fra_Latn") == [{"generated_text": "Oui."}]
+    with pytest.raises(ValueError, match="None is no language code"):
+        travelling("Yes.")
+
+
+def test_serve_demo_and_inspect_are_told_languages(nllb, tmp_path, capsys):
+    with listening(
+        ["serve", str(nllb), "--source_language", "en", "--target_language", "fr"], tmp_path / "log"
+    ) as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+        def ask(text, **languages):
+            settings = {"model": "final", "max_tokens": 16, "extra_body": languages}
+            return client.completions.create(prompt=text, **settings).choices[0].text
+
+        assert ask("Yes.") == "Oui."
+        assert ask("Yes.", source_language="eng_Latn", target_language="kor_Hang") == "네."
+        assert ask("네.", src_lang="ko", tgt_lang="en") == "Yes."
+        chat = client.chat.completions.create(
+            model="final", messages=[{"role": "user", "content": "Go."}], extra_body={"target_language": "ko"}
+        )
+        assert chat.choices[0].message.content == "가."
+        with pytest.raises(openai.BadRequestError, match="Did you mean 'kor_Hang'"):
+            ask("Yes.", target_language="kor_Kore")
+
+    contestant = load_contestant(DemoSettings(str(nllb), target_language="fr", device="cpu"), str(nllb))
+    dropdowns = [it for it in build_page([contestant], []).blocks.values() if type(it).__name__ == "Dropdown"]
+    assert [it.value for it in dropdowns] == ["eng_Latn", "fra_Latn"] and len(dropdowns[0].choices) == 202
+    for code, answer in (("fra_Latn", "Va !"), ("kor_Hang", "가.")):
+        asked = Asked("", "Go.", "", 16, 1, 0, 1, 1, 0, "eng_Latn", code)
+        (*_, (text, _, looks)) = answer_all([contestant], asked)
+        assert text == answer and "<table>" in looks
+    contestant.engine.close()
+
+    page = tmp_path / "inspect.html"
+    for code, answer in (("fr", "Va !"), ("ko", "가.")):
+        languages = ["--source_language", "en", "--target_language", code]
+        assert (
+            diptych(["inspect", str(nllb), "--input", "Go.", "--target", answer, *languages, "--out", str(page)]) == 0
+        )
+        assert capsys.readouterr().out.splitlines()[0].endswith(answer)
+
+
+def test_an_export_to_ctranslate2_writes_each_direction(nllb, tmp_path, capsys):
+    rows = [{"input": it.input, **dict(zip(LANGUAGE_COLUMNS, it.languages, strict=True))} for it in ASKED]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "korean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    export = ["export", str(nllb), "--to", "ctranslate2", "--out", str(tmp_path / "exported")]
+    assert diptych([*export, "--rows", str(tmp_path / "in.jsonl")]) == 2
+    assert "rows of several languages" in capsys.readouterr().err
+    assert diptych([*export, "--rows", str(tmp_path / "korean.jsonl")]) == 0
+    files = ["--in_file", str(tmp_path / "in.jsonl"), "--out_file", str(tmp_path / "out.jsonl")]
+    assert diptych(["generate", str(tmp_path / "exported"), "--engine", "ctranslate2", *files]) == 0
+    lines = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines == ANSWERS
 
 
 def test_evaluate_has_the_figures_of_each_direction(nllb, tmp_path, capsys):

@@ -144,18 +144,6 @@ def test_a_t5_config_says_how_its_tasks_begin(bare):
     assert summarize(["Yes.", "Go."]) == [{"summary_text": "네."}, {"summary_text": "가."}]
 
 
-def test_a_language_is_forced_on_a_multilingual_decoder(two_languages, tmp_path):
-    model, tokenizer, rows = two_languages
-    tokenizer.src_lang = "<en>"
-    translate = Text2TextPipeline(model=model, tokenizer=tokenizer)
-    for row in rows:
-        (found,) = translate(row["source"], template=None, tgt_lang=row["language"], src_lang="<en>")
-        assert found["generated_text"] == row["target"]
-    with pytest.raises(ValueError, match="no language 'xx'"):
-        tokenizer.unk_token = "<s>"
-        translate("Go.", tgt_lang="xx")
-
-
 def test_a_saved_tokenizer_is_the_same_as_the_one_in_memory(t5_checkpoint, write):
     again = Text2TextPipeline(model=write.model, tokenizer=AutoTokenizer.from_pretrained(t5_checkpoint))
     assert again(ROWS) == write(ROWS)
