@@ -44,6 +44,8 @@ UNSPELLABLE = "\U0010ffff"
 """The first character of each control token's other name. Both are noncharacters: Unicode promises that they stand in
 no text, and a text in which they do stand is refused."""
 
+PROBE = "a. 1"
+"""A text that shows what a tokenizer puts around it."""
 TEXT_TOKENS_KEY = "diptych_text_tokens"
 """The key in tokenizer_config.json under which a vocabulary that was extended lists its new words of text."""
 
@@ -254,7 +256,14 @@ def _around_source(tokenizer: PreTrainedTokenizerBase, languages: Languages) -> 
     codes = codes_of(tokenizer)
     before, after = _around(tokenizer, "text")
     if codes.layout == "source" and languages.target:
-        before = [codes.tokens[languages.target], *before]
+        # The tokenizer itself puts it there, as MADLAD's may have a blank before it.
+        own, told = (
+            list(tokenizer(f"{spelling}{PROBE}", truncation=False, verbose=False)["input_ids"])
+            for spelling in ("", f"{codes.spellings[languages.target]} ")
+        )
+        rest = own[len(before) :]
+        is_as_expected = told[len(told) - len(rest) :] == rest and codes.tokens[languages.target] in told
+        before = told[: len(told) - len(rest)] if is_as_expected else [codes.tokens[languages.target], *before]
     if not codes.is_around_texts or not languages.source:
         return before, after
     own = tokenizer.convert_tokens_to_ids(codes.spellings.get(tokenizer.src_lang, tokenizer.src_lang))
@@ -347,7 +356,7 @@ def _around(tokenizer: PreTrainedTokenizerBase, side: str) -> tuple[list[int], l
     mask 1  0  0  0 1   →    after  [1]
     """
     encoded = tokenizer(
-        **{side: ["a. 1"]},
+        **{side: [PROBE]},
         return_special_tokens_mask=True,
         return_attention_mask=False,
         truncation=False,

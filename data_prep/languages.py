@@ -146,12 +146,12 @@ def codes_of(tokenizer: PreTrainedTokenizerBase | None) -> LanguageCodes:
     """None is a tokenizer that has still to be trained."""
     if tokenizer is None:
         return WITHOUT_CODES
-    return _codes_of(tokenizer, len(tokenizer.added_tokens_decoder))
+    return _codes_of(tokenizer, len(tokenizer))
 
 
 @functools.lru_cache(maxsize=16)
-def _codes_of(tokenizer: PreTrainedTokenizerBase, added: int) -> LanguageCodes:
-    """`added` tokens are counted, because a person may add a language of their own."""
+def _codes_of(tokenizer: PreTrainedTokenizerBase, tokens: int) -> LanguageCodes:
+    """`tokens` are counted, because a person may add a language of their own."""
     kind = type(tokenizer).__name__.removesuffix("Fast")
     if hasattr(tokenizer, "src_lang"):
         spelled = [*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]
@@ -159,7 +159,7 @@ def _codes_of(tokenizer: PreTrainedTokenizerBase, added: int) -> LanguageCodes:
         codes = _matches(AROUND_TEXTS, spelled)
         return _made("start" if kind in STARTING_CLASSES else "both", codes, tokenizer.convert_tokens_to_ids)
     vocabulary = tokenizer.get_vocab()
-    codes = _matches(BEFORE_SOURCES, vocabulary)
+    codes = _matches(BEFORE_SOURCES, getattr(tokenizer, "supported_language_codes", vocabulary))
     if len(codes) >= FEWEST_CODES:
         return _made("source", codes, vocabulary.__getitem__)
     return NOTHING_TO_SAY if kind == "MarianTokenizer" else WITHOUT_CODES

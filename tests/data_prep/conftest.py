@@ -3,6 +3,7 @@ on them, each saved and loaded again as a user's checkpoint folder would be.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -52,6 +53,32 @@ def tokenizers_by_family(sentences, tmp_path_factory):
     for name, tokenizer in made.items():
         tokenizer.save_pretrained(folder / name)
     return {name: transformers.AutoTokenizer.from_pretrained(folder / name) for name in made}
+
+
+@pytest.fixture(scope="session")
+def language_folders(sentences, tmp_path_factory):
+    """With a folder for the tokenizer of each family that has language codes, and T5: none of them says a target."""
+    place = tmp_path_factory.mktemp("families")
+    unigram, bpe = _unigram(sentences), _fallback_bpe(sentences)
+    pieces, vocabulary = _sentencepiece(sentences, place)
+    words = json.loads(Path(vocabulary).read_text(encoding="utf-8"))
+    words |= {word: len(words) + place for place, word in enumerate((">>kor<<", ">>eng<<", "<pad>"))}
+    (place / "marian.json").write_text(json.dumps(words), encoding="utf-8")
+    marian = {"source_spm": pieces, "target_spm": pieces, "vocab": str(place / "marian.json")}
+    before = [(f"<2{code}>", 0.0) for code in ("en", "ko", "zh", "zh_Hant")]
+    made = {
+        "nllb": transformers.NllbTokenizer(**bpe),
+        "legacy": transformers.NllbTokenizer(**bpe, legacy_behaviour=True),
+        "m2m100": transformers.M2M100Tokenizer(vocab_file=vocabulary, spm_file=pieces),
+        "mbart50": transformers.MBart50Tokenizer(vocab=[("<s>", 0.0), *unigram]),
+        "mbart": transformers.MBartTokenizer(vocab=[("<s>", 0.0), *unigram]),
+        "madlad": transformers.T5Tokenizer(vocab=[*unigram, *before], extra_ids=0),
+        "marian": transformers.MarianTokenizer(**marian),
+        "t5": transformers.T5Tokenizer(vocab=unigram, extra_ids=5),
+    }
+    for name, tokenizer in made.items():
+        tokenizer.save_pretrained(place / name)
+    return place
 
 
 @pytest.fixture(scope="session")

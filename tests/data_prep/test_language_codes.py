@@ -1,0 +1,248 @@
+"""Language codes: what people call them, where each family writes them, and what `prepare` makes of both."""
+
+import contextlib
+import json
+import re
+
+import datasets
+import pytest
+import transformers
+
+from diptych.data_prep.encode import encode_sources, encode_targets
+from diptych.data_prep.languages import codes_of, resolved
+from diptych.data_prep.prepare import main
+from diptych.data_prep.records import Languages, UserError
+
+BOTH = Languages("en", "ko")
+
+
+@pytest.fixture(scope="module")
+def load(language_folders):
+    return lambda name, **settings: transformers.AutoTokenizer.from_pretrained(language_folders / name, **settings)
+
+
+@pytest.mark.parametrize(
+    "family, code_of",
+    [
+        ("nllb", {"ko": "kor_Hang", "en": "eng_Latn", "ko_KR": "kor_Hang", "Korean": "kor_Hang", "zh_TW": "zho_Hant"}),
+        (
+            "nllb",
+            {"kor-hang": "kor_Hang", "ar": "arb_Arab", "lv": "lvs_Latn", "zh-CN": "zho_Hans", "__ko__": "kor_Hang"},
+        ),
+        ("mbart50", {"ko": "ko_KR", "eng_Latn": "en_XX", "en_GB": "en_XX", "zh": "zh_CN", "kor": "ko_KR"}),
+        ("m2m100", {"kor_Hang": "ko", "ko_KR": "ko", "zho_Hant": "zh", "ceb": "ceb", "__ko__": "ko"}),
+        ("madlad", {"kor_Hang": "ko", "zho": "zh", "zh-Hant": "zh_Hant", "zh_Hans": "zh", "<2ko>": "ko"}),
+        ("marian", {"ko": "kor", "English": "eng", ">>kor<<": "kor"}),
+    ],
+)
+def test_a_short_or_another_name_is_the_code_of_the_tokenizer(load, family, code_of):
+    codes = codes_of(load(family))
+    assert {name: codes.find(name) for name in code_of} == code_of
+
+
+@pytest.mark.parametrize(
+    "family, name, message",
+    [
+        ("nllb", "kor_Kore", "Did you mean 'kor_Hang'\\? Known are ace_Arab, .*kor_Hang.*, zul_Latn"),
+        ("nllb", "zh", "may be zho_Hans or zho_Hant"),
+        ("nllb", "no", "may be nno_Latn or nob_Latn"),
+        ("nllb", "Klingon", "is no language code"),
+        ("mbart50", "zh_TW", "Did you mean 'zh_CN'"),
+        ("m2m100", "kp", "Did you mean"),
+    ],
+)
+def test_a_code_that_is_none_or_several_is_refused_with_the_nearest_and_the_list(load, family, name, message):
+    with pytest.raises(UserError, match=message):
+        codes_of(load(family)).find(name)
+
+
+@pytest.mark.parametrize(
+    "family, source, target",
+    [
+        ("nllb", ["eng_Latn", ..., "</s>"], ["kor_Hang", ..., "</s>"]),
+        ("legacy", [..., "</s>", "eng_Latn"], ["kor_Hang", ..., "</s>"]),
+        ("m2m100", ["__en__", ..., "</s>"], ["__ko__", ..., "</s>"]),
+        ("mbart50", ["en_XX", ..., "</s>"], ["ko_KR", ..., "</s>"]),
+        ("mbart", [..., "</s>", "en_XX"], ["ko_KR", ..., "</s>"]),  # the first is then the decoder's start
+        ("madlad", ["▁", "<2ko>", ..., "</s>"], [..., "</s>"]),
+        ("marian", [">>kor<<", ..., "</s>"], [..., "</s>"]),
+        ("t5", [..., "</s>"], [..., "</s>"]),
+    ],
+)
+def test_codes_stand_where_each_family_has_them_and_the_source_is_what_transformers_reads(
+    load, family, source, target
+):
+    tokenizer = load(family)
+    languages = resolved(tokenizer, BOTH)
+    (read,) = encode_sources(tokenizer, ["Go home."], languages=[languages])
+    (written,) = encode_targets(tokenizer, ["집에 가."], languages=[languages])
+    for ids, expected in ((read, source), (written, target)):
+        names, place = tokenizer.convert_ids_to_tokens(ids), expected.index(...)
+        assert (
+            names[:place] == expected[:place]
+            and names[len(names) - len(expected) + place + 1 :] == expected[place + 1 :]
+        )
+    plain = load(family, src_lang=languages.source) if hasattr(tokenizer, "src_lang") else tokenizer
+    before = {"madlad": "<2ko> ", "marian": ">>kor<< "}.get(family, "")
+    assert read == plain(f"{before}Go home.").input_ids
+    (back,) = encode_sources(tokenizer, ["집에 가."], languages=[resolved(tokenizer, languages.swapped())])
+    if family != "t5":
+        assert read[:2] != back[:2] or read[-1] != back[-1]
+
+
+def test_no_text_becomes_a_language_code(load):
+    for family in ("nllb", "m2m100", "mbart", "madlad", "marian"):
+        tokenizer = load(family)
+        codes = codes_of(tokenizer)
+        languages = resolved(tokenizer, BOTH)
+        (ids,) = encode_sources(
+            tokenizer, [f"{' '.join(list(codes.spellings.values())[:40])} a"], languages=[languages]
+        )
+        assert sum(token in codes.tokens.values() for token in ids) == 1
+
+
+def prepare(capsys, tmp_path, tokenizer, data, *arguments):
+    """Exit code, what was said, and the rows of the train split, if there are any."""
+    out = tmp_path / "prepared"
+    command = [
+        "--data",
+        data,
+        "--tokenizer",
+        tokenizer,
+        "--out",
+        out,
+        "--validation_fraction",
+        0,
+        "--test_fraction",
+        0,
+    ]
+    code = main([str(part) for part in (*command, *arguments)])
+    said = "".join(capsys.readouterr())
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        rows = list(datasets.load_from_disk(out)["train"]) if code == 0 else []
+    return code, said, rows
+
+
+@pytest.fixture
+def pairs_file(write_rows):
+    return write_rows("08.tsv", ["Go home.\t집에 가.", "Hello.\t안녕하세요."])
+
+
+GIVEN = ("--source_language", "eng_Latn", "--target_language", "kor_Hang")
+
+
+def test_each_direction_of_parallel_text_has_its_own_codes(language_folders, pairs_file, capsys, tmp_path):
+    for there, back in (("X", "Y"), ("", "")):
+        options = ("--forward", there, "--backward", back, *GIVEN)
+        code, said, rows = prepare(capsys, tmp_path, language_folders / "nllb", pairs_file, *options)
+        assert code == 0 and "eng_Latn to kor_Hang and back" in said
+        names = transformers.AutoTokenizer.from_pretrained(language_folders / "nllb").convert_ids_to_tokens
+        firsts = [(names(row["input_ids"][0]), names(row["labels"][0])) for row in rows]
+        assert firsts == [("eng_Latn", "kor_Hang"), ("kor_Hang", "eng_Latn")] * 2
+        assert [(row["source_language"], row["target_language"]) for row in rows] == firsts
+    assert [row["source"] for row in rows] == ["Go home.", "집에 가.", "Hello.", "안녕하세요."]
+
+
+def test_languages_that_a_prepared_tokenizer_brings_are_swapped_for_the_way_back(
+    language_folders, pairs_file, capsys, tmp_path
+):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        language_folders / "nllb", src_lang="eng_Latn", tgt_lang="kor_Hang"
+    )
+    tokenizer.save_pretrained(tmp_path / "said")
+    _, _, rows = prepare(capsys, tmp_path, tmp_path / "said", pairs_file, "--forward", "", "--backward", "")
+    assert [row["target_language"] for row in rows[:2]] == ["kor_Hang", "eng_Latn"]
+
+
+def test_a_decoder_that_starts_with_the_code_starts_so_in_packed_rows(language_folders, pairs_file, capsys, tmp_path):
+    options = ("--forward", "", "--backward", "", "--source_language", "en", "--target_language", "ko")
+    code, said, _ = prepare(capsys, tmp_path, language_folders / "mbart", pairs_file, *options)
+    assert code == 0 and "language ko is ko_KR" in said
+    names = transformers.AutoTokenizer.from_pretrained(language_folders / "mbart").convert_ids_to_tokens
+    starts = []
+    for row in datasets.load_from_disk(tmp_path / "prepared" / "packed"):
+        places = [place for place, position in enumerate(row["decoder_position_ids"]) if position == 0]
+        starts += [names(row["decoder_input_ids"][it]) for it in places if row["decoder_segment_ids"][it]]
+    assert sorted(starts) == ["en_XX", "en_XX", "ko_KR", "ko_KR"]
+
+
+@pytest.mark.parametrize(
+    "family, options, message",
+    [
+        ("nllb", ("--forward", "", "--source_language", "en", "--target_language", "kor_Kore"), "mean 'kor_Hang'"),
+        ("nllb", ("--forward", ""), "nobody has said that of the target"),
+        ("m2m100", ("--forward", ""), "nobody has said that of the target"),
+        ("marian", ("--forward", ">>kor<< "), "--forward spells the language code >>kor<<.*--target_language kor"),
+        ("madlad", ("--forward", "", "--backward", ""), "nothing else says which language is to be written"),
+        ("t5", ("--forward", "", "--backward", ""), "nothing else says which language is to be written"),
+        ("t5", ("--forward", "", "--source_language", "en"), "belong together"),
+        ("t5", ("--forward", "", "--source_language", "en", "--target_language", "Klingon"), "English name is known"),
+    ],
+)
+def test_languages_that_are_wrong_or_missing_are_refused(
+    language_folders, pairs_file, capsys, tmp_path, family, options, message
+):
+    code, said, _ = prepare(capsys, tmp_path, language_folders / family, pairs_file, *options)
+    assert code == 2
+    assert re.search(message, said)
+
+
+def test_codes_that_rows_bring_go_before_those_of_settings(language_folders, write_rows, capsys, tmp_path):
+    rows = [
+        {"source": "Hello.", "target": "안녕하세요.", "src_lang": "en", "tgt_lang": "ko"},
+        {"source": "Hello.", "target": "Bonjour.", "src_lang": "eng_Latn", "tgt_lang": "fra_Latn"},
+        {"source": "Hello.", "target": "Hola."},
+        {"source": "Hello.", "target": "Hallo.", "src_lang": "en", "tgt_lang": "deu_Deva"},
+    ]
+    options = ("--forward", "", "--source_language", "en", "--target_language", "es")
+    code, said, prepared = prepare(
+        capsys, tmp_path, language_folders / "nllb", write_rows("rows.jsonl", rows), *options
+    )
+    assert code == 0 and "conflict" not in said
+    assert [row["target_language"] for row in prepared] == ["kor_Hang", "fra_Latn", "spa_Latn"]
+    reject = json.loads((tmp_path / "prepared" / "rejects.jsonl").read_text(encoding="utf-8"))
+    assert (reject["row"], reject["kind"]) == (4, "unknown language") and "mean 'deu_Latn'?" in reject["reason"]
+
+
+def test_languages_are_columns_names_of_a_translation_and_mapped_ones(language_folders, write_rows, capsys, tmp_path):
+    path = write_rows("units.jsonl", [{"translation": {"en": "Go.", "ko": "가."}}])
+    _, _, rows = prepare(capsys, tmp_path, language_folders / "nllb", path, "--forward", "", "--backward", "")
+    assert [row["target_language"] for row in rows] == ["kor_Hang", "eng_Latn"]
+    path = write_rows("mapped.jsonl", [{"first": "Go.", "second": "가.", "from": "en", "into": "ko"}])
+    options = ("--map", "source_language=from", "target_language=into", "--forward", "")
+    _, said, rows = prepare(capsys, tmp_path, language_folders / "nllb", path, *options)
+    assert [row["target_language"] for row in rows] == ["kor_Hang"] and "not used" not in said
+
+
+def test_a_tokenizer_without_codes_is_told_in_words_where_a_row_has_none_of_its_own(
+    language_folders, write_rows, capsys, tmp_path
+):
+    path = write_rows("pairs.tsv", ["Go home.\t집에 가."])
+    options = ("--backward", "", "--source_language", "en", "--target_language", "kor_Hang")
+    _, said, rows = prepare(
+        capsys, tmp_path, language_folders / "t5", path, *options, "--forward", "Say it in Korean:"
+    )
+    sources = ["Say it in Korean: Go home.", "translate Korean to English: 집에 가."]
+    assert [row["source"] for row in rows] == sources and "has no language codes" in said
+    code = write_rows(
+        "code.jsonl", [{"instruction": "Port it.", "input": "x", "output": "y", "source_lang": "Python"}]
+    )
+    exit_code, _, rows = prepare(capsys, tmp_path, language_folders / "t5", code)
+    assert exit_code == 0 and rows[0]["source_language"] == "Python"  # a column like any other
+
+
+def test_a_decoder_prefix_that_names_another_language_is_refused(language_folders, pairs_file, capsys, tmp_path):
+    frame = tmp_path / "frame.jinja"
+    frame.write_text("{# decoder_prefix: fra_Latn #}\n{{ instruction }}{{ input }}")
+    code, said, _ = prepare(
+        capsys, tmp_path, language_folders / "nllb", pairs_file, "--forward", "", *GIVEN, "--template", frame
+    )
+    assert code == 2 and "decoder_prefix names fra_Latn, and the target is in kor_Hang" in said
+
+
+def test_alpacas_frame_asks_for_an_instruction(language_folders, pairs_file, capsys, tmp_path):
+    code, said, _ = prepare(
+        capsys, tmp_path, language_folders / "nllb", pairs_file, "--forward", "", *GIVEN, "--template", "alpaca"
+    )
+    assert code == 2 and "is built around an instruction, and there is none" in said
