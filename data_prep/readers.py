@@ -7,7 +7,7 @@
     pairs.tsv             first ⇥ second ⇥ …            → {"first": …, "second": …, "column 3": …}; nothing is quoted
     a.en+a.ko             two aligned files: line N with line N  → {"first": …, "second": …}
     memory.tmx            translation units             → {"translation": {"en": …, "ko": …}}
-    hf:user/name[:split]  a data set of the Hub         tatoeba, seed_tasks   ship with the project
+    hf:user/name[:split]  a data set of the Hub         tatoeba, cmudict, seed_tasks   ship with the project
 
 Text files may end in .gz or .zst too; folders and globs stand for the files in them. A folder, a saved DatasetDict
 and a Hub data set are read by their splits, which the names of their parts say (named_splits.py). What the fields mean
@@ -129,6 +129,7 @@ SAMPLES = {
     "tatoeba": Sample(
         "tatoeba_eng_kor.tsv", "Translate English to Korean:", "Translate Korean to English:", ("en", "ko")
     ),
+    "cmudict": Sample("cmudict.tsv.zst", "Pronounce:"),
     "seed_tasks": Sample("self_instruct_seed_tasks.jsonl"),
 }
 

@@ -51,9 +51,9 @@ class PrepareSettings:
 
     data: list[str] = field(default_factory=list, metadata=SOURCE)
     """What to read, one or more: files (.json, .jsonl, .csv, .tsv, .tmx, .parquet, .arrow; text also as .gz or .zst),
-    folders, globs, shipped samples (tatoeba, seed_tasks), Hub data sets (hf:user/name or hf:user/name:split), two
-    aligned files (a.en+a.ko). In a folder, a saved DatasetDict or a Hub data set, the names train, valid, dev, test
-    and their like say which split a part is."""
+    folders, globs, shipped samples (tatoeba, cmudict, seed_tasks), Hub data sets (hf:user/name, hf:user/name:split),
+    two aligned files (a.en+a.ko). In a folder, a saved DatasetDict or a Hub data set, the names train, valid, dev,
+    test and their like say which split a part is."""
 
     aligned: list[str] = field(default_factory=list, metadata=SOURCE)
     """Two text files of parallel text, where line N of one belongs to line N of the other."""

@@ -609,7 +609,10 @@ def test_the_samples_are_whole_and_bring_their_instructions():
     tasks, rejects = read("seed_tasks")
     assert (len(tasks), rejects) == (175, [])
     assert all(row.fields["instances"] for row in tasks)
-    assert set(SAMPLES) == {"tatoeba", "seed_tasks"}
+    words, rejects = read("cmudict")
+    assert (len(words), rejects) == (133_973, [])
+    assert {"first": "a b b e y", "second": "AE1 B IY0"} in [row.fields for row in words[:300]]
+    assert set(SAMPLES) == {"tatoeba", "seed_tasks", "cmudict"}
 
 
 def test_every_shipped_pair_keeps_its_attribution():
@@ -617,6 +620,8 @@ def test_every_shipped_pair_keeps_its_attribution():
     assert all(line.split("\t")[2].startswith("CC-BY 2.0 (France) Attribution: tatoeba.org #") for line in lines)
     licences = (SAMPLES_FOLDER / "LICENSES.md").read_text(encoding="utf-8")
     assert all(sample.file in licences for sample in SAMPLES.values())
+    notice = (SAMPLES_FOLDER / "cmudict.LICENSE").read_text(encoding="utf-8")
+    assert "Copyright (C) 1993-2015 Carnegie Mellon University" in notice and "ANY EXPRESSED OR IMPLIED" in notice
 
 
 # Odd but right

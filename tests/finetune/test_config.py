@@ -28,6 +28,7 @@ def test_shipped_recipe_is_read(file):
     parsed = parse(TrainRecipe, "diptych train", ["--config", str(file), "--data", "prepared", "--out", "run"])
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert parsed.model == written["model"] and parsed.data == "prepared"
+    assert parsed.precision == "auto", "which one is fast depends on the machine"
 
 
 def test_command_line_goes_before_yaml(tmp_path):
