@@ -39,6 +39,7 @@ from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.hub import check_chat_templates, check_config, check_place
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
+from diptych.finetune.speed import training_pace
 from diptych.finetune.trust import MODEL_WEIGHTS, check_adapter, check_sizes, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
@@ -73,7 +74,21 @@ def load_model_and_tokenizer(
     check_embedding_rows(model, tokenizer, name)
     if check_template:
         carried_template(tokenizer)
+    say_if_slow(name, model.dtype, torch.device(device))
     return model.to(device).eval(), tokenizer
+
+
+def say_if_slow(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Most CPUs have no units for bf16 and fp16, in which many checkpoints are saved."""
+    if dtype not in (torch.bfloat16, torch.float16) or device.type != "cpu":
+        return
+    times_slower = training_pace(device, torch.float32) / training_pace(device, dtype)
+    if times_slower > 2:
+        print(
+            f"{name}: its weights are {str(dtype).removeprefix('torch.')}, which this CPU computes {times_slower:.0f} "
+            f"times slower than float32. With dtype float32 they take twice the memory.",
+            file=sys.stderr,
+        )
 
 
 def pick_device(device: str = "auto") -> torch.device:

@@ -1,8 +1,11 @@
 """What loads, loads whole; what does not is refused in one message that says what it is and what is needed."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from copy import deepcopy
 
 import huggingface_hub
@@ -63,6 +66,23 @@ def test_a_diptych_checkpoint_loads(tmp_path, tiny_tokenizer):
 def test_dtype_is_as_saved_unless_asked(t5_checkpoint):
     assert load_model_and_tokenizer(t5_checkpoint)[0].dtype == torch.float32
     assert load_model_and_tokenizer(t5_checkpoint, dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_who_computes_in_bf16_on_a_cpu_without_it_is_told(t5_checkpoint):
+    """oneDNN is told to leave out all that AMD's Zen 3 does not have."""
+    script = (
+        "import sys\n"
+        "from diptych.finetune.loading import load_model_and_tokenizer\n"
+        "for dtype in ('auto', 'bfloat16'):\n"
+        "    load_model_and_tokenizer(sys.argv[1], dtype)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(t5_checkpoint)], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "times slower" in line]
+    assert re.search("its weights are bfloat16, which this CPU computes [0-9]+ times slower than float32", line)
 
 
 def test_an_adapter_finds_its_base_and_comes_out_merged(tmp_path, t5_checkpoint, tiny_tokenizer):
