@@ -17,9 +17,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from diptych.finetune.inspection import main as inspect
 
 HERE = Path(__file__).parent
-INSTRUCTION = "Translate English to Korean:"
-SENTENCE = "My dream is to become a famous singer."
-TARGET = "내 꿈은 유명한 가수가 되는 것이야."
+INSTRUCTION = "Pronounce:"
+WORD = "p h y s i q u e"  # held out; the model says what the dictionary says
 STYLE = ".strip { display: none; } section { padding: 24px 28px; margin: 0; }"
 
 
@@ -27,7 +26,7 @@ def main(model: str) -> None:
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         file = Path(folder) / "inspect.html"
-        inspect([model, "--instruction", INSTRUCTION, "--input", SENTENCE] + ["--target", TARGET, "--out", str(file)])
+        inspect([model, "--instruction", INSTRUCTION, "--input", WORD, "--out", str(file)])
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1120, "height": 800})
         page.goto(file.as_uri())
@@ -46,7 +45,7 @@ def demo_page(browser: Browser, model: str) -> None:
     page = browser.new_page(viewport={"width": 1120, "height": 620})
     page.goto(url)
     page.fill("#instruction textarea", INSTRUCTION)
-    page.fill("#input textarea", SENTENCE)
+    page.fill("#input textarea", WORD)
     page.click("#go")
     page.wait_for_selector("#looks-0 table")
     page.screenshot(path=HERE / "demo-page.png")

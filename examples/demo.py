@@ -26,6 +26,9 @@ from diptych.finetune.metrics import compute_metrics
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "finetune" / "recipes" / "demo.yaml"
+SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
+"""A thread that waits for another gives up its core soon. As OpenMP is set by itself it keeps it, and with six other
+processes on two cores a step of training took ten times as long."""
 INSTRUCTION = "Pronounce:"
 NEW_WORDS = ["tokenizer", "chatbot", "emoji", "paywall", "sudoku", "diptych"]  # the dictionary has none of them
 LEARNED = 20.0  # per cent: the highest phoneme error rate with which the demo succeeds
@@ -49,7 +52,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
     command = [str(part) for part in command]
     print(f"\n$ {shlex.join(command)}", flush=True)
     beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))  # this Python's commands
-    code = subprocess.run(command, cwd=cwd, env=os.environ | {"PATH": beside}).returncode
+    code = subprocess.run(command, cwd=cwd, env=SHARED_CORES | os.environ | {"PATH": beside}).returncode
     if code:
         raise SystemExit(code)
 

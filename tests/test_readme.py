@@ -4,6 +4,7 @@
 commands of `diptych` the first one is started as a shell starts it, the others by the nursery, which is faster.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -108,6 +109,19 @@ def test_make_commands_exist_and_ci_runs_the_two_that_everybody_runs():
     assert {line for line in continuous.splitlines() if line.startswith("make ")} >= {"make test", "make demo"}
     for command in makes:  # a dry run: every target resolves
         subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_demo_counts_errors_against_the_nearest_pronunciation_with_and_without_stress():
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    rows = [
+        {"prediction": "T AH0 M AA1 T OW2", "references": ["T AH0 M EY1 T OW2", "T AH0 M AA1 T OW2"]},
+        {"prediction": "AE0 B IY0", "references": ["AE1 B IY0"]},
+    ]
+    assert demo.error_rates(rows, with_stress=True) == (pytest.approx(100 / 9), 50)
+    assert demo.error_rates(rows, with_stress=False) == (0, 0)
+    assert demo.RECIPE.is_file()
 
 
 def test_each_file_has_its_line():
