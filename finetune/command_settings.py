@@ -258,13 +258,13 @@ class InspectSettings:
     """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
 
     def __post_init__(self):
-        if bool(self.instruction or self.input) == bool(self.source):
+        if self.instruction and self.source or not (self.instruction or self.input or self.source):
             given = "both were" if self.source else "neither was"
             raise UserError(
                 f"--instruction (with --input), or --source is what the model is to read, but {given} given. Give one."
             )
-        if self.source and (self.system or self.template):
-            raise UserError("--source is read as it is: drop --system and --template, or give --instruction.")
+        if self.source and (self.input or self.system or self.template):
+            raise UserError("--source is read as it is: drop --input, --system and --template, or give --instruction.")
         for name in ("rows", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
