@@ -60,8 +60,10 @@ from diptych.data_prep.validate import (
     is_unparsed,
     joined,
     listed,
+    mapped,
     missing,
     not_a_string,
+    path_to_text,
     shown_name,
     text,
     unparsed,
@@ -95,11 +97,16 @@ SYNONYMS = {
     "instruction": ("prompt", "question", "query", "task", "definition"),
     "input": ("context", "inputs", "passage"),
     "output": ("response", "answer", "completion", "target", "targets", "outputs", "reply"),
-    "completion": ("response", "answer", "output"),
+    "prompt": ("inputs", "input", "question"),
+    "completion": ("response", "answer", "output", "targets"),
     "response": ("answer", "output"),
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "conversations": ("conversation", "dialogue", "dialog", "chat", "turns"),
     "document": ("content", "body"),
     "summary": ("abstract", "tldr"),
+    "translation": ("translations",),
+    "first": ("src", "source_text", "source_sentence"),
+    "second": ("tgt", "trg", "target_text", "target_sentence"),
 }
 """Names that may mean the same. They are suggested, never guessed."""
 
@@ -253,7 +260,7 @@ class Converter:
     def needed(self, fields: Mapping[str, Any], name: str) -> Any:
         value = self.value(fields, name)
         if value is MISSING:
-            raise missing(self.column(name), fields, self.used_fields)
+            raise missing(self.column(name), fields, self.used_fields, name)
         return value
 
     def text(self, fields: Mapping[str, Any], name: str) -> str:
@@ -300,7 +307,7 @@ class Converter:
         if value is None:
             value = self.value(fields, name)
             if value is MISSING and name not in RECORD_FIELDS:
-                check_not_misspelt(column, fields, self.used_fields)
+                check_not_misspelt(column, fields, self.used_fields, name)
         if value is MISSING or is_missing(value):
             return ""
         if not isinstance(value, str):
@@ -354,7 +361,7 @@ def converter_for(
             directions = replace(directions, languages=directions.languages.or_else(Languages(*languages)))
     _check_settings(directions, summary_instruction)
     format, shape = _recognise(rows, source, mapping, name)
-    spelled = {name: column for name, column in shape.items() if name != column}
+    spelled = {name: mapping.get(column, column) for name, column in shape.items() if name != column}
     if "translation" in shape:
         spelled = _languages(rows, source, mapping.pop("translation", "translation"), languages)
         sides = (column.rpartition(".")[2] for column in spelled.values())
@@ -455,7 +462,7 @@ def _winner(
     )
     if was_given or len(names) == 1:
         fields = FORMATS[names[0]].shapes[votes.most_common(1)[0][0][1]]
-        mend = "--map decides, for example --map " + " ".join(f"{name}={column}" for name, column in fields.items())
+        mend = "--map decides, for example --map " + " ".join(mapped(name, column) for name, column in fields.items())
     else:
         mend = f"--format NAME decides, for example --format {names[0]}"
     raise UserError(f"{source} fits more than one format, to judge by its first rows: {shown}. {mend}.")
@@ -572,32 +579,59 @@ def _nothing_fits(
 
 
 def _suggestion(views: Sequence[Mapping[str, Any]], candidates: Mapping[str, Format]) -> str:
-    """The fewest columns that would have to be called otherwise, so that the rows have a format."""
-    columns = list(dict.fromkeys(name for view in views for name in view))
+    """The fewest columns that would have to be called otherwise, so that the rows have a format and are read."""
     best: tuple[int, str, dict[str, str]] | None = None
     for format in candidates.values():
-        shape = format.shapes[0]
-        renamed: dict[str, str] = {}
-        for name in (*shape, *format.optional):
-            others = [column for column in columns if column not in shape and column not in renamed.values()]
-            near = nearest(name, others) or next((it for it in SYNONYMS.get(name, ()) if it in others), None)
-            if name not in columns and near is not None:
-                renamed[name] = near
-        is_whole = all(name in columns or name in renamed for name in shape)
-        count = sum(name in renamed for name in shape)
-        if is_whole and count and (best is None or count < best[0]):
-            best = (count, format.name, renamed)
+        for shape in format.shapes:
+            renamed = next((it for it in _renamings(views, format, shape) if _reads(views, format, it)), None)
+            count = sum(name in shape for name in renamed or ())
+            if renamed and (best is None or count < best[0]):
+                best = (count, format.name, renamed)
     if best is None:
         return (
-            " Columns with other names are mapped, also inside of others: --map output=answer, or answers.text.0."
-            " Those of a csv without a header are numbers: --map instruction=1 output=2."
+            " Columns with other names are mapped, also inside of others: --map output=answer, or answers.text.0, and"
+            " those of parallel text as --map first=en second=de. Those of a csv without a header are numbers: --map"
+            " instruction=1 output=2."
         )
     _, name, renamed = best
     pairs = [(known, shown_name(column)) for known, column in renamed.items()]
     meant = " and ".join(f"'{column}' is the {known}" for known, column in pairs[:1])
     meant += "".join(f", '{column}' the {known}" for known, column in pairs[1:])
-    options = " ".join(f"{known}={column}" for known, column in pairs)
+    options = " ".join(mapped(known, column) for known, column in pairs)
     return f" If {meant}, --map {options} makes it {name}."
+
+
+def _renamings(
+    views: Sequence[Mapping[str, Any]], format: Format, shape: Mapping[str, str]
+) -> Iterable[dict[str, str]]:
+    """What `--map` could say, so that the rows have this shape: names that are alike, or mean the same; at last, of
+    columns that hold lists or objects, the first text in them."""
+    columns = list(dict.fromkeys(name for view in views for name in view))
+    renamed: dict[str, str] = {}
+    for name, column in {**shape, **_same(*format.optional)}.items():
+        others = [other for other in columns if other not in shape.values() and other not in renamed.values()]
+        near = nearest(column, others)
+        for synonym in () if near else SYNONYMS.get(name, ()):
+            near = near or nearest(synonym, others, cutoff=0.85)
+        if column not in columns and near is not None:
+            renamed[name] = near
+    if not all(column in columns or name in renamed for name, column in shape.items()):
+        return
+    yield renamed
+    first = {column: view[column] for view in reversed(views) for column in renamed.values() if column in view}
+    yield {name: ".".join([column, *path_to_text(first[column])]) for name, column in renamed.items()}
+
+
+def _reads(views: Sequence[Mapping[str, Any]], format: Format, mapping: Mapping[str, str]) -> bool:
+    """Whether a row would become an example with this mapping."""
+    rows = [Row(view, Origin("", number), "") for number, view in enumerate(views)]
+    if not any(_fitting(view, {format.name: format}, mapping) for view in _views(rows, mapping)):
+        return False
+    try:
+        converter = converter_for(rows, "", format.name, mapping, Directions("To:", "From:"))
+    except UserError:  # there is more to be told, which this mapping brings out
+        return True
+    return any(not isinstance(result, Reject) for row in rows for result in converter.records(row))
 
 
 def _languages(rows: Sequence[Row], source: str, column: str, languages: Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import json
 import math
 import re
 import reprlib
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def _how_to_write_it(value: Any, name: str, known: str | None) -> str:
         several = ", or write a row for each" if isinstance(value, list | tuple) and len(value) > 1 else ""
         if known is None:
             return f"Write the string that is inside of it, at {shown_name('.'.join(path))}{several}."
-        return f"--map {known}={shown_name('.'.join([name, *path]))} takes the string in it{several}."
+        return f"--map {mapped(known, '.'.join([name, *path]))} takes the string in it{several}."
     return "Write it as one: in quotes in JSON, as a column of strings in a table (in pandas: .astype(str))."
 
 
@@ -136,25 +137,27 @@ def _check_characters(value: str, name: str) -> None:
     raise Fault(name, "noncharacter in the text", reason)
 
 
-def missing(column: str, fields: Mapping[str, Any], known: Iterable[str]) -> Fault:
-    """`known` are the columns that mean something already, and so are not `column` misspelt."""
+def missing(column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None) -> Fault:
+    """`known` are the columns that mean something already, and so are not `column` misspelt; `field` is what `--map`
+    calls the column, if it is one."""
     near = misspelt(column, fields, known)
     if near is not None:
-        return _misspelt_fault(column, near)
+        return _misspelt_fault(column, near, field)
     reason = f"'{column}' is missing; the row has {listed(fields) or 'no fields'}."
     return Fault(column, f"missing field '{column}'", reason, of_shape=True)
 
 
-def check_not_misspelt(column: str, fields: Mapping[str, Any], known: Iterable[str]) -> None:
+def check_not_misspelt(column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None) -> None:
     """A field may be absent, but not misspelt: a row with 'inptu' would otherwise lose its input without a word."""
     near = misspelt(column, fields, known, cutoff=0.75)
     if near is not None:
-        raise _misspelt_fault(column, near)
+        raise _misspelt_fault(column, near, field)
 
 
-def _misspelt_fault(column: str, near: str) -> Fault:
+def _misspelt_fault(column: str, near: str, field: str | None) -> Fault:
+    in_all = f"; if it is called so in all rows, --map {mapped(field, near)} reads it" if field else ""
     near = shown_name(near)
-    reason = f"'{column}' is missing; is '{near}' meant? Rename it to '{column}'."
+    reason = f"'{column}' is missing; is '{near}' meant? Rename it to '{column}'{in_all}."
     return Fault(column, f"misspelt field '{near}'", reason)
 
 
@@ -295,6 +298,11 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(f"'{shown_name(name)}'" for name in names[:NAMES_SHOWN]) + more
+
+
+def mapped(field: str, column: str) -> str:
+    """`output=answer`, as it is written after --map in a shell."""
+    return shlex.quote(f"{field}={shown_name(column)}")
 
 
 def shown_name(name: str) -> str:

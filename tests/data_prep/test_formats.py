@@ -4,6 +4,7 @@ import ast
 import json
 import pickle
 import re
+import shlex
 from dataclasses import replace
 
 import pandas
@@ -664,6 +665,45 @@ def test_the_map_that_is_advised_for_a_list_or_an_object_reads_it(value):
     advice = re.search(r"--map (\S+) takes the string in it", reject.reason)[1]
     found = results({"instruction": "Go.", "answer": value}, mapping=parse_mapping([advice]))
     assert [it.output for it in found] in (["Los."], ["Geh."])
+
+
+@pytest.mark.parametrize(
+    "fields, mapping",
+    [
+        ({"dialog": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "conversations=dialog"),
+        ({"chat": [user("a"), assistant("b")]}, "messages=chat"),
+        (
+            {"question": "a", "answers": {"text": ["b"], "answer_start": [1]}},
+            "instruction=question output=answers.text.0",
+        ),
+        ({"article": "a", "abstract": "b"}, "summary=abstract"),
+        ({"translations": {"en": "a", "ko": "b"}}, "translation=translations"),
+        ({"src": "a", "tgt": "b"}, "first=src second=tgt"),
+        ({"inputs": "a", "targets": "b"}, "prompt=inputs completion=targets"),
+        ({"instruction": "a", "the output": "b"}, "'output=the output'"),
+    ],
+)
+def test_the_map_that_is_advised_for_unknown_columns_reads_them(fields, mapping):
+    with pytest.raises(UserError) as error:
+        converter_for(rows(fields), "f")
+    advised = re.search("--map (.*) makes it", str(error.value))[1]
+    assert advised == mapping
+    found = results(fields, mapping=parse_mapping(shlex.split(advised)), directions=Directions("To Korean:"))
+    assert [(it.input or it.instruction, it.output) for it in found] == [("a", "b")]
+
+
+def test_conversations_under_a_mapped_name_may_be_of_either_kind():
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for name in ("messages", "conversations"):
+        for written in (turns, [user("a"), assistant("b")]):
+            assert results({"dialog": written}, mapping={name: "dialog"}) == [record("a", "", "b")]
+
+
+def test_a_misspelt_column_is_read_by_the_map_that_is_advised():
+    fields = {"instruction": "a", "inptu": "i", "output": "b"}
+    [reject] = results(fields)
+    assert reject.reason.endswith("Rename it to 'input'; if it is called so in all rows, --map input=inptu reads it.")
+    assert results(fields, mapping=parse_mapping(["input=inptu"])) == [record("a", "i", "b")]
 
 
 def test_a_missing_value_of_a_table_is_no_text_and_no_input():
