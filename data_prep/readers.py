@@ -29,6 +29,7 @@ import glob
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -476,9 +477,11 @@ def _json_layout(head: str, file: File) -> str:
     if head.startswith("[", start) and not (first.endswith("}") and second.startswith("{")):
         return "array"
     if first == "{" and second and not second.startswith("{"):
+        name = shlex.quote(file.name)
+        command = f"{file.packed} -dc {name} | jq -c ." if file.packed else f"jq -c . {name}"
         raise UserError(
             f"{file.name}: its first object goes over several lines, and one object a line is due. Write it so:"
-            f" jq -c . {file.name} > lines.jsonl. If the file is one object or an array, name it .json."
+            f" {command} > lines.jsonl. If the file is one object or an array, name it .json."
         )
     return "lines"
 

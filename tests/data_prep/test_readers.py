@@ -459,6 +459,17 @@ def test_the_commands_that_are_advised_for_a_json_object_run_and_give_the_rows(
         assert values(read(str(tmp_path / f"{name.split('.')[0]}.{key}.json"))[0]) == rows
 
 
+@pytest.mark.parametrize("name", ["my rows.jsonl", "a.jsonl.gz"])
+def test_the_command_that_is_advised_for_objects_over_several_lines_runs(name, write_rows, tmp_path):
+    if shutil.which("jq") is None:
+        pytest.skip("jq is not installed")
+    content = "".join(json.dumps(row, indent=2) + "\n" for row in TWO).encode()
+    message = refused(write_rows(name, gzip.compress(content) if name.endswith(".gz") else content))
+    command = re.search(r"Write it so: (.*lines\.jsonl)\.", message)[1]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert values(read(str(tmp_path / "lines.jsonl"))[0]) == TWO
+
+
 def test_a_data_set_of_the_hub_is_read_through_load_dataset(write_rows, tmp_path):
     """load_dataset takes a local folder where a Hub id is due; the rest of the way is the same."""
     write_rows("train.jsonl", ROWS)
