@@ -139,13 +139,13 @@ def _mark(value: Any, name: str, where: str) -> bool:
     written = str(value).strip().lower() if isinstance(value, str | int | float) else ""
     if written in YES_OR_NO:
         return YES_OR_NO[written] is MARKS[name]
-    reason = f"'{where}.{name}' is {described(value)}; a turn is learned from (1, true) or it is not (0, false)"
     try:
         float(written)
     except ValueError:
-        reason += ". Write one of these."
+        due = "1 or true is due for a turn that is learned from, 0 or false for one that is not."
     else:
-        reason += ": there are no weights in between, since every target token counts the same. Round it to 0 or 1."
+        due = "it is 0 or 1, since every target token counts the same. Round it."
+    reason = f"'{where}.{name}' is {described(value)}; {due}"
     raise Fault(f"{where}.{name}", f"'{without_index(where)}.{name}' is neither 0 nor 1", reason)
 
 

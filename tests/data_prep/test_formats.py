@@ -560,10 +560,12 @@ def test_an_answer_that_is_marked_as_not_learned_from_is_history_only(no, yes):
 @pytest.mark.parametrize(
     "marks, words",
     [
-        ({"weight": 0.5}, "'messages[1].weight' is a number (0.5); a turn is learned from (1, true) or it is not"),
-        ({"weight": 0.5}, "there are no weights in between, since every target token counts the same. Round it"),
-        ({"loss_weight": "2"}, "there are no weights in between"),
-        ({"train": "maybe"}, "'messages[1].train' is a string ('maybe'); a turn is learned from"),
+        (
+            {"weight": 0.5},
+            "'messages[1].weight' is a number (0.5); it is 0 or 1, since every target token counts the same.",
+        ),
+        ({"loss_weight": "2"}, "'messages[1].loss_weight' is a string ('2'); it is 0 or 1"),
+        ({"train": "maybe"}, "'messages[1].train' is a string ('maybe'); 1 or true is due"),
         ({"masked": []}, "'messages[1].masked' is a list ([])"),
         ({"mask": 1}, "'messages[1].mask' can mean that the turn is learned from, or that it is not. Call it"),
         ({"train_detail": [{"begin_offset": 0}]}, "'messages[1].train_detail' marks parts of a turn"),
