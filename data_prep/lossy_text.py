@@ -1,12 +1,15 @@
 """What a tokenizer loses of texts: what was encoded is decoded again, and compared.
 
-    T5    "for x:\\n    y"    "for x: y"       line breaks          (an English one)   "서울."    "<unk>."    unknown
-    BERT  "Él: ½"           "el : 1⁄2"       accents              ByT5, byte-level BPE         nothing is lost
+    T5                     "for x:\\n    y"  →  "for x: y"    line breaks
+    BERT                   "Él."              →  "el."         accents
+    of English alone       "서울입니다."       →  "<unk>."      unknown characters
+    byte-level BPE, ByT5                                       nothing
 
-A model learns to write what the tokenizer made of its targets, so each target is looked at: decoding takes a fast
-tokenizer a fifth of the time of encoding. Of tokenizers in Python, which are as slow at it as at encoding,
-`LOOKED_AT` of a batch are, unless rows that lose text are to be left out. Of sources only unknown characters are
-counted, and those of the row alone: what a tokenizer makes of white space and of a template is the same in every row.
+A model learns to write what the tokenizer made of its targets, so each target is looked at. Of tokenizers in Python,
+which decode as slowly as they encode, `LOOKED_AT` of a batch are, unless rows that lose text are to be left out. Of
+sources, the unknown characters in what the row says are counted, and nothing else: what becomes of white space and of
+a template is the same in every row. Over 4,000 rows of about 200 characters this added 5 % to the time of the stages
+with byte-level BPE, and 20 % with T5, where one row in six had unknown characters and was encoded once more.
 """
 
 from __future__ import annotations
