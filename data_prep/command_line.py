@@ -38,7 +38,8 @@ def run_command(
     argv: Sequence[str] | None,
 ) -> int:
     """The exit code. What a person can mend is told in one message that begins with `command`."""
-    survive_closed_pipes(command)
+    asks_for_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
+    survive_closed_pipes(is_said=not asks_for_help)
     rank = os.environ.get("RANK", "0")
     said_by = command if rank == "0" else f"{command}, rank {rank}"
     try:
@@ -118,6 +119,17 @@ def _check_held_out(name: str, given_as: str) -> None:
     _check_source(named(name)[1], given_as)
 
 
+def _check_output(name: str, given_as: str) -> None:
+    """Before the work, which may take hours, and not after it."""
+    place = Path(name).absolute()
+    above = next(folder for folder in place.parents if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
+        why = "you may not write there" if above.is_dir() else "this is a file"
+        raise UserError(f"{given_as} {name}: nothing can be made in {above}: {why}. Choose another place.")
+
+
+OUTPUT = {"check": _check_output}
+"""A file or folder that the work makes."""
 CHECKPOINT = {"check": _check_checkpoint}
 """A folder, or what the Hub has; of a folder, only that it is there."""
 START = {"check": _check_start}
@@ -134,14 +146,14 @@ NAMED_SOURCE = {"check": _check_held_out}
 # Pipes
 
 
-def survive_closed_pipes(command: str) -> None:
-    """From now on, a reader of stdout or stderr that goes away does not end this process."""
+def survive_closed_pipes(is_said: bool = True) -> None:
+    """From now on, a reader of stdout or stderr that goes away does not end this process; stderr may say so."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or stream is not getattr(sys, f"__{name}__") or not _is_pipe(stream.fileno()):
             continue
         stream.flush()
-        pipe = io.BufferedWriter(_Pipe(stream.fileno(), command, name))
+        pipe = io.BufferedWriter(_Pipe(stream.fileno(), is_said and name == "stdout"))
         lines = stream.line_buffering or stream.write_through
         setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=lines))
 
@@ -154,9 +166,9 @@ def _is_pipe(descriptor: int) -> bool:
 class _Pipe(io.FileIO):
     """Once its reader has gone, the descriptor leads to /dev/null, for other libraries and processes too."""
 
-    def __init__(self, descriptor: int, command: str, name: str):
+    def __init__(self, descriptor: int, is_said: bool):
         super().__init__(descriptor, "w", closefd=False)
-        self.command, self.stream = command, name
+        self.is_said = is_said
 
     def write(self, data: Any) -> int:
         try:
@@ -165,6 +177,6 @@ class _Pipe(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            if self.stream == "stdout":
-                print(f"{self.command}: nobody reads what is printed any more; the work goes on.", file=sys.stderr)
+            if self.is_said:
+                print("note: nobody reads what is printed any more; the work goes on.", file=sys.stderr)
             return len(data)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diptych.data_prep.arguments import choose_from, parse
-from diptych.data_prep.command_line import CHECKPOINT, NAMED_SOURCE, SOURCE, TEMPLATE
+from diptych.data_prep.command_line import CHECKPOINT, NAMED_SOURCE, OUTPUT, SOURCE, TEMPLATE
 from diptych.data_prep.filters import LengthFilter
 from diptych.data_prep.formats import SUMMARY_INSTRUCTION
 from diptych.data_prep.mixture import Mixture
@@ -90,7 +90,7 @@ class PrepareSettings:
     mixture: Mixture | None = None
     """How several sources are mixed in the train split. Default: every row once."""
 
-    out: str = "prepared"
+    out: str = field(default="prepared", metadata=OUTPUT)
     """Folder to write. Replaced if it holds an older prepared dataset and nothing else."""
 
     template: str | None = field(default=None, metadata=TEMPLATE)
@@ -337,7 +337,7 @@ class TrainTokenizerSettings:
     data: list[str] = field(default_factory=list, metadata=SOURCE)
     """What to learn from, one or more: all that `diptych prepare` reads (files, folders, globs, Hub data sets), files
     of plain text (a text a line), folders of prepared data (their train split)."""
-    out: str = "tokenizer"
+    out: str = field(default="tokenizer", metadata=OUTPUT)
     """Folder to write: the tokenizer, with tokenizer_report.json and tokenizer_report.png."""
     kind: Literal["bpe", "unigram"] = "bpe"
     """How words are cut: byte pair encoding, or the most probable pieces (Unigram)."""
@@ -363,7 +363,7 @@ class ReportTokenizerSettings:
     by: Literal["script", "language", "file"] = "script"
     """What the rows of the table are: the script of most letters, the language as py3langid guesses it (needs the
     extra `clean`), or the file."""
-    out: str | None = None
+    out: str | None = field(default=None, metadata=OUTPUT)
     """Also write the report as JSON to this file, and its bars as a PNG beside it."""
     text_fields: list[str] = field(default_factory=list)
     """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
@@ -382,7 +382,7 @@ class ExtendTokenizerSettings:
     tokens: int = 2000
     """New tokens, at most. Each costs a row of the embedding table, and of the head where that has its own; training
     (with grow_vocabulary) starts it as the mean of the rows that it stands for."""
-    out: str = "extended-tokenizer"
+    out: str = field(default="extended-tokenizer", metadata=OUTPUT)
     """Folder to write: the tokenizer, with what it gains in tokenizer_report.json. Use it as prepare's --tokenizer."""
     minimum_frequency: int = 5
     """A new token stands at least so often in the data: a rarer one would have nothing to learn from."""
@@ -427,7 +427,7 @@ class DenoiseSettings:
     also .gz and .zst), folders, globs, and Hub ids (hf:user/name)."""
     tokenizer: str = field(default="", metadata=CHECKPOINT)
     """Checkpoint whose tokenizer cuts the text: folder or Hub id."""
-    out: str = ""
+    out: str = field(default="", metadata=OUTPUT)
     """New folder, for pairs.parquet, and for the tokenizer if sentinels are added to it."""
     objective: Literal["prefix_lm", "span_corruption", "ul2"] = "prefix_lm"
     """prefix_lm asks for no new token, and is what an LLM did all along; the others need sentinels."""

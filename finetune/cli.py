@@ -37,7 +37,7 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
-        survive_closed_pipes("diptych")
+        survive_closed_pipes(is_said=False)
         print(USAGE.format(commands=_list_commands()), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     command, *rest = argv

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diptych.data_prep.arguments import parse
-from diptych.data_prep.command_line import CHECKPOINT, EXISTING, PREPARED, TEMPLATE
+from diptych.data_prep.command_line import CHECKPOINT, EXISTING, OUTPUT, PREPARED, TEMPLATE
 from diptych.data_prep.records import Languages, UserError
 from diptych.finetune.web import check_port
 
@@ -50,7 +50,7 @@ class GenerateSettings:
     """JSONL file of rows with `instruction`, `input` or both and, where there are any, `history`, `system`,
     `source_language`, `target_language`, or with `messages`; other fields are kept. Or a .txt file, of which each line
     is the input of --instruction or of the languages, or an instruction where none is given."""
-    out_file: str = ""
+    out_file: str = field(default="", metadata=OUTPUT)
     """JSONL file to write: one line for each of in_file, in order, also for a blank one. Started again after a kill,
     it goes on where it was."""
     overwrite: bool = False
@@ -155,7 +155,7 @@ class EvaluateSettings:
     means all, one after the other."""
     metrics: str = "exact_match,token_f1,rouge,bleu,chrf"
     """Names, separated by commas; an empty string gives the loss alone, which is much faster."""
-    out: str = ""
+    out: str = field(default="", metadata=OUTPUT)
     """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given. Of
     several sets each has its own: report.news.json, report.medical.json."""
     source_language: str = ""
@@ -206,7 +206,7 @@ class CompareSettings:
     """Run folder (what `out` of the recipe named), or a report that `diptych evaluate --out` wrote."""
     run_b: str = field(metadata=EXISTING)
     """The other one. Reports that lie in a run folder are found; of each split the newest is taken."""
-    out: str = ""
+    out: str = field(default="", metadata=OUTPUT)
     """JSON file for all figures; the picture of the curves goes beside it. Printed only unless given."""
     trials: int = 10_000
     """Random exchanges of outputs for each p-value, whose smallest possible value is 1 / (trials + 1)."""
@@ -244,7 +244,7 @@ class InspectSettings:
     output looked at, and which tokens of outputs looked at nothing."""
     rows: int = 100
     """Of data, so many rows from the first on."""
-    out: str = "inspect.html"
+    out: str = field(default="inspect.html", metadata=OUTPUT)
     """The page to write; an older one is replaced."""
     words: list[str] = field(default_factory=lambda: list(WORDS))
     """Words whose vectors are shown on a plane."""
@@ -404,7 +404,7 @@ class PairSettings:
 
     encoder: str = field(metadata=CHECKPOINT)
     """Folder or Hub id of the LLM that the encoder is made of, and the decoder, too, unless there is a second one."""
-    out: str = ""
+    out: str = field(default="", metadata=OUTPUT)
     """New folder for the encoder-decoder."""
     decoder: str | None = field(default=None, metadata=CHECKPOINT)
     """The LLM that the decoder is made of; it may also be given as a second name."""
@@ -462,7 +462,7 @@ class MergeSettings:
 
     adapter: str = field(metadata=CHECKPOINT)
     """Adapter folder (after training: RUN/final) or Hub id."""
-    out: str = ""
+    out: str = field(default="", metadata=OUTPUT)
     """New folder for the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the weights are saved in. float32 is what was trained; the others take half the room, and round."""
@@ -480,7 +480,7 @@ class ExportSettings:
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id. An adapter is merged."""
     to: Literal["ctranslate2", "onnx"] = "ctranslate2"
     """The engine."""
-    out: str = ""
+    out: str = field(default="", metadata=OUTPUT)
     """New folder for the export."""
     precision: str = "float32"
     """What weights are stored in. ctranslate2: float32, bfloat16, float16, int8 (with int8_float32, int8_bfloat16,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diptych.data_prep.arguments import given_options, instead_of, parse
-from diptych.data_prep.command_line import CHECKPOINT, PREPARED, START
+from diptych.data_prep.command_line import CHECKPOINT, OUTPUT, PREPARED, START
 from diptych.data_prep.records import UserError
 
 
@@ -27,7 +27,7 @@ class TrainRecipe:
     """Config values of a named size, such as {residual_dropout: 0.1}. A checkpoint takes none: it has its config."""
     data: str = field(default="", metadata=PREPARED)
     """Folder that `diptych prepare` wrote: its split `train` is trained on, its validation sets are evaluated."""
-    out: str = ""
+    out: str = field(default="", metadata=OUTPUT)
     """Run folder, made if need be. It must be empty unless `resume` is set."""
     tokenizer: str | None = field(default=None, metadata=CHECKPOINT)
     """Tokenizer saved with the model; the prepared folder's own unless given. Its vocabulary must be the same."""

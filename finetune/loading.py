@@ -266,7 +266,7 @@ def _load_adapted(
     """The base that the adapter names, with the adapter merged in."""
     from peft import PeftModel  # seconds that only adapters need
 
-    from diptych.finetune.lora import ADAPTER_WEIGHTS, grow_embeddings, merge_adapter
+    from diptych.finetune.lora import ADAPTER_WEIGHTS, grow_embeddings, merge_adapter, without_warnings_of_peft
 
     check_adapter(adapter, weight_files(name, ADAPTER_WEIGHTS), name)
     base_name = os.path.expanduser(adapter["base_model_name_or_path"])
@@ -278,7 +278,9 @@ def _load_adapted(
     if embedding_rows(base) < vocabulary_size(tokenizer):
         grow_embeddings(base, vocabulary_size(tokenizer))  # the adapter brings the rows that were added
     try:
-        model = merge_adapter(PeftModel.from_pretrained(base, name, is_trainable=False))
+        with without_warnings_of_peft():
+            adapted = PeftModel.from_pretrained(base, name, is_trainable=False)
+        model = merge_adapter(adapted)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the adapter {name} does not fit its base {base_name}: {_in_short(error)}") from error
     if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes it down where the base has none

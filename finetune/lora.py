@@ -20,10 +20,11 @@ config says so (Flan-T5, mT5), an adapter with new tokens is for `diptych` to lo
 base as transformers does, and loses the head.
 """
 
+import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,14 @@ def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
     return list(names)
 
 
+@contextlib.contextmanager
+def without_warnings_of_peft() -> Iterator[None]:
+    """peft 0.21 asks transformers for something that has a new name since 5.22."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
+
+
 def add_adapter(
     model: PreTrainedModel,
     base_name: str,
@@ -195,8 +204,7 @@ def add_adapter(
     config = adapter_config(model, **adapter)
     tables = list(vocabulary_tables(model).values())
     try:
-        with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for something that has a new name there
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        with without_warnings_of_peft():
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"no adapter could be added: {error}") from error

@@ -193,3 +193,12 @@ def test_help_of_a_command_is_its_docstrings(capsys):
     shown = capsys.readouterr().out
     assert "usage: diptych some MODEL [--SETTING VALUE ...]\n\nWhat this command does." in shown
     assert "\n  --batch_size NUMBER\n      Rows together. (default: 16)\n" in shown
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "dataset_dict.json").write_text("{}")
+    out = tmp_path / "file" / "report.json"
+    assert cli.main(["evaluate", str(tmp_path), "--data", str(tmp_path / "prepared"), "--out", str(out)]) == 2
+    assert "this is a file. Choose another place." in capsys.readouterr().err
