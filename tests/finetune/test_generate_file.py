@@ -351,7 +351,7 @@ def test_a_file_of_unknown_origin_or_one_that_was_changed_is_never_touched(finis
 
 
 def test_files_without_a_prompt_are_refused_before_a_model_is_loaded(tmp_path, capsys):
-    arguments = command("no-such-model", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    arguments = command(str(tmp_path), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert generate.main(arguments) == 2
     assert "in.jsonl" in capsys.readouterr().err
     (tmp_path / "in.jsonl").write_text("")
