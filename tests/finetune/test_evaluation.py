@@ -295,7 +295,7 @@ def test_every_figure_that_can_choose_a_checkpoint_is_computed_and_has_a_directi
     assert set(selectable) <= set(figures) and {"superni_rougeL", "chrf", "loss", "unfinished"} <= set(selectable)
     assert selectable_figures([]) == ["loss"]
     for name in selectable:
-        lower = name in ("loss", "unfinished")
+        lower = name in ("loss", "unfinished", "token_error_rate")
         assert is_improvement(name, 2.0, None) and not is_improvement(name, 2.0, 2.0)
         assert is_improvement(name, 1.0, 2.0) == lower and is_improvement(name, 3.0, 2.0) != lower
         assert not is_improvement(name, float("nan"), None)

@@ -247,13 +247,19 @@ def test_a_session_on_a_pipe_answers_pairs_of_lines_until_the_end(learned_t5, pr
         ({"num_return_sequences": 3}, "Give --num_beams 3"),
         ({"num_beams": 2, "generation": {"prompt_lookup_num_tokens": 4}}, "is for greedy writing"),
         ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"generation": {"lenght_penalty": 1}}, "Did you mean length_penalty"),
-        ({"generation": {"num_beams": 4}}, "has a setting of its own"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_what_to_do(settings, message):
     with pytest.raises(UserError, match=message):
         GenerateSettings("model", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("lenght_penalty", "Did you mean length_penalty"), ("num_beams", "has a setting of its own")]
+)
+def test_names_that_generation_does_not_take_are_refused_before_a_model_is_loaded(name, message, tmp_path, capsys):
+    assert generate.main([str(tmp_path), "--instruction", "x", f"--generation.{name}", "4"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_limits_come_from_the_model_and_may_not_exceed_its_positions(tiny_tokenizer):
