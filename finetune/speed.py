@@ -130,12 +130,18 @@ def keep_memory() -> None:
     set_option(M_TRIM_THRESHOLD, -1)
 
 
+RECOMPILE_LIMIT = 64
+
+
 def compile_layers(model: PreTrainedModel | PeftModel, backend: str = "inductor") -> None:
     """torch.compile for each layer, which is the same code for all of a panel: seconds and not minutes. Where all
     batches have one shape, the first step compiles everything, and no other compiles anything."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"compile is true, but where the layers of a {model.config.model_type} are is not known here.")
+    # dynamo counts by function, and transformers 5.24 wraps each forward in one and the same (`deprecate_kwarg`): with
+    # its limit of 8, T5's layers would be left uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layer in layers:
         layer.compile(backend=backend)
 
