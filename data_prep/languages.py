@@ -212,6 +212,12 @@ def resolved(
             f" {' and the '.join(missing)}. Give --source_language and --target_language, or rows with these columns.",
             sorted(codes.tokens),
         )
+    if languages.source == languages.target and not all(given):
+        raise UnknownLanguage(
+            f"source and target are both in {languages.target}: one was not given, and is as the tokenizer says. Give"
+            f" --source_language and --target_language.",
+            sorted(codes.tokens),
+        )
     return languages
 
 

@@ -145,6 +145,16 @@ def test_rows_of_a_file_a_prompt_and_lines_are_translated_as_their_languages_say
     assert lines == ["Va !", "Oui."]
     assert diptych(["generate", str(nllb), "--input", "Go.", "--source_language", "en"]) == 2
     assert "nobody has said that of the target" in capsys.readouterr().err
+    assert diptych(["generate", str(nllb), "--input", "가.", "--target_language", "en"]) == 2
+    assert "source and target are both in eng_Latn" in capsys.readouterr().err
+
+
+def test_a_model_without_codes_is_told_in_words_where_there_is_no_instruction(tiny_tokenizer):
+    prompter = Prompter(tiny_tokenizer, template_for("", tiny_tokenizer), None, Languages("en", "ko"))
+    assert prompter.render(Prompt("", "Go."))[0] == "translate English to Korean: Go."
+    assert prompter.render(Prompt("Say it:", "Go."))[0] == "Say it: Go."
+    german = Prompt("", "Go.", languages=Languages("eng_Latn", "German"))
+    assert prompter.render(german)[0] == "translate English to German: Go."
 
 
 def test_pipelines_take_languages_and_travel_with_them(nllb, tmp_path):
