@@ -134,6 +134,14 @@ class LanguageCodes:
             target = self.find(target)
         return Languages(source, target)
 
+    def read_from(self, input_ids: Sequence[int], labels: Sequence[int]) -> Languages:
+        """The languages of a row that came as token ids, by the codes in it."""
+        code_of = {token: code for code, token in self.tokens.items()}
+        in_source = next((code_of[token] for token in (*input_ids[:2], *input_ids[-1:]) if token in code_of), "")
+        if not self.is_around_texts:
+            return Languages("", in_source)
+        return Languages(in_source, code_of.get(labels[0], ""))
+
     def instruction(self, instruction: str, languages: Languages) -> str:
         """The instruction of a row: its own, or where there is none and the tokenizer has no codes, T5's words for the
         direction, `translate English to Korean:`."""

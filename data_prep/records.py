@@ -99,6 +99,7 @@ class Tokenised:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    languages: Languages = Languages()
     origin: Origin
 
 

@@ -275,6 +275,8 @@ def render(
     examples = []
     for record, raw in records:
         if isinstance(record, Tokenised):
+            if codes.tokens:
+                record = replace(record, languages=codes.read_from(record.input_ids, record.labels))
             examples.append(Example(record, raw, "", ""))
             continue
         try:

@@ -229,6 +229,11 @@ def _with_given(
     and transformers' `forced_bos_token_id` counts a language code as written; so that beams give the same tokens here,
     one token after the start is forced and not given.
     """
+    if len(given[0]) > 1 and generation_kwargs.get("forced_bos_token_id") is not None:
+        raise UserError(
+            "forced_bos_token_id says what is written first, and so does a language code or the template's decoder prefix."
+            " Drop it; --target_language names the language."
+        )
     starts = {ids[0] for ids in given}
     if starts == {decoder_start_token(model)} and len(given[0]) == 1:
         return generation_kwargs, None

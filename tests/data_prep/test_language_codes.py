@@ -215,6 +215,21 @@ def test_languages_are_columns_names_of_a_translation_and_mapped_ones(language_f
     assert [row["target_language"] for row in rows] == ["kor_Hang"] and "not used" not in said
 
 
+def test_rows_of_token_ids_have_the_languages_of_their_codes(language_folders, write_rows, load, capsys, tmp_path):
+    for family, codes in (
+        ("nllb", ("kor_Hang", "eng_Latn")),
+        ("legacy", ("kor_Hang", "eng_Latn")),
+        ("madlad", ("", "en")),
+    ):
+        tokenizer = load(family)
+        languages = [resolved(tokenizer, BOTH.swapped())]
+        row = {"input_ids": encode_sources(tokenizer, ["집에 가."], languages=languages)[0]}
+        row["labels"] = encode_targets(tokenizer, ["Go home."], languages=languages)[0]
+        code, said, rows = prepare(capsys, tmp_path, language_folders / family, write_rows(f"{family}.jsonl", [row]))
+        assert code == 0, said
+        assert (rows[0]["source_language"], rows[0]["target_language"]) == codes
+
+
 def test_a_tokenizer_without_codes_is_told_in_words_where_a_row_has_none_of_its_own(
     language_folders, write_rows, capsys, tmp_path
 ):
