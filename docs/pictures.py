@@ -18,7 +18,7 @@ from diptych.finetune.inspection import main as inspect
 
 HERE = Path(__file__).parent
 INSTRUCTION = "Pronounce:"
-WORD = "p h y s i q u e"  # held out; the model says what the dictionary says
+WORD = "t w i l i g h t"  # one of the words that were held out, which it pronounces as the dictionary does
 STYLE = ".strip { display: none; } section { padding: 24px 28px; margin: 0; }"
 
 
@@ -30,7 +30,7 @@ def main(model: str) -> None:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1120, "height": 800})
         page.goto(file.as_uri())
-        page.click("#step-chips button:nth-child(4)")
+        page.click("#step-chips button:nth-child(6)")
         for section in ("cross", "next", "lens"):
             picture(page, section)
         demo_page(browser, model)
