@@ -231,8 +231,8 @@ def _with_given(
     """
     if len(given[0]) > 1 and generation_kwargs.get("forced_bos_token_id") is not None:
         raise UserError(
-            "forced_bos_token_id says what is written first, and so does a language code or the template's decoder prefix."
-            " Drop it; --target_language names the language."
+            "forced_bos_token_id says what is written first, and so does a language code or the template's decoder "
+            "prefix. Drop it; --target_language names the language."
         )
     starts = {ids[0] for ids in given}
     if starts == {decoder_start_token(model)} and len(given[0]) == 1:
