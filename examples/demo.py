@@ -104,7 +104,8 @@ def main(out: str = "runs/demo") -> int:
     shutil.rmtree(model, ignore_errors=True)  # the prepared data is reused where nothing has changed
 
     run("diptych", "prepare", "--data", "cmudict", "--template", "translate", "--train_tokenizer", "bpe",
-        "--vocab_size", "400", "--split_by", "source", "--validation_fraction", "0.02", "--out", data)  # fmt: skip
+        "--vocab_size", "400", "--split_by", "source", "--validation_fraction", "0.02",
+        "--packed_source_tokens", "60", "--packed_target_tokens", "56", "--out", data)  # fmt: skip
     threads = str(os.cpu_count())  # of which accelerate launch would take one
     run("accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--num_cpu_threads_per_process", threads, "-m", "diptych.finetune.train",

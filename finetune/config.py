@@ -96,7 +96,7 @@ class TrainRecipe:
     """With a teacher: both predictions are flattened by it, so that unlikely words count for more."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto` measures (0.1 s) and takes the
+    """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto` measures (50 ms) and takes the
     faster of bf16 and fp32; config.yaml has which, and a run keeps it when it is resumed. fp16, with a scaled loss, is
     for GPUs without bf16; T5, mT5, UMT5 and T5Gemma overflow in it and refuse."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "varlen"] = "auto"

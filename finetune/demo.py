@@ -140,7 +140,7 @@ def answer_all(contestants: Sequence[Contestant], asked: Asked) -> Iterator[list
         job = None
         try:
             if not asked.instruction.strip() and not asked.input.strip():
-                raise UserError("Write an instruction first, or an input for a model that needs none.")
+                raise UserError("Write an instruction first. A model that needs none takes an input alone.")
             prompter, chosen = contestant.prompter, Languages(asked.source_language, asked.target_language)
             prompt = Prompt(asked.instruction, asked.input, system=asked.system, languages=chosen)
             text, languages = prompter.render(prompt)

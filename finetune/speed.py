@@ -85,9 +85,13 @@ def training_pace(device: torch.device, dtype: torch.dtype, seconds: float = 0.0
 
     It tells which precision trains faster, also where a product of large matrices would not: the copies that autocast
     makes are in it. On a CPU the layer is small, because a CPU without bf16 units needs 70 ms for it in bf16, and more
-    than 2 s for a product of `matmul_peak`. The best of the passes that fit into `seconds`; at least one.
+    than 2 s for a product of `matmul_peak`; one thread computes, and its own time is taken, because with other work on
+    the machine the wall time of several threads was wrong by a factor of 100. The best of the passes that fit into
+    `seconds`; at least one.
     """
-    tokens, width = (4096, 2048) if device.type == "cuda" else (256, 256)
+    is_cpu = device.type == "cpu"
+    tokens, width = (256, 256) if is_cpu else (4096, 2048)
+    clock = time.thread_time if is_cpu else time.perf_counter
     layer = nn.Linear(width, width, bias=False, device=device)
     states = torch.randn(tokens, width, device=device, requires_grad=True)
 
@@ -97,12 +101,18 @@ def training_pace(device: torch.device, dtype: torch.dtype, seconds: float = 0.0
         torch.autograd.backward(written, torch.ones_like(written))
         _wait(device)
 
-    both_passes(rows=1)  # the first one also starts threads, and loads what computes
-    best, until = 0.0, time.perf_counter() + seconds
-    while best == 0.0 or time.perf_counter() < until:
-        started = time.perf_counter()
-        both_passes(tokens)
-        best = max(best, 6 * tokens * width**2 / (time.perf_counter() - started))
+    threads = torch.get_num_threads()
+    if is_cpu:
+        torch.set_num_threads(1)
+    try:
+        both_passes(rows=1)  # the first one also loads what computes
+        best, until = 0.0, clock() + seconds
+        while best == 0.0 or clock() < until:
+            started = clock()
+            both_passes(tokens)
+            best = max(best, 6 * tokens * width**2 / (clock() - started))
+    finally:
+        torch.set_num_threads(threads)
     return best
 
 
