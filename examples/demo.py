@@ -26,9 +26,9 @@ from diptych.finetune.metrics import compute_metrics
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "finetune" / "recipes" / "demo.yaml"
-SHARED_CORES = {"GOMP_SPINCOUNT": "1000"}
-"""A thread that waits for another gives up its core soon. As OpenMP is set by itself it keeps it, and with six other
-processes on two cores a step of training took ten times as long."""
+SHARED_CORES = {"GOMP_SPINCOUNT": "10000"}
+"""A thread that waits for another gives up its core after half a millisecond. OpenMP's own setting is to wait on it
+much longer: with six other processes on two cores, a step of training took six times as long."""
 INSTRUCTION = "Pronounce:"
 NEW_WORDS = ["tokenizer", "chatbot", "emoji", "paywall", "sudoku", "diptych"]  # the dictionary has none of them
 LEARNED = 20.0  # per cent: the highest phoneme error rate with which the demo succeeds
