@@ -20,7 +20,7 @@ $(BIN)/.installed: setup.py pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: install  ## prepare data, train from scratch, evaluate, publishable folder, pronounce: five to twelve minutes
+demo: install  ## prepare data, train from scratch, evaluate, publishable folder, pronounce: four to ten minutes
 	$(BIN)/python examples/demo.py
 
 test: install lint  ## lint, layout and every contract: about 25 minutes
