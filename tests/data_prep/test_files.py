@@ -134,7 +134,7 @@ def test_a_name_that_is_not_there_names_the_nearest_that_is(place):
     (place / "my_rows.jsonl").write_bytes(ROW)
     assert "there is no such file. Did you mean 'my_rows.jsonl'" in refused("my_row.jsonl")
     assert "Did you mean 'tatoeba'" in refused("tateoba")
-    assert "Shipped samples are tatoeba, seed_tasks" in refused("elsewhere/x.jsonl")
+    assert "Shipped samples are tatoeba, cmudict, seed_tasks" in refused("elsewhere/x.jsonl")
     with pytest.raises(UserError, match="no such file"):
         find_files("~nobody/here")
 

@@ -1251,7 +1251,7 @@ def test_settings_come_from_yaml_and_the_command_line_goes_before(prepare, write
 
 def test_an_unwritable_place_is_a_user_error(prepare, write_rows):
     code, _, error = prepare("--data", write_rows("rows.jsonl", ROWS), out="rows.jsonl/below")
-    assert (code, "could not be written" in error) == (2, True)
+    assert (code, "this is a file. Choose another place." in error) == (2, True)
 
 
 def test_the_command_exits_with_2_and_no_traceback_for_a_user_error(tmp_path):

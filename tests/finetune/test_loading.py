@@ -245,12 +245,12 @@ def change_template(folder, change):
 
 
 def test_a_template_that_no_longer_gives_its_examples_is_refused_unless_another_is_wanted(copy):
-    change_template(copy, lambda stored: {"source": stored["source"].replace(" {{ input", "  {{ input")})
+    change_template(copy, lambda stored: {"source": stored["source"].replace("%} {% endif %}", "%}  {% endif %}")})
     message = refusal(copy)
     assert "the source text of example 1 was 'Translate English to Korean: I am a student.'" in message
     assert "--template" in message
     model, tokenizer = load_model_and_tokenizer(copy, check_template=False)
-    assert "  {{ input" in template_of(tokenizer, check=False).source
+    assert "%}  {% endif %}" in template_of(tokenizer, check=False).source
 
 
 def test_a_checkpoint_from_before_there_were_examples_loads(copy):

@@ -256,9 +256,17 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         plant_code(folder, marks)
     spend([*full, "--max_steps", "2"], [*lora, "--max_steps", "2"])
     for run in (out / "full", out / "lora"):
-        for folder in (run, run / "final", *run.glob("checkpoints/step-*"), *run.glob("checkpoints/step-*/model")):
+        for folder in (run, *run.glob("checkpoints/step-*"), *run.glob("checkpoints/step-*/model")):
             plant_pickles(folder, marks)
             plant_code(folder, marks)
+    spend(
+        [*full, "--max_steps", "3", "--resume", "true"],
+        [*lora, "--max_steps", "3", "--resume", "true"],
+        ["publish", f"{out}/full", "--to", "me/full", "--dry_run"],
+    )
+    for run in (out / "full", out / "lora"):  # not before: what others put there is neither replaced nor published
+        plant_pickles(run / "final", marks)
+        plant_code(run / "final", marks)
     adapter = shutil.copytree(out / "lora" / "final", place / "theirs" / "adapter")
     edit(
         adapter / "adapter_config.json", **HOSTILE, task_type=None, auto_map=AUTO_MAP,
@@ -266,8 +274,6 @@ def aftermath(tmp_path_factory, t5_checkpoint):
     )  # fmt: skip
     before |= {f"adapter/{name}": digest for name, digest in contents(adapter).items()}
     spend(
-        [*full, "--max_steps", "3", "--resume", "true"],
-        [*lora, "--max_steps", "3", "--resume", "true"],
         ["evaluate", model, "--data", f"{out}/prepared", "--split", "validation", "--out", f"{out}/report.json"],
         ["generate", model, "--in_file", str(place / "prompts.jsonl"), "--out_file", f"{out}/answers.jsonl"],
         ["generate", str(adapter), "--instruction", "Add.", "--input", "1 + 1"],
@@ -276,7 +282,6 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["export", model, "--out", f"{out}/exported"],
         ["generate", f"{out}/exported", "--engine", "ctranslate2", "--instruction", "Add.", "--input", "1 + 1"],
         ["compare", f"{out}/full", f"{out}/lora", "--out", f"{out}/compared.png"],
-        ["publish", f"{out}/full", "--to", "me/full", "--dry_run"],
         ["pair", str(theirs / "llm"), "--out", f"{out}/paired"],
         ["denoise", "--data", str(theirs / "data" / "rows.jsonl"), "--tokenizer", model, "--out", f"{out}/raw"],
         ["demo", str(adapter), "--port", str(free_port())],
