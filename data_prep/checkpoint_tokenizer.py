@@ -1,8 +1,7 @@
-"""The tokenizer of the checkpoint that will be tuned, with its template and its decoder's first token, from its files.
+"""The tokenizer of the checkpoint that will be tuned, with its template, from its files.
 
     open_tokenizer("google-t5/t5-small")             → the tokenizer, or one message that says why there is none
     load_tokenizer_and_template(settings, "alpaca")  → the tokenizer (None where it is to be trained) and the template
-    decoder_start_of(settings)                       → (0, "model config"): how packed targets begin, and who says so
 
 No model code runs here, and none of a stranger's.
 """
@@ -10,14 +9,7 @@ No model code runs here, and none of a stranger's.
 from __future__ import annotations
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.hub import check_chat_templates, check_config, check_place
@@ -105,41 +97,3 @@ def check_decoder_start(settings: PrepareSettings, tokenizer: PreTrainedTokenize
             f"decoder_start_token_id is {start}, but the token ids of {name} end at {last}. Give one up to there, or"
             " none: then it is what the checkpoint's config says, or else the padding token."
         )
-
-
-def decoder_start_of(settings: PrepareSettings) -> tuple[int, str] | None:
-    """What training and `generate` will begin to write with, and who says so; None where nobody does.
-
-    The order is that of `decoder_start_token` in finetune/families.py, read from the files without any model code.
-    """
-    if settings.decoder_start_token_id is not None:
-        return settings.decoder_start_token_id, "setting"
-    config = _model_config(settings.tokenizer) if settings.tokenizer else None
-    if config is None or not getattr(config, "is_encoder_decoder", True):
-        return None
-    try:
-        generation = GenerationConfig.from_pretrained(settings.tokenizer)
-    except OSError:  # without a file of its own, a model makes it from its config
-        generation = GenerationConfig.from_model_config(config)
-    configured = getattr(config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
-    for token in (generation.decoder_start_token_id, configured, generation.bos_token_id):
-        if token is not None:
-            return token, "model config"
-    return None
-
-
-def _model_config(name: str) -> PreTrainedConfig | None:
-    """A config of a kind that transformers does not know, such as Diptych's, is taken as it is written."""
-    try:
-        written, _ = PreTrainedConfig.get_config_dict(name)
-    except OSError:  # a tokenizer alone
-        return None
-    if "model_type" not in written:
-        return None
-    if written["model_type"] not in CONFIG_MAPPING:  # its parts, such as panels, would stay dicts
-        values = {key: value for key, value in written.items() if not isinstance(value, dict)}
-        return PreTrainedConfig.from_dict(values)
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"config.json of '{name}' is not valid: {error}. Mend it, or give --packing false.") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.checkpoint_tokenizer import decoder_start_of
+from diptych.data_prep.decoder_start import decoder_start_of
 from diptych.data_prep.decontaminate import Decontaminate, EvalIndex, PlainText
 from diptych.data_prep.filters import LanguageFilter
 from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping

@@ -30,8 +30,9 @@ from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep import facts
-from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, decoder_start_of, load_tokenizer_and_template
+from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
 from diptych.data_prep.command_line import run_command
+from diptych.data_prep.decoder_start import decoder_start_of
 from diptych.data_prep.encode import from_marked
 from diptych.data_prep.files import fixed_part
 from diptych.data_prep.gather import Gathered, collect, encode, gather

@@ -37,6 +37,9 @@ CONFLICT = f"one source with different targets, which stay: {CONFLICTS} lists th
 STARTS = {
     "setting": "as decoder_start_token_id says",
     "model config": "as the config beside the tokenizer has it",
+    "bos_token_id": "bos, as generation has it: the config beside the tokenizer names no decoder_start_token_id",
+    "eos_token_id": "eos, as its family has it: the config beside the tokenizer names no decoder_start_token_id",
+    "pad_token_id": "padding, as its family has it: the config beside the tokenizer names no decoder_start_token_id",
     "assumed": "the padding token, assumed as T5 and Diptych have it; --decoder_start_token_id sets another",
 }
 
@@ -164,6 +167,9 @@ def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
         f" target {packing['target_fill']:.1%} | {sources}"
         + (" | packing gains nothing: next to every row holds one example alone" if per_row < NEXT_TO_ALONE else "")
     ).replace("%", " %")
+    if "language_starts" in packing:
+        yield "Decoder    starts with the language code of each example's target"
+        return
     yield f"Decoder    starts with token {packing['decoder_start_token_id']}, {STARTS[packing['decoder_start_from']]}"
 
 

@@ -23,11 +23,11 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.packing import repeated_start
 from diptych.data_prep.records import IGNORE_INDEX, UserError
-from diptych.finetune.families import family_of
+from diptych.finetune.families import decoder_start_token, family_of
 from diptych.finetune.trust import open_prepared
 
 BATCHES_SORTED_TOGETHER = 50
@@ -83,6 +83,10 @@ class PaddedRows:
         names = [name for name in ("input_ids", "labels", "decoder_start") if name in columns]
         picked = [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
         return pad_batch(picked, self.pad_token_id, self.decoder_start_token_id)
+
+
+def padded_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: datasets.Dataset) -> PaddedRows:
+    return PaddedRows(split, tokenizer.pad_token_id, decoder_start_token(model))
 
 
 class Prepared(NamedTuple):

@@ -54,6 +54,9 @@ WITHOUT_EFFECT = frozenset(
 class Translator:
     """CTranslate2's translator of one folder, with what `generate` asks of a model."""
 
+    config = None
+    """Whose start token the generation config has."""
+
     def __init__(self, folder: Path, device: torch.device, compute_type: str = "default"):
         self.folder, self.device = folder, device
         self.facts: dict[str, Any] = read_json(folder / EXPORT_FILE)

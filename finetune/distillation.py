@@ -55,11 +55,13 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.de
 class DistilledObjective(Seq2SeqObjective):
     """As `Seq2SeqObjective`; in training, with the teacher. Validation stays in plain nats."""
 
+    has_all_streams = False  # a teacher predicts each target once
+
     def __init__(
         self, model: PreTrainedModel | PeftModel, teacher: Teacher, weight: float, temperature: float, **settings
     ):
         super().__init__(model, **settings)
-        start = model.config.decoder_start_token_id
+        start = decoder_start_token(model)
         if not teacher.is_decoder_only and decoder_start_token(teacher.model) != start:
             raise UserError(
                 f"the teacher's decoder starts with token {decoder_start_token(teacher.model)}, the student's with"
@@ -98,7 +100,7 @@ def _divergence(logits: torch.Tensor, theirs: torch.Tensor, temperature: float) 
 
 def _logits_of_two(model: PreTrainedModel, batch: Batch) -> Callable[[slice], torch.Tensor]:
     """Of an encoder-decoder, chunk by chunk."""
-    states, _, head = Seq2SeqObjective(model)._states_labels_and_head(batch)
+    states, _, head = Seq2SeqObjective(model).eval()._states_labels_and_head(batch)
     return lambda rows: _without_gradient(lambda: head.logits_of(_like(states[rows], model), head.weights))
 
 

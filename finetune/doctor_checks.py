@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.languages import codes_of
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template, golden_difference, stored_golden
 from diptych.finetune.batches import pad_batch
@@ -106,8 +107,11 @@ class Patient:
         if not kept:
             kept = random_rows(self.weights).looked_at
         eight = eight_of(kept, position_limit(self.weights))
+        starts = {start, *codes_of(self.tokenizer).starts}
         return [
-            row | {"labels": row["labels"][row["labels"][0] == start and len(row["labels"]) > 1 :]} for row in eight
+            row | {"labels": rest, "decoder_start": first} if rest and first in starts else row
+            for row in eight
+            for first, *rest in [row["labels"]]
         ]
 
     @property
@@ -308,6 +312,7 @@ def cache(patient: Patient) -> Finding:
             use_cache=use_cache,
             output_logits=True,
             return_dict_in_generate=True,
+            decoder_start_token_id=patient.start_token,
         )
         for use_cache in (True, False)
     )
@@ -471,7 +476,7 @@ def tied_weights(patient: Patient) -> Finding:
     says = model.config.tie_word_embeddings
     measured = {"tie_word_embeddings": says, "head_is_input_table": is_shared}
     if says and model.config.model_type in FORCE_TIES and not is_shared:
-        is_meant = model.config.model_type != "t5" or not model.config.scale_decoder_outputs
+        is_meant = not getattr(model.config, "scale_decoder_outputs", False)  # mT5 has no such field
         remedy = (
             "The file holds a head of its own, but its logits are scaled as a shared table's: write "
             "scale_decoder_outputs: false into config.json if it was trained like Flan-T5; else drop the head."

@@ -46,7 +46,7 @@ from diptych.data_prep.own_files import check_overwrite
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.templates import Template, carried_template
 from diptych.finetune import cli
-from diptych.finetune.batches import PaddedRows, check_rows_fit, drop_repeated_start, longest_first
+from diptych.finetune.batches import PaddedRows, check_rows_fit, drop_repeated_start, longest_first, padded_rows
 from diptych.finetune.checkpoint import MANIFEST, read_json
 from diptych.finetune.command_settings import EvaluateSettings
 from diptych.finetune.confidence import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
@@ -260,10 +260,6 @@ def _places(sources: Sequence[Hashable]) -> np.ndarray:
     """`["b", "a", "b"]` -> `[0, 1, 0]`: which of the different sources each row has, by their first rows."""
     places: dict[Hashable, int] = {}
     return np.array([places.setdefault(source, len(places)) for source in sources])
-
-
-def padded_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> PaddedRows:
-    return PaddedRows(rows, tokenizer.pad_token_id, decoder_start_token(model))
 
 
 def over_ranks(

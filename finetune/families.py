@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from diptych.data_prep.decoder_start import STARTS, named_start
 from diptych.data_prep.records import UserError
 from diptych.finetune.segments import VARLEN, site_masks
 
@@ -104,17 +105,14 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def decoder_start_token(model: PreTrainedModel) -> int:
-    """The first decoder input, the one that `model.generate` starts with: training has to start with the same."""
-    generation = model.generation_config
-    if generation.decoder_start_token_id is not None:
-        return generation.decoder_start_token_id
-    configured = getattr(model.config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
-    for token in (configured, generation.bos_token_id):
-        if token is not None:
-            return token
+    """The first decoder input, by which `diptych prepare` goes, too: `named_start`."""
+    named = named_start(model.config, model.generation_config)
+    if named is not None:
+        return named[0]
     raise UserError(
         f"neither config.json nor generation_config.json of this {model.config.model_type} names a "
-        f"decoder_start_token_id or a bos_token_id, so it cannot begin to write. Set one there."
+        f"decoder_start_token_id or a {STARTS.get(model.config.model_type, 'bos_token_id')}, so it cannot begin to "
+        f"write. Set one there."
     )
 
 
@@ -177,12 +175,10 @@ def _in_sinusoids(panel: nn.Module, positions: torch.Tensor) -> Iterator[dict]:
 
 
 def _t5_scale(model: PreTrainedModel) -> float:
-    """The first T5 shares its embedding with the head and scales for it; T5 v1.1 and Flan-T5 do not."""
-    return model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
-
-
-def _umt5_scale(model: PreTrainedModel) -> float:
-    return model.model_dim**-0.5 if model.config.tie_word_embeddings else 1.0
+    """The first T5 shares its embedding with the head and scales for it; T5 v1.1, Flan-T5 and UMT5 do not."""
+    config = model.config
+    scales = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)  # UMT5's before transformers 5.24
+    return model.model_dim**-0.5 if scales else 1.0
 
 
 def _with_bias(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
@@ -206,7 +202,7 @@ FAMILIES = {
     "diptych_merged": OwnMasks(LLAMA_LAYERS, attentions=("sdpa", "flex_attention", "eager")),
     "t5": t5(scale=_t5_scale),
     "mt5": t5(),
-    "umt5": t5(scale=_umt5_scale),
+    "umt5": t5(scale=_t5_scale),
     "bart": bart(final_norm=None),
     "mbart": bart(),
     # Its table of sinusoids grows when a row is longer.

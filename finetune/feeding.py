@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import UserError
-from diptych.finetune.batches import PaddedRows, Prepared
+from diptych.finetune.batches import PaddedRows, Prepared, padded_rows
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.families import family_of, without_adapter
 from diptych.finetune.packed_rows import PackedRows, Packing, check_packed_rows, check_packing_fits, load_packed
@@ -29,7 +29,7 @@ def training_rows(
     recipe: TrainRecipe, prepared: Prepared, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PaddedRows | PackedRows, str | None]:
     """The rows to train on and, where they are padded, why."""
-    padded = PaddedRows(prepared.splits["train"], tokenizer.pad_token_id, model.config.decoder_start_token_id)
+    padded = padded_rows(model, tokenizer, prepared.splits["train"])
     if not recipe.packed:
         return padded, "the recipe has packed: false"
     if family_of(model) is None:

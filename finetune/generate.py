@@ -234,9 +234,9 @@ def _with_given(
             "forced_bos_token_id says what is written first, and so does a language code or the template's decoder"
             " prefix. Drop it; --target_language names the language."
         )
-    starts = {ids[0] for ids in given}
-    if starts == {decoder_start_token(model)} and len(given[0]) == 1:
-        return generation_kwargs, None
+    start = decoder_start_token(model)
+    if {ids[0] for ids in given} == {start} and len(given[0]) == 1:
+        return {"decoder_start_token_id": start} | generation_kwargs, None
     if len(given[0]) == 2 and generation_kwargs.get("num_beams", 1) > 1:
         each = generation_kwargs["num_beams"]
         forced = FirstTokens([ids[1] for ids in given for _ in range(each)])

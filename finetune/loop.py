@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from diptych.finetune.batches import Step
+from diptych.finetune.batches import Step, padded_rows
 from diptych.finetune.checkpoint import whole
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.evaluation import evaluate_rows, is_improvement, row_losses, selected_figure
@@ -254,7 +254,8 @@ def evaluate(run: Run) -> bool:
 
 def validation_loss(run: Run, split: str) -> float:
     """Nats per target token over the whole split: the same digits on any number of ranks."""
-    rows, objective = run.padded(run.prepared.splits[split]), run.accelerator.unwrap_model(run.objective)
+    rows = padded_rows(run.model, run.tokenizer, run.prepared.splits[split])
+    objective = run.accelerator.unwrap_model(run.objective)
     with (
         run.autocast(),
         run.ranks.waiting_for(f"the validation loss after step {run.progress.step}", has_own_work=True),

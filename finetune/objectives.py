@@ -24,7 +24,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from diptych.data_prep.records import IGNORE_INDEX
 from diptych.finetune.families import family_of, without_adapter
@@ -44,6 +44,9 @@ class Extras(NamedTuple):
 
 class Seq2SeqObjective(nn.Module):
     """A model with its loss. What is added to cross-entropy is for training only: validation is in plain nats."""
+
+    has_all_streams = True
+    """Whether a ProphetNet trains on each of its streams, and not on the first alone, by which it generates."""
 
     def __init__(
         self,
@@ -65,7 +68,15 @@ class Seq2SeqObjective(nn.Module):
         criterion = self._criterion(batch) if self.training else cross_entropy(Extras())
         weights = list(head.weights.values())
         total = _SummedLoss.apply(states, labels, head, criterion, torch.is_grad_enabled(), *weights)
-        return total / num_items_in_batch
+        return total / (num_items_in_batch * self._streams)
+
+    @property
+    def _streams(self) -> int:
+        """How often each target is predicted: a ProphetNet's other streams do not see the last tokens before it."""
+        config = self.model.config
+        if config.model_type != "prophetnet" or config.disable_ngram_loss:
+            return 1
+        return config.ngram if self.training and self.has_all_streams else 1
 
     def _criterion(self, batch: dict[str, torch.Tensor]) -> "Criterion":
         """What training asks of a batch's logits."""
@@ -89,7 +100,9 @@ class Seq2SeqObjective(nn.Module):
         is_target = batch["labels"] != IGNORE_INDEX
         labels = batch["labels"][is_target]
         if self.family is None:  # its logits are there already, all of them
-            logits = self.model(**inputs, use_cache=False).logits[is_target]
+            output = self.model(**inputs, use_cache=False)
+            streams = [output.logits, *(output.logits_ngram.unbind(1) if self._streams > 1 else ())]
+            logits, labels = torch.cat([stream[is_target] for stream in streams]), labels.repeat(len(streams))
             return logits, labels, Head({}, lambda chunk, weights: chunk, max(1, len(labels)))
         model = without_adapter(self.model)
 
@@ -99,6 +112,15 @@ class Seq2SeqObjective(nn.Module):
         states = self.family.states(model, inputs)[is_target]
         tokens_at_once = self.tokens_at_once or default_chunk(model.get_output_embeddings().weight.shape[0])
         return states, labels, Head(dict(model.lm_head.named_parameters()), logits_of, tokens_at_once)
+
+
+def left_out_of_loss(config: PreTrainedConfig, label_smoothing: float) -> str:
+    """What the loss that the model itself computes has besides, and training here has not; "" for nothing."""
+    if hasattr(config, "router_aux_loss_coef"):
+        return "the routers' auxiliary loss (router_aux_loss_coef), which keeps the experts equally busy"
+    if config.model_type == "prophetnet" and config.eps not in (0, label_smoothing):
+        return f"eps: {config.eps:g} of its config, which is label_smoothing here ({label_smoothing:g})"
+    return ""
 
 
 def default_chunk(vocabulary: int) -> int:

@@ -18,7 +18,6 @@ import torch
 import transformers
 import yaml
 from accelerate.utils import set_seed
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,11 +41,11 @@ from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.distillation import DistilledObjective, load_teacher
 from diptych.finetune.evaluation import selectable_figures
 from diptych.finetune.exits import CheckpointError
-from diptych.finetune.families import family_of, vocabulary_tables, without_adapter
+from diptych.finetune.families import decoder_start_token, family_of, vocabulary_tables, without_adapter
 from diptych.finetune.feeding import DTYPES, check_precision, resolve_precision, set_attention, training_rows
 from diptych.finetune.healing import close_encoder, train_cross_attention_alone
 from diptych.finetune.loading import has_tokenizer, load_tokenizer
-from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.objectives import Seq2SeqObjective, left_out_of_loss
 from diptych.finetune.packed_rows import PackedRows
 from diptych.finetune.ranks import Ranks, meet, on_main_rank
 from diptych.finetune.resuming import (
@@ -158,9 +157,6 @@ class Run:
         device = self.accelerator.device.type
         return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=is_whole)
 
-    def padded(self, split: Dataset) -> PaddedRows:
-        return PaddedRows(split, self.tokenizer.pad_token_id, self.model.config.decoder_start_token_id)
-
     def tensors(self, rows: PaddedRows | PackedRows, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """A batch of these rows on the device of this rank."""
         return {name: tensor.to(self.accelerator.device) for name, tensor in rows.tensors(numbers).items()}
@@ -193,7 +189,7 @@ def make_run(
         train_cross_attention_alone(model)
     if recipe.open_encoder_steps:
         close_encoder(model)
-    start = model.config.decoder_start_token_id
+    start = decoder_start_token(model)
     starts = codes_of(tokenizer).starts
     used = {
         name: drop_repeated_start(split, start, starts)
@@ -420,6 +416,8 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
         say(f"{recipe.data} has no validation split: no evaluation, and the last checkpoint becomes final")
     if family_of(run.model) is None:
         say(f"{run.model.config.model_type} is not in families.py: its logits are held in full, which takes memory")
+    if left_out := left_out_of_loss(run.model.config, recipe.label_smoothing):
+        say(f"the loss leaves out {left_out}")
     if run.progress.step:
         say(f"{'has ended at' if run.progress.step >= run.total_steps else 'goes on after'} step {run.progress.step}")
     elif recipe.resume:

@@ -105,6 +105,7 @@ def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
             "conversations",
             "encode",
             "languages",
+            "decoder_start",
             "packing",
             "extend_tokenizer",
             "hub",
