@@ -66,6 +66,7 @@ from diptych.data_prep.summary import (
 )
 from diptych.data_prep.tables import (
     PackingPlan,
+    direction_counts,
     packed_table,
     plan_packing,
     split_tables,
@@ -186,6 +187,7 @@ def _prepare(
             for kind, examples in rejects.examples.items()
         },
         "splits": {name: len(table) for name, table in tables.items()},
+        "directions": direction_counts(tables),
         "groups": selection.groups,
         "own_sets": selection.own_sets,
         "conflicts": len(selection.conflicting),

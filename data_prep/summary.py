@@ -27,6 +27,7 @@ from diptych.data_prep.validate import shown_name
 NEXT_TO_ALONE = 1.05
 """Examples a row: with fewer, packing saves hardly any row."""
 
+DIRECTIONS_SHOWN = 6
 NAMES_SHOWN = 4
 REASON_CHARACTERS = 120
 FIELDS_SHOWN = 40
@@ -56,6 +57,7 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> list[str]:
         *mixture_lines(manifest),
         *sensitive_lines(manifest),
         splits_line(manifest),
+        *direction_lines(manifest),
         *own_sets_lines(manifest),
         *([f"Conflicts  {manifest['conflicts']:,} × {CONFLICT}"] if manifest["conflicts"] else []),
         f"Source     {_lengths(tokens['source'])}",
@@ -101,6 +103,15 @@ def splits_line(manifest: dict[str, Any]) -> str:
     groups = counted(manifest["groups"], "group")
     held_out = " of those held out by fractions" if manifest["own_sets"] else ""
     return f"Split      {splits} | {groups} of examples, no {shared} in two of them{held_out}"
+
+
+def direction_lines(manifest: dict[str, Any]) -> Iterator[str]:
+    """The most frequent directions of translation, where rows have languages."""
+    counts = manifest["directions"]
+    shown = [f"{direction} {count:,}" for direction, count in list(counts.items())[:DIRECTIONS_SHOWN]]
+    if counts:
+        more = f" | {len(counts) - DIRECTIONS_SHOWN} more" if len(counts) > DIRECTIONS_SHOWN else ""
+        yield f"Languages  {' | '.join(shown)}{more}"
 
 
 def own_sets_lines(manifest: dict[str, Any]) -> Iterator[str]:

@@ -10,6 +10,7 @@ train.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from diptych.data_prep.packing import (
     repeated_start,
 )
 from diptych.data_prep.prepared import without_bars
-from diptych.data_prep.records import Rejects
+from diptych.data_prep.records import Languages, Rejects
 from diptych.data_prep.stages import FINAL_COLUMNS, LANGUAGE_FIELDS, Lengths
 
 PERCENTILES = (50, 90, 99, 100)
@@ -57,6 +58,19 @@ def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratc
         written(taken(gathered.examples.select(columns), rows), path)
         tables[name] = Dataset.from_file(str(path))
     return tables
+
+
+def direction_counts(tables: DatasetDict) -> dict[str, int]:
+    """`eng_Latn-kor_Hang` → examples of all splits, the most frequent first; nothing where rows have no languages."""
+    counts: Counter[str] = Counter()
+    for table in tables.values():
+        if not set(LANGUAGE_FIELDS) <= set(table.column_names):
+            return {}
+        grouped = table.data.table.group_by(list(LANGUAGE_FIELDS)).aggregate([([], "count_all")]).to_pylist()
+        for group in grouped:
+            counts[Languages(*(group[name] for name in LANGUAGE_FIELDS)).direction] += group["count_all"]
+    counts.pop("", None)  # rows that say one language or none
+    return dict(counts.most_common())
 
 
 def token_counts(

@@ -20,9 +20,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from diptych.data_prep.languages import codes_of
 from diptych.data_prep.named_splits import kind_of, named
 from diptych.data_prep.records import UserError
 from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune.loading import load_tokenizer
 from diptych.finetune.run_folder import last_training
 from diptych.finetune.starting_model import is_named_size
 
@@ -58,6 +60,17 @@ class Score(NamedTuple):
         return 3 if self.metric == "loss" else 2
 
 
+class Spoken(NamedTuple):
+    """The directions of the data; and of the most frequent one the codes, the argument of transformers' `generate` by
+    which the target is told, and the token that it is given."""
+
+    directions: list[str]
+    source: str
+    target: str
+    argument: str
+    token: str
+
+
 def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license: str = "", language: str = "") -> str:
     """`files` are those that are published with it, by name."""
     whole = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -79,6 +92,7 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
         what=summary(recipe, config, adapter_base, files),
         adapter_base=adapter_base,
         trust=", trust_remote_code=True" if has_code else "",
+        languages=spoken(run / "final", manifest),
         prompt=json.dumps(prompt_of(template), ensure_ascii=False),
         decoder_prefix=" ".join(f"`{token}`" for token in template.get("decoder_prefix", ())),
         new_tokens=manifest["tokens"]["target"]["limit"] if manifest else 128,
@@ -261,6 +275,16 @@ def prompt_of(template: Mapping[str, Any]) -> str:
     """What the template makes of a row that is nobody's: one of the golden rows that travel with it."""
     golden = template.get("golden", [])
     return golden[0]["source"] if golden else "…"
+
+
+def spoken(final: Path, manifest: Mapping[str, Any] | None) -> Spoken | None:
+    """How the model is told languages; None where it is not by codes of its tokenizer, or they are not known here."""
+    directions = list((manifest or {}).get("directions", {}))
+    if not directions or not (codes := codes_of(load_tokenizer(str(final)))).is_around_texts:
+        return None
+    source, target = directions[0].split("-")
+    name = "forced_bos_token_id" if codes.layout == "both" else "decoder_start_token_id"
+    return Spoken(directions, source, target, name, codes.spellings[target])
 
 
 def data_facts(manifest: Mapping[str, Any], fingerprint: str, recipe: Mapping[str, Any]) -> dict[str, Any]:

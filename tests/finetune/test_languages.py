@@ -2,7 +2,10 @@
 transformers reads and writes with `src_lang` and `forced_bos_token_id`.
 """
 
+import contextlib
+import io
 import json
+import re
 
 import openai
 import pytest
@@ -27,6 +30,7 @@ from diptych.finetune.demo import Asked, answer_all, build_page, load_contestant
 from diptych.finetune.evaluation import LANGUAGE_COLUMNS
 from diptych.finetune.generate import Prompt, Prompter, generate_outputs, template_for
 from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.finetune.model_card import model_card
 from diptych.finetune.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.targets import given_tokens
 from diptych.modeling.pipeline_diptych import DiptychPipeline
@@ -118,6 +122,20 @@ def test_a_tuned_nllb_writes_in_plain_transformers_what_generate_writes(nllb, be
             **source, forced_bos_token_id=code, num_beams=beams, do_sample=False, max_new_tokens=16
         ).tolist()
         assert ids == [2, code, *output.ids]
+
+
+def test_the_card_of_a_tuned_nllb_shows_how_each_direction_is_asked_for(nllb):
+    assert json.loads((nllb.parents[1] / "prepared" / "manifest.json").read_text())["directions"] == {
+        "eng_Latn-kor_Hang": 4, "kor_Hang-eng_Latn": 4, "eng_Latn-fra_Latn": 2, "fra_Latn-eng_Latn": 2
+    }  # fmt: skip
+    card = model_card(nllb.parent, "me/nllb", {path.name: path for path in nllb.iterdir()})
+    assert "eng_Latn-kor_Hang, kor_Hang-eng_Latn, eng_Latn-fra_Latn, fra_Latn-eng_Latn" in card
+    snippet = card.split("```python\n")[1].split("```")[0].replace('"me/nllb"', repr(str(nllb)))
+    snippet = re.sub("prompt = .*", 'prompt = "Go."', snippet)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(snippet, {})
+    assert said.getvalue() == "가.\n"
 
 
 def test_rows_of_a_file_a_prompt_and_lines_are_translated_as_their_languages_say(nllb, tmp_path, capsys):
