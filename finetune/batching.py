@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template
 from diptych.finetune.detokenize import UNKNOWN_ID, text_of
-from diptych.finetune.generate import GREEDY, end_tokens, generate_batch, generation_config
+from diptych.finetune.generate import end_tokens, generate_batch, generation_config
 from diptych.finetune.targets import given_tokens
 
 
@@ -47,7 +47,7 @@ class Decoding(NamedTuple):
     repetition_penalty: float = 1.0
 
     def generation_kwargs(self) -> dict[str, Any]:
-        settings = GREEDY | {"num_beams": self.num_beams}
+        settings: dict[str, Any] = {"num_beams": self.num_beams}
         if self.temperature:
             settings |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
             settings |= {"num_return_sequences": self.n}

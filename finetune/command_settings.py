@@ -175,6 +175,8 @@ class EvaluateSettings:
     0 does not. 16 take about as long as 16 beams."""
     seed: int = 0
     """Seed of these samples, and of the intervals' resampling."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of transformers' generate: `--generation.length_penalty 2`."""
     bleu_tokenize: str = ""
     """sacrebleu's name of a tokenisation (13a, intl, char, ko-mecab …); chosen by the targets' script unless given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -11,7 +11,6 @@ refused by name. CTranslate2 seeds a generator once for each thread that it star
 translator anew: the second that a large model takes for it comes once for each chunk of a file.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -28,8 +27,16 @@ from diptych.data_prep.templates import Template, carried_template
 from diptych.finetune.checkpoint import read_json
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.export_ctranslate2 import import_ctranslate2
-from diptych.finetune.generate import GREEDY, GenerationBar, Output, check_source_ids, end_tokens
-from diptych.finetune.loading import EXPORT_FILE, export_kind, load_tokenizer
+from diptych.finetune.generate import (
+    GenerationBar,
+    Output,
+    check_source_ids,
+    end_tokens,
+    say_what_is_set_aside,
+    settings_of_the_model,
+    with_stop_strings,
+)
+from diptych.finetune.loading import EXPORT_FILE, export_kind, load_generation_config, load_tokenizer
 from diptych.finetune.targets import given_tokens
 
 MODEL_FILES = ("model.bin", "config.json", "shared_vocabulary.json")
@@ -60,7 +67,7 @@ class Translator:
     def __init__(self, folder: Path, device: torch.device, compute_type: str = "default"):
         self.folder, self.device = folder, device
         self.facts: dict[str, Any] = read_json(folder / EXPORT_FILE)
-        self.generation_config = GenerationConfig.from_pretrained(folder)
+        self.generation_config = load_generation_config(folder)
         self.tokens: list[str] = json.loads((folder / "shared_vocabulary.json").read_text(encoding="utf-8"))
         self.ids = {token: token_id for token_id, token in enumerate(self.tokens)}
         self.start: int = self.facts["decoder_start_token_id"]
@@ -120,6 +127,7 @@ class Translator:
         check_source_ids(source_ids)
         given = given or [given_tokens(self, tokenizer, template)] * len(source_ids)
         config = self._config(generation)
+        template, _ = with_stop_strings(template, generation)
         options = self._options(config)
         if config.do_sample and seed != self._seed:
             import_ctranslate2().set_random_seed(seed)
@@ -189,8 +197,9 @@ class Translator:
                 "mbr_samples draws without very unlikely tokens (epsilon_cutoff), which CTranslate2 cannot. Drop it, "
                 "or use --engine torch with the checkpoint."
             )
-        config = copy.deepcopy(self.generation_config)
-        unknown = config.update(**(GREEDY | generation))
+        say_what_is_set_aside(self.generation_config, str(self.folder))
+        config = settings_of_the_model(self.generation_config)
+        unknown = config.update(**with_stop_strings(None, generation)[1])
         known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
         asked = (config.to_diff_dict().keys() & known) - CARRIED - WITHOUT_EFFECT
         refused = sorted({*unknown, *asked})

@@ -36,7 +36,7 @@ from diptych.finetune.doctor_steps import (
     trainer_step,
 )
 from diptych.finetune.families import FAMILIES, decoder_start_token, family_of
-from diptych.finetune.generate import pad_sources
+from diptych.finetune.generate import pad_sources, search_settings_aside
 from diptych.finetune.loading import embedding_rows, load_model, position_limit, vocabulary_size
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.packed_rows import pack_examples
@@ -301,21 +301,12 @@ def batched(patient: Patient) -> Finding:
 def cache(patient: Patient) -> Finding:
     model, chosen = patient.sound, patient.rows[::2]
     sources = patient.placed(pad_sources([row["input_ids"] for row in chosen], patient.pad_token))
-    with_cache, without = (
-        model.generate(
-            **sources,
-            num_beams=1,
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            pad_token_id=patient.pad_token,
-            use_cache=use_cache,
-            output_logits=True,
-            return_dict_in_generate=True,
-            decoder_start_token_id=patient.start_token,
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": patient.pad_token}
+    settings |= {"output_logits": True, "return_dict_in_generate": True, "decoder_start_token_id": patient.start_token}
+    with search_settings_aside(model):
+        with_cache, without = (
+            model.generate(**sources, **settings, use_cache=use_cache) for use_cache in (True, False)
         )
-        for use_cache in (True, False)
-    )
     same = torch.equal(with_cache.sequences, without.sequences)
     logits = [torch.stack(output.logits) for output in (with_cache, without)]
     difference = (logits[0] - logits[1]).abs().max().item()

@@ -52,7 +52,7 @@ from diptych.finetune.command_settings import EvaluateSettings
 from diptych.finetune.confidence import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
 from diptych.finetune.exits import NotFiniteError
 from diptych.finetune.families import decoder_start_token
-from diptych.finetune.generate import GenerationBar, Output
+from diptych.finetune.generate import GenerationBar, Output, check_generation_names, say_once
 from diptych.finetune.loading import load_model_and_tokenizer, load_tokenizer, pick_device, position_limit
 from diptych.finetune.metrics import (
     Statistics,
@@ -158,6 +158,7 @@ def evaluate_rows(
         return Evaluation(figures, {}, [], statistics, _by_direction(directions, rows_of_source, statistics))
 
     cap = max_new_tokens or cap_from_targets(rows, position_limit(model))
+    _say_if_targets_are_shorter(model, rows, generation_kwargs)
     template = template or carried_template(tokenizer, check=False)  # loading has checked it
     source_ids = dict(zip(keys, rows["input_ids"], strict=True))
     given_of = {it: given_tokens(model, tokenizer, template, it if any(it) else None) for _, it in source_ids}
@@ -328,6 +329,20 @@ def cap_from_targets(rows: Dataset, limit: int | None) -> int:
     longest = max(len(labels) for labels in rows["labels"])
     cap = math.ceil(CAP_OVER_LONGEST_TARGET * longest)
     return cap if limit is None else max(longest, min(cap, limit))
+
+
+def _say_if_targets_are_shorter(model: PreTrainedModel, rows: Dataset, settings: Mapping[str, Any]) -> None:
+    """Than any output may be: BART for CNN's news writes 56 tokens at least."""
+    own = model.generation_config
+    for name, more in (("min_length", 0), ("min_new_tokens", 1)):  # the one counts the start token, the other no end
+        least = (settings.get(name, getattr(own, name)) or 0) + more
+        shorter = sum(len(labels) < least for labels in rows["labels"])
+        if shorter:
+            say_once(
+                f"({shorter} of {len(rows)} targets have fewer tokens than the {least} that each output has at least, "
+                f"by {name}. Lower it in the checkpoint's generation_config.json, or in `diptych evaluate` and "
+                f"`generate` by --generation.{name} 0.)"
+            )
 
 
 def predict(
@@ -535,6 +550,7 @@ def data_identity(split: Dataset) -> dict[str, Any]:
 
 def run(settings: EvaluateSettings) -> int:
     check_metric_names(settings.metric_names())
+    check_generation_names(settings.generation)
     keep_memory()
     splits = load_splits(settings.data, settings.split)
     for split in splits if settings.out else ():  # what cannot be written shows now, and not after hours
@@ -567,6 +583,7 @@ def run(settings: EvaluateSettings) -> int:
             mbr_samples=settings.mbr_samples,
             seed=settings.seed,
             num_beams=settings.num_beams,
+            **settings.generation,
         )
         if speaks:
             intervals = bootstrap_intervals(evaluation.statistics, seed=settings.seed)

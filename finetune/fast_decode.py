@@ -68,7 +68,7 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
         return False
     decoder = model.config.decoder
     mode = config.get_generation_mode()
-    if config.prompt_lookup_num_tokens and not config.do_sample and config.num_beams == 1:
+    if config.prompt_lookup_num_tokens and not config.do_sample and config.num_beams in (None, 1):
         mode = GenerationMode.GREEDY_SEARCH
     return (
         all(_is_plain(layer) for layer in model.get_decoder().layers)

@@ -5,8 +5,9 @@
 
 B rows of a batch, S source tokens, T new tokens. Rows are sorted by length, longest first, so that a batch holds
 little padding and a batch that does not fit into memory fails at once; what comes back is in the order of the input.
-Greedy unless told otherwise: beams or sampling that a checkpoint's generation config asks for are not taken over,
-because a metric should not move with the checkpoint's taste; its token ids and length rules are.
+Greedy unless told otherwise. Of a checkpoint's generation config, what belongs to the model is taken over
+(OF_THE_MODEL: token ids, shortest lengths); beams, sampling, penalties and whatever else chooses among tokens is set
+aside, which is said, so that the scores of two checkpoints can be compared.
 
 `diptych generate MODEL` answers one prompt (--instruction, --input), a file (--in_file, --out_file: see
 generate_file.py), or whoever types, when it is given neither. The prompt is rendered with the template that travels
@@ -15,12 +16,13 @@ decoder prefix is forced, as in a label: start, [kor_Hang], and what the model g
 as soon as they are written, and are not part of the text.
 """
 
-import copy
+import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,10 +52,11 @@ from diptych.data_prep.templates import (
 from diptych.finetune import cli
 from diptych.finetune.command_settings import GenerateSettings
 from diptych.finetune.detokenize import text_of
-from diptych.finetune.families import decoder_start_token
+from diptych.finetune.families import decoder_start_token, without_adapter
 from diptych.finetune.fast_decode import can_decode_fast, fast_decode, read_fast
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.ranks import join_ranks
+from diptych.finetune.run_folder import is_main_rank
 from diptych.finetune.speed import keep_memory
 from diptych.finetune.targets import given_tokens
 
@@ -63,7 +66,25 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 256
 LINES_SUFFIX = ".txt"
 """Of files in which each line is a text; all others are JSONL."""
-GREEDY = {"num_beams": 1, "do_sample": False}
+OF_THE_MODEL = frozenset(
+    ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+    + ("forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "min_length")
+    + ("min_new_tokens",)
+)
+"""What is taken over of a checkpoint's generation config: which tokens begin and end an output, which are never
+written, and how short it may be. Of what a later transformers adds, nothing is."""
+NOT_HERE = frozenset(
+    (
+        "penalty_alpha",
+        "dola_layers",
+        "constraints",
+        "force_words_ids",
+        "num_beam_groups",
+        "diversity_penalty",
+    )  # by code
+    + ("return_dict_in_generate", "is_assistant", "token_healing", "guidance_scale")  # of no encoder-decoder's text
+)
+"""Arguments of transformers' generate that need code from the Hub, or that give no text of an encoder-decoder."""
 TOKENS_BEFORE_STOP = 16
 """Stop strings are looked for in the last tokens alone: as many as the longest one has bytes, and these."""
 
@@ -141,7 +162,7 @@ def generate_outputs(
         for start in range(0, len(longest_first), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = [source_ids[row] for row in rows]
-            settings = GREEDY | generation_kwargs
+            settings = generation_kwargs
             if not bar.disable:
                 ticks = [*settings.get("stopping_criteria", ()), Ticks(bar, len(rows))]
                 settings |= {"stopping_criteria": ticks}
@@ -188,6 +209,7 @@ def generate_batch(
     `generate_outputs`."""
     given = given or [given_tokens(model, tokenizer, template)] * len(source_ids)
     inputs = pad_sources(source_ids, tokenizer.pad_token_id or 0)
+    template, generation_kwargs = with_stop_strings(template, generation_kwargs)
     generation_kwargs, prompts = _with_given(model, generation_kwargs, given)
     if prompts is not None:
         inputs["decoder_input_ids"] = prompts
@@ -202,7 +224,10 @@ def generate_batch(
         if can_decode_fast(model, config, others):  # the same tokens, sooner
             others |= {"custom_generate": fast_decode, "writes_to": others.pop("streamer", None)}
             others |= {"encoder_outputs": read_fast(model, inputs["input_ids"], inputs["attention_mask"])}
-        sequences = model.generate(**inputs, generation_config=config, **others).tolist()
+        with search_settings_aside(model):
+            sequences = model.generate(**inputs, generation_config=config, **others).tolist()
+    except UserError:
+        raise
     except ValueError as error:  # how transformers refuses settings, some of them only now
         raise UserError(f"transformers' generate refuses this: {error}") from error
     except torch.OutOfMemoryError as error:
@@ -295,21 +320,84 @@ class StopStrings(StoppingCriteria):
         return any(stop in text for stop in self.template.stop)
 
 
+def with_stop_strings(template: Template | None, settings: dict[str, Any]) -> tuple[Template | None, dict[str, Any]]:
+    """transformers' `stop_strings` as stops of the template, which are no part of the text; and the other settings."""
+    stop = settings.get("stop_strings")
+    if not stop:
+        return template, settings
+    template = template or TEMPLATES[BARE_TEMPLATE]
+    stops = (*template.stop, *([stop] if isinstance(stop, str) else stop))
+    return replace(template, stop=stops), {name: value for name, value in settings.items() if name != "stop_strings"}
+
+
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The checkpoint's own with these settings, and what of them is no part of a config (a streamer).
-
-    Without a second cap on length, and with the tokenizer's pad and eos where the checkpoint names none.
-    """
-    config = copy.deepcopy(model.generation_config)
-    config.max_length = None
+    """What the checkpoint's own says of the model, with these settings, and what of them is no part of a config (a
+    streamer); with the tokenizer's pad and eos where the checkpoint names none."""
+    _refuse_not_here(settings)
+    config = settings_of_the_model(model.generation_config)
     others = config.update(**settings)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     return config, others
+
+
+def settings_of_the_model(config: GenerationConfig) -> GenerationConfig:
+    """Those that are taken over, and nothing else.
+
+    Raises:
+        UserError: one of them is neither a number nor a list of numbers.
+    """
+    kept = {name: value for name in sorted(OF_THE_MODEL) if (value := getattr(config, name, None)) is not None}
+    for name, value in kept.items():
+        if not _are_numbers(value):
+            raise UserError(f"{name} is {value!r} in the checkpoint's generation_config.json. Numbers are due there.")
+    return GenerationConfig(**kept)
+
+
+def _are_numbers(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(map(_are_numbers, value)))
+
+
+def say_what_is_set_aside(config: GenerationConfig, name: str) -> None:
+    usual = GenerationConfig._get_default_generation_params()
+    aside = {
+        setting: value
+        for setting, value in config.to_diff_dict().items()
+        if setting[0] != "_"
+        and setting not in OF_THE_MODEL | {"transformers_version"}
+        and value is not False
+        and value != usual.get(setting)
+    }
+    if aside:
+        shown = ", ".join(f"{setting} {json.dumps(value, default=str)}" for setting, value in aside.items())
+        say_once(
+            f"({name} comes with settings of how to search, which are set aside: {shown}. Search is greedy unless "
+            f"options say otherwise.)"
+        )
+
+
+@contextmanager
+def search_settings_aside(model: PreTrainedModel) -> Iterator[None]:
+    """For calls of `model.generate`, which takes what its config leaves open from the model's own."""
+    model = without_adapter(model)
+    own = model.generation_config
+    say_what_is_set_aside(own, model.name_or_path or "the checkpoint")
+    model.generation_config = settings_of_the_model(own)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@cache
+def say_once(text: str) -> None:
+    """On stderr, by the first rank, above a bar that may be there."""
+    if is_main_rank():
+        tqdm.write(text, file=sys.stderr)
 
 
 def end_tokens(config: GenerationConfig) -> list[int | None]:
@@ -332,8 +420,8 @@ def check_generation_names(generation: dict[str, Any]) -> None:
     for name in generation:
         if name in own:
             raise UserError(
-                f"generation.{name} has a setting of its own. Use --max_new_tokens, --num_beams, "
-                f"--num_return_sequences or --temperature (above 0 it samples)."
+                f"generation.{name} has a setting of its own. Use --max_new_tokens or --num_beams; `diptych generate` "
+                f"also has --num_return_sequences and --temperature (above 0 it samples)."
             )
         if name not in known:
             near = nearest(name, known)
@@ -341,6 +429,15 @@ def check_generation_names(generation: dict[str, Any]) -> None:
                 f"generation.{name} is nothing that transformers' generate takes. "
                 f"{f'Did you mean {near}?' if near else 'See GenerationConfig in its documentation.'}"
             )
+    _refuse_not_here(generation)
+
+
+def _refuse_not_here(settings: dict[str, Any]) -> None:
+    if refused := sorted(NOT_HERE & settings.keys()):
+        raise UserError(
+            f"{', '.join(refused)} cannot be used here: it needs code from the Hub, which is never run, or is not for "
+            f"the text of an encoder-decoder. Drop it."
+        )
 
 
 def template_for(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -419,7 +516,8 @@ def answer(
         print(f"(the prompt was cut to {len(source_ids[0])} tokens)", file=sys.stderr)
     generation = settings.generation_kwargs()
     is_single = settings.num_beams == settings.num_return_sequences == 1 and not settings.mbr_samples
-    streams = is_single and not (prompter.template.stop or settings.scores or settings.choices)
+    stops = prompter.template.stop or generation.get("stop_strings")
+    streams = is_single and not (stops or settings.scores or settings.choices)
     if streams:
         generation["streamer"] = TextStreamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
     outputs = chosen_outputs(

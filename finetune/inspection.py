@@ -23,7 +23,7 @@ from diptych.finetune import cli
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.command_settings import InspectSettings
 from diptych.finetune.detokenize import text_of
-from diptych.finetune.generate import GREEDY, Prompt, Prompter, generate_batch
+from diptych.finetune.generate import Prompt, Prompter, generate_batch
 from diptych.finetune.generate_file import PromptRow, read_prompts, render_prompts
 from diptych.finetune.inspection_page import check_page, write_page
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
@@ -69,7 +69,7 @@ class Reader(NamedTuple):
     def _written(self, source_ids: list[int], given: list[int]) -> tuple[int, ...]:
         """What `diptych generate` would write, end included."""
         (output,), _ = generate_batch(
-            self.model, self.tokenizer, [source_ids], self.max_new_tokens, self.template, GREEDY, [given]
+            self.model, self.tokenizer, [source_ids], self.max_new_tokens, self.template, {}, [given]
         )
         if not output.ids:
             raise UserError("the model writes nothing within max_new_tokens, so there is no step to show. Raise it.")

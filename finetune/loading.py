@@ -207,6 +207,8 @@ def load_model(
         )
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that do not fit the config
         raise UserError(f"the weights of {name} could not be read: {_in_short(error)}") from error
+    except (ValueError, TypeError) as error:
+        raise _refused_generation_config(name, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -284,8 +286,19 @@ def _load_adapted(
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the adapter {name} does not fit its base {base_name}: {_in_short(error)}") from error
     if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes it down where the base has none
-        model.generation_config = GenerationConfig.from_pretrained(name)
+        model.generation_config = load_generation_config(name)
     return model
+
+
+def load_generation_config(folder: str | Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise _refused_generation_config(folder, error) from error
+
+
+def _refused_generation_config(name: str | Path, error: Exception) -> UserError:
+    return UserError(f"transformers refuses {name}/{GENERATION_CONFIG_NAME}: {_in_short(error)} Take it out there.")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

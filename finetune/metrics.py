@@ -35,11 +35,14 @@ from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.records import UserError
 
 # Hangul, Han and kana are read one character at a time: Korean glues particles and endings to the word, Chinese and
-# Japanese write no spaces. Counting overlap by syllable is also what KorQuAD's official F1 does.
-_CHARACTER_SCRIPTS = r"\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}"
-_TOKEN = regex.compile(rf"[{_CHARACTER_SCRIPTS}]|[[\p{{L}}\p{{M}}\p{{N}}]--[{_CHARACTER_SCRIPTS}]]+", regex.V1)
+# Japanese write no spaces. Counting overlap by syllable is also what KorQuAD's official F1 does. Thai, Lao, Khmer and
+# Burmese write no spaces, either (breaking their lines takes a dictionary: that is what the property says): they
+# are read one character with its marks at a time. Tibetan marks its syllables, which are tokens here; BLEU's 13a does
+# not cut at these marks, so that it takes the characters of Tibetan.
+_CHARACTER_SCRIPTS = r"\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=Complex_Context}"
+_TOKEN = regex.compile(rf"(?=[{_CHARACTER_SCRIPTS}])\X|[[\p{{L}}\p{{M}}\p{{N}}]--[{_CHARACTER_SCRIPTS}]]+", regex.V1)
 _LETTER = regex.compile(r"\p{L}")
-_CHARACTER_SCRIPT_LETTER = regex.compile(rf"[[{_CHARACTER_SCRIPTS}]&&\p{{L}}]", regex.V1)
+_CHARACTER_SCRIPT_LETTER = regex.compile(rf"[[{_CHARACTER_SCRIPTS}\p{{Tibetan}}]&&\p{{L}}]", regex.V1)
 _ENGLISH_ARTICLES = {"a", "an", "the"}
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -47,14 +50,17 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def split_tokens(text: str) -> list[str]:
     """`"The NBA를 봤다!"` -> `["the", "nba", "를", "봤", "다"]`: words, and syllables where a script asks for it.
 
-    NFKC first, so that Hangul decomposed by macOS equals Hangul as it is typed; case folded; punctuation dropped.
-    On ASCII text these are the tokens of rouge-score's own default tokenizer.
+    NFKC first, so that Hangul decomposed by macOS equals Hangul as it is typed; case folded; punctuation dropped,
+    unless there is nothing else: `"?!"` -> `["?", "!"]`. On other ASCII text these are the tokens of rouge-score's own
+    default tokenizer.
     """
-    return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return _TOKEN.findall(text) or regex.findall(r"\X", "".join(text.split()))
 
 
 def choose_bleu_tokenize(references: Sequence[Sequence[str]]) -> str:
-    """sacrebleu's `char` where at least a tenth of the references' letters are Hangul, Han or kana; otherwise `13a`.
+    """sacrebleu's `char` where at least a tenth of the references' letters are of a script without spaces, or Hangul;
+    otherwise `13a`.
 
     `13a` is the WMT default. It leaves Korean words whole, so that short sentences seldom share four of them in a
     row; sacrebleu's own choice for Korean, `ko-mecab`, needs a dictionary that is not installed here. A tenth, not a
@@ -170,8 +176,8 @@ class TokenF1(TextMetric):
     """SQuAD's F1 (Rajpurkar et al. 2016): bags of tokens, articles and punctuation dropped, best reference counts."""
 
     description = (
-        "Mean F1 of token overlap. Tokens are words, or syllables in Hangul, Han and kana; English articles, \
-case and punctuation do not count."
+        "Mean F1 of token overlap. Tokens are words, or characters in Hangul, Han, kana, Thai and other scripts \
+without spaces; English articles, case and punctuation do not count."
     )
 
     def count(self, predictions, references) -> Statistics:
@@ -183,12 +189,16 @@ case and punctuation do not count."
 
 
 def _token_f1(prediction: str, reference: str) -> float:
-    predicted = [token for token in split_tokens(prediction) if token not in _ENGLISH_ARTICLES]
-    expected = [token for token in split_tokens(reference) if token not in _ENGLISH_ARTICLES]
+    predicted, expected = _without_articles(split_tokens(prediction)), _without_articles(split_tokens(reference))
     if not predicted or not expected:
         return float(predicted == expected)  # nothing to say and nothing said is right, as in SQuAD 2.0
     shared = sum((Counter(predicted) & Counter(expected)).values())
     return 2 * shared / (len(predicted) + len(expected))
+
+
+def _without_articles(tokens: list[str]) -> list[str]:
+    """Unless there is nothing else: "a" as an answer is not "the"."""
+    return [token for token in tokens if token not in _ENGLISH_ARTICLES] or tokens
 
 
 class TokenErrorRate(TextMetric):
@@ -225,8 +235,8 @@ class _RougeTokens:
 
 
 class Rouge(TextMetric):
-    description = "Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L without stemming, over words, or over syllables in \
-Hangul, Han and kana."
+    description = "Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L without stemming, over words, or over characters \
+in Hangul, Han, kana, Thai and other scripts without spaces."
 
     def count(self, predictions, references) -> Statistics:
         names = ["rouge1", "rouge2", "rougeL"]

@@ -24,6 +24,7 @@ from diptych.data_prep.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.records import UserError
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.families import decoder_start_token
+from diptych.finetune.generate import settings_of_the_model
 from diptych.finetune.loading import (
     check_folder,
     embedding_rows,
@@ -171,6 +172,12 @@ def _pieces_to_learn(tokenizer: PreTrainedTokenizerBase, name: str, is_grown: bo
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
     """With its decoder start token written down where evaluation and generation look for it."""
-    model.config.decoder_start_token_id = decoder_start_token(model)
-    model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
+    start = model.config.decoder_start_token_id = decoder_start_token(model)
+    generation = model.generation_config
+    if generation.decoder_start_token_id != start:
+        generation.decoder_start_token_id = start
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # such as a temperature without sampling, with which transformers saves no changed config
+            model.generation_config = settings_of_the_model(generation)
     return model

@@ -130,6 +130,25 @@ def test_without_metrics_nothing_is_generated(learned, tiny_tokenizer, split):
     assert set(evaluate_rows(learned, tiny_tokenizer, split).figures) == {"rows", "loss", "target_tokens"}
 
 
+def test_targets_shorter_than_any_output_may_be_are_said_and_the_setting_can_be_given(
+    t5_checkpoint, prepared_folder, tmp_path, capsys
+):
+    folder = shutil.copytree(t5_checkpoint, tmp_path / "t5")
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"min_length": 7}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    asked = [str(folder), f"--data={prepared_folder}", "--metrics=exact_match"]
+    assert evaluation.main(asked) == 0
+    said = capsys.readouterr()
+    assert re.search(r"exact_match +[0-7]\d\.", said.out)
+    shorter = sum(len(labels) < 7 for labels in datasets.load_from_disk(prepared_folder)["test"]["labels"])
+    assert (
+        f"{shorter} of 8 targets have fewer tokens than the 7 that each output has at least, by min_length" in said.err
+    )
+    assert evaluation.main([*asked, "--generation.min_length=0"]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"exact_match +100\.00", said.out) and "min_length" not in said.err
+
+
 def test_an_empty_split_or_an_unknown_metric_is_refused(learned_t5, tiny_tokenizer, split):
     with pytest.raises(UserError, match="has no rows"):
         evaluate_rows(learned_t5, tiny_tokenizer, split.select([]))

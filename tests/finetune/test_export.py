@@ -13,7 +13,7 @@ import torch
 from ctranslate2.converters.transformers import T5GemmaLoader
 from ctranslate2.specs.common_spec import LayerNormSpec
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 from diptych.data_prep.encode import encode_sources
 from diptych.data_prep.records import UserError
@@ -24,7 +24,7 @@ from diptych.finetune.cli import main
 from diptych.finetune.ctranslate2_engine import Translator, load_translator
 from diptych.finetune.export_proof import Example, compare, task_of
 from diptych.finetune.families import decoder_start_token
-from diptych.finetune.generate import Output, generate_outputs
+from diptych.finetune.generate import OF_THE_MODEL, Output, generate_outputs
 from diptych.finetune.loading import EXPORT_FILE, load_model_and_tokenizer, position_limit
 from diptych.modeling import DiptychConfig
 
@@ -436,20 +436,23 @@ RULES = [
     {"suppress_tokens": [20, 21, 22, 23, 24, 25]},
     {"bad_words_ids": [[30], [31, 32]]},
     {"eos_token_id": [1, 60, 61, 62, 63, 64]},
+    {"stop_strings": ["a", "e"]},
 ]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_rules_of_the_generation_config_are_torchs(rule, tiny_tokenizer, tmp_path):
+def test_rules_of_the_generation_config_and_of_settings_are_torchs(rule, tiny_tokenizer, tmp_path):
     model = new_diptych(len(tiny_tokenizer))
-    for name, value in rule.items():
-        setattr(model.generation_config, name, value)
+    settings = {name: value for name, value in rule.items() if name not in OF_THE_MODEL}
+    model.generation_config = GenerationConfig(
+        **(model.generation_config.to_dict() | {"num_beams": 4, "do_sample": True, "top_h": 0.5} | rule)
+    )
     exported = export_of(model, tiny_tokenizer, tmp_path / "export")
     sources = encode_sources(tiny_tokenizer, [*SOURCES, "Yes.", "Hello! I am a student."])
     for cap in (1, 2, 5, 16):
-        ours = generate_outputs(model, tiny_tokenizer, sources, batch_size=2, max_new_tokens=cap)
-        theirs = exported.outputs(tiny_tokenizer, sources, seed=0, batch_size=2, max_new_tokens=cap)
-        assert theirs == ours, cap
+        same = {"batch_size": 2, "max_new_tokens": cap} | settings
+        ours = generate_outputs(model, tiny_tokenizer, sources, **same)
+        assert exported.outputs(tiny_tokenizer, sources, seed=0, **same) == ours, cap
 
 
 def test_prefixes_and_stop_strings_are_torchs(two_languages, tmp_path):

@@ -1,15 +1,24 @@
 """Generation on small real models: what a row gives must not depend on its neighbours, its place, or the mode."""
 
+import copy
 import io
+import json
 import logging
+import queue
 import re
+import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, pipeline
 
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import TEMPLATES, Template
-from diptych.finetune import generate
+from diptych.finetune import evaluation, generate
+from diptych.finetune.batching import Decoding, Engine, Job
+from diptych.finetune.config import TrainRecipe
+from diptych.finetune.doctor_checks import Patient, cache
 from diptych.finetune.generate import (
     GenerateSettings,
     GenerationBar,
@@ -18,6 +27,9 @@ from diptych.finetune.generate import (
     generate_outputs,
     pad_sources,
 )
+from diptych.finetune.loading import load_tokenizer
+from diptych.finetune.pipelines import register_pipelines
+from diptych.finetune.starting_model import starting_model
 
 
 def texts_of(model, tokenizer, source_ids, batch_size=8, max_new_tokens=32, **kwargs):
@@ -67,13 +79,163 @@ def test_sources_are_padded_on_the_right_as_in_the_docstring():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_greedy_is_the_default_even_where_the_checkpoint_asks_for_beams(learned, tiny_tokenizer, unseen_ids):
-    greedy = texts_of(learned, tiny_tokenizer, unseen_ids)
-    learned.generation_config.num_beams = 4
-    try:
-        assert texts_of(learned, tiny_tokenizer, unseen_ids) == greedy
-    finally:
-        learned.generation_config.num_beams = 1
+@pytest.fixture
+def with_settings():
+    """`with_settings(model, num_beams=4)`: what stands in its checkpoint's generation_config.json, until the end."""
+    before = []
+
+    def write(model, **settings):
+        before.append((model, model.generation_config))
+        model.generation_config = copy.deepcopy(before[0][1])
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+
+    generate.say_once.cache_clear()
+    yield write
+    for model, config in reversed(before):
+        model.generation_config = config
+
+
+SEARCH = {
+    **{"max_length": 3, "max_new_tokens": 2, "max_time": 0.0, "early_stopping": "never", "stop_strings": ["a"]},
+    **{"do_sample": True, "num_beams": 4, "use_mtp": True, "use_cache": False, "cache_implementation": "quantized"},
+    **{"cache_config": {"backend": "x"}, "max_cache_len": 1, "temperature": 9.0, "top_k": 1, "top_p": 0.1},
+    **{"min_p": 0.9, "top_h": 0.5, "typical_p": 0.2, "epsilon_cutoff": 0.5, "eta_cutoff": 0.5, "length_penalty": 9.0},
+    **{"repetition_penalty": 50.0, "encoder_repetition_penalty": 50.0, "no_repeat_ngram_size": 1},
+    **{"encoder_no_repeat_ngram_size": 1, "renormalize_logits": True, "remove_invalid_values": True},
+    **{"exponential_decay_length_penalty": [1, 9.0], "sequence_bias": [[[7], 99.0]], "token_healing": True},
+    **{"guidance_scale": 7.0, "watermarking_config": {"bias": 99.0}, "num_return_sequences": 3},
+    **{"output_attentions": True, "output_hidden_states": True, "output_scores": True, "output_logits": True},
+    **{"return_dict_in_generate": True, "is_assistant": True, "num_assistant_tokens": 3, "speculation_type": "dflash"},
+    **{"num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.9},
+    **{"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "assistant_early_exit": 1},
+    **{"assistant_lookbehind": 1, "target_lookbehind": 1, "assistant_ensemble_weight": 0.5},
+    **{"compile_config": {"mode": "x"}, "disable_compile": True, "continuous_batching_config": {"x": 1}},
+    **{"low_memory": True, "penalty_alpha": 0.6, "dola_layers": "high", "diversity_penalty": 1.0},
+    **{"num_beam_groups": 2, "constraints": ["x"], "force_words_ids": [[7]], "prefill_chunk_size": 1},
+    **{"of_a_later_version": "x", "logits_processor": [1], "trust_remote_code": True},
+}
+
+
+def test_whatever_a_checkpoint_says_of_searching_is_set_aside_and_said(
+    learned, tiny_tokenizer, unseen_ids, with_settings, capsys
+):
+    known = {name for name in vars(GenerationConfig()) if name[0] != "_"} - {"transformers_version"}
+    search = dict.fromkeys(known - generate.OF_THE_MODEL, "of a later version") | SEARCH
+    plain = texts_of(learned, tiny_tokenizer, unseen_ids, max_new_tokens=8)
+    for name, value in search.items():
+        with_settings(learned, **{name: value})
+        assert texts_of(learned, tiny_tokenizer, unseen_ids, max_new_tokens=8) == plain, name
+        said = capsys.readouterr().err
+        assert value is False or f" {name} " in said, name
+        texts_of(learned, tiny_tokenizer, unseen_ids[:1], max_new_tokens=8)
+        assert not capsys.readouterr().err
+        assert getattr(learned.generation_config, name) == value  # for whoever saves it
+
+
+def test_what_a_checkpoint_says_of_the_model_is_taken_over(learned, tiny_tokenizer, unseen_ids, with_settings, capsys):
+    def ids(**settings):
+        with_settings(learned, **settings)
+        return [list(it.ids) for it in generate_outputs(learned, tiny_tokenizer, unseen_ids, **size)]
+
+    size = {"batch_size": 8, "max_new_tokens": 8}
+    plain = ids()
+    first, used = {it[0] for it in plain}, sorted({token for it in plain for token in it} - {1})
+    assert all(it[0] == 7 for it in ids(forced_bos_token_id=7))
+    assert {it[-1] for it in ids(forced_eos_token_id=9) if len(it) == 8} == {9}
+    assert {len(it) for it in ids(eos_token_id=[1, *used])} == {1}
+    for banned in ({"suppress_tokens": used}, {"bad_words_ids": [[token] for token in used]}):
+        assert not set(used) & {token for it in ids(**banned) for token in it}
+    assert not first & {it[0] for it in ids(begin_suppress_tokens=sorted(first))}
+    for shortest in ({"min_length": 8}, {"min_new_tokens": 7}):
+        assert all(1 not in it[:7] for it in ids(**shortest))
+    assert ids(decoder_start_token_id=30) != plain
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="min_length is '56' in the checkpoint's generation_config.json"):
+        ids(min_length="56")
+
+
+FILES = {
+    "t5": {"max_length": 20, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0},
+    "bart-large-cnn": {"early_stopping": True, "forced_bos_token_id": 40, "forced_eos_token_id": 1, "num_beams": 4}
+    | {"length_penalty": 2.0, "max_length": 142, "min_length": 56, "no_repeat_ngram_size": 3},
+    "marian": {"bad_words_ids": [[0]], "forced_eos_token_id": 0, "max_length": 512, "num_beams": 4}
+    | {"renormalize_logits": True},
+    "nllb": {"max_length": 200, "bos_token_id": 2, "eos_token_id": 1},
+    "mbart": {"early_stopping": True, "forced_eos_token_id": 1, "max_length": 200, "num_beams": 5},
+    "t5gemma": {"cache_implementation": "hybrid", "eos_token_id": [1, 107], "bos_token_id": 2},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_files_of_known_checkpoints_give_what_their_model_settings_give(
+    learned, tiny_tokenizer, unseen_ids, with_settings, name, beams
+):
+    of_the_model = {setting: value for setting, value in FILES[name].items() if setting in generate.OF_THE_MODEL}
+    size = {"max_new_tokens": 64, "num_beams": beams}
+    expected = texts_of(learned, tiny_tokenizer, unseen_ids, **size, **of_the_model)
+    with_settings(learned, **FILES[name])
+    assert texts_of(learned, tiny_tokenizer, unseen_ids, **size) == expected
+
+
+def test_stop_strings_end_a_text_without_them(learned, tiny_tokenizer, source_ids):
+    texts = texts_of(learned, tiny_tokenizer, source_ids, stop_strings=["학생", "student"])
+    assert texts[2] == "나는 " and texts[5] == "I am a "
+
+
+@pytest.mark.parametrize("name", sorted(generate.NOT_HERE))
+def test_arguments_that_cannot_work_here_are_refused(learned_t5, tiny_tokenizer, source_ids, name):
+    with pytest.raises(UserError, match=f"^{name} cannot be used here"):
+        texts_of(learned_t5, tiny_tokenizer, source_ids, **{name: SEARCH[name]})
+
+
+def test_every_command_sets_them_aside(t5_checkpoint, prepared_folder, tiny_tokenizer, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(t5_checkpoint, tmp_path / "t5")
+    own = json.loads((folder / "generation_config.json").read_text())
+    unloadable = {"compile_config", "continuous_batching_config", "logits_processor", "cache_implementation"}
+    unloadable |= {"num_return_sequences", "early_stopping"}
+    search = {name: value for name, value in SEARCH.items() if name not in unloadable}
+    (folder / "generation_config.json").write_text(json.dumps(own | search | {"cache_implementation": "static"}))
+    generate.say_once.cache_clear()
+    prompt = {"instruction": "Translate English to Korean:", "input": "Yes."}
+    options = [f"--{name}={value}" for name, value in prompt.items()]
+    assert generate.main([str(folder), *options]) == 0
+    assert capsys.readouterr().out == "네.\n"
+    assert evaluation.main([str(folder), f"--data={prepared_folder}", "--metrics=exact_match"]) == 0
+    assert re.search(r"exact_match +100\.00", capsys.readouterr().out)
+    register_pipelines()
+    assert pipeline("text2text-generation", model=str(folder))(prompt) == [{"generated_text": "네."}]
+    model, tokenizer = generate.load_model_and_tokenizer(folder)
+    prompter = Prompter(tokenizer, TEMPLATES["translate"], None)
+    source, _ = prompter.render(generate.Prompt(**prompt))
+    (ids,), _ = prompter.encode([source])
+    events = queue.Queue()
+    engine = Engine(model, tokenizer, TEMPLATES["translate"], batch_size=1, queue_size=1, batch_wait_ms=0)
+    engine.submit([Job(ids, Decoding(32), events.put)])
+    assert events.get(timeout=60).answers[0].text == "네."
+    engine.close()
+    patient = Patient("t5", model, tokenizer, None, model.config, tmp_path)
+    assert cache(patient).status == "green"
+    with_adapter = get_peft_model(model, LoraConfig(target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
+    assert texts_of(with_adapter, tokenizer, [ids]) == ["네."]
+    assert model.generation_config.num_beams == 4  # as it is saved
+
+
+def test_a_checkpoint_whose_settings_contradict_each_other_can_be_trained_and_saved(t5_checkpoint, tmp_path):
+    folder = shutil.copytree(t5_checkpoint, tmp_path / "t5")
+    (folder / "generation_config.json").write_text('{"temperature": 0.7, "pad_token_id": 0, "eos_token_id": 1}')
+    recipe = TrainRecipe(model=str(folder), data="x", out="x", epochs=1)
+    model = starting_model(recipe, load_tokenizer(str(folder)), None)
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["decoder_start_token_id"] == 0
+
+
+def test_settings_that_transformers_cannot_load_are_named_with_their_file(t5_checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(t5_checkpoint, tmp_path / "t5")
+    (folder / "generation_config.json").write_text('{"num_return_sequences": 3}')
+    assert generate.main([str(folder), "--instruction", "x"]) == 2
+    assert re.search(r"refuses .*generation_config.json: .*num_return_sequences", capsys.readouterr().err)
 
 
 def test_beams_equal_a_direct_call_of_generate(learned, tiny_tokenizer, unseen_ids):

@@ -50,7 +50,7 @@ def test_tokens_are_words_or_syllables_without_case_or_punctuation():
     assert split_tokens("\u1112\u1161\u11ab") == split_tokens("한") == ["한"]  # decomposed as macOS does it
 
 
-@pytest.mark.parametrize("text", [*ENGLISH, "it's 3.5% of GDP -- or_more", "", "..."])
+@pytest.mark.parametrize("text", [*ENGLISH, "it's 3.5% of GDP -- or_more", ""])
 def test_tokens_of_ascii_text_are_those_of_rouge_score(text):
     assert split_tokens(text) == DefaultTokenizer(use_stemmer=False).tokenize(text)
 
@@ -97,8 +97,35 @@ def test_token_f1_on_english_is_squads():
 
 def test_token_f1_of_a_wrong_korean_particle_is_small_harm_and_silence_is_right_only_when_due():
     assert TokenF1().compute(predictions=["학생이"], references=[["학생은"]])["token_f1"] == pytest.approx(200 / 3)
-    silent = TokenF1().compute(predictions=["", "", "a"], references=[["..."], ["말"], ["말"]])
+    silent = TokenF1().compute(predictions=["", "", "a"], references=[[""], ["말"], ["말"]])
     assert silent["token_f1"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize(
+    ("one", "near", "other"),
+    [
+        ("ฉันเป็นนักเรียนที่โรงเรียนนี้", "ฉันเป็นนักเรียนที่โรงเรียนนั้น", "กรุงเทพ"),  # Thai
+        ("ຂ້ອຍເປັນນັກຮຽນຢູ່ໂຮງຮຽນນີ້", "ຂ້ອຍເປັນນັກຮຽນຢູ່ໂຮງຮຽນນັ້ນ", "ວຽງຈັນ"),  # Lao
+        ("ខ្ញុំជាសិស្សនៅសាលានេះ", "ខ្ញុំជាសិស្សនៅសាលានោះ", "ភ្នំពេញ"),  # Khmer
+        ("ကျွန်တော်သည်ဒီကျောင်းမှကျောင်းသားဖြစ်သည်", "ကျွန်တော်သည်ဒီကျောင်းကကျောင်းသားဖြစ်သည်", "ရန်ကုန်"),  # Burmese
+        ("ང་སློབ་གྲྭ་འདིའི་སློབ་མ་ཡིན།", "ང་སློབ་གྲྭ་དེའི་སློབ་མ་ཡིན།", "ལྷ་ས།"),  # Tibetan
+    ],
+)
+def test_near_texts_of_scripts_without_spaces_score_near_100(one, near, other):
+    assert 60 < compute_metrics(["token_f1"], [one], [[near]])["token_f1"] < 100
+    assert compute_metrics(["token_f1"], [other], [[near]])["token_f1"] < 50
+    figures = compute_metrics(["rouge", "bleu"], [one], [[near]])
+    assert all(40 < figure < 100 for figure in figures.values())
+    assert choose_bleu_tokenize([[one]]) == "char"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("?", "!"), ("👍👍", "👎"), ("…", "👍"), ("a", "the"), ("", "?"), ("", "the")]
+)
+def test_texts_without_words_score_100_against_themselves_alone(one, other):
+    names = ["token_f1", "rouge", "bleu", "chrf", "exact_match"]
+    assert not any(compute_metrics(names, [one, other], [[other], [one]]).values())
+    assert compute_metrics(["token_f1"], [one], [[one]])["token_f1"] == 100
 
 
 def test_exact_match_means_every_character_of_one_reference():
