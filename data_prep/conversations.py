@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diptych.data_prep.validate import (
+    BLANK,
     Fault,
     described,
     from_json_text,
@@ -89,20 +90,24 @@ class Turn(NamedTuple):
     is_target: bool
 
 
-def turns_of(value: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> list[Turn]:
-    """`name` is the column; `roles` says which role of ours each role of the data is."""
+def turns_of(
+    value: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str], may_be_empty: bool = False
+) -> list[Turn]:
+    """`name` is the column; `roles` says which role of ours each role of the data is. Only system turns may be empty
+    in a row to learn from, and all of them in one that asks."""
     turns = some_list(value, name, "a list of turns")
-    return [_turn(from_json_text(turn), f"{name}[{n}]", role_key, text_key, roles) for n, turn in enumerate(turns)]
+    form = role_key, text_key, roles, may_be_empty
+    return [_turn(from_json_text(turn), f"{name}[{number}]", *form) for number, turn in enumerate(turns)]
 
 
-def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Turn:
+def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[str, str], may_be_empty: bool) -> Turn:
     if not isinstance(turn, Mapping):
         reason = f"'{where}' is {described(turn)}, and a turn with '{role_key}' and '{text_key}' is due."
         raise Fault(where, f"'{without_index(where)}' is not a turn", reason)
     written = turn.get(role_key)
     role = roles.get(written) if isinstance(written, str) else None
     if turn.get("tool_calls") or turn.get("function_call") or (role is None and _is_tool(written)):
-        reason = f"'{where}' calls a tool or is a tool's answer, and only text can be learned from."
+        reason = f"'{where}' calls a tool or is a tool's answer, and only text is read."
         raise Fault(f"{where}.{role_key}", "tool turn", f"{reason} Write it as text, or leave the conversation out.")
     if role_key not in turn or text_key not in turn:
         raise missing_inside(text_key if role_key in turn else role_key, turn, where, (role_key, text_key))
@@ -110,12 +115,11 @@ def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[st
         reason = f"'{where}.{role_key}' is {described(written)}; known are {', '.join(roles)}."
         raise Fault(f"{where}.{role_key}", "unknown role", reason)
     if media := next((name for name in turn if name in MEDIA and has_value(turn[name])), None):
-        reason = (
-            f"'{where}.{media}' belongs to the turn, and only text can be learned from. Leave the conversation out."
-        )
+        reason = f"'{where}.{media}' belongs to the turn, and only text is read. Leave the conversation out."
         raise Fault(f"{where}.{media}", "part that is no text", reason)
     place = f"{where}.{text_key}"
-    content = text(_content(turn[text_key], place), place, may_be_empty=role == "system", what=f"{role} turn")
+    may_be_empty = may_be_empty or role == "system"
+    content = text(_content(turn[text_key], place), place, may_be_empty, what=f"{role} turn")
     return Turn(role, content, place, is_target=_is_learned_from(turn, where) and role == "assistant")
 
 
@@ -183,7 +187,7 @@ def _content(value: Any, where: str) -> Any:
         place = f"{where}[{number}]"
         if not isinstance(part, Mapping) or part.get("type", "text") != "text":
             what = described(part.get("type") if isinstance(part, Mapping) else part)
-            reason = f"'{place}' is of type {what}; only parts of type 'text' can be learned from."
+            reason = f"'{place}' is of type {what}; only parts of type 'text' are read."
             raise Fault(place, "part that is no text", reason)
         if "text" not in part:
             raise missing_inside("text", part, place, ("type",))
@@ -230,6 +234,8 @@ def open_question(turns: Sequence[Turn], name: str) -> tuple[list[str], ChatExam
         raise Fault(where, "no user turn at the end", reason)
     else:
         raise Fault(name, "no user turn", f"'{name}' has no user turn, so nothing is asked. Add one.")
+    if BLANK.fullmatch(instruction):
+        raise Fault(name, "empty user turn", f"the last user turn of '{name}' is empty, so nothing is asked. Fill it.")
     history = tuple((exchange.instruction, exchange.answer.text) for exchange in exchanges)
     return system, ChatExample(instruction, history, "")
 

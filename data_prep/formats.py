@@ -242,10 +242,8 @@ class Converter:
         media = [name for name in fields if name in MEDIA and has_value(fields[name])]
         for column in self.used_fields & fields.keys() if media else ():
             if found := MEDIA_MARK.search(json.dumps(from_json_text(fields[column]), ensure_ascii=False, default=str)):
-                reason = (
-                    f"'{column}' says {found[0]}, which is what {listed(media)} holds, and only text can be learned"
-                    " from. Leave the row out."
-                )
+                held = f"'{column}' says {found[0]}, which is what {listed(media)} holds"
+                reason = f"{held}, and only text is read. Leave the row out."
                 raise Fault(column, "part that is no text", reason)
 
     def column(self, name: str) -> str:

@@ -160,7 +160,7 @@ class Engine:
             try:
                 events = [Ended(answers) for answers in self._generate(jobs)]
             except Exception as error:  # the thread outlives it: it is these jobs' alone, and they are told
-                _show_place(error)
+                show_place(error)
                 events = [Failed(error)] * len(jobs)
             self.running = []
             for job, event in zip(jobs, events, strict=True):
@@ -221,11 +221,11 @@ class Engine:
         return [answers[place : place + decoding.n] for place in range(0, len(answers), decoding.n)]
 
 
-def _show_place(error: Exception) -> None:
+def show_place(error: Exception) -> None:
     """Where a mistake of our own arose, for whoever runs the server; without its words, which may be a client's."""
     if not isinstance(error, UserError):
         traceback.print_tb(error.__traceback__)
-        print(f"{type(error).__name__} in a batch: please report it.", file=sys.stderr, flush=True)
+        print(f"{type(error).__name__} while answering: please report it.", file=sys.stderr, flush=True)
 
 
 def _can_share(first: Decoding, other: Decoding) -> bool:

@@ -32,7 +32,7 @@ from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompt, Prompter, temp
 from diptych.finetune.generate_file import read_prompts
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.targets import given_tokens
-from diptych.finetune.web import LOOPBACK_NAMES, address, listen, need_secret, run_until_signal
+from diptych.finetune.web import address, is_asked_here, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[gradio]'"
 PASSWORD_VARIABLE = "DIPTYCH_PASSWORD"
@@ -281,9 +281,11 @@ class Guard:
         from starlette.responses import PlainTextResponse
 
         request = Request(scope)
-        if self.only_loopback and request.url.hostname not in LOOPBACK_NAMES:
-            return await PlainTextResponse("asked for as another host than this one", 403)(scope, receive, send)
-        if "/upload" in request.url.path or "/proxy=" in request.url.path:
+        if self.only_loopback and not is_asked_here(request.headers):
+            return await PlainTextResponse("asked for as another host than this one, or by a page of one", 403)(
+                scope, receive, send
+            )
+        if "/upload" in scope["path"] or "/proxy=" in scope["path"]:
             return await PlainTextResponse("this page takes no files", 403)(scope, receive, send)
 
         async def send_with_policy(message: dict[str, Any]) -> None:

@@ -163,7 +163,7 @@ def _conversation_prompt(fields: dict[str, Any], name: str) -> Prompt:
     first = turns[0] if isinstance(turns, list) and turns else None
     is_sharegpt = isinstance(first, dict) and "role" not in first and "from" in first
     form = ("from", "value", SHAREGPT_ROLES) if is_sharegpt else ("role", "content", ROLES)
-    system, question = open_question(turns_of(turns, name, *form), name)
+    system, question = open_question(turns_of(turns, name, *form, may_be_empty=True), name)
     system = [text for text in (fields.get("system"), *system) if text]
     languages = languages_in(fields)
     return Prompt(question.instruction, history=question.history, system="\n".join(system), languages=languages)

@@ -11,8 +11,9 @@
     GET  /v1/models, /health, /metrics (Prometheus)
 
 Greedy unless a temperature is asked for, and then the text is that of `diptych generate`, however many clients there
-are: batching.py. What the model cannot do (tools, log-probabilities, images) is refused by name. Beyond the loopback a
-token is needed, from the environment: DIPTYCH_TOKEN. No text of a request is written anywhere.
+are: batching.py. A null field counts as absent. A field that asks for what the server cannot do (tools, images) is
+refused by name. Beyond the loopback a token is needed, from the environment: DIPTYCH_TOKEN. No text of a request is
+written anywhere.
 """
 
 import asyncio
@@ -25,17 +26,17 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from diptych.data_prep.conversations import Fault
+from diptych.data_prep.conversations import MARKS, MARKS_NOT_READ, Fault
 from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of, languages_note
 from diptych.data_prep.records import Languages, UserError, broken_character
 from diptych.finetune import cli
-from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
+from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull, show_place
 from diptych.finetune.command_settings import ServeSettings
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Prompt, Prompter, template_for
 from diptych.finetune.generate_file import prompt_of
 from diptych.finetune.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.targets import given_tokens
-from diptych.finetune.web import LOOPBACK_NAMES, address, listen, need_secret, run_until_signal
+from diptych.finetune.web import address, is_asked_here, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[serve]'"
 TOKEN_VARIABLE = "DIPTYCH_TOKEN"
@@ -49,28 +50,44 @@ LANGUAGES = (*SOURCE_COLUMNS[:2], *TARGET_COLUMNS[:2])
 KNOWN = {"model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", *LANGUAGES}
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 """The same under its old and its new name."""
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-"""They say nothing about the answer."""
-HARMLESS = {
-    "presence_penalty": (0, None),
-    "frequency_penalty": (0, None),
-    "logprobs": (False, None),
-    "logit_bias": ({}, None),
-    "echo": (False, None),
-    "best_of": (1, None),
-    "suffix": ("", None),
-    "tools": ([], None),
-    "response_format": ({"type": "text"}, None),
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+}
+"""Whatever their values, the text of the answer is the same."""
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "response_format": ({"type": "text"},),
+    "stream_options.include_obfuscation": (False,),
 }
 """Fields that may be given with a value that asks for nothing."""
+LEAST_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken: logits that are divided by less can overflow float32."""
+LARGEST_INTEGER = 2**63 - 1
+LONGEST_MESSAGE = 600
+"""Characters of an error, which may quote a client."""
 
 
 class RequestError(Exception):
     """What a client did wrong, or the server cannot do now: an HTTP status, OpenAI's kind, and the field."""
 
     def __init__(self, status: int, message: str, param: str | None = None, kind: str = "invalid_request_error"):
-        super().__init__(message)
-        self.status, self.param, self.kind = status, param, kind
+        super().__init__(_short(message, LONGEST_MESSAGE))
+        self.status, self.param, self.kind = status, param and _short(param), kind
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": None}}
@@ -82,12 +99,14 @@ class Ask:
     def __init__(self, body: dict[str, Any], service: "Service", is_chat: bool):
         self.is_chat = is_chat
         self.service = service
+        body = _given(body)
         _check_fields(body, KNOWN | {*TOKEN_LIMITS} | ({"messages"} if is_chat else {"prompt", "input", "system"}))
         model = _field(body, "model", str, service.name)
         service.check_model(model)
         self.stream = _field(body, "stream", bool, False)
-        options = _field(body, "stream_options", dict, {})
-        self.include_usage = bool(options.get("include_usage"))
+        options = _given(_field(body, "stream_options", dict, {}))
+        _check_fields(options, {"include_usage"}, "stream_options.")
+        self.include_usage = _field(options, "include_usage", bool, False)
         self.decoding = _decoding(body, service.max_new_tokens)
         self.sources, self.given = service.sources(_rows(body, is_chat))
         self.begun: set[int] = set()  # of the answers, those of which a client was told who speaks
@@ -134,12 +153,22 @@ def _reason(answer: Answer) -> str:
     return "stop" if answer.finished else "length"
 
 
-def _check_fields(body: dict[str, Any], known: set[str]) -> None:
-    for name, value in body.items():
-        if name in known | IGNORED or (name in HARMLESS and value in HARMLESS[name]):
-            continue
-        more = ", or give it as if it were not there" if name in HARMLESS else ""
-        raise RequestError(400, f"{name!r} asks for something that is not done here. Leave it out{more}.", name)
+def _short(text: str, characters: int = 60) -> str:
+    return text if len(text) <= characters else f"{text[:characters]} …"
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_fields(fields: dict[str, Any], known: set[str], inside: str = "") -> None:
+    """RequestError for the first field that asks for what is not done. `inside` is the path of their object."""
+    for name, value in fields.items():
+        harmless = HARMLESS.get(f"{inside}{name}", ())
+        if name not in known | IGNORED and value not in harmless:
+            more = f", or give {' or '.join(map(json.dumps, harmless))}" if harmless else ""
+            message = f"'{inside}{_short(name)}' asks for something that is not done here. Leave it out{more}."
+            raise RequestError(400, message, f"{inside}{name}")
 
 
 def _field(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
@@ -149,7 +178,7 @@ def _field(body: dict[str, Any], name: str, kind: type | tuple[type, ...], defau
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         due = " or ".join(one.__name__ for one in kinds)
-        raise RequestError(400, f"{name!r} is {json.dumps(value)[:60]}; it must be of type {due}.", name)
+        raise RequestError(400, f"{name!r} is {_short(json.dumps(value))}; it must be of type {due}.", name)
     return value
 
 
@@ -161,12 +190,10 @@ def _number(body: dict[str, Any], name: str, kind: type | tuple[type, ...], defa
 
 
 def _decoding(body: dict[str, Any], most_tokens: int) -> Decoding:
-    given = [name for name in TOKEN_LIMITS if body.get(name) is not None] or ["max_tokens"]
-    if len(given) > 1:
-        raise RequestError(400, f"{' and '.join(given)} say the same. Give one.", "max_tokens")
-    tokens = _number(body, given[0], int, most_tokens, 1, most_tokens)
+    limits = [_number(body, name, int, most_tokens, 1, LARGEST_INTEGER) for name in TOKEN_LIMITS]
     temperature = float(_number(body, "temperature", (int, float), 0, 0, 2))
-    top_p = float(_number(body, "top_p", (int, float), 1, 1e-6, 1))
+    temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
+    top_p = float(_number(body, "top_p", (int, float), 1, 0, 1))
     count = _number(body, "n", int, 1, 1, MOST_ANSWERS)
     if count > 1 and not temperature:
         raise RequestError(400, "'n' above 1 without a temperature would be one answer several times. Give one.", "n")
@@ -174,10 +201,10 @@ def _decoding(body: dict[str, Any], most_tokens: int) -> Decoding:
     stop = [stop] if isinstance(stop, str) else stop
     if len(stop) > 16 or not all(isinstance(text, str) and text for text in stop):
         raise RequestError(400, "'stop' is a text that is not empty, or a list of up to 16 of them.", "stop")
-    seed = _number(body, "seed", int, None, 0, 2**63 - 1)
+    seed = _number(body, "seed", int, None, -LARGEST_INTEGER - 1, LARGEST_INTEGER)
     if not temperature:  # then these decide nothing, and prompts can share a batch
         top_p, seed = 1.0, None
-    return Decoding(tokens, temperature, top_p, count, tuple(stop), seed)
+    return Decoding(min(most_tokens, *limits), temperature, top_p, count, tuple(stop), seed)
 
 
 def _rows(body: dict[str, Any], is_chat: bool) -> list[dict[str, Any]]:
@@ -187,29 +214,27 @@ def _rows(body: dict[str, Any], is_chat: bool) -> list[dict[str, Any]]:
         messages = _field(body, "messages", list, None)
         if not messages:
             raise RequestError(400, "'messages' is missing or empty. Give a list of {role, content}.", "messages")
-        return [{"messages": [_message(place, message) for place, message in enumerate(messages)]} | languages]
+        turns = [_turn(message) for message in messages]
+        if isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+            where = f"messages[{len(turns) - 1}]"
+            raise RequestError(400, f"'{where}' is an answer, and none is continued. End with a user turn.", where)
+        return [{"messages": turns} | languages]
     prompts = _field(body, "prompt", (str, list), None)
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    if not prompts or len(prompts) > MOST_PROMPTS or not all(isinstance(prompt, str) for prompt in prompts):
-        raise RequestError(
-            400, f"'prompt' is a text, or a list of 1 to {MOST_PROMPTS} texts (no token ids).", "prompt"
-        )
     more = {name: _field(body, name, str, "") for name in ("input", "system")}
+    are_texts = prompts and all(isinstance(it, str) and (it.strip() or more["input"]) for it in prompts)
+    if not are_texts or len(prompts) > MOST_PROMPTS:
+        message = f"'prompt' is a text that is not empty, or a list of 1 to {MOST_PROMPTS} of them (no token ids)."
+        raise RequestError(400, message, "prompt")
     return [{"instruction": prompt} | more | languages for prompt in prompts]
 
 
-def _message(place: int, message: Any) -> dict[str, Any]:
-    """With its content as one text; `developer` is OpenAI's newer word for system."""
-    where = f"messages[{place}]"
+def _turn(message: Any) -> Any:
+    """The message without null fields and without marks for training. An assistant's content may be absent."""
     if not isinstance(message, dict):
-        raise RequestError(400, f"'{where}' must be an object with role and content.", where)
-    content = message.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise RequestError(400, f"'{where}.content' has parts that are no text; only text is read.", where)
-        content = "".join(str(part.get("text", "")) for part in content)
-    role = "system" if message.get("role") == "developer" else message.get("role")
-    return {"role": role, "content": content}
+        return message
+    turn = {name: message[name] for name in _given(message).keys() - MARKS.keys() - MARKS_NOT_READ.keys()}
+    return {"content": turn.get("refusal", "")} | turn if turn.get("role") == "assistant" else turn
 
 
 def _as_input(prompt: Prompt, prompter: Prompter) -> Prompt:
@@ -245,26 +270,30 @@ class Service:
 
     def check_model(self, name: str) -> None:
         if name != self.name:
-            raise RequestError(404, f"there is no model {name!r} here; this is {self.name!r}.", "model")
+            raise RequestError(404, f"there is no model '{_short(name)}' here; this is {self.name!r}.", "model")
 
     def sources(self, rows: list[dict[str, Any]]) -> tuple[list[list[int]], list[list[int]]]:
         """Rendered by the template and encoded, as `diptych generate` does it; and what the decoder is given first."""
         prompter, model = self.prompter, self.engine.model
+        column = "messages" if "messages" in rows[0] else "prompt"
         try:
             texts, languages = zip(
                 *(prompter.render(_as_input(prompt_of(row), prompter)) for row in rows), strict=True
             )
             found, is_cut = prompter.encode(texts, languages)
         except (UserError, Fault) as error:
-            raise RequestError(400, str(error), "messages" if "messages" in rows[0] else "prompt") from None
+            raise RequestError(400, str(error), error.field if isinstance(error, Fault) else column) from None
         if any(is_cut):
             limit = self.prompter.max_source_tokens
-            raise RequestError(400, f"the prompt has more than {limit} tokens, which is all that is read.", "prompt")
+            raise RequestError(400, f"the prompt has more than {limit} tokens, which is all that is read.", column)
         return found, [given_tokens(model, prompter.tokenizer, prompter.template, of_row) for of_row in languages]
 
     def submit(self, ask: Ask) -> tuple[list[Job], asyncio.Queue]:
         """The jobs, and a queue of (place of the job, event)."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue()
+        loop, events, most = asyncio.get_running_loop(), asyncio.Queue(), self.settings.queue
+        if len(ask.sources) > most:
+            message = f"the request has {len(ask.sources)} prompts, but only {most} can wait. Send fewer at once."
+            raise RequestError(400, message, "prompt")
 
         def to_queue(place: int):
             return lambda event: loop.call_soon_threadsafe(events.put_nowait, (place, event))
@@ -276,9 +305,7 @@ class Service:
         try:
             self.engine.submit(jobs)
         except QueueFull:
-            raise RequestError(
-                503, f"{self.settings.queue} prompts wait already. Come again.", kind="overloaded"
-            ) from None
+            raise RequestError(503, f"up to {most} prompts wait already. Come again.", kind="overloaded") from None
         self.read.inc(ask.prompt_tokens)
         return jobs, events
 
@@ -328,10 +355,14 @@ class Service:
 
 def _answers(event: Ended | Failed) -> list[Answer]:
     if isinstance(event, Failed):
-        is_users = isinstance(event.error, UserError)
-        message = str(event.error) if is_users else f"the model failed: {type(event.error).__name__}"
-        raise RequestError(400 if is_users else 500, message, kind="server_error")
+        raise _failure(event.error)
     return event.answers
+
+
+def _failure(error: Exception) -> RequestError:
+    """The server's own failure: the request has passed all checks."""
+    message = str(error) if isinstance(error, UserError) else f"the server failed: {type(error).__name__}"
+    return RequestError(500, message, kind="server_error")
 
 
 def build_app(service: Service, token: str | None):
@@ -341,17 +372,27 @@ def build_app(service: Service, token: str | None):
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
 
-    def refuse(path: str, error: RequestError) -> Response:
-        service.requests.labels(path, error.status).inc()
-        headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
-        return JSONResponse(error.body(), error.status, headers)
+    def count(path: str, status: int) -> None:
+        service.requests.labels(path if path in paths else "elsewhere", status).inc()
+        service.dropped.inc(status in (499, 504))
 
-    def admit(request: Request) -> None:
-        """Without a token, only this machine, and no page that a browser on it has open, under whatever name."""
-        if token is None and request.url.hostname not in LOOPBACK_NAMES:
-            raise RequestError(403, f"asked for as another host than this one. Set {TOKEN_VARIABLE} to allow it.")
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
+    async def refuse(request: Request, error: RequestError) -> Response:
+        count(request.scope["path"], error.status)
+        headers = {503: {"Retry-After": str(RETRY_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
+        return JSONResponse(error.body(), error.status, headers.get(error.status))
+
+    def admit(request: Request, needs_token: bool = True) -> None:
+        """Without a token, only this machine, and no page of another site that a browser on it has open."""
+        if token is None:
+            if not is_asked_here(request.headers):
+                message = (
+                    f"asked for as another host than this one, or by a page of one. Set {TOKEN_VARIABLE} to allow it."
+                )
+                raise RequestError(403, message)
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_known = hmac.compare_digest(given.strip().encode("latin-1"), os.fsencode(token))
+        if needs_token and not (scheme.lower() == "bearer" and is_known):
             message = f"a token is needed: Authorization: Bearer …, as in {TOKEN_VARIABLE} of the server."
             raise RequestError(401, message, kind="authentication_error")
 
@@ -374,33 +415,35 @@ def build_app(service: Service, token: str | None):
         return body
 
     async def complete(request: Request) -> Response:
-        path, jobs = request.url.path, []
+        admit(request)
+        if service.is_closing:
+            raise RequestError(503, "the server is about to end. Come again.", kind="overloaded")
+        path, jobs = request.scope["path"], []
         try:
-            admit(request)
-            if service.is_closing:
-                raise RequestError(503, "the server is about to end. Come again.", kind="overloaded")
             ask = Ask(await body_of(request), service, is_chat="chat" in path)
             jobs, events = service.submit(ask)
             if ask.stream:
-                service.requests.labels(path, 200).inc()
-                return StreamingResponse(stream(ask, jobs, events), media_type="text/event-stream")
+                return StreamingResponse(stream(path, ask, jobs, events), media_type="text/event-stream")
             answer = await until_gone(request, service.whole(ask, jobs, events))
-            service.requests.labels(path, 200).inc()
-            return JSONResponse(answer)
-        except RequestError as error:
+        except Exception as error:
             drop(jobs)
-            return refuse(path, error)
-        except ClientDisconnect:
-            drop(jobs)
-            return refuse(path, RequestError(499, "the client has gone."))
-        except asyncio.TimeoutError:
-            drop(jobs)
-            return refuse(path, timed_out())
+            raise refusal(error) from None
+        count(path, 200)
+        return JSONResponse(answer)
 
     def drop(jobs: list[Job]) -> None:
         for job in jobs:
             job.is_dropped = True
-        service.dropped.inc(bool(jobs))
+
+    def refusal(error: Exception) -> RequestError:
+        if isinstance(error, RequestError):
+            return error
+        if isinstance(error, ClientDisconnect):
+            return RequestError(499, "the client has gone.")
+        if isinstance(error, asyncio.TimeoutError):
+            return timed_out()
+        show_place(error)
+        return _failure(error)
 
     def timed_out() -> RequestError:
         seconds = service.settings.timeout
@@ -422,46 +465,42 @@ def build_app(service: Service, token: str | None):
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    async def stream(ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
-        is_whole = False
+    async def stream(path: str, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
+        status = 499  # unless set below: when the client goes, this generator is closed
         try:
             async for chunk in service.streamed(ask, jobs, events):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-            is_whole = True
+            status = 200
             yield "data: [DONE]\n\n"
-        except asyncio.TimeoutError:
-            yield f"data: {json.dumps(timed_out().body())}\n\n"
-        except RequestError as error:
-            yield f"data: {json.dumps(error.body())}\n\n"
-        finally:  # also when the client has gone, and this generator is closed
-            if not is_whole:
-                drop(jobs)
+        except Exception as error:
+            refused = refusal(error)
+            status = refused.status
+            yield f"data: {json.dumps(refused.body())}\n\n"
+        finally:
+            drop(jobs)
+            count(path, status)
 
     async def models(request: Request) -> Response:
         """The only one there is, in a list or by its name."""
+        admit(request)
         found = {"id": service.name, "object": "model", "created": 0, "owned_by": "diptych"}
-        name = request.path_params.get("name")
-        try:
-            admit(request)
-            service.check_model(service.name if name is None else name)
-        except RequestError as error:
-            return refuse("/v1/models", error)
-        return JSONResponse({"object": "list", "data": [found]} if name is None else found)
+        if (name := request.path_params.get("name")) is None:
+            return JSONResponse({"object": "list", "data": [found]})
+        service.check_model(name)
+        return JSONResponse(found)
 
     async def health(request: Request) -> Response:
+        admit(request, needs_token=False)
         state = "closing" if service.is_closing else "ok"
         return JSONResponse({"status": state, "model": service.name}, 503 if service.is_closing else 200)
 
     async def metrics(request: Request) -> Response:
-        try:
-            admit(request)
-        except RequestError as error:
-            return refuse("/metrics", error)
+        admit(request)
         return Response(service.metrics(), media_type="text/plain; version=0.0.4")
 
     async def nothing(request: Request, error: Exception) -> Response:
-        paths = ", ".join(f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in routes)
-        return refuse("elsewhere", RequestError(error.status_code, f"there are {paths}.", kind="not_found"))
+        there = ", ".join(f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in routes)
+        return await refuse(request, RequestError(error.status_code, f"there are {there}.", kind="not_found"))
 
     routes = [
         Route("/v1/completions", complete, methods=["POST"]),
@@ -471,7 +510,8 @@ def build_app(service: Service, token: str | None):
         Route("/health", health),
         Route("/metrics", metrics),
     ]
-    return Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing})
+    paths = {route.path for route in routes}
+    return Starlette(routes=routes, exception_handlers={404: nothing, 405: nothing, RequestError: refuse})
 
 
 def run(settings: ServeSettings) -> int:

@@ -7,6 +7,7 @@ process, with 0.
 
 import contextlib
 import ipaddress
+import re
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 from diptych.data_prep.records import UserError
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+HERE = re.compile(r"(https?://)?(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?", re.IGNORECASE)
 
 
 def check_port(port: int) -> None:
@@ -27,6 +28,14 @@ def is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def is_asked_here(headers: Any) -> bool:
+    """Whether a request names this machine as its host, and does not come from a page of another site. `headers` are
+    starlette's. A browser sends Origin with a POST, and Sec-Fetch-Site always; following a link is allowed."""
+    names = [*headers.getlist("host"), *headers.getlist("origin")]
+    is_page_s = headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"
+    return len(headers.getlist("host")) == 1 and all(map(HERE.fullmatch, names)) and not is_page_s
 
 
 def need_secret(host: str, secret: str | None, variable: str) -> None:

@@ -614,7 +614,7 @@ def test_what_a_turn_or_an_instance_holds_besides_is_named():
 def test_a_conversation_about_a_picture_is_refused_by_name(fields, field):
     reject = late(fields, {"messages": [user("a"), assistant("b")]})
     assert (reject.field, reject.kind) == (field, "part that is no text")
-    assert "only text can be learned from" in reject.reason
+    assert "only text is read" in reject.reason
 
 
 def test_a_row_that_only_names_pictures_is_kept():
@@ -622,8 +622,7 @@ def test_a_row_that_only_names_pictures_is_kept():
     assert len(results(about, {**about, "image": None})) == 2
     reject = late({**about, "image": "a.jpg"}, about)
     assert reject.reason == (
-        "'instruction' says <image>, which is what 'image' holds, and only text can be learned from. Leave the row"
-        " out."
+        "'instruction' says <image>, which is what 'image' holds, and only text is read. Leave the row out."
     )
 
 
