@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from diptych.data_prep.records import Languages, UserError, nearest
+from diptych.data_prep.records import IGNORE_INDEX, Languages, UserError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,6 +141,13 @@ class LanguageCodes:
         if not self.is_around_texts:
             return Languages("", in_source)
         return Languages(in_source, code_of.get(labels[0], ""))
+
+    def start_first(self, labels: Sequence[int]) -> tuple[int, ...]:
+        """Labels as transformers' mBART-cc25 tokenizer makes them, whose model moves the last one, the code, to the
+        front: `text </s> T` → `T text </s>`. All others stay as they are."""
+        last = max(place for place, token in enumerate(labels) if token != IGNORE_INDEX)
+        rest = (*labels[:last], *labels[last + 1 :])
+        return (labels[last], *rest) if labels[last] in self.starts else tuple(labels)
 
     def instruction(self, instruction: str, languages: Languages) -> str:
         """The instruction of a row: its own, or where there is none and the tokenizer has no codes, T5's words for the

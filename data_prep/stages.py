@@ -276,7 +276,8 @@ def render(
     for record, raw in records:
         if isinstance(record, Tokenised):
             if codes.tokens:
-                record = replace(record, languages=codes.read_from(record.input_ids, record.labels))
+                labels = codes.start_first(record.labels)
+                record = replace(record, labels=labels, languages=codes.read_from(record.input_ids, labels))
             examples.append(Example(record, raw, "", ""))
             continue
         try:

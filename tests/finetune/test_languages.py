@@ -7,6 +7,7 @@ import io
 import json
 import re
 
+import datasets
 import openai
 import pytest
 import torch
@@ -23,10 +24,13 @@ from transformers import (
     NllbTokenizer,
 )
 
+from diptych.data_prep.languages import codes_of
 from diptych.data_prep.records import Languages
 from diptych.finetune.cli import main as diptych
 from diptych.finetune.command_settings import DemoSettings
 from diptych.finetune.demo import Asked, answer_all, build_page, load_contestant
+from diptych.finetune.doctor_checks import CHECKS, Patient
+from diptych.finetune.doctor_rows import rows_from
 from diptych.finetune.evaluation import LANGUAGE_COLUMNS
 from diptych.finetune.generate import Prompt, Prompter, generate_outputs, template_for
 from diptych.finetune.loading import load_model_and_tokenizer
@@ -266,7 +270,7 @@ def test_evaluate_has_the_figures_of_each_direction(nllb, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0].split() == ["rows", "2"]
 
 
-def test_a_decoder_that_starts_with_the_code_does_so_in_each_direction(tmp_path):
+def test_a_decoder_that_starts_with_the_code_does_so_in_each_direction(tmp_path, capsys):
     """mBART-cc25: plain transformers has `decoder_start_token_id` for it, and the code stands last in the source."""
     vocabulary = [(word, -float(place)) for place, word in enumerate(bpe()["vocab"])]
     tokenizer = MBartTokenizer(vocab=vocabulary)
@@ -285,3 +289,26 @@ def test_a_decoder_that_starts_with_the_code_does_so_in_each_direction(tmp_path)
         assert source.input_ids[0, -1] == tokenizer.convert_tokens_to_ids(codes[prompt.languages.source])
         (ids,) = model.generate(**source, decoder_start_token_id=start, do_sample=False, max_new_tokens=16).tolist()
         assert ids == [start, *output.ids]
+
+    # Rows as transformers' tokenizer makes them, whose model moves the code from the end of the labels to the front
+    tokenised = []
+    for (first, second, *_), prompt in zip(PAIRS, ASKED, strict=False):
+        tokenizer.src_lang, tokenizer.tgt_lang = (codes[it] for it in prompt.languages)
+        tokenised.append(dict(tokenizer(first, text_target=second)))
+    (tmp_path / "ids.json").write_text(json.dumps(tokenised))
+    prepare = ["prepare", "--data", tmp_path / "ids.json", "--tokenizer", final, "--out", tmp_path / "tokenised"]
+    assert diptych(list(map(str, [*prepare, "--validation_fraction", 0, "--test_fraction", 0]))) == 0
+    assert "starts with the language code of each example's target" in capsys.readouterr().out
+    labels = {tuple(row["labels"]) for row in datasets.load_from_disk(tmp_path / "tokenised")["train"]}
+    assert labels <= {tuple(row["labels"]) for row in datasets.load_from_disk(tmp_path / "prepared")["train"]}
+    for row in tokenised:
+        (own,) = model.prepare_decoder_input_ids_from_labels(torch.tensor([row["labels"]])).tolist()
+        assert tuple(own) in labels  # the start, and what is read after it
+
+    given = rows_from(str(tmp_path / "prepared"), tokenizer)
+    patient = Patient(str(final), model, tokenizer, given, model.config, tmp_path)
+    starts = [row["decoder_start"] for row in patient.rows]
+    assert {*starts} <= codes_of(tokenizer).starts and not codes_of(tokenizer).starts & {
+        token for row in patient.rows for token in row["labels"]
+    }
+    assert CHECKS["packed = separate"](patient).status == "green"
