@@ -47,8 +47,7 @@ def run_command(
         check_places(settings)
         return work(settings)
     except (UserError, OSError) as error:
-        is_of_a_file = isinstance(error, OSError) and error.filename is not None
-        print(f"{said_by}: {f'{error.filename}: {error.strerror}' if is_of_a_file else error}", file=sys.stderr)
+        print(f"{said_by}: {message_of_file(error)}", file=sys.stderr)
         return exit_code(error)
     except KeyboardInterrupt:
         print(f"\n{said_by}: interrupted", file=sys.stderr)
@@ -59,6 +58,14 @@ def exit_code(error: UserError | OSError) -> int:
     if isinstance(error, UserError):
         return error.exit_code
     return STORAGE if error.errno in STORAGE_ERRORS else USER
+
+
+def message_of_file(error: UserError | OSError) -> str:
+    """Of a file's or folder's error the path, what is wrong and, where a right is missing, what to do."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    remedy = ". Get yourself the right to it, or name another place" if isinstance(error, PermissionError) else ""
+    return f"{error.filename}: {error.strerror}{remedy}"
 
 
 # Settings that name a place

@@ -1,7 +1,8 @@
 """The token that a decoder is given first: one rule for preparing, training, scoring and generating.
 
-    named_start(config, generation)  → (2, "model config")     from the two configs of a checkpoint
-    decoder_start_of(settings)       → (0, "setting")          the same from its files, without any model code
+    named_start(config, generation)    → (2, "model config")   from the two configs of a checkpoint
+    decoder_start_of(settings)         → (0, "setting")        the same from its files, without any model code
+    split_start([7, 31, 1], 0, mbart)  → (7, [31, 1])          start and labels of a row that begins with its code
 
 It is `decoder_start_token_id` of generation_config.json, or else of config.json. Where both are silent, it is what the
 family itself takes for it (`STARTS`), and for all others `bos_token_id`, with which transformers' `generate` begins.
@@ -12,8 +13,9 @@ A tokenizer may have each row start with the code of its target's language inste
 from __future__ import annotations
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from diptych.data_prep.languages import codes_of
 from diptych.data_prep.records import UserError
 from diptych.data_prep.settings import PrepareSettings
 
@@ -44,6 +46,13 @@ def decoder_start_of(settings: PrepareSettings) -> tuple[int, str] | None:
     except OSError:  # without a file of its own, a model makes it from its config
         generation = GenerationConfig.from_model_config(config)
     return named_start(config, generation)
+
+
+def split_start(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, list[int]]:
+    """Labels that begin with the start, as Gemma's tokenizers write them, or with a code in its place, without it."""
+    if ids and (ids[0] == start or ids[0] in codes_of(tokenizer).starts):
+        return ids[0], ids[1:]
+    return start, ids
 
 
 def _model_config(name: str) -> PreTrainedConfig | None:

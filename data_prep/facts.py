@@ -13,6 +13,7 @@ import numpy
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep.decoder_start import split_start
 from diptych.data_prep.gather import Gathered
 from diptych.data_prep.records import Reject, Rejects
 from diptych.data_prep.report import joint_histogram, length_facts, padded_fill
@@ -130,8 +131,8 @@ def samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: in
 
 
 def _sample(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> dict[str, Any]:
-    labels = row["labels"]
-    shifted = [decoder_start, *labels[:-1]]
+    start, labels = split_start(row["labels"], decoder_start, tokenizer)
+    shifted = [start, *labels[:-1]]
     return {
         "origin": row["origin"],
         "source": _short(row["source"]),

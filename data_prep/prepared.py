@@ -30,6 +30,7 @@ import datasets
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line import message_of_file
 from diptych.data_prep.own_files import take_lock
 from diptych.data_prep.records import UserError
 
@@ -83,7 +84,7 @@ def find_reusable(folder: Path, wanted: str) -> dict[str, Any] | None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """An absent or empty folder, or one with a prepared dataset and nothing else, may be written."""
+    """An absent or empty folder may be written, or one with a prepared dataset as it was, and nothing else."""
     if folder.is_file():
         raise UserError(f"{folder} is a file; --out names a folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -93,8 +94,8 @@ def check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} has other things in it, which will not be overwritten. Choose another --out.")
     if foreign := sorted(_foreign(folder, manifest)):
         raise UserError(
-            f"{folder} holds a prepared dataset, and beside it {', '.join(foreign[:3])}, which would go when it is"
-            " replaced. Move these away, or choose another --out."
+            f"{folder} holds a prepared dataset, and {', '.join(foreign[:3])}, which was not written with it, and"
+            " would go when it is replaced. Move that away, or choose another --out."
         )
 
 
@@ -114,7 +115,7 @@ def beside(folder: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{folder} could not be written: {error}") from error
+        raise UserError(f"{folder} could not be written: {message_of_file(error)}") from error
 
 
 @contextmanager
@@ -193,4 +194,8 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _foreign(folder: Path, manifest: dict[str, Any]) -> set[str]:
-    return _file_sizes(folder).keys() - manifest["files"].keys()
+    """New files, and texts of another size than they were written with: somebody has changed them. A table of another
+    size is damaged."""
+    written = manifest["files"]
+    changed = {name for name, _ in _file_sizes(folder).items() - written.items()}
+    return {name for name in changed if name not in written or not name.endswith(".arrow")}

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.languages import codes_of
+from diptych.data_prep.decoder_start import split_start
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template, golden_difference, stored_golden
 from diptych.finetune.batches import pad_batch
@@ -107,11 +107,10 @@ class Patient:
         if not kept:
             kept = random_rows(self.weights).looked_at
         eight = eight_of(kept, position_limit(self.weights))
-        starts = {start, *codes_of(self.tokenizer).starts}
+        split = [split_start(row["labels"], start, self.tokenizer) for row in eight]
         return [
-            row | {"labels": rest, "decoder_start": first} if rest and first in starts else row
-            for row in eight
-            for first, *rest in [row["labels"]]
+            row | {"labels": labels, "decoder_start": first} if labels else row
+            for row, (first, labels) in zip(eight, split, strict=True)
         ]
 
     @property

@@ -10,7 +10,7 @@ Launchers swallow these numbers (torchrun and `accelerate launch` exit with 1 wh
 its own into status.json.
 """
 
-from diptych.data_prep.command_line import exit_code
+from diptych.data_prep.command_line import exit_code, message_of_file
 from diptych.data_prep.records import UserError
 
 DONE, BUG, USER, CHECKPOINT, STORAGE, NOT_FINITE, RANKS, HUB, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 75, 130
@@ -80,5 +80,6 @@ def message_of(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"out of memory: {(str(error).splitlines() or [''])[0]} {NO_MEMORY}"
     if isinstance(error, OSError) and exit_code_of(error) == STORAGE:
-        return f"{error}. Make room on this disk, then go on from what was committed: --resume true."
-    return str(error)
+        room = "Make room on this disk, then go on from what was committed: --resume true."
+        return f"{message_of_file(error)}. {room}"
+    return message_of_file(error)

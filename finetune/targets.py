@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.decoder_start import split_start
 from diptych.data_prep.encode import encode_targets, label_prefix
 from diptych.data_prep.languages import Languages, codes_of
 from diptych.data_prep.templates import Template
@@ -31,7 +32,7 @@ def given_tokens(
     start, decoder_prefix = decoder_start_token(model), template.decoder_prefix if template else ()
     if not decoder_prefix and not codes_of(tokenizer).is_around_texts:
         return [start]
-    start, prefix = _split_start(label_prefix(tokenizer, decoder_prefix, languages), start, tokenizer)
+    start, prefix = split_start(label_prefix(tokenizer, decoder_prefix, languages), start, tokenizer)
     return [start, *prefix]
 
 
@@ -48,11 +49,4 @@ def target_ids(
     of_texts = None if languages is None else [languages] * len(texts)
     start = decoder_start_token(model)
     targets = encode_targets(tokenizer, texts, decoder_prefix=decoder_prefix, languages=of_texts)
-    return [_split_start(ids, start, tokenizer) for ids in targets]
-
-
-def _split_start(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[int]]:
-    """Labels that begin with the start, or with a code that stands in its place (mBART-cc25), without it."""
-    if ids and (ids[0] == start or ids[0] in codes_of(tokenizer).starts):
-        return ids[0], ids[1:]
-    return start, ids
+    return [split_start(ids, start, tokenizer) for ids in targets]

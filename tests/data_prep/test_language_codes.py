@@ -165,6 +165,9 @@ def test_a_decoder_that_starts_with_the_code_starts_so_in_packed_rows(language_f
         places = [place for place, position in enumerate(row["decoder_position_ids"]) if position == 0]
         starts += [names(row["decoder_input_ids"][it]) for it in places if row["decoder_segment_ids"][it]]
     assert sorted(starts) == ["en_XX", "en_XX", "ko_KR", "ko_KR"]
+    assert "starts with the language code of each example's target" in said
+    shown = json.loads((tmp_path / "prepared" / "report.json").read_text())["samples"]
+    assert {names(sample["decoder_input_tokens"][0]["id"]) for sample in shown} == {"en_XX", "ko_KR"}
 
 
 @pytest.mark.parametrize(

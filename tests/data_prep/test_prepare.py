@@ -1079,6 +1079,12 @@ def test_what_is_not_ours_is_never_overwritten(prepare, write_rows, tmp_path):
     assert (code, "notes.txt" in error) == (2, True)
     assert (tmp_path / "second" / "notes.txt").read_text() == "mine"
 
+    (tmp_path / "second" / "notes.txt").unlink()
+    (tmp_path / "second" / "rejects.jsonl").write_text("mended by hand")
+    code, _, error = prepare("--data", path, "--seed", 1, out="second")
+    assert (code, "rejects.jsonl, which was not written with it" in error) == (2, True)
+    assert (tmp_path / "second" / "rejects.jsonl").read_text() == "mended by hand"
+
     assert prepare("--data", path, out="rows.jsonl")[0] == 2
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 40
 
@@ -1249,9 +1255,17 @@ def test_settings_come_from_yaml_and_the_command_line_goes_before(prepare, write
     assert (code, "Did you mean template?" in error) == (2, True)
 
 
-def test_an_unwritable_place_is_a_user_error(prepare, write_rows):
+def test_an_unwritable_place_is_a_user_error(prepare, write_rows, monkeypatch):
     code, _, error = prepare("--data", write_rows("rows.jsonl", ROWS), out="rows.jsonl/below")
     assert (code, "this is a file. Choose another place." in error) == (2, True)
+
+    def refused(path, busy):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("diptych.data_prep.prepared.take_lock", refused)  # tests may run as root, who may all
+    error = prepare("--data", write_rows("rows.jsonl", ROWS))[2].splitlines()[-1]
+    assert error.endswith(".prepared.lock: Permission denied. Get yourself the right to it, or name another place")
+    assert "Errno" not in error
 
 
 def test_the_command_exits_with_2_and_no_traceback_for_a_user_error(tmp_path):

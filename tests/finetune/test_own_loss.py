@@ -116,6 +116,17 @@ def test_a_prophetnet_is_trained_on_all_that_it_predicts_and_validated_on_the_ne
     assert left_out_of_loss(model.config, smoothing) == ""
 
 
+@pytest.mark.parametrize(
+    ("kind", "left_out"), [("nllb-moe", "the routers' auxiliary loss"), ("prophetnet", "eps: 0.1 of its config")]
+)
+def test_what_the_loss_leaves_out_is_said(kind, left_out, training_folder, tmp_path, capsys):
+    changes = {"vocab_size": 400, "max_position_embeddings": 128} | ({"eps": 0.1} if kind == "prophetnet" else {})
+    new(kind, **changes).save_pretrained(tmp_path / kind)
+    train = ["train", "--model", tmp_path / kind, "--data", training_folder, "--out", tmp_path / "run"]
+    assert main(list(map(str, [*train, "--max_steps", 1, "--batch_size", 4, "--precision", "fp32"]))) == 0
+    assert f"the loss leaves out {left_out}" in capsys.readouterr().out
+
+
 def without_start(model, folder, tokenizer=None):
     """The model's folder, in whose configs no decoder_start_token_id stands."""
     model.save_pretrained(folder)

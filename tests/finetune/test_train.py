@@ -567,3 +567,17 @@ def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of,
         assert model.config.vocab_size == 368
         rows = datasets.load_from_disk(training_folder)["train"]
         assert evaluate_rows(model, tokenizer, rows, metrics=["exact_match"]).figures["exact_match_rows"] == 100.0
+
+
+def test_a_run_folder_that_may_not_be_written_is_told_with_what_to_do(
+    training_folder, checkpoint_of, tmp_path, monkeypatch, capsys
+):
+    def refused(path, busy):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("diptych.finetune.run_folder.take_lock", refused)  # tests may run as root, who may all
+    out = tmp_path / "run"
+    given = ["--model", str(checkpoint_of("t5")), "--data", str(training_folder), "--out", str(out)]
+    assert main([*given, "--max_steps", "1"]) == 2
+    said = f"diptych train: {out}/.lock: Permission denied. Get yourself the right to it, or name another place\n"
+    assert capsys.readouterr().err.endswith(said)
