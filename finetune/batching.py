@@ -28,6 +28,7 @@ from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import Template
 from diptych.finetune.detokenize import UNKNOWN_ID, text_of
 from diptych.finetune.generate import end_tokens, generate_batch, generation_config
+from diptych.finetune.reranking import output_log_probabilities
 from diptych.finetune.targets import given_tokens
 
 
@@ -45,6 +46,8 @@ class Decoding(NamedTuple):
     num_beams: int = 1
     """With more than one, the text comes when it is whole."""
     repetition_penalty: float = 1.0
+    scores: bool = False
+    """Log-probabilities of the tokens, which take another pass."""
 
     def generation_kwargs(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"num_beams": self.num_beams}
@@ -62,6 +65,8 @@ class Answer(NamedTuple):
     """By the model, not by the cap on new tokens."""
     ids: tuple[int, ...]
     """The tokens that were written, the one that ends it included."""
+    scored: tuple[tuple[str, float], ...] = ()
+    """Of each token its part of the text and its log-probability in nats, where the decoding asks for scores."""
 
     @property
     def tokens(self) -> int:
@@ -218,7 +223,22 @@ class Engine:
             if job.wants_pieces and not job.is_dropped:
                 writer.send(place, outputs[place].text)
         answers = [Answer(output.text, output.finished, output.ids) for output in outputs]
+        if decoding.scores:
+            sources, given = zip(*((job.source_ids, job.given or own) for job in jobs), strict=True)
+            nats = output_log_probabilities(self.model, self.tokenizer, sources, given, outputs, len(outputs))
+            answers = [
+                answer._replace(scored=tuple(zip(self._texts_of(answer), of_row, strict=True)))
+                for answer, of_row in zip(answers, nats, strict=True)
+            ]
         return [answers[place : place + decoding.n] for place in range(0, len(answers), decoding.n)]
+
+    def _texts_of(self, answer: Answer) -> list[str]:
+        """The part of each token in the text. A character of several tokens is the last one's."""
+        lengths = [
+            len(text_of(self.tokenizer, answer.ids[:tokens]).rstrip(UNKNOWN_ID)) for tokens in range(answer.tokens)
+        ]
+        ends = [*itertools.accumulate(lengths, max), len(answer.text)]
+        return [answer.text[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def show_place(error: Exception) -> None:

@@ -13,6 +13,7 @@ are drawn at temperature 1 without tokens that are very unlikely (epsilon sampli
 2305.09860). 16 samples cost about as much time as 16 beams.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -57,14 +58,26 @@ def chosen_outputs(
         outputs = generate_outputs(model, tokenizer, source_ids, **settings)
     if not scores:
         return outputs
+    given = settings.get("given") or [given_tokens(model, tokenizer, settings.get("template"))] * len(source_ids)
+    found = output_log_probabilities(model, tokenizer, source_ids, given, outputs, settings["batch_size"])
+    return [output._replace(log_probability=math.fsum(nats)) for output, nats in zip(outputs, found, strict=True)]
+
+
+def output_log_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source_ids: Sequence[Sequence[int]],
+    given: Sequence[Sequence[int]],
+    outputs: Sequence[Output],
+    batch_size: int,
+) -> list[list[float]]:
+    """Of each token of each output; there are equally many outputs of each source, and `given` is for each source."""
     each = len(outputs) // max(1, len(source_ids))
     sources = [ids for ids in source_ids for _ in range(each)]
-    given = settings.get("given") or [given_tokens(model, tokenizer, settings.get("template"))] * len(source_ids)
     starts = [ids for ids in given for _ in range(each)]
     targets = [(start[0], [*start[1:], *output.ids]) for start, output in zip(starts, outputs, strict=True)]
     forced = len(starts[0]) - 1 if starts else 0
-    found = log_probabilities(model, tokenizer, sources, targets, forced, settings["batch_size"])
-    return [output._replace(log_probability=score) for output, score in zip(outputs, found, strict=True)]
+    return log_probabilities(model, tokenizer, sources, targets, forced, batch_size)
 
 
 @torch.no_grad()
@@ -75,14 +88,14 @@ def log_probabilities(
     targets: Sequence[tuple[int, Sequence[int]]],
     forced: int,
     batch_size: int,
-) -> list[float]:
-    """Of each target (the decoder's start token, and what follows) given its source, in nats; the first `forced` of
-    what follows are given, too, and count for nothing."""
+) -> list[list[float]]:
+    """Of each token of each target (the decoder's start token, and what follows) given its source, in nats; the first
+    `forced` of what follows are given, too, and left out."""
     objective = Seq2SeqObjective(model)
     was_training = model.training
     model.eval()
     longest_first = sorted(range(len(source_ids)), key=lambda row: -len(source_ids[row]) - len(targets[row][1]))
-    found = [0.0] * len(source_ids)
+    found: list[list[float]] = [[] for _ in source_ids]
     try:
         for first in range(0, len(longest_first), batch_size):
             rows = [row for row in longest_first[first : first + batch_size] if len(targets[row][1]) > forced]
@@ -92,8 +105,8 @@ def log_probabilities(
             ]
             batch = pad_batch(given, tokenizer.pad_token_id or 0, decoder_start_token(model))
             nats = objective.token_losses({name: tensor.to(model.device) for name, tensor in batch.items()})
-            for row, of_row in zip(rows, nats[:, forced:].double().sum(1).tolist(), strict=False):
-                found[row] = -of_row
+            for row, of_row in zip(rows, (-nats[:, forced:]).tolist(), strict=False):
+                found[row] = of_row[: len(targets[row][1]) - forced]
     finally:
         model.train(was_training)
     return found
@@ -120,7 +133,8 @@ def choice_outputs(
     found = []
     for source, (start, *prefix) in zip(source_ids, given or [own] * len(source_ids), strict=True):
         targets = [(start, [*prefix, *ids]) for ids in endings]
-        scores = log_probabilities(model, tokenizer, [source] * len(choices), targets, forced, batch_size)
+        found_here = log_probabilities(model, tokenizer, [source] * len(choices), targets, forced, batch_size)
+        scores = [math.fsum(nats) for nats in found_here]
         best = sorted(range(len(choices)), key=lambda place: -scores[place])[:num_return_sequences]
         found += [Output(choices[it], True, tuple(endings[it]), scores[it]) for it in best]
         if isinstance(progress, GenerationBar):

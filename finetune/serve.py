@@ -18,6 +18,7 @@ written anywhere.
 
 import asyncio
 import hmac
+import itertools
 import json
 import os
 import sys
@@ -59,7 +60,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
+    "logprobs": (False, 0),
     "top_logprobs": (0,),
     "echo": (False,),
     "best_of": (1,),
@@ -100,14 +101,21 @@ class Ask:
         self.is_chat = is_chat
         self.service = service
         body = _given(body)
-        _check_fields(body, KNOWN | {*TOKEN_LIMITS} | ({"messages"} if is_chat else {"prompt", "input", "system"}))
+        # True asks for the log-probability of each token in a chat, and 0 (other tokens beside it) in a completion.
+        has_scores = body.get("logprobs") is True if is_chat else type(body.get("logprobs")) is int
+        own = {"messages", *(["logprobs"] if has_scores else [])} if is_chat else {"prompt", "input", "system"}
+        _check_fields(body, KNOWN | {*TOKEN_LIMITS} | own)
         model = _field(body, "model", str, service.name)
         service.check_model(model)
         self.stream = _field(body, "stream", bool, False)
         options = _given(_field(body, "stream_options", dict, {}))
         _check_fields(options, {"include_usage"}, "stream_options.")
         self.include_usage = _field(options, "include_usage", bool, False)
-        self.decoding = _decoding(body, service.max_new_tokens)
+        if has_scores and self.stream:
+            raise RequestError(
+                400, "'logprobs' are known when all is written. Ask for them without 'stream'.", "logprobs"
+            )
+        self.decoding = _decoding(body, service.max_new_tokens)._replace(scores=has_scores)
         self.sources, self.given = service.sources(_rows(body, is_chat))
         self.begun: set[int] = set()  # of the answers, those of which a client was told who speaks
         self.id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -119,7 +127,10 @@ class Ask:
 
     def whole(self, answers: list[list[Answer]]) -> dict[str, Any]:
         flat = [answer for of_prompt in answers for answer in of_prompt]
-        choices = [self._choice(index, answer.text, _reason(answer), "message") for index, answer in enumerate(flat)]
+        choices = [
+            self._choice(index, answer.text, _reason(answer), "message") | self._scores(answer)
+            for index, answer in enumerate(flat)
+        ]
         kind = "chat.completion" if self.is_chat else "text_completion"
         return self._envelope(kind) | {"choices": choices, "usage": self.usage(flat)}
 
@@ -137,6 +148,20 @@ class Ask:
             "completion_tokens": written,
             "total_tokens": self.prompt_tokens + written,
         }
+
+    def _scores(self, answer: Answer) -> dict[str, Any]:
+        if not self.decoding.scores:
+            return {}
+        texts, nats = zip(*answer.scored, strict=True) if answer.scored else ((), ())
+        if self.is_chat:
+            parts = [
+                {"token": text, "logprob": score, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, score in answer.scored
+            ]
+            return {"logprobs": {"content": parts}}
+        offsets = itertools.accumulate(map(len, texts[:-1]), initial=0)
+        found = {"tokens": texts, "token_logprobs": nats, "text_offset": list(offsets), "top_logprobs": None}
+        return {"logprobs": found}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
@@ -217,7 +242,9 @@ def _rows(body: dict[str, Any], is_chat: bool) -> list[dict[str, Any]]:
         turns = [_turn(message) for message in messages]
         if isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
             where = f"messages[{len(turns) - 1}]"
-            raise RequestError(400, f"'{where}' is an answer, and none is continued. End with a user turn.", where)
+            raise RequestError(
+                400, f"'{where}' is an assistant turn, and answers are not continued. End with a user turn.", where
+            )
         return [{"messages": turns} | languages]
     prompts = _field(body, "prompt", (str, list), None)
     prompts = [prompts] if isinstance(prompts, str) else prompts

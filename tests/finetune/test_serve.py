@@ -24,6 +24,7 @@ from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, J
 from diptych.finetune.command_settings import ServeSettings
 from diptych.finetune.generate import Prompter, generate_outputs
 from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.finetune.reranking import chosen_outputs
 from diptych.finetune.serve import Service, build_app
 
 SECRET = "the-token-of-this-test"
@@ -159,6 +160,29 @@ def test_several_prompts_and_what_stops_them(served, alone):
         found = ask(served, EIGHT_ROWS[3][1], stop=[stop, "never"], stream=stream)
         text = "".join(chunk.choices[0].text for chunk in found) if stream else found.choices[0].text
         assert text == alone[3][: alone[3].index(stop)]
+
+
+def test_log_probabilities_are_those_of_generate(served, t5_checkpoint):
+    """Of the tokens that were written: `logprobs` 0 of a completion, and true of a chat."""
+    instruction, text, _ = EIGHT_ROWS[2]
+    model, tokenizer = load_model_and_tokenizer(t5_checkpoint)
+    template = template_of(tokenizer)
+    ids = tokenizer(template.render_source(instruction, text)).input_ids
+    settings = {"seed": 0, "batch_size": 1, "max_new_tokens": 64, "template": template, "scores": True}
+    (expected,) = chosen_outputs(model, tokenizer, [ids], **settings)
+    choice = ask(served, text, instruction, logprobs=0).choices[0]
+    found = choice.logprobs
+    assert sum(found.token_logprobs) == pytest.approx(expected.log_probability, abs=1e-5)
+    assert "".join(found.tokens) == choice.text and len(found.tokens) == len(expected.ids)
+    assert all(
+        choice.text[offset:].startswith(token) for offset, token in zip(found.text_offset, found.tokens, strict=True)
+    )
+    messages = [{"role": "user", "content": f"{instruction} {text}"}]
+    of_chat = served.client.chat.completions.create(model="t5", messages=messages, logprobs=True, top_logprobs=0)
+    parts = of_chat.choices[0].logprobs.content
+    assert [(part.token, part.logprob) for part in parts] == [*zip(found.tokens, found.token_logprobs, strict=True)]
+    with pytest.raises(openai.BadRequestError, match="without 'stream'"):
+        ask(served, text, instruction, logprobs=0, stream=True)
 
 
 def test_samples_are_those_of_their_seed(served, t5_checkpoint):
