@@ -3,7 +3,7 @@
     recipe, warning = resolve_precision(recipe, device)                      `auto` becomes the faster one here
     rows, why_padded = training_rows(recipe, prepared, model, tokenizer)     packed where all three can, else padded
     check_precision(recipe, model)                                           no fp16 for what overflows in it
-    set_attention(recipe, model, device, is_packed)                          the fastest that keeps examples apart
+    set_attention(model, wanted, precision, device, is_packed)               the fastest that keeps examples apart
 
 What cannot be is a UserError that says what can.
 """
@@ -68,21 +68,19 @@ def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> 
         )
 
 
-def set_attention(recipe: TrainRecipe, model: PreTrainedModel, device: torch.device, is_packed: bool) -> None:
-    """The implementation that the recipe asks for, or the fastest one that keeps packed examples apart."""
-    family, wanted = family_of(model), recipe.attention
+def set_attention(model: PreTrainedModel, wanted: str, precision: str, device: torch.device, is_packed: bool) -> None:
+    """The implementation that is asked for or, by `auto`, the fastest one that keeps packed examples apart."""
+    family = family_of(model)
     can_varlen = is_packed and family is not None and VARLEN in family.attentions
     if device.type == "cuda":  # the flash kernel knows no fp32, no position bias and no dropout
-        can_varlen = (
-            can_varlen and family.gpu_varlen and recipe.precision != "fp32" and not model.config.attention_dropout
-        )
+        can_varlen = can_varlen and family.gpu_varlen and precision != "fp32" and not model.config.attention_dropout
     usable = set(family.attentions if family and is_packed else ("eager", "sdpa", "flex_attention", VARLEN))
     usable -= set() if can_varlen else {VARLEN}
     usable -= {"flex_attention"} if device.type == "cpu" else set()  # torch 2.13 has no backward pass of it there
     if wanted not in ("auto", *usable):
         raise UserError(
             f"attention is {wanted}, which cannot compute {'packed' if is_packed else 'padded'} rows of a "
-            f"{model.config.model_type} here ({device.type}, {recipe.precision}). "
+            f"{model.config.model_type} here ({device.type}, {precision}). "
             f"Leave it at auto, or choose from: {', '.join(sorted(usable))}."
         )
     if wanted == "auto" and is_packed:

@@ -289,7 +289,7 @@ def ready_to_train(
 ) -> PreTrainedModel | PeftModel:
     """With the attention, the memory and the compilation that the recipe asks for."""
     check_precision(recipe, model)
-    set_attention(recipe, without_adapter(model), accelerator.device, is_packed)
+    set_attention(without_adapter(model), recipe.attention, recipe.precision, accelerator.device, is_packed)
     if recipe.gradient_checkpointing:
         with warnings.catch_warnings():  # transformers 5.22 has another name for it, and warns of this one
             warnings.simplefilter("ignore", FutureWarning)
