@@ -330,7 +330,7 @@ class ServeSettings:
     batch_wait_ms: float = 5.0
     """Milliseconds that the first prompt of a batch waits for others."""
     queue: int = 256
-    """Prompts that may wait; more are told to come again (503)."""
+    """Prompts that may wait; more are told to come again (503). A request with more is refused (400)."""
     timeout: float = 120.0
     """Seconds after which a request is given up (504), its waiting included."""
     max_source_tokens: int | None = None
