@@ -16,13 +16,18 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from diptych.data_prep.records import UserError
+
+LOCAL = ("led", "longt5", "pegasus_x")
+"""Families whose encoder's tokens look at those nearby: their weights are bands and blocks."""
+
 
 class Attentions(NamedTuple):
     """Lists go over layers, from the first on. With a merged hinge a target token's one softmax goes over both texts:
     its rows of `decoder` and of `cross` add up to 1 together."""
 
     encoder: list[torch.Tensor]
-    """(H, S, S) each, float32."""
+    """(H, S, S) each, float32. No layers where the encoder's attention is local (LOCAL)."""
     decoder: list[torch.Tensor]
     """(H, T, T)."""
     cross: list[torch.Tensor]
@@ -37,7 +42,10 @@ class Attentions(NamedTuple):
 
 @torch.no_grad()
 def recompute(model: PreTrainedModel, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor) -> Attentions:
-    """input_ids (1, S) and decoder_input_ids (1, T), both without padding, on any device → `Attentions` on the CPU."""
+    """input_ids (1, S) and decoder_input_ids (1, T), both without padding, on any device → `Attentions` on the CPU.
+
+    UserError for a model whose weights of attention are no map of tokens to tokens.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -54,15 +62,25 @@ def recompute(model: PreTrainedModel, input_ids: torch.Tensor, decoder_input_ids
             )
     finally:
         model.train(was_training)
+    kind, source, target = model.config.model_type, input_ids.shape[1], decoder_input_ids.shape[1]
     return Attentions(
-        *(
-            [weights[0].float().cpu() for weights in layers]
-            for layers in (outputs.encoder_attentions, outputs.decoder_attentions, outputs.cross_attentions)
-        ),
+        [] if kind in LOCAL else _maps(outputs.encoder_attentions, (source, source), kind),
+        _maps(outputs.decoder_attentions, (target, target), kind),
+        _maps(outputs.cross_attentions, (target, source), kind),
         outputs.encoder_last_hidden_state[0].cpu(),
         [states[0].cpu() for states in outputs.decoder_hidden_states],
         outputs.logits[0].float().cpu(),
     )
+
+
+def _maps(layers: Sequence[torch.Tensor], shape: tuple[int, int], kind: str) -> list[torch.Tensor]:
+    for weights in layers:
+        if not isinstance(weights, torch.Tensor) or weights.shape[2:] != shape:
+            raise UserError(
+                f"the weights of attention that a {kind} gives are no map of tokens to tokens, so they cannot be "
+                f"shown. `diptych generate` writes with it as with any other."
+            )
+    return [weights[0].float().cpu() for weights in layers]
 
 
 @contextmanager

@@ -462,9 +462,9 @@ def safetensors(patient: Patient) -> Finding:
 
 def tied_weights(patient: Patient) -> Finding:
     model = patient.weights
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    head, table = model.get_output_embeddings(), model.get_decoder().get_input_embeddings()
     is_shared = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
-    says = model.config.tie_word_embeddings
+    says = getattr(model.config, "tie_word_embeddings", None)  # an EncoderDecoderModel has a config for each panel
     measured = {"tie_word_embeddings": says, "head_is_input_table": is_shared}
     if says and model.config.model_type in FORCE_TIES and not is_shared:
         is_meant = not getattr(model.config, "scale_decoder_outputs", False)  # mT5 has no such field

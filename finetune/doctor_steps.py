@@ -250,7 +250,7 @@ def run_rank(folder: Path, rank: int) -> None:
         world_size=RANKS,
         timeout=timedelta(seconds=RANKS_SECONDS),
     )
-    joined = nn.parallel.DistributedDataParallel(objective)
+    joined = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=objective.family is None)
     share = rows[len(rows) * rank // RANKS : len(rows) * (rank + 1) // RANKS]
     loss = joined(batch(share), target_tokens)
     (loss * RANKS).backward()

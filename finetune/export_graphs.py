@@ -216,15 +216,15 @@ class Graphs:
         ids = torch.tensor([[self.start, *prefix]] * len(sources))
         outputs = self.run(DECODER, {"input_ids": ids, "encoder_hidden_states": states} | mask)
         past: dict[str, torch.Tensor] = {}
-        for _ in range(tokens):
+        for step in range(1, tokens + 1):
             last = outputs["logits"][:, -1]
             chosen = last.argmax(dim=-1)
             for (row, logits), token, row_logits in zip(written, chosen.tolist(), last, strict=True):
                 if not row or row[-1] not in ends:
                     row.append(token)
                     logits += [row_logits] * keep_logits
-            if all(row[-1] in ends for row, _ in written):
-                break
+            if step == tokens or all(row[-1] in ends for row, _ in written):
+                break  # after the last token there may be no position left to compute
             past |= {name.replace("present", "past_key_values", 1): state for name, state in outputs.items()}
             del past["logits"]
             outputs = self.run(WITH_PAST, {"input_ids": chosen[:, None]} | mask | past)

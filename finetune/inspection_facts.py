@@ -130,6 +130,7 @@ def attention_maps(passage: Passage, most_cells: int = MOST_CELLS) -> dict[str, 
     """For the page: each kind's weights at some layers, one byte each, of the root of the weight, so that small ones
     can be told apart: `data` is base64 of (layers, H, Q, K). `rollout` is there where both texts are one."""
     kinds = {"encoder": passage.seen.encoder, "decoder": passage.seen.decoder, "cross": passage.seen.cross}
+    kinds = {kind: layers for kind, layers in kinds.items() if layers}
     cells = sum(weights.numel() for layers in kinds.values() for weights in layers)
     share = min(1.0, most_cells / cells)
     found = {}

@@ -307,9 +307,10 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """A plain model with the adapter in its weights. Its config keeps saying what is tied: peft compares the encoder's
     input table with the head, and where these two are no pair (T5Gemma) declares the decoder's table untied as well,
     which loses the head when the model is saved."""
-    tied = model.config.tie_word_embeddings
+    tied = getattr(model.config, "tie_word_embeddings", None)  # an EncoderDecoderModel's config has no such field
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
         merged = model.merge_and_unload(safe_merge=True)  # which looks for NaN first
-    merged.config.tie_word_embeddings = tied
+    if tied is not None:
+        merged.config.tie_word_embeddings = tied
     return merged

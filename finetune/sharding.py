@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -32,6 +33,9 @@ def spread(objective: Seq2SeqObjective, sharding: str, accelerator: Accelerator)
     """On this rank's device, ready for its part of a step; losses and gradients are the same either way. Its weights
     may be other objects than before."""
     if sharding == "none":
+        # A family that is not in families.py may have weights without a gradient, always (the pooler of a BERT) or in
+        # some steps (an expert): DDP is to look for them, and not to wait.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=objective.family is None)
         return accelerator.prepare(objective)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     hooks = _gradient_hooks(objective)

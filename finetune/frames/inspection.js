@@ -196,7 +196,7 @@ document.getElementById("strip").addEventListener("keydown", (event) => {
 });
 for (const select of [maps.cross.layer, maps.cross.head]) select.addEventListener("change", lightSource);
 document.getElementById("strip").hidden = false;
-maps.encoder.draw();
+maps.encoder?.draw();
 choose(chosenStep);
 const redraw = () => Object.values(maps).forEach((map) => map.draw());
 window.addEventListener("resize", redraw);

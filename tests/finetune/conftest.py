@@ -9,31 +9,22 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from small_families import family_configs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
-    BlenderbotConfig,
-    M2M100Config,
-    MarianConfig,
-    MBartConfig,
-    MT5Config,
-    PegasusConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
-    T5GemmaConfig,
-    UMT5Config,
 )
 
 from diptych.data_prep.encode import encode_sources, encode_targets
 from diptych.data_prep.prepare import prepare
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.templates import TEMPLATES, attach_template
-from diptych.modeling import DiptychConfig
 
 torch.set_num_threads(1)  # on a machine with other work, threads that wait for each other made 60 s out of 3 s
 
@@ -224,7 +215,6 @@ def prepared_folder(tmp_path_factory, eight_prepared_rows, tiny_tokenizer):
 
 
 # What the tests of training start from: the same eight rows as a prepared folder, and a small random model per family.
-TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0}
 
 
 @pytest.fixture(scope="session")
@@ -267,36 +257,6 @@ def packed_folder(tmp_path_factory, tiny_tokenizer):
         return made[key]
 
     return folder
-
-
-def family_configs(vocab_size: int) -> dict[str, PreTrainedConfig]:
-    """Two layers, 64 wide, no dropout. Weights start large, so that LoRA on a frozen random head can be certain."""
-    t5 = {"vocab_size": vocab_size, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-    t5 |= {"dropout_rate": 0.0, "initializer_factor": 1.5}
-    bart = {"vocab_size": vocab_size, "d_model": 64, "max_position_embeddings": 128, "init_std": 0.25}
-    bart |= {f"{panel}_layers": 2 for panel in ("encoder", "decoder")}
-    bart |= {f"{panel}_attention_heads": 4 for panel in ("encoder", "decoder")}
-    bart |= {f"{panel}_ffn_dim": 128 for panel in ("encoder", "decoder")}
-    bart |= {"dropout": 0.0, "attention_dropout": 0.0, "forced_eos_token_id": None}
-    bart |= {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
-    llama = {"vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    llama |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.25}
-    gemma_ids = {name: TOKEN_IDS[name] for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
-    gemma = {"dropout_rate": 0.0, "attention_dropout": 0.0, "vocab_size": vocab_size}
-    return {
-        "diptych": DiptychConfig(**llama, **TOKEN_IDS),
-        "diptych_merged": DiptychConfig(**llama, **TOKEN_IDS, cross_attention="merged"),
-        "t5": T5Config(**t5, **TOKEN_IDS),
-        "mt5": MT5Config(**t5, **TOKEN_IDS),
-        "umt5": UMT5Config(**t5, **TOKEN_IDS),
-        "bart": BartConfig(**bart, **TOKEN_IDS),
-        "mbart": MBartConfig(**bart, **TOKEN_IDS),
-        "m2m_100": M2M100Config(**bart, **(TOKEN_IDS | {"decoder_start_token_id": 1})),
-        "marian": MarianConfig(**bart, **TOKEN_IDS),
-        "pegasus": PegasusConfig(**bart, **TOKEN_IDS),
-        "t5gemma": T5GemmaConfig(encoder=llama | gemma_ids, decoder=llama | gemma_ids, **gemma, **gemma_ids),
-        "blenderbot": BlenderbotConfig(**bart, **TOKEN_IDS),  # one that is not in our table
-    }
 
 
 @pytest.fixture(scope="session")

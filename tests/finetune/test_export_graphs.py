@@ -11,7 +11,15 @@ from diptych.data_prep.records import UserError
 from diptych.finetune import export_graphs, export_onnx
 from diptych.finetune.checkpoint import fault_of, read_json
 from diptych.finetune.cli import main
-from diptych.finetune.export_graphs import DECODER, ENCODER, WITH_PAST
+from diptych.finetune.export_graphs import (
+    DECODER,
+    ENCODER,
+    WITH_PAST,
+    DecoderGraph,
+    DecoderWithPastGraph,
+    EncoderGraph,
+    Graphs,
+)
 from diptych.finetune.loading import EXPORT_FILE, load_tokenizer
 from diptych.modeling import DiptychConfig
 
@@ -22,6 +30,12 @@ SHALLOW = {"t5": {"num_layers": 1, "num_decoder_layers": 1}, "bart": {"encoder_l
 DIPTYCHS = {
     "diptych": {"qk_norm": True, "encoder": {"lookahead": 2, "hidden_size": 48}},
     "diptych_merged": {"cross_attention": "merged"},
+}
+STATES = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
+INPUTS = {
+    ENCODER: ["input_ids", "attention_mask"],
+    DECODER: ["input_ids", "encoder_attention_mask", "encoder_hidden_states"],
+    WITH_PAST: ["input_ids", "encoder_attention_mask"],
 }
 
 
@@ -79,6 +93,28 @@ def test_a_family_whose_head_is_not_known_is_refused_and_so_is_a_precision(new_m
         export_onnx.check(new_model("blenderbot"))
     assert main(["export", "x", "--to", "onnx", "--precision", "int8", "--out", str(tmp_path / "new")]) == 2
     assert "precision is 'int8'; for onnx there is float32." in capsys.readouterr().err
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["marian", "bart"])
+def test_the_last_token_has_the_last_position(family, new_model):
+    """The graphs as torch has them: nothing is computed for the position after it, which no table has."""
+    model = new_model(family, max_position_embeddings=6).eval()
+    graphs = {ENCODER: EncoderGraph(model), DECODER: DecoderGraph(model), WITH_PAST: DecoderWithPastGraph(model)}
+    kinds = [f"{layer}.{kind}" for layer in range(2) for kind in STATES]
+
+    def run(name, inputs):
+        given = [inputs[of] for of in INPUTS[name]]
+        if name == ENCODER:
+            return {"last_hidden_state": graphs[name](*given)[0]}
+        if name == WITH_PAST:
+            given.append([inputs[f"past_key_values.{kind}"] for kind in kinds])
+        states = [kind for kind in kinds if name == DECODER or ".decoder." in kind]
+        return dict(zip(["logits", *(f"present.{kind}" for kind in states)], graphs[name](*given), strict=True))
+
+    (written,) = Graphs(run, start=0).greedy([[5, 6, 1]], [], 6, [])
+    expected = model.generate(torch.tensor([[5, 6, 1]]), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert len(written) == 6 and written[:-1] == expected[0, 1:-1].tolist()
 
 
 def test_masks_are_made_as_before_after_an_export(new_model):

@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
-from conftest import EIGHT_ROWS, TO_KOREAN, family_configs
+from conftest import EIGHT_ROWS, TO_KOREAN
 from peft import LoraConfig, get_peft_model
+from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.finetune import inspection_facts as facts
@@ -21,7 +22,7 @@ SOURCE, WRITTEN = torch.tensor([[5, 6, 7, 8, 1]]), torch.tensor([[2, 9, 10]])
 HOSTILE = '</script><script>window.ran = true</script><img src=x onerror="window.ran = true">'
 
 
-@pytest.mark.parametrize("family", [*family_configs(400)])
+@pytest.mark.parametrize("family", [*FAMILIES, "blenderbot"])
 def test_attention_is_that_of_the_model_whatever_kernel_it_runs_on(family):
     torch.manual_seed(0)
     config = family_configs(400)[family]

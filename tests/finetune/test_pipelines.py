@@ -10,7 +10,8 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import EIGHT_ROWS, TO_KOREAN, family_configs
+from conftest import EIGHT_ROWS, TO_KOREAN
+from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
