@@ -30,7 +30,7 @@ from diptych.finetune.loss_plot import plot_loss
 from diptych.finetune.ranks import part
 from diptych.finetune.run_folder import Status
 from diptych.finetune.run_log import Pace, selection_line, train_line, validation_line
-from diptych.finetune.saving import check_final, save_checkpoint, write_final
+from diptych.finetune.saving import save_checkpoint, write_final
 from diptych.finetune.set_up import Run, set_up
 from diptych.finetune.speed import keep_memory, peak_memory, profiler
 from diptych.finetune.stopping import StopRequest
@@ -42,7 +42,6 @@ def run(recipe: TrainRecipe, stop: StopRequest, status: Status, is_last: bool = 
     """`is_last`: whether the ranks part afterwards, and do not go on to another stage."""
     keep_memory()
     run = set_up(recipe, stop, status)
-    check_final(run)
     with stop.deferred():
         is_stopped = train(run)
         if not is_stopped:

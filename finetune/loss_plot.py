@@ -23,11 +23,9 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
     loss_axes.plot(_column(train, "step"), _column(train, "loss"), label="training", linewidth=1.2)
     for split in splits_of("validation", dict.fromkeys(entry["split"] for entry in entries)):
         validation = [entry for entry in entries if entry["split"] == split]
-        loss_axes.plot(_column(validation, "step"), _column(validation, "loss"), "o-", label=split, markersize=3)
-        best = min(validation, key=lambda entry: entry["loss"])
-        loss_axes.annotate(
-            f"{best['loss']:.3f}", (best["step"], best["loss"]), xytext=(0, 7), textcoords="offset points", ha="center"
-        )
+        steps, losses = _column(validation, "step"), _column(validation, "loss")
+        best = f"{split}, best {min(losses):.3f} after step {steps[losses.index(min(losses))]:,}"
+        loss_axes.plot(steps, losses, "o-", label=best, markersize=3)
     loss_axes.set_ylabel("loss (nats per target token)")
     loss_axes.legend()
     rate_axes.plot(_column(train, "step"), _column(train, "learning_rate"), color="tab:gray", linewidth=1.2)

@@ -98,8 +98,10 @@ def holds_nothing(folder: Path) -> bool:
 
 @contextmanager
 def claimed(folder: Path, resumes: bool) -> Iterator[Status]:
-    """Alone in the folder until the end, which status.json tells, whatever it is. UserError where another run is."""
-    status = Status(folder, has_begun=resumes and (folder / CONFIG).is_file())
+    """Alone in the folder until the end, which status.json tells, whatever it is: of a finished run, only once it goes
+    on. UserError where another run is."""
+    is_done = (read_status(folder) or {}).get("state") == "done"
+    status = Status(folder, has_begun=resumes and not is_done and (folder / CONFIG).is_file())
     lock = _lock(folder) if is_main_rank() else None
     try:
         yield status

@@ -99,12 +99,6 @@ def save_model(
     tokenizer.save_pretrained(folder)
 
 
-def check_final(run: Run) -> None:
-    """UserError where the run has steps to go, and would at its end replace a final/ that is not training's alone."""
-    if run.progress.step < run.total_steps:
-        checkpoints.check_own(run.folder / "final")
-
-
 def write_final(run: Run) -> None:
     best_step = run.progress.best_step if run.recipe.final == "best" else None
     best = None if best_step is None else checkpoints.checkpoint_path(run.checkpoints, best_step)

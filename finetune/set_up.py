@@ -221,12 +221,14 @@ def make_run(
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=recipe.precision == "fp16")
     set_seed(recipe.seed, device_specific=True)  # from here on each rank drops out its own
     state = saved_state(recipe, saved, run_facts(prepared, order, base_hash))
+    total_steps = recipe.max_steps or recipe.epochs * order.steps_per_epoch
+    if state.progress.step < total_steps:
+        checkpoints.check_own(folder / "final")  # which would be replaced at the end
     accelerator.wait_for_everyone()  # all have seen the folder as it was; now it may change
     if accelerator.is_main_process:  # first of all files, and whole: by it a run is known that was killed early
         checkpoints.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
         if saved:
             take_back(recipe, folder, saved)
-    total_steps = recipe.max_steps or recipe.epochs * order.steps_per_epoch
     status.begin()
     status.update(step=state.progress.step, total_steps=total_steps)
     run = Run(

@@ -354,6 +354,7 @@ def test_a_finished_run_leaves_what_else_lies_in_its_final_model(finished, tortu
     (process,) = torturer.start(ALONE, recipe | {"max_steps": 20}, "further")  # which would replace the model
     assert process.wait(DEADLINE) == 2
     assert "README.md in it is not training's, and would be lost. Move" in torturer.log("further")
+    assert read_status(folder.parent)["state"] == "done"
     assert {path: path.read_bytes() for path in final.rglob("*") if path.is_file()} == before
     assert checkpoints.checkpoint_steps(folder)[-1] == 15
 
