@@ -35,7 +35,7 @@ from diptych.data_prep.conversations import (
     turns_of,
     unused_in_turns,
 )
-from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, languages_in
+from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, is_swapped, languages_in, names_language
 from diptych.data_prep.records import (
     IGNORE_INDEX,
     Languages,
@@ -186,6 +186,10 @@ class Converter:
     """The format was named by --format, and not recognised."""
     brings_languages: bool = False
     """Whether the first rows have columns of language codes."""
+    sides: Languages = Languages()
+    """What the data calls the languages of the first and of the second side, where it does."""
+    is_swapped: bool = False
+    """Whether the data has the two sides the other way round than the settings."""
 
     def records(self, row: Row | Reject) -> list[Result]:
         """At least one. A Reject, which is what readers make of a row that they cannot read, passes through."""
@@ -347,28 +351,42 @@ def converter_for(
     summary_instruction: str = SUMMARY_INSTRUCTION,
     positive_examples: int = 0,
     negative_examples: int = 0,
+    sides: Languages = Languages(),
 ) -> Converter:
     """What turns all rows of a source into records, decided by its first ones. Everything that a person has to mend
-    before a row can be read is said here: columns that are not there, formats that may be two, missing directions."""
+    before a row can be read is said here: columns that are not there, formats that may be two, missing directions.
+
+    `sides` are the languages that the source's name says. The data's word on which side is in which language decides;
+    where `directions` have the same two the other way round, the sides are swapped, and other ones are refused."""
     mapping = dict(mapping or {})
     said = directions.languages.direction
     if len(languages) == 2 and mapping.keys().isdisjoint(("first", "second", "translation")):
         names = {name for row in rows for name in row.fields}
         if names.issuperset(languages):  # a table with a column for each language
             mapping |= zip(("first", "second"), languages, strict=True)
-            directions = replace(directions, languages=directions.languages.or_else(Languages(*languages)))
+            sides = Languages(*languages)
     _check_settings(directions, summary_instruction)
     format, shape = _recognise(rows, source, mapping, name)
     spelled = {name: mapping.get(column, column) for name, column in shape.items() if name != column}
     if "translation" in shape:
         spelled = _languages(rows, source, mapping.pop("translation", "translation"), languages)
-        sides = (column.rpartition(".")[2] for column in spelled.values())
-        directions = replace(directions, languages=directions.languages.or_else(Languages(*sides)))
+        sides = _called(spelled)
     columns = {**spelled, **mapping}
+    if not any(sides) and all(map(names_language, _called(columns))):
+        sides = _called(columns)
     if format.name == "parallel" and directions.are_none and said:
         directions = replace(directions, forward="")
     if format.name == "parallel" and columns.get("first") != "source":
         need_direction(source, directions)
+    try:
+        is_back = format.name == "parallel" and is_swapped(sides, directions.languages)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    if is_back:
+        sides = sides.swapped()
+        columns |= {"first": columns.get("second", "second"), "second": columns.get("first", "first")}
+    if format.name == "parallel":
+        directions = replace(directions, languages=directions.languages.or_else(sides))
     return Converter(
         format,
         columns,
@@ -380,7 +398,14 @@ def converter_for(
         negative_examples=negative_examples,
         was_given=name is not None,
         brings_languages=any(not _NAMED.isdisjoint(view) for view in _views(rows, mapping)),
+        sides=sides,
+        is_swapped=is_back,
     )
+
+
+def _called(columns: Mapping[str, str]) -> Languages:
+    """What the columns of the two sides are called, less what they are in: `translation.en` is `en`."""
+    return Languages(*(columns.get(side, "").rpartition(".")[2] for side in ("first", "second")))
 
 
 def recognise(
@@ -854,6 +879,11 @@ def _parallel(row: Row, it: Converter) -> list[Result]:
         reason = f"the row makes {len(firsts) * len(seconds):,} pairs, and {MAX_PAIRS:,} are allowed. Divide it."
         raise Fault(it.column("first"), "too many pairs", reason)
     languages = mapped.pop("languages")
+    if it.brings_languages:
+        try:
+            firsts, seconds = (seconds, firsts) if is_swapped(it.sides, languages) else (firsts, seconds)
+        except UserError as error:
+            raise Fault(SOURCE_COLUMNS[0], "other languages than its texts", f"{error}") from None
     if back is not None and any(languages) and not all(languages):
         known, missing = ("source", "target") if languages.source else ("target", "source")
         reason = (

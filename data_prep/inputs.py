@@ -21,7 +21,7 @@ from diptych.data_prep.decontaminate import Decontaminate, EvalIndex, PlainText
 from diptych.data_prep.filters import LanguageFilter
 from diptych.data_prep.formats import Converter, Directions, converter_for, named, parse_mapping
 from diptych.data_prep.gather import first_rows
-from diptych.data_prep.languages import codes_of, own_languages, resolved
+from diptych.data_prep.languages import codes_of, is_swapped, own_languages, resolved
 from diptych.data_prep.mixture import check_mixture
 from diptych.data_prep.named_splits import HELD_OUT, kind_of, said_kind, splits_of
 from diptych.data_prep.prepared import fingerprint, tokenizer_digest
@@ -113,6 +113,9 @@ def make_stages(
         how = "given" if settings.format else "recognised"
         told = "no row tells it" if converter is NOT_TOLD else f"{converter.format.name}, {how}"
         print(f"Format     {source.name}: {split}{told}")
+        if converter.is_swapped:
+            side = f"its second side, which is in {converter.sides.source}, is the source"
+            print(f"Note       {source.name}: {side}, as the settings say")
     lengths = Lengths(
         settings.max_source_tokens,
         settings.max_target_tokens,
@@ -172,6 +175,7 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
             settings.summary_instruction,
             settings.positive_examples,
             settings.negative_examples,
+            Languages(*source.languages),
         )
     except UserError as error:
         if source.split == TRAIN or source.name == source.entry:
@@ -183,10 +187,11 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
 def directions_for(settings: PrepareSettings, source: Source) -> Directions:
     """A sample's own, unless one direction or both are given."""
     given = Languages(settings.source_language or "", settings.target_language or "")
-    languages = given.or_else(Languages(*source.languages))
     if settings.forward is not None or settings.backward is not None:
-        return Directions(settings.forward, settings.backward, languages)
-    return Directions(source.forward, source.backward, languages)
+        return Directions(settings.forward, settings.backward, given)
+    if is_swapped(Languages(*source.languages), given):
+        return Directions(source.backward, source.forward, given)
+    return Directions(source.forward, source.backward, given)
 
 
 def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:

@@ -59,6 +59,8 @@ BEFORE_SOURCES = re.compile(r"<2([A-Za-z_-]+)>|>>([A-Za-z_-]+)<<")
 FEWEST_CODES = 2
 """A single token of such a form is no choice of languages."""
 
+NLLB_CODE = re.compile("[a-z]{3}_[A-Z][a-z]{3}")
+
 SCRIPT_OF_REGION = {"cn": "hans", "sg": "hans", "tw": "hant", "hk": "hant", "mo": "hant"}
 
 
@@ -263,6 +265,59 @@ def languages_in(fields: Mapping[str, Any]) -> Languages:
 def _first_of(fields: Mapping[str, Any], names: Iterable[str]) -> str:
     values = (fields.get(name) for name in names)
     return str(next((value for value in values if value is not None), "")).strip()
+
+
+def names_language(name: str) -> bool:
+    """Whether data that calls a text so says its language by it: `ko`, `Korean`, `en-GB`, `ace_Arab`."""
+    language, *more = _plain(name).split("_")
+    is_code = bool(NLLB_CODE.fullmatch(name)) or language in _languages_by_name()
+    return is_code and all(len(part) in (2, 4) or part.isdecimal() for part in more)
+
+
+def languages_of_files(first: str, second: str) -> Languages:
+    """Those that two aligned files are called by: `a.ko` and `a.en`, `ko/a.txt` and `en/a.txt`, `a_ko.txt` and
+    `a_en.txt`; none where their names say none."""
+    for between in (r"[./\\]", r"[./\\_-]"):
+        parts = zip(re.split(between, first)[::-1], re.split(between, second)[::-1], strict=False)
+        different = [pair for pair in parts if pair[0] != pair[1]]
+        if len(different) == 1 and all(map(names_language, different[0])):
+            return Languages(*different[0])
+    return Languages()
+
+
+@functools.lru_cache(maxsize=256)
+def is_swapped(sides: Languages, asked: Languages) -> bool:
+    """Whether the data says that its first text is in the language asked for as target, and its second in that of the
+    source. A language that was not asked for, and a name that is none of a language, fit any.
+
+        is_swapped(Languages("ko", "en"), Languages("eng_Latn", "kor_Hang"))  → True
+
+    Raises:
+        UserError: the data is in other languages.
+    """
+    as_they_are, swapped = (
+        [_likeness(*pair) for pair in zip(order, asked, strict=True)] for order in (sides, sides.swapped())
+    )
+    if not all(as_they_are) and not all(swapped):
+        said = " and ".join(f"{side} {language}" for side, language in asked._asdict().items() if language)
+        raise UserError(
+            f"the data names its two texts {sides.source} and {sides.target}, and the languages asked for are {said}."
+            " Give the data's own, or none; names in the data that are wrong have to be mended there."
+        )
+    return all(swapped) and (not all(as_they_are) or sum(swapped) > sum(as_they_are))
+
+
+def _likeness(side: str, asked: str) -> int:
+    """0 for two languages, 1 for one language of two regions, or where one is not known, 2 for the same."""
+    if not asked or not names_language(side):
+        return 1
+    side, asked = _plain(side), _plain(asked)
+    parts = side.split("_"), asked.split("_")
+    if _names_of(parts[0][0]).isdisjoint(_names_of(parts[1][0])):
+        return 0
+    if _fits(side, asked) and _fits(asked, side):
+        return 2
+    return 0 if any(len(part) == 4 for more in parts for part in more[1:]) else 1
 
 
 def check_spells_no_code(codes: LanguageCodes, text: str, option: str) -> None:

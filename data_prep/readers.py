@@ -50,6 +50,7 @@ from diptych.data_prep.files import (
     find_files,
     identify,
 )
+from diptych.data_prep.languages import languages_of_files
 from diptych.data_prep.named_splits import HELD_OUT, KINDS, kind_of, named, said_kind
 from diptych.data_prep.read_columns import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks
@@ -101,7 +102,7 @@ class Source:
 
     backward: str | None = None
     languages: tuple[str, ...] = ()
-    """Of the first side and of the second of such a sample."""
+    """Of the first side and of the second of such a sample, or of two aligned files, if their names say them."""
     notes: tuple[str, ...] = ()
     """What should be said aloud: files left out, an unusual delimiter, lines where an array was due."""
     split: str = ""
@@ -546,7 +547,8 @@ def _open_aligned(names: Sequence[str], limits: Limits) -> Source:
     digest = xxhash.xxh3_128_hexdigest("".join(file.digest for file in files).encode())
     read = functools.partial(aligned_chunks, files, marks, limits)
     name = f"{names[0]} + {names[1]}"
-    return Source(name, digest, sum(file.bytes for file in files), read, name)
+    languages = languages_of_files(*names)
+    return Source(name, digest, sum(file.bytes for file in files), read, name, languages=languages)
 
 
 def _open_saved_dataset(entry: str, limits: Limits) -> list[Source]:

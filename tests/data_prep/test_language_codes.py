@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from diptych.data_prep.encode import encode_sources, encode_targets
-from diptych.data_prep.languages import codes_of, resolved
+from diptych.data_prep.languages import codes_of, is_swapped, resolved
 from diptych.data_prep.prepare import main
 from diptych.data_prep.records import Languages, UserError
 
@@ -216,6 +216,77 @@ def test_languages_are_columns_names_of_a_translation_and_mapped_ones(language_f
     options = ("--map", "source_language=from", "target_language=into", "--forward", "")
     _, said, rows = prepare(capsys, tmp_path, language_folders / "nllb", path, *options)
     assert [row["target_language"] for row in rows] == ["kor_Hang"] and "not used" not in said
+
+
+TMX = """<tmx version="1.4"><header srclang="ko"/><body><tu><tuv xml:lang="KO-KR"><seg>가.</seg></tuv>
+<tuv xml:lang="en-GB"><seg>Go.</seg></tuv></tu></body></tmx>"""
+KOREAN_FIRST = {
+    "translation.jsonl": ([{"translation": {"ko": "가.", "en": "Go."}}], ()),
+    "memory.tmx": (TMX.encode(), ()),
+    "table.csv": (["ko,en", "가.,Go."], ("--languages", "ko", "en")),
+    "mapped.tsv": (["kor_Hang\teng_Latn", "가.\tGo."], ("--map", "first=kor_Hang", "second=eng_Latn")),
+    "a.ko+a.en": (["가."], ()),
+    "rows.jsonl": ([{"translation": {"en": "Go.", "ko": "가."}, "src_lang": "ko", "tgt_lang": "en"}], ()),
+}
+
+
+@pytest.mark.parametrize("name", KOREAN_FIRST)
+@pytest.mark.parametrize("family", ["nllb", "t5"])
+def test_the_languages_that_data_names_say_which_text_is_which(
+    language_folders, write_rows, capsys, tmp_path, name, family
+):
+    lines, options = KOREAN_FIRST[name]
+    path = write_rows(name.partition("+")[0], lines)
+    if "+" in name:
+        path = f"{path}+{write_rows('a.en', ['Go.'])}"
+    texts = {"en": "Go.", "ko": "가."}
+    for first, second in (("en", "ko"), ("ko", "en")):
+        asked = ("--source_language", first, "--target_language", second, "--forward", "", "--backward", "")
+        code, said, rows = prepare(capsys, tmp_path, language_folders / family, path, *options, *asked)
+        first, second = ("ko", "en") if name == "rows.jsonl" else (first, second)  # as the row itself says
+        assert code == 0, said
+        names = {"ko": "Korean", "en": "English"}
+        words = f"translate {names[first]} to {names[second]}: " if family == "t5" else ""
+        assert (rows[0]["source"], rows[0]["target"]) == (words + texts[first], texts[second])
+        codes = {"ko": "kor_Hang", "en": "eng_Latn"} if family == "nllb" else {"ko": "ko", "en": "en"}
+        if name != "rows.jsonl":
+            assert said.count("its second side, which is in") == (first == "en")
+        assert (rows[0]["source_language"], rows[0]["target_language"]) == (codes[first], codes[second])
+    others = ("--source_language", "fr", "--target_language", "ko", "--forward", "")
+    code, said, _ = prepare(capsys, tmp_path, language_folders / family, path, *options, *others)
+    if name != "rows.jsonl":
+        assert code == 2 and re.search(
+            "names its two texts ko.* and en.*, and .* are source fr and target ko", said, re.I
+        )
+
+
+@pytest.mark.parametrize(
+    "sides, asked, swapped",
+    [
+        (("ko", "en"), ("", "Korean"), True),
+        (("zho_Hans", "zho_Hant"), ("zh_TW", "zh_CN"), True),
+        (("pt-BR", "pt-PT"), ("por_Latn", "pt_PT"), False),
+        (("zh-TW", "en"), ("en_XX", "zh_CN"), True),  # mBART-50 has no other Chinese
+        (("ace_Arab", "eng"), ("en", "ace_Arab"), True),
+        (("text", "other"), ("en", "ko"), False),
+        (("en", "kr"), ("ko", "en"), True),
+        (("zho_Hant", "en"), ("zho_Hans", "en"), None),
+        (("en", "ko"), ("en", "de"), None),
+    ],
+)
+def test_languages_of_data_and_of_settings_are_the_same_under_different_names(sides, asked, swapped):
+    if swapped is None:
+        with pytest.raises(UserError, match="names its two texts"):
+            is_swapped(Languages(*sides), Languages(*asked))
+    else:
+        assert is_swapped(Languages(*sides), Languages(*asked)) == swapped
+
+
+def test_a_shipped_sample_keeps_its_instructions_on_the_right_side(language_folders, capsys, tmp_path):
+    options = ("--source_language", "ko", "--target_language", "en", "--max_source_tokens", 512)
+    _, said, rows = prepare(capsys, tmp_path, language_folders / "t5", "tatoeba", *options, "--template", "translate")
+    assert rows[0]["source"].startswith("Translate Korean to English:") and rows[0]["target_language"] == "en"
+    assert not rows[0]["input"].isascii()
 
 
 def test_rows_of_token_ids_have_the_languages_of_their_codes(language_folders, write_rows, load, capsys, tmp_path):
