@@ -351,15 +351,15 @@ def converter_for(
     summary_instruction: str = SUMMARY_INSTRUCTION,
     positive_examples: int = 0,
     negative_examples: int = 0,
-    sides: Languages = Languages(),
+    languages_of_name: Sequence[str] = (),
 ) -> Converter:
     """What turns all rows of a source into records, decided by its first ones. Everything that a person has to mend
     before a row can be read is said here: columns that are not there, formats that may be two, missing directions.
 
-    `sides` are the languages that the source's name says. The data's word on which side is in which language decides;
+    `languages_of_name` are those of the two sides that the source's name says. The data's word on which side is in which language decides;
     where `directions` have the same two the other way round, the sides are swapped, and other ones are refused."""
     mapping = dict(mapping or {})
-    said = directions.languages.direction
+    said, sides = directions.languages.direction, Languages(*languages_of_name)
     if len(languages) == 2 and mapping.keys().isdisjoint(("first", "second", "translation")):
         names = {name for row in rows for name in row.fields}
         if names.issuperset(languages):  # a table with a column for each language

@@ -175,7 +175,7 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
             settings.summary_instruction,
             settings.positive_examples,
             settings.negative_examples,
-            Languages(*source.languages),
+            source.languages,
         )
     except UserError as error:
         if source.split == TRAIN or source.name == source.entry:
