@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.packing import repeated_start
 from diptych.data_prep.records import IGNORE_INDEX, UserError
-from diptych.finetune.families import decoder_start_token, family_of
+from diptych.finetune.families import decoder_start_token, table_positions
 from diptych.finetune.trust import open_prepared
 
 BATCHES_SORTED_TOGETHER = 50
@@ -237,8 +237,7 @@ def longest_first(lengths: Lengths, rows_per_batch: int, ranks: int) -> list[lis
 def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset]) -> None:
     """ValueError for rows that this model cannot read: unknown token ids, or more tokens than it has positions."""
     embedding_rows = model.get_input_embeddings().weight.shape[0]
-    family = family_of(model)
-    positions = model.config.max_position_embeddings if family and family.has_position_table else None
+    tables = table_positions(model)
     for name, split in splits.items():
         largest = max(
             pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py() or 0
@@ -250,7 +249,7 @@ def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset
                 f"split {name} holds token id {largest}, but the model has {embedding_rows} embedding rows. "
                 f"Prepare the data with the model's own tokenizer."
             )
-        for column, tokens in zip(("input_ids", "labels"), row_lengths(split), strict=True):
+        for column, positions, tokens in zip(("input_ids", "labels"), tables, row_lengths(split), strict=True):
             if positions is not None and tokens.max() > positions:
                 limit = "max_source_tokens" if column == "input_ids" else "max_target_tokens"
                 raise UserError(

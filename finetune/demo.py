@@ -98,7 +98,8 @@ def load_contestant(settings: DemoSettings, name: str) -> Contestant:
     most = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)
     engine = Engine(model, tokenizer, template, batch_size=8, queue_size=64, batch_wait_ms=5)
     languages = Languages(settings.source_language, settings.target_language)
-    return Contestant(shown_name(name), model, Prompter(tokenizer, template, limit, languages), engine, most)
+    prompter = Prompter(tokenizer, template, position_limit(model, of_source=True), languages)
+    return Contestant(shown_name(name), model, prompter, engine, most)
 
 
 class Asked(NamedTuple):

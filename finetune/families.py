@@ -29,6 +29,8 @@ from diptych.data_prep.records import UserError
 from diptych.finetune.segments import VARLEN, site_masks
 
 Batch = dict[str, torch.Tensor]
+POSITION_TABLES = ("embed_positions", "position_embeddings", "wpe")
+"""What BART and its relatives, BERT and ProphetNet, and GPT-2 call theirs."""
 
 
 def _nothing(panel: nn.Module, positions: torch.Tensor) -> AbstractContextManager[dict]:
@@ -54,8 +56,6 @@ class Family:
     """Whether the flash kernel computes this family's attention: it knows no position bias."""
     overflows_in_fp16: bool = False
     """Whether activations of its checkpoints grow beyond what fp16 holds."""
-    has_position_table: bool = False
-    """Whether positions beyond config.max_position_embeddings do not exist."""
     has_sliding_windows: bool = False
     """Whether masks are given by layer type."""
 
@@ -128,6 +128,23 @@ def input_and_output_tables(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     return [panel.get_input_embeddings().weight for panel in panels] + [model.get_output_embeddings().weight]
 
 
+def table_positions(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """How many tokens the tables of positions are for, the encoder's and the decoder's; None where there is no table
+    (T5, rotary positions), or one that grows (M2M100)."""
+
+    def of(panel: nn.Module) -> int | None:
+        for name, table in panel.named_modules():
+            if name.rpartition(".")[2] in POSITION_TABLES and isinstance(table, nn.Embedding):
+                unused = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
+                return table.num_embeddings - unused
+        return None
+
+    source, target = of(model.get_encoder()), of(model.get_decoder())
+    if model.config.model_type == "prophetnet":  # whose predicting streams are a position ahead
+        target -= 1
+    return source, target
+
+
 def _as_argument(panel: nn.Module, positions: torch.Tensor) -> AbstractContextManager[dict]:
     return nullcontext({"position_ids": positions})
 
@@ -195,7 +212,7 @@ BART_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 t5 = partial(Family, T5_LAYERS, final_norm="final_layer_norm", gpu_varlen=False, overflows_in_fp16=True)
-bart = partial(Family, BART_LAYERS, _in_table, logits=_with_bias, final_norm="layer_norm", has_position_table=True)
+bart = partial(Family, BART_LAYERS, _in_table, logits=_with_bias, final_norm="layer_norm")
 
 FAMILIES = {
     "diptych": Family(LLAMA_LAYERS, _as_argument),

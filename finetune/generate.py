@@ -452,15 +452,19 @@ def template_for(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
 
 def resolve_limits(settings: GenerateSettings, model: "PreTrainedModel | Translator") -> GenerateSettings:
     """The settings with every limit filled in; UserError for one that is beyond the model's positions."""
-    limit = position_limit(model) if isinstance(model, PreTrainedModel) else model.position_limit
-    for name in ("max_source_tokens", "max_new_tokens"):
+    if isinstance(model, PreTrainedModel):
+        limits = {"max_source_tokens": position_limit(model, of_source=True), "max_new_tokens": position_limit(model)}
+    else:
+        limits = dict.fromkeys(("max_source_tokens", "max_new_tokens"), model.position_limit)
+    for name, limit in limits.items():
         tokens = getattr(settings, name)
         if limit is not None and tokens is not None and tokens > limit:
             raise UserError(f"{name} is {tokens}, but {settings.model} was built for {limit} positions. Lower it.")
     return replace(
         settings,
-        max_source_tokens=settings.max_source_tokens or limit,
-        max_new_tokens=settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS),
+        max_source_tokens=settings.max_source_tokens or limits["max_source_tokens"],
+        max_new_tokens=settings.max_new_tokens
+        or min(DEFAULT_NEW_TOKENS, limits["max_new_tokens"] or DEFAULT_NEW_TOKENS),
     )
 
 

@@ -55,7 +55,7 @@ class Reader(NamedTuple):
     def passage(self, source: str, languages: Languages, target: str | None = None) -> facts.Passage:
         """What the model writes to a rendered source; or what it makes of a rendered target, which it is given."""
         (source_ids,) = encode_sources(self.tokenizer, [source], languages=[languages])
-        limit = min(LONGEST_SOURCE, position_limit(self.model) or LONGEST_SOURCE)
+        limit = min(LONGEST_SOURCE, position_limit(self.model, of_source=True) or LONGEST_SOURCE)
         if len(source_ids) > limit:
             raise UserError(f"the source has {len(source_ids)} tokens, but no more than {limit} can be shown. Cut it.")
         if target is None:

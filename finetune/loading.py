@@ -39,6 +39,7 @@ from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.hub import check_chat_templates, check_config, check_place
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
+from diptych.finetune.families import table_positions
 from diptych.finetune.speed import training_pace
 from diptych.finetune.trust import MODEL_WEIGHTS, check_adapter, check_sizes, weight_files
 
@@ -305,16 +306,17 @@ def embedding_rows(model: PreTrainedModel) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
+def position_limit(model: PreTrainedModel, of_source: bool = False) -> int | None:
     """Tokens that a row may have: the table of positions (BART), or what rotary positions are scaled for (Diptych).
 
-    None for relative positions (T5). Panels may differ; the smaller one counts.
+    None for relative positions (T5). Panels may differ (an LED reads 16,384 tokens and writes 1,024); the smaller one
+    counts, or with `of_source` the encoder.
     """
     config = model.config.to_dict()
     panels = [config, config.get("encoder") or {}, config.get("decoder") or {}]
-    return min(
-        (panel["max_position_embeddings"] for panel in panels if "max_position_embeddings" in panel), default=None
-    )
+    panels, tables = panels[: 3 - of_source], table_positions(model)[: 2 - of_source]
+    limits = [panel["max_position_embeddings"] for panel in panels if "max_position_embeddings" in panel]
+    return min([*limits, *filter(None, tables)], default=None)
 
 
 def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from diptych.data_prep.packing import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
 from diptych.data_prep.records import IGNORE_INDEX, UserError
 from diptych.finetune.batches import Lengths
-from diptych.finetune.families import decoder_start_token, family_of
+from diptych.finetune.families import decoder_start_token, table_positions
 from diptych.finetune.trust import open_prepared
 
 SOURCE_COLUMNS = ("input_ids", "segment_ids", "position_ids")
@@ -134,9 +134,8 @@ def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) ->
             f"{folder} was packed with a vocabulary of {packing.vocabulary} tokens, but this model has {rows} "
             f"embedding rows. Prepare the data again with the model's own tokenizer."
         )
-    family = family_of(model)
-    if family and family.has_position_table and packing.positions > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings
+    limit = min(filter(None, table_positions(model)), default=None)
+    if limit is not None and packing.positions > limit:
         raise UserError(
             f"{folder} holds examples of {packing.positions} positions, but this model has {limit}. Prepare the data "
             f"again with --max_source_tokens {limit} --max_target_tokens {limit}."
@@ -145,8 +144,7 @@ def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) ->
 
 def check_packed_rows(packed: datasets.Dataset, packing: Packing, model: PreTrainedModel, folder: str) -> None:
     """UserError that names the first row in which something stands where it must not, or does not stand."""
-    family = family_of(model)
-    positions = model.config.max_position_embeddings if family and family.has_position_table else None
+    positions = min(filter(None, table_positions(model)), default=None)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for start in range(0, len(packed), ROWS_AT_ONCE):
         columns = packed[start : start + ROWS_AT_ONCE]

@@ -99,7 +99,7 @@ class Text2TextPipeline(Pipeline):
                 row = {"instruction": inputs} if isinstance(inputs, str) else inputs
                 prompt = prompt_of({"messages": row} if isinstance(row, list | tuple) else row)
                 text, languages = Prompter(self.tokenizer, frame, None, languages).render(prompt)
-            prompter = Prompter(self.tokenizer, frame, position_limit(self.model))
+            prompter = Prompter(self.tokenizer, frame, position_limit(self.model, of_source=True))
             (ids,), (is_cut,) = prompter.encode([text], [languages])
         except (UserError, Fault) as error:
             raise ValueError(f"an input of the pipeline cannot be read: {error}") from None

@@ -557,7 +557,9 @@ def run(settings: ServeSettings) -> int:
     template = template_for(settings.template, tokenizer)
     languages = Languages(settings.source_language, settings.target_language)
     limit = position_limit(model)
-    prompter = Prompter(tokenizer, template, settings.max_source_tokens or limit, languages)
+    prompter = Prompter(
+        tokenizer, template, settings.max_source_tokens or position_limit(model, of_source=True), languages
+    )
     if note := languages_note(tokenizer, languages):
         print(f"({note})", file=sys.stderr)
     most = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)

@@ -29,7 +29,8 @@ BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_p
 BERT |= {"initializer_range": 0.25, "model_type": "bert"}
 SWITCH = T5 | {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 MOE = BART | {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0}
-LED = BART | {"attention_window": 4, "max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128}
+LED = {name: value for name, value in BART.items() if name != "max_position_embeddings"} | {"attention_window": 4}
+LED |= {"max_encoder_position_embeddings": 512, "max_decoder_position_embeddings": 128}
 GEMMA2_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
 CROSS = {"add_cross_attention": True}
 

@@ -27,7 +27,7 @@ from diptych.finetune import export_onnx
 from diptych.finetune.batching import Decoding, Engine, Job
 from diptych.finetune.cli import main
 from diptych.finetune.doctor_checks import CHECKS
-from diptych.finetune.families import FAMILIES, decoder_start_token
+from diptych.finetune.families import FAMILIES, decoder_start_token, table_positions
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 WANTED = os.environ.get("DIPTYCH_FAMILIES", "")
@@ -228,6 +228,26 @@ def check_row(family: str, row: dict[str, str]) -> None:
         text = listed.sub(line, text)
         PAGE.write_text(text, encoding="utf-8")
     assert listed.findall(text) == [line]
+
+
+@pytest.mark.parametrize("family", family_configs(400))
+def test_tables_of_positions_are_as_long_as_is_said(family, new_model):
+    """So that a row that is too long is refused before training, and no other is."""
+    model = new_model(family).eval()
+    source, target = table_positions(model)
+
+    @torch.no_grad()
+    def reads(source_tokens: int, target_tokens: int) -> None:
+        ids = torch.full((1, max(source_tokens, target_tokens)), 5)
+        model(input_ids=ids[:, :source_tokens], decoder_input_ids=ids[:, :target_tokens])
+
+    reads(source or 520, target or 520)
+    if source and family != "prophetnet":  # which gives all further tokens its last position
+        with pytest.raises((IndexError, RuntimeError)):
+            reads(source + 1, 4)
+    if target:
+        with pytest.raises((IndexError, RuntimeError)):
+            reads(4, target + 1)
 
 
 def test_the_table_has_every_family_once_and_every_command():
