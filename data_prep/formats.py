@@ -356,8 +356,9 @@ def converter_for(
     """What turns all rows of a source into records, decided by its first ones. Everything that a person has to mend
     before a row can be read is said here: columns that are not there, formats that may be two, missing directions.
 
-    `languages_of_name` are those of the two sides that the source's name says. The data's word on which side is in which language decides;
-    where `directions` have the same two the other way round, the sides are swapped, and other ones are refused."""
+    `languages_of_name` are those of the two sides that the source's name says. Which side is in which language is as
+    the data says: where `directions` have the same two the other way round, the sides are swapped, and other ones are
+    refused."""
     mapping = dict(mapping or {})
     said, sides = directions.languages.direction, Languages(*languages_of_name)
     if len(languages) == 2 and mapping.keys().isdisjoint(("first", "second", "translation")):
