@@ -26,6 +26,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from diptych.data_prep.command_line import with_wrong_places
 from diptych.data_prep.other_names import other_name
 from diptych.data_prep.records import UserError, nearest
 
@@ -75,8 +76,12 @@ def parse(
     parser.add_class_arguments(settings_class, as_positional=True)
     first = [f"{CONFIG}={json.dumps(content)}" for content in contents if content]
     try:
-        values = parser.instantiate(parser.parse_args([*first, *words]))
-        return settings_class(**{setting.name: values[setting.name] for setting in fields(settings_class)})
+        found = parser.instantiate(parser.parse_args([*first, *words]))
+        values = {setting.name: found[setting.name] for setting in fields(settings_class)}
+        try:
+            return settings_class(**values)
+        except UserError as error:
+            raise with_wrong_places(error, settings_class, values) from None
     except UserError:
         raise
     except (ArgumentError, ValueError) as error:
@@ -174,24 +179,32 @@ def _check_words(words: Sequence[str], settings_class: type, command: str, in_re
     due = [setting.name for setting in fields(settings_class) if _is_positional(setting)]
     usage = f"{command} {' '.join(name.upper() for name in due)} …"
     given: list[str] = []
+    faults: list[str] = []
     left = iter(enumerate(words))
     for place, word in left:
         if not word.startswith("--"):
             given.append(word)
             continue
         option, equals, value = word.partition("=")
-        hint = _hint_of(option, settings_class)
-        if option[2:] in due:
-            raise UserError(f"{option} is given without its name: {usage}")
         if not equals:
             value = words[place + 1] if place + 1 < len(words) else None
-            if value is None or _is_option(value):
-                is_value = value is not None and not value.startswith("--")
-                more = f" A value that begins with a dash is written {option}={value}" if is_value else ""
-                raise UserError(f"{option} has no value; it {_expected(hint)}.{more}")
-            next(left)
+            if value is not None and not _is_option(value):
+                next(left)
+        try:
+            hint = _hint_of(option, settings_class)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        if option[2:] in due:
+            raise UserError(f"{option} is given without its name: {usage}")
+        if value is None or (not equals and _is_option(value)):
+            is_value = value is not None and not value.startswith("--")
+            more = f" A value that begins with a dash is written {option}={value}" if is_value else ""
+            raise UserError(f"{option} has no value; it {_expected(hint)}.{more}")
         if fault := _fault(option, value, hint):
-            raise UserError(fault)
+            faults.append(fault)
+    if faults:
+        raise UserError("\n".join(faults))
     if len(given) > len(due):
         raise UserError(f"{given[len(due)]!r} belongs to no option. See --help.")
     if missing := [name for name in due[len(given) :] if name not in in_recipes]:
@@ -253,8 +266,9 @@ def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
     for key, value in content.items():
         if isinstance(value, str) and get_origin(hints.get(key)) is list:
             content[key] = [value]
-    if fault := _fault_inside("", content, settings_class):
-        raise UserError(f"{name}: {fault}")
+    each = (_fault_inside("", {key: value}, settings_class) for key, value in content.items())
+    if faults := [fault for fault in each if fault]:
+        raise UserError(f"{name}: " + "\n".join(faults))
     return content
 
 

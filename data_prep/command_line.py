@@ -17,7 +17,7 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +44,7 @@ def run_command(
     said_by = command if rank == "0" else f"{command}, rank {rank}"
     try:
         settings = parse_it(sys.argv[1:] if argv is None else argv)
-        check_places(settings)
+        check_places(type(settings), vars(settings))
         return work(settings)
     except (UserError, OSError) as error:
         print(f"{said_by}: {message_of_file(error)}", file=sys.stderr)
@@ -71,14 +71,23 @@ def message_of_file(error: UserError | OSError) -> str:
 # Settings that name a place
 
 
-def check_places(settings: Any) -> None:
+def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
     """UserError where a setting names what is not there. Whatever else may be wrong with it is found by the work."""
-    for setting in fields(settings):
-        check, value = setting.metadata.get("check"), getattr(settings, setting.name)
+    for setting in fields(settings_class):
+        check, value = setting.metadata.get("check"), values[setting.name]
         given_as = setting.name if setting.default is setting.default_factory is MISSING else f"--{setting.name}"
         for name in value if isinstance(value, list) else [value]:
             if check is not None and name:
                 check(os.path.expanduser(name), given_as)
+
+
+def with_wrong_places(error: UserError, settings_class: type, values: Mapping[str, Any]) -> UserError:
+    """What is wrong with settings together, after what is wrong with a place that one of them names."""
+    try:
+        check_places(settings_class, values)
+    except UserError as place:
+        return UserError(f"{place}\n{error}")
+    return error
 
 
 def _check_checkpoint(name: str, given_as: str) -> None:

@@ -25,7 +25,10 @@ HERE = {
     "warmup_steps warmup_ratio": "num_warmup_steps lr_warmup_steps warmup",
     "max_grad_norm": "max_norm clip_grad_norm gradient_clipping grad_clip gradient_clip_val",
     "label_smoothing": "label_smoothing_factor",
-    "precision dtype": "bf16 fp16 fp32 tf32 half mixed_precision amp bf16_full_eval fp16_full_eval torch_dtype",
+    "precision=bf16 dtype=bfloat16": "bf16 bf16_full_eval",
+    "precision=fp16 dtype=float16": "fp16 fp16_full_eval half",
+    "precision=fp32 dtype=float32": "fp32 tf32",
+    "precision dtype": "mixed_precision amp torch_dtype",
     "gradient_checkpointing": "gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs",
     "attention": "attn_implementation use_flash_attention_2 flash_attention flash_attn use_flash_attn",
     "compile": "torch_compile torch_compile_backend torch_compile_mode",
@@ -47,7 +50,8 @@ HERE = {
     "num_return_sequences": "num_samples num_outputs",
     "resume": "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
     "seed": "data_seed random_seed full_determinism shuffle_seed",
-    "device": "use_cpu no_cuda gpu cuda device_map",
+    "device=cpu": "use_cpu no_cuda",
+    "device": "gpu cuda device_map",
     "model encoder adapter": "model_name_or_path model_name model_id base_model checkpoint model_path",
     "model_overrides": "config_overrides config_name model_init_kwargs",
     "tokenizer": "tokenizer_name tokenizer_name_or_path processing_class",
@@ -67,17 +71,21 @@ HERE = {
     "map": "text_column summary_column column_names dataset_text_field input_column target_column",
     "workers": "preprocessing_num_workers dataset_num_proc num_proc num_workers",
     "overwrite": "overwrite_output_dir",
-    "method": "use_peft use_lora peft peft_method lora",
+    "method=lora": "use_peft use_lora peft lora",
+    "method": "peft_method",
     "lora_rank": "lora_r r rank lora_dim",
     "lora_targets": "lora_target_modules target_modules lora_target_parameters",
-    "lora_variant": "use_dora use_rslora init_lora_weights",
+    "lora_variant=dora": "use_dora",
+    "lora_variant=rslora": "use_rslora",
+    "lora_variant": "init_lora_weights",
     "lora_embeddings": "lora_modules_to_save modules_to_save",
-    "quantize": "load_in_4bit load_in_8bit use_bnb_nested_quant bnb_4bit_quant_type quantization qlora",
+    "quantize=4bit": "load_in_4bit qlora",
+    "quantize": "load_in_8bit use_bnb_nested_quant bnb_4bit_quant_type quantization",
     "sharding": "fsdp fsdp_config parallelism_config zero_stage",
     "rank_timeout": "ddp_timeout",
     "profile": "profiler profiling",
 }
-"""Names of ours, of which those count that a command has, and what they are called elsewhere."""
+"""Names of ours, of which those count that a command has, some with a value, and what they are called elsewhere."""
 
 PREPARED = "When rows are prepared, that is decided: see diptych prepare --help,"
 OTHERWISE = {
@@ -128,15 +136,12 @@ def other_name(name: str, settings: Mapping[str, str], before: str = "") -> str:
     with what it does; `before` stands before their names, such as dashes."""
     name = name.replace("-", "_").casefold()
     for ours, theirs in HERE.items():
-        found = [f"{before}{setting}" for setting in ours.split() if setting in settings]
+        found = [setting for setting in ours.split() if setting.partition("=")[0] in settings]
         if found and _is_among(name, theirs):
-            does = (
-                f": {' '.join(settings[found[0].removeprefix(before)].split()).split('. ')[0].rstrip('.:')}"
-                if len(found) == 1
-                else ""
-            )
-            listed = " and ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
-            return f"Here it is {listed}{does}."
+            first = " ".join(settings[found[0].partition("=")[0]].split()).split(". ")[0].rstrip(".:")
+            shown = [f"{before}{setting.replace('=', ' ')}" for setting in found]
+            listed = " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+            return f"Here it is {listed}{f': {first}' if len(found) == 1 else ''}."
     return next((sentence for sentence, theirs in OTHERWISE.items() if _is_among(name, theirs)), "")
 
 

@@ -73,7 +73,7 @@ from diptych.data_prep.tables import (
     token_counts,
 )
 from diptych.data_prep.templates import Template, attach_template
-from diptych.data_prep.train_tokenizer import curve_vocab_size, table_vocab_size, train_tokenizer
+from diptych.data_prep.train_tokenizer import curve_vocab_size, table_vocab_size, train_tokenizer, why_fewer
 from diptych.data_prep.workers import cores
 
 TRAIN = KINDS[0]
@@ -141,8 +141,9 @@ def _prepare(
     selection = select(gathered, [source.split for source in inputs.sources], settings, rejects)
     duplicates = facts.duplicates(gathered, selection)
     _write_conflicts(partial / CONFLICTS, gathered, selection)
+    few = None
     if tokenizer is None:
-        tokenizer = _trained_tokenizer(settings, functools.partial(_train_texts, gathered, selection))
+        tokenizer, few = _trained_tokenizer(settings, functools.partial(_train_texts, gathered, selection))
         attach_template(tokenizer, template)
         check_decoder_start(settings, tokenizer)  # of little data fewer tokens are made than asked for
         rows = numpy.flatnonzero(selection.split_of_row != REMOVED)
@@ -173,6 +174,7 @@ def _prepare(
         *own_sets_warnings(selection.own_sets, input_facts),
         *packing_warnings(plan.entry if plan else None, settings),
         *cut_off_warnings(rejects),
+        *filter(None, [few]),
     ]
     manifest = {
         "rows": {
@@ -369,13 +371,17 @@ def _rejects_beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.rejects.jsonl")
 
 
-def _trained_tokenizer(settings: PrepareSettings, texts: Callable[[], Iterator[str]]) -> PreTrainedTokenizerBase:
+def _trained_tokenizer(
+    settings: PrepareSettings, texts: Callable[[], Iterator[str]]
+) -> tuple[PreTrainedTokenizerBase, str | None]:
+    """And why it has fewer tokens than the settings ask for, if it has."""
     kind, tokens = settings.train_tokenizer, settings.vocab_size
     if tokens == "auto":
         tokens, _ = curve_vocab_size(kind, texts)
     elif tokens == "table":
         tokens = table_vocab_size(sum(map(len, texts())))
-    return train_tokenizer(kind, texts(), tokens)
+    trained = train_tokenizer(kind, texts(), tokens)
+    return trained, why_fewer(kind, trained, tokens) if tokens == settings.vocab_size else None
 
 
 def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:

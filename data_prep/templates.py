@@ -100,10 +100,12 @@ class Template:
         self, instruction: str, input: str = "", history: tuple[tuple[str, str], ...] = (), system: str = ""
     ) -> str:
         """UserError where the row has earlier turns or a system prompt, and the template has no place for them."""
-        if history and "history" not in self.source_variables():
-            raise UserError(f"template '{self.name}' has no place for earlier turns; 'plain' and 'chat' have one.")
-        if system and "system" not in self.source_variables():
-            raise UserError(f"template '{self.name}' has no place for a system prompt; 'plain' and 'chat' have one.")
+        for name, value, words in (("history", history, "earlier turns"), ("system", system, "a system prompt")):
+            if value and name not in self.source_variables():
+                raise UserError(
+                    f"template '{self.name}' has no place for {words}. Conversations are prepared with "
+                    f"--template chat; 'plain' has a place for them, too."
+                )
         if input and not instruction and self.name == "alpaca":
             raise UserError(
                 f"template 'alpaca' is built around an instruction, and there is none. Give one, or --template"

@@ -48,8 +48,9 @@ class GenerateSettings:
     """A system prompt, for templates that have a place for one; in a session or a .txt file, for every prompt."""
     in_file: str = field(default="", metadata=EXISTING)
     """JSONL file of rows with `instruction`, `input` or both and, where there are any, `history`, `system`,
-    `source_language`, `target_language`, or with `messages`; other fields are kept. Or a .txt file, of which each line
-    is the input of --instruction or of the languages, or an instruction where none is given."""
+    `source_language`, `target_language`, or with `messages`; other fields are kept. Or a .csv or .tsv file with such
+    columns, or a .txt file, of which each line is the input of --instruction or of the languages, or an instruction
+    where none is given."""
     out_file: str = field(default="", metadata=OUTPUT)
     """JSONL file to write: one line for each of in_file, in order, also for a blank one. Started again after a kill,
     it goes on where it was."""

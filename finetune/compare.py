@@ -3,7 +3,7 @@
     diptych compare runs/full runs/lora              each a run folder, with what was evaluated into it
     diptych compare full.json lora.json              each a report of `diptych evaluate --out`
 
-    runs/full-vs-lora.png                            both losses of both runs, beside --out or in the current folder
+    out.png                                          both losses of both runs, beside --out
 
     test                    A                      B                    B - A                p
     chrf                41.20 [39.10, 43.30]   42.00 [39.80, 44.20]     0.80 [-0.30, 1.90]   0.1621
@@ -336,10 +336,10 @@ def run(settings: CompareSettings) -> int:
             f"both: diptych evaluate MODEL --data FOLDER --split test --out REPORT.json"
         )
     out = Path(settings.out) if settings.out else None
-    picture = out.with_suffix(".png") if out else Path(f"{Path(a.name).name}-vs-{Path(b.name).name}.png")
+    picture = out.with_suffix(".png") if out and a.entries and b.entries else None
     if out:
         check_overwrite(out, _is_comparison, "a comparison of `diptych compare`")
-    if a.entries and b.entries:
+    if picture:
         check_overwrite(picture, is_own_picture, "a picture of `diptych compare`")
     comparisons = {
         split: compare_reports(a.reports[split], b.reports[split], settings.trials, settings.seed) for split in shared
@@ -349,7 +349,7 @@ def run(settings: CompareSettings) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(to_json(a, b, comparisons), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"written: {out}")
-    if a.entries and b.entries:
+    if picture:
         plot_curves([a, b], picture)
         print(f"curves: {picture}")
     if not shared:

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.arguments import choose_from
 from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of
-from diptych.data_prep.named_splits import name_in, splits_of
+from diptych.data_prep.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.own_files import check_overwrite
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.templates import Template, carried_template
@@ -402,7 +402,8 @@ def load_splits(data: str, split: str) -> dict[str, Dataset]:
     splits = open_prepared(data)
     chosen = [split] if split in splits else splits_of(split, splits)
     if not chosen:
-        raise UserError(f"{data} has no split {split!r}. {choose_from(split, list(splits))}")
+        known = dict.fromkeys([*map(kind_of, splits), *splits])
+        raise UserError(f"{data} has no split {split!r}. {choose_from(split, list(known))}")
     return {name: splits[name] for name in chosen}
 
 

@@ -7,7 +7,7 @@
 Rows without an instruction are for models that need none. A row may bring `source_language` and `target_language` (or
 src_lang, tgt_lang), which go before those of the settings. A row may be a conversation instead, `messages` as in
 training: its next answer is generated, or, if it ends in one, that answer anew. In a .txt file each line is an
-instruction, or the input of the one that is given for all.
+instruction, or the input of the one that is given for all; a .csv or .tsv file is read as `diptych prepare` reads it.
 
 Each line of in_file gets exactly one line, in its place; `row` counts from 1. A blank one asks nothing, and has an
 empty prediction. `prediction` and `finished` (ended by the model, not by the cap) are lists where there are several
@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, set_seed
 
 from diptych.data_prep.conversations import ROLES, SHAREGPT_ROLES, Fault, open_question, turns_of
 from diptych.data_prep.languages import UnknownLanguage, languages_in
-from diptych.data_prep.records import Languages, UserError, nearest
+from diptych.data_prep.records import Languages, Row, UserError, nearest
 from diptych.data_prep.templates import Template
 from diptych.finetune.ctranslate2_engine import Translator
 from diptych.finetune.generate import LINES_SUFFIX, GenerateSettings, GenerationBar, Output, Prompt, Prompter
@@ -47,6 +47,11 @@ from diptych.finetune.targets import given_tokens
 
 # 8 batches: sorting among them already removes most of the padding, and a kill costs at most their time.
 CHUNK_BATCHES = 8
+TABLE_SUFFIXES = (".csv", ".tsv")
+FORMATS = (
+    "What is read: a JSON object on each line (.jsonl), a table whose first line names its columns (.csv, .tsv), or a "
+    "text on each line (.txt)."
+)
 PROMPT_FIELDS = ("instruction", "input", "history", "system")
 CONVERSATION_FIELDS = ("messages", "conversations")
 OUR_FIELDS = ("row", "prediction", "finished", "source_cut", "error", "log_probability", "log_probability_per_token")
@@ -66,26 +71,34 @@ BLANK = PromptRow({})
 def read_prompts(
     in_file: str, instruction: str = "", system: str = "", has_languages: bool = False
 ) -> list[PromptRow]:
-    """Every line of in_file; `instruction` and `system` are those of all lines of a .txt file. With `has_languages`
-    these lines are inputs, also without an instruction.
+    """Every line of in_file, or row of a table; `instruction` and `system` are those of all lines of a .txt file. With
+    `has_languages` these lines are inputs, also without an instruction.
 
     UserError where there is no file, no line, or no line that is a prompt.
     """
-    lines = Path(in_file).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    if in_file.endswith(LINES_SUFFIX):
-        rows = [_line_row(line, instruction, system, has_languages) for line in lines]
+    if in_file.endswith(TABLE_SUFFIXES):
+        rows = _table_rows(in_file)
     else:
-        rows = [_json_row(line) for line in lines]
-    if lines[-1] == b"":
-        rows.pop()
+        lines = Path(in_file).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        is_text = in_file.endswith(LINES_SUFFIX)
+        rows = [_line_row(it, instruction, system, has_languages) if is_text else _json_row(it) for it in lines]
+        if lines[-1] == b"":
+            rows.pop()
     asked = [row for row in rows if row != BLANK]
     if not asked:
-        raise UserError(f"{in_file} is empty. Write one prompt on each line: a JSON object, or in a .txt file a text.")
+        raise UserError(f"{in_file} is empty. {FORMATS}")
     if all(row.error for row in asked):
-        hint = "" if any(row.fields for row in asked) else ". If its lines are texts and not JSON, name it .txt."
+        hint = "" if any(row.fields for row in asked) else f". {FORMATS}"
         first = rows.index(asked[0])
         raise UserError(f"{in_file} has no row that is a prompt; row {first + 1}: {rows[first].error}{hint}")
     return rows
+
+
+def _table_rows(in_file: str) -> list[PromptRow]:
+    from diptych.data_prep.readers import open_sources  # here, for the time that pyarrow takes
+
+    rows = [row for source in open_sources([in_file]) for chunk in source.chunks() for row in chunk.rows()]
+    return [_row_of(row.fields) if isinstance(row, Row) else PromptRow({}, error=row.reason) for row in rows]
 
 
 def _line_row(line: bytes, instruction: str, system: str, has_languages: bool) -> PromptRow:
@@ -116,6 +129,10 @@ def _json_row(line: bytes) -> PromptRow:
         return PromptRow({}, error=f"JSON that cannot be read: {error}")
     if not isinstance(fields, dict):
         return PromptRow({}, error=f"a JSON object is needed, got {type(fields).__name__}")
+    return _row_of(fields)
+
+
+def _row_of(fields: dict[str, Any]) -> PromptRow:
     try:
         return PromptRow(fields, prompt_of(fields))
     except (UserError, Fault) as error:

@@ -116,6 +116,16 @@ def test_a_mistake_in_a_recipe_is_told_with_file_setting_and_value(text, message
     assert said(error).startswith(message)
 
 
+def test_all_that_is_mistyped_is_told_at_once(recipe):
+    with pytest.raises(UserError) as error:
+        parse(Settings, "bake", ["--sed", "1", "--fraction", "abc", "--tempalte=a", "--seed", "2"])
+    told = [" ".join(line.split()[:5]) for line in said(error).splitlines()]
+    assert told == ["there is no option --sed.", "--fraction is 'abc'; it has", "there is no option --tempalte."]
+    with pytest.raises(UserError) as error:
+        recipe("sede: 1\nseed: 1\nfraction: abc")
+    assert [line.split()[-1] for line in said(error).splitlines()[1:]] == ["number."]
+
+
 def test_an_option_may_have_dashes_and_names_inside_values_keep_theirs():
     found = parse(Settings, "bake", ["--split-by=source", "--mixture.weights.a-b", "2"])
     assert (found.split_by, found.mixture.weights) == ("source", {"a-b": 2.0})

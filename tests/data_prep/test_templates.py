@@ -69,7 +69,8 @@ def test_earlier_turns_are_rendered_where_there_is_a_place_for_them():
     assert source == "Say go.\n\nGo.\n\nAnd in Korean?"
     with pytest.raises(UserError, match="'translate' has no place for earlier turns"):
         TEMPLATES["translate"].render_source("Go.", history=(("a", "b"),))
-    with pytest.raises(UserError, match="'alpaca' has no place for a system prompt"):
+    advice = "'alpaca' has no place for a system prompt. Conversations are prepared with --template chat"
+    with pytest.raises(UserError, match=advice):
         TEMPLATES["alpaca"].render_source("Go.", system="Be brief.")
 
 

@@ -116,6 +116,7 @@ def test_runs_show_the_settings_that_differ_their_losses_and_their_curves(report
     (a / "status.json").write_text('{"exit_code": 0}')  # other JSON of a run folder
     (b / "notes.json").write_text("no JSON")
     assert compare.main([str(a), str(b), "--trials", "50"]) == 0
+    assert not list(tmp_path.glob("*.png")), "nothing is written without --out"
     words = {tuple(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert ("learning_rate", "0.001", "0.0001") in words
     assert not [line for line in words if line[:1] in (("out",), ("seed",))], "these do not differ, or must"
@@ -123,7 +124,8 @@ def test_runs_show_the_settings_that_differ_their_losses_and_their_curves(report
     assert ("…", "validation", "loss", "at", "step", "30", "20") in words
     assert ("best", "validation", "chrf", "-", "49.000") in words and ("steps", "30", "30") in words
     assert any(line[:1] == ("chrf",) and len(line) == 11 for line in words), "the reports in the folders are tested"
-    picture = image.imread(tmp_path / "a-vs-b.png")
+    assert compare.main([str(a), str(b), "--trials", "50", "--out", "ab.json"]) == 0
+    picture = image.imread(tmp_path / "ab.png")
     assert picture.shape[:2] == (540, 960)
     for colour in ((31, 119, 180), (255, 127, 14)):
         assert (abs(picture[..., :3] * 255 - colour).max(axis=2) < 2).sum() > 100, "each run has its curve"

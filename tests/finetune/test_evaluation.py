@@ -211,6 +211,8 @@ def test_each_test_set_has_a_table_and_a_report_of_its_own(
     assert re.findall(r"^test/\w+$|^rows +\d+", tables, flags=re.MULTILINE) == [
         "test/news", f"rows{3:25}", "test/law", f"rows{2:25}",
     ]  # fmt: skip
+    assert evaluation.main([*arguments, "--split", "tst"]) == 2
+    assert "no split 'tst'. Did you mean test? Choose from: test, test/news, test/law." in capsys.readouterr().err
     assert evaluation.main([*arguments, "--split", "test/law", "--out", str(tmp_path / "one.json")]) == 0
     of_all, alone = (json.loads((tmp_path / name).read_text()) for name in ("all.law.json", "one.json"))
     del of_all["settings"]["out"], alone["settings"]["out"]
@@ -218,7 +220,7 @@ def test_each_test_set_has_a_table_and_a_report_of_its_own(
     predictions = (tmp_path / "all.news.predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["source"] for line in predictions] == [row["source"] for row in eight_prepared_rows[:3]]
     assert evaluation.main([*arguments, "--split", "law"]) == 2
-    assert "has no split 'law'. Choose from: test/news, test/law." in capsys.readouterr().err
+    assert "has no split 'law'. Choose from: test, test/news, test/law." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,16 @@ def test_each_line_of_a_text_is_answered_in_its_place_and_a_blank_one_by_nothing
     assert (blank["prediction"], blank["finished"]) == (["", ""], [True, True])
 
 
+@pytest.mark.parametrize(("name", "mark"), [("in.csv", ","), ("in.tsv", "\t")])
+def test_a_table_is_read_by_the_names_of_its_columns(tmp_path, t5_checkpoint, name, mark):
+    rows = [["instruction", "input", "id"], [KOREAN, "Go.", "7"], ["", "", "8"], [KOREAN, "Yes.", "9"]]
+    (tmp_path / name).write_text("\n".join(map(mark.join, rows)) + "\n")
+    assert generate.main(command(t5_checkpoint, tmp_path / name, tmp_path / "out.jsonl")) == 0
+    first, bad, last = read_lines(tmp_path / "out.jsonl")
+    assert (first["prediction"], first["id"], last["prediction"]) == ("가.", "7", "네.")
+    assert "'instruction' must be a string that is not empty" in bad["error"]
+
+
 def test_blank_lines_between_json_rows_keep_the_numbers_of_the_lines(tmp_path, t5_checkpoint, eight_prepared_rows):
     row = json.dumps({name: eight_prepared_rows[2][name] for name in ("instruction", "input")}) + "\n"
     (tmp_path / "in.jsonl").write_text("\n" + row + "\n" * 40 + row)
@@ -362,7 +372,10 @@ def test_files_without_a_prompt_are_refused_before_a_model_is_loaded(tmp_path, c
     assert "no row that is a prompt; row 1: a JSON object is needed, got list" in capsys.readouterr().err
     (tmp_path / "in.jsonl").write_text("\nTranslate this.\n")
     assert generate.main(arguments) == 2
-    assert "row 2: broken JSON at column 1: Expecting value. If its lines are texts" in capsys.readouterr().err
+    assert (
+        "row 2: broken JSON at column 1: Expecting value. What is read: a JSON object on each line (.jsonl), a table"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out.jsonl").exists()
 
 
