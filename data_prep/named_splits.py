@@ -7,7 +7,7 @@
     named("news=a.jsonl")                            → ("news", "a.jsonl")
     splits_of("validation", splits)                  → ["validation/news", "validation/medical"]
 
-The words are those by which `datasets` knows the files of a Hub data set.
+The words are those by which `datasets` knows the files of a Hub data set, and what translators call theirs.
 """
 
 from __future__ import annotations
@@ -19,22 +19,31 @@ from collections.abc import Iterable
 KINDS = ("train", "validation", "test")
 HELD_OUT = KINDS[1:]
 
+DOUBTFUL = "?"
+"""The kind of a part whose name has to do with what is held out, in a way that is not known here."""
+
+_TEST_OF_DEV = re.compile("(?<![a-z])(?:dev[_.-]?test|test[_.-]?dev)(?![a-z])")
+"""FLORES and WMT divide what they publish into dev and devtest, others into dev and test-dev."""
 _WORDS = {
-    "train": "train|training",
-    "validation": "validation|valid|val|dev|development",
-    "test": "test|testing|eval|evaluation",
+    "train": "(?:train|training)(?:set)?",
+    "validation": "(?:(?:news|newsdiscuss)?dev|validation|valid|val|development)(?:set)?",
+    "test": "(?:(?:news|newsdiscuss)?test|tst)(?:set|s|[ab])?|testing|evals?|evaluations?|evalset|held[_-]?out",
 }
 _SAYS = {kind: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])") for kind, words in _WORDS.items()}
+_MAY_SAY = re.compile(
+    r"(?<![a-z])(?:test(?!i|ament)|eval|valid|dev(?:set|data|split|files?)|hold[_-]?out)"
+    r"|(?<!la)(?<!con)(?<!pro)(?<!grea)(?<!fas)test(?![a-z])|[a-z]dev(?![a-z])|held[_-]?out"
+)
 _NAMED = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
 
 
 def said_kind(path: str) -> str:
-    """The kind that a path, or the name of a split, says; "" if it says none. The last part that says one decides, and
-    a part that says two (train_test.jsonl) says none."""
-    for part in reversed(path.casefold().split("/")):
+    """The kind that a path, or the name of a split, says; "" if it says none. The last part that says one decides. A
+    part that says two (train_test.jsonl), or part of a word (mytest.jsonl), is DOUBTFUL."""
+    for part in reversed(_TEST_OF_DEV.sub("test", path.casefold()).split("/")):
         said = [kind for kind, words in _SAYS.items() if words.search(part)]
-        if len(said) == 1:
-            return said[0]
+        if said or _MAY_SAY.search(part):
+            return said[0] if len(said) == 1 else DOUBTFUL
     return ""
 
 

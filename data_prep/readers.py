@@ -51,7 +51,7 @@ from diptych.data_prep.files import (
     identify,
 )
 from diptych.data_prep.languages import languages_of_files
-from diptych.data_prep.named_splits import HELD_OUT, KINDS, kind_of, named, said_kind
+from diptych.data_prep.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_of, named, said_kind
 from diptych.data_prep.read_columns import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks
 from diptych.data_prep.read_json_object import object_reader
@@ -190,7 +190,7 @@ def _open_held_out(kind: str, entries: Sequence[str], limits: Limits, columns: C
     sources: list[Source] = []
     for name, entry in map(named, entries):
         found = _open_entries([entry], limits, columns)
-        others = [source for source in found if source.split not in ("", kind)]
+        others = [source for source in found if source.split not in ("", DOUBTFUL, kind)]
         own = [source for source in found if source.split == kind] if others else found
         if not own:
             raise UserError(
@@ -214,7 +214,18 @@ def _open_held_out(kind: str, entries: Sequence[str], limits: Limits, columns: C
 
 
 def _by_splits(sources: list[Source]) -> list[Source]:
-    """What was named to train on: a part whose name does not say that it is held out is train."""
+    """What was named to train on: a part whose name does not say that it is held out is train.
+
+    Raises:
+        UserError: a name may say so or not.
+    """
+    for source in sources:
+        if source.split == DOUBTFUL:
+            raise UserError(
+                f"{source.name}: its name does not say whether {source.entry} has it to train on, or to be held out."
+                f" Name the files to train on themselves in --data, and what is held out in --validation and --test;"
+                f" or rename the file to train…, validation… or test…."
+            )
     kept = [replace(source, split=source.split or TRAIN) for source in sources]
     for entry in dict.fromkeys(source.entry for source in kept):
         own = [source for source in kept if source.entry == entry]
@@ -581,8 +592,8 @@ def _kinds_of(entry: str, splits: Sequence[str], example: str) -> tuple[dict[str
     split is read whatever it is called."""
     kinds = {split: said_kind(split) for split in splits}
     if len(splits) == 1:
-        return kinds, []
-    said = {split: kind for split, kind in kinds.items() if kind}
+        return {split: kind.removesuffix(DOUBTFUL) for split, kind in kinds.items()}, []
+    said = {split: kind for split, kind in kinds.items() if kind in KINDS}
     if not said:
         raise UserError(
             f"{entry} has the splits {', '.join(splits) or 'none'}, whose names do not say what they are for. Name the"

@@ -494,7 +494,13 @@ def splits_of(*entries, **more):
         {"train-00000-of-00002.jsonl": "train", "dev.jsonl": "validation", "news.test.jsonl": "test"},
         {"Training.jsonl": "train", "valid_1.jsonl": "validation", "test2024.jsonl": "test", "more.jsonl": "train"},
         {"a.jsonl": "train", "eval/b.jsonl": "test", "val/c.jsonl": "validation", "test/train.jsonl": "train"},
-        {"developers.jsonl": "train", "testimonies.jsonl": "train", "train_test.jsonl": "train"},
+        {"developers.jsonl": "train", "testimonies.jsonl": "train", "latest.jsonl": "train"},
+        {"a.jsonl": "train", "dev.jsonl": "validation", "devtest.jsonl": "test"},
+        {"a.jsonl": "train", "dev_test.jsonl": "test", "test-dev.jsonl": "test", "newsdev2015.jsonl": "validation"},
+        {"a.jsonl": "train", "newstest2014.jsonl": "test", "tst2014.jsonl": "test", "dev2010.jsonl": "validation"},
+        {"train_sft.jsonl": "train", "test_sft.jsonl": "test", "validation_matched.jsonl": "validation"},
+        {"a.jsonl": "train", "valid_unseen.jsonl": "validation", "testA.jsonl": "test", "held_out.jsonl": "test"},
+        {"trainset.jsonl": "train", "testset.jsonl": "test", "devset.jsonl": "validation", "heldout.jsonl": "test"},
     ],
 )  # fmt: skip
 def test_the_names_in_a_folder_say_their_splits(names, write_rows, tmp_path):
@@ -509,6 +515,19 @@ def test_the_names_in_a_folder_say_their_splits(names, write_rows, tmp_path):
     assert found == names
     notes = " ".join(note for source in open_sources([str(tmp_path / "data")]) for note in source.notes)
     assert ("is read by the names in it" in notes) == (set(names.values()) != {"train"})
+
+
+@pytest.mark.parametrize(
+    "name", ["train_test", "mytest", "testdata", "evaluated", "validated", "devdata", "my_holdout"]
+)
+def test_a_name_that_may_be_of_what_is_held_out_is_not_trained_on_unsaid(name, write_rows, tmp_path):
+    (tmp_path / "data").mkdir()
+    for file in ("a", name):
+        (tmp_path / "data" / f"{file}.jsonl").write_bytes(GOOD)
+    path = str(tmp_path / "data" / f"{name}.jsonl")
+    assert f"{path}: its name does not say" in refused(str(tmp_path / "data"))
+    assert splits_of(path) == {f"{name}.jsonl": "train"}
+    assert set(splits_of(held_out={"test": [str(tmp_path / "data")]}).values()) == {"test"}
 
 
 def test_a_glob_says_splits_below_its_pattern_and_a_file_named_itself_is_what_it_was_named_for(tmp_path, monkeypatch):
