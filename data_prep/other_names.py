@@ -47,6 +47,7 @@ HERE = {
     "num_beams": "generation_num_beams beams beam_size",
     "generation": "generation_config generate_kwargs top_p top_k repetition_penalty length_penalty min_new_tokens "
     "no_repeat_ngram_size",
+    "temperature": "do_sample sample sampling",
     "num_return_sequences": "num_samples num_outputs",
     "resume": "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
     "seed": "data_seed random_seed full_determinism shuffle_seed",
@@ -61,12 +62,13 @@ HERE = {
     "validation_split_percentage val_set_size validation_split eval_split",
     "test test_fraction split": "test_file test_data test_size",
     "limit metrics_limit": "max_train_samples max_eval_samples max_predict_samples max_samples",
+    "max_source_tokens + max_new_tokens": "max_length",
     "max_source_tokens max_target_tokens": "max_seq_length max_seq_len max_length model_max_length block_size "
     "cutoff_len",
     "max_source_tokens": "max_source_length max_prompt_length max_input_length",
     "max_target_tokens max_new_tokens": "max_target_length max_completion_length max_output_length",
     "source_language": "source_lang src_lang",
-    "target_language": "target_lang tgt_lang forced_bos_token",
+    "target_language": "target_lang tgt_lang forced_bos_token forced_bos_token_id",
     "template": "source_prefix instruction_template prompt_template chat_template chat_template_path",
     "map": "text_column summary_column column_names dataset_text_field input_column target_column",
     "workers": "preprocessing_num_workers dataset_num_proc num_proc num_workers",
@@ -85,7 +87,8 @@ HERE = {
     "rank_timeout": "ddp_timeout",
     "profile": "profiler profiling",
 }
-"""Names of ours, of which those count that a command has, some with a value, and what they are called elsewhere."""
+"""Names of ours, of which those count that a command has, some with a value, and what they are called elsewhere. Of
+`a + b`, a command must have both."""
 
 PREPARED = "When rows are prepared, that is decided: see diptych prepare --help,"
 OTHERWISE = {
@@ -94,7 +97,7 @@ OTHERWISE = {
     "model_max_length cutoff_len max_source_length max_prompt_length max_input_length max_target_length "
     "max_completion_length max_output_length",
     f"{PREPARED} --source_language and --target_language.": "source_lang src_lang target_lang tgt_lang "
-    "forced_bos_token",
+    "forced_bos_token forced_bos_token_id",
     f"{PREPARED} --template.": "source_prefix instruction_template prompt_template chat_template chat_template_path",
     f"{PREPARED} --map.": "text_column summary_column column_names dataset_text_field input_column target_column",
     f"{PREPARED} under splits.": "validation_file eval_file dev_file eval_dataset dataset_test_split test_file "
@@ -137,7 +140,7 @@ def other_name(name: str, settings: Mapping[str, str], before: str = "") -> str:
     name = name.replace("-", "_").casefold()
     for ours, theirs in HERE.items():
         found = [setting for setting in ours.split() if setting.partition("=")[0] in settings]
-        if found and _is_among(name, theirs):
+        if len(found) > (" + " in ours) and _is_among(name, theirs):
             first = " ".join(settings[found[0].partition("=")[0]].split()).split(". ")[0].rstrip(".:")
             shown = [f"{before}{setting.replace('=', ' ')}" for setting in found]
             listed = " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))

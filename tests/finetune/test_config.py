@@ -68,6 +68,7 @@ def test_every_field_says_what_it_does(capsys):
         (["--lr_scheduler_type", "cosine"], "Here it is --schedule: "),
         (["--max_seq_length", "512"], "see diptych prepare --help, --max_source_tokens and --max_target_tokens."),
         (["--dataset_name", "x"], "Here it is --data: "),
+        (["--max_length", "9"], "--max_source_tokens and --max_target_tokens."),
         (["--schedule", "cosin"], "'cosin'; it can be cosine, linear or constant. Did you mean cosine?"),
         (["--config", "absent.yaml"], "absent.yaml"),
         (["--precision", "fp64"], "--precision is 'fp64'; it can be auto, bf16, fp16 or fp32."),
