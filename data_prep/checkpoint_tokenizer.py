@@ -11,7 +11,7 @@ from __future__ import annotations
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from diptych.data_prep.encode import vocabulary_size
+from diptych.data_prep.encode import vocabulary_sizes
 from diptych.data_prep.hub import check_chat_templates, check_config, check_place
 from diptych.data_prep.languages import check_spells_no_code, codes_of, set_languages
 from diptych.data_prep.records import Languages, UserError
@@ -25,6 +25,7 @@ from diptych.data_prep.templates import (
     load_template,
     template_of,
 )
+from diptych.data_prep.two_vocabularies import name_end_token
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -34,9 +35,10 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         # False, and not left out: left out, transformers would ask on the terminal whether to run a stranger's code.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:  # the last is of a config beside it
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:  # that of a config beside it
         raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
     check_chat_templates(tokenizer.chat_template, name)
+    name_end_token(tokenizer)
     return tokenizer
 
 
@@ -90,7 +92,7 @@ def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
 
 
 def check_decoder_start(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-    start, last = settings.decoder_start_token_id, vocabulary_size(tokenizer) - 1
+    start, last = settings.decoder_start_token_id, vocabulary_sizes(tokenizer)[1] - 1
     if start is not None and start > last:
         name = f"'{settings.tokenizer}'" if settings.tokenizer else "the tokenizer trained here"
         raise UserError(

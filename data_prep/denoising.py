@@ -39,6 +39,7 @@ from diptych.data_prep.encode import split_sources, split_targets
 from diptych.data_prep.records import UserError
 from diptych.data_prep.settings import DenoiseSettings
 from diptych.data_prep.tokenizer_texts import open_texts
+from diptych.data_prep.two_vocabularies import check_one_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,6 +210,8 @@ def denoise(settings: DenoiseSettings) -> Counter[str]:
     from tokenizers import AddedToken
 
     tokenizer = open_tokenizer(settings.tokenizer)
+    what = "both sides of these pairs are of one text. Take a checkpoint with one vocabulary."
+    check_one_vocabulary(tokenizer, settings.tokenizer, what)
     out = Path(settings.out).expanduser()
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{settings.out} has something in it, which will not be overwritten. Choose another --out.")

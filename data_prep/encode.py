@@ -24,14 +24,14 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tokenizers
 
 from diptych.data_prep.languages import Languages, codes_of, own_languages
 from diptych.data_prep.records import UserError, broken_character, nearest
+from diptych.data_prep.two_vocabularies import source_side, target_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,6 +138,7 @@ def shortened(
     fields are cut to one length, so that a short instruction stays whole beside a long text. Where the template alone
     is too long, the fields come out empty.
     """
+    tokenizer = source_side(tokenizer)
     around = sum(map(len, _around_source(tokenizer, languages or own_languages(tokenizer))))
     pieces = _pieces(text)
 
@@ -145,7 +146,7 @@ def shortened(
         return Rendered(FRAME_MARK.join(it if place % 2 else it[:length] for place, it in enumerate(pieces)))
 
     def tokens(length: int) -> int:
-        return around + len(_contents(tokenizer, [cut(length)], "text")[0])
+        return around + len(_contents(tokenizer, [cut(length)])[0])
 
     return cut(_longest_that_fits(tokens, max(map(len, pieces[::2])), max_tokens))
 
@@ -213,8 +214,9 @@ def split_sources(
     """`languages` are those of each text, as `resolved` gives them; the tokenizer's own unless given."""
     if not texts:
         return []
+    tokenizer = source_side(tokenizer)
     around = _language_cache(lambda of_row: _around_source(tokenizer, of_row), tokenizer, texts, languages)
-    contents = _contents(tokenizer, texts, "text")
+    contents = _contents(tokenizer, texts)
     return [Encoding(before, content, after) for (before, after), content in zip(around, contents, strict=True)]
 
 
@@ -225,6 +227,7 @@ def split_targets(
     languages: Sequence[Languages] | None = None,
 ) -> list[Encoding]:
     """Some tokenizers put nothing after a target, mBART puts a language code after eos: generation must end at eos."""
+    tokenizer = target_side(tokenizer)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise UserError("the tokenizer has no eos token, and a target must end in one. Set tokenizer.eos_token first.")
@@ -235,7 +238,7 @@ def split_targets(
     before = _language_cache(
         lambda of_row: label_prefix(tokenizer, decoder_prefix, of_row), tokenizer, texts, languages
     )
-    contents = _contents(tokenizer, texts, "text_target")
+    contents = _contents(tokenizer, texts)
     return [Encoding(prefix, content, suffix) for prefix, content in zip(before, contents, strict=True)]
 
 
@@ -278,6 +281,7 @@ def label_prefix(
 
     A template that names a decoder prefix says which language is written, so the tokenizer's own code gives way to it.
     """
+    tokenizer = target_side(tokenizer)
     codes = codes_of(tokenizer)
     if codes.is_around_texts:
         source, target = languages or own_languages(tokenizer)
@@ -344,6 +348,11 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max(*tokenizer.get_vocab().values(), *codes_of(tokenizer).tokens.values())
 
 
+def vocabulary_sizes(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """`vocabulary_size` of the source's side and of the target's."""
+    return vocabulary_size(source_side(tokenizer)), vocabulary_size(target_side(tokenizer))
+
+
 def _before(eos: int, suffix: list[int]) -> list[int]:
     return suffix[: suffix.index(eos)] if eos in suffix else suffix
 
@@ -385,7 +394,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return set(_control_tokens(tokenizer).values())
 
 
-def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: str) -> list[list[int]]:
+def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     for text in texts:
         if UNSPELLABLE in text or FRAME_MARK in text:
             raise UserError(
@@ -396,7 +405,7 @@ def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: st
     control = _control_tokens(tokenizer)
     pattern = _pattern(tuple(control))
     if not tokenizer.is_fast:
-        return _python_contents(tokenizer, texts, side, control, pattern)
+        return _python_contents(tokenizer, texts, control, pattern)
     renamed, spelled = _renamed(tokenizer, tuple(control.items())), [_spell(text, pattern) for text in texts]
     try:
         return [encoding.ids for encoding in renamed.encode_batch_fast(spelled, add_special_tokens=False)]
@@ -427,7 +436,7 @@ def fields_in(text: str) -> list[str]:
 
 def field_contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts that are parts of sources, with nothing before and after."""
-    return _contents(tokenizer, texts, "text") if texts else []
+    return _contents(source_side(tokenizer), texts) if texts else []
 
 
 def _spell(text: str, pattern: re.Pattern) -> str:
@@ -474,7 +483,7 @@ def _parts(merge: str | list[str]) -> tuple[str, str, str]:
 
 
 def _python_contents(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], side: str, control: dict[str, int], pattern: re.Pattern
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], control: dict[str, int], pattern: re.Pattern
 ) -> list[list[int]]:
     """ByT5, M2M100, Marian: what is between added tokens goes to the model alone, which knows no added tokens."""
     words = {token: tokenizer.convert_tokens_to_ids(token) for token in text_tokens(tokenizer)}
@@ -512,8 +521,7 @@ def _python_contents(
         pieces = tokenizer.tokenize(segment, split_special_tokens=True) if segment else []
         return [token_id for piece in pieces for token_id in _text_ids(tokenizer, piece, control_ids)]
 
-    with _mode(tokenizer, side):
-        return [[token_id for segment in segments(text) for token_id in ids(segment)] for text in texts]
+    return [[token_id for segment in segments(text) for token_id in ids(segment)] for text in texts]
 
 
 def _cut(text: str, pattern: re.Pattern | None) -> list[str]:
@@ -531,17 +539,3 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, piece: str, control_ids: set[i
         return [token_id]
     ids = [tokenizer.convert_tokens_to_ids(character) for character in piece]
     return [tokenizer.unk_token_id if token_id in control_ids else token_id for token_id in ids]
-
-
-@contextmanager
-def _mode(tokenizer: PreTrainedTokenizerBase, side: str) -> Iterator[None]:
-    """Marian has a vocabulary for each side, and changes over between them as transformers tells it to. Others change
-    their language codes, which are not put in here."""
-    if side == "text" or not hasattr(tokenizer, "_switch_to_target_mode") or codes_of(tokenizer).is_around_texts:
-        yield
-        return
-    tokenizer._switch_to_target_mode()
-    try:
-        yield
-    finally:
-        tokenizer._switch_to_input_mode()

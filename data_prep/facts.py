@@ -21,6 +21,7 @@ from diptych.data_prep.selection import ALSO_HELD_OUT, Selection, conflict_rows
 from diptych.data_prep.stages import Counts
 from diptych.data_prep.templates import Template, golden_examples
 from diptych.data_prep.text_shown import token_chips
+from diptych.data_prep.two_vocabularies import source_side, target_side
 
 SAMPLES = 10
 PADDED_BATCH = 32
@@ -137,9 +138,9 @@ def _sample(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, decoder_sta
         "origin": row["origin"],
         "source": _short(row["source"]),
         "target": _short(row["target"]),
-        "input_tokens": token_chips(tokenizer, row["input_ids"]),
-        "label_tokens": token_chips(tokenizer, labels),
-        "decoder_input_tokens": token_chips(tokenizer, shifted),
+        "input_tokens": token_chips(source_side(tokenizer), row["input_ids"]),
+        "label_tokens": token_chips(target_side(tokenizer), labels),
+        "decoder_input_tokens": token_chips(target_side(tokenizer), shifted),
     }
 
 

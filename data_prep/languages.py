@@ -14,7 +14,7 @@ Where the codes of a row stand, S being the code of the source and T that of the
     source   MADLAD `<2ko>`,             T text </s>          <pad> text       text </s>
              Marian `>>kor<<`
     words    T5 and all others           translate English to Korean: text     text </s>
-    none     Marian of one pair          text </s>            <pad> text       text </s>
+    none     Marian of one pair, FSMT    text </s>            <pad> text       text </s>
 
 encode.py puts the codes there, in training and at inference. With `both`, T is a label that the model learns to write
 first, and generation forces it; transformers does the same with `forced_bos_token_id`. With `start`, T stands in the
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from diptych.data_prep.records import IGNORE_INDEX, Languages, UserError, nearest
+from diptych.data_prep.two_vocabularies import source_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -163,13 +164,15 @@ def codes_of(tokenizer: PreTrainedTokenizerBase | None) -> LanguageCodes:
     """None is a tokenizer that has still to be trained."""
     if tokenizer is None:
         return WITHOUT_CODES
-    return _codes_of(tokenizer, len(tokenizer))
+    return _codes_of(source_side(tokenizer), len(tokenizer))
 
 
 @functools.lru_cache(maxsize=16)
 def _codes_of(tokenizer: PreTrainedTokenizerBase, tokens: int) -> LanguageCodes:
     """`tokens` are counted, because a person may add a language of their own."""
     kind = type(tokenizer).__name__.removesuffix("Fast")
+    if kind == "FSMTTokenizer":  # its languages are its vocabularies', and nothing is written of them
+        return NOTHING_TO_SAY
     if hasattr(tokenizer, "src_lang"):
         spelled = [*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]
         spelled += getattr(tokenizer, "lang_code_to_token", {}).values()  # M2M100: these are no added tokens

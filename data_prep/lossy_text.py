@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from diptych.data_prep.encode import Encoding, control_ids, field_contents, fields_in
+from diptych.data_prep.two_vocabularies import source_side, target_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +82,7 @@ def target_losses(
     all_of_them: bool,
 ) -> dict[int, Loss | None]:
     """Of those of `places` that were looked at, each with what it loses, or None."""
-    places = sorted(places)
+    tokenizer, places = target_side(tokenizer), sorted(places)
     if not tokenizer.is_fast and not all_of_them:
         places = places[:: -(-len(places) // LOOKED_AT) or 1]
     control, unknown = control_ids(tokenizer), tokenizer.unk_token_id
@@ -100,6 +101,7 @@ def source_losses(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], encodings: Sequence[Encoding], places: Collection[int]
 ) -> dict[int, Loss]:
     """Of those of `places` whose fields hold characters that the tokenizer does not know."""
+    tokenizer = source_side(tokenizer)
     unknown = tokenizer.unk_token_id
     suspects = [
         (place, piece) for place in places if unknown in encodings[place].content for piece in fields_in(texts[place])

@@ -74,6 +74,7 @@ from diptych.data_prep.tables import (
 )
 from diptych.data_prep.templates import Template, attach_template
 from diptych.data_prep.train_tokenizer import curve_vocab_size, table_vocab_size, train_tokenizer, why_fewer
+from diptych.data_prep.two_vocabularies import has_two_vocabularies, target_side
 from diptych.data_prep.workers import cores
 
 TRAIN = KINDS[0]
@@ -163,7 +164,7 @@ def _prepare(
     plan = None
     if settings.packing and TRAIN in tables:
         budget = (settings.packed_source_tokens, settings.packed_target_tokens)
-        start = decoder_start_of(settings) or (tokenizer.pad_token_id, "assumed")
+        start = decoder_start_of(settings) or (target_side(tokenizer).pad_token_id, "assumed")
         plan = plan_packing(tables[TRAIN], tokenizer, start, budget, settings.share_sources, settings.seed)
     tokens = token_counts(gathered, places, stages.lengths, rejects)
     input_facts = _input_facts(inputs, gathered, selection, places.get(TRAIN, numpy.zeros(0, int)), settings)
@@ -202,6 +203,7 @@ def _prepare(
             "from": settings.tokenizer or f"{settings.train_tokenizer} trained on the train split",
             "class": type(tokenizer).__name__,
             "tokens": len(tokenizer),
+            **({"target_tokens": len(target_side(tokenizer))} if has_two_vocabularies(tokenizer) else {}),
             "lost": {
                 it["kind"]: {
                     "examples": gathered.counts.lost[it["kind"]],
@@ -216,7 +218,7 @@ def _prepare(
         "versions": {"datasets": datasets.__version__, "transformers": transformers.__version__},
     }
     _write_tables(partial, tables, plan, tokenizer, scratch)
-    start = plan.decoder_start_token_id if plan else tokenizer.pad_token_id
+    start = plan.decoder_start_token_id if plan else target_side(tokenizer).pad_token_id
     write_report(
         partial,
         {

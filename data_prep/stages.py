@@ -38,7 +38,7 @@ from diptych.data_prep.encode import (
     spelled_added_tokens,
     split_sources,
     split_targets,
-    vocabulary_size,
+    vocabulary_sizes,
 )
 from diptych.data_prep.filters import is_composed, script_of
 from diptych.data_prep.formats import Converter
@@ -321,7 +321,7 @@ def encode_batch(
     sources = split_sources(tokenizer, source_texts, languages)
     targets = split_targets(tokenizer, target_texts, template.decoder_prefix, languages)
     given = {place for place, example in enumerate(examples) if isinstance(example.record, Tokenised)}
-    end = vocabulary_size(tokenizer) if given else 0
+    ends = vocabulary_sizes(tokenizer) if given else ()
     for place in given:
         sources[place] = Encoding([], list(examples[place].record.input_ids), [])
         targets[place] = Encoding([], list(examples[place].record.labels), [])
@@ -335,7 +335,7 @@ def encode_batch(
     for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
         source_ids, target_ids, fault = _fitted(fitting[place], target, lengths)
         if fault is None and place in given:
-            fault = _unknown_token(source_ids, target_ids, end)
+            fault = _unknown_token((source_ids, target_ids), ends)
         elif fault is None:
             lost = {"source": unknown.get(place), "target": losses.get(place)}
             fault = _lossy(lost) if lengths.lossy_text != "keep" else None
@@ -434,12 +434,12 @@ def _compared(example: Example) -> str:
     return "" if isinstance(example.record, Tokenised) else compared_text(example.record)
 
 
-def _unknown_token(source: Sequence[int], target: Sequence[int], end: int) -> tuple[str, str] | None:
-    """Rows that came as token ids may be of another tokenizer."""
-    largest = max(*source, *target)
-    if largest < end:
-        return None
-    return "unknown token", f"it holds the token {largest}, and the ids of the tokenizer end at {end - 1}."
+def _unknown_token(row: Sequence[Sequence[int]], ends: Sequence[int]) -> tuple[str, str] | None:
+    """Rows that came as token ids may be of another tokenizer. `ends` are the sizes of each side's vocabulary."""
+    for ids, end in zip(row, ends, strict=True):
+        if max(ids) >= end:
+            return "unknown token", f"it holds the token {max(ids)}, and the ids of the tokenizer end at {end - 1}."
+    return None
 
 
 def _writable(raw: str) -> str:

@@ -64,10 +64,15 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> list[str]:
         f"Target     {_lengths(tokens['target'])}",
         *packing_lines(manifest),
         f"Template   {manifest['template']['name']}, saved with the tokenizer",
-        f"Tokenizer  {manifest['tokenizer']['from']}, {manifest['tokenizer']['tokens']:,} tokens",
+        f"Tokenizer  {manifest['tokenizer']['from']}, {_vocabulary(manifest['tokenizer'])} tokens",
         f"Report     {folder / 'report.html'}",
         f"Prepared   {folder}" + (f" (rows not kept: {folder / REJECTS})" if rows["rejected"] else ""),
     ]
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> str:
+    """`600`; `150 + 600` where sources and targets have one each."""
+    return " + ".join(f"{tokenizer[name]:,}" for name in ("tokens", "target_tokens") if name in tokenizer)
 
 
 def _read(rows: dict[str, int]) -> str:

@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.encode import vocabulary_size
+from diptych.data_prep.encode import vocabulary_sizes
 from diptych.data_prep.gather import Gathered, taken, written
 from diptych.data_prep.languages import codes_of
 from diptych.data_prep.packing import (
@@ -37,6 +37,7 @@ from diptych.data_prep.packing import (
 from diptych.data_prep.prepared import without_bars
 from diptych.data_prep.records import Languages, Rejects
 from diptych.data_prep.stages import FINAL_COLUMNS, LANGUAGE_FIELDS, Lengths
+from diptych.data_prep.two_vocabularies import padding_id
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -119,12 +120,13 @@ def plan_packing(
     seed: int,
 ) -> PackingPlan:
     """`decoder_start` is a token id and who says so; `budget` is source and target tokens, None for what is chosen."""
-    pad_token_id, (decoder_start_token_id, decoder_start_from) = tokenizer.pad_token_id, decoder_start
+    pad_token_id, (decoder_start_token_id, decoder_start_from) = padding_id(tokenizer), decoder_start
     ids = train.select_columns(["input_ids", "labels"])
     sides = _sides(ids, share_sources)
     repeats_start = repeated_start(sides.first_labels, decoder_start_token_id, codes_of(tokenizer).starts)
     lengths = (sides.source_tokens, sides.target_tokens - repeats_start)
     groups = sides.sources
+    source_vocabulary, target_vocabulary = vocabulary_sizes(tokenizer)
     chosen = choose_budget(*lengths, *budget, groups=groups, names=train["origin"])
     rows = list(_rows(lengths, chosen, seed, groups))
     encoded = numpy.concatenate(
@@ -147,8 +149,10 @@ def plan_packing(
         "decoder_start_token_id": decoder_start_token_id,
         "decoder_start_from": decoder_start_from,
         "pad_token_id": pad_token_id,
-        "vocabulary": vocabulary_size(tokenizer),
-        "largest_token_id": max(sides.largest_token_id, pad_token_id, decoder_start_token_id),
+        "vocabulary": source_vocabulary,
+        "target_vocabulary": target_vocabulary,
+        "largest_source_id": max(sides.largest_source_id, pad_token_id),
+        "largest_target_id": max(sides.largest_target_id, pad_token_id, decoder_start_token_id),
         "positions": int(max(side.max() for side in lengths)),
         "seed": seed,
     }
@@ -220,11 +224,13 @@ class _Sides(NamedTuple):
     first_labels: numpy.ndarray
     sources: numpy.ndarray | None
     """A number for each different source, where sources are shared."""
-    largest_token_id: int
+    largest_source_id: int
+    largest_target_id: int
 
 
 def _sides(ids: Dataset, share_sources: bool) -> _Sides:
-    source_tokens, target_tokens, first_labels, sources, largest = [], [], [], [], []
+    source_tokens, target_tokens, first_labels, sources = [], [], [], []
+    largest = {"input_ids": 0, "labels": 0}
     number_of: dict[bytes, int] = {}
     for table in ids.with_format("arrow").iter(batch_size=10_000):
         source_tokens.append(pyarrow.compute.list_value_length(table["input_ids"]).to_numpy())
@@ -233,10 +239,10 @@ def _sides(ids: Dataset, share_sources: bool) -> _Sides:
         if share_sources:
             ids_of_rows = _id_arrays(table["input_ids"])
             sources.extend(number_of.setdefault(ids.tobytes(), len(number_of)) for ids in ids_of_rows)
-        for column in ("input_ids", "labels"):
-            largest.append(pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py())
+        for column, before in largest.items():
+            largest[column] = max(before, pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py())
     joined = (numpy.concatenate(column) for column in (source_tokens, target_tokens, first_labels))
-    return _Sides(*joined, numpy.array(sources) if share_sources else None, max(largest))
+    return _Sides(*joined, numpy.array(sources) if share_sources else None, *largest.values())
 
 
 def _id_arrays(column: pyarrow.ChunkedArray) -> list[numpy.ndarray]:

@@ -45,6 +45,7 @@ from diptych.data_prep.train_tokenizer import (
     train_tokenizer,
     why_fewer,
 )
+from diptych.data_prep.two_vocabularies import check_one_vocabulary
 
 REPORT_JSON, REPORT_PNG = "tokenizer_report.json", "tokenizer_report.png"
 MODEL_CONFIGS = ("config.json", "generation_config.json")
@@ -104,6 +105,7 @@ def report(settings: ReportTokenizerSettings) -> None:
         check_overwrite(out, _is_report, "a report of `diptych tokenizer`")
         check_overwrite(out.with_suffix(".png"), is_own_picture, "its picture")
     tokenizer = open_tokenizer(settings.tokenizer)
+    check_one_vocabulary(tokenizer, settings.tokenizer, "a report is of one. Report on that of another checkpoint.")
     label = {"script": script_of, "language": _guess_language, "file": None}[settings.by]
     texts = open_texts(settings.data, settings.text_fields)
     found = report_of_pairs(tokenizer, ((label(text) if label else file, text) for file, text in texts.pairs()))

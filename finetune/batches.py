@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.packing import repeated_start
 from diptych.data_prep.records import IGNORE_INDEX, UserError
-from diptych.finetune.families import decoder_start_token, table_positions
+from diptych.data_prep.two_vocabularies import padding_id
+from diptych.finetune.families import decoder_start_token, embedding_rows, table_positions
 from diptych.finetune.trust import open_prepared
 
 BATCHES_SORTED_TOGETHER = 50
@@ -86,7 +87,7 @@ class PaddedRows:
 
 
 def padded_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: datasets.Dataset) -> PaddedRows:
-    return PaddedRows(split, tokenizer.pad_token_id, decoder_start_token(model))
+    return PaddedRows(split, padding_id(tokenizer), decoder_start_token(model))
 
 
 class Prepared(NamedTuple):
@@ -236,20 +237,20 @@ def longest_first(lengths: Lengths, rows_per_batch: int, ranks: int) -> list[lis
 
 def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset]) -> None:
     """ValueError for rows that this model cannot read: unknown token ids, or more tokens than it has positions."""
-    embedding_rows = model.get_input_embeddings().weight.shape[0]
+    rows_of = dict(zip(("input_ids", "labels"), embedding_rows(model), strict=True))
     tables = table_positions(model)
     for name, split in splits.items():
-        largest = max(
-            pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py() or 0
-            for table in split.with_format("arrow").iter(batch_size=10_000)
-            for column in ("input_ids", "labels")
-        )
-        if largest >= embedding_rows:
-            raise UserError(
-                f"split {name} holds token id {largest}, but the model has {embedding_rows} embedding rows. "
-                f"Prepare the data with the model's own tokenizer."
+        for column, rows in rows_of.items():
+            largest = max(
+                pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py() or 0
+                for table in split.with_format("arrow").iter(batch_size=10_000)
             )
-        for column, positions, tokens in zip(("input_ids", "labels"), tables, row_lengths(split), strict=True):
+            if largest >= rows:
+                raise UserError(
+                    f"split {name} holds token id {largest}, but the model has {rows} embedding rows for {column}. "
+                    f"Prepare the data with the model's own tokenizer."
+                )
+        for column, positions, tokens in zip(rows_of, tables, row_lengths(split), strict=True):
             if positions is not None and tokens.max() > positions:
                 limit = "max_source_tokens" if column == "input_ids" else "max_target_tokens"
                 raise UserError(

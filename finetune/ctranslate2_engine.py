@@ -39,7 +39,9 @@ from diptych.finetune.generate import (
 from diptych.finetune.loading import EXPORT_FILE, export_kind, load_generation_config, load_tokenizer
 from diptych.finetune.targets import given_tokens
 
-MODEL_FILES = ("model.bin", "config.json", "shared_vocabulary.json")
+VOCABULARIES = ("source_vocabulary.json", "target_vocabulary.json")
+SHARED_VOCABULARY = "shared_vocabulary.json"
+"""Where both are one."""
 TOP_K = 50
 """What transformers' generate samples from where nobody says."""
 
@@ -68,7 +70,10 @@ class Translator:
         self.folder, self.device = folder, device
         self.facts: dict[str, Any] = read_json(folder / EXPORT_FILE)
         self.generation_config = load_generation_config(folder)
-        self.tokens: list[str] = json.loads((folder / "shared_vocabulary.json").read_text(encoding="utf-8"))
+        self.vocabularies = [name for name in (SHARED_VOCABULARY, *VOCABULARIES) if (folder / name).is_file()]
+        words = [json.loads((folder / name).read_text(encoding="utf-8")) for name in self.vocabularies]
+        self.source_tokens: list[str] = words[0]
+        self.tokens: list[str] = words[-1]
         self.ids = {token: token_id for token_id, token in enumerate(self.tokens)}
         self.start: int = self.facts["decoder_start_token_id"]
         self.generation_config.decoder_start_token_id = self.start
@@ -97,7 +102,7 @@ class Translator:
     def identity(self) -> dict[str, Any]:
         """What decides its outputs, beside the request."""
         digest = hashlib.sha256()
-        for name in MODEL_FILES:
+        for name in ("model.bin", "config.json", *self.vocabularies):
             with (self.folder / name).open("rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
@@ -176,7 +181,7 @@ class Translator:
         **settings: Any,
     ) -> list[Any]:
         return self._translator.translate_batch(
-            [self._named(ids) for ids in sources],
+            self._named_sources(sources),
             [self._named(prefix)] * len(sources),
             beam_size=1,
             min_decoding_length=0,
@@ -186,6 +191,9 @@ class Translator:
             return_end_token=True,
             **settings,
         )
+
+    def _named_sources(self, sources: Sequence[Sequence[int]]) -> list[list[str]]:
+        return [[self.source_tokens[token_id] for token_id in ids] for ids in sources]
 
     def _named(self, ids: Sequence[int]) -> list[str]:
         return [self.tokens[token_id] for token_id in ids]
@@ -282,7 +290,7 @@ class Translator:
         if streamer:
             streamer.put(torch.tensor([self.start]))  # which it takes for the prompt
         results = self._translator.translate_batch(
-            [self._named(source_ids[row]) for row in rows],
+            self._named_sources([source_ids[row] for row in rows]),
             [self._named(prefix) for prefix in prefixes],
             callback=after_each if is_single and (streamer or (template and template.stop)) else None,
             **options,

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from diptych.data_prep.languages import codes_of, own_languages
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.text_shown import token_markup
+from diptych.data_prep.two_vocabularies import source_side, target_side
 from diptych.finetune import cli
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.attentions import mean_weights
@@ -65,7 +66,8 @@ class Contestant(NamedTuple):
             return _note(f"A map of attention is drawn of up to {MOST_MAP_TOKENS} tokens on either side.")
         passage = facts.read_and_write(self.model, source_ids, [*given, *answer.ids])
         weights = mean_weights(passage.seen.cross)[-len(answer.ids) :]
-        read, written = (facts.token_chips(tokenizer, ids) for ids in (source_ids, answer.ids))
+        read = facts.token_chips(source_side(tokenizer), source_ids)
+        written = facts.token_chips(target_side(tokenizer), answer.ids)
         most = float(weights.max())
         head = Markup("").join(Markup("<th><span>{}</span></th>").format(token_markup(it["text"])) for it in read)
         lines = []

@@ -15,16 +15,19 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.records import IGNORE_INDEX
+from diptych.data_prep.two_vocabularies import target_side
 
 UNKNOWN_ID = "\N{REPLACEMENT CHARACTER}"
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    """The text of any ids, without control tokens and IGNORE_INDEX; for each run of unknown ids one UNKNOWN_ID.
+    """The text of any ids of a target, without control tokens and IGNORE_INDEX; for each run of unknown ids one
+    UNKNOWN_ID.
 
     Spaces stay as the tokens have them, whatever a checkpoint asks for: `clean_up_tokenization_spaces` makes "Go !"
     to "Go!", and a target that was right would count as wrong.
     """
+    tokenizer = target_side(tokenizer)
     known = _known_ids(tokenizer, len(tokenizer))
     parts = groupby((int(id) for id in ids if id != IGNORE_INDEX), key=known.__contains__)
     return "".join(

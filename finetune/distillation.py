@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.records import IGNORE_INDEX, UserError
+from diptych.data_prep.two_vocabularies import all_tokens
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.loading import load_config, load_model, load_tokenizer
 from diptych.finetune.objectives import Criterion, Seq2SeqObjective, cross_entropy
@@ -38,7 +39,7 @@ class Teacher(NamedTuple):
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype) -> Teacher:
     """UserError where it is no model, or has another vocabulary."""
-    if difference := tokenizers_differ(load_tokenizer(name).get_vocab(), tokenizer.get_vocab()):
+    if difference := tokenizers_differ(all_tokens(load_tokenizer(name)), all_tokens(tokenizer)):
         raise UserError(
             f"the teacher {name} has another tokenizer than the data ({difference}): its predictions are of other"
             f" words. Take a teacher of the same family."

@@ -21,8 +21,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.decoder_start import split_start
+from diptych.data_prep.encode import vocabulary_sizes
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template, golden_difference, stored_golden
+from diptych.data_prep.two_vocabularies import padding_id, target_side
 from diptych.finetune.batches import pad_batch
 from diptych.finetune.doctor_rows import Row, Rows, built_in_rows, eight_of, random_rows
 from diptych.finetune.doctor_steps import (
@@ -35,13 +37,21 @@ from diptych.finetune.doctor_steps import (
     objective_step,
     trainer_step,
 )
-from diptych.finetune.families import FAMILIES, decoder_start_token, family_of
+from diptych.finetune.families import (
+    FAMILIES,
+    decoder_start_token,
+    embedding_rows,
+    family_of,
+    input_and_output_tables,
+)
 from diptych.finetune.generate import pad_sources, search_settings_aside
-from diptych.finetune.loading import embedding_rows, load_model, position_limit, vocabulary_size
+from diptych.finetune.loading import lacking_most, load_model, position_limit
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.packed_rows import pack_examples
 from diptych.finetune.trust import conversion
 
+COLUMNS = ("input_ids", "labels")
+"""Of the two sides of a row."""
 MICRO_BATCHES = 8
 NEW_TOKENS = 16
 LOGITS_TOLERANCE = 1e-4
@@ -102,8 +112,12 @@ class Patient:
     @cached_property
     def rows(self) -> list[Row]:
         """Eight that the model can read, with labels as training would have them: without the start token."""
-        limit, start = embedding_rows(self.weights), self.start_token
-        kept = [row for row in self.all_rows.looked_at if max(row["input_ids"] + row["labels"], default=limit) < limit]
+        limits, start = embedding_rows(self.weights), self.start_token
+        kept = [
+            row
+            for row in self.all_rows.looked_at
+            if all(max(row[side], default=end) < end for side, end in zip(COLUMNS, limits, strict=True))
+        ]
         if not kept:
             kept = random_rows(self.weights).looked_at
         eight = eight_of(kept, position_limit(self.weights))
@@ -119,15 +133,15 @@ class Patient:
             token = decoder_start_token(self.weights)
         except UserError:
             raise DoesNotApply("not measured: there is no decoder start token") from None
-        if token >= embedding_rows(self.weights):
+        if token >= embedding_rows(self.weights)[1]:
             raise DoesNotApply("not measured: the decoder start token has no embedding row")
         return token
 
     @property
     def pad_token(self) -> int:
-        known = None if self.tokenizer is None else self.tokenizer.pad_token_id
+        known = None if self.tokenizer is None else padding_id(self.tokenizer)
         known = self.weights.generation_config.pad_token_id if known is None else known
-        return 0 if known is None or known >= embedding_rows(self.weights) else known
+        return 0 if known is None or known >= min(embedding_rows(self.weights)) else known
 
     @property
     def target_tokens(self) -> int:
@@ -351,7 +365,7 @@ def padding_token(patient: Patient) -> Finding:
     tokenizer = patient.tokenizer
     if tokenizer is None:
         raise DoesNotApply("the checkpoint has no tokenizer")
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    pad, eos = target_side(tokenizer).pad_token_id, target_side(tokenizer).eos_token_id
     measured = {"pad_token_id": pad, "eos_token_id": eos}
     remedy = 'Give the tokenizer one: tokenizer.pad_token = "<pad>"; if it is new, model.resize_token_embeddings.'
     if pad is None:
@@ -363,10 +377,11 @@ def padding_token(patient: Patient) -> Finding:
 def tokenizer_size(patient: Patient) -> Finding:
     if patient.tokenizer is None:
         raise DoesNotApply("the checkpoint has no tokenizer")
-    tokens, rows = vocabulary_size(patient.tokenizer), embedding_rows(patient.weights)
+    tokens, rows = lacking_most(patient.weights, patient.tokenizer)
+    sides = zip(vocabulary_sizes(patient.tokenizer), embedding_rows(patient.weights), strict=True)
     return _judge(
         tokens <= rows,
-        f"{tokens:,} tokens, {rows:,} embedding rows",
+        "; ".join(f"{tokens:,} tokens, {rows:,} embedding rows" for tokens, rows in dict.fromkeys(sides)),
         f"Use the tokenizer that the model was trained with; or, if tokens were added, "
         f"model.resize_token_embeddings({tokens}), and train (`diptych train` with grow_vocabulary).",
         {"tokens": tokens, "embedding_rows": rows},
@@ -374,10 +389,10 @@ def tokenizer_size(patient: Patient) -> Finding:
 
 
 def ids_in_range(patient: Patient) -> Finding:
-    limit, rows = embedding_rows(patient.weights), patient.all_rows.looked_at
+    limits, rows = embedding_rows(patient.weights), patient.all_rows.looked_at
     largest = -1
     for row in rows:
-        for column in ("input_ids", "labels"):
+        for column, limit in zip(COLUMNS, limits, strict=True):
             top, bottom = max(row[column], default=0), min(row[column], default=0)
             largest = max(largest, top)
             if top >= limit or bottom < 0:
@@ -401,8 +416,8 @@ def start_token(patient: Patient) -> Finding:
             "Set decoder_start_token_id in config.json and generation_config.json: what the model was trained with."
         )
         return Finding("red", "there is none, so the model cannot begin to write", measured, remedy)
-    if token >= embedding_rows(model):
-        return Finding("red", f"{token}, but ids end at {embedding_rows(model) - 1}", measured, "Set it in range.")
+    if token >= embedding_rows(model)[1]:
+        return Finding("red", f"{token}, but ids end at {embedding_rows(model)[1] - 1}", measured, "Set it in range.")
     disagree = config is not None and token != config
     return _judge(
         not disagree,
@@ -462,8 +477,8 @@ def safetensors(patient: Patient) -> Finding:
 
 def tied_weights(patient: Patient) -> Finding:
     model = patient.weights
-    head, table = model.get_output_embeddings(), model.get_decoder().get_input_embeddings()
-    is_shared = head is not None and head.weight.data_ptr() == table.weight.data_ptr()
+    *tables, head = input_and_output_tables(model)
+    is_shared = head.data_ptr() in {table.data_ptr() for table in tables}
     says = getattr(model.config, "tie_word_embeddings", None)  # an EncoderDecoderModel has a config for each panel
     measured = {"tie_word_embeddings": says, "head_is_input_table": is_shared}
     if says and model.config.model_type in FORCE_TIES and not is_shared:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diptych.data_prep.encode import encode_sources, encode_targets
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import TEMPLATES, carried_template
-from diptych.finetune.loading import embedding_rows
+from diptych.finetune.families import embedding_rows
 from diptych.finetune.trust import open_prepared
 
 ROWS_LOOKED_AT = 10_000
@@ -103,15 +103,16 @@ def random_rows(model: PreTrainedModel) -> Rows:
     known = model.generation_config
     ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
     special = {known.pad_token_id, known.bos_token_id, known.decoder_start_token_id, *ends}
-    words = [token for token in range(embedding_rows(model)) if token not in special]
+    words_of = [[token for token in range(rows) if token not in special] for rows in embedding_rows(model)]
     generator = torch.Generator().manual_seed(0)
 
-    def ids(tokens: int) -> list[int]:
+    def ids(words: list[int], tokens: int) -> list[int]:
         chosen = torch.randint(len(words), (tokens,), generator=generator)
         return [words[place] for place in chosen] + [ends[0] or 0]
 
     lengths = zip((5, 40, 3, 12, 30, 8, 55, 20), (1, 2, 4, 6, 9, 14, 20, 30), strict=True)
-    rows = [{"input_ids": ids(s), "labels": ids(t), "origin": f"random row {t}"} for s, t in lengths]
+    source, target = words_of
+    rows = [{"input_ids": ids(source, s), "labels": ids(target, t), "origin": f"random row {t}"} for s, t in lengths]
     return Rows(rows, "rows of random ids (the checkpoint has no tokenizer)")
 
 

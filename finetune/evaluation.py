@@ -45,6 +45,7 @@ from diptych.data_prep.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.own_files import check_overwrite
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.templates import Template, carried_template
+from diptych.data_prep.two_vocabularies import all_tokens
 from diptych.finetune import cli
 from diptych.finetune.batches import PaddedRows, check_rows_fit, drop_repeated_start, longest_first, padded_rows
 from diptych.finetune.checkpoint import MANIFEST, read_json
@@ -430,7 +431,7 @@ def of_languages(name: str, split: Dataset, settings: EvaluateSettings, tokenize
 def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, data: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the rows. They are token ids: read with another vocabulary they would be other words."""
     prepared = load_tokenizer(str(Path(data) / "tokenizer"))
-    if prepared.get_vocab() != tokenizer.get_vocab():
+    if all_tokens(prepared) != all_tokens(tokenizer):
         raise UserError(
             f"{data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {model_name} "
             f"({len(tokenizer)} tokens). Prepare the data again with --tokenizer {model_name}."

@@ -4,6 +4,7 @@
     folder/  model.bin               weights and shape, in CTranslate2's format
              config.json             its start, end and unknown token
              shared_vocabulary.json  token i is what the tokenizer calls id i; rows without a token are <unused_i>
+                                     (source_vocabulary.json and target_vocabulary.json, where it has two)
 
 For T5, BART and their relatives the loaders of CTranslate2's own converter fill the specification, given the model as
 `load_model_and_tokenizer` made it: its `TransformersConverter` would load the checkpoint a second time, pickles
@@ -27,9 +28,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.languages import codes_of
 from diptych.data_prep.records import UserError
-from diptych.finetune.families import FAMILIES, decoder_start_token
-from diptych.finetune.loading import embedding_rows
+from diptych.data_prep.two_vocabularies import source_side, target_side
+from diptych.finetune.families import FAMILIES, decoder_start_token, embedding_rows
 
 if TYPE_CHECKING:
     from ctranslate2.specs import ModelSpec
@@ -114,23 +116,23 @@ def open_export(folder: Path, device: torch.device) -> Any:
 
 
 def _spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "ModelSpec":
-    vocabulary = Vocabulary(model, tokenizer)
+    sides = zip((source_side(tokenizer), target_side(tokenizer)), embedding_rows(model), strict=True)
+    source, target = (Vocabulary(side, rows) for side, rows in sides)
     if model.config.model_type == "diptych":
         spec = _diptych_spec(model)
-        spec.register_source_vocabulary(vocabulary.tokens)
-        spec.register_target_vocabulary(vocabulary.tokens)
         spec.config.layer_norm_epsilon = model.config.decoder.rms_norm_eps
     else:
-        spec = _family_spec(model, vocabulary)
+        spec = _family_spec(model, target)
+    spec.register_source_vocabulary(source.tokens)
+    spec.register_target_vocabulary(target.tokens)
     config = spec.config
-    config.bos_token, config.eos_token = vocabulary.bos_token, vocabulary.eos_token
-    config.unk_token = vocabulary.unk_token
-    config.decoder_start_token = vocabulary.tokens[decoder_start_token(model)]
+    config.bos_token, config.eos_token, config.unk_token = target.bos_token, target.eos_token, target.unk_token
+    config.decoder_start_token = target.tokens[decoder_start_token(model)]
     return spec
 
 
 class Vocabulary:
-    """What CTranslate2's loaders ask of a tokenizer, answered for every row of the embedding table.
+    """What CTranslate2's loaders ask of a tokenizer, answered for every row of the embedding table of one side.
 
     A tokenizer's own answers have gaps (T5 has 32,128 rows for 32,100 tokens), and None where there is no such token,
     which CTranslate2 does not read back.
@@ -139,15 +141,11 @@ class Vocabulary:
     num_madeup_words = 0
     special_tokens_map: dict[str, list[str]] = {}
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-        known = set(names.values())
-        self.tokens: list[str] = []
-        for row in range(embedding_rows(model)):
-            named = names.get(row) or tokenizer.convert_ids_to_tokens(row)  # M2M100's languages are beyond its words
-            token = named if isinstance(named, str) and (row in names or named not in known) else f"<unused_{row}>"
-            known.add(token)
-            self.tokens.append(token)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int):
+        codes = codes_of(tokenizer)  # M2M100's are beyond its words
+        names = {row: codes.spellings[code] for code, row in codes.tokens.items()}
+        names |= {row: token for token, row in tokenizer.get_vocab().items()}
+        self.tokens = [names.get(row, f"<unused_{row}>") for row in range(rows)]
         if tokenizer.eos_token is None:
             raise UserError(
                 "the tokenizer has no eos token, so that nothing would end. Set tokenizer.eos_token first."
@@ -172,6 +170,7 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
     kind = model.config.model_type
     loader_name, config_fields = LOADERS[kind]
     loader = getattr(converters, loader_name)()
+    loader.set_vocabulary = lambda spec, tokens: None  # one for both sides
     with _with_fields(model.config, config_fields):
         spec = loader(model, vocabulary)
     if hasattr(model.config, "layer_norm_epsilon"):

@@ -25,6 +25,7 @@ from diptych.data_prep.encode import split_sources
 from diptych.data_prep.languages import own_languages
 from diptych.data_prep.records import Languages, UserError, counted
 from diptych.data_prep.templates import TOKENIZER_KEY, Template, stored_golden
+from diptych.data_prep.two_vocabularies import padding_id, target_side
 from diptych.finetune.detokenize import text_of
 from diptych.finetune.doctor_rows import SENTENCES
 from diptych.finetune.families import decoder_start_token
@@ -172,7 +173,7 @@ def task_of(
         )
     if not prefix and config.forced_bos_token_id is not None:
         prefix = [config.forced_bos_token_id]
-    end = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
+    end = target_side(tokenizer).eos_token_id if config.eos_token_id is None else config.eos_token_id
     limit = position_limit(model)
     tokens = tokens if limit is None else max(1, min(tokens, limit - len(prefix)))
     return Task(prefix, end if isinstance(end, list) else [end], tokens, batch_size)
@@ -265,7 +266,7 @@ def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         num_beams=1,
         max_new_tokens=task.tokens,
         eos_token_id=task.ends,
-        pad_token_id=tokenizer.pad_token_id or 0,
+        pad_token_id=padding_id(tokenizer) or 0,
         decoder_start_token_id=decoder_start_token(model),
     )
     try:

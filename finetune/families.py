@@ -116,6 +116,11 @@ def decoder_start_token(model: PreTrainedModel) -> int:
     )
 
 
+def embedding_rows(model: PreTrainedModel) -> tuple[int, int]:
+    """Of the encoder's table, and of the head: how many ids a source and a target may have."""
+    return model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
+
+
 def vocabulary_tables(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     """Every weight with a row for each token: input embeddings and head, a tied one once, under its first name."""
     tables = {id(table) for table in input_and_output_tables(model)}
@@ -123,9 +128,13 @@ def vocabulary_tables(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def input_and_output_tables(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Of the model, its encoder, its decoder, and its head; each (V, D), and which of them are one is the model's."""
+    """Of the model, its encoder, its decoder, and its head; each (V, D), and which of them are one is the model's.
+
+    (FSMT's panels are plain modules; their tables are the model's own.)
+    """
     panels = (model, model.get_encoder(), model.get_decoder())
-    return [panel.get_input_embeddings().weight for panel in panels] + [model.get_output_embeddings().weight]
+    inputs = [panel.get_input_embeddings().weight for panel in panels if isinstance(panel, PreTrainedModel)]
+    return inputs + [model.get_output_embeddings().weight]
 
 
 def table_positions(model: PreTrainedModel) -> tuple[int | None, int | None]:

@@ -49,6 +49,7 @@ from diptych.data_prep.templates import (
     load_template,
     template_of,
 )
+from diptych.data_prep.two_vocabularies import target_side
 from diptych.finetune import cli
 from diptych.finetune.command_settings import GenerateSettings
 from diptych.finetune.detokenize import text_of
@@ -339,9 +340,9 @@ def generation_config(
     config = settings_of_the_model(model.generation_config)
     others = config.update(**settings)
     if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = target_side(tokenizer).pad_token_id
     if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
+        config.eos_token_id = target_side(tokenizer).eos_token_id
     return config, others
 
 
@@ -523,7 +524,8 @@ def answer(
     stops = prompter.template.stop or generation.get("stop_strings")
     streams = is_single and not (stops or settings.scores or settings.choices)
     if streams:
-        generation["streamer"] = TextStreamer(prompter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        side = target_side(prompter.tokenizer)
+        generation["streamer"] = TextStreamer(side, skip_prompt=True, skip_special_tokens=True)
     outputs = chosen_outputs(
         model,
         prompter.tokenizer,

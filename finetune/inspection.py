@@ -19,6 +19,7 @@ from diptych.data_prep.encode import encode_sources
 from diptych.data_prep.languages import codes_of, resolved
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.templates import BARE_TEMPLATE, TEMPLATES, Template, carried_template, load_template
+from diptych.data_prep.two_vocabularies import source_side, target_side
 from diptych.finetune import cli
 from diptych.finetune import inspection_facts as facts
 from diptych.finetune.command_settings import InspectSettings
@@ -133,8 +134,8 @@ def _facts(
         "template": None if settings.source else reader.template.name,
         "source_text": str(source),
         "answer": reader.text(passage),
-        "source": facts.chips(tokenizer, passage.source_ids),
-        "decoder": facts.chips(tokenizer, passage.decoder_ids),
+        "source": facts.chips(source_side(tokenizer), passage.source_ids),
+        "decoder": facts.chips(target_side(tokenizer), passage.decoder_ids),
         "given": passage.given,
         "embeddings": facts.embeddings(model, tokenizer, passage.source_ids),
         "words": facts.word_map(model, tokenizer, settings.words),
@@ -184,8 +185,8 @@ def survey(reader: Reader, rows: Sequence[PromptRow], name: str) -> dict[str, An
             skipped += 1
             continue
         unread = facts.unread(passage, reader.tokenizer)
-        source_chips = facts.chips(reader.tokenizer, passage.source_ids)
-        target_chips = facts.chips(reader.tokenizer, passage.decoder_ids[1:])
+        source_chips = facts.chips(source_side(reader.tokenizer), passage.source_ids)
+        target_chips = facts.chips(target_side(reader.tokenizer), passage.decoder_ids[1:])
         left = sum(last - first + 1 for first, last in unread["source"])
         losses = [step["loss"] for step in facts.steps(reader.model, reader.tokenizer, passage)]
         found.append(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.text_shown import token_chips, token_text
+from diptych.data_prep.two_vocabularies import source_side, target_side
 from diptych.finetune.attentions import Attentions, mean_weights, recompute, rollout
 from diptych.finetune.families import Family, family_of
 
@@ -53,21 +54,21 @@ def read_and_write(
     return Passage(list(source_ids), list(decoder_ids), given, seen)
 
 
-def chips(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """`token_chips` whose text can be shown as it is."""
-    return [chip | {"text": token_text(chip["text"]) or "∅"} for chip in token_chips(tokenizer, ids)]
+def chips(side: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """`token_chips` of one side's ids, whose text can be shown as it is."""
+    return [chip | {"text": token_text(chip["text"]) or "∅"} for chip in token_chips(side, ids)]
 
 
 def steps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: Passage) -> list[dict[str, Any]]:
     """For each step what the decoder read, what was chosen, and the distribution that it was chosen from."""
-    logs = passage.seen.logits.log_softmax(-1)
+    side, logs = target_side(tokenizer), passage.seen.logits.log_softmax(-1)
     entropies = -(logs.exp() * logs).nan_to_num().sum(-1)
     tops = logs.topk(min(TOP, logs.shape[-1]), dim=-1)
-    shown = chips(tokenizer, passage.decoder_ids)
+    shown = chips(side, passage.decoder_ids)
     found = []
     for place, chosen in enumerate(passage.decoder_ids[1:]):
         log = logs[place, chosen]
-        top = chips(tokenizer, tops.indices[place].tolist())
+        top = chips(side, tops.indices[place].tolist())
         for chip, its_log in zip(top, tops.values[place].tolist(), strict=True):
             chip |= {"probability": _rounded(torch.tensor(its_log).exp()), "logit": 0.0}
             chip["logit"] = _rounded(passage.seen.logits[place, chip["id"]])
@@ -101,7 +102,7 @@ def lens(
         logs = passage.seen.logits if is_last else _logits(model, family, states)
         probabilities = logs.softmax(-1)
         best, said = probabilities.max(-1)
-        shown = chips(tokenizer, said.tolist())
+        shown = chips(target_side(tokenizer), said.tolist())
         found.append(
             [
                 {"text": chip["text"], "probability": _rounded(top), "rank": _rank(row, token)}
@@ -167,8 +168,10 @@ def unread(passage: Passage, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
     and steps whose token looked at no word of the source, in any layer, by the mean over its heads.
     `words` and `steps` say of how many. Control tokens are neither."""
     weights = torch.stack([heads.mean(0) for heads in passage.seen.cross])  # (layers, T, S)
-    words = _words(tokenizer, passage.source_ids)
-    written = [place for place in _words(tokenizer, passage.decoder_ids[1:]) if place + 1 >= passage.given]
+    words = _words(source_side(tokenizer), passage.source_ids)
+    written = [
+        place for place in _words(target_side(tokenizer), passage.decoder_ids[1:]) if place + 1 >= passage.given
+    ]
     if not words or not written:
         return {"source": [], "target": [], "words": len(words), "steps": len(written)}
     most = weights[:, written].amax((0, 1))
@@ -186,8 +189,8 @@ def unread(passage: Passage, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
     }
 
 
-def _words(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
-    return [place for place, chip in enumerate(token_chips(tokenizer, ids)) if not chip["special"]]
+def _words(side: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    return [place for place, chip in enumerate(token_chips(side, ids)) if not chip["special"]]
 
 
 def _runs(places: Sequence[int]) -> list[list[int]]:
@@ -203,8 +206,10 @@ def _runs(places: Sequence[int]) -> list[list[int]]:
 
 @torch.no_grad()
 def embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """For each token its vector's first numbers and length, and the tokens whose vectors point most the same way."""
-    table = model.get_input_embeddings().weight[: len(tokenizer)].float()
+    """For each token of a source its vector's first numbers and length, and the tokens whose vectors point most the
+    same way."""
+    side = source_side(tokenizer)
+    table = model.get_input_embeddings().weight[: len(side)].float()
     directions = F.normalize(table, dim=-1)
     found = []
     for token in ids:
@@ -214,7 +219,7 @@ def embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: 
         similar = directions @ directions[token]
         similar[token] = -2.0
         best = similar.topk(min(NEIGHBOURS, len(table) - 1))
-        near = chips(tokenizer, best.indices.tolist())
+        near = chips(side, best.indices.tolist())
         for chip, cosine in zip(near, best.values, strict=True):
             chip["cosine"] = _rounded(cosine)
         vector = [_rounded(value) for value in table[token, :8]]

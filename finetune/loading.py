@@ -35,11 +35,12 @@ from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositi
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
-from diptych.data_prep.encode import vocabulary_size
+from diptych.data_prep.encode import vocabulary_sizes
 from diptych.data_prep.hub import check_chat_templates, check_config, check_place
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
-from diptych.finetune.families import table_positions
+from diptych.data_prep.two_vocabularies import name_end_token
+from diptych.finetune.families import embedding_rows, table_positions
 from diptych.finetune.speed import training_pace
 from diptych.finetune.trust import MODEL_WEIGHTS, check_adapter, check_sizes, weight_files
 
@@ -182,11 +183,12 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
                 reason = FileNotFoundError("neither tokenizer.json nor another vocabulary is there.")
             continue
         check_chat_templates(tokenizer.chat_template, place)
+        name_end_token(tokenizer)
         return tokenizer
-    raise UserError(
-        f"no tokenizer could be loaded from {name}: {_in_short(reason)} Save one there with "
-        f"tokenizer.save_pretrained({name!r})."
-    ) from reason
+    remedy = f"Save one there with tokenizer.save_pretrained({name!r})."
+    if isinstance(reason, ImportError):
+        remedy = "Install that package."
+    raise UserError(f"no tokenizer could be loaded from {name}: {_in_short(reason)} {remedy}") from reason
 
 
 def load_model(
@@ -278,8 +280,9 @@ def _load_adapted(
         base = load_model(base_name, dtype)
     except UserError as error:
         raise UserError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
-    if embedding_rows(base) < vocabulary_size(tokenizer):
-        grow_embeddings(base, vocabulary_size(tokenizer))  # the adapter brings the rows that were added
+    tokens, rows = lacking_most(base, tokenizer)
+    if rows < tokens:
+        grow_embeddings(base, tokens)  # the adapter brings the rows that were added
     try:
         with without_warnings_of_peft():
             adapted = PeftModel.from_pretrained(base, name, is_trainable=False)
@@ -302,8 +305,10 @@ def _refused_generation_config(name: str | Path, error: Exception) -> UserError:
     return UserError(f"transformers refuses {name}/{GENERATION_CONFIG_NAME}: {_in_short(error)} Take it out there.")
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+def lacking_most(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens of the tokenizer and rows of the model on that side where more rows lack, or fewer are left."""
+    sides = zip(vocabulary_sizes(tokenizer), embedding_rows(model), strict=True)
+    return max(sides, key=lambda side: side[0] - side[1])
 
 
 def position_limit(model: PreTrainedModel, of_source: bool = False) -> int | None:
@@ -320,11 +325,12 @@ def position_limit(model: PreTrainedModel, of_source: bool = False) -> int | Non
 
 
 def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    if vocabulary_size(tokenizer) > embedding_rows(model):
+    tokens, rows = lacking_most(model, tokenizer)
+    if tokens > rows:
         raise UserError(
-            f"the tokenizer of {name} has ids up to {vocabulary_size(tokenizer) - 1}, but the model has "
-            f"{embedding_rows(model)} embedding rows. Use the tokenizer that the model was trained with, or resize "
-            f"the model and train the new rows: model.resize_token_embeddings({vocabulary_size(tokenizer)})."
+            f"the tokenizer of {name} has ids up to {tokens - 1}, but the model has {rows} embedding rows. Use the "
+            f"tokenizer that the model was trained with, or resize the model and train the new rows: "
+            f"model.resize_token_embeddings({tokens})."
         )
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from diptych.data_prep.packing import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
 from diptych.data_prep.records import IGNORE_INDEX, UserError
 from diptych.finetune.batches import Lengths
-from diptych.finetune.families import decoder_start_token, table_positions
+from diptych.finetune.families import decoder_start_token, embedding_rows, table_positions
 from diptych.finetune.trust import open_prepared
 
 SOURCE_COLUMNS = ("input_ids", "segment_ids", "position_ids")
@@ -40,15 +40,17 @@ class Packing(NamedTuple):
     pad_token_id: int
     decoder_start_token_id: int
     vocabulary: int
-    """One more than the largest id of the tokenizer."""
+    """One more than the largest id of the tokenizer, for sources where it has two vocabularies."""
     positions: int
     """One more than the largest position in a row."""
     language_starts: Sequence[int] = ()
     """Language codes that an example may start with instead (mBART-cc25)."""
+    target_vocabulary: int = 0
+    """The same for targets."""
 
     @classmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> "Packing":
-        return cls(**{name: entry[name] for name in cls._fields if name in entry or name != "language_starts"})
+        return cls(**{name: entry[name] for name in cls._fields if name in entry or name not in cls._field_defaults})
 
 
 def load_packed(folder: Path) -> datasets.Dataset:
@@ -122,18 +124,19 @@ def rows_without_examples(packing: Packing, number: int) -> dict[str, torch.Tens
 
 def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) -> None:
     """UserError where rows were packed for another model: both values are in it."""
-    start, rows = decoder_start_token(model), model.get_input_embeddings().weight.shape[0]
+    start = decoder_start_token(model)
     if packing.decoder_start_token_id != start:
         raise UserError(
             f"{folder} was packed for a decoder that starts with token {packing.decoder_start_token_id}, but this "
             f"model's starts with {start}. Prepare the data again with --decoder_start_token_id {start}, or train on "
             f"its rows as they are, with --packed false."
         )
-    if packing.vocabulary > rows:
-        raise UserError(
-            f"{folder} was packed with a vocabulary of {packing.vocabulary} tokens, but this model has {rows} "
-            f"embedding rows. Prepare the data again with the model's own tokenizer."
-        )
+    for tokens, rows in zip((packing.vocabulary, packing.target_vocabulary), embedding_rows(model), strict=True):
+        if tokens > rows:
+            raise UserError(
+                f"{folder} was packed with a vocabulary of {tokens} tokens, but this model has {rows} embedding rows. "
+                f"Prepare the data again with the model's own tokenizer."
+            )
     limit = min(filter(None, table_positions(model)), default=None)
     if limit is not None and packing.positions > limit:
         raise UserError(
@@ -145,17 +148,17 @@ def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) ->
 def check_packed_rows(packed: datasets.Dataset, packing: Packing, model: PreTrainedModel, folder: str) -> None:
     """UserError that names the first row in which something stands where it must not, or does not stand."""
     positions = min(filter(None, table_positions(model)), default=None)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabularies = embedding_rows(model)
     for start in range(0, len(packed), ROWS_AT_ONCE):
         columns = packed[start : start + ROWS_AT_ONCE]
-        for find, reason in _faults(packing, positions, vocabulary):
+        for find, reason in _faults(packing, positions, vocabularies):
             bad = find(columns)
             if bad is not None and bad.any():
                 row = start + int(np.argmax(bad))
                 raise UserError(f"{folder}/packed, row {row}: {reason}. Run `diptych prepare` again.")
 
 
-def _faults(packing: Packing, positions: int | None, vocabulary: int) -> list[tuple[Callable, str]]:
+def _faults(packing: Packing, positions: int | None, vocabularies: tuple[int, int]) -> list[tuple[Callable, str]]:
     """What can be wrong with a row: columns -> (R,) whether it is, and how to say it."""
     sides = {"source": SOURCE_COLUMNS, "target": ("decoder_input_ids", "decoder_segment_ids", "decoder_position_ids")}
     lengths = dict.fromkeys(SOURCE_COLUMNS, packing.max_source_tokens)
@@ -166,7 +169,7 @@ def _faults(packing: Packing, positions: int | None, vocabulary: int) -> list[tu
             f"it is not {packing.max_source_tokens} + {packing.max_target_tokens} tokens long",
         )
     ]
-    for side, (ids, segments, places) in sides.items():
+    for (side, (ids, segments, places)), vocabulary in zip(sides.items(), vocabularies, strict=True):
         tokens = packing.max_source_tokens if side == "source" else packing.max_target_tokens
         limit = tokens if positions is None else min(tokens, positions)
         faults += [
@@ -174,7 +177,7 @@ def _faults(packing: Packing, positions: int | None, vocabulary: int) -> list[tu
             (lambda c, p=places, n=limit: (c[p] >= n).any(1), f"{places} run past the limit of {limit} positions"),
             (lambda c, s=segments, p=places: _misplaced(c[s], c[p]), f"{places} do not restart at 0 in each segment"),
             (
-                lambda c, i=ids: ((c[i] < 0) | (c[i] >= vocabulary)).any(1),
+                lambda c, i=ids, n=vocabulary: ((c[i] < 0) | (c[i] >= n)).any(1),
                 f"{ids} hold a token that is none of the {vocabulary} that the model has",
             ),
         ]
@@ -186,8 +189,8 @@ def _faults(packing: Packing, positions: int | None, vocabulary: int) -> list[tu
             "a label stands in a padding slot",
         ),
         (
-            lambda c: ((c["labels"] != IGNORE_INDEX) & ((c["labels"] < 0) | (c["labels"] >= vocabulary))).any(1),
-            f"labels hold a token that is none of the {vocabulary} that the model has",
+            lambda c: ((c["labels"] != IGNORE_INDEX) & ((c["labels"] < 0) | (c["labels"] >= vocabularies[1]))).any(1),
+            f"labels hold a token that is none of the {vocabularies[1]} that the model has",
         ),
         (
             lambda c: (_begins(c["decoder_segment_ids"]) & ~np.isin(c["decoder_input_ids"], starts)).any(1),

@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.templates import Template
+from diptych.data_prep.two_vocabularies import padding_id
 from diptych.finetune.batches import pad_batch
 from diptych.finetune.ctranslate2_engine import Translator
 from diptych.finetune.families import decoder_start_token
@@ -103,7 +104,7 @@ def log_probabilities(
                 {"input_ids": source_ids[row], "labels": targets[row][1], "decoder_start": targets[row][0]}
                 for row in rows
             ]
-            batch = pad_batch(given, tokenizer.pad_token_id or 0, decoder_start_token(model))
+            batch = pad_batch(given, padding_id(tokenizer) or 0, decoder_start_token(model))
             nats = objective.token_losses({name: tensor.to(model.device) for name, tensor in batch.items()})
             for row, of_row in zip(rows, (-nats[:, forced:]).tolist(), strict=False):
                 found[row] = of_row[: len(targets[row][1]) - forced]

@@ -27,6 +27,7 @@ from diptych.data_prep.languages import codes_of
 from diptych.data_prep.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
+from diptych.data_prep.two_vocabularies import all_tokens
 from diptych.finetune import checkpoint as checkpoints
 from diptych.finetune.batches import (
     BatchOrder,
@@ -308,7 +309,7 @@ def load_run_tokenizer(recipe: TrainRecipe, prepared: Prepared) -> PreTrainedTok
     carried_template(tokenizer)  # UserError if it no longer renders what it rendered when the rows were made
     if recipe.tokenizer is not None:
         other = load_tokenizer(recipe.tokenizer)
-        if other.get_vocab() != tokenizer.get_vocab():
+        if all_tokens(other) != all_tokens(tokenizer):
             raise UserError(
                 f"tokenizer {recipe.tokenizer} ({len(other)} tokens) has another vocabulary than the one that "
                 f"{recipe.data} was prepared with ({len(tokenizer)} tokens). Prepare the data again with it."
@@ -324,7 +325,7 @@ def check_checkpoint_tokenizer(recipe: TrainRecipe, tokenizer: PreTrainedTokeniz
     """Rows are token ids: to a model with another vocabulary they are other words, and would ruin it in silence."""
     if is_named_size(recipe.model) or not has_tokenizer(recipe.model):
         return
-    own, prepared = load_tokenizer(recipe.model).get_vocab(), tokenizer.get_vocab()
+    own, prepared = all_tokens(load_tokenizer(recipe.model)), all_tokens(tokenizer)
     if own != prepared and not (recipe.grow_vocabulary and own.items() <= prepared.items()):
         raise UserError(
             f"{recipe.data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {recipe.model} "

@@ -50,7 +50,8 @@ def work_per_token(model: PreTrainedModel | PeftModel) -> Work:
     reads_source = {name: work for name, work in decoder.items() if READS_SOURCE.search(name)}
     source = sum(encoder.values()) + sum(reads_source.values())
     target = sum(decoder.values()) - sum(reads_source.values())
-    if getattr(inner.get_decoder().config, "cross_attention", "separate") == "merged":  # one projection for both sides
+    if inner.config.model_type == "diptych" and inner.config.decoder.cross_attention == "merged":
+        # one projection for both sides
         source += sum(work for name, work in decoder.items() if READS_BOTH.search(name))
     return Work(source, target + _operations(head))
 

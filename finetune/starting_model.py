@@ -20,18 +20,19 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.arguments import choose_from
+from diptych.data_prep.encode import vocabulary_size
 from diptych.data_prep.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.records import UserError
+from diptych.data_prep.two_vocabularies import check_one_vocabulary
 from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import settings_of_the_model
 from diptych.finetune.loading import (
     check_folder,
-    embedding_rows,
     has_tokenizer,
+    lacking_most,
     load_model,
     load_tokenizer,
-    vocabulary_size,
 )
 from diptych.finetune.lora import add_adapter, fill_rows_with_means, grow_embeddings, load_adapter
 from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
@@ -58,6 +59,9 @@ def is_named_size(name: str) -> bool:
 
 
 def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    check_one_vocabulary(
+        tokenizer, "the data", f"{recipe.model} has one. Take a checkpoint of the tokenizer's family."
+    )
     settings = {
         "vocab_size": vocabulary_size(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -145,7 +149,7 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     Not all need be added: T5 has 28 rows more than tokens, where new ones find room.
     """
-    tokens, rows = vocabulary_size(tokenizer), embedding_rows(model)
+    tokens, rows = lacking_most(model, tokenizer)
     if tokens > rows and not recipe.grow_vocabulary:
         raise UserError(
             f"the tokenizer has {tokens} tokens, but {recipe.model} has {rows} embedding rows. If it is the model's "
@@ -155,8 +159,9 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     pieces = _pieces_to_learn(tokenizer, recipe.model, is_grown=tokens > rows)
     if tokens > rows:
         grow_embeddings(model, tokens)
-    fill_rows_with_means(model, pieces)
-    return embedding_rows(model) - min([rows, *pieces])
+    if pieces:
+        fill_rows_with_means(model, pieces)
+    return max(rows, tokens) - min([rows, *pieces])
 
 
 def _pieces_to_learn(tokenizer: PreTrainedTokenizerBase, name: str, is_grown: bool) -> dict[int, list[int]]:

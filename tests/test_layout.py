@@ -111,6 +111,7 @@ def test_the_loop_takes_of_data_preparation_only_what_inference_needs(path):
             "hub",
             "text_shown",
             "named_splits",
+            "two_vocabularies",
         )
     ]
     # Every command line is read, and its mistakes told, in one way.

@@ -207,7 +207,8 @@ def test_t5gemma_is_refused_for_the_cap_on_its_attention_scores_and_for_nothing_
         model.generation_config.decoder_start_token_id = 2
 
         def regardless(model=model, cap=cap):
-            spec = T5GemmaLoader()(copy.deepcopy(model), export_ctranslate2.Vocabulary(model, tiny_tokenizer))
+            vocabulary = export_ctranslate2.Vocabulary(tiny_tokenizer, model.config.vocab_size)
+            spec = T5GemmaLoader()(copy.deepcopy(model), vocabulary)
             spec.validate()
             spec.optimize(quantization="float32")
             spec.save(str(tmp_path / str(cap)))
