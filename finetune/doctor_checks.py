@@ -314,6 +314,8 @@ def batched(patient: Patient) -> Finding:
 @torch.no_grad()
 def cache(patient: Patient) -> Finding:
     model, chosen = patient.sound, patient.rows[::2]
+    if model.config.model_type == "fsmt":
+        raise DoesNotApply("without its cache, transformers' FSMT generates without a causal mask")
     sources = patient.placed(pad_sources([row["input_ids"] for row in chosen], patient.pad_token))
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": patient.pad_token}
     settings |= {"output_logits": True, "return_dict_in_generate": True, "decoder_start_token_id": patient.start_token}

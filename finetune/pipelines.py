@@ -31,6 +31,7 @@ from diptych.data_prep.conversations import Fault
 from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of, languages_in, own_languages, resolved
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.templates import Template, carried_template, stored_golden
+from diptych.data_prep.two_vocabularies import source_side, target_side
 from diptych.finetune.generate import DEFAULT_NEW_TOKENS, Output, Prompter, generate_outputs, template_for
 from diptych.finetune.generate_file import prompt_of
 from diptych.finetune.loading import position_limit
@@ -200,11 +201,17 @@ def travelling_pipeline(config: Mapping[str, Any], tokenizer: PreTrainedTokenize
     is called TRAVELLING_CODE (modeling/pipeline_diptych.py).
 
     Raises:
-        UserError: no template travels with the tokenizer, or the code does not read it as data_prep does.
+        UserError: no template travels with the tokenizer, or the code does not read and write as data_prep does.
     """
     template = carried_template(tokenizer)
     if template is None:
         raise UserError("the tokenizer carries no template, by which a pipeline of its own would read. Attach one.")
+    sides = source_side(tokenizer), target_side(tokenizer)
+    if len({tuple(side.all_special_ids) for side in sides}) > 1:
+        raise UserError(
+            "no pipeline can travel with this tokenizer: its control tokens have other ids in the target's vocabulary "
+            "than in the source's, and transformers leaves out words of targets in their place."
+        )
     reader = DiptychPipeline.__new__(DiptychPipeline)
     reader.tokenizer = tokenizer
     is_proven, own = False, own_languages(tokenizer)

@@ -44,6 +44,8 @@ ALLOWED = {
         "vocab.txt",
         "merges.txt",
         "target_vocab.json",  # Marian
+        "vocab-src.json",  # FSMT
+        "vocab-tgt.json",
         "source.spm",
         "target.spm",
         "spiece.model",  # T5, Pegasus
@@ -59,7 +61,7 @@ CARD = "README.md"
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
 """In these a local path may stand that says nothing to others, such as that of a template file."""
 
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "target_vocab.json", "*.spm", "*.model")
+VOCABULARIES = ("tokenizer.json", "vocab*.json", "vocab.txt", "merges.txt", "target_vocab.json", "*.spm", "*.model")
 """Any text may be a token, and no path comes in here: these are not searched."""
 
 LOCAL_PATH = re.compile(r"(~?(/[^/\s{}<>]+){2,}/?)|([A-Za-z]:\\\S+)")

@@ -55,7 +55,7 @@ class DiptychPipeline(Pipeline):
             instruction=instruction, input=text, history=history, system=system
         )
         given, target = forced_prefix(template), row.get("target_language")
-        if hasattr(self.tokenizer, "src_lang"):
+        if hasattr(self.tokenizer, "src_lang") and type(self.tokenizer).__name__ != "FSMTTokenizer":  # of one pair
             source = row.get("source_language") or self.tokenizer.src_lang
             self._code_token(source)
             self.tokenizer.src_lang = source
@@ -97,7 +97,7 @@ class DiptychPipeline(Pipeline):
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
         stop = self.tokenizer.init_kwargs[TEMPLATE_KEY].get("stop") or ()
         found = []
-        for ids in model_outputs["output_ids"][0].tolist():
+        for _, *ids in model_outputs["output_ids"][0].tolist():  # without what the decoder starts with
             text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             ends = [place for place in map(text.find, stop) if place >= 0]
             found.append({"generated_text": text[: min(ends, default=len(text))]})

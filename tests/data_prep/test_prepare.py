@@ -792,7 +792,9 @@ def test_the_train_split_is_also_written_in_packed_rows(prepare, write_rows, tmp
         "decoder_start_from": "assumed",
         "pad_token_id": 0,
         "vocabulary": len(AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")),
-        "largest_token_id": max(max(column) for name in ("input_ids", "labels") for column in train[name]),
+        "target_vocabulary": entry["vocabulary"],
+        "largest_source_id": max(map(max, train["input_ids"])),
+        "largest_target_id": max(map(max, train["labels"])),
         "positions": max(lengths["source"] + lengths["target"]),
         "seed": 0,
     }
