@@ -1,7 +1,7 @@
 """The source's and the target's side of a tokenizer, each a tokenizer of one vocabulary.
 
-    source_side(marian).decode([7, 0])      "▁Go </s>" …  a source's ids, in the source's vocabulary
-    target_side(marian).eos_token_id        what ends a target there
+    source_side(marian).decode([7, 0])      "Go. </s>"     ids of a source, by the source's vocabulary
+    target_side(marian).decode([7, 0])      "가. </s>"     the same ids in a target
     source_side(t5) is target_side(t5) is t5
 
 Marian with `separate_vocabs` and FSMT have a vocabulary for each side, of different sizes, in which an id is two
@@ -35,7 +35,8 @@ def target_side(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def has_two_vocabularies(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return source_side(tokenizer).get_vocab() != target_side(tokenizer).get_vocab()
+    source, target = source_side(tokenizer), target_side(tokenizer)
+    return source is not target and source.get_vocab() != target.get_vocab()
 
 
 def all_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -15,7 +15,8 @@ diptych generate FOLDER --engine ctranslate2 --instruction "…" --input "…"
 ```
 
 or, without Diptych, `ctranslate2.Translator("FOLDER").translate_batch([tokens])`, where `tokens` are
-`tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)`.""",
+`tokenizer.convert_ids_to_tokens(tokenizer(prompt).input_ids)` or, where there is a `source_vocabulary.json`, what it
+has at these ids.""",
     "onnx": """`encoder_model` reads the source, `decoder_model` the decoder's start token (see `export.json`) and what
 is forced after it, `decoder_with_past_model` each further token, with the keys and values that came out before:
 `present.…` goes in as `past_key_values.…`.""",

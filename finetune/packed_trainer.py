@@ -36,6 +36,7 @@ from transformers.utils import logging
 from diptych.data_prep.languages import codes_of
 from diptych.data_prep.packing import Budget, assemble_row, choose_budget, pack
 from diptych.data_prep.records import IGNORE_INDEX, UserError
+from diptych.data_prep.two_vocabularies import padding_id
 from diptych.finetune.batches import check_rows_fit, drop_repeated_start, load_prepared, pad_batch, row_lengths
 from diptych.finetune.families import decoder_start_token, family_of, without_adapter
 from diptych.finetune.feeding import set_attention
@@ -84,7 +85,7 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(processing_class.pad_token_id, None),
+            data_collator=Collator(padding_id(processing_class), None),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
