@@ -401,6 +401,16 @@ class Content:
         return block
 
 
+def check_line_ends(head: bytes, name: str) -> None:
+    """UserError where lines end in \\r alone, and the file as a whole would be taken for one line."""
+    if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+        quoted = shlex.quote(name)
+        raise UserError(
+            f"{name}: its lines end in a carriage return (CR) alone, as on old Macs, and a line feed is due. Write it"
+            f" so: tr '\\r' '\\n' < {quoted} > {shlex.quote(f'lf-{os.path.basename(name)}')}"
+        )
+
+
 def check_text(head: bytes, name: str) -> int:
     """Length of the UTF-8 mark at the beginning of a text, or an error where it is no UTF-8 text at all."""
     if head.startswith(UTF16_MARKS) or _every_second_byte_is_nul(head[:256]):

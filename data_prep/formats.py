@@ -35,7 +35,14 @@ from diptych.data_prep.conversations import (
     turns_of,
     unused_in_turns,
 )
-from diptych.data_prep.languages import SOURCE_COLUMNS, TARGET_COLUMNS, is_swapped, languages_in, names_language
+from diptych.data_prep.languages import (
+    SOURCE_COLUMNS,
+    TARGET_COLUMNS,
+    is_same_language,
+    is_swapped,
+    languages_in,
+    names_language,
+)
 from diptych.data_prep.records import (
     IGNORE_INDEX,
     Languages,
@@ -361,6 +368,8 @@ def converter_for(
     refused."""
     mapping = dict(mapping or {})
     said, sides = directions.languages.direction, Languages(*languages_of_name)
+    if not languages and "translation" not in mapping and not any(map(_fitting, _views(rows, mapping))):
+        languages = _language_columns(rows, source, directions.languages)
     if len(languages) == 2 and mapping.keys().isdisjoint(("first", "second", "translation")):
         names = {name for row in rows for name in row.fields}
         if names.issuperset(languages):  # a table with a column for each language
@@ -402,6 +411,21 @@ def converter_for(
         sides=sides,
         is_swapped=is_back,
     )
+
+
+def _language_columns(rows: Iterable[Row], source: str, asked: Languages) -> list[str]:
+    """The columns of a table that are called by languages, if these are two, or two of them are asked for."""
+    texts = [(name, value) for row in rows for name, value in row.fields.items() if isinstance(value, str)]
+    names = list(dict.fromkeys(name for name, _ in texts if names_language(name)))
+    found = names
+    if len(names) > 2 and all(asked):
+        found = [name for name in names if any(is_same_language(name, language) for language in asked)]
+    if len(names) > 2 and len(found) != 2:
+        raise UserError(
+            f"{source} has columns that are called by languages, {listed(names)}, and pairs are of two. Say which are"
+            f" the first and the second side, for example --languages {names[-2]} {names[-1]}."
+        )
+    return found if len(found) == 2 else []
 
 
 def _called(columns: Mapping[str, str]) -> Languages:

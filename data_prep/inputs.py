@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -164,12 +164,14 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
     rows = first_rows(source)
     if not rows:
         return Converter(named(settings.format)) if settings.format else NOT_TOLD
+    mapping = parse_mapping(settings.map)
+    _check_pairs(rows, source.name, mapping)
     try:
         return converter_for(
             rows,
             source.name,
             settings.format,
-            parse_mapping(settings.map),
+            mapping,
             directions_for(settings, source),
             settings.languages,
             settings.summary_instruction,
@@ -182,6 +184,18 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
             raise
         others = "To leave it out, name the files to train on themselves in --data."
         raise UserError(f"{error} By its name it is taken for {source.split}. {others}") from None
+
+
+def _check_pairs(rows: Sequence[Row], name: str, mapping: Mapping[str, str]) -> None:
+    """UserError where a table without a header has more columns than a pair and its licence: the first may be a
+    number of the row."""
+    third = [row.fields["column 3"] for row in rows if row.fields.keys() >= {"first", "second", "column 3"}]
+    if not mapping and any(third) and not all(text.startswith("CC") for text in third):
+        shown = ", ".join(f"'{text[:40]}'" for text in rows[0].fields.values())
+        raise UserError(
+            f"{name} has {len(rows[0].fields)} columns and no header, so that nothing says which two are the pair; its"
+            f" first row is {shown}. Say it by their numbers, for example --map first=1 second=2."
+        )
 
 
 def directions_for(settings: PrepareSettings, source: Source) -> Directions:

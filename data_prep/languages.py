@@ -310,6 +310,10 @@ def is_swapped(sides: Languages, asked: Languages) -> bool:
     return all(swapped) and (not all(as_they_are) or sum(swapped) > sum(as_they_are))
 
 
+def is_same_language(name: str, other: str) -> bool:
+    return _likeness(name, other) > 0
+
+
 def _likeness(side: str, asked: str) -> int:
     """0 for two languages, 1 for one language of two regions, or where one is not known, 2 for the same."""
     if not asked or not names_language(side):

@@ -46,11 +46,12 @@ from diptych.data_prep.files import (
     File,
     Found,
     Limits,
+    check_line_ends,
     check_text,
     find_files,
     identify,
 )
-from diptych.data_prep.languages import languages_of_files
+from diptych.data_prep.languages import languages_of_files, names_language
 from diptych.data_prep.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_of, named, said_kind
 from diptych.data_prep.read_columns import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.read_json import SPACE, json_chunks, jsonl_chunks
@@ -300,6 +301,7 @@ def open_plain(entry: str, limits: Limits = DEFAULT_LIMITS) -> Source:
         head = content.peek(HEAD_BYTES)
     mark = check_text(head, file.name)
     check_encoding(head, file.name)
+    check_line_ends(head, file.name)
     return Source(file.name, file.digest, file.bytes, functools.partial(text_chunks, file, limits, mark), entry)
 
 
@@ -381,6 +383,8 @@ def _open_file(file: File, limits: Limits, columns: Collection[str] = ()) -> Sou
         else:
             mark = check_text(head, file.name)
             check_encoding(head, file.name)
+            if file.suffix in (".tsv", ".jsonl", ".ndjson"):
+                check_line_ends(head, file.name)
             text = head[mark:].decode("utf-8", "surrogateescape")
             read, notes = _by_beginning(file, text, columns) or object_reader(file, limits, mark)
             read = functools.partial(read, mark=mark)
@@ -423,7 +427,7 @@ def _are_numbers(columns: Collection[str]) -> bool:
 
 def _tsv_header(head: str, name: str, columns: Collection[str]) -> tuple[Header, list[str]]:
     """A first line is a header if `columns`, which --map names, are in it, or if it has names that data sets give
-    their columns. What it is taken for is said."""
+    their columns, or those of languages. What it is taken for is said."""
     lines = [(number, line) for number, line in enumerate(head.split("\n")[:1000], 1) if line.strip()]
     if lines and SEPARATOR_LINE.fullmatch(f"{lines[0][1]}\n"):
         del lines[0]
@@ -448,9 +452,11 @@ def _tsv_header(head: str, name: str, columns: Collection[str]) -> tuple[Header,
 
 
 def _names_columns(cells: list[str]) -> bool:
-    """Whether two cells are names that data sets give to columns, and the others look like names too."""
+    """Whether two cells are names that data sets give to columns, or those of languages, and the others look like
+    names too."""
     names = {cell.casefold() for cell in cells if cell}
-    return len(names & KNOWN_COLUMNS) >= 2 and all(map(NAME.fullmatch, names))
+    known = len(names & KNOWN_COLUMNS), sum(map(names_language, set(cells)))
+    return max(known) >= 2 and all(map(NAME.fullmatch, names))
 
 
 def _quoting_note(lines: list[str], name: str) -> list[str]:
@@ -526,7 +532,7 @@ def _first_cells(head: str, delimiter: str) -> list[str]:
 
 
 def _check_no_header(cells: list[str], name: str) -> None:
-    if KNOWN_COLUMNS.issuperset(cells):
+    if all(cell in KNOWN_COLUMNS or names_language(cell) for cell in cells):
         raise UserError(
             f"{name}: --map names columns by number, which is for tables without a header, and the first line here"
             f" names them: {', '.join(cells)}. Map these names."
@@ -553,6 +559,7 @@ def _open_aligned(names: Sequence[str], limits: Limits) -> Source:
             head = content.peek(HEAD_BYTES)
         marks.append(check_text(head, name))
         check_encoding(head, name)
+        check_line_ends(head, name)
     if files[0].state[:2] == files[1].state[:2]:
         raise UserError(f"{names[0]} and {names[1]} are the same file: a text is no translation of itself.")
     digest = xxhash.xxh3_128_hexdigest("".join(file.digest for file in files).encode())

@@ -225,6 +225,9 @@ KOREAN_FIRST = {
     "memory.tmx": (TMX.encode(), ()),
     "table.csv": (["ko,en", "가.,Go."], ("--languages", "ko", "en")),
     "mapped.tsv": (["kor_Hang\teng_Latn", "가.\tGo."], ("--map", "first=kor_Hang", "second=eng_Latn")),
+    "header.tsv": (["ko\ten", "가.\tGo."], ()),
+    "numbered.tsv": (["id\tko\ten", "1\t가.\tGo."], ()),
+    "fields.jsonl": ([{"ko": "가.", "en": "Go."}], ()),
     "a.ko+a.en": (["가."], ()),
     "rows.jsonl": ([{"translation": {"en": "Go.", "ko": "가."}, "src_lang": "ko", "tgt_lang": "en"}], ()),
 }
@@ -254,10 +257,26 @@ def test_the_languages_that_data_names_say_which_text_is_which(
         assert (rows[0]["source_language"], rows[0]["target_language"]) == (codes[first], codes[second])
     others = ("--source_language", "fr", "--target_language", "ko", "--forward", "")
     code, said, _ = prepare(capsys, tmp_path, language_folders / family, path, *options, *others)
-    if name != "rows.jsonl":
+    if name not in ("rows.jsonl", "numbered.tsv"):
         assert code == 2 and re.search(
             "names its two texts ko.* and en.*, and .* are source fr and target ko", said, re.I
         )
+
+
+def test_a_table_of_more_columns_than_a_pair_is_not_guessed_at(language_folders, write_rows, capsys, tmp_path):
+    for name, lines, message in (
+        (
+            "a.tsv",
+            ["1\tGo.\t가.", "2\tHi.\t안녕."],
+            "3 columns and no header.*'1', 'Go.', '가.'.*--map first=1 second=2",
+        ),
+        ("b.tsv", ["id\ten\tko", "1\tGo.\t가."], "'id', 'en', 'ko', and pairs are of two.*--languages en ko"),
+    ):
+        path = write_rows(name, lines)
+        code, said, _ = prepare(capsys, tmp_path, language_folders / "t5", path, "--forward", "To Korean:")
+        assert code == 2 and re.search(message, said)
+    licensed = write_rows("c.tsv", ["Go.\t가.\tCC-BY 2.0"])
+    assert prepare(capsys, tmp_path, language_folders / "t5", licensed, "--forward", "To Korean:")[0] == 0
 
 
 @pytest.mark.parametrize(

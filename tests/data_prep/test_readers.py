@@ -180,10 +180,12 @@ def test_what_the_first_line_of_a_tsv_was_taken_for_is_said(write_rows):
         {"first": "source", "second": "Go."},
         "its first line is taken for a pair, 'source' and 'Go.'",
     )
-    fields, note = first("en\tko", "Go.\t가.")
-    assert fields == {"first": "en", "second": "ko"}
-    assert note.endswith("if it names columns, --map first=en second=ko makes it the header")
-    assert first("en\tko", "Go.\t가.", columns=("en", "ok")) == ({"en": "Go.", "ko": "가."}, f"{header}en, ko")
+    fields, note = first("left\tright", "Go.\t가.")
+    assert fields == {"first": "left", "second": "right"}
+    assert note.endswith("if it names columns, --map first=left second=right makes it the header")
+    assert first("a\tb", "Go.\t가.", columns=("a", "c")) == ({"a": "Go.", "b": "가."}, f"{header}a, b")
+    for names in ("en\tko", "eng_Latn\tace_Arab", "Korean\tEnglish", "id\tko_KR\ten-GB"):
+        assert list(first(names, "1" + "\t1" * names.count("\t"))[0]) == names.split("\t")
     assert first("text", "Go.", columns=("text",))[0] == {"text": "Go."}
     [source] = open_sources([write_rows("b.tsv", ["a title", "Go.\t가.", "Hi.\t안녕."])])  # no pair, and no header
     assert (source.notes, [type(row) for row in source.rows()]) == ((), [Reject, Row, Row])
@@ -237,6 +239,17 @@ def test_another_delimiter_of_a_csv_is_found_and_said(delimiter, word, write_row
     assert ("If nothing is quoted, name the file .tsv" in note) == (delimiter == "\t")
     assert open_sources([write_rows("b.csv", ["instruction,output", "a;b,c"])])[0].notes == ()
     assert values(read(write_rows("c.csv", ["text", "a;b"]))[0]) == [{"text": "a;b"}]
+
+
+def test_lines_that_end_in_a_carriage_return_alone_are_read_or_refused_and_never_one_row(write_rows):
+    assert values(read(write_rows("a.csv", b"a,b\rc,d\re,f\r"))[0]) == [{"a": "c", "b": "d"}, {"a": "e", "b": "f"}]
+    for name in ("a.tsv", "a.jsonl"):
+        assert "tr '\\r' '\\n' < " in refused(write_rows(name, b'{"a":\t1}\r{"b":\t2}\r'))
+    first, second = write_rows("a.en", b"Go.\rHi."), write_rows("a.ko", b"a\n")
+    with pytest.raises(UserError, match="a.en: its lines end in a carriage return"):
+        read(aligned=[first, second])
+    with pytest.raises(UserError, match="a.txt: its lines end in a carriage return"):
+        open_evaluation([write_rows("a.txt", b"Go.\rHi.")])
 
 
 def test_excels_word_on_the_separator_is_heard_and_is_no_row(write_rows):
