@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diptych.data_prep.encode import vocabulary_sizes
 from diptych.data_prep.hub import check_chat_templates, check_config, check_place
-from diptych.data_prep.languages import check_spells_no_code, codes_of, set_languages
+from diptych.data_prep.languages import check_spells_no_code, codes_of, is_same_language, set_languages
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.settings import PrepareSettings
 from diptych.data_prep.templates import (
@@ -67,6 +67,11 @@ def _set_languages(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase
     for option in ("forward", "backward"):
         check_spells_no_code(codes, getattr(settings, option) or "", f"--{option}")
     given = Languages(settings.source_language or "", settings.target_language or "")
+    if is_same_language(*given):
+        raise UserError(
+            f"source_language and target_language are one language, {given.source} and {given.target}. If the data is"
+            " in one language indeed, say so in its rows, as columns source_language and target_language."
+        )
     if any(given) and not codes.tokens:
         if not all(given):
             raise UserError("source_language and target_language belong together. Give both, or neither.")

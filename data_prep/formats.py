@@ -337,7 +337,12 @@ class Converter:
         if not fields.keys().isdisjoint(LANGUAGE_COLUMNS) or not self.mapping.keys().isdisjoint(LANGUAGE_COLUMNS):
             named = {name: self.value(fields, name) for name in LANGUAGE_COLUMNS}
             found = languages_in({name: value for name, value in named.items() if value is not MISSING})
-            return found.or_else(self.directions.languages)
+            languages = found.or_else(self.directions.languages)
+            if not all(found) and is_same_language(*languages):
+                side, given = ("source", found.source) if found.source else ("target", found.target)
+                reason = f"its {side} language is {given}, and so is the other, which it does not say itself."
+                raise Fault(f"{side}_language", "source and target in one language", reason)
+            return languages
         return self.directions.languages
 
     def _other_shape(self, row: Row) -> str:

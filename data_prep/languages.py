@@ -243,8 +243,14 @@ def resolved(
 
 def languages_note(tokenizer: PreTrainedTokenizerBase, given: Languages) -> str:
     """What should be said of the languages of prompts that bring none: in which they are read and written where a
-    person gave no code, or another one; "" where there is nothing to say."""
+    person gave no code, or another one, or for a tokenizer without codes; "" where there is nothing to say."""
     codes, own = codes_of(tokenizer), own_languages(tokenizer)
+    if any(given) and not codes.tokens:
+        words = codes.instruction("", given)
+        what = (
+            f"prompts without an instruction begin '{words}', and for others they" if words else "the languages given"
+        )
+        return f"the tokenizer has no language codes: {what} are not used"
     languages = codes.checked(given).or_else(own if codes.is_around_texts else Languages())
     if languages == given or not languages.direction:
         return ""
@@ -311,7 +317,8 @@ def is_swapped(sides: Languages, asked: Languages) -> bool:
 
 
 def is_same_language(name: str, other: str) -> bool:
-    return _likeness(name, other) > 0
+    """Whether both are one language, of which other regions count as others."""
+    return names_language(name) and bool(other) and _likeness(name, other) == 2
 
 
 def _likeness(side: str, asked: str) -> int:

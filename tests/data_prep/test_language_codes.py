@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from diptych.data_prep.encode import encode_sources, encode_targets
-from diptych.data_prep.languages import codes_of, is_swapped, resolved
+from diptych.data_prep.languages import codes_of, is_swapped, languages_note, resolved
 from diptych.data_prep.prepare import main
 from diptych.data_prep.records import Languages, UserError
 
@@ -180,6 +180,12 @@ def test_a_decoder_that_starts_with_the_code_starts_so_in_packed_rows(language_f
         ("madlad", ("--forward", "", "--backward", ""), "nothing else says which language is to be written"),
         ("t5", ("--forward", "", "--backward", ""), "nothing else says which language is to be written"),
         ("t5", ("--forward", "", "--source_language", "en"), "belong together"),
+        (
+            "nllb",
+            ("--forward", "", "--source_language", "ko", "--target_language", "kor_Hang"),
+            "are one language, ko",
+        ),
+        ("t5", ("--forward", "", "--source_language", "en", "--target_language", "English"), "are one language, en"),
         ("t5", ("--forward", "", "--source_language", "en", "--target_language", "Klingon"), "English name is known"),
     ],
 )
@@ -197,14 +203,18 @@ def test_codes_that_rows_bring_go_before_those_of_settings(language_folders, wri
         {"source": "Hello.", "target": "Bonjour.", "src_lang": "eng_Latn", "tgt_lang": "fra_Latn"},
         {"source": "Hello.", "target": "Hola."},
         {"source": "Hello.", "target": "Hallo.", "src_lang": "en", "tgt_lang": "deu_Deva"},
+        {"source": "Hola.", "target": "Hola!", "src_lang": "es"},
+        {"source": "Halo.", "target": "Hello!", "src_lang": "en", "tgt_lang": "eng_Latn"},
     ]
     options = ("--forward", "", "--source_language", "en", "--target_language", "es")
     code, said, prepared = prepare(
         capsys, tmp_path, language_folders / "nllb", write_rows("rows.jsonl", rows), *options
     )
     assert code == 0 and "conflict" not in said
-    assert [row["target_language"] for row in prepared] == ["kor_Hang", "fra_Latn", "spa_Latn"]
-    reject = json.loads((tmp_path / "prepared" / "rejects.jsonl").read_text(encoding="utf-8"))
+    assert [row["target_language"] for row in prepared] == ["kor_Hang", "fra_Latn", "spa_Latn", "eng_Latn"]
+    lines = (tmp_path / "prepared" / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    reject, other = map(json.loads, lines)
+    assert (other["row"], other["kind"]) == (5, "source and target in one language")
     assert (reject["row"], reject["kind"]) == (4, "unknown language") and "mean 'deu_Latn'?" in reject["reason"]
 
 
@@ -306,6 +316,16 @@ def test_a_shipped_sample_keeps_its_instructions_on_the_right_side(language_fold
     _, said, rows = prepare(capsys, tmp_path, language_folders / "t5", "tatoeba", *options, "--template", "translate")
     assert rows[0]["source"].startswith("Translate Korean to English:") and rows[0]["target_language"] == "en"
     assert not rows[0]["input"].isascii()
+
+
+def test_languages_that_a_tokenizer_cannot_write_are_said_to_be_left_out(load, language_folders):
+    note = languages_note(load("t5"), BOTH)
+    assert (
+        "prompts without an instruction begin 'translate English to Korean:', and for others they are not used" in note
+    )
+    assert "those given are not used" in languages_note(load("t5"), Languages("", "ko"))
+    assert languages_note(load("t5"), Languages()) == ""
+    assert languages_note(load("nllb"), Languages("eng_Latn", "kor_Hang")) == ""
 
 
 def test_rows_of_token_ids_have_the_languages_of_their_codes(language_folders, write_rows, load, capsys, tmp_path):
