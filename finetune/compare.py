@@ -34,7 +34,7 @@ from diptych.finetune.command_settings import CompareSettings
 from diptych.finetune.confidence import LEVEL_PERCENT, Paired, paired_tests
 from diptych.finetune.evaluation import is_improvement, predictions_file
 from diptych.finetune.metrics import METRICS, Statistics, count_texts, ratio
-from diptych.finetune.run_folder import last_training
+from diptych.finetune.run_folder import last_training, read_status
 
 
 class Report(NamedTuple):
@@ -144,6 +144,19 @@ def run_figures(side: Side) -> dict[str, Any]:
             if best:
                 figures |= {f"best {split} {name}": best[name], f"… {split} {name} at step": best["step"]}
     return figures
+
+
+def missing_lines(side: Side) -> str:
+    """What the metrics.jsonl of a run that is over lacks; "" where it lacks nothing, or is not known."""
+    folder = last_training(Path(side.name))
+    status = read_status(folder)
+    if status is None or status.get("state") != "done":
+        return ""
+    steps = [0, *sorted(entry["step"] for entry in side.entries)]
+    every = side.recipe.get("logging_every", status["step"])
+    gaps = [f"{start} and {end}" for start, end in itertools.pairwise(steps) if end - start > every]
+    gaps += [f"{steps[-1]} and {status['step']}"] * (steps[-1] < status["step"])
+    return f"{folder / 'metrics.jsonl'} lacks its lines between steps {', '.join(gaps)}" if gaps else ""
 
 
 def validation_splits(side: Side) -> list[str]:
@@ -345,6 +358,8 @@ def run(settings: CompareSettings) -> int:
         split: compare_reports(a.reports[split], b.reports[split], settings.trials, settings.seed) for split in shared
     }
     print(format_tables(a, b, comparisons))
+    for lacking in filter(None, map(missing_lines, (a, b))):
+        print(f"{lacking}: a figure that only they had is not shown", file=sys.stderr)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(to_json(a, b, comparisons), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ are registered by the import below.
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -268,12 +269,12 @@ def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
 def _load_adapted(
     name: str, adapter: dict, tokenizer: PreTrainedTokenizerBase, dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    """The base that the adapter names, with the adapter merged in."""
-    from peft import PeftModel  # seconds that only adapters need
+    """The base that the adapter names, with the adapter merged in, which is done in fp32: what `dtype` rounds comes
+    last."""
+    from diptych.finetune.lora import ADAPTER_WEIGHTS, load_for_inference, merge_adapter  # peft takes seconds
 
-    from diptych.finetune.lora import ADAPTER_WEIGHTS, grow_embeddings, merge_adapter, without_warnings_of_peft
-
-    check_adapter(adapter, weight_files(name, ADAPTER_WEIGHTS), name)
+    files = weight_files(name, ADAPTER_WEIGHTS)
+    check_adapter(adapter, files, name)
     base_name = os.path.expanduser(adapter["base_model_name_or_path"])
     try:
         check_folder(base_name)
@@ -281,14 +282,13 @@ def _load_adapted(
     except UserError as error:
         raise UserError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
     tokens, rows = lacking_most(base, tokenizer)
-    if rows < tokens:
-        grow_embeddings(base, tokens)  # the adapter brings the rows that were added
+    dtypes = {weight: tensor.dtype for weight, tensor in _tensors(base)}
     try:
-        with without_warnings_of_peft():
-            adapted = PeftModel.from_pretrained(base, name, is_trainable=False)
-        model = merge_adapter(adapted)
+        model = merge_adapter(load_for_inference(base.float(), name, files[0], tokens if rows < tokens else None))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the adapter {name} does not fit its base {base_name}: {_in_short(error)}") from error
+    for weight, tensor in _tensors(model):
+        tensor.data = tensor.data.to(dtypes[weight])
     if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes it down where the base has none
         model.generation_config = load_generation_config(name)
     return model
@@ -309,6 +309,11 @@ def lacking_most(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     """Tokens of the tokenizer and rows of the model on that side where more rows lack, or fewer are left."""
     sides = zip(vocabulary_sizes(tokenizer), embedding_rows(model), strict=True)
     return max(sides, key=lambda side: side[0] - side[1])
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def position_limit(model: PreTrainedModel, of_source: bool = False) -> int | None:

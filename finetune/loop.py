@@ -42,10 +42,10 @@ def run(recipe: TrainRecipe, stop: StopRequest, status: Status, is_last: bool = 
     """`is_last`: whether the ranks part afterwards, and do not go on to another stage."""
     keep_memory()
     run = set_up(recipe, stop, status)
-    with stop.deferred():
-        is_stopped = train(run)
-        if not is_stopped:
-            write_final(run)
+    stop.defer()
+    is_stopped = train(run)
+    if not is_stopped:
+        write_final(run)
     accelerator = run.accelerator
     del run
     part(accelerator, for_good=is_last or is_stopped)

@@ -40,6 +40,8 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -64,6 +66,8 @@ METHODS = ["LORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "VERA"]
 """Of peft's many, some that need a config and nothing else. AdaLoRA wants to be called after each step, prompts want
 peft's own forward pass, which packed rows go round, BOFT builds a CUDA extension when it is made, Lily and BEFT cannot
 be merged everywhere, and FourierFT and FRoD are off by more than 1e-5."""
+OF_PEFT = ("base_layer", "token_adapter", "original_module")
+"""Names that peft puts between a layer's name and the layer."""
 NOISE = 3e-5
 """Of new rows, in standard deviations of the old ones: enough that no two are the same."""
 LORA_FIELDS = ["rank_pattern", "alpha_pattern", "exclude_modules"]
@@ -72,28 +76,29 @@ OUR_FIELDS = [field.name for field in dataclasses.fields(PeftConfig)] + ["target
 
 
 @torch.no_grad()
-def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Adds rows to every vocabulary table, the mean of the old ones and a little noise, as transformers does (Hewitt
-    2021). Tables that were one stay one, and the others apart, whatever the config says.
+def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Cuts every vocabulary table to its first rows, or adds rows: the mean of the old ones and a little noise, as
+    transformers does (Hewitt 2021). Tables that were one stay one, and the others apart, whatever the config says.
 
     (transformers' own `resize_token_embeddings`, 5.23, ties the head of Flan-T5, T5 v1.1, mT5 and UMT5 to the input
     table, whose config says so, and the three tables of an untied BART to each other; what a table held is lost. And
     it forgets the configs of T5Gemma's panels, so that such a checkpoint could not be loaded again.)
     """
-    unread = [
-        module.weight for name, module in model.named_modules() if name.endswith("shared")
-    ]  # in an untied Marian
+    # that of an untied Marian is read nowhere
+    unread = [module.weight for name, module in model.named_modules() if name.endswith("shared")]
     tables = [*input_and_output_tables(model), *unread]
     old = tables[0].shape[0]
+    if old == rows:
+        return
     if any(table.shape[0] != old for table in tables):
         raise UserError(
-            f"the vocabulary of this {model.config.model_type} cannot be grown to {rows} tokens: its encoder and its "
-            f"decoder have one each. Prepare the data with the model's own tokenizer."
+            f"the vocabulary of this {model.config.model_type} cannot be resized to {rows} tokens: its encoder and "
+            f"its decoder have one each. Prepare the data with the model's own tokenizer."
         )
-    grown = {id(table): torch.nn.Parameter(_with_rows(table, rows), table.requires_grad) for table in tables}
+    resized = {id(table): torch.nn.Parameter(_with_rows(table, rows), table.requires_grad) for table in tables}
     for module in model.modules():
-        if isinstance(module, torch.nn.Embedding | torch.nn.Linear) and id(module.weight) in grown:
-            module.weight = grown[id(module.weight)]
+        if isinstance(module, torch.nn.Embedding | torch.nn.Linear) and id(module.weight) in resized:
+            module.weight = resized[id(module.weight)]
             if isinstance(module, torch.nn.Embedding):
                 module.num_embeddings = rows
             else:
@@ -103,6 +108,8 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
 
 
 def _with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
+    if rows < table.shape[0]:
+        return table[:rows].clone()
     noise = torch.randn(rows - table.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
     return torch.cat([table, table.mean(0) + NOISE * table.std(0) * noise])
 
@@ -182,9 +189,13 @@ def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
 
 @contextlib.contextmanager
 def without_warnings_of_peft() -> Iterator[None]:
-    """peft 0.21 asks transformers for something that has a new name since 5.22."""
+    """peft 0.21 asks transformers for something that has a new name since 5.22, and warns of ties that `merge_adapter`
+    handles, and of missing weights that `load_for_inference` refuses."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         yield
 
 
@@ -303,14 +314,142 @@ def _without_start(name: str, weight: torch.Tensor, start: Mapping[str, torch.Te
     return trained.contiguous()
 
 
+def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int | None) -> PeftModel:
+    """The adapter `name`, a folder or a Hub id, on its base. The base gets as many rows as the tables in the adapter's
+    `file` have, or else `tokens`, if given. UserError where the file has a tensor without a place, or lacks one."""
+    if rows := _rows_in(file, base) or tokens:
+        resize_embeddings(base, rows)
+    try:
+        with without_warnings_of_peft():
+            model = PeftModel.from_pretrained(base, name, is_trainable=False)
+            found = model.load_adapter(name, "default")  # again, because only this tells what did not fit
+    except KeyError as error:
+        raise UserError(f"{file} lacks {error}, which peft looks for. Use it where it was trained.") from error
+    if found.missing_keys:
+        raise UserError(f"{file} lacks {found.missing_keys[0]}, which adapter_config.json asks for. Copy it again.")
+    # what else is unexpected are whole tables, which peft saves a second time where the vocabulary was resized
+    if left_over := [key for key in found.unexpected_keys if model.base_model.prefix in key]:
+        raise UserError(
+            f"{file} has {left_over[0]}, and target_modules in adapter_config.json does not name this layer (peft "
+            f"takes tied layers out if ensure_weight_tying is set). Name it there."
+        )
+    return model
+
+
+def _rows_in(file: Path, base: PreTrainedModel) -> int | None:
+    """How many rows an adapter's vocabulary tables have, by the shapes in its file; None if they are the base's."""
+    tables = {id(table) for table in input_and_output_tables(base)}
+    layers = {
+        name: layer.weight for name, layer in base.named_modules() if id(getattr(layer, "weight", None)) in tables
+    }
+    found = set()
+    with safe_open(file, framework="numpy") as tensors:
+        for key in tensors.keys():
+            layer, _, kind = _without_peft(key.removeprefix("base_model.model.")).partition(".lora_")
+            table = layers.get(layer.removesuffix(".weight"))
+            if table is not None and kind in ("", "B.weight", "embedding_A"):
+                rows = tensors.get_slice(key).get_shape()[kind == "embedding_A"]
+                found |= {rows} - {table.shape[0]}
+    return found.pop() if len(found) == 1 else None
+
+
+def _without_peft(name: str) -> str:
+    """The name that a layer or weight has without an adapter."""
+    return ".".join(part for part in name.split(".") if part not in OF_PEFT)
+
+
+@torch.no_grad()
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """A plain model with the adapter in its weights. Its config keeps saying what is tied: peft compares the encoder's
-    input table with the head, and where these two are no pair (T5Gemma) declares the decoder's table untied as well,
-    which loses the head when the model is saved."""
-    tied = getattr(model.config, "tie_word_embeddings", None)  # an EncoderDecoderModel's config has no such field
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+    """A plain model with the adapter of `model`, which is in fp32, in its weights. UserError where it computes other
+    logits: 1e-5 of their size is rounding, and so is ten times what one more rounding in each layer changes.
+
+    peft merges an adapter on the head into the tied table, which the panels read as well. So each adapted layer gets
+    a copy of its weight first. If the copies are still equal after merging, they are tied again; if they differ, the
+    model is untied.
+    """
+    expected = _logits_on_some_tokens(model.eval())
+    base = model.get_base_model()
+    tied = getattr(base.config, "tie_word_embeddings", None)  # an EncoderDecoderModel's config has no such field
+    ties = _tied_layers(base)
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer) and id(module.get_base_layer().weight) in ties:
+            _copy_weight(module.get_base_layer())
+    with without_warnings_of_peft():
         merged = model.merge_and_unload(safe_merge=True)  # which looks for NaN first
     if tied is not None:
-        merged.config.tie_word_embeddings = tied
+        merged.config.tie_word_embeddings = tied  # peft sets it to False for T5Gemma, whose panels have one table each
+    for names in ties.values():
+        _tie_again(merged, names)
+    found, largest = _logits_on_some_tokens(merged), expected.abs().max()
+    difference, rounding = ((other - found).abs().max() for other in (expected, _rounded_otherwise(merged)))
+    if not difference <= max(1e-5 * largest.clamp(min=1.0), 10 * rounding):
+        raise UserError(
+            f"merging changes logits by {difference:.1e}, of {largest:.1e} at most. Use it unmerged, with "
+            f"peft.AutoPeftModelForSeq2SeqLM, or train another kind of adapter."
+        )
     return merged
+
+
+def _logits_on_some_tokens(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    """The last tokens of each vocabulary, which may be new ones, and some others."""
+    base = without_adapter(model)
+    rows = [panel.get_input_embeddings().weight.shape[0] for panel in (base.get_encoder(), base.get_decoder())]
+    others = torch.randint(min(rows), (2, 12), generator=torch.Generator().manual_seed(0))
+    source, target = (torch.cat([others, torch.arange(end - 8, end).view(2, 4)], dim=1) for end in rows)
+    return model(input_ids=source, decoder_input_ids=target).logits
+
+
+def _rounded_otherwise(model: PreTrainedModel) -> torch.Tensor:
+    """The same logits, with the last digit of what each linear layer gives changed at random."""
+    digit = torch.finfo(torch.float32).eps
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+
+    def change(layer, given, output):
+        return output * (1 + digit * torch.randn_like(output))
+
+    hooks = [layer.register_forward_hook(change) for layer in layers]
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        logits = _logits_on_some_tokens(model)
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+def _tied_layers(base: PreTrainedModel) -> dict[int, list[str]]:
+    """For each weight that several layers share, by its id: the names that these layers have without an adapter."""
+    layers: dict[int, list[str]] = {}
+    for name, layer in base.named_modules(remove_duplicate=False):
+        if isinstance(layer, torch.nn.Embedding | torch.nn.Linear):
+            layers.setdefault(id(layer.weight), []).append(_without_peft(name))
+    return {weight: names for weight, names in layers.items() if len(names) > 1}
+
+
+def _copy_weight(layer: torch.nn.Module) -> None:
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+
+
+def _tie_again(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Layers that were tied share one weight again if their weights are equal. Else each keeps its own, and the config
+    says so. T5 scales the states for a tied head alone; an untied head has this factor in its weights, as in T5 v1.1.
+    What a family that is not in the table computes by these fields is not known: they stay, and when such a model is
+    loaded again, transformers does not tie weights that differ.
+    """
+    layers = {name: model.get_submodule(name) for name in names}
+    read = [layer for name, layer in layers.items() if not name.endswith("shared")]  # which no forward pass uses
+    for layer in set(layers.values()) - set(read):
+        layer.weight = read[0].weight
+    if all(torch.equal(layer.weight, read[0].weight) for layer in read):
+        for layer in read:
+            layer.weight = read[0].weight
+        return
+    for layer in layers.values():
+        _copy_weight(layer)
+    model.all_tied_weights_keys = {}
+    family = family_of(model)
+    if family is None:
+        return
+    if hasattr(model.config, "scale_decoder_outputs"):
+        model.get_output_embeddings().weight.mul_(family.scale(model))
+        model.config.scale_decoder_outputs = False
+    model.config.tie_word_embeddings = False

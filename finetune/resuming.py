@@ -78,19 +78,27 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def compare_recipes(recipe: TrainRecipe, folder: Path) -> None:
-    """UserError where the run in the folder is another one; what has changed otherwise is said."""
-    now = to_yaml(recipe)
-    before = recipe_of(folder)
-    before = now | before  # a setting that is younger than the run
+    """UserError where the run in the folder is another one."""
+    now, before = _now_and_before(recipe, folder)
     different = [name for name in FIXED_IN_A_RUN if before[name] != now[name]]
     if different:
         raise UserError(
             f"this is not the run in {folder}:\n{_changes(before, now, different)}\n"
             f"A run goes on as it began: set this back, or begin anew in another folder."
         )
+
+
+def say_changes(recipe: TrainRecipe, folder: Path) -> None:
+    """What the recipe has changed of the run in the folder, once it is known that the run may go on so."""
+    now, before = _now_and_before(recipe, folder)
     changed = [name for name in now if before[name] != now[name] and name not in FREE_IN_A_RUN]
     if changed:
         _say([f"changed for the rest of the run: {_changes(before, now, changed)}"])
+
+
+def _now_and_before(recipe: TrainRecipe, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    now = to_yaml(recipe)
+    return now, now | recipe_of(folder)  # a setting that is younger than the run is as it is now
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> str:

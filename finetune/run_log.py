@@ -35,7 +35,7 @@ class RunLog:
                 if kept < size:
                     self.say(
                         f"{file} has {kept:,} of the {size:,} bytes that it had at this checkpoint. What is missing is"
-                        f" not written again; the run goes on."
+                        f" not written again, and loss.png and `diptych compare` lack it; the run goes on."
                     )
 
     def say(self, text: str) -> None:

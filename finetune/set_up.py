@@ -54,6 +54,7 @@ from diptych.finetune.resuming import (
     check_same_run,
     choose_checkpoint,
     run_facts,
+    say_changes,
     take_back,
     to_yaml,
     weights_hash,
@@ -227,6 +228,8 @@ def make_run(
         checkpoints.check_own(folder / "final")  # which would be replaced at the end
     accelerator.wait_for_everyone()  # all have seen the folder as it was; now it may change
     if accelerator.is_main_process:  # first of all files, and whole: by it a run is known that was killed early
+        if (folder / CONFIG).is_file():
+            say_changes(recipe, folder)
         checkpoints.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
         if saved:
             take_back(recipe, folder, saved)

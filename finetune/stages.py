@@ -42,7 +42,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
     out = Path(recipe.out)
     from diptych.finetune import checkpoint as checkpoints  # torch takes seconds; mistakes are told before
     from diptych.finetune.loop import run
-    from diptych.finetune.resuming import as_it_began, compare_recipes, recipe_of, to_yaml
+    from diptych.finetune.resuming import as_it_began, compare_recipes, recipe_of, say_changes, to_yaml
 
     if is_main_rank():
         checkpoints.write_text(out / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
@@ -58,10 +58,12 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
         stage = replace(stage, precision=auto) if stage.precision == "auto" else stage
         if _has_ended(folder):
             compare_recipes(stage, folder)
+            say_changes(stage, folder)
             auto = stage.precision if is_auto else auto
             continue
         if is_main_rank():
             print(f"stage {number} of {len(stages)}: {name}", flush=True)
+        stop.begin_stage(name)
         with claimed(folder, bool(stage.resume)) as own:
             code = run(stage, stop, own, is_last=number == len(stages))
             own.end(code)

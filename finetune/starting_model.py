@@ -10,6 +10,8 @@ extend` added start as the mean of the rows of their old pieces; those of other 
 """
 
 import importlib.util
+import os
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,14 @@ from diptych.finetune.config import TrainRecipe, split_names
 from diptych.finetune.families import decoder_start_token
 from diptych.finetune.generate import settings_of_the_model
 from diptych.finetune.loading import (
+    adapter_settings,
     check_folder,
     has_tokenizer,
     lacking_most,
     load_model,
     load_tokenizer,
 )
-from diptych.finetune.lora import add_adapter, fill_rows_with_means, grow_embeddings, load_adapter
+from diptych.finetune.lora import add_adapter, fill_rows_with_means, load_adapter, resize_embeddings
 from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
 
 
@@ -96,6 +99,11 @@ def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
             f"Drop them, or start from a named size."
         )
     check_folder(recipe.model)
+    if adapter_settings(os.path.expanduser(recipe.model)):
+        raise UserError(
+            f"{recipe.model} is an adapter, and training begins with a whole model. Merge it into its base first: "
+            f"diptych merge {shlex.quote(recipe.model)} --out merged, then train --model merged."
+        )
     if recipe.quantize == "4bit":
         check_can_quantize()
         return load_model(recipe.model, torch.float32, in_4_bits())
@@ -158,7 +166,7 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         )
     pieces = _pieces_to_learn(tokenizer, recipe.model, is_grown=tokens > rows)
     if tokens > rows:
-        grow_embeddings(model, tokens)
+        resize_embeddings(model, tokens)
     if pieces:
         fill_rows_with_means(model, pieces)
     return max(rows, tokens) - min([rows, *pieces])

@@ -33,7 +33,9 @@ def run_recipe(recipe: TrainRecipe, stop: StopRequest | None = None) -> int:
         else:
             from diptych.finetune.loop import run as carry_out  # torch takes seconds; a taken folder is told at once
 
-        code = carry_out(recipe, stop or StopRequest(), status)
+        stop = stop or StopRequest()
+        code = carry_out(recipe, stop, status)
+        stop.ignore()
         status.end(code)
         return code
 

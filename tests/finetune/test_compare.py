@@ -141,6 +141,18 @@ def test_a_run_that_is_still_at_work_is_compared_as_far_as_it_is(tmp_path, monke
     assert (tmp_path / "ab.png").is_file()
 
 
+def test_a_run_whose_log_lost_lines_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    a, b = (run_folder(tmp_path / name, [3.0, 2.0, 1.0]) for name in "ab")
+    for folder in (a, b):
+        (folder / "status.json").write_text(json.dumps({"state": "done", "exit_code": 0, "step": 30}))
+    log = a / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[2:4]))
+    assert compare.main([str(a), str(b)]) == 0
+    told = capsys.readouterr().err
+    assert f"{log} lacks its lines between steps 0 and 20, 20 and 30: a figure" in told and str(b) not in told
+
+
 def other_split(report, predictions):
     report["data"] = report["data"] | {"rows": 9, "texts_sha256": "0"}
 

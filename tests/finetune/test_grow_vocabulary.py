@@ -12,7 +12,7 @@ from diptych.finetune.batches import pad_batch
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.families import decoder_start_token, vocabulary_tables
 from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.lora import fill_rows_with_means, grow_embeddings
+from diptych.finetune.lora import fill_rows_with_means, resize_embeddings
 from diptych.finetune.objectives import Seq2SeqObjective
 from diptych.finetune.saving import save_model
 from diptych.finetune.starting_model import starting_model
@@ -128,7 +128,7 @@ def test_the_first_loss_is_lower_than_from_random_rows(checkpoint, tokenizer):
     for seed in range(3):
         torch.manual_seed(seed)
         random = AutoModelForSeq2SeqLM.from_pretrained(checkpoint).eval()
-        grow_embeddings(random, len(tokenizer))
+        resize_embeddings(random, len(tokenizer))
         losses.append(loss_of(random, tokenizer).item())
     assert loss_of(from_means, tokenizer).item() < min(losses)
 
@@ -194,7 +194,7 @@ def test_spare_rows_are_filled_and_trained_too(new_model, old_tokenizer, tokeniz
 def test_tokens_extended_twice_are_filled_one_after_the_other(new_model):
     """Token 369 is made of 368, which is new itself."""
     model = new_model("t5")
-    grow_embeddings(model, 370)
+    resize_embeddings(model, 370)
     fill_rows_with_means(model, {369: [368, 4], 368: [5, 6]})
     table = model.get_input_embeddings().weight
     middle = (table[5] + table[6]) / 2

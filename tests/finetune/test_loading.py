@@ -25,7 +25,7 @@ from transformers import (
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import TOKENIZER_KEY, template_of
 from diptych.finetune.loading import load_model_and_tokenizer, load_tokenizer, pick_device
-from diptych.finetune.lora import add_adapter, grow_embeddings, save_adapter
+from diptych.finetune.lora import add_adapter, resize_embeddings, save_adapter
 from diptych.modeling import DiptychForConditionalGeneration, named_config
 
 
@@ -124,7 +124,7 @@ def test_an_adapter_that_training_saved_is_what_training_had(tmp_path, t5_checkp
     model = T5ForConditionalGeneration.from_pretrained(t5_checkpoint)
     tokenizer = type(tiny_tokenizer).from_pretrained(t5_checkpoint)
     tokenizer.add_tokens(["낱말"])
-    grow_embeddings(model, len(tokenizer))
+    resize_embeddings(model, len(tokenizer))
     adapted = add_adapter(model, str(t5_checkpoint), rank=4, alpha=8, new_rows=1).eval()
     with torch.no_grad():
         for weight in adapted.parameters():

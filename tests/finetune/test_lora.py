@@ -5,24 +5,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import AutoPeftModelForSeq2SeqLM, PeftModel
+from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, UMT5Config
 
 from diptych.data_prep.records import UserError
+from diptych.finetune import lora
 from diptych.finetune.batches import pad_batch
 from diptych.finetune.config import TrainRecipe
 from diptych.finetune.exits import CheckpointError
 from diptych.finetune.families import FAMILIES, decoder_start_token, input_and_output_tables, vocabulary_tables
+from diptych.finetune.loading import load_model_and_tokenizer
 from diptych.finetune.lora import (
     ADAPTER_WEIGHTS,
     METHODS,
     TAKEN_FROM_THE_BASE,
     VARIANTS,
     add_adapter,
-    grow_embeddings,
     load_adapter,
     merge_adapter,
+    resize_embeddings,
     save_adapter,
 )
 from diptych.finetune.objectives import Seq2SeqObjective
@@ -88,7 +90,7 @@ def test_saved_adapter_loads_exactly_and_merges(family, vocabulary, new_model, t
     def base():
         model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
         if vocabulary == "grown":
-            grow_embeddings(model, GROWN)
+            resize_embeddings(model, GROWN)
         return model
 
     settings = {"rank": 4, "alpha": 8, "train_embeddings": vocabulary == "trained"}
@@ -153,7 +155,7 @@ def test_every_target_of_the_table_is_a_layer_of_some_model_of_its_kind(new_mode
 @pytest.mark.parametrize("family", ["t5", "bart", "t5gemma", "diptych"])
 def test_only_the_new_rows_of_a_grown_vocabulary_move(family, new_model):
     model = new_model(family)
-    grow_embeddings(model, GROWN)
+    resize_embeddings(model, GROWN)
     adapted = add_adapter(model, "base", rank=2, alpha=4, new_rows=GROWN - 368)
     tables = vocabulary_tables(model)
     before = {name: table.detach().clone() for name, table in tables.items()}
@@ -166,7 +168,7 @@ def test_only_the_new_rows_of_a_grown_vocabulary_move(family, new_model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_grown_checkpoint_loads_again(family, new_model, tmp_path):
     model = new_model(family).eval()
-    grow_embeddings(model, GROWN)
+    resize_embeddings(model, GROWN)
     model.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(again), logits(model))
@@ -240,7 +242,7 @@ def test_a_vocabulary_grows_under_a_head_of_its_own(family, with_own_head, tmp_p
 
     def grown_base():
         model = AutoModelForSeq2SeqLM.from_pretrained(base)
-        grow_embeddings(model, GROWN)
+        resize_embeddings(model, GROWN)
         return model
 
     plain = AutoModelForSeq2SeqLM.from_pretrained(base)
@@ -288,7 +290,7 @@ def test_an_untied_vocabulary_grows_and_loads_again(family, new_model, tmp_path)
     del batch["labels"]
     with torch.no_grad():
         before = model(**batch).logits
-        grow_embeddings(model, GROWN)
+        resize_embeddings(model, GROWN)
         assert_close(model(**batch).logits[..., :368], before)
     model.save_pretrained(tmp_path)
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
@@ -300,7 +302,7 @@ def test_new_tokens_come_with_the_adapter_for_peft_alone(family, checkpoint_of, 
     base = checkpoint_of(family)
     tokenizer = add_words(tiny_tokenizer, tmp_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(base)
-    grow_embeddings(model, GROWN)
+    resize_embeddings(model, GROWN)
     model = add_adapter(model, str(base), **SMALL, new_rows=GROWN - 368)
     train(model)
     save_adapter(model, tmp_path / "adapter")
@@ -308,6 +310,100 @@ def test_new_tokens_come_with_the_adapter_for_peft_alone(family, checkpoint_of, 
     loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").eval()
     assert loaded.get_input_embeddings().weight.shape[0] == GROWN
     assert torch.equal(logits(loaded), logits(model))
+
+
+def save_with_peft(base, settings: dict, tokenizer, folder, rows: int = 0) -> torch.Tensor:
+    """An adapter as anyone trains it, with peft and transformers alone; the logits that it had."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(base)
+    if rows:
+        model.resize_token_embeddings(rows)
+    head = next(name for name, layer in model.named_modules() if layer is model.get_output_embeddings())
+    of_model = {"head": head.rsplit(".", 1)[-1]}
+    settings = {key: [of_model.get(layer, layer) for layer in layers] for key, layers in settings.items()}
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, init_lora_weights=False, **settings))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.05 * torch.randn_like(weight)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return logits(model.eval())
+
+
+ON_TABLES = {
+    "head": {"target_modules": ["head", "v", "v_proj"]},
+    "inputs": {"target_modules": ["embed_tokens"]},
+    "shared": {"target_modules": ["shared", "embed_tokens", "head"]},
+    "saved head": {"target_modules": ["v", "v_proj"], "modules_to_save": ["head"]},
+    "saved shared": {"target_modules": ["v", "v_proj"], "modules_to_save": ["shared"]},
+    "tokens": {"target_modules": ["v", "v_proj"], "trainable_token_indices": [7, 12]},
+}
+
+
+@pytest.mark.parametrize("where", ON_TABLES)
+@pytest.mark.parametrize("family", ["t5", "umt5", "bart", "m2m_100", "marian", "t5gemma", "diptych", "t5, own head"])
+def test_adapters_on_a_tied_table_merge_and_load_again(
+    family, where, checkpoint_of, with_own_head, tiny_tokenizer, tmp_path
+):
+    """What peft adds to one layer of a tie is not for the others, and an untied head is kept."""
+    if where == "tokens" and family == "marian":
+        pytest.skip("peft cannot load what it saved")
+    if family == "umt5" and not hasattr(UMT5Config(), "scale_decoder_outputs"):
+        pytest.skip("before transformers 5.24, UMT5 scales for a tied head whether it has one or not")
+    base = with_own_head("t5") if family == "t5, own head" else checkpoint_of(family)
+    trained = save_with_peft(base, ON_TABLES[where], tiny_tokenizer, tmp_path / "adapter")
+    model, _ = load_model_and_tokenizer(tmp_path / "adapter")
+    assert_close(logits(model), trained)
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits(again), logits(model))
+    plain = AutoModelForSeq2SeqLM.from_pretrained(base)
+    is_apart = which_are_one(model) != which_are_one(plain)
+    assert is_apart == (where in ("head", "inputs", "shared", "saved head") and f"{family}{where}" not in KEPT)
+    says = json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+    assert says == (plain.config.tie_word_embeddings and not is_apart)
+
+
+KEPT = ("t5, own headhead", "t5, own headsaved head")
+"""Where nothing was tied to what is trained."""
+
+
+def test_a_merge_that_changes_the_logits_is_refused(checkpoint_of, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "_copy_weight", lambda layer: None)  # as if a tie were not seen
+    save_with_peft(checkpoint_of("t5"), ON_TABLES["head"], tiny_tokenizer, tmp_path)
+    with pytest.raises(UserError, match="does not fit its base .*: merging changes logits by .*peft.AutoPeft"):
+        load_model_and_tokenizer(tmp_path)
+
+
+def test_adapter_weights_for_a_layer_that_the_config_does_not_name_are_refused(
+    checkpoint_of, tiny_tokenizer, tmp_path
+):
+    """peft itself leaves them out without a word, and saves such adapters if it ties them (`ensure_weight_tying`)."""
+    save_with_peft(checkpoint_of("t5"), {"target_modules": ["q", "head"]}, tiny_tokenizer, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["q"]}))
+    with pytest.raises(UserError, match="lm_head.lora_A.weight, and target_modules .* does not name this layer"):
+        load_model_and_tokenizer(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["q", "k", "lm_head"]}))
+    with pytest.raises(UserError, match="lacks .*k.lora_A.default.weight, which adapter_config.json asks for"):
+        load_model_and_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [370, 384])
+@pytest.mark.parametrize("where", ["head", "saved head", "tokens"])
+@pytest.mark.parametrize("family", ["t5", "bart", "m2m_100", "diptych", "t5, own head"])
+def test_an_adapter_says_how_many_rows_its_tables_have(family, where, rows, new_model, tiny_tokenizer, tmp_path):
+    """Cut to the tokenizer's size, or padded to a multiple, by transformers; the base has 376."""
+    model = new_model(family.split(",")[0])
+    resize_embeddings(model, 376)
+    if family == "t5, own head":
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(376, 64) / 4)
+    model.save_pretrained(tmp_path / "base")
+    trained = save_with_peft(tmp_path / "base", ON_TABLES[where], tiny_tokenizer, tmp_path / "adapter", rows=rows)
+    model, _ = load_model_and_tokenizer(tmp_path / "adapter")
+    assert model.config.vocab_size == rows
+    assert_close(logits(model), trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -382,6 +478,14 @@ def test_what_cannot_be_adapted_is_refused(settings, message, new_model):
 def test_settings_that_would_do_nothing_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         TrainRecipe(**({"model": "m", "data": "d", "out": "o", "epochs": 1, "method": "lora"} | settings))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_training_does_not_begin_with_an_adapter_and_names_merge(method, new_model, tiny_tokenizer, tmp_path):
+    save_adapter(add_adapter(new_model("t5"), "base", rank=2), tmp_path)
+    recipe = TrainRecipe(model=str(tmp_path), data="d", out="o", epochs=1, method=method)
+    with pytest.raises(UserError, match="is an adapter.*: diptych merge .* --out merged, then train --model merged"):
+        starting_model(recipe, tiny_tokenizer, None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

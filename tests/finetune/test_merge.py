@@ -57,13 +57,33 @@ def test_merged_folder_is_a_plain_checkpoint(family, recipe, tmp_path, capsys):
 
 
 def test_merged_weights_are_rounded_last(recipe, tmp_path):
-    run_recipe(recipe(method="lora"))
+    """Also those of an adapter that is used unmerged on a base in bf16."""
+    base = AutoModelForSeq2SeqLM.from_pretrained(recipe().model, dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    run_recipe(recipe(method="lora", model=str(tmp_path / "base")))
     adapter = str(tmp_path / "run" / "final")
     for dtype in ("float32", "bfloat16"):
         assert main(["merge", adapter, "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
     exact = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "float32").state_dict()
+    loaded = load_model_and_tokenizer(adapter)[0].state_dict()
     for name, weight in AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "bfloat16").state_dict().items():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, exact[name].bfloat16()), name
+        assert loaded[name].dtype == torch.bfloat16 and torch.equal(weight, loaded[name]), name
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_adapter_on_the_head_is_evaluated_as_it_was_trained(family, recipe, packed_folder, tmp_path):
+    data = str(packed_folder(0, validation_fraction=0.25))
+    targets = "q,v,lm_head" if family == "t5" else "q_proj,v_proj,lm_head"
+    run_recipe(recipe(family, method="lora", lora_targets=targets, data=data))
+    *_, trained = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    adapter, merged = tmp_path / "run" / "final", tmp_path / "merged"
+    assert main(["merge", str(adapter), "--out", str(merged)]) == 0
+    for model in (adapter, merged):
+        main(["evaluate", str(model), "--data", data, "--split", "validation", "--out", str(tmp_path / "report.json")])
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["figures"]["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+        (tmp_path / "report.json").unlink()
 
 
 def test_what_cannot_be_merged_is_refused(recipe, checkpoint_of, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from safetensors.torch import load_file
 
 from diptych.data_prep.arguments import parse
 from diptych.data_prep.records import UserError
-from diptych.finetune import feeding
+from diptych.finetune import feeding, loop
 from diptych.finetune.checkpoint import fault_of
 from diptych.finetune.cli import main as diptych
 from diptych.finetune.config import TrainRecipe
+from diptych.finetune.exits import DONE, STOPPED, Stopped
 from diptych.finetune.resuming import to_yaml
+from diptych.finetune.run_folder import read_status
+from diptych.finetune.stopping import StopRequest
 from diptych.finetune.train import run_recipe
 
 STAGES = [
@@ -86,6 +90,36 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(die_at, recipe, nursery
     assert second.wait(120) == 0, (tmp_path / "log-2.0").read_text()
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_signal_between_stages_keeps_what_ended(recipe, tmp_path, monkeypatch):
+    """It came while the first stage wrote its model: that stage has ended, and the next one begins when the run goes
+    on. One that comes at the very end changes nothing."""
+    stop, whole = StopRequest(), recipe(stages=STAGES[:2])
+
+    def signalled(name: str, when: int):
+        original = getattr(loop, name)
+        calls = iter(range(9))
+
+        def call(*arguments, **settings):
+            done = original(*arguments, **settings)
+            if next(calls) == when:
+                stop._on_signal(signal.SIGTERM, None)
+            return done
+
+        monkeypatch.setattr(loop, name, call)
+
+    signalled("write_final", 0)
+    with pytest.raises(Stopped, match="SIGTERM before the first step of stage heal: nothing is lost"):
+        run_recipe(whole, stop)
+    assert read_status(tmp_path / "run")["exit_code"] == STOPPED
+    assert read_status(tmp_path / "run/stages/1-warm-up")["state"] == "done"
+    assert not (tmp_path / "run/stages/2-heal").exists()
+    stop = StopRequest()
+    signalled("part", 0)
+    assert run_recipe(replace(whole, resume=True), stop) == DONE
+    assert stop.reason == "SIGTERM" and read_status(tmp_path / "run")["state"] == "done"
+    assert (tmp_path / "run/final").is_dir()
 
 
 def test_two_ranks_go_through_the_stages_as_one(recipe, nursery, tmp_path):
