@@ -247,9 +247,7 @@ def languages_note(tokenizer: PreTrainedTokenizerBase, given: Languages) -> str:
     codes, own = codes_of(tokenizer), own_languages(tokenizer)
     if any(given) and not codes.tokens:
         words = codes.instruction("", given)
-        what = (
-            f"prompts without an instruction begin '{words}', and for others they" if words else "the languages given"
-        )
+        what = f"prompts without an instruction begin '{words}', and for others they" if words else "those given"
         return f"the tokenizer has no language codes: {what} are not used"
     languages = codes.checked(given).or_else(own if codes.is_around_texts else Languages())
     if languages == given or not languages.direction:

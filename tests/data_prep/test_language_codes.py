@@ -213,7 +213,7 @@ def test_codes_that_rows_bring_go_before_those_of_settings(language_folders, wri
     assert code == 0 and "conflict" not in said
     assert [row["target_language"] for row in prepared] == ["kor_Hang", "fra_Latn", "spa_Latn", "eng_Latn"]
     lines = (tmp_path / "prepared" / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
-    reject, other = map(json.loads, lines)
+    reject, other = sorted(map(json.loads, lines), key=lambda reject: reject["row"])
     assert (other["row"], other["kind"]) == (5, "source and target in one language")
     assert (reject["row"], reject["kind"]) == (4, "unknown language") and "mean 'deu_Latn'?" in reject["reason"]
 
