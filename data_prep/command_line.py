@@ -105,7 +105,8 @@ def _check_start(name: str, given_as: str) -> None:
 def _check_prepared(name: str, given_as: str) -> None:
     if not (Path(name) / "dataset_dict.json").is_file():
         why = "it has no dataset_dict.json" if os.path.isdir(name) else "there is no such folder"
-        raise UserError(f"{name} is no prepared dataset ({why}). Make one with `diptych prepare`.")
+        why, rows = ("it is a file", f" --data {name}") if os.path.isfile(name) else (why, "")
+        raise UserError(f"{name} is no prepared dataset ({why}). Make one with `diptych prepare{rows}`.")
 
 
 def _check_exists(name: str, given_as: str) -> None:

@@ -30,6 +30,7 @@ from pathlib import Path
 import pyarrow
 import xxhash
 
+from diptych.data_prep.languages import languages_of_files
 from diptych.data_prep.records import UserError, nearest
 from diptych.data_prep.validate import listed
 
@@ -259,10 +260,18 @@ def _why_not(path: str, name: str, error: Exception) -> str:
     return f"{name} cannot be read: {reason}. Check the path and your rights to it (ls -l)."
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def _check_first_bytes(head: bytes, name: str, suffix: str, packed: str | None) -> None:
     """The name says what is in a file; where its first bytes say something else, one of the two is wrong."""
     if not head:
         raise EmptyFile(name)
+    if head.startswith(LFS_POINTER):
+        raise UserError(
+            f"{name} is a pointer of Git LFS, and not the file itself, which was not downloaded. Run `git lfs pull` in"
+            " the clone."
+        )
     is_kind = next((kind for first, kind in FIRST_BYTES.items() if head.startswith(first)), None)
     expected = packed or {".parquet": "parquet", ".arrow": "arrow"}.get(suffix)
     if is_kind == expected or (suffix == ".arrow" and is_kind is None):  # arrow streams begin with no mark
@@ -550,7 +559,10 @@ def _need_files(files: list[Found], notes: list[str], entry: str) -> tuple[list[
     if files:
         return files, notes
     left_out = f" Left out: {'; '.join(notes[:5])}." if notes else ""
-    raise UserError(f"{entry} has no file that can be read ({', '.join(KNOWN_SUFFIXES)}).{left_out}")
+    names = [note.partition(" is of no kind")[0] for note in notes]
+    aligned = next((pair for pair in itertools.combinations(names, 2) if any(languages_of_files(*pair))), ())
+    hint = f" Aligned files are named together: {'+'.join(aligned)}" if aligned else ""
+    raise UserError(f"{entry} has no file that can be read ({', '.join(KNOWN_SUFFIXES)}).{left_out}{hint}")
 
 
 def _walk(folder: str, entry: str, files: list[Found], notes: list[str], above: tuple[tuple[int, int], ...]) -> None:

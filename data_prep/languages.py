@@ -45,7 +45,8 @@ class UnknownLanguage(UserError):
     all codes."""
 
     def __init__(self, fault: str, known: Iterable[str]):
-        super().__init__(f"{fault} Known are {', '.join(known)}.")
+        codes = ", ".join(known)
+        super().__init__(f"{fault} {f'Known are {codes}.' if codes else 'The tokenizer has no language codes.'}")
         self.fault = fault
 
 

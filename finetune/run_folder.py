@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data_prep.own_files import take_lock
+from diptych.data_prep.records import UserError
 from diptych.finetune.exits import BUG, DONE, RANKS, STOPPED, exit_code_of, message_of
 
 LOCK, STATUS, CONFIG = ".lock", "status.json", "config.yaml"
@@ -115,6 +116,8 @@ def claimed(folder: Path, resumes: bool) -> Iterator[Status]:
 
 
 def _lock(folder: Path) -> int:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"`out` is {folder}, which is a file. Give a folder that is not there yet.")
     folder.mkdir(parents=True, exist_ok=True)
     lock = take_lock(
         folder / LOCK,

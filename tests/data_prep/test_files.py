@@ -45,6 +45,16 @@ def refused(*entries, aligned=(), limits=DEFAULT_LIMITS):
 # Which files
 
 
+def test_a_pointer_of_git_lfs_and_a_folder_of_aligned_files_are_told_what_they_are(place):
+    (place / "d").mkdir(exist_ok=True)
+    for name in ("a.jsonl", "b.parquet", "c.tsv"):
+        (place / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n")
+        assert f"{name} is a pointer of Git LFS" in refused(name) and "git lfs pull" in refused(name)
+    for name in ("train.en", "train.ko"):
+        (place / "d" / name).write_bytes(b"a\n")
+    assert refused("d").endswith("Aligned files are named together: d/train.en+d/train.ko")
+
+
 def test_a_folder_stands_for_the_files_in_it_and_names_what_it_leaves_out(place):
     for name in ("b.jsonl", "a.csv", "sub/c.jsonl.gz", ".hidden.jsonl", "README.md", "old.zip"):
         (place / "d" / name).parent.mkdir(exist_ok=True, parents=True)

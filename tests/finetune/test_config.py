@@ -90,6 +90,12 @@ def test_a_path_that_leads_nowhere_is_said_before_what_is_missing(capsys):
     assert "training lasts for epochs or for max_steps, but neither was given" in error
 
 
+def test_rows_that_are_not_prepared_yet_are_called_a_file(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    assert main(["--model", "diptych-8m", "--data", f"{tmp_path}/rows.jsonl", "--out", "o", "--epochs", "1"]) == 2
+    assert f"(it is a file). Make one with `diptych prepare --data {tmp_path}/rows.jsonl`" in capsys.readouterr().err
+
+
 def test_every_setting_of_a_seq2seq_trainer_and_of_sft_is_answered():
     """With what it is called here, or what to do; not with a name of ours that only looks like it."""
     from transformers import Seq2SeqTrainingArguments
