@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from diptych.data_prep.encode import vocabulary_sizes
-from diptych.data_prep.hub import check_chat_templates, check_config, check_place
+from diptych.data_prep.hub import check_chat_templates, check_config, check_place, why_not_loaded
 from diptych.data_prep.languages import check_spells_no_code, codes_of, is_same_language, set_languages
 from diptych.data_prep.records import Languages, UserError
 from diptych.data_prep.settings import PrepareSettings
@@ -36,7 +36,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
         # False, and not left out: left out, transformers would ask on the terminal whether to run a stranger's code.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:  # that of a config beside it
-        raise UserError(f"the tokenizer '{name}' could not be loaded: {error}") from error
+        raise UserError(f"the tokenizer '{name}' could not be loaded: {why_not_loaded(error)}") from error
     check_chat_templates(tokenizer.chat_template, name)
     name_end_token(tokenizer)
     return tokenizer

@@ -15,6 +15,7 @@ these are code, which is imported where the package `kernels` is installed. So a
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,10 @@ def _least_of_part(part: Mapping[str, Any]) -> int:
 
     width, inner_width = min(sizes(WIDTHS), default=1), min(sizes(INNER_WIDTHS), default=1)
     return width * (max(sizes(("vocab_size",)), default=1) + max(sizes(LAYERS), default=0) * inner_width)
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What transformers says. Without sentencepiece it takes a sentencepiece model for one of tiktoken."""
+    if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:
+        return "its vocabulary is a sentencepiece model. Install what reads it: pip install 'diptych[sentencepiece]'."
+    return str(error)

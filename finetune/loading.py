@@ -37,7 +37,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
 from diptych.data_prep.encode import vocabulary_sizes
-from diptych.data_prep.hub import check_chat_templates, check_config, check_place
+from diptych.data_prep.hub import check_chat_templates, check_config, check_place, why_not_loaded
 from diptych.data_prep.records import UserError
 from diptych.data_prep.templates import carried_template
 from diptych.data_prep.two_vocabularies import name_end_token
@@ -179,7 +179,7 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = error
+            reason = type(error)(why_not_loaded(error)) if isinstance(error, ValueError | ImportError) else error
             if "backend tokenizer" in str(error):  # and then, over many lines, what might be there
                 reason = FileNotFoundError("neither tokenizer.json nor another vocabulary is there.")
             continue

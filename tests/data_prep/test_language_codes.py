@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 from diptych.data_prep.encode import encode_sources, encode_targets
+from diptych.data_prep.hub import why_not_loaded
 from diptych.data_prep.languages import codes_of, is_swapped, languages_note, resolved
 from diptych.data_prep.prepare import main
 from diptych.data_prep.records import Languages, UserError
@@ -374,3 +375,10 @@ def test_alpacas_frame_asks_for_an_instruction(language_folders, pairs_file, cap
         capsys, tmp_path, language_folders / "nllb", pairs_file, "--forward", "", *GIVEN, "--template", "alpaca"
     )
     assert code == 2 and "is built around an instruction, and there is none" in said
+
+
+def test_a_sentencepiece_model_without_its_package_names_the_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    error = ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
+    assert why_not_loaded(error).endswith("pip install 'diptych[sentencepiece]'.")
+    assert why_not_loaded(ValueError("broken")) == "broken"
