@@ -259,8 +259,12 @@ def test_names_that_stand_in_the_first_line_of_a_tsv_make_it_the_header(argument
     code, said, _ = prepare("--data", path, "--forward", "To Korean:", *arguments, *NO_SPLITS)
     assert code == 0 and "its first line names the columns: en, ko" in said
     assert sorted(targets_of(tmp_path / "prepared")) == ["가.", "안녕."]
-    code, said, _ = prepare("--data", path, "--forward", "To Korean:", *NO_SPLITS, out="pairs")
-    assert "its first line is taken for a pair, 'en' and 'ko'; if it names columns, --map first=en second=ko" in said
+    names = write_rows("b.tsv", ["left\tright", "Go.\t가."])  # no languages, which would be recognised
+    code, said, _ = prepare("--data", names, "--forward", "To Korean:", *NO_SPLITS, out="pairs")
+    shown = (
+        "its first line is taken for a pair, 'left' and 'right'; if it names columns, --map first=left second=right"
+    )
+    assert shown in said
     code, _, said = prepare("--data", path, "--forward", "x", "--map", "first=en", "second=kr", *NO_SPLITS)
     assert code == 2 and "there is no column 'kr' in its first rows; columns there are 'en', 'ko'" in said
 

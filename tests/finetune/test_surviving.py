@@ -281,7 +281,11 @@ def test_nothing_begins_anew_where_all_checkpoints_are_damaged(finished, torture
         flip_a_bit(checkpoints.checkpoint_path(folder, step) / "model" / "model.safetensors")
     (process,) = torturer.start(ALONE, recipe, "hopeless")
     assert process.wait(DEADLINE) == 3
-    assert "no checkpoint in" in torturer.log("hopeless") and read_status(folder.parent)["exit_code"] == 3
+    assert "no checkpoint in" in torturer.log("hopeless") and read_status(folder.parent)["state"] == "done"
+    status = read_status(folder.parent) | {"state": "stopped", "exit_code": 75}  # as a run that has not ended
+    (folder.parent / "status.json").write_text(json.dumps(status))
+    (process,) = torturer.start(ALONE, recipe, "still")
+    assert process.wait(DEADLINE) == 3 and read_status(folder.parent)["exit_code"] == 3
 
 
 def test_a_named_checkpoint_is_gone_back_to_or_is_an_error(finished, torturer):
