@@ -316,8 +316,17 @@ def _without_start(name: str, weight: torch.Tensor, start: Mapping[str, torch.Te
 
 def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int | None) -> PeftModel:
     """The adapter `name`, a folder or a Hub id, on its base. The base gets as many rows as the tables in the adapter's
-    `file` have, or else `tokens`, if given. UserError where the file has a tensor without a place, or lacks one."""
-    if rows := _rows_in(file, base) or tokens:
+    `file` have, or else `tokens`, if given: more than the base has. UserError where the file has a tensor without a
+    place, or lacks one."""
+    rows, missing = _rows_in(file, base)
+    if tokens and missing:
+        old = base.get_input_embeddings().weight.shape[0]
+        raise UserError(
+            f"its tokenizer has {tokens} tokens, the base {old}, and {file} lacks {missing[0]} with the rows of the "
+            f"new ones. Save it again where it was trained, with save_embedding_layers=True, or save the resized base "
+            f"and name that in adapter_config.json."
+        )
+    if rows := rows or tokens:
         resize_embeddings(base, rows)
     try:
         with without_warnings_of_peft():
@@ -336,8 +345,9 @@ def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int
     return model
 
 
-def _rows_in(file: Path, base: PreTrainedModel) -> int | None:
-    """How many rows an adapter's vocabulary tables have, by the shapes in its file; None if they are the base's."""
+def _rows_in(file: Path, base: PreTrainedModel) -> tuple[int | None, list[str]]:
+    """How many rows an adapter's vocabulary tables have, by the shapes in its file, None if they are the base's; and
+    which tables the file does not hold whole. With `trainable_token_indices` it holds the rows that were trained."""
     tables = {id(table) for table in input_and_output_tables(base)}
     layers = {
         name: layer.weight for name, layer in base.named_modules() if id(getattr(layer, "weight", None)) in tables
@@ -346,11 +356,15 @@ def _rows_in(file: Path, base: PreTrainedModel) -> int | None:
     with safe_open(file, framework="numpy") as tensors:
         for key in tensors.keys():
             layer, _, kind = _without_peft(key.removeprefix("base_model.model.")).partition(".lora_")
+            if layer.endswith("trainable_tokens_delta"):
+                tables.clear()
             table = layers.get(layer.removesuffix(".weight"))
             if table is not None and kind in ("", "B.weight", "embedding_A"):
                 rows = tensors.get_slice(key).get_shape()[kind == "embedding_A"]
                 found |= {rows} - {table.shape[0]}
-    return found.pop() if len(found) == 1 else None
+                tables -= {id(table)} if kind == "" else set()
+    missing = [name for name, weight in layers.items() if id(weight) in tables]
+    return found.pop() if len(found) == 1 else None, missing
 
 
 def _without_peft(name: str) -> str:

@@ -1,5 +1,6 @@
 """LoRA and its kin on every family: what is trained and saved, and that loaded and merged it is what was trained."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -404,6 +405,16 @@ def test_an_adapter_says_how_many_rows_its_tables_have(family, where, rows, new_
     model, _ = load_model_and_tokenizer(tmp_path / "adapter")
     assert model.config.vocab_size == rows
     assert_close(logits(model), trained)
+
+
+def test_an_adapter_without_the_rows_of_its_new_tokens_is_refused(new_model, tiny_tokenizer, tmp_path):
+    """transformers resizes a T5Gemma in a way that peft does not see, so that it leaves the tables out."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    new_model("t5gemma").save_pretrained(tmp_path / "base")
+    save_with_peft(tmp_path / "base", {"target_modules": ["q_proj"]}, tokenizer, tmp_path / "adapter", rows=370)
+    with pytest.raises(UserError, match="tokenizer has 370 tokens, the base 368, and .* lacks .*embed_tokens with"):
+        load_model_and_tokenizer(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
