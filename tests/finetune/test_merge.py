@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM
 
@@ -132,6 +133,14 @@ def saved_names_of_plain(recipe: TrainRecipe) -> set[str]:
         return set(tensors.keys())
 
 
+@pytest.fixture
+def new_accelerate():
+    """accelerate reads its environment once a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize(
     "family, method, compiler",
     [
@@ -141,13 +150,16 @@ def saved_names_of_plain(recipe: TrainRecipe) -> set[str]:
         ("t5", "lora", "accelerate's"),
     ],
 )
-def test_compiled_models_are_saved_under_their_own_names(family, method, compiler, recipe, tmp_path, monkeypatch):
+def test_compiled_models_are_saved_under_their_own_names(
+    family, method, compiler, recipe, new_accelerate, tmp_path, monkeypatch
+):
     """The graphs are traced and run as they are: a compiler of C++ would take minutes."""
     monkeypatch.setattr(set_up, "compile_layers", partial(compile_layers, backend="eager"))
     if compiler == "accelerate's":
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     settings = recipe(family, method=method, compile=compiler == "ours", max_steps=1, batch_size=8)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     run_recipe(settings)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert_names_are_the_models_own(tmp_path / "run", settings)
