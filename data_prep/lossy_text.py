@@ -8,8 +8,7 @@
 A model learns to write what the tokenizer made of its targets, so each target is looked at. Of tokenizers in Python,
 which decode as slowly as they encode, `LOOKED_AT` of a batch are, unless rows that lose text are to be left out. Of
 sources, the unknown characters in what the row says are counted, and nothing else: what becomes of white space and of
-a template is the same in every row. Over 4,000 rows of about 200 characters this added 5 % to the time of the stages
-with byte-level BPE, and 20 % with T5, where one row in six had unknown characters and was encoded once more.
+a template is the same in every row. benchmarks/RESULTS.md says what it costs.
 """
 
 from __future__ import annotations

@@ -256,3 +256,41 @@ def test_a_template_that_no_longer_gives_its_examples_is_refused_unless_another_
 def test_a_checkpoint_from_before_there_were_examples_loads(copy):
     change_template(copy, lambda stored: {"golden": []})
     assert template_of(load_model_and_tokenizer(copy)[1]).name == "translate"
+
+
+OLD_FIELDS = {
+    "t5": {"n_positions": 512, "output_past": True, "task_specific_params": {"summarization": {"num_beams": 4}}},
+    "bart": {
+        "extra_pos_embeddings": 2,
+        "force_bos_token_to_be_generated": True,
+        "classif_dropout": 0.0,
+        "num_beams": 4,
+    }
+    | {"static_position_embeddings": False, "normalize_before": False, "add_bias_logits": False, "max_length": 142},
+}
+
+
+@pytest.mark.parametrize("family", OLD_FIELDS)
+def test_a_checkpoint_of_years_ago_loads(family, new_model, tiny_tokenizer, tmp_path):
+    """Its config has fields that nobody reads any more and lacks newer ones; there is no generation config."""
+    model = new_model(family).eval()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    for newer in ("dtype", "transformers_version", "scale_decoder_outputs", "scale_embedding"):
+        config.pop(newer, None)
+    (tmp_path / "config.json").write_text(json.dumps(config | OLD_FIELDS[family]))
+    assert torch.equal(logits_of(load_model_and_tokenizer(tmp_path)[0]), logits_of(model))
+
+
+def test_an_adapter_of_a_later_peft_loads_where_its_new_fields_say_nothing(t5_checkpoint, tmp_path):
+    model = get_peft_model(
+        T5ForConditionalGeneration.from_pretrained(t5_checkpoint),
+        LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_of_the_future": None, "peft_version": "9.0"}))
+    found = logits_of(load_model_and_tokenizer(tmp_path)[0])
+    assert torch.allclose(found, logits_of(model.eval()), atol=1e-4)
