@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # Lower bounds are versions that the tests were run on; exact versions of our own runs are in constraints.txt.
 REQUIREMENTS = [
@@ -63,6 +63,12 @@ EXTRAS = {
     ],
 }
 
+FOLDERS = ("modeling", "data_prep", "finetune")
+PACKAGES = [
+    f"diptych.{folder}{name}" for folder in FOLDERS for name in ("", *(f".{n}" for n in find_packages(folder)))
+]
+PACKAGES.remove("diptych.finetune.from_python")  # which is `diptych` itself
+
 setup(
     name="diptych",
     version="0.1.0",
@@ -71,13 +77,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["diptych.modeling", "diptych.data_prep", "diptych.finetune"],
-    package_dir={"diptych.modeling": "modeling", "diptych.data_prep": "data_prep", "diptych.finetune": "finetune"},
+    packages=["diptych", *PACKAGES],
+    package_dir={"diptych": "finetune/from_python", **{f"diptych.{name}": name for name in FOLDERS}},
     package_data={
-        "diptych.data_prep": ["samples/*", "frames/*"],
-        "diptych.finetune": ["recipes/*.yaml", "frames/*"],
+        "diptych.data_prep.reading": ["samples/*"],
+        "diptych.data_prep.text_to_ids": ["frames/*"],
+        "diptych.data_prep.report": ["frames/*"],
+        "diptych.finetune": ["recipes/*.yaml"],
+        "diptych.finetune.inspecting": ["frames/*"],
+        "diptych.finetune.serving": ["frames/*"],
+        "diptych.finetune.publishing": ["frames/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["diptych=diptych.finetune.cli:main"]},
+    entry_points={"console_scripts": ["diptych=diptych.finetune.commands.cli:main"]},
 )

@@ -48,11 +48,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from transformers.utils import logging
 
-from diptych.finetune.healing import train_cross_attention_alone
-from diptych.finetune.metrics import compute_metrics
-from diptych.finetune.speed import keep_memory
+from diptych.finetune.evaluating.metrics import compute_metrics
+from diptych.finetune.model.donor_llm import DonorWeights, evenly_spaced, paired_config, weight_origins
+from diptych.finetune.model.speed import keep_memory
+from diptych.finetune.training.warm_up import train_cross_attention_alone
 from diptych.modeling import DiptychForConditionalGeneration
-from diptych.modeling.donors import DonorWeights, evenly_spaced, paired_config, weight_origins
 
 Pair = tuple[list[int], list[int]]
 """Source and target, which ends with END."""

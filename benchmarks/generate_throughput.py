@@ -42,8 +42,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from diptych.finetune.export_ctranslate2 import write as write_ctranslate2
-from diptych.finetune.fast_decode import fast_decode, read_fast
+from diptych.finetune.exporting.export_ctranslate2 import write as write_ctranslate2
+from diptych.finetune.inference.fast_decode import fast_decode, read_fast
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
 

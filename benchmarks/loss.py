@@ -14,7 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from diptych.finetune.objectives import Extras, Head, _SummedLoss, cross_entropy, default_chunk
+from diptych.finetune.model.loss import Extras, Head, _SummedLoss, cross_entropy, default_chunk
 
 # tokens, width, vocabulary, dtype
 SIZES = [

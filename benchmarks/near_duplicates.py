@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy
 
-from diptych.data_prep.deduplicate import Shingles, near_duplicates, signatures
-from diptych.data_prep.readers import SAMPLES_FOLDER
-from diptych.data_prep.splits import normalise
+from diptych.data_prep.cleaning.duplicates import Shingles, near_duplicates, signatures
+from diptych.data_prep.cleaning.splits import normalise
+from diptych.data_prep.reading.sources import SAMPLES_FOLDER
 
 THRESHOLDS = (0.7, 0.8, 0.9)
 MOST_EDITS = 6

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def write_inputs(data: Path, folder: Path, megabytes: float) -> int:
-    from diptych.data_prep.train_tokenizer import train_tokenizer
+    from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 
     originals = json.loads(data.read_text(encoding="utf-8"))
     texts = [row[name] for row in originals for name in ("instruction", "input", "output")]
@@ -148,14 +148,14 @@ def stage_costs(folder: Path) -> dict[str, float]:
 
     from transformers import AutoTokenizer
 
-    from diptych.data_prep import stages
-    from diptych.data_prep.deduplicate import Shingles, compared_text, signatures
-    from diptych.data_prep.filters import LanguageFilter, script_of
-    from diptych.data_prep.formats import converter_for
-    from diptych.data_prep.readers import open_sources
-    from diptych.data_prep.sensitive import find_in_record
-    from diptych.data_prep.splits import record_keys, text_key
-    from diptych.data_prep.templates import TEMPLATES
+    from diptych.data_prep.cleaning.duplicates import Shingles, compared_text, signatures
+    from diptych.data_prep.cleaning.filters import LanguageFilter, script_of
+    from diptych.data_prep.cleaning.sensitive import find_in_record
+    from diptych.data_prep.cleaning.splits import record_keys, text_key
+    from diptych.data_prep.pipeline import row_stages as stages
+    from diptych.data_prep.reading.sources import open_sources
+    from diptych.data_prep.rows.convert_rows import converter_for
+    from diptych.data_prep.text_to_ids.templates import TEMPLATES
 
     source = open_sources([str(folder / "rows.jsonl")])[0]
     chunks = list(islice(source.chunks(), 4))

@@ -81,8 +81,8 @@ def make_model(family: str, size: str, folder: Path) -> None:
 
 
 def prepare_data(data: str, folder: Path) -> dict:
+    from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
     from diptych.data_prep.prepare import prepare
-    from diptych.data_prep.settings import PrepareSettings
 
     prepare(PrepareSettings(data=[data], train_tokenizer="bpe", out=str(folder), test_fraction=0.0))
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -172,7 +172,7 @@ def measure(side: str, models: Path, data: Path, batch: int, tokens: int, warmup
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
-    from diptych.finetune.speed import matmul_peak, peak_memory, work_per_token
+    from diptych.finetune.model.speed import matmul_peak, peak_memory, work_per_token
 
     family, way, _ = SIDES[side]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,17 +29,20 @@ import transformers
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep import facts
-from diptych.data_prep.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
-from diptych.data_prep.command_line import run_command
-from diptych.data_prep.decoder_start import decoder_start_of
-from diptych.data_prep.encode import from_marked
-from diptych.data_prep.files import fixed_part
-from diptych.data_prep.gather import Gathered, collect, encode, gather
-from diptych.data_prep.inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
-from diptych.data_prep.named_splits import KINDS, named
-from diptych.data_prep.parts import Work, merged
-from diptych.data_prep.prepared import (
+from diptych.data_prep.command_line.run_command import run_command
+from diptych.data_prep.pipeline.dataset_tables import (
+    PackingPlan,
+    direction_counts,
+    packed_table,
+    plan_packing,
+    split_tables,
+    token_counts,
+)
+from diptych.data_prep.pipeline.gather import Gathered, collect, encode, gather
+from diptych.data_prep.pipeline.inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
+from diptych.data_prep.pipeline.parts import Work, merged
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings, parse_settings
+from diptych.data_prep.pipeline.prepared_folder import (
     CONFLICTS,
     PACKED,
     REJECTS,
@@ -50,11 +53,12 @@ from diptych.data_prep.prepared import (
     put_in_place,
     save_quietly,
 )
-from diptych.data_prep.records import Rejects, UserError, counted
-from diptych.data_prep.report import write_report
-from diptych.data_prep.selection import REMOVED, Selection, conflict_rows, mixed_train, select
-from diptych.data_prep.settings import PrepareSettings, parse_settings
-from diptych.data_prep.summary import (
+from diptych.data_prep.pipeline.selection import REMOVED, Selection, conflict_rows, mixed_train, select
+from diptych.data_prep.pipeline.workers import cores
+from diptych.data_prep.reading.files import fixed_part
+from diptych.data_prep.report import facts
+from diptych.data_prep.report.page import write_report
+from diptych.data_prep.report.summary import (
     cut_off_warnings,
     own_sets_warnings,
     packing_lines,
@@ -64,18 +68,19 @@ from diptych.data_prep.summary import (
     summary_lines,
     usage_warnings,
 )
-from diptych.data_prep.tables import (
-    PackingPlan,
-    direction_counts,
-    packed_table,
-    plan_packing,
-    split_tables,
-    token_counts,
+from diptych.data_prep.rows.named_splits import KINDS, named
+from diptych.data_prep.rows.records import Rejects, UserError, counted
+from diptych.data_prep.text_to_ids.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
+from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
+from diptych.data_prep.text_to_ids.encode import from_marked
+from diptych.data_prep.text_to_ids.templates import Template, attach_template
+from diptych.data_prep.text_to_ids.train_tokenizer import (
+    curve_vocab_size,
+    table_vocab_size,
+    train_tokenizer,
+    why_fewer,
 )
-from diptych.data_prep.templates import Template, attach_template
-from diptych.data_prep.train_tokenizer import curve_vocab_size, table_vocab_size, train_tokenizer, why_fewer
-from diptych.data_prep.two_vocabularies import has_two_vocabularies, target_side
-from diptych.data_prep.workers import cores
+from diptych.data_prep.text_to_ids.two_vocabularies import has_two_vocabularies, target_side
 
 TRAIN = KINDS[0]
 
@@ -253,7 +258,7 @@ def _gather(settings: PrepareSettings, work: Work, rejects: Rejects, scratch: Pa
     folder = Path(settings.gathered or "")
     if settings.engine == "datatrove":
         try:
-            from diptych.data_prep.datatrove_rows import run_tasks
+            from diptych.data_prep.pipeline.datatrove_rows import run_tasks
         except ModuleNotFoundError as error:
             raise UserError(
                 f"--engine datatrove needs {error.name}, which is not installed: pip install 'diptych[datatrove]'."

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from diptych.finetune.inspection import main as inspect
+from diptych.finetune.inspecting.inspection import main as inspect
 
 HERE = Path(__file__).parent
 INSTRUCTION = "Pronounce:"
@@ -39,7 +39,7 @@ def main(model: str) -> None:
 
 def demo_page(browser: Browser, model: str) -> None:
     """Of a process of its own, which says where it listens."""
-    command = [sys.executable, "-m", "diptych.finetune.cli", "demo", model, "--port", "0"]
+    command = [sys.executable, "-m", "diptych.finetune.commands.cli", "demo", model, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     url = next(found[0] for line in process.stderr if (found := re.search(r"http://\S+", line)))
     page = browser.new_page(viewport={"width": 1120, "height": 620})

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import datasets
 
-from diptych.finetune.metrics import compute_metrics
+from diptych.finetune.evaluating.metrics import compute_metrics
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "finetune" / "recipes" / "demo.yaml"

@@ -18,20 +18,22 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from diptych.finetune import cli
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.exits import BUG, INTERRUPTED, RANKS, STOPPED, exit_code_of, message_of
-from diptych.finetune.run_folder import claimed, is_main_rank
-from diptych.finetune.stopping import StopRequest
+from diptych.finetune.commands import cli
+from diptych.finetune.commands.exits import BUG, INTERRUPTED, RANKS, STOPPED, exit_code_of, message_of
+from diptych.finetune.commands.stop_signals import StopRequest
+from diptych.finetune.run_files.run_folder import claimed, is_main_rank
+from diptych.finetune.training.recipe import TrainRecipe
 
 
 def run_recipe(recipe: TrainRecipe, stop: StopRequest | None = None) -> int:
     """DONE, or STOPPED where `stop` asked for it; what else ends a run is raised."""
     with claimed(Path(recipe.out), bool(recipe.resume)) as status:
         if recipe.stages:
-            from diptych.finetune.stages import run_stages as carry_out
+            from diptych.finetune.training.staged_run import run_stages as carry_out
         else:
-            from diptych.finetune.loop import run as carry_out  # torch takes seconds; a taken folder is told at once
+            from diptych.finetune.training.loop import (
+                run as carry_out,  # torch takes seconds; a taken folder is told at once
+            )
 
         stop = stop or StopRequest()
         code = carry_out(recipe, stop, status)

@@ -17,8 +17,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
 
-from diptych.data_prep.templates import TOKENIZER_KEY
-from diptych.data_prep.train_tokenizer import train_tokenizer
+from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY
+from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -131,4 +131,4 @@ def test_each_file_has_its_line():
     ).stdout.splitlines()
     files = {name for name in kept if name.startswith(("modeling/", "data_prep/", "finetune/", "examples/"))}
     files -= {name for name in files if name.endswith("__init__.py") or "/samples/" in name}
-    assert files <= listed and listed <= set(kept) | {"data_prep/samples/", "tests/"}
+    assert files <= listed and listed <= set(kept) | {"data_prep/reading/samples/", "tests/"}

@@ -10,8 +10,8 @@ import sentencepiece
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from diptych.data_prep.readers import SAMPLES_FOLDER
-from diptych.data_prep.train_tokenizer import train_tokenizer
+from diptych.data_prep.reading.sources import SAMPLES_FOLDER
+from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 
 VOCAB_SIZE = 1500
 

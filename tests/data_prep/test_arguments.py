@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import pytest
 
-from diptych.data_prep.arguments import help_text, parse
-from diptych.data_prep.filters import LengthFilter
-from diptych.data_prep.mixture import Mixture
-from diptych.data_prep.records import UserError
+from diptych.data_prep.cleaning.filters import LengthFilter
+from diptych.data_prep.cleaning.mixture import Mixture
+from diptych.data_prep.command_line.arguments import help_text, parse
+from diptych.data_prep.rows.records import UserError
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import pyarrow
 import pytest
 from datatrove.executor import LocalPipelineExecutor
 
-from diptych.data_prep.datatrove_rows import rows_step
-from diptych.data_prep.parts import part_path, write_part
+from diptych.data_prep.pipeline.datatrove_rows import rows_step
+from diptych.data_prep.pipeline.parts import part_path, write_part
 from diptych.data_prep.prepare import main
-from diptych.data_prep.records import UserError
+from diptych.data_prep.rows.records import UserError
 
 COUNTS = ("rows", "rejected_by_kind", "first_rejected", "splits", "groups", "conflicts", "tokens", "packing", "inputs")
 COUNTS += ("template", "warnings", "fingerprint")
@@ -180,7 +180,7 @@ echo "Submitted batch job 1"
 LAUNCH = """
 import sys
 from datatrove.executor import SlurmPipelineExecutor
-from diptych.data_prep.datatrove_rows import rows_step
+from diptych.data_prep.pipeline.datatrove_rows import rows_step
 
 *words, parts = sys.argv[1:]
 SlurmPipelineExecutor(
@@ -325,7 +325,7 @@ def test_settings_that_do_not_go_together_are_refused(folder, bpe_folder, prepar
 
 
 def test_without_datatrove_the_extra_is_named(folder, bpe_folder, prepare, monkeypatch):
-    monkeypatch.delitem(sys.modules, "diptych.data_prep.datatrove_rows")
+    monkeypatch.delitem(sys.modules, "diptych.data_prep.pipeline.datatrove_rows")
     monkeypatch.setitem(sys.modules, "datatrove.data", None)
     words = ["--data", folder / "b.json", "--tokenizer", bpe_folder, "--engine", "datatrove"]
     code, said = prepare(*words, out="prepared")

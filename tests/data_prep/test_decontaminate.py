@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.data_prep.decontaminate import Decontaminate, EvalIndex, PlainText, words_of
-from diptych.data_prep.records import Origin, Record, UserError
+from diptych.data_prep.cleaning.decontaminate import Decontaminate, EvalIndex, PlainText, words_of
+from diptych.data_prep.rows.records import Origin, Record, UserError
 
 PARIS = "What is the capital of France, the country in Europe whose flag is blue, white and red?"
 

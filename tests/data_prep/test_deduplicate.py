@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.data_prep import deduplicate
-from diptych.data_prep.deduplicate import (
+from diptych.data_prep.cleaning import duplicates as deduplicate
+from diptych.data_prep.cleaning.duplicates import (
     Shingles,
     _jaccard,
     choose_bands,
@@ -22,8 +22,8 @@ from diptych.data_prep.deduplicate import (
     near_duplicates,
     signatures,
 )
-from diptych.data_prep.records import Origin, Record, UserError
-from diptych.data_prep.splits import normalise, text_key
+from diptych.data_prep.cleaning.splits import normalise, text_key
+from diptych.data_prep.rows.records import Origin, Record, UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from diptych.data_prep import denoising
-from diptych.data_prep.denoising import (
+from diptych.data_prep import denoise as denoising
+from diptych.data_prep.denoise import (
     MINIMUM,
     UL2_MIXTURE,
     Denoiser,
@@ -24,8 +24,8 @@ from diptych.data_prep.denoising import (
     split_prefix,
     window_length,
 )
-from diptych.data_prep.encode import split_sources
-from diptych.finetune.cli import main
+from diptych.data_prep.text_to_ids.encode import split_sources
+from diptych.finetune.commands.cli import main
 
 SENTINELS = list(range(1000, 1100))
 TEXTS = [

@@ -11,10 +11,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from diptych.data_prep.donor_template import BLANKS, CHECKED, donor_prompt
-from diptych.data_prep.encode import encode_sources, encode_targets
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import template_of
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
+from diptych.data_prep.text_to_ids.templates import template_of
+from diptych.finetune.pairing.donor_template import BLANKS, CHECKED, donor_prompt
 
 TEXTS = [
     "Name the capital of France.",

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer
 
-from diptych.data_prep.encode import (
+from diptych.data_prep.rows.records import Origin, Record, UserError
+from diptych.data_prep.text_to_ids.encode import (
     TEXT_TOKENS_KEY,
     Encoding,
     Rendered,
@@ -25,8 +26,7 @@ from diptych.data_prep.encode import (
     split_targets,
     text_tokens,
 )
-from diptych.data_prep.records import Origin, Record, UserError
-from diptych.data_prep.templates import TEMPLATES, Template
+from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template
 
 FAMILIES = (
     "diptych-bpe diptych-unigram t5 mbart mbart50 bart nllb gemma bert byt5 m2m100".split()

@@ -5,15 +5,15 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep.encode import split_sources, vocabulary_size
-from diptych.data_prep.extend_tokenizer import (
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.encode import split_sources, vocabulary_size
+from diptych.data_prep.text_to_ids.extend_tokenizer import (
     NEW_TOKENS_KEY,
     add_new_tokens,
     learn_new_tokens,
     pieces_of_new_tokens,
 )
-from diptych.data_prep.records import UserError
-from diptych.data_prep.tokenizer_report import HARD_TEXTS, tokenizer_report
+from diptych.data_prep.tokenizer_tools.tokenizer_report import HARD_TEXTS, tokenizer_report
 
 FAMILIES = ["diptych-bpe", "diptych-unigram", "t5", "mbart", "mbart50", "bart", "nllb", "gemma"]
 LOSSLESS = ["diptych-bpe", "diptych-unigram", "bart", "gemma"]

@@ -15,9 +15,9 @@ import pytest
 import xxhash
 import zstandard
 
-from diptych.data_prep.files import DEFAULT_LIMITS, Limits, find_files
-from diptych.data_prep.readers import open_sources
-from diptych.data_prep.records import Reject, UserError
+from diptych.data_prep.reading.files import DEFAULT_LIMITS, Limits, find_files
+from diptych.data_prep.reading.sources import open_sources
+from diptych.data_prep.rows.records import Reject, UserError
 
 ROW = b'{"instruction": "a", "output": "b"}\n'
 PACK = {".gz": gzip.compress, ".zst": zstandard.compress}
@@ -287,8 +287,8 @@ def test_a_broken_packed_file_is_an_error_that_says_where(ending, damage, place)
 
 READ_AND_MEASURE = """
 import sys, time
-from diptych.data_prep.readers import open_sources
-from diptych.data_prep.records import Reject, UserError
+from diptych.data_prep.reading.sources import open_sources
+from diptych.data_prep.rows.records import Reject, UserError
 began, found = time.perf_counter(), []
 try:
     for source in open_sources([sys.argv[1]]):

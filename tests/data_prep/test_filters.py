@@ -11,7 +11,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.data_prep.filters import (
+from diptych.data_prep.cleaning.filters import (
     LanguageFilter,
     LengthFilter,
     is_composed,
@@ -19,7 +19,7 @@ from diptych.data_prep.filters import (
     script_of,
     source_text,
 )
-from diptych.data_prep.records import Origin, Record, UserError
+from diptych.data_prep.rows.records import Origin, Record, UserError
 
 FOREIGN = {
     "de": "Ich habe heute leider keine Zeit.",
@@ -143,7 +143,7 @@ def test_filters_travel_to_workers():
 def test_without_py3langid_the_extra_is_named():
     code = (
         "import sys; sys.modules['py3langid.langid'] = None\n"
-        "from diptych.data_prep.filters import LanguageFilter, LengthFilter, script_of\n"
+        "from diptych.data_prep.cleaning.filters import LanguageFilter, LengthFilter, script_of\n"
         "LengthFilter(); assert script_of('é') == 'Latin'\n"
         "LanguageFilter(('en',))"
     )

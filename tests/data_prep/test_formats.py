@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.data_prep.conversations import MAX_TURNS
-from diptych.data_prep.formats import (
+from diptych.data_prep.reading.sources import SAMPLES_FOLDER
+from diptych.data_prep.rows.conversations import MAX_TURNS
+from diptych.data_prep.rows.convert_rows import (
     FORMATS,
     Converter,
     Directions,
@@ -24,8 +25,7 @@ from diptych.data_prep.formats import (
     parse_mapping,
     recognise,
 )
-from diptych.data_prep.readers import SAMPLES_FOLDER
-from diptych.data_prep.records import Languages, Origin, Record, Reject, Row, Tokenised, UserError
+from diptych.data_prep.rows.records import Languages, Origin, Record, Reject, Row, Tokenised, UserError
 
 BOTH = Directions("To Korean:", "To English:")
 GOOD = {"instruction": "a", "output": "b"}

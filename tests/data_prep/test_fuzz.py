@@ -30,14 +30,14 @@ import pyarrow.ipc
 import pyarrow.parquet
 import zstandard
 
-from diptych.data_prep.files import Limits
-from diptych.data_prep.gather import gather
-from diptych.data_prep.inputs import Inputs, make_converter, make_stages
-from diptych.data_prep.readers import open_sources
-from diptych.data_prep.records import Reject, Rejects, Row, UserError
-from diptych.data_prep.settings import PrepareSettings
-from diptych.data_prep.templates import TEMPLATES
-from diptych.data_prep.train_tokenizer import train_tokenizer
+from diptych.data_prep.pipeline.gather import gather
+from diptych.data_prep.pipeline.inputs import Inputs, make_converter, make_stages
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.reading.files import Limits
+from diptych.data_prep.reading.sources import open_sources
+from diptych.data_prep.rows.records import Reject, Rejects, Row, UserError
+from diptych.data_prep.text_to_ids.templates import TEMPLATES
+from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 
 SECONDS_FOR_A_FILE = 5
 EMPTY_CELLS = b' \t\r",;|\xef\xbb\xbf'

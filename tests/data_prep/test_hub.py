@@ -8,10 +8,10 @@ from threading import Thread
 
 import pytest
 
-from diptych.data_prep.hub import check_place
-from diptych.data_prep.records import UserError
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.checkpoint_config import check_place
 
-CHECK = "import sys; from diptych.data_prep.hub import check_place; check_place(sys.argv[1])"
+CHECK = "import sys; from diptych.data_prep.text_to_ids.checkpoint_config import check_place; check_place(sys.argv[1])"
 
 
 class Hub(BaseHTTPRequestHandler):

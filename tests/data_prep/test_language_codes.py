@@ -8,11 +8,11 @@ import datasets
 import pytest
 import transformers
 
-from diptych.data_prep.encode import encode_sources, encode_targets
-from diptych.data_prep.hub import why_not_loaded
-from diptych.data_prep.languages import codes_of, is_swapped, languages_note, resolved
 from diptych.data_prep.prepare import main
-from diptych.data_prep.records import Languages, UserError
+from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.text_to_ids.checkpoint_config import why_not_loaded
+from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
+from diptych.data_prep.text_to_ids.languages import codes_of, is_swapped, languages_note, resolved
 
 BOTH = Languages("en", "ko")
 

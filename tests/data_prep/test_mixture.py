@@ -3,8 +3,8 @@
 import numpy
 import pytest
 
-from diptych.data_prep.mixture import Mixture, check_mixture, mix, mixed_counts
-from diptych.data_prep.records import UserError
+from diptych.data_prep.cleaning.mixture import Mixture, check_mixture, mix, mixed_counts
+from diptych.data_prep.rows.records import UserError
 
 ROWS = {"a.jsonl": 9000, "b.jsonl": 1000}
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diptych.data_prep import packing
-from diptych.data_prep.packing import (
+from diptych.data_prep.packing.fill_rows import (
     PACKED_COLUMNS,
     SHARED_COLUMN,
     Budget,
@@ -16,9 +15,10 @@ from diptych.data_prep.packing import (
     pack,
     repeated_start,
 )
+from diptych.data_prep.packing import fill_rows as packing
+from diptych.data_prep.pipeline.prepared_folder import read_manifest
 from diptych.data_prep.prepare import main
-from diptych.data_prep.prepared import read_manifest
-from diptych.data_prep.records import UserError
+from diptych.data_prep.rows.records import UserError
 
 CODEALPACA = Path(__file__).parents[2].parent / "shared/data/codealpaca_2k.json"
 PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)

@@ -19,11 +19,11 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from diptych.data_prep.packing import PACKED_COLUMNS, SHARED_COLUMN
+from diptych.data_prep.packing.fill_rows import PACKED_COLUMNS, SHARED_COLUMN
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.pipeline.prepared_folder import FORMAT, beside
 from diptych.data_prep.prepare import main
-from diptych.data_prep.prepared import FORMAT, beside
-from diptych.data_prep.settings import PrepareSettings
-from diptych.data_prep.templates import TEMPLATES, load_template, template_of
+from diptych.data_prep.text_to_ids.templates import TEMPLATES, load_template, template_of
 
 ROWS = [{"instruction": f"Say {n}.", "input": f"number {n}", "output": f"It is {n}."} for n in range(40)]
 LONG_ROW = {"instruction": "Count.", "output": "one two three " * 20}
@@ -885,7 +885,7 @@ def test_a_budget_that_is_given_and_poorly_filled_is_warned_of_with_a_better_one
 
 
 def test_large_splits_are_packed_some_neighbours_at_a_time(prepare, write_rows, tmp_path, monkeypatch):
-    monkeypatch.setattr("diptych.data_prep.tables.PACKED_TOGETHER", 10)
+    monkeypatch.setattr("diptych.data_prep.pipeline.dataset_tables.PACKED_TOGETHER", 10)
     code, *_ = prepare("--data", write_rows("rows.jsonl", ROWS), "--template", "plain", "--workers", 1)
     train = datasets.load_from_disk(tmp_path / "prepared")["train"]
     packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
@@ -1149,7 +1149,7 @@ def test_a_file_that_is_called_like_the_list_of_rejects_is_left_alone(prepare, w
 
 def test_a_reader_that_goes_away_ends_nothing(write_rows, tmp_path, bpe_folder):
     write_rows("rows.jsonl", ROWS)
-    command = f"{sys.executable} -m diptych.finetune.cli prepare --data rows.jsonl --tokenizer {bpe_folder}"
+    command = f"{sys.executable} -m diptych.finetune.commands.cli prepare --data rows.jsonl --tokenizer {bpe_folder}"
     for streams in ("2>&1", ""):
         piped = f"{command} --out prepared{len(streams)} {streams} | true; exit ${{PIPESTATUS[0]}}"
         ended = subprocess.run(["bash", "-c", piped], cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -1269,7 +1269,9 @@ def test_an_unwritable_place_is_a_user_error(prepare, write_rows, monkeypatch):
     def refused(path, busy):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("diptych.data_prep.prepared.take_lock", refused)  # tests may run as root, who may all
+    monkeypatch.setattr(
+        "diptych.data_prep.pipeline.prepared_folder.take_lock", refused
+    )  # tests may run as root, who may all
     error = prepare("--data", write_rows("rows.jsonl", ROWS))[2].splitlines()[-1]
     assert error.endswith(".prepared.lock: Permission denied. Get yourself the right to it, or name another place")
     assert "Errno" not in error

@@ -15,9 +15,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from diptych.data_prep.files import DEFAULT_LIMITS, Limits
-from diptych.data_prep.readers import SAMPLES, SAMPLES_FOLDER, open_evaluation, open_sources
-from diptych.data_prep.records import Reject, Row, UserError
+from diptych.data_prep.reading.files import DEFAULT_LIMITS, Limits
+from diptych.data_prep.reading.sources import SAMPLES, SAMPLES_FOLDER, open_evaluation, open_sources
+from diptych.data_prep.rows.records import Reject, Row, UserError
 
 ROWS = [
     {"instruction": "Add.", "input": "1 + 1", "output": "2"},

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
-from diptych.data_prep.report import (
+from diptych.data_prep.report.page import (
     histogram,
     joint_histogram,
     length_facts,
@@ -19,8 +19,8 @@ from diptych.data_prep.report import (
     render_page,
     write_report,
 )
-from diptych.data_prep.text_shown import HIDDEN, token_chips
-from diptych.data_prep.train_tokenizer import train_tokenizer
+from diptych.data_prep.report.text_shown import HIDDEN, token_chips
+from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 
 PHONE = {"viewport": {"width": 360, "height": 740}}
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.data_prep import sensitive
-from diptych.data_prep.records import Origin, Record
-from diptych.data_prep.sensitive import Finding, find_in_record, find_sensitive, masked
+from diptych.data_prep.cleaning import sensitive
+from diptych.data_prep.cleaning.sensitive import Finding, find_in_record, find_sensitive, masked
+from diptych.data_prep.rows.records import Origin, Record
 
 
 def found(text):
@@ -240,7 +240,7 @@ def test_findings_travel_from_workers():
 def test_without_detect_secrets_the_extra_is_named_and_the_rest_works():
     code = (
         "import sys; sys.modules['detect_secrets.plugins.aws'] = None\n"
-        "from diptych.data_prep.sensitive import find_sensitive, require_detectors\n"
+        "from diptych.data_prep.cleaning.sensitive import find_sensitive, require_detectors\n"
         "assert len(find_sensitive('a@b.org', secrets=False)) == 1\n"
         "require_detectors()"
     )

@@ -5,9 +5,9 @@ import random
 import numpy
 import pytest
 
-from diptych.data_prep.named_splits import KINDS
-from diptych.data_prep.records import Origin, Record
-from diptych.data_prep.splits import normalise, record_keys, split_rows
+from diptych.data_prep.cleaning.splits import normalise, record_keys, split_rows
+from diptych.data_prep.rows.named_splits import KINDS
+from diptych.data_prep.rows.records import Origin, Record
 
 
 def record(source, output, instruction="Do it."):

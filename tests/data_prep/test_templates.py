@@ -9,10 +9,10 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep.encode import Rendered
-from diptych.data_prep.extend_tokenizer import add_new_tokens, learn_new_tokens
-from diptych.data_prep.records import Origin, Record, UserError
-from diptych.data_prep.templates import (
+from diptych.data_prep.rows.records import Origin, Record, UserError
+from diptych.data_prep.text_to_ids.encode import Rendered
+from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, learn_new_tokens
+from diptych.data_prep.text_to_ids.templates import (
     TEMPLATES,
     TOKENIZER_KEY,
     Template,

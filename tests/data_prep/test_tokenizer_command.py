@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep.extend_tokenizer import pieces_of_new_tokens
-from diptych.data_prep.tokenizer_command import main
+from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
+from diptych.data_prep.tokenizer_tools.tokenizer_command import main
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from diptych.data_prep.tokenizer_report import (
+from diptych.data_prep.tokenizer_tools.tokenizer_report import (
     HARD_TEXTS,
     draw_report,
     report_of_pairs,

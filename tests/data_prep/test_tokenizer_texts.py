@@ -10,8 +10,8 @@ import pytest
 import zstandard
 
 from diptych.data_prep.prepare import main as prepare
-from diptych.data_prep.records import UserError
-from diptych.data_prep.tokenizer_texts import open_texts
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.tokenizer_tools.tokenizer_texts import open_texts
 
 ROWS = [
     {"instruction": "Name the capital.", "input": "France", "output": "Paris"},

@@ -7,9 +7,9 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep import train_tokenizer as train_tokenizer_module
-from diptych.data_prep.records import UserError
-from diptych.data_prep.train_tokenizer import (
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids import train_tokenizer as train_tokenizer_module
+from diptych.data_prep.text_to_ids.train_tokenizer import (
     CURVE_SIZES,
     EVERY_BYTE,
     VOCAB_SIZES,

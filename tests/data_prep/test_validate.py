@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diptych.data_prep.validate import (
+from diptych.data_prep.rows.valid_text import (
     NONCHARACTERS,
     UNFIT,
     Fault,

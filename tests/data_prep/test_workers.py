@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
-from diptych.data_prep.records import UserError
-from diptych.data_prep.workers import UNDER_WAY, in_order
+from diptych.data_prep.pipeline.workers import UNDER_WAY, in_order
+from diptych.data_prep.rows.records import UserError
 
 
 def slow_square(number):
@@ -59,7 +59,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_message():
 
 def test_workers_end_with_the_process_that_started_them():
     program = (
-        "import time\nfrom diptych.data_prep.workers import in_order\n"
+        "import time\nfrom diptych.data_prep.pipeline.workers import in_order\n"
         "for n in in_order(abs, ((n,) for n in range(10**9)), 2): print(n, flush=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)

@@ -21,10 +21,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from diptych.data_prep.encode import encode_sources, encode_targets
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
-from diptych.data_prep.settings import PrepareSettings
-from diptych.data_prep.templates import TEMPLATES, attach_template
+from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
+from diptych.data_prep.text_to_ids.templates import TEMPLATES, attach_template
 
 torch.set_num_threads(1)  # on a machine with other work, threads that wait for each other made 60 s out of 3 s
 

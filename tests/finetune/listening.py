@@ -16,7 +16,7 @@ def listening(command: Sequence[str], log: Path, **environment: str) -> Iterator
     """On a free port, from when it says so until the block ends; `log` is what it says."""
     with log.open("w+b") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "diptych.finetune.cli", *command, "--port", "0"],
+            [sys.executable, "-m", "diptych.finetune.commands.cli", *command, "--port", "0"],
             stderr=said,
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
         )

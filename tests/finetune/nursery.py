@@ -88,7 +88,7 @@ def free_port() -> int:
 def serve() -> None:
     import torch
 
-    import diptych.finetune.loop  # noqa: F401  what a training process imports
+    import diptych.finetune.training.loop  # noqa: F401  what a training process imports
 
     torch.set_num_threads(1)
     ended: dict[int, int] = {0: 0}
@@ -124,7 +124,7 @@ def _wait(pid: int, seconds: float, ended: dict[int, int]) -> int | None:
 
 
 def _be_a_process(request: dict[str, Any]) -> None:
-    from diptych.finetune.cli import main
+    from diptych.finetune.commands.cli import main
 
     os.chdir(request["folder"])
     os.environ.update(request["environment"])

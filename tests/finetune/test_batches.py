@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data_prep.records import UserError
-from diptych.finetune.batches import (
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.batches.padded_rows import (
     BatchOrder,
     Lengths,
     check_rows_fit,
@@ -16,7 +16,7 @@ from diptych.finetune.batches import (
     pad_batch,
     row_lengths,
 )
-from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.model.loss import Seq2SeqObjective
 
 GENERATOR = np.random.default_rng(0)
 SOURCE_TOKENS = GENERATOR.integers(3, 60, 1003)

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diptych.data_prep.records import UserError
-from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune.exits import CheckpointError
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands.exits import CheckpointError
+from diptych.finetune.run_files import checkpoints
 
 
 def write(folder, step: int, text: str = "weights"):
@@ -90,7 +90,7 @@ def test_an_error_while_writing_leaves_no_checkpoint(tmp_path):
 
 def test_a_process_killed_while_writing_leaves_only_whole_checkpoints(tmp_path):
     endless = (
-        "import sys; from pathlib import Path; from diptych.finetune import checkpoint as c\n"
+        "import sys; from pathlib import Path; from diptych.finetune.run_files import checkpoints as c\n"
         "for step in range(10**6):\n"
         "    c.write_checkpoint(c.checkpoint_path(Path(sys.argv[1]), step),\n"
         "        lambda p: [(p / str(i)).write_bytes(bytes([step % 256]) * 300000) for i in range(5)])\n"

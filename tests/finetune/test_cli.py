@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from diptych.data_prep.arguments import parse
-from diptych.data_prep.command_line import run_command
-from diptych.finetune import cli
+from diptych.data_prep.command_line.arguments import parse
+from diptych.data_prep.command_line.run_command import run_command
+from diptych.finetune.commands import cli
 
-DIPTYCH = [sys.executable, "-m", "diptych.finetune.cli"]
+DIPTYCH = [sys.executable, "-m", "diptych.finetune.commands.cli"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def test_help_names_every_command_and_imports_nothing_heavy():
     code = (
-        "import sys; from diptych.finetune import cli; cli.main(['--help'])\n"
+        "import sys; from diptych.finetune.commands import cli; cli.main(['--help'])\n"
         "heavy = {'torch', 'transformers', 'datasets', 'evaluate', 'jsonargparse'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -52,7 +52,7 @@ ANSWERED_AT_ONCE = [
 def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(tmp_path):
     """All in one process, whose modules add up."""
     code = (
-        "import json, sys; from diptych.finetune import cli\n"
+        "import json, sys; from diptych.finetune.commands import cli\n"
         "for words in json.loads(sys.argv[1]):\n"
         "    try: code = cli.main(words)\n"
         "    except SystemExit as ended: code = ended.code\n"

@@ -15,10 +15,11 @@ from matplotlib import image
 from matplotlib.axes import Axes
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.templates import TEMPLATES, attach_template
-from diptych.finetune import compare, evaluation
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.metrics import compute_metrics
+from diptych.data_prep.text_to_ids.templates import TEMPLATES, attach_template
+from diptych.finetune.evaluating import compare_runs as compare
+from diptych.finetune.evaluating import evaluate_rows as evaluation
+from diptych.finetune.evaluating.metrics import compute_metrics
+from diptych.finetune.training.recipe import TrainRecipe
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diptych.data_prep import settings
-from diptych.data_prep.arguments import parse
-from diptych.data_prep.other_names import HERE, other_name
-from diptych.data_prep.records import UserError
-from diptych.finetune import command_settings, config
-from diptych.finetune.config import TrainRecipe, parse_recipe, split_names
-from diptych.finetune.loop import learning_rate
+from diptych.data_prep.command_line.arguments import parse
+from diptych.data_prep.command_line.other_names import HERE, other_name
+from diptych.data_prep.pipeline import prepare_settings as settings
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands import command_settings
 from diptych.finetune.train import main
+from diptych.finetune.training import recipe as config
+from diptych.finetune.training.loop import learning_rate
+from diptych.finetune.training.recipe import TrainRecipe, parse_recipe, split_names
 
 NEEDED = {"model": "diptych-8m", "data": "prepared", "out": "run", "epochs": 1}
-RECIPES = sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(config.__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def recipe(**changes) -> TrainRecipe:

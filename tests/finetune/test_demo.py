@@ -11,7 +11,7 @@ import pytest
 from conftest import EIGHT_ROWS, TO_KOREAN, tiny_t5
 from listening import listening
 
-from diptych.finetune.cli import main as diptych
+from diptych.finetune.commands.cli import main as diptych
 
 HOSTILE = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>${window.ran = true}"
 
@@ -165,7 +165,9 @@ def test_no_files_no_strangers(shown):
 
 def test_beyond_the_loopback_a_password_is_needed(t5_checkpoint, tmp_path):
     command = ["demo", str(t5_checkpoint), "--host", "0.0.0.0"]
-    refused = subprocess.run([sys.executable, "-m", "diptych.finetune.cli", *command], capture_output=True, text=True)
+    refused = subprocess.run(
+        [sys.executable, "-m", "diptych.finetune.commands.cli", *command], capture_output=True, text=True
+    )
     assert refused.returncode == 2 and "DIPTYCH_PASSWORD" in refused.stderr and "Traceback" not in refused.stderr
     with listening(command, tmp_path / "log", DIPTYCH_PASSWORD="open sesame") as started:
         with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -175,6 +177,9 @@ def test_beyond_the_loopback_a_password_is_needed(t5_checkpoint, tmp_path):
 
 
 def test_a_missing_extra_is_explained():
-    code = "import sys; sys.modules['gradio'] = None; from diptych.finetune.demo import main; sys.exit(main(['.']))"
+    code = (
+        "import sys; sys.modules['gradio'] = None; from diptych.finetune.serving.demo import main"
+        "; sys.exit(main(['.']))"
+    )
     missing = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert missing.returncode == 2 and "pip install 'diptych[gradio]'" in missing.stderr

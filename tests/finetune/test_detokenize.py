@@ -9,10 +9,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from diptych.data_prep.encode import encode_targets
-from diptych.data_prep.records import IGNORE_INDEX
-from diptych.finetune.detokenize import UNKNOWN_ID, text_of
-from diptych.finetune.generate import generate_outputs
+from diptych.data_prep.rows.records import IGNORE_INDEX
+from diptych.data_prep.text_to_ids.encode import encode_targets
+from diptych.finetune.inference.detokenize import UNKNOWN_ID, text_of
+from diptych.finetune.inference.generation import generate_outputs
 
 SENTENCES = ["I am a student.", "나는 학생이다.", "Hello , world !", "He is my friend, and a good one.", "가. 네."]
 FAMILIES = ["bpe", "t5", "bert", "byt5", "m2m100"]

@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Qwen3Config
 
-from diptych.data_prep.records import UserError
-from diptych.finetune.batches import pad_batch
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.distillation import DistilledObjective, Teacher, load_teacher, one_text_each
-from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.packed_rows import pack_examples
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.batches.packed_rows import pack_examples
+from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.model.donor_llm import DonorWeights, paired_config, weight_origins
+from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training.distillation import DistilledObjective, Teacher, load_teacher, one_text_each
+from diptych.finetune.training.recipe import TrainRecipe
 from diptych.modeling import DiptychForConditionalGeneration
-from diptych.modeling.donors import DonorWeights, paired_config, weight_origins
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 
-from diptych.data_prep.encode import TEXT_TOKENS_KEY
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import TOKENIZER_KEY, Template, attach_template
-from diptych.finetune import doctor, doctor_checks
-from diptych.finetune.doctor import DoctorSettings, admit, format_table
-from diptych.finetune.doctor_checks import CHECKS, Finding, examine
-from diptych.finetune.doctor_rows import built_in_rows, eight_of, rows_from
-from diptych.finetune.doctor_steps import Step, agree, compare, compare_ranks, trainer_step
-from diptych.finetune.families import decoder_start_token
-from diptych.finetune.lora import add_adapter, save_adapter
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.encode import TEXT_TOKENS_KEY
+from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, Template, attach_template
+from diptych.finetune.doctor import doctor, doctor_checks
+from diptych.finetune.doctor.doctor import DoctorSettings, admit, format_table
+from diptych.finetune.doctor.doctor_checks import CHECKS, Finding, examine
+from diptych.finetune.doctor.doctor_rows import built_in_rows, eight_of, rows_from
+from diptych.finetune.doctor.doctor_steps import Step, agree, compare, compare_ranks, trainer_step
+from diptych.finetune.model.adapters import add_adapter, save_adapter
+from diptych.finetune.model.families import decoder_start_token
 
 TRAINER = "HF Trainer: 8 = 1"
 

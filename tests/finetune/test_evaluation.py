@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import Template, attach_template
-from diptych.finetune import evaluation
-from diptych.finetune.confidence import bootstrap_intervals
-from diptych.finetune.evaluation import (
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.templates import Template, attach_template
+from diptych.finetune.commands.exits import NOT_FINITE, NotFiniteError
+from diptych.finetune.evaluating import evaluate_rows as evaluation
+from diptych.finetune.evaluating.confidence import bootstrap_intervals
+from diptych.finetune.evaluating.evaluate_rows import (
     cap_from_targets,
     data_identity,
     draw,
@@ -25,10 +26,9 @@ from diptych.finetune.evaluation import (
     row_losses,
     selectable_figures,
 )
-from diptych.finetune.exits import NOT_FINITE, NotFiniteError
-from diptych.finetune.generate import generate_outputs
-from diptych.finetune.metrics import METRICS, compute_metrics
-from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.evaluating.metrics import METRICS, compute_metrics
+from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.model.loss import Seq2SeqObjective
 
 METRIC_NAMES = ["exact_match", "token_f1", "rouge", "bleu", "chrf"]
 

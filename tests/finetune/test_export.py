@@ -15,17 +15,17 @@ from ctranslate2.specs.common_spec import LayerNormSpec
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
-from diptych.data_prep.encode import encode_sources
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import TEMPLATES, Template, template_of
-from diptych.finetune import export_ctranslate2
-from diptych.finetune.checkpoint import fault_of, read_json, write_json
-from diptych.finetune.cli import main
-from diptych.finetune.ctranslate2_engine import Translator, load_translator
-from diptych.finetune.export_proof import Example, compare, task_of
-from diptych.finetune.families import decoder_start_token
-from diptych.finetune.generate import OF_THE_MODEL, Output, generate_outputs
-from diptych.finetune.loading import EXPORT_FILE, load_model_and_tokenizer, position_limit
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.encode import encode_sources
+from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template, template_of
+from diptych.finetune.commands.cli import main
+from diptych.finetune.exporting import export_ctranslate2
+from diptych.finetune.exporting.ctranslate2_engine import Translator, load_translator
+from diptych.finetune.exporting.export_proof import Example, compare, task_of
+from diptych.finetune.inference.generation import OF_THE_MODEL, Output, generate_outputs
+from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loading import EXPORT_FILE, load_model_and_tokenizer, position_limit
+from diptych.finetune.run_files.checkpoints import fault_of, read_json, write_json
 from diptych.modeling import DiptychConfig
 
 SOURCES = ["Go.", "He is my friend, and a good one.", "나는 학생이다. " * 5]

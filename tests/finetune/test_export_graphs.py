@@ -7,11 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.records import UserError
-from diptych.finetune import export_graphs, export_onnx
-from diptych.finetune.checkpoint import fault_of, read_json
-from diptych.finetune.cli import main
-from diptych.finetune.export_graphs import (
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands.cli import main
+from diptych.finetune.exporting import export_graphs, export_onnx
+from diptych.finetune.exporting.export_graphs import (
     DECODER,
     ENCODER,
     WITH_PAST,
@@ -20,7 +19,8 @@ from diptych.finetune.export_graphs import (
     EncoderGraph,
     Graphs,
 )
-from diptych.finetune.loading import EXPORT_FILE, load_tokenizer
+from diptych.finetune.model.loading import EXPORT_FILE, load_tokenizer
+from diptych.finetune.run_files.checkpoints import fault_of, read_json
 from diptych.modeling import DiptychConfig
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0}

@@ -21,13 +21,13 @@ from conftest import EIGHT_ROWS, TO_KOREAN
 from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import TEMPLATES
-from diptych.finetune import export_onnx
-from diptych.finetune.batching import Decoding, Engine, Job
-from diptych.finetune.cli import main
-from diptych.finetune.doctor_checks import CHECKS
-from diptych.finetune.families import FAMILIES, decoder_start_token, table_positions
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.templates import TEMPLATES
+from diptych.finetune.commands.cli import main
+from diptych.finetune.doctor.doctor_checks import CHECKS
+from diptych.finetune.exporting import export_onnx
+from diptych.finetune.model.families import FAMILIES, decoder_start_token, table_positions
+from diptych.finetune.serving.request_batches import Decoding, Engine, Job
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 WANTED = os.environ.get("DIPTYCH_FAMILIES", "")
@@ -62,7 +62,7 @@ def _collect_little():
 def ran(capsys, monkeypatch, tmp_path):
     """`ran("train", …)` in this process -> exit code, what it printed, what it said besides. It may raise nothing."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diptych.finetune.saving.plot_loss", lambda *_: None)  # a third of such a short run
+    monkeypatch.setattr("diptych.finetune.training.saving.plot_loss", lambda *_: None)  # a third of such a short run
     for check in () if WANTED == "all" else SLOW_CHECKS:
         monkeypatch.delitem(CHECKS, check)
     (tmp_path / "rows.jsonl").write_text(

@@ -8,7 +8,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from diptych.finetune.fast_decode import (
+from diptych.finetune.inference.fast_decode import (
     PACKED_AFTER,
     PACKED_FROM,
     ROOM,
@@ -18,7 +18,7 @@ from diptych.finetune.fast_decode import (
     look_up,
     read_fast,
 )
-from diptych.finetune.generate import generate_batch
+from diptych.finetune.inference.generation import generate_batch
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
 PAD, END, START = 0, 1, 2
@@ -180,7 +180,7 @@ def test_packed_matrices_are_the_same_ones(model, dtype, rows, monkeypatch):
 
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
 def test_rows_that_are_read_a_few_at_a_time_are_read_the_same(model, padding, monkeypatch):
-    monkeypatch.setattr("diptych.finetune.fast_decode.READ_AT_ONCE", 25)  # two rows of eleven tokens
+    monkeypatch.setattr("diptych.finetune.inference.fast_decode.READ_AT_ONCE", 25)  # two rows of eleven tokens
     inputs = sources(5, padding)
     reads = []
     model.get_encoder().register_forward_hook(lambda module, given, output: reads.append(output))
@@ -305,6 +305,6 @@ def test_generate_takes_it_for_a_diptych(tiny_tokenizer, monkeypatch):
 
     model.generate = noted
     ours, _ = generate_batch(model, tiny_tokenizer, rows, 12, None, {"do_sample": False, "num_beams": 1})
-    monkeypatch.setattr("diptych.finetune.generate.can_decode_fast", lambda *given: False)
+    monkeypatch.setattr("diptych.finetune.inference.generation.can_decode_fast", lambda *given: False)
     theirs, _ = generate_batch(model, tiny_tokenizer, rows, 12, None, {"do_sample": False, "num_beams": 1})
     assert ours == theirs and calls == [fast_decode, None]

@@ -13,13 +13,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, pipeline
 
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import TEMPLATES, Template
-from diptych.finetune import evaluation, generate
-from diptych.finetune.batching import Decoding, Engine, Job
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.doctor_checks import Patient, cache
-from diptych.finetune.generate import (
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template
+from diptych.finetune.doctor.doctor_checks import Patient, cache
+from diptych.finetune.evaluating import evaluate_rows as evaluation
+from diptych.finetune.inference import generation as generate
+from diptych.finetune.inference.generation import (
     GenerateSettings,
     GenerationBar,
     Prompter,
@@ -27,9 +26,11 @@ from diptych.finetune.generate import (
     generate_outputs,
     pad_sources,
 )
-from diptych.finetune.loading import load_tokenizer
-from diptych.finetune.pipelines import register_pipelines
-from diptych.finetune.starting_model import starting_model
+from diptych.finetune.inference.pipelines import register_pipelines
+from diptych.finetune.model.loading import load_tokenizer
+from diptych.finetune.serving.request_batches import Decoding, Engine, Job
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.starting_model import starting_model
 
 
 def texts_of(model, tokenizer, source_ids, batch_size=8, max_new_tokens=32, **kwargs):
@@ -366,7 +367,7 @@ def test_a_system_prompt_reaches_the_template_or_is_refused(learned_t5, prompter
 
 @pytest.fixture
 def prompter(tiny_tokenizer):
-    from diptych.data_prep.templates import template_of
+    from diptych.data_prep.text_to_ids.templates import template_of
 
     return Prompter(tiny_tokenizer, template_of(tiny_tokenizer), max_source_tokens=None)
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from diptych.finetune import generate
-from diptych.finetune.generate_file import CHUNK_BATCHES, read_prompts
+from diptych.finetune.inference import generation as generate
+from diptych.finetune.inference.generate_file import CHUNK_BATCHES, read_prompts
 
 
 def write_rows(path, rows):
@@ -54,7 +54,7 @@ def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, t5_c
 def kill_after_lines(out_file, lines, arguments):
     """Start `diptych generate` as its own process and SIGKILL it once out_file has so many lines."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "diptych.finetune.cli", "generate", *arguments],
+        [sys.executable, "-m", "diptych.finetune.commands.cli", "generate", *arguments],
         stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

@@ -4,18 +4,18 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from diptych.data_prep.encode import encode_sources, encode_targets
-from diptych.data_prep.extend_tokenizer import add_new_tokens, learn_new_tokens, pieces_of_new_tokens
-from diptych.data_prep.records import UserError
-from diptych.data_prep.train_tokenizer import train_tokenizer
-from diptych.finetune.batches import pad_batch
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.families import decoder_start_token, vocabulary_tables
-from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.lora import fill_rows_with_means, resize_embeddings
-from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.saving import save_model
-from diptych.finetune.starting_model import starting_model
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
+from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, learn_new_tokens, pieces_of_new_tokens
+from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
+from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.model.adapters import fill_rows_with_means, resize_embeddings
+from diptych.finetune.model.families import decoder_start_token, vocabulary_tables
+from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loss import Seq2SeqObjective
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.saving import save_model
+from diptych.finetune.training.starting_model import starting_model
 
 FAMILIES = ["t5", "bart", "diptych"]
 UNTIED = {"tie_word_embeddings": False}

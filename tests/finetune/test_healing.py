@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.records import UserError
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.healing import lookahead_at, train_cross_attention_alone
+from diptych.data_prep.rows.records import UserError
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.warm_up import lookahead_at, train_cross_attention_alone
 
 
 @pytest.fixture

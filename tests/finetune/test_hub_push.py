@@ -12,9 +12,9 @@ import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import get_session
 
-from diptych.data_prep.records import UserError
-from diptych.finetune.exits import HubError
-from diptych.finetune.hub_push import Patience, push, remote_hashes
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands.exits import HubError
+from diptych.finetune.publishing.hub_push import Patience, push, remote_hashes
 
 REPO = "me/translate"
 CARD = b"---\nlibrary_name: transformers\n---\n\n# translate\n"
@@ -113,7 +113,7 @@ def test_where_the_hub_goes_away_it_keeps_the_old_or_the_new_and_a_rerun_ends_it
 KILLED = """
 import sys
 from huggingface_hub import HfApi
-from diptych.finetune.hub_push import push
+from diptych.finetune.publishing.hub_push import push
 url, token, repo, files = sys.argv[1:]
 push(HfApi(endpoint=url, token=token), repo, {name: text.encode() for name, text in eval(files).items()})
 """

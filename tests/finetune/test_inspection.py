@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.finetune import inspection_facts as facts
-from diptych.finetune.attentions import Attentions, mean_weights, recompute, rollout
-from diptych.finetune.cli import main as diptych
-from diptych.finetune.families import FAMILIES, family_of
-from diptych.finetune.inspection_page import render_page
-from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.finetune.commands.cli import main as diptych
+from diptych.finetune.inspecting import inspection_facts as facts
+from diptych.finetune.inspecting.inspection_page import render_page
+from diptych.finetune.model.attention_weights import Attentions, mean_weights, recompute, rollout
+from diptych.finetune.model.families import FAMILIES, family_of
+from diptych.finetune.model.loading import load_model_and_tokenizer
 from diptych.modeling import DiptychConfig
 
 SOURCE, WRITTEN = torch.tensor([[5, 6, 7, 8, 1]]), torch.tensor([[2, 9, 10]])

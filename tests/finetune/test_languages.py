@@ -24,19 +24,19 @@ from transformers import (
     NllbTokenizer,
 )
 
-from diptych.data_prep.languages import codes_of
-from diptych.data_prep.records import Languages
-from diptych.finetune.cli import main as diptych
-from diptych.finetune.command_settings import DemoSettings
-from diptych.finetune.demo import Asked, answer_all, build_page, load_contestant
-from diptych.finetune.doctor_checks import CHECKS, Patient
-from diptych.finetune.doctor_rows import rows_from
-from diptych.finetune.evaluation import LANGUAGE_COLUMNS
-from diptych.finetune.generate import Prompt, Prompter, generate_outputs, template_for
-from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.model_card import model_card
-from diptych.finetune.pipelines import TranslationPipeline, travelling_pipeline
-from diptych.finetune.targets import given_tokens
+from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids.languages import codes_of
+from diptych.finetune.commands.cli import main as diptych
+from diptych.finetune.commands.command_settings import DemoSettings
+from diptych.finetune.doctor.doctor_checks import CHECKS, Patient
+from diptych.finetune.doctor.doctor_rows import rows_from
+from diptych.finetune.evaluating.evaluate_rows import LANGUAGE_COLUMNS
+from diptych.finetune.inference.generation import Prompt, Prompter, generate_outputs, template_for
+from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
+from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.publishing.model_card import model_card
+from diptych.finetune.serving.demo import Asked, answer_all, build_page, load_contestant
 from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 PAIRS = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diptych.finetune.families import FAMILIES
+from diptych.finetune.model.families import FAMILIES
 
 NEW_TOKENS = 8
 

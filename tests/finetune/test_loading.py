@@ -22,10 +22,10 @@ from transformers import (
     ViTConfig,
 )
 
-from diptych.data_prep.records import UserError
-from diptych.data_prep.templates import TOKENIZER_KEY, template_of
-from diptych.finetune.loading import load_model_and_tokenizer, load_tokenizer, pick_device
-from diptych.finetune.lora import add_adapter, resize_embeddings, save_adapter
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, template_of
+from diptych.finetune.model.adapters import add_adapter, resize_embeddings, save_adapter
+from diptych.finetune.model.loading import load_model_and_tokenizer, load_tokenizer, pick_device
 from diptych.modeling import DiptychForConditionalGeneration, named_config
 
 
@@ -72,7 +72,7 @@ def test_who_computes_in_bf16_on_a_cpu_without_it_is_told(t5_checkpoint):
     """oneDNN is told to leave out all that AMD's Zen 3 does not have."""
     script = (
         "import sys\n"
-        "from diptych.finetune.loading import load_model_and_tokenizer\n"
+        "from diptych.finetune.model.loading import load_model_and_tokenizer\n"
         "for dtype in ('auto', 'bfloat16'):\n"
         "    load_model_and_tokenizer(sys.argv[1], dtype)\n"
     )

@@ -10,14 +10,11 @@ from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_mode
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, UMT5Config
 
-from diptych.data_prep.records import UserError
-from diptych.finetune import lora
-from diptych.finetune.batches import pad_batch
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.exits import CheckpointError
-from diptych.finetune.families import FAMILIES, decoder_start_token, input_and_output_tables, vocabulary_tables
-from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.lora import (
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.commands.exits import CheckpointError
+from diptych.finetune.model import adapters as lora
+from diptych.finetune.model.adapters import (
     ADAPTER_WEIGHTS,
     METHODS,
     TAKEN_FROM_THE_BASE,
@@ -28,10 +25,13 @@ from diptych.finetune.lora import (
     resize_embeddings,
     save_adapter,
 )
-from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.saving import save_model
-from diptych.finetune.starting_model import starting_model
+from diptych.finetune.model.families import FAMILIES, decoder_start_token, input_and_output_tables, vocabulary_tables
+from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.saving import save_model
+from diptych.finetune.training.starting_model import starting_model
 
 NEW_TOKEN = 370
 ROWS = [

@@ -10,16 +10,16 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.templates import carried_template
-from diptych.finetune import set_up
-from diptych.finetune.checkpoint import fault_of
-from diptych.finetune.cli import main
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.families import input_and_output_tables
-from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.resuming import to_yaml
-from diptych.finetune.speed import compile_layers
+from diptych.data_prep.text_to_ids.templates import carried_template
+from diptych.finetune.commands.cli import main
+from diptych.finetune.model.families import input_and_output_tables
+from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.speed import compile_layers
+from diptych.finetune.run_files.checkpoints import fault_of
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training import set_up
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.resuming import to_yaml
 
 
 @pytest.fixture

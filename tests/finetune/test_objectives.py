@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from transformers import UMT5Config
 
-from diptych.finetune.batches import pad_batch
-from diptych.finetune.families import FAMILIES, decoder_start_token, family_of
-from diptych.finetune.lora import add_adapter
-from diptych.finetune.objectives import Seq2SeqObjective
+from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.model.adapters import add_adapter
+from diptych.finetune.model.families import FAMILIES, decoder_start_token, family_of
+from diptych.finetune.model.loss import Seq2SeqObjective
 
 ROWS = [
     {"input_ids": [12, 7, 9, 1], "labels": [31, 40, 35, 22, 1]},

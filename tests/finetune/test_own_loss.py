@@ -10,14 +10,14 @@ import torch
 from conftest import EIGHT_ROWS
 from small_families import family_configs
 
-from diptych.data_prep.decoder_start import decoder_start_of
-from diptych.data_prep.settings import PrepareSettings
-from diptych.finetune.batches import pad_batch
-from diptych.finetune.cli import main
-from diptych.finetune.families import FAMILIES, decoder_start_token
-from diptych.finetune.generate import generate_outputs
-from diptych.finetune.loading import load_model
-from diptych.finetune.objectives import Seq2SeqObjective, left_out_of_loss
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
+from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.commands.cli import main
+from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.model.families import FAMILIES, decoder_start_token
+from diptych.finetune.model.loading import load_model
+from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
 
 ROWS = [
     {"input_ids": [12, 7, 9, 1], "labels": [31, 40, 35, 22, 1]},

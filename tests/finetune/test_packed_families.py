@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data_prep.packing import Budget, assemble_row
-from diptych.finetune.batches import pad_batch
-from diptych.finetune.families import FAMILIES, decoder_start_token
-from diptych.finetune.lora import add_adapter
-from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.packed_rows import pack_examples, packed_batch
-from diptych.finetune.segments import VARLEN, boundaries, register_varlen
+from diptych.data_prep.packing.fill_rows import Budget, assemble_row
+from diptych.finetune.batches.packed_rows import pack_examples, packed_batch
+from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.model.adapters import add_adapter
+from diptych.finetune.model.families import FAMILIES, decoder_start_token
+from diptych.finetune.model.loss import Seq2SeqObjective
+from diptych.finetune.model.packed_attention import VARLEN, boundaries, register_varlen
 
 CASES = [
     (family, attention)

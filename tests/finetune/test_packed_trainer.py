@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
-from diptych.data_prep.records import UserError
-from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.packed_trainer import PackedSeq2SeqTrainer
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.model.loss import Seq2SeqObjective
+from diptych.finetune.training.packed_trainer import PackedSeq2SeqTrainer
 
 FAMILIES = ("t5", "bart", "m2m_100")
 # One step of twelve examples, which are eight packed rows: (rows, micro-batches, packed). Two ranks have half each.
@@ -27,7 +27,7 @@ ONE_STEP = """
 import gc, json, sys, tempfile
 import datasets, numpy as np, torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, Seq2SeqTrainingArguments, TrainerCallback
-from diptych.finetune.packed_trainer import PackedSeq2SeqTrainer
+from diptych.finetune.training.packed_trainer import PackedSeq2SeqTrainer
 
 draw = np.random.default_rng(0)
 SOURCES = [32, 30, 31, 29, 20, 12, 19, 13, 25, 7, 16, 16]

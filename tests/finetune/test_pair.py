@@ -23,10 +23,10 @@ from transformers import (
     SmolLM3Config,
 )
 
-from diptych.finetune.checkpoint import fault_of
-from diptych.finetune.cli import main
-from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.pair import REPORT
+from diptych.finetune.commands.cli import main
+from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.pairing.pair import REPORT
+from diptych.finetune.run_files.checkpoints import fault_of
 
 CHAT = (
     "{% for message in messages %}<|turn|>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
@@ -130,8 +130,8 @@ def test_the_models_prompt_is_the_donors(donor, paired, chat_tokenizer):
     """Source, start token and answer stand one behind the other as the donor's chat template has them."""
     out, _ = paired(donor("qwen3"), "--encoder_attention", "causal")
     model, tokenizer = load_model_and_tokenizer(out)
-    from diptych.data_prep.encode import encode_sources, encode_targets
-    from diptych.data_prep.templates import template_of
+    from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
+    from diptych.data_prep.text_to_ids.templates import template_of
 
     template = template_of(tokenizer)
     (source,) = encode_sources(tokenizer, [template.render_source("Say yes.", "Now.")])

@@ -15,9 +15,9 @@ from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from diptych.data_prep.templates import Template, attach_template
-from diptych.finetune.cli import main as diptych
-from diptych.finetune.pipelines import (
+from diptych.data_prep.text_to_ids.templates import Template, attach_template
+from diptych.finetune.commands.cli import main as diptych
+from diptych.finetune.inference.pipelines import (
     TRAVELLING_CODE,
     SummarizationPipeline,
     Text2TextPipeline,
@@ -38,7 +38,7 @@ def write(t5_checkpoint):
 def test_transformers_has_none_until_they_are_registered():
     code = (
         "from transformers import pipeline\n"
-        "import diptych.finetune.pipelines as ours\n"
+        "import diptych.finetune.inference.pipelines as ours\n"
         "tasks = ours.PIPELINE_REGISTRY.get_supported_tasks\n"
         "assert 'summarization' not in tasks()\n"
         "ours.register_pipelines(); ours.register_pipelines()\n"

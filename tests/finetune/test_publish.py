@@ -13,13 +13,15 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 
-from diptych.data_prep.arguments import parse
-from diptych.data_prep.settings import parse_settings as parse_prepare
-from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune import evaluation, publish, train
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.hub_push import push
-from diptych.finetune.model_card import prepare_settings, validation_scores
+from diptych.data_prep.command_line.arguments import parse
+from diptych.data_prep.pipeline.prepare_settings import parse_settings as parse_prepare
+from diptych.finetune import train
+from diptych.finetune.evaluating import evaluate_rows as evaluation
+from diptych.finetune.publishing import publish
+from diptych.finetune.publishing.hub_push import push
+from diptych.finetune.publishing.model_card import prepare_settings, validation_scores
+from diptych.finetune.run_files import checkpoints
+from diptych.finetune.training.recipe import TrainRecipe
 
 REPO = "me/translate"
 SECRET = "s3cret-that-nobody-may-see"
@@ -94,7 +96,7 @@ WITHOUT_DIPTYCH = "import sys; sys.modules['diptych'] = None\n"
 
 def test_a_published_run_is_the_allow_list_byte_by_byte_and_strangers_can_load_it(hub, run, tmp_path):
     """All in processes of their own: the command, the command again, and the code that the card shows."""
-    command = ["-m", "diptych.finetune.cli", "publish", str(run), "--to", REPO]
+    command = ["-m", "diptych.finetune.commands.cli", "publish", str(run), "--to", REPO]
     on_the_hub = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub_server.TOKEN}
     first = in_a_process(*command, cwd=tmp_path, **on_the_hub)
     assert first.returncode == 0, first.stderr

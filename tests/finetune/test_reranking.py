@@ -6,11 +6,17 @@ import pytest
 import sacrebleu
 import torch
 
-from diptych.data_prep.templates import Template
-from diptych.finetune import generate
-from diptych.finetune.families import decoder_start_token
-from diptych.finetune.generate import generate_outputs
-from diptych.finetune.reranking import EPSILON_SAMPLING, choice_outputs, chosen_outputs, mbr_outputs, most_expected
+from diptych.data_prep.text_to_ids.templates import Template
+from diptych.finetune.inference import generation as generate
+from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.inference.reranking import (
+    EPSILON_SAMPLING,
+    choice_outputs,
+    chosen_outputs,
+    mbr_outputs,
+    most_expected,
+)
+from diptych.finetune.model.families import decoder_start_token
 
 
 def test_the_text_that_is_most_like_all_others_is_taken():

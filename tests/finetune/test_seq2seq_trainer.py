@@ -18,10 +18,10 @@ ONE_STEP = """
 import gc, json, sys, tempfile
 import datasets, numpy as np, torch
 from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-from diptych.data_prep.packing import Budget, assemble_row
+from diptych.data_prep.packing.fill_rows import Budget, assemble_row
 import diptych.modeling
-from diptych.finetune.batches import pad_batch
-from diptych.finetune.packed_rows import packed_batch
+from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.batches.packed_rows import packed_batch
 
 draw = np.random.default_rng(0)
 SOURCES = [60, 3, 17, 9, 41, 5, 22, 8, 30, 12, 4, 50]

@@ -19,13 +19,13 @@ from conftest import EIGHT_ROWS, TO_KOREAN, tiny_t5
 from listening import listening
 from starlette.testclient import TestClient
 
-from diptych.data_prep.templates import attach_template, load_template, template_of
-from diptych.finetune.batching import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
-from diptych.finetune.command_settings import ServeSettings
-from diptych.finetune.generate import Prompter, generate_outputs
-from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.reranking import chosen_outputs
-from diptych.finetune.serve import Service, build_app
+from diptych.data_prep.text_to_ids.templates import attach_template, load_template, template_of
+from diptych.finetune.commands.command_settings import ServeSettings
+from diptych.finetune.inference.generation import Prompter, generate_outputs
+from diptych.finetune.inference.reranking import chosen_outputs
+from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
+from diptych.finetune.serving.serve import Service, build_app
 
 SECRET = "the-token-of-this-test"
 
@@ -338,7 +338,7 @@ def test_sigterm_lets_end_what_was_begun(t5_checkpoint, tmp_path, alone):
 
 
 def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path):
-    command = [sys.executable, "-m", "diptych.finetune.cli", "serve", str(t5_checkpoint), "--host", "0.0.0.0"]
+    command = [sys.executable, "-m", "diptych.finetune.commands.cli", "serve", str(t5_checkpoint), "--host", "0.0.0.0"]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2 and "DIPTYCH_TOKEN" in refused.stderr
     with server(t5_checkpoint, tmp_path / "log", "--host", "0.0.0.0", DIPTYCH_TOKEN=SECRET) as started:
@@ -363,10 +363,21 @@ def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path):
 
 
 def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, served):
-    command = [sys.executable, "-m", "diptych.finetune.cli", "serve", str(t5_checkpoint), "--port", str(served.port)]
+    command = [
+        sys.executable,
+        "-m",
+        "diptych.finetune.commands.cli",
+        "serve",
+        str(t5_checkpoint),
+        "--port",
+        str(served.port),
+    ]
     taken = subprocess.run(command, capture_output=True, text=True)
     assert taken.returncode == 2 and "cannot be listened at" in taken.stderr and "Traceback" not in taken.stderr
-    code = "import sys; sys.modules['uvicorn'] = None; from diptych.finetune.serve import main; sys.exit(main(['.']))"
+    code = (
+        "import sys; sys.modules['uvicorn'] = None; from diptych.finetune.serving.serve import main"
+        "; sys.exit(main(['.']))"
+    )
     missing = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert missing.returncode == 2 and "pip install 'diptych[serve]'" in missing.stderr
 
@@ -418,7 +429,7 @@ def test_a_failure_of_our_own_is_counted_as_one(engine, tiny_tokenizer, monkeypa
     def breaks(*arguments):
         raise RuntimeError(words)
 
-    monkeypatch.setattr("diptych.finetune.batching.generate_batch", breaks)
+    monkeypatch.setattr("diptych.finetune.serving.request_batches.generate_batch", breaks)
     whole = client.post("/v1/completions", json={"prompt": "Go."})
     streamed = client.post("/v1/completions", json={"prompt": "Go.", "stream": True})
     monkeypatch.setattr(service, "sources", breaks)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torture import DEADLINE, differences_of
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.records import UserError
-from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune.config import TrainRecipe
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training.recipe import TrainRecipe
 
 STEPS, SUMS_IN_ANOTHER_ORDER = 8, 1e-5
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -167,8 +167,8 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSeq2SeqLM
-from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.sharding import spread
+from diptych.finetune.model.loss import Seq2SeqObjective
+from diptych.finetune.training.sharding import spread
 
 accelerator = Accelerator()
 whole = Seq2SeqObjective(AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1])).train()

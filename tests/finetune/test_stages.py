@@ -11,17 +11,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from diptych.data_prep.arguments import parse
-from diptych.data_prep.records import UserError
-from diptych.finetune import feeding, loop
-from diptych.finetune.checkpoint import fault_of
-from diptych.finetune.cli import main as diptych
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.exits import DONE, STOPPED, Stopped
-from diptych.finetune.resuming import to_yaml
-from diptych.finetune.run_folder import read_status
-from diptych.finetune.stopping import StopRequest
+from diptych.data_prep.command_line.arguments import parse
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands.cli import main as diptych
+from diptych.finetune.commands.exits import DONE, STOPPED, Stopped
+from diptych.finetune.commands.stop_signals import StopRequest
+from diptych.finetune.run_files.checkpoints import fault_of
+from diptych.finetune.run_files.run_folder import read_status
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training import feeding, loop
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.resuming import to_yaml
 
 STAGES = [
     {"name": "warm-up", "trainable": "cross_attention", "max_steps": 3},

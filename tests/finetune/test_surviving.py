@@ -16,11 +16,11 @@ import pytest
 import yaml
 from torture import DEADLINE, Case, Torture, differences_of
 
-from diptych.data_prep.prepared import beside
-from diptych.data_prep.records import UserError
-from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune.exits import StorageError
-from diptych.finetune.run_folder import claimed, read_status
+from diptych.data_prep.pipeline.prepared_folder import beside
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands.exits import StorageError
+from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files.run_folder import claimed, read_status
 
 ALONE, TOGETHER = Case(1, "full", packed=True), Case(2, "full", packed=True)
 STEPS = 60
@@ -119,7 +119,7 @@ def test_a_signal_to_one_rank_stops_all(torturer, undisturbed, tmp_path):
 def test_a_second_ctrl_c_ends_at_once():
     script = (
         "import os, signal, time\n"
-        "from diptych.finetune.stopping import StopRequest\n"
+        "from diptych.finetune.commands.stop_signals import StopRequest\n"
         "stop = StopRequest()\n"
         "stop.listen()\n"
         "stop.defer()\n"

@@ -8,15 +8,15 @@ from conftest import tiny_bart
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from diptych.data_prep.records import Languages
-from diptych.data_prep.templates import Template
-from diptych.finetune import inspection_facts as facts
-from diptych.finetune.attentions import mean_weights
-from diptych.finetune.batching import Answer
-from diptych.finetune.demo import Contestant
-from diptych.finetune.generate import Prompter, generate_batch
-from diptych.finetune.inspection import Reader
-from diptych.finetune.targets import given_tokens, target_ids
+from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids.templates import Template
+from diptych.finetune.inference.generation import Prompter, generate_batch
+from diptych.finetune.inference.targets import given_tokens, target_ids
+from diptych.finetune.inspecting import inspection_facts as facts
+from diptych.finetune.inspecting.inspection import Reader
+from diptych.finetune.model.attention_weights import mean_weights
+from diptych.finetune.serving.demo import Contestant
+from diptych.finetune.serving.request_batches import Answer
 
 PLAIN = Template("plain", "{{ instruction }}")
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torture import CASES, DEADLINE, Case, Tally, Torture, differences_of, table
 
-from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune.run_files import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,17 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.records import UserError
-from diptych.data_prep.train_tokenizer import train_tokenizer
-from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune import feeding, loop
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.evaluation import evaluate_rows
-from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.lora import add_adapter
-from diptych.finetune.resuming import to_yaml
-from diptych.finetune.set_up import make_optimizer
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
+from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
+from diptych.finetune.model.adapters import add_adapter
+from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import main, run_recipe
+from diptych.finetune.training import feeding, loop
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.resuming import to_yaml
+from diptych.finetune.training.set_up import make_optimizer
 
 FAMILIES = ["diptych", "t5", "mt5", "bart", "m2m_100", "t5gemma"]
 
@@ -212,8 +212,8 @@ def test_a_killed_run_goes_on_with_the_same_bits(resumable):
     run_recipe(whole)
     script = (
         "import os, signal, sys, yaml\n"
-        "from diptych.finetune import loop\n"
-        "from diptych.finetune.config import TrainRecipe\n"
+        "from diptych.finetune.training import loop\n"
+        "from diptych.finetune.training.recipe import TrainRecipe\n"
         "from diptych.finetune.train import run_recipe\n"
         "def die_in_step_8(run, *_):\n"
         "    if run.progress.step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -462,8 +462,8 @@ def test_auto_takes_the_faster_precision_and_a_run_keeps_it_on_another_machine(
 RANKS_THAT_DIFFER = """
 import os, sys, torch, yaml
 from pathlib import Path
-from diptych.finetune import feeding
-from diptych.finetune.set_up import Status, StopRequest, TrainRecipe, set_up
+from diptych.finetune.training import feeding
+from diptych.finetune.training.set_up import Status, StopRequest, TrainRecipe, set_up
 
 rank = int(os.environ["RANK"])
 feeding.training_pace = lambda device, dtype: 2 - rank if dtype == torch.bfloat16 else 1.5
@@ -578,7 +578,9 @@ def test_a_run_folder_that_may_not_be_written_is_told_with_what_to_do(
     def refused(path, busy):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("diptych.finetune.run_folder.take_lock", refused)  # tests may run as root, who may all
+    monkeypatch.setattr(
+        "diptych.finetune.run_files.run_folder.take_lock", refused
+    )  # tests may run as root, who may all
     out = tmp_path / "run"
     given = ["--model", str(checkpoint_of("t5")), "--data", str(training_folder), "--out", str(out)]
     assert main([*given, "--max_steps", "1"]) == 2

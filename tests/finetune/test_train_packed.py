@@ -18,16 +18,16 @@ import yaml
 from torch._dynamo.utils import counters
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.records import UserError
-from diptych.finetune import checkpoint as checkpoints
-from diptych.finetune import loop, set_up
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.evaluation import evaluate_rows
-from diptych.finetune.loading import load_model_and_tokenizer
-from diptych.finetune.packed_rows import Packing, check_packing_fits, load_packed
-from diptych.finetune.resuming import to_yaml
-from diptych.finetune.speed import compile_layers
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
+from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
+from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.speed import compile_layers
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import main, run_recipe
+from diptych.finetune.training import loop, set_up
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.resuming import to_yaml
 
 STARTS = {"diptych": 0, "t5": 0, "bart": 0, "m2m_100": 1, "pegasus": 0, "t5gemma": 2}
 
@@ -169,16 +169,16 @@ from pathlib import Path
 import datasets, torch
 import numpy as np
 from transformers import AutoModelForSeq2SeqLM
-from diptych.data_prep.packing import Budget, assemble_row, pack
-from diptych.finetune.batches import BatchOrder, PaddedRows
-from diptych.finetune.config import TrainRecipe
-from diptych.finetune.objectives import Seq2SeqObjective
-from diptych.finetune.packed_rows import PackedRows, Packing
-from diptych.finetune.set_up import set_up
-from diptych.finetune.stopping import StopRequest
-from diptych.finetune.loop import add_up_gradients
-from diptych.finetune.ranks import part
-from diptych.finetune.run_folder import Status
+from diptych.data_prep.packing.fill_rows import Budget, assemble_row, pack
+from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.model.loss import Seq2SeqObjective
+from diptych.finetune.batches.packed_rows import PackedRows, Packing
+from diptych.finetune.training.set_up import set_up
+from diptych.finetune.commands.stop_signals import StopRequest
+from diptych.finetune.training.loop import add_up_gradients
+from diptych.finetune.commands.ranks import part
+from diptych.finetune.run_files.run_folder import Status
 
 draw = np.random.default_rng(0)
 SOURCES = [60, 3, 17, 9, 41, 5, 22, 8, 30, 12, 4, 50]

@@ -26,10 +26,10 @@ from nursery import free_port
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, T5ForConditionalGeneration
 
-from diptych.data_prep.records import UserError
-from diptych.finetune import cli
-from diptych.finetune.loading import load_model, load_model_and_tokenizer, load_tokenizer
-from diptych.finetune.trust import open_prepared
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands import cli
+from diptych.finetune.model.loading import load_model, load_model_and_tokenizer, load_tokenizer
+from diptych.finetune.model.untrusted_files import open_prepared
 
 PICKLES = [
     *("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt"),
@@ -67,7 +67,7 @@ sys.addaudithook(_watch)
 """
 DAY = """
 import json, os, signal, sys, threading, time, urllib.request
-from diptych.finetune import cli
+from diptych.finetune.commands import cli
 
 def visit(port):
     # What serves is asked once, and then told to end.
@@ -335,7 +335,7 @@ def test_the_watch_sees_connections_and_files(tmp_path, listener):
         f"written\t{tmp_path / 'file'}", "connection\tnowhere.invalid",
     ]  # fmt: skip
     online = {"HF_ENDPOINT": f"http://127.0.0.1:{listener.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
-    ask = "from diptych.data_prep.hub import check_place; check_place('nobody/nothing')"
+    ask = "from diptych.data_prep.text_to_ids.checkpoint_config import check_place; check_place('nobody/nothing')"
     subprocess.run([sys.executable, "-c", ask], env=os.environ | online, capture_output=True)
     assert listener.asked
 
@@ -453,8 +453,8 @@ def test_a_link_to_a_pickle_is_not_opened_as_one(copy, tmp_path):
 
 HUB_LOADS = """
 import sys
-from diptych.data_prep.records import UserError
-from diptych.finetune.loading import load_model_and_tokenizer
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.model.loading import load_model_and_tokenizer
 for name in sys.argv[1:]:
     try:
         print(type(load_model_and_tokenizer(name)[0]).__name__)

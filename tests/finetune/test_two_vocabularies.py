@@ -24,19 +24,20 @@ from transformers import (
     MarianTokenizer,
 )
 
-from diptych.data_prep.readers import SAMPLES_FOLDER
-from diptych.data_prep.records import Languages, UserError
-from diptych.data_prep.two_vocabularies import source_side, target_side
-from diptych.finetune import doctor, inspection_facts
-from diptych.finetune.cli import main as diptych
-from diptych.finetune.command_settings import DoctorSettings
-from diptych.finetune.doctor_checks import CHECKS, examine
-from diptych.finetune.evaluation import evaluate_rows
-from diptych.finetune.generate import Prompt, Prompter, generate_outputs, template_for
-from diptych.finetune.inspection import Reader
-from diptych.finetune.loading import load_model_and_tokenizer, load_tokenizer
-from diptych.finetune.pipelines import TranslationPipeline, travelling_pipeline
-from diptych.finetune.publish import ALLOWED
+from diptych.data_prep.reading.sources import SAMPLES_FOLDER
+from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
+from diptych.finetune.commands.cli import main as diptych
+from diptych.finetune.commands.command_settings import DoctorSettings
+from diptych.finetune.doctor import doctor
+from diptych.finetune.doctor.doctor_checks import CHECKS, examine
+from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
+from diptych.finetune.inference.generation import Prompt, Prompter, generate_outputs, template_for
+from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
+from diptych.finetune.inspecting import inspection_facts
+from diptych.finetune.inspecting.inspection import Reader
+from diptych.finetune.model.loading import load_model_and_tokenizer, load_tokenizer
+from diptych.finetune.publishing.publish import ALLOWED
 from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 PAIRS = [

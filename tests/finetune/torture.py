@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # where pytest puts it, too
 
 from nursery import Nursery, Process
 
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
-from diptych.data_prep.settings import PrepareSettings
-from diptych.finetune import checkpoint as checkpoints
+from diptych.finetune.run_files import checkpoints
 
 DEADLINE = 120.0
 """Seconds in which a run of a few steps ends, on a busy machine."""

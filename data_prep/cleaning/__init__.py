@@ -1,0 +1,1 @@
+"""Which records are kept: filters, duplicates, contamination, personal data; splits and mixtures."""

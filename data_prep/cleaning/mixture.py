@@ -1,0 +1,98 @@
+"""How much of each source the train split gets, and which rows these are.
+
+    a.jsonl has 9,000 rows, b.jsonl 1,000        rows taken of each
+    temperature 1, no cap (proportional)         9,000 + 1,000      every row once
+    temperature 2                                3,000 + 1,000      rates as the square roots, 3 : 1
+    cap 2,000                                    2,000 + 1,000
+    weights {b.jsonl: 3}                         3,000 + 1,000
+    temperature 2, rows 8,000                    6,000 + 2,000      b.jsonl twice
+
+A source's rate is its weight × min(rows, cap) ** (1 / temperature), as in T5 (Raffel et al. 2020, §3.5.2). Without
+`rows` the mixture is as large as it can be without repeating a row. Which rows are left out is drawn from the seed; a
+source that is taken more than once is taken whole as often as it goes, and the rest is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from diptych.data_prep.rows.records import UserError, nearest
+
+if TYPE_CHECKING:
+    import numpy
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How several sources are mixed in the train split. Validation and test are never mixed."""
+
+    temperature: float = 1.0
+    """1 takes sources in proportion to their rows; more gives small ones a larger share, towards equal parts."""
+
+    cap: int | None = None
+    """For the shares, a source with more rows than this counts as one of so many, so that it does not crowd out the
+    others: with 1000, sources of 9,000 and 1,000 rows have equal shares. How many rows are taken is said by `rows`."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """What a source's rate is multiplied by, by its name as given in data; 1 if it is not named, 0 leaves it out."""
+
+    rows: int | None = None
+    """Rows of the mixed train split; small sources may be repeated for it. Default: as many as can be had without."""
+
+
+def check_mixture(mixture: Mixture, sources: Sequence[str]) -> None:
+    """`sources` are the names that weights may use."""
+    if mixture.temperature <= 0:
+        raise UserError(f"mixture.temperature is {mixture.temperature}; it is above 0, and 1 is proportional.")
+    for name in ("cap", "rows"):
+        value = getattr(mixture, name)
+        if value is not None and value < 1:
+            raise UserError(f"mixture.{name} is {value}; it is a number of rows, from 1 on.")
+    for name, weight in mixture.weights.items():
+        if name not in sources:
+            near = nearest(name, sources)
+            hint = f"Did you mean '{near}'?" if near else f"The sources are {', '.join(sources)}."
+            raise UserError(f"mixture.weights names '{name}', which is no source. {hint}")
+        if weight < 0:
+            raise UserError(f"mixture.weights gives '{name}' {weight}; a weight is 0 or more.")
+    if not any(mixture.weights.get(name, 1.0) for name in sources):
+        raise UserError("mixture.weights are all 0, which leaves no row. Give one source more.")
+
+
+def mixed_counts(mixture: Mixture, rows_of: Mapping[str, int]) -> dict[str, int]:
+    """How many rows of each source are taken, given how many there are."""
+    import numpy  # here, because `prepare --help` imports this file
+
+    names = [name for name, rows in rows_of.items() if rows and mixture.weights.get(name, 1.0)]
+    sizes = numpy.array([rows_of[name] for name in names], dtype=float)
+    weights = numpy.array([mixture.weights.get(name, 1.0) for name in names])
+    rates = weights * numpy.minimum(sizes, mixture.cap or numpy.inf) ** (1 / mixture.temperature)
+    rates /= rates.sum()
+    total = mixture.rows if mixture.rows is not None else int((sizes / rates).min() + 1e-6)
+    wanted = rates * total
+    counts = numpy.floor(wanted + 1e-6).astype(int)
+    left_over = numpy.argsort(counts - wanted, kind="stable")[: total - counts.sum()]  # the largest remainders
+    counts[left_over] += 1
+    return dict.fromkeys(rows_of, 0) | dict(zip(names, counts.tolist(), strict=True))
+
+
+def mix(mixture: Mixture, places: Mapping[str, numpy.ndarray], seed: int) -> numpy.ndarray:
+    """The chosen ones of `places` (source name → (rows,) places in a table), in order; repeated ones side by side.
+
+    What is chosen of a source depends on the seed, its name and its number of rows alone.
+    """
+    import numpy
+
+    counts = mixed_counts(mixture, {name: len(there) for name, there in places.items()})
+    chosen = []
+    for name, there in places.items():
+        if counts[name] == 0:
+            continue
+        whole, rest = divmod(counts[name], len(there))
+        draw = numpy.random.default_rng([seed, xxhash.xxh3_64_intdigest(name.encode())])
+        chosen += [there] * whole + [there[draw.permutation(len(there))[:rest]]]
+    return numpy.sort(numpy.concatenate(chosen)) if chosen else numpy.zeros(0, dtype=numpy.int64)

@@ -1,0 +1,457 @@
+"""Command lines and YAML recipes as one settings dataclass; its help; and what is wrong with them, in one message.
+
+    parse(PrepareSettings, "diptych prepare", ["--config", "r.yaml", "--data", "a.json", "b.json", "--strict"])
+    → PrepareSettings(data=["a.json", "b.json"], strict=True, …)       the command line goes before the file
+
+The fields' docstrings are the text of --help. jsonargparse merges files and options into values; but what it says of a
+mistake is about types of Python. So both are compared with the fields here first, and a UserError names the file or
+the option, what was found, what is expected, and the nearest name:
+
+    --validation_fraction is 'abc'; it has to be a number.
+    r.yaml: there is no setting mixture.temprature. Did you mean temperature? Choose from: temperature, cap, weights, …
+    there is no option --lr. Here it is --learning_rate: Peak learning rate.
+
+Dashes in an option are underscores: --learning-rate is --learning_rate.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from diptych.data_prep.command_line.other_names import other_name
+from diptych.data_prep.command_line.run_command import with_wrong_places
+from diptych.data_prep.rows.records import UserError, nearest
+
+Settings = TypeVar("Settings")
+
+NAMES_SHOWN = 12
+SHOWN_CHARACTERS = 80
+HELP_COLUMNS = 100
+ANSWERS = ("--help", "--print_config")
+"""Options that end the command with an answer."""
+CONFIG = "--config"
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+PLACEHOLDERS = {int: "NUMBER", float: "NUMBER", bool: "true|false", str: "TEXT", dict: "{NAME: VALUE, ...}"}
+OTHER_OPTIONS = {
+    "--config FILE": "YAML file with any of these settings, as `name: value`; the command line goes before it.",
+    "--print_config": "Print all settings as YAML, and end.",
+    "--help": "Print this, and end.",
+}
+
+
+def parse(
+    settings_class: type[Settings],
+    command: str,
+    argv: Sequence[str],
+    usage: str | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> Settings:
+    """A field without a default is a positional argument. Lists take words up to the next option (`--data a b`), and
+    `true` may be left out (`--strict`). `sections` are the headings of --help, each by the field that it stands above.
+
+    Raises UserError for what cannot be parsed, SystemExit(0) after --help and --print_config.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(help_text(settings_class, command, usage, sections))
+        raise SystemExit(0)
+    import jsonargparse  # here, so that --help need not wait for it
+
+    argv = [_with_underscores(word, settings_class) for word in argv]
+    words, recipes = _without_recipes(_spell_out(settings_class, argv))
+    contents = [_read_recipe(name, settings_class) for name in recipes]
+    _let_go(contents, given_options(words), settings_class)
+    if not any(word.split("=")[0] in ANSWERS for word in words):
+        _check_words(words, settings_class, command, {name for content in contents for name in content})
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(prog=command, exit_on_error=False)
+    parser.add_argument(CONFIG, action="config")
+    parser.add_class_arguments(settings_class, as_positional=True)
+    first = [f"{CONFIG}={json.dumps(content)}" for content in contents if content]
+    try:
+        found = parser.instantiate(parser.parse_args([*first, *words]))
+        values = {setting.name: found[setting.name] for setting in fields(settings_class)}
+        try:
+            return settings_class(**values)
+        except UserError as error:
+            raise with_wrong_places(error, settings_class, values) from None
+    except UserError:
+        raise
+    except (ArgumentError, ValueError) as error:
+        said = _user_error_behind(error) or " ".join(str(error).split()).rstrip(".")[:300] + ". See --help."
+        raise UserError(said) from None
+
+
+def choose_from(name: str, known: Sequence[str]) -> str:
+    """`Did you mean …? Choose from: …`, the end of a message about a name that is not known."""
+    near = nearest(name, known)
+    names = f"Choose from: {', '.join(known)}." if len(known) <= NAMES_SHOWN else "--help lists them all."
+    return f"{f'Did you mean {near}? ' if near else ''}{names}"
+
+
+def instead_of(settings_class: type, name: str) -> Sequence[str]:
+    """The settings that `name` says in another way (metadata `instead_of`): max_steps in place of epochs."""
+    return next((it.metadata.get("instead_of", ()) for it in fields(settings_class) if it.name == name), ())
+
+
+def given_options(words: Sequence[str]) -> set[str]:
+    """Names of the settings that a command line has."""
+    options = (word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--"))
+    return {option.replace("-", "_").split(".")[0] for option in options}
+
+
+# The command line
+
+
+def _with_underscores(word: str, settings_class: type) -> str:
+    """`--learning-rate=1e-4` → `--learning_rate=1e-4`; names that are no settings, as in `--weights.a-b`, stay."""
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    parts, inner = option[2:].split("."), settings_class
+    for place, part in enumerate(parts):
+        if inner is None:
+            break
+        parts[place] = part.replace("-", "_")
+        inner = _settings_in(get_type_hints(inner).get(parts[place]))
+    return f"--{'.'.join(parts)}{equals}{value}"
+
+
+def _let_go(contents: Sequence[dict[str, Any]], given: set[str], settings_class: type) -> None:
+    """What goes before a recipe also goes before what the recipe says in another way: of `--max_steps 100` and a
+    recipe's `epochs: 3`, the epochs are dropped."""
+    for content in reversed(contents):
+        for name in given:
+            for other in instead_of(settings_class, name):
+                if other not in given:
+                    content.pop(other, None)
+        given = given | {name for name, value in content.items() if value is not None}
+
+
+def _spell_out(settings_class: type, argv: Sequence[str]) -> list[str]:
+    """What people type, as jsonargparse reads it: `--data a b --strict` → `--strict=true --data=["a", "b"]`."""
+    hints = get_type_hints(settings_class)
+    lists: dict[str, list[str]] = {}
+    others, current = [], None
+    for position, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        hint = hints.get(option[2:]) if option.startswith("--") else None
+        if get_origin(hint) is list:
+            current = lists.setdefault(option, [])
+            current.extend([value] if equals else [])
+        elif word.startswith("--"):
+            current = None
+            is_bare = not equals and not _is_value(argv[position + 1 : position + 2], hint)
+            others.append(f"{word}=true" if bool in (hint, *get_args(hint)) and is_bare else word)
+        else:
+            (others if current is None else current).append(word)
+    return [*others, *(f"{option}={json.dumps(words)}" for option, words in lists.items())]
+
+
+def _is_value(following: Sequence[str], hint: Any) -> bool:
+    """Whether the next word, if there is one, belongs to a flag: of a plain one only true and false do."""
+    return any(isinstance(_read(word), bool) if hint is bool else not _is_option(word) for word in following)
+
+
+def _without_recipes(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words but for each `--config FILE`, and the files."""
+    others, files, left = [], [], iter(words)
+    for word in left:
+        option, equals, value = word.partition("=")
+        if option != CONFIG:
+            others.append(word)
+            continue
+        value = value if equals else next(left, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{CONFIG} has no value; it has to be a YAML file.")
+        files.append(value)
+    return others, files
+
+
+def _check_words(words: Sequence[str], settings_class: type, command: str, in_recipes: set[str]) -> None:
+    due = [setting.name for setting in fields(settings_class) if _is_positional(setting)]
+    usage = f"{command} {' '.join(name.upper() for name in due)} …"
+    given: list[str] = []
+    faults: list[str] = []
+    left = iter(enumerate(words))
+    for place, word in left:
+        if not word.startswith("--"):
+            given.append(word)
+            continue
+        option, equals, value = word.partition("=")
+        if not equals:
+            value = words[place + 1] if place + 1 < len(words) else None
+            if value is not None and not _is_option(value):
+                next(left)
+        try:
+            hint = _hint_of(option, settings_class)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        if option[2:] in due:
+            raise UserError(f"{option} is given without its name: {usage}")
+        if value is None or (not equals and _is_option(value)):
+            is_value = value is not None and not value.startswith("--")
+            more = f" A value that begins with a dash is written {option}={value}" if is_value else ""
+            raise UserError(f"{option} has no value; it {_expected(hint)}.{more}")
+        if fault := _fault(option, value, hint):
+            faults.append(fault)
+    if faults:
+        raise UserError("\n".join(faults))
+    if len(given) > len(due):
+        raise UserError(f"{given[len(due)]!r} belongs to no option. See --help.")
+    if missing := [name for name in due[len(given) :] if name not in in_recipes]:
+        raise UserError(f"no {missing[0]} is given: {usage}")
+
+
+def _is_option(word: str) -> bool:
+    """As argparse sees it: `-x` and `--seed` are, and a dash alone, `-1` and `- x` are values."""
+    return word.startswith("-") and word != "-" and " " not in word and not isinstance(_read(word), int | float)
+
+
+def _hint_of(option: str, settings_class: type) -> Any:
+    """The type of an option's value; `--mixture.cap` is a setting in a setting."""
+    hint: Any = settings_class
+    path = option.removeprefix("--").removesuffix("+").split(".")
+    for depth, name in enumerate(path):
+        if get_origin(hint) is dict:  # any name may stand there
+            return get_args(hint)[1]
+        inner = _settings_in(hint)
+        hints = get_type_hints(inner) if inner else {}
+        if name not in hints:
+            before = "--" + "".join(f"{part}." for part in path[:depth])
+            positional = {setting.name for setting in fields(inner) if _is_positional(setting)} if inner else ()
+            known = [before + known for known in hints if known not in positional] or [before.rstrip(".")]
+            advice = inner and other_name(name, _docs(inner), before) or choose_from(before + name, known)
+            raise UserError(f"there is no option {option}. {advice}")
+        hint = hints[name]
+    return hint
+
+
+# Recipes
+
+
+def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
+    """The values of a YAML file, each of which fits its setting; one text where a list is due is a list of one."""
+    import yaml
+
+    path = Path(name).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = _yaml(text)
+        if isinstance(content, str):  # a lone `seed:`, which is a text on a command line only
+            content = _yaml(f"{text}\n#")
+    except FileNotFoundError:
+        near = nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
+        hint = f" Did you mean {path.with_name(near)}?" if near else ""
+        raise UserError(f"{CONFIG} {name}: there is no such file.{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{CONFIG} {name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{name}{where}: no YAML ({getattr(error, 'problem', error)}). Mend it there.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{name} holds {_shown(content)}; settings are due, one a line, as in `seed: 1`.")
+    hints = get_type_hints(settings_class)
+    for key, value in content.items():
+        if isinstance(value, str) and get_origin(hints.get(key)) is list:
+            content[key] = [value]
+    each = (_fault_inside("", {key: value}, settings_class) for key, value in content.items())
+    if faults := [fault for fault in each if fault]:
+        raise UserError(f"{name}: " + "\n".join(faults))
+    return content
+
+
+def _yaml(text: str) -> Any:
+    """As jsonargparse reads YAML: 1e-4 is a number, and 2024-01-01 a text."""
+    from jsonargparse import get_loader
+
+    return get_loader("yaml")(text)
+
+
+# What is wrong with a value
+
+
+def _fault(where: str, value: Any, hint: Any) -> str | None:
+    """What is wrong with a value, or with the first part of it that does not fit; "0.1" fits where 0.1 does."""
+    found = value if hint is str else _read(value)
+    inner, origin = _settings_in(hint), get_origin(hint)
+    if inner and isinstance(found, dict):
+        return _fault_inside(f"{where}.", found, inner)
+    if origin is dict and isinstance(found, dict):
+        parts = ((f"{where}.{key}", part, get_args(hint)[1]) for key, part in found.items())
+    elif origin is list and isinstance(found, list):
+        parts = ((f"{where}, entry {place},", part, get_args(hint)[0]) for place, part in enumerate(found, start=1))
+    elif _fits(value, hint):
+        return None
+    else:
+        return f"{where} is {_shown(value)}; it {_expected(hint)}.{_advice(value, hint)}"
+    return next((fault for part in parts if (fault := _fault(*part))), None)
+
+
+def _fault_inside(where: str, values: dict[Any, Any], settings_class: type) -> str | None:
+    hints = get_type_hints(settings_class)
+    for key, value in values.items():
+        name, _, rest = str(key).partition(".")
+        if name not in hints:
+            advice = other_name(str(key), _docs(settings_class)) or choose_from(str(key), list(hints))
+            return f"there is no setting {where}{key}. {advice}"
+        if fault := _fault(f"{where}{name}", {rest: value} if rest else value, hints[name]):
+            return fault
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is Literal:
+        return value in parts
+    if hint is Any or hint is str:
+        return hint is Any or isinstance(value, str)
+    value = _read(value)
+    if kind is tuple:
+        fitting = isinstance(value, list) and len(value) == len(parts)
+        return fitting and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, NoneType) else False  # lists and the like were taken apart before
+
+
+def _read(value: Any) -> Any:
+    """What a text says as YAML: "0.1" → 0.1; any other value, and what is no YAML, as it is."""
+    import yaml
+
+    if not isinstance(value, str):
+        return value
+    try:
+        return _yaml(value)
+    except (yaml.YAMLError, ValueError):
+        return value
+
+
+def _expected(hint: Any) -> str:
+    """`has to be a number`, `can be auto, bf16 or fp32`."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [words for part in parts if part is not NoneType for words in _kind(part)]
+    listed = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+    return f"{'can' if any(get_origin(part) is Literal for part in parts) else 'has to'} be {listed}"
+
+
+def _kind(hint: Any) -> tuple[str, ...]:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return parts
+    if origin is tuple:
+        return (f"a list of {len(parts)} values",)
+    if origin is dict or is_dataclass(hint):
+        names = [inner.name for inner in fields(hint)][:1] if origin is None else ["name"]
+        return (f"values by name, as in {{{names[0]}: …}}",)
+    return (KINDS[origin or hint],)
+
+
+def _advice(value: Any, hint: Any) -> str:
+    """What to do next, where that is not plain."""
+    hints = (hint, *get_args(hint))
+    if str in hints and not isinstance(value, str | list | dict | None):
+        return " Put it in quotes."
+    choices = [choice for part in hints if get_origin(part) is Literal for choice in get_args(part)]
+    near = nearest(value, choices) if isinstance(value, str) else None
+    return f" Did you mean {near}?" if near else ""
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "empty"
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
+
+
+def _settings_in(hint: Any) -> type | None:
+    """The dataclass that a setting is made of, if it is: `Mixture | None` → Mixture."""
+    return next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    """What a dataclass said of its own values, which jsonargparse wraps in words about types."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+# The help
+
+
+def help_text(
+    settings_class: type, command: str, usage: str | None = None, sections: Mapping[str, str] | None = None
+) -> str:
+    positional = [setting.name.upper() for setting in fields(settings_class) if _is_positional(setting)]
+    usage = usage or " ".join([command, *positional, "[--SETTING VALUE ...]"])
+    columns = min(shutil.get_terminal_size().columns, HELP_COLUMNS)
+
+    def wrapped(text: str, indent: str) -> str:
+        return textwrap.fill(" ".join(text.split()), columns, initial_indent=indent, subsequent_indent=indent)
+
+    lines = [f"usage: {usage}", "", wrapped(settings_class.__doc__ or "", "")]
+    last = ((head.split()[0], head, text) for head, text in OTHER_OPTIONS.items())
+    headings = {**(sections or {next(iter(get_type_hints(settings_class))): "settings"}), CONFIG: "and"}
+    for name, head, text in (*_entries(settings_class), *last):
+        lines += ["", f"{headings[name]}:"] if name in headings else []
+        lines += [f"  {head}", wrapped(text, " " * 6)] if text else [f"  {head}"]
+    return "\n".join(lines)
+
+
+def _entries(settings_class: type, before: str = "") -> Iterator[tuple[str, str, str]]:
+    """Of each setting its name, how it is given, and what it does; those in a setting follow it."""
+    docs, hints = _docs(settings_class), get_type_hints(settings_class)
+    for setting in fields(settings_class):
+        name, text = f"{before}{setting.name}", docs[setting.name]
+        default = setting.default
+        if default not in (MISSING, None, ""):
+            text += f" (default: {_plain_default(default)})"
+        head = setting.name.upper() if _is_positional(setting) else f"--{name} {_placeholder(hints[setting.name])}"
+        yield name, head, text
+        if inner := _settings_in(hints[setting.name]):
+            yield from _entries(inner, f"{name}.")
+
+
+def _docs(settings_class: type) -> dict[str, str]:
+    """Of each setting what it does: the docstring below its field."""
+    import docstring_parser
+
+    described = {it.arg_name: it.description for it in docstring_parser.parse_from_object(settings_class).params}
+    return {setting.name: described.get(setting.name) or "" for setting in fields(settings_class)}
+
+
+def _plain_default(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _placeholder(hint: Any) -> str:
+    """`NUMBER`, `auto|table`, `TEXT ...`: what stands behind an option."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return "|".join(_placeholder(part) for part in parts if part is not NoneType)
+    if origin is Literal:
+        return "|".join(parts)
+    if origin is list:
+        return f"{_placeholder(parts[0])} ..."
+    if origin is tuple:
+        return f"[{', '.join(map(_placeholder, parts))}]"
+    return PLACEHOLDERS[dict if is_dataclass(hint) else origin or hint]
+
+
+def _is_positional(setting: Field) -> bool:
+    return setting.default is MISSING and setting.default_factory is MISSING

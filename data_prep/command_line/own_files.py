@@ -1,0 +1,58 @@
+"""What a command may take, replace or remove in a folder that is the user's: only what it knows as its own.
+
+lock = take_lock(folder / ".lock", lambda holder: f"{folder} is in use by {holder}.")
+check_overwrite(Path("report.json"), is_report, "a report of `diptych evaluate`", "--out")
+"""
+
+import errno
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from diptych.data_prep.rows.records import UserError
+
+PICTURE_MARK = {"Software": "Diptych"}
+"""Metadata of each PNG, by which it is known again: savefig(…, metadata=PICTURE_MARK)."""
+
+
+def take_lock(path: Path, busy: Callable[[str], str]) -> int:
+    """The descriptor of a file that this process alone holds, and that says so; closing it lets go.
+
+    UserError with `busy(holder)` where another process has it, and where something else lies there: a link is not
+    followed, and no file is emptied that is not a lock.
+    """
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        said = os.pread(lock, 200, 0).decode("utf-8", "replace")
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO):
+            raise
+        raise UserError(f"{path} is a link, or no file, and a lock is due there. Take it away.") from None
+    if said and not re.match(r"process \d+ ", said):
+        os.close(lock)
+        raise UserError(f"{path} is no lock, and would be overwritten. Move it away, or choose another folder.")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(busy(said.strip() or "one that has just begun")) from None
+    os.ftruncate(lock, 0)
+    since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+    return lock
+
+
+def check_overwrite(path: Path, is_own: Callable[[bytes], bool], what: str, given_as: str = "--out") -> None:
+    """UserError where `path` is there and its content is not what this command writes."""
+    if path.is_dir():
+        raise UserError(f"{given_as} {path} is a folder, and a file is due. Name a file in it.")
+    if path.exists() and not is_own(path.read_bytes()):
+        raise UserError(f"{path} is there already, and is not {what}: it is not overwritten. Name another {given_as}.")
+
+
+def is_own_picture(content: bytes) -> bool:
+    return all(f"{key}\0{value}".encode() in content[:1000] for key, value in PICTURE_MARK.items())

@@ -1,0 +1,199 @@
+"""How every command runs: its settings first, then its work, and each mistake in one message with an exit code.
+
+    run_command("diptych evaluate", parse_it, work, argv)      → the exit code
+    model: str = field(metadata=CHECKPOINT)                    a setting that names a checkpoint, a file, a folder …
+
+`parse_it(argv)` and the modules that settings stand in import nothing heavy; `work(settings)` imports torch and its
+like when it is called. So --help, a misspelt option and a path that leads nowhere are answered at once.
+
+Whoever reads the output through a pipe may go away (`| head -1`). What is printed then goes nowhere, and the work
+goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diptych.data_prep.rows.records import UserError, nearest
+
+Settings = TypeVar("Settings")
+
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+DONE, USER, STORAGE, INTERRUPTED = 0, 2, 4, 130
+"""Exit codes; finetune/commands/exits.py has the others."""
+
+
+def run_command(
+    command: str,
+    parse_it: Callable[[Sequence[str]], Settings],
+    work: Callable[[Settings], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """The exit code. What a person can mend is told in one message that begins with `command`."""
+    asks_for_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
+    survive_closed_pipes(is_said=not asks_for_help)
+    rank = os.environ.get("RANK", "0")
+    said_by = command if rank == "0" else f"{command}, rank {rank}"
+    try:
+        settings = parse_it(sys.argv[1:] if argv is None else argv)
+        check_places(type(settings), vars(settings))
+        return work(settings)
+    except (UserError, OSError) as error:
+        print(f"{said_by}: {message_of_file(error)}", file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        print(f"\n{said_by}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def exit_code(error: UserError | OSError) -> int:
+    if isinstance(error, UserError):
+        return error.exit_code
+    return STORAGE if error.errno in STORAGE_ERRORS else USER
+
+
+def message_of_file(error: UserError | OSError) -> str:
+    """Of a file's or folder's error the path, what is wrong and, where a right is missing, what to do."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    remedy = ". Get yourself the right to it, or name another place" if isinstance(error, PermissionError) else ""
+    return f"{error.filename}: {error.strerror}{remedy}"
+
+
+# Settings that name a place
+
+
+def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
+    """UserError where a setting names what is not there. Whatever else may be wrong with it is found by the work."""
+    for setting in fields(settings_class):
+        check, value = setting.metadata.get("check"), values[setting.name]
+        given_as = setting.name if setting.default is setting.default_factory is MISSING else f"--{setting.name}"
+        for name in value if isinstance(value, list) else [value]:
+            if check is not None and name:
+                check(os.path.expanduser(name), given_as)
+
+
+def with_wrong_places(error: UserError, settings_class: type, values: Mapping[str, Any]) -> UserError:
+    """What is wrong with settings together, after what is wrong with a place that one of them names."""
+    try:
+        check_places(settings_class, values)
+    except UserError as place:
+        return UserError(f"{place}\n{error}")
+    return error
+
+
+def _check_checkpoint(name: str, given_as: str) -> None:
+    if not os.path.isdir(name):
+        from diptych.data_prep.text_to_ids.checkpoint_config import check_place  # 0.2 s, of huggingface_hub
+
+        check_place(name)
+
+
+def _check_start(name: str, given_as: str) -> None:
+    if not name.startswith("diptych-"):  # a named size
+        _check_checkpoint(name, given_as)
+
+
+def _check_prepared(name: str, given_as: str) -> None:
+    if not (Path(name) / "dataset_dict.json").is_file():
+        why = "it has no dataset_dict.json" if os.path.isdir(name) else "there is no such folder"
+        why, rows = ("it is a file", f" --data {name}") if os.path.isfile(name) else (why, "")
+        raise UserError(f"{name} is no prepared dataset ({why}). Make one with `diptych prepare{rows}`.")
+
+
+def _check_exists(name: str, given_as: str) -> None:
+    path = Path(name)
+    if not os.path.lexists(path):
+        near = nearest(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
+        hint = f" Did you mean {path.with_name(near)}?" if near else ""
+        raise UserError(f"{given_as} {name}: there is no such file or folder.{hint}")
+
+
+def _check_template(name: str, given_as: str) -> None:
+    from diptych.data_prep.text_to_ids.templates import load_template
+
+    load_template(name)
+
+
+def _check_source(name: str, given_as: str) -> None:
+    if not os.path.exists(name):
+        from diptych.data_prep.reading.sources import check_entry  # 0.2 s, of pyarrow
+
+        check_entry(name)
+
+
+def _check_held_out(name: str, given_as: str) -> None:
+    from diptych.data_prep.rows.named_splits import named
+
+    _check_source(named(name)[1], given_as)
+
+
+def _check_output(name: str, given_as: str) -> None:
+    """Before the work, which may take hours, and not after it."""
+    place = Path(name).absolute()
+    above = next(folder for folder in place.parents if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
+        why = "you may not write there" if above.is_dir() else "this is a file"
+        raise UserError(f"{given_as} {name}: nothing can be made in {above}: {why}. Choose another place.")
+
+
+OUTPUT = {"check": _check_output}
+"""A file or folder that the work makes."""
+CHECKPOINT = {"check": _check_checkpoint}
+"""A folder, or what the Hub has; of a folder, only that it is there."""
+START = {"check": _check_start}
+"""The same, or a named size."""
+PREPARED = {"check": _check_prepared}
+EXISTING = {"check": _check_exists}
+TEMPLATE = {"check": _check_template}
+SOURCE = {"check": _check_source}
+"""What `diptych prepare` reads."""
+NAMED_SOURCE = {"check": _check_held_out}
+"""The same, perhaps with a name before it: news=a.jsonl."""
+
+
+# Pipes
+
+
+def survive_closed_pipes(is_said: bool = True) -> None:
+    """From now on, a reader of stdout or stderr that goes away does not end this process; stderr may say so."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__") or not _is_pipe(stream.fileno()):
+            continue
+        stream.flush()
+        pipe = io.BufferedWriter(_Pipe(stream.fileno(), is_said and name == "stdout"))
+        lines = stream.line_buffering or stream.write_through
+        setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=lines))
+
+
+def _is_pipe(descriptor: int) -> bool:
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+class _Pipe(io.FileIO):
+    """Once its reader has gone, the descriptor leads to /dev/null, for other libraries and processes too."""
+
+    def __init__(self, descriptor: int, is_said: bool):
+        super().__init__(descriptor, "w", closefd=False)
+        self.is_said = is_said
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if self.is_said:
+                print("note: nobody reads what is printed any more; the work goes on.", file=sys.stderr)
+            return len(data)

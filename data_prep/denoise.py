@@ -1,0 +1,284 @@
+"""Raw text in; (source, target) pairs out, by which a model learns to read in one panel and write in the other.
+
+    diptych denoise --data corpus.txt hf:user/pages --tokenizer paired --objective prefix_lm --out pairs
+    diptych prepare --data pairs/pairs.parquet --tokenizer paired --out prepared
+
+    prefix_lm        the beginning of a window is read, the rest is written
+    span_corruption  spans are cut out and written (T5, arXiv 1910.10683):
+                         source  Thank you <X> to your <Y> week      target  <X> for inviting me <Y> party last
+    ul2              a mixture of both: short spans, long ones or many, and prefixes (UL2, arXiv 2205.05131)
+
+It works on tokens: a document is cut into windows that fill source and target, each token of it in one window, and
+what is done to a window is drawn by the seed, the document and the window's number, whatever came before. Text that
+spells a control token stays text (encode.py). What is left of a document and shorter than MINIMUM tokens is not
+learned from, and counted. A pair's tokens are the window's, rearranged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import datasets
+import numpy
+import pyarrow
+import pyarrow.parquet
+import transformers
+import xxhash
+from tqdm import tqdm
+
+from diptych.data_prep.command_line.arguments import parse
+from diptych.data_prep.command_line.run_command import run_command
+from diptych.data_prep.pipeline.prepare_settings import DenoiseSettings
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.checkpoint_tokenizer import open_tokenizer
+from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
+from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
+from diptych.data_prep.tokenizer_tools.tokenizer_texts import open_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MINIMUM = 8
+"""Tokens of a window, below which there is nothing to learn from it."""
+PAIRS_AT_ONCE = 2_000
+DOCUMENTS_AT_ONCE = 256
+SENTINEL = re.compile(r"<extra_id_(\d+)>")
+SCHEMA = pyarrow.schema([("input_ids", pyarrow.list_(pyarrow.int32())), ("labels", pyarrow.list_(pyarrow.int32()))])
+
+
+class Denoiser(NamedTuple):
+    """What is done to a window. Without a span length it is a prefix that is read, the rest written."""
+
+    mode: Literal["R", "S", "X"]
+    """UL2's name of its kind: regular, sequential, extreme."""
+    noise_density: float
+    """Share of tokens that are written."""
+    mean_span_length: float | None = None
+
+
+UL2_MIXTURE = (
+    Denoiser("R", 0.15, 3),
+    Denoiser("R", 0.15, 8),
+    Denoiser("S", 0.25),
+    Denoiser("X", 0.5, 3),
+    Denoiser("X", 0.5, 8),
+    Denoiser("X", 0.15, 64),
+    Denoiser("X", 0.5, 64),
+)
+"""Table 1 of the paper, each as often as the others."""
+
+
+class Frame(NamedTuple):
+    """What stands around the tokens of every pair."""
+
+    before_source: list[int]
+    after_source: list[int]
+    before_target: list[int]
+    after_target: list[int]
+    sentinels: list[int]
+    modes: dict[str, int]
+
+    def room(self, denoiser: Denoiser, max_source: int, max_target: int) -> tuple[int, int]:
+        """Tokens that are left for the text and its sentinels."""
+        source = max_source - len(self.before_source) - len(self.after_source) - (denoiser.mode in self.modes)
+        return source, max_target - len(self.before_target) - len(self.after_target)
+
+
+def window_length(denoiser: Denoiser, source: int, target: int, sentinels: int) -> int:
+    """The most tokens of which neither side, sentinels included, is longer than its room.
+
+    UserError where that is fewer than MINIMUM.
+    """
+    if denoiser.mean_span_length is None:
+        length = source + target
+    else:
+        fits = (it for it in range(source + target, 1, -1) if _fits(it, denoiser, source, target, sentinels))
+        length = next(fits, 0)
+    if length < MINIMUM:
+        raise UserError(
+            f"{source} source and {target} target tokens leave no room for text. Raise max_source_tokens and"
+            f" max_target_tokens."
+        )
+    return length
+
+
+def _fits(length: int, denoiser: Denoiser, source: int, target: int, sentinels: int) -> bool:
+    noise, spans = noise_and_spans(length, denoiser)
+    return length - noise + spans <= source and noise + spans <= target and spans <= sentinels
+
+
+def noise_and_spans(length: int, denoiser: Denoiser) -> tuple[int, int]:
+    """Of a window: tokens that are cut out, and spans in which."""
+    noise = min(max(round(length * denoiser.noise_density), 1), length - 1)
+    return noise, min(max(round(noise / denoiser.mean_span_length), 1), noise, length - noise)
+
+
+def corrupt_spans(
+    tokens: Sequence[int], denoiser: Denoiser, sentinels: Sequence[int], generator: numpy.random.Generator
+) -> tuple[list[int], list[int]]:
+    """T5's: kept and cut-out spans in turns, a kept one first, all lengths drawn; a sentinel stands for each span on
+    either side."""
+    noise, spans = noise_and_spans(len(tokens), denoiser)
+    kept = _parts(len(tokens) - noise, spans, generator)
+    cut = _parts(noise, spans, generator)
+    source, target, place = [], [], 0
+    for sentinel, keep, drop in zip(sentinels, kept, cut, strict=False):
+        source += [*tokens[place : place + keep], sentinel]
+        target += [sentinel, *tokens[place + keep : place + keep + drop]]
+        place += keep + drop
+    return source, target
+
+
+def _parts(total: int, count: int, generator: numpy.random.Generator) -> list[int]:
+    """`total` in `count` parts of 1 or more, each way to do it as likely as another."""
+    ends = generator.choice(total - 1, count - 1, replace=False) + 1 if count > 1 else []
+    return numpy.diff([0, *sorted(ends), total]).tolist()
+
+
+def split_prefix(
+    tokens: Sequence[int], least: float, source: int, target: int, generator: numpy.random.Generator
+) -> tuple[list[int], list[int]]:
+    """Cut at a random place, such that neither side is shorter than `least` of it, nor longer than its room."""
+    length = len(tokens)
+    first = max(round(length * least), 1, length - target)
+    last = min(length - max(round(length * least), 1), source)
+    place = int(generator.integers(first, max(first, last) + 1))
+    return list(tokens[:place]), list(tokens[place:])
+
+
+def pairs_of(tokens: Sequence[int], settings: DenoiseSettings, frame: Frame, key: int) -> Iterator[tuple | int]:
+    """Of one document: (input_ids, labels) of each window; a number of tokens that were too few, last."""
+    mixture = denoisers(settings)
+    place = 0
+    for number in itertools.count():
+        generator = numpy.random.default_rng([settings.seed, key, number])
+        denoiser = mixture[int(generator.integers(len(mixture)))]
+        source_room, target_room = frame.room(denoiser, settings.max_source_tokens, settings.max_target_tokens)
+        length = window_length(denoiser, source_room, target_room, len(frame.sentinels))
+        window = tokens[place : place + length]
+        if len(window) < MINIMUM:
+            if window:
+                yield len(window)
+            return
+        if denoiser.mean_span_length is None:
+            least = settings.minimum_prefix if settings.objective == "prefix_lm" else denoiser.noise_density
+            source, target = split_prefix(window, least, source_room, target_room, generator)
+        else:
+            source, target = corrupt_spans(window, denoiser, frame.sentinels, generator)
+        mode = [frame.modes[denoiser.mode]] if frame.modes else []
+        yield (
+            [*frame.before_source, *mode, *source, *frame.after_source],
+            [*frame.before_target, *target, *frame.after_target],
+        )
+        place += length
+
+
+def denoisers(settings: DenoiseSettings) -> tuple[Denoiser, ...]:
+    if settings.objective == "ul2":
+        return UL2_MIXTURE
+    if settings.objective == "prefix_lm":
+        return (Denoiser("S", settings.minimum_prefix),)
+    return (Denoiser("R", settings.noise_density, settings.mean_noise_span_length),)
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, settings: DenoiseSettings) -> Frame:
+    """UserError where the objective needs tokens that the tokenizer does not have."""
+    vocabulary = tokenizer.get_vocab()
+    numbered = {int(match[1]): token for name, token in vocabulary.items() if (match := SENTINEL.fullmatch(name))}
+    sentinels = [numbered[number] for number in sorted(numbered)]
+    if settings.objective != "prefix_lm" and not sentinels:
+        raise UserError(
+            f"{settings.tokenizer} has no sentinels (<extra_id_0> …), which {settings.objective} cuts text with. Add"
+            f" some: --add_sentinels 100; training then takes --grow_vocabulary true. Or take prefix_lm."
+        )
+    for name in settings.mode_tokens:
+        if name not in vocabulary:
+            raise UserError(f"mode_tokens names {name!r}, which {settings.tokenizer} does not have. Name its tokens.")
+    modes = dict(zip("RSX", (vocabulary[name] for name in settings.mode_tokens), strict=False))
+    (source,), (target,) = split_sources(tokenizer, ["a"]), split_targets(tokenizer, ["a"])
+    return Frame(source.prefix, source.suffix, target.prefix, target.suffix, sentinels, modes)
+
+
+def denoise(settings: DenoiseSettings) -> Counter[str]:
+    """Writes OUT/pairs.parquet; how many documents, pairs, and tokens that were too few."""
+    from tokenizers import AddedToken
+
+    tokenizer = open_tokenizer(settings.tokenizer)
+    what = "both sides of these pairs are of one text. Take a checkpoint with one vocabulary."
+    check_one_vocabulary(tokenizer, settings.tokenizer, what)
+    out = Path(settings.out).expanduser()
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{settings.out} has something in it, which will not be overwritten. Choose another --out.")
+    if settings.add_sentinels:
+        names = [f"<extra_id_{number}>" for number in range(settings.add_sentinels)]
+        tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
+    frame = frame_of(tokenizer, settings)
+    texts = open_texts(settings.data, settings.text_fields)
+    out.mkdir(parents=True, exist_ok=True)
+    if settings.add_sentinels:
+        tokenizer.save_pretrained(out / "tokenizer")
+    counts: Counter[str] = Counter()
+    partial = out / "pairs.parquet.partial"
+    with pyarrow.parquet.ParquetWriter(partial, SCHEMA) as writer, tqdm(unit=" documents", file=sys.stderr) as bar:
+        pairs: list[tuple] = []
+        stream = _documents(texts, settings.documents)
+        while documents := list(itertools.islice(stream, DOCUMENTS_AT_ONCE)):
+            for text, encoding in zip(documents, split_sources(tokenizer, documents), strict=True):
+                counts["documents"] += 1
+                for found in pairs_of(encoding.content, settings, frame, xxhash.xxh3_64_intdigest(text.encode())):
+                    if isinstance(found, int):
+                        counts["tokens left over"] += found
+                    else:
+                        pairs.append(found)
+                        counts["pairs"] += 1
+                        counts["tokens"] += len(found[0]) + len(found[1])
+            bar.update(len(documents))
+            if len(pairs) >= PAIRS_AT_ONCE:
+                _write(writer, pairs)
+        _write(writer, pairs)
+    partial.rename(out / "pairs.parquet")
+    if left_out := texts.left_out():
+        print(f"warning: {left_out}", file=sys.stderr)
+    return counts
+
+
+def _documents(texts, kind: str) -> Iterator[str]:
+    if kind == "line":
+        yield from texts()
+        return
+    for _, lines in itertools.groupby(texts.pairs(), key=lambda pair: pair[0]):
+        yield "\n".join(text for _, text in lines)
+
+
+def _write(writer: pyarrow.parquet.ParquetWriter, pairs: list[tuple]) -> None:
+    if pairs:
+        sources, targets = zip(*pairs, strict=True)
+        writer.write_table(pyarrow.table([list(sources), list(targets)], schema=SCHEMA))
+        pairs.clear()
+
+
+def run(settings: DenoiseSettings) -> int:
+    datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    counts = denoise(settings)
+    tokenizer = f"{settings.out}/tokenizer" if settings.add_sentinels else settings.tokenizer
+    print(
+        f"{counts['pairs']:,} pairs of {counts['documents']:,} documents, {counts['tokens']:,} tokens; "
+        f"{counts['tokens left over']:,} tokens were left over, in ends of fewer than {MINIMUM}"
+    )
+    print(f"Next: diptych prepare --data {settings.out}/pairs.parquet --tokenizer {tokenizer} --out prepared")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("diptych denoise", lambda words: parse(DenoiseSettings, "diptych denoise", words), run, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Several examples share a row."""

@@ -1,0 +1,1 @@
+"""The steps of `diptych prepare`, from its settings to the prepared folder."""

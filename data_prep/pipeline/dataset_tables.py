@@ -1,0 +1,252 @@
+"""The tables of a prepared dataset: each split as it is trained on and looked at, and the train split in packed rows.
+
+    source       "Translate English to Korean: Go."     input_ids  [414, 2741, 1]    ends as the tokenizer ends sources
+    target       "가."                                  labels     [632, 17, 1]      ends in eos; nothing is padded
+    instruction  "Translate English to Korean:"         input "Go."                  origin "tatoeba_eng_kor.tsv:1"
+
+A packed row is one for each that packing.py planned, its columns all of one length, and `examples`, their places in
+train.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pyarrow.compute
+from datasets import Dataset, DatasetDict, Features, List, Value
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from diptych.data_prep.packing.fill_rows import (
+    PACKED_COLUMNS,
+    SHARED_COLUMN,
+    Budget,
+    assemble_row,
+    choose_budget,
+    pack,
+    repeated_start,
+)
+from diptych.data_prep.pipeline.gather import Gathered, taken, written
+from diptych.data_prep.pipeline.prepared_folder import without_bars
+from diptych.data_prep.pipeline.row_stages import FINAL_COLUMNS, LANGUAGE_FIELDS, Lengths
+from diptych.data_prep.rows.records import Languages, Rejects
+from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
+from diptych.data_prep.text_to_ids.languages import codes_of
+from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
+
+PERCENTILES = (50, 90, 99, 100)
+
+PACKED_AT_ONCE = 500  # rows: some ten megabytes
+PACKED_TOGETHER = 100_000
+"""Neighbouring examples that may share a row: some hundred megabytes, and enough for the fullest rows."""
+POORLY_FILLED = 0.5
+"""Where a budget that was given is filled less than this, it is said what would have been chosen."""
+
+
+def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path) -> DatasetDict:
+    """FINAL_COLUMNS of the rows of each split, written to a file in `scratch` and read from there; those of languages
+    where a row has one."""
+    tables = DatasetDict()
+    empty = [name for name in LANGUAGE_FIELDS if pyarrow.compute.unique(gathered.examples[name]).to_pylist() == [""]]
+    columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty]
+    for name, rows in places.items():
+        path = scratch / f"{name.replace('/', '.')}.arrow"
+        written(taken(gathered.examples.select(columns), rows), path)
+        tables[name] = Dataset.from_file(str(path))
+    return tables
+
+
+def direction_counts(tables: DatasetDict) -> dict[str, int]:
+    """`eng_Latn-kor_Hang` → examples of all splits, the most frequent first; nothing where rows have no languages."""
+    counts: Counter[str] = Counter()
+    for table in tables.values():
+        if not set(LANGUAGE_FIELDS) <= set(table.column_names):
+            return {}
+        grouped = table.data.table.group_by(list(LANGUAGE_FIELDS)).aggregate([([], "count_all")]).to_pylist()
+        for group in grouped:
+            counts[Languages(*(group[name] for name in LANGUAGE_FIELDS)).direction] += group["count_all"]
+    counts.pop("", None)  # rows that say one language or none
+    return dict(counts.most_common())
+
+
+def token_counts(
+    gathered: Gathered, places: Mapping[str, numpy.ndarray], lengths: Lengths, rejects: Rejects
+) -> dict[str, dict[str, Any]]:
+    """Percentiles of the lengths before anything was cut, and how many rows the limits met, for source and target."""
+    rows = numpy.concatenate(list(places.values()))
+    counts = {}
+    for side, limit in (("source", lengths.max_source_tokens), ("target", lengths.max_target_tokens)):
+        tokens = gathered.column(f"{side}_tokens")[rows]
+        percentiles = {f"p{p}": int(numpy.percentile(tokens, p, method="higher")) for p in PERCENTILES}
+        counts[side] = {
+            **percentiles,
+            "total": int(tokens.sum()),
+            "limit": limit,
+            "cut": int((tokens > limit).sum()),
+            "dropped": rejects.kinds[f"{side} over the limit"],
+        }
+    return counts
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """What stands in each packed row of the train split, before any is written."""
+
+    ids: Dataset
+    """`input_ids` and `labels` of the train split."""
+    rows: list[numpy.ndarray]
+    """Places there."""
+    budget: Budget
+    repeats_start: numpy.ndarray
+    """(examples,) whether the first label is what the decoder starts with, which is then left out."""
+    pad_token_id: int
+    decoder_start_token_id: int
+    share_sources: bool
+    entry: dict[str, Any]
+    """What manifest.json says of it."""
+
+
+def plan_packing(
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    decoder_start: tuple[int, str],
+    budget: tuple[int | None, int | None],
+    share_sources: bool,
+    seed: int,
+) -> PackingPlan:
+    """`decoder_start` is a token id and who says so; `budget` is source and target tokens, None for what is chosen."""
+    pad_token_id, (decoder_start_token_id, decoder_start_from) = padding_id(tokenizer), decoder_start
+    ids = train.select_columns(["input_ids", "labels"])
+    sides = _sides(ids, share_sources)
+    repeats_start = repeated_start(sides.first_labels, decoder_start_token_id, codes_of(tokenizer).starts)
+    lengths = (sides.source_tokens, sides.target_tokens - repeats_start)
+    groups = sides.sources
+    source_vocabulary, target_vocabulary = vocabulary_sizes(tokenizer)
+    chosen = choose_budget(*lengths, *budget, groups=groups, names=train["origin"])
+    rows = list(_rows(lengths, chosen, seed, groups))
+    encoded = numpy.concatenate(
+        rows if groups is None else [row[numpy.unique(groups[row], return_index=True)[1]] for row in rows]
+    )
+    tokens = Budget(int(lengths[0][encoded].sum()), int(lengths[1].sum()))
+    source_fill, target_fill = (total / (len(rows) * room) for total, room in zip(tokens, chosen, strict=True))
+    is_poor = any(budget) and min(source_fill, target_fill) < POORLY_FILLED
+    better = choose_budget(*lengths, groups=groups) if is_poor else chosen
+    entry = {
+        "max_source_tokens": chosen.source_tokens,
+        "max_target_tokens": chosen.target_tokens,
+        "rows": len(rows),
+        "examples": len(train),
+        "source_fill": source_fill,
+        "target_fill": target_fill,
+        "better_budget": None if better == chosen else better,
+        "share_sources": share_sources,
+        "shared": len(train) - len(encoded),
+        "decoder_start_token_id": decoder_start_token_id,
+        "decoder_start_from": decoder_start_from,
+        "pad_token_id": pad_token_id,
+        "vocabulary": source_vocabulary,
+        "target_vocabulary": target_vocabulary,
+        "largest_source_id": max(sides.largest_source_id, pad_token_id),
+        "largest_target_id": max(sides.largest_target_id, pad_token_id, decoder_start_token_id),
+        "positions": int(max(side.max() for side in lengths)),
+        "seed": seed,
+    }
+    if starts := codes_of(tokenizer).starts:
+        entry["language_starts"] = sorted(starts)
+    return PackingPlan(ids, rows, chosen, repeats_start, pad_token_id, decoder_start_token_id, share_sources, entry)
+
+
+def _rows(
+    lengths: Sequence[numpy.ndarray], budget: Budget, seed: int, groups: numpy.ndarray | None
+) -> Iterator[numpy.ndarray]:
+    """Rows of neighbours: of a file that memory cannot hold, examples from all over would be read one by one."""
+    for start in range(0, len(lengths[0]), PACKED_TOGETHER):
+        part = slice(start, start + PACKED_TOGETHER)
+        sides = (side[part] for side in lengths)
+        for row in pack(*sides, budget, seed, None if groups is None else groups[part]):
+            yield row + start
+
+
+def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
+    """The packed rows, written to a file in `scratch` some hundred at a time and read from there."""
+    tokens = dict.fromkeys(PACKED_COLUMNS[:3], plan.budget.source_tokens)
+    tokens |= dict.fromkeys(PACKED_COLUMNS[3:], plan.budget.target_tokens)
+    if plan.share_sources:
+        tokens[SHARED_COLUMN] = plan.budget.target_tokens
+    features = {name: List(Value("int32"), length=length) for name, length in tokens.items()}
+    examples = Features({"examples": List(Value("int32"))})
+    with without_bars(), tqdm(total=len(plan.rows), unit=" rows", desc="Packing train") as bar:
+
+        def assembled(batch: dict[str, list[list[int]]]) -> dict[str, numpy.ndarray]:
+            bar.update(len(batch["examples"]))
+            return assemble_rows(batch, plan)
+
+        return Dataset.from_dict({"examples": plan.rows}, features=examples).map(
+            assembled,
+            batched=True,
+            batch_size=PACKED_AT_ONCE,
+            writer_batch_size=PACKED_AT_ONCE,
+            features=Features({**examples, **features}),
+            cache_file_name=str(scratch / "rows.arrow"),
+            new_fingerprint="packed-train",
+        )
+
+
+def assemble_rows(batch: dict[str, list[list[int]]], plan: PackingPlan) -> dict[str, numpy.ndarray]:
+    """The columns of some packed rows, each (rows, S) or (rows, T)."""
+    places = numpy.concatenate(batch["examples"])
+    table = plan.ids.with_format("arrow")[places]
+    sources, labels = _id_arrays(table["input_ids"]), _id_arrays(table["labels"])
+    examples = iter(
+        {"input_ids": source, "labels": target[1:], "decoder_start": target[0]}
+        if repeats
+        else {"input_ids": source, "labels": target}
+        for source, target, repeats in zip(sources, labels, plan.repeats_start[places], strict=True)
+    )
+    ids = (plan.pad_token_id, plan.decoder_start_token_id)
+    rows = [
+        assemble_row([next(examples) for _ in places_of_row], plan.budget, *ids, plan.share_sources)
+        for places_of_row in batch["examples"]
+    ]
+    return {name: numpy.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class _Sides(NamedTuple):
+    """What packing has to know of each example, each (examples,)."""
+
+    source_tokens: numpy.ndarray
+    target_tokens: numpy.ndarray
+    first_labels: numpy.ndarray
+    sources: numpy.ndarray | None
+    """A number for each different source, where sources are shared."""
+    largest_source_id: int
+    largest_target_id: int
+
+
+def _sides(ids: Dataset, share_sources: bool) -> _Sides:
+    source_tokens, target_tokens, first_labels, sources = [], [], [], []
+    largest = {"input_ids": 0, "labels": 0}
+    number_of: dict[bytes, int] = {}
+    for table in ids.with_format("arrow").iter(batch_size=10_000):
+        source_tokens.append(pyarrow.compute.list_value_length(table["input_ids"]).to_numpy())
+        target_tokens.append(pyarrow.compute.list_value_length(table["labels"]).to_numpy())
+        first_labels.append(pyarrow.compute.list_element(table["labels"], 0).to_numpy())
+        if share_sources:
+            ids_of_rows = _id_arrays(table["input_ids"])
+            sources.extend(number_of.setdefault(ids.tobytes(), len(number_of)) for ids in ids_of_rows)
+        for column, before in largest.items():
+            largest[column] = max(before, pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py())
+    joined = (numpy.concatenate(column) for column in (source_tokens, target_tokens, first_labels))
+    return _Sides(*joined, numpy.array(sources) if share_sources else None, *largest.values())
+
+
+def _id_arrays(column: pyarrow.ChunkedArray) -> list[numpy.ndarray]:
+    """Each row's token ids, without a copy of any."""
+    ids = column.combine_chunks()
+    values, starts = ids.values.to_numpy(), ids.offsets.to_numpy()
+    return [values[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]

@@ -1,0 +1,77 @@
+"""The stages of each row as a step of datatrove, for data that one machine is too slow for; the same rows come out.
+
+    diptych prepare --data my.jsonl --tokenizer folder --out prepared --engine datatrove --tasks 4 --workers 2
+
+On a Slurm cluster tasks are launched from Python, with the words of the command line and paths that all nodes see:
+
+    from datatrove.executor import SlurmPipelineExecutor
+    from diptych.data_prep.pipeline.datatrove_rows import rows_step
+
+    words = "--data my.jsonl --tokenizer folder --out prepared".split()
+    SlurmPipelineExecutor(
+        [rows_step(words, "parts")], tasks=64, time="04:00:00", partition="cpu", logging_dir="parts/logs"
+    ).run()
+
+and what needs all rows at once (duplicates, splits, packing, report) follows when they are done, with the same words:
+
+    diptych prepare --data my.jsonl --tokenizer folder --out prepared --gathered parts
+
+Why datatrove and not Ray Data: it is Hugging Face's own, needs no server, and hands a step just what ours needs, rank
+and world size, whoever runs it: its executors for processes, Slurm and Ray all call the same `_run_for_rank`. A task
+that ended leaves a file in logging_dir/completions and is not run again, so a run that failed goes on with the rest.
+Its local executor waits for ever for a process that was killed (for want of memory, mostly): stop it, take fewer
+workers, and start it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datatrove.data import DocumentsPipeline
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+from diptych.data_prep.pipeline.inputs import fingerprint_of, make_stages, open_inputs
+from diptych.data_prep.pipeline.parts import Work, part_path, write_part
+from diptych.data_prep.pipeline.prepare_settings import parse_settings
+from diptych.data_prep.text_to_ids.checkpoint_tokenizer import load_tokenizer_and_template
+
+
+class GatherRows(PipelineStep):
+    """Task `rank` of `world_size` writes its part into the folder. Documents are neither taken nor given: rows go to
+    prepared datasets, whose texts are not one a row."""
+
+    name = "Diptych rows"
+    type = "Gather"
+
+    def __init__(self, work: Work, folder: str | Path) -> None:
+        super().__init__()
+        self.work, self.folder = work, str(folder)
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with self.track_time("part"):
+            for batch in write_part(self.work, Path(self.folder), rank, world_size):
+                self.stat_update("rows", value=batch.counts.rows, unit="chunk")
+                self.stat_update("rejected", value=len(batch.rejects), unit="chunk")
+        yield from data or ()
+
+
+def rows_step(words: Sequence[str], folder: str | Path) -> GatherRows:
+    """For an executor of your own; `words` are those of `diptych prepare`. Files are digested and formats recognised
+    here, once, and not in each task."""
+    settings = parse_settings(words)
+    inputs = open_inputs(settings)
+    tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template)
+    stages = make_stages(settings, inputs, tokenizer, template)
+    return GatherRows(Work(inputs.sources, stages, fingerprint_of(settings, inputs, tokenizer, template)), folder)
+
+
+def run_tasks(work: Work, folder: Path, tasks: int, workers: int) -> None:
+    """Those that have not ended yet, in `workers` processes of this machine."""
+    logs = folder / "logs"
+    for task in range(tasks):
+        if not part_path(folder, task, tasks).is_file():
+            (logs / "completions" / f"{task:05d}").unlink(missing_ok=True)
+    step = GatherRows(work, folder)
+    LocalPipelineExecutor([step], tasks=tasks, workers=min(workers, tasks), logging_dir=str(logs)).run()

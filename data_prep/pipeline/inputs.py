@@ -1,0 +1,279 @@
+"""What is read, as the settings say it: the sources, the format of each, and the stages that their rows go through.
+
+    inputs = open_inputs(settings)                              all that can be known to be wrong is said here
+    stages = make_stages(settings, inputs, tokenizer, template)
+    fingerprint_of(settings, inputs, tokenizer, template)       the same for the same result
+
+`diptych prepare` and datatrove both begin so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from diptych.data_prep.cleaning.decontaminate import Decontaminate, EvalIndex, PlainText
+from diptych.data_prep.cleaning.filters import LanguageFilter
+from diptych.data_prep.cleaning.mixture import check_mixture
+from diptych.data_prep.cleaning.sensitive import require_detectors
+from diptych.data_prep.pipeline.gather import first_rows
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.pipeline.prepared_folder import fingerprint, tokenizer_digest
+from diptych.data_prep.pipeline.row_stages import LOSSY, Check, Lengths, Stages
+from diptych.data_prep.pipeline.selection import shingles_of
+from diptych.data_prep.reading.sources import (
+    HUB_PREFIX,
+    TRAIN,
+    Limits,
+    Source,
+    is_plain,
+    open_evaluation,
+    open_sources,
+)
+from diptych.data_prep.rows.convert_rows import Converter, Directions, converter_for, named, parse_mapping
+from diptych.data_prep.rows.named_splits import HELD_OUT, kind_of, said_kind, splits_of
+from diptych.data_prep.rows.records import Languages, Record, Reject, Row, UserError, counted
+from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
+from diptych.data_prep.text_to_ids.languages import codes_of, is_swapped, own_languages, resolved
+from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, Template
+
+NOT_TOLD = Converter(named("alpaca"))
+"""Of a source without a row that can be read."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What will be read."""
+
+    sources: list[Source]
+    entries: list[str]
+    """For each source, the entry of `data` that it belongs to: a folder is one entry and several sources."""
+    evaluation: list[Source]
+    """What training must not hold."""
+    converters: list[Converter]
+    """For each source, what makes records of its rows; recognised by its first ones."""
+    warnings: list[str]
+    """What looks like a mistake in what was named."""
+
+    @property
+    def splits(self) -> list[str]:
+        """Those that sources were named or taken for, in their order."""
+        return list(dict.fromkeys(source.split for source in self.sources))
+
+    @property
+    def default_template(self) -> str:
+        """Conversations need one that has a place for what was said before, rows without instruction one that adds
+        nothing to a text."""
+        has_no_instruction = any("" in (it.directions.forward, it.directions.backward) for it in self.converters)
+        has_turns = any(it.conversational for it in self.converters)
+        return "chat" if has_turns else BARE_TEMPLATE if has_no_instruction else "alpaca"
+
+
+def open_inputs(settings: PrepareSettings) -> Inputs:
+    max_row_bytes = int(settings.max_row_megabytes * 1_000_000)
+    limits = Limits(max_row_bytes=max_row_bytes, max_unpacked_ratio=settings.max_unpacked_ratio)
+    columns = tuple(parse_mapping(settings.map).values()) or tuple(settings.languages)
+    held_out = {kind: getattr(settings, kind) for kind in HELD_OUT}
+    sources = open_sources(settings.data, settings.aligned, limits, columns, held_out)
+    entries = [source.entry or source.name for source in sources]
+    if settings.mixture is not None:
+        mixed = [entry for entry, source in zip(entries, sources, strict=True) if source.split == TRAIN]
+        check_mixture(settings.mixture, list(dict.fromkeys(mixed)))
+    evaluation = open_evaluation(settings.decontaminate, limits)
+    converters = [make_converter(settings, source) for source in sources]
+    inputs = Inputs(sources, entries, evaluation, converters, list(_odd_names(sources)))
+    for kind in HELD_OUT:
+        if splits_of(kind, inputs.splits) and getattr(settings, f"{kind}_fraction"):
+            own = next(source.name for source in sources if kind_of(source.split) == kind)
+            raise UserError(
+                f"{kind}_fraction holds out a part of train, and {own} is {kind} already. Drop {kind}_fraction; or, to"
+                f" train on {own} as well, name it in --data itself."
+            )
+    return inputs
+
+
+def _odd_names(sources: Sequence[Source]) -> Iterator[str]:
+    """Files that were named to train on, and whose names say that they are held out."""
+    for source in sources:
+        if source.split != TRAIN:
+            continue
+        name = f"{Path(source.entry).name}/{Path(source.name).name}"
+        if source.name.startswith(HUB_PREFIX):  # of its name, only a split says something
+            name = source.name.removeprefix(HUB_PREFIX).partition(":")[2]
+        if (kind := said_kind(name)) in HELD_OUT:
+            yield f"{source.name} is trained on, as --data says, and its name says {kind}. --{kind} holds it out."
+
+
+def make_stages(
+    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> Stages:
+    """All that happens to a row; how each source is read is said aloud."""
+    for note in (note for source in inputs.evaluation for note in source.notes):
+        print(f"Note       {note}")
+    for source, converter in zip(inputs.sources, inputs.converters, strict=True):
+        for note in source.notes:
+            print(f"Note       {note}")
+        split = f"{source.split}, " if source.split != TRAIN else ""
+        how = "given" if settings.format else "recognised"
+        told = "no row tells it" if converter is NOT_TOLD else f"{converter.format.name}, {how}"
+        print(f"Format     {source.name}: {split}{told}")
+        if converter.is_swapped:
+            side = f"its second side, which is in {converter.sides.source}, is the source"
+            print(f"Note       {source.name}: {side}, as the settings say")
+    lengths = Lengths(
+        settings.max_source_tokens,
+        settings.max_target_tokens,
+        settings.too_long,
+        settings.end_cut_targets,
+        settings.lossy_text,
+    )
+    if settings.sensitive:
+        require_detectors()
+    checks = tuple(_checks(settings, inputs))
+    shingles = shingles_of(settings) if settings.near_duplicates is not None else None
+    checked = tuple(source.split == TRAIN for source in inputs.sources)
+    converters = tuple(_with_languages(inputs, tokenizer, template))
+    return Stages(converters, template, tokenizer, lengths, checks, shingles, settings.sensitive, checked)
+
+
+def _with_languages(
+    inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> Iterator[Converter]:
+    """The converters with the tokenizer's own languages where nobody has said others, which is said aloud."""
+    codes = codes_of(tokenizer)
+    for source, converter in zip(inputs.sources, inputs.converters, strict=True):
+        directions = converter.directions
+        if tokenizer is not None and codes.is_around_texts:
+            own, named = own_languages(tokenizer), codes.named_by(template.decoder_prefix)
+            languages = directions.languages.or_else(Languages(own.source, named or own.target))
+            directions = replace(directions, languages=codes.checked(languages))
+            if not converter.brings_languages and converter.format.name != "tokenised":
+                resolved(tokenizer, languages, template.decoder_prefix)
+        knows = converter.brings_languages or (directions.languages.direction and codes.layout != "none")
+        if directions.forward == directions.backward == "" and not knows:
+            raise UserError(
+                f"{source.name}: forward and backward are '', and nothing else says which language is to be written. "
+                f"Give --source_language and --target_language if the model has language codes, else instructions."
+            )
+        if directions.languages.direction and not converter.brings_languages:
+            is_both = directions.forward is not None and directions.backward is not None
+            is_back = directions.backward is not None and not is_both
+            first, second = directions.languages.swapped() if is_back else directions.languages
+            print(f"Languages  {source.name}: {first} to {second}{' and back' if is_both else ''}")
+        yield replace(converter, directions=directions)
+
+
+def make_converter(settings: PrepareSettings, source: Source) -> Converter:
+    """What its first rows say it is. A source without a single row to read has only rejects, of whatever format."""
+    rows = first_rows(source)
+    if not rows:
+        return Converter(named(settings.format)) if settings.format else NOT_TOLD
+    mapping = parse_mapping(settings.map)
+    _check_pairs(rows, source.name, mapping)
+    try:
+        return converter_for(
+            rows,
+            source.name,
+            settings.format,
+            mapping,
+            directions_for(settings, source),
+            settings.languages,
+            settings.summary_instruction,
+            settings.positive_examples,
+            settings.negative_examples,
+            source.languages,
+        )
+    except UserError as error:
+        if source.split == TRAIN or source.name == source.entry:
+            raise
+        others = "To leave it out, name the files to train on themselves in --data."
+        raise UserError(f"{error} By its name it is taken for {source.split}. {others}") from None
+
+
+def _check_pairs(rows: Sequence[Row], name: str, mapping: Mapping[str, str]) -> None:
+    """UserError where a table without a header has more columns than a pair and its licence: the first may be a
+    number of the row."""
+    third = [row.fields["column 3"] for row in rows if row.fields.keys() >= {"first", "second", "column 3"}]
+    if not mapping and any(third) and not all(text.startswith("CC") for text in third):
+        shown = ", ".join(f"'{text[:40]}'" for text in rows[0].fields.values())
+        raise UserError(
+            f"{name} has {len(rows[0].fields)} columns and no header, so that nothing says which two are the pair; its"
+            f" first row is {shown}. Say it by their numbers, for example --map first=1 second=2."
+        )
+
+
+def directions_for(settings: PrepareSettings, source: Source) -> Directions:
+    """A sample's own, unless one direction or both are given."""
+    given = Languages(settings.source_language or "", settings.target_language or "")
+    if settings.forward is not None or settings.backward is not None:
+        return Directions(settings.forward, settings.backward, given)
+    if is_swapped(Languages(*source.languages), given):
+        return Directions(source.backward, source.forward, given)
+    return Directions(source.forward, source.backward, given)
+
+
+def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
+    if settings.lengths is not None:
+        yield settings.lengths
+    if settings.source_languages or settings.target_languages:
+        languages = tuple(settings.source_languages), tuple(settings.target_languages)
+        yield LanguageFilter(*languages, settings.language_confidence)
+    if inputs.evaluation:
+        yield Decontaminate(
+            EvalIndex.from_records(_evaluation_records(settings, inputs), settings.decontaminate_ngram)
+        )
+
+
+def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record | PlainText]:
+    for source in inputs.evaluation:
+        rows = first_rows(source)
+        if not rows:
+            raise UserError(f"{source.name} has no row that training could be compared with.")
+        records = _plain_text
+        if not is_plain(source.name):
+            both = Directions("Translate:", "Translate:")  # so that both sides of a pair are looked at
+            records = converter_for(rows, source.name, directions=both, languages=settings.languages).records
+        bad: list[Reject] = []
+        for result in (result for row in source.rows() for result in records(row)):
+            if isinstance(result, Record | PlainText):
+                yield result
+            elif isinstance(result, Reject):
+                bad.append(result)
+        if bad:
+            print(
+                f"warning: training is not compared with {counted(len(bad), 'row')} of {source.name}, which cannot be"
+                f" read; the first, {bad[0].origin}: {bad[0].reason}",
+                file=sys.stderr,
+            )
+
+
+def _plain_text(row: Row | Reject) -> list[PlainText | Reject]:
+    return [row if isinstance(row, Reject) else PlainText(row.fields["text"], row.origin)]
+
+
+def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
+    """Kinds of rejects of which one ends the run."""
+    too_long = ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
+    return (*too_long, LOSSY) if settings.lossy_text == "error" else too_long
+
+
+def fingerprint_of(
+    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+) -> str:
+    """The same for the same result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
+    no_decision = {"data", "aligned", "validation", "test", "decontaminate", "out", "template", "tokenizer", "strict"}
+    no_decision |= {"workers", "engine", "tasks", "gathered"}
+    facts = {
+        "inputs": [(source.name, source.digest, source.split) for source in inputs.sources],
+        "entries": inputs.entries,
+        "evaluation": [(source.name, source.digest) for source in inputs.evaluation],
+        "template": asdict(template),
+        "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
+        "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
+        "decoder_start": decoder_start_of(settings) if settings.packing else None,
+    }
+    return fingerprint(facts)

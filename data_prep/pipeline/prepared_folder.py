@@ -1,0 +1,201 @@
+"""The folder of a prepared dataset: when it may be reused, when it may be replaced, and how it is written.
+
+    prepared/  dataset_dict.json train/ validation/ test/   datasets.load_from_disk("prepared") reads it
+               validation/news/ test/news/                  of several sets with names, one folder each
+               packed/                                      load_from_disk("prepared/packed"): train, in packed rows
+               tokenizer/                                   AutoTokenizer reads it; the template is inside
+               report.html report.json                      all that is worth knowing of the data, to look at
+               manifest.json                                what went in, what came out, every file with its size
+               rejects.jsonl conflicts.jsonl                every row that was not kept, with its reason; sources that
+                                                            have several targets
+
+The folder is written as `.prepared.partial` and renamed when it is complete: what is called `prepared` is never half a
+dataset. A folder that holds anything that this code did not write is never replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from diptych.data_prep.command_line.own_files import take_lock
+from diptych.data_prep.command_line.run_command import message_of_file
+from diptych.data_prep.rows.records import UserError
+
+FORMAT = "diptych prepared dataset, version 1"
+MANIFEST, REJECTS, CONFLICTS = "manifest.json", "rejects.jsonl", "conflicts.jsonl"
+TOKENIZER, PACKED = "tokenizer", "packed"
+CACHE_FILE = re.compile(r"cache-\w+\.arrow|tmp\w+")  # what `datasets` leaves beside the tables when a user maps them
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """One hash of everything that decides what comes out, this package's own code included."""
+    facts = {**facts, "code": code_version()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def code_version() -> str:
+    here = Path(__file__).parent
+    return _hash_files([*here.glob("*.py"), *here.glob("frames/*")])
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The files as save_pretrained writes them, so that a folder and a Hub id with the same content are the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _hash_files(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a prepared dataset, or None for a folder that is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(manifest, dict) and {"fingerprint", "files", "splits"} <= manifest.keys()
+    return manifest if is_whole and manifest.get("format") == FORMAT else None
+
+
+def find_reusable(folder: Path, wanted: str) -> dict[str, Any] | None:
+    """The manifest in `folder` if it was made from the same things and its files are all there in full."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["fingerprint"] != wanted:
+        return None
+    return manifest if manifest["files"].items() <= _file_sizes(folder).items() else None
+
+
+def check_replaceable(folder: Path) -> None:
+    """An absent or empty folder may be written, or one with a prepared dataset as it was, and nothing else."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; --out names a folder.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder} has other things in it, which will not be overwritten. Choose another --out.")
+    if foreign := sorted(_foreign(folder, manifest)):
+        raise UserError(
+            f"{folder} holds a prepared dataset, and {', '.join(foreign[:3])}, which was not written with it, and"
+            " would go when it is replaced. Move that away, or choose another --out."
+        )
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to write into, which is gone at the end, unless `put_in_place` has renamed it."""
+    check_replaceable(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            _restore_previous(folder)
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            try:
+                partial.mkdir()
+                yield partial
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {message_of_file(error)}") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One run at a time writes here: two would take away each other's files. The lock of a run that was killed is
+    free."""
+    path = folder.with_name(f".{folder.name}.lock")
+
+    def busy(holder: str) -> str:
+        return f"{folder} is being written by another run ({holder}). Wait for it, or choose another --out."
+
+    lock = take_lock(path, busy)
+    try:
+        if not path.exists() or not os.path.samestat(os.fstat(lock), path.stat()):  # another run has just let it go
+            raise UserError(busy("one that has just ended"))
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
+    """The manifest last, then two renames: whoever reads sees the old dataset, none, or the new one whole."""
+    manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (partial / MANIFEST).write_text(text, encoding="utf-8")
+    check_replaceable(folder)
+    if folder.exists():
+        folder.rename(_previous(folder))
+    partial.rename(folder)
+    shutil.rmtree(_previous(folder), ignore_errors=True)
+
+
+def _restore_previous(folder: Path) -> None:
+    """What a run left that was killed between two renames, or after them."""
+    previous = _previous(folder)
+    if not previous.exists():
+        return
+    if read_manifest(previous) is None:
+        raise UserError(f"{previous} is in the way, and no prepared dataset. Move it away, or choose another --out.")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    else:
+        previous.rename(folder)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def save_quietly(tables: DatasetDict | Dataset, folder: Path) -> None:
+    """Without a progress bar for each split: copying takes no time worth one."""
+    with without_bars():
+        tables.save_to_disk(folder)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Those of `datasets`, which count everything as examples."""
+    bars_were_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars_were_on:
+            datasets.enable_progress_bars()
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    paths = sorted(path for path in found if not CACHE_FILE.fullmatch(path.name))
+    sizes = {path.relative_to(folder).as_posix(): path.lstat().st_size for path in paths}
+    return {name: size for name, size in sizes.items() if name != MANIFEST}
+
+
+def _foreign(folder: Path, manifest: dict[str, Any]) -> set[str]:
+    """New files, and texts of another size than they were written with: somebody has changed them. A table of another
+    size is damaged."""
+    written = manifest["files"]
+    changed = {name for name, _ in _file_sizes(folder).items() - written.items()}
+    return {name for name in changed if name not in written or not name.endswith(".arrow")}

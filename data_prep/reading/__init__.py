@@ -1,0 +1,1 @@
+"""Files, folders, Hub ids and samples become rows."""

@@ -1,0 +1,325 @@
+"""Rows of Parquet and Arrow files, and of data sets of the Hub, a slice of some 1,000 at a time.
+
+    instruction  output         Row({"instruction": "Add.", "output": "2"}, Origin("rows.parquet", 1), raw)
+    "Add."       "2"       →
+    "Sub."       b"\xff"        Reject "invalid UTF-8 in 'output': byte 0xff at byte 0 of the value."
+
+Values become Python objects in the worker: those of `datasets`' Json() are decoded, and a ClassLabel is the name that
+the file gives to its number.
+
+Nothing that a file says of itself is trusted: how much it unpacks to is looked at before, and Arrow's offsets are
+checked, since they would be followed to anywhere in memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from diptych.data_prep.reading.chunks import CHARACTERS_IN_CHUNK, ROWS_IN_CHUNK, Chunk, Rows, too_large
+from diptych.data_prep.reading.files import File, Limits
+from diptych.data_prep.reading.json_rows import json_value
+from diptych.data_prep.rows.records import Origin, Reject, Row, UserError
+
+MOST_BATCH_BYTES = 1 << 28
+"""What the rows decoded at once may come to, if each held all that its row group has (a value that is stored once may
+stand in every row)."""
+
+FEWEST_ROWS = 16
+
+TEXT_TYPES = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+LIST_TYPES = (
+    pyarrow.ListType,
+    pyarrow.LargeListType,
+    pyarrow.FixedSizeListType,
+    pyarrow.ListViewType,
+    pyarrow.LargeListViewType,
+)
+
+FAULTS = (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)
+"""What Arrow raises for broken files; the last is of a column's name."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Rows as Arrow has them; to make Python values of them is the worker's part."""
+
+    name: str
+    batch: pyarrow.RecordBatch
+    first_row: int
+    bytes_done: int
+    limits: Limits
+
+    def __reduce__(self) -> tuple:
+        """A slice pickles with all that it is a slice of; the stream format holds its own rows alone."""
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, self.batch.schema) as stream:
+            stream.write_batch(self.batch)
+        return _columns_again, (self.name, sink.getvalue().to_pybytes(), self.first_row, self.bytes_done, self.limits)
+
+    def rows(self) -> Rows:
+        names = self.batch.schema.names
+        may_have_large_rows = _unfolded_bytes(self.batch) > self.limits.max_row_bytes
+        decoders = _decoders(self.batch.schema, self.limits)
+        columns = [] if may_have_large_rows else list(map(_values, self.batch.columns, decoders))
+        for place in range(self.batch.num_rows):
+            origin = Origin(self.name, self.first_row + place)
+            if may_have_large_rows:
+                row = self.batch.slice(place, 1)
+                size = _unfolded_bytes(row)
+                if size > self.limits.max_row_bytes:
+                    yield too_large(origin, _beginning(row), size, self.limits)
+                    continue
+                values = [column[0] for column in map(_values, row.columns, decoders)]
+            else:
+                values = [column[place] for column in columns]
+            yield _columns_row(dict(zip(names, values, strict=True)), origin)
+
+
+def _columns_again(name: str, stream: bytes, first_row: int, bytes_done: int, limits: Limits) -> Columns:
+    with pyarrow.ipc.open_stream(stream) as reader:
+        return Columns(name, reader.read_next_batch(), first_row, bytes_done, limits)
+
+
+def _unfolded_bytes(batch: pyarrow.RecordBatch) -> int:
+    """At most so many bytes the values have, each written out where a dictionary holds them once."""
+    total = 0
+    for column in batch.columns:
+        if isinstance(column, pyarrow.DictionaryArray):
+            if batch.num_rows == 1:
+                total += column.dictionary_decode().nbytes
+            else:
+                total += batch.num_rows * column.dictionary.nbytes
+        else:
+            total += column.nbytes
+    return total
+
+
+def _beginning(row: pyarrow.RecordBatch) -> str:
+    """Of a row too large to be written out: the beginnings of its texts."""
+    shown = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        value = column[0]
+        if isinstance(value, pyarrow.StringScalar | pyarrow.LargeStringScalar) and value.is_valid:
+            shown[name] = value.as_buffer()[:200].to_pybytes().decode("utf-8", "replace")
+        else:
+            shown[name] = f"({value.type})"
+    return json.dumps(shown, ensure_ascii=False)
+
+
+class _Unreadable(str):
+    """What is wrong with a value that has no Python form."""
+
+
+Decoder = Callable[[Any], Any]
+"""From a stored value to the one that is meant. ValueError "kind: what is wrong" where it is none."""
+
+
+def _decoders(schema: pyarrow.Schema, limits: Limits) -> list[Decoder | None]:
+    """One for each column; None where values are what is stored. `datasets` writes its features into the schema."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (TypeError, KeyError, ValueError):
+        features = None
+    return [_decoder(field.type, _inside(features, field.name), limits) for field in schema]
+
+
+def _inside(feature: Any, key: str) -> Any:
+    return feature.get(key) if isinstance(feature, dict) else None
+
+
+def _decoder(kind: pyarrow.DataType, feature: Any, limits: Limits) -> Decoder | None:
+    """`feature` is what `datasets` says of values of this type: {"_type": "List", "feature": …} or [feature] of a
+    list, {name: feature} of a struct; anything else says nothing."""
+    what = _inside(feature, "_type")
+    is_json = isinstance(kind, pyarrow.BaseExtensionType) and kind.extension_name == "arrow.json"
+    if is_json or (what == "Json" and kind in TEXT_TYPES):
+        return functools.partial(json_value, limits=limits)
+    if what == "ClassLabel" and pyarrow.types.is_integer(kind) and isinstance(names := feature.get("names"), list):
+        return functools.partial(_label_name, names=names)
+    if pyarrow.types.is_struct(kind):
+        if what == "Sequence":  # of objects, which `datasets` before 4.0 stores as an object of lists
+            inner = _inside(feature, "feature")
+            feature = {field.name: [_inside(inner, field.name)] for field in kind}
+        decoders = {field.name: _decoder(field.type, _inside(feature, field.name), limits) for field in kind}
+        decoders = {name: decode for name, decode in decoders.items() if decode}
+        return functools.partial(_decoded_struct, decoders=decoders) if decoders else None
+    if isinstance(kind, LIST_TYPES):
+        inner = feature[0] if isinstance(feature, list) and feature else _inside(feature, "feature")
+        decode = _decoder(kind.value_type, inner, limits)
+        return functools.partial(_decoded_list, decode=decode) if decode else None
+    return None
+
+
+def _label_name(value: int, names: list[Any]) -> Any:
+    """-1 is how `datasets` says that there is none."""
+    if not -1 <= value < len(names):
+        raise ValueError(f"unknown label: {value}, and the file names 0 to {len(names) - 1}")
+    return None if value == -1 else names[value]
+
+
+def _decoded_struct(value: dict[str, Any], decoders: dict[str, Decoder]) -> dict[str, Any]:
+    return {name: _decoded(inner, decoders.get(name)) for name, inner in value.items()}
+
+
+def _decoded_list(value: list[Any], decode: Decoder) -> list[Any]:
+    return [_decoded(inner, decode) for inner in value]
+
+
+def _decoded(value: Any, decode: Decoder | None) -> Any:
+    return value if decode is None or value is None else decode(value)
+
+
+def _values(column: pyarrow.Array, decode: Decoder | None) -> list[Any]:
+    """Arrow does not check that its strings are UTF-8, and has times that Python has not: they cost their own row."""
+    try:
+        return [_decoded(value, decode) for value in column.to_pylist()] if decode else column.to_pylist()
+    except (ValueError, OverflowError, pyarrow.ArrowException):
+        return [_value(scalar, decode) for scalar in column]
+
+
+def _value(scalar: pyarrow.Scalar, decode: Decoder | None) -> Any:
+    try:
+        value = scalar.as_py()
+    except UnicodeDecodeError as error:
+        return _Unreadable(f"invalid UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start} of the value")
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+        return _Unreadable(f"unreadable value: {error}")
+    try:
+        return _decoded(value, decode)
+    except ValueError as error:
+        return _Unreadable(error)
+
+
+def _columns_row(fields: dict[str, Any], origin: Origin) -> Row | Reject:
+    raw = json.dumps(fields, ensure_ascii=False, default=str)
+    for name, value in fields.items():
+        if isinstance(value, _Unreadable):
+            kind, _, what = value.partition(": ")
+            return Reject(origin, name, kind, f"{kind} in '{name}': {what}.", raw)
+    return Row(fields, origin, raw)
+
+
+def _columns_chunks(
+    batches: Iterable[pyarrow.RecordBatch], name: str, bytes_done: Callable[[], int], limits: Limits
+) -> Iterator[Chunk]:
+    """Batches of any length, cut or put together to chunks of bounded size."""
+    parts: list[pyarrow.RecordBatch] = []
+    first_row, rows, size = 1, 0, 0
+    for part in _slices(batches):
+        parts.append(part)
+        rows, size = rows + part.num_rows, size + part.nbytes
+        if rows >= ROWS_IN_CHUNK or size >= CHARACTERS_IN_CHUNK:
+            yield Columns(name, pyarrow.concat_batches(parts), first_row, bytes_done(), limits)
+            parts, first_row, rows, size = [], first_row + rows, 0, 0
+    if parts:
+        yield Columns(name, pyarrow.concat_batches(parts), first_row, bytes_done(), limits)
+
+
+def _slices(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    for batch in batches:
+        rows_of_a_chunk = max(1, batch.num_rows * CHARACTERS_IN_CHUNK // max(1, batch.nbytes))
+        step = min(ROWS_IN_CHUNK, rows_of_a_chunk)
+        for start in range(0, batch.num_rows, step):
+            yield batch.slice(start, step)
+
+
+def _check_columns(schema: pyarrow.Schema, name: str) -> None:
+    twice = [column for column, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise UserError(f"{name} has the column '{twice[0]}' twice. Rename or drop one.")
+
+
+def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
+    """Row group by row group, some rows at a time; the fewer, the larger the group is."""
+    try:
+        with file.open_for_seeking() as raw, pyarrow.parquet.ParquetFile(raw) as parquet:
+            metadata = parquet.metadata
+            _check_columns(parquet.schema_arrow, file.name)
+            _check_unpacked(file, metadata, limits)
+            batches = _parquet_batches(parquet)
+            yield from _columns_chunks(batches, file.name, raw.tell, limits)
+    except FAULTS as error:
+        file.check_content()
+        raise UserError(f"{file.name} cannot be read as parquet: {_one_line(error)}") from None
+    file.check_content()
+
+
+def _parquet_batches(parquet: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
+    for group in range(parquet.metadata.num_row_groups):
+        # Of the whole group: to ask for one column of a broken file ends the process (pyarrow 26, C++ terminate).
+        size = parquet.metadata.row_group(group).total_byte_size
+        rows = min(ROWS_IN_CHUNK, max(FEWEST_ROWS, MOST_BATCH_BYTES // max(1, size)))
+        yield from parquet.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
+
+
+def _check_unpacked(file: File, metadata: pyarrow.parquet.FileMetaData, limits: Limits) -> None:
+    unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    if unpacked > (most := limits.unpacked_bytes(file.bytes)):
+        raise UserError(
+            f"{file.name} has {file.bytes:,} bytes and unpacks to {unpacked:,}; at most {most:,} may come of it. If"
+            " you trust it, raise max_unpacked_ratio."
+        )
+
+
+def arrow_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
+    """An Arrow file or stream, batch by batch as it was written: one batch is in memory at a time."""
+    try:
+        with file.open_for_seeking() as raw:
+            is_file = raw.read(6) == b"ARROW1"
+            raw.seek(0)
+            reader = pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)
+            _check_columns(reader.schema, file.name)
+            batches = _arrow_batches(reader, file, limits)
+            yield from _columns_chunks(batches, file.name, raw.tell, limits)
+    except FAULTS as error:
+        file.check_content()
+        raise UserError(f"{file.name} cannot be read as Arrow: {_one_line(error)}") from None
+    file.check_content()
+
+
+def _arrow_batches(reader: Any, file: File, limits: Limits) -> Iterator[pyarrow.RecordBatch]:
+    most = limits.unpacked_bytes(file.bytes)
+    count = reader.num_record_batches if hasattr(reader, "num_record_batches") else None
+    batches = reader if count is None else map(reader.get_batch, range(count))
+    for number, batch in enumerate(batches, start=1):
+        for column in batch.columns:  # before anything else is asked of it, its size included
+            _check_column(column)
+        if batch.nbytes > most:
+            raise UserError(
+                f"{file.name} has {file.bytes:,} bytes, and its batch {number} unpacks to {batch.nbytes:,}; at most"
+                f" {most:,} may come of it. If you trust it, raise max_unpacked_ratio."
+            )
+        yield batch
+
+
+def _check_column(column: pyarrow.Array) -> None:
+    """Arrow takes offsets on trust and would read anywhere in memory. Text that is no UTF-8 is another matter."""
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+        if not is_text or "UTF8" not in str(error):
+            raise
+        binary = pyarrow.binary() if pyarrow.types.is_string(column.type) else pyarrow.large_binary()
+        column.view(binary).validate(full=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") + "."
+
+
+def hub_chunks(dataset: Any, name: str, limits: Limits) -> Iterator[Chunk]:
+    _check_columns(dataset.features.arrow_schema, name)
+    tables = dataset.with_format("arrow").iter(batch_size=ROWS_IN_CHUNK)
+    features = dataset.features.arrow_schema.metadata
+    batches = (batch.replace_schema_metadata(features) for table in tables for batch in table.to_batches())
+    return _columns_chunks(batches, name, lambda: 0, limits)

@@ -1,0 +1,617 @@
+"""From what a person names to the bytes in it: which files are meant, whether they are safe to open, and their content
+in blocks of bounded size.
+
+    find_files("data")                  → data/a.jsonl, data/more/b.csv.gz, and a note for each thing left out
+    identify("a.jsonl.gz", …)           → File(suffix=".jsonl", packed="gzip", bytes=…, digest=xxh3_128 of its bytes)
+    file.open(limits).read(65_536)      → unpacked bytes, b"" at the end
+    line_blocks(content, …)             → whole lines, about 256 kB at a time; a line beyond the limit only in part
+
+Nothing here holds more than a block or one row of a file. What is no regular file is refused before it is opened, so
+that a FIFO cannot hang a run. The digest is taken when a file is opened and again of the bytes that were really read:
+a file that something else writes to in between is an error, not a data set that nobody can make again. Packed files
+unpack to a stated multiple of their size and no further; archives are never unpacked.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import gzip
+import io
+import itertools
+import os
+import shlex
+import stat
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import xxhash
+
+from diptych.data_prep.rows.records import UserError, nearest
+from diptych.data_prep.rows.valid_text import listed
+from diptych.data_prep.text_to_ids.languages import languages_of_files
+
+BLOCK_BYTES = 1 << 18
+
+HEAD_BYTES = 1 << 20
+"""Of a text file's beginning, looked at when it is opened."""
+
+LONG_ROW_CHARACTERS_KEPT = 1_000
+"""Of a row beyond `max_row_bytes`, in its Reject."""
+
+KNOWN_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tmx", ".parquet", ".arrow")
+COLUMN_SUFFIXES = (".parquet", ".arrow")
+PACKED_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
+METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
+"""What `datasets` and the Hub write beside the rows. A folder or a glob does not mean them."""
+
+REPOSITORY_MARKS = frozenset((".gitattributes", "dataset_infos.json"))
+"""A folder with one of these is a clone of a Hub repository."""
+
+REFUSED_SUFFIXES = {
+    ".zip": "an archive",
+    ".tar": "an archive",
+    ".tgz": "an archive",
+    ".7z": "an archive",
+    ".rar": "an archive",
+    ".bz2": "packed in a way that is not read",
+    ".xz": "packed in a way that is not read",
+}
+FIRST_BYTES = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "a zip archive (or an Excel or Word file)",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a rar archive",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"%PDF": "a PDF",
+    b"SQLite format 3": "an SQLite database",
+}
+ZEROS_LOOKED_AT = 16
+"""No gzip ends in so many zero bytes by itself: an empty one has nine."""
+
+UTF8_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one row and one packed file may ask for, so that no input takes the machine down."""
+
+    max_row_bytes: int = 10_000_000
+    """A longer row is a Reject. Bounds the memory that reading takes, at about three times this."""
+
+    max_object_bytes: int = 100_000_000
+    """The same for a .json that is one task as a whole (Super-NaturalInstructions), whose row is the file."""
+
+    max_unpacked_ratio: int = 200
+    """A packed file may unpack to this many times its size; text takes 3 to 20 times."""
+
+    min_unpacked_bytes: int = 64_000_000
+    """Whatever the ratio, a packed file may unpack to this."""
+
+    max_depth: int = 100
+    """Lists and objects inside one another; deeper ones cannot be passed on between processes."""
+
+    block_bytes: int = BLOCK_BYTES
+    """Read at a time: some 500 to 2,500 rows of instruction data, and what a worker process is handed at once."""
+
+    def unpacked_bytes(self, packed_bytes: int) -> int:
+        return max(self.min_unpacked_bytes, self.max_unpacked_ratio * packed_bytes)
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class EmptyFile(UserError):
+    """A file without a byte in it, or with blanks alone. Among others it is a note."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is empty: there is nothing to prepare.")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Found:
+    """A path, and what messages call it; `entry` is what the person wrote."""
+
+    path: str
+    name: str
+    entry: str
+    inside: str = ""
+    """Where it lies in the folder that was named, or below the fixed part of a glob; "" where it was named itself."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A regular file that can be read. `suffix` is that of the unpacked content, `packed` is gzip, zstd or None."""
+
+    path: str
+    name: str
+    entry: str
+    suffix: str
+    packed: str | None
+    bytes: int
+    digest: str
+    state: tuple[int, int, int, int]
+    """Device, inode, size and time of change in nanoseconds: where these stay, nothing wrote to it."""
+
+    def open(self, limits: Limits) -> Content:
+        """The unpacked content, to be read once, from its beginning."""
+        return Content(self, limits)
+
+    def open_for_seeking(self) -> io.FileIO:
+        """For formats that begin at their end. Whoever reads calls check_content when done."""
+        return _Seekable(_open_regular(self.path, self.name), self.bytes)
+
+    def notes(self) -> list[str]:
+        """Zeros behind the end of a gzip are what tapes and some programs fill blocks with."""
+        if self.packed == "gzip" and self.bytes > ZEROS_LOOKED_AT:
+            with self.open_for_seeking() as raw:
+                raw.seek(-ZEROS_LOOKED_AT, os.SEEK_END)
+                if not any(raw.read(ZEROS_LOOKED_AT)):
+                    return [f"{self.name}: zeros stand behind the end of its gzip data, and are passed over"]
+        return []
+
+    def check_unchanged(self) -> None:
+        """Reading is done: is the file of this name still the one that was opened? Its content decides."""
+        try:
+            if _state(os.stat(self.path)) == self.state:
+                return
+            same = digest_of(self.path, self.name) == self.digest
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(changed(self.name))
+
+    def check_content(self) -> None:
+        """The same for content that was read in no order: it is digested once more, whatever the file's time says."""
+        if digest_of(self.path, self.name) != self.digest:
+            raise UserError(changed(self.name))
+
+
+def changed(name: str) -> str:
+    return (
+        f"{name} changed while it was read: something writes to it or has replaced it. Wait until it is whole, or read"
+        " a copy; then prepare again."
+    )
+
+
+def identify(found: Found, any_text: bool = False) -> File:
+    """Open, check and digest a file. With `any_text`, any name will do that does not say it is something else."""
+    suffix, packed = _suffixes(found.name)
+    if suffix in REFUSED_SUFFIXES:
+        raise UserError(
+            f"{found.name} is {REFUSED_SUFFIXES[suffix]}, and nothing is unpacked from it. Unpack it yourself, look at"
+            " what is in it, and name the files or their folder. Packed files are read if they end in"
+            f" {' or '.join(PACKED_SUFFIXES)}."
+        )
+    if not any_text and suffix not in KNOWN_SUFFIXES:
+        raise UserError(
+            f"{found.name}: do not know how to read '{suffix or Path(found.name).name}'. Known are"
+            f" {', '.join(KNOWN_SUFFIXES)}, those with text also as {' or '.join(PACKED_SUFFIXES)}. Two text files"
+            " with a sentence a line are --aligned FIRST SECOND."
+        )
+    if packed and suffix in COLUMN_SUFFIXES:
+        raise UserError(
+            f"{found.name}: {suffix} is read as it is, not packed once more (it is packed inside). Unpack it first:"
+            f" {'gzip' if packed == 'gzip' else 'zstd'} -dk {found.name}."
+        )
+    with os.fdopen(_open_regular(found.path, found.name), "rb", buffering=0) as raw:
+        before = os.fstat(raw.fileno())
+        head = raw.read(512)
+        raw.seek(0)
+        _check_first_bytes(head, found.name, suffix, packed)
+        digest = _digest(raw, before.st_size, found.name)
+    return File(found.path, found.name, found.entry, suffix, packed, before.st_size, digest, _state(before))
+
+
+def _suffixes(name: str) -> tuple[str, str | None]:
+    """'a.jsonl.gz' → '.jsonl', 'gzip'. What is unknown inside a packed file is named whole: 'a.txt.gz' → '.txt'."""
+    path = Path(name)
+    last = path.suffix.lower()
+    if last in PACKED_SUFFIXES:
+        return Path(path.stem).suffix.lower(), PACKED_SUFFIXES[last]
+    return last, None
+
+
+def _open_regular(path: str, name: str) -> int:
+    """A descriptor. Anything but a regular file is refused before it is opened, and again after."""
+    try:
+        _check_regular(os.stat(path), name)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(_why_not(path, name, error)) from None
+    try:
+        _check_regular(os.fstat(descriptor), name)
+    except UserError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_regular(found: os.stat_result, name: str) -> None:
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe (FIFO)",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    if stat.S_ISREG(found.st_mode):
+        return
+    kind = next((kind for is_kind, kind in kinds.items() if is_kind(found.st_mode)), "no regular file")
+    raise UserError(f"{name} is {kind}; a regular file is due. Write what comes out of it into a file, and name that.")
+
+
+def _why_not(path: str, name: str, error: Exception) -> str:
+    if os.path.islink(path):
+        loops = isinstance(error, OSError) and error.errno == errno.ELOOP
+        what = "goes round in a circle" if loops else f"points to '{os.readlink(path)}', which is not there"
+        if loops or isinstance(error, FileNotFoundError):
+            return f"{name} is a symbolic link that {what}. Mend the link, or name the file itself."
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return f"{name} cannot be read: {reason}. Check the path and your rights to it (ls -l)."
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _check_first_bytes(head: bytes, name: str, suffix: str, packed: str | None) -> None:
+    """The name says what is in a file; where its first bytes say something else, one of the two is wrong."""
+    if not head:
+        raise EmptyFile(name)
+    if head.startswith(LFS_POINTER):
+        raise UserError(
+            f"{name} is a pointer of Git LFS, and not the file itself, which was not downloaded. Run `git lfs pull` in"
+            " the clone."
+        )
+    is_kind = next((kind for first, kind in FIRST_BYTES.items() if head.startswith(first)), None)
+    expected = packed or {".parquet": "parquet", ".arrow": "arrow"}.get(suffix)
+    if is_kind == expected or (suffix == ".arrow" and is_kind is None):  # arrow streams begin with no mark
+        return
+    if is_kind is None:
+        raise UserError(f"{name} cannot be read as {expected}: its first bytes are {head[:4]!r}. Is it named rightly?")
+    ending = next((ending for ending, kind in PACKED_SUFFIXES.items() if kind == is_kind), None)
+    ending = ending or (f".{is_kind}" if f".{is_kind}" in COLUMN_SUFFIXES else None)
+    advice = f"Name it so that it ends in {ending}." if ending else "Unpack or export it first, as .jsonl for example."
+    raise UserError(f"{name} is {is_kind} by its first bytes, and its name says otherwise. {advice}")
+
+
+def digest_of(path: str, name: str) -> str:
+    with os.fdopen(_open_regular(path, name), "rb", buffering=0) as raw:
+        return _digest(raw, os.fstat(raw.fileno()).st_size, name)
+
+
+def _digest(raw: io.RawIOBase, size: int, name: str) -> str:
+    """Of `size` bytes and no more: a file that grows as fast as it is read would have no end."""
+    digest, read = xxhash.xxh3_128(), 0
+    while read <= size and (block := raw.read(min(1 << 20, size - read + 1))):
+        digest.update(block)
+        read += len(block)
+    if read != size:
+        raise UserError(changed(name))
+    return digest.hexdigest()
+
+
+def _state(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class _Seekable(io.FileIO):
+    """A file of known size: a broken one may say that 3 GB follow, and Python would make room for them first."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        super().__init__(descriptor, "rb")
+        self._size = size
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self.tell())
+        return super().read(min(size, left) if size >= 0 else left)
+
+
+class _Raw(io.RawIOBase):
+    """A file's own bytes, digested on the way. It ends where it ended when it was opened."""
+
+    def __init__(self, file: File) -> None:
+        self.file, self.position, self.digest = file, 0, xxhash.xxh3_128()
+        self._raw = os.fdopen(_open_regular(file.path, file.name), "rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        left = self.file.bytes - self.position
+        block = self._raw.read(min(size, left) if size >= 0 else left)
+        self.digest.update(block)
+        self.position += len(block)
+        return block
+
+    def tell(self) -> int:
+        return self.position
+
+    def check_end(self) -> None:
+        """All was read, nothing comes after it, and it is what was there when the file was opened."""
+        while self.read(BLOCK_BYTES):
+            pass
+        if self._raw.read(1) or self.digest.hexdigest() != self.file.digest:
+            raise UserError(changed(self.file.name))
+        self.file.check_unchanged()
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class Content:
+    """The unpacked bytes of a file, once, from beginning to end; `position` is how many of its own bytes that took."""
+
+    def __init__(self, file: File, limits: Limits) -> None:
+        self.file, self._raw, self._head = file, _Raw(file), b""
+        self._unpacked, self._most = 0, limits.unpacked_bytes(file.bytes)
+        self._stream = self._raw
+        if (
+            file.packed == "gzip"
+        ):  # unlike Arrow's, Python's passes over zeros behind the end, as the program gzip does
+            self._stream = gzip.GzipFile(fileobj=self._raw)
+        elif file.packed:
+            self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, "r"), file.packed)
+
+    def __enter__(self) -> Content:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
+
+    @property
+    def position(self) -> int:
+        return self._raw.position
+
+    def peek(self, size: int) -> bytes:
+        """The next bytes, which stay to be read."""
+        while len(self._head) < size and (block := self._read(size - len(self._head))):
+            self._head += block
+        return self._head[:size]
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; b"" at the end, after a look at whether the file is still the same."""
+        if self._head or not size:
+            block, self._head = self._head[:size], self._head[size:]
+            return block
+        block = self._read(size)
+        if not block:
+            self._raw.check_end()
+        return block
+
+    def _read(self, size: int) -> bytes:
+        try:
+            block = self._stream.read(size)
+        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+            self.file.check_unchanged()
+            if self.file.packed is None:
+                raise UserError(f"{self.file.name} cannot be read on from byte {self.position:,}: {error}.") from None
+            raise UserError(
+                f"{self.file.name} is broken {self.file.packed}: {str(error).rstrip('.')}, after {self._unpacked:,}"
+                f" unpacked bytes, at about byte {self.position:,} of its {self.file.bytes:,}. Rows would be missing,"
+                " so nothing of it is used: fetch or pack it again."
+            ) from None
+        self._unpacked += len(block)
+        if self.file.packed and self._unpacked > self._most:
+            raise UserError(
+                f"{self.file.name} has {self.file.bytes:,} bytes and unpacks to more than {self._most:,}, as no text"
+                " does by chance. If you trust it, raise max_unpacked_ratio, or unpack it and name the unpacked file."
+            )
+        return block
+
+
+def check_line_ends(head: bytes, name: str) -> None:
+    """UserError where lines end in \\r alone, and the file as a whole would be taken for one line."""
+    if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+        quoted = shlex.quote(name)
+        raise UserError(
+            f"{name}: its lines end in a carriage return (CR) alone, as on old Macs, and a line feed is due. Write it"
+            f" so: tr '\\r' '\\n' < {quoted} > {shlex.quote(f'lf-{os.path.basename(name)}')}"
+        )
+
+
+def check_text(head: bytes, name: str) -> int:
+    """Length of the UTF-8 mark at the beginning of a text, or an error where it is no UTF-8 text at all."""
+    if head.startswith(UTF16_MARKS) or _every_second_byte_is_nul(head[:256]):
+        raise UserError(f"{name} is UTF-16, and UTF-8 is due. Convert it: {conversion(name, 'UTF-16')}")
+    if head[257:262] == b"ustar":
+        raise UserError(f"{name} holds a tar archive, and nothing is unpacked from it. Unpack it, and name the files.")
+    mark = len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0
+    if len(head) < HEAD_BYTES and not head[mark:].strip():
+        raise EmptyFile(name)
+    return mark
+
+
+def conversion(name: str, encoding: str) -> str:
+    """A command to paste, whose result has a name that can be read: `iconv -f CP949 -t UTF-8 a.csv > a.utf8.csv`."""
+    suffix, packed = _suffixes(name)
+    stem = name[: -len(Path(name).suffix)] if packed else name
+    result, name = shlex.quote(f"{stem.removesuffix(Path(stem).suffix)}.utf8{suffix}"), shlex.quote(name)
+    command = f"iconv -f {encoding} -t UTF-8"
+    return f"{packed} -dc {name} | {command} > {result}" if packed else f"{command} {name} > {result}"
+
+
+def _every_second_byte_is_nul(head: bytes) -> bool:
+    nuls = sorted(half.count(0) / max(1, len(half)) for half in (head[::2], head[1::2]))
+    return len(head) >= 4 and nuls[0] < 0.1 and nuls[1] > 0.4
+
+
+# Lines
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Whole lines as they stand in the file; `offset` is where they begin in the unpacked content."""
+
+    data: bytes
+    first_line: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class LongLine:
+    """A line beyond the limit, of which only the beginning is kept."""
+
+    head: bytes
+    first_line: int
+    offset: int
+    length: int
+
+
+def line_blocks(content: Content, mark: int, limits: Limits) -> Iterator[Lines | LongLine]:
+    """All lines in blocks of about `block_bytes`. A line ends in \\n; what stands after the last one is a line too.
+
+    A line may be longer than `max_row_bytes` by less than a block and still come as one of Lines.
+    """
+    content.read(mark)
+    line, offset = 1, mark
+    held, held_bytes = [], 0
+    while block := content.read(limits.block_bytes):
+        cut = block.rfind(b"\n") + 1
+        if cut:
+            data = b"".join([*held, block[:cut]])
+            yield Lines(data, line, offset)
+            line, offset = line + data.count(b"\n"), offset + len(data)
+            held, held_bytes = [], 0
+        if cut < len(block):
+            held.append(block[cut:])
+            held_bytes += len(block) - cut
+        if held_bytes > limits.max_row_bytes:
+            head = b"".join(held)[:LONG_ROW_CHARACTERS_KEPT]
+            rest, skipped = _skip_line(content)
+            yield LongLine(head, line, offset, held_bytes + skipped)
+            line, offset = line + 1, offset + held_bytes + skipped
+            held, held_bytes = [rest] if rest else [], len(rest)
+            if b"\n" in rest:
+                cut = rest.rfind(b"\n") + 1
+                yield Lines(rest[:cut], line, offset)
+                line, offset = line + rest.count(b"\n"), offset + cut
+                held, held_bytes = [rest[cut:]] if rest[cut:] else [], len(rest) - cut
+    if held:
+        yield Lines(b"".join(held), line, offset)
+
+
+def _skip_line(content: Content) -> tuple[bytes, int]:
+    """What was read beyond the end of the line, and how many bytes the line still had."""
+    skipped = 0
+    while block := content.read(BLOCK_BYTES):
+        end = block.find(b"\n") + 1
+        if end:
+            return block[end:], skipped + end
+        skipped += len(block)
+    return b"", skipped
+
+
+# Which files are meant
+
+
+def find_files(entry: str, samples: Iterable[str] = ()) -> tuple[list[Found], list[str]]:
+    """The files that a path, a folder or a glob means, in order of their names, and a note on each thing left out."""
+    path = Path(entry).expanduser()
+    if os.path.lexists(path):
+        return _in_folder(str(path), entry) if path.is_dir() else ([Found(str(path), entry, entry)], [])
+    if not glob.has_magic(entry):
+        raise UserError(_no_such_file(path, entry, list(samples)))
+    matches = sorted(glob.glob(str(path), recursive=True))
+    if not matches:
+        raise UserError(f"{entry} matches no file. Put the pattern in quotes, and try it with ls.")
+    files, notes = [], []
+    for match in matches:
+        if os.path.isdir(match):
+            if "**" in entry:  # its files are matches themselves
+                continue
+            found, more = _in_folder(match, entry)
+            files += found
+            notes += more
+        else:
+            _take(match, entry, files, notes)
+    return _need_files(files, notes, entry)
+
+
+def _no_such_file(path: Path, entry: str, samples: list[str]) -> str:
+    try:
+        beside = [str(path.with_name(file.name)) for file in path.parent.iterdir()]
+    except OSError:
+        beside = []
+    near = nearest(entry, [*beside, *samples], cutoff=0.75)
+    hint = f"Did you mean '{near}'?" if near else f"Shipped samples are {', '.join(samples)}; Hub ids start with hf:."
+    return f"{entry}: there is no such file. {hint}"
+
+
+def _in_folder(folder: str, entry: str) -> tuple[list[Found], list[str]]:
+    files: list[Found] = []
+    notes: list[str] = []
+    _walk(folder, entry, files, notes, ())
+    return _need_files(files, notes, entry)
+
+
+def _need_files(files: list[Found], notes: list[str], entry: str) -> tuple[list[Found], list[str]]:
+    if files:
+        return files, notes
+    left_out = f" Left out: {'; '.join(notes[:5])}." if notes else ""
+    names = [note.partition(" is of no kind")[0] for note in notes]
+    aligned = next((pair for pair in itertools.combinations(names, 2) if any(languages_of_files(*pair))), ())
+    hint = f" Aligned files are named together: {'+'.join(aligned)}" if aligned else ""
+    raise UserError(f"{entry} has no file that can be read ({', '.join(KNOWN_SUFFIXES)}).{left_out}{hint}")
+
+
+def _walk(folder: str, entry: str, files: list[Found], notes: list[str], above: tuple[tuple[int, int], ...]) -> None:
+    try:
+        here, names = os.stat(folder), sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(_why_not(folder, folder, error)) from None
+    if (here.st_dev, here.st_ino) in above:
+        notes.append(f"{folder} is a link to a folder that holds it, and was not read again")
+        return
+    if "state.json" in names and "dataset_info.json" in names or "dataset_dict.json" in names:
+        raise UserError(f"{folder} is a data set saved by `datasets`, inside the folder {entry}. Name it by itself.")
+    names = _of_repository(folder, names, entry, notes)
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            notes.append(f"{path} is hidden and was not read")
+        elif os.path.isdir(path):
+            _walk(path, entry, files, notes, (*above, (here.st_dev, here.st_ino)))
+        else:
+            _take(path, entry, files, notes)
+
+
+def _of_repository(folder: str, names: list[str], entry: str, notes: list[str]) -> list[str]:
+    """Of a cloned Hub repository, `data/` alone, if it has files to read: that is what the Hub reads of it."""
+    if not REPOSITORY_MARKS & set(names) or not os.path.isdir(data := os.path.join(folder, "data")):
+        return names
+    found: list[Found] = []
+    _walk(data, entry, found, [], ())
+    others = [name for name in names if name != "data" and name not in METADATA_FILES and not name.startswith(".")]
+    if not found:
+        return names
+    if others:
+        notes.append(f"of {folder}, a clone of a Hub repository, data/ is read, and not {listed(others)}")
+    return ["data"]
+
+
+def _take(path: str, entry: str, files: list[Found], notes: list[str]) -> None:
+    """Of what a folder or a glob holds, files of known kinds are read; an odd one of them is an error, not a note."""
+    suffix, _ = _suffixes(path)
+    if os.path.basename(path) in METADATA_FILES:
+        notes.append(f"{path} is metadata of a data set and was not read")
+    elif suffix in KNOWN_SUFFIXES:
+        files.append(Found(path, path, entry, os.path.relpath(path, fixed_part(entry))))
+    else:
+        notes.append(f"{path} is {REFUSED_SUFFIXES.get(suffix, 'of no kind that is known')} and was not read")
+
+
+def fixed_part(entry: str) -> Path:
+    """The folder itself; of a glob, what stands before its first pattern."""
+    path = Path(entry).expanduser()
+    return path if path.is_dir() else Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))

@@ -1,0 +1,634 @@
+"""From files to raw rows, in chunks of bounded size: a Row for each row that can be read, a Reject for each other one.
+
+    rows.jsonl (.ndjson)  one object a line             rows.json     [{…}, {…}], or an object that holds one such list
+    rows.csv              a header line, then records   rows.tsv      likewise, if its first line names columns
+                          (without one, if columns are mapped by number: {"1": …, "2": …})
+    rows.parquet, .arrow  columns; an Arrow file or stream; a folder saved by `datasets`
+    pairs.tsv             first ⇥ second ⇥ …            → {"first": …, "second": …, "column 3": …}; nothing is quoted
+    a.en+a.ko             two aligned files: line N with line N  → {"first": …, "second": …}
+    memory.tmx            translation units             → {"translation": {"en": …, "ko": …}}
+    hf:user/name[:split]  a data set of the Hub         tatoeba, cmudict, seed_tasks   ship with the project
+
+Text files may end in .gz or .zst too; folders and globs stand for the files in them. A folder, a saved DatasetDict
+and a Hub data set are read by their splits, which the names of their parts say (named_splits.py). What the fields mean
+is not decided here: fields come as they are found.
+
+    for source in open_sources(["data", "more.jsonl.gz"]):
+        for chunk in source.chunks():          # picklable: a worker process can do what follows
+            for row in chunk.rows(): …
+
+One bad row never loses the others. Broken JSON inside an array is skipped up to the next `}, {` that begins like the
+other rows; a quote that is never closed in a csv costs its own line. Only what makes a whole file useless is a
+UserError. On one core 100 MB of JSONL take 0.55 s (json.loads of the same lines alone 0.33 s), and 4 MB of memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from diptych.data_prep.reading.chunks import KNOWN_COLUMNS, Chunk, Rows, check_encoding
+from diptych.data_prep.reading.column_rows import arrow_chunks, hub_chunks, parquet_chunks
+from diptych.data_prep.reading.files import (
+    DEFAULT_LIMITS,
+    HEAD_BYTES,
+    EmptyFile,
+    File,
+    Found,
+    Limits,
+    check_line_ends,
+    check_text,
+    find_files,
+    identify,
+)
+from diptych.data_prep.reading.json_objects import object_reader
+from diptych.data_prep.reading.json_rows import SPACE, json_chunks, jsonl_chunks
+from diptych.data_prep.reading.table_rows import (
+    SEPARATOR_LINE,
+    Header,
+    aligned_chunks,
+    check_header,
+    csv_chunks,
+    text_chunks,
+    tsv_chunks,
+)
+from diptych.data_prep.reading.tmx_rows import tmx_chunks
+from diptych.data_prep.rows.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_of, named, said_kind
+from diptych.data_prep.rows.records import UserError, counted
+from diptych.data_prep.text_to_ids.languages import languages_of_files, names_language
+
+HUB_PREFIX = "hf:"
+ALIGNED_BY = "+"
+TRAIN = KINDS[0]
+FILES_NAMED = 3
+"""Of many with one split, in a note."""
+SAMPLES_FOLDER = Path(__file__).with_name("samples")
+
+NAME = re.compile(r"\w[\w:-]*(?:\.\w+)*")
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to read, known to be there and of a kind that is known."""
+
+    name: str
+    """What messages say; also the `file` of its rows' origins."""
+
+    digest: str
+    """Of its raw bytes (xxh3_128), or a data set's fingerprint: changes when the content does."""
+
+    bytes: int | None
+    """Raw size; None where nobody knows it."""
+
+    read: Callable[[], Iterator[Chunk]] = field(repr=False)
+    entry: str = ""
+    """What the person wrote, from which one or more sources came."""
+
+    forward: str | None = None
+    """The instruction that a shipped sample of parallel text brings along for its first → second direction."""
+
+    backward: str | None = None
+    languages: tuple[str, ...] = ()
+    """Of the first side and of the second of such a sample, or of two aligned files, if their names say them."""
+    notes: tuple[str, ...] = ()
+    """What should be said aloud: files left out, an unusual delimiter, lines where an array was due."""
+    split: str = ""
+    """Which split its rows are for: train, validation, test/news. While sources are opened, what its name says; ""
+    where that says nothing."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        return self.read()
+
+    def rows(self) -> Rows:
+        for chunk in self.chunks():
+            yield from chunk.rows()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A file that ships with the project; parallel text with an instruction for each direction."""
+
+    file: str
+    forward: str | None = None
+    backward: str | None = None
+    languages: tuple[str, ...] = ()
+
+
+SAMPLES = {
+    "tatoeba": Sample(
+        "tatoeba_eng_kor.tsv", "Translate English to Korean:", "Translate Korean to English:", ("en", "ko")
+    ),
+    "cmudict": Sample("cmudict.tsv.zst", "Pronounce:"),
+    "seed_tasks": Sample("self_instruct_seed_tasks.jsonl"),
+}
+
+
+# Opening
+
+
+def check_entry(entry: str) -> None:
+    """UserError where what is to be read is not there; nothing is opened."""
+    if not (entry.startswith(HUB_PREFIX) or entry in SAMPLES or _aligned_pair(entry)):
+        find_files(entry, SAMPLES)
+
+
+def _aligned_pair(entry: str) -> list[str]:
+    """The two files of `a.en+a.ko`; none where this is no pair of files."""
+    pair = [os.path.expanduser(name) for name in entry.split(ALIGNED_BY)]
+    is_pair = len(pair) == 2 and not os.path.lexists(entry) and all(map(os.path.isfile, pair))
+    return pair if is_pair else []
+
+
+def open_sources(
+    entries: Sequence[str],
+    aligned: Sequence[str] = (),
+    limits: Limits = DEFAULT_LIMITS,
+    columns: Collection[str] = (),
+    held_out: Mapping[str, Sequence[str]] | None = None,
+) -> list[Source]:
+    """All that is to be read, each with its split: first train, then what is held out, in the order given. What can be
+    known to be wrong is said here, before anything is read.
+
+    `aligned` is empty or two files. `columns` are those that a person names: where a tsv has one in its first line,
+    this is its header; where all are numbers, csv and tsv have no header, and their columns are "1", "2" and so on.
+    `held_out` are the entries that were named for validation and for test, as SOURCE or NAME=SOURCE. A file that comes
+    up twice in a split is read once, with a note; so are the others where some are empty.
+    """
+    given = {
+        kind: _open_held_out(kind, named_for, limits, columns)
+        for kind, named_for in (held_out or {}).items()
+        if named_for
+    }
+    read = _without_given(_by_splits(_open_entries(entries, limits, columns)), given)
+    if aligned:
+        read.append(replace(_open_aligned(aligned, limits), split=TRAIN))
+    if entries and all(source.split != TRAIN for source in read):
+        raise UserError(
+            f"{' and '.join(entries)}: nothing is left to train on ({_parts(read) or 'no file'}, by the names). To"
+            " train on it, name the files themselves in --data; to evaluate alone, give it as --test, not as --data."
+        )
+    order = [source for kind in KINDS for source in (*read, *given.get(kind, ())) if kind_of(source.split) == kind]
+    return _each_once(order)
+
+
+def _open_held_out(kind: str, entries: Sequence[str], limits: Limits, columns: Collection[str]) -> list[Source]:
+    """What was named for validation or for test. Where the names of its parts say more than one split, only this one
+    is read."""
+    sources: list[Source] = []
+    for name, entry in map(named, entries):
+        found = _open_entries([entry], limits, columns)
+        others = [source for source in found if source.split not in ("", DOUBTFUL, kind)]
+        own = [source for source in found if source.split == kind] if others else found
+        if not own:
+            raise UserError(
+                f"--{kind} {entry}: nothing in it is called {kind} ({_parts(found)}, by their names). Name the file or"
+                " the split that is meant."
+            )
+        if others:
+            left_out = [source for source in found if source not in own]
+            notes = [note for source in left_out for note in source.notes]
+            notes.append(f"of {entry}, only what is called {kind} is read: not {_named_few(left_out)}")
+            own[0] = _with_notes(own[0], notes)
+        sources += [replace(source, split=f"{kind}/{name}" if name else kind) for source in own]
+    names = {source.split for source in sources}
+    if len(names) > 1 and kind in names:
+        unnamed = next(source for source in sources if source.split == kind)
+        raise UserError(
+            f"--{kind} has sets with a name and {unnamed.entry} without one. Give each a name (--{kind} news=a.jsonl"
+            " medical=b.jsonl), or none: then all are one set."
+        )
+    return sources
+
+
+def _by_splits(sources: list[Source]) -> list[Source]:
+    """What was named to train on: a part whose name does not say that it is held out is train.
+
+    Raises:
+        UserError: a name may say so or not.
+    """
+    for source in sources:
+        if source.split == DOUBTFUL:
+            raise UserError(
+                f"{source.name}: its name does not say whether {source.entry} has it to train on, or to be held out."
+                f" Name the files to train on themselves in --data, and what is held out in --validation and --test;"
+                f" or rename the file to train…, validation… or test…."
+            )
+    kept = [replace(source, split=source.split or TRAIN) for source in sources]
+    for entry in dict.fromkeys(source.entry for source in kept):
+        own = [source for source in kept if source.entry == entry]
+        if any(source.split != TRAIN for source in own):
+            place = kept.index(next((source for source in own if source.split == TRAIN), own[0]))
+            kept[place] = _with_notes(kept[place], [f"{entry} is read by the names in it: {_parts(own)}"])
+    return kept
+
+
+def _without_given(sources: list[Source], given: Mapping[str, Sequence[Source]]) -> list[Source]:
+    """Of what was named to train on, all but what --validation and --test name, or stand in place of."""
+    places = {_place(source): source for held_out in given.values() for source in held_out}
+    kept, notes = [], []
+    for source in sources:
+        if other := places.get(_place(source)):
+            kind = kind_of(other.split)
+            if source.split == TRAIN and source.entry == source.name:
+                raise UserError(f"{source.name} is in --data and in --{kind}. Take it out of one of them.")
+            if source.split != kind:
+                notes.append(f"{source.name} is {other.split}, as --{kind} says, and not {source.split}")
+        elif source.split in given:
+            notes.append(f"{source.name} is not read: --{source.split} names what is {source.split} instead")
+        else:
+            kept.append(source)
+            continue
+        notes += source.notes
+    if kept:
+        kept[0] = _with_notes(kept[0], notes)
+    return kept
+
+
+def _parts(sources: Sequence[Source]) -> str:
+    """`train is a.jsonl; test is test.jsonl`."""
+    of = {kind: [source for source in sources if source.split == kind] for kind in (*KINDS, "")}
+    return "; ".join(f"{kind or 'of no split'} is {_named_few(own)}" for kind, own in of.items() if own)
+
+
+def _named_few(sources: Sequence[Source]) -> str:
+    names = ", ".join(source.name for source in sources[:FILES_NAMED])
+    return names + (f" and {len(sources) - FILES_NAMED:,} more" if len(sources) > FILES_NAMED else "")
+
+
+def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> list[Source]:
+    """What training is compared with: the same files, and plain ones of a text a line, whose rows are {"text": …}."""
+    sources: list[Source] = []
+    for entry in entries:
+        names = sorted(glob.glob(entry)) or [entry] if is_plain(entry) else [entry]
+        for name in names:
+            sources += [open_plain(name, limits)] if is_plain(name) else _held_out_parts(_open_entries([name], limits))
+    return _each_once(sources)
+
+
+def _held_out_parts(sources: list[Source]) -> list[Source]:
+    """Of something with a train split, what is not train: it would be compared with itself."""
+    held_out = [source for source in sources if source.split in HELD_OUT]
+    if not held_out or len(held_out) == len(sources):
+        return sources
+    left_out = [source for source in sources if source not in held_out]
+    return [_with_notes(held_out[0], [f"training is not compared with {_named_few(left_out)}"]), *held_out[1:]]
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file has a text a line and nothing else, to judge by its name."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+
+
+def open_plain(entry: str, limits: Limits = DEFAULT_LIMITS) -> Source:
+    """A file with a text a line, whatever it is called; blank lines are none."""
+    [found], _ = find_files(entry, SAMPLES)
+    file = identify(found, any_text=True)
+    with file.open(limits) as content:
+        head = content.peek(HEAD_BYTES)
+    mark = check_text(head, file.name)
+    check_encoding(head, file.name)
+    check_line_ends(head, file.name)
+    return Source(file.name, file.digest, file.bytes, functools.partial(text_chunks, file, limits, mark), entry)
+
+
+def _open_entries(entries: Sequence[str], limits: Limits, columns: Collection[str] = ()) -> list[Source]:
+    """The sources of all entries. An empty file is a note of the first source, unless every file is empty."""
+    sources: list[Source] = []
+    empty: list[EmptyFile] = []
+    for entry in entries:
+        sources += _open_entry(entry, limits, columns, empty)
+    if empty and not sources:
+        raise empty[0]
+    if empty:
+        sources[0] = _with_notes(sources[0], [f"{file.name} is empty and was not read" for file in empty])
+    return _each_once(sources)
+
+
+def _open_entry(entry: str, limits: Limits, columns: Collection[str], empty: list[EmptyFile]) -> list[Source]:
+    """The sources of one entry, each with the split that its name says, if it lies in what was named; empty files are
+    added to `empty`."""
+    if entry.startswith(HUB_PREFIX):
+        return _open_hub(entry, limits)
+    if entry in SAMPLES:
+        sample = SAMPLES[entry]
+        file = identify(Found(str(SAMPLES_FOLDER / sample.file), sample.file, entry))
+        brought = {"forward": sample.forward, "backward": sample.backward, "languages": sample.languages}
+        return [replace(_open_file(file, limits), **brought, notes=())]
+    if (Path(entry) / "dataset_dict.json").is_file() or (Path(entry) / "state.json").is_file():
+        return _open_saved_dataset(entry, limits)
+    if pair := _aligned_pair(entry):
+        return [replace(_open_aligned(pair, limits), entry=entry)]
+    found, notes = find_files(entry, SAMPLES)
+    sources: list[Source] = []
+    for file in found:
+        try:
+            sources.append(replace(_open_file(identify(file), limits, columns), split=said_kind(file.inside)))
+        except EmptyFile as error:
+            empty.append(error)
+    if sources:
+        sources[0] = _with_notes(sources[0], notes)
+    return sources
+
+
+def _with_notes(source: Source, notes: Iterable[str]) -> Source:
+    return replace(source, notes=(*source.notes, *notes))
+
+
+def _place(source: Source) -> str:
+    """The same for the same file, whatever it is called."""
+    if not os.path.exists(source.name):
+        return source.name
+    found = os.stat(source.name)
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def _each_once(sources: list[Source]) -> list[Source]:
+    kept: dict[tuple[str, str], Source] = {}
+    for source in sources:
+        place = (_place(source), source.split)
+        if place in kept:
+            first = kept[place]
+            note = f"{source.name} (by {source.entry}) is {first.name} (by {first.entry}) once more, and is read once"
+            kept[place] = _with_notes(first, [note])
+        else:
+            kept[place] = source
+    return list(kept.values())
+
+
+def _open_file(file: File, limits: Limits, columns: Collection[str] = ()) -> Source:
+    """The way to read a file, by its suffix and its beginning."""
+    if file.suffix == ".parquet":
+        read, notes = parquet_chunks, []
+    elif file.suffix == ".arrow":
+        read, notes = arrow_chunks, []
+    else:
+        with file.open(limits) as content:
+            head = content.peek(HEAD_BYTES)
+        if file.suffix == ".tmx":
+            read, notes = tmx_chunks, []
+        else:
+            mark = check_text(head, file.name)
+            check_encoding(head, file.name)
+            if file.suffix in (".tsv", ".jsonl", ".ndjson"):
+                check_line_ends(head, file.name)
+            text = head[mark:].decode("utf-8", "surrogateescape")
+            read, notes = _by_beginning(file, text, columns) or object_reader(file, limits, mark)
+            read = functools.partial(read, mark=mark)
+    read = functools.partial(read, file, limits=limits)
+    return Source(file.name, file.digest, file.bytes, read, file.entry, notes=(*file.notes(), *notes))
+
+
+def _by_beginning(
+    file: File, head: str, columns: Collection[str]
+) -> tuple[Callable[..., Iterator[Chunk]], list[str]] | None:
+    """None for one JSON object, of which all has to be seen."""
+    if file.suffix == ".tsv":
+        header, notes = _tsv_header(head, file.name, columns)
+        return functools.partial(tsv_chunks, header=header), notes
+    if file.suffix == ".csv":
+        delimiter, notes, numbered = _delimiter(head), [], _are_numbers(columns)
+        if delimiter != ",":
+            note = f"{file.name}: its columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}"
+            if delimiter == "\t":
+                note += "; text in quotes may go over tabs and lines. If nothing is quoted, name the file .tsv"
+            notes.append(note)
+        if numbered:
+            _check_no_header(_first_cells(head, delimiter), file.name)
+            notes.append(f"{file.name}: {FIRST_LINE_IS_DATA}")
+        return functools.partial(csv_chunks, delimiter=delimiter, numbered=numbered), notes
+    layout = _json_layout(head, file)
+    if layout == "object":
+        return None
+    by_name = "array" if file.suffix == ".json" else "lines"
+    notes = [] if layout == by_name else [f"{file.name}: read as {JSON_LAYOUTS[layout]}, in spite of its name"]
+    return {"lines": jsonl_chunks, "array": json_chunks}[layout], notes
+
+
+FIRST_LINE_IS_DATA = "its first line is data, since --map names columns by number"
+
+
+def _are_numbers(columns: Collection[str]) -> bool:
+    return bool(columns) and all(column.isdecimal() for column in columns)
+
+
+def _tsv_header(head: str, name: str, columns: Collection[str]) -> tuple[Header, list[str]]:
+    """A first line is a header if `columns`, which --map names, are in it, or if it has names that data sets give
+    their columns, or those of languages. What it is taken for is said."""
+    lines = [(number, line) for number, line in enumerate(head.split("\n")[:1000], 1) if line.strip()]
+    if lines and SEPARATOR_LINE.fullmatch(f"{lines[0][1]}\n"):
+        del lines[0]
+    number, first = lines[0] if lines else (1, "")
+    cells = [cell.strip() for cell in first.split("\t")]
+    texts = [line for _, line in lines]
+    notes = _quoting_note(texts, name)
+    if _are_numbers(columns):
+        _check_no_header([cell.casefold() for cell in cells], name)
+        return Header.numbered(_usual_columns(texts, name)), [*notes, f"{name}: {FIRST_LINE_IS_DATA}"]
+    if any(cell in columns for cell in cells) or _names_columns(cells):
+        header = Header.of_cells(cells, number)
+        check_header(header, first, name, None)
+        return header, [*notes, f"{name}: its first line names the columns: {', '.join(header.names)}"]
+    header = Header.of_pairs(_usual_columns(texts, name))
+    if len(cells) < 2:  # it will be rejected
+        return header, notes
+    note = f"{name}: its first line is taken for a pair, {cells[0][:40]!r} and {cells[1][:40]!r}"
+    if all(NAME.fullmatch(cell) for cell in cells[:2]):
+        note += f"; if it names columns, --map first={cells[0]} second={cells[1]} makes it the header"
+    return header, [*notes, note]
+
+
+def _names_columns(cells: list[str]) -> bool:
+    """Whether two cells are names that data sets give to columns, or those of languages, and the others look like
+    names too."""
+    names = {cell.casefold() for cell in cells if cell}
+    known = len(names & KNOWN_COLUMNS), sum(map(names_language, set(cells)))
+    return max(known) >= 2 and all(map(NAME.fullmatch, names))
+
+
+def _quoting_note(lines: list[str], name: str) -> list[str]:
+    """Some programs quote in a tsv as in a csv. Whether that is so is for a person to say."""
+    cells = [line.rstrip("\r").split("\t") for line in lines[:100]]
+    is_first_quoted = bool(cells) and all(map(QUOTED.fullmatch, cells[0]))
+    if is_first_quoted or any(QUOTED.fullmatch(cell) and '""' in cell[1:-1] for line in cells for cell in line):
+        return [
+            f"{name}: some cells look quoted as in a csv. A tsv has no quoting, so the quote marks are read as text."
+            " If they quote, name the file .csv"
+        ]
+    return []
+
+
+JSON_LAYOUTS = {"lines": "one JSON object a line", "array": "a JSON array"}
+
+
+def _json_layout(head: str, file: File) -> str:
+    """lines, array or object: what is in a file counts, not whether it is called .json or .jsonl."""
+    start = SPACE.match(head).end()
+    whole_lines = [line.strip() for line in head[start:].split("\n")]
+    first, others = whole_lines[0], [line for line in whole_lines[1:3] if line]
+    second = others[0] if others else ""
+    if file.suffix == ".json":
+        if head.startswith("[", start):
+            return "array"
+        if not head.startswith("{", start):
+            shown = head[start : start + 1]
+            where = f"line {head.count(chr(10), 0, start) + 1}, column {start - head.rfind(chr(10), 0, start)}"
+            raise UserError(
+                f"{file.name}, {where}: {shown!r} stands here, and an array of objects is due: [{{…}}, {{…}}]. If it"
+                " has one object a line, name it .jsonl."
+            )
+        several = second and (_is_object(first) or (first.endswith("}") and _is_object(second)))
+        return "lines" if several else "object"
+    if head.startswith("[", start) and not (first.endswith("}") and second.startswith("{")):
+        return "array"
+    if first == "{" and second and not second.startswith("{"):
+        name = shlex.quote(file.name)
+        command = f"{file.packed} -dc {name} | jq -c ." if file.packed else f"jq -c . {name}"
+        raise UserError(
+            f"{file.name}: its first object goes over several lines, and one object a line is due. Write it so:"
+            f" {command} > lines.jsonl. If the file is one object or an array, name it .json."
+        )
+    return "lines"
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _delimiter(head: str) -> str:
+    """The one that Excel's first line `sep=;` names, else the one that splits the header into most known names, then
+    into most names; a comma if that decides nothing."""
+    if named := SEPARATOR_LINE.match(head):
+        return named[1]
+    scores = {}
+    for delimiter in DELIMITERS:
+        cells = _first_cells(head, delimiter)
+        known = sum(cell in KNOWN_COLUMNS for cell in cells)
+        scores[delimiter] = (known, 1 if known else 0 if delimiter == "|" else len(cells))
+    best = max(scores, key=lambda delimiter: (scores[delimiter], delimiter == ","))
+    return best
+
+
+def _first_cells(head: str, delimiter: str) -> list[str]:
+    named = SEPARATOR_LINE.match(head)
+    header = head[SPACE.match(head, named.end() if named else 0).end() :].split("\n", 1)[0]
+    return [cell.strip().strip('"').strip().casefold() for cell in header.split(delimiter)]
+
+
+def _check_no_header(cells: list[str], name: str) -> None:
+    if all(cell in KNOWN_COLUMNS or names_language(cell) for cell in cells):
+        raise UserError(
+            f"{name}: --map names columns by number, which is for tables without a header, and the first line here"
+            f" names them: {', '.join(cells)}. Map these names."
+        )
+
+
+def _usual_columns(lines: list[str], name: str) -> int:
+    [(columns, _)] = Counter(line.count("\t") + 1 for line in lines).most_common(1) or [(1, 0)]
+    if columns < 2:
+        raise UserError(f"{name} has no tabs between its columns: a line is first ⇥ second ⇥ anything else.")
+    return columns
+
+
+def _open_aligned(names: Sequence[str], limits: Limits) -> Source:
+    if len(names) != 2:
+        raise UserError(f"--aligned takes two files, and got {len(names)}.")
+    files, marks = [], []
+    for name in names:
+        found, _ = find_files(name)
+        if len(found) != 1:
+            raise UserError(f"--aligned takes two files, and {name} stands for {len(found)}.")
+        files.append(identify(found[0], any_text=True))
+        with files[-1].open(limits) as content:
+            head = content.peek(HEAD_BYTES)
+        marks.append(check_text(head, name))
+        check_encoding(head, name)
+        check_line_ends(head, name)
+    if files[0].state[:2] == files[1].state[:2]:
+        raise UserError(f"{names[0]} and {names[1]} are the same file: a text is no translation of itself.")
+    digest = xxhash.xxh3_128_hexdigest("".join(file.digest for file in files).encode())
+    read = functools.partial(aligned_chunks, files, marks, limits)
+    name = f"{names[0]} + {names[1]}"
+    languages = languages_of_files(*names)
+    return Source(name, digest, sum(file.bytes for file in files), read, name, languages=languages)
+
+
+def _open_saved_dataset(entry: str, limits: Limits) -> list[Source]:
+    """A folder that `save_to_disk` wrote: its splits, and their shards in the order that it names them."""
+    folder = Path(entry)
+    if (folder / "dataset_dict.json").is_file():
+        try:
+            splits = list(json.loads((folder / "dataset_dict.json").read_bytes())["splits"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder / 'dataset_dict.json'} does not say which splits there are: {error!r}."
+            ) from None
+        kinds, notes = _kinds_of(entry, splits, str(folder / (splits or KINDS)[0]))
+        sources = [
+            replace(source, split=kind, entry=entry)
+            for split, kind in kinds.items()
+            for source in _open_saved_dataset(str(folder / split), limits)
+        ]
+        return [_with_notes(sources[0], notes), *sources[1:]]
+    try:
+        shards = [shard["filename"] for shard in json.loads((folder / "state.json").read_bytes())["_data_files"]]
+        paths = [str(folder / Path(shard).name) for shard in shards]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'state.json'} does not say which files the data set has: {error!r}.") from None
+    return [_open_file(identify(Found(path, path, entry)), limits) for path in paths]
+
+
+def _kinds_of(entry: str, splits: Sequence[str], example: str) -> tuple[dict[str, str], list[str]]:
+    """The splits to read of a data set, with the kind that each one's name says, and a note on those left out. A lone
+    split is read whatever it is called."""
+    kinds = {split: said_kind(split) for split in splits}
+    if len(splits) == 1:
+        return {split: kind.removesuffix(DOUBTFUL) for split, kind in kinds.items()}, []
+    said = {split: kind for split, kind in kinds.items() if kind in KINDS}
+    if not said:
+        raise UserError(
+            f"{entry} has the splits {', '.join(splits) or 'none'}, whose names do not say what they are for. Name the"
+            f" one to read: {example}."
+        )
+    others = [split for split in splits if split not in said]
+    return said, [f"{entry}: its {counted(len(others), 'split')} {', '.join(others)} not read"] if others else []
+
+
+def _open_hub(entry: str, limits: Limits) -> list[Source]:
+    import datasets  # takes a second, which only those who read from the Hub should wait
+
+    name, _, split = entry.removeprefix(HUB_PREFIX).partition(":")
+    faults = (OSError, ValueError, RuntimeError, RecursionError, datasets.exceptions.DatasetsError)
+    try:
+        found = datasets.load_dataset(name, split=split or None)
+    except faults as error:
+        raise UserError(f"{entry} could not be loaded from the Hub: {error}") from error
+    if split:
+        return [_hub_source(found, entry, entry, limits)]
+    kinds, notes = _kinds_of(entry, list(found), f"{entry}:{next(iter(found), 'train')}")
+    sources = [
+        _hub_source(found[split], f"{entry}:{split}" if len(found) > 1 else entry, entry, limits, kind)
+        for split, kind in kinds.items()
+    ]
+    return [_with_notes(sources[0], notes), *sources[1:]]
+
+
+def _hub_source(dataset: Any, name: str, entry: str, limits: Limits, split: str = "") -> Source:
+    read = functools.partial(hub_chunks, dataset, name, limits)
+    return Source(name, dataset._fingerprint, None, read, entry, split=split)

@@ -1,0 +1,1 @@
+"""Any row becomes a Record: instruction, input, output, history."""

@@ -1,0 +1,274 @@
+"""From a conversation to examples: each answer is one, with the question before it and all that was said earlier.
+
+    system     Be brief.            system        "Be brief."
+    user       Hi.                  example 1     "Hi." → "Hello."
+    assistant  Hello.
+    user       Who are you?         example 2     "Who are you?" → "A model.", after (("Hi.", "Hello."),)
+    assistant  A model.
+
+Consecutive user turns and several system turns are joined by a newline; text parts of one message by nothing, as chat
+templates do. What has no place in an example is refused rather than lost: turns and calls of tools, images and other
+parts that are no text, a system turn after the first user turn, an answer without a question. Of other keys of a turn
+only its marks are read (`weight: 0`, `train: false`, `masked: true` …): an assistant turn that is marked as not to be
+learned from is history and not an example. All other keys with a value are named in a warning (`unused_in_turns`).
+
+At inference the same conversation asks one thing (`open_question`): what its last user turn says, after all before it.
+
+An answer costs 5 µs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from diptych.data_prep.rows.valid_text import (
+    BLANK,
+    Fault,
+    described,
+    from_json_text,
+    from_object_of_lists,
+    has_value,
+    is_missing,
+    missing_inside,
+    some_list,
+    text,
+    unread,
+    without_index,
+)
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+}
+TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "observation", "tool_response", "ipython"}
+
+MARKS = {
+    "weight": True,
+    "loss": True,
+    "loss_weight": True,
+    "loss_mask": True,
+    "train": True,
+    "training": True,
+    "trainable": True,
+    "masked": False,
+}
+"""Keys that mark whether a turn is learned from, and whether 1 or true means that it is: those of OpenAI and ShareGPT
+(`weight`), ms-swift (`loss`), axolotl (`train`, `training`) and others."""
+
+PARTS_OF_A_TURN = "marks parts of a turn, which is learned from as a whole or not at all. Mark the whole turn instead."
+MARKS_NOT_READ = {
+    "mask": "can mean that the turn is learned from, or that it is not. Call it 'loss_mask' (1: it is) or 'masked' (1:"
+    " it is not).",
+    "train_detail": PARTS_OF_A_TURN,
+    "training_detail": PARTS_OF_A_TURN,
+}
+YES_OR_NO = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+
+MEDIA = frozenset(
+    f"{name}{ending}"
+    for name in ("image", "video", "audio")
+    for ending in ("", "s", "_url", "_urls", "_path", "_paths", "_file", "_files")
+) | {"pixel_values"}
+"""Keys, of a turn or of a row, under which data sets keep what is no text."""
+
+MAX_TURNS = 1000
+"""Answers in one conversation. Each becomes an example with all before it, so their size grows with the square."""
+
+
+class Turn(NamedTuple):
+    """One message of a conversation. `where` is its text, as in `messages[2].content`."""
+
+    role: str
+    text: str
+    where: str
+    is_target: bool
+
+
+def turns_of(
+    value: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str], may_be_empty: bool = False
+) -> list[Turn]:
+    """`name` is the column; `roles` says which role of ours each role of the data is. Only system turns may be empty
+    in a row to learn from, and all of them in one that asks."""
+    turns = some_list(value, name, "a list of turns")
+    form = role_key, text_key, roles, may_be_empty
+    return [_turn(from_json_text(turn), f"{name}[{number}]", *form) for number, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[str, str], may_be_empty: bool) -> Turn:
+    if not isinstance(turn, Mapping):
+        reason = f"'{where}' is {described(turn)}, and a turn with '{role_key}' and '{text_key}' is due."
+        raise Fault(where, f"'{without_index(where)}' is not a turn", reason)
+    written = turn.get(role_key)
+    role = roles.get(written) if isinstance(written, str) else None
+    if turn.get("tool_calls") or turn.get("function_call") or (role is None and _is_tool(written)):
+        reason = f"'{where}' calls a tool or is a tool's answer, and only text is read."
+        raise Fault(f"{where}.{role_key}", "tool turn", f"{reason} Write it as text, or leave the conversation out.")
+    if role_key not in turn or text_key not in turn:
+        raise missing_inside(text_key if role_key in turn else role_key, turn, where, (role_key, text_key))
+    if role is None:
+        reason = f"'{where}.{role_key}' is {described(written)}; known are {', '.join(roles)}."
+        raise Fault(f"{where}.{role_key}", "unknown role", reason)
+    if media := next((name for name in turn if name in MEDIA and has_value(turn[name])), None):
+        reason = f"'{where}.{media}' belongs to the turn, and only text is read. Leave the conversation out."
+        raise Fault(f"{where}.{media}", "part that is no text", reason)
+    place = f"{where}.{text_key}"
+    may_be_empty = may_be_empty or role == "system"
+    content = text(_content(turn[text_key], place), place, may_be_empty, what=f"{role} turn")
+    return Turn(role, content, place, is_target=_is_learned_from(turn, where) and role == "assistant")
+
+
+def _is_learned_from(turn: Mapping[str, Any], where: str) -> bool:
+    """What the marks of a turn say; True where it has none."""
+    if turn.keys().isdisjoint(MARKS) and turn.keys().isdisjoint(MARKS_NOT_READ):
+        return True
+    if name := next((name for name in MARKS_NOT_READ if has_value(turn.get(name))), None):
+        reason = f"'{where}.{name}' {MARKS_NOT_READ[name]}"
+        raise Fault(f"{where}.{name}", "mark of a turn that is not read", reason)
+    said = {name: _mark(turn[name], name, where) for name in MARKS if not is_missing(turn.get(name))}
+    if len(set(said.values())) > 1:
+        names = " and ".join(f"'{name}'" for name in said)
+        reason = f"{names} of '{where}' contradict each other on whether it is learned from. Drop one."
+        raise Fault(f"{where}.{next(iter(said))}", "marks of a turn that contradict each other", reason)
+    return all(said.values())
+
+
+def _mark(value: Any, name: str, where: str) -> bool:
+    """Whether the turn is learned from."""
+    written = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+    if written in YES_OR_NO:
+        return YES_OR_NO[written] is MARKS[name]
+    try:
+        float(written)
+    except ValueError:
+        due = "1 or true is due for a turn that is learned from, 0 or false for one that is not."
+    else:
+        due = "it is 0 or 1, since every target token counts the same. Round it."
+    reason = f"'{where}.{name}' is {described(value)}; {due}"
+    raise Fault(f"{where}.{name}", f"'{without_index(where)}.{name}' is neither 0 nor 1", reason)
+
+
+def unused_in_turns(turns: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Iterator[str]:
+    """`messages.name`: keys of turns, and of their parts, that hold something and are not read; and marks that ask for
+    a turn to be learned from that is no assistant's."""
+    turns = from_object_of_lists(turns)
+    names = {role_key: {}, text_key: {"type": {}, "text": {}}, **dict.fromkeys(MARKS, {})}
+    yield from unread(turns, name, names)
+    for turn in turns if isinstance(turns, list | tuple) else ():
+        if isinstance(turn, Mapping) and roles.get(str(turn.get(role_key))) in ("user", "system"):
+            for mark in MARKS.keys() & turn.keys():
+                if YES_OR_NO.get(str(turn[mark]).lower()) is MARKS[mark]:
+                    yield f"{name}.{mark} of {turn[role_key]} turns"
+
+
+def key_of_turns(value: Any) -> str | None:
+    """`role` or `from`, whichever the first turn has; None where there are no turns."""
+    turns = from_object_of_lists(value)
+    turns = map(from_json_text, turns[:8]) if isinstance(turns, list | tuple) else ()
+    keys = (key for turn in turns if isinstance(turn, Mapping) for key in ("role", "from") if key in turn)
+    return next(keys, None)
+
+
+def _is_tool(role: Any) -> bool:
+    return isinstance(role, str) and role in TOOL_ROLES
+
+
+def _content(value: Any, where: str) -> Any:
+    """The text of a message that is written in parts: `[{"type": "text", "text": "Hi."}]`."""
+    if not isinstance(value, list | tuple):
+        return value
+    texts = []
+    for number, part in enumerate(value):
+        place = f"{where}[{number}]"
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+            what = described(part.get("type") if isinstance(part, Mapping) else part)
+            reason = f"'{place}' is of type {what}; only parts of type 'text' are read."
+            raise Fault(place, "part that is no text", reason)
+        if "text" not in part:
+            raise missing_inside("text", part, place, ("type",))
+        texts.append(text(part["text"], f"{place}.text", may_be_empty=True))
+    return "".join(texts)
+
+
+class ChatExample(NamedTuple):
+    """One answer. `history` holds earlier (instruction, output) turns, oldest first."""
+
+    instruction: str
+    history: tuple[tuple[str, str], ...]
+    output: str
+
+
+def answers(turns: Sequence[Turn], name: str) -> tuple[list[str], list[ChatExample], Turn | None]:
+    """What system turns say, the examples, and the user turn at the end that nobody answers."""
+    if sum(turn.role == "assistant" for turn in turns) > MAX_TURNS:
+        raise Fault(name, "too many turns", f"'{name}' has more than {MAX_TURNS:,} assistant turns. Divide it.")
+    system, exchanges, asked = _exchanges(turns)
+    history = [(exchange.instruction, exchange.answer.text) for exchange in exchanges]
+    examples = [
+        ChatExample(exchange.instruction, tuple(history[:place]), exchange.answer.text)
+        for place, exchange in enumerate(exchanges)
+        if exchange.answer.is_target
+    ]
+    if not examples:
+        marked = " that is not marked as history" if exchanges else ""
+        raise Fault(name, "no assistant turn", f"'{name}' has no assistant turn to learn from{marked}.")
+    return system, examples, asked[0] if asked else None
+
+
+def open_question(turns: Sequence[Turn], name: str) -> tuple[list[str], ChatExample]:
+    """What system turns say, and the example that the model is to answer, without its output. An answer at the end
+    that is a target is left out: the model is asked what it was trained to say."""
+    system, exchanges, asked = _exchanges(turns)
+    if asked:
+        instruction = _joined(asked)
+    elif exchanges and exchanges[-1].answer.is_target:
+        instruction = exchanges.pop().instruction
+    elif exchanges:
+        where = exchanges[-1].answer.where
+        reason = f"'{where}' is marked as history, and no user turn after it asks anything. Add one."
+        raise Fault(where, "no user turn at the end", reason)
+    else:
+        raise Fault(name, "no user turn", f"'{name}' has no user turn, so nothing is asked. Add one.")
+    if BLANK.fullmatch(instruction):
+        raise Fault(name, "empty user turn", f"the last user turn of '{name}' is empty, so nothing is asked. Fill it.")
+    history = tuple((exchange.instruction, exchange.answer.text) for exchange in exchanges)
+    return system, ChatExample(instruction, history, "")
+
+
+class _Exchange(NamedTuple):
+    instruction: str
+    answer: Turn
+
+
+def _exchanges(turns: Sequence[Turn]) -> tuple[list[str], list[_Exchange], list[Turn]]:
+    """What system turns say, each answer with its question, and the user turns at the end that nobody answers."""
+    system: list[str] = []
+    exchanges: list[_Exchange] = []
+    asked: list[Turn] = []
+    for turn in turns:
+        if turn.role == "system":
+            if asked or exchanges:
+                raise _bad_order(turn, "a system turn after the conversation has begun")
+            system.append(turn.text)
+        elif turn.role == "user":
+            asked.append(turn)
+        elif not asked:
+            raise _bad_order(turn, "an assistant turn with no user turn before it")
+        else:
+            exchanges.append(_Exchange(_joined(asked), turn))
+            asked = []
+    return system, exchanges, asked
+
+
+def _joined(asked: Sequence[Turn]) -> str:
+    return "\n".join(turn.text for turn in asked)
+
+
+def _bad_order(turn: Turn, what: str) -> Fault:
+    reason = f"'{turn.where}' is {what}: system turns come first, then a user turn before each assistant turn."
+    return Fault(turn.where, "bad order of turns", reason)

@@ -1,0 +1,181 @@
+"""The values that flow through data_prep: a row as read, a record that is valid, a reject with its reason.
+
+    Row({"instruction": "Add.", "input": "1 + 1", "output": "2"}, Origin("sums.jsonl", 3), raw)      from a reader
+    → Record(instruction="Add.", input="1 + 1", output="2", origin=Origin("sums.jsonl", 3))          or, if not valid,
+    → Reject(Origin("sums.jsonl", 3), "output", "empty output", "'output' is empty: …", raw)
+
+Every row that a reader yields ends as exactly one Record or one Reject: kept + rejected = rows read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+IGNORE_INDEX = -100
+"""The label that the loss leaves out (torch's own default for `ignore_index`)."""
+
+RAW_CHARACTERS_KEPT = 100_000
+"""Raw text longer than this is shortened in rejects.jsonl: one unclosed quote can make a whole file one bad row."""
+
+EXAMPLES_KEPT = 3
+"""Of each kind of reject, for the report."""
+
+
+CUT_OFF = "file cut off"
+"""The kind of reject that says that a file ends where more is due: what came after is in no other reject."""
+
+
+class UserError(ValueError):
+    """A mistake that a person can mend: its message says what, got, allowed, next."""
+
+    exit_code = 2
+    """What the command exits with; finetune/commands/exits.py has the others."""
+
+
+class Languages(NamedTuple):
+    """The codes of a direction or of a row; "" where nobody has said one. languages.py knows what they mean."""
+
+    source: str = ""
+    target: str = ""
+
+    @property
+    def direction(self) -> str:
+        """`"eng_Latn-kor_Hang"`; "" where either is not known."""
+        return f"{self.source}-{self.target}" if self.source and self.target else ""
+
+    def swapped(self) -> Languages:
+        return Languages(self.target, self.source)
+
+    def or_else(self, others: Languages) -> Languages:
+        """With the codes of `others` where there are none."""
+        return Languages(self.source or others.source, self.target or others.target)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a row stands: its line in line formats (jsonl, csv, tsv, aligned text), else its row, from 1 on."""
+
+    file: str
+    row: int
+    instance: int = 0
+    """1-based part of a row that gives several examples (instances, turns, directions); 0 where a row is one."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}" + (f".{self.instance}" if self.instance else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a reader found, before anything is known about its values."""
+
+    fields: Mapping[str, Any]
+    origin: Origin
+    raw: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One valid example. `history` holds earlier (instruction, output) turns, oldest first; `system` is what a chat's
+    system prompt says, `category` what the data calls this kind of task, `languages` the codes of both sides."""
+
+    instruction: str
+    input: str
+    output: str
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    category: str = ""
+    languages: Languages = Languages()
+    origin: Origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenised:
+    """One example that came as token ids: neither template nor tokenizer has anything to do with it."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    languages: Languages = Languages()
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One row that was not kept. `kind` is the same for all rows with this fault; `reason` tells of this row alone."""
+
+    origin: Origin
+    field: str | None
+    kind: str
+    reason: str
+    raw: str
+
+    def as_json(self) -> dict[str, Any]:
+        raw = self.raw if len(self.raw) <= RAW_CHARACTERS_KEPT else self.raw[:RAW_CHARACTERS_KEPT] + " …"
+        return {
+            "file": self.origin.file,
+            "row": self.origin.row,
+            "instance": self.origin.instance,
+            "field": self.field,
+            "kind": self.kind,
+            "reason": self.reason,
+            "raw": raw.encode("utf-8", "backslashreplace").decode("utf-8"),  # bytes that are no UTF-8 stay readable
+        }
+
+
+class Rejects:
+    """The rows that were not kept, written to a file as they come; what is remembered of them is counts and examples.
+
+    With `strict`, the first one ends the run; so does one whose kind is in `fatal`.
+    """
+
+    def __init__(self, file: IO[str] | None = None, strict: bool = False, fatal: Collection[str] = ()) -> None:
+        self.file, self.strict, self.fatal = file, strict, fatal
+        self.count = 0
+        self.kinds: Counter[str] = Counter()
+        self.examples: defaultdict[str, list[Reject]] = defaultdict(list)
+        """A few of each kind, the first ones."""
+
+    def add(self, reject: Reject) -> None:
+        if self.strict or reject.kind in self.fatal:
+            why = "--strict stops at the first row that cannot be kept." if self.strict else "Nothing was written."
+            raise UserError(f"{reject.origin}: {reject.reason} ({why})")
+        self.count += 1
+        self.kinds[reject.kind] += 1
+        if len(self.examples[reject.kind]) < EXAMPLES_KEPT:
+            self.examples[reject.kind].append(reject)
+        if self.file is not None:
+            self.file.write(json.dumps(reject.as_json(), ensure_ascii=False) + "\n")
+
+    def by_kind(self) -> dict[str, int]:
+        """How many rows have which fault, the most frequent first."""
+        return dict(self.kinds.most_common())
+
+
+def counted(number: int, thing: str) -> str:
+    """`counted(1, "group")` → "1 group"; 2000 → "2,000 groups"."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, case and outer blanks aside: "Instrution" is nearest to "instruction"."""
+    spelled = {candidate.strip().casefold(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=cutoff)
+    return spelled[matches[0]] if matches else None
+
+
+def character_at(value: str, position: int) -> str:
+    return f"U+{ord(value[position]):04X} at character {position + 1}"
+
+
+def broken_character(text: str) -> str:
+    """The first that no encoding has, where it stands and what it is; "" where there is none. JSON may spell half of a
+    surrogate pair (`"\\ud83d"`)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"{character_at(text, error.start)}: half of a broken symbol, or a byte that is no UTF-8."
+    return ""

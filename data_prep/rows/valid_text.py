@@ -1,0 +1,319 @@
+"""What a value must be to count as a text: a string, of characters that can be encoded, with something in it.
+
+text("2", "output")                → "2", the very string: values are never changed
+text(2, "output")                  → Fault "'output' is a number (2), not a string. Write it as one: …"
+text("  \\u200b", "output")         → Fault "'output' is empty: a row needs one to be learned from."
+text("a\\ufdd0", "output")          → Fault "'output' holds a noncharacter, U+FDD0 at character 2: …"
+
+An ASCII text costs 0.1 µs, a Korean sentence of 160 characters 2 µs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import reprlib
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from diptych.data_prep.rows.records import broken_character, character_at, nearest
+
+JSON_TYPE_NAMES = {
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+NONCHARACTERS = "\ufdd0-\ufdef" + "".join(chr(plane * 0x10000 + 0xFFFE + n) for plane in range(17) for n in (0, 1))
+"""The 66 code points that Unicode keeps for a program's own use; data_prep marks places in its texts with some."""
+
+UNFIT = re.compile(f"[\0\ud800-\udfff{NONCHARACTERS}]")
+
+NO_UNFIT_BYTES = (b"\0", b"\xef\xb7", b"\xbf\xbe", b"\xbf\xbf")
+"""UTF-8 with none of these holds no NUL and no noncharacter. Four searches for bytes are 4 times faster than UNFIT."""
+
+BLANK = re.compile(
+    "[\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
+)
+"""White space and what is drawn as nothing (Unicode's Default_Ignorable_Code_Point)."""
+
+INDEX = re.compile(r"\[\d+\]")
+
+NAMES_SHOWN = 12
+
+
+class Fault(ValueError):
+    """What is wrong with a row. `of_shape` if the row is built otherwise than its file, rather than its text wrong."""
+
+    def __init__(self, field: str, kind: str, reason: str, of_shape: bool = False) -> None:
+        super().__init__(reason)
+        self.field, self.kind, self.reason, self.of_shape = field, kind, reason, of_shape
+
+
+def text(value: Any, name: str, may_be_empty: bool = False, what: str | None = None) -> str:
+    """The value itself, if it is a sound text. `what` is its name in the kind of the fault, when it is empty."""
+    if type(value) is str and value.isascii() and "\0" not in value:
+        if may_be_empty or (value and not value.isspace()):
+            return value
+    elif not isinstance(value, str):
+        raise not_a_string(value, name)
+    else:
+        _check_characters(value, name)
+        if may_be_empty or not BLANK.fullmatch(value):
+            return value
+    reason = f"'{name}' is empty: a row needs one to be learned from."
+    raise Fault(name, f"empty {what or without_index(name)}", reason)
+
+
+def not_a_string(value: Any, name: str, known: str | None = None) -> Fault:
+    """`known` is what `--map` calls the column, where the value is a whole column's."""
+    if value is None:
+        return Fault(name, f"'{without_index(name)}' is null", f"'{name}' is null; a string is due.", of_shape=True)
+    if is_missing(value):
+        reason = f"'{name}' is NaN, a missing value. Drop such rows, or fill them in (in pandas: dropna or fillna)."
+        return Fault(name, f"'{without_index(name)}' is NaN", reason, of_shape=True)
+    reason = f"'{name}' is {described(value)}, not a string. {_how_to_write_it(value, name, known)}"
+    return Fault(name, f"'{without_index(name)}' is not a string", reason, of_shape=True)
+
+
+def _how_to_write_it(value: Any, name: str, known: str | None) -> str:
+    if isinstance(value, bytes):
+        return f"Decode it (in pandas: df[{name!r}] = df[{name!r}].str.decode('utf-8'))."
+    if isinstance(value, list | tuple | Mapping):
+        path = path_to_text(value)
+        if not path:
+            return "Write a string, or leave the row out."
+        several = ", or write a row for each" if isinstance(value, list | tuple) and len(value) > 1 else ""
+        if known is None:
+            return f"Write the string that is inside of it, at {shown_name('.'.join(path))}{several}."
+        return f"--map {mapped(known, '.'.join([name, *path]))} takes the string in it{several}."
+    return "Write it as one: in quotes in JSON, as a column of strings in a table (in pandas: .astype(str))."
+
+
+def path_to_text(value: Any, most_steps: int = 4) -> list[str]:
+    """Steps to the first string inside of a value: `{"text": ["a"]}` → ["text", "0"]; [] where there is none."""
+    if not most_steps:
+        return []
+    inside = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    )
+    for name, inner in inside:
+        if isinstance(inner, str):
+            return [str(name)]
+        if deeper := path_to_text(inner, most_steps - 1):
+            return [str(name), *deeper]
+    return []
+
+
+def is_missing(value: Any) -> bool:
+    """Null, or NaN, which tables have for a missing value."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def has_value(value: Any) -> bool:
+    return not is_missing(value) and value not in ("", [], {}, ())
+
+
+def _check_characters(value: str, name: str) -> None:
+    if broken := broken_character(value):
+        raise Fault(name, "broken Unicode", f"'{name}' holds {broken}")
+    encoded = value.encode("utf-8")
+    if not any(part in encoded for part in NO_UNFIT_BYTES) or not (found := UNFIT.search(value)):
+        return
+    place = character_at(value, found.start())
+    if found.group() == "\0":
+        reason = f"'{name}' holds a NUL, {place}: no text has one. The file may be binary, or UTF-16."
+        raise Fault(name, "NUL in the text", reason)
+    reason = f"'{name}' holds a noncharacter, {place}: Unicode keeps it for a program's own use. Take it out."
+    raise Fault(name, "noncharacter in the text", reason)
+
+
+def missing(column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None) -> Fault:
+    """`known` are the columns that mean something already, and so are not `column` misspelt; `field` is what `--map`
+    calls the column, if it is one."""
+    near = misspelt(column, fields, known)
+    if near is not None:
+        return _misspelt_fault(column, near, field)
+    reason = f"'{column}' is missing; the row has {listed(fields) or 'no fields'}."
+    return Fault(column, f"missing field '{column}'", reason, of_shape=True)
+
+
+def check_not_misspelt(column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None) -> None:
+    """A field may be absent, but not misspelt: a row with 'inptu' would otherwise lose its input without a word."""
+    near = misspelt(column, fields, known, cutoff=0.75)
+    if near is not None:
+        raise _misspelt_fault(column, near, field)
+
+
+def _misspelt_fault(column: str, near: str, field: str | None) -> Fault:
+    in_all = f"; if it is called so in all rows, --map {mapped(field, near)} reads it" if field else ""
+    near = shown_name(near)
+    reason = f"'{column}' is missing; is '{near}' meant? Rename it to '{column}'{in_all}."
+    return Fault(column, f"misspelt field '{near}'", reason)
+
+
+def misspelt(column: str, fields: Mapping[str, Any], known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The column of a row that is most like `column`. Rows of a file have the same few sets of names."""
+    if len(fields) <= 32:
+        return _misspelt(column, tuple(fields), tuple(known), cutoff)
+    return _misspelt.__wrapped__(column, tuple(fields), tuple(known), cutoff)
+
+
+@functools.lru_cache(maxsize=16)
+def _misspelt(column: str, names: tuple[str, ...], known: tuple[str, ...], cutoff: float) -> str | None:
+    return nearest(column, [name for name in names if name not in known], cutoff=cutoff)
+
+
+def some_list(value: Any, name: str, due: str = "a list") -> Sequence[Any]:
+    """A list, which may be written as JSON text, or as an object of lists."""
+    found = from_object_of_lists(value)
+    if isinstance(found, list | tuple):
+        return found
+    reason = f"'{name}' is {described(found)}, and {due} is due.{unparsed(found, 'It', name)}"
+    raise Fault(name, f"'{without_index(name)}' is not a list", reason, of_shape=True)
+
+
+def filled_list(value: Any, name: str, kind: str) -> Sequence[Any]:
+    found = some_list(value, name)
+    if not found:
+        raise Fault(name, kind, f"'{name}' is empty: there is nothing in it to learn from.")
+    return found
+
+
+def from_json_text(value: Any) -> Any:
+    """`'[{"role": "user", …}]'` → the list: tables and databases keep lists and objects as JSON text. Any other value,
+    and a text that is not the JSON of a list or an object, is returned as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def from_object_of_lists(value: Any) -> Any:
+    """`{"role": ["user"], "content": ["Hi."]}` → `[{"role": "user", "content": "Hi."}]`: so `datasets` before 4.0
+    keeps a list of objects. Any other value is returned as `from_json_text` does."""
+    value = from_json_text(value)
+    if not isinstance(value, Mapping) or not all(isinstance(part, list | tuple) for part in value.values()):
+        return value
+    if len(set(map(len, value.values()))) != 1:
+        return value
+    return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
+
+
+def is_unparsed(value: Any) -> bool:
+    """Whether a text begins as a list or an object does, and is no JSON."""
+    found = from_json_text(value)
+    return isinstance(found, str) and found.lstrip()[:1] in ("[", "{")
+
+
+def unparsed(value: Any, what: str, column: str) -> str:
+    """What to do with such a text, which is mostly in Python's own notation."""
+    if not is_unparsed(value):
+        return ""
+    return (
+        f" {what} is text that begins as a list or an object does, but it is no JSON. If it is Python's own notation,"
+        f" as pandas writes lists into csv, pandas makes JSON of it: df[{column!r}] ="
+        f" df[{column!r}].map(ast.literal_eval); df.to_json('rows.jsonl', orient='records', lines=True)."
+    )
+
+
+def unread(value: Any, path: str, names: Mapping[str, Any]) -> Iterator[str]:
+    """`messages.name`: the keys inside of a value that hold something and are not read. `names` are those that are,
+    each with such names inside of it; where there are none, nobody looks there. A key may come several times."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in names:
+                if has_value(inner):
+                    yield f"{path}.{shown_name(str(key))}"
+            elif names[key]:
+                yield from unread(inner, f"{path}.{key}", names[key])
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from unread(from_json_text(part), path, names)
+
+
+def inner(value: Any, key: str, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        reason = f"'{where}' is {described(value)}, and an object {{…}} is due."
+        raise Fault(where, f"'{without_index(where)}' is not an object", reason)
+    if key not in value:
+        raise missing_inside(key, value, where, ("input", "output"))
+    return value[key]
+
+
+def input_of(value: Any, where: str) -> str:
+    """`input`, which may be absent or null, but not misspelt."""
+    if isinstance(value, Mapping) and "input" not in value:
+        _check_not_misspelt_inside("input", value, where)
+        return ""
+    input = inner(value, "input", where)
+    return "" if input is None else text(input, f"{where}.input", may_be_empty=True)
+
+
+def _check_not_misspelt_inside(key: str, value: Mapping[str, Any], where: str) -> None:
+    try:
+        check_not_misspelt(key, value, ("input", "output"))
+    except Fault as fault:
+        raise Fault(f"{where}.{key}", fault.kind, f"in '{where}', {fault.reason}") from None
+
+
+def missing_inside(key: str, value: Mapping[str, Any], where: str, known: Iterable[str]) -> Fault:
+    fault = missing(key, value, known)
+    return Fault(f"{where}.{key}", fault.kind, f"in '{where}', {fault.reason}")
+
+
+def joined(value: Any, name: str, between: str, may_be_empty: bool = False) -> str:
+    """A text, or a list of texts as one."""
+    if not isinstance(value, list | tuple):
+        return text(value, name, may_be_empty)
+    parts = [text(part, f"{name}[{number}]", may_be_empty=True) for number, part in enumerate(value)]
+    return text(between.join(parts), name, may_be_empty)
+
+
+def described(value: Any) -> str:
+    """`a number (2)`, `a list (['a'])`: what a value is, and its beginning."""
+    name = JSON_TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
+    if value is None:
+        return name
+    try:
+        shown = SHORT.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return f"{name} (of very many digits)"
+    return f"{name} ({shown if len(shown) <= 60 else shown[:60] + ' …'})"
+
+
+def listed(names: Iterable[str]) -> str:
+    """`'a', 'b'`, shortened where a row has very many."""
+    names = list(names)
+    more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(f"'{shown_name(name)}'" for name in names[:NAMES_SHOWN]) + more
+
+
+def mapped(field: str, column: str) -> str:
+    """`output=answer`, as it is written after --map in a shell."""
+    return shlex.quote(f"{field}={shown_name(column)}")
+
+
+def shown_name(name: str) -> str:
+    """A name from the data, such that a message with it can be written to a file."""
+    name = name if len(name) <= 60 else name[:60] + " …"
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def without_index(name: str) -> str:
+    """`messages[2].content` → `messages.content`: the same for all rows."""
+    return INDEX.sub("", name)
+
+
+SHORT = reprlib.Repr()

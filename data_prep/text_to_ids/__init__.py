@@ -1,0 +1,1 @@
+"""A record becomes source and target text, and those become token ids: templates, tokenizers, languages."""

@@ -1,0 +1,177 @@
+"""Whether a checkpoint's name stands for something: a folder here, what was downloaded before, or a Hub repository.
+And whether its config is one that a library may be given.
+
+    check_place("google-t5/t5-small")    → nothing, if it is cached or the Hub has it
+    check_place("t5-smal")               → UserError: there is no folder t5-smal, and …
+    check_config("google-t5/t5-small")   → nothing; UserError where it says num_layers: 10**9, with the bytes
+
+Asked before anything is loaded, because `from_pretrained` on a name that is not cached takes no first "no" from the
+network: huggingface_hub waits 1, 2, 4, 8 and 8 s in between (`http_backoff`), once for each file that it looks for, so
+that a misspelt name took 47 s without a network. Here it is one request, which online comes on top of the others.
+
+transformers makes lists as long as a config has layers, and takes from it which kernels of the Hub compute attention:
+these are code, which is imported where the package `kernels` is installed. So a config is looked at before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionResolutionError,
+)
+
+from diptych.data_prep.rows.records import UserError
+
+ADVICE = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small"
+
+WIDTHS = ("d_model", "hidden_size")
+INNER_WIDTHS = ("d_ff", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim")
+LAYERS = ("num_layers", "num_decoder_layers", "num_hidden_layers", "encoder_layers", "decoder_layers")
+OTHER_SIZES = ("vocab_size", "max_position_embeddings", "d_kv", "head_dim", "num_heads", "num_attention_heads")
+MOST_LAYERS = 1000
+"""The deepest encoder-decoder that is published has some fifty; more cost time and room before any weight is read."""
+CODE_CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+SHIPPED_CODE = ("eager", "sdpa", None)
+FP32_BYTES = 4
+
+
+def check_place(name: str) -> None:
+    """UserError where `name` is neither a folder nor a Hub repository that is cached or can be reached."""
+    place = Path(name)
+    if place.is_dir():
+        return
+    if place.exists():
+        raise UserError(f"{name} is a file; a checkpoint is a folder. Name the folder it lies in.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and place.parent.is_dir()):
+        # what is left, a name or owner/name whose owner is no folder here, may be a Hub id
+        raise UserError(f"there is no folder {name}. {ADVICE}.")
+    if not _is_cached(name):
+        _ask_hub(name)
+
+
+def _is_cached(name: str) -> bool:
+    """Whether files of it were downloaded before; no connection is made."""
+    try:
+        HfApi().resolve_revision(name, local_files_only=True)
+    except RevisionResolutionError:
+        return False
+    except HFValidationError as error:
+        raise UserError(f"there is no folder {name}, and no Hub id looks so: {error} {ADVICE}.") from None
+    return True
+
+
+def _ask_hub(name: str) -> None:
+    """One request. What else may be wrong with an answer (not allowed, too many, down for the moment) is left to
+    whoever loads, who waits and asks again."""
+    if is_offline_mode():
+        raise UserError(
+            f"there is no folder {name}, nothing was downloaded under this name, and the Hub is not asked, because"
+            f" HF_HUB_OFFLINE is set. Check the spelling. {ADVICE}; to download it, unset HF_HUB_OFFLINE."
+        )
+    try:
+        HfApi().resolve_revision(name)
+    except GatedRepoError:
+        return
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"there is no folder {name}, and the Hub has no repository of this name that you may read. Check the"
+            f" spelling. {ADVICE}; a private one needs `hf auth login`."
+        ) from None
+    except HfHubHTTPError:
+        return
+    except RevisionResolutionError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):
+            return
+        raise UserError(
+            f"there is no folder {name}, nothing was downloaded under this name, and the Hub cannot be reached"
+            f" ({error.__cause__}). Check the spelling and the network. {ADVICE}, which the Hub must be reachable for."
+        ) from error
+
+
+def check_config(name: str) -> None:
+    """UserError where config.json, in a folder or on the Hub, has sizes that are none or more than any model's, or
+    names code. A folder without one (a tokenizer's) is fine."""
+    from transformers import PreTrainedConfig  # seconds, which a misspelt name should not wait for
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        if not isinstance(config, dict):
+            raise TypeError(f"it holds a {type(config).__name__}, where settings by name are due")
+    except OSError:  # none there, or not to be read: whoever needs one will say so
+        return
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"config.json of {name} is no config: {error}. Copy the checkpoint again.") from error
+    for part in config_parts(config):
+        _check_part(part, config, name)
+
+
+def check_chat_templates(templates: str | Mapping[str, str] | None, name: str) -> None:
+    """UserError where one of a tokenizer's has a name that is a path: each is saved as a file of its name."""
+    for template in templates if isinstance(templates, Mapping) else []:
+        if Path(template).name != template or template == "..":
+            raise UserError(
+                f"the tokenizer of {name} has a chat template named {template[:80]!r}, which is no file's name. Take"
+                f" it out of tokenizer_config.json."
+            )
+
+
+def config_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The config and those in it: of an encoder, a decoder, a text model."""
+    yield config
+    for key, value in config.items():
+        if isinstance(value, dict) and (key in ("encoder", "decoder") or key.endswith("_config")):
+            yield from config_parts(value)
+
+
+def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -> None:
+    for key in (*WIDTHS, *INNER_WIDTHS, *LAYERS, *OTHER_SIZES):
+        value = part.get(key)
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value >= (0 if key in LAYERS else 1)
+        if value is not None and not is_size:
+            raise UserError(
+                f"config.json of {name} says that {key} is {str(value)[:40]!r}, which is no size: a whole number from"
+                f" 1 on is due. Mend it, or take another checkpoint."
+            )
+        if key in LAYERS and value is not None and value > MOST_LAYERS:
+            raise UserError(
+                f"config.json of {name} asks for {value:,} layers ({key}): at least"
+                f" {FP32_BYTES * least_weights(config):,} bytes of weights in fp32. {MOST_LAYERS:,} are the most that"
+                f" are tried. Mend it, or take another checkpoint."
+            )
+    for key in CODE_CHOICES:
+        choice = part.get(key)
+        if any(entry not in SHIPPED_CODE for entry in (choice.values() if isinstance(choice, dict) else [choice])):
+            raise UserError(
+                f"config.json of {name} says that {key} is {str(choice)[:80]!r}, which would load code. Which code"
+                f" runs is not for a checkpoint to say: take the line out."
+            )
+
+
+def least_weights(config: Mapping[str, Any]) -> int:
+    """How many weights a model of this config has at the least: a table of the vocabulary, and in each layer a matrix
+    that widens. Where parts have sizes of their own, those of the largest part."""
+    return max(map(_least_of_part, config_parts(config)))
+
+
+def _least_of_part(part: Mapping[str, Any]) -> int:
+    def sizes(keys: tuple[str, ...]) -> list[int]:
+        return [part[key] for key in keys if isinstance(part.get(key), int)]
+
+    width, inner_width = min(sizes(WIDTHS), default=1), min(sizes(INNER_WIDTHS), default=1)
+    return width * (max(sizes(("vocab_size",)), default=1) + max(sizes(LAYERS), default=0) * inner_width)
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What transformers says. Without sentencepiece it takes a sentencepiece model for one of tiktoken."""
+    if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:
+        return "its vocabulary is a sentencepiece model. Install what reads it: pip install 'diptych[sentencepiece]'."
+    return str(error)

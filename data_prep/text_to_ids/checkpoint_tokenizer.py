@@ -1,0 +1,111 @@
+"""The tokenizer of the checkpoint that will be tuned, with its template, from its files.
+
+    open_tokenizer("google-t5/t5-small")             → the tokenizer, or one message that says why there is none
+    load_tokenizer_and_template(settings, "alpaca")  → the tokenizer (None where it is to be trained) and the template
+
+No model code runs here, and none of a stranger's.
+"""
+
+from __future__ import annotations
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.text_to_ids.checkpoint_config import (
+    check_chat_templates,
+    check_config,
+    check_place,
+    why_not_loaded,
+)
+from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
+from diptych.data_prep.text_to_ids.languages import check_spells_no_code, codes_of, is_same_language, set_languages
+from diptych.data_prep.text_to_ids.templates import (
+    BARE_TEMPLATE,
+    TEMPLATES,
+    TOKENIZER_KEY,
+    Template,
+    attach_template,
+    load_template,
+    template_of,
+)
+from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A folder's or a Hub id's."""
+    check_place(name)
+    check_config(name)
+    try:
+        # False, and not left out: left out, transformers would ask on the terminal whether to run a stranger's code.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:  # that of a config beside it
+        raise UserError(f"the tokenizer '{name}' could not be loaded: {why_not_loaded(error)}") from error
+    check_chat_templates(tokenizer.chat_template, name)
+    name_end_token(tokenizer)
+    return tokenizer
+
+
+def load_tokenizer_and_template(
+    settings: PrepareSettings, default: str
+) -> tuple[PreTrainedTokenizerBase | None, Template]:
+    """The tokenizer is None where it has to be trained, which needs the train split first. `default` is the template
+    where neither the settings nor the tokenizer have one."""
+    if settings.tokenizer is None:
+        return None, load_template(settings.template or default)
+    tokenizer = _load_tokenizer(settings)
+    if settings.template is None and TOKENIZER_KEY in tokenizer.init_kwargs:
+        template = template_of(tokenizer)
+    elif settings.template is None and default == "alpaca" and codes_of(tokenizer).tokens:
+        template = TEMPLATES[BARE_TEMPLATE]
+    else:
+        template = load_template(settings.template or default)
+    _set_languages(settings, tokenizer)
+    attach_template(tokenizer, template)
+    return tokenizer, template
+
+
+def _set_languages(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Those of the settings become the tokenizer's own, which are those of rows, and of prompts, that say none."""
+    codes = codes_of(tokenizer)
+    for option in ("forward", "backward"):
+        check_spells_no_code(codes, getattr(settings, option) or "", f"--{option}")
+    given = Languages(settings.source_language or "", settings.target_language or "")
+    if is_same_language(*given):
+        raise UserError(
+            f"source_language and target_language are one language, {given.source} and {given.target}. If the data is"
+            " in one language indeed, say so in its rows, as columns source_language and target_language."
+        )
+    if any(given) and not codes.tokens:
+        if not all(given):
+            raise UserError("source_language and target_language belong together. Give both, or neither.")
+        said = codes.instruction("", given)
+        words = f"rows without an instruction begin '{said}', and the others" if said else "rows"
+        print(f"Note       '{settings.tokenizer}' has no language codes: {words} keep the languages as columns alone")
+    languages = codes.checked(given)
+    for name, code in zip(given, languages, strict=True):
+        if name != code:
+            print(f"Note       language {name} is {code} for '{settings.tokenizer}'")
+    if codes.is_around_texts:
+        set_languages(tokenizer, languages)
+
+
+def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
+    name = settings.tokenizer
+    tokenizer = open_tokenizer(name)
+    for token in ("eos_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            raise UserError(f"'{name}' has no {token}. Set tokenizer.{token}, save it, and use that folder.")
+    check_decoder_start(settings, tokenizer)
+    return tokenizer
+
+
+def check_decoder_start(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    start, last = settings.decoder_start_token_id, vocabulary_sizes(tokenizer)[1] - 1
+    if start is not None and start > last:
+        name = f"'{settings.tokenizer}'" if settings.tokenizer else "the tokenizer trained here"
+        raise UserError(
+            f"decoder_start_token_id is {start}, but the token ids of {name} end at {last}. Give one up to there, or"
+            " none: then it is what the checkpoint's config says, or else the padding token."
+        )

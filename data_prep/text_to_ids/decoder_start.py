@@ -1,0 +1,72 @@
+"""The token that a decoder is given first: one rule for preparing, training, scoring and generating.
+
+    named_start(config, generation)    → (2, "model config")   from the two configs of a checkpoint
+    decoder_start_of(settings)         → (0, "setting")        the same from its files, without any model code
+    split_start([7, 31, 1], 0, mbart)  → (7, [31, 1])          start and labels of a row that begins with its code
+
+It is `decoder_start_token_id` of generation_config.json, or else of config.json. Where both are silent, it is what the
+family itself takes for it (`STARTS`), and for all others `bos_token_id`, with which transformers' `generate` begins.
+
+A tokenizer may have each row start with the code of its target's language instead (mBART-cc25, see languages.py).
+"""
+
+from __future__ import annotations
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.languages import codes_of
+
+STARTS = {"mbart": "eos_token_id", "plbart": "eos_token_id", "fsmt": "eos_token_id", "diptych": "pad_token_id"}
+"""`shift_tokens_right` of the first three moves the last label, the end, to the front."""
+
+
+def named_start(config: PreTrainedConfig, generation: GenerationConfig) -> tuple[int, str] | None:
+    """The token, and who says so: "model config", or the field that stands in for it; None where there is none."""
+    configured = getattr(config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
+    for token in (generation.decoder_start_token_id, configured):
+        if token is not None:
+            return token, "model config"
+    name = STARTS.get(config.model_type, "bos_token_id")
+    token = getattr(config if config.model_type in STARTS else generation, name)
+    return None if token is None else (token, name)
+
+
+def decoder_start_of(settings: PrepareSettings) -> tuple[int, str] | None:
+    """What training and `generate` will begin to write with, and who says so; None where nobody does."""
+    if settings.decoder_start_token_id is not None:
+        return settings.decoder_start_token_id, "setting"
+    config = _model_config(settings.tokenizer) if settings.tokenizer else None
+    if config is None or not getattr(config, "is_encoder_decoder", True):
+        return None
+    try:
+        generation = GenerationConfig.from_pretrained(settings.tokenizer)
+    except OSError:  # without a file of its own, a model makes it from its config
+        generation = GenerationConfig.from_model_config(config)
+    return named_start(config, generation)
+
+
+def split_start(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, list[int]]:
+    """Labels that begin with the start, as Gemma's tokenizers write them, or with a code in its place, without it."""
+    if ids and (ids[0] == start or ids[0] in codes_of(tokenizer).starts):
+        return ids[0], ids[1:]
+    return start, ids
+
+
+def _model_config(name: str) -> PreTrainedConfig | None:
+    """A config of a kind that transformers does not know, such as Diptych's, is taken as it is written."""
+    try:
+        written, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError:  # a tokenizer alone
+        return None
+    if "model_type" not in written:
+        return None
+    if written["model_type"] not in CONFIG_MAPPING:  # its parts, such as panels, would stay dicts
+        values = {key: value for key, value in written.items() if not isinstance(value, dict)}
+        return PreTrainedConfig.from_dict(values)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"config.json of '{name}' is not valid: {error}. Mend it, or give --packing false.") from error

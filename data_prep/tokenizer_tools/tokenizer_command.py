@@ -1,0 +1,230 @@
+"""`diptych tokenizer`: train a tokenizer, report on one, or extend a checkpoint's with tokens for new texts.
+
+    diptych tokenizer train --data en.txt ko.txt --out my-tokenizer
+    diptych tokenizer report google-t5/t5-small --data en.txt ko.txt --out report.json
+    diptych tokenizer extend my-checkpoint --data my.ko.txt --tokens 2000 --out my-checkpoint-ko
+
+Data are whatever `diptych prepare` reads, in its formats, plain text (a text a line), and folders that it wrote (the
+texts of the train split): see tokenizer_texts.py. Exit codes: 0 done, 2 with one message when a person has to mend
+something first.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from transformers.utils import cached_file
+
+from diptych.data_prep.cleaning.filters import script_of
+from diptych.data_prep.command_line.own_files import check_overwrite, is_own_picture
+from diptych.data_prep.command_line.run_command import run_command
+from diptych.data_prep.pipeline.prepare_settings import (
+    ExtendTokenizerSettings,
+    ReportTokenizerSettings,
+    TrainTokenizerSettings,
+    parse_tokenizer_settings,
+)
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.checkpoint_tokenizer import open_tokenizer
+from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
+from diptych.data_prep.text_to_ids.train_tokenizer import (
+    CurvePoint,
+    curve_vocab_size,
+    is_held_out,
+    table_vocab_size,
+    train_tokenizer,
+    why_fewer,
+)
+from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
+from diptych.data_prep.tokenizer_tools.tokenizer_report import draw_report, report_of_pairs, table_of
+from diptych.data_prep.tokenizer_tools.tokenizer_texts import Texts, open_texts
+
+REPORT_JSON, REPORT_PNG = "tokenizer_report.json", "tokenizer_report.png"
+MODEL_CONFIGS = ("config.json", "generation_config.json")
+TEXTS_MEASURED = 20_000
+"""Held-out texts on which an extension is measured, at most."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command("error", parse_tokenizer_settings, run, argv)
+
+
+def run(settings: TrainTokenizerSettings | ReportTokenizerSettings | ExtendTokenizerSettings) -> int:
+    datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    ACTIONS[type(settings)](settings)
+    return 0
+
+
+def train(settings: TrainTokenizerSettings) -> None:
+    out = _new_folder(settings.out)
+    texts = open_texts(settings.data, settings.text_fields)
+    size, curve = settings.vocab_size, []
+    if size == "auto":
+        size, curve = curve_vocab_size(settings.kind, texts, settings.least_saving)
+        print(_curve_lines(curve, size))
+    elif size == "table":
+        characters = sum(map(len, texts()))
+        size = table_vocab_size(characters)
+        print(f"{characters:,} characters of text: {size:,} tokens.")
+    tokenizer = train_tokenizer(settings.kind, texts(), size)
+    tokenizer.name_or_path = settings.out
+    report = report_of_pairs(tokenizer, ((script_of(text), text) for text in texts()))
+    _warn_of_rejects(texts)
+    if fewer := why_fewer(settings.kind, tokenizer, size):
+        print(f"warning: {fewer}", file=sys.stderr)
+    if curve:
+        report |= {"vocab_size_curve": [asdict(point) for point in curve], "vocab_size_chosen": size}
+    tokenizer.save_pretrained(out)
+    _write_report(report, out / REPORT_JSON)
+    print(table_of(report))
+
+
+def _curve_lines(curve: Sequence[CurvePoint], size: int) -> str:
+    lines = ["vocabulary  tokens/word  bytes/token  saves"]
+    for point in curve:
+        saving = "" if point.saving is None else f"{point.saving:.1%}"
+        chosen = "  chosen" if point.vocab_size == size else ""
+        figures = f"{point.vocab_size:10,}  {point.tokens_per_word:11.2f}  {point.bytes_per_token:11.2f}"
+        lines.append(f"{figures}  {saving:>5}{chosen}".rstrip())
+    return "\n".join([*lines, ""])
+
+
+def report(settings: ReportTokenizerSettings) -> None:
+    out = Path(settings.out).expanduser() if settings.out else None
+    if out is not None:
+        out = out if out.suffix == ".json" else out.with_name(f"{out.name}.json")
+        check_overwrite(out, _is_report, "a report of `diptych tokenizer`")
+        check_overwrite(out.with_suffix(".png"), is_own_picture, "its picture")
+    tokenizer = open_tokenizer(settings.tokenizer)
+    check_one_vocabulary(tokenizer, settings.tokenizer, "a report is of one. Report on that of another checkpoint.")
+    label = {"script": script_of, "language": _guess_language, "file": None}[settings.by]
+    texts = open_texts(settings.data, settings.text_fields)
+    found = report_of_pairs(tokenizer, ((label(text) if label else file, text) for file, text in texts.pairs()))
+    _warn_of_rejects(texts)
+    print(table_of(found))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write_report(found, out)
+
+
+def _guess_language(text: str) -> str:
+    try:
+        import py3langid
+    except ImportError:
+        raise UserError("by language needs py3langid: pip install 'diptych[clean]'. Or use by script.") from None
+    return py3langid.classify(text)[0]
+
+
+def extend(settings: ExtendTokenizerSettings) -> None:
+    if settings.tokens < 1:
+        raise UserError(f"tokens is {settings.tokens}; at least 1 token is added.")
+    out = _new_folder(settings.out)
+    tokenizer = open_tokenizer(settings.checkpoint)
+    check_extensible(tokenizer)
+    texts = open_texts(settings.data, settings.text_fields)
+    new = learn_new_tokens(
+        tokenizer,
+        lambda: (text for text in texts() if not is_held_out(text)),
+        settings.tokens,
+        settings.minimum_frequency,
+    )
+    _warn_of_rejects(texts)
+    if not new.pieces:
+        raise UserError(
+            f"no new token stands {settings.minimum_frequency} times in the data. Give more text, or a lower"
+            " minimum_frequency."
+        )
+    extended = add_new_tokens(tokenizer, new)
+    unseen = list(islice(filter(is_held_out, texts()), TEXTS_MEASURED)) or list(islice(texts(), TEXTS_MEASURED))
+    reports = {
+        when: report_of_pairs(which, ((script_of(text), text) for text in unseen))
+        for when, which in (("before", tokenizer), ("after", extended))
+    }
+    extended.save_pretrained(out)
+    _copy_configs(settings.checkpoint, out)
+    (out / REPORT_JSON).write_text(_as_json({"new_tokens": len(new.pieces), **reports}), encoding="utf-8")
+    print(_gain_lines(reports, len(new.pieces), settings))
+
+
+def _gain_lines(reports: dict[str, Any], added: int, settings: ExtendTokenizerSettings) -> str:
+    lines = [f"{added:,} tokens added. Unseen text:   tokens/word  bytes/token  unknown  come back"]
+    width = lines[0].index("tokens/word")
+    for when, found in reports.items():
+        total = found["total"]
+        cells = f"{total['tokens_per_word'] or 0:11.2f}  {total['bytes_per_token'] or 0:11.2f}"
+        lines.append(f"{when:{width}}{cells}  {total['unknown_rate'] or 0:7.2%}  {total['exact_rate'] or 0:9.1%}")
+    return "\n".join([*lines, "", "Next:", *_next_commands(settings)])
+
+
+def _next_commands(settings: ExtendTokenizerSettings) -> list[str]:
+    prepare = f"      diptych prepare --tokenizer {settings.out} …"
+    if _has_weights(settings.checkpoint):
+        return [prepare, f"      diptych train --model {settings.checkpoint} --grow_vocabulary true …"]
+    return [
+        prepare,
+        "      diptych train --model CHECKPOINT --grow_vocabulary true …",
+        f"{settings.checkpoint} has no weights to train (*.safetensors): CHECKPOINT is the model that this tokenizer",
+        "belongs to, or a named size such as diptych-60m for a new one, which needs no grow_vocabulary.",
+    ]
+
+
+def _has_weights(checkpoint: str) -> bool:
+    folder = Path(checkpoint)
+    return not folder.is_dir() or any(folder.glob("*.safetensors"))
+
+
+def _copy_configs(checkpoint: str, out: Path) -> None:
+    """`diptych prepare` reads there which token decoders start with."""
+    for name in MODEL_CONFIGS:
+        path = cached_file(
+            checkpoint,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if path is not None:
+            (out / name).write_bytes(Path(path).read_bytes())
+
+
+def _new_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"{name} has something in it, which will not be overwritten. Choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _warn_of_rejects(texts: Texts) -> None:
+    if left_out := texts.left_out():
+        print(f"warning: {left_out}", file=sys.stderr)
+
+
+def _write_report(found: dict[str, Any], path: Path) -> None:
+    path.write_text(_as_json(found), encoding="utf-8")
+    draw_report(found, path.with_suffix(".png"))
+
+
+def _is_report(content: bytes) -> bool:
+    try:
+        return {"tokenizer", "languages", "total"} <= json.loads(content).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
+def _as_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
+ACTIONS = {TrainTokenizerSettings: train, ReportTokenizerSettings: report, ExtendTokenizerSettings: extend}
+
+if __name__ == "__main__":
+    sys.exit(main())

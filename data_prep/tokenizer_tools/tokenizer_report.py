@@ -1,0 +1,223 @@
+"""A tokenizer and texts in; out, how many tokens they take and whether they come back, as a dict that JSON can hold.
+
+    report = tokenizer_report(tokenizer, {"Latin": english, "Hangul": korean})
+    report["languages"]["Hangul"]["tokens_per_word"]     2.19   fertility (Rust et al. 2021)
+    report["hard_texts"][0]                              {"name": "Hangul composed", …, "exact": True}
+    print(table_of(report))                              for people;  draw_report(report, "report.png")
+
+Any tokenizer that `AutoTokenizer` loads. Text is encoded as `diptych prepare` does it, without special tokens. A word
+is what white space separates; for Chinese, Japanese or Thai look at the tokens per character instead. "Comes back"
+means that decoding gives the very same characters: a tokenizer that normalises, or drops spaces, loses some.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diptych.data_prep.command_line.own_files import PICTURE_MARK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HARD_TEXTS = {
+    "Hangul composed": "안녕하세요, 값이 얼마예요?",
+    "Hangul decomposed": unicodedata.normalize("NFD", "안녕하세요, 값이 얼마예요?"),
+    "emoji joined": "👩‍👩‍👧‍👦 and 🏳️‍🌈 and 👍🏽 and 🇰🇷",
+    "code with tabs": "def f(x):\n\tif x:\n\t\treturn {'a': [1, 2]}\n",
+    "code with spaces": "for (;;) {\n    if (a  ==  b) {\n        break;  // done\n    }\n}\n",
+    "combining marks": "re\u0301sume\u0301, a\u0323\u0302, x\u0336",
+    "double spaces": "one  two   three",
+    "leading and trailing spaces": "  begins and ends  ",
+    "newlines": "one\ntwo\r\n\r\nthree\n",
+    "right to left": "שלום עולם، مرحبا بالعالم",
+    "punctuation": "don 't , n't . ! ? « » “ ” …",
+    "compatibility forms": "ﬁne ① Ａ １ ㎏ x²",
+    "rare characters": "𝔘𝔫𝔦 漢字 𠮷 ไทย",
+}
+"""What tokenizers tend to change."""
+
+BATCH = 1000
+LANGUAGES_SHOWN = 12
+
+
+def tokenizer_report(
+    tokenizer: PreTrainedTokenizerBase, texts_by_language: Mapping[str, Iterable[str]]
+) -> dict[str, Any]:
+    """Texts may come from iterators: 1,000 are in memory at a time."""
+    pairs = ((language, text) for language, texts in texts_by_language.items() for text in texts)
+    return report_of_pairs(tokenizer, pairs)
+
+
+def report_of_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """The same for (language, text) pairs that come mixed."""
+    used: set[int] = set()
+    unknown_ids = _unknown_ids(tokenizer)
+    counts: defaultdict[str, Counter] = defaultdict(Counter)
+    for batch in _batches(pairs):
+        _count(tokenizer, batch, counts, used, unknown_ids)
+    total = Counter()
+    for count in counts.values():
+        total.update(count)
+    rows = {language: _figures(count) for language, count in counts.items()}
+    return {
+        "tokenizer": {
+            "name": tokenizer.name_or_path,
+            "class": type(tokenizer).__name__,
+            "model": _model_type(tokenizer),
+            "tokens": len(tokenizer),
+        },
+        "languages": rows,
+        "total": _figures(total),
+        "vocabulary_used": {"tokens": len(used), "share": len(used) / len(tokenizer)},
+        "hard_texts": [_hard_text(tokenizer, name, text, unknown_ids) for name, text in HARD_TEXTS.items()],
+    }
+
+
+def _count(
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[tuple[str, str]],
+    counts: Mapping[str, Counter],
+    used: set[int],
+    unknown_ids: set[int],
+) -> None:
+    for (language, text), ids in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
+        used.update(ids)
+        count = counts[language]
+        count["texts"] += 1
+        count["words"] += len(text.split())
+        count["characters"] += len(text)
+        count["bytes"] += len(text.encode("utf-8", "surrogatepass"))
+        count["tokens"] += len(ids)
+        count["unknown"] += sum(map(unknown_ids.__contains__, ids))
+        count["exact"] += _decode(tokenizer, ids) == text
+
+
+def _figures(count: Mapping[str, int]) -> dict[str, Any]:
+    """Counts, and their ratios; a ratio of nothing is None."""
+    figures: dict[str, Any] = {name: count[name] for name in ("texts", "words", "characters", "bytes", "tokens")}
+    for name, above, below in (
+        ("tokens_per_word", "tokens", "words"),
+        ("tokens_per_character", "tokens", "characters"),
+        ("bytes_per_token", "bytes", "tokens"),
+        ("unknown_rate", "unknown", "tokens"),
+        ("exact_rate", "exact", "texts"),
+    ):
+        figures[name] = count[above] / count[below] if count[below] else None
+    return figures
+
+
+def _hard_text(tokenizer: PreTrainedTokenizerBase, name: str, text: str, unknown_ids: set[int]) -> dict[str, Any]:
+    ids = _encode(tokenizer, [text])[0]
+    decoded = _decode(tokenizer, ids)
+    unknown = sum(map(unknown_ids.__contains__, ids))
+    return {"name": name, "text": text, "tokens": len(ids), "unknown": unknown, "decoded": decoded} | {
+        "exact": decoded == text
+    }
+
+
+def _unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Mostly one; where a vocabulary holds `<unk>` twice, the model may give the one that the tokenizer does not."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    named = {token_id for token_id, token in enumerate(tokens) if token == tokenizer.unk_token}
+    return (named | {tokenizer.unk_token_id}) - {None}
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )["input_ids"]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, BATCH)):
+        yield batch
+
+
+def _model_type(tokenizer: PreTrainedTokenizerBase) -> str:
+    return type(tokenizer.backend_tokenizer.model).__name__ if tokenizer.is_fast else "Python"
+
+
+COLUMNS = (
+    ("texts", "{texts:,}"),
+    ("tokens", "{tokens:,}"),
+    ("tokens/word", "{tokens_per_word:.2f}"),
+    ("tokens/character", "{tokens_per_character:.3f}"),
+    ("bytes/token", "{bytes_per_token:.2f}"),
+    ("unknown", "{unknown_rate:.2%}"),
+    ("come back", "{exact_rate:.1%}"),
+)
+
+
+def table_of(report: Mapping[str, Any]) -> str:
+    """The report as lines for a terminal."""
+    facts = report["tokenizer"]
+    rows = [["", *(title for title, _ in COLUMNS)]]
+    shown = _most_texts(report)
+    rows += [[language, *_cells(report["languages"][language])] for language in shown]
+    if len(report["languages"]) > 1:
+        rows.append(["all", *_cells(report["total"])])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{facts['name']}: {facts['class']}, {facts['model']}, {facts['tokens']:,} tokens", ""]
+    lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    if len(shown) < len(report["languages"]):
+        lines.append(f"({len(report['languages']) - len(shown)} more have fewer texts.)")
+    used = report["vocabulary_used"]
+    lines += ["", f"{used['tokens']:,} of the {facts['tokens']:,} tokens are used ({used['share']:.1%})."]
+    changed = [hard for hard in report["hard_texts"] if not hard["exact"]]
+    lines.append(f"{len(report['hard_texts']) - len(changed)} of {len(report['hard_texts'])} hard texts come back.")
+    for hard in changed:
+        unknown = f", {hard['unknown']} unknown" if hard["unknown"] else ""
+        lines.append(f"  {hard['name']}: {hard['text']!r} → {hard['decoded']!r}{unknown}")
+    return "\n".join(lines)
+
+
+def _most_texts(report: Mapping[str, Any]) -> list[str]:
+    """The languages that a person is shown, in their order: a guesser finds dozens that are not there."""
+    languages = report["languages"]
+    most = sorted(languages, key=lambda language: -languages[language]["texts"])[:LANGUAGES_SHOWN]
+    return [language for language in languages if language in most]
+
+
+def _cells(figures: Mapping[str, Any]) -> list[str]:
+    known = {name: value for name, value in figures.items() if value is not None}
+    return [cell.format(**known) if cell[1:].partition(":")[0] in known else "-" for _, cell in COLUMNS]
+
+
+def _short(label: str, limit: int = 24) -> str:
+    """The end of a path says more than its beginning, and a long label would leave no room for the bars."""
+    return label if len(label) <= limit else f"…{label[1 - limit :]}"
+
+
+def draw_report(report: Mapping[str, Any], path: str | Path) -> None:
+    """Bars of tokens per word and bytes per token for each language, and the curve of sizes where there is one."""
+    from matplotlib.figure import Figure  # a third of a second that the rest does not need
+
+    languages, curve = _most_texts(report), report.get("vocab_size_curve")
+    figure = Figure(figsize=(5 * (3 if curve else 2), 0.35 * len(languages) + 2.5), layout="constrained")
+    axes = figure.subplots(1, 3 if curve else 2)
+    for axis, name in zip(axes[:2], ("tokens_per_word", "bytes_per_token"), strict=True):
+        bars = axis.barh(
+            list(map(_short, languages)), [report["languages"][language][name] or 0 for language in languages]
+        )
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_xlabel(name.replace("_", " "))
+    if curve:
+        axes[2].plot([point["vocab_size"] for point in curve], [point["tokens_per_word"] for point in curve], "o-")
+        axes[2].set_xscale("log", base=2)
+        axes[2].set_xticks([point["vocab_size"] for point in curve], [f"{point['vocab_size']:,}" for point in curve])
+        axes[2].axvline(report["vocab_size_chosen"], linestyle=":", color="grey")
+        axes[2].set_xlabel("tokens in the vocabulary")
+        axes[2].set_ylabel("tokens per word, unseen text")
+    figure.savefig(path, dpi=120, metadata=PICTURE_MARK)

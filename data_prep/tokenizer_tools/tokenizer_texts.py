@@ -1,0 +1,205 @@
+"""All texts of files, whatever their format, for `diptych tokenizer`: what `diptych prepare` reads, and plain text.
+
+    texts = open_texts(["corpus.txt", "rows.parquet", "chats.jsonl.gz", "prepared"])
+    texts()           → "A text a line.", …, "Name the capital.", "France", "Paris", …     as often as it is called
+    texts.pairs()     → ("corpus.txt", "A text a line."), …
+    texts.rejects     what the last whole reading had to leave out, counted
+
+Rows are read, recognised and checked as `prepare` does it; a row's texts are what its records hold, each once, without
+the instructions that settings add. A file of another kind is plain text, a text a line (.gz and .zst too), of which
+folders and globs take those that are called .txt. Of what has splits, such as a prepared folder, train is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from diptych.data_prep.pipeline.gather import first_rows
+from diptych.data_prep.reading.files import KNOWN_SUFFIXES, PACKED_SUFFIXES
+from diptych.data_prep.reading.sources import SAMPLES, TRAIN, Source, open_plain, open_sources
+from diptych.data_prep.rows.convert_rows import MISSING, Converter, Directions, converter_for, named
+from diptych.data_prep.rows.records import Record, Reject, Rejects, Row, UserError
+from diptych.data_prep.rows.valid_text import Fault, listed, text
+
+PLAIN_SUFFIX = ".txt"
+TEXT_COLUMN = "text"
+"""What a line of plain text is called as a row; and the column of rows that are nothing but a text."""
+
+NO_TEXTS = "nothing to read: give --data FILE, more files, or a folder of prepared data."
+
+TextsOfRow = Callable[[Row], Iterable[str | Reject]]
+
+
+@dataclass
+class Texts:
+    """The texts of several sources. What cannot be read of them is in `rejects` after a reading to the end."""
+
+    sources: Sequence[tuple[Source, TextsOfRow]]
+    rejects: Rejects = field(default_factory=Rejects)
+
+    def __call__(self) -> Iterator[str]:
+        return (text for _, text in self.pairs())
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """(file, text). UserError at the end where there was no text at all."""
+        rejects, is_any = Rejects(), False
+        for source, texts_of in self.sources:
+            for row in source.rows():
+                for found in dict.fromkeys([row] if isinstance(row, Reject) else texts_of(row)):
+                    if isinstance(found, Reject):
+                        rejects.add(found)
+                    elif found:
+                        is_any = True
+                        yield source.name, found
+        self.rejects = rejects
+        if not is_any:
+            raise UserError(f"there is no text in what was read. Name other files. {self.left_out()}".rstrip())
+
+    def left_out(self) -> str:
+        """How many rows were left out and why, for a person; "" where there were none."""
+        if not self.rejects.count:
+            return ""
+        kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.rejects.by_kind().items())
+        first = next(iter(self.rejects.examples.values()))[0]
+        return f"rows left out: {self.rejects.count:,} ({kinds}). The first, {first.origin}: {first.reason}"
+
+
+def open_texts(entries: Sequence[str], text_fields: Sequence[str] = ()) -> Texts:
+    """What can be known to be wrong is said here: missing files, and columns of which nobody knows what they are.
+
+    `text_fields` are the columns that are text, where rows have no known format; `answers.text` is `text` in
+    `answers`. How each source is read is printed.
+    """
+    if not entries:
+        raise UserError(NO_TEXTS)
+    plain: list[str] = []
+    others: list[str] = []
+    for entry in entries:
+        files, is_more = _plain_files(entry)
+        plain += files
+        others += [entry] * is_more
+    sources = [(open_plain(path), functools.partial(_columns, (TEXT_COLUMN,))) for path in dict.fromkeys(plain)]
+    for source, _ in sources:
+        print(f"Format     {source.name}: a text a line")
+    for source in open_sources(others, columns=text_fields):
+        if source.split != TRAIN:
+            continue
+        for note in source.notes:
+            if not note.startswith(tuple(f"{path} " for path in plain)):  # left out there, and read here
+                print(f"Note       {note}")
+        sources.append((source, _texts_of_rows(source, text_fields)))
+    return Texts(sources)
+
+
+# Plain text
+
+
+def _plain_files(entry: str) -> tuple[list[str], bool]:
+    """The files of plain text that an entry means, and whether it may mean others too."""
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if not any(part.startswith(".") for part in file.parts)]
+    elif path.exists() or not glob.has_magic(entry):
+        is_plain = path.is_file() and entry not in SAMPLES and _suffix(path) not in KNOWN_SUFFIXES
+        return [entry] * is_plain, not is_plain
+    else:
+        found = [Path(match) for match in glob.glob(str(path), recursive=True)]
+    plain = sorted(str(file) for file in found if _suffix(file) == PLAIN_SUFFIX and file.is_file())
+    return plain, not plain or any(_suffix(file) in KNOWN_SUFFIXES for file in found)
+
+
+def _suffix(path: Path) -> str:
+    """Of what is in it: `.txt` of a.txt.gz."""
+    return (path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path).suffix.lower()
+
+
+# Rows
+
+
+def _texts_of_rows(source: Source, text_fields: Sequence[str]) -> TextsOfRow:
+    """What makes texts of its rows, as its first ones tell."""
+    rows = first_rows(source)
+    if text_fields:
+        _check_columns(rows, source.name, text_fields)
+        print(f"Format     {source.name}: its columns {', '.join(text_fields)}")
+        return functools.partial(_columns, tuple(text_fields))
+    if not rows:  # every row is a reject
+        return functools.partial(_columns, (TEXT_COLUMN,))
+    try:
+        converter = _converter(rows, source.name)
+    except UserError as error:
+        if not any(isinstance(row.fields.get(TEXT_COLUMN), str) for row in rows):
+            raise UserError(_name_columns(rows, source.name, error)) from None
+        print(f"Format     {source.name}: no other that is known, so its column {TEXT_COLUMN}")
+        return functools.partial(_columns, (TEXT_COLUMN,))
+    if converter.format.name == "tokenised":
+        raise UserError(f"{source.name} holds token ids, and a tokenizer needs the texts. Name a file with these.")
+    print(f"Format     {source.name}: {converter.format.name}, recognised")
+    return functools.partial(_record_texts, converter)
+
+
+def _converter(rows: Sequence[Row], name: str) -> Converter:
+    """As for `prepare`, but without instructions of the settings' own, which are no text of the data. What `prepare`
+    wrote has token ids as well, so that its rows would be of two formats."""
+    is_prepared = {"source", "target", "input_ids", "labels"} <= rows[0].fields.keys()
+    asked = Directions("needed to be there")
+    converter = converter_for(rows, name, "parallel" if is_prepared else None, directions=asked)
+    return replace(converter, directions=Directions(), summary_instruction="")
+
+
+def _record_texts(converter: Converter, row: Row) -> Iterator[str | Reject]:
+    for result in converter.records(row):
+        if isinstance(result, Record):
+            yield result.system
+            for turn in result.history:
+                yield from turn
+            yield from (result.instruction, result.input, result.output)
+        else:
+            yield result
+
+
+def _columns(names: tuple[str, ...], row: Row) -> Iterator[str | Reject]:
+    """The columns of these names, of which null and a missing one say nothing; a row with none of them is at fault."""
+    values = {name: value for name in names if (value := _BY_PATH.value(row.fields, name)) is not MISSING}
+    try:
+        if not values:
+            raise Fault(names[0], "no text column", f"it has none of the columns {', '.join(names)}.")
+        yield from [text(value, name, may_be_empty=True) for name, value in values.items() if value is not None]
+    except Fault as fault:
+        yield Reject(row.origin, fault.field, fault.kind, fault.reason, row.raw)
+
+
+def _check_columns(rows: Sequence[Row], name: str, text_fields: Sequence[str]) -> None:
+    found = list(dict.fromkeys(column for row in rows for column in row.fields))
+    if rows and all(_BY_PATH.value(row.fields, column) is MISSING for row in rows for column in text_fields):
+        raise UserError(
+            f"{name} has none of the columns {', '.join(text_fields)}. Columns there are {listed(found)}. Name those"
+            " that are text with --text_fields."
+        )
+
+
+def _name_columns(rows: Sequence[Row], name: str, error: UserError) -> str:
+    """A message to paste from; `error` where no column holds a text."""
+    texts = dict.fromkeys(column for row in rows for column, value in _paths(row.fields) if isinstance(value, str))
+    if not texts:
+        return str(error)
+    return (
+        f"{name}: its first rows do not tell which columns are text, because they fit no format, or more than one."
+        f" Name those that are, out of these: --text_fields {' '.join(texts)}"
+    )
+
+
+def _paths(fields: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", inside) for inner, inside in value.items())
+        else:
+            yield name, value
+
+
+_BY_PATH = Converter(named("alpaca"))
+"""Only for `value`, which finds `answers.text` in a row."""

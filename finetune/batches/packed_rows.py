@@ -1,0 +1,238 @@
+"""Packed rows of a prepared folder in; checked against the model that is to read them, and as tensors, out.
+
+    input_ids     12  7  9  1 |  5  8  1 |  0      labels              31 40  1 | 22  1 | -100
+    segment_ids    1  1  1  1 |  2  2  2 |  0      decoder_input_ids    0 31 40 |  0 22 |    0
+    position_ids   0  1  2  3 |  0  1  2 |  0      decoder_segment_ids  1  1  1 |  2  2 |    0
+
+A row in which examples could see each other, or with a label that stands nowhere, would do its harm in silence. So
+every row is looked at before the first step.
+
+R rows, S source tokens, T target tokens; S and T are the same in every row.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from diptych.data_prep.packing.fill_rows import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
+from diptych.data_prep.rows.records import IGNORE_INDEX, UserError
+from diptych.finetune.batches.padded_rows import Lengths
+from diptych.finetune.model.families import decoder_start_token, embedding_rows, table_positions
+from diptych.finetune.model.untrusted_files import open_prepared
+
+SOURCE_COLUMNS = ("input_ids", "segment_ids", "position_ids")
+TARGET_COLUMNS = tuple(name for name in PACKED_COLUMNS if name not in SOURCE_COLUMNS)
+ROWS_AT_ONCE = 1000
+
+
+class Packing(NamedTuple):
+    """What the manifest says of packed rows: what they were packed for."""
+
+    max_source_tokens: int
+    max_target_tokens: int
+    share_sources: bool
+    pad_token_id: int
+    decoder_start_token_id: int
+    vocabulary: int
+    """One more than the largest id of the tokenizer, for sources where it has two vocabularies."""
+    positions: int
+    """One more than the largest position in a row."""
+    language_starts: Sequence[int] = ()
+    """Language codes that an example may start with instead (mBART-cc25)."""
+    target_vocabulary: int = 0
+    """The same for targets."""
+
+    @classmethod
+    def from_manifest(cls, entry: Mapping[str, Any]) -> "Packing":
+        return cls(**{name: entry[name] for name in cls._fields if name in entry or name not in cls._field_defaults})
+
+
+def load_packed(folder: Path) -> datasets.Dataset:
+    """`packed/` of a prepared folder, whose columns come as numpy arrays."""
+    table = open_prepared(folder / "packed")
+    names = [name for name in (*PACKED_COLUMNS, SHARED_COLUMN, "attention_mask") if name in table.column_names]
+    if missing := [name for name in PACKED_COLUMNS if name not in names]:
+        raise UserError(f"{folder / 'packed'} has no column {missing[0]}. Run `diptych prepare` again.")
+    return table.select_columns(names).with_format("numpy")
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of several examples each, all of one shape."""
+
+    packed: datasets.Dataset
+    packing: Packing
+    rows_at_least: int = 1
+    """In a batch: the last one of an epoch may lack some, and a compiled model wants one shape."""
+
+    @property
+    def row_tokens(self) -> int:
+        return self.packing.max_source_tokens + self.packing.max_target_tokens
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of every row, padding left out."""
+        source, target = [], []
+        for start in range(0, len(self.packed), ROWS_AT_ONCE):
+            columns = self.packed[start : start + ROWS_AT_ONCE]
+            source.append((columns["segment_ids"] > 0).sum(1))
+            target.append((columns["labels"] != IGNORE_INDEX).sum(1))
+        return Lengths(np.concatenate(source), np.concatenate(target))
+
+    def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        batch = packed_batch(self.packed[rows]) if len(rows) else {}
+        missing = self.rows_at_least - len(rows)
+        if missing <= 0:
+            return batch
+        empty = rows_without_examples(self.packing, missing)
+        return {name: torch.cat((batch[name], column)) if batch else column for name, column in empty.items()}
+
+
+def packed_batch(rows: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Columns of some rows, (R, S) or (R, T) -> the same as tensors, int64."""
+    names = [name for name in (*PACKED_COLUMNS, SHARED_COLUMN) if name in rows]
+    return {name: torch.as_tensor(np.asarray(rows[name]), dtype=torch.long) for name in names}
+
+
+def pack_examples(
+    examples: Sequence[Mapping[str, Any]], pad_token_id: int, decoder_start_token_id: int, share_sources: bool = False
+) -> dict[str, torch.Tensor]:
+    """These examples, each with `input_ids` and `labels`, as one packed row that has no padding."""
+    sources = [tuple(example["input_ids"]) for example in examples]
+    budget = Budget(
+        sum(map(len, set(sources) if share_sources else sources)), sum(len(example["labels"]) for example in examples)
+    )
+    row = assemble_row(examples, budget, pad_token_id, decoder_start_token_id, share_sources)
+    return packed_batch({name: column[None] for name, column in row.items()})
+
+
+def rows_without_examples(packing: Packing, number: int) -> dict[str, torch.Tensor]:
+    """Rows of padding, whose loss is zero: what a rank gets for which no row is left."""
+    rows = {name: torch.zeros((number, packing.max_source_tokens), dtype=torch.long) for name in SOURCE_COLUMNS}
+    rows |= {name: torch.zeros((number, packing.max_target_tokens), dtype=torch.long) for name in TARGET_COLUMNS}
+    rows["labels"].fill_(IGNORE_INDEX)
+    for name in ("input_ids", "decoder_input_ids"):
+        rows[name].fill_(packing.pad_token_id)
+    return rows | ({SHARED_COLUMN: rows["decoder_segment_ids"]} if packing.share_sources else {})
+
+
+def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) -> None:
+    """UserError where rows were packed for another model: both values are in it."""
+    start = decoder_start_token(model)
+    if packing.decoder_start_token_id != start:
+        raise UserError(
+            f"{folder} was packed for a decoder that starts with token {packing.decoder_start_token_id}, but this "
+            f"model's starts with {start}. Prepare the data again with --decoder_start_token_id {start}, or train on "
+            f"its rows as they are, with --packed false."
+        )
+    for tokens, rows in zip((packing.vocabulary, packing.target_vocabulary), embedding_rows(model), strict=True):
+        if tokens > rows:
+            raise UserError(
+                f"{folder} was packed with a vocabulary of {tokens} tokens, but this model has {rows} embedding rows. "
+                f"Prepare the data again with the model's own tokenizer."
+            )
+    limit = min(filter(None, table_positions(model)), default=None)
+    if limit is not None and packing.positions > limit:
+        raise UserError(
+            f"{folder} holds examples of {packing.positions} positions, but this model has {limit}. Prepare the data "
+            f"again with --max_source_tokens {limit} --max_target_tokens {limit}."
+        )
+
+
+def check_packed_rows(packed: datasets.Dataset, packing: Packing, model: PreTrainedModel, folder: str) -> None:
+    """UserError that names the first row in which something stands where it must not, or does not stand."""
+    positions = min(filter(None, table_positions(model)), default=None)
+    vocabularies = embedding_rows(model)
+    for start in range(0, len(packed), ROWS_AT_ONCE):
+        columns = packed[start : start + ROWS_AT_ONCE]
+        for find, reason in _faults(packing, positions, vocabularies):
+            bad = find(columns)
+            if bad is not None and bad.any():
+                row = start + int(np.argmax(bad))
+                raise UserError(f"{folder}/packed, row {row}: {reason}. Run `diptych prepare` again.")
+
+
+def _faults(packing: Packing, positions: int | None, vocabularies: tuple[int, int]) -> list[tuple[Callable, str]]:
+    """What can be wrong with a row: columns -> (R,) whether it is, and how to say it."""
+    sides = {"source": SOURCE_COLUMNS, "target": ("decoder_input_ids", "decoder_segment_ids", "decoder_position_ids")}
+    lengths = dict.fromkeys(SOURCE_COLUMNS, packing.max_source_tokens)
+    lengths |= dict.fromkeys((*TARGET_COLUMNS, SHARED_COLUMN), packing.max_target_tokens)
+    faults: list[tuple[Callable, str]] = [
+        (
+            lambda c: _misshapen(c, lengths),
+            f"it is not {packing.max_source_tokens} + {packing.max_target_tokens} tokens long",
+        )
+    ]
+    for (side, (ids, segments, places)), vocabulary in zip(sides.items(), vocabularies, strict=True):
+        tokens = packing.max_source_tokens if side == "source" else packing.max_target_tokens
+        limit = tokens if positions is None else min(tokens, positions)
+        faults += [
+            (lambda c, s=segments: _misnumbered(c[s]), f"{segments} do not count 1, 2, 3 … with 0 at the end alone"),
+            (lambda c, p=places, n=limit: (c[p] >= n).any(1), f"{places} run past the limit of {limit} positions"),
+            (lambda c, s=segments, p=places: _misplaced(c[s], c[p]), f"{places} do not restart at 0 in each segment"),
+            (
+                lambda c, i=ids, n=vocabulary: ((c[i] < 0) | (c[i] >= n)).any(1),
+                f"{ids} hold a token that is none of the {vocabulary} that the model has",
+            ),
+        ]
+    starts = [packing.decoder_start_token_id, *packing.language_starts]
+    return faults + [
+        (_mask_differs, "segment_ids do not match attention_mask"),
+        (
+            lambda c: ((c["decoder_segment_ids"] == 0) & (c["labels"] != IGNORE_INDEX)).any(1),
+            "a label stands in a padding slot",
+        ),
+        (
+            lambda c: ((c["labels"] != IGNORE_INDEX) & ((c["labels"] < 0) | (c["labels"] >= vocabularies[1]))).any(1),
+            f"labels hold a token that is none of the {vocabularies[1]} that the model has",
+        ),
+        (
+            lambda c: (_begins(c["decoder_segment_ids"]) & ~np.isin(c["decoder_input_ids"], starts)).any(1),
+            f"decoder_input_ids do not begin with the start token {starts[0]} in each segment",
+        ),
+        (_unread, "decoder segments do not read the encoder segments one after another"),
+    ]
+
+
+def _misshapen(columns: Mapping[str, np.ndarray], lengths: Mapping[str, int]) -> np.ndarray:
+    """(R,). Rows of different lengths come as an array of arrays."""
+    present = [name for name in lengths if name in columns]
+    return np.any([[len(row) != lengths[name] for row in columns[name]] for name in present], axis=0)
+
+
+def _begins(segments: np.ndarray) -> np.ndarray:
+    """Where a segment, not padding, begins: (R, L)."""
+    before = np.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    return (segments != before) & (segments > 0)
+
+
+def _misnumbered(segments: np.ndarray) -> np.ndarray:
+    is_padding = segments == 0
+    resumes = is_padding[:, :-1] & ~is_padding[:, 1:]
+    return resumes.any(1) | (np.where(is_padding, 0, _begins(segments).cumsum(1)) != segments).any(1)
+
+
+def _misplaced(segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    index = np.arange(segments.shape[1])
+    starts = np.maximum.accumulate(np.where(_begins(segments), index, 0), axis=1)
+    return (np.where(segments > 0, index - starts, 0) != positions).any(1)
+
+
+def _mask_differs(columns: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Rows that others packed may bring a mask; ours go by their segments alone."""
+    if "attention_mask" not in columns:
+        return None
+    return ((columns["segment_ids"] > 0) != (columns["attention_mask"] > 0)).any(1)
+
+
+def _unread(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    target, source = columns["decoder_segment_ids"], columns["segment_ids"]
+    reads = columns.get(SHARED_COLUMN, target)
+    goes_back = (np.maximum.accumulate(reads, axis=1) > reads) & (target > 0)
+    return goes_back.any(1) | (reads.max(1) > source.max(1)) | ((reads > 0) != (target > 0)).any(1)

@@ -1,0 +1,259 @@
+"""A prepared dataset in; the rows of every optimizer step, dealt to ranks and micro-batches, and padded tensors out.
+Packed rows, which hold several examples each, are packed_rows.py's.
+
+    rows    input_ids          12  7  9  1   →   attention_mask      1  1  1  1     labels              31 40  1
+                                5  8  1                              1  1  1  0                         22  1 -100
+            labels             31 40  1          input_ids          12  7  9  1     decoder_input_ids    0 31 40
+                               22  1                                 5  8  1  0                          0 22  1
+
+The order of rows is a function of (seed, epoch) and nothing else: any step can be asked for by its number, on any
+rank, so a resumed run replays nothing, and the step's target tokens are known before its first forward without asking
+the other ranks. Every row comes once in an epoch: the last batches are smaller, and a rank for which no row is left
+gets a row without targets, which contributes zero.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.compute
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.packing.fill_rows import repeated_start
+from diptych.data_prep.rows.records import IGNORE_INDEX, UserError
+from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
+from diptych.finetune.model.families import decoder_start_token, embedding_rows, table_positions
+from diptych.finetune.model.untrusted_files import open_prepared
+
+BATCHES_SORTED_TOGETHER = 50
+"""Rows of like length are sought among this many batches: enough for little padding, and another mix each epoch."""
+
+
+def pad_batch(
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, decoder_start_token_id: int
+) -> dict[str, torch.Tensor]:
+    """Rows with `input_ids` and `labels`, of different lengths, as the tensors (B, S) and (B, T) shown above.
+
+    Labels move one place to the right within their row to become decoder inputs. There is no decoder_attention_mask:
+    padding stands after all targets, where causal attention never looks. A row may bring its own `decoder_start`. No
+    rows give one row without targets.
+    """
+    rows = rows or [{"input_ids": [decoder_start_token_id], "labels": [IGNORE_INDEX]}]
+    source_tokens = max(len(row["input_ids"]) for row in rows)
+    target_tokens = max(len(row["labels"]) for row in rows)
+    input_ids = torch.full((len(rows), source_tokens), pad_token_id)
+    attention_mask = torch.zeros((len(rows), source_tokens), dtype=torch.long)
+    labels = torch.full((len(rows), target_tokens), IGNORE_INDEX)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+        attention_mask[number, : len(row["input_ids"])] = 1
+        labels[number, : len(row["labels"])] = torch.as_tensor(row["labels"])
+    decoder_input_ids = labels.roll(1, dims=1)
+    decoder_input_ids[:, 0] = torch.tensor([row.get("decoder_start", decoder_start_token_id) for row in rows])
+    decoder_input_ids[decoder_input_ids == IGNORE_INDEX] = pad_token_id
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "decoder_input_ids": decoder_input_ids,
+        "labels": labels,
+    }
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows of one example each."""
+
+    split: datasets.Dataset
+    pad_token_id: int
+    decoder_start_token_id: int
+    row_tokens: int | None = None
+    """Source and target tokens of each row as a tensor; None where it depends on the rows beside it."""
+
+    @property
+    def lengths(self) -> "Lengths":
+        return row_lengths(self.split)
+
+    def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        columns = self.split[rows]
+        names = [name for name in ("input_ids", "labels", "decoder_start") if name in columns]
+        picked = [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
+        return pad_batch(picked, self.pad_token_id, self.decoder_start_token_id)
+
+
+def padded_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: datasets.Dataset) -> PaddedRows:
+    return PaddedRows(split, padding_id(tokenizer), decoder_start_token(model))
+
+
+class Prepared(NamedTuple):
+    """A prepared folder: its splits, where it and its tokenizer lie, and what tells its contents from all others."""
+
+    folder: Path
+    splits: Mapping[str, datasets.Dataset]
+    tokenizer_folder: Path
+    fingerprint: str
+    packing: Mapping[str, Any] | None
+    """What the manifest says of the packed rows, if there are any."""
+
+
+def load_prepared(folder: str) -> Prepared:
+    place = Path(folder)
+    if not (place / "dataset_dict.json").is_file():
+        raise UserError(
+            f"{folder} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
+        )
+    splits = open_prepared(folder)
+    if "train" not in splits or not len(splits["train"]):
+        raise UserError(
+            f"{folder} has no rows to train on: it is for evaluation alone, with {', '.join(splits)}. Prepare a "
+            f"folder with --data."
+        )
+    manifest = place / "manifest.json"
+    if not manifest.is_file():
+        raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")
+    content = manifest.read_bytes()
+    packing = json.loads(content).get("packing")
+    return Prepared(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), packing)
+
+
+def drop_repeated_start(
+    split: datasets.Dataset, decoder_start_token_id: int, language_starts: Collection[int] = ()
+) -> datasets.Dataset:
+    """The split with labels that do not begin with the token that the decoder starts with anyway.
+
+    The rule is that of packed rows. BART keeps its bos, since its decoder starts with eos: only the model knows. Where
+    there are `language_starts` (mBART-cc25), the column `decoder_start` has that of each row.
+    """
+    labels = split.select_columns("labels").with_format("arrow")[:]["labels"]
+    first_labels = pyarrow.compute.list_element(labels, 0).to_numpy()
+    repeats = repeated_start(first_labels, decoder_start_token_id, language_starts)
+    if not repeats.any():
+        return split
+
+    def without_start(row: Mapping[str, Any], place: int) -> dict[str, Any]:
+        first, others = row["labels"][0], row["labels"][int(repeats[place]) :]
+        start = {"decoder_start": first if repeats[place] else decoder_start_token_id} if language_starts else {}
+        return {"labels": others} | start
+
+    return split.map(without_start, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+
+
+class Lengths(NamedTuple):
+    """Tokens of every row of a split, each (rows,)."""
+
+    source_tokens: np.ndarray
+    target_tokens: np.ndarray
+
+
+def row_lengths(split: datasets.Dataset) -> Lengths:
+    columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
+    for table in split.with_format("arrow").iter(batch_size=10_000):
+        for name, parts in columns.items():
+            parts.append(pyarrow.compute.list_value_length(table[name]).to_numpy())
+    return Lengths(np.concatenate(columns["input_ids"]), np.concatenate(columns["labels"]))
+
+
+class Step(NamedTuple):
+    """The rows of one optimizer step, and what can be said of them before they are read."""
+
+    batches: list[list[np.ndarray]]
+    """Row numbers: batches[micro_batch][rank]."""
+    source_tokens: int
+    target_tokens: int
+    padded_tokens: int
+    """What these rows fill as tensors: longest row × rows, source and target, over all batches."""
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which rows stand in which step of which epoch."""
+
+    lengths: Lengths
+    rows_per_batch: int
+    """Rows on one rank in one micro-batch."""
+    ranks: int
+    batches_per_step: int
+    """Micro-batches whose gradients are added up before the optimizer moves."""
+    seed: int
+    group_by_length: bool = False
+    row_tokens: int | None = None
+    """Source and target tokens of every row as a tensor, where all are of one length; None: of the longest one."""
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_batch * self.ranks * self.batches_per_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.lengths.target_tokens) // self.rows_per_step)
+
+    def rows_of(self, epoch: int) -> np.ndarray:
+        """All rows in the order of this epoch. The generator is its own: nothing else can disturb it."""
+        generator = np.random.default_rng([self.seed, epoch])
+        rows = generator.permutation(len(self.lengths.target_tokens))
+        if not self.group_by_length:
+            return rows
+        together = self.rows_per_batch * self.ranks  # what the ranks compute at the same time
+        tokens = self.lengths.source_tokens + self.lengths.target_tokens
+        pools = np.split(
+            rows, range(together * BATCHES_SORTED_TOGETHER, len(rows), together * BATCHES_SORTED_TOGETHER)
+        )
+        rows = np.concatenate([pool[np.argsort(tokens[pool], kind="stable")] for pool in pools])
+        whole = len(rows) // together * together
+        batches = rows[:whole].reshape(-1, together)
+        return np.concatenate([batches[generator.permutation(len(batches))].reshape(-1), rows[whole:]])
+
+    def step(self, rows: np.ndarray, index: int) -> Step:
+        """Step `index` of an epoch whose rows are `rows`. Where rows run out, each rank gets its even share."""
+        rows = rows[index * self.rows_per_step : (index + 1) * self.rows_per_step]
+        together = self.rows_per_batch * self.ranks
+        batches = [self._deal(rows[start : start + together]) for start in range(0, len(rows), together)]
+        source_tokens, target_tokens = self.lengths
+        padded = sum(
+            len(dealt) * (self.row_tokens or int(source_tokens[dealt].max() + target_tokens[dealt].max()))
+            for batch in batches
+            for dealt in batch
+            if len(dealt)
+        )
+        return Step(batches, int(source_tokens[rows].sum()), int(target_tokens[rows].sum()), padded)
+
+    def _deal(self, rows: np.ndarray) -> list[np.ndarray]:
+        """7 rows on 2 ranks: [0 1 2] and [3 4 5 6]."""
+        ends = [len(rows) * rank // self.ranks for rank in range(self.ranks + 1)]
+        return [rows[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def longest_first(lengths: Lengths, rows_per_batch: int, ranks: int) -> list[list[np.ndarray]]:
+    """Every row once, for evaluation: [batch][rank], like lengths together. What does not fit fails at the start."""
+    rows = np.argsort(-(lengths.source_tokens + lengths.target_tokens), kind="stable")
+    order = BatchOrder(lengths, rows_per_batch, ranks, batches_per_step=1, seed=0)
+    return [order.step(rows, index).batches[0] for index in range(order.steps_per_epoch)]
+
+
+def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset]) -> None:
+    """ValueError for rows that this model cannot read: unknown token ids, or more tokens than it has positions."""
+    rows_of = dict(zip(("input_ids", "labels"), embedding_rows(model), strict=True))
+    tables = table_positions(model)
+    for name, split in splits.items():
+        for column, rows in rows_of.items():
+            largest = max(
+                pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py() or 0
+                for table in split.with_format("arrow").iter(batch_size=10_000)
+            )
+            if largest >= rows:
+                raise UserError(
+                    f"split {name} holds token id {largest}, but the model has {rows} embedding rows for {column}. "
+                    f"Prepare the data with the model's own tokenizer."
+                )
+        for column, positions, tokens in zip(rows_of, tables, row_lengths(split), strict=True):
+            if positions is not None and tokens.max() > positions:
+                limit = "max_source_tokens" if column == "input_ids" else "max_target_tokens"
+                raise UserError(
+                    f"split {name} has a row with {tokens.max()} {column}, but the model has {positions} positions. "
+                    f"Prepare the data with {limit} <= {positions}."
+                )

@@ -1,0 +1,85 @@
+"""What ended a command, as the number it exits with.
+
+    0    done                                       6    a rank was lost, or did not answer in time
+    2    a user's error                             7    the Hub or the network
+    3    a checkpoint that cannot be used           75   stopped by a signal, saved: run it again to go on
+    4    storage or memory                          130  a second Ctrl-C
+    5    a loss or gradient that is no number       1    an error of Diptych's own
+
+Launchers swallow these numbers (torchrun and `accelerate launch` exit with 1 whatever it was), so a run also writes
+its own into status.json.
+"""
+
+from diptych.data_prep.command_line.run_command import exit_code, message_of_file
+from diptych.data_prep.rows.records import UserError
+
+DONE, BUG, USER, CHECKPOINT, STORAGE, NOT_FINITE, RANKS, HUB, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 75, 130
+
+NO_MEMORY = (
+    "Lower batch_size and raise gradient_accumulation_steps by as much, set gradient_checkpointing, or pack into"
+    " shorter rows (prepare's --packed_source_tokens, --packed_target_tokens)."
+)
+
+
+class CheckpointError(UserError):
+    """A checkpoint is damaged, incomplete, or another one than it should be."""
+
+    exit_code = CHECKPOINT
+
+
+class StorageError(UserError):
+    """A disk is full or not writable, or memory is used up."""
+
+    exit_code = STORAGE
+
+
+class NotFiniteError(UserError):
+    """A loss or a gradient is infinite or no number."""
+
+    exit_code = NOT_FINITE
+
+
+class RankError(UserError):
+    """Another rank of the run has gone, or does not answer."""
+
+    exit_code = RANKS
+
+
+class HubError(UserError):
+    """The Hub refused, or could not be reached."""
+
+    exit_code = HUB
+
+
+class Stopped(BaseException):
+    """A signal came before there was anything to save. No Exception, since it may come anywhere, also inside of what
+    takes a ValueError of a loader for a broken file."""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The number for an error; 1 for one that nobody foresaw, whose traceback should be shown."""
+    if isinstance(error, UserError | OSError) and not is_out_of_memory(error):
+        return exit_code(error)
+    if isinstance(error, Stopped):
+        return STOPPED
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if is_out_of_memory(error):
+        return STORAGE
+    return BUG
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch raises OutOfMemoryError on a GPU, and on a CPU a RuntimeError like any other."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or is_torchs
+
+
+def message_of(error: BaseException) -> str:
+    """What to tell of an error with one of the numbers above."""
+    if is_out_of_memory(error):
+        return f"out of memory: {(str(error).splitlines() or [''])[0]} {NO_MEMORY}"
+    if isinstance(error, OSError) and exit_code_of(error) == STORAGE:
+        room = "Make room on this disk, then go on from what was committed: --resume true."
+        return f"{message_of_file(error)}. {room}"
+    return message_of_file(error)

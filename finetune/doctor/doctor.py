@@ -1,0 +1,190 @@
+"""Whether a checkpoint's training is right: one command, for any AutoModelForSeq2SeqLM folder or Hub id.
+
+    $ diptych doctor my-checkpoint --data my-rows.jsonl
+    my-checkpoint: t5, 60.5 M weights, rows of my-rows.jsonl, on cpu
+
+    ✓ 8 micro-batches = 1 batch   loss × 1.000000, gradient × 1.000000, cosine 1.000000
+    ✓ 2 ranks = 1 rank            loss × 1.000000, gradient × 1.000000, cosine 1.000000
+    ✗ HF Trainer: 8 = 1           loss × 8.081, gradient × 8.512, cosine 0.896
+        Train with `diptych train`, which is right (above), or put diptych.finetune.training.packed_trainer's …
+    18 green, 2 red, 0 do not apply, in 10 s
+
+The exit code is 0 where all is green, 1 where something is red, 2 for a mistake such as a folder that is not there.
+Nothing is written, nothing is changed, and no code of the checkpoint is run. The two checks with several processes or
+with a Trainer are made on the CPU whatever --device says.
+"""
+
+import copy
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands import cli
+from diptych.finetune.commands.command_settings import DoctorSettings
+from diptych.finetune.doctor.doctor_checks import CHECKS, Finding, Patient, examine
+from diptych.finetune.doctor.doctor_rows import rows_from
+from diptych.finetune.model.loading import (
+    ADAPTER_CONFIG,
+    check_folder,
+    has_tokenizer,
+    load_config,
+    load_model,
+    load_model_and_tokenizer,
+    load_tokenizer,
+    pick_device,
+)
+
+COLUMNS = 100
+NAME_COLUMNS = max(map(len, CHECKS)) + 2
+MARKS = {"green": "✓", "red": "✗", "not_applicable": "–"}
+COLOURS = {"green": "\033[32m", "red": "\033[31m", "not_applicable": "\033[2m"}
+COLOUR_END = "\033[0m"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' logs and everybody's progress bars; what they would warn of is what is examined here."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        datasets.enable_progress_bars()
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def admit(settings: DoctorSettings, folder: Path) -> Patient:
+    """The checkpoint with what can be read of it. What is wrong with a whole one is for the checks to say."""
+    name = os.path.expanduser(settings.model)
+    check_folder(name)
+    device = pick_device(settings.device)
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        merged, tokenizer = load_model_and_tokenizer(name, check_template=False)
+        config = copy.deepcopy(merged.config)
+        merged.save_pretrained(folder / "merged")  # and loaded, because peft leaves all weights frozen
+        model = load_model(str(folder / "merged"), torch.float32)
+    else:
+        model, config = _load_weights(name)
+        tokenizer = load_tokenizer(name) if has_tokenizer(name) else None
+    if model is not None:
+        model = model.to(device).eval()
+    given = rows_from(settings.data, tokenizer) if settings.data else None
+    return Patient(name, model, tokenizer, given, config, folder)
+
+
+def _load_weights(name: str) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
+    """In fp32, and the config as it was saved; no model where there are pickles alone."""
+    try:
+        model = load_model(name, torch.float32)
+    except UserError:
+        folder = Path(name)
+        if not folder.is_dir() or any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+            raise
+        config = load_config(name)
+        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise
+        return None, config
+    return model, load_config(name)
+
+
+def format_table(findings: Mapping[str, Finding], colours: bool) -> str:
+    """One line for each check, within 100 columns, and beneath each red one what to do."""
+    lines = []
+    for name, finding in findings.items():
+        start, end = (COLOURS[finding.status], COLOUR_END) if colours else ("", "")
+        first, *more = textwrap.wrap(finding.message, COLUMNS - NAME_COLUMNS - 2)
+        lines.append(f"{start}{MARKS[finding.status]}{end} {name:{NAME_COLUMNS}}{first}")
+        lines += [" " * (NAME_COLUMNS + 2) + line for line in more]
+        lines += textwrap.wrap(
+            finding.remedy, COLUMNS, initial_indent=" " * 4, subsequent_indent=" " * 4, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
+def count(findings: Mapping[str, Finding], status: str) -> int:
+    return sum(finding.status == status for finding in findings.values())
+
+
+def to_json(patient: Patient, findings: Mapping[str, Finding], seconds: float) -> str:
+    checks = [{"name": name} | finding._asdict() for name, finding in findings.items()]
+    for check in checks:
+        check["measured"] = {key: _without_nan(value) for key, value in check["measured"].items()}
+    report = {
+        "model": patient.name,
+        "examined": describe(patient),
+        "model_type": patient.config.model_type,
+        "checks": checks,
+        "seconds": round(seconds, 1),
+    }
+    report |= {status: count(findings, status) for status in MARKS}
+    return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def describe(patient: Patient) -> str:
+    if patient.model is None:
+        return f"{patient.name}: {patient.config.model_type}, its weights were not read"
+    weights = sum(weight.numel() for weight in patient.model.parameters()) / 1e6
+    return (
+        f"{patient.name}: {patient.model.config.model_type}, {weights:,.1f} M weights, {patient.all_rows.described}, "
+        f"on {patient.model.device}"
+    )
+
+
+def run(settings: DoctorSettings) -> int:
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, quiet():
+        patient = admit(settings, Path(folder))
+        with tqdm(CHECKS, desc="doctor", leave=False, disable=not sys.stderr.isatty()) as bar:
+            findings = {}
+            for name in bar:
+                bar.set_postfix_str(name)
+                findings[name] = examine(name, patient)
+        seconds = time.perf_counter() - started
+        if settings.json:
+            print(to_json(patient, findings, seconds))
+        else:
+            colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            print(*textwrap.wrap(describe(patient), COLUMNS), "", sep="\n")
+            print(format_table(findings, colours))
+            green, red, other = (count(findings, status) for status in MARKS)
+            print(f"\n{green} green, {red} red, {other} do not apply, in {seconds:.0f} s")
+    return 1 if count(findings, "red") else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run("doctor", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,566 @@
+"""The checks of `diptych doctor`: a loaded checkpoint in; for each check green, red with a remedy, or why not at all.
+
+    examine("batched = alone", patient)
+    ->  Finding("green", "largest difference of a row 2.4e-07 nats/token", {"difference": 2.4e-07}, "")
+
+A check is one function of the patient, and one line in CHECKS at the foot. What it cannot do without (finite weights,
+a start token) it asks of the patient, who raises DoesNotApply. All is computed in fp32 and without dropout on the same
+eight rows.
+
+B rows, S source tokens, T target tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.decoder_start import split_start
+from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
+from diptych.data_prep.text_to_ids.templates import carried_template, golden_difference, stored_golden
+from diptych.data_prep.text_to_ids.two_vocabularies import padding_id, target_side
+from diptych.finetune.batches.packed_rows import pack_examples
+from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.doctor.doctor_rows import Row, Rows, built_in_rows, eight_of, random_rows
+from diptych.finetune.doctor.doctor_steps import (
+    LOSS_TOLERANCE,
+    Batch,
+    Step,
+    agree,
+    compare,
+    compare_ranks,
+    objective_step,
+    trainer_step,
+)
+from diptych.finetune.inference.generation import pad_sources, search_settings_aside
+from diptych.finetune.model.families import (
+    FAMILIES,
+    decoder_start_token,
+    embedding_rows,
+    family_of,
+    input_and_output_tables,
+)
+from diptych.finetune.model.loading import lacking_most, load_model, position_limit
+from diptych.finetune.model.loss import Seq2SeqObjective
+from diptych.finetune.model.untrusted_files import conversion
+
+COLUMNS = ("input_ids", "labels")
+"""Of the two sides of a row."""
+MICRO_BATCHES = 8
+NEW_TOKENS = 16
+LOGITS_TOLERANCE = 1e-4
+FORCE_TIES = ("t5", "mt5", "umt5")
+"""Their configs say tie_word_embeddings whatever stands in config.json: with a head of its own in the file, as Flan-T5
+and mT5 have it, transformers does not tie."""
+
+
+class Finding(NamedTuple):
+    status: Literal["green", "red", "not_applicable"]
+    message: str
+    measured: dict[str, Any] = {}
+    remedy: str = ""
+
+
+class DoesNotApply(Exception):
+    """Why a check cannot be made."""
+
+
+@dataclass
+class Patient:
+    """A checkpoint as it was loaded, and what several checks need of it."""
+
+    name: str
+    model: PreTrainedModel | None
+    """In fp32 and in eval mode; None where its weights are not to be read."""
+    tokenizer: PreTrainedTokenizerBase | None
+    given: Rows | None
+    """The owner's rows, if there are any."""
+    config: PreTrainedConfig
+    """As it was saved, with the dtype of the weights."""
+    folder: Path
+    """For what is written on the way; goes when all is done."""
+
+    @property
+    def weights(self) -> PreTrainedModel:
+        if self.model is None:
+            raise DoesNotApply("the weights were not read")
+        return self.model
+
+    @cached_property
+    def not_finite(self) -> list[str]:
+        return [name for name, weight in self.weights.named_parameters() if not weight.isfinite().all()]
+
+    @property
+    def sound(self) -> PreTrainedModel:
+        """The model, where it can compute."""
+        if self.not_finite:
+            raise DoesNotApply("not measured: there are weights that are not finite")
+        return self.weights
+
+    @cached_property
+    def all_rows(self) -> Rows:
+        if self.given is not None:
+            return self.given
+        return random_rows(self.weights) if self.tokenizer is None else built_in_rows(self.tokenizer)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Eight that the model can read, with labels as training would have them: without the start token."""
+        limits, start = embedding_rows(self.weights), self.start_token
+        kept = [
+            row
+            for row in self.all_rows.looked_at
+            if all(max(row[side], default=end) < end for side, end in zip(COLUMNS, limits, strict=True))
+        ]
+        if not kept:
+            kept = random_rows(self.weights).looked_at
+        eight = eight_of(kept, position_limit(self.weights))
+        split = [split_start(row["labels"], start, self.tokenizer) for row in eight]
+        return [
+            row | {"labels": labels, "decoder_start": first} if labels else row
+            for row, (first, labels) in zip(eight, split, strict=True)
+        ]
+
+    @property
+    def start_token(self) -> int:
+        try:
+            token = decoder_start_token(self.weights)
+        except UserError:
+            raise DoesNotApply("not measured: there is no decoder start token") from None
+        if token >= embedding_rows(self.weights)[1]:
+            raise DoesNotApply("not measured: the decoder start token has no embedding row")
+        return token
+
+    @property
+    def pad_token(self) -> int:
+        known = None if self.tokenizer is None else padding_id(self.tokenizer)
+        known = self.weights.generation_config.pad_token_id if known is None else known
+        return 0 if known is None or known >= min(embedding_rows(self.weights)) else known
+
+    @property
+    def target_tokens(self) -> int:
+        return sum(len(row["labels"]) for row in self.rows)
+
+    def batch(self, rows: list[Row]) -> Batch:
+        return self.placed(pad_batch(rows, self.pad_token, self.start_token))
+
+    def placed(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.weights.device) for name, tensor in batch.items()}
+
+    @cached_property
+    def objective(self) -> Seq2SeqObjective:
+        return Seq2SeqObjective(self.sound).eval()
+
+    @cached_property
+    def whole_step(self) -> Step:
+        """All rows as one padded batch: what other ways are compared with."""
+        return objective_step(self.objective, [self.batch(self.rows)], self.target_tokens)
+
+    @cached_property
+    def saved(self) -> Path:
+        self.sound.save_pretrained(self.folder / "saved")
+        return self.folder / "saved"
+
+
+def examine(name: str, patient: Patient) -> Finding:
+    """Whatever a check meets is a finding: a checkpoint that breaks one is still to hear of the others."""
+    try:
+        return CHECKS[name](patient)
+    except DoesNotApply as reason:
+        return Finding("not_applicable", str(reason))
+    except Exception as error:  # a model of any kind may fail in any way, and that is what is asked
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Finding(
+            "red",
+            f"failed: {first_line}",
+            remedy="Training or generation will meet the same error. See what it names.",
+        )
+
+
+def _judge(is_right: bool, message: str, remedy: str, measured: dict[str, Any] | None = None) -> Finding:
+    return Finding("green" if is_right else "red", message, measured or {}, "" if is_right else remedy)
+
+
+def _compared(figures: dict[str, float], remedy: str) -> Finding:
+    message = (
+        f"loss × {_number(figures['loss_ratio'])}, gradient × {_number(figures['gradient_ratio'])}, "
+        f"cosine {_number(figures['cosine'])}"
+    )
+    return _judge(agree(figures), message, remedy, figures)
+
+
+def _number(ratio: float) -> str:
+    """1.000000 where it is near to it, where the digits matter."""
+    return f"{ratio:.6f}" if abs(ratio - 1) < 0.01 else f"{ratio:.3f}"
+
+
+# How a step is cut
+
+
+def micro_batches(patient: Patient) -> Finding:
+    whole, tokens = patient.whole_step, patient.target_tokens
+    parts = objective_step(patient.objective, [patient.batch([row]) for row in patient.rows], tokens)
+    return _compared(
+        compare(whole, parts),
+        "Rows of one batch see each other in this model, or padding counts: train with batch_size: 1.",
+    )
+
+
+def ranks(patient: Patient) -> Finding:
+    return _compared(
+        _on_two_ranks(patient, "ours"),
+        "DDP waits for weights that never get a gradient, and shares no others meanwhile. Freeze those (see below: "
+        "each weight has a gradient), or train on one GPU.",
+    )
+
+
+def stock_trainer(patient: Patient) -> Finding:
+    model, device = patient.sound, patient.sound.device
+    arguments = (model.cpu(), patient.rows, patient.pad_token, patient.start_token)
+    try:
+        one, many = (trainer_step(*arguments, count, patient.folder / "trainer") for count in (1, MICRO_BATCHES))
+    finally:
+        model.to(device)
+    return _compared(
+        compare(one, many),
+        "Train with `diptych train`, which is right (above), or put diptych.finetune.training.packed_trainer's "
+        "PackedSeq2SeqTrainer in the Trainer's place. In the stock Trainer: give it compute_loss_func, summed "
+        "cross-entropy / num_items_in_batch, and in each batch decoder_input_ids, by DataCollatorForSeq2Seq(model="
+        "model). (model_accepts_loss_kwargs = False mends the size of the loss only, not the gradient's direction.)",
+    )
+
+
+def stock_trainer_ranks(patient: Patient) -> Finding:
+    return _compared(
+        _on_two_ranks(patient, "trainer"),
+        "As above: the Trainer takes the mean of each rank's mean, or a multiple of it.",
+    )
+
+
+def _on_two_ranks(patient: Patient, way: str) -> dict[str, float]:
+    return compare_ranks(way, patient.saved, patient.rows, patient.pad_token, patient.start_token, patient.folder)
+
+
+def packed(patient: Patient) -> Finding:
+    model = patient.sound
+    if family_of(model) is None:
+        raise DoesNotApply(f"{model.config.model_type} is padded: it is not in families.py")
+    row = patient.placed(pack_examples(patient.rows, patient.pad_token, patient.start_token))
+    was = model.config._attn_implementation
+    if was not in family_of(model).attentions:
+        model.set_attn_implementation("eager")  # the one that each family has
+    try:
+        together = objective_step(patient.objective, [row], patient.target_tokens)
+    finally:
+        model.set_attn_implementation(was)
+    return _compared(
+        compare(patient.whole_step, together),
+        "Train on padded rows, with packed: false: in a packed row examples see each other.",
+    )
+
+
+# Padding
+
+
+@torch.no_grad()
+def padding_side(patient: Patient) -> Finding:
+    batch = patient.batch(patient.rows)
+    right = patient.objective(batch, patient.target_tokens).item()
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    rolled = {
+        name: torch.stack([row.roll(len(row) - length) for row, length in zip(batch[name], lengths, strict=True)])
+        for name in ("input_ids", "attention_mask")
+    }
+    left = patient.objective(batch | rolled, patient.target_tokens).item()
+    measured = {"right": right, "left": left, "difference": left - right}
+    if abs(left - right) <= LOSS_TOLERANCE * max(1.0, abs(right)):
+        return Finding("green", f"the loss differs by {abs(left - right):.1e} nats/token", measured)
+    pads_left = patient.tokenizer is not None and patient.tokenizer.padding_side == "left"
+    where = "the tokenizer pads left" if pads_left else "nothing here pads left"
+    return _judge(
+        not pads_left and math.isfinite(left - right),
+        f"on the left {abs(left - right):.2g} nats/token other; {where}",
+        "Positions are counted from the row's start, and padding moves the text away from it. Write "
+        '"padding_side": "right" into tokenizer_config.json (set on a loaded tokenizer, it would not be saved).',
+        measured,
+    )
+
+
+@torch.no_grad()
+def batched(patient: Patient) -> Finding:
+    together = patient.objective.token_losses(patient.batch(patient.rows)).sum(dim=1)
+    alone = torch.stack([patient.objective.token_losses(patient.batch([row])).sum() for row in patient.rows])
+    tokens = together.new_tensor([len(row["labels"]) for row in patient.rows])
+    differences = (together - alone).abs() / tokens
+    allowed = LOSS_TOLERANCE * (alone / tokens).clamp(min=1.0)
+    difference = differences.max().item()
+    return _judge(
+        bool((differences <= allowed).all()),
+        f"largest difference of a row {difference:.1e} nats/token",
+        "What stands in padding changes the result: compute rows one by one, or look into the model's attention mask.",
+        {"difference": difference},
+    )
+
+
+# Generation, saving
+
+
+@torch.no_grad()
+def cache(patient: Patient) -> Finding:
+    model, chosen = patient.sound, patient.rows[::2]
+    if model.config.model_type == "fsmt":
+        raise DoesNotApply("without its cache, transformers' FSMT generates without a causal mask")
+    sources = patient.placed(pad_sources([row["input_ids"] for row in chosen], patient.pad_token))
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": patient.pad_token}
+    settings |= {"output_logits": True, "return_dict_in_generate": True, "decoder_start_token_id": patient.start_token}
+    with search_settings_aside(model):
+        with_cache, without = (
+            model.generate(**sources, **settings, use_cache=use_cache) for use_cache in (True, False)
+        )
+    same = torch.equal(with_cache.sequences, without.sequences)
+    logits = [torch.stack(output.logits) for output in (with_cache, without)]
+    difference = (logits[0] - logits[1]).abs().max().item()
+    allowed = LOGITS_TOLERANCE * max(1.0, logits[1].abs().max().item())
+    return _judge(
+        same and difference <= allowed,
+        f"{NEW_TOKENS} tokens {'the same' if same else 'differ'}, logits differ by {difference:.1e}",
+        "Generate with use_cache=False: the model's cache changes what it says.",
+        {"same_tokens": same, "difference": difference},
+    )
+
+
+@torch.no_grad()
+def saved_and_loaded(patient: Patient) -> Finding:
+    model = patient.sound
+    inputs = {name: tensor for name, tensor in patient.batch(patient.rows).items() if name != "labels"}
+    expected = model(**inputs, use_cache=False).logits
+    loaded = load_model(str(patient.saved), torch.float32).to(model.device).eval()
+    difference = (loaded(**inputs, use_cache=False).logits - expected).abs().max().item()
+    ties_kept = _shared(loaded) == _shared(model)
+    ties = "ties kept" if ties_kept else "ties changed"
+    return _judge(
+        difference == 0 and ties_kept,
+        f"logits {'the same' if difference == 0 else f'differ by {difference:.1e}'}, {ties}",
+        "What training saves is not what it trained: compare config.json with the model (tie_word_embeddings, dtype).",
+        {"difference": difference, "ties_kept": ties_kept},
+    )
+
+
+def _shared(model: PreTrainedModel) -> set[frozenset[str]]:
+    """Names of weights that are one and the same, together."""
+    names: dict[int, set[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(weight.data_ptr(), set()).add(name)
+    return {frozenset(together) for together in names.values() if len(together) > 1}
+
+
+# Tokens
+
+
+def padding_token(patient: Patient) -> Finding:
+    tokenizer = patient.tokenizer
+    if tokenizer is None:
+        raise DoesNotApply("the checkpoint has no tokenizer")
+    pad, eos = target_side(tokenizer).pad_token_id, target_side(tokenizer).eos_token_id
+    measured = {"pad_token_id": pad, "eos_token_id": eos}
+    remedy = 'Give the tokenizer one: tokenizer.pad_token = "<pad>"; if it is new, model.resize_token_embeddings.'
+    if pad is None:
+        return Finding("red", "the tokenizer has no padding token", measured, remedy)
+    why = "labels[labels == pad] = -100 leaves out every eos, and the model never learns to stop. "
+    return _judge(pad != eos, f"pad {pad}, eos {eos}", why + remedy.replace("one:", "its own:"), measured)
+
+
+def tokenizer_size(patient: Patient) -> Finding:
+    if patient.tokenizer is None:
+        raise DoesNotApply("the checkpoint has no tokenizer")
+    tokens, rows = lacking_most(patient.weights, patient.tokenizer)
+    sides = zip(vocabulary_sizes(patient.tokenizer), embedding_rows(patient.weights), strict=True)
+    return _judge(
+        tokens <= rows,
+        "; ".join(f"{tokens:,} tokens, {rows:,} embedding rows" for tokens, rows in dict.fromkeys(sides)),
+        f"Use the tokenizer that the model was trained with; or, if tokens were added, "
+        f"model.resize_token_embeddings({tokens}), and train (`diptych train` with grow_vocabulary).",
+        {"tokens": tokens, "embedding_rows": rows},
+    )
+
+
+def ids_in_range(patient: Patient) -> Finding:
+    limits, rows = embedding_rows(patient.weights), patient.all_rows.looked_at
+    largest = -1
+    for row in rows:
+        for column, limit in zip(COLUMNS, limits, strict=True):
+            top, bottom = max(row[column], default=0), min(row[column], default=0)
+            largest = max(largest, top)
+            if top >= limit or bottom < 0:
+                return Finding(
+                    "red",
+                    f"{row['origin']}: {column} hold {top if top >= limit else bottom}, ids end at {limit - 1}",
+                    {"rows": len(rows), "id": top if top >= limit else bottom, "embedding_rows": limit},
+                    "Prepare the data with the model's own tokenizer.",
+                )
+    return Finding("green", f"{len(rows):,} rows, largest id {largest}", {"rows": len(rows), "largest_id": largest})
+
+
+def start_token(patient: Patient) -> Finding:
+    model = patient.weights
+    generation, config = model.generation_config, getattr(model.config, "decoder_start_token_id", None)
+    measured = {"config": config, "generation_config": generation.decoder_start_token_id}
+    try:
+        token = decoder_start_token(model)
+    except UserError:
+        remedy = (
+            "Set decoder_start_token_id in config.json and generation_config.json: what the model was trained with."
+        )
+        return Finding("red", "there is none, so the model cannot begin to write", measured, remedy)
+    if token >= embedding_rows(model)[1]:
+        return Finding("red", f"{token}, but ids end at {embedding_rows(model)[1] - 1}", measured, "Set it in range.")
+    disagree = config is not None and token != config
+    return _judge(
+        not disagree,
+        f"{config} in config.json, but generation starts with {token}" if disagree else f"{token}",
+        "Write the same id into config.json, which training by others reads, and generation_config.json.",
+        measured,
+    )
+
+
+def labels_without_start(patient: Patient) -> Finding:
+    start, rows = patient.start_token, patient.all_rows.looked_at
+    repeated = [row["origin"] for row in rows if len(row["labels"]) > 1 and row["labels"][0] == start]
+    return _judge(
+        not repeated,
+        f"{len(repeated):,} of {len(rows):,} rows begin with {start}" + (f", as {repeated[0]}" if repeated else ""),
+        "The decoder starts with this token anyway, and would learn to write it once more. `diptych train` drops it; "
+        "elsewhere drop it from the labels yourself.",
+        {"rows": len(rows), "repeated": len(repeated)},
+    )
+
+
+def golden_rows(patient: Patient) -> Finding:
+    tokenizer = patient.tokenizer
+    if tokenizer is None:
+        raise DoesNotApply("the checkpoint has no tokenizer")
+    template = carried_template(tokenizer, check=False)
+    if template is None:
+        raise DoesNotApply("the tokenizer carries no template")
+    rows = len(stored_golden(tokenizer))
+    if not rows:
+        raise DoesNotApply(f"template '{template.name}' was saved without golden rows")
+    difference = golden_difference(tokenizer, template)
+    return _judge(
+        not difference,
+        difference or f"'{template.name}' gives {rows} golden rows to the token",
+        "The model would be asked otherwise than it was trained. Put the tokenizer's files back as they were; if the "
+        "change is wanted, attach_template(tokenizer, template), and save the tokenizer.",
+        {"template": template.name, "rows": rows, "difference": difference},
+    )
+
+
+# Weights
+
+
+def safetensors(patient: Patient) -> Finding:
+    folder = Path(patient.name)
+    if not folder.is_dir():
+        return Finding("green", "read from the Hub as safetensors")
+    files, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
+    return _judge(
+        bool(files),
+        f"{len(files)} safetensors, {len(pickles)} pickled files",
+        f"A pickle can run code, and is not read. If you trust it, convert it: {conversion(patient.name)}",
+        {"safetensors": len(files), "pickles": len(pickles)},
+    )
+
+
+def tied_weights(patient: Patient) -> Finding:
+    model = patient.weights
+    *tables, head = input_and_output_tables(model)
+    is_shared = head.data_ptr() in {table.data_ptr() for table in tables}
+    says = getattr(model.config, "tie_word_embeddings", None)  # an EncoderDecoderModel has a config for each panel
+    measured = {"tie_word_embeddings": says, "head_is_input_table": is_shared}
+    if says and model.config.model_type in FORCE_TIES and not is_shared:
+        is_meant = not getattr(model.config, "scale_decoder_outputs", False)  # mT5 has no such field
+        remedy = (
+            "The file holds a head of its own, but its logits are scaled as a shared table's: write "
+            "scale_decoder_outputs: false into config.json if it was trained like Flan-T5; else drop the head."
+        )
+        message = "the head is its own, as in Flan-T5 and mT5" if is_meant else "the head is apart, and is not to be"
+        return _judge(is_meant, message, remedy, measured)
+    apart = sorted(
+        name
+        for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
+        if model.get_parameter(name).data_ptr() != model.get_parameter(source).data_ptr()
+    )
+    message = f"{apart[0]} is apart, though config.json ties it" if apart else "as config.json says: "
+    return _judge(
+        not apart,
+        message if apart else message + ("head and input table are one" if is_shared else "the head is its own"),
+        "The file holds two tables that differ. If that is meant, write tie_word_embeddings: false into config.json; "
+        "if not, go back to a checkpoint in which they were one.",
+        measured | {"apart": apart},
+    )
+
+
+def finite(patient: Patient) -> Finding:
+    count = sum(1 for _ in patient.weights.parameters())
+    found = patient.not_finite
+    return _judge(
+        not found,
+        f"{found[0]} holds NaN or infinity" if found else f"all {count} tensors",
+        f"Go back to a checkpoint before they went wrong. Not finite: {len(found)} of {count} tensors.",
+        {"tensors": count, "not_finite": found},
+    )
+
+
+def gradients(patient: Patient) -> Finding:
+    trained = [name for name, weight in patient.sound.named_parameters() if weight.requires_grad]
+    without = [name for name in trained if name not in patient.whole_step.gradients]
+    return _judge(
+        not without,
+        f"{without[0]} gets none" if without else f"all {len(trained)} tensors",
+        f"Without a gradient nothing is learned, and several ranks wait for it. Without: {len(without)} of "
+        f"{len(trained)}. Freeze them (requires_grad = False), or mend the model.",
+        {"tensors": len(trained), "without": without},
+    )
+
+
+def dtype(patient: Patient) -> Finding:
+    saved, kind = patient.config.dtype, patient.config.model_type
+    overflows = kind in FAMILIES and FAMILIES[kind].overflows_in_fp16
+    name = "config.json names none" if saved is None else f"saved as {str(saved).removeprefix('torch.')}"
+    return _judge(
+        not (overflows and saved == torch.float16),
+        name,
+        f"Activations of {kind} grow beyond what fp16 holds (65,504), and become infinite. Start from an fp32 or bf16 "
+        f"copy, and train with precision: bf16 or fp32.",
+        {"dtype": name.split()[-1]},
+    )
+
+
+CHECKS: dict[str, Callable[[Patient], Finding]] = {
+    "8 micro-batches = 1 batch": micro_batches,
+    "2 ranks = 1 rank": ranks,
+    "HF Trainer: 8 = 1": stock_trainer,
+    "HF Trainer: 2 ranks = 1": stock_trainer_ranks,
+    "packed = separate": packed,
+    "left = right padding": padding_side,
+    "batched = alone": batched,
+    "cached = uncached": cache,
+    "saved = loaded": saved_and_loaded,
+    "padding is not eos": padding_token,
+    "tokenizer fits embeddings": tokenizer_size,
+    "token ids in range": ids_in_range,
+    "decoder start token": start_token,
+    "labels do not repeat it": labels_without_start,
+    "template renders as saved": golden_rows,
+    "safetensors": safetensors,
+    "tied weights": tied_weights,
+    "finite weights": finite,
+    "each weight has a gradient": gradients,
+    "dtype": dtype,
+}

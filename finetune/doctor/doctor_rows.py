@@ -1,0 +1,189 @@
+"""What `diptych doctor` examines a model with: eight short rows of very uneven length, of the owner's data if given.
+
+    rows_from("my-rows.jsonl", tokenizer)  ->  Rows([{"input_ids": […], "labels": […], "origin": …}, …], "rows of …")
+    eight_of(looked_at, tokens=64)         ->  eight of these, from the shortest target to the longest, 64 tokens each
+
+Uneven on purpose: a mean of micro-batch means is the mean over tokens where all rows are equally long, and its fault
+would not show.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
+from diptych.data_prep.text_to_ids.templates import TEMPLATES, carried_template
+from diptych.finetune.model.families import embedding_rows
+from diptych.finetune.model.untrusted_files import open_prepared
+
+ROWS_LOOKED_AT = 10_000
+"""So many rows of the data have their ids checked: a second or two."""
+ROWS_COMPUTED = 8
+"""One for each micro-batch."""
+SOURCE_TOKENS = 64
+TARGET_TOKENS = 32
+
+SENTENCES = [
+    ("Answer.", "", "Yes."),
+    ("Translate English to French:", "Go.", "Va !"),
+    ("Name the capital of Peru.", "", "Lima is the capital of Peru."),
+    ("Add.", "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43", "The sum of these primes is 281."),
+    ("Say it shorter.", "At this point in time it is the case that it rains, and it rains a lot.", "It pours."),
+    ("Explain rain.", "", "Warm air rises and cools, its vapour gathers in drops, and heavy drops fall."),
+    ("Count to twenty.", "", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"),
+    (
+        "Why is the sky blue, and why is it red in the evening?",
+        "",
+        "Air scatters blue light most. In the evening " * 2,
+    ),
+]
+
+Row = dict[str, Any]
+
+
+class Rows(NamedTuple):
+    looked_at: list[Row]
+    """`input_ids`, `labels`, and `origin`, which says where the row stands."""
+    described: str
+    """As in "rows of my-rows.jsonl"."""
+
+
+def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
+    """Of a prepared folder its first split, which is train if there is one; of a .json or .jsonl file the rows as the
+    tokenizer encodes them."""
+    place = Path(data)
+    if (place / "dataset_dict.json").is_file():
+        split, rows = _prepared_rows(place)
+        return Rows(rows, f"rows of {data}, split {split}")
+    if place.is_dir():
+        raise UserError(
+            f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
+        )
+    if not place.is_file():
+        raise UserError(f"there is no {data}. Name a prepared folder, or a .json or .jsonl file of rows.")
+    if place.suffix not in (".json", ".jsonl"):
+        raise UserError(
+            f"{data} is neither .json nor .jsonl. Prepare it with `diptych prepare`, and name that folder."
+        )
+    if tokenizer is None:
+        raise UserError(
+            f"{data} holds text, and the checkpoint has no tokenizer to encode it. Save one in its folder."
+        )
+    texts, without_output = _raw_rows(place)
+    described = f"rows of {data}"
+    if without_output:
+        described += f" ({len(without_output):,} without output left out, the first {without_output[0]})"
+    return Rows(encoded_rows(texts, tokenizer), described)
+
+
+def encoded_rows(texts: Sequence[tuple[str, str, str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """(instruction, input, output, origin) of each row, in the tokenizer's own template, or Alpaca's."""
+    template = carried_template(tokenizer, check=False) or TEMPLATES["alpaca"]  # what has changed, the checks examine
+    sources = encode_sources(tokenizer, [template.render_source(told, given) for told, given, _, _ in texts])
+    rendered = [template.render_target(output) for _, _, output, _ in texts]
+    targets = encode_targets(tokenizer, rendered, decoder_prefix=template.decoder_prefix)
+    return [
+        {"input_ids": source, "labels": target, "origin": origin}
+        for source, target, (*_, origin) in zip(sources, targets, texts, strict=True)
+    ]
+
+
+def built_in_rows(tokenizer: PreTrainedTokenizerBase) -> Rows:
+    texts = [(*sentence, f"sentence {number}") for number, sentence in enumerate(SENTENCES, start=1)]
+    return Rows(encoded_rows(texts, tokenizer), "built-in sentences")
+
+
+def random_rows(model: PreTrainedModel) -> Rows:
+    """Ids that are in range and nothing special, where there is no tokenizer; each side ends in eos."""
+    known = model.generation_config
+    ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
+    special = {known.pad_token_id, known.bos_token_id, known.decoder_start_token_id, *ends}
+    words_of = [[token for token in range(rows) if token not in special] for rows in embedding_rows(model)]
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(words: list[int], tokens: int) -> list[int]:
+        chosen = torch.randint(len(words), (tokens,), generator=generator)
+        return [words[place] for place in chosen] + [ends[0] or 0]
+
+    lengths = zip((5, 40, 3, 12, 30, 8, 55, 20), (1, 2, 4, 6, 9, 14, 20, 30), strict=True)
+    source, target = words_of
+    rows = [{"input_ids": ids(source, s), "labels": ids(target, t), "origin": f"random row {t}"} for s, t in lengths]
+    return Rows(rows, "rows of random ids (the checkpoint has no tokenizer)")
+
+
+def eight_of(looked_at: Sequence[Row], tokens: int | None) -> list[Row]:
+    """Evenly from the shortest target to the longest, each cut to what `tokens` positions hold, but not its end."""
+    in_order = sorted(looked_at, key=lambda row: len(row["labels"]))
+    last = len(in_order) - 1
+    chosen = [in_order[round(place * last / (ROWS_COMPUTED - 1))] for place in range(ROWS_COMPUTED)]
+    limits = {"input_ids": SOURCE_TOKENS, "labels": TARGET_TOKENS}
+    return [
+        {column: _cut(row[column], min(limit, tokens or limit)) for column, limit in limits.items()} for row in chosen
+    ]
+
+
+def _cut(ids: list[int], tokens: int) -> list[int]:
+    return ids if len(ids) <= tokens else [*ids[: tokens - 1], ids[-1]]
+
+
+def _prepared_rows(place: Path) -> tuple[str, list[Row]]:
+    splits = open_prepared(place)
+    name = next((name for name, split in splits.items() if len(split)), None)
+    if name is None:
+        raise UserError(f"{place} has no rows; it has the splits {', '.join(splits)}. Prepare it again.")
+    looked_at = splits[name].select(range(min(len(splits[name]), ROWS_LOOKED_AT)))
+    return name, [
+        {"input_ids": row["input_ids"], "labels": row["labels"], "origin": f"{name} row {number}"}
+        for number, row in enumerate(looked_at)
+    ]
+
+
+def _raw_rows(file: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
+    """Rows with an output, and where those without one stand, from which nothing can be learned."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        lines = text.split("\n") if file.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(
+            f"{file} could not be read: {error}. Mend it there; if it has one object a line, name it .jsonl."
+        ) from None
+    if not isinstance(lines, list):
+        found = "an object" if isinstance(lines, dict) else "neither an array nor an object"
+        raise UserError(
+            f"{file} holds {found} from its first line on, and an array of objects is due: [{{…}}, {{…}}]. If it has "
+            f"one object a line, name it .jsonl; if an object holds the array, keep the array."
+        )
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line != ""][:ROWS_LOOKED_AT]
+    if not numbered:
+        raise UserError(f"{file} has no rows. Name a file with one row or more.")
+    rows = [_raw_row(line, f"{file}:{number}") for number, line in numbered]
+    with_output = [row for row in rows if row[2].strip()]
+    without = [origin for *_, output, origin in rows if not output.strip()]
+    if not with_output:
+        raise UserError(
+            f"{file}: the output is empty in each of {len(rows):,} rows, the first being {without[0]}, and from such "
+            f"rows nothing is learned. Write what the model is to answer into output."
+        )
+    return with_output, without
+
+
+def _raw_row(line: Any, origin: str) -> tuple[str, str, str, str]:
+    try:
+        row = json.loads(line) if isinstance(line, str) else line
+    except ValueError as error:
+        is_spelling = isinstance(error, json.JSONDecodeError)
+        fault = f"{error.msg} at column {error.colno}" if is_spelling else str(error)
+        raise UserError(f"{origin}: {fault}. Mend the row, or let `diptych prepare` sort out what is sound.") from None
+    row = {name: "" if value is None else value for name, value in row.items()} if isinstance(row, dict) else {}
+    texts = [row.get(name, "") for name in ("instruction", "input", "output")]
+    if not all(isinstance(text, str) for text in texts) or not (texts[0] or texts[1]) or "output" not in row:
+        raise UserError(
+            f"{origin}: a row is an object with the texts instruction (or input) and output. Mend it, or let "
+            f"`diptych prepare` sort out what is sound, and name its folder."
+        )
+    return (*texts, origin)

@@ -1,0 +1,1 @@
+"""Texts become figures with intervals; two runs are compared."""

@@ -1,0 +1,357 @@
+"""A model in memory; a folder that CTranslate2 reads, or one message that says what it cannot express.
+
+    write(model, tokenizer, folder, "int8")
+    folder/  model.bin               weights and shape, in CTranslate2's format
+             config.json             its start, end and unknown token
+             shared_vocabulary.json  token i is what the tokenizer calls id i; rows without a token are <unused_i>
+                                     (source_vocabulary.json and target_vocabulary.json, where it has two)
+
+For T5, BART and their relatives the loaders of CTranslate2's own converter fill the specification, given the model as
+`load_model_and_tokenizer` made it: its `TransformersConverter` would load the checkpoint a second time, pickles
+included, and knows no adapters. What they assume about configs and tokenizers, and transformers 5 no longer has, is
+given to them here: `normalize_before` and `normalize_embedding`, an unknown token, a vocabulary without gaps.
+
+A Diptych with the separate hinge is written here. Rotary positions of every type go as the type that CTranslate2 calls
+Su: a factor for each frequency. So yarn (arXiv 2309.00071), llama3, linear and layers without positions are exact.
+yarn also lengthens queries and keys, which becomes a factor on their product. What has no place in its layers is
+refused: `diptych_faults` has the list, each entry found by trying.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.languages import codes_of
+from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
+from diptych.finetune.model.families import FAMILIES, decoder_start_token, embedding_rows
+
+if TYPE_CHECKING:
+    from ctranslate2.specs import ModelSpec
+
+NAME = "ctranslate2"
+INSTALL = "CTranslate2 is not installed. Install it: pip install 'diptych[ctranslate2]'"
+NO_ROTATION = np.float32(1e38)
+"""A frequency divided by this turns nothing, at any position that there is."""
+
+
+def import_ctranslate2() -> Any:
+    """The package. UserError with the install line where it is absent."""
+    try:
+        import ctranslate2
+    except ImportError as error:
+        raise UserError(INSTALL) from error
+    return ctranslate2
+
+
+def check(model: PreTrainedModel) -> None:
+    """UserError that names what of this model CTranslate2 cannot express."""
+    import_ctranslate2()
+    kind = model.config.model_type
+    if kind == "diptych":
+        if faults := diptych_faults(model.config):
+            raise UserError(
+                f"CTranslate2 cannot express this model: {'; '.join(faults)}. Use it as it is (`diptych "
+                f"generate`), or export it --to onnx."
+            )
+    elif kind not in LOADERS:
+        reason = REFUSED.get(kind, f"it has no loader for {kind}")
+        raise UserError(f"CTranslate2 cannot express this model: {reason}. It takes diptych, {', '.join(LOADERS)}.")
+
+
+def diptych_faults(config: Any) -> list[str]:
+    """What of a DiptychConfig has no place in CTranslate2's layers, in words."""
+    encoder, decoder = config.encoder, config.decoder
+    faults = []
+    if decoder.cross_attention == "merged":
+        faults.append(
+            "cross_attention is 'merged', but its decoder reads the encoder's final states, and not what each of the "
+            "encoder's layers read"
+        )
+    if encoder.lookahead is not None:
+        faults.append(f"encoder.lookahead is {encoder.lookahead}, but its encoder sees the whole source")
+    if decoder.qk_norm and decoder.cross_attention == "separate":
+        faults.append("decoder.qk_norm is set, but its cross-attention norms no heads (encoder.qk_norm alone is fine)")
+    if encoder.rms_norm_eps != decoder.rms_norm_eps:
+        faults.append(
+            f"rms_norm_eps is {encoder.rms_norm_eps} in the encoder and {decoder.rms_norm_eps} in the decoder, but it "
+            f"has one for all norms"
+        )
+    for side, panel in (("encoder", encoder), ("decoder", decoder)):
+        rope_type = panel.rope_parameters["rope_type"]
+        if rope_type in ("dynamic", "longrope"):
+            faults.append(f"{side}.rope_parameters are {rope_type!r}, whose frequencies change with the text's length")
+        if panel.hidden_act not in _activations():
+            faults.append(
+                f"{side}.hidden_act is {panel.hidden_act!r}, but it has only {', '.join(sorted(_activations()))}"
+            )
+    return faults
+
+
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, precision: str) -> None:
+    """The three files above. `precision` is CTranslate2's word for what weights are stored in: int8 is of matrices,
+    with a scale for each row. UserError for what cannot be expressed."""
+    check(model)
+    if precision.startswith("int8") or model.device.type != "cpu":
+        model = copy.deepcopy(model).cpu()  # int8 is computed in place, in the model's own weights
+    with torch.no_grad():
+        spec = _spec(model, tokenizer)
+        spec.validate()
+        spec.optimize(quantization=precision)
+        spec.save(str(folder))
+
+
+def open_export(folder: Path, device: torch.device) -> Any:
+    """What `write` wrote, and the facts of export.json beside it, as export_proof compares it."""
+    from diptych.finetune.exporting.ctranslate2_engine import Translator  # here, because it imports this file
+
+    return Translator(folder, device)
+
+
+def _spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "ModelSpec":
+    sides = zip((source_side(tokenizer), target_side(tokenizer)), embedding_rows(model), strict=True)
+    source, target = (Vocabulary(side, rows) for side, rows in sides)
+    if model.config.model_type == "diptych":
+        spec = _diptych_spec(model)
+        spec.config.layer_norm_epsilon = model.config.decoder.rms_norm_eps
+    else:
+        spec = _family_spec(model, target)
+    spec.register_source_vocabulary(source.tokens)
+    spec.register_target_vocabulary(target.tokens)
+    config = spec.config
+    config.bos_token, config.eos_token, config.unk_token = target.bos_token, target.eos_token, target.unk_token
+    config.decoder_start_token = target.tokens[decoder_start_token(model)]
+    return spec
+
+
+class Vocabulary:
+    """What CTranslate2's loaders ask of a tokenizer, answered for every row of the embedding table of one side.
+
+    A tokenizer's own answers have gaps (T5 has 32,128 rows for 32,100 tokens), and None where there is no such token,
+    which CTranslate2 does not read back.
+    """
+
+    num_madeup_words = 0
+    special_tokens_map: dict[str, list[str]] = {}
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int):
+        codes = codes_of(tokenizer)  # M2M100's are beyond its words
+        names = {row: codes.spellings[code] for code, row in codes.tokens.items()}
+        names |= {row: token for token, row in tokenizer.get_vocab().items()}
+        self.tokens = [names.get(row, f"<unused_{row}>") for row in range(rows)]
+        if tokenizer.eos_token is None:
+            raise UserError(
+                "the tokenizer has no eos token, so that nothing would end. Set tokenizer.eos_token first."
+            )
+        self.eos_token = tokenizer.eos_token
+        self.bos_token = tokenizer.bos_token or tokenizer.pad_token or self.eos_token
+        self.pad_token = tokenizer.pad_token or self.eos_token
+        self.unk_token = tokenizer.unk_token or self.eos_token  # never looked up: ids are named by `tokens`
+        self.unk_token_id = self.tokens.index(self.unk_token)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: row for row, token in enumerate(self.tokens)}
+
+    def convert_ids_to_tokens(self, row: int) -> str:
+        return self.tokens[row]
+
+
+def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
+    """By CTranslate2's own loader, with what it cannot know put right."""
+    from ctranslate2.converters import transformers as converters
+
+    kind = model.config.model_type
+    loader_name, config_fields = LOADERS[kind]
+    loader = getattr(converters, loader_name)()
+    loader.set_vocabulary = lambda spec, tokens: None  # one for both sides
+    with _with_fields(model.config, config_fields):
+        spec = loader(model, vocabulary)
+    if hasattr(model.config, "layer_norm_epsilon"):
+        spec.config.layer_norm_epsilon = model.config.layer_norm_epsilon
+    if kind in ("t5", "mt5", "umt5"):
+        # It goes by tie_word_embeddings; T5's configs have a field for it, and mT5 never scales.
+        scale = FAMILIES[kind].scale(model)
+        spec.decoder.scale_outputs = scale if scale != 1.0 else "__optional"
+    if hasattr(model.config, "decoder_attention_heads"):  # the loaders take the encoder's for both
+        spec.decoder.num_heads = np.int16(model.config.decoder_attention_heads)
+    if kind == "m2m_100":
+        _set_sinusoids(spec, model)
+    return spec
+
+
+def _set_sinusoids(spec: Any, model: PreTrainedModel) -> None:
+    """M2M100 counts from the row after the padding token's, and the padding token itself is in that row: a decoder
+    that starts with it begins one row earlier. The loader takes the table from row 2 on, whatever that token is."""
+    for side, panel in ((spec.encoder, model.get_encoder()), (spec.decoder, model.get_decoder())):
+        table = panel.embed_positions
+        starts_with_padding = side is spec.decoder and decoder_start_token(model) == table.padding_idx
+        side.position_encodings.encodings = table.weights[table.padding_idx + (not starts_with_padding) :]
+
+
+@contextmanager
+def _with_fields(config: Any, fields: dict[str, Any]) -> Iterator[None]:
+    """A config that has these for a while: transformers 5 took them out, because its classes say them."""
+    for name, value in fields.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name in fields:
+            delattr(config, name)
+
+
+def _diptych_spec(model: PreTrainedModel) -> "ModelSpec":
+    from ctranslate2.specs import TransformerDecoderSpec, TransformerEncoderSpec, TransformerSpec
+
+    encoder, decoder = model.model.encoder, model.model.decoder
+    encoder_spec = TransformerEncoderSpec(**_shape(encoder.config))
+    decoder_spec = TransformerDecoderSpec(**_shape(decoder.config))
+    encoder_spec.embeddings[0].weight = encoder.embed_tokens.weight
+    decoder_spec.embeddings.weight = decoder.embed_tokens.weight
+    decoder_spec.projection.weight = model.lm_head.weight
+    for spec, panel in ((encoder_spec, encoder), (decoder_spec, decoder)):
+        spec.scale_embeddings = False
+        spec.layer_norm.gamma = panel.norm.weight
+        for layer_spec, layer in zip(spec.layer, panel.layers, strict=True):
+            layer_spec.self_attention = _self_attention(layer, panel)
+            if panel is decoder:
+                layer_spec.attention = _cross_attention(layer)
+            _set_feed_forward(layer_spec.ffn, layer)
+    return TransformerSpec(encoder_spec, decoder_spec)
+
+
+def _shape(config: Any) -> dict[str, Any]:
+    """Of one panel, as both specifications take it. Rotary, so that neither adds positions to its embeddings."""
+    return {
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "activation": _activations()[config.hidden_act],
+        "ffn_glu": True,
+        "rms_norm": True,
+        "rotary_dim": config.head_dim,
+    }
+
+
+def _self_attention(layer: nn.Module, panel: nn.Module) -> Any:
+    from ctranslate2.specs.attention_spec import RotaryScalingType
+
+    config, attention = panel.config, layer.self_attn
+    # CTranslate2 takes the long factors beyond the original length, and lengthens where the two lengths differ: with
+    # one length and one set of factors neither happens.
+    positions = {"max_position_embeddings": config.max_position_embeddings}
+    positions |= {"original_max_position_embeddings": config.max_position_embeddings}
+    spec = _attention_spec(
+        config,
+        self_attention=True,
+        qk_norm=config.qk_norm,
+        rotary_dim=config.head_dim,
+        rotary_interleave=False,
+        rotary_base=config.rope_parameters["rope_theta"],
+        rotary_scaling_type=RotaryScalingType.Su,
+        **positions,
+    )
+    unscaled, _ = panel.rotary_emb.compute_default_rope_parameters(config)
+    factors = np.full(config.head_dim // 2, NO_ROTATION)
+    lengthened = 1.0
+    if attention.has_rope:
+        factors = (unscaled.double() / panel.rotary_emb.original_inv_freq.double().cpu()).float().numpy()
+        lengthened = panel.rotary_emb.attention_scaling
+    spec.rotary_scaling_long_factor, spec.rotary_scaling_short_factor = factors, factors.copy()
+    spec.queries_scale = float(attention.scaling * lengthened**2)
+    _set_projections(spec, layer.input_layernorm, attention, fused=((0, 1, 2),))
+    if config.qk_norm:
+        spec.q_norm.gamma, spec.k_norm.gamma = attention.q_norm.weight, attention.k_norm.weight
+    return spec
+
+
+def _cross_attention(layer: nn.Module) -> Any:
+    attention = layer.cross_attn
+    spec = _attention_spec(attention.config, self_attention=False)
+    spec.queries_scale = float(attention.scaling)
+    _set_projections(spec, layer.cross_attention_layernorm, attention, fused=((0,), (1, 2)))
+    return spec
+
+
+def _attention_spec(config: Any, **settings: Any) -> Any:
+    from ctranslate2.specs.attention_spec import MultiHeadAttentionSpec
+
+    grouped = config.num_key_value_heads != config.num_attention_heads
+    return MultiHeadAttentionSpec(
+        rms_norm=True,
+        num_heads_kv=config.num_key_value_heads if grouped else None,
+        head_dim=config.head_dim,
+        **settings,
+    )
+
+
+def _set_projections(spec: Any, norm: nn.Module, attention: nn.Module, fused: tuple[tuple[int, ...], ...]) -> None:
+    """`fused`: which of query, key and value stand in one matrix, for each of the specification's first matrices."""
+    from ctranslate2.converters.utils import fuse_linear
+
+    spec.layer_norm.gamma = norm.weight
+    projections = [_linear(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    for place, parts in enumerate(fused):
+        fuse_linear(spec.linear[place], [projections[part] for part in parts])
+    spec.linear[-1] = _linear(attention.o_proj)
+
+
+def _set_feed_forward(spec: Any, layer: nn.Module) -> None:
+    spec.layer_norm.gamma = layer.post_attention_layernorm.weight
+    spec.linear_0, spec.linear_0_noact = _linear(layer.mlp.gate_proj), _linear(layer.mlp.up_proj)
+    spec.linear_1 = _linear(layer.mlp.down_proj)
+
+
+def _linear(layer: nn.Linear) -> Any:
+    from ctranslate2.specs.common_spec import LinearSpec
+
+    spec = LinearSpec()
+    spec.weight = layer.weight
+    if layer.bias is not None:
+        spec.bias = layer.bias
+    return spec
+
+
+def _activations() -> dict[str, Any]:
+    """By transformers' names."""
+    from ctranslate2.specs.common_spec import Activation
+
+    return {
+        "silu": Activation.SWISH,
+        "swish": Activation.SWISH,
+        "relu": Activation.RELU,
+        "gelu": Activation.GELU,
+        "gelu_new": Activation.GELUTanh,
+        "gelu_pytorch_tanh": Activation.GELUTanh,
+        "quick_gelu": Activation.GELUSigmoid,
+        "tanh": Activation.Tanh,
+        "sigmoid": Activation.Sigmoid,
+    }
+
+
+def _bart(before: bool, embedding: bool) -> dict[str, bool]:
+    """Whether norms stand before each sub-layer, and one after the embeddings."""
+    return {"normalize_before": before, "normalize_embedding": embedding}
+
+
+# By model_type: CTranslate2's loader, and what the config has to say besides. Its loader of Marian drops the tables'
+# last row and starts from zeros, which is right only for a pad token that is last and was never trained.
+LOADERS = {
+    "t5": ("T5Loader", {}),
+    "mt5": ("MT5Loader", {}),
+    "umt5": ("UMT5Loader", {}),
+    "bart": ("BartLoader", _bart(before=False, embedding=True)),
+    "mbart": ("MBartLoader", _bart(before=True, embedding=True)),
+    "m2m_100": ("M2M100Loader", _bart(before=True, embedding=False)),
+    "marian": ("BartLoader", _bart(before=False, embedding=False)),
+    "pegasus": ("PegasusLoader", _bart(before=True, embedding=False)),
+}
+REFUSED = {
+    "t5gemma": "t5gemma caps its attention scores (attn_logit_softcapping), and CTranslate2's attention does not",
+}

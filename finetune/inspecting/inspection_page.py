@@ -1,0 +1,94 @@
+"""The facts of an inspection as a page: `inspect.html`, which asks no network and runs no script but its own.
+
+Texts of prompts and vocabularies reach the page escaped, and the script, which the page's Content-Security-Policy
+names by its hash, writes them as text only. Without scripts, and on paper, everything but the maps is there.
+"""
+
+import base64
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from diptych.data_prep.report.text_shown import FRAMES as SHARED_FRAMES
+from diptych.data_prep.report.text_shown import prose
+from diptych.data_prep.rows.records import UserError
+
+FRAMES = Path(__file__).parent / "frames"
+MARK = '<meta name="generator" content="diptych inspect">'
+"""By which a page is known as one of ours."""
+WORST_ROWS = 12
+
+
+def check_page(file: Path) -> None:
+    """UserError where something else would be overwritten, or there is no folder for it."""
+    if file.is_dir():
+        raise UserError(f"--out {file} is a folder. Name a file in it, {file / 'inspect.html'}.")
+    if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise UserError(f"--out {file} exists and is no page of `diptych inspect`. Name another file.")
+
+
+def write_page(file: Path, facts: Mapping[str, Any]) -> None:
+    """Beside, then renamed: a page is whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_text(render_page(facts), encoding="utf-8")
+    os.replace(part, file)
+
+
+def render_page(facts: Mapping[str, Any]) -> str:
+    script = (FRAMES / "inspection.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shown = ("source", "decoder", "steps", "lens", "attention", "embeddings", "unread", "given")
+    return (
+        _environment()
+        .get_template("inspection.html.jinja")
+        .render(
+            **facts | {"facts": facts, "mark": Markup(MARK), "worst_rows": WORST_ROWS},
+            script=Markup(script),
+            script_hash=digest,
+            payload=_as_json({name: facts[name] for name in shown}),
+            plane=_plane(facts["words"]),
+        )
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([FRAMES, SHARED_FRAMES]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"prose": prose, "percent": _percent, "log_of": math.log}
+    return environment
+
+
+def _percent(share: float) -> str:
+    """0.9612 → "96.1 %"; what rounds to nothing is not nothing."""
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+
+
+def _as_json(facts: Mapping[str, Any]) -> Markup:
+    """For a script element, which ends at `</script` wherever that stands."""
+    text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def _plane(words: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Where each word stands in a picture of 560 × 360, its name on the side that has room."""
+    points = words["points"] if words else []
+    placed = []
+    for point in sorted(points, key=lambda point: point["y"]):
+        x, y = 280 + 200 * point["x"], 180 - 150 * point["y"]
+        placed.append({"word": point["word"], "tokens": point["tokens"], "x": round(x, 1), "y": round(y, 1)})
+    return placed

@@ -1,0 +1,246 @@
+"""What training must know about a model family: one line for each `model_type` in the table at the foot.
+
+    family_of(model)  ->  Family(lora_targets=("q", "k", …), positions=…, logits=…)       or None: not in the table
+
+Padded or packed, a batch goes through the model's own two panels, and none of its code is touched: the encoder with a
+mask, then the decoder with its states and two masks. A packed row needs two things more. Its masks keep examples apart
+(segments.py). And its positions restart in each example: T5 has only distances, which restart by themselves; Diptych
+and T5Gemma take `position_ids`; BART and its relatives look positions up in a table of their own, and a hook on that
+table says which rows. A Diptych with a merged hinge, whose one mask is of both sides, is given the rows as they are.
+
+A model that is not in the table trains too: padded, with full logits, and with LoRA on every linear layer. What
+stands here was read in the model files of transformers 5.23, and the tests compare it with what the models compute.
+
+B rows, S source tokens, T target tokens, D width, V vocabulary, N target tokens picked from B × T.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.decoder_start import STARTS, named_start
+from diptych.finetune.model.packed_attention import VARLEN, site_masks
+
+Batch = dict[str, torch.Tensor]
+POSITION_TABLES = ("embed_positions", "position_embeddings", "wpe")
+"""What BART and its relatives, BERT and ProphetNet, and GPT-2 call theirs."""
+
+
+def _nothing(panel: nn.Module, positions: torch.Tensor) -> AbstractContextManager[dict]:
+    """T5: attention knows distances only."""
+    return nullcontext({})
+
+
+@dataclass(frozen=True)
+class Family:
+    lora_targets: tuple[str, ...]
+    """Names of the linear layers that get a LoRA adapter: all of attention and of the feed-forward network."""
+    positions: Callable[[nn.Module, torch.Tensor], AbstractContextManager[dict]] = _nothing
+    """Panel and positions (B, L) -> a context in which the panel uses them, giving what to call it with besides."""
+    scale: Callable[[PreTrainedModel], float] = lambda model: 1.0
+    """What the decoder's states are multiplied with before the head."""
+    logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, logits: logits
+    """Model and what its head computed (N, V) -> the logits that it means (N, V)."""
+    final_norm: str | None = "norm"
+    """The decoder's module that its last layer's states go through, if there is one."""
+    attentions: tuple[str, ...] = ("eager", "sdpa", "flex_attention", VARLEN)
+    """Implementations of attention that can keep packed examples apart."""
+    gpu_varlen: bool = True
+    """Whether the flash kernel computes this family's attention: it knows no position bias."""
+    overflows_in_fp16: bool = False
+    """Whether activations of its checkpoints grow beyond what fp16 holds."""
+    has_sliding_windows: bool = False
+    """Whether masks are given by layer type."""
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        """A batch without its labels -> what the head reads, (B, T, D)."""
+        encoder, decoder = model.get_encoder(), model.get_decoder()
+        if "segment_ids" in batch:
+            masks = site_masks(model, batch, self.has_sliding_windows)
+            reading = self.positions(encoder, batch["position_ids"])
+            writing = self.positions(decoder, batch["decoder_position_ids"])
+        else:
+            masks = batch["attention_mask"], None, batch["attention_mask"]
+            reading = writing = nullcontext({})
+        with reading as arguments:
+            source = encoder(input_ids=batch["input_ids"], attention_mask=masks[0], **arguments).last_hidden_state
+        with writing as arguments:
+            target = decoder(
+                input_ids=batch["decoder_input_ids"],
+                attention_mask=masks[1],
+                encoder_hidden_states=source,
+                encoder_attention_mask=masks[2],
+                use_cache=False,
+                **arguments,
+            ).last_hidden_state
+        return target * self.scale(model)
+
+
+@dataclass(frozen=True)
+class OwnMasks(Family):
+    """Segments go into the model, which makes its masks itself: they span both sides, or look a little ahead."""
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        return model.model(**batch, use_cache=False).last_hidden_state
+
+
+def family_of(model: PreTrainedModel | PeftModel) -> Family | None:
+    config = model.config
+    if config.model_type == "diptych":
+        is_plain = config.decoder.cross_attention == "separate" and config.encoder.lookahead is None
+        return FAMILIES["diptych" if is_plain else "diptych_merged"]
+    return FAMILIES.get(config.model_type)
+
+
+def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model itself. An adapter lives inside its layers, so calling them still trains the adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def decoder_start_token(model: PreTrainedModel) -> int:
+    """The first decoder input, by which `diptych prepare` goes, too: `named_start`."""
+    named = named_start(model.config, model.generation_config)
+    if named is not None:
+        return named[0]
+    raise UserError(
+        f"neither config.json nor generation_config.json of this {model.config.model_type} names a "
+        f"decoder_start_token_id or a {STARTS.get(model.config.model_type, 'bos_token_id')}, so it cannot begin to "
+        f"write. Set one there."
+    )
+
+
+def embedding_rows(model: PreTrainedModel) -> tuple[int, int]:
+    """Of the encoder's table, and of the head: how many ids a source and a target may have."""
+    return model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
+
+
+def vocabulary_tables(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Every weight with a row for each token: input embeddings and head, a tied one once, under its first name."""
+    tables = {id(table) for table in input_and_output_tables(model)}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) in tables}
+
+
+def input_and_output_tables(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Of the model, its encoder, its decoder, and its head; each (V, D), and which of them are one is the model's.
+
+    (FSMT's panels are plain modules; their tables are the model's own.)
+    """
+    panels = (model, model.get_encoder(), model.get_decoder())
+    inputs = [panel.get_input_embeddings().weight for panel in panels if isinstance(panel, PreTrainedModel)]
+    return inputs + [model.get_output_embeddings().weight]
+
+
+def table_positions(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """How many tokens the tables of positions are for, the encoder's and the decoder's; None where there is no table
+    (T5, rotary positions), or one that grows (M2M100)."""
+
+    def of(panel: nn.Module) -> int | None:
+        for name, table in panel.named_modules():
+            if name.rpartition(".")[2] in POSITION_TABLES and isinstance(table, nn.Embedding):
+                unused = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
+                return table.num_embeddings - unused
+        return None
+
+    source, target = of(model.get_encoder()), of(model.get_decoder())
+    if model.config.model_type == "prophetnet":  # whose predicting streams are a position ahead
+        target -= 1
+    return source, target
+
+
+def _as_argument(panel: nn.Module, positions: torch.Tensor) -> AbstractContextManager[dict]:
+    return nullcontext({"position_ids": positions})
+
+
+@contextmanager
+def _in_table(panel: nn.Module, positions: torch.Tensor) -> Iterator[dict]:
+    """BART, mBART, Marian, Pegasus: the table takes position_ids, but its panel gives it none."""
+    table = panel.embed_positions
+
+    def look_up(module, arguments, keywords):
+        return arguments, keywords | {"position_ids": positions.flatten()}
+
+    def in_rows(module, arguments, keywords, output):
+        return output.view(*positions.shape, -1)
+
+    hooks = [
+        table.register_forward_pre_hook(look_up, with_kwargs=True),
+        table.register_forward_hook(in_rows, with_kwargs=True),
+    ]
+    try:
+        yield {}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _in_sinusoids(panel: nn.Module, positions: torch.Tensor) -> Iterator[dict]:
+    """M2M100 counts the tokens that are no padding; here it counts from 0 in each segment. A decoder that starts with
+    the padding token has that one at no position at all, and its first word at 0."""
+
+    def look_up(module, arguments, output):
+        is_word = arguments[0] != module.padding_idx
+        words = is_word.cumsum(dim=1)
+        starts = torch.arange(positions.shape[1], device=positions.device) - positions
+        before = (words - is_word.long()).gather(1, starts)
+        rows = (words - before) * is_word + module.padding_idx
+        return module.weights[rows]
+
+    hook = panel.embed_positions.register_forward_hook(look_up)
+    try:
+        yield {}
+    finally:
+        hook.remove()
+
+
+def _t5_scale(model: PreTrainedModel) -> float:
+    """The first T5 shares its embedding with the head and scales for it; T5 v1.1, Flan-T5 and UMT5 do not."""
+    config = model.config
+    scales = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)  # UMT5's before transformers 5.24
+    return model.model_dim**-0.5 if scales else 1.0
+
+
+def _with_bias(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    return logits + model.final_logits_bias
+
+
+def _with_softcap(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    cap = model.get_decoder().config.final_logit_softcapping
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+T5_LAYERS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+BART_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+t5 = partial(Family, T5_LAYERS, final_norm="final_layer_norm", gpu_varlen=False, overflows_in_fp16=True)
+bart = partial(Family, BART_LAYERS, _in_table, logits=_with_bias, final_norm="layer_norm")
+
+FAMILIES = {
+    "diptych": Family(LLAMA_LAYERS, _as_argument),
+    "diptych_merged": OwnMasks(LLAMA_LAYERS, attentions=("sdpa", "flex_attention", "eager")),
+    "t5": t5(scale=_t5_scale),
+    "mt5": t5(),
+    "umt5": t5(scale=_t5_scale),
+    "bart": bart(final_norm=None),
+    "mbart": bart(),
+    # Its table of sinusoids grows when a row is longer.
+    "m2m_100": Family(BART_LAYERS, _in_sinusoids, final_norm="layer_norm"),
+    "marian": bart(final_norm=None),
+    "pegasus": bart(),
+    "t5gemma": Family(
+        LLAMA_LAYERS,
+        _as_argument,
+        logits=_with_softcap,
+        attentions=("eager", "flex_attention"),  # its scores are capped, which the others cannot do
+        overflows_in_fp16=True,
+        has_sliding_windows=True,
+    ),
+}

@@ -1,0 +1,354 @@
+"""A checkpoint's name in; a model ready for inference and its tokenizer out, or one message that says what is wrong.
+
+    model, tokenizer = load_model_and_tokenizer("runs/translate/final")     # a folder as save_pretrained writes it
+    model, tokenizer = load_model_and_tokenizer("google-t5/t5-small")       # a Hub id
+    model, tokenizer = load_model_and_tokenizer("runs/translate-lora/final")  # a peft adapter; its base is found
+
+Any `AutoModelForSeq2SeqLM` checkpoint. An adapter is merged into its base, so that what comes out is always a plain
+model. Weights are read from safetensors only, and code that lies in a checkpoint is never run: Diptych's own classes
+are registered by the import below.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
+from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
+from transformers.utils import GENERATION_CONFIG_NAME, logging
+
+import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.checkpoint_config import (
+    check_chat_templates,
+    check_config,
+    check_place,
+    why_not_loaded,
+)
+from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
+from diptych.data_prep.text_to_ids.templates import carried_template
+from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
+from diptych.finetune.model.families import embedding_rows, table_positions
+from diptych.finetune.model.speed import training_pace
+from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, check_adapter, check_sizes, weight_files
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
+ADAPTER_CONFIG = "adapter_config.json"
+EXPORT_FILE = "export.json"
+"""What `diptych export` writes into the folders that it makes."""
+# False, and not left out: left out, transformers would ask on the terminal whether to run the checkpoint's code.
+_NO_CODE = {"trust_remote_code": False}
+
+
+def load_model_and_tokenizer(
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    check_template: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in eval mode on `device`, in `dtype` ("auto": as it was saved), and the tokenizer saved with it.
+
+    With `check_template`, a UserError where the template that travels with the tokenizer no longer gives the texts and
+    token ids that it gave when it was saved.
+    """
+    name = os.path.expanduser(path)
+    check_folder(name)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # which is for who watches
+    adapter = adapter_settings(name)
+    if adapter:
+        tokenizer = load_tokenizer(name, fallback=adapter["base_model_name_or_path"])
+        model = _load_adapted(name, adapter, tokenizer, dtype)
+    else:
+        model, tokenizer = load_model(name, dtype), load_tokenizer(name)
+    check_embedding_rows(model, tokenizer, name)
+    if check_template:
+        carried_template(tokenizer)
+    say_if_slow(name, model.dtype, torch.device(device))
+    return model.to(device).eval(), tokenizer
+
+
+def say_if_slow(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Most CPUs have no units for bf16 and fp16, in which many checkpoints are saved."""
+    if dtype not in (torch.bfloat16, torch.float16) or device.type != "cpu":
+        return
+    times_slower = training_pace(device, torch.float32) / training_pace(device, dtype)
+    if times_slower > 2:
+        print(
+            f"{name}: its weights are {str(dtype).removeprefix('torch.')}, which this CPU computes {times_slower:.0f} "
+            f"times slower than float32. With dtype float32 they take twice the memory.",
+            file=sys.stderr,
+        )
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`auto` takes the first accelerator if there is one; anything else is taken at its word."""
+    if device != "auto":
+        try:
+            return torch.empty(0, device=device).device  # made, not only named, so that a missing one shows here
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+            raise UserError(
+                f"device {device!r} cannot be used: {_in_short(error).split('. ')[0]}. Leave it at auto."
+            ) from error
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_folder(name: str) -> None:
+    """UserError where `name` is neither a folder nor on a Hub that can be reached, or a folder without checkpoint."""
+    check_place(name)
+    folder = Path(name)
+    if kind := export_kind(name):
+        use = "generate from it with --engine ctranslate2, or name" if kind == "ctranslate2" else "name"
+        raise UserError(
+            f"{name} is an export to {kind}, made by `diptych export`, and no checkpoint: {use} the checkpoint that "
+            f"it was made of."
+        )
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+        raise UserError(
+            f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder "
+            f"that save_pretrained wrote (after `diptych train`: RUN/final).{_checkpoint_inside(folder)}"
+        )
+
+
+def _checkpoint_inside(folder: Path) -> str:
+    inside = sorted(file.parent for file in folder.glob("*/config.json"))
+    return f" Did you mean {inside[-1]}?" if inside else ""
+
+
+def export_kind(name: str) -> str:
+    """What the folder was exported to (`ctranslate2`, `onnx`); "" where it is no export."""
+    file = Path(name) / EXPORT_FILE
+    if not file.is_file():
+        return ""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["to"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} says nothing that `diptych export` writes ({error}). Export again.") from None
+
+
+def adapter_settings(name: str) -> dict:
+    """adapter_config.json of a local adapter or of a Hub repository that has one; {} where the model is whole."""
+    file = Path(name) / ADAPTER_CONFIG
+    if not Path(name).is_dir():
+        from transformers.utils import find_adapter_config_file
+
+        found = find_adapter_config_file(name)
+        if found is None:
+            return {}
+        file = Path(found)
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}. Copy the adapter again.") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str | None):
+        raise UserError(f"{file} holds no settings of an adapter. Copy the adapter again.")
+    if not settings.get("base_model_name_or_path"):
+        raise UserError(f"{file} names no base model. Write its folder or Hub id into base_model_name_or_path.")
+    return settings
+
+
+def has_tokenizer(name: str) -> bool:
+    """Whether there is one to load: a folder without tokenizer files has none; a Hub id is taken to have one."""
+    folder = Path(name)
+    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+
+
+def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `name`, or in `fallback` (an adapter's base) where `name` has none."""
+    reason: Exception = FileNotFoundError("it has no tokenizer files.")
+    for place in filter(None, (name, fallback)):
+        check_place(place)
+        if not has_tokenizer(place):
+            continue  # transformers 5 would make a T5 tokenizer out of nothing, with a vocabulary of 104 tokens
+        check_config(place)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = type(error)(why_not_loaded(error)) if isinstance(error, ValueError | ImportError) else error
+            if "backend tokenizer" in str(error):  # and then, over many lines, what might be there
+                reason = FileNotFoundError("neither tokenizer.json nor another vocabulary is there.")
+            continue
+        check_chat_templates(tokenizer.chat_template, place)
+        name_end_token(tokenizer)
+        return tokenizer
+    remedy = f"Save one there with tokenizer.save_pretrained({name!r})."
+    if isinstance(reason, ImportError):
+        remedy = "Install that package."
+    raise UserError(f"no tokenizer could be loaded from {name}: {_in_short(reason)} {remedy}") from reason
+
+
+def load_model(
+    name: str, dtype: str | torch.dtype = "auto", quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """A whole encoder-decoder checkpoint; UserError for another kind of model, or where weights are missing.
+
+    With `quantization`, on this rank's GPU.
+    """
+    settings = {} if quantization is None else {"quantization_config": quantization, "device_map": "cuda"}
+    config = load_config(name)
+    _check_seq2seq(config, name)
+    files = weight_files(name, MODEL_WEIGHTS)
+    if quantization is None:  # else it takes a quarter, of another memory
+        check_sizes(config, files, dtype, name)
+    try:
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings, **_NO_CODE
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that do not fit the config
+        raise UserError(f"the weights of {name} could not be read: {_in_short(error)}") from error
+    except (ValueError, TypeError) as error:
+        raise _refused_generation_config(name, error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"{name} lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them; it was saved as "
+            f"{', '.join(config.architectures or ['an unnamed class'])}. Name a checkpoint that has both the encoder "
+            f"and the decoder: random weights in their place would answer nonsense."
+        )
+    _freeze_sinusoids(model)
+    return model
+
+
+def _freeze_sinusoids(model: PreTrainedModel) -> None:
+    """Marian and Pegasus freeze their tables of sinusoids when they are made, and transformers (5.23) thaws them when
+    it loads. They never get a gradient, which DDP would wait for."""
+    for module in model.modules():
+        if isinstance(module, MarianSinusoidalPositionalEmbedding | PegasusSinusoidalPositionalEmbedding):
+            module.weight.requires_grad_(False)
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """UserError for one that cannot be read, that would load code, or whose weights are quantized."""
+    check_config(name)
+    try:
+        config = AutoConfig.from_pretrained(name, **_NO_CODE)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        advice = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
+        if Path(name).is_dir():
+            advice = "Copy its config.json again, or name another checkpoint."
+        raise UserError(f"the config of {name} could not be read: {_in_short(error)} {advice}") from error
+    for key in ("quantization_config", "transformers_weights"):
+        if getattr(config, key, None) is not None:
+            raise UserError(
+                f"config.json of {name} has a {key}, by which other weights are read, or with other libraries. Take "
+                f"the checkpoint that is not quantized, with {MODEL_WEIGHTS}."
+            )
+    return config
+
+
+def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
+    if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:  # first, because BERT and its kin have a causal class as well
+        kind = "an encoder-only model"
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = "a decoder-only model"
+    else:
+        kind = "no text-to-text model"
+    raise UserError(
+        f"{name} is {kind} (model_type {config.model_type}); an encoder-decoder is needed, "
+        f"such as Diptych, T5, mT5, BART, M2M100 or T5Gemma."
+    )
+
+
+def _load_adapted(
+    name: str, adapter: dict, tokenizer: PreTrainedTokenizerBase, dtype: str | torch.dtype
+) -> PreTrainedModel:
+    """The base that the adapter names, with the adapter merged in, which is done in fp32: what `dtype` rounds comes
+    last."""
+    from diptych.finetune.model.adapters import (  # peft takes seconds
+        ADAPTER_WEIGHTS,
+        load_for_inference,
+        merge_adapter,
+    )
+
+    files = weight_files(name, ADAPTER_WEIGHTS)
+    check_adapter(adapter, files, name)
+    base_name = os.path.expanduser(adapter["base_model_name_or_path"])
+    try:
+        check_folder(base_name)
+        base = load_model(base_name, dtype)
+    except UserError as error:
+        raise UserError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
+    tokens, rows = lacking_most(base, tokenizer)
+    dtypes = {weight: tensor.dtype for weight, tensor in _tensors(base)}
+    try:
+        model = merge_adapter(load_for_inference(base.float(), name, files[0], tokens if rows < tokens else None))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the adapter {name} does not fit its base {base_name}: {_in_short(error)}") from error
+    for weight, tensor in _tensors(model):
+        tensor.data = tensor.data.to(dtypes[weight])
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes it down where the base has none
+        model.generation_config = load_generation_config(name)
+    return model
+
+
+def load_generation_config(folder: str | Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise _refused_generation_config(folder, error) from error
+
+
+def _refused_generation_config(name: str | Path, error: Exception) -> UserError:
+    return UserError(f"transformers refuses {name}/{GENERATION_CONFIG_NAME}: {_in_short(error)} Take it out there.")
+
+
+def lacking_most(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens of the tokenizer and rows of the model on that side where more rows lack, or fewer are left."""
+    sides = zip(vocabulary_sizes(tokenizer), embedding_rows(model), strict=True)
+    return max(sides, key=lambda side: side[0] - side[1])
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def position_limit(model: PreTrainedModel, of_source: bool = False) -> int | None:
+    """Tokens that a row may have: the table of positions (BART), or what rotary positions are scaled for (Diptych).
+
+    None for relative positions (T5). Panels may differ (an LED reads 16,384 tokens and writes 1,024); the smaller one
+    counts, or with `of_source` the encoder.
+    """
+    config = model.config.to_dict()
+    panels = [config, config.get("encoder") or {}, config.get("decoder") or {}]
+    panels, tables = panels[: 3 - of_source], table_positions(model)[: 2 - of_source]
+    limits = [panel["max_position_embeddings"] for panel in panels if "max_position_embeddings" in panel]
+    return min([*limits, *filter(None, tables)], default=None)
+
+
+def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    tokens, rows = lacking_most(model, tokenizer)
+    if tokens > rows:
+        raise UserError(
+            f"the tokenizer of {name} has ids up to {tokens - 1}, but the model has {rows} embedding rows. Use the "
+            f"tokenizer that the model was trained with, or resize the model and train the new rows: "
+            f"model.resize_token_embeddings({tokens})."
+        )
+
+
+def _in_short(error: BaseException) -> str:
+    """And what a first line that ends with a colon leads to."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,0 +1,235 @@
+"""The loss: cross-entropy summed over target tokens ÷ the target tokens of the whole optimizer step.
+
+    objective = Seq2SeqObjective(model)
+    loss = objective(batch, num_items_in_batch=target_tokens_of_the_step)      batch: padded or packed, see batches.py
+
+The number is counted before the first forward, over all micro-batches and all ranks, so that however a step is cut its
+gradient is the same; the mean of micro-batch means, which is what most trainers compute, weighs tokens in short
+batches more. Model and loss are one module, so that what DDP or FSDP wraps has a normal forward.
+
+The logits (B × T × V) are never held: the head is applied to the target tokens alone, padding left out, in chunks of
+LOGITS_AT_ONCE. What a chunk's loss means for the states and for the head is worked out while its logits are there, in
+closed form, so that they are computed once and not again in the backward pass (the idea of Liger's fused loss, arXiv
+2410.10989, with any head). Figures are in benchmarks/RESULTS.md; torch.nn.functional.linear_cross_entropy (2.13) was
+slower, and knows neither soft-capped logits nor z-loss nor adapters.
+
+B rows, T target tokens, D width, V vocabulary, N target tokens picked from B × T, n of them in a chunk.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.func import functional_call
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from diptych.data_prep.rows.records import IGNORE_INDEX
+from diptych.finetune.model.families import family_of, without_adapter
+
+LOGITS_AT_ONCE, TOKENS_AT_ONCE = 2**24, 256
+"""64 MiB in fp32, but no fewer tokens than these: for each chunk the head and its gradient are gone through once."""
+
+
+class Extras(NamedTuple):
+    """What training adds to cross-entropy; validation adds nothing."""
+
+    label_smoothing: float = 0.0
+    """Share of the target's probability that is spread over all words (arXiv 1512.00567)."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator, which keeps logits from drifting (arXiv 2204.02311)."""
+
+
+class Seq2SeqObjective(nn.Module):
+    """A model with its loss. What is added to cross-entropy is for training only: validation is in plain nats."""
+
+    has_all_streams = True
+    """Whether a ProphetNet trains on each of its streams, and not on the first alone, by which it generates."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        tokens_at_once: int | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.extras = Extras(label_smoothing, z_loss)
+        self.tokens_at_once = tokens_at_once
+        self.family = family_of(model)
+
+    def forward(self, batch: dict[str, torch.Tensor], num_items_in_batch: int) -> torch.Tensor:
+        """`batch` padded or packed, labels (B, T) with IGNORE_INDEX where there is no target -> a scalar. A batch
+        without targets gives a zero that still has a gradient, which is what a rank without rows contributes."""
+        states, labels, head = self._states_labels_and_head(batch)
+        criterion = self._criterion(batch) if self.training else cross_entropy(Extras())
+        weights = list(head.weights.values())
+        total = _SummedLoss.apply(states, labels, head, criterion, torch.is_grad_enabled(), *weights)
+        return total / (num_items_in_batch * self._streams)
+
+    @property
+    def _streams(self) -> int:
+        """How often each target is predicted: a ProphetNet's other streams do not see the last tokens before it."""
+        config = self.model.config
+        if config.model_type != "prophetnet" or config.disable_ngram_loss:
+            return 1
+        return config.ngram if self.training and self.has_all_streams else 1
+
+    def _criterion(self, batch: dict[str, torch.Tensor]) -> "Criterion":
+        """What training asks of a batch's logits."""
+        return cross_entropy(self.extras)
+
+    @torch.no_grad()
+    def token_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Nats of each target token, (B, T), zero where there is none: what `forward` adds up in evaluation."""
+        states, labels, head = self._states_labels_and_head(batch)
+        losses = states.new_zeros(len(labels), dtype=_at_least_fp32(states.dtype))
+        for rows in head.chunks(len(labels)):
+            losses[rows] = _loss_and_gradient_(
+                _wide(head.logits_of(states[rows], head.weights)), labels[rows], Extras()
+            )
+        placed = losses.new_zeros(batch["labels"].shape)
+        return placed.masked_scatter(batch["labels"] != IGNORE_INDEX, losses)
+
+    def _states_labels_and_head(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, "Head"]:
+        """The decoder's states where there are targets (N, D), these targets (N,), and what makes logits of states."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        is_target = batch["labels"] != IGNORE_INDEX
+        labels = batch["labels"][is_target]
+        if self.family is None:  # its logits are there already, all of them
+            output = self.model(**inputs, use_cache=False)
+            streams = [output.logits, *(output.logits_ngram.unbind(1) if self._streams > 1 else ())]
+            logits, labels = torch.cat([stream[is_target] for stream in streams]), labels.repeat(len(streams))
+            return logits, labels, Head({}, lambda chunk, weights: chunk, max(1, len(labels)))
+        model = without_adapter(self.model)
+
+        def logits_of(chunk: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.family.logits(model, functional_call(model.lm_head, weights, (chunk,)))
+
+        states = self.family.states(model, inputs)[is_target]
+        tokens_at_once = self.tokens_at_once or default_chunk(model.get_output_embeddings().weight.shape[0])
+        return states, labels, Head(dict(model.lm_head.named_parameters()), logits_of, tokens_at_once)
+
+
+def left_out_of_loss(config: PreTrainedConfig, label_smoothing: float) -> str:
+    """What the loss that the model itself computes has besides, and training here has not; "" for nothing."""
+    if hasattr(config, "router_aux_loss_coef"):
+        return "the routers' auxiliary loss (router_aux_loss_coef), which keeps the experts equally busy"
+    if config.model_type == "prophetnet" and config.eps not in (0, label_smoothing):
+        return f"eps: {config.eps:g} of its config, which is label_smoothing here ({label_smoothing:g})"
+    return ""
+
+
+def default_chunk(vocabulary: int) -> int:
+    """Target tokens whose logits are held at once."""
+    return max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
+
+
+class Head(NamedTuple):
+    """From states to logits, with its weights as arguments."""
+
+    weights: dict[str, torch.Tensor]
+    logits_of: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
+    """States (n, D) and weights -> logits (n, V)."""
+    tokens_at_once: int
+
+    def chunks(self, tokens: int) -> Iterator[slice]:
+        """As many as are needed, of like size."""
+        count = -(-tokens // self.tokens_at_once)
+        ends = [tokens * number // max(1, count) for number in range(count + 1)]
+        return itertools.starmap(slice, itertools.pairwise(ends))
+
+
+Criterion = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
+"""Logits (n, V) in fp32 or better, labels (n,), and which of all target tokens these are → the loss of each (n,); in
+place, the logits become the gradient of the losses' sum."""
+
+
+def cross_entropy(extras: Extras) -> Criterion:
+    return lambda logits, labels, rows: _loss_and_gradient_(logits, labels, extras)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """States (N, D), labels (N,) and the head's weights -> the summed loss, whose gradients are worked out with it."""
+
+    @staticmethod
+    def forward(ctx, states, labels, head: Head, criterion: Criterion, is_training: bool, *weights):
+        dtype = _compute_dtype(states)
+        wants = [is_training and tensor.requires_grad for tensor in (states, *weights)]
+        given = {name: weight.detach().to(dtype) for name, weight in head.weights.items()}
+        trained = [weight.requires_grad_() for weight, want in zip(given.values(), wants[1:], strict=True) if want]
+        total = states.new_zeros((), dtype=_at_least_fp32(dtype))
+        of_states = torch.zeros_like(states) if wants[0] else None
+        of_trained = None
+        room = None  # for a chunk's logits in fp32: asked for once, since new memory costs more than the work in it
+        with torch.autocast(states.device.type, enabled=False):  # everything has its dtype already
+            for rows in head.chunks(len(labels)):
+                chunk = states[rows].detach().to(dtype)
+                with torch.set_grad_enabled(any(wants)):
+                    logits = head.logits_of(chunk.requires_grad_(wants[0]), given)
+                wide = room = _wide(logits.detach(), room)
+                total += criterion(wide, labels[rows], rows).sum()
+                if any(wants):
+                    of_logits = wide if wide.dtype == dtype else logits.detach().copy_(wide)
+                    found = torch.autograd.grad(logits, [chunk] * wants[0] + trained, of_logits)
+                    if wants[0]:
+                        of_states[rows] = found[0]
+                    of_trained = _added(of_trained, found[wants[0] :])
+        if of_trained is None:  # there were no targets
+            of_trained = [torch.zeros_like(weight) for weight in trained]
+        ctx.save_for_backward(*[of_states] * wants[0], *of_trained)
+        ctx.wants = wants
+        return total
+
+    @staticmethod
+    def backward(ctx, of_total):
+        found = iter(ctx.saved_tensors)
+        of_states, *of_weights = [next(found).mul_(of_total) if wants else None for wants in ctx.wants]
+        return of_states, None, None, None, None, *of_weights
+
+
+def _added(sums: list[torch.Tensor] | None, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """In fp32 at least: a head's gradient is the sum of many small ones."""
+    if sums is None:
+        return [part.to(_at_least_fp32(part.dtype)) for part in parts]
+    return [whole.add_(part) for whole, part in zip(sums, parts, strict=True)]
+
+
+def _wide(logits: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits in fp32 at least: a sum of 100,000 words' exponentials is no place for 8 bits. What has fewer is copied,
+    into `room` where that is given; what has enough is taken as it is."""
+    dtype = _at_least_fp32(logits.dtype)
+    if logits.dtype == dtype:
+        return logits
+    if room is None or len(room) < len(logits):
+        room = torch.empty_like(logits, dtype=dtype)
+    return room[: len(logits)].copy_(logits)
+
+
+def _loss_and_gradient_(logits: torch.Tensor, labels: torch.Tensor, extras: Extras) -> torch.Tensor:
+    """(n, V) and (n,) -> nats of each token (n,). In place, the logits become the gradient of the losses' sum:
+    softmax − target, and what the extras add to it."""
+    targets = logits.gather(1, labels[:, None])
+    if extras.label_smoothing:
+        targets = targets.lerp(logits.mean(dim=-1, keepdim=True), extras.label_smoothing)
+    largest = logits.amax(dim=-1, keepdim=True)
+    gradient = logits.sub_(largest).exp_()
+    sums = gradient.sum(dim=-1, keepdim=True)
+    norms = largest + sums.log()
+    gradient.mul_((1 + 2 * extras.z_loss * norms) / sums)
+    if extras.label_smoothing:
+        gradient.sub_(extras.label_smoothing / logits.shape[-1])
+    gradient.scatter_add_(1, labels[:, None], torch.full_like(targets, extras.label_smoothing - 1))
+    return (norms - targets + extras.z_loss * norms.square())[:, 0]
+
+
+def _compute_dtype(states: torch.Tensor) -> torch.dtype:
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

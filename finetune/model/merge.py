@@ -1,0 +1,65 @@
+"""An adapter in; a plain checkpoint out, which needs neither the adapter nor peft.
+
+    diptych merge runs/lora/final --out merged
+
+    merged/  as save_pretrained writes it: weights, config, tokenizer with its template
+             manifest.json, as checkpoints have it: size and XXH3-128 of each file
+
+The base is found by its name in adapter_config.json, loaded in fp32, and the adapter added to its weights; the logits
+before and after are compared on the spot (lora.py has the tolerance), and only then does `dtype` round. What was tied
+is tied, unless the adapter is on the head or an input table: these are then separate weights, and config.json says
+tie_word_embeddings: false. The folder is written beside, flushed, renamed and read back: it is whole, or not there.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands import cli
+from diptych.finetune.commands.command_settings import MergeSettings
+
+
+def merge(settings: MergeSettings) -> Path:
+    """UserError where `adapter` is none or `out` is taken; StorageError where the disk has no room for it."""
+    import torch  # seconds, that --help need not wait for
+
+    from diptych.finetune.model.loading import adapter_settings, check_folder, load_model_and_tokenizer
+    from diptych.finetune.run_files.checkpoints import write_new_folder
+
+    name, out = os.path.expanduser(settings.adapter), new_folder(settings.out)
+    check_folder(name)
+    if not adapter_settings(name):
+        raise UserError(f"{name} is a whole model: there is no adapter to merge. Name a folder with an adapter.")
+    model, tokenizer = load_model_and_tokenizer(name, dtype=torch.float32)
+    model = model.to(getattr(torch, settings.dtype))
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())  # a tied one counts once
+    write_new_folder(out, write, needed)
+    return out
+
+
+def new_folder(out: str) -> Path:
+    """UserError where something is there already."""
+    path = Path(out).expanduser().resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already. Name a new folder: --out …")
+    return path
+
+
+def run(settings: MergeSettings) -> int:
+    out = merge(settings)
+    print(f"{settings.adapter}, merged into its base, is in {out} ({settings.dtype})")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run("merge", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,302 @@
+"""A run folder in; its final model on the Hub out, with a card, and nothing else of the run.
+
+    diptych publish runs/full --to me/translate            private, unless --public
+    diptych publish runs/full --to me/translate --dry_run  shows the files and the card, and connects to nothing
+
+What is published is what was measured: RUN/final, if each of its files is what training wrote (final/manifest.json).
+ALLOWED names every file that may leave this machine; the card is generated (model_card.py). Local paths that stand in
+a config are reduced to their last part, and whatever else could tell of this machine, or be a token, ends it before
+anything is sent. hub_push.py does the sending.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import HfApi, get_token, is_offline_mode
+
+from diptych.data_prep.rows.records import UserError
+from diptych.finetune.commands import cli
+from diptych.finetune.commands.command_settings import PublishSettings
+from diptych.finetune.commands.exits import CheckpointError, HubError
+from diptych.finetune.inference.pipelines import TRAVELLING_CODE, travelling_pipeline
+from diptych.finetune.model.loading import load_tokenizer
+from diptych.finetune.publishing.hub_push import prepare_upload, push, remote_hashes
+from diptych.finetune.publishing.model_card import model_card
+from diptych.finetune.run_files import checkpoints
+
+ALLOWED = {
+    "weights": ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"],
+    "adapter": ["adapter_model.safetensors", "adapter_config.json"],
+    "config": ["config.json", "generation_config.json"],
+    "tokenizer": [
+        "tokenizer.json",
+        "tokenizer_config.json",  # the template is inside
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "target_vocab.json",  # Marian
+        "vocab-src.json",  # FSMT
+        "vocab-tgt.json",
+        "source.spm",
+        "target.spm",
+        "spiece.model",  # T5, Pegasus
+        "sentencepiece.bpe.model",  # mBART, M2M100
+        "tokenizer.model",
+    ],
+    # What travels with every Diptych, and, if asked for, with any checkpoint.
+    "code": ["configuration_diptych.py", "modeling_diptych.py", TRAVELLING_CODE],
+    "card": ["README.md"],
+}
+CARD = "README.md"
+
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+"""In these a local path may stand that says nothing to others, such as that of a template file."""
+
+VOCABULARIES = ("tokenizer.json", "vocab*.json", "vocab.txt", "merges.txt", "target_vocab.json", "*.spm", "*.model")
+"""Any text may be a token, and no path comes in here: these are not searched."""
+
+LOCAL_PATH = re.compile(r"(~?(/[^/\s{}<>]+){2,}/?)|([A-Za-z]:\\\S+)")
+TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What leaves this machine, and what is said of the rest."""
+
+    files: dict[str, Path | bytes]
+    left_out: list[str]
+    """Names in final/ that are not in ALLOWED."""
+    changed: list[str]
+    """What is published otherwise than it lies in final/, in words."""
+
+
+def is_allowed(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for patterns in ALLOWED.values() for pattern in patterns)
+
+
+def publication(settings: PublishSettings) -> Publication:
+    """The files and the card. UserError where RUN is no run, or a file would tell of this machine; CheckpointError
+    where final/ is not what training wrote."""
+    run = Path(settings.run).expanduser()
+    final = run / "final"
+    check_final(run)
+    present = sorted(path.name + ("/" if path.is_dir() else "") for path in final.iterdir())
+    names = [name for name in present if is_allowed(name) and name != CARD]  # the card is made anew
+    check_measured(final, names)
+    check_complete(final, names)
+    if settings.base and "adapter_config.json" not in names:
+        raise UserError(f"base names the base of an adapter, and {final} is a whole model. Leave out --base.")
+    files: dict[str, Path | bytes] = {name: final / name for name in names}
+    changed = [change for name in names if name in CONFIGS for change in _without_local_paths(files, name, settings)]
+    if settings.pipeline:
+        changed.append(_with_pipeline(files, final))
+    files[CARD] = model_card(run, settings.to, files, settings.license, settings.language).encode()
+    check_private(files, run)
+    left_out = [name for name in present if name not in files and name != checkpoints.MANIFEST]
+    return Publication(files, left_out, changed)
+
+
+def _with_pipeline(files: dict[str, Path | bytes], final: Path) -> str:
+    """Adds the code and its entry in config.json; and says so."""
+    if "config.json" not in files:
+        raise UserError(f"{final} is an adapter, which brings no pipeline. Merge it first, or leave out --pipeline.")
+    content = files["config.json"]
+    config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    config, files[TRAVELLING_CODE] = travelling_pipeline(config, load_tokenizer(str(final)))
+    files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return f"config.json: names the pipeline in {TRAVELLING_CODE}"
+
+
+def check_final(run: Path) -> None:
+    if (run / "final").is_dir() and (run / "config.yaml").is_file():
+        return
+    if run.name == "final" and (run.parent / "config.yaml").is_file():
+        raise UserError(f"{run} is the model of a run. Name the run itself: diptych publish {run.parent} …")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml. Name the folder that `diptych train` wrote.")
+    raise UserError(
+        f"{run} has no final model yet: its training has not ended. Go on with it: diptych train --config "
+        f"{run / 'config.yaml'} --resume true"
+    )
+
+
+def check_measured(final: Path, names: Sequence[str]) -> None:
+    """Each file is there as training wrote it, and none came to them."""
+    again = (
+        f"Move it away, and take it from its checkpoint again: diptych train --config {final.parent / 'config.yaml'} "
+        f"--resume true"
+    )
+    if fault := checkpoints.fault_of(final):
+        raise CheckpointError(f"{final} is not what was measured: {fault}. {again}")
+    recorded = checkpoints.read_json(final / checkpoints.MANIFEST)
+    for name in names:
+        if (final / name).is_symlink() or not (final / name).is_file():
+            raise CheckpointError(f"{final / name} is a link or a folder, and training wrote a file. {again}")
+        if name not in recorded:
+            raise CheckpointError(
+                f"{final / name} was not written by training: {checkpoints.MANIFEST} does not name it. Move it away."
+            )
+
+
+def check_complete(final: Path, names: Sequence[str]) -> None:
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not weights:
+        raise UserError(f"{final} has no weights in safetensors, and only these are published.")
+    if not {"config.json", "adapter_config.json"} & set(names) or "tokenizer_config.json" not in names:
+        raise UserError(
+            f"{final} lacks its config or its tokenizer, and cannot be loaded. Train again, or copy it back."
+        )
+    if "model.safetensors.index.json" in names:
+        wanted = set(checkpoints.read_json(final / "model.safetensors.index.json")["weight_map"].values())
+        if missing := sorted(wanted - set(names)):
+            raise UserError(f"{final} lacks {missing[0]}, which its index names.")
+
+
+def _without_local_paths(files: dict[str, Path | bytes], name: str, settings: PublishSettings) -> list[str]:
+    """Puts another content in the place of a config in which local paths stand; and says what is changed."""
+    config = checkpoints.read_json(files[name])
+    changed = []
+    if name == "adapter_config.json":
+        config, changed = _with_public_base(config, settings)
+    reduced = reduce_paths(config)
+    if reduced != config:
+        changed.append(f"{name}: local paths are reduced to their last part")
+    if changed:
+        files[name] = (json.dumps(reduced, indent=2, ensure_ascii=False) + "\n").encode()
+    return changed
+
+
+def reduce_paths(value: Any) -> Any:
+    """Every text that is a local path and nothing else becomes its last part."""
+    if isinstance(value, str):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if LOCAL_PATH.fullmatch(value) else value
+    if isinstance(value, Mapping):
+        return {reduce_paths(key): reduce_paths(entry) for key, entry in value.items()}
+    return [reduce_paths(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _with_public_base(adapter: dict[str, Any], settings: PublishSettings) -> tuple[dict[str, Any], list[str]]:
+    base = adapter["base_model_name_or_path"]
+    if HUB_ID.fullmatch(base) and not Path(base).is_dir():
+        if settings.base:
+            raise UserError(f"the adapter in {settings.run} names its base, {base}, by its Hub id. Leave out --base.")
+        return adapter, []
+    if not settings.base:
+        raise UserError(
+            f"the adapter in {settings.run} was trained on the folder {base}, which nobody else has. Publish that "
+            f"base first, and say where it is: --base owner/name"
+        )
+    return adapter | {"base_model_name_or_path": settings.base}, [
+        f"adapter_config.json: the base is {settings.base}, where a folder was named"
+    ]
+
+
+def check_private(files: Mapping[str, Path | bytes], run: Path) -> None:
+    """UserError where a file names a place on this machine, or holds what looks like a token of the Hub."""
+    secret, places = get_token(), local_places(run)
+    for name, content in files.items():
+        text = _searchable(name, content)
+        if TOKEN.search(text) or (secret and secret.encode() in text):
+            raise UserError(f"{name} holds what looks like a token of the Hub. Nothing is published; remove it there.")
+        if found := next((place for place in places if place.encode() in text), None):
+            raise UserError(
+                f"{name} names {found} on this machine. Nothing is published; take the path out of the template or "
+                f"the settings that it comes from, and prepare and train again."
+            )
+
+
+def local_places(run: Path) -> list[str]:
+    """What must stand in no published file: where the run and what went into it lie, and what lies around them."""
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    recipes = [recipe, *(recipe.get("stages") or ())]
+    named = [
+        Path(it[name]) for it in recipes for name in ("model", "data", "out", "tokenizer", "teacher") if it.get(name)
+    ]
+    folders = [str(place.resolve()) for place in (run, *named) if place.is_absolute() or place.exists()]
+    around = [f"{folder}/" for folder in (Path.home(), Path.cwd()) if folder != Path("/")]
+    return [*folders, *around]
+
+
+def _searchable(name: str, content: Path | bytes) -> bytes:
+    """All of a file but the numbers of weights and the tokens of vocabularies."""
+    if any(fnmatchcase(name, pattern) for pattern in VOCABULARIES):
+        return b""
+    if isinstance(content, bytes):
+        return content
+    if not name.endswith(".safetensors"):
+        return content.read_bytes()
+    with content.open("rb") as file:  # its header: 8 bytes of length, names of tensors, metadata
+        return file.read(int.from_bytes(file.read(8), "little"))
+
+
+def run(settings: PublishSettings) -> int:
+    plan = publication(settings)
+    print(file_list(plan))
+    if settings.dry_run:
+        print(f"\n{CARD}:\n\n{plan.files[CARD].decode()}\nNothing was sent: this was a dry run.")
+        return 0
+    if is_offline_mode():
+        raise HubError("HF_HUB_OFFLINE is set, so no connection is made. Unset it to publish, or look with --dry_run.")
+    token = get_token()
+    if token is None:
+        raise HubError("there is no token of the Hub on this machine. Log in with one that may write: hf auth login")
+    api = HfApi(token=token, library_name="diptych")
+    if settings.base:
+        check_base(api, settings)
+    pushed = push(api, settings.to, plan.files, is_public=settings.public, is_ours=is_allowed)
+    where = f"{api.endpoint}/{settings.to}, commit {pushed.commit}"
+    if not pushed.is_new:
+        print(f"nothing to do: it is there already, file by file: {where}")
+        return 0
+    for name in pushed.removed:
+        print(f"removed there, from before: {name}")
+    others = [name for name in pushed.others if name not in (".gitattributes", *pushed.removed)]
+    if others:
+        print(f"left alone there: {', '.join(others)}")
+    print(f"published, {'public' if settings.public else 'private'}, and read back: {where}")
+    return 0
+
+
+def check_base(api: HfApi, settings: PublishSettings) -> None:
+    """The base on the Hub has the weights of the folder that the adapter was trained on."""
+    adapter = checkpoints.read_json(Path(settings.run).expanduser() / "final" / "adapter_config.json")
+    folder = Path(adapter["base_model_name_or_path"])
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"the base {folder} has no weights by which it could be compared with {settings.base}.")
+    there = remote_hashes(api, settings.base)
+    for file in files:
+        if there.get(file.name) != prepare_upload(file).sha256:
+            raise UserError(
+                f"{settings.base} on the Hub has not the {file.name} of {folder}, which the adapter was trained on. "
+                f"Publish that folder there, or name the repository that has it: --base owner/name"
+            )
+
+
+def file_list(plan: Publication) -> str:
+    sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in plan.files.items()}
+    lines = [f"{size:>15,} bytes  {name}" for name, size in sizes.items()]
+    lines += [f"{sum(sizes.values()):>15,} bytes  in {len(sizes)} files"]
+    lines += [f"changed: {change}" for change in plan.changed]
+    if plan.left_out:
+        lines.append(f"not published: {', '.join(plan.left_out)}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run("publish", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The commands `diptych serve` and `diptych demo`."""

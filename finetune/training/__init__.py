@@ -1,0 +1,1 @@
+"""The training loop, what is set up before it and saved after it."""

@@ -1,0 +1,154 @@
+"""The loss with a teacher: the targets, and what another model thinks of every word at their places.
+
+    teacher = load_teacher("my-llm", tokenizer, device, torch.bfloat16)
+    objective = DistilledObjective(model, teacher, weight=0.5, temperature=2.0)
+
+    loss = (1 − weight) · cross-entropy + weight · temperature² · KL(teacher ‖ student)      per target token, summed,
+                                                                                             ÷ those of the whole step
+
+Hinton, Vinyals and Dean, arXiv 1503.02531; both distributions are softmax(logits / temperature), and its square keeps
+the gradient's size. A decoder-only teacher reads each example as one text, source then target, which is what the
+merged hinge means by it: a pair made of it begins with its very predictions. An encoder-decoder is fed as the student
+is. The teacher's logits, like the student's, are never held but for a chunk of tokens.
+
+B rows, S source tokens, T target tokens, N target tokens picked from B × T, n in a chunk, V words.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.rows.records import IGNORE_INDEX, UserError
+from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
+from diptych.finetune.model.donor_llm import tokenizers_differ
+from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loading import load_config, load_model, load_tokenizer
+from diptych.finetune.model.loss import Criterion, Seq2SeqObjective, cross_entropy
+from diptych.finetune.pairing.pair import open_donor
+
+Batch = dict[str, torch.Tensor]
+
+
+class Teacher(NamedTuple):
+    model: PreTrainedModel
+    is_decoder_only: bool
+
+
+def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """UserError where it is no model, or has another vocabulary."""
+    if difference := tokenizers_differ(all_tokens(load_tokenizer(name)), all_tokens(tokenizer)):
+        raise UserError(
+            f"the teacher {name} has another tokenizer than the data ({difference}): its predictions are of other"
+            f" words. Take a teacher of the same family."
+        )
+    is_decoder_only = not load_config(name).is_encoder_decoder
+    if is_decoder_only:
+        open_donor(name)  # looked at: safetensors, and no larger than this machine
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    else:
+        model = load_model(name, dtype)
+    return Teacher(model.to(device).eval().requires_grad_(False), is_decoder_only)
+
+
+class DistilledObjective(Seq2SeqObjective):
+    """As `Seq2SeqObjective`; in training, with the teacher. Validation stays in plain nats."""
+
+    has_all_streams = False  # a teacher predicts each target once
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, teacher: Teacher, weight: float, temperature: float, **settings
+    ):
+        super().__init__(model, **settings)
+        start = decoder_start_token(model)
+        if not teacher.is_decoder_only and decoder_start_token(teacher.model) != start:
+            raise UserError(
+                f"the teacher's decoder starts with token {decoder_start_token(teacher.model)}, the student's with"
+                f" {start}, and both read the same rows. Take another teacher."
+            )
+        self.weight, self.temperature = weight, temperature
+        self._teacher = (teacher,)  # in a tuple: no part of what is trained, sent to other ranks, or saved
+
+    def _criterion(self, batch: Batch) -> Criterion:
+        of_targets, teacher = cross_entropy(self.extras), self._teacher[0]
+        with torch.no_grad():
+            logits_of = _logits_of_one_text if teacher.is_decoder_only else _logits_of_two
+            teachers = logits_of(teacher.model, batch)
+
+        def criterion(logits: torch.Tensor, labels: torch.Tensor, rows: slice) -> torch.Tensor:
+            theirs = teachers(rows)
+            divergence, gradient = _divergence(logits, theirs, self.temperature)
+            losses = of_targets(logits, labels, rows).mul_(1 - self.weight)
+            logits.mul_(1 - self.weight)
+            logits[:, : gradient.shape[1]].add_(gradient, alpha=self.weight)
+            return losses.add_(divergence, alpha=self.weight)
+
+        return criterion
+
+
+def _divergence(logits: torch.Tensor, theirs: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, V) each -> temperature² · KL of each token (n,), and its gradient by our logits. Tables that were filled up
+    to a round number differ in length: what only one has is no word."""
+    words = min(logits.shape[1], theirs.shape[1])
+    ours = (logits[:, :words] / temperature).log_softmax(-1)
+    theirs = (theirs[:, :words].to(logits.dtype) / temperature).log_softmax(-1)
+    likely = theirs.exp()
+    divergence = (likely * (theirs - ours)).sum(-1) * temperature**2
+    return divergence, (ours.exp_() - likely) * temperature
+
+
+def _logits_of_two(model: PreTrainedModel, batch: Batch) -> Callable[[slice], torch.Tensor]:
+    """Of an encoder-decoder, chunk by chunk."""
+    states, _, head = Seq2SeqObjective(model).eval()._states_labels_and_head(batch)
+    return lambda rows: _without_gradient(lambda: head.logits_of(_like(states[rows], model), head.weights))
+
+
+def _logits_of_one_text(model: PreTrainedModel, batch: Batch) -> Callable[[slice], torch.Tensor]:
+    """Of a decoder-only LLM: each example's source and decoder input in one row of its own, right-padded."""
+    texts, places = one_text_each(batch)
+    if not texts:  # a rank without rows has no chunk to ask for
+        return lambda rows: places.new_empty(0, 0)
+    length = max((len(text) for text in texts), default=1)
+    ids = torch.stack([torch.nn.functional.pad(text, (0, length - len(text))) for text in texts])
+    mask = torch.stack([torch.arange(length, device=ids.device) < len(text) for text in texts])
+    states = model.get_decoder()(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    states = states[places[:, 0], places[:, 1]]
+    head = model.get_output_embeddings()
+    return lambda rows: _without_gradient(lambda: head(_like(states[rows], model)))
+
+
+def _like(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    return states.to(model.get_output_embeddings().weight.dtype)
+
+
+def _without_gradient(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return compute()
+
+
+def one_text_each(batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Each example of a padded or packed batch as one text, and where in them the targets are predicted:
+
+    source 12 7 9   decoder input 0 31 40   labels 31 40 1   ->   text 12 7 9 0 31 40, places (text, 3), 4, 5
+
+    Places (N, 2) are in the order of `labels[labels != IGNORE_INDEX]`.
+    """
+    is_target = batch["labels"] != IGNORE_INDEX
+    reads = batch.get("segment_ids", batch.get("attention_mask"))
+    writes = batch.get("decoder_segment_ids", is_target.long())  # padded: a row is one segment
+    of_sources = batch.get("cross_segment_ids", writes)
+    place_of = torch.full((*is_target.shape, 2), -1, device=is_target.device)
+    texts = []
+    for row in range(len(is_target)):
+        for segment in writes[row].unique().tolist():
+            if segment == 0:
+                continue
+            written = (writes[row] == segment).nonzero()[:, 0]
+            source = batch["input_ids"][row, reads[row] == of_sources[row, written[0]]]
+            target = batch["decoder_input_ids"][row, written]
+            at = len(source) + torch.arange(len(written), device=written.device)
+            place_of[row, written] = torch.stack((torch.full_like(at, len(texts)), at), dim=1)
+            texts.append(torch.cat((source, target)))
+    return texts, place_of[is_target]

@@ -1,0 +1,196 @@
+"""A recipe and a tokenizer in; the model that training starts from, or goes on from, out: fp32, on the CPU.
+
+diptych-8m                       new random weights, as many embedding rows as the tokenizer has tokens
+google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with adapters in it
+…, quantize=4bit                 its linear layers in 4 bits on a CUDA GPU. This has not been run: where it was written
+                                 there was none
+
+A tokenizer may have more tokens than the checkpoint (`grow_vocabulary`). Rows of tokens that `diptych tokenizer
+extend` added start as the mean of the rows of their old pieces; those of other new tokens as transformers makes them.
+"""
+
+import importlib.util
+import os
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from diptych.data_prep.command_line.arguments import choose_from
+from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.text_to_ids.encode import vocabulary_size
+from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
+from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
+from diptych.finetune.inference.generation import settings_of_the_model
+from diptych.finetune.model.adapters import add_adapter, fill_rows_with_means, load_adapter, resize_embeddings
+from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loading import (
+    adapter_settings,
+    check_folder,
+    has_tokenizer,
+    lacking_most,
+    load_model,
+    load_tokenizer,
+)
+from diptych.finetune.training.recipe import TrainRecipe, split_names
+from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
+
+
+def starting_model(
+    recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None
+) -> PreTrainedModel | PeftModel:
+    """`saved` is the model folder of the checkpoint that a resumed run goes on from."""
+    if recipe.method == "lora":
+        return _with_adapter(recipe, tokenizer, saved)
+    if saved is not None:
+        return _ready(load_model(str(saved), torch.float32))
+    if is_named_size(recipe.model):
+        return _ready(_new_model(recipe, tokenizer))
+    model = _load_checkpoint(recipe)
+    _fit_vocabulary(model, tokenizer, recipe)
+    return _ready(model)
+
+
+def is_named_size(name: str) -> bool:
+    """`diptych-8m`, and also `diptych-9m`, so that the answer to it is the list of sizes and not a Hub error."""
+    return name.startswith("diptych-") and "/" not in name and not Path(name).exists()
+
+
+def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    check_one_vocabulary(
+        tokenizer, "the data", f"{recipe.model} has one. Take a checkpoint of the tokenizer's family."
+    )
+    settings = {
+        "vocab_size": vocabulary_size(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    _check_overrides(recipe.model_overrides)
+    try:
+        config = named_config(recipe.model, **(settings | recipe.model_overrides))
+    except (ValueError, TypeError, StrictDataclassError) as error:  # also what the config says of wrong overrides
+        raise UserError(f"{recipe.model} cannot be made: {error}") from error
+    return AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # which its config then says, too
+
+
+def _check_overrides(overrides: dict[str, Any], where: str = "model_overrides") -> None:
+    """transformers' configs keep any name that they are given, and a misspelt one would do nothing."""
+    known = [setting.name for setting in fields(DiptychPanelConfig)]
+    if where == "model_overrides":
+        known += [setting.name for setting in fields(DiptychConfig)]
+    for name, value in overrides.items():
+        if name not in known:
+            raise UserError(f"{where} names {name!r}. {choose_from(name, sorted(set(known)))}")
+        if name in ("encoder", "decoder"):
+            _check_overrides(value, f"{where}.{name}")
+
+
+def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
+    if recipe.model_overrides:
+        raise UserError(
+            f"model_overrides are given for {recipe.model}, which is a checkpoint: its weights fix its config. "
+            f"Drop them, or start from a named size."
+        )
+    check_folder(recipe.model)
+    if adapter_settings(os.path.expanduser(recipe.model)):
+        raise UserError(
+            f"{recipe.model} is an adapter, and training begins with a whole model. Merge it into its base first: "
+            f"diptych merge {shlex.quote(recipe.model)} --out merged, then train --model merged."
+        )
+    if recipe.quantize == "4bit":
+        check_can_quantize()
+        return load_model(recipe.model, torch.float32, in_4_bits())
+    return load_model(recipe.model, torch.float32)
+
+
+def check_can_quantize() -> None:
+    lacking = [] if torch.cuda.is_available() else ["CUDA GPU"]
+    lacking += [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
+    if lacking:
+        raise UserError(f"quantize is 4bit, and there is no {' and no '.join(lacking)} here. Set quantize: none.")
+
+
+def in_4_bits() -> BitsAndBytesConfig:
+    """As QLoRA has it: normal floats, their scales quantized again, products in bf16. Embeddings and head stay."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _with_adapter(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None) -> PeftModel:
+    if is_named_size(recipe.model):
+        raise UserError(
+            f"method is lora, but {recipe.model} starts from random weights, and there is nothing to adapt. "
+            f"Use method: full, or name a checkpoint."
+        )
+    model = _load_checkpoint(recipe)
+    new_rows = _fit_vocabulary(model, tokenizer, recipe)
+    model = add_adapter(
+        _ready(model),
+        str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model,  # from any folder
+        rank=recipe.lora_rank,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        variant=recipe.lora_variant,
+        targets=split_names(recipe.lora_targets),
+        peft_config=recipe.peft_config,
+        new_rows=new_rows,
+        train_embeddings=recipe.lora_embeddings,
+    )
+    if saved is not None:
+        load_adapter(model, saved)
+    return model
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: TrainRecipe) -> int:
+    """How many rows, the last ones of each table, belong to tokens that the checkpoint does not know.
+
+    Not all need be added: T5 has 28 rows more than tokens, where new ones find room.
+    """
+    tokens, rows = lacking_most(model, tokenizer)
+    if tokens > rows and not recipe.grow_vocabulary:
+        raise UserError(
+            f"the tokenizer has {tokens} tokens, but {recipe.model} has {rows} embedding rows. If it is the model's "
+            f"own tokenizer with tokens added, set grow_vocabulary to train rows for them; if not, prepare the data "
+            f"again with --tokenizer {recipe.model}."
+        )
+    pieces = _pieces_to_learn(tokenizer, recipe.model, is_grown=tokens > rows)
+    if tokens > rows:
+        resize_embeddings(model, tokens)
+    if pieces:
+        fill_rows_with_means(model, pieces)
+    return max(rows, tokens) - min([rows, *pieces])
+
+
+def _pieces_to_learn(tokenizer: PreTrainedTokenizerBase, name: str, is_grown: bool) -> dict[int, list[int]]:
+    """New tokens and their old pieces, without those that the checkpoint's own tokenizer has already: their rows were
+    trained. A checkpoint without a tokenizer has trained all of them, unless it lacks rows."""
+    pieces = pieces_of_new_tokens(tokenizer)
+    if pieces and has_tokenizer(name):
+        known = set(load_tokenizer(name).get_vocab().items())
+        words = dict(zip(pieces, tokenizer.convert_ids_to_tokens(list(pieces)), strict=True))
+        return {token: old for token, old in pieces.items() if (words[token], token) not in known}
+    return pieces if is_grown else {}
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    """With its decoder start token written down where evaluation and generation look for it."""
+    start = model.config.decoder_start_token_id = decoder_start_token(model)
+    generation = model.generation_config
+    if generation.decoder_start_token_id != start:
+        generation.decoder_start_token_id = start
+        try:
+            generation.validate(strict=True)
+        except ValueError:  # such as a temperature without sampling, with which transformers saves no changed config
+            model.generation_config = settings_of_the_model(generation)
+    return model
