@@ -29,7 +29,9 @@ import transformers
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.command_line.run_command import run_command
+from diptych.data_prep.pipeline.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
 from diptych.data_prep.pipeline.dataset_tables import (
     PackingPlan,
     direction_counts,
@@ -69,8 +71,7 @@ from diptych.data_prep.report.summary import (
     usage_warnings,
 )
 from diptych.data_prep.rows.named_splits import KINDS, named
-from diptych.data_prep.rows.records import Rejects, UserError, counted
-from diptych.data_prep.text_to_ids.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
+from diptych.data_prep.rows.records import Rejects
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.encode import from_marked
 from diptych.data_prep.text_to_ids.templates import Template, attach_template
@@ -169,7 +170,10 @@ def _prepare(
     plan = None
     if settings.packing and TRAIN in tables:
         budget = (settings.packed_source_tokens, settings.packed_target_tokens)
-        start = decoder_start_of(settings) or (target_side(tokenizer).pad_token_id, "assumed")
+        start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id) or (
+            target_side(tokenizer).pad_token_id,
+            "assumed",
+        )
         plan = plan_packing(tables[TRAIN], tokenizer, start, budget, settings.share_sources, settings.seed)
     tokens = token_counts(gathered, places, stages.lengths, rejects)
     input_facts = _input_facts(inputs, gathered, selection, places.get(TRAIN, numpy.zeros(0, int)), settings)

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.exits import BUG, INTERRUPTED, RANKS, STOPPED, exit_code_of, message_of
+from diptych.finetune.commands.exits import BUG, INTERRUPTED, RANKS, STOPPED, exit_code_of, is_main_rank, message_of
 from diptych.finetune.commands.stop_signals import StopRequest
-from diptych.finetune.run_files.run_folder import claimed, is_main_rank
+from diptych.finetune.run_files.run_folder import claimed
 from diptych.finetune.training.recipe import TrainRecipe
 
 

@@ -35,7 +35,8 @@ import regex
 import xxhash
 
 from diptych.data_prep.cleaning.filters import Complaint
-from diptych.data_prep.rows.records import Origin, Record, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Origin, Record
 
 LONGEST_RUN = 13
 SHORTEST_RUN = 8

@@ -45,7 +45,8 @@ import xxhash
 
 from diptych.data_prep.cleaning.filters import source_text
 from diptych.data_prep.cleaning.splits import normalise
-from diptych.data_prep.rows.records import Record, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Record
 
 PERMUTATIONS = 128
 """Numbers in a signature. The estimate's standard error is √(s(1−s)/P): 0.035 where the similarity is 0.8."""

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING
 
 import regex
 
-from diptych.data_prep.rows.records import Record, UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.rows.records import Record
 
 if TYPE_CHECKING:
     import numpy

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from diptych.data_prep.rows.records import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import numpy

@@ -37,7 +37,8 @@ from datetime import date
 
 import regex
 
-from diptych.data_prep.rows.records import Record, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Record
 
 NO_CHECK_DIGITS_SINCE = date(2020, 10, 5)
 """Births since then have resident registration numbers of random digits behind the first of the second half."""

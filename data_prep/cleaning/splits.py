@@ -28,8 +28,9 @@ import xxhash
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from diptych.data_prep.command_line.errors import counted
 from diptych.data_prep.rows.named_splits import KINDS
-from diptych.data_prep.rows.records import Record, counted
+from diptych.data_prep.rows.records import Record
 
 LARGE_GROUP_FRACTION = 0.1
 _FACTOR = numpy.uint64(0x9E3779B97F4A7C15)

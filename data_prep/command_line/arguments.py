@@ -26,9 +26,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.command_line.other_names import other_name
 from diptych.data_prep.command_line.run_command import with_wrong_places
-from diptych.data_prep.rows.records import UserError, nearest
 
 Settings = TypeVar("Settings")
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 PICTURE_MARK = {"Software": "Diptych"}
 """Metadata of each PNG, by which it is known again: savefig(…, metadata=PICTURE_MARK)."""

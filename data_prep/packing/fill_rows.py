@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diptych.data_prep.rows.records import IGNORE_INDEX, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import IGNORE_INDEX
 
 PACKED_COLUMNS = (
     "input_ids",

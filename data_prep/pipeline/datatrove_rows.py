@@ -32,10 +32,10 @@ from datatrove.data import DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
+from diptych.data_prep.pipeline.checkpoint_tokenizer import load_tokenizer_and_template
 from diptych.data_prep.pipeline.inputs import fingerprint_of, make_stages, open_inputs
 from diptych.data_prep.pipeline.parts import Work, part_path, write_part
 from diptych.data_prep.pipeline.prepare_settings import parse_settings
-from diptych.data_prep.text_to_ids.checkpoint_tokenizer import load_tokenizer_and_template
 
 
 class GatherRows(PipelineStep):

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.cleaning.duplicates import PERMUTATIONS
+from diptych.data_prep.command_line.errors import counted
 from diptych.data_prep.pipeline.row_stages import Batch, Counts, Lengths, Stages, encode_batch
 from diptych.data_prep.pipeline.workers import in_order
 from diptych.data_prep.reading.sources import Source
-from diptych.data_prep.rows.records import Reject, Rejects, Row, counted
+from diptych.data_prep.rows.records import Reject, Rejects, Row
 from diptych.data_prep.text_to_ids.templates import Template
 
 ROWS_TO_RECOGNISE = 100

@@ -20,6 +20,7 @@ from diptych.data_prep.cleaning.decontaminate import Decontaminate, EvalIndex, P
 from diptych.data_prep.cleaning.filters import LanguageFilter
 from diptych.data_prep.cleaning.mixture import check_mixture
 from diptych.data_prep.cleaning.sensitive import require_detectors
+from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.gather import first_rows
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import fingerprint, tokenizer_digest
@@ -35,10 +36,11 @@ from diptych.data_prep.reading.sources import (
     open_sources,
 )
 from diptych.data_prep.rows.convert_rows import Converter, Directions, converter_for, named, parse_mapping
+from diptych.data_prep.rows.language_names import is_swapped
 from diptych.data_prep.rows.named_splits import HELD_OUT, kind_of, said_kind, splits_of
-from diptych.data_prep.rows.records import Languages, Record, Reject, Row, UserError, counted
+from diptych.data_prep.rows.records import Languages, Record, Reject, Row
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
-from diptych.data_prep.text_to_ids.languages import codes_of, is_swapped, own_languages, resolved
+from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, Template
 
 NOT_TOLD = Converter(named("alpaca"))
@@ -267,6 +269,7 @@ def fingerprint_of(
     """The same for the same result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
     no_decision = {"data", "aligned", "validation", "test", "decontaminate", "out", "template", "tokenizer", "strict"}
     no_decision |= {"workers", "engine", "tasks", "gathered"}
+    start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id) if settings.packing else None
     facts = {
         "inputs": [(source.name, source.digest, source.split) for source in inputs.sources],
         "entries": inputs.entries,
@@ -274,6 +277,6 @@ def fingerprint_of(
         "template": asdict(template),
         "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
         "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
-        "decoder_start": decoder_start_of(settings) if settings.packing else None,
+        "decoder_start": start,
     }
     return fingerprint(facts)

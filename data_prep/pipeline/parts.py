@@ -25,9 +25,10 @@ from typing import IO, Any
 
 import pyarrow
 
+from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.row_stages import Batch, Counts, Stages
 from diptych.data_prep.reading.sources import Chunk, Source
-from diptych.data_prep.rows.records import Origin, Reject, UserError, counted
+from diptych.data_prep.rows.records import Origin, Reject
 
 SOURCES_PER_TASK = 4
 """With so many, tasks that take whole sources are about equally long."""

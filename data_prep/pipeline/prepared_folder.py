@@ -30,9 +30,9 @@ import datasets
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.own_files import take_lock
 from diptych.data_prep.command_line.run_command import message_of_file
-from diptych.data_prep.rows.records import UserError
 
 FORMAT = "diptych prepared dataset, version 1"
 MANIFEST, REJECTS, CONFLICTS = "manifest.json", "rejects.jsonl", "conflicts.jsonl"

@@ -32,18 +32,11 @@ from diptych.data_prep.cleaning.duplicates import Shingles, compared_text, exact
 from diptych.data_prep.cleaning.filters import is_composed, script_of
 from diptych.data_prep.cleaning.sensitive import find_in_record, masked
 from diptych.data_prep.cleaning.splits import record_keys, text_key
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.sources import Chunk
 from diptych.data_prep.rows.convert_rows import Converter
-from diptych.data_prep.rows.records import (
-    RAW_CHARACTERS_KEPT,
-    Languages,
-    Origin,
-    Record,
-    Reject,
-    Row,
-    Tokenised,
-    UserError,
-)
+from diptych.data_prep.rows.language_names import UnknownLanguage
+from diptych.data_prep.rows.records import RAW_CHARACTERS_KEPT, Languages, Origin, Record, Reject, Row, Tokenised
 from diptych.data_prep.text_to_ids.encode import (
     Encoding,
     fit,
@@ -55,7 +48,7 @@ from diptych.data_prep.text_to_ids.encode import (
     split_targets,
     vocabulary_sizes,
 )
-from diptych.data_prep.text_to_ids.languages import UnknownLanguage, codes_of, resolved
+from diptych.data_prep.text_to_ids.languages import codes_of, resolved
 from diptych.data_prep.text_to_ids.lossy_text import Loss, source_losses, target_losses
 from diptych.data_prep.text_to_ids.templates import Template
 

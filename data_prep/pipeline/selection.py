@@ -20,11 +20,12 @@ import pyarrow.compute
 from diptych.data_prep.cleaning.duplicates import Shingles, compared_text, conflicts, exact_duplicates, near_duplicates
 from diptych.data_prep.cleaning.mixture import Mixture, mix
 from diptych.data_prep.cleaning.splits import Split, found_in, row_keys, split_rows
+from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.gather import Gathered
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings, fraction_of
 from diptych.data_prep.pipeline.row_stages import origin_of
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_of, splits_of
-from diptych.data_prep.rows.records import Record, Reject, Rejects, UserError, counted
+from diptych.data_prep.rows.records import Record, Reject, Rejects
 from diptych.data_prep.text_to_ids.encode import from_marked
 
 ALSO_HELD_OUT = "also held out"

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.files import HEAD_BYTES, LONG_ROW_CHARACTERS_KEPT, Limits, LongLine, conversion
-from diptych.data_prep.rows.records import Origin, Reject, Row, UserError
+from diptych.data_prep.rows.records import Origin, Reject, Row
 
 ROWS_IN_CHUNK = 2_000
 CHARACTERS_IN_CHUNK = 1 << 20

@@ -24,10 +24,11 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.chunks import CHARACTERS_IN_CHUNK, ROWS_IN_CHUNK, Chunk, Rows, too_large
 from diptych.data_prep.reading.files import File, Limits
 from diptych.data_prep.reading.json_rows import json_value
-from diptych.data_prep.rows.records import Origin, Reject, Row, UserError
+from diptych.data_prep.rows.records import Origin, Reject, Row
 
 MOST_BATCH_BYTES = 1 << 28
 """What the rows decoded at once may come to, if each held all that its row group has (a value that is stored once may

@@ -30,9 +30,9 @@ from pathlib import Path
 import pyarrow
 import xxhash
 
-from diptych.data_prep.rows.records import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.rows.language_names import languages_of_files
 from diptych.data_prep.rows.valid_text import listed
-from diptych.data_prep.text_to_ids.languages import languages_of_files
 
 BLOCK_BYTES = 1 << 18
 

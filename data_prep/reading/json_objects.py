@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.chunks import (
     KNOWN_COLUMNS,
     Chunk,
@@ -46,7 +47,7 @@ from diptych.data_prep.reading.json_rows import (
     json_fault,
     skip_value,
 )
-from diptych.data_prep.rows.records import RAW_CHARACTERS_KEPT, Origin, Reject, Row, UserError
+from diptych.data_prep.rows.records import RAW_CHARACTERS_KEPT, Origin, Reject, Row
 from diptych.data_prep.rows.valid_text import listed
 
 TASK_KEYS = frozenset(("Definition", "Instances"))

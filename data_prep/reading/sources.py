@@ -38,6 +38,7 @@ from typing import Any
 
 import xxhash
 
+from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.reading.chunks import KNOWN_COLUMNS, Chunk, Rows, check_encoding
 from diptych.data_prep.reading.column_rows import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.reading.files import (
@@ -64,9 +65,8 @@ from diptych.data_prep.reading.table_rows import (
     tsv_chunks,
 )
 from diptych.data_prep.reading.tmx_rows import tmx_chunks
+from diptych.data_prep.rows.language_names import languages_of_files, names_language
 from diptych.data_prep.rows.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_of, named, said_kind
-from diptych.data_prep.rows.records import UserError, counted
-from diptych.data_prep.text_to_ids.languages import languages_of_files, names_language
 
 HUB_PREFIX = "hf:"
 ALIGNED_BY = "+"

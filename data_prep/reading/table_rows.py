@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.chunks import (
     NOT_UTF8,
     Chunk,
@@ -35,7 +36,7 @@ from diptych.data_prep.reading.chunks import (
     unreadable,
 )
 from diptych.data_prep.reading.files import UTF8_MARK, Content, File, Limits, Lines, LongLine, line_blocks
-from diptych.data_prep.rows.records import Origin, Reject, Row, UserError
+from diptych.data_prep.rows.records import Origin, Reject, Row
 
 MARK = UTF8_MARK.decode()
 """A byte order mark. At the beginning of a line, as in files that were joined, it is no part of the text."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.parsers import expat
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.chunks import Chunk, Rows, bad_byte, in_chunks, too_large
 from diptych.data_prep.reading.files import LONG_ROW_CHARACTERS_KEPT, Content, File, Limits
-from diptych.data_prep.rows.records import CUT_OFF, Origin, Reject, Row, UserError
+from diptych.data_prep.rows.records import CUT_OFF, Origin, Reject, Row
 
 NEXT_UNIT = re.compile(rb"<tu(?=[\s>])")
 OPEN_TAGS = b"<tmx><body>"

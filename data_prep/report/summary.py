@@ -17,10 +17,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line.errors import counted
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import CONFLICTS, REJECTS
 from diptych.data_prep.pipeline.row_stages import Counts
-from diptych.data_prep.rows.records import CUT_OFF, Rejects, counted
+from diptych.data_prep.rows.records import CUT_OFF, Rejects
 from diptych.data_prep.rows.valid_text import shown_name
 from diptych.data_prep.text_to_ids.templates import Template
 

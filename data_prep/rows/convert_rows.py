@@ -25,6 +25,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.conversations import (
     MEDIA,
     ROLES,
@@ -35,17 +36,15 @@ from diptych.data_prep.rows.conversations import (
     turns_of,
     unused_in_turns,
 )
-from diptych.data_prep.rows.records import (
-    IGNORE_INDEX,
-    Languages,
-    Origin,
-    Record,
-    Reject,
-    Row,
-    Tokenised,
-    UserError,
-    nearest,
+from diptych.data_prep.rows.language_names import (
+    SOURCE_COLUMNS,
+    TARGET_COLUMNS,
+    is_same_language,
+    is_swapped,
+    languages_in,
+    names_language,
 )
+from diptych.data_prep.rows.records import IGNORE_INDEX, Languages, Origin, Record, Reject, Row, Tokenised
 from diptych.data_prep.rows.valid_text import (
     Fault,
     check_not_misspelt,
@@ -67,14 +66,6 @@ from diptych.data_prep.rows.valid_text import (
     text,
     unparsed,
     unread,
-)
-from diptych.data_prep.text_to_ids.languages import (
-    SOURCE_COLUMNS,
-    TARGET_COLUMNS,
-    is_same_language,
-    is_swapped,
-    languages_in,
-    names_language,
 )
 
 SUMMARY_INSTRUCTION = "Summarize the following text."

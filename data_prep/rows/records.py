@@ -9,12 +9,13 @@ Every row that a reader yields ends as exactly one Record or one Reject: kept + 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
+
+from diptych.data_prep.command_line.errors import UserError
 
 IGNORE_INDEX = -100
 """The label that the loss leaves out (torch's own default for `ignore_index`)."""
@@ -28,13 +29,6 @@ EXAMPLES_KEPT = 3
 
 CUT_OFF = "file cut off"
 """The kind of reject that says that a file ends where more is due: what came after is in no other reject."""
-
-
-class UserError(ValueError):
-    """A mistake that a person can mend: its message says what, got, allowed, next."""
-
-    exit_code = 2
-    """What the command exits with; finetune/commands/exits.py has the others."""
 
 
 class Languages(NamedTuple):
@@ -153,18 +147,6 @@ class Rejects:
     def by_kind(self) -> dict[str, int]:
         """How many rows have which fault, the most frequent first."""
         return dict(self.kinds.most_common())
-
-
-def counted(number: int, thing: str) -> str:
-    """`counted(1, "group")` → "1 group"; 2000 → "2,000 groups"."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like `name`, case and outer blanks aside: "Instrution" is nearest to "instruction"."""
-    spelled = {candidate.strip().casefold(): candidate for candidate in known}
-    matches = difflib.get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=cutoff)
-    return spelled[matches[0]] if matches else None
 
 
 def character_at(value: str, position: int) -> str:

@@ -19,7 +19,8 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from diptych.data_prep.rows.records import broken_character, character_at, nearest
+from diptych.data_prep.command_line.errors import nearest
+from diptych.data_prep.rows.records import broken_character, character_at
 
 JSON_TYPE_NAMES = {
     str: "a string",

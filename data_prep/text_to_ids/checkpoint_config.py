@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 ADVICE = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small"
 

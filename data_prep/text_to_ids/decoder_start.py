@@ -1,7 +1,7 @@
 """The token that a decoder is given first: one rule for preparing, training, scoring and generating.
 
     named_start(config, generation)    → (2, "model config")   from the two configs of a checkpoint
-    decoder_start_of(settings)         → (0, "setting")        the same from its files, without any model code
+    decoder_start_of("t5-small")       → (0, "model config")       the same from its files, without any model code
     split_start([7, 31, 1], 0, mbart)  → (7, [31, 1])          start and labels of a row that begins with its code
 
 It is `decoder_start_token_id` of generation_config.json, or else of config.json. Where both are silent, it is what the
@@ -15,8 +15,7 @@ from __future__ import annotations
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.languages import codes_of
 
 STARTS = {"mbart": "eos_token_id", "plbart": "eos_token_id", "fsmt": "eos_token_id", "diptych": "pad_token_id"}
@@ -34,15 +33,15 @@ def named_start(config: PreTrainedConfig, generation: GenerationConfig) -> tuple
     return None if token is None else (token, name)
 
 
-def decoder_start_of(settings: PrepareSettings) -> tuple[int, str] | None:
+def decoder_start_of(checkpoint: str | None, given: int | None = None) -> tuple[int, str] | None:
     """What training and `generate` will begin to write with, and who says so; None where nobody does."""
-    if settings.decoder_start_token_id is not None:
-        return settings.decoder_start_token_id, "setting"
-    config = _model_config(settings.tokenizer) if settings.tokenizer else None
+    if given is not None:
+        return given, "setting"
+    config = _model_config(checkpoint) if checkpoint else None
     if config is None or not getattr(config, "is_encoder_decoder", True):
         return None
     try:
-        generation = GenerationConfig.from_pretrained(settings.tokenizer)
+        generation = GenerationConfig.from_pretrained(checkpoint)
     except OSError:  # without a file of its own, a model makes it from its config
         generation = GenerationConfig.from_model_config(config)
     return named_start(config, generation)

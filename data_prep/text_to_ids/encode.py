@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tokenizers
 
-from diptych.data_prep.rows.records import UserError, broken_character, nearest
+from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import Languages, codes_of, own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 

@@ -37,7 +37,7 @@ import tokenizers
 from tokenizers import models, trainers
 from transformers import AutoTokenizer
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import vocabulary_size
 from diptych.data_prep.text_to_ids.templates import attach_template, carried_template
 

@@ -42,7 +42,8 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.visitor import NodeTransformer
 
-from diptych.data_prep.rows.records import Record, UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.rows.records import Record
 from diptych.data_prep.text_to_ids.encode import FRAME_MARK, UNSPELLABLE, Encoding, Rendered, encode_examples
 from diptych.data_prep.text_to_ids.sandbox import (
     FILTERS,

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

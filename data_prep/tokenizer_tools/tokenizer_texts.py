@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.gather import first_rows
 from diptych.data_prep.reading.files import KNOWN_SUFFIXES, PACKED_SUFFIXES
 from diptych.data_prep.reading.sources import SAMPLES, TRAIN, Source, open_plain, open_sources
 from diptych.data_prep.rows.convert_rows import MISSING, Converter, Directions, converter_for, named
-from diptych.data_prep.rows.records import Record, Reject, Rejects, Row, UserError
+from diptych.data_prep.rows.records import Record, Reject, Rejects, Row
 from diptych.data_prep.rows.valid_text import Fault, listed, text
 
 PLAIN_SUFFIX = ".txt"

@@ -25,8 +25,9 @@ import pyarrow.compute
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing.fill_rows import repeated_start
-from diptych.data_prep.rows.records import IGNORE_INDEX, UserError
+from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
 from diptych.finetune.model.families import decoder_start_token, embedding_rows, table_positions
 from diptych.finetune.model.untrusted_files import open_prepared

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diptych.data_prep.command_line.arguments import parse
-from diptych.data_prep.command_line.run_command import CHECKPOINT, EXISTING, OUTPUT, PREPARED, TEMPLATE
-from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING, OUTPUT, PREPARED, TEMPLATE
+from diptych.data_prep.rows.records import Languages
 from diptych.finetune.commands.web_address import check_port
 
 LINES_SUFFIX = ".txt"

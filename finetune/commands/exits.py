@@ -10,8 +10,10 @@ Launchers swallow these numbers (torchrun and `accelerate launch` exit with 1 wh
 its own into status.json.
 """
 
+import os
+
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.run_command import exit_code, message_of_file
-from diptych.data_prep.rows.records import UserError
 
 DONE, BUG, USER, CHECKPOINT, STORAGE, NOT_FINITE, RANKS, HUB, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 75, 130
 
@@ -19,6 +21,11 @@ NO_MEMORY = (
     "Lower batch_size and raise gradient_accumulation_steps by as much, set gradient_checkpointing, or pack into"
     " shorter rows (prepare's --packed_source_tokens, --packed_target_tokens)."
 )
+
+
+def is_main_rank() -> bool:
+    """Of a launch; known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class CheckpointError(UserError):

@@ -1,6 +1,5 @@
 """The processes of one run: how they meet, how long one waits for another, and how they part.
 
-    accelerator = meet(recipe)          UserError where they would train apart, or in another way than asked
     ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
     with ranks.waiting_for("the gradients of step 7"):
         …                               RankError, which says this, where one has gone or does not answer
@@ -17,53 +16,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
-import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
-from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import RANKS, RankError
-from diptych.finetune.run_files.run_folder import is_main_rank
-from diptych.finetune.training.recipe import TrainRecipe, split_names
 
 PATIENCE = 1.5
 """Times the timeout, after which the thread ends a process that torch itself has not ended."""
-
-
-def meet(recipe: TrainRecipe) -> Accelerator:
-    """All ranks that were launched, joined to one run."""
-    _check_launch(recipe)
-    trackers, launched = _trackers(recipe), int(os.environ.get("WORLD_SIZE", "1"))
-    try:
-        accelerator = Accelerator(
-            mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
-            log_with=trackers or None,
-            project_dir=recipe.out,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.rank_timeout))],
-        )
-    except RuntimeError as error:
-        if launched == 1:
-            raise
-        raise RankError(
-            f"the {launched} ranks of this run did not meet: {str(error).splitlines()[0][:300]}"
-        ) from error
-    if launched != accelerator.num_processes:
-        raise UserError(
-            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would train "
-            f"alone, in the same folder. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
-        )
-    if recipe.sharding == "full" and accelerator.num_processes == 1:
-        raise UserError(
-            "sharding is full, but one process was launched, and has nobody to share the model with. Launch several: "
-            "`torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE`, or add --sharding none."
-        )
-    accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
-    return accelerator
 
 
 def join_ranks() -> Accelerator | None:
@@ -72,7 +35,7 @@ def join_ranks() -> Accelerator | None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:
         return None
-    _refuse_deepspeed()
+    refuse_deepspeed()
     accelerator = Accelerator()
     if accelerator.num_processes != launched:
         raise UserError(
@@ -98,39 +61,12 @@ def on_main_rank(accelerator: Accelerator | None, work: Callable[[], Any]) -> An
     return outcome[0]
 
 
-def _check_launch(recipe: TrainRecipe) -> None:
-    """What accelerate's configuration asks for and this loop does otherwise is refused: on a CPU, accelerate itself
-    would take DDP for FSDP without a word. Where the recipe asks for FSDP as well, accelerate is not to hear of it:
-    sharding.py does it, and transformers would load weights on the first rank alone."""
-    _refuse_deepspeed()
-    if recipe.sharding == "full" and os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        if is_main_rank():
-            print("sharding: full, and accelerate's FSDP settings have no part in it", flush=True)
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        raise UserError(
-            "accelerate's configuration asks for FSDP. Here the recipe says how weights are spread: launch with"
-            " `torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE --sharding full`, which is"
-            " FSDP2, or drop it for DDP."
-        )
-
-
-def _refuse_deepspeed() -> None:
+def refuse_deepspeed() -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
         raise UserError(
             "accelerate's configuration asks for DeepSpeed, which does not run here: launch with `torchrun"
             " --nproc_per_node=N`, and spread a model in training with `--sharding full` (FSDP2)."
         )
-
-
-def _trackers(recipe: TrainRecipe) -> list[str]:
-    known, available = accelerate.tracking.LOGGER_TYPE_TO_CLASS, accelerate.tracking.get_available_trackers()
-    names = split_names(recipe.trackers)
-    for name in names:
-        if name not in known:
-            raise UserError(f"accelerate knows no tracker {name!r}. {choose_from(name, list(known))}")
-        if name not in [str(tracker) for tracker in available]:
-            raise UserError(f"the tracker {name} is not installed. Install it: pip install {name}")
-    return names
 
 
 class Ranks:

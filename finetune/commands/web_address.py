@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 HERE = re.compile(r"(https?://)?(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?", re.IGNORECASE)
 

@@ -35,7 +35,7 @@ import transformers
 from tqdm import tqdm
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.command_settings import DoctorSettings
 from diptych.finetune.doctor.doctor_checks import CHECKS, Finding, Patient, examine

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.own_files import PICTURE_MARK, check_overwrite, is_own_picture
 from diptych.data_prep.rows.named_splits import splits_of
-from diptych.data_prep.rows.records import UserError
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.command_settings import CompareSettings
 from diptych.finetune.evaluating.confidence import LEVEL_PERCENT, Paired, paired_tests

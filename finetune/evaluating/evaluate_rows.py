@@ -40,10 +40,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import choose_from
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.own_files import check_overwrite
+from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
-from diptych.data_prep.rows.records import Languages, UserError
-from diptych.data_prep.text_to_ids.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of
+from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.templates import Template, carried_template
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
 from diptych.finetune.batches.padded_rows import (

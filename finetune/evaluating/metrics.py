@@ -32,7 +32,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 # Hangul, Han and kana are read one character at a time: Korean glues particles and endings to the word, Chinese and
 # Japanese write no spaces. Counting overlap by syllable is also what KorQuAD's official F1 does. Thai, Lao, Khmer and

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.checkpoint_config import check_place
 from diptych.data_prep.text_to_ids.templates import Template, carried_template
 from diptych.finetune.exporting.export_ctranslate2 import import_ctranslate2

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.command_settings import ExportSettings
 from diptych.finetune.commands.exits import BUG

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.exporting.export_graphs import DECODER, ENCODER, WITH_PAST, Graphs, exported_programs
 from diptych.finetune.model.families import FAMILIES, family_of
 from diptych.finetune.model.loading import EXPORT_FILE

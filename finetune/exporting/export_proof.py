@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.rows.records import Languages, UserError, counted
+from diptych.data_prep.command_line.errors import UserError, counted
+from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import own_languages
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, Template, stored_golden

@@ -35,9 +35,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, set_seed
 
+from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.conversations import ROLES, SHAREGPT_ROLES, Fault, open_question, turns_of
-from diptych.data_prep.rows.records import Languages, Row, UserError, nearest
-from diptych.data_prep.text_to_ids.languages import UnknownLanguage, languages_in
+from diptych.data_prep.rows.language_names import UnknownLanguage, languages_in
+from diptych.data_prep.rows.records import Languages, Row
 from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.commands.ranks import on_main_rank
 from diptych.finetune.exporting.ctranslate2_engine import Translator

@@ -38,9 +38,11 @@ from transformers import (
     TextStreamer,
 )
 
-from diptych.data_prep.rows.records import Languages, UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.rows.language_names import languages_in
+from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.encode import split_sources
-from diptych.data_prep.text_to_ids.languages import codes_of, languages_in, languages_note, resolved
+from diptych.data_prep.text_to_ids.languages import codes_of, languages_note, resolved
 from diptych.data_prep.text_to_ids.templates import (
     BARE_TEMPLATE,
     TEMPLATES,
@@ -52,6 +54,7 @@ from diptych.data_prep.text_to_ids.templates import (
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.command_settings import GenerateSettings
+from diptych.finetune.commands.exits import is_main_rank
 from diptych.finetune.commands.ranks import join_ranks
 from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode, read_fast
@@ -59,7 +62,6 @@ from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.families import decoder_start_token, without_adapter
 from diptych.finetune.model.loading import load_model_and_tokenizer, pick_device, position_limit
 from diptych.finetune.model.speed import keep_memory
-from diptych.finetune.run_files.run_folder import is_main_rank
 
 if TYPE_CHECKING:
     from diptych.finetune.exporting.ctranslate2_engine import Translator

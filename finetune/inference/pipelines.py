@@ -27,16 +27,11 @@ from transformers import AutoModelForSeq2SeqLM, Pipeline, PreTrainedTokenizerBas
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import diptych.modeling
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
-from diptych.data_prep.rows.records import Languages, UserError
-from diptych.data_prep.text_to_ids.languages import (
-    SOURCE_COLUMNS,
-    TARGET_COLUMNS,
-    codes_of,
-    languages_in,
-    own_languages,
-    resolved,
-)
+from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS, languages_in
+from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import Template, carried_template, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.inference.generate_file import prompt_of

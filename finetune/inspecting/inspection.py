@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.encode import encode_sources
 from diptych.data_prep.text_to_ids.languages import codes_of, resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Template, carried_template, load_template

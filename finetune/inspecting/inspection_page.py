@@ -17,9 +17,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.report.text_shown import FRAMES as SHARED_FRAMES
 from diptych.data_prep.report.text_shown import prose
-from diptych.data_prep.rows.records import UserError
 
 FRAMES = Path(__file__).parent / "frames"
 MARK = '<meta name="generator" content="diptych inspect">'

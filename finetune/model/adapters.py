@@ -46,7 +46,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import CheckpointError
 from diptych.finetune.model.families import family_of, input_and_output_tables, vocabulary_tables, without_adapter
 from diptych.finetune.run_files.checkpoints import whole

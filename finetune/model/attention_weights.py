@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 LOCAL = ("led", "longt5", "pegasus_x")
 """Families whose encoder's tokens look at those nearby: their weights are bands and blocks."""

@@ -13,6 +13,7 @@ This file does not travel with checkpoints.
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.modeling.configuration_diptych import DiptychConfig, DiptychPanelConfig
 from diptych.modeling.modeling_diptych import DiptychForConditionalGeneration
 
@@ -347,3 +349,39 @@ def tokenizers_differ(one: Mapping[str, int], other: Mapping[str, int]) -> str:
         if one.get(token) != other.get(token):
             return f"{token!r} is {one.get(token)} in one and {other.get(token)} in the other"
     return ""
+
+
+@dataclass(frozen=True, eq=False)
+class Donor:
+    """An LLM as it lies in its folder; nothing of it is in memory."""
+
+    name: str
+    config: Any
+    weights: Any
+
+    @property
+    def tokenizer(self):
+        from diptych.finetune.model.loading import load_tokenizer
+
+        return load_tokenizer(self.name)
+
+
+def open_donor(name: str) -> Donor:
+    """UserError for what is no decoder-only checkpoint in safetensors."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    from diptych.finetune.model.loading import check_folder, load_config
+    from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, check_sizes, weight_files
+
+    name = os.path.expanduser(name)
+    check_folder(name)
+    config = load_config(name)
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{name} is no decoder-only LLM (model_type {config.model_type}). An encoder-decoder is trained as it is:"
+            f" diptych train --model {name}"
+        )
+    files = weight_files(name, MODEL_WEIGHTS)
+    check_sizes(config, files, config.dtype or torch.float32, name, AutoModelForCausalLM)
+    return Donor(name, config, DonorWeights(files))

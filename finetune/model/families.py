@@ -24,7 +24,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.decoder_start import STARTS, named_start
 from diptych.finetune.model.packed_attention import VARLEN, site_masks
 

@@ -36,7 +36,7 @@ from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositi
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.checkpoint_config import (
     check_chat_templates,
     check_config,

@@ -33,7 +33,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.checkpoint_config import LAYERS, config_parts, least_weights
 from diptych.finetune.commands.exits import StorageError
 

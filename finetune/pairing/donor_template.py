@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 
 from tokenizers import processors
 
-from diptych.data_prep.rows.records import UserError
-from diptych.data_prep.text_to_ids.checkpoint_tokenizer import open_tokenizer
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.text_to_ids.encode import encode_sources, split_targets
 from diptych.data_prep.text_to_ids.templates import Template, attach_template, golden_difference
 

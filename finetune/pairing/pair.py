@@ -12,33 +12,19 @@ result, one after the other. The folder is written beside, proven, flushed and r
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.command_settings import PairSettings
 
+if TYPE_CHECKING:
+    from diptych.finetune.model.donor_llm import Donor
+
 REPORT = "pair.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Donor:
-    """An LLM as it lies in its folder; nothing of it is in memory."""
-
-    name: str
-    config: Any
-    weights: Any
-
-    @property
-    def tokenizer(self):
-        from diptych.finetune.model.loading import load_tokenizer
-
-        return load_tokenizer(self.name)
 
 
 def pair(settings: PairSettings) -> dict[str, Any]:
@@ -51,6 +37,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     from huggingface_hub.errors import StrictDataclassError
 
     from diptych.finetune.model import donor_llm as donors
+    from diptych.finetune.model.donor_llm import open_donor
     from diptych.finetune.model.merge import new_folder
     from diptych.finetune.pairing import pair_report
     from diptych.finetune.pairing.donor_template import donor_prompt
@@ -104,29 +91,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     return report
 
 
-def open_donor(name: str) -> Donor:
-    """UserError for what is no decoder-only checkpoint in safetensors."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    from diptych.finetune.model.donor_llm import DonorWeights
-    from diptych.finetune.model.loading import check_folder, load_config
-    from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, check_sizes, weight_files
-
-    name = os.path.expanduser(name)
-    check_folder(name)
-    config = load_config(name)
-    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(
-            f"{name} is no decoder-only LLM (model_type {config.model_type}). An encoder-decoder is trained as it is:"
-            f" diptych train --model {name}"
-        )
-    files = weight_files(name, MODEL_WEIGHTS)
-    check_sizes(config, files, config.dtype or torch.float32, name, AutoModelForCausalLM)
-    return Donor(name, config, DonorWeights(files))
-
-
-def _check_tokenizers(encoder: Donor, decoder: Donor) -> None:
+def _check_tokenizers(encoder: "Donor", decoder: "Donor") -> None:
     from diptych.finetune.model.donor_llm import tokenizers_differ
 
     if difference := tokenizers_differ(encoder.tokenizer.get_vocab(), decoder.tokenizer.get_vocab()):
@@ -136,7 +101,7 @@ def _check_tokenizers(encoder: Donor, decoder: Donor) -> None:
         )
 
 
-def _generation_config(donor: Donor):
+def _generation_config(donor: "Donor"):
     from transformers import GenerationConfig
 
     try:
@@ -145,7 +110,7 @@ def _generation_config(donor: Donor):
         return GenerationConfig.from_model_config(donor.config)
 
 
-def _eos_ids(donor: Donor) -> list[int]:
+def _eos_ids(donor: "Donor") -> list[int]:
     eos = _generation_config(donor).eos_token_id
     eos = donor.config.eos_token_id if eos is None else eos
     return [eos] if isinstance(eos, int) else list(eos or [])
@@ -157,7 +122,7 @@ def _ends(eos: int, others: Sequence[int]) -> int | list[int]:
     return ends[0] if len(ends) == 1 else ends
 
 
-def _write(folder: Path, config, origins, dtype, seed: int, decoder: Donor, prompt) -> None:
+def _write(folder: Path, config, origins, dtype, seed: int, decoder: "Donor", prompt) -> None:
     import torch
     from tqdm import tqdm
     from transformers.dynamic_module_utils import custom_object_save

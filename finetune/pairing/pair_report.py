@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import StorageError
 from diptych.finetune.model.donor_llm import Origin, sliding_window, tied_names
 from diptych.modeling import DiptychConfig

@@ -20,8 +20,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.named_splits import kind_of, named
-from diptych.data_prep.rows.records import UserError
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.run_files import checkpoints

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, get_token, is_offline_mode
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.command_settings import PublishSettings
 from diptych.finetune.commands.exits import CheckpointError, HubError

@@ -33,8 +33,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.run_command import STORAGE_ERRORS
-from diptych.data_prep.rows.records import UserError
 from diptych.finetune.commands.exits import CheckpointError, StorageError
 
 MANIFEST = "manifest.json"

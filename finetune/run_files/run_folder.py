@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.own_files import take_lock
-from diptych.data_prep.rows.records import UserError
-from diptych.finetune.commands.exits import BUG, DONE, RANKS, STOPPED, exit_code_of, message_of
+from diptych.finetune.commands.exits import BUG, DONE, RANKS, STOPPED, exit_code_of, is_main_rank, message_of
 
 LOCK, STATUS, CONFIG = ".lock", "status.json", "config.yaml"
 STAGES = "stages"
@@ -34,11 +34,6 @@ def last_training(run: Path) -> Path:
     """Where the figures of a run's final model are: in the run's own folder, or in its last stage's."""
     stages = sorted((run / STAGES).glob("*-*"), key=lambda folder: int(folder.name.split("-")[0]))
     return stages[-1] if stages else run
-
-
-def is_main_rank() -> bool:
-    """Of a launch; known before the ranks have met."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Status:

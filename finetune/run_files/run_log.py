@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 
 class RunLog:

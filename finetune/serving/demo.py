@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 from transformers import PreTrainedModel
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.report.text_shown import token_markup
-from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands import cli

@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.inference.detokenize import UNKNOWN_ID, text_of
 from diptych.finetune.inference.generation import end_tokens, generate_batch, generation_config

@@ -27,9 +27,11 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import MARKS, MARKS_NOT_READ, Fault
-from diptych.data_prep.rows.records import Languages, UserError, broken_character
-from diptych.data_prep.text_to_ids.languages import SOURCE_COLUMNS, TARGET_COLUMNS, codes_of, languages_note
+from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
+from diptych.data_prep.rows.records import Languages, broken_character
+from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.command_settings import ServeSettings
 from diptych.finetune.commands.web_address import address, is_asked_here, listen, need_secret, run_until_signal

@@ -21,13 +21,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.rows.records import IGNORE_INDEX, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
-from diptych.finetune.model.donor_llm import tokenizers_differ
+from diptych.finetune.model.donor_llm import open_donor, tokenizers_differ
 from diptych.finetune.model.families import decoder_start_token
 from diptych.finetune.model.loading import load_config, load_model, load_tokenizer
 from diptych.finetune.model.loss import Criterion, Seq2SeqObjective, cross_entropy
-from diptych.finetune.pairing.pair import open_donor
 
 Batch = dict[str, torch.Tensor]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diptych.data_prep.command_line.arguments import given_options, instead_of, parse
-from diptych.data_prep.command_line.run_command import CHECKPOINT, OUTPUT, PREPARED, START
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.places import CHECKPOINT, OUTPUT, PREPARED, START
 
 
 @dataclass(frozen=True)

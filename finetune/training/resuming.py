@@ -14,11 +14,11 @@ import xxhash
 import yaml
 from transformers import PreTrainedModel
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import BatchOrder, Prepared
-from diptych.finetune.commands.exits import CheckpointError
+from diptych.finetune.commands.exits import CheckpointError, is_main_rank
 from diptych.finetune.run_files import checkpoints
-from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing, is_main_rank
+from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing
 from diptych.finetune.training.recipe import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
 
 

@@ -23,8 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import choose_from
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
-from diptych.data_prep.rows.records import UserError
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
@@ -39,7 +39,7 @@ from diptych.finetune.batches.padded_rows import (
     load_prepared,
 )
 from diptych.finetune.commands.exits import CheckpointError
-from diptych.finetune.commands.ranks import Ranks, meet, on_main_rank
+from diptych.finetune.commands.ranks import Ranks, on_main_rank
 from diptych.finetune.commands.stop_signals import StopRequest
 from diptych.finetune.evaluating.evaluate_rows import selectable_figures
 from diptych.finetune.model.families import decoder_start_token, family_of, vocabulary_tables, without_adapter
@@ -51,6 +51,7 @@ from diptych.finetune.run_files.run_folder import CONFIG, Status
 from diptych.finetune.run_files.run_log import RunLog, short
 from diptych.finetune.training.distillation import DistilledObjective, load_teacher
 from diptych.finetune.training.feeding import DTYPES, check_precision, resolve_precision, set_attention, training_rows
+from diptych.finetune.training.launch import meet
 from diptych.finetune.training.recipe import TrainRecipe, split_names
 from diptych.finetune.training.resuming import (
     as_it_began,

@@ -24,18 +24,10 @@ from typing import Any
 import yaml
 
 from diptych.data_prep.command_line.arguments import instead_of, parse
-from diptych.data_prep.rows.records import UserError
-from diptych.finetune.commands.exits import DONE, STOPPED
+from diptych.data_prep.command_line.errors import UserError
+from diptych.finetune.commands.exits import DONE, STOPPED, is_main_rank
 from diptych.finetune.commands.stop_signals import StopRequest
-from diptych.finetune.run_files.run_folder import (
-    CONFIG,
-    STAGES,
-    Status,
-    claimed,
-    holds_nothing,
-    is_main_rank,
-    read_status,
-)
+from diptych.finetune.run_files.run_folder import CONFIG, STAGES, Status, claimed, holds_nothing, read_status
 from diptych.finetune.training.recipe import TrainRecipe
 
 OF_THE_WHOLE = ("out", "resume", "stages", "model", "model_overrides", "debug")

@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import vocabulary_size
 from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary

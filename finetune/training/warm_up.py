@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.model.families import without_adapter
 
 CROSS_ATTENTION = re.compile(

@@ -8,7 +8,7 @@ import pytest
 from diptych.data_prep.cleaning.filters import LengthFilter
 from diptych.data_prep.cleaning.mixture import Mixture
 from diptych.data_prep.command_line.arguments import help_text, parse
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diptych.data_prep.cleaning.decontaminate import Decontaminate, EvalIndex, PlainText, words_of
-from diptych.data_prep.rows.records import Origin, Record, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Origin, Record
 
 PARIS = "What is the capital of France, the country in Europe whose flag is blue, white and red?"
 

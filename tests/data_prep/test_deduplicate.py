@@ -23,7 +23,8 @@ from diptych.data_prep.cleaning.duplicates import (
     signatures,
 )
 from diptych.data_prep.cleaning.splits import normalise, text_key
-from diptych.data_prep.rows.records import Origin, Record, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Origin, Record
 
 
 @pytest.fixture(scope="module")

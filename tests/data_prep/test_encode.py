@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer
 
-from diptych.data_prep.rows.records import Origin, Record, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Origin, Record
 from diptych.data_prep.text_to_ids.encode import (
     TEXT_TOKENS_KEY,
     Encoding,

@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import split_sources, vocabulary_size
 from diptych.data_prep.text_to_ids.extend_tokenizer import (
     NEW_TOKENS_KEY,

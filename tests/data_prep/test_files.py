@@ -15,9 +15,10 @@ import pytest
 import xxhash
 import zstandard
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.files import DEFAULT_LIMITS, Limits, find_files
 from diptych.data_prep.reading.sources import open_sources
-from diptych.data_prep.rows.records import Reject, UserError
+from diptych.data_prep.rows.records import Reject
 
 ROW = b'{"instruction": "a", "output": "b"}\n'
 PACK = {".gz": gzip.compress, ".zst": zstandard.compress}
@@ -288,7 +289,8 @@ def test_a_broken_packed_file_is_an_error_that_says_where(ending, damage, place)
 READ_AND_MEASURE = """
 import sys, time
 from diptych.data_prep.reading.sources import open_sources
-from diptych.data_prep.rows.records import Reject, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Reject
 began, found = time.perf_counter(), []
 try:
     for source in open_sources([sys.argv[1]]):

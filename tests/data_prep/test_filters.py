@@ -19,7 +19,8 @@ from diptych.data_prep.cleaning.filters import (
     script_of,
     source_text,
 )
-from diptych.data_prep.rows.records import Origin, Record, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Origin, Record
 
 FOREIGN = {
     "de": "Ich habe heute leider keine Zeit.",

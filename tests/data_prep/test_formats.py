@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.sources import SAMPLES_FOLDER
 from diptych.data_prep.rows.conversations import MAX_TURNS
 from diptych.data_prep.rows.convert_rows import (
@@ -25,7 +26,7 @@ from diptych.data_prep.rows.convert_rows import (
     parse_mapping,
     recognise,
 )
-from diptych.data_prep.rows.records import Languages, Origin, Record, Reject, Row, Tokenised, UserError
+from diptych.data_prep.rows.records import Languages, Origin, Record, Reject, Row, Tokenised
 
 BOTH = Directions("To Korean:", "To English:")
 GOOD = {"instruction": "a", "output": "b"}

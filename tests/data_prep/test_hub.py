@@ -8,7 +8,7 @@ from threading import Thread
 
 import pytest
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.checkpoint_config import check_place
 
 CHECK = "import sys; from diptych.data_prep.text_to_ids.checkpoint_config import check_place; check_place(sys.argv[1])"

@@ -8,11 +8,13 @@ import datasets
 import pytest
 import transformers
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.prepare import main
-from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.rows.language_names import is_swapped
+from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.checkpoint_config import why_not_loaded
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
-from diptych.data_prep.text_to_ids.languages import codes_of, is_swapped, languages_note, resolved
+from diptych.data_prep.text_to_ids.languages import codes_of, languages_note, resolved
 
 BOTH = Languages("en", "ko")
 

@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from diptych.data_prep.cleaning.mixture import Mixture, check_mixture, mix, mixed_counts
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 
 ROWS = {"a.jsonl": 9000, "b.jsonl": 1000}
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.packing import fill_rows as packing
 from diptych.data_prep.packing.fill_rows import (
     PACKED_COLUMNS,
     SHARED_COLUMN,
@@ -15,10 +17,8 @@ from diptych.data_prep.packing.fill_rows import (
     pack,
     repeated_start,
 )
-from diptych.data_prep.packing import fill_rows as packing
 from diptych.data_prep.pipeline.prepared_folder import read_manifest
 from diptych.data_prep.prepare import main
-from diptych.data_prep.rows.records import UserError
 
 CODEALPACA = Path(__file__).parents[2].parent / "shared/data/codealpaca_2k.json"
 PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)

@@ -15,9 +15,10 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.files import DEFAULT_LIMITS, Limits
 from diptych.data_prep.reading.sources import SAMPLES, SAMPLES_FOLDER, open_evaluation, open_sources
-from diptych.data_prep.rows.records import Reject, Row, UserError
+from diptych.data_prep.rows.records import Reject, Row
 
 ROWS = [
     {"instruction": "Add.", "input": "1 + 1", "output": "2"},

@@ -9,7 +9,8 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep.rows.records import Origin, Record, UserError
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.records import Origin, Record
 from diptych.data_prep.text_to_ids.encode import Rendered
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, learn_new_tokens
 from diptych.data_prep.text_to_ids.templates import (

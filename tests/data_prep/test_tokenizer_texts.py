@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.prepare import main as prepare
-from diptych.data_prep.rows.records import UserError
 from diptych.data_prep.tokenizer_tools.tokenizer_texts import open_texts
 
 ROWS = [

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids import train_tokenizer as train_tokenizer_module
 from diptych.data_prep.text_to_ids.train_tokenizer import (
     CURVE_SIZES,

@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.workers import UNDER_WAY, in_order
-from diptych.data_prep.rows.records import UserError
 
 
 def slow_square(number):

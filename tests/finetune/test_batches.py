@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import (
     BatchOrder,
     Lengths,

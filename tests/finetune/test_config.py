@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from diptych.data_prep.command_line.arguments import parse
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.other_names import HERE, other_name
 from diptych.data_prep.pipeline import prepare_settings as settings
-from diptych.data_prep.rows.records import UserError
 from diptych.finetune.commands import command_settings
 from diptych.finetune.train import main
 from diptych.finetune.training import recipe as config

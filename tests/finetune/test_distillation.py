@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Qwen3Config
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import pack_examples
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.model.donor_llm import DonorWeights, paired_config, weight_origins

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartConfig, BartForConditionalGeneration
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import TEXT_TOKENS_KEY
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, Template, attach_template
 from diptych.finetune.doctor import doctor, doctor_checks

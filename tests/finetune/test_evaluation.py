@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import Template, attach_template
 from diptych.finetune.commands.exits import NOT_FINITE, NotFiniteError
 from diptych.finetune.evaluating import evaluate_rows as evaluation

@@ -15,7 +15,7 @@ from ctranslate2.specs.common_spec import LayerNormSpec
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import encode_sources
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template, template_of
 from diptych.finetune.commands.cli import main

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.cli import main
 from diptych.finetune.exporting import export_graphs, export_onnx
 from diptych.finetune.exporting.export_graphs import (

@@ -21,7 +21,7 @@ from conftest import EIGHT_ROWS, TO_KOREAN
 from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TEMPLATES
 from diptych.finetune.commands.cli import main
 from diptych.finetune.doctor.doctor_checks import CHECKS

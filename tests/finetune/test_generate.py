@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, pipeline
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template
 from diptych.finetune.doctor.doctor_checks import Patient, cache
 from diptych.finetune.evaluating import evaluate_rows as evaluation

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, learn_new_tokens, pieces_of_new_tokens
 from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.warm_up import lookahead_at, train_cross_attention_alone

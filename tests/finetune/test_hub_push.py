@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import get_session
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import HubError
 from diptych.finetune.publishing.hub_push import Patience, push, remote_hashes
 

@@ -22,7 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, template_of
 from diptych.finetune.model.adapters import add_adapter, resize_embeddings, save_adapter
 from diptych.finetune.model.loading import load_model_and_tokenizer, load_tokenizer, pick_device

@@ -10,7 +10,7 @@ from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_mode
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, UMT5Config
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.commands.exits import CheckpointError
 from diptych.finetune.model import adapters as lora

@@ -10,7 +10,6 @@ import torch
 from conftest import EIGHT_ROWS
 from small_families import family_configs
 
-from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.commands.cli import main
@@ -107,7 +106,7 @@ def test_a_config_without_a_start_token_means_what_it_means_to_the_model(kind, n
     large = {"vocab_size": 58_101, "decoder_vocab_size": 58_101} if kind == "marian" else {}  # its default is the last
     folder = without_start(new(kind, **large), tmp_path)
     model = load_model(str(folder), torch.float32).eval()
-    named = decoder_start_of(PrepareSettings(data=["rows.jsonl"], tokenizer=str(folder)))
+    named = decoder_start_of(str(folder))
     assert named[0] == decoder_start_token(model)
     if kind == "t5":  # refuses labels alone, and would generate from bos
         assert named == (2, "bos_token_id")

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.training.packed_trainer import PackedSeq2SeqTrainer
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torture import DEADLINE, differences_of
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from diptych.data_prep.command_line.arguments import parse
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.commands.exits import DONE, STOPPED, Stopped
 from diptych.finetune.commands.stop_signals import StopRequest

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from torture import DEADLINE, Case, Torture, differences_of
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepared_folder import beside
-from diptych.data_prep.rows.records import UserError
 from diptych.finetune.commands.exits import StorageError
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.run_files.run_folder import claimed, read_status

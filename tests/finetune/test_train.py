@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.adapters import add_adapter

@@ -18,7 +18,7 @@ import yaml
 from torch._dynamo.utils import counters
 from transformers import AutoModelForSeq2SeqLM
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.loading import load_model_and_tokenizer

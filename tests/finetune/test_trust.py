@@ -26,7 +26,7 @@ from nursery import free_port
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, T5ForConditionalGeneration
 
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
 from diptych.finetune.model.loading import load_model, load_model_and_tokenizer, load_tokenizer
 from diptych.finetune.model.untrusted_files import open_prepared
@@ -453,7 +453,7 @@ def test_a_link_to_a_pickle_is_not_opened_as_one(copy, tmp_path):
 
 HUB_LOADS = """
 import sys
-from diptych.data_prep.rows.records import UserError
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.model.loading import load_model_and_tokenizer
 for name in sys.argv[1:]:
     try:

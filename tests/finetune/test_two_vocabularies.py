@@ -24,8 +24,9 @@ from transformers import (
     MarianTokenizer,
 )
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.sources import SAMPLES_FOLDER
-from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.commands.command_settings import DoctorSettings

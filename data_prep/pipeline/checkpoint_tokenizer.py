@@ -11,8 +11,10 @@ from __future__ import annotations
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
-from diptych.data_prep.rows.records import Languages, UserError
+from diptych.data_prep.rows.language_names import is_same_language
+from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.checkpoint_config import (
     check_chat_templates,
     check_config,
@@ -20,7 +22,7 @@ from diptych.data_prep.text_to_ids.checkpoint_config import (
     why_not_loaded,
 )
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
-from diptych.data_prep.text_to_ids.languages import check_spells_no_code, codes_of, is_same_language, set_languages
+from diptych.data_prep.text_to_ids.languages import check_spells_no_code, codes_of, set_languages
 from diptych.data_prep.text_to_ids.templates import (
     BARE_TEMPLATE,
     TEMPLATES,

@@ -1,0 +1,28 @@
+"""The one error that is a person's to mend, and the two helpers of its words.
+
+raise UserError(f"{counted(3, 'row')} have no column 'output'. Did you mean {nearest('output', ['Output'])!r}?")
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that a person can mend: its message says what, got, allowed, next."""
+
+    exit_code = 2
+    """What the command exits with; finetune/commands/exits.py has the others."""
+
+
+def counted(number: int, thing: str) -> str:
+    """`counted(1, "group")` → "1 group"; 2000 → "2,000 groups"."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like `name`, case and outer blanks aside: "Instrution" is nearest to "instruction"."""
+    spelled = {candidate.strip().casefold(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=cutoff)
+    return spelled[matches[0]] if matches else None
