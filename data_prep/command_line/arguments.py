@@ -62,14 +62,33 @@ def parse(
     if "-h" in argv or "--help" in argv:
         print(help_text(settings_class, command, usage, sections))
         raise SystemExit(0)
-    import jsonargparse  # here, so that --help need not wait for it
-
     argv = [_with_underscores(word, settings_class) for word in argv]
     words, recipes = _without_recipes(_spell_out(settings_class, argv))
     contents = [_read_recipe(name, settings_class) for name in recipes]
     _let_go(contents, given_options(words), settings_class)
     if not any(word.split("=")[0] in ANSWERS for word in words):
         _check_words(words, settings_class, command, {name for content in contents for name in content})
+    return _instantiate(settings_class, command, contents, words)
+
+
+def from_values(settings_class: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Settings of values by name, as a recipe has them: the same checks, and a text where a list is due is a list.
+
+    Raises UserError for a name or a value that does not fit.
+    """
+    content = _checked(dict(values), settings_class)
+    due = [setting.name for setting in fields(settings_class) if _is_positional(setting)]
+    if missing := [name for name in due if name not in content]:
+        raise UserError(f"no {missing[0]} is given.")
+    return _instantiate(settings_class, settings_class.__name__, [content], [])
+
+
+def _instantiate(
+    settings_class: type[Settings], command: str, contents: Sequence[Mapping[str, Any]], words: Sequence[str]
+) -> Settings:
+    """Recipes, and the words of a command line over them, as settings."""
+    import jsonargparse  # here, so that --help need not wait for it
+
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=command, exit_on_error=False)
     parser.add_argument(CONFIG, action="config")
@@ -262,13 +281,18 @@ def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{name} holds {_shown(content)}; settings are due, one a line, as in `seed: 1`.")
+    return _checked(content, settings_class, f"{name}: ")
+
+
+def _checked(content: dict[str, Any], settings_class: type, before: str = "") -> dict[str, Any]:
+    """Values by name, each of which fits its setting; one text where a list is due is a list of one."""
     hints = get_type_hints(settings_class)
     for key, value in content.items():
         if isinstance(value, str) and get_origin(hints.get(key)) is list:
             content[key] = [value]
     each = (_fault_inside("", {key: value}, settings_class) for key, value in content.items())
     if faults := [fault for fault in each if fault]:
-        raise UserError(f"{name}: " + "\n".join(faults))
+        raise UserError(before + "\n".join(faults))
     return content
 
 
