@@ -12,6 +12,7 @@ first --warmup steps are done; and the loss after the same number of them: faste
     trainer              Seq2SeqTrainer as it comes: random batches, padded to the longest
     trainer, grouped     with train_sampling_strategy="group_by_length"
     … same allocator     with glibc told to keep its pages, as Diptych's loop tells it
+    packed trainer       diptych.PackedSeq2SeqTrainer: the Trainer's loop with packed rows and our loss
     packed               `diptych train`
 """
 
@@ -39,6 +40,9 @@ SIDES = {
     "trainer, BART, grouped": ("bart", "grouped", {}),
     "trainer, T5, same allocator": ("t5", "trainer", SAME_ALLOCATOR),
     "trainer, T5, grouped, same allocator": ("t5", "grouped", SAME_ALLOCATOR),
+    "packed trainer, T5": ("t5", "packed trainer", {}),
+    "packed trainer, T5, same allocator": ("t5", "packed trainer", SAME_ALLOCATOR),
+    "packed trainer, BART": ("bart", "packed trainer", {}),
     "packed T5": ("t5", "packed", {}),
     "packed BART": ("bart", "packed", {}),
     "packed Diptych": ("diptych", "packed", {}),
@@ -88,8 +92,18 @@ def prepare_data(data: str, folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
+def packing_of(data: Path) -> dict:
+    return json.loads((data / "manifest.json").read_text(encoding="utf-8"))["packing"]
+
+
+def packed_rows_of(data: Path, examples: int) -> int:
+    """How many packed rows hold about so many examples."""
+    packing = packing_of(data)
+    return max(1, round(examples * packing["rows"] / packing["examples"]))
+
+
 def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> list[tuple[int, int, float, float]]:
-    """Seq2SeqTrainer at its defaults. For each step: real tokens, tokens with padding, seconds, loss."""
+    """Seq2SeqTrainer at its defaults, or ours. For each step: real tokens, tokens with padding, seconds, loss."""
     import datasets
     import torch
     from transformers import (
@@ -101,13 +115,20 @@ def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> l
     )
     from transformers import Seq2SeqTrainingArguments as Arguments
 
+    from diptych.finetune.training.packed_trainer import PackedSeq2SeqTrainer
+
     rows = datasets.load_from_disk(data)["train"].select_columns(["input_ids", "labels"])
     each = sum(map(len, rows["input_ids"][:])) + sum(map(len, rows["labels"][:]))
+    max_steps = -(-tokens * len(rows) // (each * batch))
+    is_packed = way == "packed trainer"
+    if is_packed:
+        batch = packed_rows_of(data, batch)
     steps, seen = [], []
 
-    class Counting(Seq2SeqTrainer):
+    class Counting(PackedSeq2SeqTrainer if is_packed else Seq2SeqTrainer):
         def training_step(self, module, inputs, num_items_in_batch=None):
-            seen.append(int(inputs["attention_mask"].sum() + (inputs["labels"] != -100).sum()))
+            source = inputs["segment_ids"] > 0 if is_packed else inputs["attention_mask"]
+            seen.append(int(source.sum() + (inputs["labels"] != -100).sum()))
             seen.append(inputs["input_ids"].numel() + inputs["labels"].numel())
             loss = super().training_step(module, inputs, num_items_in_batch)
             seen.append(loss.item())
@@ -126,7 +147,7 @@ def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> l
     arguments = Arguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
-        max_steps=-(-tokens * len(rows) // (each * batch)),
+        max_steps=max_steps,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         learning_rate=LEARNING_RATE,
@@ -136,8 +157,8 @@ def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> l
         save_strategy="no",
         disable_tqdm=True,
     )
-    collator = DataCollatorForSeq2Seq(tokenizer, model=network)
-    Counting(network, arguments, collator, rows, callbacks=[Clock()]).train()
+    made = {} if is_packed else {"data_collator": DataCollatorForSeq2Seq(tokenizer, model=network)}
+    Counting(network, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()], **made).train()
     return steps
 
 
@@ -145,8 +166,7 @@ def run_packed(model: Path, data: Path, batch: int, tokens: int) -> list[tuple[i
     """`diptych train`. For each step the same four figures, from its own log."""
     from diptych.finetune.train import main
 
-    packing = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["packing"]
-    rows = max(1, round(batch * packing["rows"] / packing["examples"]))
+    packing, rows = packing_of(data), packed_rows_of(data, batch)
     real = (
         packing["max_source_tokens"] * packing["source_fill"] + packing["max_target_tokens"] * packing["target_fill"]
     )
