@@ -7,10 +7,10 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install demo test torture lint format wheel clean
+.PHONY: help install demo test test-slow test-all torture docs lint format wheel clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 install: $(BIN)/.installed  ## the virtual environment, with Diptych in editable mode
 
@@ -23,8 +23,15 @@ $(BIN)/.installed: setup.py pyproject.toml constraints.txt
 demo: install  ## prepare data, train from scratch, evaluate, publishable folder, pronounce: four to ten minutes
 	$(BIN)/python examples/demo.py
 
-test: install lint  ## lint, layout and every contract: about 25 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test: install lint  ## lint, layout and every contract in its small form: ten minutes on two cores
+	$(PYTEST) -m "not slow"
+
+test-slow: install  ## the long tests alone: README's and the docs' commands, launches of several ranks, fuzzing
+	$(PYTEST) -m slow
+
+test-all: test test-slow  ## everything
 
 torture: install  ## kill training 100 times on one rank and 50 on two: about twenty minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/finetune/torture.py --kills 100 --kills_on_two_ranks 50
