@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, get_token, is_offline_mode
+from huggingface_hub.utils.sha import sha_fileobj
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
@@ -26,7 +27,7 @@ from diptych.finetune.commands.command_settings import PublishSettings
 from diptych.finetune.commands.exits import CheckpointError, HubError
 from diptych.finetune.inference.pipelines import TRAVELLING_CODE, travelling_pipeline
 from diptych.finetune.model.loading import load_tokenizer
-from diptych.finetune.publishing.hub_push import prepare_upload, push, remote_hashes
+from diptych.finetune.publishing.hub_push import push, remote_hashes
 from diptych.finetune.publishing.model_card import model_card
 from diptych.finetune.run_files import checkpoints
 
@@ -277,7 +278,9 @@ def check_base(api: HfApi, settings: PublishSettings) -> None:
         raise UserError(f"the base {folder} has no weights by which it could be compared with {settings.base}.")
     there = remote_hashes(api, settings.base)
     for file in files:
-        if there.get(file.name) != prepare_upload(file).sha256:
+        with file.open("rb") as content:
+            sha256 = sha_fileobj(content).hex()
+        if there.get(file.name) != sha256:
             raise UserError(
                 f"{settings.base} on the Hub has not the {file.name} of {folder}, which the adapter was trained on. "
                 f"Publish that folder there, or name the repository that has it: --base owner/name"

@@ -15,7 +15,6 @@ import json
 import re
 import socket
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -23,8 +22,8 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 TOKEN = "hf_ThisIsTheTokenOfTheTestsOnly"
-FAILURES = ("500", "503", "429", "drop", "lost", "hang", "drip")
-"""What a request can meet: an error; no answer; no answer though the work was done; silence; an answer without end."""
+FAILURES = ("500", "503", "drop", "lost", "hang")
+"""What a request can meet: an error; no answer; no answer though the work was done; silence."""
 LFS = ".safetensors"
 
 
@@ -55,8 +54,6 @@ class Request:
     path: str
     headers: dict[str, str]
     body: bytes
-    at: float
-    """Seconds, monotonic."""
 
 
 class HubServer:
@@ -68,7 +65,6 @@ class HubServer:
         self.reading_is_public = False
         self.corrupts = False
         """Whether a commit keeps another README.md than it was sent."""
-        self.retry_after = "0"
         self.lock = threading.Lock()
         self.heal()
 
@@ -127,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.read_body()
         with hub.lock:
             number = len(hub.requests)
-            hub.requests.append(Request(self.command, self.path, dict(self.headers), body, time.monotonic()))
+            hub.requests.append(Request(self.command, self.path, dict(self.headers), body))
             failure, released = hub.failure_of(number), hub.released
             if not failure or failure == "lost":
                 status, headers, answer = self.answer(body)
@@ -139,10 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif failure == "hang":
             self.close_connection = True
             released.wait(60)
-        elif failure == "drip":
-            self.drip(released)
         elif failure:
-            self.send(int(failure), {"Retry-After": hub.retry_after}, b'{"error": "not now"}')
+            self.send(int(failure), {}, b'{"error": "not now"}')
         else:
             self.send(status, headers, answer)
 
@@ -157,17 +151,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def drip(self, released: threading.Event) -> None:
-        self.close_connection = True
-        self.send_response(200)
-        self.send_header("Content-Length", "1000000")
-        self.end_headers()
-        try:
-            while not released.wait(0.05):
-                self.wfile.write(b" ")
-        except OSError:
-            pass  # the client has gone
 
     def send(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response(status)

@@ -36,6 +36,7 @@ TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "
 def hub(monkeypatch):
     with hub_server.HubServer() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # hub_server.py knows plain uploads alone
         monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         yield hub
 
@@ -72,7 +73,7 @@ def lora(trained, tmp_path):
 
 
 def in_a_process(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HOME": str(cwd / "home"), "OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"HF_HOME": str(cwd / "home"), "HF_HUB_DISABLE_XET": "1"} | environment
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
