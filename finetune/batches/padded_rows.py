@@ -23,13 +23,13 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing.fill_rows import repeated_start
 from diptych.data_prep.rows.records import IGNORE_INDEX
-from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
-from diptych.finetune.model.families import decoder_start_token, embedding_rows, table_positions
+from diptych.finetune.model.families import embedding_rows, table_positions
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.untrusted_files import open_prepared
 
 BATCHES_SORTED_TOGETHER = 50
@@ -87,8 +87,8 @@ class PaddedRows:
         return pad_batch(picked, self.pad_token_id, self.decoder_start_token_id)
 
 
-def padded_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: datasets.Dataset) -> PaddedRows:
-    return PaddedRows(split, padding_id(tokenizer), decoder_start_token(model))
+def padded_rows(loaded: LoadedModel, split: datasets.Dataset) -> PaddedRows:
+    return PaddedRows(split, loaded.pad_token_id, loaded.decoder_start_token_id)
 
 
 class Prepared(NamedTuple):

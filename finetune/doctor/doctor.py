@@ -46,7 +46,7 @@ from diptych.finetune.model.loading import (
     has_tokenizer,
     load_config,
     load_model,
-    load_model_and_tokenizer,
+    load_parts,
     load_tokenizer,
     pick_device,
 )
@@ -84,7 +84,7 @@ def admit(settings: DoctorSettings, folder: Path) -> Patient:
     check_folder(name)
     device = pick_device(settings.device)
     if (Path(name) / ADAPTER_CONFIG).is_file():
-        merged, tokenizer = load_model_and_tokenizer(name, check_template=False)
+        merged, tokenizer = load_parts(name)
         config = copy.deepcopy(merged.config)
         merged.save_pretrained(folder / "merged")  # and loaded, because peft leaves all weights frozen
         model = load_model(str(folder / "merged"), torch.float32)

@@ -72,7 +72,8 @@ from diptych.finetune.inference.generation import GenerationBar, Output, check_g
 from diptych.finetune.inference.reranking import chosen_outputs
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.families import decoder_start_token
-from diptych.finetune.model.loading import load_model_and_tokenizer, load_tokenizer, pick_device, position_limit
+from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device, position_limit
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.model.speed import keep_memory
 from diptych.finetune.model.untrusted_files import open_prepared
@@ -157,7 +158,9 @@ def evaluate_rows(
     keys = source_keys(rows)
     source_of_row = _places(keys)
     objective = objective or Seq2SeqObjective(model)
-    losses = row_losses(objective, padded_rows(model, tokenizer, rows), batch_size, accelerator, before_each)
+    losses = row_losses(
+        objective, padded_rows(LoadedModel.of(model, tokenizer), rows), batch_size, accelerator, before_each
+    )
     nats, target_tokens = (np.bincount(source_of_row, weights=column) for column in losses.T)
     statistics = {"loss": ratio("loss", nats, target_tokens)}
     figures = {"rows": len(rows)} | statistics["loss"].figures() | {"target_tokens": int(target_tokens.sum())}
@@ -571,7 +574,8 @@ def run(settings: EvaluateSettings) -> int:
     accelerator = join_ranks()
     speaks = accelerator is None or accelerator.is_main_process
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
-    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device)
+    loaded = load_checkpoint(settings.model, settings.dtype, device)
+    model, tokenizer = loaded.model, loaded.tokenizer
     prepared = check_same_tokenizer(settings.model, tokenizer, settings.data)
     splits = {name: of_languages(name, split, settings, tokenizer) for name, split in splits.items()}
     check_rows_fit(model, splits)

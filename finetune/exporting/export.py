@@ -44,17 +44,18 @@ def export(settings: ExportSettings) -> Path:
     """The new folder. UserError for what cannot be expressed, NotTheSameError for an export that proved wrong."""
     import torch  # seconds, that --help need not wait for
 
-    from diptych.data_prep.text_to_ids.templates import attach_template, load_template
-    from diptych.finetune.model.loading import load_model_and_tokenizer, pick_device
+    from diptych.data_prep.text_to_ids.templates import attach_template
+    from diptych.finetune.model.loading import load_checkpoint, pick_device
     from diptych.finetune.model.merge import new_folder
     from diptych.finetune.run_files.checkpoints import write_new_folder
 
     out, target = new_folder(settings.out), importlib.import_module(TARGETS[settings.to])
     name, device = os.path.expanduser(settings.model), pick_device(settings.device)
-    model, tokenizer = load_model_and_tokenizer(name, torch.float32, device, not settings.template)
+    loaded = load_checkpoint(name, torch.float32, device, settings.template)
+    model, tokenizer = loaded.model, loaded.tokenizer
     target.check(model)
     if settings.template:
-        attach_template(tokenizer, load_template(settings.template))
+        attach_template(tokenizer, loaded.template)
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     write_new_folder(out, lambda folder: _write(folder, settings, target, model, tokenizer), needed)
     return out

@@ -7,7 +7,7 @@
                                      (source_vocabulary.json and target_vocabulary.json, where it has two)
 
 For T5, BART and their relatives the loaders of CTranslate2's own converter fill the specification, given the model as
-`load_model_and_tokenizer` made it: its `TransformersConverter` would load the checkpoint a second time, pickles
+`load_checkpoint` made it: its `TransformersConverter` would load the checkpoint a second time, pickles
 included, and knows no adapters. What they assume about configs and tokenizers, and transformers 5 no longer has, is
 given to them here: `normalize_before` and `normalize_embedding`, an unknown token, a vocabulary without gaps.
 

@@ -60,7 +60,7 @@ from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode, read_fast
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.families import decoder_start_token, without_adapter
-from diptych.finetune.model.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
 from diptych.finetune.model.speed import keep_memory
 
 if TYPE_CHECKING:
@@ -605,17 +605,20 @@ def run(settings: GenerateSettings) -> int:
     # The file first: its mistakes are found before a large model is loaded.
     asked = settings.instruction, settings.system, any(settings.languages)
     rows = read_prompts(settings.in_file, *asked) if settings.in_file else []
-    accelerator, uses_own = join_ranks(), not settings.template
+    accelerator = join_ranks()
     if accelerator and not settings.in_file:
         raise UserError("one process answers a prompt, but several were launched. Launch one, or give --in_file.")
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
     if settings.engine == "ctranslate2":
         from diptych.finetune.exporting.ctranslate2_engine import load_translator  # here, because it imports this file
 
-        model, tokenizer = load_translator(settings.model, settings.dtype, device, check_template=uses_own)
+        model, tokenizer = load_translator(
+            settings.model, settings.dtype, device, check_template=not settings.template
+        )
         model.check(settings.generation_kwargs())
     else:
-        model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
+        loaded = load_checkpoint(settings.model, settings.dtype, device, template=settings.template)
+        model, tokenizer = loaded.model, loaded.tokenizer
     settings = resolve_limits(settings, model)
     template = template_for(settings.template, tokenizer)
     prompter = Prompter(tokenizer, template, settings.max_source_tokens, settings.languages)

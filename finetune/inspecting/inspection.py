@@ -29,7 +29,7 @@ from diptych.finetune.inference.generation import Prompt, Prompter, generate_bat
 from diptych.finetune.inference.targets import given_tokens, target_ids
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.inspection_page import check_page, write_page
-from diptych.finetune.model.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
 
 WORDS = ("man", "woman", "king", "queen", "prince", "princess", "boy", "girl", "father", "mother")
 LONGEST_SOURCE = 512
@@ -84,10 +84,8 @@ class Reader(NamedTuple):
 def run(settings: InspectSettings) -> int:
     check_page(Path(settings.out))
     rows = read_prompts(settings.data, "", "")[: settings.rows] if settings.data else []
-    uses_own = not settings.template
-    model, tokenizer = load_model_and_tokenizer(
-        settings.model, settings.dtype, pick_device(settings.device), check_template=uses_own
-    )
+    loaded = load_checkpoint(settings.model, settings.dtype, pick_device(settings.device), template=settings.template)
+    model, tokenizer = loaded.model, loaded.tokenizer
     template = _template(settings, tokenizer)
     chosen = Languages(settings.source_language, settings.target_language)
     reader = Reader(model, Prompter(tokenizer, template, None, chosen), settings.max_new_tokens)

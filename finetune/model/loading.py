@@ -1,8 +1,8 @@
 """A checkpoint's name in; a model ready for inference and its tokenizer out, or one message that says what is wrong.
 
-    model, tokenizer = load_model_and_tokenizer("runs/translate/final")     # a folder as save_pretrained writes it
-    model, tokenizer = load_model_and_tokenizer("google-t5/t5-small")       # a Hub id
-    model, tokenizer = load_model_and_tokenizer("runs/translate-lora/final")  # a peft adapter; its base is found
+    loaded = load_checkpoint("runs/translate/final")     # a folder as save_pretrained writes it
+    loaded = load_checkpoint("google-t5/t5-small")       # a Hub id
+    loaded = load_checkpoint("runs/translate-lora/final")  # a peft adapter; its base is found
 
 Any `AutoModelForSeq2SeqLM` checkpoint. An adapter is merged into its base, so that what comes out is always a plain
 model. Weights are read from safetensors only, and code that lies in a checkpoint is never run: Diptych's own classes
@@ -44,9 +44,10 @@ from diptych.data_prep.text_to_ids.checkpoint_config import (
     why_not_loaded,
 )
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
-from diptych.data_prep.text_to_ids.templates import carried_template
+from diptych.data_prep.text_to_ids.templates import load_template
 from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
 from diptych.finetune.model.families import embedding_rows, table_positions
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.speed import training_pace
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, check_adapter, check_sizes, weight_files
 
@@ -58,18 +59,24 @@ EXPORT_FILE = "export.json"
 _NO_CODE = {"trust_remote_code": False}
 
 
-def load_model_and_tokenizer(
-    path: str | Path,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
-    check_template: bool = True,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_checkpoint(
+    path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu", template: str = ""
+) -> LoadedModel:
     """The model in eval mode on `device`, in `dtype` ("auto": as it was saved), and the tokenizer saved with it.
 
-    With `check_template`, a UserError where the template that travels with the tokenizer no longer gives the texts and
-    token ids that it gave when it was saved.
+    `template` is the name or file of one to use in place of the tokenizer's own. UserError where the own one no longer
+    gives the texts and token ids that it gave when it was saved, and for whatever else is wrong with the checkpoint.
     """
     name = os.path.expanduser(path)
+    model, tokenizer = load_parts(name, dtype)
+    loaded = LoadedModel.of(model.eval(), tokenizer, load_template(template) if template else None)
+    say_if_slow(name, model.dtype, torch.device(device))
+    model.to(device)
+    return loaded
+
+
+def load_parts(name: str, dtype: str | torch.dtype = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer as `load_checkpoint` has them, on the CPU; the template is not looked at."""
     check_folder(name)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # which is for who watches
@@ -80,10 +87,7 @@ def load_model_and_tokenizer(
     else:
         model, tokenizer = load_model(name, dtype), load_tokenizer(name)
     check_embedding_rows(model, tokenizer, name)
-    if check_template:
-        carried_template(tokenizer)
-    say_if_slow(name, model.dtype, torch.device(device))
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
 def say_if_slow(name: str, dtype: torch.dtype, device: torch.device) -> None:

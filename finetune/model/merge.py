@@ -24,14 +24,15 @@ def merge(settings: MergeSettings) -> Path:
     """UserError where `adapter` is none or `out` is taken; StorageError where the disk has no room for it."""
     import torch  # seconds, that --help need not wait for
 
-    from diptych.finetune.model.loading import adapter_settings, check_folder, load_model_and_tokenizer
+    from diptych.finetune.model.loading import adapter_settings, check_folder, load_checkpoint
     from diptych.finetune.run_files.checkpoints import write_new_folder
 
     name, out = os.path.expanduser(settings.adapter), new_folder(settings.out)
     check_folder(name)
     if not adapter_settings(name):
         raise UserError(f"{name} is a whole model: there is no adapter to merge. Name a folder with an adapter.")
-    model, tokenizer = load_model_and_tokenizer(name, dtype=torch.float32)
+    loaded = load_checkpoint(name, dtype=torch.float32)
+    model, tokenizer = loaded.model, loaded.tokenizer
     model = model.to(getattr(torch, settings.dtype))
 
     def write(folder: Path) -> None:

@@ -33,7 +33,7 @@ from diptych.finetune.inference.generation import DEFAULT_NEW_TOKENS, Prompt, Pr
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.model.attention_weights import mean_weights
-from diptych.finetune.model.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece
 
 INSTALL = "pip install 'diptych[gradio]'"
@@ -92,10 +92,8 @@ def _note(text: str) -> str:
 
 
 def load_contestant(settings: DemoSettings, name: str) -> Contestant:
-    uses_own = not settings.template
-    model, tokenizer = load_model_and_tokenizer(
-        name, settings.dtype, pick_device(settings.device), check_template=uses_own
-    )
+    loaded = load_checkpoint(name, settings.dtype, pick_device(settings.device), template=settings.template)
+    model, tokenizer = loaded.model, loaded.tokenizer
     template = template_for(settings.template, tokenizer)
     limit = position_limit(model)
     most = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)

@@ -38,7 +38,7 @@ from diptych.finetune.commands.web_address import address, is_asked_here, listen
 from diptych.finetune.inference.generate_file import prompt_of
 from diptych.finetune.inference.generation import DEFAULT_NEW_TOKENS, Prompt, Prompter, template_for
 from diptych.finetune.inference.targets import given_tokens
-from diptych.finetune.model.loading import load_model_and_tokenizer, pick_device, position_limit
+from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
 from diptych.finetune.serving.request_batches import (
     Answer,
     Decoding,
@@ -563,9 +563,9 @@ def run(settings: ServeSettings) -> int:
     token = os.environ.get(TOKEN_VARIABLE) or None
     need_secret(settings.host, token, TOKEN_VARIABLE)
     listener = listen(settings.host, settings.port)  # before the model, which takes longer
-    uses_own = not settings.template
     device = pick_device(settings.device)
-    model, tokenizer = load_model_and_tokenizer(settings.model, settings.dtype, device, check_template=uses_own)
+    loaded = load_checkpoint(settings.model, settings.dtype, device, template=settings.template)
+    model, tokenizer = loaded.model, loaded.tokenizer
     template = template_for(settings.template, tokenizer)
     languages = Languages(settings.source_language, settings.target_language)
     limit = position_limit(model)

@@ -24,6 +24,7 @@ from diptych.finetune.batches.packed_rows import (
 )
 from diptych.finetune.batches.padded_rows import PaddedRows, Prepared, padded_rows
 from diptych.finetune.model.families import family_of, without_adapter
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.packed_attention import VARLEN, register_varlen
 from diptych.finetune.model.speed import training_pace
 from diptych.finetune.training.recipe import TrainRecipe
@@ -35,7 +36,7 @@ def training_rows(
     recipe: TrainRecipe, prepared: Prepared, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PaddedRows | PackedRows, str | None]:
     """The rows to train on and, where they are padded, why."""
-    padded = padded_rows(model, tokenizer, prepared.splits["train"])
+    padded = padded_rows(LoadedModel.of(model, tokenizer), prepared.splits["train"])
     if not recipe.packed:
         return padded, "the recipe has packed: false"
     if family_of(model) is None:

@@ -25,6 +25,7 @@ from diptych.finetune.commands.exits import DONE, STOPPED, NotFiniteError
 from diptych.finetune.commands.ranks import part
 from diptych.finetune.commands.stop_signals import StopRequest
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, is_improvement, row_losses, selected_figure
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.speed import keep_memory, peak_memory, profiler
 from diptych.finetune.run_files.checkpoints import whole
 from diptych.finetune.run_files.loss_plot import plot_loss
@@ -253,7 +254,7 @@ def evaluate(run: Run) -> bool:
 
 def validation_loss(run: Run, split: str) -> float:
     """Nats per target token over the whole split: the same digits on any number of ranks."""
-    rows = padded_rows(run.model, run.tokenizer, run.prepared.splits[split])
+    rows = padded_rows(LoadedModel.of(run.model, run.tokenizer), run.prepared.splits[split])
     objective = run.accelerator.unwrap_model(run.objective)
     with (
         run.autocast(),

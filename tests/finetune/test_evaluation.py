@@ -28,6 +28,7 @@ from diptych.finetune.evaluating.evaluate_rows import (
 )
 from diptych.finetune.evaluating.metrics import METRICS, compute_metrics
 from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loss import Seq2SeqObjective
 
 METRIC_NAMES = ["exact_match", "token_f1", "rouge", "bleu", "chrf"]
@@ -281,7 +282,9 @@ def test_the_prefix_and_stop_of_the_template_that_made_the_rows_are_used(two_lan
 
 
 def test_each_rows_loss_is_its_own_whatever_stands_beside_it(learned, tiny_tokenizer, split):
-    found = row_losses(Seq2SeqObjective(learned), padded_rows(learned, tiny_tokenizer, split), batch_size=3)
+    found = row_losses(
+        Seq2SeqObjective(learned), padded_rows(LoadedModel.of(learned, tiny_tokenizer), split), batch_size=3
+    )
     for row, (nats, tokens) in zip(split, found, strict=True):
         mean, own_tokens = loss_by_hand(learned, [row])
         assert nats == pytest.approx(mean * own_tokens, rel=1e-4) and tokens == own_tokens

@@ -24,7 +24,7 @@ from diptych.finetune.exporting.ctranslate2_engine import Translator, load_trans
 from diptych.finetune.exporting.export_proof import Example, compare, task_of
 from diptych.finetune.inference.generation import OF_THE_MODEL, Output, generate_outputs
 from diptych.finetune.model.families import decoder_start_token
-from diptych.finetune.model.loading import EXPORT_FILE, load_model_and_tokenizer, position_limit
+from diptych.finetune.model.loading import EXPORT_FILE, load_checkpoint, position_limit
 from diptych.finetune.run_files.checkpoints import fault_of, read_json, write_json
 from diptych.modeling import DiptychConfig
 
@@ -308,7 +308,7 @@ def test_what_is_printed_says_what_was_compared(t5_checkpoint, tmp_path, capsys)
 
 def test_an_adapter_is_merged_and_its_export_writes_what_it_writes(t5_checkpoint, tiny_tokenizer, tmp_path):
     adapter = tmp_path / "adapter"
-    model, _ = load_model_and_tokenizer(t5_checkpoint)
+    model = load_checkpoint(t5_checkpoint).model
     torch.manual_seed(1)
     lora = get_peft_model(
         model, LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"], init_lora_weights=False)
@@ -319,8 +319,8 @@ def test_an_adapter_is_merged_and_its_export_writes_what_it_writes(t5_checkpoint
     write_json(adapter / "adapter_config.json", settings)
     assert main(["export", str(adapter), "--out", str(tmp_path / "export")]) == 0
     exported, tokenizer = load_translator(tmp_path / "export")
-    base, _ = load_model_and_tokenizer(t5_checkpoint)
-    merged, _ = load_model_and_tokenizer(adapter)
+    base = load_checkpoint(t5_checkpoint).model
+    merged = load_checkpoint(adapter).model
     assert not comparison(merged, exported, tokenizer).fault()
     assert comparison(base, exported, tokenizer).fault()
 

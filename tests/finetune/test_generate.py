@@ -207,7 +207,8 @@ def test_every_command_sets_them_aside(t5_checkpoint, prepared_folder, tiny_toke
     assert re.search(r"exact_match +100\.00", capsys.readouterr().out)
     register_pipelines()
     assert pipeline("text2text-generation", model=str(folder))(prompt) == [{"generated_text": "네."}]
-    model, tokenizer = generate.load_model_and_tokenizer(folder)
+    loaded = generate.load_checkpoint(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
     prompter = Prompter(tokenizer, TEMPLATES["translate"], None)
     source, _ = prompter.render(generate.Prompt(**prompt))
     (ids,), _ = prompter.encode([source])

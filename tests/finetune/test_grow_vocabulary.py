@@ -11,7 +11,7 @@ from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.model.adapters import fill_rows_with_means, resize_embeddings
 from diptych.finetune.model.families import decoder_start_token, vocabulary_tables
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.saving import save_model
@@ -145,10 +145,11 @@ def test_trained_saved_and_loaded_gives_the_same_logits(checkpoint, tokenizer, m
     resumed = starting_model(recipe_for(checkpoint, method=method), tokenizer, tmp_path / "trained").eval()
     assert torch.equal(logits_of(resumed, tokenizer), trained)
 
-    loaded, saved_tokenizer = load_model_and_tokenizer(tmp_path / "trained")
+    loaded = load_checkpoint(tmp_path / "trained")
+    saved_tokenizer = loaded.tokenizer
     assert saved_tokenizer.get_vocab() == tokenizer.get_vocab()
     assert pieces_of_new_tokens(saved_tokenizer) == pieces_of_new_tokens(tokenizer)
-    found = logits_of(loaded, saved_tokenizer)
+    found = logits_of(loaded.model, saved_tokenizer)
     torch.testing.assert_close(found, trained, rtol=0, atol=1e-5 * max(1, trained.abs().max().item()))
     if method == "full":
         assert torch.equal(found, trained)

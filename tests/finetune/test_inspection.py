@@ -15,7 +15,7 @@ from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.inspection_page import render_page
 from diptych.finetune.model.attention_weights import Attentions, mean_weights, recompute, rollout
 from diptych.finetune.model.families import FAMILIES, family_of
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.modeling import DiptychConfig
 
 SOURCE, WRITTEN = torch.tensor([[5, 6, 7, 8, 1]]), torch.tensor([[2, 9, 10]])
@@ -248,7 +248,7 @@ def test_a_merged_hinge_and_an_adapter(tmp_path, tiny_tokenizer, learned_t5, pag
     tiny_tokenizer.save_pretrained(folder)
     assert "one softmax goes over the source" in page_of("--source", "Go.", "--max_new_tokens", "5", model=folder)
 
-    base, _ = load_model_and_tokenizer(t5_checkpoint)
+    base = load_checkpoint(t5_checkpoint).model
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
     plain, other = page_of("--source", "Go."), page_of("--source", "Go.", model=tmp_path / "adapter")

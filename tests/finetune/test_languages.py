@@ -34,7 +34,7 @@ from diptych.finetune.evaluating.evaluate_rows import LANGUAGE_COLUMNS
 from diptych.finetune.inference.generation import Prompt, Prompter, generate_outputs, template_for
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.inference.targets import given_tokens
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.publishing.model_card import model_card
 from diptych.finetune.serving.demo import Asked, answer_all, build_page, load_contestant
 from diptych.modeling.pipeline_diptych import DiptychPipeline
@@ -104,7 +104,8 @@ def nllb(tmp_path_factory):
 
 def ours(folder, **settings):
     """What `diptych generate` writes to all that is asked, in one batch of all directions: texts, and tokens."""
-    model, tokenizer = load_model_and_tokenizer(folder)
+    loaded = load_checkpoint(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
     prompter = Prompter(tokenizer, template_for("", tokenizer), None)
     texts, languages = zip(*map(prompter.render, ASKED), strict=True)
     ids, _ = prompter.encode(list(texts), languages)
@@ -182,7 +183,8 @@ def test_a_model_without_codes_is_told_in_words_where_there_is_no_instruction(ti
 
 
 def test_pipelines_take_languages_and_travel_with_them(nllb, tmp_path):
-    model, tokenizer = load_model_and_tokenizer(nllb)
+    loaded = load_checkpoint(nllb)
+    model, tokenizer = loaded.model, loaded.tokenizer
     translate = TranslationPipeline(model=model, tokenizer=tokenizer)
     assert translate("Go.", src_lang="eng_Latn", tgt_lang="kor_Hang") == [{"translation_text": "가."}]
     rows = [{"input": prompt.input, **dict(zip(("source_language", "target_language"), prompt.languages, strict=True))}

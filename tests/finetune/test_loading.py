@@ -25,7 +25,7 @@ from transformers import (
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, template_of
 from diptych.finetune.model.adapters import add_adapter, resize_embeddings, save_adapter
-from diptych.finetune.model.loading import load_model_and_tokenizer, load_tokenizer, pick_device
+from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
 from diptych.modeling import DiptychForConditionalGeneration, named_config
 
 
@@ -37,7 +37,7 @@ def copy(tmp_path, t5_checkpoint):
 
 def refusal(folder) -> str:
     with pytest.raises(UserError) as caught:
-        load_model_and_tokenizer(folder)
+        load_checkpoint(folder)
     return str(caught.value)
 
 
@@ -46,7 +46,8 @@ def logits_of(model, ids=(5, 6, 1)):
 
 
 def test_a_saved_checkpoint_loads_with_the_same_logits_and_its_template(t5_checkpoint, learned_t5):
-    model, tokenizer = load_model_and_tokenizer(t5_checkpoint)
+    loaded = load_checkpoint(t5_checkpoint)
+    model, tokenizer = loaded.model, loaded.tokenizer
     assert torch.equal(logits_of(model), logits_of(learned_t5))
     assert not model.training and template_of(tokenizer).name == "translate"
 
@@ -58,23 +59,23 @@ def test_a_diptych_checkpoint_loads(tmp_path, tiny_tokenizer):
     model = DiptychForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    loaded, _ = load_model_and_tokenizer(tmp_path)
+    loaded = load_checkpoint(tmp_path).model
     assert type(loaded) is DiptychForConditionalGeneration
     assert torch.equal(logits_of(loaded), logits_of(model))
 
 
 def test_dtype_is_as_saved_unless_asked(t5_checkpoint):
-    assert load_model_and_tokenizer(t5_checkpoint)[0].dtype == torch.float32
-    assert load_model_and_tokenizer(t5_checkpoint, dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert load_checkpoint(t5_checkpoint).model.dtype == torch.float32
+    assert load_checkpoint(t5_checkpoint, dtype="bfloat16").model.dtype == torch.bfloat16
 
 
 def test_who_computes_in_bf16_on_a_cpu_without_it_is_told(t5_checkpoint):
     """oneDNN is told to leave out all that AMD's Zen 3 does not have."""
     script = (
         "import sys\n"
-        "from diptych.finetune.model.loading import load_model_and_tokenizer\n"
+        "from diptych.finetune.model.loading import load_checkpoint\n"
         "for dtype in ('auto', 'bfloat16'):\n"
-        "    load_model_and_tokenizer(sys.argv[1], dtype)\n"
+        "    load_checkpoint(sys.argv[1], dtype)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(t5_checkpoint)], capture_output=True, text=True, timeout=120,
@@ -92,7 +93,7 @@ def test_an_adapter_finds_its_base_and_comes_out_merged(tmp_path, t5_checkpoint,
     ).eval()
     adapted.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    model, _ = load_model_and_tokenizer(tmp_path)
+    model = load_checkpoint(tmp_path).model
     assert type(model) is T5ForConditionalGeneration
     assert not any("lora" in name for name, _ in model.named_parameters())
     torch.testing.assert_close(logits_of(model), logits_of(adapted), rtol=1e-5, atol=1e-5)
@@ -113,7 +114,8 @@ def test_an_adapter_brings_the_embedding_rows_of_a_vocabulary_that_grew(tmp_path
     ).eval()
     adapted.save_pretrained(tmp_path, save_embedding_layers=True)
     tokenizer.save_pretrained(tmp_path)
-    model, loaded_tokenizer = load_model_and_tokenizer(tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    model, loaded_tokenizer = loaded.model, loaded.tokenizer
     new_word = loaded_tokenizer.convert_tokens_to_ids("낱말")
     torch.testing.assert_close(
         logits_of(model, (5, new_word, 1)), logits_of(adapted, (5, new_word, 1)), rtol=1e-5, atol=1e-5
@@ -132,7 +134,7 @@ def test_an_adapter_that_training_saved_is_what_training_had(tmp_path, t5_checkp
                 weight += 0.01 * torch.randn_like(weight)
     save_adapter(adapted, tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, _ = load_model_and_tokenizer(tmp_path)
+    loaded = load_checkpoint(tmp_path).model
     new_word = tokenizer.convert_tokens_to_ids("낱말")
     torch.testing.assert_close(
         logits_of(loaded, (5, new_word, 1)), logits_of(adapted, (5, new_word, 1)), rtol=1e-5, atol=1e-5
@@ -249,13 +251,15 @@ def test_a_template_that_no_longer_gives_its_examples_is_refused_unless_another_
     message = refusal(copy)
     assert "the source text of example 1 was 'Translate English to Korean: I am a student.'" in message
     assert "--template" in message
-    model, tokenizer = load_model_and_tokenizer(copy, check_template=False)
+    loaded = load_checkpoint(copy, template="alpaca")
+    assert loaded.template.name == "alpaca"
+    tokenizer = loaded.tokenizer
     assert "%}  {% endif %}" in template_of(tokenizer, check=False).source
 
 
 def test_a_checkpoint_from_before_there_were_examples_loads(copy):
     change_template(copy, lambda stored: {"golden": []})
-    assert template_of(load_model_and_tokenizer(copy)[1]).name == "translate"
+    assert template_of(load_checkpoint(copy).tokenizer).name == "translate"
 
 
 OLD_FIELDS = {
@@ -281,7 +285,7 @@ def test_a_checkpoint_of_years_ago_loads(family, new_model, tiny_tokenizer, tmp_
     for newer in ("dtype", "transformers_version", "scale_decoder_outputs", "scale_embedding"):
         config.pop(newer, None)
     (tmp_path / "config.json").write_text(json.dumps(config | OLD_FIELDS[family]))
-    assert torch.equal(logits_of(load_model_and_tokenizer(tmp_path)[0]), logits_of(model))
+    assert torch.equal(logits_of(load_checkpoint(tmp_path).model), logits_of(model))
 
 
 def test_an_adapter_of_a_later_peft_loads_where_its_new_fields_say_nothing(t5_checkpoint, tmp_path):
@@ -292,5 +296,5 @@ def test_an_adapter_of_a_later_peft_loads_where_its_new_fields_say_nothing(t5_ch
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_of_the_future": None, "peft_version": "9.0"}))
-    found = logits_of(load_model_and_tokenizer(tmp_path)[0])
+    found = logits_of(load_checkpoint(tmp_path).model)
     assert torch.allclose(found, logits_of(model.eval()), atol=1e-4)

@@ -26,7 +26,7 @@ from diptych.finetune.model.adapters import (
     save_adapter,
 )
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, input_and_output_tables, vocabulary_tables
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe
@@ -352,7 +352,7 @@ def test_adapters_on_a_tied_table_merge_and_load_again(
         pytest.skip("before transformers 5.24, UMT5 scales for a tied head whether it has one or not")
     base = with_own_head("t5") if family == "t5, own head" else checkpoint_of(family)
     trained = save_with_peft(base, ON_TABLES[where], tiny_tokenizer, tmp_path / "adapter")
-    model, _ = load_model_and_tokenizer(tmp_path / "adapter")
+    model = load_checkpoint(tmp_path / "adapter").model
     assert_close(logits(model), trained)
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
@@ -372,7 +372,7 @@ def test_a_merge_that_changes_the_logits_is_refused(checkpoint_of, tiny_tokenize
     monkeypatch.setattr(lora, "_copy_weight", lambda layer: None)  # as if a tie were not seen
     save_with_peft(checkpoint_of("t5"), ON_TABLES["head"], tiny_tokenizer, tmp_path)
     with pytest.raises(UserError, match="does not fit its base .*: merging changes logits by .*peft.AutoPeft"):
-        load_model_and_tokenizer(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_adapter_weights_for_a_layer_that_the_config_does_not_name_are_refused(
@@ -383,10 +383,10 @@ def test_adapter_weights_for_a_layer_that_the_config_does_not_name_are_refused(
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["q"]}))
     with pytest.raises(UserError, match="lm_head.lora_A.weight, and target_modules .* does not name this layer"):
-        load_model_and_tokenizer(tmp_path)
+        load_checkpoint(tmp_path)
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": ["q", "k", "lm_head"]}))
     with pytest.raises(UserError, match="lacks .*k.lora_A.default.weight, which adapter_config.json asks for"):
-        load_model_and_tokenizer(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("rows", [370, 384])
@@ -400,7 +400,7 @@ def test_an_adapter_says_how_many_rows_its_tables_have(family, where, rows, new_
         model.lm_head.weight = torch.nn.Parameter(torch.randn(376, 64) / 4)
     model.save_pretrained(tmp_path / "base")
     trained = save_with_peft(tmp_path / "base", ON_TABLES[where], tiny_tokenizer, tmp_path / "adapter", rows=rows)
-    model, _ = load_model_and_tokenizer(tmp_path / "adapter")
+    model = load_checkpoint(tmp_path / "adapter").model
     assert model.config.vocab_size == rows
     assert_close(logits(model), trained)
 
@@ -412,7 +412,7 @@ def test_an_adapter_without_the_rows_of_its_new_tokens_is_refused(new_model, tin
     new_model("t5gemma").save_pretrained(tmp_path / "base")
     save_with_peft(tmp_path / "base", {"target_modules": ["q_proj"]}, tokenizer, tmp_path / "adapter", rows=370)
     with pytest.raises(UserError, match="tokenizer has 370 tokens, the base 368, and .* lacks .*embed_tokens with"):
-        load_model_and_tokenizer(tmp_path / "adapter")
+        load_checkpoint(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM
 from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.finetune.commands.cli import main
 from diptych.finetune.model.families import input_and_output_tables
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.model.speed import compile_layers
 from diptych.finetune.run_files.checkpoints import fault_of
 from diptych.finetune.train import run_recipe
@@ -47,13 +47,14 @@ def test_merged_folder_is_a_plain_checkpoint(family, recipe, tmp_path, capsys):
     assert capsys.readouterr().out == f"{adapter}, merged into its base, is in {merged} (float32)\n"
     assert not fault_of(merged) and not (merged / "adapter_config.json").exists()
 
-    expected, tokenizer = load_model_and_tokenizer(adapter)
+    loaded = load_checkpoint(adapter)
+    expected, tokenizer = loaded.model, loaded.tokenizer
     plain = AutoModelForSeq2SeqLM.from_pretrained(merged).eval()
     assert torch.equal(logits(plain), logits(expected))
     assert plain.generation_config.decoder_start_token_id == expected.generation_config.decoder_start_token_id
     *_, decoder_table, head = input_and_output_tables(plain)
     assert head is decoder_table
-    _, own = load_model_and_tokenizer(merged)
+    own = load_checkpoint(merged).tokenizer
     assert own.get_vocab() == tokenizer.get_vocab() and carried_template(own) == carried_template(tokenizer)
 
 
@@ -66,7 +67,7 @@ def test_merged_weights_are_rounded_last(recipe, tmp_path):
     for dtype in ("float32", "bfloat16"):
         assert main(["merge", adapter, "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
     exact = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "float32").state_dict()
-    loaded = load_model_and_tokenizer(adapter)[0].state_dict()
+    loaded = load_checkpoint(adapter).model.state_dict()
     for name, weight in AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "bfloat16").state_dict().items():
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, exact[name].bfloat16()), name
         assert loaded[name].dtype == torch.bfloat16 and torch.equal(weight, loaded[name]), name
@@ -121,7 +122,7 @@ def saved_names(folder) -> set[str]:
 def assert_names_are_the_models_own(run, recipe: TrainRecipe) -> None:
     names = saved_names(run)
     assert names and not [name for name in names if "_orig_mod" in name or "module." in name]
-    model, _ = load_model_and_tokenizer(run / "final")
+    model = load_checkpoint(run / "final").model
     *_, decoder_table, head = input_and_output_tables(model)
     assert head is decoder_table
     if recipe.method == "full":

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from diptych.finetune.commands.cli import main
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.pairing.pair import REPORT
 from diptych.finetune.run_files.checkpoints import fault_of
 
@@ -129,7 +129,8 @@ def test_merged_and_causal_is_the_donor_in_logits_and_in_text(name, donor, paire
 def test_the_models_prompt_is_the_donors(donor, paired, chat_tokenizer):
     """Source, start token and answer stand one behind the other as the donor's chat template has them."""
     out, _ = paired(donor("qwen3"), "--encoder_attention", "causal")
-    model, tokenizer = load_model_and_tokenizer(out)
+    loaded = load_checkpoint(out)
+    model, tokenizer = loaded.model, loaded.tokenizer
     from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
     from diptych.data_prep.text_to_ids.templates import template_of
 

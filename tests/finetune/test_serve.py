@@ -23,7 +23,7 @@ from diptych.data_prep.text_to_ids.templates import attach_template, load_templa
 from diptych.finetune.commands.command_settings import ServeSettings
 from diptych.finetune.inference.generation import Prompter, generate_outputs
 from diptych.finetune.inference.reranking import chosen_outputs
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.serving.serve import Service, build_app
 
@@ -93,7 +93,8 @@ def post(url: str, data: bytes, **headers: str) -> tuple[int, dict, dict]:
 @pytest.fixture(scope="module")
 def alone(t5_checkpoint):
     """What `diptych generate` makes of each of the eight rows."""
-    model, tokenizer = load_model_and_tokenizer(t5_checkpoint)
+    loaded = load_checkpoint(t5_checkpoint)
+    model, tokenizer = loaded.model, loaded.tokenizer
     template = template_of(tokenizer)
     sources = [tokenizer(template.render_source(instruction, text)).input_ids for instruction, text, _ in EIGHT_ROWS]
     return [
@@ -165,7 +166,8 @@ def test_several_prompts_and_what_stops_them(served, alone):
 def test_log_probabilities_are_those_of_generate(served, t5_checkpoint):
     """Of the tokens that were written: `logprobs` 0 of a completion, and true of a chat."""
     instruction, text, _ = EIGHT_ROWS[2]
-    model, tokenizer = load_model_and_tokenizer(t5_checkpoint)
+    loaded = load_checkpoint(t5_checkpoint)
+    model, tokenizer = loaded.model, loaded.tokenizer
     template = template_of(tokenizer)
     ids = tokenizer(template.render_source(instruction, text)).input_ids
     settings = {"seed": 0, "batch_size": 1, "max_new_tokens": 64, "template": template, "scores": True}
@@ -190,7 +192,8 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
     first, second = (ask(served, "Yes.", n=3, **settings) for _ in range(2))
     texts = [choice.text for choice in first.choices]
     assert texts == [choice.text for choice in second.choices] and len(set(texts)) > 1
-    model, tokenizer = load_model_and_tokenizer(t5_checkpoint)
+    loaded = load_checkpoint(t5_checkpoint)
+    model, tokenizer = loaded.model, loaded.tokenizer
     template = template_of(tokenizer)
     ids = tokenizer(template.render_source(TO_KOREAN, "Yes.")).input_ids
     torch.manual_seed(3)

@@ -24,7 +24,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.adapters import add_adapter
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import main, run_recipe
 from diptych.finetune.training import feeding, loop
@@ -131,7 +131,8 @@ def assert_same_bits(first: str, second: str) -> None:
 def test_eight_rows_are_learned_and_generated_exactly(family, method, recipe, training_folder):
     settings = recipe(family, method=method, **LEARN)
     assert run_recipe(settings) == 0
-    model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
+    loaded = load_checkpoint(Path(settings.out) / "final")
+    model, tokenizer = loaded.model, loaded.tokenizer
     rows = datasets.load_from_disk(training_folder)["train"]
     evaluation = evaluate_rows(model, tokenizer, rows, metrics=["exact_match"], batch_size=3)
     assert evaluation.figures["loss"] < 0.1
@@ -304,7 +305,7 @@ def test_resume_refuses_another_run(recipe, tmp_path, training_folder):
     other = tmp_path / "other"
     datasets.load_from_disk(training_folder).save_to_disk(other)
     (other / "manifest.json").write_text('{"rows": 9}')
-    load_model_and_tokenizer(Path(recipe().out) / "final")[1].save_pretrained(other / "tokenizer")
+    load_checkpoint(Path(recipe().out) / "final").tokenizer.save_pretrained(other / "tokenizer")
     with pytest.raises(UserError, match="data, template or tokenizer '.*' -> '.*'"):
         run_recipe(recipe(data=str(other), resume=True))
 
@@ -400,7 +401,8 @@ def test_a_run_folder_has_what_it_should(recipe):
 def test_validation_loss_is_that_of_evaluate(recipe, training_folder):
     settings = recipe(final="last", eval_batch_size=2, label_smoothing=0.1)
     run_recipe(settings)
-    model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
+    loaded = load_checkpoint(Path(settings.out) / "final")
+    model, tokenizer = loaded.model, loaded.tokenizer
     validation = datasets.load_from_disk(training_folder)["validation"]
     loss = evaluate_rows(model, tokenizer, validation).figures["loss"]
     assert figures(settings.out, "validation")[-1]["loss"] == pytest.approx(loss, abs=1e-5)
@@ -566,7 +568,8 @@ def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of,
     for method in ("full", "lora"):
         settings = recipe(out=method, method=method, grow_vocabulary=True, **longer, model=str(tmp_path / "small"))
         run_recipe(settings)
-        model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
+        loaded = load_checkpoint(Path(settings.out) / "final")
+        model, tokenizer = loaded.model, loaded.tokenizer
         assert model.config.vocab_size == 368
         rows = datasets.load_from_disk(training_folder)["train"]
         assert evaluate_rows(model, tokenizer, rows, metrics=["exact_match"]).figures["exact_match_rows"] == 100.0

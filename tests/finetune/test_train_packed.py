@@ -21,7 +21,7 @@ from transformers import AutoModelForSeq2SeqLM
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.model.speed import compile_layers
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import main, run_recipe
@@ -59,7 +59,7 @@ def figures(out: str) -> list[dict]:
 
 
 def final_weights(out: str) -> dict[str, torch.Tensor]:
-    model, _ = load_model_and_tokenizer(Path(out) / "final")
+    model = load_checkpoint(Path(out) / "final").model
     return dict(model.named_parameters())
 
 
@@ -74,7 +74,8 @@ def test_eight_packed_rows_are_learned_and_generated_exactly(family, method, rec
         f"8 examples in 3 rows of 32 + 16 tokens | filled: source 84.4%, target 68.8% | attention: {attention}" in said
     )
     assert "trains on padded rows" not in said
-    model, tokenizer = load_model_and_tokenizer(Path(settings.out) / "final")
+    loaded = load_checkpoint(Path(settings.out) / "final")
+    model, tokenizer = loaded.model, loaded.tokenizer
     rows = datasets.load_from_disk(training_folder)["train"]
     evaluation = evaluate_rows(model, tokenizer, rows, metrics=["exact_match"], batch_size=3)
     assert evaluation.figures["loss"] < 0.1

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, T5ForCond
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
-from diptych.finetune.model.loading import load_model, load_model_and_tokenizer, load_tokenizer
+from diptych.finetune.model.loading import load_checkpoint, load_model, load_tokenizer
 from diptych.finetune.model.untrusted_files import open_prepared
 
 PICKLES = [
@@ -377,7 +377,7 @@ def test_each_kind_of_pickle_is_refused_and_the_command_that_is_named_converts_i
     (copy / "pytorch_model.bin.index.json").unlink()
     command = refusal(copy).split("convert it: ")[1].replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, check=True, cwd=tmp_path, capture_output=True)
-    converted, _ = load_model_and_tokenizer(tmp_path / "copy-safetensors")
+    converted = load_checkpoint(tmp_path / "copy-safetensors").model
     assert torch.equal(converted.shared.weight, learned_t5.shared.weight)
 
 
@@ -395,12 +395,12 @@ def test_a_pickled_adapter_is_refused_also_beside_other_safetensors_and_can_be_c
     weights = load_file(adapter / "adapter_model.safetensors")
     (adapter / "adapter_model.safetensors").rename(adapter / "other.safetensors")
     torch.save(Canary(tmp_path / "ran"), adapter / "adapter_model.bin")
-    assert "has no adapter_model.safetensors, only adapter_model.bin" in refusal(adapter, load_model_and_tokenizer)
+    assert "has no adapter_model.safetensors, only adapter_model.bin" in refusal(adapter, load_checkpoint)
     assert not (tmp_path / "ran").exists()
     torch.save(weights, adapter / "adapter_model.bin")
-    command = refusal(adapter, load_model_and_tokenizer).split("convert it: ")[1]
+    command = refusal(adapter, load_checkpoint).split("convert it: ")[1]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, capture_output=True)
-    load_model_and_tokenizer(adapter)
+    load_checkpoint(adapter)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_a_pickled_adapter_is_refused_also_beside_other_safetensors_and_can_be_c
 )
 def test_an_adapter_that_wants_more_than_to_be_read_is_refused(adapter, changes, said):
     edit(adapter / "adapter_config.json", **changes)
-    assert said in refusal(adapter, load_model_and_tokenizer)
+    assert said in refusal(adapter, load_checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -454,10 +454,10 @@ def test_a_link_to_a_pickle_is_not_opened_as_one(copy, tmp_path):
 HUB_LOADS = """
 import sys
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.model.loading import load_model_and_tokenizer
+from diptych.finetune.model.loading import load_checkpoint
 for name in sys.argv[1:]:
     try:
-        print(type(load_model_and_tokenizer(name)[0]).__name__)
+        print(type(load_checkpoint(name).model).__name__)
     except UserError as error:
         print(error)
 """

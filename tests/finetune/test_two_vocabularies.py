@@ -37,7 +37,7 @@ from diptych.finetune.inference.generation import Prompt, Prompter, generate_out
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.inspecting import inspection_facts
 from diptych.finetune.inspecting.inspection import Reader
-from diptych.finetune.model.loading import load_model_and_tokenizer, load_tokenizer
+from diptych.finetune.model.loading import load_checkpoint, load_tokenizer
 from diptych.finetune.publishing.publish import ALLOWED
 from diptych.modeling.pipeline_diptych import DiptychPipeline
 
@@ -138,7 +138,8 @@ def learned_pairs(request):
 
 
 def ours(folder, pairs, **settings):
-    model, tokenizer = load_model_and_tokenizer(folder)
+    loaded = load_checkpoint(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
     prompter = Prompter(tokenizer, template_for("", tokenizer), None)
     ids, _ = prompter.encode([prompter.render(Prompt("", source))[0] for source, _ in pairs])
     return generate_outputs(model, tokenizer, ids, batch_size=8, max_new_tokens=24, **settings)
@@ -252,7 +253,8 @@ def test_every_way_to_generate_writes_the_targets_words(learned_pairs, tmp_path,
     assert run("generate", folder, "--in_file", tmp_path / "in.txt", "--out_file", tmp_path / "out.jsonl") == 0
     lines = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines())
     assert [line["prediction"] for line in lines] == targets
-    model, tokenizer = load_model_and_tokenizer(folder)
+    loaded = load_checkpoint(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
     for pipe in (TranslationPipeline, DiptychPipeline):
         found = pipe(model=model, tokenizer=tokenizer)(sources)
         assert [text for it in found for text in (it[0] if isinstance(it, list) else it).values()] == targets
@@ -283,7 +285,8 @@ def test_an_export_is_proven_and_writes_the_targets_words(engine, learned_pairs,
 
 def test_inspect_shows_each_side_in_its_vocabulary(learned_pairs):
     folder, pairs = learned_pairs
-    model, tokenizer = load_model_and_tokenizer(folder)
+    loaded = load_checkpoint(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
     reader = Reader(model, Prompter(tokenizer, template_for("", tokenizer), None), 24)
     passage = reader.passage(pairs[4][0], Languages())
     assert reader.text(passage) == pairs[4][1]
