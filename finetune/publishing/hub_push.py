@@ -71,7 +71,7 @@ def _push(
     there = _files_in(api, repo, info.sha)
     changed, obsolete = _differences(additions, there, is_ours)
     if not changed and not obsolete:
-        return Pushed(info.sha, False, [], _others(there, files))
+        return Pushed(info.sha, False, [], [name for name in there if name not in files])
     deletions = [CommitOperationDelete(name, is_folder=False) for name in obsolete]
     try:
         commit = api.create_commit(
@@ -94,7 +94,7 @@ def _push(
             f"{repo} was written, and {(changed + left)[0]} reads back otherwise than it was sent, in commit "
             f"{commit}. Do not use that commit; run the same command again."
         )
-    return Pushed(commit, True, obsolete, _others(there, files))
+    return Pushed(commit, True, obsolete, [name for name in there if name not in files])
 
 
 def remote_hashes(api: HfApi, repo: str) -> dict[str, str]:
@@ -136,10 +136,6 @@ def _is_same(addition: CommitOperationAdd, there: RepoFile | None) -> bool:
         return there.lfs.sha256 == addition.upload_info.sha256.hex()
     with addition.as_file() as file:
         return there.blob_id == git_hash(file.read())
-
-
-def _others(there: Mapping[str, RepoFile], files: Mapping[str, Path | bytes]) -> list[str]:
-    return [name for name in there if name not in files]
 
 
 def hub_error(repo: str, error: Exception) -> HubError:

@@ -1,12 +1,12 @@
-"""A run folder in; its final model on the Hub out, with a card, and nothing else of the run.
+"""A run folder in; its final model with a card on the Hub out, and nothing else of the run.
 
     diptych publish runs/full --to me/translate            private, unless --public
     diptych publish runs/full --to me/translate --dry_run  shows the files and the card, and connects to nothing
 
-What is published is what was measured: RUN/final, if each of its files is what training wrote (final/manifest.json).
-ALLOWED names every file that may leave this machine; the card is generated (model_card.py). Local paths that stand in
-a config are reduced to their last part, and whatever else could tell of this machine, or be a token, ends it before
-anything is sent. hub_push.py does the sending.
+RUN/final is published if each of its files is what training wrote (final/manifest.json), so it is the model that was
+measured. ALLOWED names every file that may leave this machine; model_card.py writes the card. Local paths in a config
+are reduced to their last part. Nothing is sent if a file names another place on this machine or holds what looks like
+a token of the Hub. hub_push.py does the sending.
 """
 
 import json
@@ -28,7 +28,7 @@ from diptych.finetune.commands.exits import CheckpointError, HubError
 from diptych.finetune.inference.pipelines import TRAVELLING_CODE, travelling_pipeline
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.publishing.hub_push import push, remote_hashes
-from diptych.finetune.publishing.model_card import model_card
+from diptych.finetune.publishing.model_card import PATHS_OF_A_RECIPE, model_card, read_config
 from diptych.finetune.run_files import checkpoints
 
 ALLOWED = {
@@ -60,26 +60,25 @@ ALLOWED = {
 CARD = "README.md"
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
-"""In these a local path may stand that says nothing to others, such as that of a template file."""
+"""A local path in these, such as that of a template file, means nothing to others."""
 
 VOCABULARIES = ("tokenizer.json", "vocab*.json", "vocab.txt", "merges.txt", "target_vocab.json", "*.spm", "*.model")
-"""Any text may be a token, and no path comes in here: these are not searched."""
+"""These are not searched for paths and tokens: any text may be in a vocabulary, and no path gets in."""
 
 LOCAL_PATH = re.compile(r"(~?(/[^/\s{}<>]+){2,}/?)|([A-Za-z]:\\\S+)")
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What leaves this machine, and what is said of the rest."""
+    """What leaves this machine, and what does not."""
 
     files: dict[str, Path | bytes]
     left_out: list[str]
     """Names in final/ that are not in ALLOWED."""
     changed: list[str]
-    """What is published otherwise than it lies in final/, in words."""
+    """In words, which files are published otherwise than they are in final/."""
 
 
 def is_allowed(name: str) -> bool:
@@ -87,11 +86,15 @@ def is_allowed(name: str) -> bool:
 
 
 def publication(settings: PublishSettings) -> Publication:
-    """The files and the card. UserError where RUN is no run, or a file would tell of this machine; CheckpointError
-    where final/ is not what training wrote."""
+    """The files and the card.
+
+    Raises:
+        UserError: RUN is no finished run, or a file names a place on this machine.
+        CheckpointError: final/ is not what training wrote.
+    """
     run = Path(settings.run).expanduser()
     final = run / "final"
-    check_final(run)
+    check_run(run)
     present = sorted(path.name + ("/" if path.is_dir() else "") for path in final.iterdir())
     names = [name for name in present if is_allowed(name) and name != CARD]  # the card is made anew
     check_measured(final, names)
@@ -101,39 +104,27 @@ def publication(settings: PublishSettings) -> Publication:
     files: dict[str, Path | bytes] = {name: final / name for name in names}
     changed = [change for name in names if name in CONFIGS for change in _without_local_paths(files, name, settings)]
     if settings.pipeline:
-        changed.append(_with_pipeline(files, final))
+        changed.append(_add_pipeline(files, final))
     files[CARD] = model_card(run, settings.to, files, settings.license, settings.language).encode()
     check_private(files, run)
     left_out = [name for name in present if name not in files and name != checkpoints.MANIFEST]
     return Publication(files, left_out, changed)
 
 
-def _with_pipeline(files: dict[str, Path | bytes], final: Path) -> str:
-    """Adds the code and its entry in config.json; and says so."""
-    if "config.json" not in files:
-        raise UserError(f"{final} is an adapter, which brings no pipeline. Merge it first, or leave out --pipeline.")
-    content = files["config.json"]
-    config = json.loads(content if isinstance(content, bytes) else content.read_bytes())
-    config, files[TRAVELLING_CODE] = travelling_pipeline(config, load_tokenizer(str(final)))
-    files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    return f"config.json: names the pipeline in {TRAVELLING_CODE}"
-
-
-def check_final(run: Path) -> None:
-    if (run / "final").is_dir() and (run / "config.yaml").is_file():
-        return
-    if run.name == "final" and (run.parent / "config.yaml").is_file():
-        raise UserError(f"{run} is the model of a run. Name the run itself: diptych publish {run.parent} …")
+def check_run(run: Path) -> None:
     if not (run / "config.yaml").is_file():
+        if run.name == "final" and (run.parent / "config.yaml").is_file():
+            raise UserError(f"{run} is the model of a run. Name the run itself: diptych publish {run.parent} …")
         raise UserError(f"{run} is no run: it has no config.yaml. Name the folder that `diptych train` wrote.")
-    raise UserError(
-        f"{run} has no final model yet: its training has not ended. Go on with it: diptych train --config "
-        f"{run / 'config.yaml'} --resume true"
-    )
+    if not (run / "final").is_dir():
+        raise UserError(
+            f"{run} has no final model yet: its training has not ended. Go on with it: diptych train --config "
+            f"{run / 'config.yaml'} --resume true"
+        )
 
 
 def check_measured(final: Path, names: Sequence[str]) -> None:
-    """Each file is there as training wrote it, and none came to them."""
+    """CheckpointError unless each file is as training wrote it, and training wrote each of them."""
     again = (
         f"Move it away, and take it from its checkpoint again: diptych train --config {final.parent / 'config.yaml'} "
         f"--resume true"
@@ -151,30 +142,26 @@ def check_measured(final: Path, names: Sequence[str]) -> None:
 
 
 def check_complete(final: Path, names: Sequence[str]) -> None:
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if not weights:
+    if not any(name.endswith(".safetensors") for name in names):
         raise UserError(f"{final} has no weights in safetensors, and only these are published.")
     if not {"config.json", "adapter_config.json"} & set(names) or "tokenizer_config.json" not in names:
         raise UserError(
             f"{final} lacks its config or its tokenizer, and cannot be loaded. Train again, or copy it back."
         )
-    if "model.safetensors.index.json" in names:
-        wanted = set(checkpoints.read_json(final / "model.safetensors.index.json")["weight_map"].values())
-        if missing := sorted(wanted - set(names)):
-            raise UserError(f"{final} lacks {missing[0]}, which its index names.")
 
 
 def _without_local_paths(files: dict[str, Path | bytes], name: str, settings: PublishSettings) -> list[str]:
-    """Puts another content in the place of a config in which local paths stand; and says what is changed."""
+    """Replaces a config in `files` that names local paths; returns in words what has changed."""
     config = checkpoints.read_json(files[name])
     changed = []
-    if name == "adapter_config.json":
-        config, changed = _with_public_base(config, settings)
+    if name == "adapter_config.json" and (base := public_base(config["base_model_name_or_path"], settings)):
+        config["base_model_name_or_path"] = base
+        changed.append(f"{name}: the base is {base}, where a folder was named")
     reduced = reduce_paths(config)
     if reduced != config:
         changed.append(f"{name}: local paths are reduced to their last part")
     if changed:
-        files[name] = (json.dumps(reduced, indent=2, ensure_ascii=False) + "\n").encode()
+        files[name] = _as_json(reduced)
     return changed
 
 
@@ -187,24 +174,34 @@ def reduce_paths(value: Any) -> Any:
     return [reduce_paths(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _with_public_base(adapter: dict[str, Any], settings: PublishSettings) -> tuple[dict[str, Any], list[str]]:
-    base = adapter["base_model_name_or_path"]
+def public_base(base: str, settings: PublishSettings) -> str:
+    """The Hub id to publish for an adapter's base that is a folder here; "" if the base has its Hub id already."""
     if HUB_ID.fullmatch(base) and not Path(base).is_dir():
         if settings.base:
             raise UserError(f"the adapter in {settings.run} names its base, {base}, by its Hub id. Leave out --base.")
-        return adapter, []
-    if not settings.base:
+    elif not settings.base:
         raise UserError(
             f"the adapter in {settings.run} was trained on the folder {base}, which nobody else has. Publish that "
             f"base first, and say where it is: --base owner/name"
         )
-    return adapter | {"base_model_name_or_path": settings.base}, [
-        f"adapter_config.json: the base is {settings.base}, where a folder was named"
-    ]
+    return settings.base
+
+
+def _add_pipeline(files: dict[str, Path | bytes], final: Path) -> str:
+    """Adds the pipeline's code and its entry in config.json; returns in words what has changed."""
+    if "config.json" not in files:
+        raise UserError(f"{final} is an adapter, which brings no pipeline. Merge it first, or leave out --pipeline.")
+    config, files[TRAVELLING_CODE] = travelling_pipeline(read_config(files, "config.json"), load_tokenizer(str(final)))
+    files["config.json"] = _as_json(config)
+    return f"config.json: names the pipeline in {TRAVELLING_CODE}"
+
+
+def _as_json(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def check_private(files: Mapping[str, Path | bytes], run: Path) -> None:
-    """UserError where a file names a place on this machine, or holds what looks like a token of the Hub."""
+    """UserError if a file names a place on this machine, or holds what looks like a token of the Hub."""
     secret, places = get_token(), local_places(run)
     for name, content in files.items():
         text = _searchable(name, content)
@@ -218,19 +215,17 @@ def check_private(files: Mapping[str, Path | bytes], run: Path) -> None:
 
 
 def local_places(run: Path) -> list[str]:
-    """What must stand in no published file: where the run and what went into it lie, and what lies around them."""
+    """Paths that no published file may hold: of the run, of what went into it, and of the home and working folder."""
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     recipes = [recipe, *(recipe.get("stages") or ())]
-    named = [
-        Path(it[name]) for it in recipes for name in ("model", "data", "out", "tokenizer", "teacher") if it.get(name)
-    ]
+    named = [Path(it[name]) for it in recipes for name in PATHS_OF_A_RECIPE if it.get(name)]
     folders = [str(place.resolve()) for place in (run, *named) if place.is_absolute() or place.exists()]
     around = [f"{folder}/" for folder in (Path.home(), Path.cwd()) if folder != Path("/")]
     return [*folders, *around]
 
 
 def _searchable(name: str, content: Path | bytes) -> bytes:
-    """All of a file but the numbers of weights and the tokens of vocabularies."""
+    """All of a file except the numbers of weights and the tokens of vocabularies."""
     if any(fnmatchcase(name, pattern) for pattern in VOCABULARIES):
         return b""
     if isinstance(content, bytes):
@@ -262,15 +257,14 @@ def run(settings: PublishSettings) -> int:
         return 0
     for name in pushed.removed:
         print(f"removed there, from before: {name}")
-    others = [name for name in pushed.others if name not in (".gitattributes", *pushed.removed)]
-    if others:
+    if others := [name for name in pushed.others if name != ".gitattributes"]:
         print(f"left alone there: {', '.join(others)}")
     print(f"published, {'public' if settings.public else 'private'}, and read back: {where}")
     return 0
 
 
 def check_base(api: HfApi, settings: PublishSettings) -> None:
-    """The base on the Hub has the weights of the folder that the adapter was trained on."""
+    """UserError unless the base on the Hub has the weights of the folder that the adapter was trained on."""
     adapter = checkpoints.read_json(Path(settings.run).expanduser() / "final" / "adapter_config.json")
     folder = Path(adapter["base_model_name_or_path"])
     files = sorted(folder.glob("*.safetensors"))
@@ -279,8 +273,8 @@ def check_base(api: HfApi, settings: PublishSettings) -> None:
     there = remote_hashes(api, settings.base)
     for file in files:
         with file.open("rb") as content:
-            sha256 = sha_fileobj(content).hex()
-        if there.get(file.name) != sha256:
+            is_same = there.get(file.name) == sha_fileobj(content).hex()
+        if not is_same:
             raise UserError(
                 f"{settings.base} on the Hub has not the {file.name} of {folder}, which the adapter was trained on. "
                 f"Publish that folder there, or name the repository that has it: --base owner/name"
