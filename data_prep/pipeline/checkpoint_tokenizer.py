@@ -8,6 +8,9 @@ No model code runs here, and none of a stranger's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -50,7 +53,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer_and_template(
-    settings: PrepareSettings, default: str
+    settings: PrepareSettings, default: str, say: Callable[[str], Any] = print
 ) -> tuple[PreTrainedTokenizerBase | None, Template]:
     """The tokenizer is None where it has to be trained, which needs the train split first. `default` is the template
     where neither the settings nor the tokenizer have one."""
@@ -63,12 +66,12 @@ def load_tokenizer_and_template(
         template = TEMPLATES[BARE_TEMPLATE]
     else:
         template = load_template(settings.template or default)
-    _set_languages(settings, tokenizer)
+    _set_languages(settings, tokenizer, say)
     attach_template(tokenizer, template)
     return tokenizer, template
 
 
-def _set_languages(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_languages(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], Any]) -> None:
     """Those of the settings become the tokenizer's own, which are those of rows, and of prompts, that say none."""
     codes = codes_of(tokenizer)
     for option in ("forward", "backward"):
@@ -84,11 +87,11 @@ def _set_languages(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase
             raise UserError("source_language and target_language belong together. Give both, or neither.")
         said = codes.instruction("", given)
         words = f"rows without an instruction begin '{said}', and the others" if said else "rows"
-        print(f"Note       '{settings.tokenizer}' has no language codes: {words} keep the languages as columns alone")
+        say(f"Note       '{settings.tokenizer}' has no language codes: {words} keep the languages as columns alone")
     languages = codes.checked(given)
     for name, code in zip(given, languages, strict=True):
         if name != code:
-            print(f"Note       language {name} is {code} for '{settings.tokenizer}'")
+            say(f"Note       language {name} is {code} for '{settings.tokenizer}'")
     if codes.is_around_texts:
         set_languages(tokenizer, languages)
 

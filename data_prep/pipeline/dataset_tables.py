@@ -32,8 +32,9 @@ from diptych.data_prep.packing.fill_rows import (
     repeated_start,
 )
 from diptych.data_prep.pipeline.gather import Gathered, taken, written
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import without_bars
-from diptych.data_prep.pipeline.row_stages import FINAL_COLUMNS, LANGUAGE_FIELDS, Lengths
+from diptych.data_prep.pipeline.row_stages import FINAL_COLUMNS, LANGUAGE_FIELDS
 from diptych.data_prep.rows.records import Languages, Rejects
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.languages import codes_of
@@ -75,12 +76,12 @@ def direction_counts(tables: DatasetDict) -> dict[str, int]:
 
 
 def token_counts(
-    gathered: Gathered, places: Mapping[str, numpy.ndarray], lengths: Lengths, rejects: Rejects
+    gathered: Gathered, places: Mapping[str, numpy.ndarray], settings: PrepareSettings, rejects: Rejects
 ) -> dict[str, dict[str, Any]]:
     """Percentiles of the lengths before anything was cut, and how many rows the limits met, for source and target."""
     rows = numpy.concatenate(list(places.values()))
     counts = {}
-    for side, limit in (("source", lengths.max_source_tokens), ("target", lengths.max_target_tokens)):
+    for side, limit in (("source", settings.max_source_tokens), ("target", settings.max_target_tokens)):
         tokens = gathered.column(f"{side}_tokens")[rows]
         percentiles = {f"p{p}": int(numpy.percentile(tokens, p, method="higher")) for p in PERCENTILES}
         counts[side] = {

@@ -34,7 +34,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from diptych.data_prep.pipeline.checkpoint_tokenizer import load_tokenizer_and_template
 from diptych.data_prep.pipeline.inputs import fingerprint_of, make_stages, open_inputs
-from diptych.data_prep.pipeline.parts import Work, part_path, write_part
+from diptych.data_prep.pipeline.parts import RowJob, part_path, write_part
 from diptych.data_prep.pipeline.prepare_settings import parse_settings
 
 
@@ -45,13 +45,13 @@ class GatherRows(PipelineStep):
     name = "Diptych rows"
     type = "Gather"
 
-    def __init__(self, work: Work, folder: str | Path) -> None:
+    def __init__(self, job: RowJob, folder: str | Path) -> None:
         super().__init__()
-        self.work, self.folder = work, str(folder)
+        self.job, self.folder = job, str(folder)
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         with self.track_time("part"):
-            for batch in write_part(self.work, Path(self.folder), rank, world_size):
+            for batch in write_part(self.job, Path(self.folder), rank, world_size):
                 self.stat_update("rows", value=batch.counts.rows, unit="chunk")
                 self.stat_update("rejected", value=len(batch.rejects), unit="chunk")
         yield from data or ()
@@ -64,14 +64,14 @@ def rows_step(words: Sequence[str], folder: str | Path) -> GatherRows:
     inputs = open_inputs(settings)
     tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template)
     stages = make_stages(settings, inputs, tokenizer, template)
-    return GatherRows(Work(inputs.sources, stages, fingerprint_of(settings, inputs, tokenizer, template)), folder)
+    return GatherRows(RowJob(inputs.sources, stages, fingerprint_of(settings, inputs, tokenizer, template)), folder)
 
 
-def run_tasks(work: Work, folder: Path, tasks: int, workers: int) -> None:
+def run_tasks(job: RowJob, folder: Path, tasks: int, workers: int) -> None:
     """Those that have not ended yet, in `workers` processes of this machine."""
     logs = folder / "logs"
     for task in range(tasks):
         if not part_path(folder, task, tasks).is_file():
             (logs / "completions" / f"{task:05d}").unlink(missing_ok=True)
-    step = GatherRows(work, folder)
+    step = GatherRows(job, folder)
     LocalPipelineExecutor([step], tasks=tasks, workers=min(workers, tasks), logging_dir=str(logs)).run()

@@ -8,7 +8,6 @@ source) are columns of integers; texts and token ids are read from the file, whi
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,13 @@ from pathlib import Path
 import numpy
 import pyarrow
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.cleaning.duplicates import PERMUTATIONS
 from diptych.data_prep.command_line.errors import counted
-from diptych.data_prep.pipeline.row_stages import Batch, Counts, Lengths, Stages, encode_batch
+from diptych.data_prep.pipeline.row_stages import Batch, Counts, Stages
 from diptych.data_prep.pipeline.workers import in_order
 from diptych.data_prep.reading.sources import Source
-from diptych.data_prep.rows.records import Reject, Rejects, Row
-from diptych.data_prep.text_to_ids.templates import Template
+from diptych.data_prep.rows.records import Rejects, Row
 
 ROWS_TO_RECOGNISE = 100
 LINES_TO_RECOGNISE = 10_000
@@ -95,29 +92,21 @@ def collect(
 
 
 def encode(
-    gathered: Gathered,
-    rows: numpy.ndarray,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    lengths: Lengths,
-    rejects: Rejects,
-    scratch: Path,
-    workers: int,
+    gathered: Gathered, rows: numpy.ndarray, stages: Stages, rejects: Rejects, scratch: Path, workers: int
 ) -> Gathered:
-    """These rows (ascending places) with token ids, for a tokenizer that was made of some of them. `place` says where
-    a row stood before, as some become rejects here."""
+    """These rows (ascending places) with token ids, for a tokenizer that was trained on some of them. As some become
+    rejects here, the column `place` says where a row stood before."""
     numbered = gathered.examples.append_column("place", pyarrow.array(numpy.arange(gathered.examples.num_rows)))
     tasks = ((batch,) for batch in taken(numbered, rows))
-    encoder = functools.partial(_encoded, tokenizer=tokenizer, template=template, lengths=lengths)
 
     def batches() -> Iterator[pyarrow.RecordBatch]:
         with tqdm(total=len(rows), unit=" examples", unit_scale=True, desc="Encoding") as bar:
-            for batch, found, counts in in_order(encoder, tasks, workers):
-                for reject in found:
+            for batch in in_order(stages.encode, tasks, workers):
+                for reject in batch.rejects:
                     rejects.add(reject)
-                gathered.counts.add(counts)
-                bar.update(batch.num_rows + len(found))
-                yield batch
+                gathered.counts.add(batch.counts)
+                bar.update(batch.examples_read)
+                yield batch.examples
 
     examples = written(batches(), scratch / "encoded.arrow")
     return Gathered(examples, None, gathered.counts, gathered.examples_read)
@@ -168,10 +157,3 @@ def _batches(
         yield number, batch
         bar.set_postfix_str(f"{counted(rows, 'row')}, {rejects.count:,} rejected", refresh=False)
         bar.update(done_before + done - bar.n)
-
-
-def _encoded(
-    batch: pyarrow.RecordBatch, tokenizer: PreTrainedTokenizerBase, template: Template, lengths: Lengths
-) -> tuple[pyarrow.RecordBatch, list[Reject], Counts]:
-    rejects, counts = [], Counts()
-    return encode_batch(batch, tokenizer, template, lengths, rejects, counts), rejects, counts

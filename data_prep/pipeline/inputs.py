@@ -9,10 +9,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,8 @@ from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.gather import first_rows
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import fingerprint, tokenizer_digest
-from diptych.data_prep.pipeline.row_stages import LOSSY, Check, Lengths, Stages
+from diptych.data_prep.pipeline.row_stages import LOSSY, Check, LengthLimits, Stages
+from diptych.data_prep.pipeline.rows_in_memory import RowsInMemory, open_rows
 from diptych.data_prep.pipeline.selection import shingles_of
 from diptych.data_prep.reading.sources import (
     HUB_PREFIX,
@@ -37,7 +38,7 @@ from diptych.data_prep.reading.sources import (
 )
 from diptych.data_prep.rows.convert_rows import Converter, Directions, converter_for, named, parse_mapping
 from diptych.data_prep.rows.language_names import is_swapped
-from diptych.data_prep.rows.named_splits import HELD_OUT, kind_of, said_kind, splits_of
+from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_of, said_kind, splits_of
 from diptych.data_prep.rows.records import Languages, Record, Reject, Row
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
@@ -59,7 +60,7 @@ class Inputs:
     converters: list[Converter]
     """For each source, what makes records of its rows; recognised by its first ones."""
     warnings: list[str]
-    """What looks like a mistake in what was named."""
+    """What looks like a mistake in what was named, or in what training is compared with."""
 
     @property
     def splits(self) -> list[str]:
@@ -75,12 +76,14 @@ class Inputs:
         return "chat" if has_turns else BARE_TEMPLATE if has_no_instruction else "alpaca"
 
 
-def open_inputs(settings: PrepareSettings) -> Inputs:
+def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> Inputs:
     max_row_bytes = int(settings.max_row_megabytes * 1_000_000)
     limits = Limits(max_row_bytes=max_row_bytes, max_unpacked_ratio=settings.max_unpacked_ratio)
     columns = tuple(parse_mapping(settings.map).values()) or tuple(settings.languages)
     held_out = {kind: getattr(settings, kind) for kind in HELD_OUT}
     sources = open_sources(settings.data, settings.aligned, limits, columns, held_out)
+    if rows is not None:
+        sources = sorted([*sources, *open_rows(rows, limits)], key=lambda source: KINDS.index(kind_of(source.split)))
     entries = [source.entry or source.name for source in sources]
     if settings.mixture is not None:
         mixed = [entry for entry, source in zip(entries, sources, strict=True) if source.split == TRAIN]
@@ -111,22 +114,26 @@ def _odd_names(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def make_stages(
-    settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+    settings: PrepareSettings,
+    inputs: Inputs,
+    tokenizer: PreTrainedTokenizerBase | None,
+    template: Template,
+    say: Callable[[str], Any] = print,
 ) -> Stages:
-    """All that happens to a row; how each source is read is said aloud."""
+    """All that happens to a row. `say` is given a line for how each source is read."""
     for note in (note for source in inputs.evaluation for note in source.notes):
-        print(f"Note       {note}")
+        say(f"Note       {note}")
     for source, converter in zip(inputs.sources, inputs.converters, strict=True):
         for note in source.notes:
-            print(f"Note       {note}")
+            say(f"Note       {note}")
         split = f"{source.split}, " if source.split != TRAIN else ""
         how = "given" if settings.format else "recognised"
         told = "no row tells it" if converter is NOT_TOLD else f"{converter.format.name}, {how}"
-        print(f"Format     {source.name}: {split}{told}")
+        say(f"Format     {source.name}: {split}{told}")
         if converter.is_swapped:
             side = f"its second side, which is in {converter.sides.source}, is the source"
-            print(f"Note       {source.name}: {side}, as the settings say")
-    lengths = Lengths(
+            say(f"Note       {source.name}: {side}, as the settings say")
+    lengths = LengthLimits(
         settings.max_source_tokens,
         settings.max_target_tokens,
         settings.too_long,
@@ -138,14 +145,14 @@ def make_stages(
     checks = tuple(_checks(settings, inputs))
     shingles = shingles_of(settings) if settings.near_duplicates is not None else None
     checked = tuple(source.split == TRAIN for source in inputs.sources)
-    converters = tuple(_with_languages(inputs, tokenizer, template))
+    converters = tuple(_with_languages(inputs, tokenizer, template, say))
     return Stages(converters, template, tokenizer, lengths, checks, shingles, settings.sensitive, checked)
 
 
 def _with_languages(
-    inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
+    inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template, say: Callable[[str], Any]
 ) -> Iterator[Converter]:
-    """The converters with the tokenizer's own languages where nobody has said others, which is said aloud."""
+    """The converters with the tokenizer's own languages where nobody has said others."""
     codes = codes_of(tokenizer)
     for source, converter in zip(inputs.sources, inputs.converters, strict=True):
         directions = converter.directions
@@ -165,7 +172,7 @@ def _with_languages(
             is_both = directions.forward is not None and directions.backward is not None
             is_back = directions.backward is not None and not is_both
             first, second = directions.languages.swapped() if is_back else directions.languages
-            print(f"Languages  {source.name}: {first} to {second}{' and back' if is_both else ''}")
+            say(f"Languages  {source.name}: {first} to {second}{' and back' if is_both else ''}")
         yield replace(converter, directions=directions)
 
 
@@ -246,10 +253,9 @@ def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[R
             elif isinstance(result, Reject):
                 bad.append(result)
         if bad:
-            print(
-                f"warning: training is not compared with {counted(len(bad), 'row')} of {source.name}, which cannot be"
-                f" read; the first, {bad[0].origin}: {bad[0].reason}",
-                file=sys.stderr,
+            inputs.warnings.append(
+                f"training is not compared with {counted(len(bad), 'row')} of {source.name}, which cannot be read; the"
+                f" first, {bad[0].origin}: {bad[0].reason}"
             )
 
 

@@ -1,7 +1,7 @@
 """The stages of each row in tasks that may run anywhere, each into a file of its own, and these as if in one pass.
 
-    write_part(work, folder, 2, tasks=4)     → folder/part-00002-of-00004.arrow, whole or not at all
-    merged(work, folder)                     → the batches of all four in the order of the data, for gather.py
+    write_part(job, folder, 2, tasks=4)     → folder/part-00002-of-00004.arrow, whole or not at all
+    merged(job, folder)                     → the batches of all four in the order of the data, for gather.py
 
 A part is an Arrow stream with one batch for each chunk that its task did. What else became of a chunk (which it is,
 rejects, counts) stands as JSON beside its batch, and the last says how many chunks each source had: a part that is
@@ -37,7 +37,7 @@ CHUNK, END, FINGERPRINT = b"chunk", b"end", b"fingerprint"
 PART_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.arrow")
 
 
-class Work:
+class RowJob:
     """What is to be done to which data. No dataclass, so that an engine that writes down its steps writes a line."""
 
     def __init__(self, sources: Sequence[Source], stages: Stages, fingerprint: str) -> None:
@@ -46,29 +46,29 @@ class Work:
         """Of everything that decides what comes out: what prepared.py reuses a dataset by."""
 
     def __repr__(self) -> str:
-        return f"Work({len(self.sources)} sources, fingerprint {self.fingerprint[:12]})"
+        return f"RowJob({len(self.sources)} sources, fingerprint {self.fingerprint[:12]})"
 
 
 def part_path(folder: Path, task: int, tasks: int) -> Path:
     return folder / f"part-{task:05d}-of-{tasks:05d}.arrow"
 
 
-def write_part(work: Work, folder: Path, task: int, tasks: int) -> Iterator[Batch]:
+def write_part(job: RowJob, folder: Path, task: int, tasks: int) -> Iterator[Batch]:
     """Each batch when it was written; the file has its name once the last one was taken."""
     path = part_path(folder, task, tasks)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # a task may be under way twice
     folder.mkdir(parents=True, exist_ok=True)
-    writer, schema, chunks = None, work.stages.arrow([], 0).schema, Counter()
+    writer, schema, chunks = None, job.stages.arrow([], 0).schema, Counter()
     try:
         with partial.open("wb") as file:
-            for source, number, chunk in _chunks_of(work.sources, task, tasks, chunks):
-                batch = work.stages.run(chunk, source)
+            for source, number, chunk in _chunks_of(job.sources, task, tasks, chunks):
+                batch = job.stages.run(chunk, source)
                 if writer is None:
                     schema = batch.examples.schema
-                    writer = _writer(file, schema, work)
+                    writer = _writer(file, schema, job)
                 writer.write_batch(batch.examples, {CHUNK: _to_json(source, number, batch)})
                 yield batch
-            writer = writer or _writer(file, schema, work)
+            writer = writer or _writer(file, schema, job)
             writer.write_batch(pyarrow.RecordBatch.from_pylist([], schema), {END: json.dumps(sorted(chunks.items()))})
             writer.close()
             file.flush()
@@ -78,27 +78,27 @@ def write_part(work: Work, folder: Path, task: int, tasks: int) -> Iterator[Batc
         partial.unlink(missing_ok=True)
 
 
-def merged(work: Work, folder: Path) -> Iterator[tuple[int, Batch]]:
+def merged(job: RowJob, folder: Path) -> Iterator[tuple[int, Batch]]:
     """The batches of all parts with the numbers of their sources, in the order of the data."""
     paths, ends, done = _part_paths(folder), [], Counter()
-    parts = [_batches(path, work, ends) for path in paths]
+    parts = [_batches(path, job, ends) for path in paths]
     for (source, number), batch in heapq.merge(*parts, key=lambda part: part[0]):
         if number != done[source]:
-            raise _lacks(paths, work, source, done[source])
+            raise _lacks(paths, job, source, done[source])
         done[source] += 1
         yield source, batch
     for source, count in ends:
         if done[source] != count:
-            raise _lacks(paths, work, source, done[source])
+            raise _lacks(paths, job, source, done[source])
 
 
-def _batches(path: Path, work: Work, ends: list) -> Iterator[tuple[tuple[int, int], Batch]]:
+def _batches(path: Path, job: RowJob, ends: list) -> Iterator[tuple[tuple[int, int], Batch]]:
     """Of one part, (source, number) before each; at the end, into `ends`, how many chunks each source had."""
     try:
         stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}. {_again(path)}") from None
-    if (stream.schema.metadata or {}).get(FINGERPRINT, b"").decode() != work.fingerprint:
+    if (stream.schema.metadata or {}).get(FINGERPRINT, b"").decode() != job.fingerprint:
         raise UserError(
             f"{path} was made of other data, with other settings, or by other code. Give the settings that its"
             " tasks had, or run them again into a new folder."
@@ -118,8 +118,8 @@ def _batches(path: Path, work: Work, ends: list) -> Iterator[tuple[tuple[int, in
         yield (facts["source"], facts["number"]), batch
 
 
-def _lacks(paths: Sequence[Path], work: Work, source: int, chunk: int) -> UserError:
-    path = paths[_task_of(source, chunk, len(paths), len(work.sources))]
+def _lacks(paths: Sequence[Path], job: RowJob, source: int, chunk: int) -> UserError:
+    path = paths[_task_of(source, chunk, len(paths), len(job.sources))]
     return UserError(f"{path} does not fit the other parts: something is missing or changed. {_again(path)}")
 
 
@@ -166,8 +166,8 @@ def _again(path: Path) -> str:
     return f"Run task {int(task)} again; if datatrove skips it, remove completions/{task} in its logging_dir first."
 
 
-def _writer(file: IO[bytes], schema: pyarrow.Schema, work: Work) -> pyarrow.ipc.RecordBatchStreamWriter:
-    return pyarrow.ipc.new_stream(file, schema.with_metadata({FINGERPRINT: work.fingerprint}))
+def _writer(file: IO[bytes], schema: pyarrow.Schema, job: RowJob) -> pyarrow.ipc.RecordBatchStreamWriter:
+    return pyarrow.ipc.new_stream(file, schema.with_metadata({FINGERPRINT: job.fingerprint}))
 
 
 def _to_json(source: int, number: int, batch: Batch) -> str:

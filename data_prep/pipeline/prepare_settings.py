@@ -241,12 +241,13 @@ class PrepareSettings:
 def parse_settings(argv: Sequence[str]) -> PrepareSettings:
     """Raises UserError for what cannot be meant."""
     settings = parse(PrepareSettings, "diptych prepare", argv, USAGE, SECTIONS)
-    _check(settings)
+    check_settings(settings)
     return settings
 
 
-def _check(settings: PrepareSettings) -> None:
-    if not (settings.data or settings.aligned or settings.validation or settings.test):
+def check_settings(settings: PrepareSettings, has_rows: bool = False) -> None:
+    """UserError where settings do not fit each other. `has_rows`: rows are given beside what `data` names."""
+    if not (has_rows or settings.data or settings.aligned or settings.validation or settings.test):
         from diptych.data_prep.reading.sources import SAMPLES  # which imports pyarrow
 
         raise UserError(f"nothing to read: give --data FILE, --data {' or --data '.join(SAMPLES)}, or --aligned A B.")
@@ -276,20 +277,20 @@ def _check(settings: PrepareSettings) -> None:
     _check_engine(settings)
     if settings.max_row_megabytes <= 0 or settings.max_unpacked_ratio < 1:
         raise UserError("max_row_megabytes is above 0 and max_unpacked_ratio at least 1.")
-    _check_splits(settings)
+    _check_splits(settings, has_rows)
     for name in ("max_source_tokens", "max_target_tokens"):
         if getattr(settings, name) < 2:
             raise UserError(f"{name} is {getattr(settings, name)}; at least 2: one token of text and eos.")
     _check_packing(settings)
 
 
-def _check_splits(settings: PrepareSettings) -> None:
+def _check_splits(settings: PrepareSettings, has_rows: bool) -> None:
     for name in ("validation_fraction", "test_fraction"):
         if not 0 <= (getattr(settings, name) or 0) < 1:
             raise UserError(f"{name} is {getattr(settings, name)}; it is a part of all rows, from 0 to below 1.")
     if sum(fraction_of(settings, kind, has_own_sets=False) for kind in HELD_OUT) >= 1:
         raise UserError("validation_fraction and test_fraction together leave no rows to train on. Lower them.")
-    if not settings.data and not settings.aligned:
+    if not (has_rows or settings.data or settings.aligned):
         for name in OF_TRAIN_ALONE:
             if getattr(settings, name) != getattr(PrepareSettings(), name):
                 raise UserError(f"{name} is for rows to train on, and there is no --data. Drop it, or give --data.")

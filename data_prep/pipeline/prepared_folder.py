@@ -33,6 +33,10 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.own_files import take_lock
 from diptych.data_prep.command_line.run_command import message_of_file
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.reading.files import fixed_part
+from diptych.data_prep.rows.named_splits import named
+from diptych.data_prep.rows.records import Rejects
 
 FORMAT = "diptych prepared dataset, version 1"
 MANIFEST, REJECTS, CONFLICTS = "manifest.json", "rejects.jsonl", "conflicts.jsonl"
@@ -47,8 +51,10 @@ def fingerprint(facts: dict[str, Any]) -> str:
 
 
 def code_version() -> str:
-    here = Path(__file__).parent
-    return _hash_files([*here.glob("*.py"), *here.glob("frames/*")])
+    """Of all of data_prep, the frames of the report included."""
+    return _hash_files(
+        path for path in Path(__file__).parents[1].rglob("*.*") if path.suffix in (".py", ".jinja", ".css")
+    )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -166,6 +172,59 @@ def _restore_previous(folder: Path) -> None:
 
 def _previous(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.previous")
+
+
+def check_apart(folder: Path, settings: PrepareSettings) -> None:
+    """UserError where `folder` lies in what is read, so that the next run would read what this one writes."""
+    held_out = [named(entry)[1] for entry in (*settings.validation, *settings.test)]
+    for entry in (*settings.data, *held_out, *settings.decontaminate):
+        read = Path(entry).expanduser()
+        if read.resolve() == _kept_rejects(folder):
+            raise UserError(f"{entry} is what an earlier run could not keep, and goes with the next. Rename it first.")
+        if "**" in entry:
+            read = fixed_part(entry)
+        if read.is_dir() and folder.is_relative_to(read.resolve()):
+            raise UserError(
+                f"--out {settings.out} lies in {entry}, all of which is read: the next run would read what this one"
+                f" writes. Choose a folder beside it, such as --out {read.resolve().parent / 'prepared'}."
+            )
+
+
+def parts_folder(folder: Path) -> Path:
+    """Where datatrove's tasks write: beside the dataset, so that a run that broke off can go on with the rest."""
+    return folder.with_name(f".{folder.name}.parts")
+
+
+def _kept_rejects(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.rejects.jsonl")
+
+
+def keep_rejects(rejects: Rejects, folder: Path) -> Path:
+    """Copies the rejects of a run that writes no dataset to a file beside `folder`; the file."""
+    kept = _kept_rejects(folder)
+    if os.path.lexists(kept) and not _is_rejects(kept):
+        kept = kept.with_name(f"{kept.stem}-{os.getpid()}.jsonl")  # the other is somebody else's
+    rejects.file.flush()
+    shutil.copyfile(rejects.file.name, kept)
+    return kept
+
+
+def remove_kept_rejects(folder: Path) -> None:
+    """Those of an earlier run that wrote no dataset."""
+    if _is_rejects(kept := _kept_rejects(folder)):
+        kept.unlink()
+
+
+def _is_rejects(path: Path) -> bool:
+    """Whether an earlier run wrote this file. A link, or a file of other rows, is left alone."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        first = file.readline()
+    try:
+        return {"file", "row", "kind", "reason", "raw"} <= json.loads(first).keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def save_quietly(tables: DatasetDict | Dataset, folder: Path) -> None:

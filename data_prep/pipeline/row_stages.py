@@ -89,7 +89,7 @@ class Check(Protocol):
     def check(self, record: Record) -> tuple[str, str] | None: ...
 
 
-class Lengths(NamedTuple):
+class LengthLimits(NamedTuple):
     """How long the two sides may be, what is done with what is longer (error, drop or cut), and with what the
     tokenizer cannot write (keep, drop or error)."""
 
@@ -100,7 +100,7 @@ class Lengths(NamedTuple):
     lossy_text: str = "keep"
 
 
-class Example(NamedTuple):
+class RenderedRow(NamedTuple):
     """A record, the row that it is from, and what the template made of it."""
 
     record: Record | Tokenised
@@ -151,7 +151,7 @@ class Batch(NamedTuple):
     examples: pyarrow.RecordBatch
     rejects: list[Reject]
     counts: Counts
-    bytes_done: int
+    bytes_done: int = 0
 
     @property
     def examples_read(self) -> int:
@@ -166,8 +166,8 @@ class Stages:
     """One for each source."""
     template: Template
     tokenizer: PreTrainedTokenizerBase | None
-    """None where it has still to be trained; `encode_batch` follows then."""
-    lengths: Lengths
+    """None where it has still to be trained; `encode` follows then."""
+    lengths: LengthLimits
     checks: tuple[Check, ...] = ()
     shingles: Shingles | None = None
     """How near duplicates are looked for; None for not at all."""
@@ -186,6 +186,13 @@ class Stages:
         if self.tokenizer is not None:
             batch = encode_batch(batch, self.tokenizer, self.template, self.lengths, rejects, counts, examples)
         return Batch(batch, rejects, counts, chunk.bytes_done)
+
+    def encode(self, batch: pyarrow.RecordBatch) -> Batch:
+        """The second half of `run`, for a tokenizer that was not there yet."""
+        rejects, counts = [], Counts()
+        return Batch(
+            encode_batch(batch, self.tokenizer, self.template, self.lengths, rejects, counts), rejects, counts
+        )
 
     def _records(
         self,
@@ -212,7 +219,7 @@ class Stages:
                     records.append((result, row.raw))
         return records
 
-    def _count(self, examples: list[Example], counts: Counts) -> None:
+    def _count(self, examples: list[RenderedRow], counts: Counts) -> None:
         for record in (example.record for example in examples):
             if isinstance(record, Tokenised):
                 continue
@@ -226,7 +233,7 @@ class Stages:
             if self.sensitive:
                 _count_sensitive(record, counts)
 
-    def arrow(self, examples: list[Example], source_number: int) -> pyarrow.RecordBatch:
+    def arrow(self, examples: list[RenderedRow], source_number: int) -> pyarrow.RecordBatch:
         records = [example.record for example in examples]
         keys = numpy.array([_keys(example) for example in examples], dtype=numpy.uint64).reshape(-1, 5)
         columns = [
@@ -260,7 +267,7 @@ def render(
     records: Iterable[tuple[Record | Tokenised, str]],
     rejects: list[Reject],
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> list[Example]:
+) -> list[RenderedRow]:
     """A row that a user's template cannot render, or of which it makes nothing, is a reject like any other; so is one
     whose languages the tokenizer does not know."""
     codes = codes_of(tokenizer)
@@ -271,7 +278,7 @@ def render(
             if codes.tokens:
                 labels = codes.start_first(record.labels)
                 record = replace(record, labels=labels, languages=codes.read_from(record.input_ids, labels))
-            examples.append(Example(record, raw, "", ""))
+            examples.append(RenderedRow(record, raw, "", ""))
             continue
         try:
             if record.languages not in found:
@@ -290,7 +297,7 @@ def render(
             rejects.append(Reject(record.origin, None, "template failed", str(error), raw))
             continue
         if source.strip() and target.strip():
-            examples.append(Example(record, raw, source, target))
+            examples.append(RenderedRow(record, raw, source, target))
         else:
             side = "target" if source.strip() else "source"
             reason = f"template {template.name} makes an empty {side} of it."
@@ -302,10 +309,10 @@ def encode_batch(
     batch: pyarrow.RecordBatch,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
-    lengths: Lengths,
+    lengths: LengthLimits,
     rejects: list[Reject],
     counts: Counts,
-    examples: Sequence[Example] = (),
+    examples: Sequence[RenderedRow] = (),
 ) -> pyarrow.RecordBatch:
     """The same rows with ID_FIELDS, less those that end as rejects. `given` are the rows that came as token ids."""
     source_texts, target_texts = ([from_marked(text) for text in batch[side].to_pylist()] for side in SIDES)
@@ -360,7 +367,7 @@ def _cut_sources(
     languages: Sequence[Languages],
     given: set[int],
     tokenizer: PreTrainedTokenizerBase,
-    lengths: Lengths,
+    lengths: LengthLimits,
 ) -> list[Encoding]:
     """Those over the limit with less of what the user wrote; ids that were given lose their end."""
     limit, cut = lengths.max_source_tokens, list(sources)
@@ -376,7 +383,7 @@ def _cut_sources(
 
 
 def _fitted(
-    source: Encoding, target: Encoding, lengths: Lengths
+    source: Encoding, target: Encoding, lengths: LengthLimits
 ) -> tuple[list[int], list[int], tuple[str, str] | None]:
     """`input_ids`, `labels`, and the fault (kind, reason) of a row that is not kept."""
     for side, encoding in (("source", source), ("target", target)):
@@ -413,7 +420,7 @@ def _count_lost(lost: Mapping[str, Loss | None], origin: str, counts: Counts) ->
                 counts.lost_examples.append({"kind": name, "origin": origin, "example": loss.example})
 
 
-def _keys(example: Example) -> tuple[int, int, int, int, int]:
+def _keys(example: RenderedRow) -> tuple[int, int, int, int, int]:
     record = example.record
     if isinstance(record, Tokenised):
         source, target = (xxhash.xxh3_64_intdigest(str(ids).encode()) for ids in (record.input_ids, record.labels))
@@ -423,7 +430,7 @@ def _keys(example: Example) -> tuple[int, int, int, int, int]:
     return *exact, *record_keys(record), text_key(example.source)
 
 
-def _compared(example: Example) -> str:
+def _compared(example: RenderedRow) -> str:
     return "" if isinstance(example.record, Tokenised) else compared_text(example.record)
 
 

@@ -10,8 +10,10 @@ the row that says the same.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -55,6 +57,12 @@ class Selection:
     @property
     def kept(self) -> int:
         return int((self.split_of_row != REMOVED).sum())
+
+    def of_rows(self, gathered: Gathered) -> Selection:
+        """The same for rows of which some were left out since; their column `place` says where they stood before."""
+        if not gathered.examples.num_rows:
+            return replace(self, split_of_row=numpy.zeros(0, numpy.int16))
+        return replace(self, split_of_row=self.split_of_row[gathered.column("place")])
 
     def places(self) -> dict[str, numpy.ndarray]:
         """Of the rows of each split that has any, in order."""
@@ -188,6 +196,14 @@ def mixed_train(
     number_of = {name: number for number, name in enumerate(dict.fromkeys(source_names))}
     source = numpy.array([number_of[name] for name in source_names])[gathered.column("source_number")[train]]
     return mix(mixture, {name: train[source == number] for name, number in number_of.items()}, seed)
+
+
+def write_conflicts(path: Path, gathered: Gathered, selection: Selection) -> None:
+    """A line for each source that has several targets; no file where there is none."""
+    if selection.conflicting:
+        with path.open("w", encoding="utf-8") as file:
+            for group in selection.conflicting:
+                file.write(json.dumps(conflict_rows(gathered, group), ensure_ascii=False) + "\n")
 
 
 def conflict_rows(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:

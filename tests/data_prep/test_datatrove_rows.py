@@ -101,7 +101,7 @@ def test_a_tokenizer_is_trained_on_the_same_rows(folder, prepare, tmp_path):
     words = ["--data", folder / "b.json", folder / "c.json", "--train_tokenizer", "bpe", "--vocab_size", 400]
     assert prepare(*words, out="local")[0] == 0
     for task in range(3):
-        list(write_part(rows_step([*map(str, words)], "unused").work, tmp_path / "parts", task, 3))
+        list(write_part(rows_step([*map(str, words)], "unused").job, tmp_path / "parts", task, 3))
     assert prepare(*words, "--gathered", tmp_path / "parts", out="gathered")[0] == 0
     assert contents(tmp_path / "gathered") == contents(tmp_path / "local")
     tokenizers = [(tmp_path / name / "tokenizer" / "tokenizer.json").read_bytes() for name in ("local", "gathered")]
@@ -113,7 +113,7 @@ def test_few_tasks_take_whole_files_and_many_take_chunks(bpe_folder, prepare, tm
     """Sixteen files: up to four tasks each read their own alone; of forty some have nothing to do."""
     words = ["--data", sixteen_files(tmp_path / "rows"), "--tokenizer", bpe_folder, "--packing", "false"]
     assert prepare(*words, out="local")[0] == 0
-    work = rows_step([*map(str, words)], "unused").work
+    work = rows_step([*map(str, words)], "unused").job
     rows = [sum(it.examples_read for it in write_part(work, tmp_path / "parts", task, tasks)) for task in range(tasks)]
     assert sum(rows) == 16 * 12
     assert prepare(*words, "--gathered", tmp_path / "parts", out="gathered")[0] == 0
@@ -222,7 +222,7 @@ def parts_made(bpe_folder, tmp_path_factory):
         (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
     words = ["--data", str(folder / "a.json"), str(folder / "b.json"), "--tokenizer", str(bpe_folder)]
     words += ["--packing", "false"]
-    work = rows_step(words, "unused").work
+    work = rows_step(words, "unused").job
     for task in range(3):
         list(write_part(work, folder / "parts", task, 3))
     return words, work, folder / "parts"

@@ -1,0 +1,68 @@
+"""Rows that are in memory already, as sources like those of files: for `prepare(settings, rows=…)` from Python.
+
+    open_rows([{"instruction": "Add.", "output": "2"}], limits)                  → [Source("rows", split="train")]
+    open_rows(DatasetDict({"train": …, "test": …}), limits)                      → [Source("rows:train"), …:test]
+
+What their origins say is "rows:7", or "rows:test:7": the seventh row of the list, frame or split.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import xxhash
+from datasets import Dataset
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.reading.chunks import Finished, Rows, in_chunks
+from diptych.data_prep.reading.column_rows import hub_chunks
+from diptych.data_prep.reading.files import Limits
+from diptych.data_prep.reading.sources import TRAIN, Source
+from diptych.data_prep.rows.named_splits import KINDS, said_kind
+from diptych.data_prep.rows.records import Origin, Row
+
+RowsInMemory: TypeAlias = "Sequence[Mapping[str, Any]] | Dataset | Any | Mapping[str, RowsInMemory]"
+"""A list of dicts, a Dataset, a pandas frame; or these by the names of their splits, as a DatasetDict has them."""
+
+NAME = "rows"
+
+
+def open_rows(rows: RowsInMemory, limits: Limits) -> list[Source]:
+    """One source, to train on; or one for each split of a dict or DatasetDict, as the names of the splits say.
+
+    Raises:
+        UserError: the name of a split says neither train nor validation nor test, or rows are no rows.
+    """
+    if not isinstance(rows, Mapping):
+        return [_source(rows, NAME, TRAIN, limits)]
+    for name in rows:
+        if said_kind(name) not in KINDS:
+            raise UserError(f"rows has the split '{name}'. Name each split train, validation or test.")
+    order = sorted(rows, key=lambda name: KINDS.index(said_kind(name)))
+    return [_source(rows[name], f"{NAME}:{name}", said_kind(name), limits) for name in order]
+
+
+def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:
+    if hasattr(rows, "to_parquet") and hasattr(rows, "iloc"):  # a pandas frame, without an import of pandas
+        rows = Dataset.from_pandas(rows, preserve_index=False)
+    if isinstance(rows, Dataset):
+        read = functools.partial(hub_chunks, rows, name, limits)
+        return Source(name, rows._fingerprint, None, read, NAME, split=split)
+    rows = list(rows)
+    for place, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise UserError(f"{name}:{place} is a {type(row).__name__}, and each row is a dict of its fields.")
+    raws = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+    digest = xxhash.xxh3_128_hexdigest("\n".join(raws).encode("utf-8", "surrogatepass"))
+    return Source(name, digest, None, functools.partial(_chunks, rows, raws, name), NAME, split=split)
+
+
+def _chunks(rows: Sequence[Mapping[str, Any]], raws: Sequence[str], name: str) -> Iterator[Finished]:
+    def read() -> Rows:
+        for place, (row, raw) in enumerate(zip(rows, raws, strict=True), start=1):
+            yield Row(row, Origin(name, place), raw)
+
+    return in_chunks(read(), lambda: 0)
