@@ -1,25 +1,25 @@
-"""Diptych, the model: an encoder panel that reads, a decoder panel that writes, cross-attention as the hinge.
+"""Diptych, the model: an encoder panel reads the source, and a decoder panel writes the target.
 
     input_ids ─embed─▶ [norm, self-attention, norm, SwiGLU] × N ─norm─▶ encoder states
     decoder_input_ids ─embed─▶ [norm, causal self-attention, norm, cross-attention, norm, SwiGLU] × M ─norm─▶ head
 
-That is the separate hinge. With the merged one the decoder has no cross-attention: each of its layers attends, in one
-softmax, to its own tokens and to what an encoder layer read, as if the source stood before the target in one text:
+That is the separate hinge. With the merged hinge the decoder has no cross-attention sub-layer. Each of its layers
+attends, in one softmax, to its own tokens and to the input of an encoder layer, as if source and target were one text:
 
     decoder_input_ids ─embed─▶ [norm, attention to (source, target so far), norm, SwiGLU] × M ─norm─▶ head
 
-Shapes: B rows, S source tokens, T target tokens, D width, H query heads, K key/value heads, E head size, V vocabulary,
-M decoder layers.
+Shapes: B rows, S source tokens, T target tokens, L tokens of either side, D width, H query heads, K key/value heads,
+E head size, V vocabulary, M decoder layers.
 
-A row may hold several examples (packing). `segment_ids` number them, 0 is padding; each attention site has a mask of
-its own, and no token ever sees another example (names as in seqio and T5X):
+A row may hold several examples (packing). `segment_ids` number them, 0 is padding. Each attention site has its own
+mask, and no token sees another example (names as in seqio and T5X):
 
     input_ids     12  7  9  1 |  5  8  1 |  0      labels              31 40  1 | 22  1 | -100
     segment_ids    1  1  1  1 |  2  2  2 |  0      decoder_input_ids    0 31 40 |  0 22 |    0
     position_ids   0  1  2  3 |  0  1  2 |  0      decoder_segment_ids  1  1  1 |  2  2 |    0
 
-Weight names are Llama's, so that Llama, Mistral, Qwen2 and Qwen3 map one to one. This file travels with every
-checkpoint: it imports torch, transformers, and its neighbour.
+Weights are named as in Llama, so that those of Llama, Mistral, Qwen2 and Qwen3 fit by name. Every saved checkpoint
+carries a copy of this file: it imports torch, transformers and configuration_diptych.py only.
 """
 
 import copy
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     and_masks,
@@ -57,6 +57,9 @@ from .configuration_diptych import DiptychConfig, DiptychPanelConfig
 
 # transformers 5.24 calls the cache `cache`, in its outputs and as an argument. Our `forward` takes both names.
 CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+
+RotaryAngles = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of the positions' angles, (B, L, E) each."""
 
 
 class DiptychRMSNorm(nn.Module):
@@ -111,6 +114,20 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return states * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
 
+class DiptychMLP(nn.Module):
+    """Gated feed-forward network (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, config: DiptychPanelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -134,7 +151,7 @@ def eager_attention_forward(
 
 
 class DiptychAttention(nn.Module):
-    """What self- and cross-attention share: the projections, the optional head norms, and the choice of kernel."""
+    """The projections, the optional head norms and the choice of kernel, for self- and cross-attention."""
 
     def __init__(self, config: DiptychPanelConfig, layer_idx: int, key_value_size: int, is_causal: bool):
         super().__init__()
@@ -143,7 +160,7 @@ class DiptychAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
-        self.is_causal = is_causal  # what sdpa and flash go by when there is no mask
+        self.is_causal = is_causal  # sdpa and flash attention read it when there is no mask
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(key_value_size, keys, bias=config.attention_bias)
@@ -151,56 +168,72 @@ class DiptychAttention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = DiptychRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = DiptychRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.has_rope = layer_idx not in (config.layers_without_rope or ())
 
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+    def heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, L, heads × E) → (B, L, heads, E). The head count is inferred: tensor parallelism splits it."""
         return projected.view(*projected.shape[:-1], -1, self.head_dim)
 
-    def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.q_norm(self._heads(self.q_proj(hidden_states))).transpose(1, 2)
+    def queries(self, states: torch.Tensor, position_embeddings: RotaryAngles | None) -> torch.Tensor:
+        """(B, T, D) → (B, H, T, E), rotated unless position_embeddings is None."""
+        query = self.q_norm(self.heads(self.q_proj(states))).transpose(1, 2)
+        return rotate(query, *position_embeddings) if position_embeddings and self.has_rope else query
 
-    def _keys_and_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys = self.k_norm(self._heads(self.k_proj(states))).transpose(1, 2)
-        return keys, self._heads(self.v_proj(states)).transpose(1, 2)
+    def keys_and_values(
+        self, states: torch.Tensor, position_embeddings: RotaryAngles | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L, D) → keys, rotated unless position_embeddings is None, and values, (B, K, L, E) each."""
+        key = self.k_norm(self.heads(self.k_proj(states))).transpose(1, 2)
+        value = self.heads(self.v_proj(states)).transpose(1, 2)
+        return rotate(key, *position_embeddings) if position_embeddings and self.has_rope else key, value
 
-    def _attend(self, query, key, value, attention_mask) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+    def source_keys_and_values(
+        self, states: torch.Tensor, position_embeddings: RotaryAngles | None, cache: EncoderDecoderCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`keys_and_values` of the source. With a cache they are computed at the first step only."""
+        if cache is None:
+            return self.keys_and_values(states, position_embeddings)
+        if cache.is_updated.get(self.layer_idx):
+            cached = cache.cross_attention_cache.layers[self.layer_idx]
+            return cached.keys, cached.values
+        key, value = self.keys_and_values(states, position_embeddings)
+        cache.is_updated[self.layer_idx] = True
+        return cache.cross_attention_cache.update(key, value, self.layer_idx)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """→ the output (B, T, D) and, from eager attention, the weights (B, H, T, L)."""
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, weights = attention(
+        output, weights = kernel(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=self.is_causal
         )
         return self.o_proj(output.flatten(2)), weights
 
 
 class DiptychSelfAttention(DiptychAttention):
-    """Attention within one panel; the decoder's is causal and grows a cache."""
+    """Attention within one panel. The decoder's is causal and extends a cache."""
 
     def __init__(self, config: DiptychPanelConfig, layer_idx: int):
         super().__init__(config, layer_idx, key_value_size=config.hidden_size, is_causal=config.is_decoder)
-        self.has_rope = layer_idx not in (config.layers_without_rope or ())
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: RotaryAngles,
         attention_mask: torch.Tensor | None,
-        cache: Cache | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self._rotated(self._queries(hidden_states), position_embeddings)
-        key, value = self._keys_and_values(hidden_states)
-        key = self._rotated(key, position_embeddings)
+        query = self.queries(hidden_states, position_embeddings)
+        key, value = self.keys_and_values(hidden_states, position_embeddings)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        return self._attend(query, key, value, attention_mask)
-
-    def _rotated(self, states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return rotate(states, *position_embeddings) if self.has_rope else states
+            key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
+        return self.attend(query, key, value, attention_mask)
 
 
 class DiptychCrossAttention(DiptychAttention):
-    """The hinge: the decoder looks at the encoder's final states. No positions; keys and values are cached once."""
+    """The separate hinge: attention to the encoder's final states, without positions."""
 
     def __init__(self, config: DiptychPanelConfig, layer_idx: int):
         super().__init__(config, layer_idx, key_value_size=config.cross_attention_hidden_size, is_causal=False)
@@ -212,71 +245,43 @@ class DiptychCrossAttention(DiptychAttention):
         attention_mask: torch.Tensor | None,
         cache: EncoderDecoderCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self._queries(hidden_states)
-        if cache is not None and cache.is_updated.get(self.layer_idx):
-            cached = cache.cross_attention_cache.layers[self.layer_idx]
-            key, value = cached.keys, cached.values
-        else:
-            key, value = self._keys_and_values(encoder_hidden_states)
-            if cache is not None:
-                key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
-                cache.is_updated[self.layer_idx] = True
-        return self._attend(query, key, value, attention_mask)
+        query = self.queries(hidden_states, position_embeddings=None)
+        key, value = self.source_keys_and_values(encoder_hidden_states, position_embeddings=None, cache=cache)
+        return self.attend(query, key, value, attention_mask)
 
 
 class DiptychMergedAttention(DiptychSelfAttention):
-    """The other hinge: one softmax over the source and the target so far. The source's keys and values come from what
-    an encoder layer read, by this layer's own projections, and are cached once."""
+    """The merged hinge: one softmax over the source and the target so far. The source's keys and values are this
+    layer's projections of an encoder layer's input."""
 
     def __init__(self, config: DiptychPanelConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.is_causal = False  # the mask says it: causal among the target's tokens, open towards the source
+        self.is_causal = False  # the mask is causal over the target and open over the source
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        source_states: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        source_position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        encoder_hidden_states: torch.Tensor | None,
+        position_embeddings: RotaryAngles,
+        encoder_position_embeddings: RotaryAngles,
         attention_mask: torch.Tensor,
         cache: EncoderDecoderCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """hidden_states (B, T, D) and, unless they are cached, source_states (B, S, D), both normed → the output, and
-        the weights (B, H, T, …) on the target and on the source."""
-        query = self._rotated(self._queries(hidden_states), position_embeddings)
-        key, value = self._keys_and_values(hidden_states)
-        key = self._rotated(key, position_embeddings)
-        if source_states is None:
-            cached = cache.cross_attention_cache.layers[self.layer_idx]
-            source_key, source_value = cached.keys, cached.values
-        else:
-            source_key, source_value = self._keys_and_values(source_states)
-            source_key = self._rotated(source_key, source_position_embeddings)
+        """hidden_states (B, T, D) and encoder_hidden_states (B, S, D), both normed → the output, and the weights
+        (B, H, T, …) on the target and on the source. encoder_hidden_states may be None once the cache has them."""
+        query = self.queries(hidden_states, position_embeddings)
+        key, value = self.keys_and_values(hidden_states, position_embeddings)
+        source_key, source_value = self.source_keys_and_values(
+            encoder_hidden_states, encoder_position_embeddings, cache
+        )
         if cache is not None:
             key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
-            if source_states is not None:
-                source_key, source_value = cache.cross_attention_cache.update(source_key, source_value, self.layer_idx)
-                cache.is_updated[self.layer_idx] = True
         key, value = torch.cat((source_key, key), dim=2), torch.cat((source_value, value), dim=2)
-        output, weights = self._attend(query, key, value, attention_mask)
+        output, weights = self.attend(query, key, value, attention_mask)
         if weights is None:
             return output, None, None
         on_source, on_target = weights.tensor_split([source_key.shape[2]], dim=-1)
         return output, on_target, on_source
-
-
-class DiptychMLP(nn.Module):
-    """Gated feed-forward network (SwiGLU, arXiv 2002.05202)."""
-
-    def __init__(self, config: DiptychPanelConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class DiptychEncoderLayer(GradientCheckpointingLayer):
@@ -291,10 +296,7 @@ class DiptychEncoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
+        self, hidden_states: torch.Tensor, position_embeddings: RotaryAngles, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, attention_mask)
         hidden_states = hidden_states + self.dropout(attended)
@@ -302,15 +304,24 @@ class DiptychEncoderLayer(GradientCheckpointingLayer):
 
 
 class DiptychDecoderLayer(GradientCheckpointingLayer):
-    """hidden_states (B, T, D) and encoder_hidden_states (B, S, D of the encoder) → (B, T, D)."""
+    """hidden_states (B, T, D) and encoder_hidden_states (B, S, D of the encoder) → (B, T, D).
+
+    Separate hinge: encoder_hidden_states are the encoder's final states, which cross_attn reads, and
+    encoder_position_embeddings is None. Merged hinge: they are an encoder layer's input, which self_attn reads;
+    attention_mask covers source and target, and encoder_attention_mask is None.
+    """
 
     def __init__(self, config: DiptychPanelConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = DiptychSelfAttention(config, layer_idx)
-        self.cross_attn = DiptychCrossAttention(config, layer_idx)
+        self.layer_idx = layer_idx
+        self.is_merged = config.cross_attention == "merged"
+        self.self_attn = (DiptychMergedAttention if self.is_merged else DiptychSelfAttention)(config, layer_idx)
+        if not self.is_merged:
+            self.cross_attn = DiptychCrossAttention(config, layer_idx)
         self.mlp = DiptychMLP(config)
         self.input_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.cross_attention_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not self.is_merged:
+            self.cross_attention_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.residual_dropout)
 
@@ -318,174 +329,27 @@ class DiptychDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: RotaryAngles,
+        encoder_position_embeddings: RotaryAngles | None,
         attention_mask: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         cache: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
-        own_past = cache.self_attention_cache if cache is not None else None
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, own_past
-        )
-        hidden_states = hidden_states + self.dropout(attended)
-        attended, _ = self.cross_attn(
-            self.cross_attention_layernorm(hidden_states),
-            encoder_hidden_states,
-            encoder_attention_mask,
-            cache,
-        )
-        hidden_states = hidden_states + self.dropout(attended)
+        normed = self.input_layernorm(hidden_states)
+        if self.is_merged:
+            is_cached = cache is not None and cache.is_updated.get(self.layer_idx)
+            source = None if is_cached else self.input_layernorm(encoder_hidden_states)
+            attended, _, _ = self.self_attn(
+                normed, source, position_embeddings, encoder_position_embeddings, attention_mask, cache
+            )
+            hidden_states = hidden_states + self.dropout(attended)
+        else:
+            attended, _ = self.self_attn(normed, position_embeddings, attention_mask, cache)
+            hidden_states = hidden_states + self.dropout(attended)
+            normed = self.cross_attention_layernorm(hidden_states)
+            attended, _ = self.cross_attn(normed, encoder_hidden_states, encoder_attention_mask, cache)
+            hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
-
-
-class DiptychMergedDecoderLayer(GradientCheckpointingLayer):
-    """hidden_states (B, T, D) and what an encoder layer read (B, S, D) → (B, T, D)."""
-
-    def __init__(self, config: DiptychPanelConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.self_attn = DiptychMergedAttention(config, layer_idx)
-        self.mlp = DiptychMLP(config)
-        self.input_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.dropout = nn.Dropout(config.residual_dropout)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_layer_input: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        encoder_position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor,
-        cache: EncoderDecoderCache | None = None,
-    ) -> torch.Tensor:
-        is_cached = cache is not None and cache.is_updated.get(self.layer_idx)
-        attended, _, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            None if is_cached else self.input_layernorm(encoder_layer_input),
-            position_embeddings,
-            encoder_position_embeddings,
-            attention_mask,
-            cache,
-        )
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
-
-
-def same_segment(query_segments: torch.Tensor, key_segments: torch.Tensor) -> Callable:
-    """The rule "same example" for `masking_utils`: query_segments (B, T) and key_segments (B, S).
-
-    A padding query (segment 0) may look anywhere: nobody reads it, and a softmax over nothing would not be a number.
-    """
-
-    def rule(batch_idx, head_idx, q_idx, kv_idx):
-        query_segment = query_segments[batch_idx, q_idx]
-        return (query_segment == key_segments[batch_idx, kv_idx]) | (query_segment == 0)
-
-    return rule
-
-
-def within_lookahead(lookahead: int) -> Callable:
-    """The rule "at most so many tokens ahead" for `masking_utils`; 0 is causal."""
-
-    def rule(batch_idx, head_idx, q_idx, kv_idx):
-        return kv_idx <= q_idx + lookahead
-
-    return rule
-
-
-def source_then_target(
-    source_length: int,
-    offset: int | torch.Tensor,
-    segment_ids: torch.Tensor | None,
-    cross_segment_ids: torch.Tensor | None,
-    encoder_segment_ids: torch.Tensor | None,
-) -> Callable:
-    """The merged hinge's rule for `masking_utils`, over keys of which the first `source_length` are the source's.
-
-    Query i is target token `offset` + i: it sees the source that it reads, and the target up to itself. Segments
-    (B, T), (B, T), (B, S) as in `same_segment`.
-    """
-
-    def rule(batch_idx, head_idx, q_idx, kv_idx):
-        target_idx = kv_idx - source_length
-        of_source, of_target = kv_idx < source_length, (target_idx >= 0) & (target_idx <= q_idx + offset)
-        if segment_ids is not None:
-            source_idx = kv_idx.clamp(max=source_length - 1)
-            target_idx = target_idx.clamp(min=0)
-            reads, own = same_segment(cross_segment_ids, encoder_segment_ids), same_segment(segment_ids, segment_ids)
-            of_source = of_source & reads(batch_idx, head_idx, q_idx, source_idx)
-            of_target = of_target & own(batch_idx, head_idx, q_idx, target_idx)
-        return of_source | of_target
-
-    return rule
-
-
-def source_ends(
-    position_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    segment_ids: torch.Tensor | None,
-    cross_segment_ids: torch.Tensor | None,
-) -> torch.Tensor:
-    """The position after the source that each target token reads: source positions (B, S), mask and segments (B, S),
-    and cross_segment_ids (B, T) if rows are packed → (B, T), else (B, 1)."""
-    after = position_ids + 1
-    if attention_mask is not None:
-        after = after.masked_fill(attention_mask == 0, 0)
-    if segment_ids is None:
-        return after.amax(dim=1, keepdim=True)
-    # A row of S tokens has at most S segments, so that no length depends on the data.
-    ends = after.new_zeros(after.shape[0], after.shape[1] + 1).scatter_reduce(1, segment_ids, after, "amax")
-    return ends.gather(1, cross_segment_ids.clamp(max=after.shape[1]))
-
-
-def positions_within_segments(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Positions that restart at 0 in each segment: [[1, 1, 1, 2, 2, 0]] → [[0, 1, 2, 0, 1, 0]]. Shape (B, L)."""
-    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-    starts = segment_ids != F.pad(segment_ids, (1, -1), value=-1)
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
-
-
-def check_segments(config: DiptychPanelConfig, segment_ids: torch.Tensor | None, shape: tuple[int, int], name: str):
-    """Refuses segments that could not be honoured exactly.
-
-    Raises:
-        ValueError: the shape is not (B, L) of the tokens, or the attention cannot keep examples apart.
-    """
-    if segment_ids is None:
-        return
-    if tuple(segment_ids.shape) != tuple(shape):
-        raise ValueError(
-            f"{name} has shape {tuple(segment_ids.shape)}, but there are {tuple(shape)} tokens: "
-            "give one segment number per token."
-        )
-    needs_mask(config, name)
-
-
-def needs_mask(config: DiptychPanelConfig, name: str):
-    """Refuses attention that would leave a mask aside.
-
-    Raises:
-        ValueError: it takes none.
-    """
-    if config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
-        raise ValueError(
-            f"{name} needs attention that takes a mask, but attn_implementation is {config._attn_implementation!r}: "
-            "use 'sdpa', 'flex_attention' or 'eager'."
-        )
-
-
-@dataclass
-class DiptychEncoderOutput(BaseModelOutput):
-    """What the encoder of a merged model returns: also what its decoder reads.
-
-    Args:
-        layer_inputs: (B, M, S, D), for each decoder layer what the encoder layer of its depth read.
-        position_ids: (B, S), where the source's tokens stand; the target goes on from there.
-    """
-
-    layer_inputs: torch.FloatTensor | None = None
-    position_ids: torch.LongTensor | None = None
 
 
 class DiptychPreTrainedModel(PreTrainedModel):
@@ -494,7 +358,7 @@ class DiptychPreTrainedModel(PreTrainedModel):
     config: DiptychConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DiptychEncoderLayer", "DiptychDecoderLayer", "DiptychMergedDecoderLayer"]
+    _no_split_modules = ["DiptychEncoderLayer", "DiptychDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -518,7 +382,7 @@ class DiptychPreTrainedModel(PreTrainedModel):
         return shifted.masked_fill(shifted == -100, pad)
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
-        """Resizes the decoder's table too; the library itself knows of the encoder's and the head."""
+        """Resizes the decoder's table too; the library itself resizes the encoder's and the head."""
         embeddings = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         decoder = self.get_decoder()
         if isinstance(decoder, DiptychDecoder):
@@ -527,6 +391,121 @@ class DiptychPreTrainedModel(PreTrainedModel):
             )
         self.config.vocab_size = embeddings.weight.shape[0]
         return embeddings
+
+
+def embed(panel: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """Tokens (B, L) or finished embeddings (B, L, D) → (B, L, D).
+
+    Raises:
+        ValueError: both or neither were given.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"{type(panel).__name__} takes token ids or embeddings, but {given} were given: give one.")
+    return panel.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def default_positions(tokens: torch.Tensor, segment_ids: torch.Tensor | None) -> torch.Tensor:
+    """Positions of tokens (B, L, …) → (1, L), from 0 in each row; or (B, L), from 0 in each segment:
+    segment_ids [[1, 1, 1, 2, 2, 0]] → [[0, 1, 2, 0, 1, 0]]."""
+    index = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    if segment_ids is None:
+        return index
+    starts = segment_ids != F.pad(segment_ids, (1, -1), value=-1)
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def source_ends(
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    cross_segment_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    """The position after the source that each target token reads: source positions (B, S), mask and segments (B, S),
+    and cross_segment_ids (B, T) if rows are packed → (B, T), else (B, 1)."""
+    after = position_ids + 1
+    if attention_mask is not None:
+        after = after.masked_fill(attention_mask == 0, 0)
+    if segment_ids is None:
+        return after.amax(dim=1, keepdim=True)
+    # A row of S tokens has at most S segments, so that no length depends on the data.
+    ends = after.new_zeros(after.shape[0], after.shape[1] + 1).scatter_reduce(1, segment_ids, after, "amax")
+    return ends.gather(1, cross_segment_ids.clamp(max=after.shape[1]))
+
+
+def same_segment(query_segments: torch.Tensor, key_segments: torch.Tensor) -> Callable:
+    """The rule "same example" for `masking_utils`: query_segments (B, T) and key_segments (B, S).
+
+    A padding query (segment 0) sees everything: its output is never used, and a softmax over nothing would be NaN.
+    """
+
+    def rule(batch_idx, head_idx, q_idx, kv_idx):
+        query_segment = query_segments[batch_idx, q_idx]
+        return (query_segment == key_segments[batch_idx, kv_idx]) | (query_segment == 0)
+
+    return rule
+
+
+def within_lookahead(lookahead: int) -> Callable:
+    """The rule "at most so many tokens ahead" for `masking_utils`; 0 is causal."""
+    return lambda batch_idx, head_idx, q_idx, kv_idx: kv_idx <= q_idx + lookahead
+
+
+def source_then_target(
+    source_length: int,
+    offset: int | torch.Tensor,
+    segment_ids: torch.Tensor | None,
+    cross_segment_ids: torch.Tensor | None,
+    encoder_segment_ids: torch.Tensor | None,
+) -> Callable:
+    """The merged hinge's rule for `masking_utils`. The first `source_length` keys are the source's, the others the
+    target's. Query i is target token `offset` + i: it sees its source, and the target up to itself. Segments are
+    (B, T), (B, T) and (B, S), as in `same_segment`."""
+    key_segments = None if segment_ids is None else torch.cat((encoder_segment_ids, segment_ids), dim=1)
+
+    def rule(batch_idx, head_idx, q_idx, kv_idx):
+        is_before = kv_idx <= source_length + offset + q_idx
+        if key_segments is None:
+            return is_before
+        place = (batch_idx, q_idx)
+        segment = torch.where(kv_idx < source_length, cross_segment_ids[place], segment_ids[place])
+        return is_before & ((segment == key_segments[batch_idx, kv_idx]) | (segment == 0))
+
+    return rule
+
+
+def check_takes_mask(config: DiptychPanelConfig, name: str):
+    """Raises ValueError if the attention implementation would ignore the mask that `name` needs."""
+    if config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
+        raise ValueError(
+            f"{name} needs attention that takes a mask, but attn_implementation is {config._attn_implementation!r}: "
+            "use 'sdpa', 'flex_attention' or 'eager'."
+        )
+
+
+def check_segments(config: DiptychPanelConfig, segment_ids: torch.Tensor | None, batch: int, length: int, name: str):
+    """Raises ValueError if the shape is not that of the tokens, or if the attention cannot keep examples apart."""
+    if segment_ids is None:
+        return
+    if tuple(segment_ids.shape) != (batch, length):
+        raise ValueError(
+            f"{name} has shape {tuple(segment_ids.shape)}, but there are {(batch, length)} tokens: "
+            "give one segment number per token."
+        )
+    check_takes_mask(config, name)
+
+
+@dataclass
+class DiptychEncoderOutput(BaseModelOutput):
+    """The encoder's output with the merged hinge.
+
+    Args:
+        layer_inputs: (B, M, S, D), for each decoder layer the encoder layer's input that it reads.
+        position_ids: (B, S), positions of the source tokens; those of the target continue them.
+    """
+
+    layer_inputs: torch.FloatTensor | None = None
+    position_ids: torch.LongTensor | None = None
 
 
 class DiptychEncoder(DiptychPreTrainedModel):
@@ -564,49 +543,48 @@ class DiptychEncoder(DiptychPreTrainedModel):
         """input_ids (B, S) or inputs_embeds (B, S, D) → last_hidden_state (B, S, D). `capture_outputs` reads the last
         two arguments."""
         hidden_states = embed(self, input_ids, inputs_embeds)
-        check_segments(self.config, segment_ids, hidden_states.shape[:2], "segment_ids")
+        check_segments(self.config, segment_ids, *hidden_states.shape[:2], "segment_ids")
         if position_ids is None:
             position_ids = default_positions(hidden_states, segment_ids)
-        mask = create_bidirectional_mask(
+        rules = [] if segment_ids is None else [same_segment(segment_ids, segment_ids)]
+        if self.config.lookahead is not None:
+            check_takes_mask(self.config, f"lookahead={self.config.lookahead}")
+            rules.append(within_lookahead(self.config.lookahead))
+        attention_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            and_mask_function=self._rule(segment_ids),
+            and_mask_function=and_masks(*rules) if rules else None,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
+
         hidden_states = self.dropout(hidden_states)
-        passed = [hidden_states]  # passed[m]: after m layers
+        after_layers = [hidden_states]  # after_layers[m]: the states after m layers
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_embeddings, mask)
-            passed.append(hidden_states)
+            hidden_states = layer(
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask
+            )
+            after_layers.append(hidden_states)
         last_hidden_state = self.norm(hidden_states)
         if self.config.cross_attention == "separate" or self.config.encoder_layer_map is None:
             return BaseModelOutput(last_hidden_state=last_hidden_state)
         return DiptychEncoderOutput(
             last_hidden_state=last_hidden_state,
-            layer_inputs=torch.stack([passed[m] for m in self.config.encoder_layer_map], dim=1),
+            layer_inputs=torch.stack([after_layers[m] for m in self.config.encoder_layer_map], dim=1),
             position_ids=position_ids.expand(hidden_states.shape[:2]),
         )
-
-    def _rule(self, segment_ids: torch.Tensor | None) -> Callable | None:
-        """Which tokens see which, beyond padding."""
-        rules = [] if segment_ids is None else [same_segment(segment_ids, segment_ids)]
-        if self.config.lookahead is not None:
-            needs_mask(self.config, f"lookahead={self.config.lookahead}")
-            rules.append(within_lookahead(self.config.lookahead))
-        return and_masks(*rules) if rules else None
 
 
 class DiptychDecoder(DiptychPreTrainedModel):
     """The panel that writes: input_ids (B, T) and encoder states → last_hidden_state (B, T, D), normed.
 
-    encoder_hidden_states are the encoder's last (B, S, D); with the merged hinge its layer_inputs (B, M, S, D), beside
-    encoder_position_ids (B, S). position_ids (B, T) count from the target's beginning in either case.
+    encoder_hidden_states are the encoder's last (B, S, D); with the merged hinge its layer_inputs (B, M, S, D), and
+    encoder_position_ids (B, S) are needed, too. position_ids (B, T) count from the target's beginning in either case.
     """
 
     config: DiptychPanelConfig
     _can_record_outputs = {
-        "hidden_states": [OutputRecorder(DiptychDecoderLayer), OutputRecorder(DiptychMergedDecoderLayer)],
+        "hidden_states": DiptychDecoderLayer,
         "attentions": OutputRecorder(DiptychSelfAttention, index=1),
         "cross_attentions": [
             OutputRecorder(DiptychCrossAttention, index=1),
@@ -626,13 +604,12 @@ class DiptychDecoder(DiptychPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.residual_dropout)
-        layer_class = DiptychMergedDecoderLayer if config.cross_attention == "merged" else DiptychDecoderLayer
-        self.layers = nn.ModuleList([layer_class(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([DiptychDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DiptychRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
-        if config.cross_attention == "merged":  # a plan names what is there
+        if config.cross_attention == "merged":  # transformers warns of a plan for layers that do not exist
             self._tp_plan = {rule: style for rule, style in self._tp_plan.items() if ".cross_attn." not in rule}
 
     @merge_with_config_defaults
@@ -664,160 +641,142 @@ class DiptychDecoder(DiptychPreTrainedModel):
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them.")
         cache = past_key_values if cache is None else cache
+        if encoder_hidden_states is None:
+            raise ValueError("The decoder needs encoder_hidden_states: there is nothing to write about.")
+        hidden_states = embed(self, input_ids, inputs_embeds)
+        self._check_cache_and_segments(
+            hidden_states, encoder_hidden_states, cache, segment_ids, cross_segment_ids, encoder_segment_ids
+        )
+        cross_segment_ids = segment_ids if cross_segment_ids is None else cross_segment_ids
+        if use_cache and cache is None and segment_ids is None and not self.training:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        own_cache = cache.self_attention_cache if cache is not None else None
+        if position_ids is None:
+            position_ids = self._default_positions(hidden_states, attention_mask, segment_ids, own_cache)
+
+        masks = (attention_mask, encoder_attention_mask)
+        segments = (segment_ids, cross_segment_ids, encoder_segment_ids)
+        if self.config.cross_attention == "merged":
+            self._check_merged_inputs(encoder_hidden_states, encoder_position_ids, *masks)
+            position_ids = position_ids + source_ends(
+                encoder_position_ids, encoder_attention_mask, encoder_segment_ids, cross_segment_ids
+            )
+            # Source and target at once, since frequencies may depend on the longest position.
+            cos, sin = self.rotary_emb(hidden_states, torch.cat((encoder_position_ids, position_ids), dim=1))
+            source_length = encoder_position_ids.shape[1]
+            encoder_position_embeddings = cos[:, :source_length], sin[:, :source_length]
+            position_embeddings = cos[:, source_length:], sin[:, source_length:]
+            attention_mask = self._merged_mask(hidden_states, encoder_hidden_states, *masks, segments, own_cache)
+            encoder_attention_mask = None
+            encoder_states_of_layers = encoder_hidden_states.unbind(1)
+        else:
+            position_embeddings, encoder_position_embeddings = self.rotary_emb(hidden_states, position_ids), None
+            attention_mask, encoder_attention_mask = self._separate_masks(
+                hidden_states, encoder_hidden_states, *masks, segments, own_cache
+            )
+            encoder_states_of_layers = [encoder_hidden_states] * len(self.layers)
+
+        hidden_states = self.dropout(hidden_states)
+        for layer, encoder_states in zip(self.layers, encoder_states_of_layers, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                encoder_states,
+                position_embeddings=position_embeddings,
+                encoder_position_embeddings=encoder_position_embeddings,
+                attention_mask=attention_mask,
+                encoder_attention_mask=encoder_attention_mask,
+                cache=cache,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache}
+        )
+
+    def _check_cache_and_segments(self, hidden_states, encoder_states, cache, own, cross, encoder):
+        """Raises ValueError if segments contradict each other or the cache, or if they cannot be kept apart."""
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError(
                 "Gradient checkpointing runs each layer twice, which would write the cache twice: "
                 "give no cache, or call model.eval() or gradient_checkpointing_disable() first."
             )
-        if encoder_hidden_states is None:
-            raise ValueError("The decoder needs encoder_hidden_states: there is nothing to write about.")
-        hidden_states = embed(self, input_ids, inputs_embeds)
-        segments = self._checked_segments(
-            hidden_states, encoder_hidden_states, segment_ids, cross_segment_ids, encoder_segment_ids
-        )
-        if segment_ids is not None and cache is not None:
+        if cache is not None and own is not None:
             raise ValueError("Packed rows cannot grow token by token: give decoder_segment_ids or cache, not both.")
-        if use_cache and cache is None and segment_ids is None and not self.training:
-            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        own_past = cache.self_attention_cache if cache is not None else None
-        is_merged = self.config.cross_attention == "merged"
-        if position_ids is None:
-            offset = own_past.get_seq_length() if own_past is not None else 0
-            position_ids = default_positions(hidden_states, segment_ids) + offset
-            if is_merged and attention_mask is not None and attention_mask.ndim == 2:
-                # The target follows its source directly, whatever padding stands between them.
-                position_ids = (attention_mask.long().cumsum(1) - 1)[:, -hidden_states.shape[1] :].clamp(min=0)
-
-        masks = (attention_mask, encoder_attention_mask)
-        if is_merged:
-            states = (encoder_hidden_states, encoder_position_ids)
-            inputs_of_layers = self._merged_hinge(hidden_states, *states, *masks, position_ids, segments, own_past)
-        else:
-            states = encoder_hidden_states
-            inputs_of_layers = self._separate_hinge(hidden_states, states, *masks, position_ids, segments, own_past)
-        hidden_states = self.dropout(hidden_states)
-        for layer, inputs in zip(self.layers, inputs_of_layers, strict=True):
-            hidden_states = layer(hidden_states, *inputs, cache=cache)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache}
-        )
-
-    def _checked_segments(self, hidden_states, encoder_states, own, cross, encoder) -> tuple | None:
-        """The target's segments, the source's that each target token reads, and the source's own; or None.
-
-        Raises:
-            ValueError: they do not belong together, or cannot be honoured.
-        """
         if (own is None) != (encoder is None):
             raise ValueError("Packed rows need segments on both sides: give segment_ids and decoder_segment_ids.")
-        check_segments(self.config, own, hidden_states.shape[:2], "decoder_segment_ids")
-        check_segments(self.config, encoder, (encoder_states.shape[0], encoder_states.shape[-2]), "segment_ids")
-        check_segments(self.config, cross, hidden_states.shape[:2], "cross_segment_ids")
         if cross is not None and own is None:
             raise ValueError("cross_segment_ids say which segment a segment reads: give decoder_segment_ids, too.")
-        return None if own is None else (own, own if cross is None else cross, encoder)
+        check_segments(self.config, own, *hidden_states.shape[:2], "decoder_segment_ids")
+        check_segments(self.config, cross, *hidden_states.shape[:2], "cross_segment_ids")
+        check_segments(self.config, encoder, encoder_states.shape[0], encoder_states.shape[-2], "segment_ids")
 
-    def _separate_hinge(
-        self, hidden_states, encoder_states, mask, encoder_mask, position_ids, segments, own_past
-    ) -> list[tuple]:
-        """The inputs of each layer: the encoder's states, the target's positions, a mask for each attention."""
-        own, cross, encoder = segments or (None, None, None)
+    def _default_positions(self, hidden_states, attention_mask, segment_ids, own_cache) -> torch.Tensor:
+        """Positions of the target's tokens (B or 1, T), after those in the cache."""
+        if self.config.cross_attention == "merged" and attention_mask is not None and attention_mask.ndim == 2:
+            # The target follows its source directly, whatever padding stands between them.
+            return (attention_mask.long().cumsum(1) - 1)[:, -hidden_states.shape[1] :].clamp(min=0)
+        offset = own_cache.get_seq_length() if own_cache is not None else 0
+        return default_positions(hidden_states, segment_ids) + offset
+
+    def _separate_masks(self, hidden_states, encoder_states, mask, encoder_mask, segments, own_cache):
+        """→ the masks of self-attention and of cross-attention."""
+        own, cross, encoder = segments
         self_mask = create_causal_mask(
             self.config,
             hidden_states,
             mask,
-            own_past,  # by position: its name depends on the version of transformers
-            and_mask_function=None if segments is None else same_segment(own, own),
+            own_cache,  # by position: its name depends on the version of transformers
+            and_mask_function=None if own is None else same_segment(own, own),
         )
         cross_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=encoder_mask,
             encoder_hidden_states=encoder_states,
-            and_mask_function=None if segments is None else same_segment(cross, encoder),
+            and_mask_function=None if own is None else same_segment(cross, encoder),
         )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        return [(encoder_states, position_embeddings, self_mask, cross_mask)] * len(self.layers)
+        return self_mask, cross_mask
 
-    def _merged_hinge(
-        self, hidden_states, encoder_states, encoder_position_ids, mask, encoder_mask, position_ids, segments, own_past
-    ) -> list[tuple]:
-        """The inputs of each layer: what its encoder layer read, the positions of both sides, one mask over both.
-
-        Raises:
-            ValueError: what the encoder handed over is missing, or the attention or a mask cannot carry it.
-        """
+    def _check_merged_inputs(self, encoder_states, encoder_position_ids, mask, encoder_mask):
+        """Raises ValueError if the encoder's output is of no merged model, or the attention or a mask does not fit."""
         if encoder_states.ndim != 4 or encoder_position_ids is None:
             raise ValueError(
                 "The merged hinge reads what each encoder layer read: give encoder_outputs as the encoder returned "
                 "them (a DiptychEncoderOutput with layer_inputs and position_ids)."
             )
-        needs_mask(self.config, "cross_attention='merged'")
-        given = {"attention_mask": encoder_mask, "decoder_attention_mask": mask}
-        deep = [
-            f"{name} {tuple(value.shape)}" for name, value in given.items() if value is not None and value.ndim != 2
-        ]
-        if deep:
-            raise ValueError(f"The merged hinge takes masks of padding, (B, L), not {' and '.join(deep)}.")
+        check_takes_mask(self.config, "cross_attention='merged'")
+        for name, given in {"attention_mask": encoder_mask, "decoder_attention_mask": mask}.items():
+            if given is not None and given.ndim != 2:
+                raise ValueError(f"The merged hinge takes masks of padding, (B, L), not {name} {tuple(given.shape)}.")
+
+    def _merged_mask(self, hidden_states, encoder_states, mask, encoder_mask, segments, own_cache):
+        """→ one mask over the source's keys and, after them, the target's."""
         (batch, length), source_length = hidden_states.shape[:2], encoder_states.shape[2]
         offset, own_length = 0, length
-        if own_past is not None:
-            offset, own_length = own_past.get_query_offset(0), own_past.get_mask_sizes(length, 0)[0]
-        both = source_length + own_length
-        padding = None
-        if mask is not None or encoder_mask is not None:
-            ones = hidden_states.new_ones(batch, both, dtype=torch.bool)
-            source_mask = ones[:, :source_length] if encoder_mask is None else encoder_mask.bool()
-            own_mask = ones[:, source_length:] if mask is None else F.pad(mask.bool(), (0, own_length - mask.shape[1]))
-            padding = torch.cat((source_mask, own_mask), dim=1)
-        own, cross, encoder = segments or (None, None, None)
-        merged_mask = create_bidirectional_mask(
+        if own_cache is not None:
+            offset, own_length = own_cache.get_query_offset(0), own_cache.get_mask_sizes(length, 0)[0]
+        ones = hidden_states.new_ones(batch, source_length + own_length, dtype=torch.bool)
+        source_mask = ones[:, :source_length] if encoder_mask is None else encoder_mask.bool()
+        own_mask = ones[:, source_length:] if mask is None else F.pad(mask.bool(), (0, own_length - mask.shape[1]))
+        return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
-            attention_mask=padding,
-            encoder_hidden_states=hidden_states.new_empty(batch, both, 0),  # asked for its shape only
-            and_mask_function=source_then_target(source_length, offset, own, cross, encoder),
+            attention_mask=torch.cat((source_mask, own_mask), dim=1),
+            encoder_hidden_states=hidden_states.new_empty(*ones.shape, 0),  # read for shape and dtype
+            and_mask_function=source_then_target(source_length, offset, *segments),
         )
-        position_ids = position_ids + source_ends(encoder_position_ids, encoder_mask, encoder, cross)
-        # At once, since frequencies may depend on the longest position.
-        positions = torch.cat((encoder_position_ids, position_ids.expand(batch, -1)), dim=1)
-        cos, sin = self.rotary_emb(hidden_states, positions)
-        of_source = (cos[:, :source_length], sin[:, :source_length])
-        of_target = (cos[:, source_length:], sin[:, source_length:])
-        return [(states, of_target, of_source, merged_mask) for states in encoder_states.unbind(1)]
-
-
-def embed(panel: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """Tokens (B, L) or finished embeddings (B, L, D) → (B, L, D).
-
-    Raises:
-        ValueError: both or neither were given.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        given = "neither" if input_ids is None else "both"
-        raise ValueError(f"{type(panel).__name__} takes token ids or embeddings, but {given} were given: give one.")
-    return panel.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-
-
-def default_positions(hidden_states: torch.Tensor, segment_ids: torch.Tensor | None) -> torch.Tensor:
-    """0, 1, 2 … in each row, or in each segment: (1, L) or (B, L)."""
-    if segment_ids is not None:
-        return positions_within_segments(segment_ids)
-    return torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
 
 
 def outputs_to_capture(
     config: DiptychConfig, output_attentions: bool | None, output_hidden_states: bool | None
 ) -> dict[str, bool]:
-    """What both panels are asked to capture: the argument, else the config. Where neither says anything, nothing is
-    passed on, and each panel goes by its own config."""
+    """The arguments that tell a panel what to capture: as given, else as the model's config says. Where neither asks
+    for anything, an argument is left out, and the panel follows its own config."""
     asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
     asked = {name: getattr(config, name) or None if value is None else value for name, value in asked.items()}
     return {name: value for name, value in asked.items() if value is not None}
 
 
 class DiptychModel(DiptychPreTrainedModel):
-    """Both panels, hinged, without a head."""
+    """Both panels, without a head."""
 
     _tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
 
@@ -860,8 +819,7 @@ class DiptychModel(DiptychPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> Seq2SeqModelOutput:
-        """Reads the source, then runs the decoder over the target so far.
-
+        """
         Args:
             input_ids, attention_mask, position_ids, segment_ids: (B, S), the encoder's side.
             decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_segment_ids: (B, T), the other.
@@ -884,26 +842,22 @@ class DiptychModel(DiptychPreTrainedModel):
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
-        handed_over = {"encoder_hidden_states": encoder_outputs.last_hidden_state}
-        if isinstance(encoder_outputs, DiptychEncoderOutput):
-            handed_over = {
-                "encoder_hidden_states": encoder_outputs.layer_inputs,
-                "encoder_position_ids": encoder_outputs.position_ids,
-            }
+        is_merged = isinstance(encoder_outputs, DiptychEncoderOutput)
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             position_ids=decoder_position_ids,
             segment_ids=decoder_segment_ids,
             inputs_embeds=decoder_inputs_embeds,
+            encoder_hidden_states=encoder_outputs.layer_inputs if is_merged else encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
             encoder_segment_ids=segment_ids,
             cross_segment_ids=cross_segment_ids,
+            encoder_position_ids=encoder_outputs.position_ids if is_merged else None,
             cache=cache,
             past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
-            **handed_over,
             **captured,
         )
         return Seq2SeqModelOutput(
@@ -949,8 +903,8 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask, **kwargs):
-        """What `generate` gives to compiled decoding as decoder_attention_mask. The merged hinge masks source and
-        target together, in the decoder, and needs to know the padding only."""
+        """The decoder_attention_mask that `generate` gives to compiled decoding. The merged hinge needs the padding
+        only: its decoder masks source and target together."""
         if config.decoder.cross_attention == "merged":
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
@@ -1017,17 +971,8 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
+        states = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **states)
 
 
 @functools.cache
@@ -1040,37 +985,24 @@ def check_cached_decoding(cross_attention: str):
     Raises:
         RuntimeError: the logits differ.
     """
-    config = DiptychConfig(
-        vocab_size=17,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        initializer_range=1.0,  # so that each token depends on those before it
-        cross_attention=cross_attention,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-        decoder_start_token_id=0,
-    )
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    # With wide weights each token depends on those before it; without an end token, all four are generated.
+    settings = {"vocab_size": 17, "initializer_range": 1.0, "eos_token_id": None, "cross_attention": cross_attention}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = DiptychForConditionalGeneration(config).to(torch.float32).eval()
+        model = DiptychForConditionalGeneration(DiptychConfig(**shape, **settings)).to(torch.float32).eval()
         source = torch.tensor([[3, 4, 5], [6, 7, 0]])
-        cached, plain = (
-            super(DiptychForConditionalGeneration, model).generate(
-                source,
-                attention_mask=source.ne(0).long(),
-                use_cache=use_cache,
-                max_new_tokens=4,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            for use_cache in (True, False)
+        generate = functools.partial(
+            super(DiptychForConditionalGeneration, model).generate,
+            source,
+            attention_mask=source.ne(0).long(),
+            max_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
-    if not torch.allclose(torch.stack(cached.logits), torch.stack(plain.logits), rtol=1e-3, atol=1e-3):
+        cached, plain = (torch.stack(generate(use_cache=use_cache).logits) for use_cache in (True, False))
+    if not torch.allclose(cached, plain, rtol=1e-3, atol=1e-3):
         raise RuntimeError(
             f"Diptych's decoding with a cache is wrong with transformers {transformers.__version__}: logits differ "
             "from those without. Pass use_cache=False, or install a version that this checkpoint's code was made for."
@@ -1083,9 +1015,9 @@ class DiptychEncoderModel(DiptychPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^(model\.)?decoder\.", r"^lm_head\."]
 
     def __init__(self, config: DiptychConfig):
-        config = copy.deepcopy(config)  # the caller's may go on to build a whole model
+        config = copy.deepcopy(config)  # the caller may build a whole model from the same config
         config.is_encoder_decoder = False
-        config.encoder.encoder_layer_map = None  # there is no decoder to hand anything to
+        config.encoder.encoder_layer_map = None  # no decoder reads the layers' inputs
         super().__init__(config)
         self.encoder = DiptychEncoder(config.encoder)
         self.post_init()

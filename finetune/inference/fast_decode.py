@@ -40,7 +40,6 @@ from diptych.modeling.modeling_diptych import (
     CACHE_NAME,
     DiptychAttention,
     DiptychDecoderLayer,
-    DiptychMergedDecoderLayer,
     DiptychMLP,
     rotate,
     source_ends,
@@ -87,7 +86,7 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
 def _is_plain(layer: nn.Module) -> bool:
     """Layers are taken apart here, not called: whoever brings their weights only for a call would not notice. FSDP2
     gives them another class, and accelerate's offloading another `forward`."""
-    return type(layer) in (DiptychDecoderLayer, DiptychMergedDecoderLayer) and "forward" not in vars(layer)
+    return type(layer) is DiptychDecoderLayer and "forward" not in vars(layer)
 
 
 @torch.no_grad()

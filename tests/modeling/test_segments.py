@@ -10,7 +10,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from diptych.modeling import DiptychEncoderModel
-from diptych.modeling.modeling_diptych import CACHE_NAME, positions_within_segments, same_segment
+from diptych.modeling.modeling_diptych import CACHE_NAME, default_positions, same_segment
 
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
 PACKED = {
@@ -73,7 +73,7 @@ def test_a_token_sees_its_own_example_and_padding_is_never_left_with_nothing_to_
 
 def test_positions_restart_in_each_segment():
     segments = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 4, 4, 7, 0, 0]])
-    assert positions_within_segments(segments).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 0, 0, 1]]
+    assert default_positions(segments, segments).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
