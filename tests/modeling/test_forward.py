@@ -138,7 +138,7 @@ def test_decoder_layer_adds_three_prenormed_sublayers(build_model):
     expected = expected + layer.cross_attn(layer.cross_attention_layernorm(expected), sources, None)[0]
     mlp, normed = layer.mlp, layer.post_attention_layernorm(expected)
     expected = expected + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
-    torch.testing.assert_close(layer(targets, sources, positions, None, None), expected)
+    torch.testing.assert_close(layer(targets, sources, positions, None, None, None), expected)
 
 
 def test_the_source_is_read_both_ways_and_the_target_only_backwards(model, batch):
