@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.files import HEAD_BYTES, LONG_ROW_CHARACTERS_KEPT, Limits, LongLine, conversion
+from diptych.data_prep.reading.files import HEAD_BYTES, Limits, conversion
 from diptych.data_prep.rows.records import Origin, Reject, Row
+
+LONG_ROW_CHARACTERS_KEPT = 1_000
+"""Of a row beyond `max_row_bytes`, in its Reject."""
 
 ROWS_IN_CHUNK = 2_000
 CHARACTERS_IN_CHUNK = 1 << 20
@@ -162,8 +165,3 @@ def too_large(origin: Origin, head: str, size: int | None, limits: Limits) -> Re
         f"the row {known}, and max_row_bytes is {limits.max_row_bytes:,}. Is something not closed, or a line end lost?"
     )
     return Reject(origin, None, "row too large", reason, head[:LONG_ROW_CHARACTERS_KEPT])
-
-
-def long_line(line: LongLine, name: str, limits: Limits) -> Reject:
-    head = line.head.decode("utf-8", "replace")
-    return too_large(Origin(name, line.first_line), head, line.length, limits)

@@ -27,7 +27,7 @@ import pyarrow.parquet
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.chunks import CHARACTERS_IN_CHUNK, ROWS_IN_CHUNK, Chunk, Rows, too_large
 from diptych.data_prep.reading.files import File, Limits
-from diptych.data_prep.reading.json_rows import json_value
+from diptych.data_prep.reading.json_rows import STRICT_JSON, is_too_deep, json_fault
 from diptych.data_prep.rows.records import Origin, Reject, Row
 
 MOST_BATCH_BYTES = 1 << 28
@@ -143,7 +143,7 @@ def _decoder(kind: pyarrow.DataType, feature: Any, limits: Limits) -> Decoder | 
     what = _inside(feature, "_type")
     is_json = isinstance(kind, pyarrow.BaseExtensionType) and kind.extension_name == "arrow.json"
     if is_json or (what == "Json" and kind in TEXT_TYPES):
-        return functools.partial(json_value, limits=limits)
+        return functools.partial(_json_value, limits=limits)
     if what == "ClassLabel" and pyarrow.types.is_integer(kind) and isinstance(names := feature.get("names"), list):
         return functools.partial(_label_name, names=names)
     if pyarrow.types.is_struct(kind):
@@ -158,6 +158,17 @@ def _decoder(kind: pyarrow.DataType, feature: Any, limits: Limits) -> Decoder | 
         decode = _decoder(kind.value_type, inner, limits)
         return functools.partial(_decoded_list, decode=decode) if decode else None
     return None
+
+
+def _json_value(text: str, limits: Limits) -> Any:
+    try:
+        value = STRICT_JSON.decode(text)
+        if is_too_deep(value, text, limits):
+            raise RecursionError
+        return value
+    except (ValueError, RecursionError) as error:
+        kind, reason, _ = json_fault(error, lambda at: f"character {at + 1}", 0)
+        raise ValueError(f"{kind}: {reason.removeprefix(f'{kind}: ').rstrip('.')}") from None
 
 
 def _label_name(value: int, names: list[Any]) -> Any:

@@ -4,7 +4,6 @@ in blocks of bounded size.
     find_files("data")                  → data/a.jsonl, data/more/b.csv.gz, and a note for each thing left out
     identify("a.jsonl.gz", …)           → File(suffix=".jsonl", packed="gzip", bytes=…, digest=xxh3_128 of its bytes)
     file.open(limits).read(65_536)      → unpacked bytes, b"" at the end
-    line_blocks(content, …)             → whole lines, about 256 kB at a time; a line beyond the limit only in part
 
 Nothing here holds more than a block or one row of a file. What is no regular file is refused before it is opened, so
 that a FIFO cannot hang a run. The digest is taken when a file is opened and again of the bytes that were really read:
@@ -23,7 +22,7 @@ import os
 import shlex
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +37,6 @@ BLOCK_BYTES = 1 << 18
 
 HEAD_BYTES = 1 << 20
 """Of a text file's beginning, looked at when it is opened."""
-
-LONG_ROW_CHARACTERS_KEPT = 1_000
-"""Of a row beyond `max_row_bytes`, in its Reject."""
 
 KNOWN_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tmx", ".parquet", ".arrow")
 COLUMN_SUFFIXES = (".parquet", ".arrow")
@@ -444,72 +440,6 @@ def conversion(name: str, encoding: str) -> str:
 def _every_second_byte_is_nul(head: bytes) -> bool:
     nuls = sorted(half.count(0) / max(1, len(half)) for half in (head[::2], head[1::2]))
     return len(head) >= 4 and nuls[0] < 0.1 and nuls[1] > 0.4
-
-
-# Lines
-
-
-@dataclass(frozen=True)
-class Lines:
-    """Whole lines as they stand in the file; `offset` is where they begin in the unpacked content."""
-
-    data: bytes
-    first_line: int
-    offset: int
-
-
-@dataclass(frozen=True)
-class LongLine:
-    """A line beyond the limit, of which only the beginning is kept."""
-
-    head: bytes
-    first_line: int
-    offset: int
-    length: int
-
-
-def line_blocks(content: Content, mark: int, limits: Limits) -> Iterator[Lines | LongLine]:
-    """All lines in blocks of about `block_bytes`. A line ends in \\n; what stands after the last one is a line too.
-
-    A line may be longer than `max_row_bytes` by less than a block and still come as one of Lines.
-    """
-    content.read(mark)
-    line, offset = 1, mark
-    held, held_bytes = [], 0
-    while block := content.read(limits.block_bytes):
-        cut = block.rfind(b"\n") + 1
-        if cut:
-            data = b"".join([*held, block[:cut]])
-            yield Lines(data, line, offset)
-            line, offset = line + data.count(b"\n"), offset + len(data)
-            held, held_bytes = [], 0
-        if cut < len(block):
-            held.append(block[cut:])
-            held_bytes += len(block) - cut
-        if held_bytes > limits.max_row_bytes:
-            head = b"".join(held)[:LONG_ROW_CHARACTERS_KEPT]
-            rest, skipped = _skip_line(content)
-            yield LongLine(head, line, offset, held_bytes + skipped)
-            line, offset = line + 1, offset + held_bytes + skipped
-            held, held_bytes = [rest] if rest else [], len(rest)
-            if b"\n" in rest:
-                cut = rest.rfind(b"\n") + 1
-                yield Lines(rest[:cut], line, offset)
-                line, offset = line + rest.count(b"\n"), offset + cut
-                held, held_bytes = [rest[cut:]] if rest[cut:] else [], len(rest) - cut
-    if held:
-        yield Lines(b"".join(held), line, offset)
-
-
-def _skip_line(content: Content) -> tuple[bytes, int]:
-    """What was read beyond the end of the line, and how many bytes the line still had."""
-    skipped = 0
-    while block := content.read(BLOCK_BYTES):
-        end = block.find(b"\n") + 1
-        if end:
-            return block[end:], skipped + end
-        skipped += len(block)
-    return b"", skipped
 
 
 # Which files are meant

@@ -1,4 +1,4 @@
-"""One JSON object that is a whole file: which of it are rows, and how they are read.
+"""One JSON object that is a whole file: which part of it is the rows, and how they are read.
 
     {"version": 1, "data": [{…}, {…}]}                      the rows in `data`, one at a time in memory
     {"instruction": ["a", "b"], "output": ["c", "d"]}       columns: a row for each place
@@ -8,8 +8,8 @@
     {"instruction": "a", "output": "b"}                     one row; so are {"messages": […]} and a task of
     {"Definition": […], "Instances": […]}                   Super-NaturalInstructions
 
-What an object is taken for is said. Where that cannot be told, it is refused, with a command for each thing that may
-be meant. All but the first are in memory as a whole, up to `max_object_bytes`.
+A note says what an object was taken for. If that cannot be told, it is refused with a command for each possible
+meaning. All but the first are in memory as a whole, up to `max_object_bytes`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ from diptych.data_prep.reading.files import BLOCK_BYTES, File, Limits
 from diptych.data_prep.reading.json_rows import (
     JSON_STRING,
     LENIENT_JSON,
-    SCALAR_END,
-    SPACE,
     STRICT_JSON,
     ArrayRows,
-    Window,
     checked_row,
     json_fault,
     skip_value,
 )
+from diptych.data_prep.reading.text_window import SPACE, Window
 from diptych.data_prep.rows.records import RAW_CHARACTERS_KEPT, Origin, Reject, Row
 from diptych.data_prep.rows.valid_text import listed
 
@@ -54,6 +52,10 @@ TASK_KEYS = frozenset(("Definition", "Instances"))
 TURN_KEYS = frozenset(("messages", "conversations"))
 SPLIT_KEYS = frozenset(("columns", "data"))
 COMMANDS_SHOWN = 3
+LOOKED_AT = 4 * BLOCK_BYTES
+"""Characters of a key, or of the beginning of a value, that are looked at."""
+
+VALUE_END = re.compile(r"[,\]}\s]")
 JQ_COLUMNS = "[(to_entries[0].value | keys_unsorted[]) as $key | map_values(.[$key])]"
 """For jq: an object of columns, which are lists or objects, as a list of rows."""
 
@@ -71,8 +73,8 @@ class _Member:
 
 
 def object_reader(file: File, limits: Limits, mark: int) -> tuple[Callable[..., Iterator[Chunk]], list[str]]:
-    """What reads the file as the other readers do, and what should be said about it. The file is read through once,
-    to see what it has."""
+    """What reads the file as the other readers do, and the notes on it. The file is read through once, to see what it
+    has."""
     with file.open(limits) as content:
         window = Window(content, mark, limits.block_bytes)
         members = {key: _member(window) for key in _members(window, file.name)}
@@ -85,27 +87,25 @@ def object_reader(file: File, limits: Limits, mark: int) -> tuple[Callable[..., 
         return one_row_chunks, []
     if _is_one_row(members):
         return one_row_chunks, [f"{file.name}: read as one row"]
-    key = _rows_key(members)
-    if key is not None:
+    if (key := _rows_key(members)) is not None:
         others = [name for name, member in members.items() if member.kind == "rows" and name != key]
-        said = [f"{file.name}: its rows are those in '{key}', and not those in {listed(others)}"] if others else []
-        return functools.partial(member_chunks, key=key), said
-    found = _table(members)
-    if found is None:
+        notes = [f"{file.name}: its rows are those in '{key}', and not those in {listed(others)}"] if others else []
+        return functools.partial(member_chunks, key=key), notes
+    if (table := _table(members)) is None:
         raise UserError(_cannot_tell(file, members))
-    rows_of, said = found
-    return functools.partial(table_chunks, rows_of=rows_of), [f"{file.name}: read as {said}"]
+    rows_of, what = table
+    return functools.partial(table_chunks, rows_of=rows_of), [f"{file.name}: read as {what}"]
 
 
 def _is_one_row(members: Mapping[str, _Member]) -> bool:
-    """A conversation, or values alone with names as columns have them."""
+    """A conversation, or only values, with names that data sets give to columns."""
     is_known = len(KNOWN_COLUMNS & {key.casefold() for key in members}) > 1
     are_values = all(member.kind == "value" for member in members.values())
     return (is_known and are_values) or any(members[key].kind == "rows" for key in TURN_KEYS & members.keys())
 
 
 def _rows_key(members: Mapping[str, _Member]) -> str | None:
-    """The one list of rows; of several, the one whose rows have names as columns have them."""
+    """The one list of rows; of several, the one whose rows have known names of columns."""
     if len(_columns(members, KNOWN_COLUMNS)) > 1:  # a list of objects is a column like the others
         return None
     rows = [key for key, member in members.items() if member.kind == "rows"]
@@ -114,7 +114,7 @@ def _rows_key(members: Mapping[str, _Member]) -> str | None:
 
 
 def _columns(members: Mapping[str, _Member], known: frozenset[str] | None = None) -> list[str]:
-    """The keys of lists, if one of these is no list of objects: these are columns. Only those that are known."""
+    """The keys of lists, if one of these is no list of objects: they are columns. With `known`, only those in it."""
     keys = [key for key, member in members.items() if member.kind in ("list", "rows")]
     if all(members[key].kind == "rows" for key in keys):
         return []
@@ -140,7 +140,8 @@ def _table(members: Mapping[str, _Member]) -> tuple[RowsOfObject, str] | None:
     if are_columns and not are_rows:
         return functools.partial(_rows_of_columns, columns=list(members)), f"columns: {listed(members)}"
     if are_rows and not are_columns:
-        return _rows_by_key, f"a row for each key; the keys themselves ({listed(list(members)[:2])} …) are not used"
+        keys = listed(list(members)[:2])
+        return dict.values, f"a row for each key; the keys themselves ({keys} …) are not used"
     return None
 
 
@@ -164,10 +165,9 @@ def _cannot_tell(file: File, members: Mapping[str, _Member]) -> str:
 def _command(file: File, program: str, key: str = "rows") -> str:
     """For the shell: what `program` makes of the file, in a file beside it that is called after the key."""
     stem = Path(file.name).with_suffix("") if file.packed else Path(file.name)
-    key = re.sub(r"[^\w-]", "_", key)[:40]
-    result = shlex.quote(str(stem.with_suffix(f".{key}.json")))
-    name = shlex.quote(file.name)
-    jq = f"jq {shlex.quote(program)}"
+    beside = re.sub(r"[^\w-]", "_", key)[:40]
+    result = shlex.quote(str(stem.with_suffix(f".{beside}.json")))
+    name, jq = shlex.quote(file.name), f"jq {shlex.quote(program)}"
     return f"{file.packed} -dc {name} | {jq} > {result}" if file.packed else f"{jq} {name} > {result}"
 
 
@@ -187,12 +187,16 @@ def _rows_of_member(window: Window, wanted: str, name: str, limits: Limits) -> R
         if key == wanted:
             window.at += 1
             yield from array.rows()
-    while window.more():  # to the end, where the file is looked at once more
+    while window.more():  # to the end, where the file is checked for changes
         window.forget(len(window.text))
 
 
 def _members(window: Window, name: str) -> Iterator[str]:
-    """The keys of the object that the text is, each while the window stands at its value, which may be read or not."""
+    """The keys of the object. At each, the window stands at its value, which the caller may read; else it is skipped.
+
+    Raises:
+        UserError: the object is broken outside of the values that the caller reads.
+    """
 
     def expect(characters: str) -> str:
         found = window.next_character()
@@ -208,32 +212,27 @@ def _members(window: Window, name: str) -> Iterator[str]:
     expect("{")
     window.at += 1
     while expect('"}') == '"':
-        start = window.at
-        while JSON_STRING.match(window.text, start) is None and len(window.text) - start < 4 * BLOCK_BYTES:
+        while JSON_STRING.match(window.text, window.at) is None and len(window.text) - window.at < LOOKED_AT:
             if not window.more():
                 break
         try:
-            key, window.at = LENIENT_JSON.raw_decode(window.text, start)
+            key, window.at = LENIENT_JSON.raw_decode(window.text, window.at)
         except json.JSONDecodeError as error:
             raise UserError(f"{name}: broken JSON: {error.msg}, {window.place(error.pos)}. Mend it there.") from None
         expect(":")
         window.at += 1
-        if not window.next_character():
-            expect("{[")
-        before = window.passed()
+        first = window.next_character() or expect("{[")
+        before = window.characters_read()
         yield key
-        if window.passed() == before:
-            _skip_member(window)
+        if window.characters_read() == before:
+            skip_value(window) if first in '[{"' else _skip_scalar(window)
         if expect(",}") == ",":
             window.at += 1
     window.at += 1
 
 
-def _skip_member(window: Window) -> None:
-    if window.text[window.at] in '[{"':
-        skip_value(window)
-        return
-    while (end := SCALAR_END.search(window.text, window.at)) is None:
+def _skip_scalar(window: Window) -> None:
+    while (end := VALUE_END.search(window.text, window.at)) is None:
         window.forget(len(window.text))
         if not window.more():
             return
@@ -241,14 +240,14 @@ def _skip_member(window: Window) -> None:
 
 
 def _member(window: Window) -> _Member:
-    """What the value where the window stands is, to judge by its beginning."""
+    """What the value where the window stands is, by its beginning."""
     start = window.text[window.at]
     if start == "{":
         return _Member("object", _names(window, 0))
     if start != "[":
         return _Member("value")
     while (place := SPACE.match(window.text, window.at + 1).end()) == len(window.text):
-        if len(window.text) - window.at > 4 * BLOCK_BYTES or not window.more():
+        if len(window.text) - window.at > LOOKED_AT or not window.more():
             return _Member("list")
     if window.text[place] == "{":
         return _Member("rows", _names(window, place - window.at))
@@ -256,36 +255,68 @@ def _member(window: Window) -> _Member:
 
 
 def _names(window: Window, ahead: int) -> frozenset[str]:
-    """The keys of the object that begins so many characters ahead; none where it is broken or very long."""
+    """The keys of the object that begins `ahead` characters on; none if it is broken or very long."""
     while True:
         try:
             value, _ = LENIENT_JSON.raw_decode(window.text, window.at + ahead)
-        except (ValueError, RecursionError):
-            if len(window.text) - window.at > 4 * BLOCK_BYTES or not window.more():
-                return frozenset()
-        else:
             return frozenset(key.casefold() for key in value)
+        except (ValueError, RecursionError):
+            if len(window.text) - window.at > LOOKED_AT or not window.more():
+                return frozenset()
 
 
 # Objects that are in memory as a whole
 
 
 def table_chunks(file: File, limits: Limits, mark: int, rows_of: RowsOfObject) -> Iterator[Chunk]:
-    """The rows that `rows_of` makes of the object. Their places count from 1."""
-    data = _whole(file, limits, mark)
-    if bad := bad_byte(data, mark):
-        raise UserError(f"{file.name}: {bad}")
+    """The rows that `rows_of` makes of the object, numbered from 1."""
+    found = _decoded(file, limits, mark)
+    if isinstance(found, Reject):
+        raise UserError(f"{file.name}: {found.reason} Mend it there.")
     try:
-        table = STRICT_JSON.decode(text := data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        _, reason, _ = json_fault(error, lambda at: _line_and_column(text, at), 0)
-        raise UserError(f"{file.name}: {reason} Mend it there.") from None
-    try:
-        fields = list(rows_of(table))
+        fields = list(rows_of(found[0]))
     except ValueError as error:
         raise UserError(f"{file.name}: {error}") from None
     rows = (_table_row(row, Origin(file.name, number), limits) for number, row in enumerate(fields, start=1))
     yield from in_chunks(rows, lambda: file.bytes)
+
+
+def one_row_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
+    """The object as one row."""
+    row = _decoded(file, limits, mark)
+    if not isinstance(row, Reject):
+        value, text = row
+        row = checked_row(value, text, Origin(file.name, 1), limits)
+        row = Row(row.fields, row.origin, text[:RAW_CHARACTERS_KEPT]) if isinstance(row, Row) else row
+    yield Finished((row,), file.bytes)
+
+
+def _decoded(file: File, limits: Limits, mark: int) -> tuple[Any, str] | Reject:
+    """The object and its text, or what is wrong with it."""
+    with file.open(limits) as content:
+        content.read(mark)
+        blocks, size = [], 0
+        while block := content.read(LOOKED_AT):
+            blocks.append(block)
+            size += len(block)
+            if size > limits.max_object_bytes:
+                raise UserError(
+                    f"{file.name} is one object of more than {limits.max_object_bytes:,} bytes (max_object_bytes), and"
+                    " is read as a whole. Split it over several files, or write a row a line (.jsonl)."
+                )
+    data = b"".join(blocks)
+    text = data.decode("utf-8", "surrogateescape")
+    if bad := bad_byte(data, mark):
+        return Reject(Origin(file.name, 1), None, "invalid UTF-8", bad, text[:RAW_CHARACTERS_KEPT])
+    try:
+        return STRICT_JSON.decode(text), text
+    except (ValueError, RecursionError) as error:
+        kind, reason, field = json_fault(error, lambda at: _line_and_column(text, at), 0)
+        return Reject(Origin(file.name, 1), field, kind, reason, text[:RAW_CHARACTERS_KEPT])
+
+
+def _line_and_column(text: str, position: int) -> str:
+    return f"line {text.count(chr(10), 0, position) + 1}, column {position - text.rfind(chr(10), 0, position)}"
 
 
 def _table_row(fields: Any, origin: Origin, limits: Limits) -> Row | Reject:
@@ -296,7 +327,7 @@ def _table_row(fields: Any, origin: Origin, limits: Limits) -> Row | Reject:
 
 
 def _rows_of_columns(table: dict[str, Any], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """ValueError where the columns are not of one length, or do not have the same keys."""
+    """ValueError if the columns are not of one length, or do not have the same keys."""
     first = table[columns[0]]
     places = range(len(first)) if isinstance(first, list) else list(first)
     for name in columns:
@@ -313,51 +344,11 @@ def _rows_of_columns(table: dict[str, Any], columns: Sequence[str]) -> Iterator[
 
 
 def _rows_of_split(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """ValueError where a row has no value for each column."""
-    names, rows = table["columns"], table["data"]
-    if len(set(map(str, names))) != len(names):
+    """ValueError if a row has no value for each column."""
+    names, rows = [str(name) for name in table["columns"]], table["data"]
+    if len(set(names)) != len(names):
         raise ValueError("'columns' names a column twice. Rename one.")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, list) or len(row) != len(names):
             raise ValueError(f"row {number:,} in 'data' has no value for each name in 'columns'. Mend it.")
-    return (dict(zip(map(str, names), row, strict=True)) for row in rows)
-
-
-def _rows_by_key(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    return iter(table.values())
-
-
-def _whole(file: File, limits: Limits, mark: int) -> bytes:
-    with file.open(limits) as content:
-        content.read(mark)
-        blocks, size = [], 0
-        while block := content.read(4 * BLOCK_BYTES):
-            blocks.append(block)
-            size += len(block)
-            if size > limits.max_object_bytes:
-                raise UserError(
-                    f"{file.name} is one object of more than {limits.max_object_bytes:,} bytes (max_object_bytes), and"
-                    " is read as a whole. Split it over several files, or write a row a line (.jsonl)."
-                )
-        return b"".join(blocks)
-
-
-def one_row_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
-    """The object as one row."""
-    data = _whole(file, limits, mark)
-    text, origin = data.decode("utf-8", "surrogateescape"), Origin(file.name, 1)
-    raw = text[:RAW_CHARACTERS_KEPT]
-    if bad := bad_byte(data, mark):
-        row = Reject(origin, None, "invalid UTF-8", bad, raw)
-    else:
-        try:
-            row = checked_row(STRICT_JSON.decode(text), text, origin, limits)
-            row = Row(row.fields, origin, raw) if isinstance(row, Row) else row
-        except (ValueError, RecursionError) as error:
-            kind, reason, field = json_fault(error, lambda at: _line_and_column(text, at), 0)
-            row = Reject(origin, field, kind, reason, raw)
-    yield Finished((row,), file.bytes)
-
-
-def _line_and_column(text: str, position: int) -> str:
-    return f"line {text.count(chr(10), 0, position) + 1}, column {position - text.rfind(chr(10), 0, position)}"
+    return (dict(zip(names, row, strict=True)) for row in rows)

@@ -54,7 +54,8 @@ from diptych.data_prep.reading.files import (
     identify,
 )
 from diptych.data_prep.reading.json_objects import object_reader
-from diptych.data_prep.reading.json_rows import SPACE, json_chunks, jsonl_chunks
+from diptych.data_prep.reading.json_rows import array_chunks, json_row
+from diptych.data_prep.reading.lines import line_chunks
 from diptych.data_prep.reading.table_rows import (
     SEPARATOR_LINE,
     Header,
@@ -64,6 +65,7 @@ from diptych.data_prep.reading.table_rows import (
     text_chunks,
     tsv_chunks,
 )
+from diptych.data_prep.reading.text_window import SPACE
 from diptych.data_prep.reading.tmx_rows import tmx_chunks
 from diptych.data_prep.rows.language_names import languages_of_files, names_language
 from diptych.data_prep.rows.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_of, named, said_kind
@@ -415,7 +417,7 @@ def _by_beginning(
         return None
     by_name = "array" if file.suffix == ".json" else "lines"
     notes = [] if layout == by_name else [f"{file.name}: read as {JSON_LAYOUTS[layout]}, in spite of its name"]
-    return {"lines": jsonl_chunks, "array": json_chunks}[layout], notes
+    return {"lines": functools.partial(line_chunks, row_of=json_row), "array": array_chunks}[layout], notes
 
 
 FIRST_LINE_IS_DATA = "its first line is data, since --map names columns by number"

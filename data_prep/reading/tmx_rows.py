@@ -2,252 +2,211 @@
 
 <tu><tuv xml:lang="en"><seg>Go.</seg></tuv><tuv xml:lang="ko"><seg>가.</seg></tuv></tu>
 → Row({"translation": {"en": "Go.", "ko": "가."}}, Origin("memory.tmx", 1), raw)
+
+Each unit is cut out of the text and parsed alone, so a broken one is one Reject, and the file may be of any size. The
+parser never sees a DTD: no entity can be declared, and none is fetched. (xml.etree's iterparse, also with defusedxml,
+stops at the first broken unit.)
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
-from xml.parsers import expat
+from xml.etree import ElementTree
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.chunks import Chunk, Rows, bad_byte, in_chunks, too_large
-from diptych.data_prep.reading.files import LONG_ROW_CHARACTERS_KEPT, Content, File, Limits
+from diptych.data_prep.reading.chunks import (
+    LONG_ROW_CHARACTERS_KEPT,
+    NOT_UTF8,
+    Chunk,
+    Rows,
+    in_chunks,
+    size_if_too_large,
+    too_large,
+    unreadable,
+)
+from diptych.data_prep.reading.files import HEAD_BYTES, File, Limits
+from diptych.data_prep.reading.text_window import Window
 from diptych.data_prep.rows.records import CUT_OFF, Origin, Reject, Row
 
-NEXT_UNIT = re.compile(rb"<tu(?=[\s>])")
-OPEN_TAGS = b"<tmx><body>"
-AT_THE_END = (expat.errors.XML_ERROR_NO_ELEMENTS, expat.errors.XML_ERROR_UNCLOSED_TOKEN)
+UNIT_OR_COMMENT = re.compile(r"<tu(?=[\s>/])|<!--")
+UNIT_END = re.compile(r"</tu\s*>|<tu(?=[\s>/])")
+COMMENT_END = re.compile("-->")
+EMPTY_UNIT = re.compile(r"<tu(?:\s[^<>]*)?/>")
+ENTITY = re.compile(r"<!ENTITY\s+(?:%\s*)?([^\s>]*)")
+ROOT = re.compile(r"<tmx(?:\s[^<>]*)?>")
+FIRST_TAG = re.compile(r"<([^\s<>?!/]+)")
+NAMESPACE = re.compile(r"""\sxmlns\s*=\s*(?:"[^"]*"|'[^']*')""")
+NO_TEXT = re.compile(r"</?body\s*>|</tmx\s*>|\s+")
+"""What may stand between units, beside comments."""
+
+DECLARED_ENCODING = re.compile(rb"""<\?xml[^>]*\sencoding\s*=\s*["']([\w.:-]+)["']""")
+LANGUAGE = ("{http://www.w3.org/XML/1998/namespace}lang", "lang")
 CODE_TAGS = frozenset(("bpt", "ept", "it", "ph", "ut"))
+"""What stands in them is code of a document format, and is left out. Text in other tags, such as <hi>, is kept."""
+
+UNDECODED = re.compile("\ufffd")
+"""What a window makes of bytes that are no text in the file's encoding, if that is not UTF-8."""
+
+LONGEST_MARK = 1024
+"""Characters of a tag that may lie on both sides of a window's end."""
 
 
-class _NewUnit(Exception):
-    """A <tu> begins inside another one, whose end is missing."""
+def tmx_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
+    with file.open(limits) as content:
+        encoding = _encoding(content.peek(HEAD_BYTES), file.name)
+        window = Window(content, 0, limits.block_bytes, encoding)
+        yield from in_chunks(TmxRows(window, file.name, limits).rows(), lambda: content.position)
 
 
-@dataclass
-class _Unit:
-    """A <tu> while it is read. `start` is its byte in the file."""
-
-    start: int
-    line: int
-    texts: dict[str, str] = field(default_factory=dict)
-    language: str = ""
-    pieces: list[str] | None = None
-    codes: int = 0
-    head: bytes | None = None
-    """The beginning of a unit that is too large to be kept."""
-
-    fault: tuple[str, str, str | None] | None = None
+def _encoding(head: bytes, name: str) -> str:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    declared = DECLARED_ENCODING.search(head[:HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n")[:1000])
+    encoding = declared[1].decode().lower() if declared else "utf-8"
+    try:
+        head.decode(encoding, "ignore")
+    except (LookupError, UnicodeError) as error:
+        raise UserError(f"{name}: its encoding cannot be read ({error}). Convert it to UTF-8.") from None
+    return "utf-8" if encoding in ("utf8", "us-ascii", "ascii") else encoding
 
 
 class TmxRows:
-    """The units of a TMX file, which is read in pieces. After broken XML, reading starts anew at the next <tu>.
+    """The units of a TMX file, read through a window."""
 
-    Text in <bpt>, <ept>, <it>, <ph> and <ut> is code of a document format and left out; text in <hi> is kept. A DTD is
-    not fetched, and one that declares entities is refused. XML says itself in which encoding it is.
-    """
+    def __init__(self, window: Window, name: str, limits: Limits) -> None:
+        self.window, self.name, self.limits, self.row = window, name, limits, 0
+        self.root = ""
+        """The <tmx …> tag, which may declare prefixes that units use."""
 
-    def __init__(self, name: str, limits: Limits) -> None:
-        self.name, self.limits, self.row, self.encoding = name, limits, 0, "utf-8"
-        self._data, self._base = b"", 0
-        """What is still needed of the bytes read, and where in the file it begins."""
-        self._lines_before = 0
-        self._unit: _Unit | None = None
-        self._done: list[Row | Reject] = []
-        self._parser: Any = None
-
-    def rows(self, content: Content) -> Rows:
-        if content.peek(2) in (b"\xff\xfe", b"\xfe\xff"):
-            self.encoding = "utf-16"
-        self._begin(b"")
-        is_end = False
-        while not is_end:
-            block = content.read(self.limits.block_bytes)
-            is_end = not block
-            self._data += block
-            yield from self._feed(block, is_end)
-
-    def _begin(self, opening: bytes) -> None:
-        """A parser for what comes from `self._base` on, after the tags that are open there."""
-        self._parser = parser = expat.ParserCreate(self.encoding) if opening else expat.ParserCreate()
-        self._opening, self._first_byte, self._depth, self._unit = len(opening), self._base, 0, None
-        parser.StartElementHandler, parser.EndElementHandler = self._start, self._end
-        parser.CharacterDataHandler, parser.XmlDeclHandler = self._text, self._declared
-        parser.EntityDeclHandler, parser.SkippedEntityHandler = self._entity_declared, self._entity_skipped
-        parser.buffer_text = True
-        parser.Parse(opening, False)
-
-    def _byte(self) -> int:
-        return self._first_byte + max(0, self._parser.CurrentByteIndex - self._opening)
-
-    def _line(self) -> int:
-        return self._lines_before + self._parser.CurrentLineNumber
-
-    def _forget(self, until: int) -> None:
-        """Bytes of the file before `until` are needed no more."""
-        self._data, self._base = self._data[max(0, until - self._base) :], max(until, self._base)
-
-    def _feed(self, block: bytes, is_end: bool) -> Rows:
+    def rows(self) -> Rows:
+        window = self.window
+        self._read_prologue()
         while True:
-            if self._parser is None:
-                found = NEXT_UNIT.search(self._data)
-                until = self._base + (found.start() if found else max(0, len(self._data) - 8))
-                self._lines_before += self._data[: until - self._base].count(b"\n")
-                self._forget(until)
-                if found is None:
-                    return
-                self._begin(OPEN_TAGS)
-                block = self._data
-            try:
-                self._parser.Parse(block, is_end)
-            except (expat.ExpatError, _NewUnit) as error:
-                yield from self._take_done()
-                yield self._recover(error)
-            except UserError:
-                raise
-            except (ValueError, LookupError) as error:
-                raise UserError(f"{self.name}: its encoding cannot be read ({error}). Convert it to UTF-8.") from None
-            else:
-                yield from self._take_done()
-                self._let_go()
+            found = self._find(UNIT_OR_COMMENT)
+            end = found.start() if found else len(window.text)
+            between, begin, window.at = window.text[window.at : end], window.at, end
+            if NO_TEXT.sub("", between):
+                yield self._broken(between, begin, "text outside of any unit", begin)
+            if found is None:
+                if "</tmx" not in between:
+                    yield self._cut_off("")
                 return
+            if found[0] == "<!--":
+                window.at = found.end()
+                window.at = end.end() if (end := self._find(COMMENT_END)) else len(window.text)
+            else:
+                unit = self._unit()
+                yield unit
+                if isinstance(unit, Reject) and unit.kind == CUT_OFF:
+                    return
+            window.let_go()
 
-    def _take_done(self) -> list[Row | Reject]:
-        done, self._done = self._done, []
-        return done
+    def _read_prologue(self) -> None:
+        """What stands before the first unit."""
+        window = self.window
+        unit = self._find(re.compile(r"<tu(?=[\s>/])"))
+        head = window.text[: unit.start()] if unit else window.text
+        if entity := ENTITY.search(head):
+            raise UserError(
+                f"{self.name}, {window.place(entity.start())}: it declares the entity '{entity[1]}', which is how XML"
+                " is made to unpack without end or to read other files. Entities are not read: write their text in"
+                " their place."
+            )
+        root, first = ROOT.search(head), FIRST_TAG.search(head)
+        if root is None and first and first[1] != "tmx":
+            where = window.place(first.start())
+            raise UserError(f"{self.name}, {where}: it begins with <{first[1][:40]}>, and <tmx> is due.")
+        if root is None:
+            raise UserError(f"{self.name} cannot be read as TMX: broken XML: it has no tag <tmx>. Mend it.")
+        self.root = " ".join(NAMESPACE.sub("", root[0]).split())
+        window.at = unit.start() if unit else root.end()
 
-    def _let_go(self) -> None:
-        here, most = self._byte(), self.limits.max_row_bytes
-        if self._base + len(self._data) - here > most:
-            raise UserError(f"{self.name}, line {self._line()}: a tag has more than {most:,} bytes. It is no TMX.")
-        unit = self._unit
-        if unit and unit.head is None and here - unit.start > most:
-            unit.head = self._data[unit.start - self._base :][:LONG_ROW_CHARACTERS_KEPT]
-            unit.pieces, unit.texts = None, {}
-        self._forget(unit.start if unit and unit.head is None else here)
+    def _find(self, pattern: re.Pattern) -> re.Match | None:
+        """The next match; the window grows until there is one."""
+        window, search_from = self.window, self.window.at
+        while (found := pattern.search(window.text, search_from)) is None:
+            search_from = max(search_from, len(window.text) - LONGEST_MARK)
+            if len(window.text) - window.at > self.limits.max_row_bytes:
+                most = f"{self.limits.max_row_bytes:,} bytes"
+                raise UserError(f"{self.name}, {window.place(window.at)}: more than {most} without a <tu>.")
+            if not window.more():
+                return None
+        return found
 
-    def _recover(self, error: Exception) -> Reject:
-        """What was read of the broken unit is a reject; the next one begins with the next <tu>."""
-        unit, is_new_unit = self._unit, isinstance(error, _NewUnit)
-        if is_new_unit:
-            what, (here, line, column) = "a <tu> begins inside another one", error.args
-        else:
-            what, here, line = expat.ErrorString(error.code), self._byte(), self._line()
-            column = self._parser.CurrentColumnNumber + 1
-        fault = f"broken XML: {what}, line {line}, column {column}."
-        if self.encoding == "utf-16" or (unit is None and self.row == 0):
-            raise UserError(f"{self.name} cannot be read as TMX: {fault} Mend it there.")
-        begin = unit.start if unit else here
-        found = NEXT_UNIT.search(self._data, max(0, here - self._base) + (not is_new_unit))
-        head = unit.head if unit and unit.head is not None else self._data[begin - self._base :]
-        raw = head[: found.start() - (begin - self._base)] if found else head[:LONG_ROW_CHARACTERS_KEPT]
-        if found is None and not is_new_unit and expat.errors.messages[error.code] in AT_THE_END:
-            fault = f"the file ends before </tmx>, line {line}, column {column}."
-            reject = Reject(self._next_origin(), None, CUT_OFF, fault, raw.decode(self.encoding, "replace"))
-        else:
-            reject = self._broken(raw, begin, here, fault)
-        until = here if is_new_unit else here + 1
-        self._lines_before = line - 1
-        self._forget(until)
-        self._parser = self._unit = None
-        return reject
+    def _unit(self) -> Row | Reject:
+        """The unit that begins where the window stands; the window goes on to its end."""
+        window, head = self.window, ""
+        position = window.at + 3
+        while True:
+            if empty := EMPTY_UNIT.match(window.text, window.at):
+                window.at = empty.end()
+                return Row({"translation": {}}, self._next_origin(), empty[0])
+            if found := UNIT_END.search(window.text, position):
+                break
+            position = max(position, len(window.text) - LONGEST_MARK)
+            if len(window.text) - window.at > self.limits.max_row_bytes:
+                head = head or window.text[window.at : window.at + LONG_ROW_CHARACTERS_KEPT]
+                window.forget(position)
+                window.at = position = 0
+            if not window.more():
+                raw, window.at = head or window.text[window.at :], len(window.text)
+                return self._cut_off(raw[:LONG_ROW_CHARACTERS_KEPT])
+        begin, is_nested = window.at, found[0].startswith("<tu")
+        window.at = found.start() if is_nested else found.end()
+        raw = window.text[begin : window.at]
+        if head or size_if_too_large(raw, self.limits):
+            return too_large(self._next_origin(), head or raw, None, self.limits)
+        if is_nested:
+            return self._broken(raw, begin, "a <tu> begins inside another one", window.at)
+        return self._parsed(raw, begin)
 
-    def _broken(self, raw: bytes, begin: int, here: int, fault: str) -> Reject:
-        """Expat calls a byte that is no UTF-8 an invalid token."""
-        origin, text = self._next_origin(), raw.decode(self.encoding, "replace")
-        if self.encoding == "utf-8":
-            bad = bad_byte(self._data[here - self._base : here - self._base + 1], here)
-            token = self._data[here - self._base : here - self._base + 4]
-            if bad and not any(_is_utf8(token[:length]) for length in range(1, 5)):
-                return Reject(origin, None, "invalid UTF-8", bad, text)
-        return Reject(origin, None, "broken XML", fault, text)
+    def _parsed(self, raw: str, begin: int) -> Row | Reject:
+        window = self.window
+        if window.has_bad_bytes and (NOT_UTF8 if window.encoding == "utf-8" else UNDECODED).search(raw):
+            return self._broken(raw, begin, "bytes that are no text in its encoding", begin)
+        try:
+            [unit] = ElementTree.fromstring(f"{self.root}{raw}</tmx>")
+        except ElementTree.ParseError as error:
+            line, column = error.position
+            before = sum(len(text) + 1 for text in raw.split("\n")[: line - 1])
+            position = begin + before + column - (len(self.root) if line == 1 else 0)
+            what = str(error).partition(": line")[0]
+            if what.startswith("undefined entity"):
+                name = window.text[position:].partition(";")[0][:40] + ";"
+                line = window.place(position).partition(",")[0]
+                reason = f"{name} at {line} is an entity that is not known; write its text in its place."
+                return Reject(self._next_origin(), None, "unknown entity", reason, raw)
+            return self._broken(raw, begin, what, position)
+        texts: dict[str, str] = {}
+        for variant in unit.iter("tuv"):
+            language = next((variant.get(name) for name in LANGUAGE if variant.get(name)), "")
+            for segment in variant.iter("seg"):
+                if not language or language in texts:
+                    what = f"has two <tuv> of '{language}'" if language else "has a <tuv> without xml:lang"
+                    reason = f"the unit {what}. ({self.window.place(begin).partition(',')[0]})"
+                    return Reject(self._next_origin(), language or None, "unclear languages", reason, raw)
+                texts[language] = _text_of(segment)
+        return Row({"translation": texts}, self._next_origin(), raw)
+
+    def _broken(self, raw: str, begin: int, what: str, position: int) -> Reject:
+        offset = self.window.offset(begin) if self.window.has_bad_bytes else None
+        fault = f"broken XML: {what}, {self.window.place(position)}."
+        return unreadable(self._next_origin(), raw, offset, fault)
+
+    def _cut_off(self, raw: str) -> Reject:
+        fault = f"the file ends before </tmx>, {self.window.place(self.window.at)}."
+        return Reject(self._next_origin(), None, CUT_OFF, fault, raw)
 
     def _next_origin(self) -> Origin:
         self.row += 1
         return Origin(self.name, self.row)
 
-    def _declared(self, version: str, encoding: str | None, standalone: int) -> None:
-        if encoding and self.encoding == "utf-8":
-            self.encoding = encoding.lower()
 
-    def _entity_declared(self, name: str, *_: Any) -> None:
-        raise UserError(
-            f"{self.name}, line {self._line()}: it declares the entity '{name}', which is how XML is made to unpack"
-            " without end or to read other files. Entities are not read: write their text in their place."
-        )
-
-    def _entity_skipped(self, name: str, is_parameter: bool) -> None:
-        if self._unit and not is_parameter:
-            reason = f"&{name}; at line {self._line()} is an entity that is not known; write its text in its place."
-            self._unit.fault = ("unknown entity", reason, None)
-
-    def _start(self, tag: str, attributes: dict[str, str]) -> None:
-        self._depth += 1
-        if self._depth == 1 and tag != "tmx":
-            raise UserError(f"{self.name}, line {self._line()}: it begins with <{tag[:40]}>, and <tmx> is due.")
-        unit = self._unit
-        if tag == "tu":
-            if unit:
-                raise _NewUnit(self._byte(), self._line(), self._parser.CurrentColumnNumber + 1)
-            self._unit = _Unit(self._byte(), self._line())
-        elif unit is None:
-            return
-        elif self._depth > self.limits.max_depth:
-            unit.fault = ("nested too deeply", f"tags are nested deeper than {self.limits.max_depth}.", None)
-        elif tag == "tuv":
-            unit.language = attributes.get("xml:lang") or attributes.get("lang") or ""
-        elif tag == "seg":
-            unit.pieces = []
-        elif tag in CODE_TAGS:
-            unit.codes += 1
-
-    def _text(self, text: str) -> None:
-        unit = self._unit
-        if unit and unit.pieces is not None and unit.head is None and not unit.codes:
-            unit.pieces.append(text)
-
-    def _end(self, tag: str) -> None:
-        self._depth -= 1
-        unit = self._unit
-        if unit is None:
-            return
-        if tag == "seg" and unit.pieces is not None:
-            language = unit.language
-            if not language or language in unit.texts:
-                what = f"has two <tuv> of '{language}'" if language else "has a <tuv> without xml:lang"
-                unit.fault = unit.fault or ("unclear languages", f"the unit {what}.", language or None)
-            unit.texts[language], unit.pieces = "".join(unit.pieces), None
-        elif tag in CODE_TAGS:
-            unit.codes -= 1
-        elif tag == "tu":
-            self._unit = None
-            self._done.append(self._finish(unit))
-
-    def _finish(self, unit: _Unit) -> Row | Reject:
-        """Called at `</tu>`."""
-        end = self._data.find(b">", self._byte() - self._base) + self._base + (2 if self.encoding == "utf-16" else 1)
-        origin = self._next_origin()
-        raw = self._data[unit.start - self._base : end - self._base] if unit.head is None else unit.head
-        text = raw.decode(self.encoding, "replace")
-        if unit.head is not None or len(raw) > self.limits.max_row_bytes:
-            return too_large(origin, text, None, self.limits)
-        if unit.fault:
-            kind, reason, field = unit.fault
-            return Reject(origin, field, kind, f"{reason} (line {unit.line})", text)
-        return Row({"translation": unit.texts}, origin, text)
-
-
-def _is_utf8(token: bytes) -> bool:
-    try:
-        token.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def tmx_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
-    with file.open(limits) as content:
-        yield from in_chunks(TmxRows(file.name, limits).rows(content), lambda: content.position)
+def _text_of(segment: ElementTree.Element) -> str:
+    for element in list(segment.iter()):
+        if element.tag in CODE_TAGS:
+            tail = element.tail
+            element.clear()
+            element.tail = tail
+    return "".join(segment.itertext())
