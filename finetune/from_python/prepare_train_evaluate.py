@@ -1,0 +1,237 @@
+"""`diptych.prepare`, `diptych.train` and `diptych.evaluate`: three commands as functions that return what they made.
+
+    data = prepare([{"instruction": …, "input": …, "output": …}, …], tokenizer=CHECKPOINT)
+    run = train(model=CHECKPOINT, data=data, out="runs/first", epochs=3)
+    run.validation_loss                                          1.873
+    evaluate(run, data, metrics="chrf").figures["chrf"]          41.2
+
+They write the same folders as the commands, so that either may go on with what the other made.
+"""
+
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_from_disk
+
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.pipeline.prepared_folder import REJECTS
+from diptych.data_prep.prepare import prepare as prepare_by_settings
+from diptych.finetune.commands.command_settings import EvaluateSettings
+from diptych.finetune.commands.exits import Stopped
+from diptych.finetune.commands.stop_signals import SIGNALS, StopRequest
+from diptych.finetune.evaluating.evaluate_rows import load_splits, predictions_file, report_file
+from diptych.finetune.evaluating.evaluate_rows import run as evaluate_by_settings
+from diptych.finetune.run_files.run_folder import last_training, read_status
+from diptych.finetune.train import run_recipe
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.keywords import Say, plain, printed_to, settings_of
+from diptych.rows_in_memory import as_files
+from diptych.text_model import TextModel, load
+
+
+class _Folder:
+    """What is made in a folder stands for that folder wherever a path is due."""
+
+    folder: Path
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+
+@dataclass(frozen=True)
+class PreparedData(_Folder):
+    """What `prepare` wrote."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """manifest.json: rows that were read and kept, sizes of splits, packing, settings, versions."""
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.facts["warnings"]
+
+    @property
+    def splits(self) -> DatasetDict:
+        """The rows of each split: `input_ids` and `labels` (lists of ints), `source`, `target`, `origin` …"""
+        return load_from_disk(str(self.folder))
+
+    @property
+    def rejects(self) -> list[dict[str, Any]]:
+        """The rows that were not kept, each with its place, the field and the reason."""
+        return _read_lines(self.folder / REJECTS)
+
+
+@dataclass(frozen=True)
+class TrainedRun(_Folder):
+    """What `train` wrote."""
+
+    folder: Path
+
+    @property
+    def state(self) -> str:
+        """ "done", or "stopped" where Ctrl-C or a signal ended it: `train(…, resume=True)` goes on."""
+        return read_status(self.folder)["state"]
+
+    @property
+    def figures(self) -> list[dict[str, Any]]:
+        """metrics.jsonl: of each logged step and each evaluation the step, the split and its figures."""
+        return _read_lines(last_training(self.folder) / "metrics.jsonl")
+
+    @property
+    def train_loss(self) -> float | None:
+        """The last one, in nats per target token."""
+        return self._last_loss("train")
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The last one; None where there was no validation set."""
+        return self._last_loss("validation")
+
+    @property
+    def final(self) -> Path:
+        """The folder of the final model, which `from_pretrained` loads."""
+        return self.folder / "final"
+
+    def load(self, dtype: str = "auto", device: str = "auto") -> TextModel:
+        """The final model, as `diptych.load` gives it."""
+        return load(self.final, dtype, device)
+
+    def _last_loss(self, split: str) -> float | None:
+        losses = [entry["loss"] for entry in self.figures if entry["split"].split("/")[0] == split]
+        return losses[-1] if losses else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `evaluate` found on one split."""
+
+    figures: dict[str, float]
+    """loss (nats per target token), metrics (0 to 100), and counts."""
+    intervals: dict[str, tuple[float, float]]
+    """Of each figure the lowest and highest value of its 95 % interval."""
+    directions: dict[str, dict[str, float]]
+    """The figures of each direction of translation, where rows have several."""
+    predictions: list[dict[str, Any]]
+    """Of each different source: source, references, prediction, finished, nats, target_tokens."""
+
+
+def prepare(data: Any = None, *, say: Say | None = None, **settings: Any) -> PreparedData:
+    """Rows to a checked, tokenised and packed dataset, as `diptych prepare` does it.
+
+    Args:
+        data: a list of dicts, a `datasets.Dataset` or `DatasetDict`, a pandas frame, a path, a glob, a Hub id
+            (`hf:user/name`), or a list of several of these. The format is recognised from the first rows.
+        say: is called with each line that the command would print, such as `print`.
+        settings: those of `diptych prepare` (PrepareSettings). `validation`, `test` and `decontaminate` take what
+            `data` takes; several sets with names are a dict: `test={"news": rows, "medical": "medical.jsonl"}`.
+
+    Raises:
+        UserError: a setting is wrong, or no row can be kept.
+    """
+    keywords = settings if data is None else {"data": data} | settings
+    out = Path(plain(keywords.get("out", "prepared"))).expanduser()
+    # Beside `out`, and not in a temporary folder: the same rows have the same name, so that a second call reuses.
+    with as_files(keywords, out.with_name(f".{out.name}.rows")) as keywords, printed_to(say):
+        folder = prepare_by_settings(settings_of(PrepareSettings, keywords))
+    return PreparedData(folder, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+
+
+def train(*, say: Say | None = None, **settings: Any) -> TrainedRun:
+    """Train a checkpoint, or a new model, on prepared data, as `diptych train` does it, on this process alone.
+
+    Ctrl-C, SIGTERM and SIGUSR1 let the step that is under way end, and save: the run's `state` is then "stopped".
+
+    Args:
+        say: is called with each line that the command would print, such as `print`.
+        settings: those of a recipe (TrainRecipe): model, data, out, epochs or max_steps, learning_rate …
+
+    Raises:
+        UserError: a setting is wrong, or `out` holds another run; its subclasses CheckpointError, StorageError and
+            NotFiniteError for what may go wrong later.
+        KeyboardInterrupt: Ctrl-C before the first step, or a second one.
+    """
+    settings = {name: _checkpoint(value) if name == "model" else value for name, value in settings.items()}
+    recipe = settings_of(TrainRecipe, settings)
+    with printed_to(say), _stop_by_signals() as stop:
+        run_recipe(recipe, stop)
+    return TrainedRun(Path(recipe.out))
+
+
+def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) -> Report | dict[str, Report]:
+    """Loss and metrics with 95 % intervals, as `diptych evaluate` finds them.
+
+    Args:
+        model: a checkpoint folder or Hub id, a TrainedRun, or what `diptych.load` gave.
+        data: what `prepare` returned or the folder that it wrote; or rows, as `prepare` takes them, all of which are
+            evaluated with the model's template.
+        say: is called with each line that the command would print, such as `print`.
+        settings: those of `diptych evaluate` (EvaluateSettings): split, metrics, num_beams, limit …
+
+    Returns:
+        The report. Of several test sets with names, a dict of one for each.
+
+    Raises:
+        UserError: a setting is wrong, the data were prepared for another tokenizer, or a row cannot be kept.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = _checkpoint(model)
+        if not _is_prepared(data):
+            data = prepare(test=data, tokenizer=checkpoint, out=Path(scratch) / "prepared", strict=True, say=say)
+        out = {"out": str(Path(scratch) / "report.json")}
+        asked = settings_of(EvaluateSettings, out | settings | {"model": checkpoint, "data": data})
+        names = list(load_splits(asked.data, asked.split))
+        with printed_to(say):
+            evaluate_by_settings(asked)
+        reports = {name: _read_report(report_file(asked.out, name, len(names))) for name in names}
+    return reports if len(reports) > 1 else reports[names[0]]
+
+
+def _checkpoint(model: Any) -> Any:
+    """The name of a model that is given as one of our objects."""
+    if isinstance(model, TrainedRun):
+        return str(model.final)
+    return model.name if isinstance(model, TextModel) else model
+
+
+def _is_prepared(data: Any) -> bool:
+    return isinstance(data, str | os.PathLike) and (Path(data).expanduser() / "manifest.json").is_file()
+
+
+def _read_report(file: Path) -> Report:
+    report = json.loads(file.read_text(encoding="utf-8"))
+    predictions = predictions_file(file)
+    return Report(
+        report["figures"],
+        {name: tuple(interval) for name, interval in report["intervals"].items()},
+        report["directions"],
+        _read_lines(predictions) if "predictions_sha256" in report else [],
+    )
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def _stop_by_signals() -> Iterator[StopRequest]:
+    """Inside, signals ask training to stop; afterwards they do what they did before. Python lets only the main thread
+    say what signals do: elsewhere they are left alone."""
+    stop, is_main = StopRequest(), threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS} if is_main else {}
+    if is_main:
+        stop.listen()
+    try:
+        yield stop
+    except Stopped as error:
+        raise KeyboardInterrupt(str(error)) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

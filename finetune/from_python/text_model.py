@@ -1,0 +1,211 @@
+"""`diptych.load`: a checkpoint that writes, weighs and embeds texts.
+
+    model = load("runs/first/final")
+    model.generate("Name the capital of France.")                             "Paris"
+    model.generate(rows, num_beams=4)                                         ["Paris", …]
+    model.score([{"instruction": …, "input": …, "output": "Paris"}])          [Score(log_probability=-0.31, tokens=3)]
+    model.embed(["France", "Korea"]).shape                                    (2, 512)
+
+What is asked is rendered with the template that travels with the checkpoint, as `diptych generate` does it.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from diptych.data_prep.command_line.arguments import from_values
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.conversations import Fault
+from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids.languages import codes_of
+from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
+from diptych.finetune.commands.command_settings import GenerateSettings
+from diptych.finetune.inference.generate_file import prompt_of
+from diptych.finetune.inference.generation import (
+    Prompt,
+    Prompter,
+    check_generation_names,
+    pad_sources,
+    resolve_limits,
+    template_for,
+)
+from diptych.finetune.inference.reranking import chosen_outputs, log_probabilities
+from diptych.finetune.inference.targets import given_tokens, target_ids
+from diptych.finetune.model.loading import load_model_and_tokenizer, pick_device
+from diptych.keywords import printed_to
+
+OF_LOADING = ("model", "engine", "dtype", "device")
+OF_FILES = ("in_file", "out_file", "overwrite", "input")
+
+Rows = Sequence[str | Mapping[str, Any]]
+
+
+class Score(NamedTuple):
+    """How likely a row's output is, given its source."""
+
+    log_probability: float
+    """Summed over the output's tokens, its end token included, in nats."""
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token, as training and evaluation count them."""
+        return -self.log_probability / self.tokens
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """An encoder-decoder with its tokenizer, in eval mode."""
+
+    name: str
+    """The folder or Hub id that it was loaded from."""
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @overload
+    def generate(self, rows: str | Mapping[str, Any], **settings: Any) -> str: ...
+    @overload
+    def generate(self, rows: Rows, **settings: Any) -> list[str]: ...
+    def generate(self, rows, **settings):
+        """What the model writes.
+
+        Args:
+            rows: one or several texts or rows. A row has `instruction` (and `input`, `history`, `system`) or
+                `messages`. A text is an instruction; beside `instruction=` or languages it is the input.
+            settings: those of `diptych generate` (GenerateSettings): max_new_tokens, num_beams, temperature,
+                batch_size, choices, mbr_samples, generation={"top_p": 0.9} …
+
+        Returns:
+            A text for one row, a list for several. Each is a list of texts with `num_return_sequences` above 1, and an
+            Output (text, finished, ids, log_probability) with `scores=True`.
+
+        Raises:
+            UserError: a setting is wrong, or a row is no prompt.
+        """
+        asked = self._settings(settings)
+        check_generation_names(asked.generation)
+        prompter = self._prompter(asked)
+        source_ids, languages = _encoded(prompter, [rows] if isinstance(rows, str | Mapping) else rows, asked)
+        set_seed(asked.seed)
+        outputs = chosen_outputs(
+            self.model,
+            self.tokenizer,
+            source_ids,
+            given=[given_tokens(self.model, self.tokenizer, prompter.template, it) for it in languages],
+            seed=asked.seed,
+            batch_size=asked.batch_size,
+            max_new_tokens=asked.max_new_tokens,
+            template=prompter.template,
+            **asked.generation_kwargs(),
+        )
+        found: list[Any] = outputs if asked.scores else [output.text for output in outputs]
+        each = asked.num_return_sequences
+        if each > 1:
+            found = [found[first : first + each] for first in range(0, len(found), each)]
+        return found[0] if isinstance(rows, str | Mapping) else found
+
+    def score(self, rows: Sequence[Mapping[str, Any]], **settings: Any) -> list[Score]:
+        """How likely each row's `output` is: its log-probability given the source, by one pass with teacher forcing.
+
+        Args:
+            rows: rows with `output` beside what `generate` reads.
+            settings: template, batch_size, source_language, target_language, max_source_tokens.
+
+        Raises:
+            UserError: a setting is wrong, a row is no prompt, or it has no output.
+        """
+        asked = self._settings(settings)
+        prompter = self._prompter(asked)
+        for place, row in enumerate(rows, start=1):
+            if not isinstance(row, Mapping) or not isinstance(row.get("output"), str):
+                raise UserError(f"row {place} has no text `output`, whose likelihood is asked for.")
+        source_ids, languages = _encoded(prompter, rows, asked)
+        parts = (self.model, self.tokenizer)
+        targets = []
+        for row, of_row in zip(rows, languages, strict=True):
+            text = prompter.template.render_target(row["output"])
+            targets += target_ids(*parts, [text], prompter.template, of_row)
+        forced = len(given_tokens(*parts, prompter.template, languages[0])) - 1 if languages else 0
+        nats = log_probabilities(*parts, source_ids, targets, forced, asked.batch_size)
+        return [Score(math.fsum(of_row), len(of_row)) for of_row in nats]
+
+    @torch.no_grad()
+    def embed(self, rows: Rows, **settings: Any) -> np.ndarray:
+        """The mean of the encoder's states over a text's tokens, padding left out.
+
+        Args:
+            rows: N texts or rows, as for `generate`; `template="plain"` puts nothing around a text.
+            settings: template, batch_size, source_language, max_source_tokens.
+
+        Returns:
+            float32, (N, width of the encoder), on the CPU.
+        """
+        asked = self._settings(settings)
+        source_ids, _ = _encoded(self._prompter(asked), rows, asked)
+        longest_first = sorted(range(len(source_ids)), key=lambda place: -len(source_ids[place]))
+        encoder, means = self.model.get_encoder(), [np.zeros(0, np.float32)] * len(source_ids)
+        for first in range(0, len(longest_first), asked.batch_size):
+            places = longest_first[first : first + asked.batch_size]
+            batch = pad_sources([source_ids[place] for place in places], padding_id(self.tokenizer) or 0)
+            batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+            states = encoder(**batch).last_hidden_state.float()  # (B, S, D)
+            mask = batch["attention_mask"][:, :, None]
+            mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
+            for place, row in zip(places, mean.cpu().numpy(), strict=True):
+                means[place] = row
+        return np.stack(means)
+
+    def _settings(self, settings: Mapping[str, Any]) -> GenerateSettings:
+        for name in settings:
+            if name in OF_LOADING:
+                raise UserError(f"{name} is a setting of `diptych.load`, not of what it returns.")
+            if name in OF_FILES:
+                raise UserError(f"{name} is of the command `diptych generate`; here rows go in and texts come out.")
+        return resolve_limits(from_values(GenerateSettings, {**settings, "model": self.name}), self.model)
+
+    def _prompter(self, asked: GenerateSettings) -> Prompter:
+        template = template_for(asked.template, self.tokenizer)
+        return Prompter(self.tokenizer, template, asked.max_source_tokens, asked.languages)
+
+
+def load(name: str | os.PathLike, dtype: str = "auto", device: str = "auto") -> TextModel:
+    """A checkpoint, ready to write.
+
+    Args:
+        name: a checkpoint folder (after training: RUN/final), an adapter folder, whose base is found, or a Hub id.
+        dtype: "auto" (as it was saved), "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda", "cuda:1", "mps"; "auto" takes an accelerator if there is one.
+
+    Raises:
+        UserError: there is no encoder-decoder, or it lacks weights or a tokenizer.
+    """
+    with printed_to(None):
+        return TextModel(os.fspath(name), *load_model_and_tokenizer(name, dtype, pick_device(device)))
+
+
+def _encoded(prompter: Prompter, rows: Rows, asked: GenerateSettings) -> tuple[list[list[int]], list[Languages]]:
+    """Of each row the token ids of its source, and its languages as the tokenizer calls them."""
+    rendered = []
+    for place, row in enumerate(rows, start=1):
+        try:
+            rendered.append(prompter.render(_prompt(row, asked, prompter.tokenizer)))
+        except (UserError, Fault) as error:
+            raise UserError(f"row {place}: {error}") from None
+    languages = [of_row for _, of_row in rendered]
+    source_ids, _ = prompter.encode([text for text, _ in rendered], languages)
+    return source_ids, languages
+
+
+def _prompt(row: str | Mapping[str, Any], asked: GenerateSettings, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """A text is the input of an instruction or of languages, where these are given, and else an instruction."""
+    if not isinstance(row, str):
+        return prompt_of(dict(row))
+    if asked.instruction or any(asked.languages) or codes_of(tokenizer).is_around_texts:
+        return Prompt(asked.instruction, row, system=asked.system)
+    return Prompt(row, system=asked.system)

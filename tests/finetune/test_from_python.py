@@ -1,0 +1,167 @@
+"""`import diptych`: from rows in memory to answers, with the words and the files of the commands."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+import diptych
+from diptych import UserError
+
+ROWS = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(40)]
+SHORT = {"max_source_tokens": 64, "max_target_tokens": 32}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, t5_checkpoint):
+    """(prepared data, run) of forty rows and two epochs."""
+    folder = tmp_path_factory.mktemp("from_python")
+    data = diptych.prepare(ROWS, tokenizer=t5_checkpoint, out=folder / "prepared", **SHORT)
+    run = diptych.train(model=t5_checkpoint, data=data, out=folder / "run", epochs=2, precision="fp32")
+    return data, run
+
+
+def test_importing_takes_no_heavy_library_and_offers_what_it_lists():
+    script = (
+        "import diptych, sys; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules);"
+        "assert set(dir(diptych)) >= {'prepare', 'train', 'evaluate', 'load', '__version__', 'DiptychConfig'};"
+        "[getattr(diptych, name) for name in dir(diptych)]; assert diptych.DiptychConfig.model_type == 'diptych'"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'trian'.*prepare"):
+        _ = diptych.trian
+
+
+def test_python_dash_m_is_the_command():
+    found = subprocess.run([sys.executable, "-m", "diptych", "trian"], capture_output=True, text=True)
+    assert found.returncode == 2 and "Did you mean train?" in found.stderr
+
+
+def test_rows_become_data_a_run_figures_and_answers(made, capfd):
+    data, run = made
+    assert sum(map(len, data.splits.values())) == data.facts["rows"]["kept"] == 40 and data.rejects == []
+    assert run.state == "done" and (run.folder / "loss.png").is_file()
+    assert run.train_loss == [entry for entry in run.figures if entry["split"] == "train"][-1]["loss"]
+    assert run.validation_loss < 10
+
+    report = diptych.evaluate(run, data, metrics="chrf", batch_size=4)
+    low, high = report.intervals["loss"]
+    assert low <= report.figures["loss"] <= high and 0 <= report.figures["chrf"] <= 100
+    assert report.predictions[0].keys() >= {"source", "references", "prediction"}
+    model = run.load(device="cpu")
+    assert isinstance(model.generate("Say 7.", max_new_tokens=8), str)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_all_kinds_of_rows_give_the_same_dataset(tmp_path, t5_checkpoint):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    kinds = [
+        ROWS,
+        tmp_path / "rows.jsonl",
+        Dataset.from_list(ROWS),
+        DatasetDict(train=Dataset.from_list(ROWS)),
+        pandas.DataFrame(ROWS),
+        [ROWS[:20], str(tmp_path / "rows.jsonl")],
+    ]
+    found = []
+    for number, rows in enumerate(kinds):
+        out = tmp_path / str(number)
+        data = diptych.prepare(rows, tokenizer=t5_checkpoint, out=out, validation=ROWS[:2], test_fraction=0, **SHORT)
+        found.append([sorted(split["source"]) for split in data.splits.values()])
+    assert all(sets == found[0] for sets in found)
+    assert {path.name for path in tmp_path.iterdir()} == {*map(str, range(len(kinds))), "rows.jsonl"}
+
+
+def test_sets_with_names_each_have_a_report(made, tmp_path, t5_checkpoint):
+    sets = {"small": ROWS[:3], "large": ROWS[3:9]}
+    data = diptych.prepare(ROWS, tokenizer=t5_checkpoint, out=tmp_path / "sets", test=sets, **SHORT)
+    reports = diptych.evaluate(t5_checkpoint, data, metrics="")
+    assert {name: report.figures["rows"] for name, report in reports.items()} == {"test/small": 3, "test/large": 6}
+    of_rows = diptych.evaluate(t5_checkpoint, ROWS[:3], metrics="")
+    assert of_rows.figures["loss"] == reports["test/small"].figures["loss"]
+
+
+def test_the_same_rows_are_not_prepared_twice(tmp_path, t5_checkpoint):
+    said: list[str] = []
+    for _ in range(2):
+        diptych.prepare(ROWS, tokenizer=t5_checkpoint, out=tmp_path / "prepared", say=said.append, **SHORT)
+    assert sum(line.startswith("Reused") for line in said) == 1
+
+
+def test_what_is_printed_goes_to_say(tmp_path, t5_checkpoint, capfd):
+    diptych.prepare(ROWS, tokenizer=t5_checkpoint, out=tmp_path / "prepared", say=print, **SHORT)
+    assert "40" in capfd.readouterr().out
+
+
+def test_mistakes_are_exceptions_with_the_words_of_the_command_line(tmp_path, made):
+    data, run = made
+    for wrong, message in {
+        "lr": "Here it is learning_rate",
+        "learning_rte": "Did you mean learning_rate",
+        "learning_rate": "'fast'; it has to be a number",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            diptych.train(model=run, data=data, out=tmp_path / "run", epochs=1, **{wrong: "fast"})
+    with pytest.raises(UserError, match="is no prepared dataset"):
+        diptych.train(model=run, data=tmp_path / "nowhere", out=tmp_path / "run", epochs=1)
+    with pytest.raises(UserError, match="data is a dict"):
+        diptych.prepare(ROWS[0], tokenizer=run.final, out=tmp_path / "prepared")
+    with pytest.raises(UserError, match="data-1 is a int"):
+        diptych.prepare([3], tokenizer=run.final, out=tmp_path / "prepared")
+    with pytest.raises(UserError, match="row 1 is no JSON"):
+        diptych.prepare([{"instruction": {1, 2}}], tokenizer=run.final, out=tmp_path / "prepared")
+    model = diptych.load(run.final)
+    for settings in ({"num_beam": 2}, {"dtype": "float32"}, {"out_file": "x"}, {"num_beams": 0}):
+        with pytest.raises(UserError, match=next(iter(settings))):
+            model.generate("Go.", **settings)
+    with pytest.raises(UserError, match="row 2: .*instruction"):
+        model.generate(["Go.", {"instrution": "Go."}])
+    with pytest.raises(UserError, match="row 1 has no text `output`"):
+        model.score([{"instruction": "Go."}])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_second_run_goes_on_from_the_first_ones_model(made, tmp_path):
+    data, run = made
+    again = diptych.train(model=run, data=data, out=tmp_path / "again", max_steps=1, precision="fp32", seed=1)
+    assert again.state == "done" and again.train_loss < run.figures[0]["loss"] + 1
+    with pytest.raises(UserError, match="out"):
+        diptych.train(model=run, data=data, out=tmp_path / "again", max_steps=1, precision="fp32")
+
+
+def test_a_loaded_model_writes_what_it_learned(t5_checkpoint):
+    model = diptych.load(t5_checkpoint)
+    rows = [{"instruction": "Translate English to Korean:", "input": "Go."}, {"instruction": "Add.", "input": "1 + 1"}]
+    assert model.generate(rows) == ["가.", "2"]
+    assert model.generate(["Go.", "Yes."], instruction="Translate English to Korean:") == ["가.", "네."]
+    assert model.generate(rows[1]) == "2"
+    assert model.generate(rows[1], choices=["3", "2"]) == "2"
+    pairs = model.generate(rows, num_beams=2, num_return_sequences=2)
+    assert [len(pair) for pair in pairs] == [2, 2] and pairs[0][0] == "가."
+
+
+def test_scores_are_the_models_own_loss(t5_checkpoint):
+    model = diptych.load(t5_checkpoint)
+    asked = {"instruction": "Translate English to Korean:", "input": "Go."}
+    right, wrong = model.score([asked | {"output": "가."}, asked | {"output": "네."}])
+    assert right.log_probability > wrong.log_probability
+    (output,) = model.generate([asked], scores=True)
+    assert output.log_probability == pytest.approx(right.log_probability, abs=1e-4)
+    assert right.loss == pytest.approx(-right.log_probability / right.tokens)
+
+
+def test_embeddings_are_means_of_the_encoders_states_whatever_stands_beside(t5_checkpoint):
+    model = diptych.load(t5_checkpoint)
+    texts = ["Go.", "I am a student. I am a student."]
+    together = model.embed(texts)
+    assert together.dtype == np.float32 and together.shape == (2, model.model.config.d_model)
+    np.testing.assert_allclose(together[0], model.embed(texts[:1], batch_size=1)[0], atol=1e-5)
+    ids = model.tokenizer(texts[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        own = model.model.get_encoder()(input_ids=ids).last_hidden_state.mean(dim=1)
+    np.testing.assert_allclose(model.embed(texts[:1], template="plain")[0], own[0].numpy(), atol=1e-4)
