@@ -24,7 +24,6 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
-from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
 from diptych.finetune.commands.command_settings import GenerateSettings
 from diptych.finetune.inference.generate_file import prompt_of
 from diptych.finetune.inference.generation import (
@@ -37,7 +36,8 @@ from diptych.finetune.inference.generation import (
 )
 from diptych.finetune.inference.reranking import chosen_outputs, log_probabilities
 from diptych.finetune.inference.targets import given_tokens, target_ids
-from diptych.finetune.model.loading import load_model_and_tokenizer, pick_device
+from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.loading import load_checkpoint, pick_device
 from diptych.keywords import printed_to
 
 OF_LOADING = ("model", "engine", "dtype", "device")
@@ -65,8 +65,15 @@ class TextModel:
 
     name: str
     """The folder or Hub id that it was loaded from."""
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    loaded: LoadedModel
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.loaded.tokenizer
 
     @overload
     def generate(self, rows: str | Mapping[str, Any], **settings: Any) -> str: ...
@@ -152,7 +159,7 @@ class TextModel:
         encoder, means = self.model.get_encoder(), [np.zeros(0, np.float32)] * len(source_ids)
         for first in range(0, len(longest_first), asked.batch_size):
             places = longest_first[first : first + asked.batch_size]
-            batch = pad_sources([source_ids[place] for place in places], padding_id(self.tokenizer) or 0)
+            batch = pad_sources([source_ids[place] for place in places], self.loaded.pad_token_id)
             batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
             states = encoder(**batch).last_hidden_state.float()  # (B, S, D)
             mask = batch["attention_mask"][:, :, None]
@@ -186,7 +193,7 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str = "auto") -> 
         UserError: there is no encoder-decoder, or it lacks weights or a tokenizer.
     """
     with printed_to(None):
-        return TextModel(os.fspath(name), *load_model_and_tokenizer(name, dtype, pick_device(device)))
+        return TextModel(os.fspath(name), load_checkpoint(name, dtype, pick_device(device)))
 
 
 def _encoded(prompter: Prompter, rows: Rows, asked: GenerateSettings) -> tuple[list[list[int]], list[Languages]]:
