@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, load_from_disk
-
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
-from diptych.data_prep.pipeline.prepared_folder import REJECTS
+from diptych.data_prep.prepare import Prepared
 from diptych.data_prep.prepare import prepare as prepare_by_settings
 from diptych.finetune.commands.command_settings import EvaluateSettings
 from diptych.finetune.commands.exits import Stopped
@@ -32,45 +30,12 @@ from diptych.finetune.evaluating.evaluate_rows import run as evaluate_by_setting
 from diptych.finetune.run_files.run_folder import last_training, read_status
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe
-from diptych.keywords import Say, plain, printed_to, settings_of
-from diptych.rows_in_memory import as_files
+from diptych.keywords import Say, printed_to, settings_of
 from diptych.text_model import TextModel, load
 
 
-class _Folder:
-    """What is made in a folder stands for that folder wherever a path is due."""
-
-    folder: Path
-
-    def __fspath__(self) -> str:
-        return str(self.folder)
-
-
 @dataclass(frozen=True)
-class PreparedData(_Folder):
-    """What `prepare` wrote."""
-
-    folder: Path
-    facts: dict[str, Any]
-    """manifest.json: rows that were read and kept, sizes of splits, packing, settings, versions."""
-
-    @property
-    def warnings(self) -> list[str]:
-        return self.facts["warnings"]
-
-    @property
-    def splits(self) -> DatasetDict:
-        """The rows of each split: `input_ids` and `labels` (lists of ints), `source`, `target`, `origin` …"""
-        return load_from_disk(str(self.folder))
-
-    @property
-    def rejects(self) -> list[dict[str, Any]]:
-        """The rows that were not kept, each with its place, the field and the reason."""
-        return _read_lines(self.folder / REJECTS)
-
-
-@dataclass(frozen=True)
-class TrainedRun(_Folder):
+class TrainedRun:
     """What `train` wrote."""
 
     folder: Path
@@ -100,6 +65,9 @@ class TrainedRun(_Folder):
         """The folder of the final model, which `from_pretrained` loads."""
         return self.folder / "final"
 
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
     def load(self, dtype: str = "auto", device: str = "auto") -> TextModel:
         """The final model, as `diptych.load` gives it."""
         return load(self.final, dtype, device)
@@ -123,25 +91,32 @@ class Report:
     """Of each different source: source, references, prediction, finished, nats, target_tokens."""
 
 
-def prepare(data: Any = None, *, say: Say | None = None, **settings: Any) -> PreparedData:
+def prepare(data: Any = None, *, say: Say | None = None, **settings: Any) -> Prepared:
     """Rows to a checked, tokenised and packed dataset, as `diptych prepare` does it.
 
     Args:
-        data: a list of dicts, a `datasets.Dataset` or `DatasetDict`, a pandas frame, a path, a glob, a Hub id
-            (`hf:user/name`), or a list of several of these. The format is recognised from the first rows.
+        data: rows in memory, which are a list of dicts, a `datasets.Dataset` or a pandas frame, or a dict (or
+            DatasetDict) of these by the names of their splits, `{"train": rows, "test": others}`; or one or several
+            paths, globs or Hub ids (`hf:user/name`). The format is recognised from the first rows.
         say: is called with each line that the command would print, such as `print`.
-        settings: those of `diptych prepare` (PrepareSettings). `validation`, `test` and `decontaminate` take what
-            `data` takes; several sets with names are a dict: `test={"news": rows, "medical": "medical.jsonl"}`.
+        settings: those of `diptych prepare` (PrepareSettings): tokenizer, out, template, max_source_tokens …
+
+    Returns:
+        The dataset: folder, splits (rows of each), rejected, rejects_file, warnings, manifest.
 
     Raises:
         UserError: a setting is wrong, or no row can be kept.
     """
-    keywords = settings if data is None else {"data": data} | settings
-    out = Path(plain(keywords.get("out", "prepared"))).expanduser()
-    # Beside `out`, and not in a temporary folder: the same rows have the same name, so that a second call reuses.
-    with as_files(keywords, out.with_name(f".{out.name}.rows")) as keywords, printed_to(say):
-        folder = prepare_by_settings(settings_of(PrepareSettings, keywords))
-    return PreparedData(folder, json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    is_named = isinstance(data, str | os.PathLike) or (
+        isinstance(data, list | tuple) and bool(data) and all(isinstance(name, str | os.PathLike) for name in data)
+    )
+    rows = None if is_named else data
+    asked = settings_of(PrepareSettings, settings | ({"data": data} if is_named else {}))
+    with printed_to(say):
+        prepared = prepare_by_settings(asked, print, rows)
+        print(prepared)
+        print("".join(f"warning: {warning}\n" for warning in prepared.warnings), end="")
+    return prepared
 
 
 def train(*, say: Say | None = None, **settings: Any) -> TrainedRun:
@@ -158,8 +133,7 @@ def train(*, say: Say | None = None, **settings: Any) -> TrainedRun:
             NotFiniteError for what may go wrong later.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
-    settings = {name: _checkpoint(value) if name == "model" else value for name, value in settings.items()}
-    recipe = settings_of(TrainRecipe, settings)
+    recipe = settings_of(TrainRecipe, {name: _place_of(value) for name, value in settings.items()})
     with printed_to(say), _stop_by_signals() as stop:
         run_recipe(recipe, stop)
     return TrainedRun(Path(recipe.out))
@@ -170,8 +144,8 @@ def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) 
 
     Args:
         model: a checkpoint folder or Hub id, a TrainedRun, or what `diptych.load` gave.
-        data: what `prepare` returned or the folder that it wrote; or rows, as `prepare` takes them, all of which are
-            evaluated with the model's template.
+        data: what `prepare` returned or the folder that it wrote; or rows in memory, as `prepare` takes them, all of
+            which are evaluated, with the model's template.
         say: is called with each line that the command would print, such as `print`.
         settings: those of `diptych evaluate` (EvaluateSettings): split, metrics, num_beams, limit …
 
@@ -182,9 +156,9 @@ def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) 
         UserError: a setting is wrong, the data were prepared for another tokenizer, or a row cannot be kept.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = _checkpoint(model)
-        if not _is_prepared(data):
-            data = prepare(test=data, tokenizer=checkpoint, out=Path(scratch) / "prepared", strict=True, say=say)
+        checkpoint, data = _place_of(model), _place_of(data)
+        if not isinstance(data, str | os.PathLike):
+            data = prepare({"test": data}, tokenizer=checkpoint, out=Path(scratch) / "prepared", strict=True).folder
         out = {"out": str(Path(scratch) / "report.json")}
         asked = settings_of(EvaluateSettings, out | settings | {"model": checkpoint, "data": data})
         names = list(load_splits(asked.data, asked.split))
@@ -194,15 +168,13 @@ def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) 
     return reports if len(reports) > 1 else reports[names[0]]
 
 
-def _checkpoint(model: Any) -> Any:
-    """The name of a model that is given as one of our objects."""
-    if isinstance(model, TrainedRun):
-        return str(model.final)
-    return model.name if isinstance(model, TextModel) else model
-
-
-def _is_prepared(data: Any) -> bool:
-    return isinstance(data, str | os.PathLike) and (Path(data).expanduser() / "manifest.json").is_file()
+def _place_of(value: Any) -> Any:
+    """The folder or Hub id of what one of these functions returned; any other value as it is."""
+    if isinstance(value, TrainedRun):
+        return str(value.final)
+    if isinstance(value, TextModel):
+        return value.name
+    return str(value.folder) if isinstance(value, Prepared) else value
 
 
 def _read_report(file: Path) -> Report:
