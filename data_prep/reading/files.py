@@ -19,7 +19,6 @@ import gzip
 import io
 import itertools
 import os
-import shlex
 import stat
 import zlib
 from collections.abc import Iterable
@@ -71,9 +70,6 @@ FIRST_BYTES = {
 }
 ZEROS_LOOKED_AT = 16
 """No gzip ends in so many zero bytes by itself: an empty one has nine."""
-
-UTF8_MARK = b"\xef\xbb\xbf"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,7 @@ class File:
 
     def open_for_seeking(self) -> io.FileIO:
         """For formats that begin at their end. Whoever reads calls check_content when done."""
-        return _Seekable(_open_regular(self.path, self.name), self.bytes)
+        return _OwnBytes(self)
 
     def notes(self) -> list[str]:
         """Zeros behind the end of a gzip are what tapes and some programs fill blocks with."""
@@ -181,7 +177,7 @@ def changed(name: str) -> str:
 
 def identify(found: Found, any_text: bool = False) -> File:
     """Open, check and digest a file. With `any_text`, any name will do that does not say it is something else."""
-    suffix, packed = _suffixes(found.name)
+    suffix, packed = suffixes(found.name)
     if suffix in REFUSED_SUFFIXES:
         raise UserError(
             f"{found.name} is {REFUSED_SUFFIXES[suffix]}, and nothing is unpacked from it. Unpack it yourself, look at"
@@ -208,7 +204,7 @@ def identify(found: Found, any_text: bool = False) -> File:
     return File(found.path, found.name, found.entry, suffix, packed, before.st_size, digest, _state(before))
 
 
-def _suffixes(name: str) -> tuple[str, str | None]:
+def suffixes(name: str) -> tuple[str, str | None]:
     """'a.jsonl.gz' → '.jsonl', 'gzip'. What is unknown inside a packed file is named whole: 'a.txt.gz' → '.txt'."""
     path = Path(name)
     last = path.suffix.lower()
@@ -232,18 +228,22 @@ def _open_regular(path: str, name: str) -> int:
     return descriptor
 
 
+FILE_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
 def _check_regular(found: os.stat_result, name: str) -> None:
-    kinds = {
-        stat.S_ISDIR: "a folder",
-        stat.S_ISFIFO: "a pipe (FIFO)",
-        stat.S_ISSOCK: "a socket",
-        stat.S_ISCHR: "a device",
-        stat.S_ISBLK: "a device",
-    }
-    if stat.S_ISREG(found.st_mode):
-        return
-    kind = next((kind for is_kind, kind in kinds.items() if is_kind(found.st_mode)), "no regular file")
-    raise UserError(f"{name} is {kind}; a regular file is due. Write what comes out of it into a file, and name that.")
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        what = FILE_KINDS.get(kind, "no regular file")
+        raise UserError(
+            f"{name} is {what}; a regular file is due. Write what comes out of it into a file, and name that."
+        )
 
 
 def _why_not(path: str, name: str, error: Exception) -> str:
@@ -300,61 +300,39 @@ def _state(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-class _Seekable(io.FileIO):
-    """A file of known size: a broken one may say that 3 GB follow, and Python would make room for them first."""
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        super().__init__(descriptor, "rb")
-        self._size = size
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self.tell())
-        return super().read(min(size, left) if size >= 0 else left)
-
-
-class _Raw(io.RawIOBase):
-    """A file's own bytes, digested on the way. It ends where it ended when it was opened."""
+class _OwnBytes(io.FileIO):
+    """A file's own bytes. They end where they ended when the file was opened; a broken file may say that 3 GB follow,
+    and Python would make room for them. What is read from beginning to end is digested on the way."""
 
     def __init__(self, file: File) -> None:
-        self.file, self.position, self.digest = file, 0, xxhash.xxh3_128()
-        self._raw = os.fdopen(_open_regular(file.path, file.name), "rb", buffering=0)
-
-    def readable(self) -> bool:
-        return True
+        super().__init__(_open_regular(file.path, file.name), "rb")
+        self.file, self.digest = file, xxhash.xxh3_128()
 
     def read(self, size: int = -1) -> bytes:
-        left = self.file.bytes - self.position
-        block = self._raw.read(min(size, left) if size >= 0 else left)
+        left = max(0, self.file.bytes - self.tell())
+        block = super().read(min(size, left) if size >= 0 else left)
         self.digest.update(block)
-        self.position += len(block)
         return block
 
-    def tell(self) -> int:
-        return self.position
-
     def check_end(self) -> None:
-        """All was read, nothing comes after it, and it is what was there when the file was opened."""
+        """UserError if what was read is not what was there when the file was opened."""
         while self.read(BLOCK_BYTES):
             pass
-        if self._raw.read(1) or self.digest.hexdigest() != self.file.digest:
+        if self.digest.hexdigest() != self.file.digest:
             raise UserError(changed(self.file.name))
         self.file.check_unchanged()
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
 
 
 class Content:
     """The unpacked bytes of a file, once, from beginning to end; `position` is how many of its own bytes that took."""
 
     def __init__(self, file: File, limits: Limits) -> None:
-        self.file, self._raw, self._head = file, _Raw(file), b""
+        self.file, self._raw, self._head = file, _OwnBytes(file), b""
         self._unpacked, self._most = 0, limits.unpacked_bytes(file.bytes)
         self._stream = self._raw
         if (
             file.packed == "gzip"
-        ):  # unlike Arrow's, Python's passes over zeros behind the end, as the program gzip does
+        ):  # Python's passes over zeros behind the end, as the program gzip does; Arrow's does not
             self._stream = gzip.GzipFile(fileobj=self._raw)
         elif file.packed:
             self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, "r"), file.packed)
@@ -367,7 +345,7 @@ class Content:
 
     @property
     def position(self) -> int:
-        return self._raw.position
+        return self._raw.tell()
 
     def peek(self, size: int) -> bytes:
         """The next bytes, which stay to be read."""
@@ -406,42 +384,6 @@ class Content:
         return block
 
 
-def check_line_ends(head: bytes, name: str) -> None:
-    """UserError where lines end in \\r alone, and the file as a whole would be taken for one line."""
-    if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
-        quoted = shlex.quote(name)
-        raise UserError(
-            f"{name}: its lines end in a carriage return (CR) alone, as on old Macs, and a line feed is due. Write it"
-            f" so: tr '\\r' '\\n' < {quoted} > {shlex.quote(f'lf-{os.path.basename(name)}')}"
-        )
-
-
-def check_text(head: bytes, name: str) -> int:
-    """Length of the UTF-8 mark at the beginning of a text, or an error where it is no UTF-8 text at all."""
-    if head.startswith(UTF16_MARKS) or _every_second_byte_is_nul(head[:256]):
-        raise UserError(f"{name} is UTF-16, and UTF-8 is due. Convert it: {conversion(name, 'UTF-16')}")
-    if head[257:262] == b"ustar":
-        raise UserError(f"{name} holds a tar archive, and nothing is unpacked from it. Unpack it, and name the files.")
-    mark = len(UTF8_MARK) if head.startswith(UTF8_MARK) else 0
-    if len(head) < HEAD_BYTES and not head[mark:].strip():
-        raise EmptyFile(name)
-    return mark
-
-
-def conversion(name: str, encoding: str) -> str:
-    """A command to paste, whose result has a name that can be read: `iconv -f CP949 -t UTF-8 a.csv > a.utf8.csv`."""
-    suffix, packed = _suffixes(name)
-    stem = name[: -len(Path(name).suffix)] if packed else name
-    result, name = shlex.quote(f"{stem.removesuffix(Path(stem).suffix)}.utf8{suffix}"), shlex.quote(name)
-    command = f"iconv -f {encoding} -t UTF-8"
-    return f"{packed} -dc {name} | {command} > {result}" if packed else f"{command} {name} > {result}"
-
-
-def _every_second_byte_is_nul(head: bytes) -> bool:
-    nuls = sorted(half.count(0) / max(1, len(half)) for half in (head[::2], head[1::2]))
-    return len(head) >= 4 and nuls[0] < 0.1 and nuls[1] > 0.4
-
-
 # Which files are meant
 
 
@@ -449,23 +391,26 @@ def find_files(entry: str, samples: Iterable[str] = ()) -> tuple[list[Found], li
     """The files that a path, a folder or a glob means, in order of their names, and a note on each thing left out."""
     path = Path(entry).expanduser()
     if os.path.lexists(path):
-        return _in_folder(str(path), entry) if path.is_dir() else ([Found(str(path), entry, entry)], [])
-    if not glob.has_magic(entry):
+        if not path.is_dir():
+            return [Found(str(path), entry, entry)], []
+        found = list(_in_folder(str(path), entry))
+    elif not glob.has_magic(entry):
         raise UserError(_no_such_file(path, entry, list(samples)))
-    matches = sorted(glob.glob(str(path), recursive=True))
-    if not matches:
-        raise UserError(f"{entry} matches no file. Put the pattern in quotes, and try it with ls.")
-    files, notes = [], []
-    for match in matches:
-        if os.path.isdir(match):
-            if "**" in entry:  # its files are matches themselves
-                continue
-            found, more = _in_folder(match, entry)
-            files += found
-            notes += more
-        else:
-            _take(match, entry, files, notes)
-    return _need_files(files, notes, entry)
+    else:
+        matches = sorted(glob.glob(str(path), recursive=True))
+        if not matches:
+            raise UserError(f"{entry} matches no file. Put the pattern in quotes, and try it with ls.")
+        found = []
+        for match in matches:
+            if not os.path.isdir(match):
+                found.append(_file_or_note(match, entry))
+            elif "**" not in entry:  # else its files are matches themselves
+                found += _in_folder(match, entry)
+    files = [it for it in found if isinstance(it, Found)]
+    notes = [it for it in found if isinstance(it, str)]
+    if not files:
+        raise UserError(_nothing_to_read(entry, notes))
+    return files, notes
 
 
 def _no_such_file(path: Path, entry: str, samples: list[str]) -> str:
@@ -478,67 +423,53 @@ def _no_such_file(path: Path, entry: str, samples: list[str]) -> str:
     return f"{entry}: there is no such file. {hint}"
 
 
-def _in_folder(folder: str, entry: str) -> tuple[list[Found], list[str]]:
-    files: list[Found] = []
-    notes: list[str] = []
-    _walk(folder, entry, files, notes, ())
-    return _need_files(files, notes, entry)
-
-
-def _need_files(files: list[Found], notes: list[str], entry: str) -> tuple[list[Found], list[str]]:
-    if files:
-        return files, notes
+def _nothing_to_read(entry: str, notes: list[str]) -> str:
     left_out = f" Left out: {'; '.join(notes[:5])}." if notes else ""
     names = [note.partition(" is of no kind")[0] for note in notes]
     aligned = next((pair for pair in itertools.combinations(names, 2) if any(languages_of_files(*pair))), ())
     hint = f" Aligned files are named together: {'+'.join(aligned)}" if aligned else ""
-    raise UserError(f"{entry} has no file that can be read ({', '.join(KNOWN_SUFFIXES)}).{left_out}{hint}")
+    return f"{entry} has no file that can be read ({', '.join(KNOWN_SUFFIXES)}).{left_out}{hint}"
 
 
-def _walk(folder: str, entry: str, files: list[Found], notes: list[str], above: tuple[tuple[int, int], ...]) -> None:
+def _in_folder(folder: str, entry: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Found | str]:
+    """Files, and notes on what is left out. `above` are the folders that this one lies in."""
     try:
         here, names = os.stat(folder), sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(_why_not(folder, folder, error)) from None
-    if (here.st_dev, here.st_ino) in above:
-        notes.append(f"{folder} is a link to a folder that holds it, and was not read again")
+    inner = (*above, (here.st_dev, here.st_ino))
+    if inner[-1] in above:
+        yield f"{folder} is a link to a folder that holds it, and was not read again"
         return
     if "state.json" in names and "dataset_info.json" in names or "dataset_dict.json" in names:
         raise UserError(f"{folder} is a data set saved by `datasets`, inside the folder {entry}. Name it by itself.")
-    names = _of_repository(folder, names, entry, notes)
+    data = os.path.join(folder, "data")
+    if REPOSITORY_MARKS & set(names) and os.path.isdir(data):
+        rows = list(_in_folder(data, entry, inner))
+        if any(isinstance(it, Found) for it in rows):  # the Hub reads only this folder of a repository
+            others = [it for it in names if it != "data" and it not in METADATA_FILES and not it.startswith(".")]
+            yield from rows
+            if others:
+                yield f"of {folder}, a clone of a Hub repository, data/ is read, and not {listed(others)}"
+            return
     for name in names:
         path = os.path.join(folder, name)
         if name.startswith("."):
-            notes.append(f"{path} is hidden and was not read")
+            yield f"{path} is hidden and was not read"
         elif os.path.isdir(path):
-            _walk(path, entry, files, notes, (*above, (here.st_dev, here.st_ino)))
+            yield from _in_folder(path, entry, inner)
         else:
-            _take(path, entry, files, notes)
+            yield _file_or_note(path, entry)
 
 
-def _of_repository(folder: str, names: list[str], entry: str, notes: list[str]) -> list[str]:
-    """Of a cloned Hub repository, `data/` alone, if it has files to read: that is what the Hub reads of it."""
-    if not REPOSITORY_MARKS & set(names) or not os.path.isdir(data := os.path.join(folder, "data")):
-        return names
-    found: list[Found] = []
-    _walk(data, entry, found, [], ())
-    others = [name for name in names if name != "data" and name not in METADATA_FILES and not name.startswith(".")]
-    if not found:
-        return names
-    if others:
-        notes.append(f"of {folder}, a clone of a Hub repository, data/ is read, and not {listed(others)}")
-    return ["data"]
-
-
-def _take(path: str, entry: str, files: list[Found], notes: list[str]) -> None:
-    """Of what a folder or a glob holds, files of known kinds are read; an odd one of them is an error, not a note."""
-    suffix, _ = _suffixes(path)
+def _file_or_note(path: str, entry: str) -> Found | str:
+    """In a folder or a glob, files of known kinds are read; others are left out with a note."""
+    suffix, _ = suffixes(path)
     if os.path.basename(path) in METADATA_FILES:
-        notes.append(f"{path} is metadata of a data set and was not read")
-    elif suffix in KNOWN_SUFFIXES:
-        files.append(Found(path, path, entry, os.path.relpath(path, fixed_part(entry))))
-    else:
-        notes.append(f"{path} is {REFUSED_SUFFIXES.get(suffix, 'of no kind that is known')} and was not read")
+        return f"{path} is metadata of a data set and was not read"
+    if suffix in KNOWN_SUFFIXES:
+        return Found(path, path, entry, os.path.relpath(path, fixed_part(entry)))
+    return f"{path} is {REFUSED_SUFFIXES.get(suffix, 'of no kind that is known')} and was not read"
 
 
 def fixed_part(entry: str) -> Path:

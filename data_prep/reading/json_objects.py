@@ -29,7 +29,6 @@ from diptych.data_prep.reading.chunks import (
     Chunk,
     Finished,
     Rows,
-    bad_byte,
     in_chunks,
     size_if_too_large,
     too_large,
@@ -44,6 +43,7 @@ from diptych.data_prep.reading.json_rows import (
     json_fault,
     skip_value,
 )
+from diptych.data_prep.reading.text_encoding import bad_byte
 from diptych.data_prep.reading.text_window import SPACE, Window
 from diptych.data_prep.rows.records import RAW_CHARACTERS_KEPT, Origin, Reject, Row
 from diptych.data_prep.rows.valid_text import listed

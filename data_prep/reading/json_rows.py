@@ -19,7 +19,6 @@ from typing import Any
 
 from diptych.data_prep.reading.chunks import (
     LONG_ROW_CHARACTERS_KEPT,
-    NOT_UTF8,
     Chunk,
     Rows,
     in_chunks,
@@ -29,6 +28,7 @@ from diptych.data_prep.reading.chunks import (
 )
 from diptych.data_prep.reading.files import BLOCK_BYTES, File, Limits
 from diptych.data_prep.reading.lines import BYTE_ORDER_MARK
+from diptych.data_prep.reading.text_encoding import NOT_UTF8
 from diptych.data_prep.reading.text_window import Window
 from diptych.data_prep.rows.records import CUT_OFF, Origin, Reject, Row
 from diptych.data_prep.rows.valid_text import JSON_TYPE_NAMES

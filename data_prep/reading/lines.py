@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from diptych.data_prep.reading.chunks import (
     LONG_ROW_CHARACTERS_KEPT,
-    NOT_UTF8,
     Chunk,
     Finished,
     Rows,
@@ -23,6 +22,7 @@ from diptych.data_prep.reading.chunks import (
     unreadable,
 )
 from diptych.data_prep.reading.files import BLOCK_BYTES, Content, File, Limits
+from diptych.data_prep.reading.text_encoding import NOT_UTF8
 from diptych.data_prep.rows.records import Origin, Reject, Row
 
 BYTE_ORDER_MARK = "\ufeff"

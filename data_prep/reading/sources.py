@@ -39,7 +39,7 @@ from typing import Any
 import xxhash
 
 from diptych.data_prep.command_line.errors import UserError, counted
-from diptych.data_prep.reading.chunks import KNOWN_COLUMNS, Chunk, Rows, check_encoding
+from diptych.data_prep.reading.chunks import KNOWN_COLUMNS, Chunk, Rows
 from diptych.data_prep.reading.column_rows import arrow_chunks, hub_chunks, parquet_chunks
 from diptych.data_prep.reading.files import (
     DEFAULT_LIMITS,
@@ -48,8 +48,6 @@ from diptych.data_prep.reading.files import (
     File,
     Found,
     Limits,
-    check_line_ends,
-    check_text,
     find_files,
     identify,
 )
@@ -65,6 +63,7 @@ from diptych.data_prep.reading.table_rows import (
     text_chunks,
     tsv_chunks,
 )
+from diptych.data_prep.reading.text_encoding import check_text
 from diptych.data_prep.reading.text_window import SPACE
 from diptych.data_prep.reading.tmx_rows import tmx_chunks
 from diptych.data_prep.rows.language_names import languages_of_files, names_language
@@ -302,8 +301,6 @@ def open_plain(entry: str, limits: Limits = DEFAULT_LIMITS) -> Source:
     with file.open(limits) as content:
         head = content.peek(HEAD_BYTES)
     mark = check_text(head, file.name)
-    check_encoding(head, file.name)
-    check_line_ends(head, file.name)
     return Source(file.name, file.digest, file.bytes, functools.partial(text_chunks, file, limits, mark), entry)
 
 
@@ -383,10 +380,7 @@ def _open_file(file: File, limits: Limits, columns: Collection[str] = ()) -> Sou
         if file.suffix == ".tmx":
             read, notes = tmx_chunks, []
         else:
-            mark = check_text(head, file.name)
-            check_encoding(head, file.name)
-            if file.suffix in (".tsv", ".jsonl", ".ndjson"):
-                check_line_ends(head, file.name)
+            mark = check_text(head, file.name, needs_line_feeds=file.suffix in (".tsv", ".jsonl", ".ndjson"))
             text = head[mark:].decode("utf-8", "surrogateescape")
             read, notes = _by_beginning(file, text, columns) or object_reader(file, limits, mark)
             read = functools.partial(read, mark=mark)
@@ -560,8 +554,6 @@ def _open_aligned(names: Sequence[str], limits: Limits) -> Source:
         with files[-1].open(limits) as content:
             head = content.peek(HEAD_BYTES)
         marks.append(check_text(head, name))
-        check_encoding(head, name)
-        check_line_ends(head, name)
     if files[0].state[:2] == files[1].state[:2]:
         raise UserError(f"{names[0]} and {names[1]} are the same file: a text is no translation of itself.")
     digest = xxhash.xxh3_128_hexdigest("".join(file.digest for file in files).encode())

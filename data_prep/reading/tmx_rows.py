@@ -17,7 +17,6 @@ from xml.etree import ElementTree
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.chunks import (
     LONG_ROW_CHARACTERS_KEPT,
-    NOT_UTF8,
     Chunk,
     Rows,
     in_chunks,
@@ -26,6 +25,7 @@ from diptych.data_prep.reading.chunks import (
     unreadable,
 )
 from diptych.data_prep.reading.files import HEAD_BYTES, File, Limits
+from diptych.data_prep.reading.text_encoding import NOT_UTF8
 from diptych.data_prep.reading.text_window import Window
 from diptych.data_prep.rows.records import CUT_OFF, Origin, Reject, Row
 
