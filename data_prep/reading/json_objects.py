@@ -86,15 +86,15 @@ def object_reader(file: File, limits: Limits, mark: int) -> tuple[Callable[..., 
     if TASK_KEYS & members.keys():
         return one_row_chunks, []
     if _is_one_row(members):
-        return one_row_chunks, [f"{file.name}: read as one row"]
+        return one_row_chunks, ["read as one row"]
     if (key := _rows_key(members)) is not None:
         others = [name for name, member in members.items() if member.kind == "rows" and name != key]
-        notes = [f"{file.name}: its rows are those in '{key}', and not those in {listed(others)}"] if others else []
+        notes = [f"its rows are those in '{key}', and not those in {listed(others)}"] if others else []
         return functools.partial(member_chunks, key=key), notes
     if (table := _table(members)) is None:
         raise UserError(_cannot_tell(file, members))
     rows_of, what = table
-    return functools.partial(table_chunks, rows_of=rows_of), [f"{file.name}: read as {what}"]
+    return functools.partial(table_chunks, rows_of=rows_of), [f"read as {what}"]
 
 
 def _is_one_row(members: Mapping[str, _Member]) -> bool:

@@ -28,9 +28,6 @@ import functools
 import glob
 import json
 import os
-import re
-import shlex
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,8 +36,9 @@ from typing import Any
 import xxhash
 
 from diptych.data_prep.command_line.errors import UserError, counted
-from diptych.data_prep.reading.chunks import KNOWN_COLUMNS, Chunk, Rows
-from diptych.data_prep.reading.column_rows import arrow_chunks, hub_chunks, parquet_chunks
+from diptych.data_prep.reading.chunks import Chunk, Rows
+from diptych.data_prep.reading.column_rows import hub_chunks
+from diptych.data_prep.reading.file_layout import reader_of
 from diptych.data_prep.reading.files import (
     DEFAULT_LIMITS,
     HEAD_BYTES,
@@ -51,22 +49,9 @@ from diptych.data_prep.reading.files import (
     find_files,
     identify,
 )
-from diptych.data_prep.reading.json_objects import object_reader
-from diptych.data_prep.reading.json_rows import array_chunks, json_row
-from diptych.data_prep.reading.lines import line_chunks
-from diptych.data_prep.reading.table_rows import (
-    SEPARATOR_LINE,
-    Header,
-    aligned_chunks,
-    check_header,
-    csv_chunks,
-    text_chunks,
-    tsv_chunks,
-)
+from diptych.data_prep.reading.table_rows import aligned_chunks, text_chunks
 from diptych.data_prep.reading.text_encoding import check_text
-from diptych.data_prep.reading.text_window import SPACE
-from diptych.data_prep.reading.tmx_rows import tmx_chunks
-from diptych.data_prep.rows.language_names import languages_of_files, names_language
+from diptych.data_prep.rows.language_names import languages_of_files
 from diptych.data_prep.rows.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_of, named, said_kind
 
 HUB_PREFIX = "hf:"
@@ -75,11 +60,6 @@ TRAIN = KINDS[0]
 FILES_NAMED = 3
 """Of many with one split, in a note."""
 SAMPLES_FOLDER = Path(__file__).with_name("samples")
-
-NAME = re.compile(r"\w[\w:-]*(?:\.\w+)*")
-QUOTED = re.compile(r'"(?:[^"]|"")*"')
-
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclass(frozen=True)
@@ -297,10 +277,7 @@ def is_plain(name: str) -> bool:
 def open_plain(entry: str, limits: Limits = DEFAULT_LIMITS) -> Source:
     """A file with a text a line, whatever it is called; blank lines are none."""
     [found], _ = find_files(entry, SAMPLES)
-    file = identify(found, any_text=True)
-    with file.open(limits) as content:
-        head = content.peek(HEAD_BYTES)
-    mark = check_text(head, file.name)
+    file, mark = _open_texts(found, limits)
     return Source(file.name, file.digest, file.bytes, functools.partial(text_chunks, file, limits, mark), entry)
 
 
@@ -369,198 +346,33 @@ def _each_once(sources: list[Source]) -> list[Source]:
 
 
 def _open_file(file: File, limits: Limits, columns: Collection[str] = ()) -> Source:
-    """The way to read a file, by its suffix and its beginning."""
-    if file.suffix == ".parquet":
-        read, notes = parquet_chunks, []
-    elif file.suffix == ".arrow":
-        read, notes = arrow_chunks, []
-    else:
-        with file.open(limits) as content:
-            head = content.peek(HEAD_BYTES)
-        if file.suffix == ".tmx":
-            read, notes = tmx_chunks, []
-        else:
-            mark = check_text(head, file.name, needs_line_feeds=file.suffix in (".tsv", ".jsonl", ".ndjson"))
-            text = head[mark:].decode("utf-8", "surrogateescape")
-            read, notes = _by_beginning(file, text, columns) or object_reader(file, limits, mark)
-            read = functools.partial(read, mark=mark)
-    read = functools.partial(read, file, limits=limits)
+    read, notes = reader_of(file, limits, columns)
     return Source(file.name, file.digest, file.bytes, read, file.entry, notes=(*file.notes(), *notes))
 
 
-def _by_beginning(
-    file: File, head: str, columns: Collection[str]
-) -> tuple[Callable[..., Iterator[Chunk]], list[str]] | None:
-    """None for one JSON object, of which all has to be seen."""
-    if file.suffix == ".tsv":
-        header, notes = _tsv_header(head, file.name, columns)
-        return functools.partial(tsv_chunks, header=header), notes
-    if file.suffix == ".csv":
-        delimiter, notes, numbered = _delimiter(head), [], _are_numbers(columns)
-        if delimiter != ",":
-            note = f"{file.name}: its columns are separated by {DELIMITERS.get(delimiter, repr(delimiter))}"
-            if delimiter == "\t":
-                note += "; text in quotes may go over tabs and lines. If nothing is quoted, name the file .tsv"
-            notes.append(note)
-        if numbered:
-            _check_no_header(_first_cells(head, delimiter), file.name)
-            notes.append(f"{file.name}: {FIRST_LINE_IS_DATA}")
-        return functools.partial(csv_chunks, delimiter=delimiter, numbered=numbered), notes
-    layout = _json_layout(head, file)
-    if layout == "object":
-        return None
-    by_name = "array" if file.suffix == ".json" else "lines"
-    notes = [] if layout == by_name else [f"{file.name}: read as {JSON_LAYOUTS[layout]}, in spite of its name"]
-    return {"lines": functools.partial(line_chunks, row_of=json_row), "array": array_chunks}[layout], notes
-
-
-FIRST_LINE_IS_DATA = "its first line is data, since --map names columns by number"
-
-
-def _are_numbers(columns: Collection[str]) -> bool:
-    return bool(columns) and all(column.isdecimal() for column in columns)
-
-
-def _tsv_header(head: str, name: str, columns: Collection[str]) -> tuple[Header, list[str]]:
-    """A first line is a header if `columns`, which --map names, are in it, or if it has names that data sets give
-    their columns, or those of languages. What it is taken for is said."""
-    lines = [(number, line) for number, line in enumerate(head.split("\n")[:1000], 1) if line.strip()]
-    if lines and SEPARATOR_LINE.fullmatch(f"{lines[0][1]}\n"):
-        del lines[0]
-    number, first = lines[0] if lines else (1, "")
-    cells = [cell.strip() for cell in first.split("\t")]
-    texts = [line for _, line in lines]
-    notes = _quoting_note(texts, name)
-    if _are_numbers(columns):
-        _check_no_header([cell.casefold() for cell in cells], name)
-        return Header.numbered(_usual_columns(texts, name)), [*notes, f"{name}: {FIRST_LINE_IS_DATA}"]
-    if any(cell in columns for cell in cells) or _names_columns(cells):
-        header = Header.of_cells(cells, number)
-        check_header(header, first, name, None)
-        return header, [*notes, f"{name}: its first line names the columns: {', '.join(header.names)}"]
-    header = Header.of_pairs(_usual_columns(texts, name))
-    if len(cells) < 2:  # it will be rejected
-        return header, notes
-    note = f"{name}: its first line is taken for a pair, {cells[0][:40]!r} and {cells[1][:40]!r}"
-    if all(NAME.fullmatch(cell) for cell in cells[:2]):
-        note += f"; if it names columns, --map first={cells[0]} second={cells[1]} makes it the header"
-    return header, [*notes, note]
-
-
-def _names_columns(cells: list[str]) -> bool:
-    """Whether two cells are names that data sets give to columns, or those of languages, and the others look like
-    names too."""
-    names = {cell.casefold() for cell in cells if cell}
-    known = len(names & KNOWN_COLUMNS), sum(map(names_language, set(cells)))
-    return max(known) >= 2 and all(map(NAME.fullmatch, names))
-
-
-def _quoting_note(lines: list[str], name: str) -> list[str]:
-    """Some programs quote in a tsv as in a csv. Whether that is so is for a person to say."""
-    cells = [line.rstrip("\r").split("\t") for line in lines[:100]]
-    is_first_quoted = bool(cells) and all(map(QUOTED.fullmatch, cells[0]))
-    if is_first_quoted or any(QUOTED.fullmatch(cell) and '""' in cell[1:-1] for line in cells for cell in line):
-        return [
-            f"{name}: some cells look quoted as in a csv. A tsv has no quoting, so the quote marks are read as text."
-            " If they quote, name the file .csv"
-        ]
-    return []
-
-
-JSON_LAYOUTS = {"lines": "one JSON object a line", "array": "a JSON array"}
-
-
-def _json_layout(head: str, file: File) -> str:
-    """lines, array or object: what is in a file counts, not whether it is called .json or .jsonl."""
-    start = SPACE.match(head).end()
-    whole_lines = [line.strip() for line in head[start:].split("\n")]
-    first, others = whole_lines[0], [line for line in whole_lines[1:3] if line]
-    second = others[0] if others else ""
-    if file.suffix == ".json":
-        if head.startswith("[", start):
-            return "array"
-        if not head.startswith("{", start):
-            shown = head[start : start + 1]
-            where = f"line {head.count(chr(10), 0, start) + 1}, column {start - head.rfind(chr(10), 0, start)}"
-            raise UserError(
-                f"{file.name}, {where}: {shown!r} stands here, and an array of objects is due: [{{…}}, {{…}}]. If it"
-                " has one object a line, name it .jsonl."
-            )
-        several = second and (_is_object(first) or (first.endswith("}") and _is_object(second)))
-        return "lines" if several else "object"
-    if head.startswith("[", start) and not (first.endswith("}") and second.startswith("{")):
-        return "array"
-    if first == "{" and second and not second.startswith("{"):
-        name = shlex.quote(file.name)
-        command = f"{file.packed} -dc {name} | jq -c ." if file.packed else f"jq -c . {name}"
-        raise UserError(
-            f"{file.name}: its first object goes over several lines, and one object a line is due. Write it so:"
-            f" {command} > lines.jsonl. If the file is one object or an array, name it .json."
-        )
-    return "lines"
-
-
-def _is_object(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _delimiter(head: str) -> str:
-    """The one that Excel's first line `sep=;` names, else the one that splits the header into most known names, then
-    into most names; a comma if that decides nothing."""
-    if named := SEPARATOR_LINE.match(head):
-        return named[1]
-    scores = {}
-    for delimiter in DELIMITERS:
-        cells = _first_cells(head, delimiter)
-        known = sum(cell in KNOWN_COLUMNS for cell in cells)
-        scores[delimiter] = (known, 1 if known else 0 if delimiter == "|" else len(cells))
-    best = max(scores, key=lambda delimiter: (scores[delimiter], delimiter == ","))
-    return best
-
-
-def _first_cells(head: str, delimiter: str) -> list[str]:
-    named = SEPARATOR_LINE.match(head)
-    header = head[SPACE.match(head, named.end() if named else 0).end() :].split("\n", 1)[0]
-    return [cell.strip().strip('"').strip().casefold() for cell in header.split(delimiter)]
-
-
-def _check_no_header(cells: list[str], name: str) -> None:
-    if all(cell in KNOWN_COLUMNS or names_language(cell) for cell in cells):
-        raise UserError(
-            f"{name}: --map names columns by number, which is for tables without a header, and the first line here"
-            f" names them: {', '.join(cells)}. Map these names."
-        )
-
-
-def _usual_columns(lines: list[str], name: str) -> int:
-    [(columns, _)] = Counter(line.count("\t") + 1 for line in lines).most_common(1) or [(1, 0)]
-    if columns < 2:
-        raise UserError(f"{name} has no tabs between its columns: a line is first ⇥ second ⇥ anything else.")
-    return columns
+def _open_texts(found: Found, limits: Limits) -> tuple[File, int]:
+    """A file with a text a line, whatever it is called, and the length of its UTF-8 mark."""
+    file = identify(found, any_text=True)
+    with file.open(limits) as content:
+        return file, check_text(content.peek(HEAD_BYTES), file.name)
 
 
 def _open_aligned(names: Sequence[str], limits: Limits) -> Source:
     if len(names) != 2:
         raise UserError(f"--aligned takes two files, and got {len(names)}.")
-    files, marks = [], []
+    opened = []
     for name in names:
         found, _ = find_files(name)
         if len(found) != 1:
             raise UserError(f"--aligned takes two files, and {name} stands for {len(found)}.")
-        files.append(identify(found[0], any_text=True))
-        with files[-1].open(limits) as content:
-            head = content.peek(HEAD_BYTES)
-        marks.append(check_text(head, name))
+        opened.append(_open_texts(found[0], limits))
+    files, marks = map(list, zip(*opened, strict=True))
     if files[0].state[:2] == files[1].state[:2]:
         raise UserError(f"{names[0]} and {names[1]} are the same file: a text is no translation of itself.")
     digest = xxhash.xxh3_128_hexdigest("".join(file.digest for file in files).encode())
     read = functools.partial(aligned_chunks, files, marks, limits)
-    name = f"{names[0]} + {names[1]}"
-    languages = languages_of_files(*names)
-    return Source(name, digest, sum(file.bytes for file in files), read, name, languages=languages)
+    size, name = sum(file.bytes for file in files), " + ".join(names)
+    return Source(name, digest, size, read, name, languages=languages_of_files(*names))
 
 
 def _open_saved_dataset(entry: str, limits: Limits) -> list[Source]:
