@@ -113,7 +113,7 @@ class Prepared:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command("error", parse_settings, run, argv)
+    return run_command("diptych prepare", parse_settings, run, argv)
 
 
 def run(settings: PrepareSettings) -> int:

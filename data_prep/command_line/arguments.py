@@ -453,7 +453,8 @@ def _docs(settings_class: type) -> dict[str, str]:
     """Of each setting what it does: the docstring below its field."""
     import docstring_parser
 
-    described = {it.arg_name: it.description for it in docstring_parser.parse_from_object(settings_class).params}
+    parsed = (docstring_parser.parse_from_object(it) for it in reversed(settings_class.__mro__) if is_dataclass(it))
+    described = {it.arg_name: it.description for docs in parsed for it in docs.params}
     return {setting.name: described.get(setting.name) or "" for setting in fields(settings_class)}
 
 

@@ -54,7 +54,7 @@ TEXTS_MEASURED = 20_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_command("error", parse_tokenizer_settings, run, argv)
+    return run_command("diptych tokenizer", parse_tokenizer_settings, run, argv)
 
 
 def run(settings: TrainTokenizerSettings | ReportTokenizerSettings | ExtendTokenizerSettings) -> int:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing.fill_rows import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
 from diptych.data_prep.rows.records import IGNORE_INDEX
-from diptych.finetune.batches.padded_rows import Lengths
+from diptych.finetune.batches.padded_rows import RowLengths
 from diptych.finetune.model.families import decoder_start_token, embedding_rows, table_positions
 from diptych.finetune.model.untrusted_files import open_prepared
 
@@ -77,14 +77,14 @@ class PackedRows:
         return self.packing.max_source_tokens + self.packing.max_target_tokens
 
     @property
-    def lengths(self) -> Lengths:
+    def lengths(self) -> RowLengths:
         """Tokens of every row, padding left out."""
         source, target = [], []
         for start in range(0, len(self.packed), ROWS_AT_ONCE):
             columns = self.packed[start : start + ROWS_AT_ONCE]
             source.append((columns["segment_ids"] > 0).sum(1))
             target.append((columns["labels"] != IGNORE_INDEX).sum(1))
-        return Lengths(np.concatenate(source), np.concatenate(target))
+        return RowLengths(np.concatenate(source), np.concatenate(target))
 
     def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         batch = packed_batch(self.packed[rows]) if len(rows) else {}

@@ -77,7 +77,7 @@ class PaddedRows:
     """Source and target tokens of each row as a tensor; None where it depends on the rows beside it."""
 
     @property
-    def lengths(self) -> "Lengths":
+    def lengths(self) -> "RowLengths":
         return row_lengths(self.split)
 
     def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -144,22 +144,22 @@ def drop_repeated_start(
     return split.map(without_start, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
 
 
-class Lengths(NamedTuple):
+class RowLengths(NamedTuple):
     """Tokens of every row of a split, each (rows,)."""
 
     source_tokens: np.ndarray
     target_tokens: np.ndarray
 
 
-def row_lengths(split: datasets.Dataset) -> Lengths:
+def row_lengths(split: datasets.Dataset) -> RowLengths:
     columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
     for table in split.with_format("arrow").iter(batch_size=10_000):
         for name, parts in columns.items():
             parts.append(pyarrow.compute.list_value_length(table[name]).to_numpy())
-    return Lengths(np.concatenate(columns["input_ids"]), np.concatenate(columns["labels"]))
+    return RowLengths(np.concatenate(columns["input_ids"]), np.concatenate(columns["labels"]))
 
 
-class Step(NamedTuple):
+class StepRows(NamedTuple):
     """The rows of one optimizer step, and what can be said of them before they are read."""
 
     batches: list[list[np.ndarray]]
@@ -174,7 +174,7 @@ class Step(NamedTuple):
 class BatchOrder:
     """Which rows stand in which step of which epoch."""
 
-    lengths: Lengths
+    lengths: RowLengths
     rows_per_batch: int
     """Rows on one rank in one micro-batch."""
     ranks: int
@@ -209,7 +209,7 @@ class BatchOrder:
         batches = rows[:whole].reshape(-1, together)
         return np.concatenate([batches[generator.permutation(len(batches))].reshape(-1), rows[whole:]])
 
-    def step(self, rows: np.ndarray, index: int) -> Step:
+    def step(self, rows: np.ndarray, index: int) -> StepRows:
         """Step `index` of an epoch whose rows are `rows`. Where rows run out, each rank gets its even share."""
         rows = rows[index * self.rows_per_step : (index + 1) * self.rows_per_step]
         together = self.rows_per_batch * self.ranks
@@ -221,7 +221,7 @@ class BatchOrder:
             for dealt in batch
             if len(dealt)
         )
-        return Step(batches, int(source_tokens[rows].sum()), int(target_tokens[rows].sum()), padded)
+        return StepRows(batches, int(source_tokens[rows].sum()), int(target_tokens[rows].sum()), padded)
 
     def _deal(self, rows: np.ndarray) -> list[np.ndarray]:
         """7 rows on 2 ranks: [0 1 2] and [3 4 5 6]."""
@@ -229,7 +229,7 @@ class BatchOrder:
         return [rows[start:end] for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def longest_first(lengths: Lengths, rows_per_batch: int, ranks: int) -> list[list[np.ndarray]]:
+def longest_first(lengths: RowLengths, rows_per_batch: int, ranks: int) -> list[list[np.ndarray]]:
     """Every row once, for evaluation: [batch][rank], like lengths together. What does not fit fails at the start."""
     rows = np.argsort(-(lengths.source_tokens + lengths.target_tokens), kind="stable")
     order = BatchOrder(lengths, rows_per_batch, ranks, batches_per_step=1, seed=0)

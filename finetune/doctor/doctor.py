@@ -37,9 +37,9 @@ from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfi
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.command_settings import DoctorSettings
 from diptych.finetune.doctor.doctor_checks import CHECKS, Finding, Patient, examine
 from diptych.finetune.doctor.doctor_rows import rows_from
+from diptych.finetune.doctor.doctor_settings import DoctorSettings
 from diptych.finetune.model.loading import (
     ADAPTER_CONFIG,
     check_folder,

@@ -56,10 +56,10 @@ from diptych.finetune.batches.padded_rows import (
     padded_rows,
 )
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.command_settings import EvaluateSettings
 from diptych.finetune.commands.exits import NotFiniteError
 from diptych.finetune.commands.ranks import join_ranks
 from diptych.finetune.evaluating.confidence import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
+from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.evaluating.metrics import (
     Statistics,
     check_metric_names,

@@ -23,8 +23,8 @@ from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.command_settings import ExportSettings
 from diptych.finetune.commands.exits import BUG
+from diptych.finetune.exporting.export_settings import ExportSettings
 
 
 class NotTheSameError(UserError):

@@ -53,11 +53,11 @@ from diptych.data_prep.text_to_ids.templates import (
 )
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.command_settings import GenerateSettings
 from diptych.finetune.commands.exits import is_main_rank
 from diptych.finetune.commands.ranks import join_ranks
 from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode, read_fast
+from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.families import decoder_start_token, without_adapter
 from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit

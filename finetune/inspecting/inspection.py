@@ -22,12 +22,12 @@ from diptych.data_prep.text_to_ids.languages import codes_of, resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Template, carried_template, load_template
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.command_settings import InspectSettings
 from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.generate_file import PromptRow, read_prompts, render_prompts
 from diptych.finetune.inference.generation import Prompt, Prompter, generate_batch
 from diptych.finetune.inference.targets import given_tokens, target_ids
 from diptych.finetune.inspecting import inspection_facts as facts
+from diptych.finetune.inspecting.inspect_settings import InspectSettings
 from diptych.finetune.inspecting.inspection_page import check_page, write_page
 from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
 

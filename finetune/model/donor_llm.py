@@ -176,7 +176,7 @@ class DonorWeights:
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightOrigin:
     """Where one tensor of the result comes from."""
 
     name: str
@@ -218,7 +218,7 @@ def weight_origins(
     decoder: DonorWeights,
     decoder_layers: Sequence[int] | None = None,
     cross_attention_init: CrossAttentionInit = "copied",
-) -> list[Origin]:
+) -> list[WeightOrigin]:
     """One for each tensor that the Diptych stores; what is tied to another is none.
 
     Args:
@@ -253,7 +253,7 @@ def tied_names(config: DiptychConfig) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
-def _origin(name, shape, panel, weights, kept, cross_attention_init, config) -> Origin:
+def _origin(name, shape, panel, weights, kept, cross_attention_init, config) -> WeightOrigin:
     donor_name = _donor_name(name, panel, kept, weights)
     is_cross, is_zeroed = ".cross_attn." in name, cross_attention_init == "zeroed" and ".cross_attn.o_proj." in name
     fill = 1.0 if name.endswith("norm.weight") else 0.0
@@ -261,7 +261,7 @@ def _origin(name, shape, panel, weights, kept, cross_attention_init, config) -> 
         fill = getattr(config, panel).initializer_range
     is_fresh = is_zeroed or (is_cross and (cross_attention_init == "fresh" or weights.shape(donor_name) != shape))
     if is_fresh:
-        return Origin(name, shape, "fresh", panel, None, weights, fill)
+        return WeightOrigin(name, shape, "fresh", panel, None, weights, fill)
     if donor_name not in weights:
         raise ValueError(f"the donor of the {panel} has no {donor_name}, which {name} would be made of.")
     found = weights.shape(donor_name)
@@ -269,7 +269,7 @@ def _origin(name, shape, panel, weights, kept, cross_attention_init, config) -> 
     if found != shape and not (is_table and found[1:] == shape[1:]):
         raise ValueError(f"{donor_name} of the {panel}'s donor has the shape {found}; its config says {shape}.")
     kind = "copied" if found == shape else "reshaped"
-    return Origin(name, shape, kind, panel, donor_name, weights, fill)
+    return WeightOrigin(name, shape, kind, panel, donor_name, weights, fill)
 
 
 def _donor_name(name: str, panel: str, kept: Sequence[int], weights: DonorWeights) -> str:
@@ -288,12 +288,12 @@ def _donor_name(name: str, panel: str, kept: Sequence[int], weights: DonorWeight
 
 
 def write_weights(
-    origins: Sequence[Origin],
+    origins: Sequence[WeightOrigin],
     folder: Path,
     dtype: torch.dtype,
     seed: int = 0,
     shard_bytes: int = 4 * 2**30,
-    on_tensor: Callable[[Origin], None] = lambda origin: None,
+    on_tensor: Callable[[WeightOrigin], None] = lambda origin: None,
 ) -> None:
     """Writes model.safetensors, or its shards and their index. One shard at a time is in memory.
 
@@ -319,8 +319,8 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _shards(origins: Sequence[Origin], itemsize: int, shard_bytes: int) -> list[list[Origin]]:
-    shards: list[list[Origin]] = [[]]
+def _shards(origins: Sequence[WeightOrigin], itemsize: int, shard_bytes: int) -> list[list[WeightOrigin]]:
+    shards: list[list[WeightOrigin]] = [[]]
     held = 0
     for origin in origins:
         size = _elements(origin.shape) * itemsize

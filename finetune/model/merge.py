@@ -13,11 +13,29 @@ tie_word_embeddings: false. The folder is written beside, flushed, renamed and r
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.places import CHECKPOINT, OUTPUT
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.command_settings import MergeSettings
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Merge an adapter into its base: a plain checkpoint, that from_pretrained loads."""
+
+    adapter: str = field(metadata=CHECKPOINT)
+    """Adapter folder (after training: RUN/final) or Hub id."""
+    out: str = field(default="", metadata=OUTPUT)
+    """New folder for the checkpoint."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the weights are saved in. float32 is what was trained; the others take half the room, and round."""
+
+    def __post_init__(self):
+        if not self.out:
+            raise UserError("out is not set. Name a new folder for the checkpoint: --out …")
 
 
 def merge(settings: MergeSettings) -> Path:

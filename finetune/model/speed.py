@@ -1,6 +1,6 @@
 """What a step costs, what the machine can do, and where the time went.
 
-    work = work_per_token(model)          Work(source=1.3e8, target=2.3e8)    operations for a token, in both passes
+    work = work_per_token(model)          TokenCost(source=1.3e8, target=2.3e8)    operations for a token, both passes
     peak = matmul_peak(device, dtype)     9.4e11    operations a second of a large matrix product, here and now
     mfu  = work done per second / peak    0.34      model-FLOP utilisation (arXiv 2204.02311, appendix B)
     pace = training_pace(device, dtype)   1.2e11    the same of a small layer in both passes, with autocast's copies
@@ -35,14 +35,14 @@ PROFILED_STEPS = (3, 3)
 """Steps before those that are profiled, and how many these are: the first ones are not like the rest."""
 
 
-class Work(NamedTuple):
+class TokenCost(NamedTuple):
     """Floating-point operations in both passes, for one token."""
 
     source: float
     target: float
 
 
-def work_per_token(model: PreTrainedModel | PeftModel) -> Work:
+def work_per_token(model: PreTrainedModel | PeftModel) -> TokenCost:
     """Two operations for each weight in the forward pass, two for the gradient of what came in, two for its own."""
     inner = without_adapter(model)
     encoder, decoder = _weights(inner.get_encoder()), _weights(inner.get_decoder())
@@ -53,7 +53,7 @@ def work_per_token(model: PreTrainedModel | PeftModel) -> Work:
     if inner.config.model_type == "diptych" and inner.config.decoder.cross_attention == "merged":
         # one projection for both sides
         source += sum(work for name, work in decoder.items() if READS_BOTH.search(name))
-    return Work(source, target + _operations(head))
+    return TokenCost(source, target + _operations(head))
 
 
 def _weights(panel: nn.Module) -> dict[str, float]:

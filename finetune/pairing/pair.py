@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.command_settings import PairSettings
+from diptych.finetune.pairing.pair_settings import PairSettings
 
 if TYPE_CHECKING:
     from diptych.finetune.model.donor_llm import Donor

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import StorageError
-from diptych.finetune.model.donor_llm import Origin, sliding_window, tied_names
+from diptych.finetune.model.donor_llm import WeightOrigin, sliding_window, tied_names
 from diptych.modeling import DiptychConfig
 
 TOLERANCE = 1e-4
@@ -37,7 +37,13 @@ what the painter thought that the two had to say to each other after the panels 
 
 
 def describe(
-    settings, encoder, decoder, config: DiptychConfig, origins: Sequence[Origin], kept: Sequence[int] | None, notes
+    settings,
+    encoder,
+    decoder,
+    config: DiptychConfig,
+    origins: Sequence[WeightOrigin],
+    kept: Sequence[int] | None,
+    notes,
 ) -> dict[str, Any]:
     """All but the proof, before anything is written."""
     notes = [*notes, *_notes(encoder, decoder, config, kept)]
@@ -63,7 +69,7 @@ def describe(
     }
 
 
-def _tensor(origin: Origin) -> dict[str, Any]:
+def _tensor(origin: WeightOrigin) -> dict[str, Any]:
     described = {"name": origin.name, "kind": origin.kind, "shape": list(origin.shape), "from": origin.donor_name}
     return described | ({"donor": origin.panel} if origin.donor_name else {})
 
@@ -86,7 +92,7 @@ def _notes(encoder, decoder, config: DiptychConfig, kept) -> list[str]:
     return notes
 
 
-def _weights(config: DiptychConfig, origins: Sequence[Origin]) -> dict[str, Any]:
+def _weights(config: DiptychConfig, origins: Sequence[WeightOrigin]) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     for origin in origins:
         sizes[origin.panel] += math.prod(origin.shape)
@@ -100,7 +106,7 @@ def _weights(config: DiptychConfig, origins: Sequence[Origin]) -> dict[str, Any]
     }
 
 
-def _cost(config: DiptychConfig, origins: Sequence[Origin], donor) -> dict[str, dict[str, float]]:
+def _cost(config: DiptychConfig, origins: Sequence[WeightOrigin], donor) -> dict[str, dict[str, float]]:
     """FLOP a token, and bytes of keys and values a source token, of the result and of its decoder's donor."""
     per_source = per_target = donor_layers = 0
     for origin in origins:
@@ -155,7 +161,7 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check_memory(origins: Sequence[Origin]) -> None:
+def check_memory(origins: Sequence[WeightOrigin]) -> None:
     """StorageError where the proof would not fit."""
     needed = 4 * sum(math.prod(origin.shape) for origin in origins)
     free = psutil.virtual_memory().available + psutil.swap_memory().free

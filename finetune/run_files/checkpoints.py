@@ -155,27 +155,27 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-class Found(NamedTuple):
+class LatestCheckpoint(NamedTuple):
     path: Path | None
     passed_over: list[str]
     """Newer ones, and what is wrong with each."""
 
 
-def latest_checkpoint(folder: Path) -> Found:
+def latest_checkpoint(folder: Path) -> LatestCheckpoint:
     """The newest checkpoint whose contents are what was written. CheckpointError where there are some, all damaged."""
     passed_over = []
     for step in reversed(checkpoint_steps(folder)):
         path = checkpoint_path(folder, step)
         fault = fault_of(path)
         if not fault:
-            return Found(path, passed_over)
+            return LatestCheckpoint(path, passed_over)
         passed_over.append(f"{path.name}: {fault}")
     if passed_over:
         raise CheckpointError(
             f"no checkpoint in {folder} is sound: {'; '.join(passed_over)}.\nBring one back from a copy, or begin anew"
             f" with another `out`."
         )
-    return Found(None, [])
+    return LatestCheckpoint(None, [])
 
 
 def check_checkpoint(path: Path) -> None:

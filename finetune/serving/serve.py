@@ -33,8 +33,6 @@ from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages, broken_character
 from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.command_settings import ServeSettings
-from diptych.finetune.commands.web_address import address, is_asked_here, listen, need_secret, run_until_signal
 from diptych.finetune.inference.generate_file import prompt_of
 from diptych.finetune.inference.generation import DEFAULT_NEW_TOKENS, Prompt, Prompter, template_for
 from diptych.finetune.inference.targets import given_tokens
@@ -50,6 +48,8 @@ from diptych.finetune.serving.request_batches import (
     QueueFull,
     show_place,
 )
+from diptych.finetune.serving.serve_settings import ServeSettings
+from diptych.finetune.serving.web_address import address, is_asked_here, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[serve]'"
 TOKEN_VARIABLE = "DIPTYCH_TOKEN"

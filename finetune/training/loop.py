@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from diptych.finetune.batches.padded_rows import Step, padded_rows
+from diptych.finetune.batches.padded_rows import StepRows, padded_rows
 from diptych.finetune.commands.exits import DONE, STOPPED, NotFiniteError
 from diptych.finetune.commands.ranks import part
 from diptych.finetune.commands.stop_signals import StopRequest
@@ -130,7 +130,7 @@ def take_step(run: Run, pace: Pace) -> bool:
     return wants_stop
 
 
-def add_up_gradients(run: Run, step: Step) -> tuple[float, list[torch.Tensor], bool]:
+def add_up_gradients(run: Run, step: StepRows) -> tuple[float, list[torch.Tensor], bool]:
     """Both passes for all micro-batches of a step: every weight's gradient, the same on all ranks; the loss; this
     rank's parts of it, one for each micro-batch; and whether any rank was asked to stop, which costs nothing here."""
     accelerator, parts = run.accelerator, []
@@ -170,7 +170,7 @@ def learning_rate(step: int, total_steps: int, recipe: TrainRecipe) -> float:
 
 
 def check_finite(
-    run: Run, step: Step, parts: list[torch.Tensor], loss: float, gradient_norm: float, rate: float
+    run: Run, step: StepRows, parts: list[torch.Tensor], loss: float, gradient_norm: float, rate: float
 ) -> None:
     """Before the optimizer moves: weights that have seen a NaN are lost. All ranks see the same two numbers."""
     if math.isfinite(loss) and math.isfinite(gradient_norm):

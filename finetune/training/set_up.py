@@ -33,7 +33,7 @@ from diptych.finetune.batches.padded_rows import (
     BatchOrder,
     PaddedRows,
     Prepared,
-    Step,
+    StepRows,
     check_rows_fit,
     drop_repeated_start,
     load_prepared,
@@ -45,7 +45,7 @@ from diptych.finetune.evaluating.evaluate_rows import selectable_figures
 from diptych.finetune.model.families import decoder_start_token, family_of, vocabulary_tables, without_adapter
 from diptych.finetune.model.loading import has_tokenizer, load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
-from diptych.finetune.model.speed import Work, compile_layers, matmul_peak, work_per_token
+from diptych.finetune.model.speed import TokenCost, compile_layers, matmul_peak, work_per_token
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.run_files.run_folder import CONFIG, Status
 from diptych.finetune.run_files.run_log import RunLog, short
@@ -108,7 +108,7 @@ class Run:
     scaler: torch.amp.GradScaler
     """Scales the loss in fp16, whose smallest numbers are too large for gradients; else does nothing."""
     order: BatchOrder
-    work: Work
+    work: TokenCost
     peak: float
     """Floating-point operations a second of a matrix product on this rank's device."""
     total_steps: int
@@ -142,7 +142,7 @@ class Run:
     def save_every(self) -> int:
         return self.recipe.save_every or self.order.steps_per_epoch
 
-    def step(self, number: int) -> Step:
+    def step(self, number: int) -> StepRows:
         """The rows of the step that comes after `number` others."""
         epoch, index = divmod(number, self.order.steps_per_epoch)
         if epoch not in self._epochs:

@@ -8,7 +8,7 @@ import torch
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import (
     BatchOrder,
-    Lengths,
+    RowLengths,
     check_rows_fit,
     drop_repeated_start,
     load_prepared,
@@ -20,7 +20,7 @@ from diptych.finetune.model.loss import Seq2SeqObjective
 
 GENERATOR = np.random.default_rng(0)
 SOURCE_TOKENS = GENERATOR.integers(3, 60, 1003)
-LENGTHS = Lengths(SOURCE_TOKENS, SOURCE_TOKENS + GENERATOR.integers(-2, 8, 1003))  # translations are about as long
+LENGTHS = RowLengths(SOURCE_TOKENS, SOURCE_TOKENS + GENERATOR.integers(-2, 8, 1003))  # translations are about as long
 
 
 def order(**changes) -> BatchOrder:
@@ -81,7 +81,7 @@ def test_ranks_and_accumulation_share_the_rows_of_one_large_batch():
 
 
 def test_last_rows_are_dealt_evenly_and_a_rank_may_get_none():
-    lengths = Lengths(np.full(10, 5), np.full(10, 3))
+    lengths = RowLengths(np.full(10, 5), np.full(10, 3))
     of = BatchOrder(lengths, rows_per_batch=4, ranks=2, batches_per_step=2, seed=0)
     assert [[len(dealt) for dealt in batch] for batch in of.step(of.rows_of(0), 0).batches] == [[4, 4], [1, 1]]
     of = BatchOrder(lengths, rows_per_batch=3, ranks=3, batches_per_step=1, seed=0)

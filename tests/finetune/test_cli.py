@@ -75,8 +75,8 @@ def test_an_unknown_command_names_the_nearest_and_none_shows_the_help(capsys):
 
 def test_every_command_has_settings_and_work_and_each_module_of_work_has_a_main():
     for command in cli.COMMANDS.values():
-        assert callable(cli._named(command.settings)) and callable(cli._named(command.work)) and command.summary
-        assert callable(cli._named(f"{command.work.split(':')[0]}:main"))
+        assert callable(cli.imported(command.settings)) and callable(cli.imported(command.work)) and command.summary
+        assert callable(cli.imported(f"{command.work.split(':')[0]}:main"))
 
 
 def test_exit_codes_and_arguments_are_passed_through(t5_checkpoint, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Recipes: those we ship can be read, and what cannot be meant is refused with a way out."""
 
+import importlib
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -10,8 +11,7 @@ import yaml
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.other_names import HERE, other_name
-from diptych.data_prep.pipeline import prepare_settings as settings
-from diptych.finetune.commands import command_settings
+from diptych.finetune.commands import cli
 from diptych.finetune.train import main
 from diptych.finetune.training import recipe as config
 from diptych.finetune.training.loop import learning_rate
@@ -112,7 +112,8 @@ def test_every_setting_of_a_seq2seq_trainer_and_of_sft_is_answered():
     theirs = [setting.name for setting in fields(Seq2SeqTrainingArguments)] + of_trl.split()
     unanswered = [name for name in theirs if name not in ours and not other_name(name, ours)]
     assert not unanswered
-    every = [it for module in (config, command_settings, settings) for it in vars(module).values() if is_dataclass(it)]
+    modules = {importlib.import_module(f"diptych.{it.settings.split(':')[0]}") for it in cli.COMMANDS.values()}
+    every = [it for module in modules for it in vars(module).values() if is_dataclass(it)]
     known = {setting.name for settings_class in every for setting in fields(settings_class)}
     assert {name for names in HERE for name in re.sub("=[^ ]+|[+]", "", names).split()} <= known
 

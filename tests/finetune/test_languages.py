@@ -27,7 +27,6 @@ from transformers import (
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.commands.cli import main as diptych
-from diptych.finetune.commands.command_settings import DemoSettings
 from diptych.finetune.doctor.doctor_checks import CHECKS, Patient
 from diptych.finetune.doctor.doctor_rows import rows_from
 from diptych.finetune.evaluating.evaluate_rows import LANGUAGE_COLUMNS
@@ -37,6 +36,7 @@ from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.publishing.model_card import model_card
 from diptych.finetune.serving.demo import Asked, answer_all, build_page, load_contestant
+from diptych.finetune.serving.serve_settings import DemoSettings
 from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 PAIRS = [

@@ -29,9 +29,9 @@ from diptych.data_prep.reading.sources import SAMPLES_FOLDER
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands.cli import main as diptych
-from diptych.finetune.commands.command_settings import DoctorSettings
 from diptych.finetune.doctor import doctor
 from diptych.finetune.doctor.doctor_checks import CHECKS, examine
+from diptych.finetune.doctor.doctor_settings import DoctorSettings
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.inference.generation import Prompt, Prompter, generate_outputs, template_for
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline

@@ -1,0 +1,78 @@
+"""What `diptych evaluate` and `diptych compare` can be told."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.places import EXISTING, OUTPUT, PREPARED
+from diptych.finetune.commands.model_settings import ModelSettings, check_positive
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(ModelSettings):
+    """Loss and metrics of a checkpoint on one split of a prepared dataset, or on all its test sets."""
+
+    data: str = field(default="", metadata=PREPARED)
+    """Prepared dataset, the folder that `diptych prepare` wrote."""
+    split: str = "test"
+    """The split to evaluate: test, validation, train; test/news for one of several test sets with names, of which test
+    means all, one after the other."""
+    metrics: str = "exact_match,token_f1,rouge,bleu,chrf"
+    """Names, separated by commas; an empty string gives the loss alone, which is much faster."""
+    out: str = field(default="", metadata=OUTPUT)
+    """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given. Of
+    several sets each has its own: report.news.json, report.medical.json."""
+    source_language: str = ""
+    """Only rows whose source is in this language: a code of the tokenizer (eng_Latn), or a short one (en)."""
+    target_language: str = ""
+    """Only rows whose target is in this language."""
+    limit: int | None = None
+    """Only so many rows, drawn from the whole split, the same ones each time."""
+    batch_size: int = 16
+    """Rows together. More is faster until memory is full."""
+    max_new_tokens: int | None = None
+    """No output gets longer than this; a quarter more than the longest target unless given."""
+    num_beams: int = 1
+    """Width of beam search; 1 is greedy."""
+    mbr_samples: int = 0
+    """Draw so many samples of each output and take the one that is most like the others by chrF (minimum Bayes risk);
+    0 does not. 16 take about as long as 16 beams."""
+    seed: int = 0
+    """Seed of these samples, and of the intervals' resampling."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of transformers' generate: `--generation.length_penalty 2`."""
+    bleu_tokenize: str = ""
+    """sacrebleu's name of a tokenisation (13a, intl, char, ko-mecab …); chosen by the targets' script unless given."""
+
+    def __post_init__(self):
+        if not self.data:
+            raise UserError("data is not set. Name the folder that `diptych prepare` wrote: --data FOLDER.")
+        check_positive(self, "limit", "batch_size", "max_new_tokens", "num_beams")
+        if self.mbr_samples and (self.mbr_samples < 2 or self.num_beams > 1):
+            raise UserError(
+                f"mbr_samples is {self.mbr_samples} with num_beams={self.num_beams}. It takes 2 samples or more to "
+                f"choose one, and samples need no beams: --mbr_samples 16 --num_beams 1."
+            )
+
+    def metric_names(self) -> list[str]:
+        return [name.strip() for name in self.metrics.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Two runs or two evaluation reports: what differs, losses, metrics with intervals, paired tests, and curves."""
+
+    run_a: str = field(metadata=EXISTING)
+    """Run folder (what `out` of the recipe named), or a report that `diptych evaluate --out` wrote."""
+    run_b: str = field(metadata=EXISTING)
+    """The other one. Reports that lie in a run folder are found; of each split the newest is taken."""
+    out: str = field(default="", metadata=OUTPUT)
+    """JSON file for all figures; the picture of the curves goes beside it. Printed only unless given."""
+    trials: int = 10_000
+    """Random exchanges of outputs for each p-value, whose smallest possible value is 1 / (trials + 1)."""
+    seed: int = 0
+    """Seed of the tests."""
+
+    def __post_init__(self):
+        if self.trials < 1:
+            raise UserError(f"trials is {self.trials}; it must be 1 or more.")

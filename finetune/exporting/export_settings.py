@@ -1,0 +1,49 @@
+"""What `diptych export` can be told."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING, OUTPUT, TEMPLATE
+from diptych.finetune.commands.model_settings import check_positive
+
+PRECISIONS = {
+    "ctranslate2": ("float32", "bfloat16", "float16", "int8", "int8_float32", "int8_bfloat16", "int8_float16"),
+    "onnx": ("float32",),
+}
+"""What the engines store weights in."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Export a checkpoint to another engine, and prove that it writes the same."""
+
+    model: str = field(metadata=CHECKPOINT)
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id. An adapter is merged."""
+    to: Literal["ctranslate2", "onnx"] = "ctranslate2"
+    """The engine."""
+    out: str = field(default="", metadata=OUTPUT)
+    """New folder for the export."""
+    precision: str = "float32"
+    """What weights are stored in. ctranslate2: float32, bfloat16, float16, int8 (with int8_float32, int8_bfloat16,
+    int8_float16: what is not quantized). onnx: float32."""
+    rows: str = field(default="", metadata=EXISTING)
+    """JSONL file of prompts to compare on, as `generate` takes them; `output` or `outputs` are references. The
+    examples that travel with the template and built-in sentences unless given."""
+    template: str = field(default="", metadata=TEMPLATE)
+    """Name or file of a prompt template; the one saved with the tokenizer unless given. It is saved in the export."""
+    max_new_tokens: int = 64
+    """No row gets longer in the comparison."""
+    batch_size: int = 8
+    """Rows written together in the comparison."""
+    device: str = "cpu"
+    """Where both are run for the comparison: cpu, or cuda."""
+
+    def __post_init__(self):
+        if not self.out:
+            raise UserError("out is not set. Name a new folder for the export: --out …")
+        check_positive(self, "max_new_tokens", "batch_size")
+        if self.precision not in PRECISIONS[self.to]:
+            raise UserError(
+                f"precision is {self.precision!r}; for {self.to} there is {', '.join(PRECISIONS[self.to])}."
+            )

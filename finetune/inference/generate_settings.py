@@ -1,0 +1,111 @@
+"""What `diptych generate` can be told."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING, OUTPUT
+from diptych.finetune.commands.model_settings import PromptSettings, check_positive
+
+LINES_SUFFIX = ".txt"
+"""Of files of prompts in which each line is a text; all others are JSONL."""
+
+
+@dataclass(frozen=True)
+class GenerateSettings(PromptSettings):
+    """Text from a trained encoder-decoder: one prompt, a session (neither prompt nor file given), or a file."""
+
+    model: str = field(metadata=CHECKPOINT)
+    """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id; with --engine ctranslate2 the folder
+    that `diptych export` wrote."""
+    engine: Literal["torch", "ctranslate2"] = "torch"
+    """What computes: torch, or CTranslate2, which is faster on CPUs."""
+    instruction: str = ""
+    """The instruction of a single prompt, or of each line of a .txt file."""
+    input: str = ""
+    """The input that the instruction is about; without one, for models that need none, such as NLLB."""
+    system: str = ""
+    """A system prompt, for templates that have a place for one; in a session or a .txt file, for every prompt."""
+    in_file: str = field(default="", metadata=EXISTING)
+    """JSONL file of rows with `instruction`, `input` or both and, where there are any, `history`, `system`,
+    `source_language`, `target_language`, or with `messages`; other fields are kept. Or a .csv or .tsv file with such
+    columns, or a .txt file, of which each line is the input of --instruction or of the languages, or an instruction
+    where none is given."""
+    out_file: str = field(default="", metadata=OUTPUT)
+    """JSONL file to write: one line for each of in_file, in order, also for a blank one. Started again after a kill,
+    it goes on where it was."""
+    overwrite: bool = False
+    """Start out_file again from its first row, whatever is in it."""
+    batch_size: int = 16
+    """Prompts generated together. More is faster until memory is full."""
+    max_source_tokens: int | None = None
+    """Longer prompts are cut to this many tokens, which is said; the model's own limit unless given."""
+    max_new_tokens: int | None = None
+    """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
+    num_beams: int = 1
+    """Width of beam search; 1 is greedy."""
+    temperature: float = 0.0
+    """Above 0, tokens are sampled at this temperature; 0 takes the likeliest."""
+    num_return_sequences: int = 1
+    """Outputs for each prompt, of beams the likeliest first, by the log-probability of the mean token; needs as many
+    beams, or sampling."""
+    scores: bool = False
+    """Say of each output how likely it was: its log-probability, in nats, and that of its mean token."""
+    choices: list[str] = field(default_factory=list)
+    """Answer with one of these texts, the one that the model finds likeliest, and nothing else."""
+    mbr_samples: int = 0
+    """Draw so many samples for each prompt and take the one that is most like the others by chrF (minimum Bayes risk);
+    0 does not."""
+    seed: int = 0
+    """Seed of the sampling."""
+    generation: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of transformers' generate: `--generation.top_p 0.9 --generation.length_penalty 0.6`."""
+
+    def __post_init__(self):
+        check_positive(self, "batch_size", "max_source_tokens", "max_new_tokens", "num_beams", "num_return_sequences")
+        if bool(self.in_file) != bool(self.out_file):
+            given, missing = ("in_file", "out_file") if self.in_file else ("out_file", "in_file")
+            raise UserError(
+                f"--{given} was given without --{missing}. Give both, or neither for a prompt or a session."
+            )
+        asks_of_each_line = self.in_file.endswith(LINES_SUFFIX)
+        if self.in_file and (self.input or ((self.instruction or self.system) and not asks_of_each_line)):
+            raise UserError(
+                "--in_file and a prompt were both given. Drop --instruction, --input and --system, or the files; "
+                "--instruction and --system can be given for a .txt file, whose lines are texts."
+            )
+        is_greedy = self.temperature == 0 and not self.choices
+        if self.num_return_sequences > 1 and is_greedy and self.num_beams < self.num_return_sequences:
+            raise UserError(
+                f"num_return_sequences is {self.num_return_sequences}, but num_beams={self.num_beams} has no more "
+                f"without sampling. Give --num_beams {self.num_return_sequences}, or --temperature 1."
+            )
+        if self.num_beams > 1 and self.generation.get("prompt_lookup_num_tokens"):
+            raise UserError("generation.prompt_lookup_num_tokens is for greedy writing. Drop it, or num_beams.")
+        if self.mbr_samples and (
+            self.mbr_samples < 2 or max(self.num_beams, self.num_return_sequences) > 1 or self.temperature
+        ):
+            raise UserError(
+                f"mbr_samples is {self.mbr_samples}. It takes 2 or more to choose one output, and they are drawn in a "
+                f"way of their own: drop num_beams, num_return_sequences and temperature."
+            )
+        if self.choices and (self.mbr_samples or self.temperature or self.num_beams > 1 or self.generation):
+            raise UserError("choices are weighed: drop mbr_samples, temperature, num_beams and generation.")
+        if self.engine != "torch" and (self.choices or self.scores):
+            raise UserError("scores and choices are of torch: drop them, or --engine ctranslate2.")
+        if self.choices and not len(set(self.choices)) == len(self.choices) >= self.num_return_sequences:
+            raise UserError("choices are texts that differ, no fewer than num_return_sequences. Mend them.")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
+
+    def generation_kwargs(self) -> dict[str, Any]:
+        """Those of `reranking.chosen_outputs`."""
+        if self.choices:
+            return {"choices": self.choices, "num_return_sequences": self.num_return_sequences, "scores": self.scores}
+        if self.scores:
+            return {"scores": True} | replace(self, scores=False).generation_kwargs()
+        if self.mbr_samples:
+            return {"mbr_samples": self.mbr_samples} | self.generation
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        beams = {"num_beams": self.num_beams, "num_return_sequences": self.num_return_sequences}
+        return sampling | beams | self.generation

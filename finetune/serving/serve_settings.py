@@ -1,0 +1,65 @@
+"""What `diptych serve` and `diptych demo` can be told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING
+from diptych.finetune.commands.model_settings import PromptSettings, check_positive
+from diptych.finetune.serving.web_address import check_port
+
+
+@dataclass(frozen=True)
+class DemoSettings(PromptSettings):
+    """A page on which to try a checkpoint, or two of them side by side."""
+
+    beside: str = field(default="", metadata=CHECKPOINT)
+    """A second checkpoint, whose answer is shown beside."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Any but the loopback's needs a password in the environment, DIPTYCH_PASSWORD; the user is
+    diptych."""
+    port: int = 7860
+    """0 takes a free one, which is said."""
+    examples: str = field(default="", metadata=EXISTING)
+    """JSONL file of rows with `instruction` and `input`, of which the first are offered on the page."""
+    max_new_tokens: int | None = None
+    """The longest answer that can be asked for; 256, or the model's own limit if that is lower, unless given."""
+
+    def __post_init__(self):
+        check_port(self.port)
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class ServeSettings(PromptSettings):
+    """A checkpoint behind OpenAI's HTTP interface: completions and chat, streamed or whole."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Any but the loopback's needs a token in the environment, DIPTYCH_TOKEN."""
+    port: int = 8000
+    """0 takes a free one, which is said."""
+    name: str = ""
+    """What clients call the model; the folder's name unless given."""
+    batch_size: int = 16
+    """Prompts that are generated together, at most."""
+    batch_wait_ms: float = 5.0
+    """Milliseconds that the first prompt of a batch waits for others."""
+    queue: int = 256
+    """Prompts that may wait; more are told to come again (503). A request with more is refused (400)."""
+    timeout: float = 120.0
+    """Seconds after which a request is given up (504), its waiting included."""
+    max_source_tokens: int | None = None
+    """Longer prompts are refused; the model's own limit unless given."""
+    max_new_tokens: int | None = None
+    """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
+
+    def __post_init__(self):
+        check_positive(self, "batch_size", "queue", "max_source_tokens", "max_new_tokens")
+        check_port(self.port)
+        if self.timeout <= 0 or self.batch_wait_ms < 0:
+            raise UserError("timeout is above 0 seconds, and batch_wait_ms 0 or more. Mend them.")
+
+    @property
+    def model_name(self) -> str:
+        return self.name or Path(self.model.rstrip("/")).name
