@@ -92,7 +92,7 @@ COMMANDS = {
     "generate": Command(
         "a prompt, a session or a JSONL file -> text",
         "finetune.inference.generate_settings:GenerateSettings",
-        "finetune.inference.generation:run",
+        "finetune.inference.generate:run",
     ),
     "inspect": Command(
         "a checkpoint and an input -> a page that shows each step inside",
@@ -140,6 +140,11 @@ COMMANDS = {
         "data_prep.tokenizer_tools.tokenizer_command:run",
     ),
 }
+ENGINES = {
+    "torch": "finetune.inference.engine:load_engine",
+    "ctranslate2": "finetune.exporting.ctranslate2_engine:load_engine",
+}
+"""What `diptych generate --engine` names: functions that load an InferenceEngine (inference/engine.py)."""
 
 if __name__ == "__main__":
     raise SystemExit(main())

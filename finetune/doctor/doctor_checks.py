@@ -38,7 +38,8 @@ from diptych.finetune.doctor.doctor_steps import (
     objective_step,
     trainer_step,
 )
-from diptych.finetune.inference.generation import pad_sources, search_settings_aside
+from diptych.finetune.inference.generation import pad_sources
+from diptych.finetune.inference.generation_config import search_settings_ignored
 from diptych.finetune.model.families import (
     FAMILIES,
     decoder_start_token,
@@ -319,7 +320,7 @@ def cache(patient: Patient) -> Finding:
     sources = patient.placed(pad_sources([row["input_ids"] for row in chosen], patient.pad_token))
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": patient.pad_token}
     settings |= {"output_logits": True, "return_dict_in_generate": True, "decoder_start_token_id": patient.start_token}
-    with search_settings_aside(model):
+    with search_settings_ignored(model):
         with_cache, without = (
             model.generate(**sources, **settings, use_cache=use_cache) for use_cache in (True, False)
         )

@@ -68,8 +68,9 @@ from diptych.finetune.evaluating.metrics import (
     ratio,
     score_texts,
 )
-from diptych.finetune.inference.generation import GenerationBar, Output, check_generation_names, say_once
-from diptych.finetune.inference.reranking import chosen_outputs
+from diptych.finetune.inference.generation_config import check_generation_names, warn_once
+from diptych.finetune.inference.outputs import GenerationBar, Output
+from diptych.finetune.inference.scoring import chosen_outputs
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.families import decoder_start_token
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -350,7 +351,7 @@ def _say_if_targets_are_shorter(model: PreTrainedModel, rows: Dataset, settings:
         least = (settings.get(name, getattr(own, name)) or 0) + more
         shorter = sum(len(labels) < least for labels in rows["labels"])
         if shorter:
-            say_once(
+            warn_once(
                 f"({shorter} of {len(rows)} targets have fewer tokens than the {least} that each output has at least, "
                 f"by {name}. Lower it in the checkpoint's generation_config.json, or in `diptych evaluate` and "
                 f"`generate` by --generation.{name} 0.)"

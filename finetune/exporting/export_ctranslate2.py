@@ -1,20 +1,19 @@
-"""A model in memory; a folder that CTranslate2 reads, or one message that says what it cannot express.
+"""A model in memory in; a folder that CTranslate2 reads out, or a message that names what it cannot express.
 
     write(model, tokenizer, folder, "int8")
     folder/  model.bin               weights and shape, in CTranslate2's format
              config.json             its start, end and unknown token
-             shared_vocabulary.json  token i is what the tokenizer calls id i; rows without a token are <unused_i>
-                                     (source_vocabulary.json and target_vocabulary.json, where it has two)
+             shared_vocabulary.json  the token of each id; ids without a token are <unused_i> (a model with two
+                                     vocabularies has source_vocabulary.json and target_vocabulary.json)
 
-For T5, BART and their relatives the loaders of CTranslate2's own converter fill the specification, given the model as
-`load_checkpoint` made it: its `TransformersConverter` would load the checkpoint a second time, pickles
-included, and knows no adapters. What they assume about configs and tokenizers, and transformers 5 no longer has, is
-given to them here: `normalize_before` and `normalize_embedding`, an unknown token, a vocabulary without gaps.
+For T5, BART and their relatives the loaders of CTranslate2's own converter fill the specification from our model in
+memory: its `TransformersConverter` would load the checkpoint again, pickles included, and knows no adapters. Fields
+that these loaders need and transformers 5 no longer has are added meanwhile.
 
-A Diptych with the separate hinge is written here. Rotary positions of every type go as the type that CTranslate2 calls
-Su: a factor for each frequency. So yarn (arXiv 2309.00071), llama3, linear and layers without positions are exact.
-yarn also lengthens queries and keys, which becomes a factor on their product. What has no place in its layers is
-refused: `diptych_faults` has the list, each entry found by trying.
+A Diptych with separate cross-attention is written here. All types of rotary positions become the type that CTranslate2
+calls Su, with a factor for each frequency; so yarn (arXiv 2309.00071), llama3, linear and layers without positions are
+exact. yarn also scales queries and keys, which becomes a factor on their product. `diptych_faults` names everything
+that CTranslate2's layers do not have; each was found by a comparison.
 """
 
 import copy
@@ -31,28 +30,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
+from diptych.finetune.exporting.ctranslate2_engine import CTranslate2Engine, import_ctranslate2
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, embedding_rows
 
 if TYPE_CHECKING:
     from ctranslate2.specs import ModelSpec
 
-NAME = "ctranslate2"
-INSTALL = "CTranslate2 is not installed. Install it: pip install 'diptych[ctranslate2]'"
 NO_ROTATION = np.float32(1e38)
-"""A frequency divided by this turns nothing, at any position that there is."""
-
-
-def import_ctranslate2() -> Any:
-    """The package. UserError with the install line where it is absent."""
-    try:
-        import ctranslate2
-    except ImportError as error:
-        raise UserError(INSTALL) from error
-    return ctranslate2
+"""A frequency divided by this rotates nothing, at any position."""
 
 
 def check(model: PreTrainedModel) -> None:
-    """UserError that names what of this model CTranslate2 cannot express."""
+    """UserError that names what CTranslate2 cannot express of this model."""
     import_ctranslate2()
     kind = model.config.model_type
     if kind == "diptych":
@@ -67,14 +56,11 @@ def check(model: PreTrainedModel) -> None:
 
 
 def diptych_faults(config: Any) -> list[str]:
-    """What of a DiptychConfig has no place in CTranslate2's layers, in words."""
+    """What CTranslate2's layers do not have of a DiptychConfig, in words."""
     encoder, decoder = config.encoder, config.decoder
     faults = []
     if decoder.cross_attention == "merged":
-        faults.append(
-            "cross_attention is 'merged', but its decoder reads the encoder's final states, and not what each of the "
-            "encoder's layers read"
-        )
+        faults.append("cross_attention is 'merged', but its decoder reads the encoder's final states only")
     if encoder.lookahead is not None:
         faults.append(f"encoder.lookahead is {encoder.lookahead}, but its encoder sees the whole source")
     if decoder.qk_norm and decoder.cross_attention == "separate":
@@ -96,11 +82,11 @@ def diptych_faults(config: Any) -> list[str]:
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, precision: str) -> None:
-    """The three files above. `precision` is CTranslate2's word for what weights are stored in: int8 is of matrices,
-    with a scale for each row. UserError for what cannot be expressed."""
+    """Writes the files above. `precision` is CTranslate2's name of the type that weights are stored in; int8 is for
+    matrices, with a scale per row. UserError for what cannot be expressed."""
     check(model)
     if precision.startswith("int8") or model.device.type != "cpu":
-        model = copy.deepcopy(model).cpu()  # int8 is computed in place, in the model's own weights
+        model = copy.deepcopy(model).cpu()  # CTranslate2 rounds to int8 in place
     with torch.no_grad():
         spec = _spec(model, tokenizer)
         spec.validate()
@@ -108,11 +94,9 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         spec.save(str(folder))
 
 
-def open_export(folder: Path, device: torch.device) -> Any:
-    """What `write` wrote, and the facts of export.json beside it, as export_proof compares it."""
-    from diptych.finetune.exporting.ctranslate2_engine import Translator  # here, because it imports this file
-
-    return Translator(folder, device)
+def open_export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CTranslate2Engine:
+    """What `write` wrote, with export.json beside it."""
+    return CTranslate2Engine(folder, tokenizer, model.device)
 
 
 def _spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "ModelSpec":
@@ -132,28 +116,26 @@ def _spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "ModelS
 
 
 class Vocabulary:
-    """What CTranslate2's loaders ask of a tokenizer, answered for every row of the embedding table of one side.
+    """The methods of a tokenizer that CTranslate2's loaders call, for every row of one side's embedding table.
 
-    A tokenizer's own answers have gaps (T5 has 32,128 rows for 32,100 tokens), and None where there is no such token,
-    which CTranslate2 does not read back.
+    The tokenizer itself has gaps (T5 has 32,128 rows for 32,100 tokens) and returns None for a missing special token,
+    which CTranslate2 cannot read.
     """
 
     num_madeup_words = 0
     special_tokens_map: dict[str, list[str]] = {}
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int):
-        codes = codes_of(tokenizer)  # M2M100's are beyond its words
+        codes = codes_of(tokenizer)  # M2M100's codes are not in its vocabulary
         names = {row: codes.spellings[code] for code, row in codes.tokens.items()}
         names |= {row: token for token, row in tokenizer.get_vocab().items()}
         self.tokens = [names.get(row, f"<unused_{row}>") for row in range(rows)]
         if tokenizer.eos_token is None:
-            raise UserError(
-                "the tokenizer has no eos token, so that nothing would end. Set tokenizer.eos_token first."
-            )
+            raise UserError("the tokenizer has no eos token, so no output would end. Set tokenizer.eos_token first.")
         self.eos_token = tokenizer.eos_token
         self.bos_token = tokenizer.bos_token or tokenizer.pad_token or self.eos_token
         self.pad_token = tokenizer.pad_token or self.eos_token
-        self.unk_token = tokenizer.unk_token or self.eos_token  # never looked up: ids are named by `tokens`
+        self.unk_token = tokenizer.unk_token or self.eos_token
         self.unk_token_id = self.tokens.index(self.unk_token)
 
     def get_vocab(self) -> dict[str, int]:
@@ -164,7 +146,7 @@ class Vocabulary:
 
 
 def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
-    """By CTranslate2's own loader, with what it cannot know put right."""
+    """From CTranslate2's own loader, with its wrong assumptions corrected."""
     from ctranslate2.converters import transformers as converters
 
     kind = model.config.model_type
@@ -176,7 +158,7 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
     if hasattr(model.config, "layer_norm_epsilon"):
         spec.config.layer_norm_epsilon = model.config.layer_norm_epsilon
     if kind in ("t5", "mt5", "umt5"):
-        # It goes by tie_word_embeddings; T5's configs have a field for it, and mT5 never scales.
+        # The loader scales if embeddings are tied; T5's configs have a field for it, and mT5 never scales.
         scale = FAMILIES[kind].scale(model)
         spec.decoder.scale_outputs = scale if scale != 1.0 else "__optional"
     if hasattr(model.config, "decoder_attention_heads"):  # the loaders take the encoder's for both
@@ -187,8 +169,8 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
 
 
 def _set_sinusoids(spec: Any, model: PreTrainedModel) -> None:
-    """M2M100 counts from the row after the padding token's, and the padding token itself is in that row: a decoder
-    that starts with it begins one row earlier. The loader takes the table from row 2 on, whatever that token is."""
+    """M2M100 counts positions from the row after `padding_idx`. A decoder that starts with the padding token begins
+    one row earlier. The loader always takes the table from row 2 on."""
     for side, panel in ((spec.encoder, model.get_encoder()), (spec.decoder, model.get_decoder())):
         table = panel.embed_positions
         starts_with_padding = side is spec.decoder and decoder_start_token(model) == table.padding_idx
@@ -197,7 +179,7 @@ def _set_sinusoids(spec: Any, model: PreTrainedModel) -> None:
 
 @contextmanager
 def _with_fields(config: Any, fields: dict[str, Any]) -> Iterator[None]:
-    """A config that has these for a while: transformers 5 took them out, because its classes say them."""
+    """The config has these fields meanwhile; transformers 5 removed them because its classes imply them."""
     for name, value in fields.items():
         setattr(config, name, value)
     try:
@@ -228,7 +210,7 @@ def _diptych_spec(model: PreTrainedModel) -> "ModelSpec":
 
 
 def _shape(config: Any) -> dict[str, Any]:
-    """Of one panel, as both specifications take it. Rotary, so that neither adds positions to its embeddings."""
+    """Arguments of both specifications. With a rotary_dim they add no positions to the embeddings."""
     return {
         "num_layers": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
@@ -243,8 +225,8 @@ def _self_attention(layer: nn.Module, panel: nn.Module) -> Any:
     from ctranslate2.specs.attention_spec import RotaryScalingType
 
     config, attention = panel.config, layer.self_attn
-    # CTranslate2 takes the long factors beyond the original length, and lengthens where the two lengths differ: with
-    # one length and one set of factors neither happens.
+    # CTranslate2 switches to the long factors beyond the original length and rescales if the two lengths differ. Equal
+    # lengths and equal factors turn both off.
     positions = {"max_position_embeddings": config.max_position_embeddings}
     positions |= {"original_max_position_embeddings": config.max_position_embeddings}
     spec = _attention_spec(
@@ -259,12 +241,12 @@ def _self_attention(layer: nn.Module, panel: nn.Module) -> Any:
     )
     unscaled, _ = panel.rotary_emb.compute_default_rope_parameters(config)
     factors = np.full(config.head_dim // 2, NO_ROTATION)
-    lengthened = 1.0
+    scale = 1.0
     if attention.has_rope:
         factors = (unscaled.double() / panel.rotary_emb.original_inv_freq.double().cpu()).float().numpy()
-        lengthened = panel.rotary_emb.attention_scaling
+        scale = panel.rotary_emb.attention_scaling
     spec.rotary_scaling_long_factor, spec.rotary_scaling_short_factor = factors, factors.copy()
-    spec.queries_scale = float(attention.scaling * lengthened**2)
+    spec.queries_scale = float(attention.scaling * scale**2)
     _set_projections(spec, layer.input_layernorm, attention, fused=((0, 1, 2),))
     if config.qk_norm:
         spec.q_norm.gamma, spec.k_norm.gamma = attention.q_norm.weight, attention.k_norm.weight
@@ -292,7 +274,7 @@ def _attention_spec(config: Any, **settings: Any) -> Any:
 
 
 def _set_projections(spec: Any, norm: nn.Module, attention: nn.Module, fused: tuple[tuple[int, ...], ...]) -> None:
-    """`fused`: which of query, key and value stand in one matrix, for each of the specification's first matrices."""
+    """`fused`: for each of the specification's matrices the places of query (0), key (1) and value (2) in it."""
     from ctranslate2.converters.utils import fuse_linear
 
     spec.layer_norm.gamma = norm.weight
@@ -319,7 +301,7 @@ def _linear(layer: nn.Linear) -> Any:
 
 
 def _activations() -> dict[str, Any]:
-    """By transformers' names."""
+    """CTranslate2's activations by the names of transformers."""
     from ctranslate2.specs.common_spec import Activation
 
     return {
@@ -336,12 +318,12 @@ def _activations() -> dict[str, Any]:
 
 
 def _bart(before: bool, embedding: bool) -> dict[str, bool]:
-    """Whether norms stand before each sub-layer, and one after the embeddings."""
+    """`before`: norms before each sub-layer; `embedding`: a norm after the embeddings."""
     return {"normalize_before": before, "normalize_embedding": embedding}
 
 
-# By model_type: CTranslate2's loader, and what the config has to say besides. Its loader of Marian drops the tables'
-# last row and starts from zeros, which is right only for a pad token that is last and was never trained.
+# By model_type: CTranslate2's loader, and the config fields that it needs. Its own Marian loader is not used: it drops
+# the last embedding row and starts from zeros, which is right only for an untrained pad token in the last row.
 LOADERS = {
     "t5": ("T5Loader", {}),
     "mt5": ("MT5Loader", {}),

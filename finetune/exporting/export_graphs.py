@@ -1,4 +1,4 @@
-"""A model as three graphs over plain tensors, which export_onnx.py writes down; and the loop that runs them.
+"""A model as three graphs over plain tensors, which export_onnx.py writes; and greedy decoding with them.
 
     encoder            input_ids (B, S), attention_mask (B, S)                     -> last_hidden_state (B, S, D)
     decoder            input_ids (B, T), encoder_attention_mask (B, S), encoder_hidden_states (B, S, D)
@@ -8,13 +8,12 @@
     decoder_with_past  input_ids (B, 1), encoder_attention_mask (B, S), past_key_values.0.decoder.key …
                        -> logits (B, 1, V), present.0.decoder.key, present.0.decoder.value, present.1.decoder.key …
 
-Names and roles are those of Optimum's ONNX exports, which other runtimes know. The first call of the decoder reads the
-start token and the prefix; each further one a token. With a Diptych's merged hinge, encoder_hidden_states are what its
-decoder's layers read, (B, M, S, D).
+Names and roles are those of Optimum's ONNX exports, which other runtimes know. `decoder` reads the start token and the
+prefix, `decoder_with_past` one further token per call. With merged cross-attention, encoder_hidden_states are the
+inputs of all decoder layers, (B, M, S, D).
 
-The graphs are called with plain tensors, so that transformers' cache classes are built inside and never seen outside.
-(transformers.exporters, in 5.23, carries encoder-decoders too, but its graphs take those classes, and leave out the
-encoder.)
+Inputs and outputs are plain tensors; transformers' cache classes are built inside the graphs. (transformers.exporters
+in 5.23 exports encoder-decoders too, but its graphs take cache classes as inputs and leave out the encoder.)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +26,14 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from diptych.finetune.exporting.export_proof import GreedyRules, Written
 from diptych.finetune.inference.generation import pad_sources
 from diptych.finetune.model.families import family_of
 from diptych.modeling.modeling_diptych import CACHE_NAME
 
 ENCODER, DECODER, WITH_PAST = "encoder_model", "decoder_model", "decoder_with_past_model"
-# Of the examples that programs are made with; all different, so that no two are taken for one.
 SIZES = {"rows": 3, "source": 7, "target": 5, "past": 4}
+"""Of the example inputs. All differ, so that torch does not take two dimensions for the same one."""
 
 
 class EncoderGraph(nn.Module):
@@ -90,12 +90,12 @@ class DecoderWithPastGraph(DecoderGraph):
     def forward(
         self, input_ids: torch.Tensor, encoder_attention_mask: torch.Tensor, past: list[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """`past`: key and value of the layer's own tokens, key and value of the source, layer by layer."""
+        """`past` has four tensors per layer: key and value of the target so far, key and value of the source."""
         own, cross = DynamicCache(), DynamicCache()
         for layer, first in enumerate(range(0, len(past), 4)):
             own.update(past[first], past[first + 1], layer)
             cross.update(past[first + 2], past[first + 3], layer)
-        # Asked for its shape only: the source's keys and values are there.
+        # Only its shape is read, because the cache has the source's keys and values.
         rows, source = encoder_attention_mask.shape
         states = past[0].new_zeros(rows, *(source if size is None else size for size in self.state_sizes))
         cache = EncoderDecoderCache(own, cross)
@@ -108,7 +108,7 @@ def is_merged(model: PreTrainedModel) -> bool:
 
 
 def state_sizes(model: PreTrainedModel) -> tuple[int | None, ...]:
-    """Of encoder_hidden_states after the rows; None is the source's length."""
+    """The sizes of encoder_hidden_states without the rows; None for the source's length."""
     config = model.get_encoder().config
     width = config.hidden_size
     return (model.config.decoder.num_hidden_layers, None, width) if is_merged(model) else (None, width)
@@ -116,8 +116,8 @@ def state_sizes(model: PreTrainedModel) -> tuple[int | None, ...]:
 
 @contextmanager
 def masks_without_vmap() -> Iterator[None]:
-    """Masks with a rule of their own (a merged hinge, lookahead) are made by torch.vmap, which no export can save. The
-    rules are plain comparisons where rows are not packed, so that they broadcast."""
+    """transformers makes masks with a rule (merged cross-attention, lookahead) by torch.vmap, which is not exportable.
+    Rules of rows that are not packed are plain comparisons, so broadcasting gives the same masks."""
     kinds = {kind: ALL_MASK_ATTENTION_FUNCTIONS[kind] for kind in ("sdpa", "eager")}
 
     def broadcast(make: Callable, *arguments: Any, **settings: Any) -> Any:
@@ -128,11 +128,11 @@ def masks_without_vmap() -> Iterator[None]:
             ALL_MASK_ATTENTION_FUNCTIONS[kind] = partial(broadcast, make)
         yield
     finally:
-        for kind in kinds:  # what was set here stands before transformers' own, until it is deleted
+        for kind in kinds:  # deleting ours makes transformers' own visible again
             del ALL_MASK_ATTENTION_FUNCTIONS[kind]
 
 
-class Exported(NamedTuple):
+class ExportedGraph(NamedTuple):
     name: str
     program: torch.export.ExportedProgram
     inputs: list[str]
@@ -140,11 +140,11 @@ class Exported(NamedTuple):
 
 
 @torch.no_grad()
-def exported_programs(model: PreTrainedModel) -> Iterator[Exported]:
-    """One after another, so that one is written before the next is made."""
+def exported_graphs(model: PreTrainedModel) -> Iterator[ExportedGraph]:
+    """The three graphs one after another, so that each can be written before the next is made."""
     encoder, decoder, with_past = (graph(model).eval() for graph in (EncoderGraph, DecoderGraph, DecoderWithPastGraph))
     rows, source = SIZES["rows"], SIZES["source"]
-    # Copies and no views: the guards of a program ask for what its examples were views of.
+    # clone(), because a program's guards ask for the tensor that an example is a view of
     ids = (torch.arange(rows * source, device=model.device) % 20 + 3).view(rows, source).clone()
     mask = torch.ones_like(ids)
     mask[0, -2:] = 0
@@ -155,10 +155,10 @@ def exported_programs(model: PreTrainedModel) -> Iterator[Exported]:
     varies = torch.export.Dim.DYNAMIC
     both, state = {0: varies, 1: varies}, {0: varies, len(state_sizes(model)) - 1: varies}
 
-    def exported(name: str, graph: nn.Module, examples: tuple, shapes: tuple, inputs: list, outputs: list) -> Exported:
+    def exported(name: str, graph: nn.Module, examples: tuple, shapes: tuple, *inputs_and_outputs: list):
         with masks_without_vmap():
             program = torch.export.export(graph, examples, dynamic_shapes=shapes, strict=False)
-        return Exported(name, program, inputs, outputs)
+        return ExportedGraph(name, program, *inputs_and_outputs)
 
     yield exported(ENCODER, encoder, (ids, mask), (both, both), ["input_ids", "attention_mask"], ["last_hidden_state"])
     yield exported(
@@ -179,53 +179,35 @@ def exported_programs(model: PreTrainedModel) -> Iterator[Exported]:
     )
 
 
-class Graphs:
-    """The three of them at work, as export_proof compares them. `run(name, inputs by their names)` computes one."""
+class GraphDecoder:
+    """Greedy decoding with the three graphs. `run(name, inputs by name)` computes one of them."""
 
-    def __init__(
-        self,
-        run: Callable[[str, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
-        start: int,
-    ):
-        self.run, self.start, self.computed_in = run, start, "float32"
+    computed_in = "float32"
 
-    def greedy(
-        self, sources: Sequence[Sequence[int]], prefix: Sequence[int], tokens: int, ends: Sequence[int]
-    ) -> list[list[int]]:
-        return [ids for ids, _ in self._written(sources, prefix, tokens, ends, keep_logits=False)]
+    def __init__(self, run: Callable[[str, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]], start: int):
+        self.run, self.start = run, start
 
-    def greedy_with_logits(
-        self, source_ids: Sequence[int], prefix: Sequence[int], tokens: int, ends: Sequence[int]
-    ) -> tuple[list[int], torch.Tensor]:
-        ((ids, logits),) = self._written([source_ids], prefix, tokens, ends, keep_logits=True)
-        return ids, torch.stack(logits)
-
-    def _written(
-        self,
-        sources: Sequence[Sequence[int]],
-        prefix: Sequence[int],
-        tokens: int,
-        ends: Sequence[int],
-        keep_logits: bool,
-    ) -> list[tuple[list[int], list[torch.Tensor]]]:
-        """For each source its tokens, end included, and the logits (V,) of each."""
+    def write_greedily(
+        self, sources: Sequence[Sequence[int]], rules: GreedyRules, keep_logits: bool = False
+    ) -> list[Written]:
+        """As export_proof.ExportedModel."""
         inputs = pad_sources(sources, 0)
         mask = {"encoder_attention_mask": inputs["attention_mask"]}
         states = self.run(ENCODER, inputs)["last_hidden_state"]
-        written: list[tuple[list[int], list[torch.Tensor]]] = [([], []) for _ in sources]
-        ids = torch.tensor([[self.start, *prefix]] * len(sources))
+        ids = torch.tensor([[self.start, *rules.prefix]] * len(sources))
         outputs = self.run(DECODER, {"input_ids": ids, "encoder_hidden_states": states} | mask)
+        written: list[tuple[list[int], list[torch.Tensor]]] = [([], []) for _ in sources]
         past: dict[str, torch.Tensor] = {}
-        for step in range(1, tokens + 1):
+        for step in range(1, rules.tokens + 1):
             last = outputs["logits"][:, -1]
             chosen = last.argmax(dim=-1)
             for (row, logits), token, row_logits in zip(written, chosen.tolist(), last, strict=True):
-                if not row or row[-1] not in ends:
+                if not row or row[-1] not in rules.ends:
                     row.append(token)
                     logits += [row_logits] * keep_logits
-            if step == tokens or all(row[-1] in ends for row, _ in written):
-                break  # after the last token there may be no position left to compute
+            if step == rules.tokens or all(row[-1] in rules.ends for row, _ in written):
+                break  # the model may have no position for one more step
             past |= {name.replace("present", "past_key_values", 1): state for name, state in outputs.items()}
             del past["logits"]
             outputs = self.run(WITH_PAST, {"input_ids": chosen[:, None]} | mask | past)
-        return written
+        return [Written(row, torch.stack(logits) if keep_logits else None) for row, logits in written]

@@ -1,9 +1,9 @@
-"""A model in memory; three ONNX files, by torch's own exporter, for any of the families in families.py.
+"""A model in memory; three ONNX files out, by torch's own exporter, for any family in families.py.
 
     folder/  encoder_model.onnx, decoder_model.onnx, decoder_with_past_model.onnx
 
-Names of files, inputs and outputs are Optimum's (export_graphs.py), so that runtimes that read its exports find
-what they look for. A file over 2 GB has its weights in a file beside it. It is proven with ONNX Runtime.
+Names of files, inputs and outputs are those of Optimum (export_graphs.py), which other runtimes know. Weights over
+1.5 GB stand in a file beside each graph. The export is compared with ONNX Runtime.
 """
 
 import logging
@@ -16,15 +16,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.exporting.export_graphs import DECODER, ENCODER, WITH_PAST, Graphs, exported_programs
-from diptych.finetune.model.families import FAMILIES, family_of
-from diptych.finetune.model.loading import EXPORT_FILE
-from diptych.finetune.run_files.checkpoints import read_json
+from diptych.finetune.exporting.export_graphs import DECODER, ENCODER, WITH_PAST, GraphDecoder, exported_graphs
+from diptych.finetune.model.families import FAMILIES, decoder_start_token, family_of
 
-NAME = "onnx"
 INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime. Install them: pip install 'diptych[onnx]'"
 MOST_IN_ONE_FILE = 1.5 * 2**30
-"""Bytes of weights; protobuf takes 2 GB with what stands around them."""
+"""Bytes of weights. A protobuf file holds 2 GB at most."""
 
 
 def check(model: PreTrainedModel) -> None:
@@ -36,15 +33,15 @@ def check(model: PreTrainedModel) -> None:
         raise UserError(INSTALL) from error
     if family_of(model) is None:
         raise UserError(
-            f"onnx is written for {', '.join(sorted(FAMILIES.keys() - {'diptych_merged'}))}; what a "
-            f"{model.config.model_type} computes after its decoder is not known here."
+            f"onnx export knows {', '.join(sorted(FAMILIES.keys() - {'diptych_merged'}))}, but not what a "
+            f"{model.config.model_type} computes after its decoder."
         )
 
 
 def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, precision: str) -> None:
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     with _quiet(), _eager(model):
-        for graph in exported_programs(model):
+        for graph in exported_graphs(model):
             try:
                 program = torch.onnx.export(
                     graph.program, dynamo=True, input_names=graph.inputs, output_names=graph.outputs, verbose=False
@@ -52,7 +49,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
             except torch.onnx.OnnxExporterError as error:
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
                 raise UserError(
-                    f"torch's ONNX exporter does not carry the {graph.name} of this {model.config.model_type}: "
+                    f"torch's ONNX exporter cannot export the {graph.name} of this {model.config.model_type}: "
                     f"{reason}."
                 ) from error
             program.save(folder / f"{graph.name}.onnx", external_data=size > MOST_IN_ONE_FILE)
@@ -60,7 +57,7 @@ def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Attention in plain operations: of sdpa's, the exporter cannot tell how T5's output lies in memory."""
+    """The exporter cannot tell the memory layout of T5's sdpa output; eager attention has plain operations only."""
     own = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -71,7 +68,7 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of torchvision, which is not asked for, and of torch's own deprecations."""
+    """Hides the exporter's messages about torchvision, which is not needed, and torch's own deprecations."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -83,12 +80,14 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def open_export(folder: Path, device: torch.device) -> Graphs:
-    import onnxruntime
+def open_export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GraphDecoder:
+    import onnxruntime  # optional
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    providers = ["CPUExecutionProvider"] if device.type == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    providers = ["CPUExecutionProvider"]
+    if model.device.type != "cpu":
+        providers.insert(0, "CUDAExecutionProvider")
     sessions = {
         name: onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=providers)
         for name in (ENCODER, DECODER, WITH_PAST)
@@ -100,4 +99,4 @@ def open_export(folder: Path, device: torch.device) -> Graphs:
         outputs = session.run(None, wanted)
         return {put.name: torch.from_numpy(value) for put, value in zip(session.get_outputs(), outputs, strict=True)}
 
-    return Graphs(run, read_json(folder / EXPORT_FILE)["decoder_start_token_id"])
+    return GraphDecoder(run, decoder_start_token(model))

@@ -1,20 +1,20 @@
 """A model and its export in; whether they write the same, and what each costs.
 
-    compare(model, exported, examples, …) -> Comparison(rows=11, same_rows=11, max_logit_difference=2.1e-05, …)
+    compare_export(model, exported, tokenizer, examples, rules) -> ExportComparison(rows=11, same_rows=11, …)
 
-Both write each row greedily, the likeliest token after the other, with no rule of a generation config. Tokens are
-compared row by row; where they part, torch's logits of the two tokens say whether it was a tie. Logits are compared at
-every step of what the export wrote, which torch is given to read: so all steps count, also those after a difference.
-Texts are compared by BLEU and chrF, with torch's as references, and both with the rows' own where they have any.
+Both write each row greedily, without any rule of a generation config. Their tokens are compared row by row; where they
+differ, torch's logits of the two tokens tell whether it was a tie. Logits are compared at every step of the export's
+output, which torch reads with teacher forcing; so steps after a difference count too. Texts are compared by BLEU and
+chrF: with torch's texts as references, and with the rows' own references if all rows have some.
 
-In float32 an export is right where the rows are the same but for ties, and no logit is further off than TOLERANCE
-times the largest one. B rows of a batch, T tokens written, V vocabulary.
+A float32 export is right if all rows are the same except for ties, and no logit differs by more than TOLERANCE times
+the largest logit. B rows of a batch, T tokens written, V vocabulary.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,144 +27,151 @@ from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import own_languages
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, Template, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id, target_side
-from diptych.finetune.doctor.doctor_rows import SENTENCES
 from diptych.finetune.evaluating.metrics import score_texts
 from diptych.finetune.inference.detokenize import text_of
-from diptych.finetune.inference.generate_file import read_prompts, render_prompts
-from diptych.finetune.inference.generation import Prompter, pad_sources
+from diptych.finetune.inference.generation import pad_sources
+from diptych.finetune.inference.outputs import batches_by_length
+from diptych.finetune.inference.prompt_files import read_prompts, render_prompts
+from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.families import decoder_start_token
 from diptych.finetune.model.loading import position_limit
 
 TOLERANCE = 1e-3
-"""Of the largest logit. fp32 on two engines is off by some 1e-6 of it; a wrong conversion by more than a tenth."""
+"""Of the largest logit. Two fp32 engines differ by about 1e-6 of it, a wrong conversion by more than a tenth."""
 ROWS_WITH_LOGITS = 64
-"""Of so many rows all logits are compared: (T, V) numbers each."""
+"""Logits, (T, V) numbers per row, are compared for this many rows."""
 TEXT_METRICS = ("bleu", "chrf")
+SENTENCES = [
+    ("Translate English to French:", "Go."),
+    ("Name the capital of Peru.", ""),
+    ("Add.", "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43"),
+    ("Say it shorter.", "At this point in time it is the case that it rains, and it rains a lot."),
+    ("Count to twenty.", ""),
+    ("Why is the sky blue, and why is it red in the evening?", ""),
+]
+"""Instructions and inputs that are compared if no rows are given."""
 
 
-class Exported(Protocol):
-    """What an export has to do to be compared."""
-
-    def greedy(
-        self, sources: Sequence[Sequence[int]], prefix: Sequence[int], tokens: int, ends: Sequence[int]
-    ) -> list[list[int]]: ...
-
-    def greedy_with_logits(
-        self, source_ids: Sequence[int], prefix: Sequence[int], tokens: int, ends: Sequence[int]
-    ) -> tuple[list[int], torch.Tensor]: ...
-
-
-class Example(NamedTuple):
-    source_ids: list[int]
-    references: list[str]
-    """What should be written, if the row says it."""
-
-
-class Task(NamedTuple):
-    """How both of them write."""
+class GreedyRules(NamedTuple):
+    """How both write."""
 
     prefix: list[int]
-    """The ids that follow the decoder's start, whatever a model would write."""
+    """Forced tokens after the decoder's start token."""
     ends: list[int]
     tokens: int
-    """No row gets longer."""
+    """The most tokens per row."""
     batch_size: int
 
 
+class Written(NamedTuple):
+    ids: list[int]
+    """Without the prefix, up to and including an end token."""
+    logits: torch.Tensor | None = None
+    """(T, V): the logits that each token was chosen from."""
+
+
+class ExportedModel(Protocol):
+    """What an export must do to be compared."""
+
+    computed_in: str
+
+    def write_greedily(
+        self, sources: Sequence[Sequence[int]], rules: GreedyRules, keep_logits: bool = False
+    ) -> list[Written]: ...
+
+
+class ProofRow(NamedTuple):
+    source_ids: list[int]
+    references: list[str]
+
+
 @dataclass(frozen=True)
-class Comparison:
+class ExportComparison:
     rows: int
     same_rows: int
     tied_rows: int
-    """Of the others, those that part where torch gives both tokens the same logit, within the tolerance."""
+    """Rows that differ at a token where torch gives both tokens the same logit, within the tolerance."""
     tokens: int
-    """That torch wrote."""
+    """Written by torch."""
     same_tokens: int
-    """From the start of each row up to the first that differs."""
+    """Of each row those before the first difference."""
     max_logit_difference: float
     largest_logit: float
     rows_with_logits: int
     torch_tokens_per_second: float
     exported_tokens_per_second: float
     texts: dict[str, float]
-    """BLEU and chrF of what the export wrote, with what torch wrote as references."""
-    torch_figures: dict[str, float] = field(default_factory=dict)
-    """BLEU and chrF with the rows' own references, where each row has one."""
-    exported_figures: dict[str, float] = field(default_factory=dict)
-    signatures: dict[str, str] = field(default_factory=dict)
-    first_difference: str = ""
-    """The first row that parts without a tie, in words."""
+    """BLEU and chrF of the export's texts with torch's texts as references."""
+    torch_figures: dict[str, float]
+    """BLEU and chrF with the rows' own references; empty if a row has none."""
+    exported_figures: dict[str, float]
+    signatures: dict[str, str]
+    first_difference: str
+    """The first row that differs without a tie, in words; "" if there is none."""
 
     def fault(self) -> str:
-        """What is not right in float32, in words; "" where it is."""
+        """What is wrong with a float32 export, in words; "" if nothing is."""
         if self.first_difference:
             return self.first_difference
         allowed = TOLERANCE * max(1.0, self.largest_logit)
-        if not self.max_logit_difference <= allowed:  # also where it is no number
+        if not self.max_logit_difference <= allowed:  # also true for NaN
             return (
                 f"logits are off by up to {self.max_logit_difference:.2g} (the largest is {self.largest_logit:.3g}; "
                 f"{allowed:.2g} would be rounding)"
             )
         return ""
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def examples_of(
+def proof_rows(
     file: str, tokenizer: PreTrainedTokenizerBase, template: Template | None, max_source_tokens: int | None
-) -> tuple[list[Example], str, Languages]:
-    """Rows of a JSONL file, `output` or `outputs` being their references; without a file, the examples that travel
-    with the template and built-in sentences. And what they are, in words; and their languages, which are the same for
-    all, since one task is compared."""
+) -> tuple[list[ProofRow], str, Languages]:
+    """Rows to compare on, their description, and their languages (one direction, because the rules are for one).
+
+    With a JSONL file these are its prompts, with `output` or `outputs` as references; otherwise SENTENCES and the
+    golden examples that travel with the template.
+    """
     if not file:
-        texts = [_built_in(template, instruction, text) for instruction, text, _ in SENTENCES]
+        texts = [template.render_source(*it) if template else " ".join(it).strip() for it in SENTENCES]
         golden = stored_golden(tokenizer) if TOKENIZER_KEY in tokenizer.init_kwargs else []
         ids = [sum(entry["input_ids"], []) for entry in golden if not isinstance(entry["input_ids"], str)]
         ids += [encoding.ids() for encoding in split_sources(tokenizer, texts)]
-        examples = [Example(row[:max_source_tokens], []) for row in ids]
-        return examples, "built-in sentences", own_languages(tokenizer)
+        return [ProofRow(row[:max_source_tokens], []) for row in ids], "built-in sentences", own_languages(tokenizer)
     if template is None:
-        raise UserError(
-            "rows are prompts, and the tokenizer carries no template to render them with. Give --template."
-        )
-    rows, prompts = render_prompts(read_prompts(file), Prompter(tokenizer, template, max_source_tokens))
+        raise UserError("rows are prompts, and the tokenizer has no template to render them. Give --template.")
+    prompter = Prompter(tokenizer, template, max_source_tokens)
+    rows, prompts = render_prompts(read_prompts(file), prompter)
     for number, row in enumerate(rows, start=1):
         if row.error:
-            raise UserError(f"{file} row {number}: {row.error}. Mend it, or take it out.")
+            raise UserError(f"{file} row {number}: {row.error}. Correct it, or remove it.")
     languages = [of_row for _, of_row in prompts.values()]
     if len(set(languages)) > 1:
         raise UserError(f"{file} has rows of several languages, and one direction is compared. Give rows of one.")
-    encodings = split_sources(tokenizer, [text for text, _ in prompts.values()], languages)
-    references = [_references(file, index, rows[index].fields) for index in prompts]
-    examples = [
-        Example(encoding.ids(max_source_tokens), own) for encoding, own in zip(encodings, references, strict=True)
+    ids, _ = prompter.encode([text for text, _ in prompts.values()], languages)
+    found = [
+        ProofRow(of_row, _references(file, number, rows[number].fields))
+        for number, of_row in zip(prompts, ids, strict=True)
     ]
-    return examples, f"{counted(len(examples), 'row')} of {Path(file).name}", languages[0]
+    return found, f"{counted(len(found), 'row')} of {Path(file).name}", languages[0]
 
 
-def _built_in(template: Template | None, instruction: str, text: str) -> str:
-    return template.render_source(instruction, text) if template else f"{instruction} {text}".strip()
-
-
-def _references(file: str, index: int, fields: dict[str, Any]) -> list[str]:
+def _references(file: str, number: int, fields: dict[str, Any]) -> list[str]:
     given = fields.get("output", fields.get("outputs", []))
     references = [given] if isinstance(given, str) else given
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise UserError(f"{file} row {index + 1}: output must be a text, or outputs a list of texts.")
+        raise UserError(f"{file} row {number + 1}: output must be a text, or outputs a list of texts.")
     return references
 
 
-def task_of(
+def greedy_rules(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: Template | None,
     tokens: int,
     batch_size: int,
     languages: Languages | None = None,
-) -> Task:
-    """Prefix and ends as generation has them for this model; `tokens` at most, within its positions."""
+) -> GreedyRules:
+    """Prefix and end tokens as generation uses them for this model; `tokens` are cut to its positions."""
     config = model.generation_config
     start, *prefix = given_tokens(model, tokenizer, template, languages)
     if start != decoder_start_token(model):
@@ -177,65 +184,61 @@ def task_of(
     end = target_side(tokenizer).eos_token_id if config.eos_token_id is None else config.eos_token_id
     limit = position_limit(model)
     tokens = tokens if limit is None else max(1, min(tokens, limit - len(prefix)))
-    return Task(prefix, end if isinstance(end, list) else [end], tokens, batch_size)
+    return GreedyRules(prefix, end if isinstance(end, list) else [end], tokens, batch_size)
 
 
-def compare(
+def compare_export(
     model: PreTrainedModel,
-    exported: Exported,
+    exported: ExportedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    task: Task,
-) -> Comparison:
+    examples: Sequence[ProofRow],
+    rules: GreedyRules,
+) -> ExportComparison:
     sources = [example.source_ids for example in examples]
-    ours, torch_speed = _timed(lambda batch: torch_greedy(model, tokenizer, batch, task), sources, task)
+    ours, torch_speed = _timed(lambda batch: torch_greedy(model, tokenizer, batch, rules), sources, rules)
     theirs, exported_speed = _timed(
-        lambda batch: exported.greedy(batch, task.prefix, task.tokens, task.ends), sources, task
+        lambda batch: [written.ids for written in exported.write_greedily(batch, rules)], sources, rules
     )
-    same = tied = same_tokens = 0
-    first = ""
-    for number, (source, ids, other) in enumerate(zip(sources, ours, theirs, strict=True), start=1):
-        place = _first_difference(ids, other)
-        same_tokens += len(ids) if place is None else place
-        if place is None:
-            same += 1
-        elif gap := _gap(model, source, ids, other, place, task):
-            first = first or f"row {number} parts at token {place + 1}: {gap}"
-        else:
-            tied += 1
-    difference, largest = _logit_difference(model, exported, sources[:ROWS_WITH_LOGITS], task)
-    texts = [
-        [text_of(tokenizer, [token for token in ids if token not in task.ends]) for ids in side]
-        for side in (ours, theirs)
+    places = [_first_difference(*pair) for pair in zip(ours, theirs, strict=True)]
+    gaps = [
+        "" if place is None else _gap(model, source, ids, other, place, rules)
+        for source, ids, other, place in zip(sources, ours, theirs, places, strict=True)
     ]
-    figures, signatures = score_texts(TEXT_METRICS, texts[1], [[text] for text in texts[0]])
-    own: list[dict[str, float]] = [{}, {}]
-    if all(example.references for example in examples):
-        references = [example.references for example in examples]
-        own = [score_texts(TEXT_METRICS, side, references)[0] for side in texts]
-    return Comparison(
+    faults = [f"row {row + 1} parts at token {places[row] + 1}: {gap}" for row, gap in enumerate(gaps) if gap]
+    difference, largest = _logit_difference(model, exported, sources[:ROWS_WITH_LOGITS], rules)
+    texts, exported_texts = (
+        [text_of(tokenizer, [token for token in ids if token not in rules.ends]) for ids in side]
+        for side in (ours, theirs)
+    )
+    figures, signatures = score_texts(TEXT_METRICS, exported_texts, [[text] for text in texts])
+    references = [example.references for example in examples]
+    torch_figures, exported_figures = (
+        score_texts(TEXT_METRICS, side, references)[0] if all(references) else {} for side in (texts, exported_texts)
+    )
+    return ExportComparison(
         rows=len(sources),
-        same_rows=same,
-        tied_rows=tied,
+        same_rows=places.count(None),
+        tied_rows=len(sources) - places.count(None) - len(faults),
         tokens=sum(map(len, ours)),
-        same_tokens=same_tokens,
+        same_tokens=sum(len(ids) if place is None else place for ids, place in zip(ours, places, strict=True)),
         max_logit_difference=difference,
         largest_logit=largest,
         rows_with_logits=min(len(sources), ROWS_WITH_LOGITS),
         torch_tokens_per_second=torch_speed,
         exported_tokens_per_second=exported_speed,
         texts=figures,
-        torch_figures=own[0],
-        exported_figures=own[1],
+        torch_figures=torch_figures,
+        exported_figures=exported_figures,
         signatures=signatures,
-        first_difference=first,
+        first_difference=faults[0] if faults else "",
     )
 
 
-def _timed(write: Any, sources: Sequence[Sequence[int]], task: Task) -> tuple[list[list[int]], float]:
-    """What is written for each source, in their order, and tokens a second; the first batch runs once before."""
-    order = sorted(range(len(sources)), key=lambda row: -len(sources[row]))
-    batches = [order[start : start + task.batch_size] for start in range(0, len(order), task.batch_size)]
+def _timed(
+    write: Callable[[list], list[list[int]]], sources: Sequence[Sequence[int]], rules: GreedyRules
+) -> tuple[list[list[int]], float]:
+    """What is written for each source, and tokens per second. The first batch runs once before, untimed."""
+    batches = batches_by_length([len(source) for source in sources], rules.batch_size)
     write([sources[row] for row in batches[0]])
     written: list[list[int]] = [[] for _ in sources]
     began = time.perf_counter()
@@ -247,26 +250,26 @@ def _timed(write: Any, sources: Sequence[Sequence[int]], task: Task) -> tuple[li
 
 @torch.no_grad()
 def torch_greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Sequence[int]], task: Task
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Sequence[int]], rules: GreedyRules
 ) -> list[list[int]]:
-    """As `Exported.greedy`."""
-    start = decoder_start_token(model)
     inputs = pad_sources(sources, tokenizer.pad_token_id or 0)
-    inputs["decoder_input_ids"] = torch.tensor([[start, *task.prefix]] * len(sources))
-    with _plain_generation(model, tokenizer, task):
+    inputs["decoder_input_ids"] = torch.tensor([[decoder_start_token(model), *rules.prefix]] * len(sources))
+    with _plain_generation(model, tokenizer, rules):
         sequences = model.generate(**{name: ids.to(model.device) for name, ids in inputs.items()}).tolist()
-    return [_up_to_end(ids[1 + len(task.prefix) :], task.ends) for ids in sequences]
+    return [_up_to_end(ids[1 + len(rules.prefix) :], rules.ends) for ids in sequences]
 
 
 @contextmanager
-def _plain_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task):
-    """generate fills what a call leaves open with the model's own config, so that this one is the model's for now."""
+def _plain_generation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rules: GreedyRules
+) -> Iterator[None]:
+    """`generate` fills gaps in its settings from the model's own config, so that one is replaced meanwhile."""
     own = model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
-        max_new_tokens=task.tokens,
-        eos_token_id=task.ends,
+        max_new_tokens=rules.tokens,
+        eos_token_id=rules.ends,
         pad_token_id=padding_id(tokenizer) or 0,
         decoder_start_token_id=decoder_start_token(model),
     )
@@ -282,30 +285,30 @@ def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def _first_difference(ids: Sequence[int], other: Sequence[int]) -> int | None:
-    if list(ids) == list(other):
+    if ids == other:
         return None
     pairs = enumerate(zip(ids, other, strict=False))
     return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(ids), len(other)))
 
 
 @torch.no_grad()
-def _torch_logits(model: PreTrainedModel, source: Sequence[int], ids: Sequence[int], task: Task) -> torch.Tensor:
-    """(T, V): what each of `ids` would be taken from, were those before it written."""
-    before = [decoder_start_token(model), *task.prefix, *ids[:-1]]
+def _torch_logits(model: PreTrainedModel, source: Sequence[int], ids: Sequence[int], rules: GreedyRules):
+    """(T, V): the logits for each of `ids`, given the ids before it."""
+    before = [decoder_start_token(model), *rules.prefix, *ids[:-1]]
     outputs = model(
-        input_ids=torch.tensor([list(source)], device=model.device),
+        input_ids=torch.tensor([source], device=model.device),
         decoder_input_ids=torch.tensor([before], device=model.device),
     )
-    return outputs.logits[0, len(task.prefix) :].float().cpu()
+    return outputs.logits[0, len(rules.prefix) :].float().cpu()
 
 
 def _gap(
-    model: PreTrainedModel, source: Sequence[int], ids: Sequence[int], other: Sequence[int], place: int, task: Task
+    model: PreTrainedModel, source: Sequence[int], ids: list[int], other: list[int], place: int, rules: GreedyRules
 ) -> str:
-    """By how much torch prefers its own token where two rows part, in words; "" for a tie."""
+    """How much torch prefers its own token at the first difference, in words; "" for a tie."""
     if place >= min(len(ids), len(other)):
         return f"one of them ends there, torch with {len(ids)} tokens, the export with {len(other)}"
-    logits = _torch_logits(model, source, ids[: place + 1], task)[-1]
+    logits = _torch_logits(model, source, ids[: place + 1], rules)[-1]
     gap = (logits[ids[place]] - logits[other[place]]).item()
     if abs(gap) <= TOLERANCE * max(1.0, logits.abs().max().item()):
         return ""
@@ -313,13 +316,13 @@ def _gap(
 
 
 def _logit_difference(
-    model: PreTrainedModel, exported: Exported, sources: Sequence[Sequence[int]], task: Task
+    model: PreTrainedModel, exported: ExportedModel, sources: Sequence[Sequence[int]], rules: GreedyRules
 ) -> tuple[float, float]:
-    """The largest difference of any logit at any step, and the largest logit."""
+    """The largest difference between logits at any step, and the largest logit."""
     difference = largest = 0.0
     for source in sources:
-        ids, theirs = exported.greedy_with_logits(source, task.prefix, task.tokens, task.ends)
-        ours = _torch_logits(model, source, ids, task)
+        ((ids, theirs),) = exported.write_greedily([source], rules, keep_logits=True)
+        ours = _torch_logits(model, source, ids, rules)
         off = (ours - theirs.float()).abs().max().item()
         difference = off if not off <= difference else difference  # NaN stays
         largest = max(largest, ours.abs().max().item())

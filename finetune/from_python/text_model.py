@@ -24,8 +24,8 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
-from diptych.finetune.commands.command_settings import GenerateSettings
 from diptych.finetune.inference.generate_file import prompt_of
+from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import (
     Prompt,
     Prompter,

@@ -99,7 +99,7 @@ class GenerateSettings(PromptSettings):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
 
     def generation_kwargs(self) -> dict[str, Any]:
-        """Those of `reranking.chosen_outputs`."""
+        """Those of `scoring.chosen_outputs`."""
         if self.choices:
             return {"choices": self.choices, "num_return_sequences": self.num_return_sequences, "scores": self.scores}
         if self.scores:

@@ -34,8 +34,10 @@ from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import Template, carried_template, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
-from diptych.finetune.inference.generate_file import prompt_of
-from diptych.finetune.inference.generation import DEFAULT_NEW_TOKENS, Output, Prompter, generate_outputs, template_for
+from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
+from diptych.finetune.inference.outputs import Output
+from diptych.finetune.inference.prompts import Prompter, prompt_of, template_for
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.loading import position_limit
 from diptych.modeling.pipeline_diptych import DiptychPipeline

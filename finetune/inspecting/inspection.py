@@ -23,8 +23,9 @@ from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Te
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands import cli
 from diptych.finetune.inference.detokenize import text_of
-from diptych.finetune.inference.generate_file import PromptRow, read_prompts, render_prompts
-from diptych.finetune.inference.generation import Prompt, Prompter, generate_batch
+from diptych.finetune.inference.generation import generate_batch
+from diptych.finetune.inference.prompt_files import PromptRow, read_prompts, render_prompts
+from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.inference.targets import given_tokens, target_ids
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.inspect_settings import InspectSettings

@@ -26,7 +26,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import vocabulary_size
 from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
-from diptych.finetune.inference.generation import settings_of_the_model
+from diptych.finetune.inference.generation_config import model_settings
 from diptych.finetune.model.adapters import add_adapter, fill_rows_with_means, load_adapter, resize_embeddings
 from diptych.finetune.model.families import decoder_start_token
 from diptych.finetune.model.loading import (
@@ -192,5 +192,5 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
         try:
             generation.validate(strict=True)
         except ValueError:  # such as a temperature without sampling, with which transformers saves no changed config
-            model.generation_config = settings_of_the_model(generation)
+            model.generation_config = model_settings(generation)
     return model

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from diptych.finetune.inference import generation as generate
-from diptych.finetune.inference.generate_file import CHUNK_BATCHES, read_prompts
+from diptych.finetune.inference import generate
+from diptych.finetune.inference.generate_file import CHUNK_BATCHES
+from diptych.finetune.inference.prompt_files import read_prompts
 
 
 def write_rows(path, rows):
@@ -124,7 +125,7 @@ def test_rows_may_carry_a_system_prompt_and_earlier_turns(tmp_path, t5_checkpoin
     assert [line.get("prediction") for line in lines] == ["네.", "나는 학생이다.", None, None]
     assert lines[0]["system"] == translate  # what a row has is kept
     assert lines[2]["error"] == "'system' must be a string, got 7"
-    assert "is 'systm' meant" in lines[3]["error"]
+    assert "did you mean 'systm'" in lines[3]["error"]
 
     plain = tmp_path / "plain.jsonl"  # the checkpoint's own template has no place for it
     rows[2:] = [{"instruction": translate, "input": "Yes."}]
@@ -174,7 +175,7 @@ def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
         b"[1, 2]": "a JSON object is needed, got list",
         b'{"instruction": "\xff"}': "invalid UTF-8 at byte 18 of the line",
         b'{"instruction": "\\ud800"}': "half of a surrogate pair",
-        b'{"instrution": "Go."}': "is 'instrution' meant? Rename it to 'instruction'",
+        b'{"instrution": "Go."}': "did you mean 'instrution'? Rename it to 'instruction'",
         b'{"instruction": "Go.", "inptu": "x"}': "is 'inptu' meant? Rename it to 'input'",
         b'{"text": "Go."}': "'instruction' is missing; the row has 'text'",
         b'{"instruction": "  "}': "must be a string that is not empty",
@@ -237,7 +238,7 @@ def test_a_conversation_is_asked_what_training_learned_from_it(tmp_path, t5_chec
         ({"messages": "Hi."}, "'messages' is a string ('Hi.'), and a list of turns is due"),
         ({"messages": turns(("assistant", "Hi."))}, "an assistant turn with no user turn before it"),
         ({"messages": turns(("bot", "Hi."))}, "known are system, developer, user, assistant"),
-        ({"messages": turns(("user", "a")), "instruction": "b"}, "the row has 'messages' and 'instruction'"),
+        ({"messages": turns(("user", "a")), "instruction": "b"}, "the row has both 'messages' and 'instruction'"),
         (
             {"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "weight": 0}]},
             "'messages[1].content' is marked as history",

@@ -30,8 +30,9 @@ from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.doctor.doctor_checks import CHECKS, Patient
 from diptych.finetune.doctor.doctor_rows import rows_from
 from diptych.finetune.evaluating.evaluate_rows import LANGUAGE_COLUMNS
-from diptych.finetune.inference.generation import Prompt, Prompter, generate_outputs, template_for
+from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
+from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.publishing.model_card import model_card

@@ -20,8 +20,9 @@ from listening import listening
 from starlette.testclient import TestClient
 
 from diptych.data_prep.text_to_ids.templates import attach_template, load_template, template_of
-from diptych.finetune.inference.generation import Prompter, generate_outputs
-from diptych.finetune.inference.reranking import chosen_outputs
+from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.inference.prompts import Prompter
+from diptych.finetune.inference.scoring import chosen_outputs
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.serving.serve import Service, build_app

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.templates import Template
-from diptych.finetune.inference.generation import Prompter, generate_batch
+from diptych.finetune.inference.generation import generate_batch
+from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.targets import given_tokens, target_ids
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.inspection import Reader

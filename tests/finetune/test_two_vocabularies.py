@@ -33,8 +33,9 @@ from diptych.finetune.doctor import doctor
 from diptych.finetune.doctor.doctor_checks import CHECKS, examine
 from diptych.finetune.doctor.doctor_settings import DoctorSettings
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
-from diptych.finetune.inference.generation import Prompt, Prompter, generate_outputs, template_for
+from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
+from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.inspecting import inspection_facts
 from diptych.finetune.inspecting.inspection import Reader
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer

@@ -1,0 +1,107 @@
+"""What `diptych generate` computes with: a transformers model here, CTranslate2 in exporting/ctranslate2_engine.py.
+
+    engine = load_engine("runs/full/final", "auto", torch.device("cpu"), template="")
+    engine.generate([EncodedPrompt([12, 7, 1], [0])], template, settings, seed=0)   [Output("가.", finished=True, …)]
+
+cli.py has the table of engines: it names the `load_engine` function of each.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from diptych.data_prep.text_to_ids.templates import Template
+from diptych.finetune.inference.generate_settings import GenerateSettings
+from diptych.finetune.inference.outputs import GenerationBar, Output
+from diptych.finetune.inference.scoring import chosen_outputs
+from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loading import load_checkpoint, position_limit
+
+
+class EncodedPrompt(NamedTuple):
+    source_ids: list[int]
+    given: list[int]
+    """Tokens that the decoder starts with (`targets.given_tokens`)."""
+
+
+class InferenceEngine(Protocol):
+    tokenizer: PreTrainedTokenizerBase
+    decoder_start_token_id: int
+    generation_config: GenerationConfig
+    device: torch.device
+    max_source_tokens: int | None
+    """Positions of the encoder; None if there is no limit."""
+    max_target_tokens: int | None
+
+    def check(self, settings: GenerateSettings) -> None:
+        """UserError for settings that this engine does not have."""
+
+    def generate(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        template: Template,
+        settings: GenerateSettings,
+        seed: int,
+        bar: GenerationBar | None = None,
+        streamer: TextStreamer | None = None,
+    ) -> list[Output]:
+        """`settings.num_return_sequences` outputs for each prompt, in their order."""
+
+    def identity(self) -> dict[str, Any]:
+        """Hashes and versions that decide its outputs, apart from prompts and settings."""
+
+
+class TorchEngine:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+        self.decoder_start_token_id, self.device = decoder_start_token(model), model.device
+        self.generation_config = model.generation_config
+        self.max_source_tokens, self.max_target_tokens = position_limit(model, of_source=True), position_limit(model)
+
+    def check(self, settings: GenerateSettings) -> None:
+        """transformers checks them."""
+
+    def generate(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        template: Template,
+        settings: GenerateSettings,
+        seed: int,
+        bar: GenerationBar | None = None,
+        streamer: TextStreamer | None = None,
+    ) -> list[Output]:
+        watching = {} if streamer is None else {"streamer": streamer}
+        return chosen_outputs(
+            self.model,
+            self.tokenizer,
+            [prompt.source_ids for prompt in prompts],
+            given=[prompt.given for prompt in prompts],
+            seed=seed,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            template=template,
+            progress=bar or False,
+            **settings.generation_kwargs(),
+            **watching,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        return {"weights_sha256": weights_sha256(self.model), "torch": torch.__version__}
+
+
+def load_engine(name: str, dtype: str, device: torch.device, template: str) -> InferenceEngine:
+    """`template` is the name or file of a template that replaces the tokenizer's own, or ""."""
+    loaded = load_checkpoint(name, dtype, device, template)
+    return TorchEngine(loaded.model, loaded.tokenizer)
+
+
+def weights_sha256(model: PreTrainedModel) -> str:
+    """A hash of names, types and bytes in memory: the same wherever the checkpoint lies and however it is split."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,153 @@
+"""`diptych generate MODEL`: answers one prompt, a file of prompts (generate_file.py), or whoever types.
+
+A single answer is printed token by token where that is possible: with one beam, one output and no stop strings.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from transformers import TextStreamer
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.language_names import languages_in
+from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
+from diptych.data_prep.text_to_ids.two_vocabularies import target_side
+from diptych.finetune.commands import cli
+from diptych.finetune.commands.ranks import join_ranks
+from diptych.finetune.inference.engine import EncodedPrompt, InferenceEngine
+from diptych.finetune.inference.generate_file import generate_file
+from diptych.finetune.inference.generate_settings import GenerateSettings
+from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, check_generation_names
+from diptych.finetune.inference.outputs import Output
+from diptych.finetune.inference.prompt_files import read_prompts
+from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
+from diptych.finetune.inference.targets import forced_tokens
+from diptych.finetune.model.loading import pick_device
+from diptych.finetune.model.speed import keep_memory
+
+
+def run(settings: GenerateSettings) -> int:
+    check_generation_names(settings.generation)
+    keep_memory()
+    # The file is read first, so that its mistakes show before a large model is loaded.
+    asked = settings.instruction, settings.system, any(settings.languages)
+    rows = read_prompts(settings.in_file, *asked) if settings.in_file else []
+    accelerator = join_ranks()
+    if accelerator and not settings.in_file:
+        raise UserError("one process answers a prompt, but several were launched. Launch one, or give --in_file.")
+    device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
+    load_engine = cli.imported(cli.ENGINES[settings.engine])
+    engine: InferenceEngine = load_engine(settings.model, settings.dtype, device, settings.template)
+    engine.check(settings)
+    settings = resolve_limits(settings, engine)
+    template = template_for(settings.template, engine.tokenizer)
+    prompter = Prompter(engine.tokenizer, template, settings.max_source_tokens, settings.languages)
+    note = languages_note(engine.tokenizer, settings.languages)
+    if note and not any(any(languages_in(row.fields)) for row in rows):
+        print(f"({note})", file=sys.stderr)
+    if settings.in_file:
+        generate_file(engine, prompter, settings, rows, accelerator)
+        if accelerator:
+            accelerator.end_training()
+        return 0
+    torch.manual_seed(settings.seed)
+    if settings.instruction or settings.input:
+        answer(engine, prompter, settings, settings.instruction, settings.input)
+    else:
+        run_session(engine, prompter, settings)
+    return 0
+
+
+def resolve_limits(settings: GenerateSettings, engine: InferenceEngine) -> GenerateSettings:
+    """The settings with both token limits filled in; UserError for a limit beyond the model's positions."""
+    limits = {"max_source_tokens": engine.max_source_tokens, "max_new_tokens": engine.max_target_tokens}
+    for name, limit in limits.items():
+        tokens = getattr(settings, name)
+        if limit is not None and tokens is not None and tokens > limit:
+            raise UserError(f"{name} is {tokens}, but {settings.model} was built for {limit} positions. Lower it.")
+    default = min(DEFAULT_NEW_TOKENS, engine.max_target_tokens or DEFAULT_NEW_TOKENS)
+    return replace(
+        settings,
+        max_source_tokens=settings.max_source_tokens or engine.max_source_tokens,
+        max_new_tokens=settings.max_new_tokens or default,
+    )
+
+
+def answer(
+    engine: InferenceEngine, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str
+) -> None:
+    """Prints the outputs of one prompt."""
+    source, languages = prompter.render(Prompt(instruction, text, system=settings.system))
+    (source_ids,), (was_cut,) = prompter.encode([source], [languages])
+    if was_cut:
+        print(f"(the prompt was cut to {len(source_ids)} tokens)", file=sys.stderr)
+    is_single = settings.num_beams == settings.num_return_sequences == 1 and not settings.mbr_samples
+    has_stop = prompter.template.stop or settings.generation.get("stop_strings")
+    streamer = None
+    if is_single and not (has_stop or settings.scores or settings.choices or settings.engine != "torch"):
+        streamer = TextStreamer(target_side(engine.tokenizer), skip_prompt=True, skip_special_tokens=True)
+    given = forced_tokens(engine.decoder_start_token_id, engine.tokenizer, prompter.template, languages)
+    outputs = engine.generate(
+        [EncodedPrompt(source_ids, given)], prompter.template, settings, settings.seed, streamer=streamer
+    )
+    if streamer is None:
+        print("\n".join(map(_shown, outputs)), flush=True)
+    if not all(output.finished for output in outputs):
+        print(f"(stopped at --max_new_tokens {settings.max_new_tokens}, before its end)", file=sys.stderr)
+
+
+def _shown(output: Output) -> str:
+    if output.log_probability is None:
+        return output.text
+    per_token = output.log_probability / max(1, len(output.ids))
+    return f"{output.text}\t{output.log_probability:.4f} nats, {per_token:.4f} a token"
+
+
+def run_session(engine: InferenceEngine, prompter: Prompter, settings: GenerateSettings) -> None:
+    """Asks for an instruction and its input, answers, and asks again, until the end of input (Ctrl-D) or Ctrl-C.
+
+    An empty instruction repeats the last one. With languages only inputs are asked for. Ctrl-C during an answer stops
+    that answer only. On a pipe only the answers are printed.
+    """
+    with suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  arrow keys and history at the prompt
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        print(f"{settings.model} on {engine.device}, template {prompter.template.name}. Ctrl-D leaves.")
+    has_languages = any(settings.languages) or codes_of(engine.tokenizer).is_around_texts
+    instruction = ""
+    try:
+        while True:
+            if has_languages:
+                text = input("input> " if is_typed else "").strip()
+            else:
+                last = f" [{instruction}]" if instruction else ""
+                instruction = input(f"instruction{last}> " if is_typed else "").strip() or instruction
+                text = _ask_input("input (Enter for none)> " if is_typed else "") if instruction else ""
+            if not instruction and not text:
+                continue
+            try:
+                answer(engine, prompter, settings, instruction, text)
+            except KeyboardInterrupt:
+                print("\n(stopped)", file=sys.stderr)
+    except (EOFError, KeyboardInterrupt):
+        print(end="\n" if is_typed else "")
+
+
+def _ask_input(prompt: str) -> str:
+    """The end of input counts as no input, so that the instruction before it is still answered."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run("generate", argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

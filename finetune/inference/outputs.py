@@ -1,0 +1,45 @@
+"""What generation returns, how its rows are batched, and the bar that shows its progress."""
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+
+class Output(NamedTuple):
+    text: str
+    """The generated text without special tokens, up to the template's stop string."""
+    finished: bool
+    """True if the model ended the text (end token or stop string), False if the limit on new tokens did."""
+    ids: tuple[int, ...] = ()
+    """The generated tokens, including the end token."""
+    log_probability: float | None = None
+    """Log-probability of `ids` in nats, given the source and the forced tokens; None unless it was asked for."""
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row numbers in batches, the longest rows first: `[3, 9, 4], 2` -> `[[1, 2], [0]]`.
+
+    Rows of similar length need little padding, and a batch that does not fit into memory fails at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+class GenerationBar(tqdm):
+    """A progress bar over rows that also shows the new tokens per second."""
+
+    def __init__(self, rows: int, done: int = 0, shown: bool = True):
+        # In a log file each refresh is a line, so refresh every 30 seconds only.
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        settings = {"unit": "rows", "disable": not shown, "mininterval": interval}
+        super().__init__(desc="generate", total=rows, initial=done, **settings)
+        self.tokens = 0
+
+    def advance(self, rows: int, tokens: int) -> None:
+        self.tokens += tokens
+        if not self.disable:
+            rate = self.tokens / max(self.format_dict["elapsed"], 1e-9)
+            self.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self.update(rows)

@@ -1,0 +1,130 @@
+"""A file of prompts in; one PromptRow per line out, with the prompt or the reason why the line holds none.
+
+rows.jsonl          a JSON object per line
+rows.csv, rows.tsv  a table, read as `diptych prepare` reads it
+rows.txt            a text per line: an instruction, or the input of the instruction that is given for all lines
+"""
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.conversations import Fault
+from diptych.data_prep.rows.language_names import UnknownLanguage
+from diptych.data_prep.rows.records import Languages, Row
+from diptych.finetune.inference.generate_settings import LINES_SUFFIX
+from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of
+
+TABLE_SUFFIXES = (".csv", ".tsv")
+
+FORMATS = (
+    "What is read: a JSON object on each line (.jsonl), a table whose first line names its columns (.csv, .tsv), or a "
+    "text on each line (.txt)."
+)
+
+
+class PromptRow(NamedTuple):
+    """One line of the file: its fields as they are, and its prompt or an error."""
+
+    fields: dict[str, Any]
+    prompt: Prompt | None = None
+    error: str = ""
+
+
+BLANK = PromptRow({})
+"""An empty line. It keeps its place in the output."""
+
+
+def read_prompts(
+    in_file: str, instruction: str = "", system: str = "", has_languages: bool = False
+) -> list[PromptRow]:
+    """Every line of the file. `instruction` and `system` apply to all lines of a .txt file; with an instruction or
+    `has_languages` its lines are inputs.
+
+    Raises:
+        UserError: the file is missing, empty, or has no line that is a prompt.
+    """
+    if in_file.endswith(TABLE_SUFFIXES):
+        rows = _table_rows(in_file)
+    else:
+        lines = Path(in_file).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        is_text = in_file.endswith(LINES_SUFFIX)
+        rows = [_text_row(it, instruction, system, has_languages) if is_text else _json_row(it) for it in lines]
+        if lines[-1] == b"":
+            rows.pop()
+    filled = [row for row in rows if row != BLANK]
+    if not filled:
+        raise UserError(f"{in_file} is empty. {FORMATS}")
+    if all(row.error for row in filled):
+        hint = "" if any(row.fields for row in filled) else f". {FORMATS}"
+        first = rows.index(filled[0])
+        raise UserError(f"{in_file} has no row that is a prompt; row {first + 1}: {rows[first].error}{hint}")
+    return rows
+
+
+def _table_rows(in_file: str) -> list[PromptRow]:
+    from diptych.data_prep.reading.sources import open_sources  # here, because pyarrow takes long to import
+
+    rows = [row for source in open_sources([in_file]) for chunk in source.chunks() for row in chunk.rows()]
+    return [_row_of(row.fields) if isinstance(row, Row) else PromptRow({}, error=row.reason) for row in rows]
+
+
+def _text_row(line: bytes, instruction: str, system: str, has_languages: bool) -> PromptRow:
+    try:
+        text = line.decode("utf-8").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        return PromptRow({}, error=_not_utf8(error))
+    if not text.strip():
+        return BLANK
+    if instruction or has_languages:
+        return PromptRow({"input": text}, Prompt(instruction, text, system=system))
+    return PromptRow({"instruction": text}, Prompt(text, system=system))
+
+
+def _json_row(line: bytes) -> PromptRow:
+    if not line.strip():
+        return BLANK
+    try:
+        fields = json.loads(line.decode("utf-8"))
+        json.dumps(fields, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        return PromptRow({}, error=_not_utf8(error))
+    except UnicodeEncodeError:
+        return PromptRow({}, error="half of a surrogate pair (\\ud800 to \\udfff) is no text")
+    except json.JSONDecodeError as error:
+        return PromptRow({}, error=f"broken JSON at column {error.colno}: {error.msg}")
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 nested brackets
+        return PromptRow({}, error=f"JSON that cannot be read: {error}")
+    if not isinstance(fields, dict):
+        return PromptRow({}, error=f"a JSON object is needed, got {type(fields).__name__}")
+    return _row_of(fields)
+
+
+def _row_of(fields: dict[str, Any]) -> PromptRow:
+    try:
+        return PromptRow(fields, prompt_of(fields))
+    except (UserError, Fault) as error:
+        return PromptRow(fields, error=str(error))
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"invalid UTF-8 at byte {error.start + 1} of the line"
+
+
+def render_prompts(
+    rows: list[PromptRow], prompter: Prompter
+) -> tuple[list[PromptRow], dict[int, tuple[str, Languages]]]:
+    """Renders every prompt: the rows, with an error where that failed, and text and languages by row number."""
+    checked, prompts = list(rows), {}
+    for number, row in enumerate(rows):
+        if row.prompt is None:
+            continue
+        try:
+            prompts[number] = prompter.render(row.prompt)
+        except UnknownLanguage as error:
+            checked[number] = row._replace(error=error.fault)
+        except UserError as error:
+            checked[number] = row._replace(error=str(error))
+    return checked, prompts
