@@ -22,11 +22,11 @@ from typing import Any
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import Prepared
 from diptych.data_prep.prepare import prepare as prepare_by_settings
-from diptych.finetune.commands.command_settings import EvaluateSettings
 from diptych.finetune.commands.exits import Stopped
 from diptych.finetune.commands.stop_signals import SIGNALS, StopRequest
 from diptych.finetune.evaluating.evaluate_rows import load_splits, predictions_file, report_file
 from diptych.finetune.evaluating.evaluate_rows import run as evaluate_by_settings
+from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.run_files.run_folder import last_training, read_status
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe

@@ -24,17 +24,13 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
-from diptych.finetune.inference.generate_file import prompt_of
+from diptych.finetune.inference.engine import TorchEngine
+from diptych.finetune.inference.generate import resolve_limits
 from diptych.finetune.inference.generate_settings import GenerateSettings
-from diptych.finetune.inference.generation import (
-    Prompt,
-    Prompter,
-    check_generation_names,
-    pad_sources,
-    resolve_limits,
-    template_for,
-)
-from diptych.finetune.inference.reranking import chosen_outputs, log_probabilities
+from diptych.finetune.inference.generation import pad_sources
+from diptych.finetune.inference.generation_config import check_generation_names
+from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of, template_for
+from diptych.finetune.inference.scoring import chosen_outputs, log_probabilities
 from diptych.finetune.inference.targets import given_tokens, target_ids
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, pick_device
@@ -174,7 +170,8 @@ class TextModel:
                 raise UserError(f"{name} is a setting of `diptych.load`, not of what it returns.")
             if name in OF_FILES:
                 raise UserError(f"{name} is of the command `diptych generate`; here rows go in and texts come out.")
-        return resolve_limits(from_values(GenerateSettings, {**settings, "model": self.name}), self.model)
+        asked = from_values(GenerateSettings, {**settings, "model": self.name})
+        return resolve_limits(asked, TorchEngine(self.model, self.tokenizer))
 
     def _prompter(self, asked: GenerateSettings) -> Prompter:
         template = template_for(asked.template, self.tokenizer)
