@@ -5,7 +5,6 @@ Texts are shortened here, so that a report of a million rows is as light as one 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import code_version
 from diptych.data_prep.pipeline.row_stages import Counts
 from diptych.data_prep.pipeline.selection import ALSO_HELD_OUT, REMOVED, Selection, conflict_rows
-from diptych.data_prep.report.page import joint_histogram, length_facts, padded_fill
 from diptych.data_prep.report.summary import (
     cut_off_warnings,
     own_sets_warnings,
@@ -47,15 +45,19 @@ CONFLICTS_SHOWN = SENSITIVE_SHOWN = 5
 CATEGORIES_SHOWN = 30
 SHOWN_CHARACTERS = 2_000
 
+BINS = 40
+
+STAGES = CHECKS, CLEANING, TEMPLATE, LENGTHS = ("checks", "cleaning", "template", "length limits")
+"""Where a row can be lost, in the order in which it passes them."""
 STAGE_OF = {
-    "template failed": "template",
-    "template empty": "template",
-    "no tokens": "template",
-    "source over the limit": "length",
-    "target over the limit": "length",
+    "template failed": TEMPLATE,
+    "template empty": TEMPLATE,
+    "no tokens": TEMPLATE,
+    "source over the limit": LENGTHS,
+    "target over the limit": LENGTHS,
 }
 CONTAMINATED = "overlaps the evaluation data"
-CLEANING = (ALSO_HELD_OUT, "exact duplicate", "near duplicate", CONTAMINATED, "source ", "target ")
+CLEANED = (ALSO_HELD_OUT, "exact duplicate", "near duplicate", CONTAMINATED, "source ", "target ")
 """How the kinds begin that cleaning gives."""
 
 
@@ -178,35 +180,35 @@ def manifest_of(results: Results) -> dict[str, Any]:
 
 
 def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What report.html shows and report.json says: much of the manifest, and examples."""
+    """What report.html shows and report.json says: the manifest, and examples."""
     settings, gathered, rejects = results.settings, results.gathered, results.rejects
     counts, tokenizer, plan = gathered.counts, results.tokenizer, results.plan
     start = plan.decoder_start_token_id if plan else target_side(tokenizer).pad_token_id
     return {
+        **manifest,
         "name": Path(settings.out).name,
-        "rows": {**manifest["rows"], "read": manifest["rows"]["examples"]},
-        **{name: manifest[name] for name in ("splits", "groups", "own_sets", "tokenizer", "warnings")},
-        "template": {**manifest["template"], "golden": golden(tokenizer, results.template)},
-        "sources": manifest["inputs"],
-        "removed": removed(rejects),
-        "lengths": lengths(gathered, results.places, manifest["tokens"], settings.too_long),
-        "packing": packing(manifest["packing"], gathered, results.places.get(TRAIN), settings.seed),
+        "golden": [f"{it['source']}  →  {it['target']}" for it in golden_examples(tokenizer, results.template)],
+        "removed": _removed(rejects),
+        "lengths": {
+            side: _lengths(gathered, results.places, side, tokens, settings.too_long)
+            for side, tokens in manifest["tokens"].items()
+        },
+        "packing": plan and {**plan.entry, **_padded_fills(gathered, results.places[TRAIN], settings.seed)},
         "duplicates": results.duplicates,
-        "contamination": contamination(rejects, settings.decontaminate),
-        "sensitive": sensitive(counts, settings.sensitive),
+        "contamination": _contamination(rejects, settings.decontaminate),
+        "sensitive": _sensitive(counts) if settings.sensitive else None,
         "scripts": {
             "source": dict(counts.source_scripts.most_common()),
             "target": dict(counts.target_scripts.most_common()),
         },
         "categories": dict(counts.categories.most_common(CATEGORIES_SHOWN)),
-        "samples": samples(next(iter(results.tables.values())), tokenizer, start),
-        "settings": manifest["settings"],
+        "samples": _samples(next(iter(results.tables.values())), tokenizer, start),
     }
 
 
-def removed(rejects: Rejects) -> list[dict[str, Any]]:
-    """Every kind of reject, the most frequent first, with some examples."""
-    return [
+def _removed(rejects: Rejects) -> list[dict[str, Any]]:
+    """Every kind of reject with some examples, in the order of the stages, the most frequent first in each."""
+    found = [
         {
             "stage": _stage(kind),
             "kind": kind,
@@ -215,10 +217,11 @@ def removed(rejects: Rejects) -> list[dict[str, Any]]:
         }
         for kind, count in rejects.by_kind().items()
     ]
+    return sorted(found, key=lambda removed: STAGES.index(removed["stage"]))
 
 
 def _stage(kind: str) -> str:
-    return STAGE_OF.get(kind) or ("clean" if kind.startswith(CLEANING) else "check")
+    return STAGE_OF.get(kind) or (CLEANING if kind.startswith(CLEANED) else CHECKS)
 
 
 def _shown(reject: Reject) -> dict[str, Any]:
@@ -226,56 +229,53 @@ def _shown(reject: Reject) -> dict[str, Any]:
     return {"origin": str(reject.origin), "field": reject.field, "reason": reject.reason, "raw": raw}
 
 
-def lengths(gathered: Gathered, places: Mapping[str, numpy.ndarray], tokens: dict, too_long: str) -> dict[str, Any]:
-    """Histograms of all splits; `tokens` is what `token_counts` gave."""
-    rows = numpy.concatenate(list(places.values()))
-    sides = {side: gathered.column(f"{side}_tokens")[rows] for side in ("source", "target")}
-    found: dict[str, Any] = {}
-    for side, values in sides.items():
-        over = tokens[side]["cut"] + tokens[side]["dropped"]
-        counted = length_facts(values, tokens[side]["limit"], too_long)
-        found[side] = {**counted, **tokens[side], "over_limit": over}
-    return {**found, "joint": joint_histogram(sides["source"], sides["target"])}
+def _lengths(
+    gathered: Gathered, places: Mapping[str, numpy.ndarray], side: str, tokens: dict[str, Any], too_long: str
+) -> dict[str, Any]:
+    """What the manifest says of a side, and a histogram of all splits."""
+    lengths = gathered.column(f"{side}_tokens")[numpy.concatenate(list(places.values()))]
+    over = tokens["cut"] + tokens["dropped"]
+    return {**histogram(lengths, tokens["limit"]), **tokens, "over_limit": over, "treatment": too_long}
 
 
-def packing(
-    entry: dict[str, Any] | None, gathered: Gathered, train: numpy.ndarray | None, seed: int
-) -> dict[str, Any] | None:
-    """What manifest.json says of it, and how full padded batches would be."""
-    if entry is None:
-        return None
-    fills = {
-        f"padded_{side}_fill": padded_fill(gathered.column(f"{side}_tokens")[train], PADDED_BATCH, seed)
-        for side in ("source", "target")
-    }
-    return {**entry, **fills, "batch_size": PADDED_BATCH}
+def histogram(lengths: numpy.ndarray, limit: int) -> dict[str, list[int]]:
+    """`counts[i]` lengths are at least `edges[i]` and below `edges[i + 1]`, which grow by some per cent; no bin has
+    lengths on both sides of the limit. [1, 1, 2, 9] → {"edges": [1, 2, 3, …, 9, 10], "counts": [2, 1, 0, …, 1]}."""
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    grown = numpy.geomspace(max(shortest, 1), longest + 1, BINS + 1).round().astype(int).tolist()
+    edges = {*grown, shortest, longest + 1, *([limit + 1] if shortest < limit < longest else [])}
+    return {"edges": sorted(edges), "counts": numpy.histogram(lengths, sorted(edges))[0].tolist()}
 
 
-def contamination(rejects: Rejects, against: Sequence[str]) -> dict[str, Any] | None:
+def _padded_fills(gathered: Gathered, train: numpy.ndarray, seed: int) -> dict[str, Any]:
+    """How full padded batches would be."""
+    lengths = {side: gathered.column(f"{side}_tokens")[train] for side in ("source", "target")}
+    fills = {f"padded_{side}_fill": padded_fill(it, PADDED_BATCH, seed) for side, it in lengths.items()}
+    return {**fills, "batch_size": PADDED_BATCH}
+
+
+def padded_fill(lengths: numpy.ndarray, batch_size: int, seed: int = 0) -> float:
+    """The part of random batches, each padded to its longest row, that is no padding: [2, 4] in one batch → 0.75."""
+    shuffled = numpy.random.default_rng(seed).permutation(lengths)
+    starts = numpy.arange(0, len(shuffled), batch_size)
+    rows = numpy.diff([*starts, len(shuffled)])
+    return float(shuffled.sum() / (numpy.maximum.reduceat(shuffled, starts) * rows).sum())
+
+
+def _contamination(rejects: Rejects, against: Sequence[str]) -> dict[str, Any] | None:
     if not against:
         return None
     examples = [{"origin": str(it.origin), "ngram": it.reason} for it in rejects.examples.get(CONTAMINATED, ())]
     return {"removed": rejects.kinds[CONTAMINATED], "against": list(against), "examples": examples}
 
 
-def sensitive(counts: Counts, was_looked_for: bool) -> dict[str, Any] | None:
-    if not was_looked_for:
-        return None
-    shown: Counter[str] = Counter()
-    examples = []
-    for example in counts.sensitive_examples:
-        shown[example["kind"]] += 1
-        if shown[example["kind"]] <= SENSITIVE_SHOWN:
-            examples.append(example)
-    return {"counts": dict(counts.sensitive.most_common()), "examples": examples}
+def _sensitive(counts: Counts) -> dict[str, Any]:
+    kinds = dict(counts.sensitive.most_common())
+    examples = [[it for it in counts.sensitive_examples if it["kind"] == kind][:SENSITIVE_SHOWN] for kind in kinds]
+    return {"counts": kinds, "examples": [example for of_kind in examples for example in of_kind]}
 
 
-def golden(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
-    """The rows by which loading checks that a template still renders the same, as texts."""
-    return [f"{row['source']}  →  {row['target']}" for row in golden_examples(tokenizer, template) if row["source"]]
-
-
-def samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> list[dict[str, Any]]:
+def _samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> list[dict[str, Any]]:
     """Some rows, evenly from all, as a model meets them, token by token."""
     places = numpy.unique(numpy.linspace(0, len(rows) - 1, SAMPLES).astype(int)).tolist()
     return [_sample(rows[place], tokenizer, decoder_start) for place in places]
