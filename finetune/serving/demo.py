@@ -26,7 +26,6 @@ from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.web_address import address, is_asked_here, listen, need_secret, run_until_signal
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
 from diptych.finetune.inference.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
@@ -36,6 +35,7 @@ from diptych.finetune.model.attention_weights import mean_weights
 from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece
 from diptych.finetune.serving.serve_settings import DemoSettings
+from diptych.finetune.serving.web_address import address, is_asked_here, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[gradio]'"
 PASSWORD_VARIABLE = "DIPTYCH_PASSWORD"

@@ -33,7 +33,6 @@ from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages, broken_character
 from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.web_address import address, is_asked_here, listen, need_secret, run_until_signal
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
 from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of, template_for
 from diptych.finetune.inference.targets import given_tokens
@@ -50,6 +49,7 @@ from diptych.finetune.serving.request_batches import (
     show_place,
 )
 from diptych.finetune.serving.serve_settings import ServeSettings
+from diptych.finetune.serving.web_address import address, is_asked_here, listen, need_secret, run_until_signal
 
 INSTALL = "pip install 'diptych[serve]'"
 TOKEN_VARIABLE = "DIPTYCH_TOKEN"
