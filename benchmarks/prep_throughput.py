@@ -154,7 +154,7 @@ def stage_costs(folder: Path) -> dict[str, float]:
     from diptych.data_prep.cleaning.splits import record_keys, text_key
     from diptych.data_prep.pipeline import row_stages as stages
     from diptych.data_prep.reading.sources import open_sources
-    from diptych.data_prep.rows.convert_rows import converter_for
+    from diptych.data_prep.rows.recognise_format import converter_for
     from diptych.data_prep.text_to_ids.templates import TEMPLATES
 
     source = open_sources([str(folder / "rows.jsonl")])[0]

@@ -36,9 +36,10 @@ from diptych.data_prep.reading.sources import (
     open_evaluation,
     open_sources,
 )
-from diptych.data_prep.rows.convert_rows import Converter, Directions, converter_for, named, parse_mapping
+from diptych.data_prep.rows.convert_rows import Converter, Directions
 from diptych.data_prep.rows.language_names import is_swapped
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_of, said_kind, splits_of
+from diptych.data_prep.rows.recognise_format import converter_for, named, parse_mapping
 from diptych.data_prep.rows.records import Languages, Record, Reject, Row
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
