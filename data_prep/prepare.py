@@ -57,7 +57,7 @@ from diptych.data_prep.report.summary import packing_lines, splits_line, summary
 from diptych.data_prep.rows.named_splits import KINDS
 from diptych.data_prep.rows.records import Rejects
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
-from diptych.data_prep.text_to_ids.encode import from_marked
+from diptych.data_prep.text_to_ids.rendered_text import from_marked
 from diptych.data_prep.text_to_ids.templates import Template, attach_template
 from diptych.data_prep.text_to_ids.train_tokenizer import (
     curve_vocab_size,

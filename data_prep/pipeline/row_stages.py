@@ -40,8 +40,6 @@ from diptych.data_prep.rows.records import RAW_CHARACTERS_KEPT, Languages, Origi
 from diptych.data_prep.text_to_ids.encode import (
     Encoding,
     fit,
-    from_marked,
-    marked,
     shortened,
     spelled_added_tokens,
     split_sources,
@@ -50,6 +48,7 @@ from diptych.data_prep.text_to_ids.encode import (
 )
 from diptych.data_prep.text_to_ids.languages import codes_of, resolved
 from diptych.data_prep.text_to_ids.lossy_text import Loss, source_losses, target_losses
+from diptych.data_prep.text_to_ids.rendered_text import from_marked, marked
 from diptych.data_prep.text_to_ids.templates import Template
 
 SENSITIVE_EXAMPLES = 5

@@ -28,7 +28,7 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings, fractio
 from diptych.data_prep.pipeline.row_stages import origin_of
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_of, splits_of
 from diptych.data_prep.rows.records import Record, Reject, Rejects
-from diptych.data_prep.text_to_ids.encode import from_marked
+from diptych.data_prep.text_to_ids.rendered_text import from_marked
 
 ALSO_HELD_OUT = "also held out"
 EXAMPLES_SHOWN = 5

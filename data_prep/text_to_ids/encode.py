@@ -6,16 +6,15 @@
     fit(encoding, 512, "drop")                       its ids, or None where they are more than 512
 
 Control tokens come from the tokenizer and from the template, never from the fields of a row: where a text holds the
-characters `</s>`, it gets tokens of these characters. Control tokens are all special ones and all added ones, but for
-those that are words of text (`text_tokens`). A text from a template is `Rendered`: it knows which of its pieces are
-the template's own, and `<extra_id_0>` in one of these is that token. A plain str holds no control token at all.
+characters `</s>`, it gets tokens of these characters. Control tokens are all special and all added tokens, except
+those that are words of text (`text_tokens`). Of a text from a template (rendered_text.py), the template's own pieces
+may have control tokens; a plain str has none.
 
-transformers' `split_special_tokens=True` is not enough for that. Unigram tokenizers (T5, mT5, mBART, XLM-R) keep
-`</s>` among the words of the model itself, where the best way to write the text `</s>` is the word `</s>`: a T5
-tokenizer still gave the eos id in the middle of `"a </s> b"` (transformers 5.23). So everything is encoded by a copy
-of the tokenizer in which each control token has another name, one that begins with a character that no text may hold.
-What cannot be spelled cannot come out, and the frame's own tokens are spelled by these names. The copy encodes 40,000
-pairs of short sentences a second on one core, `tokenizer(texts)` 20,000, with the same ids.
+transformers' `split_special_tokens=True` is not enough for that: Unigram tokenizers (T5, mT5, mBART, XLM-R) keep
+`</s>` in the vocabulary of the model itself, so a T5 tokenizer still gave the eos id in the middle of `"a </s> b"`
+(transformers 5.23). So texts are encoded by a copy of the tokenizer in which each control token has another name,
+which begins with a character that no text may hold. The template's own tokens are spelled by these names. The copy
+encodes 40,000 pairs of short sentences a second on one core, `tokenizer(texts)` 20,000, with the same ids.
 """
 
 from __future__ import annotations
@@ -32,18 +31,11 @@ import tokenizers
 from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import Languages, codes_of, own_languages
+from diptych.data_prep.text_to_ids.rendered_text import FRAME_MARK, UNSPELLABLE, Rendered, check_characters, pieces
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from diptych.data_prep.text_to_ids.templates import Template
-
-FRAME_MARK = "\U0010fffe"
-"""Stands before and after each piece of a rendered text that is the template's own, in `Rendered.marked`."""
-UNSPELLABLE = "\U0010ffff"
-"""The first character of each control token's other name. Both are noncharacters: Unicode promises that they stand in
-no text, and a text in which they do stand is refused."""
 
 PROBE = "a. 1"
 """A text that shows what a tokenizer puts around it."""
@@ -53,38 +45,9 @@ TEXT_TOKENS_KEY = "diptych_text_tokens"
 Treatment = Literal["error", "drop", "cut"]
 
 
-class Rendered(str):
-    """A rendered text as a person reads it, which knows which of its pieces are the template's own.
-
-    Rendered("⟨FRAME_MARK⟩Fill: ⟨FRAME_MARK⟩a </s> b") == "Fill: a </s> b"
-
-    It survives pickling, but not a file or a table: there, keep `marked(text)`, and make `from_marked` of it.
-    """
-
-    marked: str
-
-    def __new__(cls, marked: str) -> Rendered:
-        text = super().__new__(cls, marked.replace(FRAME_MARK, ""))
-        text.marked = marked
-        return text
-
-    def __reduce__(self) -> tuple[type[Rendered], tuple[str]]:
-        return Rendered, (self.marked,)
-
-
-def marked(text: str) -> str:
-    """The text with its marks, if it has any, for a file or a table."""
-    return text.marked if isinstance(text, Rendered) else text
-
-
-def from_marked(text: str) -> str:
-    """What `marked` was made of. Only for texts of one's own: a mark that a stranger wrote would be believed."""
-    return Rendered(text) if FRAME_MARK in text else text
-
-
 class Encoding(NamedTuple):
-    """One encoded text. Only `content` comes from the text; the rest is the tokenizer's own, language codes, and what
-    a template's `decoder_prefix` names."""
+    """One encoded text. `content` comes from the text; the rest are the tokenizer's own tokens, language codes, and
+    the tokens of a template's `decoder_prefix`."""
 
     prefix: list[int]
     content: list[int]
@@ -95,10 +58,8 @@ class Encoding(NamedTuple):
         return len(self.prefix) + len(self.content) + len(self.suffix)
 
     def ids(self, max_tokens: int | None = None, end_after_cut: bool = True) -> list[int]:
-        """All ids; where they are too many, the end of the content goes, never the special tokens.
-
-        Without `end_after_cut`, what was cut ends where it was cut: its suffix, which says that it is over, goes too.
-        """
+        """All ids. Where they are too many, the end of the content is left out, never the special tokens; without
+        `end_after_cut`, the suffix of a cut text is left out too."""
         if max_tokens is None or self.token_count <= max_tokens:
             return [*self.prefix, *self.content, *self.suffix]
         suffix = self.suffix if end_after_cut else []
@@ -114,12 +75,9 @@ class Encoding(NamedTuple):
 def fit(
     encoding: Encoding, max_tokens: int, treatment: Treatment = "drop", end_after_cut: bool = True
 ) -> list[int] | None:
-    """The ids of an encoding; where they are more than `max_tokens`: None to drop it, less of its text, or UserError.
-
-    A source that is cut keeps the tokenizer's last tokens; one from a template had better be `shortened` before, which
-    keeps the template's last words too. A target should keep its end only if the user says so (`end_after_cut`): from
-    an eos in the middle of a sentence a model learns to stop there.
-    """
+    """The ids of an encoding. Where they are more than `max_tokens`: None ("drop"), less of its text ("cut"), or
+    UserError ("error"). Sources are `shortened` before, which keeps the template's last words. From a cut target that
+    ends in eos (`end_after_cut`), a model learns to stop in the middle of a sentence."""
     if encoding.token_count <= max_tokens or treatment == "cut":
         return encoding.ids(max_tokens, end_after_cut)
     if treatment == "drop":
@@ -135,28 +93,27 @@ def shortened(
 ) -> str:
     """A rendered source with less of its longest fields, such that it has at most `max_tokens`, special ones included.
 
-    What a template says after the fields (`### Response:`) stays: without it a model would not know what to do. All
-    fields are cut to one length, so that a short instruction stays whole beside a long text. Where the template alone
-    is too long, the fields come out empty.
+    The template's own text stays whole. All fields are cut to one length, so that a short instruction stays whole
+    beside a long text. Where the template alone is too long, the fields are empty.
     """
     tokenizer = source_side(tokenizer)
     around = sum(map(len, _around_source(tokenizer, languages or own_languages(tokenizer))))
-    pieces = _pieces(text)
+    parts = pieces(text)
 
     def cut(length: int) -> Rendered:
-        return Rendered(FRAME_MARK.join(it if place % 2 else it[:length] for place, it in enumerate(pieces)))
+        return Rendered(FRAME_MARK.join(it if place % 2 else it[:length] for place, it in enumerate(parts)))
 
     def tokens(length: int) -> int:
         return around + len(_contents(tokenizer, [cut(length)])[0])
 
-    return cut(_longest_that_fits(tokens, max(map(len, pieces[::2])), max_tokens))
+    return cut(_longest_that_fits(tokens, max(map(len, parts[::2])), max_tokens))
 
 
 def _longest_that_fits(tokens: Callable[[int], int], length: int, most: int) -> int:
-    """The largest number of characters, at most `length`, of which `tokens` makes at most `most`; 0 where none is.
+    """The largest number of characters, at most `length`, of which `tokens` makes at most `most`; 0 where none does.
 
-    Tokens are nearly proportional to characters: each other try lies on the line between the two last ones, so that a
-    long text takes five or so.
+    Tokens are nearly proportional to characters, so every other try is interpolated between the last two: a long text
+    takes about five tries.
     """
     fits, fits_tokens, over, over_tokens = 0, tokens(0), length, tokens(length)
     if over_tokens <= most:
@@ -197,18 +154,6 @@ def encode_targets(
     return [encoding.ids(max_target_tokens) for encoding in split_targets(tokenizer, texts, decoder_prefix, languages)]
 
 
-def encode_examples(
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    sources: Sequence[str],
-    targets: Sequence[str],
-    languages: Sequence[Languages] | None = None,
-) -> tuple[list[Encoding], list[Encoding]]:
-    """What the template rendered, encoded: sources, and targets that begin with its decoder prefix."""
-    encoded_targets = split_targets(tokenizer, targets, template.decoder_prefix, languages)
-    return split_sources(tokenizer, sources, languages), encoded_targets
-
-
 def split_sources(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], languages: Sequence[Languages] | None = None
 ) -> list[Encoding]:
@@ -227,7 +172,8 @@ def split_targets(
     decoder_prefix: Sequence[str] = (),
     languages: Sequence[Languages] | None = None,
 ) -> list[Encoding]:
-    """Some tokenizers put nothing after a target, mBART puts a language code after eos: generation must end at eos."""
+    """Each ends in eos, where generation must stop: some tokenizers put nothing after a target, mBART a code after
+    eos."""
     tokenizer = target_side(tokenizer)
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -235,7 +181,7 @@ def split_targets(
     if not texts:
         return []
     own_suffix = [] if codes_of(tokenizer).is_around_texts else _around(tokenizer, "text_target")[1]
-    suffix = [*_before(eos, own_suffix), eos]
+    suffix = [*(own_suffix[: own_suffix.index(eos)] if eos in own_suffix else own_suffix), eos]
     before = _language_cache(
         lambda of_row: label_prefix(tokenizer, decoder_prefix, of_row), tokenizer, texts, languages
     )
@@ -249,18 +195,18 @@ def _language_cache(
     texts: Sequence[str],
     languages: Sequence[Languages] | None,
 ) -> list[Any]:
-    """What stands around each text, asked once for each direction."""
+    """The value of `of_languages` for each text, computed once for each direction."""
     languages = [own_languages(tokenizer)] * len(texts) if languages is None else languages
     found = {of_row: of_languages(of_row) for of_row in dict.fromkeys(languages)}
     return [found[of_row] for of_row in languages]
 
 
 def _around_source(tokenizer: PreTrainedTokenizerBase, languages: Languages) -> tuple[list[int], list[int]]:
-    """What stands before and after a source: the tokenizer's own, with the codes of the row."""
+    """Ids before and after a source: the tokenizer's own, with the codes of the row."""
     codes = codes_of(tokenizer)
     before, after = _around(tokenizer, "text")
     if codes.layout == "source" and languages.target:
-        # The tokenizer itself puts it there, as MADLAD's may have a blank before it.
+        # The tokenizer itself encodes the code with the text, because MADLAD's may have a blank before it.
         own, told = (
             list(tokenizer(f"{spelling}{PROBE}", truncation=False, verbose=False)["input_ids"])
             for spelling in ("", f"{codes.spellings[languages.target]} ")
@@ -278,10 +224,8 @@ def _around_source(tokenizer: PreTrainedTokenizerBase, languages: Languages) -> 
 def label_prefix(
     tokenizer: PreTrainedTokenizerBase, decoder_prefix: Sequence[str], languages: Languages | None = None
 ) -> list[int]:
-    """What each target begins with: the tokenizer's own (BART `<s>`), its language code, and `decoder_prefix`.
-
-    A template that names a decoder prefix says which language is written, so the tokenizer's own code gives way to it.
-    """
+    """The first ids of each target: the tokenizer's own (BART `<s>`), its language code, and `decoder_prefix`. A
+    language code in `decoder_prefix` replaces the tokenizer's."""
     tokenizer = target_side(tokenizer)
     codes = codes_of(tokenizer)
     if codes.is_around_texts:
@@ -314,7 +258,7 @@ def _control_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The added tokens that are text like any other: blanks, and those that the tokenizer's config lists as words."""
+    """The added tokens that are ordinary text: blanks, and those that the tokenizer's config lists as words."""
     listed = set(tokenizer.init_kwargs.get(TEXT_TOKENS_KEY) or ())
     return {
         token.content
@@ -324,12 +268,9 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 
 def spelled_added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Counter[str]:
-    """For each added token that is not special, and for each language code that stands before sources, how many texts
-    spell it outside of the template's own pieces.
-
-    They stay text, which is right for `<table>` and surprising for a word that was added to be used: add_tokens does
-    not say which it is. Words that are to be used belong under TEXT_TOKENS_KEY.
-    """
+    """For each added token that is not special, and each language code that stands before sources, how many texts
+    spell it in the row's own pieces, where it stays text. That is right for `<table>`, and wrong for a word that was
+    added to be used: such words belong under TEXT_TOKENS_KEY."""
     words = text_tokens(tokenizer) | set(tokenizer.all_special_tokens)
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special]
     counts: Counter[str] = Counter()
@@ -339,13 +280,12 @@ def spelled_added_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str
         return counts
     pattern = _pattern(tuple(added))
     for text in texts:
-        counts.update({spelled for piece in _pieces(text)[::2] for spelled in pattern.findall(piece)})
+        counts.update({spelled for piece in pieces(text)[::2] for spelled in pattern.findall(piece)})
     return counts
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id, which is not len(tokenizer) where ids have gaps, or where M2M100 has its languages
-    beyond its vocabulary."""
+    """The largest id + 1. That is not len(tokenizer) where ids have gaps, or for M2M100's languages."""
     return 1 + max(*tokenizer.get_vocab().values(), *codes_of(tokenizer).tokens.values())
 
 
@@ -354,13 +294,9 @@ def vocabulary_sizes(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return vocabulary_size(source_side(tokenizer)), vocabulary_size(target_side(tokenizer))
 
 
-def _before(eos: int, suffix: list[int]) -> list[int]:
-    return suffix[: suffix.index(eos)] if eos in suffix else suffix
-
-
 def _around(tokenizer: PreTrainedTokenizerBase, side: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text. `side` is the keyword of tokenizer(…): multilingual tokenizers
-    add other special tokens to `text_target`.
+    """The special ids that the tokenizer puts before and after a text. `side` is the keyword of tokenizer(…), because
+    multilingual tokenizers add others to `text_target`.
 
     ids  0 31 40 27 1        before [0]
     mask 1  0  0  0 1   →    after  [1]
@@ -397,10 +333,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     for text in texts:
-        if UNSPELLABLE in text or FRAME_MARK in text:
-            raise UserError(
-                f"a text holds U+10FFFE or U+10FFFF, which are no characters. Remove them. The text: {text[:200]!r}"
-            )
+        check_characters(text)
         if broken := broken_character(text):
             raise UserError(f"a text holds {broken} Take it out. The text: {text[:200]!r}")
     control = _control_tokens(tokenizer)
@@ -425,29 +358,16 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
-def _pieces(text: str) -> list[str]:
-    """Field, frame, field, frame … field; a str that is not Rendered is one field."""
-    return text.marked.split(FRAME_MARK) if isinstance(text, Rendered) else [text]
-
-
-def fields_in(text: str) -> list[str]:
-    """What a rendered text has of the row, without what the template says."""
-    return [piece for piece in _pieces(text)[::2] if piece]
-
-
 def field_contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts that are parts of sources, with nothing before and after."""
+    """Ids of texts that are parts of sources, without special tokens around them."""
     return _contents(source_side(tokenizer), texts) if texts else []
 
 
 def _spell(text: str, pattern: re.Pattern) -> str:
     """The text in which the template's own control tokens have their other names."""
-    pieces = _pieces(text)
-    frames = [_spell_frame(piece, pattern) for piece in pieces[1::2]]
-    if frames == pieces[1::2]:
-        return str(text)
-    pieces[1::2] = frames
-    return "".join(pieces)
+    parts = pieces(text)
+    parts[1::2] = [_spell_frame(piece, pattern) for piece in parts[1::2]]
+    return "".join(parts)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -457,7 +377,7 @@ def _spell_frame(piece: str, pattern: re.Pattern) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _renamed(tokenizer: PreTrainedTokenizerBase, control: tuple[tuple[str, int], ...]) -> tokenizers.Tokenizer:
-    """The same tokenizer with the same ids, its control tokens renamed to what no text can spell."""
+    """The tokenizer with the same ids, and with names of control tokens that no text can spell."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     name_of = {token_id: UNSPELLABLE + token for token, token_id in control}
     model, vocab = backend["model"], backend["model"]["vocab"]
@@ -472,7 +392,7 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, control: tuple[tuple[str, int],
     if "merges" in model:  # none may build a control token from its characters
         model["merges"] = [merge for merge in model["merges"] if renamed.keys().isdisjoint(_parts(merge))]
     for token in backend["added_tokens"]:
-        if token["id"] in name_of:  # not normalized: some normalizers delete what is no character
+        if token["id"] in name_of:  # not normalized, because some normalizers delete noncharacters
             token |= {"content": name_of[token["id"]], "normalized": False}
     backend["post_processor"] = backend["truncation"] = backend["padding"] = None
     return tokenizers.Tokenizer.from_str(json.dumps(backend))
@@ -486,7 +406,8 @@ def _parts(merge: str | list[str]) -> tuple[str, str, str]:
 def _python_contents(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], control: dict[str, int], pattern: re.Pattern
 ) -> list[list[int]]:
-    """ByT5, M2M100, Marian: what is between added tokens goes to the model alone, which knows no added tokens."""
+    """ByT5, M2M100, Marian: the text between control tokens and added words goes to `tokenize`, which knows
+    neither."""
     words = {token: tokenizer.convert_tokens_to_ids(token) for token in text_tokens(tokenizer)}
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     word_pattern = _pattern(tuple(words)) if words else None
@@ -495,16 +416,16 @@ def _python_contents(
     def segments(text: str) -> list[str | int]:
         """Texts, and the ids of the template's control tokens and of words that were added."""
         found: list[str | int] = []
-        for place, piece in enumerate(_pieces(text)):
+        for place, piece in enumerate(pieces(text)):
             is_frame = place % 2 == 1
             for part in _cut(piece, pattern if is_frame else None):
                 if is_frame and part in control:
                     found.append(control[part])
-                    continue
-                if found and isinstance(found[-1], str):  # what has no token in between is encoded together
-                    part = found.pop() + part
-                found.append(part)
-        for place, segment in enumerate(found):  # as a tokenizer does where a token takes the blanks beside it
+                elif found and isinstance(found[-1], str):  # no token stands between: they are encoded together
+                    found[-1] += part
+                else:
+                    found.append(part)
+        for place, segment in enumerate(found):  # some tokens take the blanks beside them
             if isinstance(segment, str):
                 before = added.get(tokenizer.convert_ids_to_tokens(found[place - 1])) if place else None
                 after = added.get(tokenizer.convert_ids_to_tokens(found[place + 1])) if found[place + 1 :] else None
@@ -526,7 +447,7 @@ def _python_contents(
 
 
 def _cut(text: str, pattern: re.Pattern | None) -> list[str]:
-    """`a<x>b` → `a`, `<x>`, `b`: matches of the pattern apart from what lies between."""
+    """`a<x>b` → `a`, `<x>`, `b`: the matches of the pattern, and the texts between them."""
     if pattern is None:
         return [text]
     ends = [0, *(end for match in pattern.finditer(text) for end in match.span()), len(text)]
@@ -534,7 +455,7 @@ def _cut(text: str, pattern: re.Pattern | None) -> list[str]:
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, piece: str, control_ids: set[int]) -> list[int]:
-    """The ids of a piece of text by the model's own vocabulary; a piece that is a control token, by its characters."""
+    """The id of a piece of text; where the piece is a control token, the ids of its characters."""
     token_id = tokenizer.convert_tokens_to_ids(piece)
     if token_id not in control_ids:
         return [token_id]

@@ -18,7 +18,8 @@ import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from diptych.data_prep.text_to_ids.encode import Encoding, control_ids, field_contents, fields_in
+from diptych.data_prep.text_to_ids.encode import Encoding, control_ids, field_contents
+from diptych.data_prep.text_to_ids.rendered_text import fields_in
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 
 if TYPE_CHECKING:

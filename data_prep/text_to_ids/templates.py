@@ -14,17 +14,15 @@ A template has two sides. The source is a Jinja text that knows `instruction`, `
     {# target #}                          at most once; all that follows may be left out, and is {{ output }} then
     Answer: {{ output }}
 
-Decoder prefix: in training these tokens stand at the head of the labels and count in the loss, as language codes do in
-NLLB, mBART and M2M100; at generation they are forced. They are not masked, because decoders are fed by shifting the
-labels, in which a masked token would be read as padding; a token that is always the same costs nothing once learned.
-Stop: the text of an answer ends before the first of these strings.
+Decoder prefix: in training these tokens are the first labels and count in the loss, as language codes do in NLLB,
+mBART and M2M100; at generation they are forced. They are not masked, because the decoder's input is the labels shifted
+by one, in which a masked token would be read as padding. Stop: an answer ends before the first of these strings.
 
 Data is inserted, never interpreted: an input `{{ 7 * 7 }}` stays as it is, and `</s>` is five characters. A control
-token in the template's own text, such as `<extra_id_0>`, is that token (`Rendered`), where it stands in the open: not
-in macros, filter blocks and set blocks, whose text a template goes on to work with.
+token in the template's own text, such as `<extra_id_0>`, is that token (rendered_text.py).
 
 The template travels with the tokenizer, inside tokenizer_config.json, together with examples of what it gives, to the
-token (`golden`): loading checks that it still gives just that. As such a file may come from a stranger, templates run
+token (`golden`). Loading checks that it still gives the same. Such a file may come from a stranger, so templates run
 in sandbox.py.
 """
 
@@ -33,25 +31,18 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.visitor import NodeTransformer
 
 from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.records import Record
-from diptych.data_prep.text_to_ids.encode import FRAME_MARK, UNSPELLABLE, Encoding, Rendered, encode_examples
-from diptych.data_prep.text_to_ids.sandbox import (
-    FILTERS,
-    LONGEST_TEMPLATE,
-    LimitedEnvironment,
-    LimitError,
-    start_budget,
-)
+from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
+from diptych.data_prep.text_to_ids.rendered_text import FRAME_MARK, Rendered, check_characters
+from diptych.data_prep.text_to_ids.sandbox import FILTERS, LimitedEnvironment, start_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,10 +51,8 @@ TOKENIZER_KEY = "diptych_template"
 """The key in tokenizer_config.json. (A name that ends in `_token` would be taken for a special token.)"""
 
 BARE_TEMPLATE = "translate"
-"""The one that adds nothing to a text, for models that are told by language codes what to do."""
-FRAMES_FOLDER = Path(__file__).with_name("frames")
+"""It adds nothing to a text, for models that language codes tell what to do."""
 TARGET_MARK = re.compile(r"\{#-?\s*target\s*-?#\}")
-OUTPUT_ALONE = "{{ output }}"
 SOURCE_VARIABLES = ("instruction", "input", "history", "system")
 TARGET_VARIABLES = ("output",)
 SETTINGS = ("decoder_prefix", "stop")
@@ -71,8 +60,8 @@ SETTING_LINE = re.compile(r"\{#-?\s*(\w+):\s*(.*?)\s*-?#\}")
 
 # What an expression inside a user's template can raise on a row that it did not expect.
 RENDER_ERRORS = (
-    *(jinja2.TemplateError, LimitError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
-    *(RecursionError, MemoryError),
+    *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    *(RecursionError, MemoryError, SyntaxError),
 )
 
 # Rows that travel with the template, each of which it renders as far as it has a place for them.
@@ -91,7 +80,7 @@ class Template:
 
     name: str
     source: str
-    target: str = OUTPUT_ALONE
+    target: str = "{{ output }}"
     decoder_prefix: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
     source_line: int = 1
@@ -147,7 +136,7 @@ def load_template(name_or_path: str) -> Template:
         raise UserError(
             f"template '{name_or_path}' is neither one of {', '.join(TEMPLATES)} nor a Jinja file that exists.{hint}"
         )
-    return replace(_read(name_or_path, path), name=path.name)  # the folders are this machine's alone
+    return replace(_read(name_or_path, path), name=path.name)  # the folders are of this machine only
 
 
 def attach_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
@@ -156,7 +145,11 @@ def attach_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> N
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, check: bool = True) -> Template:
-    """The template that travels with the tokenizer. UserError where it no longer renders its golden examples."""
+    """The template that travels with the tokenizer.
+
+    Raises:
+        UserError: there is none, or it no longer renders its golden examples.
+    """
     stored = tokenizer.init_kwargs.get(TOKENIZER_KEY)
     if stored is None:
         raise UserError(
@@ -170,8 +163,13 @@ def template_of(tokenizer: PreTrainedTokenizerBase, check: bool = True) -> Templ
         raise UserError(
             f"the template in tokenizer_config.json is not one ({error}). Name one with --template."
         ) from None
-    if check:
-        check_golden(tokenizer, template)
+    if check and (difference := golden_difference(tokenizer, template)):
+        raise UserError(
+            f"template '{template.name}' and this tokenizer do not give what they gave when they were saved:"
+            f" {difference}. A model that was trained on the one would be asked the other. Put the tokenizer's files"
+            f" back as they were; if the change is wanted, name the template with --template, or call attach_template"
+            f" again."
+        )
     return template
 
 
@@ -181,24 +179,16 @@ def carried_template(tokenizer: PreTrainedTokenizerBase, check: bool = True) -> 
 
 
 def golden_examples(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[dict[str, Any]]:
-    """GOLDEN_ROWS, what the template makes of each, and its token ids: before the text, of the text, and after it."""
-    return [_golden(tokenizer, template, _placed(template, row)) for row in GOLDEN_ROWS]
+    """GOLDEN_ROWS, without what the template has no place for; the texts of each, and its token ids: those before the
+    text, of the text, and after it."""
+    unused = {"history", "system"} - template.source_variables()
+    rows = [{name: value for name, value in row.items() if name not in unused} for row in GOLDEN_ROWS]
+    return [_golden(tokenizer, template, row) for row in rows]
 
 
 def stored_golden(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The golden examples that travel with the template; folders that were written before there were any have none."""
+    """The golden examples that travel with the template; the oldest folders have none."""
     return tokenizer.init_kwargs[TOKENIZER_KEY].get("golden", [])
-
-
-def check_golden(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """UserError that says what differs from what was stored, and what to do."""
-    if difference := golden_difference(tokenizer, template):
-        raise UserError(
-            f"template '{template.name}' and this tokenizer do not give what they gave when they were saved:"
-            f" {difference}. A model that was trained on the one would be asked the other. Put the tokenizer's files"
-            f" back as they were; if the change is wanted, name the template with --template, or call attach_template"
-            f" again."
-        )
 
 
 def golden_difference(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
@@ -216,7 +206,8 @@ def golden_difference(tokenizer: PreTrainedTokenizerBase, template: Template) ->
             if name in ("input_ids", "labels") and then["languages"] != now["languages"]:
                 before, after = before[1], after[1]
             if before != after:
-                return f"the {what} of example {number} was {_short(before)} and is {_short(after)}"
+                was, now_is = (repr(it) if len(repr(it)) <= 200 else f"{repr(it)[:200]} …" for it in (before, after))
+                return f"the {what} of example {number} was {was} and is {now_is}"
     return ""
 
 
@@ -227,31 +218,16 @@ def _golden(tokenizer: PreTrainedTokenizerBase, template: Template, fields: dict
             fields["instruction"], fields.get("input", ""), history, fields.get("system", "")
         )
         target = template.render_target(fields["output"])
-    except UserError as error:  # a template for rows of one shape may refuse these: that is an answer too
+    except UserError as error:  # a template for rows of one shape may refuse these: the refusal is stored
         return {"fields": fields, "source": "", "target": "", "input_ids": str(error), "labels": "", "languages": []}
-    (source_encoding,), (target_encoding,) = encode_examples(tokenizer, template, [source], [target])
     return {
         "fields": fields,
         "source": str(source),
         "target": str(target),
-        "input_ids": _lists(source_encoding),
-        "labels": _lists(target_encoding),
+        "input_ids": list(split_sources(tokenizer, [source])[0]),
+        "labels": list(split_targets(tokenizer, [target], template.decoder_prefix)[0]),
         "languages": [getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
     }
-
-
-def _placed(template: Template, row: dict[str, Any]) -> dict[str, Any]:
-    """The row without what the template has no place for."""
-    optional = {"history", "system"} - template.source_variables()
-    return {name: value for name, value in row.items() if name not in optional}
-
-
-def _lists(encoding: Encoding) -> list[list[int]]:
-    return [list(ids) for ids in encoding]
-
-
-def _short(value: Any) -> str:
-    return repr(value) if len(repr(value)) <= 200 else repr(value)[:200] + " …"
 
 
 def _read(name: str, path: Path) -> Template:
@@ -332,7 +308,7 @@ def _check(name: str, text: str, allowed: tuple[str, ...], first_line: int) -> N
         known = f" Here are {', '.join(FILTERS)}." if "No filter named" in error.message else ""
         message = error.message.rstrip(".")
         raise UserError(f"{name}, line {error.lineno + first_line - 1}: {message}.{known} Mend it there.") from None
-    except (*RENDER_ERRORS, SyntaxError) as error:
+    except RENDER_ERRORS as error:
         raise UserError(f"{name} cannot be compiled: {error}. Make it simpler.") from None
     for unknown in sorted(meta.find_undeclared_variables(tree) - set(allowed) - set(_environment().globals)):
         line = next(node.lineno for node in tree.find_all(nodes.Name) if node.name == unknown) + first_line - 1
@@ -343,13 +319,12 @@ def _check(name: str, text: str, allowed: tuple[str, ...], first_line: int) -> N
 
 def _render(name: str, text: str, first_line: int, values: dict[str, Any], texts: tuple[str, ...]) -> str:
     for value in texts:
-        if FRAME_MARK in value or UNSPELLABLE in value:
-            raise UserError("the row holds U+10FFFE or U+10FFFF, which are no characters. Remove them from it.")
+        check_characters(value)
     try:
         compiled = _compiled(text)
         start_budget(sum(map(len, texts)))
         rendered = compiled.render(values)
-    except (*RENDER_ERRORS, SyntaxError) as error:
+    except RENDER_ERRORS as error:
         line = _line_of(error)
         where = f", line {line + first_line - 1}" if line else ""
         raise UserError(f"template {name}{where}: {error}. Change the template or this row.") from error
@@ -373,25 +348,13 @@ def _environment() -> LimitedEnvironment:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(text: str) -> jinja2.Template:
-    if len(text) > LONGEST_TEMPLATE:
-        raise LimitError(f"it has {len(text):,} characters, and {LONGEST_TEMPLATE:,} are allowed")
-    if FRAME_MARK in text or UNSPELLABLE in text:
-        raise LimitError("it holds U+10FFFE or U+10FFFF, which are no characters")
+    """FRAME_MARK stands before and after each piece of the template's own text, `{{ '<extra_id_0>' }}` included."""
+    check_characters(text)
     start_budget()  # constants are computed while it compiles
-    return _environment().limited(_Marks().visit(_environment().parse(text)))
-
-
-class _Marks(NodeTransformer):
-    """FRAME_MARK before and after each piece of the template's own text, `{{ '<extra_id_0>' }}` included."""
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Output:
-        node.nodes = [_marked(child) for child in node.nodes]
-        return node
-
-    def _left_alone(self, node: nodes.Node) -> nodes.Node:
-        return node
-
-    visit_Macro = visit_CallBlock = visit_FilterBlock = visit_AssignBlock = _left_alone
+    tree = _environment().parse(text)
+    for output in tree.find_all(nodes.Output):
+        output.nodes = [_marked(child) for child in output.nodes]
+    return _environment().from_string(tree)
 
 
 def _marked(node: nodes.Expr) -> nodes.Expr:
@@ -407,26 +370,9 @@ def _variables(text: str) -> set[str]:
     return meta.find_undeclared_variables(_environment().parse(text))
 
 
-class _ShippedTemplates(Mapping):
-    """The files in frames/, by their names, each read when it is first asked for."""
-
-    names = ("alpaca", "plain", "translate", "chat")
-
-    def __getitem__(self, name: str) -> Template:
-        if name not in self.names:
-            raise KeyError(name)
-        return _shipped(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@functools.cache
-def _shipped(name: str) -> Template:
-    return _read(name, FRAMES_FOLDER / f"{name}.jinja")
-
-
-TEMPLATES = _ShippedTemplates()
+FRAMES = Path(__file__).with_name("frames")
+TEMPLATES = {
+    name: Template(name, (FRAMES / f"{name}.jinja").read_text(encoding="utf-8"))
+    for name in ("alpaca", "plain", "translate", "chat")
+}
+"""The shipped templates."""

@@ -13,20 +13,17 @@ from diptych.data_prep.rows.records import Origin, Record
 from diptych.data_prep.text_to_ids.encode import (
     TEXT_TOKENS_KEY,
     Encoding,
-    Rendered,
-    encode_examples,
     encode_sources,
     encode_targets,
     fit,
-    from_marked,
     label_prefix,
-    marked,
     shortened,
     spelled_added_tokens,
     split_sources,
     split_targets,
     text_tokens,
 )
+from diptych.data_prep.text_to_ids.rendered_text import Rendered, from_marked, marked
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template
 
 FAMILIES = (
@@ -186,7 +183,7 @@ def record_of(fields):
 def control_ids_in(tokenizer, template, records):
     sources, targets = zip(*(template.render(record) for record in records), strict=True)
     control = set(all_control_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
-    encodings = [encoding for side in encode_examples(tokenizer, template, sources, targets) for encoding in side]
+    encodings = split_sources(tokenizer, sources) + split_targets(tokenizer, targets)
     return [encoding for encoding in encodings if not control.isdisjoint(encoding.content)]
 
 
@@ -237,7 +234,7 @@ def test_control_tokens_of_the_frame_are_control_tokens(grown):
         template = Template("frame", "Fill " + token + " in: {{ input }}" + token, "a " + token + "{{ output }}")
         record = record_of({"input": f"b {token}", "output": token})
         source, target = template.render(record)
-        (source_encoding,), (target_encoding,) = encode_examples(grown, template, [source], [target])
+        (source_encoding,), (target_encoding,) = split_sources(grown, [source]), split_targets(grown, [target])
         if token_id != grown.unk_token_id:
             assert source_encoding.content.count(token_id) == 2
             assert target_encoding.content.count(token_id) == 1

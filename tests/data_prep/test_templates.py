@@ -5,14 +5,16 @@ import multiprocessing
 import resource
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.records import Origin, Record
-from diptych.data_prep.text_to_ids.encode import Rendered
+from diptych.data_prep.text_to_ids import sandbox
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, learn_new_tokens
+from diptych.data_prep.text_to_ids.rendered_text import Rendered
 from diptych.data_prep.text_to_ids.templates import (
     TEMPLATES,
     TOKENIZER_KEY,
@@ -105,7 +107,7 @@ def test_settings_stand_in_the_first_lines_of_a_file(frame):
         ('{# stop: "\\q" #}\n{{ instruction }}', 'line 1: "\\q" is no JSON string'),
         ("{# stop: x #}\n{# stop: y #}\n\n{{ inptu }}", "line 4: unknown variable 'inptu'"),
         ("{# stop: x #}\na\n{{ instruction ", "line 3"),
-        ("a\n{{ input | tojson }}", "line 2: No filter named 'tojson'. Here are abs, capitalize,"),
+        ("a\n{{ input | tojson }}", "line 2: No filter named 'tojson'. Here are capitalize, default,"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "cannot be compiled"),
         ("a" * 30_001, "30,000 are allowed"),
         ("a\U0010fffeb", "which are no characters"),
@@ -133,8 +135,6 @@ def test_a_rendered_text_reads_as_plain_text_and_knows_its_frame(frame):
     assert source == "Fill <x>: <x><y><z>"
     assert isinstance(source, Rendered)
     assert source.marked.split("\U0010fffe") == ["", "Fill <x>: ", "<x>", "<y>", "<z>"]
-    macro = "{% macro a(b) %}<m>{{ b }}{% endmacro %}{% set c %}<s>{% endset %}{{ a('d') }}{{ c }}{{ c | length }}"
-    assert Template("t", macro).render_source("a") == "<m>d<s>3"  # marks do not count as characters
 
 
 @pytest.mark.parametrize("field", ["instruction", "input", "system", "history", "output"])
@@ -211,7 +211,7 @@ def test_a_row_that_a_template_cannot_render_is_named_by_line(frame):
         "{% include '/etc/passwd' %}",
         "{{ input.format(instruction) }}",
         "{{ input.encode() }}",
-        "{{ [instruction, namespace()] }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     ],
 )
 def test_a_stranger_s_template_is_held_in_the_sandbox(text):
@@ -242,40 +242,34 @@ def test_a_tokenizer_without_a_template_says_so(bpe_folder):
         template_of(AutoTokenizer.from_pretrained(bpe_folder))
 
 
+DOUBLED = "{% set a = a ~ a %}" * 60 + "{{ a }}"
 BOMBS = {
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loops without turns": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
     "loops in filters": "{% for i in range(99999) %}{{ range(99999) | select('odd') | list | length }}{% endfor %}",
-    "macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "endless macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "recursive loop": "{% for t in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
-    "slow turns": "{% set x = 'a' * 900000 %}{% for i in range(99999) %}{% set y = x[1:] == x[:-1] %}{% endfor %}",
-    "range": "{% for i in range(10 ** 9) %}{% endfor %}",
-    "text times number": "{{ 'a' * 10 ** 10 }}",
-    "list times number": "{{ [0] * 10 ** 10 }}",
-    "power": "{{ 9 ** 9 ** 9 ** 9 ** 9 }}",
-    "product": "{% set a = 10 ** 999 %}{{ a * a * a * a }}",
+    "recursive loop": "{% for t in input recursive %}{{ loop(input) }}{% endfor %}",
+    "slow turns": (
+        "{% set x = range(90000) | join %}{% for i in range(99999) %}{% set y = x[1:] == x[:-1] %}{% endfor %}"
+    ),
+    "range": "{% for i in range(1000000000) %}{% endfor %}",
+    "text times number": "{{ 'a' * 10 }}",
+    "power": "{{ 9 ** 9 }}",
     "percent": "{{ '%9999999999d' % 1 }}",
-    "percent star": "{{ '%*d' % (10 ** 10, 1) }}",
     "format": "{{ '%9999999999d' | format(1) }}",
-    "center": "{{ input | center(10 ** 10) }}",
-    "center many": "{{ range(99999) | map('center', 99999) | join }}",
-    "indent": "{{ ('\n' * 99999) | indent(99999) }}",
-    "replace": "{{ (input * 99999) | replace('', input * 99999) }}",
-    "replace method": "{{ (input * 99999).replace('', input * 99999) }}",
-    "join": "{{ range(99999) | join(input * 99999) }}",
-    "join method": "{{ (input * 99999).join(input * 99999) }}",
-    "wordwrap": "{{ (input * 99999) | wordwrap(1, wrapstring=input * 99999) }}",
-    "ljust": "{{ input.ljust(10 ** 10) }}",
-    "round": "{{ 5 | round(-10 ** 10) }}",
-    "doubled by ~": "{% set a = 'a' %}" + "{% set a = a ~ a %}" * 60 + "{{ a }}",
-    "doubled by +": "{% set a = ['a'] %}" + "{% set a = a + a %}" * 60 + "{{ a }}",
-    "doubled by a block": "{% set a = 'a' %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60 + "{{ a }}",
-    "list of itself": "{% set a = ['a'] %}" + "{% set a = [a, a] %}" * 60 + "{{ a }}",
-    "dict of itself": "{% set a = {} %}" + "{% set a = {1: a, 2: a} %}" * 60 + "{{ a == a }}",
-    "output": "{% for i in range(99999) %}{{ input * 9999 }}{% endfor %}",
-    "block": "{% set a %}{% for i in range(99999) %}{{ input * 9999 }}{% endfor %}{% endset %}",
-    "slices": "{% set x = 'a' * 9999 %}{% set a %}{% for i in range(99999) %}{{ x[1:] }}{% endfor %}{% endset %}",
+    "center": "{{ range(99999) | map('center', 99999) | join }}",
+    "replace": "{% set a = range(9999) | join %}{{ a | replace('', a) }}",
+    "replace method": "{% set a = range(9999) | join %}{{ a.replace('', a) }}",
+    "join": "{% set a = range(9999) | join %}{{ a | join(a) }}",
+    "join method": "{{ input.join(range(9999)) }}",
+    "ljust": "{{ input.ljust(1000000000) }}",
+    "doubled by ~": "{% set a = 'a' %}" + DOUBLED,
+    "doubled by +": "{% set a = input %}" + DOUBLED.replace("~", "+"),
+    "doubled list": "{% set a = input.split() %}" + DOUBLED.replace("~", "+"),
+    "doubled constant": "{{ 'aa'" + " | replace('a', 'aaaaaaaa')" * 20 + " }}",
+    "list of itself": "{% set a = [[1], [2]] %}",
+    "set block": "{% set a %}{% for i in range(99999) %}{{ input }}{% endfor %}{% endset %}",
+    "output": "{% for i in range(99999) %}" + "a" * 999 + "{% endfor %}",
+    "outputs": "{% for i in range(99999) %}{{ input }}{% endfor %}",
 }
 
 
@@ -297,7 +291,7 @@ def stopped(text):
 
 
 def test_it_is_stopped_in_threads_and_in_worker_processes_too():
-    bombs = [BOMBS["loops without turns"], BOMBS["text times number"]]
+    bombs = [BOMBS["loops without turns"], BOMBS["doubled by ~"]]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         messages = pool.map(stopped, bombs)
     threads = [threading.Thread(target=lambda bomb=bomb: messages.append(stopped(bomb))) for bomb in bombs]
@@ -317,14 +311,21 @@ def test_the_budget_is_one_row_s_and_grows_with_it():
 
 def test_what_templates_are_made_of_works_within_the_limits():
     text = (
-        "{% macro bold(x) %}*{{ x }}*{% endmacro %}{% set ns = namespace(n=0) %}"
-        "{% for a, b in history if a %}{{ loop.index }}{{ a ~ b }}{% set ns.n = ns.n + 1 %}{% else %}none{% endfor %}"
-        " {{ bold(input[:2]) }} {{ ns.n * 2 }} {{ '%s-%03d' % ('a', 7) }} {{ ['a', 'b'] | join(', ') }}"
-        " {{ history | map('first') | list }} {{ input.replace('n', 'm').split('p') | last | default('x') }}"
-        " {{ {'a': 1}['a'] }}{{ (1, 2)[1] }} {{ instruction | title | center(7) | trim }} {{ 3 / 2 }}"
+        "{% set two = input[:2] %}{% for a, b in history if a %}{{ loop.index }}{{ a ~ b }}"
+        "{{ '' if loop.last else ',' }}{% else %}none{% endfor %} {{ two + '.' }} {{ loop is defined }}"
+        " {{ history | map('first') | join(', ') }} {{ input.replace('n', 'm').split('p') | last | default('x') }}"
+        " {{ history | length + 1 - 2 }} {{ instruction | title | trim }} {{ history[-1][0] if 'n' in input and not system else system }}"
     )
     source = Template("all", text).render_source("do it", "input", (("q", "r"), ("s", "t")))
-    assert source == "1qr2st *in* 4 a-007 a, b ['q', 's'] ut 12 Do It 1.5"
+    assert source == "1qr,2st in. False q, s ut 1 Do It s"
+
+
+def test_the_pipeline_that_travels_has_the_same_limits():
+    """It cannot import data_prep, so the same code stands in both files."""
+    marker, here = "WORK = ", Path(sandbox.__file__)
+    travelling = here.parents[2] / "modeling" / "pipeline_diptych.py"
+    ours, theirs = (path.read_text(encoding="utf-8").partition(marker)[2] for path in (here, travelling))
+    assert ours and ours.replace("LimitedEnvironment", "TravellingEnvironment") == theirs
 
 
 @pytest.fixture
