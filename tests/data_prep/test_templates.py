@@ -314,7 +314,8 @@ def test_what_templates_are_made_of_works_within_the_limits():
         "{% set two = input[:2] %}{% for a, b in history if a %}{{ loop.index }}{{ a ~ b }}"
         "{{ '' if loop.last else ',' }}{% else %}none{% endfor %} {{ two + '.' }} {{ loop is defined }}"
         " {{ history | map('first') | join(', ') }} {{ input.replace('n', 'm').split('p') | last | default('x') }}"
-        " {{ history | length + 1 - 2 }} {{ instruction | title | trim }} {{ history[-1][0] if 'n' in input and not system else system }}"
+        " {{ history | length + 1 - 2 }} {{ instruction | title | trim }}"
+        " {{ history[-1][0] if 'n' in input and not system else system }}"
     )
     source = Template("all", text).render_source("do it", "input", (("q", "r"), ("s", "t")))
     assert source == "1qr,2st in. False q, s ut 1 Do It s"
