@@ -1,9 +1,9 @@
 """What happens inside an encoder-decoder on one input: a model and token ids in, numbers in dicts and lists out.
 
-    passage = read_and_write(model, [12, 7, 1], [0, 31, 40, 1])
-    steps(model, tokenizer, passage)[0]     {"given": "<pad>", "chosen": "나", "probability": 0.98, "rank": 1, …}
-    unread(passage, tokenizer)              {"source": [[3, 5]], "target": [2]}: places that nobody looked at, or that
-                                            looked at nothing
+    passage = read_and_write(loaded, [12, 7, 1], [0, 31, 40, 1])
+    steps(loaded, passage)[0]     {"reads": "<pad>", "chosen": {"text": "나", …}, "probability": 0.98, "rank": 1, …}
+    unread(loaded, passage)       {"source": [[3, 5]], "target": [2], …}: source tokens that got no attention, and
+                                  target tokens that gave none to words of the source
 
 S source tokens, T steps, H heads, D width, V vocabulary. Probabilities are the model's own, before any sampling or
 penalty; entropies are in nats.
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.report.text_shown import token_chips, token_text
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.model.attention_weights import Attentions, mean_weights, recompute, rollout
-from diptych.finetune.model.families import Family, family_of
+from diptych.finetune.model.loaded_model import LoadedModel
 
 TOP = 10
 """Tokens that are shown of each step's distribution."""
@@ -28,13 +28,13 @@ NEIGHBOURS = 5
 MOST_CELLS = 3_000_000
 """Of all maps of attention together; beyond, only some layers are shown."""
 LITTLE = 0.5
-"""A source token is unread where no layer at any step gives it half of what it had if attention were even."""
+"""A source token is unread if no layer at any step gives it half of what it would get from even attention."""
 NOTHING = 0.1
-"""A target token looks at nothing where in each layer its attention to words of the source is less than this …"""
+"""A target token looks at nothing if in each layer its attention to words of the source is below this …"""
 EVEN = 0.8
-"""… or as if spread evenly over more than this part of them."""
+"""… or is spread evenly over more than this part of them."""
 FEWEST_WORDS = 4
-"""Of so few, even attention says nothing."""
+"""With fewer words, even attention means nothing."""
 
 
 class Passage(NamedTuple):
@@ -42,15 +42,15 @@ class Passage(NamedTuple):
     decoder_ids: list[int]
     """The start token and what comes after it. Step t reads the first t + 1 of them; the next is what was chosen."""
     given: int
-    """How many of them the model was given: the start token, a decoder prefix; all, if a target was."""
+    """How many of them the model did not choose: the start token and a decoder prefix, or all of a given target."""
     seen: Attentions
     """Of the source and of all `decoder_ids` but the last."""
 
 
 def read_and_write(
-    model: PreTrainedModel, source_ids: Sequence[int], decoder_ids: Sequence[int], given: int = 1
+    loaded: LoadedModel, source_ids: Sequence[int], decoder_ids: Sequence[int], given: int = 1
 ) -> Passage:
-    seen = recompute(model, torch.tensor([source_ids]), torch.tensor([decoder_ids[:-1]]))
+    seen = recompute(loaded.model, torch.tensor([source_ids]), torch.tensor([decoder_ids[:-1]]))
     return Passage(list(source_ids), list(decoder_ids), given, seen)
 
 
@@ -59,19 +59,20 @@ def chips(side: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[dict[str, A
     return [chip | {"text": token_text(chip["text"]) or "∅"} for chip in token_chips(side, ids)]
 
 
-def steps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: Passage) -> list[dict[str, Any]]:
+def steps(loaded: LoadedModel, passage: Passage) -> list[dict[str, Any]]:
     """For each step what the decoder read, what was chosen, and the distribution that it was chosen from."""
-    side, logs = target_side(tokenizer), passage.seen.logits.log_softmax(-1)
+    side, logits = target_side(loaded.tokenizer), passage.seen.logits
+    logs = logits.log_softmax(-1)
     entropies = -(logs.exp() * logs).nan_to_num().sum(-1)
     tops = logs.topk(min(TOP, logs.shape[-1]), dim=-1)
     shown = chips(side, passage.decoder_ids)
     found = []
     for place, chosen in enumerate(passage.decoder_ids[1:]):
         log = logs[place, chosen]
-        top = chips(side, tops.indices[place].tolist())
-        for chip, its_log in zip(top, tops.values[place].tolist(), strict=True):
-            chip |= {"probability": _rounded(torch.tensor(its_log).exp()), "logit": 0.0}
-            chip["logit"] = _rounded(passage.seen.logits[place, chip["id"]])
+        top = [
+            chip | {"probability": _rounded(its_log.exp()), "logit": _rounded(logits[place, chip["id"]])}
+            for chip, its_log in zip(chips(side, tops.indices[place].tolist()), tops.values[place], strict=True)
+        ]
         found.append(
             {
                 "reads": shown[place]["text"],
@@ -87,34 +88,29 @@ def steps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: P
     return found
 
 
-def lens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passage: Passage
-) -> list[list[dict[str, Any]]] | None:
-    """What the decoder would say after each of its layers (nostalgebraist's logit lens, 2020), layer by layer and step
-    by step; None for a family whose final norm is not known."""
-    family = family_of(model)
-    if family is None:
+def lens(loaded: LoadedModel, passage: Passage) -> list[list[dict[str, Any]]] | None:
+    """The likeliest token after each decoder layer (nostalgebraist's logit lens, 2020), layer by layer and step by
+    step; None for a family whose final norm is not known."""
+    if loaded.family is None:
         return None
-    chosen = passage.decoder_ids[1:]
+    *between, _ = passage.seen.decoder_states
     found = []
-    for depth, states in enumerate(passage.seen.decoder_states):
-        is_last = depth == len(passage.seen.decoder_states) - 1
-        logs = passage.seen.logits if is_last else _logits(model, family, states)
-        probabilities = logs.softmax(-1)
-        best, said = probabilities.max(-1)
-        shown = chips(target_side(tokenizer), said.tolist())
+    for logits in (*(layer_logits(loaded, states) for states in between), passage.seen.logits):
+        best, tokens = logits.softmax(-1).max(-1)
+        shown = chips(target_side(loaded.tokenizer), tokens.tolist())
         found.append(
             [
-                {"text": chip["text"], "probability": _rounded(top), "rank": _rank(row, token)}
-                for chip, top, row, token in zip(shown, best, logs, chosen, strict=True)
+                {"text": chip["text"], "probability": _rounded(probability), "rank": _rank(row, chosen)}
+                for chip, probability, row, chosen in zip(shown, best, logits, passage.decoder_ids[1:], strict=True)
             ]
         )
     return found
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, family: Family, states: torch.Tensor) -> torch.Tensor:
+def layer_logits(loaded: LoadedModel, states: torch.Tensor) -> torch.Tensor:
     """(T, D) between two layers → (T, V), as if no layer came after."""
+    model, family = loaded.model, loaded.family
     states = states.to(model.device)
     if family.final_norm is not None:
         states = model.get_decoder().get_submodule(family.final_norm)(states)
@@ -128,8 +124,8 @@ def _rank(scores: torch.Tensor, token: int) -> int:
 
 
 def attention_maps(passage: Passage, most_cells: int = MOST_CELLS) -> dict[str, dict[str, Any]]:
-    """For the page: each kind's weights at some layers, one byte each, of the root of the weight, so that small ones
-    can be told apart: `data` is base64 of (layers, H, Q, K). `rollout` is there where both texts are one."""
+    """For the page: each kind's weights at some layers, as base64 of (layers, H, Q, K) bytes. A byte holds the square
+    root of the weight, so that small ones can be told apart. Self-attention has a `rollout`, too."""
     kinds = {"encoder": passage.seen.encoder, "decoder": passage.seen.decoder, "cross": passage.seen.cross}
     kinds = {kind: layers for kind, layers in kinds.items() if layers}
     cells = sum(weights.numel() for layers in kinds.values() for weights in layers)
@@ -152,7 +148,7 @@ def attention_maps(passage: Passage, most_cells: int = MOST_CELLS) -> dict[str, 
 
 
 def _evenly(count: int, kept: int) -> list[int]:
-    """Of `count` layers so many, the first and the last among them."""
+    """`kept` of `count` layers, the first and the last among them."""
     if kept == 1:
         return [count - 1]
     return sorted({round(place * (count - 1) / (kept - 1)) for place in range(kept)})
@@ -163,15 +159,14 @@ def _as_bytes(weights: torch.Tensor) -> str:
     return base64.b64encode(levels.contiguous().numpy().tobytes()).decode("ascii")
 
 
-def unread(passage: Passage, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Where something may have been left out or made up: runs of source words that no step looked at, [first, last],
-    and steps whose token looked at no word of the source, in any layer, by the mean over its heads.
-    `words` and `steps` say of how many. Control tokens are neither."""
+def unread(loaded: LoadedModel, passage: Passage) -> dict[str, Any]:
+    """What may have been left out or made up: runs of source words that no step attended to, as [first, last], and
+    steps whose token attended to no word of the source, in any layer, by the mean over its heads. `words` and `steps`
+    count all of either kind. Control tokens are neither."""
     weights = torch.stack([heads.mean(0) for heads in passage.seen.cross])  # (layers, T, S)
-    words = _words(source_side(tokenizer), passage.source_ids)
-    written = [
-        place for place in _words(target_side(tokenizer), passage.decoder_ids[1:]) if place + 1 >= passage.given
-    ]
+    words = _words(source_side(loaded.tokenizer), passage.source_ids)
+    chosen = _words(target_side(loaded.tokenizer), passage.decoder_ids[1:])
+    written = [place for place in chosen if place + 1 >= passage.given]
     if not words or not written:
         return {"source": [], "target": [], "words": len(words), "steps": len(written)}
     most = weights[:, written].amax((0, 1))
@@ -205,11 +200,10 @@ def _runs(places: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """For each token of a source its vector's first numbers and length, and the tokens whose vectors point most the
-    same way."""
-    side = source_side(tokenizer)
-    table = model.get_input_embeddings().weight[: len(side)].float()
+def embeddings(loaded: LoadedModel, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """For each source token its vector's first numbers and length, and the tokens with the largest cosine to it."""
+    side = source_side(loaded.tokenizer)
+    table = loaded.model.get_input_embeddings().weight[: len(side)].float()
     directions = F.normalize(table, dim=-1)
     found = []
     for token in ids:
@@ -228,13 +222,11 @@ def embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: 
 
 
 @torch.no_grad()
-def word_map(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
-) -> dict[str, Any] | None:
-    """Chosen words on a plane: their vectors (of several tokens the mean) on the two directions in which they differ
-    most (principal components), and how much of their differences these two show. None for fewer than three."""
-    table = model.get_input_embeddings().weight.float().cpu()
-    pieces = {word: tokenizer(word, add_special_tokens=False).input_ids for word in words}
+def word_map(loaded: LoadedModel, words: Sequence[str]) -> dict[str, Any] | None:
+    """Words on a plane: their vectors (of several tokens the mean) on the first two principal components, and which
+    share of their variance these show. None for fewer than three words."""
+    table = loaded.model.get_input_embeddings().weight.float().cpu()
+    pieces = {word: loaded.tokenizer(word, add_special_tokens=False).input_ids for word in words}
     pieces = {word: ids for word, ids in pieces.items() if ids and max(ids) < len(table)}
     if len(pieces) < 3:
         return None
@@ -253,5 +245,5 @@ def word_map(
 
 
 def _rounded(value: torch.Tensor) -> float:
-    """Six digits: more would be half of the page."""
+    """Six digits: more would double the page."""
     return float(f"{float(value):.6g}")

@@ -1,7 +1,7 @@
-"""The facts of an inspection as a page: `inspect.html`, which asks no network and runs no script but its own.
+"""The facts of an inspection as a page: `inspect.html`, which loads nothing and runs no script but its own.
 
-Texts of prompts and vocabularies reach the page escaped, and the script, which the page's Content-Security-Policy
-names by its hash, writes them as text only. Without scripts, and on paper, everything but the maps is there.
+Texts of prompts and vocabularies are escaped, and the script, whose hash is in the page's Content-Security-Policy,
+writes them as text only. Without scripts, and on paper, everything but the maps is there.
 """
 
 import base64
@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,16 @@ from markupsafe import Markup
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.report.text_shown import FRAMES as SHARED_FRAMES
 from diptych.data_prep.report.text_shown import prose
+from diptych.finetune.run_files.checkpoints import write_text
 
 FRAMES = Path(__file__).parent / "frames"
 MARK = '<meta name="generator" content="diptych inspect">'
-"""By which a page is known as one of ours."""
+"""In every page of ours, so that no other file is overwritten."""
 WORST_ROWS = 12
 
 
 def check_page(file: Path) -> None:
-    """UserError where something else would be overwritten, or there is no folder for it."""
+    """UserError if the file exists and is no such page, or is a folder."""
     if file.is_dir():
         raise UserError(f"--out {file} is a folder. Name a file in it, {file / 'inspect.html'}.")
     if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace")[:2000]:
@@ -36,11 +36,8 @@ def check_page(file: Path) -> None:
 
 
 def write_page(file: Path, facts: Mapping[str, Any]) -> None:
-    """Beside, then renamed: a page is whole or not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    part.write_text(render_page(facts), encoding="utf-8")
-    os.replace(part, file)
+    write_text(file, render_page(facts))
 
 
 def render_page(facts: Mapping[str, Any]) -> str:
@@ -74,7 +71,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _percent(share: float) -> str:
-    """0.9612 → "96.1 %"; what rounds to nothing is not nothing."""
+    """0.9612 → "96.1 %"; a small share is not shown as 0."""
     return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
 
 
@@ -85,10 +82,6 @@ def _as_json(facts: Mapping[str, Any]) -> Markup:
 
 
 def _plane(words: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Where each word stands in a picture of 560 × 360, its name on the side that has room."""
-    points = words["points"] if words else []
-    placed = []
-    for point in sorted(points, key=lambda point: point["y"]):
-        x, y = 280 + 200 * point["x"], 180 - 150 * point["y"]
-        placed.append({"word": point["word"], "tokens": point["tokens"], "x": round(x, 1), "y": round(y, 1)})
-    return placed
+    """The words with their places in a picture of 560 × 360, from the bottom to the top."""
+    points = sorted(words["points"] if words else [], key=lambda point: point["y"])
+    return [it | {"x": round(280 + 200 * it["x"], 1), "y": round(180 - 150 * it["y"], 1)} for it in points]

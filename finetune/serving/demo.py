@@ -3,9 +3,9 @@
     diptych demo runs/full/final
     diptych demo runs/lora/final --beside my-checkpoint --examples prompts.jsonl
 
-The answer comes as it is written, by serve's engine (batching.py), and is that of `diptych generate`; below it stands
-where the decoder looked while it wrote. The page is Gradio's, at the loopback, asks nothing of any other host, takes
-no files, and shows all text as text. Beyond the loopback it demands a password, from the environment:
+The answer is streamed by serve's engine (request_batches.py) and is that of `diptych generate`; a map below it shows
+the cross-attention of each step. The page is made by Gradio, listens at the loopback, loads nothing from other hosts,
+accepts no files, and shows all text as text. Beyond the loopback a password is needed, from the environment:
 DIPTYCH_PASSWORD.
 """
 
@@ -18,27 +18,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
-from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.report.text_shown import token_markup
 from diptych.data_prep.rows.records import Languages
-from diptych.data_prep.text_to_ids.languages import codes_of, own_languages
+from diptych.data_prep.text_to_ids.languages import own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands import cli
-from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
 from diptych.finetune.inference.prompt_files import read_prompts
-from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.prompts import Prompt
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.model.attention_weights import mean_weights
-from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece
 from diptych.finetune.serving.serve_settings import DemoSettings
-from diptych.finetune.serving.web_address import address, is_asked_here, listen, need_secret, run_until_signal
+from diptych.finetune.serving.served_model import ServedModel, load_served
+from diptych.finetune.serving.web_address import (
+    PASSWORD_VARIABLE,
+    address,
+    is_asked_here,
+    listen,
+    need_secret,
+    run_until_signal,
+)
 
 INSTALL = "pip install 'diptych[gradio]'"
-PASSWORD_VARIABLE = "DIPTYCH_PASSWORD"
 USER = "diptych"
 FRAMES = Path(__file__).parent / "frames"
 MOST_MAP_TOKENS = 160
@@ -49,59 +52,43 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; form-action 'self'; "
     "frame-ancestors 'none';"
 )
-"""By which a browser asks no other host. Gradio's own page needs inline scripts."""
+"""With it a browser asks no other host. Gradio's own page needs inline scripts."""
 
 
 class Contestant(NamedTuple):
     """One of the checkpoints on the page."""
 
     name: str
-    model: PreTrainedModel
-    prompter: Prompter
+    served: ServedModel
     engine: Engine
-    most_tokens: int
 
-    def attention(self, source_ids: list[int], given: Sequence[int], answer: Answer) -> str:
-        """Where the decoder looked, as a table: rows are what it wrote, columns what it read."""
-        tokenizer = self.prompter.tokenizer
+    def attention(self, source_ids: Sequence[int], given: Sequence[int], answer: Answer) -> str:
+        """The mean cross-attention as an HTML table: a row for each written token, a column for each source token."""
         if max(len(source_ids), len(answer.ids)) > MOST_MAP_TOKENS or not answer.ids:
             return _note(f"A map of attention is drawn of up to {MOST_MAP_TOKENS} tokens on either side.")
-        passage = facts.read_and_write(self.model, source_ids, [*given, *answer.ids])
+        loaded = self.served.loaded
+        passage = facts.read_and_write(loaded, source_ids, [*given, *answer.ids])
         weights = mean_weights(passage.seen.cross)[-len(answer.ids) :]
-        read = facts.token_chips(source_side(tokenizer), source_ids)
-        written = facts.token_chips(target_side(tokenizer), answer.ids)
-        most = float(weights.max())
-        head = Markup("").join(Markup("<th><span>{}</span></th>").format(token_markup(it["text"])) for it in read)
-        lines = []
-        for token, row in zip(written, weights.tolist(), strict=True):
-            cells = Markup("").join(
-                Markup('<td style="--share:{:.0f}%" title="{:.1f} %"></td>').format(100 * (it / most) ** 0.5, 100 * it)
-                for it in row
+        read = facts.token_chips(source_side(loaded.tokenizer), source_ids)
+        written = facts.token_chips(target_side(loaded.tokenizer), answer.ids)
+        head = _join(Markup("<th><span>{}</span></th>").format(token_markup(chip["text"])) for chip in read)
+        cell, most = Markup('<td style="--share:{:.0f}%" title="{:.1f} %"></td>'), float(weights.max())
+        rows = _join(
+            Markup("<tr><th>{}</th>{}</tr>").format(
+                token_markup(chip["text"]), _join(cell.format(100 * (it / most) ** 0.5, 100 * it) for it in row)
             )
-            lines.append(Markup("<tr><th>{}</th>{}</tr>").format(token_markup(token["text"]), cells))
-        rows = Markup("").join(lines)
+            for chip, row in zip(written, weights.tolist(), strict=True)
+        )
         table = '<div class="looks"><table><thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table></div>'
         return str(Markup(table).format(head, rows))
 
 
-def shown_name(checkpoint: str) -> str:
-    return Path(checkpoint.rstrip("/")).name
+def _join(parts: Iterator[Markup]) -> Markup:
+    return Markup("").join(parts)
 
 
 def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
-
-
-def load_contestant(settings: DemoSettings, name: str) -> Contestant:
-    loaded = load_checkpoint(name, settings.dtype, pick_device(settings.device), template=settings.template)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    template = template_for(settings.template, tokenizer)
-    limit = position_limit(model)
-    most = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)
-    engine = Engine(model, tokenizer, template, batch_size=8, queue_size=64, batch_wait_ms=5)
-    languages = Languages(settings.source_language, settings.target_language)
-    prompter = Prompter(tokenizer, template, position_limit(model, of_source=True), languages)
-    return Contestant(shown_name(name), model, prompter, engine, most)
 
 
 class Asked(NamedTuple):
@@ -119,142 +106,88 @@ class Asked(NamedTuple):
     source_language: str = ""
     target_language: str = ""
 
+    def prompt(self) -> Prompt:
+        if not self.instruction.strip() and not self.input.strip():
+            raise UserError("Write an instruction first. A model that needs none takes an input alone.")
+        languages = Languages(self.source_language, self.target_language)
+        return Prompt(self.instruction, self.input, system=self.system, languages=languages)
+
     def decoding(self, most_tokens: int) -> Decoding:
-        beams = 1 if self.temperature else int(self.num_beams)
-        return Decoding(
-            min(int(self.max_new_tokens), most_tokens),
-            float(self.temperature),
-            float(self.top_p) if self.temperature else 1.0,
-            seed=int(self.seed) if self.temperature else None,
-            num_beams=beams,
-            repetition_penalty=float(self.repetition_penalty),
-        )
+        """Beams without a temperature; top_p and the seed with one."""
+        max_new_tokens, penalty = min(int(self.max_new_tokens), most_tokens), float(self.repetition_penalty)
+        if not self.temperature:
+            return Decoding(max_new_tokens, num_beams=int(self.num_beams), repetition_penalty=penalty)
+        temperature, top_p, seed = float(self.temperature), float(self.top_p), int(self.seed)
+        return Decoding(max_new_tokens, temperature, top_p, seed=seed, repetition_penalty=penalty)
 
 
 def answer_all(contestants: Sequence[Contestant], asked: Asked) -> Iterator[list[str]]:
-    """Ever longer texts, with a note each; at last with a map of attention. [text, note, map] for each contestant.
+    """[text, note, map] for each contestant, one behind the other: the texts grow, and at last there is the map.
 
-    When nobody takes the next one (the visitor pressed Stop, or left), their rows end.
+    When the generator is closed (the visitor pressed Stop, or left), the rows end.
     """
     shown = [["", "", ""] for _ in contestants]
     events: queue.Queue = queue.Queue()
-    jobs: list[Job | None] = []
+    jobs: dict[int, Job] = {}
     for place, contestant in enumerate(contestants):
-        job = None
         try:
-            if not asked.instruction.strip() and not asked.input.strip():
-                raise UserError("Write an instruction first. A model that needs none takes an input alone.")
-            prompter, chosen = contestant.prompter, Languages(asked.source_language, asked.target_language)
-            prompt = Prompt(asked.instruction, asked.input, system=asked.system, languages=chosen)
-            text, languages = prompter.render(prompt)
-            (source_ids,), (is_cut,) = prompter.encode([text], [languages])
-            decoding = asked.decoding(contestant.most_tokens)
-            job = Job(source_ids, decoding, lambda it, place=place: events.put((place, it)), wants_pieces=True)
-            job.given = given_tokens(contestant.model, prompter.tokenizer, prompter.template, languages)
-            shown[place][1] = _note(f"The prompt was cut to {len(source_ids)} tokens.") if is_cut else ""
+            source_ids, is_cut, given = contestant.served.encode(asked.prompt())
+            decoding = asked.decoding(contestant.served.most_tokens)
+            to_queue = lambda event, place=place: events.put((place, event))  # noqa: E731
+            job = Job(source_ids, decoding, to_queue, wants_pieces=True, given=given)
             contestant.engine.submit([job])
         except UserError as error:
             shown[place][1] = _note(str(error))
-        jobs.append(job)
-    yield _flat(shown)
+            continue
+        shown[place][1] = _note(f"The prompt was cut to {len(source_ids)} tokens.") if is_cut else ""
+        jobs[place] = job
+    yield sum(shown, [])
     try:
-        yield from _written(contestants, jobs, events, shown)
+        open_jobs = len(jobs)
+        while open_jobs:
+            place, event = events.get()
+            if isinstance(event, Piece):
+                shown[place][0] += event.text
+            else:
+                open_jobs -= 1
+                show_end(shown[place], contestants[place], jobs[place], event)
+            if events.empty():
+                yield sum(shown, [])
     finally:
-        for job in filter(None, jobs):
+        for job in jobs.values():
             job.is_dropped = True
 
 
-def _written(
-    contestants: Sequence[Contestant], jobs: list[Job | None], events: queue.Queue, shown: list[list[str]]
-) -> Iterator[list[str]]:
-    due = sum(job is not None for job in jobs)
-    while due:
-        place, event = events.get()
-        if isinstance(event, Piece):
-            shown[place][0] += event.text
-        elif isinstance(event, Failed):
-            due -= 1
-            shown[place][1] = _note(f"The model failed: {event.error}")
-        elif isinstance(event, Ended):
-            due -= 1
-            (answer,) = event.answers
-            tokens = f"{len(answer.ids)} tokens"
-            shown[place][:2] = (
-                answer.text,
-                shown[place][1] + _note(tokens if answer.finished else f"{tokens}, and stopped there, before its end"),
-            )
-            shown[place][2] = contestants[place].attention(list(jobs[place].source_ids), jobs[place].given, answer)
-        if events.empty():
-            yield _flat(shown)
-
-
-def _flat(shown: list[list[str]]) -> list[str]:
-    return [text for of_one in shown for text in of_one]
+def show_end(shown: list[str], contestant: Contestant, job: Job, event: Ended | Failed) -> None:
+    if isinstance(event, Failed):
+        shown[1] = _note(f"The model failed: {event.error}")
+        return
+    (answer,) = event.answers
+    tokens = f"{len(answer.ids)} tokens"
+    shown[0] = answer.text
+    shown[1] += _note(tokens if answer.finished else f"{tokens}, and stopped there, before its end")
+    shown[2] = contestant.attention(job.source_ids, job.given, answer)
 
 
 def build_page(contestants: Sequence[Contestant], examples: list[list[str]]) -> Any:
     """Gradio's Blocks."""
     import gradio
 
-    has_system = any("system" in it.prompter.template.source_variables() for it in contestants)
-    most_tokens = max(contestant.most_tokens for contestant in contestants)
-    prompter = contestants[0].prompter
-    codes = sorted(codes_of(prompter.tokenizer).tokens)
-    chosen = codes_of(prompter.tokenizer).checked(prompter.languages).or_else(own_languages(prompter.tokenizer))
-    has_languages = bool(codes) or any(chosen)
     title = " and ".join(contestant.name for contestant in contestants)
     with gradio.Blocks(analytics_enabled=False, fill_width=True, title=f"{title} · Diptych") as page:
         gradio.HTML(f'<h1 class="title">{escape(title)}</h1>')
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=4, min_width=320):
-                instruction = gradio.Textbox(
-                    label="Instruction", lines=2, max_lines=8, autofocus=True, elem_id="instruction"
-                )
-                text = gradio.Textbox(label="Input", info="What it is about, if anything", lines=5, elem_id="input")
-                system = gradio.Textbox(label="System prompt", visible=has_system, elem_id="system")
-                with gradio.Row(visible=has_languages):
-                    languages = [
-                        gradio.Dropdown(
-                            codes,
-                            value=code,
-                            label=label,
-                            allow_custom_value=True,
-                            visible=has_languages,
-                            elem_id=label,
-                        )
-                        for label, code in zip(("From", "Into"), chosen, strict=True)
-                    ]
-                with gradio.Row():
-                    stop = gradio.Button("Stop", elem_id="stop")
-                    go = gradio.Button("Write", variant="primary", elem_id="go")
-                with gradio.Accordion("How it writes", open=False, elem_id="settings"):
-                    first_tokens = min(128, most_tokens)
-                    settings = [
-                        gradio.Slider(1, most_tokens, first_tokens, step=1, label="Longest answer, tokens"),
-                        gradio.Slider(
-                            1, 8, 1, step=1, label="Beams", info="Searched side by side; without temperature"
-                        ),
-                        gradio.Slider(
-                            0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token each time"
-                        ),
-                        gradio.Slider(
-                            0.05, 1, 1, step=0.05, label="Top p", info="Draws from so much of the likeliest"
-                        ),
-                        gradio.Slider(1, 2, 1, step=0.05, label="Repetition penalty"),
-                        gradio.Number(0, label="Seed", precision=0, minimum=0),
-                    ]
+                inputs, go, stop = _input_boxes(gradio, [contestant.served for contestant in contestants])
             with gradio.Column(scale=7, min_width=320), gradio.Row(equal_height=False):
                 outputs = []
                 for place, contestant in enumerate(contestants):
+                    label = contestant.name if len(contestants) > 1 else "Answer"
+                    box = {"label": label, "lines": 4, "interactive": False, "buttons": ["copy"]}
                     with gradio.Column(min_width=300):
-                        label = contestant.name if len(contestants) > 1 else "Answer"
-                        outputs.append(
-                            gradio.Textbox(
-                                label=label, lines=4, interactive=False, buttons=["copy"], elem_id=f"answer-{place}"
-                            )
-                        )
-                        outputs.append(gradio.HTML(elem_id=f"note-{place}"))
-                        outputs.append(gradio.HTML(elem_id=f"looks-{place}"))
+                        outputs.append(gradio.Textbox(elem_id=f"answer-{place}", **box))
+                        outputs += [gradio.HTML(elem_id=f"{name}-{place}") for name in ("note", "looks")]
+        instruction, text, *_ = inputs
         if examples:
             gradio.Examples(examples, [instruction, text], label="Examples", cache_examples=False)
 
@@ -262,7 +195,6 @@ def build_page(contestants: Sequence[Contestant], examples: list[list[str]]) -> 
             # A box that is not shown has no value.
             yield from answer_all(contestants, Asked(*("" if value is None else value for value in values)))
 
-        inputs = [instruction, text, system, *settings, *languages]
         running = [
             trigger(write, inputs, outputs, show_progress="hidden", api_visibility="private", concurrency_limit=8)
             for trigger in (go.click, instruction.submit)
@@ -271,25 +203,57 @@ def build_page(contestants: Sequence[Contestant], examples: list[list[str]]) -> 
     return page
 
 
+def _input_boxes(gradio: Any, models: Sequence[ServedModel]) -> tuple[list[Any], Any, Any]:
+    """The boxes in the order of `Asked`, and the buttons to write and to stop."""
+    first = models[0].loaded
+    has_system = any("system" in model.loaded.template.source_variables() for model in models)
+    most_tokens = max(model.most_tokens for model in models)
+    codes = sorted(first.language_codes.tokens)
+    chosen = first.language_codes.checked(models[0].prompter.languages).or_else(own_languages(first.tokenizer))
+    has_languages = bool(codes) or any(chosen)
+    instruction = gradio.Textbox(label="Instruction", lines=2, max_lines=8, autofocus=True, elem_id="instruction")
+    text = gradio.Textbox(label="Input", info="What it is about, if anything", lines=5, elem_id="input")
+    system = gradio.Textbox(label="System prompt", visible=has_system, elem_id="system")
+    with gradio.Row(visible=has_languages):
+        languages = [
+            gradio.Dropdown(codes, value=code, label=label, allow_custom_value=True, visible=has_languages)
+            for label, code in zip(("From", "Into"), chosen, strict=True)
+        ]
+    with gradio.Row():
+        stop = gradio.Button("Stop", elem_id="stop")
+        go = gradio.Button("Write", variant="primary", elem_id="go")
+    with gradio.Accordion("How it writes", open=False, elem_id="settings"):
+        settings = [
+            gradio.Slider(1, most_tokens, min(128, most_tokens), step=1, label="Longest answer, tokens"),
+            gradio.Slider(1, 8, 1, step=1, label="Beams", info="Searched side by side; without temperature"),
+            gradio.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token each time"),
+            gradio.Slider(0.05, 1, 1, step=0.05, label="Top p", info="Draws from so much of the likeliest"),
+            gradio.Slider(1, 2, 1, step=0.05, label="Repetition penalty"),
+            gradio.Number(0, label="Seed", precision=0, minimum=0),
+        ]
+    return [instruction, text, system, *settings, *languages], go, stop
+
+
 class Guard:
-    """ASGI: who may ask (see web.py), no uploads, and a policy by which a browser asks no other host."""
+    """ASGI: checks who asks (web_address.py), refuses uploads, and adds a policy by which a browser asks no other
+    host."""
 
     def __init__(self, app: Any, only_loopback: bool):
         self.app, self.only_loopback = app, only_loopback
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
         from starlette.requests import Request
         from starlette.responses import PlainTextResponse
 
-        request = Request(scope)
-        if self.only_loopback and not is_asked_here(request.headers):
-            return await PlainTextResponse("asked for as another host than this one, or by a page of one", 403)(
-                scope, receive, send
-            )
-        if "/upload" in scope["path"] or "/proxy=" in scope["path"]:
-            return await PlainTextResponse("this page takes no files", 403)(scope, receive, send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        refusal = ""
+        if self.only_loopback and not is_asked_here(Request(scope).headers):
+            refusal = "asked for as another host than this one, or by a page of one"
+        elif "/upload" in scope["path"] or "/proxy=" in scope["path"]:
+            refusal = "this page takes no files"
+        if refusal:
+            return await PlainTextResponse(refusal, 403)(scope, receive, send)
 
         async def send_with_policy(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
@@ -316,33 +280,27 @@ def _serve(settings: DemoSettings) -> int:
     rows = read_prompts(settings.examples, "", "") if settings.examples else []
     examples = [[row.prompt.instruction, row.prompt.input] for row in rows if row.prompt][:MOST_EXAMPLES]
     listener = listen(settings.host, settings.port)
-    names = [settings.model, settings.beside] if settings.beside else [settings.model]
-    contestants = [load_contestant(settings, name) for name in names]
-    if len(contestants) == 2 and contestants[0].name == contestants[1].name:
-        contestants = [it._replace(name=name.rstrip("/")) for it, name in zip(contestants, names, strict=True)]
-
-    theme = gradio.themes.Default(
-        primary_hue="orange",
-        secondary_hue="cyan",
-        neutral_hue="stone",
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )
+    contestants = []
+    for name in filter(None, [settings.model, settings.beside]):
+        served = load_served(settings, name)
+        engine = Engine(served.loaded, batch_size=8, queue_size=64, batch_wait_ms=5)
+        is_taken = any(Path(name).name == other.name for other in contestants)
+        contestants.append(Contestant(name if is_taken else Path(name).name, served, engine))
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     app = gradio.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         build_page(contestants, examples),
         path="/",
         auth=None if password is None else [(USER, password)],
-        theme=theme,
+        theme=gradio.themes.Default(primary_hue="orange", secondary_hue="cyan", neutral_hue="stone", **fonts),
         css=(FRAMES / "demo.css").read_text(encoding="utf-8"),
         footer_links=[],
         ssr_mode=False,
         enable_monitoring=False,
         show_error=False,
     )
-    guarded = Guard(app, only_loopback=password is None)
     message = f"{', '.join(it.name for it in contestants)}: {address(listener)}"
-    run_until_signal(guarded, listener, message, 5, on_signal=lambda: None)
+    run_until_signal(Guard(app, only_loopback=password is None), listener, message, seconds=5)
     for contestant in contestants:
         contestant.engine.close()
     return 0

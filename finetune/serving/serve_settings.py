@@ -6,7 +6,6 @@ from pathlib import Path
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING
 from diptych.finetune.commands.model_settings import PromptSettings, check_positive
-from diptych.finetune.serving.web_address import check_port
 
 
 @dataclass(frozen=True)
@@ -63,3 +62,8 @@ class ServeSettings(PromptSettings):
     @property
     def model_name(self) -> str:
         return self.name or Path(self.model.rstrip("/")).name
+
+
+def check_port(port: int) -> None:
+    if not 0 <= port <= 65535:
+        raise UserError(f"port is {port}; it is a number from 0 to 65535.")

@@ -27,6 +27,7 @@ from diptych.finetune.commands.cli import main
 from diptych.finetune.doctor.doctor_checks import CHECKS
 from diptych.finetune.exporting import export_onnx
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, table_positions
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.serving.request_batches import Decoding, Engine, Job
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -175,7 +176,7 @@ def served(model, tokenizer, ran) -> str:
     """By the engine behind the HTTP interface: the pieces are the text."""
     events = []
     settings = {"batch_size": 2, "queue_size": 4, "batch_wait_ms": 0}
-    engine = Engine(model, tokenizer, TEMPLATES["translate"], **settings)
+    engine = Engine(LoadedModel.of(model, tokenizer, TEMPLATES["translate"]), **settings)
     source = tokenizer(TEMPLATES["translate"].render_source(ASKED[1], ASKED[3])).input_ids
     try:
         engine.submit([Job(source, Decoding(NEW_TOKENS), events.append, wants_pieces=True)])

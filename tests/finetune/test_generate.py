@@ -25,6 +25,7 @@ from diptych.finetune.inference.generation_config import MODEL_SETTINGS, UNSUPPO
 from diptych.finetune.inference.outputs import GenerationBar
 from diptych.finetune.inference.pipelines import register_pipelines
 from diptych.finetune.inference.prompts import Prompt, Prompter
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer
 from diptych.finetune.serving.request_batches import Decoding, Engine, Job
 from diptych.finetune.training.recipe import TrainRecipe
@@ -211,7 +212,8 @@ def test_every_command_sets_them_aside(t5_checkpoint, prepared_folder, tiny_toke
     source, _ = prompter.render(Prompt(**prompt))
     (ids,), _ = prompter.encode([source])
     events = queue.Queue()
-    engine = Engine(model, tokenizer, TEMPLATES["translate"], batch_size=1, queue_size=1, batch_wait_ms=0)
+    translating = LoadedModel.of(model, tokenizer, TEMPLATES["translate"])
+    engine = Engine(translating, batch_size=1, queue_size=1, batch_wait_ms=0)
     engine.submit([Job(ids, Decoding(32), events.put)])
     assert events.get(timeout=60).answers[0].text == "네."
     engine.close()

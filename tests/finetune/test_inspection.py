@@ -15,11 +15,17 @@ from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.inspection_page import render_page
 from diptych.finetune.model.attention_weights import Attentions, mean_weights, recompute, rollout
 from diptych.finetune.model.families import FAMILIES, family_of
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.modeling import DiptychConfig
 
 SOURCE, WRITTEN = torch.tensor([[5, 6, 7, 8, 1]]), torch.tensor([[2, 9, 10]])
 HOSTILE = '</script><script>window.ran = true</script><img src=x onerror="window.ran = true">'
+
+
+@pytest.fixture
+def loaded(learned_t5, tiny_tokenizer):
+    return LoadedModel.of(learned_t5, tiny_tokenizer)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "blenderbot"])
@@ -63,15 +69,16 @@ def test_the_lens_after_the_last_layer_is_the_models_answer(family):
     seen = recompute(model, SOURCE, WRITTEN)
     hook.remove()
     states = last[0][0] if isinstance(last[0], tuple) else last[0]
-    logits = facts._logits(model, family_of(model), states[0])
+    loaded = LoadedModel(model, None, None, family_of(model), 0, 0)
+    logits = facts.layer_logits(loaded, states[0])
     torch.testing.assert_close(logits, seen.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_steps_are_those_that_generate_takes(learned_t5, tiny_tokenizer, eight_prepared_rows):
+def test_steps_are_those_that_generate_takes(loaded, learned_t5, eight_prepared_rows):
     row = eight_prepared_rows[2]
     written = learned_t5.generate(torch.tensor([row["input_ids"]]), max_new_tokens=40, do_sample=False)[0].tolist()
-    passage = facts.read_and_write(learned_t5, row["input_ids"], written)
-    steps = facts.steps(learned_t5, tiny_tokenizer, passage)
+    passage = facts.read_and_write(loaded, row["input_ids"], written)
+    steps = facts.steps(loaded, passage)
     assert [step["chosen"]["id"] for step in steps] == row["labels"]
     with torch.no_grad():
         logits = learned_t5(
@@ -90,7 +97,7 @@ def test_steps_are_those_that_generate_takes(learned_t5, tiny_tokenizer, eight_p
         assert [token["logit"] for token in step["top"]] == pytest.approx(
             logits[place, top.indices].tolist(), rel=1e-4
         )
-    lens = facts.lens(learned_t5, tiny_tokenizer, passage)
+    lens = facts.lens(loaded, passage)
     assert len(lens) == 3
     assert [said["text"] for said in lens[-1]] == [step["chosen"]["text"] for step in steps]
     assert [said["rank"] for said in lens[-1]] == [1] * len(steps)
@@ -102,41 +109,41 @@ def passage_with(cross: list, tokenizer, source: str, target: str) -> facts.Pass
     return facts.Passage(source_ids, [0, *target_ids], 1, seen)
 
 
-def test_what_nobody_looked_at_is_found(tiny_tokenizer):
+def test_what_nobody_looked_at_is_found(loaded, tiny_tokenizer):
     """Source `a b c d </s>` as bytes; the output is two letters and </s>. Nobody looks at b and c; the second letter
     looks at </s> alone, and the end of the output does not count."""
     one_layer = [[[0.9, 0.02, 0.01, 0.07, 0.0], [0.0, 0.0, 0.0, 0.05, 0.95], [0.0, 0.9, 0.0, 0.1, 0.0]]]
     passage = passage_with([one_layer], tiny_tokenizer, "abcd", "xy")
     assert len(passage.source_ids) == 5 and len(passage.decoder_ids) == 4
-    assert facts.unread(passage, tiny_tokenizer) == {"source": [[1, 3]], "target": [1], "words": 4, "steps": 2}
+    assert facts.unread(loaded, passage) == {"source": [[1, 3]], "target": [1], "words": 4, "steps": 2}
     # In another layer c is looked at, and the second letter looks at d.
     other_layer = [[[0.0, 0.0, 0.5, 0.3, 0.2], [0.0, 0.0, 0.0, 1.0, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2]]]
     passage = passage_with([one_layer, other_layer], tiny_tokenizer, "abcd", "xy")
-    assert facts.unread(passage, tiny_tokenizer) == {"source": [[1, 1]], "target": [], "words": 4, "steps": 2}
+    assert facts.unread(loaded, passage) == {"source": [[1, 1]], "target": [], "words": 4, "steps": 2}
     # What looks at all words alike looks at none of them.
     even = [[[0.25, 0.25, 0.25, 0.25, 0.0]] * 3]
-    assert facts.unread(passage_with([even], tiny_tokenizer, "abcd", "xy"), tiny_tokenizer)["target"] == [0, 1]
+    assert facts.unread(loaded, passage_with([even], tiny_tokenizer, "abcd", "xy"))["target"] == [0, 1]
 
 
-def test_neighbours_are_those_of_the_table(learned_t5, tiny_tokenizer):
+def test_neighbours_are_those_of_the_table(loaded, learned_t5, tiny_tokenizer):
     table = learned_t5.get_input_embeddings().weight.detach()
-    (found,) = facts.embeddings(learned_t5, tiny_tokenizer, [40])
+    (found,) = facts.embeddings(loaded, [40])
     cosines = torch.nn.functional.cosine_similarity(table[40], table[: len(tiny_tokenizer)])
     cosines[40] = -2
     assert [near["id"] for near in found["neighbours"]] == cosines.topk(facts.NEIGHBOURS).indices.tolist()
     assert found["norm"] == pytest.approx(float(table[40].norm()), rel=1e-4)
 
 
-def test_two_directions_hold_all_of_three_words(learned_t5, tiny_tokenizer):
-    plane = facts.word_map(learned_t5, tiny_tokenizer, ["Go", "Yes", "student", ""])
+def test_two_directions_hold_all_of_three_words(loaded):
+    plane = facts.word_map(loaded, ["Go", "Yes", "student", ""])
     assert [point["word"] for point in plane["points"]] == ["Go", "Yes", "student"]
     assert plane["shown"] == pytest.approx(1.0)
-    assert facts.word_map(learned_t5, tiny_tokenizer, ["Go", "Yes"]) is None
+    assert facts.word_map(loaded, ["Go", "Yes"]) is None
 
 
-def test_of_a_large_model_some_layers_are_shown_and_said(learned_t5, tiny_tokenizer, eight_prepared_rows):
+def test_of_a_large_model_some_layers_are_shown_and_said(loaded, eight_prepared_rows):
     row = eight_prepared_rows[0]
-    passage = facts.read_and_write(learned_t5, row["input_ids"], [0, *row["labels"]])
+    passage = facts.read_and_write(loaded, row["input_ids"], [0, *row["labels"]])
     whole = facts.attention_maps(passage)
     assert whole["cross"]["layers"] == [0, 1]
     cells = sum(layer.numel() for layers in passage.seen[:3] for layer in layers)
@@ -261,8 +268,8 @@ def _attention(html: str) -> dict:
 
 def test_a_family_without_a_known_norm_has_no_lens(tiny_tokenizer):
     model = AutoModelForSeq2SeqLM.from_config(family_configs(len(tiny_tokenizer))["blenderbot"])
-    passage = facts.read_and_write(model, [5, 6, 1], [0, 9, 1])
-    assert facts.lens(model, tiny_tokenizer, passage) is None
+    loaded = LoadedModel.of(model, tiny_tokenizer)
+    assert facts.lens(loaded, facts.read_and_write(loaded, [5, 6, 1], [0, 9, 1])) is None
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,10 @@ from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.publishing.model_card import model_card
-from diptych.finetune.serving.demo import Asked, answer_all, build_page, load_contestant
+from diptych.finetune.serving.demo import Asked, Contestant, answer_all, build_page
+from diptych.finetune.serving.request_batches import Engine
 from diptych.finetune.serving.serve_settings import DemoSettings
+from diptych.finetune.serving.served_model import load_served
 from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 PAIRS = [
@@ -223,7 +225,8 @@ def test_serve_demo_and_inspect_are_told_languages(nllb, tmp_path, capsys):
         with pytest.raises(openai.BadRequestError, match="Did you mean 'kor_Hang'"):
             ask("Yes.", target_language="kor_Kore")
 
-    contestant = load_contestant(DemoSettings(str(nllb), target_language="fr", device="cpu"), str(nllb))
+    served = load_served(DemoSettings(str(nllb), target_language="fr", device="cpu"), str(nllb))
+    contestant = Contestant("nllb", served, Engine(served.loaded, batch_size=1, queue_size=1, batch_wait_ms=0))
     dropdowns = [it for it in build_page([contestant], []).blocks.values() if type(it).__name__ == "Dropdown"]
     assert [it.value for it in dropdowns] == ["eng_Latn", "fra_Latn"] and len(dropdowns[0].choices) == 202
     for code, answer in (("fra_Latn", "Va !"), ("kor_Hang", "가.")):

@@ -23,10 +23,12 @@ from diptych.data_prep.text_to_ids.templates import attach_template, load_templa
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.scoring import chosen_outputs
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
+from diptych.finetune.serving.completion_service import Service, build_app
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
-from diptych.finetune.serving.serve import Service, build_app
 from diptych.finetune.serving.serve_settings import ServeSettings
+from diptych.finetune.serving.served_model import ServedModel
 
 SECRET = "the-token-of-this-test"
 
@@ -388,9 +390,7 @@ def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, s
 
 @pytest.fixture
 def engine(learned_t5, tiny_tokenizer):
-    started = Engine(
-        learned_t5, tiny_tokenizer, template_of(tiny_tokenizer), batch_size=4, queue_size=3, batch_wait_ms=300
-    )
+    started = Engine(LoadedModel.of(learned_t5, tiny_tokenizer), batch_size=4, queue_size=3, batch_wait_ms=300)
     yield started
     started.close()
 
@@ -425,8 +425,9 @@ def test_a_batch_that_breaks_says_so_and_the_next_one_goes_on(engine, tiny_token
 def test_a_failure_of_our_own_is_counted_as_one(engine, tiny_tokenizer, monkeypatch, capsys):
     """Not as a client that has gone; and what broke is not written down."""
     settings = ServeSettings(model="t5")
-    service = Service(settings, engine, Prompter(tiny_tokenizer, template_of(tiny_tokenizer), None), 8)
-    client = TestClient(build_app(service, None), base_url="http://localhost")
+    served = ServedModel(engine.loaded, Prompter(tiny_tokenizer, engine.loaded.template, None), 8)
+    service = Service(settings, served, engine)
+    client = TestClient(build_app(service), base_url="http://localhost")
 
     words = "words of a client"
 
@@ -436,7 +437,7 @@ def test_a_failure_of_our_own_is_counted_as_one(engine, tiny_tokenizer, monkeypa
     monkeypatch.setattr("diptych.finetune.serving.request_batches.generate_batch", breaks)
     whole = client.post("/v1/completions", json={"prompt": "Go."})
     streamed = client.post("/v1/completions", json={"prompt": "Go.", "stream": True})
-    monkeypatch.setattr(service, "sources", breaks)
+    monkeypatch.setattr(service, "encode", breaks)
     unread = client.post("/v1/completions", json={"prompt": "Go."})
     assert (whole.status_code, streamed.status_code, unread.status_code) == (500, 200, 500)
     assert all("server failed: RuntimeError" in answer.text for answer in (whole, streamed, unread))
@@ -452,7 +453,7 @@ def test_text_that_may_begin_a_stop_string_waits(tiny_tokenizer, learned_t5, tmp
     file.write_text('{# stop: "학생이 아" #}\n{{ instruction }} {{ input }}\n{# target #}\n{{ output }}')
     tokenizer = type(tiny_tokenizer).from_pretrained(_saved(tiny_tokenizer, tmp_path))
     attach_template(tokenizer, load_template(str(file)))
-    started = Engine(learned_t5, tokenizer, template_of(tokenizer), batch_size=1, queue_size=1, batch_wait_ms=0)
+    started = Engine(LoadedModel.of(learned_t5, tokenizer), batch_size=1, queue_size=1, batch_wait_ms=0)
     events = []
     ids = tiny_tokenizer(template_of(tiny_tokenizer).render_source(TO_KOREAN, "I am a student.")).input_ids
     started.submit([Job(ids, Decoding(64), events.append, wants_pieces=True)])

@@ -16,8 +16,10 @@ from diptych.finetune.inference.targets import given_tokens, target_ids
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.inspection import Reader
 from diptych.finetune.model.attention_weights import mean_weights
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.serving.demo import Contestant
 from diptych.finetune.serving.request_batches import Answer
+from diptych.finetune.serving.served_model import ServedModel
 
 PLAIN = Template("plain", "{{ instruction }}")
 
@@ -66,11 +68,11 @@ def test_given_and_written_tokens_are_the_sequence_of_generate(putting_bos, two_
 def test_inspect_and_demo_look_at_what_was_written(putting_bos):
     """Greedy decoding's tokens are the likeliest where they look; after a token too much they would not be."""
     model = starting_with(1, putting_bos)
-    prompter = Prompter(putting_bos, PLAIN, None)
-    passage = Reader(model, prompter, 8).passage("Yes.", Languages())
-    steps = facts.steps(model, putting_bos, passage)
+    loaded, prompter = LoadedModel.of(model, putting_bos, PLAIN), Prompter(putting_bos, PLAIN, None)
+    passage = Reader(loaded, prompter, 8).passage("Yes.", Languages())
+    steps = facts.steps(loaded, passage)
     assert [step["rank"] for step in steps] == [1] * len(steps) and passage.given == 1
-    contestant = Contestant("bart", model, prompter, None, 8)
+    contestant = Contestant("bart", ServedModel(loaded, prompter, 8), None)
     html = contestant.attention(passage.source_ids, [1], Answer("", True, tuple(passage.decoder_ids[1:])))
     shown = [float(share) for share in re.findall(r'title="([\d.]+) %"', html)]
     assert shown == pytest.approx((100 * mean_weights(passage.seen.cross)).flatten().tolist(), abs=0.051)

@@ -287,13 +287,13 @@ def test_an_export_is_proven_and_writes_the_targets_words(engine, learned_pairs,
 def test_inspect_shows_each_side_in_its_vocabulary(learned_pairs):
     folder, pairs = learned_pairs
     loaded = load_checkpoint(folder)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    reader = Reader(model, Prompter(tokenizer, template_for("", tokenizer), None), 24)
+    tokenizer = loaded.tokenizer
+    reader = Reader(loaded, Prompter(tokenizer, loaded.template, None), 24)
     passage = reader.passage(pairs[4][0], Languages())
     assert reader.text(passage) == pairs[4][1]
-    steps = inspection_facts.steps(model, tokenizer, passage)
+    steps = inspection_facts.steps(loaded, passage)
     assert "".join(step["chosen"]["text"] for step in steps) == f"␣{pairs[4][1]}</s>".replace(" ", "␣")
-    near = inspection_facts.embeddings(model, tokenizer, passage.source_ids)
+    near = inspection_facts.embeddings(loaded, passage.source_ids)
     known = {chip["text"] for chip in inspection_facts.chips(source_side(tokenizer), range(len(tokenizer)))}
     assert {chip["text"] for it in near for chip in it["neighbours"]} <= known
 

@@ -1,0 +1,306 @@
+"""What `diptych serve` does with requests: a method for each path, from the HTTP request to the answer or its chunks.
+
+    app = build_app(Service(settings, served, engine, token))       an ASGI application
+
+The extra `serve` is imported here; serve.py says so if it is not installed.
+"""
+
+import asyncio
+import hmac
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.conversations import Fault
+from diptych.data_prep.rows.records import broken_character
+from diptych.data_prep.text_to_ids.languages import codes_of
+from diptych.finetune.inference.prompts import Prompt, prompt_of
+from diptych.finetune.serving.openai_requests import Ask, RequestError, check_model, finish_reason, read_request
+from diptych.finetune.serving.request_batches import Answer, Ended, Engine, Failed, Job, Piece, QueueFull, show_place
+from diptych.finetune.serving.serve_settings import ServeSettings
+from diptych.finetune.serving.served_model import Encoded, ServedModel
+from diptych.finetune.serving.web_address import TOKEN_VARIABLE, is_asked_here
+
+LARGEST_BODY = 4_000_000
+"""Bytes."""
+ERROR_HEADERS = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+
+
+class ServerMetrics:
+    """What Prometheus reads at /metrics."""
+
+    def __init__(self, engine: Engine):
+        self.registry = CollectorRegistry()
+        kept = {"registry": self.registry}
+        self.requests = Counter("diptych_requests", "Requests by path and status.", ["path", "status"], **kept)
+        self.dropped = Counter("diptych_dropped", "Requests whose client left, or that timed out.", **kept)
+        self.read = Counter("diptych_prompt_tokens", "Tokens of prompts.", **kept)
+        self.written = Counter("diptych_generated_tokens", "Tokens generated.", **kept)
+        self.seconds = Histogram("diptych_request_seconds", "From a request to the end of its answer.", **kept)
+        self.first = Histogram("diptych_first_text_seconds", "From a request to its first streamed text.", **kept)
+        sizes = [1, 2, 4, 8, 16, 32, 64, 128]
+        engine.on_batch = Histogram("diptych_batch_rows", "Prompts of a batch.", buckets=sizes, **kept).observe
+        Gauge("diptych_queue_depth", "Prompts that wait.", **kept).set_function(lambda: engine.waiting)
+        running = Gauge("diptych_running_rows", "Prompts that are being answered.", **kept)
+        running.set_function(lambda: sum(not job.is_dropped for job in engine.running))
+
+    def count(self, path: str, status: int) -> None:
+        self.requests.labels(path, status).inc()
+        self.dropped.inc(status in (499, 504))
+
+
+class Service:
+    """The model, its queue, and a method for each path."""
+
+    def __init__(self, settings: ServeSettings, served: ServedModel, engine: Engine, token: str | None = None):
+        self.settings, self.served, self.engine, self.token = settings, served, engine, token
+        self.name, self.is_closing = settings.model_name, False
+        self.metrics = ServerMetrics(engine)
+
+    # The paths
+
+    async def complete(self, request: Request) -> Response:
+        """Both completions and chat completions. What fails drops the request's jobs."""
+        self.admit(request)
+        if self.is_closing:
+            raise RequestError(503, "the server is about to end. Come again.", kind="overloaded")
+        path, jobs = request.scope["path"], []
+        try:
+            ask = read_request(await read_body(request), "chat" in path, self.name, self.served.most_tokens)
+            jobs, events = self.submit(ask)
+            if ask.stream:
+                return StreamingResponse(self.stream(path, ask, jobs, events), media_type="text/event-stream")
+            answer = await while_connected(request, self.whole_answer(ask, jobs, events))
+        except Exception as error:
+            drop(jobs)
+            raise self.request_error(error) from None
+        self.metrics.count(path, 200)
+        return JSONResponse(answer)
+
+    async def list_models(self, request: Request) -> Response:
+        """The only one there is, in a list or by its name."""
+        self.admit(request)
+        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "diptych"}
+        if (name := request.path_params.get("name")) is None:
+            return JSONResponse({"object": "list", "data": [model]})
+        check_model(name, self.name)
+        return JSONResponse(model)
+
+    async def health(self, request: Request) -> Response:
+        self.admit(request, needs_token=False)
+        state = "closing" if self.is_closing else "ok"
+        return JSONResponse({"status": state, "model": self.name}, 503 if self.is_closing else 200)
+
+    async def show_metrics(self, request: Request) -> Response:
+        self.admit(request)
+        return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
+
+    # The steps of an answer
+
+    def admit(self, request: Request, needs_token: bool = True) -> None:
+        """RequestError unless the request has the token or, if none is set, comes from this machine itself and not
+        from a page of another site that a browser here shows."""
+        if self.token is None:
+            if not is_asked_here(request.headers):
+                message = (
+                    f"asked for as another host than this one, or by a page of one. Set {TOKEN_VARIABLE} to allow it."
+                )
+                raise RequestError(403, message)
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_known = hmac.compare_digest(given.strip().encode("latin-1"), os.fsencode(self.token))
+        if needs_token and not (scheme.lower() == "bearer" and is_known):
+            message = f"a token is needed: Authorization: Bearer …, as in {TOKEN_VARIABLE} of the server."
+            raise RequestError(401, message, kind="authentication_error")
+
+    def submit(self, ask: Ask) -> tuple[list[Job], asyncio.Queue]:
+        """Queues the prompts. Returns their jobs, and a queue of (index of the job, event)."""
+        loop, events, most = asyncio.get_running_loop(), asyncio.Queue(), self.settings.queue
+        sources = self.encode(ask.rows)
+        if len(sources) > most:
+            message = f"the request has {len(sources)} prompts, but only {most} can wait. Send fewer at once."
+            raise RequestError(400, message, "prompt")
+
+        def to_queue(place: int):
+            return lambda event: loop.call_soon_threadsafe(events.put_nowait, (place, event))
+
+        jobs = [
+            Job(source.source_ids, ask.decoding, to_queue(place), ask.stream, given=source.given)
+            for place, source in enumerate(sources)
+        ]
+        try:
+            self.engine.submit(jobs)
+        except QueueFull:
+            raise RequestError(503, f"up to {most} prompts wait already. Come again.", kind="overloaded") from None
+        ask.prompt_tokens = sum(len(source.source_ids) for source in sources)
+        self.metrics.read.inc(ask.prompt_tokens)
+        return jobs, events
+
+    def encode(self, rows: list[dict[str, Any]]) -> list[Encoded]:
+        """The prompts' token ids, by the template as `diptych generate` does it."""
+        column = "messages" if "messages" in rows[0] else "prompt"
+        try:
+            sources = [self.served.encode(self.as_asked(prompt_of(row))) for row in rows]
+        except (UserError, Fault) as error:
+            raise RequestError(400, str(error), error.field if isinstance(error, Fault) else column) from None
+        if any(source.is_cut for source in sources):
+            limit = self.served.prompter.max_source_tokens
+            raise RequestError(400, f"the prompt has more than {limit} tokens, which is all that is read.", column)
+        return sources
+
+    def as_asked(self, prompt: Prompt) -> Prompt:
+        """If T5's words for the languages say what is to be done, the prompt is the text to translate."""
+        prompter = self.served.prompter
+        has_words = codes_of(prompter.tokenizer).layout == "words"
+        if prompt.input or not has_words or not prompt.languages.or_else(prompter.languages).direction:
+            return prompt
+        return prompt._replace(instruction="", input=prompt.instruction)
+
+    async def events_of(self, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[tuple[int, Piece | Ended]]:
+        """(index of the job, event) until all have ended. Raises TimeoutError, or the error of a batch that failed."""
+        until, open_jobs = jobs[0].created + self.settings.timeout, len(jobs)
+        while open_jobs:
+            place, event = await asyncio.wait_for(events.get(), until - time.monotonic())
+            if isinstance(event, Failed):
+                raise server_error(event.error)
+            open_jobs -= isinstance(event, Ended)
+            yield place, event
+
+    async def whole_answer(self, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> dict[str, Any]:
+        ended = {place: event.answers async for place, event in self.events_of(jobs, events)}
+        answers = [answer for place in range(len(jobs)) for answer in ended[place]]
+        self.count_answers(jobs, answers)
+        return ask.body(answers)
+
+    async def chunks(self, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[dict[str, Any]]:
+        """OpenAI's chunks: one for each piece, one that ends each answer, and the usage if it was asked for."""
+        answers, has_text = [], False
+        async for place, event in self.events_of(jobs, events):
+            first = place * ask.decoding.n
+            if isinstance(event, Piece):
+                if not has_text:
+                    self.metrics.first.observe(time.monotonic() - jobs[0].created)
+                has_text = True
+                yield ask.chunk(first + event.index, event.text)
+                continue
+            answers += event.answers
+            for index, answer in enumerate(event.answers):
+                yield ask.chunk(first + index, "", finish_reason(answer))
+        self.count_answers(jobs, answers)
+        if ask.include_usage:
+            yield ask.usage_chunk(answers)
+
+    async def stream(self, path: str, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
+        """The chunks as server-sent events. When the client leaves, starlette closes this generator."""
+        status = 499
+        try:
+            async for chunk in self.chunks(ask, jobs, events):
+                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            status = 200
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            refused = self.request_error(error)
+            status = refused.status
+            yield f"data: {json.dumps(refused.body())}\n\n"
+        finally:
+            drop(jobs)
+            self.metrics.count(path, status)
+
+    def count_answers(self, jobs: list[Job], answers: Sequence[Answer]) -> None:
+        self.metrics.written.inc(sum(len(answer.ids) for answer in answers))
+        self.metrics.seconds.observe(time.monotonic() - jobs[0].created)
+
+    def request_error(self, error: Exception) -> RequestError:
+        if isinstance(error, RequestError):
+            return error
+        if isinstance(error, ClientDisconnect):
+            return RequestError(499, "the client has gone.")
+        if isinstance(error, asyncio.TimeoutError):
+            seconds = self.settings.timeout
+            return RequestError(504, f"no answer within {seconds:g} seconds. Ask for fewer tokens.", kind="timeout")
+        show_place(error)
+        return server_error(error)
+
+    def close(self) -> None:
+        """Requests under way are answered, new ones refused."""
+        self.is_closing = True
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    data = b""
+    async for part in request.stream():
+        data += part
+        if len(data) > LARGEST_BODY:
+            raise RequestError(413, f"the request has more than {LARGEST_BODY:,} bytes. Send less at once.")
+    try:
+        body = json.loads(data)
+    except RecursionError:
+        raise RequestError(400, "the request is nested too deeply.") from None
+    except ValueError as error:
+        raise RequestError(400, f"the request is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, f"the request must be a JSON object, and is {type(body).__name__}.")
+    if broken := broken_character(json.dumps(body, ensure_ascii=False)):
+        raise RequestError(400, f"the request holds {broken}")
+    return body
+
+
+async def while_connected(request: Request, answer: Coroutine) -> dict[str, Any]:
+    """The awaited answer; ClientDisconnect as soon as nobody waits for it any more."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(disconnected())
+    await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if answering.done():
+        return answering.result()
+    answering.cancel()
+    raise ClientDisconnect
+
+
+def drop(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job.is_dropped = True
+
+
+def server_error(error: Exception) -> RequestError:
+    """For an error of the server's own: the request has passed all checks."""
+    message = str(error) if isinstance(error, UserError) else f"the server failed: {type(error).__name__}"
+    return RequestError(500, message, kind="server_error")
+
+
+def build_app(service: Service) -> Starlette:
+    """The ASGI application."""
+
+    routes = [
+        Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/chat/completions", service.complete, methods=["POST"]),
+        Route("/v1/models", service.list_models),
+        Route("/v1/models/{name:path}", service.list_models),
+        Route("/health", service.health),
+        Route("/metrics", service.show_metrics),
+    ]
+    paths = {route.path for route in routes}
+
+    async def refuse(request: Request, error: RequestError) -> Response:
+        path = request.scope["path"]
+        service.metrics.count(path if path in paths else "elsewhere", error.status)
+        return JSONResponse(error.body(), error.status, ERROR_HEADERS.get(error.status))
+
+    async def list_paths(request: Request, error: Exception) -> Response:
+        there = ", ".join(f"{'POST' if 'POST' in route.methods else 'GET'} {route.path}" for route in routes)
+        return await refuse(request, RequestError(error.status_code, f"there are {there}.", kind="not_found"))
+
+    return Starlette(routes=routes, exception_handlers={404: list_paths, 405: list_paths, RequestError: refuse})

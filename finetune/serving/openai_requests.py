@@ -1,0 +1,246 @@
+"""Requests of OpenAI's completions and chat completions, checked by hand; answers as OpenAI's client parses them.
+
+    ask = read_request({"prompt": "Name the capital.", "input": "France", "n": 2, "temperature": 1}, …)
+    ask.rows         [{"instruction": "Name the capital.", "input": "France", "system": ""}]
+    ask.decoding     Decoding(max_new_tokens=256, temperature=1.0, n=2)
+    ask.body(…)      {"id": "cmpl-…", "object": "text_completion", "choices": […], "usage": {…}}
+
+A null field counts as absent. A field that asks for what the server cannot do (tools, images) is refused by its name.
+The checks are written out, without pydantic: the `serve` extra would need it for these alone, and what a field with a
+harmless value, a null or a nested path gets is ours to say either way.
+"""
+
+import itertools
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diptych.data_prep.rows.conversations import MARKS, MARKS_NOT_READ
+from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
+from diptych.finetune.serving.request_batches import Answer, Decoding
+
+MOST_PROMPTS = 64
+MOST_ANSWERS = 16
+LANGUAGES = (*SOURCE_COLUMNS[:2], *TARGET_COLUMNS[:2])
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+"""One setting by its old and its new name."""
+KNOWN = {"model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", *LANGUAGES, *TOKEN_LIMITS}
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+}
+"""Whatever their values, the text of the answer is the same."""
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "response_format": ({"type": "text"},),
+    "stream_options.include_obfuscation": (False,),
+}
+"""Values of further fields that ask for nothing, and are accepted."""
+LEAST_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken: logits that are divided by less can overflow float32."""
+LARGEST_INTEGER = 2**63 - 1
+LONGEST_MESSAGE = 600
+"""Characters of an error, which may quote a client."""
+
+
+class RequestError(Exception):
+    """What a client did wrong, or the server cannot do now: an HTTP status, OpenAI's kind of error, and the field."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, kind: str = "invalid_request_error"):
+        super().__init__(shorten(message, LONGEST_MESSAGE))
+        self.status, self.param, self.kind = status, param and shorten(param), kind
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": None}}
+
+
+@dataclass
+class Ask:
+    """A checked request, and its answer's parts."""
+
+    is_chat: bool
+    model: str
+    rows: list[dict[str, Any]]
+    """Its prompts as rows of `diptych generate --in_file`."""
+    decoding: Decoding
+    stream: bool
+    include_usage: bool
+    prompt_tokens: int = 0
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    has_role: set[int] = field(default_factory=set)
+    """The answers of which a chunk with the role was sent."""
+
+    def __post_init__(self) -> None:
+        self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+
+    def body(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        choices = [
+            self._choice(index, answer.text, finish_reason(answer), "message") | self._scores(answer)
+            for index, answer in enumerate(answers)
+        ]
+        return self._envelope("") | {"choices": choices, "usage": self.usage(answers)}
+
+    def chunk(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
+        return self._envelope(".chunk") | {"choices": [self._choice(index, text, reason, "delta")]}
+
+    def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        return self._envelope(".chunk") | {"choices": [], "usage": self.usage(answers)}
+
+    def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
+        read, written = self.prompt_tokens, sum(len(answer.ids) for answer in answers)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def _scores(self, answer: Answer) -> dict[str, Any]:
+        if not self.decoding.scores:
+            return {}
+        if self.is_chat:
+            parts = [
+                {"token": text, "logprob": score, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, score in answer.scored
+            ]
+            return {"logprobs": {"content": parts}}
+        texts, scores = [text for text, _ in answer.scored], [score for _, score in answer.scored]
+        offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=0))
+        return {"logprobs": {"tokens": texts, "token_logprobs": scores, "text_offset": offsets, "top_logprobs": None}}
+
+    def _envelope(self, suffix: str) -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self.is_chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _choice(self, index: int, text: str, reason: str | None, key: str) -> dict[str, Any]:
+        if not self.is_chat:
+            return {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+        role = {} if index in self.has_role else {"role": "assistant"}
+        self.has_role.add(index)
+        return {"index": index, key: role | {"content": text}, "finish_reason": reason}
+
+
+def finish_reason(answer: Answer) -> str:
+    return "stop" if answer.finished else "length"
+
+
+def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: int) -> Ask:
+    """RequestError for the first field that is wrong or asks for what is not done here."""
+    body = _without_nulls(body)
+    # A chat asks for each token's log-probability by true; a completion by 0, the number of alternatives beside it.
+    has_scores = body.get("logprobs") is True if is_chat else type(body.get("logprobs")) is int
+    own = {"messages"} if is_chat else {"prompt", "input", "system"}
+    _check_fields(body, KNOWN | own | ({"logprobs"} if is_chat and has_scores else set()))
+    check_model(_field(body, "model", str, model), model)
+    stream = _field(body, "stream", bool, False)
+    options = _without_nulls(_field(body, "stream_options", dict, {}))
+    _check_fields(options, {"include_usage"}, "stream_options.")
+    include_usage = _field(options, "include_usage", bool, False)
+    if has_scores and stream:
+        raise RequestError(400, "'logprobs' are known when all is written. Ask for them without 'stream'.", "logprobs")
+    decoding = _decoding(body, most_tokens)._replace(scores=has_scores)
+    rows = _chat_rows(body) if is_chat else _completion_rows(body)
+    languages = {name: _field(body, name, str, "") for name in LANGUAGES if body.get(name)}
+    return Ask(is_chat, model, [row | languages for row in rows], decoding, stream, include_usage)
+
+
+def check_model(name: str, model: str) -> None:
+    if name != model:
+        raise RequestError(404, f"there is no model '{shorten(name)}' here; this is {model!r}.", "model")
+
+
+def shorten(text: str, characters: int = 60) -> str:
+    return text if len(text) <= characters else f"{text[:characters]} …"
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_fields(fields: dict[str, Any], known: set[str], path: str = "") -> None:
+    for name, value in fields.items():
+        harmless = HARMLESS.get(f"{path}{name}", ())
+        if name not in known | IGNORED and value not in harmless:
+            alternative = f", or give {' or '.join(map(json.dumps, harmless))}" if harmless else ""
+            message = f"'{path}{shorten(name)}' asks for something that is not done here. Leave it out{alternative}."
+            raise RequestError(400, message, f"{path}{name}")
+
+
+def _field(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join(one.__name__ for one in kinds)
+        raise RequestError(400, f"{name!r} is {shorten(json.dumps(value))}; it must be of type {expected}.", name)
+    return value
+
+
+def _number(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any, low: Any, high: Any) -> Any:
+    value = _field(body, name, kind, default)
+    if value is not None and not low <= value <= high:
+        raise RequestError(400, f"{name!r} is {value}; it is a number from {low} to {high}.", name)
+    return value
+
+
+def _decoding(body: dict[str, Any], most_tokens: int) -> Decoding:
+    limits = [_number(body, name, int, most_tokens, 1, LARGEST_INTEGER) for name in TOKEN_LIMITS]
+    temperature = float(_number(body, "temperature", (int, float), 0, 0, 2))
+    temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
+    top_p = float(_number(body, "top_p", (int, float), 1, 0, 1))
+    count = _number(body, "n", int, 1, 1, MOST_ANSWERS)
+    if count > 1 and not temperature:
+        raise RequestError(400, "'n' above 1 without a temperature would be one answer several times. Give one.", "n")
+    stop = _field(body, "stop", (str, list), [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if len(stop) > 16 or not all(isinstance(text, str) and text for text in stop):
+        raise RequestError(400, "'stop' is a text that is not empty, or a list of up to 16 of them.", "stop")
+    seed = _number(body, "seed", int, None, -LARGEST_INTEGER - 1, LARGEST_INTEGER)
+    if not temperature:  # then both change nothing, and prompts can share a batch
+        top_p, seed = 1.0, None
+    return Decoding(min(most_tokens, *limits), temperature, top_p, count, tuple(stop), seed)
+
+
+def _chat_rows(body: dict[str, Any]) -> list[dict[str, Any]]:
+    messages = _field(body, "messages", list, None)
+    if not messages:
+        raise RequestError(400, "'messages' is missing or empty. Give a list of {role, content}.", "messages")
+    turns = [_turn(message) for message in messages]
+    if isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
+        where = f"messages[{len(turns) - 1}]"
+        message = f"'{where}' is an assistant turn, and answers are not continued. End with a user turn."
+        raise RequestError(400, message, where)
+    return [{"messages": turns}]
+
+
+def _turn(message: Any) -> Any:
+    """The message without null fields and marks of training. An assistant's content may be missing."""
+    if not isinstance(message, dict):
+        return message
+    turn = {name: message[name] for name in _without_nulls(message).keys() - MARKS.keys() - MARKS_NOT_READ.keys()}
+    return {"content": turn.get("refusal", "")} | turn if turn.get("role") == "assistant" else turn
+
+
+def _completion_rows(body: dict[str, Any]) -> list[dict[str, Any]]:
+    prompts = _field(body, "prompt", (str, list), None)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    others = {name: _field(body, name, str, "") for name in ("input", "system")}
+    are_texts = prompts and all(isinstance(it, str) and (it.strip() or others["input"]) for it in prompts)
+    if not are_texts or len(prompts) > MOST_PROMPTS:
+        message = f"'prompt' is a text that is not empty, or a list of 1 to {MOST_PROMPTS} of them (no token ids)."
+        raise RequestError(400, message, "prompt")
+    return [{"instruction": prompt} | others for prompt in prompts]
