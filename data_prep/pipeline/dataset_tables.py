@@ -57,7 +57,8 @@ def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratc
     columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty]
     for name, rows in places.items():
         path = scratch / f"{name.replace('/', '.')}.arrow"
-        written(taken(gathered.examples.select(columns), rows), path)
+        selected = gathered.examples.select(columns)
+        written(taken(selected, rows), selected.schema, path)
         tables[name] = Dataset.from_file(str(path))
     return tables
 

@@ -8,10 +8,9 @@ source) are columns of integers; texts and token ids are read from the file, whi
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from diptych.data_prep.cleaning.duplicates import PERMUTATIONS
 from diptych.data_prep.command_line.errors import counted
-from diptych.data_prep.pipeline.row_stages import Batch, Counts, Stages
+from diptych.data_prep.pipeline.row_stages import ID_FIELDS, Batch, Counts, Stages
 from diptych.data_prep.pipeline.workers import in_order
 from diptych.data_prep.reading.sources import Source
 from diptych.data_prep.rows.records import Rejects, Row
@@ -37,7 +36,7 @@ class Gathered:
     """What all sources gave: examples in a file, and what was counted on the way."""
 
     examples: pyarrow.Table
-    """Mapped from the file: columns of stages.py."""
+    """Mapped from the file: the columns of row_stages.py."""
     signatures: numpy.ndarray | None
     """(rows, permutations), mapped too, where near duplicates are looked for."""
     counts: Counts
@@ -57,38 +56,45 @@ def first_rows(source: Source) -> list[Row]:
 
 def gather(sources: Sequence[Source], stages: Stages, rejects: Rejects, scratch: Path, workers: int) -> Gathered:
     """`scratch` is an existing folder, which has to stay as long as the result is used."""
-    total = sum(source.bytes for source in sources) if all(source.bytes for source in sources) else None
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Reading", mininterval=0.5) as bar:
-        batches = _batches(sources, stages, workers, rejects, bar)
-        return collect(batches, len(sources), stages, rejects, scratch)
+    sizes = [source.bytes for source in sources]
+    bytes_before = list(accumulate((size or 0 for size in sizes), initial=0))
+    tasks = ((chunk, number) for number, source in enumerate(sources) for chunk in source.chunks())
+    bar = tqdm(total=sum(sizes) if all(sizes) else None, unit="B", unit_scale=True, desc="Reading", mininterval=0.5)
+
+    def batches() -> Iterator[Batch]:
+        rows = 0
+        for batch in in_order(stages.run, tasks, workers):
+            yield batch
+            rows += batch.counts.rows
+            bar.set_postfix_str(f"{counted(rows, 'row')}, {rejects.count:,} rejected", refresh=False)
+            bar.update(bytes_before[batch.source_number] + batch.bytes_done - bar.n)
+
+    with bar:
+        return collect(batches(), len(sources), stages, rejects, scratch)
 
 
-def collect(
-    numbered: Iterable[tuple[int, Batch]], sources: int, stages: Stages, rejects: Rejects, scratch: Path
-) -> Gathered:
-    """Batches, each with the number of its source, in the order of the data, wherever they were made."""
-    counts, examples_read = Counts(), Counter()
-    signatures_file = (scratch / "signatures").open("wb") if stages.shingles else None
+def collect(batches: Iterable[Batch], sources: int, stages: Stages, rejects: Rejects, scratch: Path) -> Gathered:
+    """Batches in the order of the data, wherever they were made."""
+    counts, examples_read = Counts(), [0] * sources
+    has_signatures = stages.shingles is not None
+    schema = stages.schema.remove(stages.schema.get_field_index("signature")) if has_signatures else stages.schema
 
-    def batches() -> Iterator[pyarrow.RecordBatch]:
-        for number, batch in numbered:
-            examples_read[number] += batch.examples_read
-            counts.add(batch.counts)
-            for reject in batch.rejects:
-                rejects.add(reject)
-            examples = batch.examples
-            if signatures_file is not None:
-                signatures_file.write(b"".join(examples["signature"].to_pylist()))
-                examples = examples.drop_columns(["signature"])
-            yield examples
+    with (scratch / "signatures").open("wb") as signatures_file:
 
-    examples = written(batches(), scratch / "examples.arrow")
+        def examples() -> Iterator[pyarrow.RecordBatch]:
+            for batch in batches:
+                examples_read[batch.source_number] += batch.examples_read
+                examples = _counted(batch, counts, rejects)
+                if has_signatures:
+                    signatures_file.write(b"".join(examples["signature"].to_pylist()))
+                yield examples.select(schema.names)
+
+        table = written(examples(), schema, scratch / "examples.arrow")
     signatures = None
-    if signatures_file is not None:
-        signatures_file.close()
-        shape = (examples.num_rows, PERMUTATIONS)
-        signatures = numpy.memmap(scratch / "signatures", numpy.uint32, "r", shape=shape) if shape[0] else None
-    return Gathered(examples, signatures, counts, [examples_read[number] for number in range(sources)])
+    if has_signatures and table.num_rows:
+        shape = (table.num_rows, PERMUTATIONS)
+        signatures = numpy.memmap(scratch / "signatures", numpy.uint32, "r", shape=shape)
+    return Gathered(table, signatures, counts, examples_read)
 
 
 def encode(
@@ -99,29 +105,29 @@ def encode(
     numbered = gathered.examples.append_column("place", pyarrow.array(numpy.arange(gathered.examples.num_rows)))
     tasks = ((batch,) for batch in taken(numbered, rows))
 
-    def batches() -> Iterator[pyarrow.RecordBatch]:
+    def examples() -> Iterator[pyarrow.RecordBatch]:
         with tqdm(total=len(rows), unit=" examples", unit_scale=True, desc="Encoding") as bar:
             for batch in in_order(stages.encode, tasks, workers):
-                for reject in batch.rejects:
-                    rejects.add(reject)
-                gathered.counts.add(batch.counts)
                 bar.update(batch.examples_read)
-                yield batch.examples
+                yield _counted(batch, gathered.counts, rejects)
 
-    examples = written(batches(), scratch / "encoded.arrow")
-    return Gathered(examples, None, gathered.counts, gathered.examples_read)
+    schema = pyarrow.schema([*numbered.schema, *ID_FIELDS])
+    return replace(gathered, examples=written(examples(), schema, scratch / "encoded.arrow"), signatures=None)
 
 
-def written(batches: Iterable[pyarrow.RecordBatch], path: Path) -> pyarrow.Table:
-    """The batches as an Arrow stream on disk, mapped. Without a single batch, a table without columns."""
-    writer = None
-    with pyarrow.OSFile(str(path), "wb") as file:
+def _counted(batch: Batch, counts: Counts, rejects: Rejects) -> pyarrow.RecordBatch:
+    """The examples of a batch; its rejects and counts are added to those of all."""
+    counts.add(batch.counts)
+    for reject in batch.rejects:
+        rejects.add(reject)
+    return batch.examples
+
+
+def written(batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema, path: Path) -> pyarrow.Table:
+    """The batches as an Arrow stream on disk, mapped."""
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
         for batch in batches:
-            writer = writer or pyarrow.ipc.new_stream(file, batch.schema)
-            writer.write_batch(batch)
-        if writer is None:
-            return pyarrow.table({})
-        writer.close()
+            stream.write_batch(batch)
     return pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))).read_all()
 
 
@@ -134,26 +140,3 @@ def taken(table: pyarrow.Table, rows: numpy.ndarray) -> Iterator[pyarrow.RecordB
         if first < last:
             yield batch.take(pyarrow.array(rows[first:last] - start))
         start = end
-
-
-def _batches(
-    sources: Sequence[Source], stages: Stages, workers: int, rejects: Rejects, bar: tqdm
-) -> Iterator[tuple[int, Batch]]:
-    numbers: list[int] = []  # of the chunks under way, in order
-
-    def tasks() -> Iterator[tuple]:
-        for number, source in enumerate(sources):
-            for chunk in source.chunks():
-                numbers.append(number)
-                yield chunk, number
-
-    done_before, done, current, rows = 0, 0, 0, 0
-    for batch in in_order(stages.run, tasks(), workers):
-        number = numbers.pop(0)
-        if number != current:
-            done_before, done, current = done_before + done, 0, number
-        done = batch.bytes_done
-        rows += batch.counts.rows
-        yield number, batch
-        bar.set_postfix_str(f"{counted(rows, 'row')}, {rejects.count:,} rejected", refresh=False)
-        bar.update(done_before + done - bar.n)

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
 
 import pyarrow
 
@@ -38,15 +37,31 @@ PART_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.arrow")
 
 
 class RowJob:
-    """What is to be done to which data. No dataclass, so that an engine that writes down its steps writes a line."""
+    """The sources, and the stages that their rows go through. No dataclass: datatrove would write down all of it."""
 
     def __init__(self, sources: Sequence[Source], stages: Stages, fingerprint: str) -> None:
         self.sources, self.stages = tuple(sources), stages
         self.fingerprint = fingerprint
-        """Of everything that decides what comes out: what prepared.py reuses a dataset by."""
+        """Of everything that decides what comes out: a prepared dataset is reused by the same one."""
 
     def __repr__(self) -> str:
         return f"RowJob({len(self.sources)} sources, fingerprint {self.fingerprint[:12]})"
+
+    def task_of(self, source: int, chunk: int, tasks: int) -> int:
+        return source % tasks if self._takes_whole_sources(tasks) else (source + chunk) % tasks
+
+    def _takes_whole_sources(self, tasks: int) -> bool:
+        return len(self.sources) >= SOURCES_PER_TASK * tasks
+
+    def chunks_of(self, task: int, tasks: int, found: Counter[int]) -> Iterator[tuple[int, int, Chunk]]:
+        """Source number, chunk number and chunk; `found` counts the chunks of each source that was read."""
+        for source, content in enumerate(self.sources):
+            if self._takes_whole_sources(tasks) and source % tasks != task:
+                continue
+            for number, chunk in enumerate(content.chunks()):
+                found[source] += 1
+                if self.task_of(source, number, tasks) == task:
+                    yield source, number, chunk
 
 
 def part_path(folder: Path, task: int, tasks: int) -> Path:
@@ -58,19 +73,16 @@ def write_part(job: RowJob, folder: Path, task: int, tasks: int) -> Iterator[Bat
     path = part_path(folder, task, tasks)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # a task may be under way twice
     folder.mkdir(parents=True, exist_ok=True)
-    writer, schema, chunks = None, job.stages.arrow([], 0).schema, Counter()
+    schema, found = job.stages.schema, Counter()
     try:
         with partial.open("wb") as file:
-            for source, number, chunk in _chunks_of(job.sources, task, tasks, chunks):
-                batch = job.stages.run(chunk, source)
-                if writer is None:
-                    schema = batch.examples.schema
-                    writer = _writer(file, schema, job)
-                writer.write_batch(batch.examples, {CHUNK: _to_json(source, number, batch)})
-                yield batch
-            writer = writer or _writer(file, schema, job)
-            writer.write_batch(pyarrow.RecordBatch.from_pylist([], schema), {END: json.dumps(sorted(chunks.items()))})
-            writer.close()
+            with pyarrow.ipc.new_stream(file, schema.with_metadata({FINGERPRINT: job.fingerprint})) as stream:
+                for source, number, chunk in job.chunks_of(task, tasks, found):
+                    batch = job.stages.run(chunk, source)
+                    stream.write_batch(batch.examples, {CHUNK: _as_json(number, batch)})
+                    yield batch
+                end = json.dumps(sorted(found.items()))
+                stream.write_batch(pyarrow.RecordBatch.from_pylist([], schema), {END: end})
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -78,22 +90,27 @@ def write_part(job: RowJob, folder: Path, task: int, tasks: int) -> Iterator[Bat
         partial.unlink(missing_ok=True)
 
 
-def merged(job: RowJob, folder: Path) -> Iterator[tuple[int, Batch]]:
-    """The batches of all parts with the numbers of their sources, in the order of the data."""
+def merged(job: RowJob, folder: Path) -> Iterator[Batch]:
+    """The batches of all parts, in the order of the data."""
     paths, ends, done = _part_paths(folder), [], Counter()
-    parts = [_batches(path, job, ends) for path in paths]
-    for (source, number), batch in heapq.merge(*parts, key=lambda part: part[0]):
-        if number != done[source]:
-            raise _lacks(paths, job, source, done[source])
-        done[source] += 1
-        yield source, batch
-    for source, count in ends:
-        if done[source] != count:
-            raise _lacks(paths, job, source, done[source])
+
+    def check(source: int, chunk: int) -> None:
+        """UserError where another chunk of the source is the next."""
+        if chunk != done[source]:
+            path = paths[job.task_of(source, done[source], len(paths))]
+            raise UserError(f"{path} does not fit the other parts: something is missing or changed. {_again(path)}")
+
+    parts = [_numbered_batches(path, job, ends) for path in paths]
+    for number, batch in heapq.merge(*parts, key=lambda numbered: (numbered[1].source_number, numbered[0])):
+        check(batch.source_number, number)
+        done[batch.source_number] += 1
+        yield batch
+    for source, chunks in ends:
+        check(source, chunks)
 
 
-def _batches(path: Path, job: RowJob, ends: list) -> Iterator[tuple[tuple[int, int], Batch]]:
-    """Of one part, (source, number) before each; at the end, into `ends`, how many chunks each source had."""
+def _numbered_batches(path: Path, job: RowJob, ends: list) -> Iterator[tuple[int, Batch]]:
+    """Of one part, each with the number of its chunk; at the end, into `ends`, how many chunks each source had."""
     try:
         stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
     except (pyarrow.ArrowException, OSError) as error:
@@ -111,37 +128,7 @@ def _batches(path: Path, job: RowJob, ends: list) -> Iterator[tuple[tuple[int, i
         if END in beside:
             ends += json.loads(beside[END])
             return
-        facts = json.loads(beside[CHUNK])
-        rejects = [Reject(**reject | {"origin": Origin(**reject["origin"])}) for reject in facts["rejects"]]
-        examples = examples.replace_schema_metadata(None)
-        batch = Batch(examples, rejects, _counts_of(facts["counts"]), facts["bytes_done"])
-        yield (facts["source"], facts["number"]), batch
-
-
-def _lacks(paths: Sequence[Path], job: RowJob, source: int, chunk: int) -> UserError:
-    path = paths[_task_of(source, chunk, len(paths), len(job.sources))]
-    return UserError(f"{path} does not fit the other parts: something is missing or changed. {_again(path)}")
-
-
-def _task_of(source: int, chunk: int, tasks: int, sources: int) -> int:
-    return source % tasks if _takes_whole_sources(tasks, sources) else (source + chunk) % tasks
-
-
-def _takes_whole_sources(tasks: int, sources: int) -> bool:
-    return sources >= SOURCES_PER_TASK * tasks
-
-
-def _chunks_of(
-    sources: Sequence[Source], task: int, tasks: int, counts: Counter[int]
-) -> Iterator[tuple[int, int, Chunk]]:
-    """Source, number in it, and chunk; `counts` how many chunks those sources have that were read."""
-    for source, content in enumerate(sources):
-        if _takes_whole_sources(tasks, len(sources)) and source % tasks != task:
-            continue
-        for number, chunk in enumerate(content.chunks()):
-            counts[source] = number + 1
-            if _task_of(source, number, tasks, len(sources)) == task:
-                yield source, number, chunk
+        yield _from_json(beside[CHUNK], examples.replace_schema_metadata(None))
 
 
 def _part_paths(folder: Path) -> list[Path]:
@@ -151,9 +138,8 @@ def _part_paths(folder: Path) -> list[Path]:
     if not totals:
         raise UserError(f"{folder} has no parts in it (part-00000-of-….arrow). Run the tasks first.")
     if len(totals) > 1:
-        raise UserError(
-            f"{folder} has parts of runs with {' and '.join(map(str, totals))} tasks. Remove those of one."
-        )
+        runs = " and ".join(map(str, totals))
+        raise UserError(f"{folder} has parts of runs with {runs} tasks. Remove those of one.")
     paths = [part_path(folder, task, totals[0]) for task in range(totals[0])]
     if missing := [path for path in paths if not path.is_file()]:
         others = f" {counted(len(missing) - 1, 'more part')} too." if len(missing) > 1 else ""
@@ -166,21 +152,15 @@ def _again(path: Path) -> str:
     return f"Run task {int(task)} again; if datatrove skips it, remove completions/{task} in its logging_dir first."
 
 
-def _writer(file: IO[bytes], schema: pyarrow.Schema, job: RowJob) -> pyarrow.ipc.RecordBatchStreamWriter:
-    return pyarrow.ipc.new_stream(file, schema.with_metadata({FINGERPRINT: job.fingerprint}))
-
-
-def _to_json(source: int, number: int, batch: Batch) -> str:
+def _as_json(number: int, batch: Batch) -> str:
     """In ASCII: what is no UTF-8 in a reject's raw text is a lone surrogate, which JSON can hold and UTF-8 cannot."""
-    facts = {
-        "source": source,
-        "number": number,
-        "bytes_done": batch.bytes_done,
-        "rejects": [asdict(reject) for reject in batch.rejects],
-        "counts": vars(batch.counts),
-    }
-    return json.dumps(facts)
+    rejects = [asdict(reject) for reject in batch.rejects]
+    facts = {"source_number": batch.source_number, "bytes_done": batch.bytes_done, "counts": vars(batch.counts)}
+    return json.dumps({"number": number, "rejects": rejects, **facts})
 
 
-def _counts_of(values: dict[str, Any]) -> Counts:
-    return Counts(**{name: Counter(value) if isinstance(value, dict) else value for name, value in values.items()})
+def _from_json(text: bytes, examples: pyarrow.RecordBatch) -> tuple[int, Batch]:
+    facts = json.loads(text)
+    rejects = [Reject(**reject | {"origin": Origin(**reject["origin"])}) for reject in facts["rejects"]]
+    counts = {name: Counter(it) if isinstance(it, dict) else it for name, it in facts["counts"].items()}
+    return facts["number"], Batch(facts["source_number"], facts["bytes_done"], examples, rejects, Counts(**counts))

@@ -1,6 +1,6 @@
 """What happens to each row, wherever it runs: a chunk of rows in, a batch of examples and the rejects out.
 
-    Chunk ─ convert, check, filter, render, encode ─▶ Batch(examples: an Arrow record batch, rejects, counts)
+    Chunk ─ convert, check, filter, render, encode ─▶ Batch(examples: an Arrow record batch, rejects, counts, …)
 
     source, target          the rendered texts          instruction, input    as the data has them
     origin                  "rows.jsonl:7"              source_number         which source it came from
@@ -18,8 +18,9 @@ chunk gives the same batch on one core, in a pool, or in another engine.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
@@ -55,37 +56,31 @@ SENSITIVE_EXAMPLES = 5
 """Of each kind and batch, for the report."""
 
 LANGUAGE_FIELDS = ("source_language", "target_language")
+KEY_FIELDS = ("source_key", "target_key", "input_key", "output_key", "row_key")
 TEXT_FIELDS = [
-    pyarrow.field("source", pyarrow.string()),
-    pyarrow.field("target", pyarrow.string()),
-    pyarrow.field("instruction", pyarrow.string()),
-    pyarrow.field("input", pyarrow.string()),
-    pyarrow.field("origin", pyarrow.string()),
-    pyarrow.field("raw", pyarrow.string()),
+    *(pyarrow.field(name, pyarrow.string()) for name in ("source", "target", "instruction", "input", "origin", "raw")),
     pyarrow.field("source_number", pyarrow.int32()),
-    pyarrow.field("source_key", pyarrow.uint64()),
-    pyarrow.field("target_key", pyarrow.uint64()),
-    pyarrow.field("input_key", pyarrow.uint64()),
-    pyarrow.field("output_key", pyarrow.uint64()),
-    pyarrow.field("row_key", pyarrow.uint64()),
+    *(pyarrow.field(name, pyarrow.uint64()) for name in KEY_FIELDS),
     *(pyarrow.field(name, pyarrow.string()) for name in LANGUAGE_FIELDS),
 ]
 SIGNATURE_FIELD = pyarrow.field("signature", pyarrow.binary())
 ID_FIELDS = [
-    pyarrow.field("input_ids", pyarrow.list_(pyarrow.int32())),
-    pyarrow.field("labels", pyarrow.list_(pyarrow.int32())),
-    pyarrow.field("source_tokens", pyarrow.int32()),
-    pyarrow.field("target_tokens", pyarrow.int32()),
+    *(pyarrow.field(name, pyarrow.list_(pyarrow.int32())) for name in ("input_ids", "labels")),
+    *(pyarrow.field(name, pyarrow.int32()) for name in ("source_tokens", "target_tokens")),
 ]
 SIDES = ("source", "target")
 LOSSY = "text that the tokenizer cannot write"
 FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin", *LANGUAGE_FIELDS)
 
 
+Fault = tuple[str, str]
+"""The kind and the reason of a reject."""
+
+
 class Check(Protocol):
     """A filter, or the index of texts that training must not hold: why a record is not kept, or None."""
 
-    def check(self, record: Record) -> tuple[str, str] | None: ...
+    def check(self, record: Record) -> Fault | None: ...
 
 
 class LengthLimits(NamedTuple):
@@ -144,17 +139,22 @@ class Counts:
         self.lost_examples += [example for example in other.lost_examples if example["kind"] not in known]
 
 
-class Batch(NamedTuple):
-    """What became of a chunk: every example that its rows gave is one, or a reject."""
+@dataclass
+class Batch:
+    """What becomes of a chunk: every example that its rows give is in `examples` or in `rejects`."""
 
-    examples: pyarrow.RecordBatch
-    rejects: list[Reject]
-    counts: Counts
+    source_number: int = 0
     bytes_done: int = 0
+    examples: pyarrow.RecordBatch | None = None
+    rejects: list[Reject] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def examples_read(self) -> int:
         return self.examples.num_rows + len(self.rejects)
+
+    def reject(self, origin: Origin, kind: str, reason: str, raw: str) -> None:
+        self.rejects.append(Reject(origin, None, kind, reason, raw))
 
 
 @dataclass(frozen=True)
@@ -174,240 +174,204 @@ class Stages:
     checked: tuple[bool, ...] = ()
     """For each source, whether `checks` are for it: a test set of the user's own stays as it is."""
 
+    @property
+    def schema(self) -> pyarrow.Schema:
+        """Of the examples that `run` gives."""
+        return pyarrow.schema([*self._text_fields(), *(ID_FIELDS if self.tokenizer is not None else ())])
+
+    def _text_fields(self) -> list[pyarrow.Field]:
+        return [*TEXT_FIELDS, *([SIGNATURE_FIELD] if self.shingles is not None else [])]
+
     def run(self, chunk: Chunk, source_number: int) -> Batch:
-        rejects: list[Reject] = []
-        counts = Counts()
-        checks = self.checks if not self.checked or self.checked[source_number] else ()
-        records = self._records(chunk.rows(), self.converters[source_number], checks, rejects, counts)
-        examples = render(self.template, records, rejects, self.tokenizer)
-        self._count(examples, counts)
-        batch = self.arrow(examples, source_number)
-        if self.tokenizer is not None:
-            batch = encode_batch(batch, self.tokenizer, self.template, self.lengths, rejects, counts, examples)
-        return Batch(batch, rejects, counts, chunk.bytes_done)
-
-    def encode(self, batch: pyarrow.RecordBatch) -> Batch:
-        """The second half of `run`, for a tokenizer that was not there yet."""
-        rejects, counts = [], Counts()
-        return Batch(
-            encode_batch(batch, self.tokenizer, self.template, self.lengths, rejects, counts), rejects, counts
-        )
-
-    def _records(
-        self,
-        rows: Iterable[Row | Reject],
-        converter: Converter,
-        checks: Sequence[Check],
-        rejects: list[Reject],
-        counts: Counts,
-    ) -> list[tuple[Record | Tokenised, str]]:
-        """Each with its row as it was read."""
-        records = []
+        batch = Batch(source_number, chunk.bytes_done)
+        rows = self._render(self._records(chunk.rows(), batch), batch)
         for row in rows:
-            counts.rows += 1
+            self._count(row.record, batch.counts)
+        batch.examples = self._as_arrow(rows, source_number)
+        if self.tokenizer is not None:
+            given = {place: row.record for place, row in enumerate(rows) if isinstance(row.record, Tokenised)}
+            batch.examples = self._encode(batch, given)
+        return batch
+
+    def encode(self, examples: pyarrow.RecordBatch) -> Batch:
+        """The second half of `run`, for a tokenizer that was not there yet."""
+        batch = Batch(examples=examples)
+        batch.examples = self._encode(batch, {})
+        return batch
+
+    # From rows to texts
+
+    def _records(self, rows: Iterable[Row | Reject], batch: Batch) -> Iterator[tuple[Record | Tokenised, str]]:
+        """Each with its row as it was read."""
+        converter = self.converters[batch.source_number]
+        checks = self.checks if not self.checked or self.checked[batch.source_number] else ()
+        for row in rows:
+            batch.counts.rows += 1
             if isinstance(row, Reject):
-                rejects.append(row)
+                batch.rejects.append(row)
                 continue
-            counts.unused_fields.update(converter.unused_fields(row))
-            for result in converter.records(row):
-                if isinstance(result, Reject):
-                    rejects.append(result)
-                elif fault := _fault(result, checks):
-                    rejects.append(Reject(result.origin, None, *fault, row.raw))
+            batch.counts.unused_fields.update(converter.unused_fields(row))
+            for record in converter.records(row):
+                if isinstance(record, Reject):
+                    batch.rejects.append(record)
+                    continue
+                faults = () if isinstance(record, Tokenised) else (check.check(record) for check in checks)
+                if fault := next(filter(None, faults), None):
+                    batch.reject(record.origin, *fault, row.raw)
                 else:
-                    records.append((result, row.raw))
-        return records
+                    yield record, row.raw
 
-    def _count(self, examples: list[RenderedRow], counts: Counts) -> None:
-        for record in (example.record for example in examples):
+    def _render(self, records: Iterable[tuple[Record | Tokenised, str]], batch: Batch) -> list[RenderedRow]:
+        """A row is rejected where a user's template cannot render it or makes nothing of it, and where the tokenizer
+        does not know its languages."""
+        codes, template = codes_of(self.tokenizer), self.template
+        resolve = functools.cache(lambda languages: resolved(self.tokenizer, languages, template.decoder_prefix))
+        rows = []
+        for record, raw in records:
             if isinstance(record, Tokenised):
+                if codes.tokens:
+                    labels = codes.start_first(record.labels)
+                    record = replace(record, labels=labels, languages=codes.read_from(record.input_ids, labels))
+                rows.append(RenderedRow(record, raw, "", ""))
                 continue
-            counts.given.update(name for name in ("instruction", "input") if getattr(record, name))
-            counts.source_scripts[script_of(record.input or record.instruction)] += 1
-            counts.target_scripts[script_of(record.output)] += 1
-            if not is_composed(record):
-                counts.decomposed[record.origin.file] += 1
-            if record.category:
-                counts.categories[record.category] += 1
-            if self.sensitive:
-                _count_sensitive(record, counts)
+            try:
+                languages = resolve(record.languages)
+                instruction = codes.instruction(record.instruction, languages)
+                record = replace(record, languages=languages, instruction=instruction)
+                source, target = template.render(record)
+            except UnknownLanguage as error:
+                batch.reject(record.origin, "unknown language", error.fault, raw)
+            except UserError as error:
+                batch.reject(record.origin, "template failed", str(error), raw)
+            else:
+                if source.strip() and target.strip():
+                    rows.append(RenderedRow(record, raw, source, target))
+                else:
+                    side = "target" if source.strip() else "source"
+                    reason = f"template {template.name} makes an empty {side} of it."
+                    batch.reject(record.origin, "template empty", reason, raw)
+        return rows
 
-    def arrow(self, examples: list[RenderedRow], source_number: int) -> pyarrow.RecordBatch:
-        records = [example.record for example in examples]
-        keys = numpy.array([_keys(example) for example in examples], dtype=numpy.uint64).reshape(-1, 5)
-        columns = [
-            [marked(example.source) for example in examples],
-            [marked(example.target) for example in examples],
-            [getattr(record, "instruction", "") for record in records],
-            [getattr(record, "input", "") for record in records],
-            [str(record.origin) for record in records],
-            [_writable(example.raw) for example in examples],
-            numpy.full(len(examples), source_number, dtype=numpy.int32),
-            *keys.T,
-            *([getattr(record, "languages", Languages())[side] for record in records] for side in (0, 1)),
-        ]
-        fields = list(TEXT_FIELDS)
-        if self.shingles is not None:
-            fields.append(SIGNATURE_FIELD)
-            rows = signatures([_compared(example) for example in examples], self.shingles)
-            columns.append([row.tobytes() for row in rows])
-        arrays = [pyarrow.array(column, it.type) for column, it in zip(columns, fields, strict=True)]
-        return pyarrow.RecordBatch.from_arrays(arrays, schema=pyarrow.schema(fields))
-
-
-def _fault(record: Record | Tokenised, checks: Sequence[Check]) -> tuple[str, str] | None:
-    if isinstance(record, Tokenised):
-        return None
-    return next((fault for check in checks if (fault := check.check(record))), None)
-
-
-def render(
-    template: Template,
-    records: Iterable[tuple[Record | Tokenised, str]],
-    rejects: list[Reject],
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> list[RenderedRow]:
-    """A row that a user's template cannot render, or of which it makes nothing, is a reject like any other; so is one
-    whose languages the tokenizer does not know."""
-    codes = codes_of(tokenizer)
-    found: dict[Languages, Languages] = {}
-    examples = []
-    for record, raw in records:
+    def _count(self, record: Record | Tokenised, counts: Counts) -> None:
         if isinstance(record, Tokenised):
-            if codes.tokens:
-                labels = codes.start_first(record.labels)
-                record = replace(record, labels=labels, languages=codes.read_from(record.input_ids, labels))
-            examples.append(RenderedRow(record, raw, "", ""))
-            continue
-        try:
-            if record.languages not in found:
-                found[record.languages] = resolved(tokenizer, record.languages, template.decoder_prefix)
-            languages = found[record.languages]
-            instruction = codes.instruction(record.instruction, languages)
-        except UnknownLanguage as error:
-            rejects.append(Reject(record.origin, None, "unknown language", error.fault, raw))
-            continue
-        if languages != record.languages or instruction != record.instruction:
-            record = replace(record, languages=languages, instruction=instruction)
-        try:
-            source = template.render_source(record.instruction, record.input, record.history, record.system)
-            target = template.render_target(record.output)
-        except UserError as error:
-            rejects.append(Reject(record.origin, None, "template failed", str(error), raw))
-            continue
-        if source.strip() and target.strip():
-            examples.append(RenderedRow(record, raw, source, target))
-        else:
-            side = "target" if source.strip() else "source"
-            reason = f"template {template.name} makes an empty {side} of it."
-            rejects.append(Reject(record.origin, None, "template empty", reason, raw))
-    return examples
+            return
+        counts.given.update(name for name in ("instruction", "input") if getattr(record, name))
+        counts.source_scripts[script_of(record.input or record.instruction)] += 1
+        counts.target_scripts[script_of(record.output)] += 1
+        if not is_composed(record):
+            counts.decomposed[record.origin.file] += 1
+        if record.category:
+            counts.categories[record.category] += 1
+        for place, finding in find_in_record(record) if self.sensitive else ():
+            counts.sensitive[finding.kind] += 1
+            if counts.sensitive[finding.kind] <= SENSITIVE_EXAMPLES:
+                shown = masked(getattr(record, place), finding)
+                example = {"origin": str(record.origin), "field": place, "kind": finding.kind, "masked": shown}
+                counts.sensitive_examples.append(example)
 
+    def _as_arrow(self, rows: Sequence[RenderedRow], source_number: int) -> pyarrow.RecordBatch:
+        records = [row.record for row in rows]
+        keys = numpy.array([_keys(row) for row in rows], dtype=numpy.uint64).reshape(-1, len(KEY_FIELDS)).T
+        columns = {
+            "source": [marked(row.source) for row in rows],
+            "target": [marked(row.target) for row in rows],
+            "instruction": [getattr(record, "instruction", "") for record in records],
+            "input": [getattr(record, "input", "") for record in records],
+            "origin": [str(record.origin) for record in records],
+            "raw": [_writable(row.raw) for row in rows],
+            "source_number": numpy.full(len(rows), source_number),
+            **dict(zip(KEY_FIELDS, keys, strict=True)),
+            **{name: [it.languages[side] for it in records] for side, name in enumerate(LANGUAGE_FIELDS)},
+        }
+        if self.shingles is not None:
+            texts = ["" if isinstance(record, Tokenised) else compared_text(record) for record in records]
+            columns["signature"] = [row.tobytes() for row in signatures(texts, self.shingles)]
+        return pyarrow.RecordBatch.from_pydict(columns, pyarrow.schema(self._text_fields()))
 
-def encode_batch(
-    batch: pyarrow.RecordBatch,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    lengths: LengthLimits,
-    rejects: list[Reject],
-    counts: Counts,
-    examples: Sequence[RenderedRow] = (),
-) -> pyarrow.RecordBatch:
-    """The same rows with ID_FIELDS, less those that end as rejects. `given` are the rows that came as token ids."""
-    source_texts, target_texts = ([from_marked(text) for text in batch[side].to_pylist()] for side in SIDES)
-    counts.spelled.update(spelled_added_tokens(tokenizer, [*source_texts, *target_texts]))
-    languages = [Languages(*pair) for pair in zip(*(batch[it].to_pylist() for it in LANGUAGE_FIELDS), strict=True)]
-    sources = split_sources(tokenizer, source_texts, languages)
-    targets = split_targets(tokenizer, target_texts, template.decoder_prefix, languages)
-    given = {place for place, example in enumerate(examples) if isinstance(example.record, Tokenised)}
-    ends = vocabulary_sizes(tokenizer) if given else ()
-    for place in given:
-        sources[place] = Encoding([], list(examples[place].record.input_ids), [])
-        targets[place] = Encoding([], list(examples[place].record.labels), [])
-    fitting = sources
-    if lengths.too_long == "cut":
-        fitting = _cut_sources(sources, source_texts, languages, given, tokenizer, lengths)
-    written = [place for place in range(len(targets)) if place not in given]
-    unknown = source_losses(tokenizer, source_texts, sources, written)
-    losses = target_losses(tokenizer, target_texts, targets, written, lengths.lossy_text != "keep")
-    kept, columns = [], ([], [], [], [])
-    for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        source_ids, target_ids, fault = _fitted(fitting[place], target, lengths)
-        if fault is None and place in given:
-            fault = _unknown_token((source_ids, target_ids), ends)
-        elif fault is None:
+    # From texts to token ids
+
+    def _encode(self, batch: Batch, given: Mapping[int, Tokenised]) -> pyarrow.RecordBatch:
+        """The examples of the batch with ID_FIELDS, less those that end as rejects. `given` are the rows, by their
+        places, that came as token ids."""
+        tokenizer, examples, limits = self.tokenizer, batch.examples, self.lengths
+        texts = {side: [from_marked(text) for text in examples[side].to_pylist()] for side in SIDES}
+        batch.counts.spelled.update(spelled_added_tokens(tokenizer, [*texts["source"], *texts["target"]]))
+        languages = [Languages(*it) for it in zip(*(examples[it].to_pylist() for it in LANGUAGE_FIELDS), strict=True)]
+        sources = split_sources(tokenizer, texts["source"], languages)
+        targets = split_targets(tokenizer, texts["target"], self.template.decoder_prefix, languages)
+        for place, record in given.items():
+            sources[place], targets[place] = (Encoding([], list(it), []) for it in (record.input_ids, record.labels))
+        fitting = sources
+        if limits.too_long == "cut":
+            texts_and_languages = zip(sources, texts["source"], languages, strict=True)
+            fitting = [self._cut(*it, place in given) for place, it in enumerate(texts_and_languages)]
+        places = [place for place in range(len(targets)) if place not in given]
+        unknown = source_losses(tokenizer, texts["source"], sources, places)
+        losses = target_losses(tokenizer, texts["target"], targets, places, limits.lossy_text != "keep")
+        kept, ids = [], []
+        for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
             lost = {"source": unknown.get(place), "target": losses.get(place)}
-            fault = _lossy(lost) if lengths.lossy_text != "keep" else None
-        if fault is not None:
-            rejects.append(Reject(origin_of(batch, place), None, *fault, batch["raw"][place].as_py()))
-            continue
-        kept.append(place)
-        if place not in given and any(lost.values()):
-            _count_lost(lost, batch["origin"][place].as_py(), counts)
-        for column, value in zip(
-            columns, (source_ids, target_ids, source.token_count, target.token_count), strict=True
-        ):
-            column.append(value)
-    counts.looked_at.update(source=len(kept) - len(given.intersection(kept)), target=len(losses.keys() & kept))
-    for side, texts in zip(SIDES, (source_texts, target_texts), strict=True):  # as people read them, without marks
-        column = pyarrow.array(list(map(str, texts)), pyarrow.string())
-        batch = batch.set_column(batch.schema.get_field_index(side), side, column)
-    if len(kept) < batch.num_rows:
-        batch = batch.take(pyarrow.array(kept, pyarrow.int64()))
-    arrays = [pyarrow.array(column, it.type) for column, it in zip(columns, ID_FIELDS, strict=True)]
-    return pyarrow.RecordBatch.from_arrays(
-        [*batch.columns, *arrays], schema=pyarrow.schema([*batch.schema, *ID_FIELDS])
-    )
+            row, fault = self._fitted(fitting[place], target)
+            if fault is None:
+                fault = self._unknown_token(row) if place in given else self._too_lossy(lost)
+            if fault is not None:
+                batch.reject(origin_of(examples, place), *fault, examples["raw"][place].as_py())
+                continue
+            kept.append(place)
+            ids.append((*row, source.token_count, target.token_count))
+            _count_lost(lost, examples["origin"][place].as_py(), batch.counts)
+        batch.counts.looked_at.update(source=len(set(places) & set(kept)), target=len(losses.keys() & kept))
+        columns = dict(zip(examples.schema.names, examples.columns, strict=True))
+        columns |= {side: pyarrow.array(map(str, texts[side]), pyarrow.string()) for side in SIDES}  # without marks
+        columns = {name: column.take(pyarrow.array(kept, pyarrow.int64())) for name, column in columns.items()}
+        columns |= {it.name: [row[place] for row in ids] for place, it in enumerate(ID_FIELDS)}
+        return pyarrow.RecordBatch.from_pydict(columns, pyarrow.schema([*examples.schema, *ID_FIELDS]))
 
-
-def _cut_sources(
-    sources: Sequence[Encoding],
-    texts: Sequence[str],
-    languages: Sequence[Languages],
-    given: set[int],
-    tokenizer: PreTrainedTokenizerBase,
-    lengths: LengthLimits,
-) -> list[Encoding]:
-    """Those over the limit with less of what the user wrote; ids that were given lose their end."""
-    limit, cut = lengths.max_source_tokens, list(sources)
-    for place, source in enumerate(sources):
+    def _cut(self, source: Encoding, text: str, languages: Languages, is_given: bool) -> Encoding:
+        """A source within the limit, with less of what the user wrote; ids that were given lose their end."""
+        limit = self.lengths.max_source_tokens
         if source.token_count <= limit:
-            continue
-        if place in given:
-            cut[place] = source._replace(content=source.content[:limit])
-        else:
-            text = shortened(tokenizer, texts[place], limit, languages[place])
-            cut[place] = split_sources(tokenizer, [text], [languages[place]])[0]
-    return cut
+            return source
+        if is_given:
+            return source._replace(content=source.content[:limit])
+        return split_sources(self.tokenizer, [shortened(self.tokenizer, text, limit, languages)], [languages])[0]
 
+    def _fitted(self, source: Encoding, target: Encoding) -> tuple[tuple[list[int], list[int]], Fault | None]:
+        """`input_ids` and `labels`, and what is wrong with a row that is not kept."""
+        limits = self.lengths
+        treatment = "cut" if limits.too_long == "cut" else "drop"  # an error is raised where all rejects are counted
+        found = []
+        for side, encoding, limit in (
+            ("source", source, limits.max_source_tokens),
+            ("target", target, limits.max_target_tokens),
+        ):
+            if not encoding.content:
+                return ([], []), ("no tokens", f"the tokenizer makes no token of the {side}.")
+            # A source has been cut before; if it is too long still, that is the template.
+            is_target = side == "target"
+            ids = fit(encoding, limit, treatment, limits.end_cut_targets) if is_target else fit(encoding, limit)
+            if ids is None:
+                what = "template's own text" if treatment == "cut" else side
+                reason = f"the {what} has {encoding.token_count:,} tokens, and max_{side}_tokens is {limit:,}."
+                return ([], []), (f"{side} over the limit", reason)
+            found.append(ids)
+        return tuple(found), None
 
-def _fitted(
-    source: Encoding, target: Encoding, lengths: LengthLimits
-) -> tuple[list[int], list[int], tuple[str, str] | None]:
-    """`input_ids`, `labels`, and the fault (kind, reason) of a row that is not kept."""
-    for side, encoding in (("source", source), ("target", target)):
-        if not encoding.content:
-            return [], [], ("no tokens", f"the tokenizer makes no token of the {side}.")
-    treatment = "cut" if lengths.too_long == "cut" else "drop"  # an error is raised where all rejects come together
-    source_ids = fit(source, lengths.max_source_tokens)  # has been cut; if it is too long still, that is the template
-    target_ids = fit(target, lengths.max_target_tokens, treatment, lengths.end_cut_targets)
-    for side, ids, encoding, limit in (
-        ("source", source_ids, source, lengths.max_source_tokens),
-        ("target", target_ids, target, lengths.max_target_tokens),
-    ):
-        if ids is None:
-            what = "template's own text" if treatment == "cut" else side
-            reason = f"the {what} has {encoding.token_count:,} tokens, and max_{side}_tokens is {limit:,}."
-            return [], [], (f"{side} over the limit", reason)
-    return source_ids, target_ids, None
-
-
-def _lossy(lost: Mapping[str, Loss | None]) -> tuple[str, str] | None:
-    found = next(((side, loss) for side, loss in lost.items() if loss), None)
-    if found is None:
+    def _unknown_token(self, row: Sequence[Sequence[int]]) -> Fault | None:
+        """Rows that came as token ids may be of another tokenizer."""
+        for ids, size in zip(row, vocabulary_sizes(self.tokenizer), strict=True):
+            if max(ids) >= size:
+                return (
+                    "unknown token",
+                    f"it holds the token {max(ids)}, and the ids of the tokenizer end at {size - 1}.",
+                )
         return None
-    side, loss = found
-    return LOSSY, f"the tokenizer loses {' and '.join(loss.kinds)} of the {side}: {loss.example}."
+
+    def _too_lossy(self, lost: Mapping[str, Loss | None]) -> Fault | None:
+        for side, loss in lost.items():
+            if loss and self.lengths.lossy_text != "keep":
+                return LOSSY, f"the tokenizer loses {' and '.join(loss.kinds)} of the {side}: {loss.example}."
+        return None
 
 
 def _count_lost(lost: Mapping[str, Loss | None], origin: str, counts: Counts) -> None:
@@ -419,26 +383,15 @@ def _count_lost(lost: Mapping[str, Loss | None], origin: str, counts: Counts) ->
                 counts.lost_examples.append({"kind": name, "origin": origin, "example": loss.example})
 
 
-def _keys(example: RenderedRow) -> tuple[int, int, int, int, int]:
-    record = example.record
+def _keys(row: RenderedRow) -> tuple[int, ...]:
+    """KEY_FIELDS."""
+    record = row.record
     if isinstance(record, Tokenised):
         source, target = (xxhash.xxh3_64_intdigest(str(ids).encode()) for ids in (record.input_ids, record.labels))
         return source, target, source, target, source
     of_direction = f"\0{record.languages.target}" if record.languages.target else ""
-    exact = exact_key(example.source + of_direction), exact_key(example.target)
-    return *exact, *record_keys(record), text_key(example.source)
-
-
-def _compared(example: RenderedRow) -> str:
-    return "" if isinstance(example.record, Tokenised) else compared_text(example.record)
-
-
-def _unknown_token(row: Sequence[Sequence[int]], ends: Sequence[int]) -> tuple[str, str] | None:
-    """Rows that came as token ids may be of another tokenizer. `ends` are the sizes of each side's vocabulary."""
-    for ids, end in zip(row, ends, strict=True):
-        if max(ids) >= end:
-            return "unknown token", f"it holds the token {max(ids)}, and the ids of the tokenizer end at {end - 1}."
-    return None
+    exact = exact_key(row.source + of_direction), exact_key(row.target)
+    return *exact, *record_keys(record), text_key(row.source)
 
 
 def _writable(raw: str) -> str:
@@ -452,12 +405,3 @@ def origin_of(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> Origin:
     file, _, place_in_file = batch["origin"][place].as_py().rpartition(":")
     row, _, instance = place_in_file.partition(".")
     return Origin(file, int(row), int(instance or 0))
-
-
-def _count_sensitive(record: Record, counts: Counts) -> None:
-    for place, finding in find_in_record(record):
-        counts.sensitive[finding.kind] += 1
-        if counts.sensitive[finding.kind] <= SENSITIVE_EXAMPLES:
-            shown = masked(getattr(record, place), finding)
-            example = {"origin": str(record.origin), "field": place, "kind": finding.kind, "masked": shown}
-            counts.sensitive_examples.append(example)

@@ -60,8 +60,6 @@ class Selection:
 
     def of_rows(self, gathered: Gathered) -> Selection:
         """The same for rows of which some were left out since; their column `place` says where they stood before."""
-        if not gathered.examples.num_rows:
-            return replace(self, split_of_row=numpy.zeros(0, numpy.int16))
         return replace(self, split_of_row=self.split_of_row[gathered.column("place")])
 
     def places(self) -> dict[str, numpy.ndarray]:
