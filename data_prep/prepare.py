@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
-from diptych.data_prep.pipeline.dataset_tables import PackingPlan, packed_table, plan_packing, split_tables
+from diptych.data_prep.pipeline.dataset_tables import packed_table, plan_packing, split_tables
 from diptych.data_prep.pipeline.gather import Gathered, collect, encode, gather
 from diptych.data_prep.pipeline.inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
 from diptych.data_prep.pipeline.parts import RowJob, merged
@@ -56,7 +56,6 @@ from diptych.data_prep.report.page import write_report
 from diptych.data_prep.report.summary import packing_lines, splits_line, summary_lines
 from diptych.data_prep.rows.named_splits import KINDS
 from diptych.data_prep.rows.records import Rejects
-from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.rendered_text import from_marked
 from diptych.data_prep.text_to_ids.templates import Template, attach_template
 from diptych.data_prep.text_to_ids.train_tokenizer import (
@@ -65,7 +64,6 @@ from diptych.data_prep.text_to_ids.train_tokenizer import (
     train_tokenizer,
     why_fewer,
 )
-from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 
 TRAIN = KINDS[0]
 
@@ -204,7 +202,7 @@ def _make_tables(
     if settings.mixture is not None:
         places[TRAIN] = mixed_train(gathered, places[TRAIN], inputs.entries, settings.mixture, settings.seed)
     tables = split_tables(gathered, places, scratch)
-    plan = _plan(settings, tables[TRAIN], tokenizer) if settings.packing and TRAIN in tables else None
+    plan = plan_packing(tables[TRAIN], tokenizer, settings) if settings.packing and TRAIN in tables else None
     return Results(
         settings,
         inputs,
@@ -278,13 +276,6 @@ def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:
         start += batch.num_rows
         for pair in zip(*(column.to_pylist() for column in batch.filter(is_train).columns), strict=True):
             yield from (str(from_marked(text)) for text in pair)
-
-
-def _plan(settings: PrepareSettings, train: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> PackingPlan:
-    budget = (settings.packed_source_tokens, settings.packed_target_tokens)
-    start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id)
-    start = start or (target_side(tokenizer).pad_token_id, "assumed")
-    return plan_packing(train, tokenizer, start, budget, settings.share_sources, settings.seed)
 
 
 def _write(results: Results, manifest: dict[str, Any], partial: Path) -> None:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import pyarrow.compute
@@ -36,9 +36,10 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import without_bars
 from diptych.data_prep.pipeline.row_stages import FINAL_COLUMNS, LANGUAGE_FIELDS
 from diptych.data_prep.rows.records import Languages, Rejects
+from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.languages import codes_of
-from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
+from diptych.data_prep.text_to_ids.two_vocabularies import padding_id, target_side
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -102,65 +103,70 @@ class PackingPlan:
     ids: Dataset
     """`input_ids` and `labels` of the train split."""
     rows: list[numpy.ndarray]
-    """Places there."""
+    """For each packed row, the places of its examples in the train split."""
     budget: Budget
     repeats_start: numpy.ndarray
     """(examples,) whether the first label is what the decoder starts with, which is then left out."""
-    pad_token_id: int
-    decoder_start_token_id: int
-    share_sources: bool
     entry: dict[str, Any]
     """What manifest.json says of it."""
 
 
-def plan_packing(
-    train: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    decoder_start: tuple[int, str],
-    budget: tuple[int | None, int | None],
-    share_sources: bool,
-    seed: int,
-) -> PackingPlan:
-    """`decoder_start` is a token id and who says so; `budget` is source and target tokens, None for what is chosen."""
-    pad_token_id, (decoder_start_token_id, decoder_start_from) = padding_id(tokenizer), decoder_start
-    ids = train.select_columns(["input_ids", "labels"])
-    sides = _sides(ids, share_sources)
-    repeats_start = repeated_start(sides.first_labels, decoder_start_token_id, codes_of(tokenizer).starts)
-    lengths = (sides.source_tokens, sides.target_tokens - repeats_start)
-    groups = sides.sources
-    source_vocabulary, target_vocabulary = vocabulary_sizes(tokenizer)
-    chosen = choose_budget(*lengths, *budget, groups=groups, names=train["origin"])
-    rows = list(_rows(lengths, chosen, seed, groups))
+def plan_packing(train: Dataset, tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> PackingPlan:
+    table, pad_token_id, starts = train.data.table, padding_id(tokenizer), codes_of(tokenizer).starts
+    decoder_start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id)
+    start_id, start_from = decoder_start or (target_side(tokenizer).pad_token_id, "assumed")
+    source_tokens, target_tokens = (
+        pyarrow.compute.list_value_length(table[name]).to_numpy() for name in ("input_ids", "labels")
+    )
+    first_labels = pyarrow.compute.list_element(table["labels"], 0).to_numpy()
+    repeats_start = repeated_start(first_labels, start_id, starts)
+    lengths = (source_tokens, target_tokens - repeats_start)
+    groups = _numbers_of_sources(table["input_ids"]) if settings.share_sources else None
+    given = (settings.packed_source_tokens, settings.packed_target_tokens)
+    budget = choose_budget(*lengths, *given, groups=groups, names=train["origin"])
+    rows = list(_rows(lengths, budget, settings.seed, groups))
     encoded = numpy.concatenate(
         rows if groups is None else [row[numpy.unique(groups[row], return_index=True)[1]] for row in rows]
     )
-    tokens = Budget(int(lengths[0][encoded].sum()), int(lengths[1].sum()))
-    source_fill, target_fill = (total / (len(rows) * room) for total, room in zip(tokens, chosen, strict=True))
-    is_poor = any(budget) and min(source_fill, target_fill) < POORLY_FILLED
-    better = choose_budget(*lengths, groups=groups) if is_poor else chosen
+    tokens = (int(lengths[0][encoded].sum()), int(lengths[1].sum()))
+    fills = [total / (len(rows) * room) for total, room in zip(tokens, budget, strict=True)]
+    is_poor = any(given) and min(fills) < POORLY_FILLED
+    better = choose_budget(*lengths, groups=groups) if is_poor else budget
+    vocabularies = vocabulary_sizes(tokenizer)
+    largest = {
+        name: pyarrow.compute.max(pyarrow.compute.list_flatten(table[name])).as_py()
+        for name in ("input_ids", "labels")
+    }
     entry = {
-        "max_source_tokens": chosen.source_tokens,
-        "max_target_tokens": chosen.target_tokens,
+        "max_source_tokens": budget.source_tokens,
+        "max_target_tokens": budget.target_tokens,
         "rows": len(rows),
         "examples": len(train),
-        "source_fill": source_fill,
-        "target_fill": target_fill,
-        "better_budget": None if better == chosen else better,
-        "share_sources": share_sources,
+        "source_fill": fills[0],
+        "target_fill": fills[1],
+        "better_budget": None if better == budget else better,
+        "share_sources": settings.share_sources,
         "shared": len(train) - len(encoded),
-        "decoder_start_token_id": decoder_start_token_id,
-        "decoder_start_from": decoder_start_from,
+        "decoder_start_token_id": start_id,
+        "decoder_start_from": start_from,
         "pad_token_id": pad_token_id,
-        "vocabulary": source_vocabulary,
-        "target_vocabulary": target_vocabulary,
-        "largest_source_id": max(sides.largest_source_id, pad_token_id),
-        "largest_target_id": max(sides.largest_target_id, pad_token_id, decoder_start_token_id),
+        "vocabulary": vocabularies[0],
+        "target_vocabulary": vocabularies[1],
+        "largest_source_id": max(largest["input_ids"], pad_token_id),
+        "largest_target_id": max(largest["labels"], pad_token_id, start_id),
         "positions": int(max(side.max() for side in lengths)),
-        "seed": seed,
+        "seed": settings.seed,
     }
-    if starts := codes_of(tokenizer).starts:
+    if starts:
         entry["language_starts"] = sorted(starts)
-    return PackingPlan(ids, rows, chosen, repeats_start, pad_token_id, decoder_start_token_id, share_sources, entry)
+    return PackingPlan(train.select_columns(["input_ids", "labels"]), rows, budget, repeats_start, entry)
+
+
+def _numbers_of_sources(column: pyarrow.ChunkedArray) -> numpy.ndarray:
+    """(examples,) a number for each different source."""
+    number_of: dict[bytes, int] = {}
+    sources = (ids.tobytes() for chunk in column.chunks for ids in _id_arrays(chunk))
+    return numpy.array([number_of.setdefault(source, len(number_of)) for source in sources])
 
 
 def _rows(
@@ -168,9 +174,9 @@ def _rows(
 ) -> Iterator[numpy.ndarray]:
     """Rows of neighbours: of a file that memory cannot hold, examples from all over would be read one by one."""
     for start in range(0, len(lengths[0]), PACKED_TOGETHER):
-        part = slice(start, start + PACKED_TOGETHER)
-        sides = (side[part] for side in lengths)
-        for row in pack(*sides, budget, seed, None if groups is None else groups[part]):
+        neighbours = slice(start, start + PACKED_TOGETHER)
+        sides = (side[neighbours] for side in lengths)
+        for row in pack(*sides, budget, seed, None if groups is None else groups[neighbours]):
             yield row + start
 
 
@@ -178,7 +184,7 @@ def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
     """The packed rows, written to a file in `scratch` some hundred at a time and read from there."""
     tokens = dict.fromkeys(PACKED_COLUMNS[:3], plan.budget.source_tokens)
     tokens |= dict.fromkeys(PACKED_COLUMNS[3:], plan.budget.target_tokens)
-    if plan.share_sources:
+    if plan.entry["share_sources"]:
         tokens[SHARED_COLUMN] = plan.budget.target_tokens
     features = {name: List(Value("int32"), length=length) for name, length in tokens.items()}
     examples = Features({"examples": List(Value("int32"))})
@@ -186,7 +192,7 @@ def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
 
         def assembled(batch: dict[str, list[list[int]]]) -> dict[str, numpy.ndarray]:
             bar.update(len(batch["examples"]))
-            return assemble_rows(batch, plan)
+            return _assembled_rows(batch["examples"], plan)
 
         return Dataset.from_dict({"examples": plan.rows}, features=examples).map(
             assembled,
@@ -199,56 +205,23 @@ def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
         )
 
 
-def assemble_rows(batch: dict[str, list[list[int]]], plan: PackingPlan) -> dict[str, numpy.ndarray]:
+def _assembled_rows(places_of_rows: list[list[int]], plan: PackingPlan) -> dict[str, numpy.ndarray]:
     """The columns of some packed rows, each (rows, S) or (rows, T)."""
-    places = numpy.concatenate(batch["examples"])
+    places = numpy.concatenate(places_of_rows)
     table = plan.ids.with_format("arrow")[places]
-    sources, labels = _id_arrays(table["input_ids"]), _id_arrays(table["labels"])
+    sources, labels = (_id_arrays(table[name].combine_chunks()) for name in ("input_ids", "labels"))
     examples = iter(
         {"input_ids": source, "labels": target[1:], "decoder_start": target[0]}
         if repeats
         else {"input_ids": source, "labels": target}
         for source, target, repeats in zip(sources, labels, plan.repeats_start[places], strict=True)
     )
-    ids = (plan.pad_token_id, plan.decoder_start_token_id)
-    rows = [
-        assemble_row([next(examples) for _ in places_of_row], plan.budget, *ids, plan.share_sources)
-        for places_of_row in batch["examples"]
-    ]
+    settings = [plan.entry[name] for name in ("pad_token_id", "decoder_start_token_id", "share_sources")]
+    rows = [assemble_row([next(examples) for _ in row], plan.budget, *settings) for row in places_of_rows]
     return {name: numpy.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-class _Sides(NamedTuple):
-    """What packing has to know of each example, each (examples,)."""
-
-    source_tokens: numpy.ndarray
-    target_tokens: numpy.ndarray
-    first_labels: numpy.ndarray
-    sources: numpy.ndarray | None
-    """A number for each different source, where sources are shared."""
-    largest_source_id: int
-    largest_target_id: int
-
-
-def _sides(ids: Dataset, share_sources: bool) -> _Sides:
-    source_tokens, target_tokens, first_labels, sources = [], [], [], []
-    largest = {"input_ids": 0, "labels": 0}
-    number_of: dict[bytes, int] = {}
-    for table in ids.with_format("arrow").iter(batch_size=10_000):
-        source_tokens.append(pyarrow.compute.list_value_length(table["input_ids"]).to_numpy())
-        target_tokens.append(pyarrow.compute.list_value_length(table["labels"]).to_numpy())
-        first_labels.append(pyarrow.compute.list_element(table["labels"], 0).to_numpy())
-        if share_sources:
-            ids_of_rows = _id_arrays(table["input_ids"])
-            sources.extend(number_of.setdefault(ids.tobytes(), len(number_of)) for ids in ids_of_rows)
-        for column, before in largest.items():
-            largest[column] = max(before, pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py())
-    joined = (numpy.concatenate(column) for column in (source_tokens, target_tokens, first_labels))
-    return _Sides(*joined, numpy.array(sources) if share_sources else None, *largest.values())
-
-
-def _id_arrays(column: pyarrow.ChunkedArray) -> list[numpy.ndarray]:
+def _id_arrays(ids: pyarrow.ListArray) -> list[numpy.ndarray]:
     """Each row's token ids, without a copy of any."""
-    ids = column.combine_chunks()
     values, starts = ids.values.to_numpy(), ids.offsets.to_numpy()
     return [values[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]

@@ -183,7 +183,7 @@ def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
     """What report.html shows and report.json says: the manifest, and examples."""
     settings, gathered, rejects = results.settings, results.gathered, results.rejects
     counts, tokenizer, plan = gathered.counts, results.tokenizer, results.plan
-    start = plan.decoder_start_token_id if plan else target_side(tokenizer).pad_token_id
+    start = plan.entry["decoder_start_token_id"] if plan else target_side(tokenizer).pad_token_id
     return {
         **manifest,
         "name": Path(settings.out).name,
