@@ -12,7 +12,8 @@ from itertools import chain
 
 import numpy as np
 
-from diptych.data_prep.packing.fill_rows import choose_budget, pack
+from diptych.data_prep.packing.budgets import choose_budget
+from diptych.data_prep.packing.fill_rows import pack
 
 PAIRS = (10_000, 100_000, 1_000_000)
 PERCENTILES = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.packing.fill_rows import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
+from diptych.data_prep.packing.packed_row import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.batches.padded_rows import RowLengths
 from diptych.finetune.model.families import decoder_start_token, embedding_rows, table_positions

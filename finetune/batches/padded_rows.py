@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.packing.fill_rows import repeated_start
+from diptych.data_prep.packing.packed_row import repeated_start
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.model.families import embedding_rows, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel

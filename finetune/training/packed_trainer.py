@@ -34,7 +34,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.packing.fill_rows import Budget, assemble_row, choose_budget, pack
+from diptych.data_prep.packing.budgets import choose_budget
+from diptych.data_prep.packing.fill_rows import pack
+from diptych.data_prep.packing.packed_row import Budget, assemble_row
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id

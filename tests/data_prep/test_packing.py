@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.packing import fill_rows as packing
-from diptych.data_prep.packing.fill_rows import (
-    PACKED_COLUMNS,
-    SHARED_COLUMN,
-    Budget,
-    assemble_row,
-    choose_budget,
-    pack,
-    repeated_start,
-)
+from diptych.data_prep.packing import budgets
+from diptych.data_prep.packing.budgets import choose_budget
+from diptych.data_prep.packing.fill_rows import pack
+from diptych.data_prep.packing.packed_row import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row, repeated_start
 from diptych.data_prep.pipeline.prepared_folder import read_manifest
 from diptych.data_prep.prepare import main
 
@@ -140,6 +134,13 @@ def test_rows_do_not_come_in_the_order_of_their_making():
     assert np.corrcoef(first, np.arange(len(first)))[0, 1] == pytest.approx(0, abs=0.25)
 
 
+def test_rows_and_budgets_are_those_of_the_docstrings():
+    assert as_lists(pack([4, 3, 7, 1], [3, 2, 1, 4], Budget(8, 5))) == [[0, 1], [2, 3]]
+    sides = [100] * 50 + [30] * 50, [20] * 50 + [60] * 50
+    assert choose_budget(*sides) == (144, 88)
+    assert choose_budget(*sides, source_tokens=512) == (512, 304)
+
+
 def test_no_examples_make_no_rows():
     assert pack([], [], Budget(8, 8)) == []
 
@@ -169,7 +170,7 @@ def test_a_given_budget_stays_and_the_other_is_chosen_to_suit():
 def test_a_sample_chooses_as_all_examples_would(monkeypatch):
     sources, targets = like_codealpaca(12_000, 0)
     chosen = choose_budget(sources, targets)
-    monkeypatch.setattr(packing, "SAMPLE_FOR_BUDGET", 12_000)
+    monkeypatch.setattr(budgets, "SAMPLE_FOR_BUDGET", 12_000)
     best = choose_budget(sources, targets)
     slots = [len(pack(sources, targets, budget)) * sum(budget) for budget in (chosen, best)]
     assert slots[0] <= 1.02 * slots[1]

@@ -19,7 +19,7 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
-from diptych.data_prep.packing.fill_rows import PACKED_COLUMNS, SHARED_COLUMN
+from diptych.data_prep.packing.packed_row import PACKED_COLUMNS, SHARED_COLUMN
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import FORMAT, beside
 from diptych.data_prep.prepare import main

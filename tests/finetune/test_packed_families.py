@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diptych.data_prep.packing.fill_rows import Budget, assemble_row
+from diptych.data_prep.packing.packed_row import Budget, assemble_row
 from diptych.finetune.batches.packed_rows import pack_examples, packed_batch
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.model.adapters import add_adapter

@@ -18,7 +18,7 @@ ONE_STEP = """
 import gc, json, sys, tempfile
 import datasets, numpy as np, torch
 from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
-from diptych.data_prep.packing.fill_rows import Budget, assemble_row
+from diptych.data_prep.packing.packed_row import Budget, assemble_row
 import diptych.modeling
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.batches.packed_rows import packed_batch

@@ -170,7 +170,8 @@ from pathlib import Path
 import datasets, torch
 import numpy as np
 from transformers import AutoModelForSeq2SeqLM
-from diptych.data_prep.packing.fill_rows import Budget, assemble_row, pack
+from diptych.data_prep.packing.fill_rows import pack
+from diptych.data_prep.packing.packed_row import Budget, assemble_row
 from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.model.loss import Seq2SeqObjective
