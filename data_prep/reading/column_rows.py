@@ -13,6 +13,7 @@ checked, since they would be followed to anywhere in memory.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections import Counter
@@ -25,7 +26,14 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.chunks import CHARACTERS_IN_CHUNK, ROWS_IN_CHUNK, Chunk, Rows, too_large
+from diptych.data_prep.reading.chunks import (
+    CHARACTERS_IN_CHUNK,
+    ROWS_IN_CHUNK,
+    Chunk,
+    Rows,
+    size_if_too_large,
+    too_large,
+)
 from diptych.data_prep.reading.files import File, Limits
 from diptych.data_prep.reading.json_rows import STRICT_JSON, is_too_deep, json_fault
 from diptych.data_prep.rows.records import Origin, Reject, Row
@@ -67,53 +75,15 @@ class Columns:
         return _columns_again, (self.name, sink.getvalue().to_pybytes(), self.first_row, self.bytes_done, self.limits)
 
     def rows(self) -> Rows:
-        names = self.batch.schema.names
-        may_have_large_rows = _unfolded_bytes(self.batch) > self.limits.max_row_bytes
-        decoders = _decoders(self.batch.schema, self.limits)
-        columns = [] if may_have_large_rows else list(map(_values, self.batch.columns, decoders))
-        for place in range(self.batch.num_rows):
-            origin = Origin(self.name, self.first_row + place)
-            if may_have_large_rows:
-                row = self.batch.slice(place, 1)
-                size = _unfolded_bytes(row)
-                if size > self.limits.max_row_bytes:
-                    yield too_large(origin, _beginning(row), size, self.limits)
-                    continue
-                values = [column[0] for column in map(_values, row.columns, decoders)]
-            else:
-                values = [column[place] for column in columns]
-            yield _columns_row(dict(zip(names, values, strict=True)), origin)
+        names, decoders = self.batch.schema.names, _decoders(self.batch.schema, self.limits)
+        columns = list(map(_values, self.batch.columns, decoders))
+        for number, values in enumerate(zip(*columns, strict=True), self.first_row):
+            yield _row(dict(zip(names, values, strict=True)), Origin(self.name, number), self.limits)
 
 
 def _columns_again(name: str, stream: bytes, first_row: int, bytes_done: int, limits: Limits) -> Columns:
     with pyarrow.ipc.open_stream(stream) as reader:
         return Columns(name, reader.read_next_batch(), first_row, bytes_done, limits)
-
-
-def _unfolded_bytes(batch: pyarrow.RecordBatch) -> int:
-    """At most so many bytes the values have, each written out where a dictionary holds them once."""
-    total = 0
-    for column in batch.columns:
-        if isinstance(column, pyarrow.DictionaryArray):
-            if batch.num_rows == 1:
-                total += column.dictionary_decode().nbytes
-            else:
-                total += batch.num_rows * column.dictionary.nbytes
-        else:
-            total += column.nbytes
-    return total
-
-
-def _beginning(row: pyarrow.RecordBatch) -> str:
-    """Of a row too large to be written out: the beginnings of its texts."""
-    shown = {}
-    for name, column in zip(row.schema.names, row.columns, strict=True):
-        value = column[0]
-        if isinstance(value, pyarrow.StringScalar | pyarrow.LargeStringScalar) and value.is_valid:
-            shown[name] = value.as_buffer()[:200].to_pybytes().decode("utf-8", "replace")
-        else:
-            shown[name] = f"({value.type})"
-    return json.dumps(shown, ensure_ascii=False)
 
 
 class _Unreadable(str):
@@ -211,8 +181,10 @@ def _value(scalar: pyarrow.Scalar, decode: Decoder | None) -> Any:
         return _Unreadable(error)
 
 
-def _columns_row(fields: dict[str, Any], origin: Origin) -> Row | Reject:
+def _row(fields: dict[str, Any], origin: Origin, limits: Limits) -> Row | Reject:
     raw = json.dumps(fields, ensure_ascii=False, default=str)
+    if size := size_if_too_large(raw, limits):
+        return too_large(origin, raw, size, limits)
     for name, value in fields.items():
         if isinstance(value, _Unreadable):
             kind, _, what = value.partition(": ")
@@ -220,28 +192,26 @@ def _columns_row(fields: dict[str, Any], origin: Origin) -> Row | Reject:
     return Row(fields, origin, raw)
 
 
-def _columns_chunks(
+def _chunks(
     batches: Iterable[pyarrow.RecordBatch], name: str, bytes_done: Callable[[], int], limits: Limits
 ) -> Iterator[Chunk]:
-    """Batches of any length, cut or put together to chunks of bounded size."""
-    parts: list[pyarrow.RecordBatch] = []
-    first_row, rows, size = 1, 0, 0
-    for part in _slices(batches):
-        parts.append(part)
-        rows, size = rows + part.num_rows, size + part.nbytes
-        if rows >= ROWS_IN_CHUNK or size >= CHARACTERS_IN_CHUNK:
-            yield Columns(name, pyarrow.concat_batches(parts), first_row, bytes_done(), limits)
-            parts, first_row, rows, size = [], first_row + rows, 0, 0
-    if parts:
-        yield Columns(name, pyarrow.concat_batches(parts), first_row, bytes_done(), limits)
-
-
-def _slices(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    """Slices of batches, bounded in rows and in the bytes that they come to when written out."""
+    first_row = 1
     for batch in batches:
-        rows_of_a_chunk = max(1, batch.num_rows * CHARACTERS_IN_CHUNK // max(1, batch.nbytes))
+        rows_of_a_chunk = max(1, batch.num_rows * CHARACTERS_IN_CHUNK // max(1, _unfolded_bytes(batch)))
         step = min(ROWS_IN_CHUNK, rows_of_a_chunk)
         for start in range(0, batch.num_rows, step):
-            yield batch.slice(start, step)
+            part = batch.slice(start, step)
+            yield Columns(name, part, first_row, bytes_done(), limits)
+            first_row += part.num_rows
+
+
+def _unfolded_bytes(batch: pyarrow.RecordBatch) -> int:
+    """At most so many bytes the values have. A dictionary holds once what may stand in every row."""
+    return sum(
+        batch.num_rows * column.dictionary.nbytes if isinstance(column, pyarrow.DictionaryArray) else column.nbytes
+        for column in batch.columns
+    )
 
 
 def _check_columns(schema: pyarrow.Schema, name: str) -> None:
@@ -250,19 +220,25 @@ def _check_columns(schema: pyarrow.Schema, name: str) -> None:
         raise UserError(f"{name} has the column '{twice[0]}' twice. Rename or drop one.")
 
 
-def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
-    """Row group by row group, some rows at a time; the fewer, the larger the group is."""
+@contextlib.contextmanager
+def _faults_named(file: File, format: str) -> Iterator[None]:
+    """Arrow's errors as a UserError; and an error if the file has changed, whichever way it ended."""
     try:
-        with file.open_for_seeking() as raw, pyarrow.parquet.ParquetFile(raw) as parquet:
-            metadata = parquet.metadata
-            _check_columns(parquet.schema_arrow, file.name)
-            _check_unpacked(file, metadata, limits)
-            batches = _parquet_batches(parquet)
-            yield from _columns_chunks(batches, file.name, raw.tell, limits)
+        yield
     except FAULTS as error:
         file.check_content()
-        raise UserError(f"{file.name} cannot be read as parquet: {_one_line(error)}") from None
+        what = " ".join(str(error).split())[:300].rstrip(".")
+        raise UserError(f"{file.name} cannot be read as {format}: {what}.") from None
     file.check_content()
+
+
+def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
+    """Row group by row group, some rows at a time; the fewer, the larger the group is."""
+    with _faults_named(file, "parquet"), file.open_for_seeking() as raw, pyarrow.parquet.ParquetFile(raw) as parquet:
+        _check_columns(parquet.schema_arrow, file.name)
+        groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+        _check_unpacked(sum(group.total_byte_size for group in groups), "it", file, limits)
+        yield from _chunks(_parquet_batches(parquet), file.name, raw.tell, limits)
 
 
 def _parquet_batches(parquet: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
@@ -273,44 +249,33 @@ def _parquet_batches(parquet: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.R
         yield from parquet.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
 
 
-def _check_unpacked(file: File, metadata: pyarrow.parquet.FileMetaData, limits: Limits) -> None:
-    unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    if unpacked > (most := limits.unpacked_bytes(file.bytes)):
-        raise UserError(
-            f"{file.name} has {file.bytes:,} bytes and unpacks to {unpacked:,}; at most {most:,} may come of it. If"
-            " you trust it, raise max_unpacked_ratio."
-        )
-
-
 def arrow_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
     """An Arrow file or stream, batch by batch as it was written: one batch is in memory at a time."""
-    try:
-        with file.open_for_seeking() as raw:
-            is_file = raw.read(6) == b"ARROW1"
-            raw.seek(0)
-            reader = pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)
-            _check_columns(reader.schema, file.name)
-            batches = _arrow_batches(reader, file, limits)
-            yield from _columns_chunks(batches, file.name, raw.tell, limits)
-    except FAULTS as error:
-        file.check_content()
-        raise UserError(f"{file.name} cannot be read as Arrow: {_one_line(error)}") from None
-    file.check_content()
+    with _faults_named(file, "Arrow"), file.open_for_seeking() as raw:
+        is_file = raw.read(6) == b"ARROW1"
+        raw.seek(0)
+        reader = pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)
+        _check_columns(reader.schema, file.name)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        yield from _chunks(_sound_batches(batches, file, limits), file.name, raw.tell, limits)
 
 
-def _arrow_batches(reader: Any, file: File, limits: Limits) -> Iterator[pyarrow.RecordBatch]:
-    most = limits.unpacked_bytes(file.bytes)
-    count = reader.num_record_batches if hasattr(reader, "num_record_batches") else None
-    batches = reader if count is None else map(reader.get_batch, range(count))
+def _sound_batches(
+    batches: Iterable[pyarrow.RecordBatch], file: File, limits: Limits
+) -> Iterator[pyarrow.RecordBatch]:
     for number, batch in enumerate(batches, start=1):
         for column in batch.columns:  # before anything else is asked of it, its size included
             _check_column(column)
-        if batch.nbytes > most:
-            raise UserError(
-                f"{file.name} has {file.bytes:,} bytes, and its batch {number} unpacks to {batch.nbytes:,}; at most"
-                f" {most:,} may come of it. If you trust it, raise max_unpacked_ratio."
-            )
+        _check_unpacked(batch.nbytes, f"its batch {number}", file, limits)
         yield batch
+
+
+def _check_unpacked(size: int, what: str, file: File, limits: Limits) -> None:
+    if size > (most := limits.unpacked_bytes(file.bytes)):
+        raise UserError(
+            f"{file.name} has {file.bytes:,} bytes, and {what} unpacks to {size:,}; at most {most:,} may come of it."
+            " If you trust it, raise max_unpacked_ratio."
+        )
 
 
 def _check_column(column: pyarrow.Array) -> None:
@@ -325,13 +290,9 @@ def _check_column(column: pyarrow.Array) -> None:
         column.view(binary).validate(full=True)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") + "."
-
-
 def hub_chunks(dataset: Any, name: str, limits: Limits) -> Iterator[Chunk]:
     _check_columns(dataset.features.arrow_schema, name)
     tables = dataset.with_format("arrow").iter(batch_size=ROWS_IN_CHUNK)
     features = dataset.features.arrow_schema.metadata
     batches = (batch.replace_schema_metadata(features) for table in tables for batch in table.to_batches())
-    return _columns_chunks(batches, name, lambda: 0, limits)
+    return _chunks(batches, name, lambda: 0, limits)

@@ -969,7 +969,7 @@ def test_a_large_row_of_columns_is_one_reject_that_shows_its_beginning(name, tmp
     rows, [reject] = read(path, limits=Limits(max_row_bytes=1_000))
     assert [row.fields["a"] for row in rows] == ["x", "z"]
     assert (reject.origin.row, reject.kind) == (2, "row too large")
-    assert reject.raw.startswith('{"a": "yyyy') and len(reject.raw) < 1_000
+    assert reject.raw.startswith('{"a": "yyyy') and len(reject.raw) <= 1_000
 
 
 def test_a_value_stored_once_and_used_often_is_not_written_out_for_all_rows(tmp_path):
@@ -983,7 +983,7 @@ def test_a_parquet_file_that_unpacks_too_far_is_refused(tmp_path):
     columns = {"a": [" " * 1_000_000 + str(number) for number in range(30)]}
     path = write_columns(tmp_path, "a.parquet", columns, compression="zstd", use_dictionary=False)
     message = refused(path, limits=Limits(min_unpacked_bytes=1_000_000))
-    assert "and unpacks to 30," in message and "raise max_unpacked_ratio" in message
+    assert "and it unpacks to 30," in message and "raise max_unpacked_ratio" in message
     assert len(read(path)[0]) == 30
 
 
