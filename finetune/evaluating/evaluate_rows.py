@@ -78,7 +78,7 @@ from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.model.speed import keep_memory
 from diptych.finetune.model.untrusted_files import open_prepared
-from diptych.finetune.run_files.checkpoints import MANIFEST, read_json
+from diptych.finetune.run_files.whole_folders import MANIFEST, read_json
 
 Batch = TypeVar("Batch")
 Found = TypeVar("Found")

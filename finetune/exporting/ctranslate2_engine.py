@@ -31,7 +31,7 @@ from diptych.finetune.inference.generation import check_source_ids, cut_at_stop,
 from diptych.finetune.inference.generation_config import end_tokens, model_settings, warn_of_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
 from diptych.finetune.model.loading import EXPORT_FILE, export_kind, load_generation_config, load_tokenizer
-from diptych.finetune.run_files.checkpoints import read_json
+from diptych.finetune.run_files.whole_folders import read_json
 
 INSTALL = "CTranslate2 is not installed. Install it: pip install 'diptych[ctranslate2]'"
 VOCABULARIES = ("shared_vocabulary.json", "source_vocabulary.json", "target_vocabulary.json")

@@ -41,7 +41,7 @@ from diptych.finetune.model.loading import (
 )
 from diptych.finetune.model.merge import new_folder
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
-from diptych.finetune.run_files.checkpoints import write_json, write_new_folder
+from diptych.finetune.run_files.whole_folders import write_folder, write_json
 
 TARGETS: dict[str, ModuleType] = {"ctranslate2": export_ctranslate2, "onnx": export_onnx}
 """They have `check(model)`, `write(model, tokenizer, folder, precision)`, `open_export(folder, model, tokenizer)`."""
@@ -61,7 +61,7 @@ def export(settings: ExportSettings) -> Path:
     TARGETS[settings.to].check(loaded.model)
     if settings.template:
         attach_template(loaded.tokenizer, loaded.template)
-    write_new_folder(out, lambda folder: _write(folder, settings, loaded), _weight_bytes(loaded.model))
+    write_folder(out, lambda folder: _write(folder, settings, loaded), _weight_bytes(loaded.model))
     return out
 
 

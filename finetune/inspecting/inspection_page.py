@@ -19,7 +19,7 @@ from markupsafe import Markup
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.report.text_shown import FRAMES as SHARED_FRAMES
 from diptych.data_prep.report.text_shown import prose
-from diptych.finetune.run_files.checkpoints import write_text
+from diptych.finetune.run_files.whole_folders import write_text
 
 FRAMES = Path(__file__).parent / "frames"
 MARK = '<meta name="generator" content="diptych inspect">'

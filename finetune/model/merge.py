@@ -43,7 +43,7 @@ def merge(settings: MergeSettings) -> Path:
     import torch  # seconds, that --help need not wait for
 
     from diptych.finetune.model.loading import adapter_settings, check_folder, load_checkpoint
-    from diptych.finetune.run_files.checkpoints import write_new_folder
+    from diptych.finetune.run_files.whole_folders import write_folder
 
     name, out = os.path.expanduser(settings.adapter), new_folder(settings.out)
     check_folder(name)
@@ -58,7 +58,7 @@ def merge(settings: MergeSettings) -> Path:
         tokenizer.save_pretrained(folder)
 
     needed = sum(weight.numel() * weight.element_size() for weight in model.parameters())  # a tied one counts once
-    write_new_folder(out, write, needed)
+    write_folder(out, write, needed)
     return out
 
 

@@ -41,7 +41,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     from diptych.finetune.model.merge import new_folder
     from diptych.finetune.pairing import pair_report
     from diptych.finetune.pairing.donor_template import donor_prompt
-    from diptych.finetune.run_files.checkpoints import write_new_folder
+    from diptych.finetune.run_files.whole_folders import write_folder
 
     transformers.utils.logging.disable_progress_bar()  # one bar is enough
     out = new_folder(settings.out)
@@ -87,7 +87,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
             report["proof"] = pair_report.prove(folder, settings, encoder, decoder, config, prompt.tokenizer)
         (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    write_new_folder(out, write, sum(report["weights"]["bytes"].values()))
+    write_folder(out, write, sum(report["weights"]["bytes"].values()))
     return report
 
 

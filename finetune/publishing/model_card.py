@@ -25,7 +25,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.named_splits import kind_of, named
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.model.loading import load_tokenizer
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.run_files.run_folder import last_training
 from diptych.finetune.training.starting_model import is_named_size
 
@@ -122,12 +122,12 @@ def read_facts(run: Path, files: Mapping[str, Path | bytes]) -> Facts:
 def trained_steps(run: Path) -> tuple[int | None, list[Any]]:
     """The step whose checkpoint is the final model, and the values by which resuming knows that run's data and model
     (resuming.py); None, [] if that checkpoint is gone."""
-    final = checkpoints.read_json(run / "final" / checkpoints.MANIFEST)
+    final = whole_folders.read_json(run / "final" / whole_folders.MANIFEST)
     for path in reversed(checkpoints.complete_checkpoints(run / "checkpoints")):
-        entries = checkpoints.read_json(path / checkpoints.MANIFEST)
+        entries = whole_folders.read_json(path / whole_folders.MANIFEST)
         model = {name.removeprefix("model/"): entry for name, entry in entries.items() if name.startswith("model/")}
         if model == final:
-            known = checkpoints.read_json(path / "state.json")["run"]
+            known = whole_folders.read_json(path / "state.json")["run"]
             return checkpoints.checkpoint_step(path), list(known.values())
     return None, []
 
@@ -139,9 +139,9 @@ def prepared_manifest(data: str, hashes: list[Any], run: Path) -> tuple[dict[str
     run; the hash tells whether it is what was trained on.
     """
     for folder in (Path(), *run.resolve().parents):
-        file = folder / data / checkpoints.MANIFEST
+        file = folder / data / whole_folders.MANIFEST
         fingerprint = sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-        if fingerprint and fingerprint in hashes and "inputs" in (manifest := checkpoints.read_json(file)):
+        if fingerprint and fingerprint in hashes and "inputs" in (manifest := whole_folders.read_json(file)):
             return manifest, fingerprint
     return None, ""
 
@@ -168,7 +168,7 @@ def report_scores(run: Path) -> list[Score]:
     scores = []
     for file in sorted(run.glob("*.json")):
         try:
-            report = checkpoints.read_json(file)
+            report = whole_folders.read_json(file)
         except ValueError as error:
             raise UserError(
                 f"{file} may be a report, and is no JSON: {error}. Mend it or move it elsewhere."
@@ -176,7 +176,7 @@ def report_scores(run: Path) -> list[Score]:
         if not isinstance(report, dict) or not {"figures", "settings"} <= report.keys():
             continue  # status.json, and whatever else lies there
         settings, figures = report["settings"], report["figures"]
-        if report.get("model") != checkpoints.read_json(run / "final" / checkpoints.MANIFEST):
+        if report.get("model") != whole_folders.read_json(run / "final" / whole_folders.MANIFEST):
             raise UserError(
                 f"{file} is a report on {settings['model']}, and not on what is now in {run / 'final'}. Move it "
                 f"elsewhere, or evaluate again: diptych evaluate {run / 'final'} --data {settings['data']} --split "

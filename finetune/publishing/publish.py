@@ -29,7 +29,7 @@ from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.publishing.hub_push import push, remote_hashes
 from diptych.finetune.publishing.model_card import PATHS_OF_A_RECIPE, model_card, read_config
 from diptych.finetune.publishing.publish_settings import PublishSettings
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import whole_folders
 
 ALLOWED = {
     "weights": ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"],
@@ -107,7 +107,7 @@ def publication(settings: PublishSettings) -> Publication:
         changed.append(_add_pipeline(files, final))
     files[CARD] = model_card(run, settings.to, files, settings.license, settings.language).encode()
     check_private(files, run)
-    left_out = [name for name in present if name not in files and name != checkpoints.MANIFEST]
+    left_out = [name for name in present if name not in files and name != whole_folders.MANIFEST]
     return Publication(files, left_out, changed)
 
 
@@ -129,15 +129,15 @@ def check_measured(final: Path, names: Sequence[str]) -> None:
         f"Move it away, and take it from its checkpoint again: diptych train --config {final.parent / 'config.yaml'} "
         f"--resume true"
     )
-    if fault := checkpoints.fault_of(final):
+    if fault := whole_folders.fault_of(final):
         raise CheckpointError(f"{final} is not what was measured: {fault}. {again}")
-    recorded = checkpoints.read_json(final / checkpoints.MANIFEST)
+    recorded = whole_folders.read_json(final / whole_folders.MANIFEST)
     for name in names:
         if (final / name).is_symlink() or not (final / name).is_file():
             raise CheckpointError(f"{final / name} is a link or a folder, and training wrote a file. {again}")
         if name not in recorded:
             raise CheckpointError(
-                f"{final / name} was not written by training: {checkpoints.MANIFEST} does not name it. Move it away."
+                f"{final / name} was not written by training: {whole_folders.MANIFEST} does not name it. Move it away."
             )
 
 
@@ -152,7 +152,7 @@ def check_complete(final: Path, names: Sequence[str]) -> None:
 
 def _without_local_paths(files: dict[str, Path | bytes], name: str, settings: PublishSettings) -> list[str]:
     """Replaces a config in `files` that names local paths; returns in words what has changed."""
-    config = checkpoints.read_json(files[name])
+    config = whole_folders.read_json(files[name])
     changed = []
     if name == "adapter_config.json" and (base := public_base(config["base_model_name_or_path"], settings)):
         config["base_model_name_or_path"] = base
@@ -265,7 +265,7 @@ def run(settings: PublishSettings) -> int:
 
 def check_base(api: HfApi, settings: PublishSettings) -> None:
     """UserError unless the base on the Hub has the weights of the folder that the adapter was trained on."""
-    adapter = checkpoints.read_json(Path(settings.run).expanduser() / "final" / "adapter_config.json")
+    adapter = whole_folders.read_json(Path(settings.run).expanduser() / "final" / "adapter_config.json")
     folder = Path(adapter["base_model_name_or_path"])
     files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.finetune.model.adapters import adapter_weights, save_adapter
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.training.resuming import run_facts
 from diptych.finetune.training.set_up import Run
@@ -35,7 +35,7 @@ def save_checkpoint(run: Run) -> None:
         weights = model_tensors(run.model, keep=is_writer)
         states = checkpoints.optimizer_tensors(run.optimizer, run.weight_names, keep=is_writer)
         if is_writer:
-            if not path.is_dir() or checkpoints.fault_of(path):
+            if not path.is_dir() or whole_folders.fault_of(path):
                 checkpoints.write_checkpoint(
                     path,
                     lambda partial: _write(run, partial, weights, states, random_states),
@@ -57,14 +57,14 @@ def _write(
 ) -> None:
     save_model(run.model, run.tokenizer, partial / "model", weights)
     checkpoints.save_tensors(partial / "optimizer.safetensors", states)
-    checkpoints.write_json(partial / "rng.json", random_states)
+    whole_folders.write_json(partial / "rng.json", random_states)
     state = {
         "progress": asdict(run.progress),
         "run": run_facts(run.prepared, run.order, run.base_hash),
         "written": run.log.bytes_written(),
         "scaler": run.scaler.state_dict(),
     }
-    checkpoints.write_json(partial / "state.json", state)
+    whole_folders.write_json(partial / "state.json", state)
 
 
 def _bytes(tensors: dict[str, torch.Tensor]) -> int:
@@ -106,7 +106,7 @@ def write_final(run: Run) -> None:
     with run.ranks.waiting_for("the final model"):
         if run.accelerator.is_main_process:
             checkpoints.check_checkpoint(chosen)
-            checkpoints.copy_folder(chosen / "model", run.folder / "final")
+            whole_folders.copy_folder(chosen / "model", run.folder / "final")
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
         run.accelerator.wait_for_everyone()
     which = f"the best by {run.recipe.best_metric}" if best else "the last"

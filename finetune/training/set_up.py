@@ -46,7 +46,7 @@ from diptych.finetune.model.families import decoder_start_token, family_of, voca
 from diptych.finetune.model.loading import has_tokenizer, load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
 from diptych.finetune.model.speed import TokenCost, compile_layers, matmul_peak, work_per_token
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.run_files.run_folder import CONFIG, Status
 from diptych.finetune.run_files.run_log import RunLog, short
 from diptych.finetune.training.distillation import DistilledObjective, load_teacher
@@ -226,12 +226,12 @@ def make_run(
     state = saved_state(recipe, saved, run_facts(prepared, order, base_hash))
     total_steps = recipe.max_steps or recipe.epochs * order.steps_per_epoch
     if state.progress.step < total_steps:
-        checkpoints.check_own(folder / "final")  # which would be replaced at the end
+        whole_folders.check_own(folder / "final")  # which would be replaced at the end
     accelerator.wait_for_everyone()  # all have seen the folder as it was; now it may change
     if accelerator.is_main_process:  # first of all files, and whole: by it a run is known that was killed early
         if (folder / CONFIG).is_file():
             say_changes(recipe, folder)
-        checkpoints.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+        whole_folders.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
         if saved:
             take_back(recipe, folder, saved)
     status.begin()
@@ -280,7 +280,7 @@ def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) 
     if saved is None:
         return SavedState(Progress(), {}, {})
     try:
-        state = checkpoints.read_json(saved / "state.json")
+        state = whole_folders.read_json(saved / "state.json")
         before, written, scaler = state["run"], dict(state["written"]), dict(state["scaler"])
         progress = Progress(**state["progress"])
         if missing := asdict(progress).keys() - state["progress"].keys():
@@ -376,7 +376,7 @@ def make_optimizer(model: PreTrainedModel | PeftModel, recipe: TrainRecipe) -> t
 def restore(run: Run, saved: Path) -> None:
     """Optimizer and random states; the weights are there already."""
     checkpoints.load_optimizer(saved / "optimizer.safetensors", run.optimizer, run.weight_names)
-    random_states = checkpoints.read_json(saved / "rng.json")
+    random_states = whole_folders.read_json(saved / "rng.json")
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     try:
         if rank < len(random_states):

@@ -40,15 +40,15 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
     if is_main_rank():  # the others may be so late that they find what it has written already
         _check_folder(recipe)
     out = Path(recipe.out)
-    from diptych.finetune.run_files import checkpoints  # torch takes seconds; mistakes are told before
+    from diptych.finetune.run_files import whole_folders  # torch takes seconds; mistakes are told before
     from diptych.finetune.training.loop import run
     from diptych.finetune.training.resuming import as_it_began, compare_recipes, recipe_of, say_changes, to_yaml
 
     if is_main_rank():
-        checkpoints.write_text(out / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+        whole_folders.write_text(out / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
     status.begin()
     if not all(_has_ended(Path(stage.out)) for _, stage in stages):
-        checkpoints.check_own(out / "final")
+        whole_folders.check_own(out / "final")
     auto = "auto"  # what it became in the first stage that has it: later stages take the same
     for number, (name, stage) in enumerate(stages, start=1):
         status.update(stage=name)
@@ -71,7 +71,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
             return STOPPED
         auto = recipe_of(folder)["precision"] if is_auto else auto
     if is_main_rank():
-        checkpoints.copy_folder(Path(stages[-1][1].out) / "final", out / "final")
+        whole_folders.copy_folder(Path(stages[-1][1].out) / "final", out / "final")
         print(f"final model: {out / 'final'}, of stage {stages[-1][0]}", flush=True)
     return DONE
 

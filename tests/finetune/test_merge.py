@@ -15,7 +15,7 @@ from diptych.finetune.commands.cli import main
 from diptych.finetune.model.families import input_and_output_tables
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.model.speed import compile_layers
-from diptych.finetune.run_files.checkpoints import fault_of
+from diptych.finetune.run_files.whole_folders import fault_of
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training import set_up
 from diptych.finetune.training.recipe import TrainRecipe
@@ -107,7 +107,7 @@ def test_what_cannot_be_merged_is_refused(recipe, checkpoint_of, tmp_path, capsy
     config["base_model_name_or_path"] = str(checkpoint_of("bart"))
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     says([adapter, "--out", new], "does not fit its base")
-    assert not new.exists() and not list(tmp_path.glob("*.partial"))
+    assert not new.exists() and not list(tmp_path.glob("*partial"))
 
 
 def saved_names(folder) -> set[str]:

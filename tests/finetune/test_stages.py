@@ -16,8 +16,8 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.commands.exits import DONE, STOPPED, Stopped
 from diptych.finetune.commands.stop_signals import StopRequest
-from diptych.finetune.run_files.checkpoints import fault_of
 from diptych.finetune.run_files.run_folder import read_status
+from diptych.finetune.run_files.whole_folders import fault_of
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training import feeding, loop
 from diptych.finetune.training.recipe import TrainRecipe

@@ -19,7 +19,7 @@ from torture import DEADLINE, Case, Torture, differences_of
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepared_folder import beside
 from diptych.finetune.commands.exits import StorageError
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.run_files.run_folder import claimed, read_status
 
 ALONE, TOGETHER = Case(1, "full", packed=True), Case(2, "full", packed=True)
@@ -232,7 +232,7 @@ def test_a_disk_that_runs_full_leaves_the_older_checkpoint(torturer, undisturbed
     assert " bytes, and there is no room: it ended after " in said and "is untouched. Make room" in said
     assert "Traceback" not in said and read_status(out)["exit_code"] == 4
     (left,) = (out / "checkpoints").glob("step-*")
-    assert not checkpoints.fault_of(left)
+    assert not whole_folders.fault_of(left)
     ends_alike(torturer, undisturbed, ALONE, recipe)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torture import CASES, DEADLINE, Case, Tally, Torture, differences_of, table
 
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def test_nothing_that_a_checkpoint_holds_can_be_missing(what, torturer, halfway)
     reference, out, saved, recipe = halfway
     if what != "nothing":
         TAKEN_AWAY[what](saved)
-        assert checkpoints.fault_of(saved)
-    checkpoints.write_manifest(saved)
+        assert whole_folders.fault_of(saved)
+    whole_folders.write_manifest(saved)
     name = f"resumed-{out.parent.name}"
     code = torturer.start(CASE, recipe, name, resume=str(saved))[0].wait(DEADLINE)
     log = torturer.log(name)

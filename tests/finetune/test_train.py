@@ -25,7 +25,7 @@ from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.adapters import add_adapter
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.train import main, run_recipe
 from diptych.finetune.training import feeding, loop
 from diptych.finetune.training.recipe import TrainRecipe
@@ -112,7 +112,7 @@ def assert_same_bits(first: str, second: str) -> None:
             one, other = (Path(run) / "checkpoints" / step / name for run in (first, second))
             assert filecmp.cmp(one, other, shallow=False), f"{step}/{name}"
         one, other = (
-            checkpoints.read_json(Path(run) / "checkpoints" / step / "state.json") for run in (first, second)
+            whole_folders.read_json(Path(run) / "checkpoints" / step / "state.json") for run in (first, second)
         )
         assert one["progress"] == other["progress"]
     for split in splits_of_run(first):
@@ -336,7 +336,7 @@ def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
     best = min(validation, key=lambda entry: entry["loss"])
     assert len(validation) < 20 and best is validation[-3]
     folder = Path(settings.out) / "checkpoints"
-    assert checkpoints.read_json(folder / "best.json")["value"] == best["loss"]
+    assert whole_folders.read_json(folder / "best.json")["value"] == best["loss"]
     kept = [checkpoints.checkpoint_step(path) for path in checkpoints.complete_checkpoints(folder)]
     assert kept == [best["step"], validation[-1]["step"]]
     best_weights = load_file(folder / f"step-{best['step']:06d}" / "model" / "model.safetensors")
@@ -357,7 +357,7 @@ def test_the_best_is_chosen_by_one_validation_set_or_by_their_mean(recipe, two_s
         run_recipe(settings)
         news, law = (figures(settings.out, f"validation/{name}") for name in ("news", "law"))
         assert [entry["step"] for entry in news] == [entry["step"] for entry in law] == [4, 8, 12]
-        best = checkpoints.read_json(Path(settings.out) / "checkpoints" / "best.json")
+        best = whole_folders.read_json(Path(settings.out) / "checkpoints" / "best.json")
         assert best["value"] == pytest.approx(value(news, law)) and best["metric"] == best_metric
     said = capsys.readouterr().out
     assert "step 4/12 | validation/law loss" in said and "step 4/12 | law/chrf" in said

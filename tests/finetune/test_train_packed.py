@@ -23,7 +23,7 @@ from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, lo
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.model.speed import compile_layers
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.train import main, run_recipe
 from diptych.finetune.training import loop, set_up
 from diptych.finetune.training.recipe import TrainRecipe
@@ -364,7 +364,7 @@ def test_an_interrupted_fp16_run_goes_on_with_its_scale(recipe, monkeypatch):
         patch.setattr(loop, "learning_rate", interrupt_in_step_5)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(stopped)
-    state = checkpoints.read_json(Path(stopped.out) / "checkpoints" / "step-000003" / "state.json")
+    state = whole_folders.read_json(Path(stopped.out) / "checkpoints" / "step-000003" / "state.json")
     assert state["scaler"]["_growth_tracker"] + state["scaler"]["scale"] > 1
     run_recipe(replace(stopped, resume=True))
     expected = final_weights(whole.out)

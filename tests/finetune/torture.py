@@ -30,7 +30,7 @@ from nursery import Nursery, Process
 
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 
 DEADLINE = 120.0
 """Seconds in which a run of a few steps ends, on a busy machine."""
@@ -162,10 +162,10 @@ class Torture:
                 assert set(codes) == {0}, f"{codes}\n{self.log(name)}"
                 continue  # it was faster
             tally.kills += 1
-            tally.inside_a_save += any((out / "checkpoints").glob("step-*.partial"))
+            tally.inside_a_save += any((out / "checkpoints").glob(".step-*-partial"))
             assert set(codes) <= {-signal.SIGKILL, 6, 0}, f"{codes}\n{self.log(name)}"
             steps = checkpoints.checkpoint_steps(out / "checkpoints")
-            faults = [checkpoints.fault_of(checkpoints.checkpoint_path(out / "checkpoints", step)) for step in steps]
+            faults = [whole_folders.fault_of(checkpoints.checkpoint_path(out / "checkpoints", step)) for step in steps]
             assert not any(faults), faults
             assert max(steps, default=0) >= newest, f"{newest} was committed, and there is {steps}"
             best = checkpoints.best_checkpoint(out / "checkpoints")

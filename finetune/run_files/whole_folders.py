@@ -1,0 +1,192 @@
+"""Folders that are whole or not there: checkpoints, `final/` of a run, merged and exported models.
+
+    write_folder(Path("merged"), write, bytes_needed)      `write(folder)` fills a folder, which becomes merged/
+    fault_of(Path("merged"))                               "" or what is wrong: "config.json is missing"
+
+    merged/manifest.json     size and XXH3-128 of each other file
+
+All files are written to a folder beside (`.merged.diptych-partial`), flushed to the disk, renamed, and read back. A
+rename is atomic, so a process that is killed at any moment leaves whole folders and perhaps one partial folder, which
+nobody reads.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.run_command import STORAGE_ERRORS
+from diptych.finetune.commands.exits import StorageError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".diptych-partial"
+NO_ROOM_WORDS = [os.strerror(number) for number in STORAGE_ERRORS if number != errno.EIO]
+
+
+def write_folder(
+    folder: Path,
+    write: Callable[[Path], Any],
+    bytes_needed: int = 0,
+    remedy: str = "Make room, or name another disk.",
+) -> None:
+    """`write(partial)` fills a folder beside, which then replaces `folder`, whatever is in it.
+
+    StorageError, and nothing new left, where the disk has less than `bytes_needed`, runs full nevertheless, or gives
+    back something else than was written.
+    """
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < bytes_needed:
+            raise _no_room(folder, bytes_needed, f"{free:,} bytes are free", remedy)
+        write(partial)
+        write_manifest(partial)
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+    except Exception as error:
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        shutil.rmtree(partial, ignore_errors=True)
+        if _is_of_storage(error):
+            raise _no_room(folder, bytes_needed, f"it ended after {written:,} bytes: {error}", remedy) from error
+        raise
+    previous = partial_of(folder.with_name(f"{folder.name}.previous"))
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, previous)
+    os.rename(partial, folder)
+    _flush(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+    if fault := fault_of(folder):
+        raise StorageError(f"{folder} was written, and is not what is read back: {fault}. Look after this disk.")
+
+
+def _no_room(folder: Path, bytes_needed: int, why: str, remedy: str) -> StorageError:
+    return StorageError(f"{folder} needs {bytes_needed:,} bytes, and there is no room: {why}\n{remedy}")
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """safetensors tells an OSError's number in words alone."""
+    if isinstance(error, SafetensorError):
+        return any(words in str(error) for words in NO_ROOM_WORDS)
+    return getattr(error, "errno", None) in STORAGE_ERRORS
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder is written before it is renamed. What lies there is of a process that was killed, and is removed:
+    nobody else gives that name."""
+    return folder.with_name(f".{folder.name}{PARTIAL}")
+
+
+def write_manifest(folder: Path) -> None:
+    """Size and hash of every file in the folder, in a file beside them. XXH3 finds damage, not forgery."""
+    write_json(folder / MANIFEST, _manifest_of(folder))
+    for file in folder.rglob("*.safetensors"):  # safetensors makes its files with mode 0600, whatever the umask says
+        file.chmod((folder / MANIFEST).stat().st_mode)
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": _hash(file)} for file in files
+    }
+
+
+def fault_of(path: Path, read: bool = True) -> str:
+    """What differs from the manifest, in words; "" where nothing does. Without `read`, only sizes are compared."""
+    try:
+        entries = read_json(path / MANIFEST)
+        expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in entries.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, AttributeError, KeyError, TypeError, OSError):
+        return f"its {MANIFEST} cannot be read"
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
+        if read and _hash(file) != digest:
+            return f"{name} is not what was written"
+    return ""
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """A whole copy with a manifest. A target that has these files already stays as it is, whatever else lies in it.
+    UserError where the target holds what was not written here."""
+    entries = _manifest_of(source)
+    if entries == _entries_of(target) and not fault_of(target):
+        return
+    check_own(target)
+    needed = sum(entry["bytes"] for entry in entries.values())
+    write_folder(target, lambda partial: shutil.copytree(source, partial, dirs_exist_ok=True), needed)
+
+
+def check_own(folder: Path) -> None:
+    """UserError where a folder that is to be replaced holds what was not written here, or was changed since."""
+    if not os.path.lexists(folder):
+        return
+    entries, why = _entries_of(folder), "it is a link" if folder.is_symlink() else ""
+    for path in [] if why else sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path == folder / MANIFEST or (path.is_dir() and not path.is_symlink()):
+            continue
+        if path.is_symlink() or name not in entries or _hash(path) != entries[name]["xxh3_128"]:
+            why = f"{name} in it is not as training wrote it" if name in entries else f"{name} in it is not training's"
+            break
+    if why:
+        raise UserError(
+            f"{folder} would be replaced, but {why}, and would be lost. Move {folder} away, and go on: --resume true."
+        )
+
+
+def _entries_of(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder says; nothing where there is none that can be read."""
+    try:
+        entries = read_json(folder / MANIFEST)
+        return entries if all({"bytes", "xxh3_128"} == entry.keys() for entry in entries.values()) else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Python writes floats so that they read back to the same bits."""
+    write_text(file, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces the file in one move."""
+    beside = file.with_name(f"{file.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    _flush(beside)
+    os.replace(beside, file)
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _hash(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk, not only into the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
