@@ -36,9 +36,9 @@ from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
-from diptych.data_prep.pipeline.prepare_settings import DenoiseSettings
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
+from diptych.data_prep.tokenizer_tools.text_command_settings import DenoiseSettings
 from diptych.data_prep.tokenizer_tools.tokenizer_texts import open_texts
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The settings of `diptych prepare`, `denoise` and `tokenizer`: the docstrings of their fields are the text of --help.
+"""The settings of `diptych prepare`: the docstrings of their fields are the text of --help.
 
 diptych prepare --config prepare.yaml --data a.json b.json --strict
 → PrepareSettings(data=["a.json", "b.json"], strict=True, …)     the command line goes before the file
@@ -8,19 +8,18 @@ Nothing heavy is imported here, so that --help and mistakes are answered at once
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from diptych.data_prep.cleaning.filters import LengthFilter
 from diptych.data_prep.cleaning.mixture import Mixture
-from diptych.data_prep.command_line.arguments import choose_from, parse
+from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.places import CHECKPOINT, NAMED_SOURCE, OUTPUT, SOURCE, TEMPLATE
 from diptych.data_prep.rows.convert_rows import SUMMARY_INSTRUCTION
 from diptych.data_prep.rows.named_splits import HELD_OUT
-from diptych.data_prep.text_to_ids.train_tokenizer import LEAST_SAVING, MINIMUM_VOCAB_SIZE
+from diptych.data_prep.text_to_ids.train_tokenizer import MINIMUM_VOCAB_SIZE
 
 USAGE = "diptych prepare --data SOURCE ... --tokenizer CHECKPOINT [--out FOLDER] [settings]"
 SECTIONS = {
@@ -34,15 +33,34 @@ SECTIONS = {
 }
 """The headings of --help, each by the setting that it stands above."""
 
-MOST_TASKS = 99_999
-
 USUAL_FRACTION = 0.05
+OF_PACKING_ALONE = ("packed_source_tokens", "packed_target_tokens", "share_sources", "decoder_start_token_id")
 OF_TRAIN_ALONE = (
     *("mixture", "train_tokenizer", "near_duplicates", "decontaminate", "lengths", "source_languages"),
-    *("target_languages", "packed_source_tokens", "packed_target_tokens", "share_sources", "on_both_sides"),
+    *("target_languages", *OF_PACKING_ALONE[:3], "on_both_sides"),
     *("validation_fraction", "test_fraction", "split_by"),
 )
 """Settings that say nothing where there is only an evaluation set."""
+
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("seed", "workers", "positive_examples", "negative_examples"), lambda value: value >= 0, "it is 0 or more."),
+    (("decoder_start_token_id",), lambda value: value >= 0, "token ids begin with 0."),
+    (
+        ("max_source_tokens", "max_target_tokens", "packed_source_tokens", "packed_target_tokens"),
+        lambda value: value >= 2,
+        "at least 2: one token of text and eos.",
+    ),
+    (("near_duplicates",), lambda value: 0 < value < 1, "it is a similarity between 0 and 1, such as 0.8."),
+    (
+        ("validation_fraction", "test_fraction"),
+        lambda value: 0 <= value < 1,
+        "it is a part of all rows, from 0 to below 1.",
+    ),
+    (("tasks",), lambda value: 0 <= value <= 99_999, "it is a number up to 99,999, 0 for four a worker."),
+    (("max_row_megabytes",), lambda value: value > 0, "it is above 0."),
+    (("max_unpacked_ratio",), lambda value: value >= 1, "it is at least 1."),
+)
+"""Settings, what they may be, and what is said where they are not."""
 
 
 @dataclass(frozen=True)
@@ -245,9 +263,16 @@ def parse_settings(argv: Sequence[str]) -> PrepareSettings:
     return settings
 
 
+def fraction_of(settings: PrepareSettings, kind: str, has_own_sets: bool) -> float:
+    """Of the train rows, what is held out for validation or for test."""
+    given = getattr(settings, f"{kind}_fraction")
+    return (0.0 if has_own_sets else USUAL_FRACTION) if given is None else given
+
+
 def check_settings(settings: PrepareSettings, has_rows: bool = False) -> None:
     """UserError where settings do not fit each other. `has_rows`: rows are given beside what `data` names."""
-    if not (has_rows or settings.data or settings.aligned or settings.validation or settings.test):
+    has_train_rows = has_rows or bool(settings.data or settings.aligned)
+    if not (has_train_rows or settings.validation or settings.test):
         from diptych.data_prep.reading.sources import SAMPLES  # which imports pyarrow
 
         raise UserError(f"nothing to read: give --data FILE, --data {' or --data '.join(SAMPLES)}, or --aligned A B.")
@@ -255,211 +280,39 @@ def check_settings(settings: PrepareSettings, has_rows: bool = False) -> None:
         raise UserError(f"--aligned takes two files, and got {len(settings.aligned)}.")
     if bool(settings.tokenizer) == bool(settings.train_tokenizer):
         raise UserError("give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe (or unigram).")
-    tokens = settings.vocab_size
-    if settings.train_tokenizer and isinstance(tokens, int) and tokens < MINIMUM_VOCAB_SIZE:
-        raise UserError(f"vocab_size is {tokens}; bytes and special tokens alone are {MINIMUM_VOCAB_SIZE}.")
     if not settings.out.strip():
         raise UserError("out is empty; it names the folder to write.")
-    for name in ("seed", "workers"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it is 0 or more.")
+    for names, allowed, what in RANGES:
+        for name in names:
+            if (value := getattr(settings, name)) is not None and not allowed(value):
+                raise UserError(f"{name} is {value}; {what}")
+    if sum(fraction_of(settings, kind, has_own_sets=False) for kind in HELD_OUT) >= 1:
+        raise UserError("validation_fraction and test_fraction together leave no rows to train on. Lower them.")
+    _check_together(settings, has_train_rows)
+
+
+def _check_together(settings: PrepareSettings, has_train_rows: bool) -> None:
+    tokens, start = settings.vocab_size, settings.decoder_start_token_id
+    is_size_known = settings.train_tokenizer and isinstance(tokens, int)
+    if is_size_known and tokens < MINIMUM_VOCAB_SIZE:
+        raise UserError(f"vocab_size is {tokens}; bytes and special tokens alone are {MINIMUM_VOCAB_SIZE}.")
+    if is_size_known and start is not None and start >= tokens:
+        raise UserError(
+            f"decoder_start_token_id is {start}, and with vocab_size {tokens} ids end at {tokens - 1}. Give one up to"
+            " there, or none: then it is the padding token."
+        )
     if settings.end_cut_targets and settings.too_long != "cut":
         raise UserError(
             f"end_cut_targets is for too_long cut, and too_long is {settings.too_long}. Drop one of the two."
         )
-    if settings.near_duplicates is not None and not 0 < settings.near_duplicates < 1:
-        raise UserError(
-            f"near_duplicates is {settings.near_duplicates}; it is a similarity between 0 and 1, such as 0.8."
-        )
-    for name in ("positive_examples", "negative_examples"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"{name} is {getattr(settings, name)}; it is a number of examples, 0 for none.")
-    _check_engine(settings)
-    if settings.max_row_megabytes <= 0 or settings.max_unpacked_ratio < 1:
-        raise UserError("max_row_megabytes is above 0 and max_unpacked_ratio at least 1.")
-    _check_splits(settings, has_rows)
-    for name in ("max_source_tokens", "max_target_tokens"):
-        if getattr(settings, name) < 2:
-            raise UserError(f"{name} is {getattr(settings, name)}; at least 2: one token of text and eos.")
-    _check_packing(settings)
-
-
-def _check_splits(settings: PrepareSettings, has_rows: bool) -> None:
-    for name in ("validation_fraction", "test_fraction"):
-        if not 0 <= (getattr(settings, name) or 0) < 1:
-            raise UserError(f"{name} is {getattr(settings, name)}; it is a part of all rows, from 0 to below 1.")
-    if sum(fraction_of(settings, kind, has_own_sets=False) for kind in HELD_OUT) >= 1:
-        raise UserError("validation_fraction and test_fraction together leave no rows to train on. Lower them.")
-    if not (has_rows or settings.data or settings.aligned):
-        for name in OF_TRAIN_ALONE:
-            if getattr(settings, name) != getattr(PrepareSettings(), name):
-                raise UserError(f"{name} is for rows to train on, and there is no --data. Drop it, or give --data.")
-
-
-def fraction_of(settings: PrepareSettings, kind: str, has_own_sets: bool) -> float:
-    """Of the train rows, what is held out for validation or for test."""
-    given = getattr(settings, f"{kind}_fraction")
-    return (0.0 if has_own_sets else USUAL_FRACTION) if given is None else given
-
-
-def _check_engine(settings: PrepareSettings) -> None:
     if settings.tasks and settings.engine != "datatrove":
         raise UserError(f"tasks are those of datatrove, and engine is {settings.engine}. Add --engine datatrove.")
-    if not 0 <= settings.tasks <= MOST_TASKS:
-        raise UserError(f"tasks is {settings.tasks}; it is a number up to {MOST_TASKS:,}, 0 for four a worker.")
     if settings.gathered is not None and settings.engine != "local":
         raise UserError("gathered says that the rows are there already, and engine who has to gather them. Drop one.")
-
-
-def _check_packing(settings: PrepareSettings) -> None:
-    unused = PrepareSettings(packing=settings.packing)
-    for name in ("packed_source_tokens", "packed_target_tokens", "share_sources", "decoder_start_token_id"):
-        if not settings.packing and getattr(settings, name) != getattr(unused, name):
+    usual = PrepareSettings()
+    given = [field.name for field in fields(settings) if getattr(settings, field.name) != getattr(usual, field.name)]
+    for name in given:
+        if not has_train_rows and name in OF_TRAIN_ALONE:
+            raise UserError(f"{name} is for rows to train on, and there is no --data. Drop it, or give --data.")
+        if not settings.packing and name in OF_PACKING_ALONE:
             raise UserError(f"{name} says how to pack, and packing is false. Drop one of the two.")
-    for name in ("packed_source_tokens", "packed_target_tokens"):
-        tokens = getattr(settings, name)
-        if tokens is not None and tokens < 2:
-            raise UserError(f"{name} is {tokens}; at least 2: one token of text and eos.")
-    start = settings.decoder_start_token_id
-    if start is not None and start < 0:
-        raise UserError(f"decoder_start_token_id is {start}; token ids begin with 0.")
-    is_known = settings.train_tokenizer and isinstance(settings.vocab_size, int)
-    if start is not None and is_known and start >= settings.vocab_size:
-        raise UserError(
-            f"decoder_start_token_id is {start}, and with vocab_size {settings.vocab_size} ids end at"
-            f" {settings.vocab_size - 1}. Give one up to there, or none: then it is the padding token."
-        )
-
-
-@dataclass(frozen=True)
-class TrainTokenizerSettings:
-    """Train a byte-level tokenizer, from which every text comes back exactly."""
-
-    data: list[str] = field(default_factory=list, metadata=SOURCE)
-    """What to learn from, one or more: all that `diptych prepare` reads (files, folders, globs, Hub data sets), files
-    of plain text (a text a line), folders of prepared data (their train split)."""
-    out: str = field(default="tokenizer", metadata=OUTPUT)
-    """Folder to write: the tokenizer, with tokenizer_report.json and tokenizer_report.png."""
-    kind: Literal["bpe", "unigram"] = "bpe"
-    """How words are cut: byte pair encoding, or the most probable pieces (Unigram)."""
-    vocab_size: int | Literal["auto", "table"] = "auto"
-    """Tokens. `auto` trains sizes that double and takes the smallest after which a doubling saves too little; `table`
-    goes by the amount of text; or a number."""
-    least_saving: float = LEAST_SAVING
-    """For auto: a doubling of the vocabulary has to save at least this part of the tokens of unseen text."""
-    text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
-
-
-@dataclass(frozen=True)
-class ReportTokenizerSettings:
-    """Report how many tokens texts take, whether they come back exactly, and how much of the vocabulary is used."""
-
-    tokenizer: str = field(metadata=CHECKPOINT)
-    """A tokenizer or checkpoint, as a folder or a Hub id."""
-    data: list[str] = field(default_factory=list, metadata=SOURCE)
-    """What to measure on, one or more: all that `diptych prepare` reads, files of plain text (a text a line), folders
-    of prepared data (their train split)."""
-    by: Literal["script", "language", "file"] = "script"
-    """What the rows of the table are: the script of most letters, the language as py3langid guesses it (needs the
-    extra `clean`), or the file."""
-    out: str | None = field(default=None, metadata=OUTPUT)
-    """Also write the report as JSON to this file, and its bars as a PNG beside it."""
-    text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
-
-
-@dataclass(frozen=True)
-class ExtendTokenizerSettings:
-    """Add tokens for a new language or domain to a checkpoint's tokenizer, whose old tokens keep their ids."""
-
-    checkpoint: str = field(metadata=CHECKPOINT)
-    """The checkpoint whose tokenizer is extended, as a folder or a Hub id."""
-    data: list[str] = field(default_factory=list, metadata=SOURCE)
-    """Texts of the new language or domain, one or more: all that `diptych prepare` reads, files of plain text (a text
-    a line), folders of prepared data (their train split). One text in twenty is held out to measure on."""
-    tokens: int = 2000
-    """New tokens, at most. Each costs a row of the embedding table, and of the head where that has its own; training
-    (with grow_vocabulary) starts it as the mean of the rows that it stands for."""
-    out: str = field(default="extended-tokenizer", metadata=OUTPUT)
-    """Folder to write: the tokenizer, with what it gains in tokenizer_report.json. Use it as prepare's --tokenizer."""
-    minimum_frequency: int = 5
-    """A new token stands at least so often in the data: a rarer one would have nothing to learn from."""
-    text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
-
-
-TOKENIZER_ACTIONS = {
-    "train": (TrainTokenizerSettings, "texts -> a tokenizer that gives every text back"),
-    "report": (ReportTokenizerSettings, "a tokenizer and texts -> how many tokens they take"),
-    "extend": (ExtendTokenizerSettings, "a checkpoint and new texts -> its tokenizer with tokens for them"),
-}
-TOKENIZER_USAGE = """usage: diptych tokenizer ACTION ...
-
-{actions}
-
-`diptych tokenizer ACTION --help` says what it takes."""
-
-
-def parse_tokenizer_settings(
-    argv: Sequence[str],
-) -> TrainTokenizerSettings | ReportTokenizerSettings | ExtendTokenizerSettings:
-    """Of the action that is named first. Raises UserError for what cannot be meant, SystemExit after the usage."""
-    if not argv or argv[0] in ("-h", "--help"):
-        actions = "\n".join(f"  {action:8}{summary}" for action, (_, summary) in TOKENIZER_ACTIONS.items())
-        print(TOKENIZER_USAGE.format(actions=actions), file=sys.stdout if argv else sys.stderr)
-        raise SystemExit(0 if argv else 2)
-    action, *words = argv
-    if action not in TOKENIZER_ACTIONS:
-        raise UserError(f"there is no action {action!r}. {choose_from(action, list(TOKENIZER_ACTIONS))}")
-    settings, _ = TOKENIZER_ACTIONS[action]
-    return parse(settings, f"diptych tokenizer {action}", words)
-
-
-@dataclass(frozen=True)
-class DenoiseSettings:
-    """Make pairs of source and target out of raw text, as rows of token ids that `diptych prepare` packs."""
-
-    data: list[str] = field(default_factory=list, metadata=SOURCE)
-    """Files of text: .txt with a document a line, rows with a column `text` or of any known format (jsonl, parquet,
-    also .gz and .zst), folders, globs, and Hub ids (hf:user/name)."""
-    tokenizer: str = field(default="", metadata=CHECKPOINT)
-    """Checkpoint whose tokenizer cuts the text: folder or Hub id."""
-    out: str = field(default="", metadata=OUTPUT)
-    """New folder, for pairs.parquet, and for the tokenizer if sentinels are added to it."""
-    objective: Literal["prefix_lm", "span_corruption", "ul2"] = "prefix_lm"
-    """prefix_lm asks for no new token, and is what an LLM did all along; the others need sentinels."""
-    noise_density: float = 0.15
-    """span_corruption: share of the tokens that are cut out."""
-    mean_noise_span_length: float = 3.0
-    """span_corruption: tokens of a span, on average."""
-    minimum_prefix: float = 0.25
-    """prefix_lm: the least share of a window that is read; the most is so much from the end. UL2 has its own."""
-    max_source_tokens: int = 512
-    """The longest source, special tokens included."""
-    max_target_tokens: int = 512
-    """The longest target."""
-    text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, where they are not recognised."""
-    documents: Literal["line", "file"] = "line"
-    """Whether each line of a .txt is a document, or each file (blank lines go)."""
-    add_sentinels: int = 0
-    """Add so many sentinels <extra_id_0>, <extra_id_1> … to the tokenizer, and save it in OUT/tokenizer."""
-    mode_tokens: list[str] = field(default_factory=list)
-    """ul2: three tokens of the tokenizer, for R, S and X, with which a source begins."""
-    seed: int = 0
-    """Of all that is drawn."""
-
-    def __post_init__(self):
-        for name, example in {"tokenizer": "a checkpoint", "out": "a new folder"}.items():
-            if not getattr(self, name):
-                raise UserError(f"{name} is not set. Name {example}: --{name} …")
-        if not 0 < self.noise_density < 1 or self.mean_noise_span_length < 1:
-            raise UserError("noise_density is a share between 0 and 1, and a span has 1 token or more. Mend them.")
-        if not 0 < self.minimum_prefix <= 0.5:
-            raise UserError(f"minimum_prefix is {self.minimum_prefix}; it is a share, above 0 and at most 0.5.")
-        if self.mode_tokens and (self.objective != "ul2" or len(self.mode_tokens) != 3):
-            raise UserError("mode_tokens are three, for R, S and X, of objective ul2. Give them so, or none.")

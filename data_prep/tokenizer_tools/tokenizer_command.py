@@ -28,12 +28,6 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.own_files import check_overwrite, is_own_picture
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
-from diptych.data_prep.pipeline.prepare_settings import (
-    ExtendTokenizerSettings,
-    ReportTokenizerSettings,
-    TrainTokenizerSettings,
-    parse_tokenizer_settings,
-)
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
 from diptych.data_prep.text_to_ids.train_tokenizer import (
     CurvePoint,
@@ -44,6 +38,12 @@ from diptych.data_prep.text_to_ids.train_tokenizer import (
     why_fewer,
 )
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
+from diptych.data_prep.tokenizer_tools.text_command_settings import (
+    ExtendTokenizerSettings,
+    ReportTokenizerSettings,
+    TrainTokenizerSettings,
+    parse_tokenizer_settings,
+)
 from diptych.data_prep.tokenizer_tools.tokenizer_report import draw_report, report_of_pairs, table_of
 from diptych.data_prep.tokenizer_tools.tokenizer_texts import Texts, open_texts
 

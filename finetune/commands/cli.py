@@ -71,7 +71,7 @@ COMMANDS = {
     ),
     "denoise": Command(
         "raw text -> pairs that `prepare` packs: prefixes, spans, UL2's mixture",
-        "data_prep.pipeline.prepare_settings:DenoiseSettings",
+        "data_prep.tokenizer_tools.text_command_settings:DenoiseSettings",
         "data_prep.denoise:run",
     ),
     "train": Command(
@@ -136,7 +136,7 @@ COMMANDS = {
     ),
     "tokenizer": Command(
         "texts -> a tokenizer, a report on one, or an extended one",
-        "data_prep.pipeline.prepare_settings:parse_tokenizer_settings",
+        "data_prep.tokenizer_tools.text_command_settings:parse_tokenizer_settings",
         "data_prep.tokenizer_tools.tokenizer_command:run",
     ),
 }

@@ -650,7 +650,7 @@ def test_strict_stops_at_the_first_bad_row_and_writes_nothing(prepare, write_row
     path = write_rows("rows.jsonl", [*ROWS, {"instruction": "a", "output": ""}])
     code, said, error = prepare("--data", path, "--strict")
     assert code == 2 and "Prepared" not in said
-    assert error.splitlines()[-1].startswith(f"error: {path}:41: 'output' is empty")
+    assert error.splitlines()[-1].startswith(f"diptych prepare: {path}:41: 'output' is empty")
     assert not (tmp_path / "prepared").exists()
     assert prepare("--data", write_rows("rows.jsonl", ROWS), "--strict")[0] == 0
 
@@ -672,7 +672,7 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
     assert words in prepare("--data", write_rows("broken.json", broken))[2]
     words = "object.json, line 1, column 1: a JSON object stands here, and a list of rows is due"
     assert words in prepare("--data", write_rows("object.json", b'{"rows": {}}'))[2]
-    assert prepare("--data", write_rows("empty.json", []))[2].endswith("error: there are no rows in what was read.\n")
+    assert prepare("--data", write_rows("empty.json", []))[2].endswith("diptych prepare: there are no rows in what was read.\n")
 
 
 def test_rows_over_a_limit_are_dropped_by_name_and_counted(prepare, write_rows, tmp_path):
@@ -860,7 +860,7 @@ def test_an_example_longer_than_a_packed_row_is_refused_by_name_and_nothing_is_w
     arguments = ["--data", path, "--test_fraction", 0, "--validation_fraction", 0]
     code, said, error = prepare(*arguments, "--packed_target_tokens", 32)
     assert code == 2 and "Prepared" not in said
-    assert f"error: {path}:41: its target has " in error.splitlines()[-1]
+    assert f"diptych prepare: {path}:41: its target has " in error.splitlines()[-1]
     assert "a packed row has room for 32. Give packed_target_tokens >= " in error
     assert not list(tmp_path.glob("*prepared*"))
     assert prepare(*arguments, "--packed_target_tokens", 32, "--max_target_tokens", 32)[0] == 0
@@ -1247,7 +1247,7 @@ def test_a_user_s_mistake_is_one_message_and_exit_code_2(arguments, words, capsy
     assert main([*arguments, "--out", str(tmp_path / "prepared")]) == 2
     said, error = capsys.readouterr()
     assert said == ""
-    assert error.startswith("error: ") and words in error
+    assert error.startswith("diptych prepare: ") and words in error
     assert not (tmp_path / "prepared").exists()
 
 
@@ -1280,7 +1280,7 @@ def test_an_unwritable_place_is_a_user_error(prepare, write_rows, monkeypatch):
 def test_the_command_exits_with_2_and_no_traceback_for_a_user_error(tmp_path):
     finished = run_command("--data", "missing.jsonl", "--train_tokenizer", "bpe", cwd=tmp_path)
     assert finished.returncode == 2
-    assert finished.stderr.startswith("error: missing.jsonl: there is no such file.")
+    assert finished.stderr.startswith("diptych prepare: missing.jsonl: there is no such file.")
     assert "Traceback" not in finished.stderr
 
 

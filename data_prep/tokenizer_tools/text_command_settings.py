@@ -1,0 +1,151 @@
+"""The settings of `diptych tokenizer` and `diptych denoise`, which take plain texts as well as rows: the docstrings of
+their fields are the text of --help.
+
+Nothing heavy is imported here, so that --help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diptych.data_prep.command_line.arguments import choose_from, parse
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.places import CHECKPOINT, OUTPUT, SOURCE
+from diptych.data_prep.text_to_ids.train_tokenizer import LEAST_SAVING
+
+
+@dataclass(frozen=True)
+class TrainTokenizerSettings:
+    """Train a byte-level tokenizer, from which every text comes back exactly."""
+
+    data: list[str] = field(default_factory=list, metadata=SOURCE)
+    """What to learn from, one or more: all that `diptych prepare` reads (files, folders, globs, Hub data sets), files
+    of plain text (a text a line), folders of prepared data (their train split)."""
+    out: str = field(default="tokenizer", metadata=OUTPUT)
+    """Folder to write: the tokenizer, with tokenizer_report.json and tokenizer_report.png."""
+    kind: Literal["bpe", "unigram"] = "bpe"
+    """How words are cut: byte pair encoding, or the most probable pieces (Unigram)."""
+    vocab_size: int | Literal["auto", "table"] = "auto"
+    """Tokens. `auto` trains sizes that double and takes the smallest after which a doubling saves too little; `table`
+    goes by the amount of text; or a number."""
+    least_saving: float = LEAST_SAVING
+    """For auto: a doubling of the vocabulary has to save at least this part of the tokens of unseen text."""
+    text_fields: list[str] = field(default_factory=list)
+    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
+    recognised, or the column text."""
+
+
+@dataclass(frozen=True)
+class ReportTokenizerSettings:
+    """Report how many tokens texts take, whether they come back exactly, and how much of the vocabulary is used."""
+
+    tokenizer: str = field(metadata=CHECKPOINT)
+    """A tokenizer or checkpoint, as a folder or a Hub id."""
+    data: list[str] = field(default_factory=list, metadata=SOURCE)
+    """What to measure on, one or more: all that `diptych prepare` reads, files of plain text (a text a line), folders
+    of prepared data (their train split)."""
+    by: Literal["script", "language", "file"] = "script"
+    """What the rows of the table are: the script of most letters, the language as py3langid guesses it (needs the
+    extra `clean`), or the file."""
+    out: str | None = field(default=None, metadata=OUTPUT)
+    """Also write the report as JSON to this file, and its bars as a PNG beside it."""
+    text_fields: list[str] = field(default_factory=list)
+    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
+    recognised, or the column text."""
+
+
+@dataclass(frozen=True)
+class ExtendTokenizerSettings:
+    """Add tokens for a new language or domain to a checkpoint's tokenizer, whose old tokens keep their ids."""
+
+    checkpoint: str = field(metadata=CHECKPOINT)
+    """The checkpoint whose tokenizer is extended, as a folder or a Hub id."""
+    data: list[str] = field(default_factory=list, metadata=SOURCE)
+    """Texts of the new language or domain, one or more: all that `diptych prepare` reads, files of plain text (a text
+    a line), folders of prepared data (their train split). One text in twenty is held out to measure on."""
+    tokens: int = 2000
+    """New tokens, at most. Each costs a row of the embedding table, and of the head where that has its own; training
+    (with grow_vocabulary) starts it as the mean of the rows that it stands for."""
+    out: str = field(default="extended-tokenizer", metadata=OUTPUT)
+    """Folder to write: the tokenizer, with what it gains in tokenizer_report.json. Use it as prepare's --tokenizer."""
+    minimum_frequency: int = 5
+    """A new token stands at least so often in the data: a rarer one would have nothing to learn from."""
+    text_fields: list[str] = field(default_factory=list)
+    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
+    recognised, or the column text."""
+
+
+TOKENIZER_ACTIONS = {
+    "train": (TrainTokenizerSettings, "texts -> a tokenizer that gives every text back"),
+    "report": (ReportTokenizerSettings, "a tokenizer and texts -> how many tokens they take"),
+    "extend": (ExtendTokenizerSettings, "a checkpoint and new texts -> its tokenizer with tokens for them"),
+}
+TOKENIZER_USAGE = """usage: diptych tokenizer ACTION ...
+
+{actions}
+
+`diptych tokenizer ACTION --help` says what it takes."""
+
+
+def parse_tokenizer_settings(
+    argv: Sequence[str],
+) -> TrainTokenizerSettings | ReportTokenizerSettings | ExtendTokenizerSettings:
+    """Of the action that is named first. Raises UserError for what cannot be meant, SystemExit after the usage."""
+    if not argv or argv[0] in ("-h", "--help"):
+        actions = "\n".join(f"  {action:8}{summary}" for action, (_, summary) in TOKENIZER_ACTIONS.items())
+        print(TOKENIZER_USAGE.format(actions=actions), file=sys.stdout if argv else sys.stderr)
+        raise SystemExit(0 if argv else 2)
+    action, *words = argv
+    if action not in TOKENIZER_ACTIONS:
+        raise UserError(f"there is no action {action!r}. {choose_from(action, list(TOKENIZER_ACTIONS))}")
+    settings, _ = TOKENIZER_ACTIONS[action]
+    return parse(settings, f"diptych tokenizer {action}", words)
+
+
+@dataclass(frozen=True)
+class DenoiseSettings:
+    """Make pairs of source and target out of raw text, as rows of token ids that `diptych prepare` packs."""
+
+    data: list[str] = field(default_factory=list, metadata=SOURCE)
+    """Files of text: .txt with a document a line, rows with a column `text` or of any known format (jsonl, parquet,
+    also .gz and .zst), folders, globs, and Hub ids (hf:user/name)."""
+    tokenizer: str = field(default="", metadata=CHECKPOINT)
+    """Checkpoint whose tokenizer cuts the text: folder or Hub id."""
+    out: str = field(default="", metadata=OUTPUT)
+    """New folder, for pairs.parquet, and for the tokenizer if sentinels are added to it."""
+    objective: Literal["prefix_lm", "span_corruption", "ul2"] = "prefix_lm"
+    """prefix_lm asks for no new token, and is what an LLM did all along; the others need sentinels."""
+    noise_density: float = 0.15
+    """span_corruption: share of the tokens that are cut out."""
+    mean_noise_span_length: float = 3.0
+    """span_corruption: tokens of a span, on average."""
+    minimum_prefix: float = 0.25
+    """prefix_lm: the least share of a window that is read; the most is so much from the end. UL2 has its own."""
+    max_source_tokens: int = 512
+    """The longest source, special tokens included."""
+    max_target_tokens: int = 512
+    """The longest target."""
+    text_fields: list[str] = field(default_factory=list)
+    """Columns of rows that are text, where they are not recognised."""
+    documents: Literal["line", "file"] = "line"
+    """Whether each line of a .txt is a document, or each file (blank lines go)."""
+    add_sentinels: int = 0
+    """Add so many sentinels <extra_id_0>, <extra_id_1> … to the tokenizer, and save it in OUT/tokenizer."""
+    mode_tokens: list[str] = field(default_factory=list)
+    """ul2: three tokens of the tokenizer, for R, S and X, with which a source begins."""
+    seed: int = 0
+    """Of all that is drawn."""
+
+    def __post_init__(self):
+        for name, example in {"tokenizer": "a checkpoint", "out": "a new folder"}.items():
+            if not getattr(self, name):
+                raise UserError(f"{name} is not set. Name {example}: --{name} …")
+        if not 0 < self.noise_density < 1 or self.mean_noise_span_length < 1:
+            raise UserError("noise_density is a share between 0 and 1, and a span has 1 token or more. Mend them.")
+        if not 0 < self.minimum_prefix <= 0.5:
+            raise UserError(f"minimum_prefix is {self.minimum_prefix}; it is a share, above 0 and at most 0.5.")
+        if self.mode_tokens and (self.objective != "ul2" or len(self.mode_tokens) != 3):
+            raise UserError("mode_tokens are three, for R, S and X, of objective ul2. Give them so, or none.")
