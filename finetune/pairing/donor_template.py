@@ -7,13 +7,12 @@
     decoder start token                                                                         \\n
     target                                                                                        Paris<|im_end|>
 
-Source, start token and target, one behind the other, are what the LLM itself would have read and written. Its chat
-template is not run for each row, but asked once: it renders conversations whose texts are unmistakable, and what
-stands between these is the frame, written down as a template of ours, which people can read. Then other conversations
-are rendered by both, and compared in text and in tokens; a kind (system prompts, earlier turns) on which the texts
-differ is left out, and said.
+Source, start token and target, one after the other, are what the LLM itself would have read and written. Its chat
+template is not run for each row. It renders a few conversations of marker words once, and what it writes around these
+becomes a template of ours, which people can read. Then both render other conversations, and texts and tokens are
+compared. If those with a system prompt or earlier turns differ, ours has no place for them, and a note says so.
 
-One difference is wanted. Where a row holds the characters `</s>`, the LLM's own tokenizer makes its end token of them;
+One difference is wanted: if a row holds the characters `</s>`, the LLM's own tokenizer makes its end token of them;
 here they stay text (encode.py).
 """
 
@@ -21,11 +20,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import processors
 
@@ -39,76 +39,132 @@ if TYPE_CHECKING:
 
 NAME = "donor"
 PADS = re.compile(r"<\|(finetune|reserved)[^|]*pad[^|]*\|>|<pad>|\[PAD\]|<\|pad\|>")
-"""Tokens that LLMs without a padding token keep for it."""
+"""Tokens that LLMs without a padding token reserve for it."""
 JINJA_MARKS = re.compile(r"\{[{%#]|[}%#]\}|\{\Z|\r")
-"""What Jinja would take for its own in the open, an opening brace before our `{{`, and line ends that it changes."""
+"""What Jinja would read as its own, an opening brace before our `{{`, and line ends that it changes."""
+SYSTEM, QUESTION, SECOND, ANSWER = "Qsystemq", "Quserq", "Qsecondq", "Qanswerq"
 
-SYSTEM, USERS, ANSWER = "Qsystemq", ("Quserq", "Qsecondq"), "Qanswerq"
-Messages = list[dict[str, str]]
 
-Conversation = tuple[str, tuple[tuple[str, str], ...], str]
-"""System prompt, earlier turns, instruction."""
+class Conversation(NamedTuple):
+    system: str
+    history: tuple[tuple[str, str], ...]
+    instruction: str
+
+    def messages(self, answer: str = "") -> list[dict[str, str]]:
+        turns = [("system", self.system)] if self.system else []
+        turns += [turn for asked, said in self.history for turn in (("user", asked), ("assistant", said))]
+        turns += [("user", self.instruction), *([("assistant", answer)] if answer else [])]
+        return [{"role": role, "content": content} for role, content in turns]
+
+
 THREE_TURNS = (("Hello!", "Hi."), ("한국어?", "네."), ("x\ny", "z"))
-CHECKED: tuple[Conversation, ...] = (
-    ("", (), "Name the capital of France."),
-    ("", (), "{{ braces }} and\n\nlines, {% if %} {# x #} \\n and 한국어 🙂"),
-    ("Be brief.", (), "Why?"),
-    ("", (("Hello!", "Hi."),), "And now?"),
-    ("Be brief.\nAnd {{ kind }}.", (("Hello!", "Hi."),), "And now?"),
-    ("", THREE_TURNS, "And now?"),
-    ("Be kind.", THREE_TURNS, "And\nnow"),
+CHECKED = (
+    Conversation("", (), "Name the capital of France."),
+    Conversation("", (), "{{ braces }} and\n\nlines, {% if %} {# x #} \\n and 한국어 🙂"),
+    Conversation("Be brief.", (), "Why?"),
+    Conversation("", (("Hello!", "Hi."),), "And now?"),
+    Conversation("Be brief.\nAnd {{ kind }}.", (("Hello!", "Hi."),), "And now?"),
+    Conversation("", THREE_TURNS, "And now?"),
+    Conversation("Be kind.", THREE_TURNS, "And\nnow"),
 )
-"""On these our template has to give what the LLM's gives."""
-BLANKS: tuple[Conversation, ...] = (
-    ("", (), "  x\n"),
-    (" Be brief. ", (), " Why?"),
-    ("Be brief.\n", (("\nHello!", " Hi. "), (" a", "\nb\n")), "And now?  "),
-)
-"""Chat templates do many things with blanks around texts: a difference here is said, and nothing left out for it."""
+"""Our template has to render these as the LLM's does."""
 ANSWERS = ("Paris.", "네, 🙂", "It is\n  two {{ lines }}", "  x = 1\n")
 
 
 @dataclass(frozen=True)
 class DonorPrompt:
     tokenizer: PreTrainedTokenizerBase
-    """A copy, which puts nothing around texts by itself and carries the template."""
+    """A copy that adds no special tokens by itself and carries the template."""
     template: Template
     decoder_start_token_id: int
     notes: list[str]
-    """What is otherwise than the LLM has it, in sentences."""
+    """Differences from the LLM, in sentences."""
 
 
 @dataclass(frozen=True)
-class Frame:
+class ChatFrame:
     """What a chat template writes around texts.
 
     bos head                            QUESTION to_answer ANSWER to_question QUESTION after_user
     bos system_head SYSTEM after_system QUESTION after_user before_answer ANSWER after_answer
     """
 
-    bos: str
-    head: str
-    """Before the first question, where there is no system prompt."""
-    after_user: str
+    bos: str = ""
+    head: str = ""
+    """Before the first question, without a system prompt."""
+    after_user: str = ""
     """After the last question: the generation prompt."""
-    before_answer: str | None
-    """Between generation prompt and answer, in conversations that have one (Qwen3: an empty thought); None where their
+    before_answer: str | None = ""
+    """Between generation prompt and answer, in conversations that have one (Qwen3: an empty thought); None if their
     answers begin otherwise than the generation prompt does."""
-    after_answer: str
+    after_answer: str = ""
     system_head: str | None = None
-    """None where it takes no system prompt."""
+    """None if it takes no system prompt."""
     after_system: str = ""
     is_system_last: bool = False
-    """Whether the system prompt stands before the last question, as Mistral has it, and not before the first."""
+    """The system prompt stands before the last question, as in Mistral's template, and not before the first."""
     to_answer: str | None = None
-    """None where it takes no earlier turns."""
+    """None if it takes no earlier turns."""
     to_question: str = ""
     joint: str = "\n\n"
     """Between instruction and input."""
-    trim_system: str = ""
-    """`|trim` and the like: which blanks around a text are lost."""
-    trim_user: str = ""
-    trim_answer: str = ""
+    trimmed: frozenset[str] = frozenset()
+    """Which of "system", "user" and "assistant" lose the blanks around their texts."""
+
+    def takes(self, conversation: Conversation) -> bool:
+        takes_system = self.system_head is not None or not conversation.system
+        return takes_system and (self.to_answer is not None or not conversation.history)
+
+    def source(self, after_user: str) -> str:
+        """The source side of our template."""
+        turns = ""
+        if self.to_answer is not None:
+            turn = [self._value("turn[0]", "user"), _literal(self.to_answer)]
+            turn += [self._value("turn[1]", "assistant"), _literal(self.to_question)]
+            turns = f"{{% for turn in history %}}{''.join(turn)}{{% endfor %}}"
+        if self.is_system_last:
+            own = self.system_head.removeprefix(self.head)
+            before = _literal(self.head) + turns + self._if_system(own, self.after_system)
+        else:
+            before = self._head_and_system() + turns
+        return _whole(_literal(self.bos) + before + self._question() + _literal(after_user))
+
+    def target(self, before_answer: str, closing: str) -> str:
+        return _whole(_literal(before_answer) + self._value("output", "assistant") + _literal(closing))
+
+    def _head_and_system(self) -> str:
+        """If the system prompt has a turn of its own or is part of the first question, `head` is written once."""
+        if self.system_head is None:
+            return _literal(self.head)
+        if self.after_system.endswith(self.head):
+            return self._if_system(self.system_head, self.after_system.removesuffix(self.head)) + _literal(self.head)
+        if self.system_head.startswith(self.head):
+            return _literal(self.head) + self._if_system(self.system_head.removeprefix(self.head), self.after_system)
+        return self._if_system(self.system_head, self.after_system, self.head)
+
+    def _if_system(self, before: str, after: str, otherwise: str = "") -> str:
+        written = _literal(before) + self._value("system", "system") + _literal(after)
+        otherwise = f"{{% else %}}{_literal(otherwise)}" if otherwise else ""
+        return f"{{% if system %}}{written}{otherwise}{{% endif %}}"
+
+    def _question(self) -> str:
+        if "user" not in self.trimmed:
+            return f"{{{{ instruction }}}}{{% if input %}}{self.joint}{{{{ input }}}}{{% endif %}}"
+        joined = self._value(f"(instruction ~ {json.dumps(self.joint)} ~ input)", "user")
+        return f"{{% if input %}}{joined}{{% else %}}{self._value('instruction', 'user')}{{% endif %}}"
+
+    def _value(self, name: str, role: str) -> str:
+        return f"{{{{ {name}{'|trim' if role in self.trimmed else ''} }}}}"
+
+
+def _literal(text: str) -> str:
+    """As Jinja writes it: as it is, or as a string if Jinja would read something in it as its own."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if JINJA_MARKS.search(text) else text
+
+
+def _whole(template: str) -> str:
+    """Jinja drops a line end at the end of a template, but not one in a string."""
+    return template[:-1] + '{{ "\\n" }}' if template.endswith("\n") else template
 
 
 def donor_prompt(
@@ -117,11 +173,11 @@ def donor_prompt(
     eos_token_ids: Sequence[int] = (),
     pad_token_id: int | None = None,
 ) -> DonorPrompt:
-    """`eos_token_ids` and `pad_token_id` are those of the LLM's configs, which may know more than its tokenizer.
+    """`eos_token_ids` and `pad_token_id` are those of the LLM's configs, which may name more than its tokenizer.
 
     Raises:
-        UserError: its prompts cannot be divided into a source and what the decoder starts with, or its tokenizer
-            cannot be kept as one that puts nothing around texts.
+        UserError: its prompts cannot be divided into a source and a start token, or its tokenizer, once saved, adds
+            special tokens.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -129,18 +185,18 @@ def donor_prompt(
             f" one beside its files: transformers.convert_slow_tokenizer.convert_slow_tokenizer(tokenizer).save(…)"
         )
     notes: list[str] = []
-    bare = _bare(tokenizer)
+    bare = _without_special_tokens(tokenizer)
     if tokenizer.chat_template:
-        frame = _probed(tokenizer, name, notes)
+        chat = _ChatTemplate(tokenizer, name)
+        frame = _frame_of(chat, notes)
         closing = _set_eos(bare, frame, eos_token_ids, name, notes)
         start, shown = _divided(bare, frame, name)
-        target = _matching_target(tokenizer, bare, frame, closing, notes)
-        template = Template(NAME, _source(frame, shown), target)
-        _compare_prompts(tokenizer, bare, frame, template, start, notes)
+        template = Template(NAME, frame.source(shown), _matching_target(chat, bare, frame, closing, notes))
+        _compare_tokens(chat, bare, frame, template, start, notes)
     else:
         frame = _base_frame(tokenizer, notes)
         _set_eos(bare, frame, eos_token_ids, name, notes)
-        start, template = _base_start(bare, notes), Template(NAME, _source(frame, ""))
+        start, template = _base_start(bare, notes), Template(NAME, frame.source(""))
     _set_pad(bare, pad_token_id, notes)
     attach_template(bare, template)
     _check_saved(bare, template, name)
@@ -150,73 +206,109 @@ def donor_prompt(
 # The frame
 
 
-def _probed(tokenizer: PreTrainedTokenizerBase, name: str, notes: list[str]) -> Frame:
-    """The frame of a chat template, with a place for what it renders as the template does."""
-    full = _probe(tokenizer, name, notes)
+@dataclass(frozen=True)
+class _ChatTemplate:
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+    def render(self, conversation: Conversation, answer: str = "", begins: bool = True, **variables) -> str | None:
+        """None if the template refuses this kind of conversation, which it does by any exception. With `begins` and
+        without an answer, the beginning of one is written."""
+        try:
+            return self.render_or_raise(conversation, answer, add_generation_prompt=begins and not answer, **variables)
+        except Exception:
+            return None
+
+    def render_or_raise(self, conversation: Conversation, answer: str = "", **variables) -> str:
+        return self.tokenizer.apply_chat_template(conversation.messages(answer), tokenize=False, **variables)
+
+    def between(self, conversation: Conversation, markers: Sequence[str], answer: str = "") -> list[str] | None:
+        """What the text has before, between and behind the markers; None if they are not in it in this order, once
+        each."""
+        text = self.render(conversation, answer)
+        if text is None or any(text.count(marker) != 1 for marker in markers):
+            return None
+        parts = re.split("|".join(markers), text)
+        return parts if re.findall("|".join(markers), text) == list(markers) else None
+
+    def prompt(self, frame: ChatFrame, conversation: Conversation) -> str | None:
+        """The LLM's own prompt, with the frame's beginning of an answer if the template writes none."""
+        text = self.render(conversation)
+        if text is None or text.endswith(frame.after_user):
+            return text
+        _, written = self.between(Conversation("", (), QUESTION), [QUESTION])
+        return text + frame.after_user.removeprefix(written)
+
+    def trims(self, role: str) -> bool:
+        def rendered(text: str) -> str | None:
+            texts = {"system": SYSTEM, "user": QUESTION, "assistant": ANSWER} | {role: text}
+            system = texts["system"] if role == "system" else ""
+            answer = texts["assistant"] if role == "assistant" else ""
+            return self.render(Conversation(system, (), texts["user"]), answer)
+
+        bare = rendered("Qq")
+        return bare is not None and rendered(" \nQq") == rendered("Qq \n") == bare
+
+    def refuse(self, fault: str) -> UserError:
+        return UserError(
+            f"the chat template of {self.name} {fault}. Take it out (chat_template.jinja in that folder, or"
+            f" chat_template in tokenizer_config.json), pair it as a base model, and give a template of yours to"
+            f" `diptych prepare --template`."
+        )
+
+
+def _frame_of(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
+    """The frame of a chat template, with a place for the kinds of texts that ours renders as the LLM's does."""
+    full = _probed(chat, notes)
     no_system, no_history = {"system_head": None}, {"to_answer": None}
     for without in ({}, no_system, no_history, no_system | no_history):
         frame = replace(full, **without)
-        faults = list(_faults(tokenizer, frame, CHECKED))
+        faults = list(_differences(chat, frame))
         if not faults:
             break
     else:
         ours, theirs = faults[0]
-        raise UserError(
-            f"the chat template of {name} is none that can be written as a frame around texts: it gives"
-            f" {_end(theirs)}, and a frame gives {_end(ours)}. {_way_out(name)}"
+        raise chat.refuse(
+            f"is none that can be written as a frame around texts: it gives {_end(theirs)}, and a frame gives"
+            f" {_end(ours)}"
         )
     for field, kind in (("system_head", "system prompts"), ("to_answer", "earlier turns")):
         if getattr(full, field) is None:
             notes.append(f"The chat template has no place for {kind}, and so ours has none.")
         elif getattr(frame, field) is None:
             notes.append(f"The chat template writes {kind} in a way of its own: ours has no place for them.")
-    _note_what_is_fixed(tokenizer, frame, name, notes)
-    _note_changed_texts(tokenizer, frame, notes)
+    _note_differences(chat, frame, notes)
     return frame
 
 
-def _note_what_is_fixed(tokenizer: PreTrainedTokenizerBase, frame: Frame, name: str, notes: list[str]) -> None:
-    question = [_user(USERS[0])]
-    if any(
-        _rendered(tokenizer, messages) and not _rendered(tokenizer, messages, strftime_now="no function")
-        for messages in (question, [_system(SYSTEM), *question])
-    ):
-        notes.append(f"The chat template of {name} writes today's date; ours has that of this day for ever.")
+def _note_differences(chat: _ChatTemplate, frame: ChatFrame, notes: list[str]) -> None:
+    for question in (Conversation("", (), QUESTION), Conversation(SYSTEM, (), QUESTION)):
+        if chat.render(question) and not chat.render(question, strftime_now="no function"):
+            notes.append(f"The chat template of {chat.name} writes today's date; ours keeps that of this day.")
+            break
     if frame.system_head is not None:
-        opening = frame.head[_common(frame.head, frame.system_head) :]
+        opening = frame.head.removeprefix(os.path.commonprefix([frame.head, frame.system_head]))
         if not frame.after_system.endswith(opening):
-            begin = frame.bos + frame.head
-            notes.append(f"Where there is no system prompt, prompts begin with {begin!r}, as the LLM's do.")
+            notes.append(f"Prompts without a system prompt begin with {frame.bos + frame.head!r}, as the LLM's do.")
+    kinds = {"system": "system prompts", "user": "questions", "assistant": "answers"}
+    if trimmed := [kinds[role] for role in kinds if role in frame.trimmed]:
+        notes.append(f"Blanks around {', '.join(trimmed)} are lost, as in the chat template.")
 
 
-def _note_changed_texts(tokenizer: PreTrainedTokenizerBase, frame: Frame, notes: list[str]) -> None:
-    trims = {"system prompts": frame.trim_system, "questions": frame.trim_user, "answers": frame.trim_answer}
-    if kinds := [kind for kind, trim in trims.items() if trim]:
-        notes.append(f"Blanks around {', '.join(kinds)} are lost, as the chat template has it.")
-    spelled = [("", (), f"Is {token} a word?") for token in tokenizer.all_special_tokens]
-    for conversations, which in ((BLANKS, "with blanks around them"), (spelled, "that spell control tokens")):
-        if fault := next(_faults(tokenizer, frame, conversations), None):
-            ours, theirs = map(_end, fault)
-            notes.append(f"The chat template changes texts {which} as ours does not: {theirs}, where ours is {ours}.")
-
-
-def _probe(tokenizer: PreTrainedTokenizerBase, name: str, notes: list[str]) -> Frame:
+def _probed(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
     """What stands between the texts of conversations of each kind."""
-    question, answer, system = [_user(USERS[0])], [_assistant(ANSWER)], [_system(SYSTEM)]
+    question = Conversation("", (), QUESTION)
     try:
-        prompt = _render(tokenizer, question)
-    except Exception as error:  # a template raises what it likes
-        raise UserError(f"the chat template of {name} fails on a question: {error}. {_way_out(name)}") from error
-    parts = _between(prompt, USERS[:1])
+        prompt = chat.render_or_raise(question, add_generation_prompt=True)
+    except Exception as error:  # templates raise errors of any type
+        raise chat.refuse(f"fails on a question: {error}") from error
+    parts = chat.between(question, [QUESTION])
     if parts is None or not parts[1]:
-        raise UserError(
-            f"the chat template of {name} does not render a question and the beginning of an answer, but"
-            f" {_end(prompt)}. {_way_out(name)}"
-        )
+        raise chat.refuse(f"does not render a question and the beginning of an answer, but {_end(prompt)}")
     head, after_user = parts
-    answered = _between(_rendered(tokenizer, question + answer, ends=True), (USERS[0], ANSWER))
+    answered = chat.between(question, [QUESTION, ANSWER], ANSWER)
     if answered is None or answered[0] != head:
-        raise UserError(f"the chat template of {name} does not render a question and its answer. {_way_out(name)}")
+        raise chat.refuse("does not render a question and its answer")
     before_answer = answered[1].removeprefix(after_user)
     if not answered[1].startswith(after_user):
         before_answer = None
@@ -224,192 +316,58 @@ def _probe(tokenizer: PreTrainedTokenizerBase, name: str, notes: list[str]) -> F
             f"The LLM's prompts end in {after_user!r}, and in its conversations answers stand behind {answered[1]!r}:"
             f" ours end as its prompts do."
         )
-    elif before_answer.strip() and _rendered(tokenizer, question, ends=True) == prompt:
+    elif before_answer.strip() and chat.render(question, begins=False) == prompt:
         after_user, before_answer = answered[1], ""
         notes.append(f"The chat template writes no beginning of an answer; ours ends prompts in {after_user!r}.")
-    bos = tokenizer.bos_token if tokenizer.bos_token and head.startswith(tokenizer.bos_token) else ""
-    frame = Frame(bos, head.removeprefix(bos), after_user, before_answer, answered[2])
-    opened = _between(_rendered(tokenizer, system + question), (SYSTEM, USERS[0]))
+    bos = chat.tokenizer.bos_token or ""
+    bos = bos if head.startswith(bos) else ""
+    frame = ChatFrame(bos, head.removeprefix(bos), after_user, before_answer, answered[2])
+    opened = chat.between(Conversation(SYSTEM, (), QUESTION), [SYSTEM, QUESTION])
     if opened is not None and opened[0].startswith(bos):
         frame = replace(frame, system_head=opened[0].removeprefix(bos), after_system=opened[1])
-    turns = [*question, *answer, _user(USERS[1])]
-    history = _between(_rendered(tokenizer, turns), (USERS[0], ANSWER, USERS[1]))
+    turns = ((QUESTION, ANSWER),)
+    history = chat.between(Conversation("", turns, SECOND), [QUESTION, ANSWER, SECOND])
     if history is not None and history[0] == head:
         frame = replace(frame, to_answer=history[1], to_question=history[2])
-    last = _between(_rendered(tokenizer, system + turns), (USERS[0], ANSWER, SYSTEM, USERS[1]))
-    return replace(
-        frame,
-        is_system_last=last is not None and (frame.system_head or "").startswith(frame.head),
-        trim_user=_trim(lambda text: _rendered(tokenizer, [_user(text)])),
-        trim_system=_trim(lambda text: _rendered(tokenizer, [_system(text), *question])),
-        trim_answer=_trim(lambda text: _rendered(tokenizer, [*question, _assistant(text)], ends=True)),
-    )
+    last = chat.between(Conversation(SYSTEM, turns, SECOND), [QUESTION, ANSWER, SYSTEM, SECOND])
+    is_system_last = last is not None and (frame.system_head or "").startswith(frame.head)
+    trimmed = frozenset(filter(chat.trims, ("system", "user", "assistant")))
+    return replace(frame, is_system_last=is_system_last, trimmed=trimmed)
 
 
-def _trim(render: Callable[[str], str | None]) -> str:
-    """Which blanks around a text are lost, as a filter or method of Jinja."""
-    bare = render("Qq")
-    is_lost = {side: render(text) == bare for side, text in (("lstrip", " \nQq"), ("rstrip", "Qq \n"))}
-    if bare is None or not any(is_lost.values()):
-        return ""
-    return "|trim" if all(is_lost.values()) else next(f".{side}()" for side, lost in is_lost.items() if lost)
-
-
-def _base_frame(tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> Frame:
+def _base_frame(tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> ChatFrame:
     """Of a base model: its beginning of text, if it has one, then paragraphs."""
     notes.append(
         "There is no chat template: a prompt is the instruction and, in a new line, the input; a system prompt and"
         " earlier turns stand before it as paragraphs."
     )
-    adds = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    frame = Frame(tokenizer.bos_token if adds else "", "", after_user="", before_answer="", after_answer="")
-    return replace(frame, system_head="", after_system="\n\n", to_answer="\n", to_question="\n\n", joint="\n")
+    has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token if has_bos else ""
+    history = {"to_answer": "\n", "to_question": "\n\n"}
+    return ChatFrame(bos, system_head="", after_system="\n\n", joint="\n", **history)
 
 
-def _faults(
-    tokenizer: PreTrainedTokenizerBase, frame: Frame, conversations: Sequence[Conversation]
-) -> Iterator[tuple[str, str]]:
-    """Our text and theirs, where they differ, of conversations that the frame has a place for."""
-    template = Template(NAME, _source(frame, frame.after_user))
-    for conversation in conversations:
-        if _has_place(frame, conversation):
-            system, history, instruction = conversation
-            ours = str(template.render_source(instruction, "", history, system))
-            theirs = _prompt(tokenizer, frame, conversation)
-            if ours != theirs:
-                yield ours, theirs or "an error"
-
-
-def _prompt(tokenizer: PreTrainedTokenizerBase, frame: Frame, conversation: Conversation) -> str | None:
-    """The LLM's own prompt, with the beginning of an answer where its template writes none."""
-    system, history, instruction = conversation
-    turns = [message for told, said in history for message in (_user(told), _assistant(said))]
-    text = _rendered(tokenizer, [*([_system(system)] if system else []), *turns, _user(instruction)])
-    if text is None or text.endswith(frame.after_user):
-        return text
-    _, written = _between(_rendered(tokenizer, [_user(USERS[0])]), USERS[:1])
-    return text + frame.after_user.removeprefix(written)
-
-
-def _has_place(frame: Frame, conversation: Conversation) -> bool:
-    system, history, _ = conversation
-    return (not system or frame.system_head is not None) and (not history or frame.to_answer is not None)
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, ends: bool = False, **variables: str
-) -> str | None:
-    """None where the template refuses this kind of conversation."""
-    try:
-        return _render(tokenizer, messages, ends, **variables)
-    except Exception:  # a template raises what it likes, and means that it has no place for this
-        return None
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, ends: bool = False, **variables: str) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not ends, **variables)
-
-
-def _between(text: str | None, markers: Sequence[str]) -> list[str] | None:
-    """What stands before, between and behind the markers; None where they do not stand in this order, once each."""
-    if text is None or any(text.count(marker) != 1 for marker in markers):
-        return None
-    parts = []
-    for marker in markers:
-        before, found, text = text.partition(marker)
-        if not found:
-            return None
-        parts.append(before)
-    return [*parts, text]
-
-
-def _common(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _system(text: str) -> dict[str, str]:
-    return {"role": "system", "content": text}
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def _way_out(name: str) -> str:
-    return (
-        f"Take it out (in the folder of {name}: chat_template.jinja, or chat_template in tokenizer_config.json), pair"
-        f" it as a base model, and give a template of yours to `diptych prepare --template`."
-    )
+def _differences(chat: _ChatTemplate, frame: ChatFrame) -> Iterator[tuple[str, str]]:
+    """Our text and theirs of each conversation that the frame has a place for, if they differ."""
+    template = Template(NAME, frame.source(frame.after_user))
+    for conversation in filter(frame.takes, CHECKED):
+        ours = str(template.render_source(conversation.instruction, "", conversation.history, conversation.system))
+        theirs = chat.prompt(frame, conversation)
+        if ours != theirs:
+            yield ours, theirs or "an error"
 
 
 def _end(text: str) -> str:
     return repr(text if len(text) <= 200 else f"… {text[-200:]}")
 
 
-# The template
-
-
-def _source(frame: Frame, after_user: str) -> str:
-    head, system, after_system = _system_pieces(frame)
-    turns = ""
-    if frame.to_answer is not None:
-        told, said = f"{{{{ turn[0]{frame.trim_user} }}}}", f"{{{{ turn[1]{frame.trim_answer} }}}}"
-        turn = told + _literal(frame.to_answer) + said + _literal(frame.to_question)
-        turns = f"{{% for turn in history %}}{turn}{{% endfor %}}"
-    before = head + turns + system if frame.is_system_last else head + system + after_system + turns
-    return _whole(_literal(frame.bos) + before + _question(frame) + _literal(after_user))
-
-
-def _system_pieces(frame: Frame) -> tuple[str, str, str]:
-    """What stands before the system prompt, it itself with what is written for its sake, and what stands after it."""
-    if frame.system_head is None:
-        return _literal(frame.head), "", ""
-    system = f"{{{{ system{frame.trim_system} }}}}"
-    if frame.system_head + frame.after_system == frame.head:  # there always is one, be it empty
-        return _literal(frame.system_head), system, _literal(frame.after_system)
-    if frame.system_head.startswith(frame.head):  # in the user's turn
-        own = _literal(frame.system_head.removeprefix(frame.head))
-        return _literal(frame.head), f"{{% if system %}}{own}{system}{_literal(frame.after_system)}{{% endif %}}", ""
-    if frame.after_system.endswith(frame.head):  # a turn of its own
-        own = _literal(frame.after_system.removesuffix(frame.head))
-        return "", f"{{% if system %}}{_literal(frame.system_head)}{system}{own}{{% endif %}}", _literal(frame.head)
-    given = _literal(frame.system_head) + system + _literal(frame.after_system)
-    return "", f"{{% if system %}}{given}{{% else %}}{_literal(frame.head)}{{% endif %}}", ""
-
-
-def _question(frame: Frame) -> str:
-    if not frame.trim_user:
-        return f"{{{{ instruction }}}}{{% if input %}}{frame.joint}{{{{ input }}}}{{% endif %}}"
-    joined = f"(instruction ~ {json.dumps(frame.joint)} ~ input){frame.trim_user}"
-    return f"{{% if input %}}{{{{ {joined} }}}}{{% else %}}{{{{ instruction{frame.trim_user} }}}}{{% endif %}}"
-
-
-def _target(frame: Frame, before_answer: str, closing: str) -> str:
-    return _whole(f"{_literal(before_answer)}{{{{ output{frame.trim_answer} }}}}{_literal(closing)}")
-
-
-def _literal(text: str) -> str:
-    """As Jinja writes it: as it is, or as a string where Jinja would take something for its own."""
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if JINJA_MARKS.search(text) else text
-
-
-def _whole(template: str) -> str:
-    """Jinja takes a line end off the end of a template, but none out of a string."""
-    return template[:-1] + '{{ "\\n" }}' if template.endswith("\n") else template
-
-
 # The tokens
 
 
-def _bare(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that puts nothing around texts: what belongs there stands in the template."""
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that adds none by itself; those of the prompt are in the template."""
     bare = copy.deepcopy(tokenizer)
-    for setting in ("add_bos_token", "add_eos_token"):  # of which from_pretrained makes a post-processor anew
+    for setting in ("add_bos_token", "add_eos_token"):  # from which from_pretrained makes a post-processor
         setattr(bare, setting, False)
         bare.init_kwargs[setting] = False
     bare.backend_tokenizer.post_processor = processors.Sequence([])
@@ -417,29 +375,24 @@ def _bare(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _check_saved(tokenizer: PreTrainedTokenizerBase, template: Template, name: str) -> None:
-    """UserError where the tokenizer, saved and loaded, is another one, or puts tokens around texts."""
+    """UserError if the tokenizer differs once it is saved and loaded, or adds special tokens."""
+    kind = f"the tokenizer of {name} ({type(tokenizer).__name__})"
     advice = "Save it as a PreTrainedTokenizerFast without a post-processor, and pair again."
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         try:
             again = open_tokenizer(folder)
         except UserError as error:
-            raise UserError(f"the tokenizer of {name} cannot be loaded once it is saved: {error} {advice}") from error
+            raise UserError(f"{kind} cannot be loaded once it is saved: {error} {advice}") from error
     for text in ("a. 1", "한"):
         if again(text)["input_ids"] != tokenizer(text, add_special_tokens=False)["input_ids"]:
-            raise UserError(
-                f"the tokenizer of {name} ({type(tokenizer).__name__}) puts tokens around each text, which cannot be"
-                f" switched off. {advice}"
-            )
-    ids = [(it.eos_token_id, it.pad_token_id, len(it)) for it in (tokenizer, again)]
+            raise UserError(f"{kind} puts tokens around each text, which cannot be switched off. {advice}")
+    saved, loaded = ((it.eos_token_id, it.pad_token_id, len(it)) for it in (tokenizer, again))
     difference = golden_difference(again, template)
-    if ids[0] != ids[1]:
-        difference = f"end token, padding token and size were {ids[0]} and are {ids[1]}"
+    if saved != loaded:
+        difference = f"end token, padding token and size were {saved} and are {loaded}"
     if difference:
-        raise UserError(
-            f"the tokenizer of {name} ({type(tokenizer).__name__}) is another one once it is saved: {difference}."
-            f" {advice}"
-        )
+        raise UserError(f"{kind} is another one once it is saved: {difference}. {advice}")
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None, notes: list[str]) -> None:
@@ -452,19 +405,17 @@ def _set_pad(tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None, notes
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> str | None:
-    """None for what is no token's id: configs say -1, or name one beyond the vocabulary."""
+    """None for an id that has no token: configs may say -1, or name one beyond the vocabulary."""
     if token_id is None or not 0 <= token_id < len(tokenizer):
         return None
     return tokenizer.convert_ids_to_tokens(token_id)
 
 
 def _set_eos(
-    tokenizer: PreTrainedTokenizerBase, frame: Frame, eos_token_ids: Sequence[int], name: str, notes: list[str]
+    tokenizer: PreTrainedTokenizerBase, frame: ChatFrame, eos_token_ids: Sequence[int], name: str, notes: list[str]
 ) -> str:
-    """Makes the token that ends an answer the end token, and returns what stands between the two.
-
-    Where the LLM does not know that token as an end, it belongs to the text, and the end token follows it.
-    """
+    """Makes the token that ends the LLM's answers the end token. Returns what stands between an answer and it: if the
+    LLM does not name its closing token as an end, that token is text, and the end token follows it."""
     named = tokenizer.eos_token
     candidates = [it for it in (named, *(_token(tokenizer, token_id) for token_id in eos_token_ids)) if it]
     if not candidates:
@@ -488,7 +439,7 @@ def _set_eos(
     return closing
 
 
-def _divided(tokenizer: PreTrainedTokenizerBase, frame: Frame, name: str) -> tuple[int, str]:
+def _divided(tokenizer: PreTrainedTokenizerBase, frame: ChatFrame, name: str) -> tuple[int, str]:
     """The last token of the generation prompt, and that prompt's text without it."""
     whole = _source_ids(tokenizer, frame, frame.after_user)
     for length in range(1, len(frame.after_user) + 1):
@@ -502,13 +453,13 @@ def _divided(tokenizer: PreTrainedTokenizerBase, frame: Frame, name: str) -> tup
     )
 
 
-def _source_ids(tokenizer: PreTrainedTokenizerBase, frame: Frame, after_user: str) -> list[int]:
-    (ids,) = encode_sources(tokenizer, [Template(NAME, _source(frame, after_user)).render_source("Name it")])
+def _source_ids(tokenizer: PreTrainedTokenizerBase, frame: ChatFrame, after_user: str) -> list[int]:
+    (ids,) = encode_sources(tokenizer, [Template(NAME, frame.source(after_user)).render_source("Name it")])
     return ids
 
 
 def _base_start(tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> int:
-    """A line end, where it is one token; else what a text begins with."""
+    """A line end if it is one token, else the token that texts begin with."""
     without, with_end = encode_sources(tokenizer, ["a", "a\n"])
     if with_end[:-1] == without and tokenizer.decode(with_end[-1:]) == "\n":
         notes.append("The decoder starts with a line end.")
@@ -519,55 +470,47 @@ def _base_start(tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> int:
 
 
 def _matching_target(
-    tokenizer: PreTrainedTokenizerBase, bare: PreTrainedTokenizerBase, frame: Frame, closing: str, notes: list[str]
+    chat: _ChatTemplate, bare: PreTrainedTokenizerBase, frame: ChatFrame, closing: str, notes: list[str]
 ) -> str:
-    """A target side that, behind the prompt, has the tokens of the LLM's own conversation; a note where it has not.
+    """The target side that, behind the prompt, gives the tokens of the LLM's own conversation; a note if none does.
 
     A blank before an answer may be the one that tokenizers of words (▁Paris) put before each text themselves.
     """
     if frame.before_answer is None:
-        return _target(frame, "", closing)
-    wholes = [_rendered(tokenizer, [_user("Name it"), _assistant(answer)], ends=True) or "" for answer in ANSWERS]
-    theirs = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in wholes]
+        return frame.target("", closing)
+    asked = Conversation("", (), "Name it")
+    theirs = [chat.tokenizer(chat.render(asked, it) or "", add_special_tokens=False)["input_ids"] for it in ANSWERS]
     prompt = _source_ids(bare, frame, frame.after_user)
     has_eos = bare.eos_token in frame.after_answer
     unlike = {}
     for before in dict.fromkeys((frame.before_answer, frame.before_answer.removeprefix(" "))):
-        template = Template(NAME, "", _target(frame, before, closing))
+        template = Template(NAME, "", frame.target(before, closing))
         labels = split_targets(bare, [template.render_target(answer) for answer in ANSWERS])
         ours = [[*prompt, *(it.ids() if has_eos else it.content)] for it in labels]
-        unlike[before] = [
-            answer for answer, own, their in zip(ANSWERS, ours, theirs, strict=True) if own != their[: len(own)]
-        ]
+        pairs = zip(ANSWERS, ours, theirs, strict=True)
+        unlike[before] = [answer for answer, own, their in pairs if own != their[: len(own)]]
     before = min(unlike, key=lambda it: len(unlike[it]))
     if unlike[before]:
         few = ", ".join(map(repr, unlike[before]))
         notes.append(f"Answers are cut into other tokens than the LLM's, such as {few}: it learns ours.")
     if before:
         notes.append(f"Targets begin with {before!r}, as the LLM's answers do in training.")
-    return _target(frame, before, closing)
+    return frame.target(before, closing)
 
 
-def _compare_prompts(
-    tokenizer: PreTrainedTokenizerBase,
+def _compare_tokens(
+    chat: _ChatTemplate,
     bare: PreTrainedTokenizerBase,
-    frame: Frame,
+    frame: ChatFrame,
     template: Template,
     start: int,
     notes: list[str],
 ) -> None:
-    """A note for the first conversation whose tokens are not the LLM's, and one if its own template gives others."""
-    for conversation in CHECKED:
-        if not _has_place(frame, conversation):
-            continue
+    """A note for the first conversation whose tokens are not the LLM's."""
+    for conversation in filter(frame.takes, CHECKED):
         system, history, instruction = conversation
-        theirs = tokenizer(_prompt(tokenizer, frame, conversation), add_special_tokens=False)["input_ids"]
+        theirs = chat.tokenizer(chat.prompt(frame, conversation), add_special_tokens=False)["input_ids"]
         (source,) = encode_sources(bare, [template.render_source(instruction, "", history, system)])
         if [*source, start] != theirs:
             notes.append(f"Prompts are cut into other tokens than the LLM's, such as that of {instruction!r}.")
-            break
-    turns = [_user("a"), _assistant("b"), _user("c")]
-    if _rendered(tokenizer, turns) != _rendered(bare, turns):
-        notes.append(
-            "The LLM's chat template, which stays in the tokenizer, writes the new end token for the old one."
-        )
+            return

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrain
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.templates import template_of
-from diptych.finetune.pairing.donor_template import BLANKS, CHECKED, donor_prompt
+from diptych.finetune.pairing.donor_template import CHECKED, donor_prompt
 
 TEXTS = [
     "Name the capital of France.",
@@ -293,11 +293,12 @@ def test_what_is_otherwise_is_said(of_bytes):
     def notes(kind):
         return " ".join(donor(of_bytes, kind)[1].notes)
 
-    assert "prompts begin with '<|im_start|>system\\nHelp.<|im_end|>\\n<|im_start|>user\\n'" in notes(
-        "own system prompt"
+    assert (
+        "Prompts without a system prompt begin with '<|im_start|>system\\nHelp.<|im_end|>\\n<|im_start|>user\\n'"
+        in notes("own system prompt")
     )
-    assert "prompts begin with" not in notes("chatml") + notes("headers") + notes("system last")
-    assert "ours has that of this day for ever" in notes("headers that date")
+    assert "without a system prompt begin with" not in notes("chatml") + notes("headers") + notes("system last")
+    assert "ours keeps that of this day" in notes("headers that date")
     assert "this day" not in notes("headers")
     assert "has no padding token; <pad> is it now" in notes("chatml")
     assert "The end token is <|im_end|>, which ends the LLM's answers; it was </s>." in notes("chatml")
@@ -306,29 +307,6 @@ def test_what_is_otherwise_is_said(of_bytes):
     assert "Blanks around system prompts, questions, answers are lost" in notes("headers")
     assert "Blanks around answers are lost" in notes("system last")
     assert "gives other texts" not in notes("chatml")
-
-
-def test_blanks_around_texts_go_as_the_llms_go(of_bytes):
-    for kind in ("chatml", "headers", "turns, system in the first"):
-        llm, prompt = donor(of_bytes, kind)
-        same = [
-            str(prompt.template.render_source(instruction, "", history, system))
-            + of_bytes.decode([prompt.decoder_start_token_id])
-            == llm.apply_chat_template(
-                messages_of(system, history, instruction), add_generation_prompt=True, tokenize=False
-            )
-            for system, history, instruction in BLANKS
-        ]
-        assert all(same), kind
-    lstrip = TURN.replace("{{ m.content }}", "{{ m.content.lstrip('\n') }}")  # not what lstrip() does
-    prompt = donor_prompt(with_template(of_bytes, lstrip + BEGIN), "llm")
-    assert "changes texts with blanks around them as ours does not" in " ".join(prompt.notes)
-    assert prompt.template.source_variables() >= {"system", "history"}
-
-
-def test_a_template_that_changes_control_tokens_in_texts_is_told_of(of_bytes):
-    escaping = TURN.replace("{{ m.content }}", "{{ m.content.replace('</s>', '') }}") + BEGIN
-    assert "texts that spell control tokens" in " ".join(donor_prompt(with_template(of_bytes, escaping), "llm").notes)
 
 
 def test_an_end_that_the_llm_does_not_name_is_text_of_the_target(of_bytes):
