@@ -36,10 +36,9 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    from diptych.finetune.model import donor_llm as donors
     from diptych.finetune.model.donor_llm import open_donor
     from diptych.finetune.model.merge import new_folder
-    from diptych.finetune.pairing import pair_report
+    from diptych.finetune.pairing import pair_report, paired_weights
     from diptych.finetune.pairing.donor_template import donor_prompt
     from diptych.finetune.run_files.whole_folders import write_folder
 
@@ -55,8 +54,8 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     try:
         kept = None
         if settings.decoder_layers is not None:
-            kept = donors.evenly_spaced(decoder.config.num_hidden_layers, settings.decoder_layers)
-        config = donors.paired_config(
+            kept = paired_weights.evenly_spaced(decoder.config.num_hidden_layers, settings.decoder_layers)
+        config = paired_weights.paired_config(
             encoder.config,
             decoder.config,
             settings.cross_attention,
@@ -69,7 +68,9 @@ def pair(settings: PairSettings) -> dict[str, Any]:
             eos_token_id=_ends(prompt.tokenizer.eos_token_id, eos),
             decoder_start_token_id=prompt.decoder_start_token_id,
         )
-        origins = donors.weight_origins(config, encoder.weights, decoder.weights, kept, settings.cross_attention_init)
+        origins = paired_weights.weight_origins(
+            config, encoder.weights, decoder.weights, kept, settings.cross_attention_init
+        )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(_lines_of(error)) from error
     dtype = decoder.config.dtype or torch.float32
@@ -127,7 +128,7 @@ def _write(folder: Path, config, origins, dtype, seed: int, decoder: "Donor", pr
     from tqdm import tqdm
     from transformers.dynamic_module_utils import custom_object_save
 
-    from diptych.finetune.model.donor_llm import write_weights
+    from diptych.finetune.pairing.paired_weights import write_weights
     from diptych.modeling import DiptychForConditionalGeneration
 
     with torch.device("meta"):

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import StorageError
-from diptych.finetune.model.donor_llm import WeightOrigin, sliding_window, tied_names
+from diptych.finetune.pairing.paired_weights import WeightOrigin, sliding_window, tied_names
 from diptych.modeling import DiptychConfig
 
 TOLERANCE = 1e-4

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Qwen3Confi
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import pack_examples
 from diptych.finetune.batches.padded_rows import pad_batch
-from diptych.finetune.model.donor_llm import DonorWeights, paired_config, weight_origins
+from diptych.finetune.model.donor_llm import DonorWeights
 from diptych.finetune.model.loss import Seq2SeqObjective
+from diptych.finetune.pairing.paired_weights import paired_config, weight_origins
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.distillation import DistilledObjective, Teacher, load_teacher, one_text_each
 from diptych.finetune.training.recipe import TrainRecipe
