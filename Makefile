@@ -44,8 +44,13 @@ format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install  ## docs/ as a site in site/, which is read without a server and without a network
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	rm -rf .docs-source && $(BIN)/pip install --quiet --no-deps --target .docs-source .
+	$(BIN)/mkdocs build --strict
+
 wheel: install  ## the built wheel, in dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## everything that can be made again, the runs excepted
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .docs-source site build dist *.egg-info .pytest_cache .ruff_cache

@@ -49,6 +49,8 @@ EXTRAS = {
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     # Preparation on many machines.
     "datatrove": ["datatrove>=0.10"],
+    # The site of docs/: `make docs`.
+    "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     "test": [
         "diptych[sentencepiece,demo,clean,datatrove,serve,gradio,ctranslate2,onnx]",
         "openai>=3.0",  # the client that serve is tested with

@@ -11,8 +11,8 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 def pytest_collection_modifyitems(items):
-    """README's commands first, which are the longest test: as the last one it would run alone."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The pages of README and docs first, which are the longest tests: as the last one it would run alone."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
 
 
 @pytest.fixture(scope="session")

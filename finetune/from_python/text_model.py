@@ -75,7 +75,7 @@ class TextModel:
     def generate(self, rows: str | Mapping[str, Any], **settings: Any) -> str: ...
     @overload
     def generate(self, rows: Rows, **settings: Any) -> list[str]: ...
-    def generate(self, rows, **settings):
+    def generate(self, rows: str | Mapping[str, Any] | Rows, **settings: Any) -> Any:
         """What the model writes.
 
         Args:

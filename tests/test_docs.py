@@ -1,0 +1,74 @@
+"""README and docs/: every command, file and snippet of each page works as it stands there; links lead somewhere."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+from page_reader import ROOT, Reader, blocks, commands
+
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory, nursery):
+    """After README, whose prepared data and run the other pages go on with."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = Reader(tmp_path_factory.mktemp("reader"), nursery)
+        patch.chdir(made.folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        made.follow(README)
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_stands_on_a_page_works(reader, page):
+    reader.follow(page)
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)]*)?\)", text):
+        assert target.startswith("https://") or not target or (page.parent / target).exists(), target
+
+
+def test_each_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    entries = str(yaml.safe_load(text)["nav"])
+    assert set(re.findall(r"[\w-]+\.md", entries)) == {page.name for page in PAGES}
+
+
+def test_readme_is_short_and_its_make_commands_exist():
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 200
+    typed = [command for block in blocks(README) if block.language == "sh" for command in commands(block.text)]
+    makes = {command for command in typed if command.startswith("make ")}
+    assert makes == {"make install", "make demo", "make test"}
+    continuous = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert {line for line in continuous.splitlines() if line.startswith("make ")} >= {"make test", "make demo"}
+    for command in {*makes, *re.findall(r"`(make [a-z-]+)`", text)}:  # a dry run: every target resolves
+        subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_extras_that_pages_name_exist():
+    extras = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for page in [README, *PAGES]:
+        for name in re.findall(r"diptych\[(\w+)\]", page.read_text(encoding="utf-8")):
+            assert f'"{name}": [' in extras, (page, name)
+
+
+def test_contributing_says_what_each_file_is_for():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = {
+        f"{folder}/{name}"
+        for folder, table in re.findall(r"^### `(.+?)/`\n(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
+    }
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = ("modeling/", "data_prep/", "finetune/", "examples/", "benchmarks/")
+    files = {name for name in kept.splitlines() if name.startswith(folders) and "/samples/" not in name}
+    files = {name for name in files if not name.endswith(("__init__.py", ".png")) and (ROOT / name).exists()}
+    assert listed == files, (sorted(files - listed), sorted(listed - files))
