@@ -1,18 +1,18 @@
-"""A checkpoint's tokenizer and texts of a new language or domain in; the same tokenizer with more tokens out.
+"""More tokens for a checkpoint's tokenizer, learned from texts of a new language or domain.
 
     new = learn_new_tokens(tokenizer, texts, tokens=2000)      NewTokens(pieces={"▁안녕하세요": (812, 94, 3051), …}, …)
     extended = add_new_tokens(tokenizer, new)
     extended("안녕하세요")["input_ids"]                           [32100, 1] instead of [812, 94, 3051, 1]
 
-Every old token keeps its id. A new one is old tokens that stand side by side again and again, within a word as the
-tokenizer itself cuts words: its BPE training goes on, on the new texts ("continued BPE training", Purason et al. 2025,
-arXiv 2512.03989), so that each is what saves the most tokens after those before it, and none is out of reach. It
-becomes a word of the model and not an "added token", which would be matched anywhere, in the middle of other words
-too, and breaks the text in two where it is (▁ marks come and go, spaces are lost):
+Every old token keeps its id. A new one joins old tokens that often stand side by side in a word: the tokenizer's BPE
+training goes on with the new texts ("continued BPE training", Purason et al. 2025, arXiv 2512.03989), so that each new
+token saves the most tokens after those before it. It becomes a word of the model, and not an "added token", which
+would be matched in the middle of other words too, and would cut the text in two there (▁ marks come and go, spaces are
+lost):
 
     BPE        merges are appended: they join what the old merges leave, and text without new tokens is cut as before.
-    Unigram    the score is the sum of the old pieces' scores and a trifle for each that is saved: the same cut is the
-               best one as before, written with fewer tokens.
+    Unigram    the score is the sum of the old pieces' scores and SAVING_SCORE for each token saved: the best cut of a
+               word stays the best, written with fewer tokens.
 
 Characters that a tokenizer has no token for (unknown, or written as bytes) become tokens first. 2,000 tokens for a T5
 tokenizer from Tatoeba's Korean take half a second.
@@ -51,16 +51,17 @@ NEW_TOKENS_KEY = "diptych_new_tokens"
 """The key in tokenizer_config.json: {new token: [ids of the old tokens it stands for]}."""
 
 SAVING_SCORE = 0.01
-"""Unigram: what a new piece scores above its old pieces, for each token saved. Scores are logarithms of probabilities,
-mostly between -5 and -15: enough to win over the same cut, and too little to win over another one."""
+"""Scores are logarithms of probabilities, mostly between -5 and -15: this is enough to win over the same cut in old
+pieces, and too little to win over another cut."""
 
 UNREACHABLE = "\U000ffffe"
-"""A noncharacter: the name of an id between two others that belongs to no token."""
+"""A noncharacter: begins the names of ids that belong to no token."""
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 BATCH = 1000
 MERGES_TRIED = 1.5
 """Merges learned for each token asked for: some give a token that exists."""
+FIRST_SURROGATE, SURROGATES = 0xD800, 0x800
 
 
 @dataclass(frozen=True)
@@ -81,26 +82,33 @@ def learn_new_tokens(
     check_extensible(tokenizer)
     cutter = _Cutter(tokenizer)
     characters = cutter.missing_characters(texts(), tokens // 2, minimum_frequency)
-    symbols = _Symbols(tokenizer, characters)
+    # The trainer joins characters: each old token, and each new character, is written to it as one private character.
+    spelling = [*cutter.tokens, *characters]
+    old_ids = [*((token_id,) for token_id in range(len(cutter.tokens))), *characters.values()]
+    number_of = {letter: len(cutter.tokens) + place for place, letter in enumerate(characters)}
+
+    def spelled(symbols: str) -> str:
+        return "".join(spelling[_number(symbol)] for symbol in symbols)
+
     merges = _learn_merges(
-        (word for pieces in cutter.words(texts()) for word in symbols.write(pieces)),
-        alphabet=symbols.all(),
+        (run for word in cutter.words(texts()) for run in _runs(word, number_of)),
+        alphabet=[_symbol(number) for number in range(len(spelling))],
         merges=int(MERGES_TRIED * (tokens - len(characters))) + 1,
         minimum_frequency=minimum_frequency,
     )
     taken = set(tokenizer.get_vocab())
     pieces, kept_merges = dict(characters), []
     for left, right in merges:
-        if not all(len(part) == 1 or symbols.spell(part) in pieces for part in (left, right)):
-            continue  # made of one that was left out
-        piece = symbols.spell(left + right)
+        if not all(len(part) == 1 or spelled(part) in pieces for part in (left, right)):
+            continue  # it joins a token that was left out
+        piece = spelled(left + right)
         if piece in taken:
             continue
         if piece not in pieces:
             if len(pieces) >= tokens:
                 break
-            pieces[piece] = symbols.old_ids(left + right)
-        kept_merges.append((symbols.spell(left), symbols.spell(right)))
+            pieces[piece] = tuple(chain.from_iterable(old_ids[_number(symbol)] for symbol in left + right))
+        kept_merges.append((spelled(left), spelled(right)))
     return NewTokens(pieces, kept_merges)
 
 
@@ -122,13 +130,13 @@ def check_extensible(tokenizer: PreTrainedTokenizerBase) -> None:
     if isinstance(model, models.BPE) and (model.end_of_word_suffix or model.continuing_subword_prefix):
         raise UserError(
             f"the BPE tokenizer of {name} marks parts of words with"
-            f" {model.end_of_word_suffix or model.continuing_subword_prefix!r}, and cannot be extended yet. Use a"
+            f" {model.end_of_word_suffix or model.continuing_subword_prefix!r}, and cannot be extended. Use a"
             f" checkpoint with a byte-level or sentencepiece BPE."
         )
 
 
 class _Cutter:
-    """Texts as the tokenizer cuts them: words, and of each the old ids and the characters that it has no token for.
+    """Texts as the tokenizer cuts them: words, as old ids and the characters that it has no token for.
 
     "안녕 쀍" → [[812, 94], [5, "쀍"]]
     """
@@ -141,13 +149,11 @@ class _Cutter:
         self.added = set(tokenizer.added_tokens_decoder)
         self.unknown = {token_id for token_id, token in enumerate(self.tokens) if token == tokenizer.unk_token}
         self.unknown_id = tokenizer.unk_token_id
-        """The one that the model gives, where a vocabulary holds `<unk>` twice."""
-        has_bytes = getattr(self.backend.model, "byte_fallback", False)
-        self.bytes = {
-            token_id: bytes.fromhex(found[1])
-            for token_id, token in enumerate(self.tokens)
-            if has_bytes and token and (found := BYTE.fullmatch(token))
-        }
+        """The one that the model gives, where a vocabulary has `<unk>` twice."""
+        self.bytes = {}
+        if getattr(self.backend.model, "byte_fallback", False):
+            found = {token_id: BYTE.fullmatch(token or "") for token_id, token in enumerate(self.tokens)}
+            self.bytes = {token_id: bytes.fromhex(match[1]) for token_id, match in found.items() if match}
 
     def words(self, texts: Iterable[str]) -> Iterator[list[int | str]]:
         """Words end where the tokenizer's own pre-tokenisation says, before each ▁ (Gemma's takes a whole text for one
@@ -155,48 +161,41 @@ class _Cutter:
         texts = iter(texts)
         while batch := list(islice(texts, BATCH)):
             for text, encoding in zip(batch, self.backend.encode_batch(batch, add_special_tokens=False), strict=True):
-                yield from self._words(text, encoding)
+                yield from filter(None, self._words(text, encoding))
 
     def _words(self, text: str, encoding: tokenizers.Encoding) -> Iterator[list[int | str]]:
         word: list[int | str] = []
-        in_bytes = b""
-        previous = None
+        in_bytes, previous = b"", None
         for token_id, word_id, (start, end) in zip(encoding.ids, encoding.word_ids, encoding.offsets, strict=True):
             if in_bytes and token_id not in self.bytes:
                 word.extend(in_bytes.decode(errors="ignore"))
                 in_bytes = b""
-            if word and (word_id != previous or self.tokens[token_id].startswith("▁")):
+            if word_id != previous or self.tokens[token_id].startswith("▁"):
                 yield word
                 word = []
             previous = word_id
             if token_id in self.unknown:
-                self.unknown_id = token_id
-                word.extend(self._normalised(text[start:end]))
+                self.unknown_id, normalizer = token_id, self.backend.normalizer
+                unknown = text[start:end]
+                word.extend(normalizer.normalize_str(unknown) if normalizer else unknown)
             elif token_id in self.bytes:
                 in_bytes += self.bytes[token_id]
             elif token_id in self.added:
-                if word:
-                    yield word
+                yield word
                 word = []
             else:
                 word.append(token_id)
         word.extend(in_bytes.decode(errors="ignore"))
-        if word:
-            yield word
-
-    def _normalised(self, text: str) -> str:
-        normalizer = self.backend.normalizer
-        return normalizer.normalize_str(text) if normalizer else text
+        yield word
 
     def missing_characters(self, texts: Iterable[str], limit: int, minimum_frequency: int) -> dict[str, tuple]:
-        """Characters that deserve a token of their own, with the old ids that stand for each now. The most frequent
-        ones: half of all new tokens, and the other half is left for words."""
+        """The most frequent characters without a token of their own, with the old ids that now stand for each; at most
+        `limit`, because the rest of the new tokens is for words."""
         if not (self.unknown or self.bytes):
             return {}
         counts = Counter(part for word in self.words(texts) for part in word if isinstance(part, str))
         ids_of_bytes = {byte: token_id for token_id, byte in self.bytes.items()}
-        saved = {}
-        known = set(self.tokens)
+        saved, known = {}, set(self.tokens)
         for character, count in counts.items():
             size = len(character.encode("utf-8", "surrogatepass"))
             if count >= minimum_frequency and character not in known and not (self.bytes and size == 1):
@@ -207,46 +206,17 @@ class _Cutter:
         return {letter: (self.unknown_id,) for letter in chosen}
 
 
-class _Symbols:
-    """Words for a trainer that joins characters: each old token, and each new character, is one private character."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, characters: dict[str, tuple[int, ...]]) -> None:
-        self.tokens = tokenizer.convert_ids_to_tokens(range(vocabulary_size(tokenizer)))
-        self.characters = characters
-        self.letters = list(characters)
-        self.number_of_letter = {letter: len(self.tokens) + place for place, letter in enumerate(self.letters)}
-
-    def all(self) -> list[str]:
-        return [_symbol(number) for number in range(len(self.tokens) + len(self.letters))]
-
-    def write(self, word: list[int | str]) -> Iterator[str]:
-        """Stretches of the word without a character that stays without a token; one piece alone has no neighbour."""
-        stretch = []
-        for part in chain(word, [""]):
-            number = self.number_of_letter.get(part) if isinstance(part, str) else part
-            if number is not None:
-                stretch.append(_symbol(number))
-                continue
-            if len(stretch) > 1:
-                yield "".join(stretch)
-            stretch = []
-
-    def spell(self, symbols: str) -> str:
-        numbers = map(_number, symbols)
-        return "".join(
-            self.tokens[number] if number < len(self.tokens) else self.letters[number - len(self.tokens)]
-            for number in numbers
-        )
-
-    def old_ids(self, symbols: str) -> tuple[int, ...]:
-        ids: list[int] = []
-        for number in map(_number, symbols):
-            is_old = number < len(self.tokens)
-            ids.extend([number] if is_old else self.characters[self.letters[number - len(self.tokens)]])
-        return tuple(ids)
-
-
-FIRST_SURROGATE, SURROGATES = 0xD800, 0x800
+def _runs(word: list[int | str], number_of: dict[str, int]) -> Iterator[str]:
+    """Symbols of the word, without the characters that stay without a token; one symbol alone has nothing to join."""
+    run = ""
+    for part in chain(word, [""]):
+        number = number_of.get(part) if isinstance(part, str) else part
+        if number is not None:
+            run += _symbol(number)
+            continue
+        if len(run) > 1:
+            yield run
+        run = ""
 
 
 def _symbol(number: int) -> str:
@@ -273,7 +243,8 @@ def _learn_merges(
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerBase, new: NewTokens) -> PreTrainedTokenizerBase:
-    """Another tokenizer, as it is after saving and loading, with the new tokens at the ids after all old ones."""
+    """A saved and loaded copy of the tokenizer, with the new tokens at the ids after all old ones. UserError where the
+    tokenizer's class does not keep its ids."""
     check_extensible(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     first = vocabulary_size(tokenizer)
@@ -286,7 +257,13 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, new: NewTokens) -> PreTra
         text = json.dumps(backend, ensure_ascii=False)
         (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
         extended = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    _check(tokenizer, extended, new, first)
+    vocab = extended.get_vocab()  # some classes build their tokenizer anew when it is loaded
+    is_whole = tokenizer.get_vocab().items() <= vocab.items()
+    if not is_whole or any(vocab.get(piece) != first + place for place, piece in enumerate(new.pieces)):
+        raise UserError(
+            f"{type(tokenizer).__name__} does not keep its token ids when tokens are added and it is loaded again, so"
+            f" that it cannot be extended. Use a checkpoint of another family."
+        )
     extended.name_or_path = extended.init_kwargs["name_or_path"] = tokenizer.name_or_path
     earlier = tokenizer.init_kwargs.get(NEW_TOKENS_KEY, {})
     extended.init_kwargs[NEW_TOKENS_KEY] = earlier | {piece: list(ids) for piece, ids in new.pieces.items()}
@@ -296,14 +273,14 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, new: NewTokens) -> PreTra
 
 
 def pieces_of_new_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:
-    """{id of a new token: ids of the old tokens it stands for}, of all that was ever added to this tokenizer."""
+    """{id of a new token: ids of the old tokens it stands for}, of all extensions of this tokenizer."""
     kept = tokenizer.init_kwargs.get(NEW_TOKENS_KEY, {})
     return dict(zip(tokenizer.convert_tokens_to_ids(list(kept)), kept.values(), strict=True))
 
 
 def _extend_bpe(backend: dict[str, Any], new: NewTokens, first: int) -> None:
-    """Added tokens that the model does not know get their ids there too: on loading they are given those after the
-    model's last one. No merge makes them."""
+    """Added tokens that the model does not have get their ids there too: on loading they would be given those after
+    the model's last one. No merge makes them."""
     vocab = backend["model"]["vocab"]
     for token in backend["added_tokens"]:
         vocab.setdefault(token["content"], token["id"])
@@ -312,35 +289,19 @@ def _extend_bpe(backend: dict[str, Any], new: NewTokens, first: int) -> None:
 
 
 def _extend_unigram(backend: dict[str, Any], new: NewTokens, first: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A Unigram model's ids are places in its list, so that added tokens in between need a place there as well, as
-    T5's sentinels and mBART's languages have one: with a score below that of their parts, so that no text is read as
-    one of them. (Where their characters are unknown it still may be; encode.py keeps control tokens out of texts.)"""
+    """A Unigram model's ids are places in its list, so added tokens between the old and the new ones need a place
+    there as well, with a score below that of their parts, so that no text is read as one of them. (Where their
+    characters are unknown it may be; encode.py keeps control tokens out of texts.)"""
     vocab = backend["model"]["vocab"]
     scores = dict(vocab)
     lowest = min(score for _, score in vocab)
     added = {token["id"]: token["content"] for token in backend["added_tokens"]}
     for token_id in range(len(vocab), first):
         content = added.get(token_id, f"{UNREACHABLE}{token_id}")
-        vocab.append([content, _score_of_parts(tokenizer, content, scores, lowest) - 10])
+        parts = tokenizer.backend_tokenizer.model.tokenize(content)
+        vocab.append([content, sum(scores.get(token.value, lowest) for token in parts) - 10])
     old_scores = [score for _, score in vocab]
     unknown = backend["model"].get("unk_id")
     for piece, ids in new.pieces.items():
         parts = [lowest if token_id == unknown else old_scores[token_id] for token_id in ids]
         vocab.append([piece, sum(parts) + SAVING_SCORE * (len(parts) - 1)])
-
-
-def _score_of_parts(
-    tokenizer: PreTrainedTokenizerBase, content: str, scores: dict[str, float], lowest: float
-) -> float:
-    return sum(scores.get(token.value, lowest) for token in tokenizer.backend_tokenizer.model.tokenize(content))
-
-
-def _check(tokenizer: PreTrainedTokenizerBase, extended: PreTrainedTokenizerBase, new: NewTokens, first: int) -> None:
-    """Some classes build their tokenizer anew when it is loaded, and might leave out what they do not expect."""
-    vocab = extended.get_vocab()
-    is_whole = tokenizer.get_vocab().items() <= vocab.items()
-    if not is_whole or any(vocab.get(piece) != first + place for place, piece in enumerate(new.pieces)):
-        raise UserError(
-            f"{type(tokenizer).__name__} does not keep its token ids when tokens are added and it is loaded again, so"
-            f" that it cannot be extended. Use a checkpoint of another family."
-        )
