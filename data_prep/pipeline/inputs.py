@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.cleaning.decontaminate import Decontaminate, EvalIndex, PlainText
 from diptych.data_prep.cleaning.filters import LanguageFilter
 from diptych.data_prep.cleaning.mixture import check_mixture
-from diptych.data_prep.cleaning.sensitive import require_detectors
+from diptych.data_prep.cleaning.sensitive import secret_detectors
 from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.gather import first_rows
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
@@ -142,7 +142,7 @@ def make_stages(
         settings.lossy_text,
     )
     if settings.sensitive:
-        require_detectors()
+        secret_detectors()
     checks = tuple(_checks(settings, inputs))
     shingles = shingles_of(settings) if settings.near_duplicates is not None else None
     checked = tuple(source.split == TRAIN for source in inputs.sources)
