@@ -44,6 +44,7 @@ from transformers.utils import logging
 
 from diptych.finetune.exporting.export_ctranslate2 import write as write_ctranslate2
 from diptych.finetune.inference.fast_decode import fast_decode, read_fast
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
 
@@ -152,7 +153,7 @@ def by_ctranslate2(model: PreTrainedModel, precision: str, folder: Path) -> Writ
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0", eos_token="t1", unk_token="t2")
     folder.mkdir()
-    write_ctranslate2(copy.deepcopy(model), tokenizer, folder, precision)
+    write_ctranslate2(LoadedModel.of(copy.deepcopy(model), tokenizer), folder, precision)
     translator = ctranslate2.Translator(str(folder), compute_type=precision, intra_threads=torch.get_num_threads())
 
     def write(ids: torch.Tensor, tokens: int) -> None:

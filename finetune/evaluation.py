@@ -2,7 +2,7 @@
 
 import sys
 
-from diptych.finetune.evaluating.evaluate_rows import main
+from diptych.finetune.evaluating.evaluate_split import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -82,7 +82,7 @@ COMMANDS = {
     "evaluate": Command(
         "a checkpoint and a prepared split -> loss and metrics",
         "finetune.evaluating.evaluate_settings:EvaluateSettings",
-        "finetune.evaluating.evaluate_rows:run",
+        "finetune.evaluating.evaluate_split:run",
     ),
     "compare": Command(
         "two runs or two reports -> what differs, whether by chance, and curves",

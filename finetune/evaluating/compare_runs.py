@@ -30,9 +30,10 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.own_files import PICTURE_MARK, check_overwrite, is_own_picture
 from diptych.data_prep.rows.named_splits import splits_of
 from diptych.finetune.commands import cli
+from diptych.finetune.evaluating.best_figure import is_improvement
 from diptych.finetune.evaluating.confidence import LEVEL_PERCENT, Paired, paired_tests
-from diptych.finetune.evaluating.evaluate_rows import is_improvement, predictions_file
 from diptych.finetune.evaluating.evaluate_settings import CompareSettings
+from diptych.finetune.evaluating.evaluation_report import predictions_file
 from diptych.finetune.evaluating.metrics import METRICS, Statistics, count_texts, ratio
 from diptych.finetune.run_files.run_folder import last_training, read_status
 

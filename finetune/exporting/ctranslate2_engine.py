@@ -1,7 +1,7 @@
 """`diptych generate --engine ctranslate2`: an InferenceEngine (inference/engine.py) that runs a folder of an export.
 
     engine = load_engine("exported", "auto", torch.device("cpu"))
-    engine.generate([EncodedPrompt([12, 7, 1], [0])], template, settings, seed=0)   [Output("가.", True, …)]
+    engine.generate([EncodedPrompt([12, 7, 1], [0])], settings, seed=0)   [Output("가.", True, …)]
 
 Greedy search gives the tokens of torch except for ties and rounding: `diptych export` proved it. Beam search and
 sampling are CTranslate2's own and differ from torch's; the same seed draws the same samples again. Settings that
@@ -30,6 +30,7 @@ from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import check_source_ids, cut_at_stop, with_stop_strings
 from diptych.finetune.inference.generation_config import end_tokens, model_settings, warn_of_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
+from diptych.finetune.inference.prompts import template_for
 from diptych.finetune.model.loading import EXPORT_FILE, export_kind, load_generation_config, load_tokenizer
 from diptych.finetune.run_files.whole_folders import read_json
 
@@ -64,9 +65,14 @@ def import_ctranslate2() -> Any:
 
 class CTranslate2Engine:
     def __init__(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device, compute_type: str = "default"
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template | None,
+        device: torch.device,
+        compute_type: str = "default",
     ):
-        self.folder, self.tokenizer, self.device = folder, tokenizer, device
+        self.folder, self.tokenizer, self.template, self.device = folder, tokenizer, template, device
         facts = read_json(folder / EXPORT_FILE)
         self.decoder_start_token_id: int = facts["decoder_start_token_id"]
         self.max_source_tokens = self.max_target_tokens = facts["position_limit"]
@@ -111,7 +117,6 @@ class CTranslate2Engine:
     def generate(
         self,
         prompts: Sequence[EncodedPrompt],
-        template: Template | None,
         settings: GenerateSettings,
         seed: int,
         bar: GenerationBar | None = None,
@@ -120,7 +125,7 @@ class CTranslate2Engine:
         """As `InferenceEngine.generate`. It does not stream."""
         check_source_ids([prompt.source_ids for prompt in prompts])
         config = self._config(settings)
-        template, _ = with_stop_strings(template, settings.generation)
+        template, _ = with_stop_strings(self.template, settings.generation)
         if config.do_sample and seed != self._seed:
             import_ctranslate2().set_random_seed(seed)
             self._translator, self._seed = self._started(), seed
@@ -278,5 +283,7 @@ def load_engine(name: str, dtype: str, device: torch.device, template: str = "")
         raise UserError(f"CTranslate2 runs on cpu and cuda, not on {device.type}. Give --device cpu.")
     tokenizer = load_tokenizer(name)
     if not template:
-        carried_template(tokenizer)
-    return CTranslate2Engine(Path(name), tokenizer, device, "default" if dtype == "auto" else dtype)
+        carried_template(tokenizer)  # checks it
+    return CTranslate2Engine(
+        Path(name), tokenizer, template_for(template, tokenizer), device, "default" if dtype == "auto" else dtype
+    )

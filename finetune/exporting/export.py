@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import attach_template
@@ -30,7 +30,6 @@ from diptych.finetune.commands.exits import BUG
 from diptych.finetune.exporting import export_ctranslate2, export_onnx
 from diptych.finetune.exporting.export_proof import GreedyRules, ProofRow, compare_export, greedy_rules, proof_rows
 from diptych.finetune.exporting.export_settings import ExportSettings
-from diptych.finetune.model.families import decoder_start_token
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import (
     EXPORT_FILE,
@@ -44,7 +43,7 @@ from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
 from diptych.finetune.run_files.whole_folders import write_folder, write_json
 
 TARGETS: dict[str, ModuleType] = {"ctranslate2": export_ctranslate2, "onnx": export_onnx}
-"""They have `check(model)`, `write(model, tokenizer, folder, precision)`, `open_export(folder, model, tokenizer)`."""
+"""Each has `check(model)`, `write(loaded, folder, precision)` and `open_export(folder, loaded)`."""
 
 
 class NotTheSameError(UserError):
@@ -67,16 +66,16 @@ def export(settings: ExportSettings) -> Path:
 
 def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
     """Export and proof. If this raises, no folder is left."""
-    model, tokenizer, template = loaded.model, loaded.tokenizer, loaded.template
-    rows, described, languages = proof_rows(settings.rows, tokenizer, template, position_limit(model))
-    rules = greedy_rules(model, tokenizer, template, settings.max_new_tokens, settings.batch_size, languages)
+    model = loaded.model
+    rows, described, languages = proof_rows(settings.rows, loaded)
+    rules = greedy_rules(loaded, settings.max_new_tokens, settings.batch_size, languages)
     facts = {
         "to": settings.to,
         "precision": settings.precision,
         "model": shown_name(settings.model),
         "model_type": model.config.model_type,
         "weights": sum(weight.numel() for weight in model.parameters()),
-        "decoder_start_token_id": decoder_start_token(model),
+        "decoder_start_token_id": loaded.decoder_start_token_id,
         "position_limit": position_limit(model),
         "rows": described,
         "batch_size": rules.batch_size,
@@ -85,14 +84,14 @@ def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
     with tempfile.TemporaryDirectory(prefix=".exact-", dir=folder.parent) as beside:
         # float32 first: only there a difference means a wrong export and not a coarse one
         place = folder if settings.precision == "float32" else Path(beside)
-        facts["float32"] = _exported_and_compared(settings, model, tokenizer, rows, rules, place, facts, "float32")
+        facts["float32"] = _exported_and_compared(settings, loaded, rows, rules, place, facts, "float32")
     if fault := facts["float32"].pop("fault"):
         raise NotTheSameError(
             f"{settings.model} was exported to {settings.to}, and does not write the same in float32: {fault}. "
             f"Nothing was kept. Please report the model's config; its checkpoint can be used as it is."
         )
     if settings.precision != "float32":
-        measured = _exported_and_compared(settings, model, tokenizer, rows, rules, folder, facts, settings.precision)
+        measured = _exported_and_compared(settings, loaded, rows, rules, folder, facts, settings.precision)
         facts[settings.precision] = {name: value for name, value in measured.items() if name != "fault"}
     write_json(folder / EXPORT_FILE, facts)
     print("\n".join(lines(facts)))
@@ -100,8 +99,7 @@ def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
 
 def _exported_and_compared(
     settings: ExportSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     rows: Sequence[ProofRow],
     rules: GreedyRules,
     folder: Path,
@@ -110,14 +108,14 @@ def _exported_and_compared(
 ) -> dict[str, Any]:
     """Fills `folder`; size, speed and differences of what is in it."""
     target = TARGETS[settings.to]
-    target.write(model, tokenizer, folder, precision)
+    target.write(loaded, folder, precision)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    tokenizer.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    loaded.model.generation_config.save_pretrained(folder)
     write_json(folder / EXPORT_FILE, facts)
-    exported = target.open_export(folder, model, tokenizer)
-    comparison = compare_export(model, exported, tokenizer, rows, rules)
-    computed = {"computed_in": exported.computed_in, "device": model.device.type, "bytes": size}
+    exported = target.open_export(folder, loaded)
+    comparison = compare_export(loaded, exported, rows, rules)
+    computed = {"computed_in": exported.computed_in, "device": loaded.device.type, "bytes": size}
     return computed | asdict(comparison) | {"fault": comparison.fault()}
 
 

@@ -1,6 +1,6 @@
 """A model in memory in; a folder that CTranslate2 reads out, or a message that names what it cannot express.
 
-    write(model, tokenizer, folder, "int8")
+    write(loaded, folder, "int8")
     folder/  model.bin               weights and shape, in CTranslate2's format
              config.json             its start, end and unknown token
              shared_vocabulary.json  the token of each id; ids without a token are <unused_i> (a model with two
@@ -32,6 +32,7 @@ from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.exporting.ctranslate2_engine import CTranslate2Engine, import_ctranslate2
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, embedding_rows
+from diptych.finetune.model.loaded_model import LoadedModel
 
 if TYPE_CHECKING:
     from ctranslate2.specs import ModelSpec
@@ -81,22 +82,23 @@ def diptych_faults(config: Any) -> list[str]:
     return faults
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, precision: str) -> None:
+def write(loaded: LoadedModel, folder: Path, precision: str) -> None:
     """Writes the files above. `precision` is CTranslate2's name of the type that weights are stored in; int8 is for
     matrices, with a scale per row. UserError for what cannot be expressed."""
+    model = loaded.model
     check(model)
     if precision.startswith("int8") or model.device.type != "cpu":
         model = copy.deepcopy(model).cpu()  # CTranslate2 rounds to int8 in place
     with torch.no_grad():
-        spec = _spec(model, tokenizer)
+        spec = _spec(model, loaded.tokenizer)
         spec.validate()
         spec.optimize(quantization=precision)
         spec.save(str(folder))
 
 
-def open_export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> CTranslate2Engine:
+def open_export(folder: Path, loaded: LoadedModel) -> CTranslate2Engine:
     """What `write` wrote, with export.json beside it."""
-    return CTranslate2Engine(folder, tokenizer, model.device)
+    return CTranslate2Engine(folder, loaded.tokenizer, loaded.template, loaded.device)
 
 
 def _spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "ModelSpec":

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.exporting.export_graphs import DECODER, ENCODER, WITH_PAST, GraphDecoder, exported_graphs
-from diptych.finetune.model.families import FAMILIES, decoder_start_token, family_of
+from diptych.finetune.model.families import FAMILIES, family_of
+from diptych.finetune.model.loaded_model import LoadedModel
 
 INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime. Install them: pip install 'diptych[onnx]'"
 MOST_IN_ONE_FILE = 1.5 * 2**30
@@ -38,7 +39,8 @@ def check(model: PreTrainedModel) -> None:
         )
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, precision: str) -> None:
+def write(loaded: LoadedModel, folder: Path, precision: str) -> None:
+    model = loaded.model
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     with _quiet(), _eager(model):
         for graph in exported_graphs(model):
@@ -80,13 +82,13 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def open_export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GraphDecoder:
+def open_export(folder: Path, loaded: LoadedModel) -> GraphDecoder:
     import onnxruntime  # optional
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     providers = ["CPUExecutionProvider"]
-    if model.device.type != "cpu":
+    if loaded.device.type != "cpu":
         providers.insert(0, "CUDAExecutionProvider")
     sessions = {
         name: onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=providers)
@@ -99,4 +101,4 @@ def open_export(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
         outputs = session.run(None, wanted)
         return {put.name: torch.from_numpy(value) for put, value in zip(session.get_outputs(), outputs, strict=True)}
 
-    return GraphDecoder(run, decoder_start_token(model))
+    return GraphDecoder(run, loaded.decoder_start_token_id)

@@ -1,6 +1,6 @@
 """A model and its export in; whether they write the same, and what each costs.
 
-    compare_export(model, exported, tokenizer, examples, rules) -> ExportComparison(rows=11, same_rows=11, …)
+    compare_export(loaded, exported, examples, rules) -> ExportComparison(rows=11, same_rows=11, …)
 
 Both write each row greedily, without any rule of a generation config. Their tokens are compared row by row; where they
 differ, torch's logits of the two tokens tell whether it was a tie. Logits are compared at every step of the export's
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import own_languages
-from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, Template, stored_golden
-from diptych.data_prep.text_to_ids.two_vocabularies import padding_id, target_side
+from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, stored_golden
+from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.evaluating.metrics import score_texts
 from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.generation import pad_sources
@@ -34,7 +34,7 @@ from diptych.finetune.inference.outputs import batches_by_length
 from diptych.finetune.inference.prompt_files import read_prompts, render_prompts
 from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.targets import given_tokens
-from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import position_limit
 
 TOLERANCE = 1e-3
@@ -123,14 +123,14 @@ class ExportComparison:
         return ""
 
 
-def proof_rows(
-    file: str, tokenizer: PreTrainedTokenizerBase, template: Template | None, max_source_tokens: int | None
-) -> tuple[list[ProofRow], str, Languages]:
+def proof_rows(file: str, loaded: LoadedModel) -> tuple[list[ProofRow], str, Languages]:
     """Rows to compare on, their description, and their languages (one direction, because the rules are for one).
 
     With a JSONL file these are its prompts, with `output` or `outputs` as references; otherwise SENTENCES and the
     golden examples that travel with the template.
     """
+    tokenizer, template = loaded.tokenizer, loaded.template
+    max_source_tokens = position_limit(loaded.model, of_source=True)
     if not file:
         texts = [template.render_source(*it) if template else " ".join(it).strip() for it in SENTENCES]
         golden = stored_golden(tokenizer) if TOKENIZER_KEY in tokenizer.init_kwargs else []
@@ -164,50 +164,47 @@ def _references(file: str, number: int, fields: dict[str, Any]) -> list[str]:
 
 
 def greedy_rules(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template | None,
+    loaded: LoadedModel,
     tokens: int,
     batch_size: int,
     languages: Languages | None = None,
 ) -> GreedyRules:
     """Prefix and end tokens as generation uses them for this model; `tokens` are cut to its positions."""
-    config = model.generation_config
-    start, *prefix = given_tokens(model, tokenizer, template, languages)
-    if start != decoder_start_token(model):
+    model, config = loaded.model, loaded.model.generation_config
+    start, *prefix = given_tokens(loaded, languages)
+    if start != loaded.decoder_start_token_id:
         raise UserError(
             f"the decoder of {model.config.model_type} starts with the language code of each row, an export with one. "
             f"Set decoder_start_token_id in its generation_config.json to that of one language ({start} here)."
         )
     if not prefix and config.forced_bos_token_id is not None:
         prefix = [config.forced_bos_token_id]
-    end = target_side(tokenizer).eos_token_id if config.eos_token_id is None else config.eos_token_id
+    end = target_side(loaded.tokenizer).eos_token_id if config.eos_token_id is None else config.eos_token_id
     limit = position_limit(model)
     tokens = tokens if limit is None else max(1, min(tokens, limit - len(prefix)))
     return GreedyRules(prefix, end if isinstance(end, list) else [end], tokens, batch_size)
 
 
 def compare_export(
-    model: PreTrainedModel,
+    loaded: LoadedModel,
     exported: ExportedModel,
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[ProofRow],
     rules: GreedyRules,
 ) -> ExportComparison:
     sources = [example.source_ids for example in examples]
-    ours, torch_speed = _timed(lambda batch: torch_greedy(model, tokenizer, batch, rules), sources, rules)
+    ours, torch_speed = _timed(lambda batch: torch_greedy(loaded, batch, rules), sources, rules)
     theirs, exported_speed = _timed(
         lambda batch: [written.ids for written in exported.write_greedily(batch, rules)], sources, rules
     )
     places = [_first_difference(*pair) for pair in zip(ours, theirs, strict=True)]
     gaps = [
-        "" if place is None else _gap(model, source, ids, other, place, rules)
+        "" if place is None else _gap(loaded, source, ids, other, place, rules)
         for source, ids, other, place in zip(sources, ours, theirs, places, strict=True)
     ]
     faults = [f"row {row + 1} parts at token {places[row] + 1}: {gap}" for row, gap in enumerate(gaps) if gap]
-    difference, largest = _logit_difference(model, exported, sources[:ROWS_WITH_LOGITS], rules)
+    difference, largest = _logit_difference(loaded, exported, sources[:ROWS_WITH_LOGITS], rules)
     texts, exported_texts = (
-        [text_of(tokenizer, [token for token in ids if token not in rules.ends]) for ids in side]
+        [text_of(loaded.tokenizer, [token for token in ids if token not in rules.ends]) for ids in side]
         for side in (ours, theirs)
     )
     figures, signatures = score_texts(TEXT_METRICS, exported_texts, [[text] for text in texts])
@@ -249,29 +246,26 @@ def _timed(
 
 
 @torch.no_grad()
-def torch_greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Sequence[int]], rules: GreedyRules
-) -> list[list[int]]:
-    inputs = pad_sources(sources, tokenizer.pad_token_id or 0)
-    inputs["decoder_input_ids"] = torch.tensor([[decoder_start_token(model), *rules.prefix]] * len(sources))
-    with _plain_generation(model, tokenizer, rules):
+def torch_greedy(loaded: LoadedModel, sources: Sequence[Sequence[int]], rules: GreedyRules) -> list[list[int]]:
+    model = loaded.model
+    inputs = pad_sources(sources, loaded.pad_token_id)
+    inputs["decoder_input_ids"] = torch.tensor([[loaded.decoder_start_token_id, *rules.prefix]] * len(sources))
+    with _plain_generation(loaded, rules):
         sequences = model.generate(**{name: ids.to(model.device) for name, ids in inputs.items()}).tolist()
     return [_up_to_end(ids[1 + len(rules.prefix) :], rules.ends) for ids in sequences]
 
 
 @contextmanager
-def _plain_generation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rules: GreedyRules
-) -> Iterator[None]:
+def _plain_generation(loaded: LoadedModel, rules: GreedyRules) -> Iterator[None]:
     """`generate` fills gaps in its settings from the model's own config, so that one is replaced meanwhile."""
-    own = model.generation_config
+    model, own = loaded.model, loaded.model.generation_config
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=rules.tokens,
         eos_token_id=rules.ends,
-        pad_token_id=padding_id(tokenizer) or 0,
-        decoder_start_token_id=decoder_start_token(model),
+        pad_token_id=loaded.pad_token_id,
+        decoder_start_token_id=loaded.decoder_start_token_id,
     )
     try:
         yield
@@ -292,23 +286,23 @@ def _first_difference(ids: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 @torch.no_grad()
-def _torch_logits(model: PreTrainedModel, source: Sequence[int], ids: Sequence[int], rules: GreedyRules):
+def _torch_logits(loaded: LoadedModel, source: Sequence[int], ids: Sequence[int], rules: GreedyRules) -> torch.Tensor:
     """(T, V): the logits for each of `ids`, given the ids before it."""
-    before = [decoder_start_token(model), *rules.prefix, *ids[:-1]]
-    outputs = model(
-        input_ids=torch.tensor([source], device=model.device),
-        decoder_input_ids=torch.tensor([before], device=model.device),
+    before = [loaded.decoder_start_token_id, *rules.prefix, *ids[:-1]]
+    outputs = loaded.model(
+        input_ids=torch.tensor([source], device=loaded.device),
+        decoder_input_ids=torch.tensor([before], device=loaded.device),
     )
     return outputs.logits[0, len(rules.prefix) :].float().cpu()
 
 
 def _gap(
-    model: PreTrainedModel, source: Sequence[int], ids: list[int], other: list[int], place: int, rules: GreedyRules
+    loaded: LoadedModel, source: Sequence[int], ids: list[int], other: list[int], place: int, rules: GreedyRules
 ) -> str:
     """How much torch prefers its own token at the first difference, in words; "" for a tie."""
     if place >= min(len(ids), len(other)):
         return f"one of them ends there, torch with {len(ids)} tokens, the export with {len(other)}"
-    logits = _torch_logits(model, source, ids[: place + 1], rules)[-1]
+    logits = _torch_logits(loaded, source, ids[: place + 1], rules)[-1]
     gap = (logits[ids[place]] - logits[other[place]]).item()
     if abs(gap) <= TOLERANCE * max(1.0, logits.abs().max().item()):
         return ""
@@ -316,13 +310,13 @@ def _gap(
 
 
 def _logit_difference(
-    model: PreTrainedModel, exported: ExportedModel, sources: Sequence[Sequence[int]], rules: GreedyRules
+    loaded: LoadedModel, exported: ExportedModel, sources: Sequence[Sequence[int]], rules: GreedyRules
 ) -> tuple[float, float]:
     """The largest difference between logits at any step, and the largest logit."""
     difference = largest = 0.0
     for source in sources:
         ((ids, theirs),) = exported.write_greedily([source], rules, keep_logits=True)
-        ours = _torch_logits(model, source, ids, rules)
+        ours = _torch_logits(loaded, source, ids, rules)
         off = (ours - theirs.float()).abs().max().item()
         difference = off if not off <= difference else difference  # NaN stays
         largest = max(largest, ours.abs().max().item())

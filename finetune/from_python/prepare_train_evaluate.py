@@ -24,9 +24,10 @@ from diptych.data_prep.prepare import Prepared
 from diptych.data_prep.prepare import prepare as prepare_by_settings
 from diptych.finetune.commands.exits import Stopped
 from diptych.finetune.commands.stop_signals import SIGNALS, StopRequest
-from diptych.finetune.evaluating.evaluate_rows import load_splits, predictions_file, report_file
-from diptych.finetune.evaluating.evaluate_rows import run as evaluate_by_settings
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
+from diptych.finetune.evaluating.evaluate_split import load_splits
+from diptych.finetune.evaluating.evaluate_split import run as evaluate_by_settings
+from diptych.finetune.evaluating.evaluation_report import predictions_file, report_file
 from diptych.finetune.run_files.run_folder import last_training, read_status
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe

@@ -12,7 +12,7 @@ What is asked is rendered with the template that travels with the checkpoint, as
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -96,15 +96,14 @@ class TextModel:
         prompter = self._prompter(asked)
         source_ids, languages = _encoded(prompter, [rows] if isinstance(rows, str | Mapping) else rows, asked)
         set_seed(asked.seed)
+        loaded = replace(self.loaded, template=prompter.template)
         outputs = chosen_outputs(
-            self.model,
-            self.tokenizer,
+            loaded,
             source_ids,
-            given=[given_tokens(self.model, self.tokenizer, prompter.template, it) for it in languages],
+            given=[given_tokens(loaded, it) for it in languages],
             seed=asked.seed,
             batch_size=asked.batch_size,
             max_new_tokens=asked.max_new_tokens,
-            template=prompter.template,
             **asked.generation_kwargs(),
         )
         found: list[Any] = outputs if asked.scores else [output.text for output in outputs]
@@ -129,13 +128,13 @@ class TextModel:
             if not isinstance(row, Mapping) or not isinstance(row.get("output"), str):
                 raise UserError(f"row {place} has no text `output`, whose likelihood is asked for.")
         source_ids, languages = _encoded(prompter, rows, asked)
-        parts = (self.model, self.tokenizer)
+        loaded = replace(self.loaded, template=prompter.template)
         targets = []
         for row, of_row in zip(rows, languages, strict=True):
             text = prompter.template.render_target(row["output"])
-            targets += target_ids(*parts, [text], prompter.template, of_row)
-        forced = len(given_tokens(*parts, prompter.template, languages[0])) - 1 if languages else 0
-        nats = log_probabilities(*parts, source_ids, targets, forced, asked.batch_size)
+            targets += target_ids(loaded, [text], of_row)
+        forced = len(given_tokens(loaded, languages[0])) - 1 if languages else 0
+        nats = log_probabilities(loaded, source_ids, targets, forced, asked.batch_size)
         return [Score(math.fsum(of_row), len(of_row)) for of_row in nats]
 
     @torch.no_grad()
@@ -171,7 +170,7 @@ class TextModel:
             if name in OF_FILES:
                 raise UserError(f"{name} is of the command `diptych generate`; here rows go in and texts come out.")
         asked = from_values(GenerateSettings, {**settings, "model": self.name})
-        return resolve_limits(asked, TorchEngine(self.model, self.tokenizer))
+        return resolve_limits(asked, TorchEngine(self.loaded))
 
     def _prompter(self, asked: GenerateSettings) -> Prompter:
         template = template_for(asked.template, self.tokenizer)

@@ -1,13 +1,14 @@
 """What `diptych generate` computes with: a transformers model here, CTranslate2 in exporting/ctranslate2_engine.py.
 
     engine = load_engine("runs/full/final", "auto", torch.device("cpu"), template="")
-    engine.generate([EncodedPrompt([12, 7, 1], [0])], template, settings, seed=0)   [Output("가.", finished=True, …)]
+    engine.generate([EncodedPrompt([12, 7, 1], [0])], settings, seed=0)   [Output("가.", finished=True, …)]
 
 cli.py has the table of engines: it names the `load_engine` function of each.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,8 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.outputs import GenerationBar, Output
+from diptych.finetune.inference.prompts import template_for
 from diptych.finetune.inference.scoring import chosen_outputs
-from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, position_limit
 
 
@@ -29,6 +31,7 @@ class EncodedPrompt(NamedTuple):
 
 class InferenceEngine(Protocol):
     tokenizer: PreTrainedTokenizerBase
+    template: Template
     decoder_start_token_id: int
     generation_config: GenerationConfig
     device: torch.device
@@ -42,7 +45,6 @@ class InferenceEngine(Protocol):
     def generate(
         self,
         prompts: Sequence[EncodedPrompt],
-        template: Template,
         settings: GenerateSettings,
         seed: int,
         bar: GenerationBar | None = None,
@@ -55,11 +57,13 @@ class InferenceEngine(Protocol):
 
 
 class TorchEngine:
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model, tokenizer
-        self.decoder_start_token_id, self.device = decoder_start_token(model), model.device
-        self.generation_config = model.generation_config
-        self.max_source_tokens, self.max_target_tokens = position_limit(model, of_source=True), position_limit(model)
+    def __init__(self, loaded: LoadedModel):
+        self.loaded = loaded
+        self.tokenizer, self.template, self.device = loaded.tokenizer, loaded.template, loaded.device
+        self.decoder_start_token_id = loaded.decoder_start_token_id
+        self.generation_config = loaded.model.generation_config
+        self.max_source_tokens = position_limit(loaded.model, of_source=True)
+        self.max_target_tokens = position_limit(loaded.model)
 
     def check(self, settings: GenerateSettings) -> None:
         """transformers checks them."""
@@ -67,7 +71,6 @@ class TorchEngine:
     def generate(
         self,
         prompts: Sequence[EncodedPrompt],
-        template: Template,
         settings: GenerateSettings,
         seed: int,
         bar: GenerationBar | None = None,
@@ -75,27 +78,25 @@ class TorchEngine:
     ) -> list[Output]:
         watching = {} if streamer is None else {"streamer": streamer}
         return chosen_outputs(
-            self.model,
-            self.tokenizer,
+            self.loaded,
             [prompt.source_ids for prompt in prompts],
             given=[prompt.given for prompt in prompts],
             seed=seed,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
-            template=template,
             progress=bar or False,
             **settings.generation_kwargs(),
             **watching,
         )
 
     def identity(self) -> dict[str, Any]:
-        return {"weights_sha256": weights_sha256(self.model), "torch": torch.__version__}
+        return {"weights_sha256": weights_sha256(self.loaded.model), "torch": torch.__version__}
 
 
 def load_engine(name: str, dtype: str, device: torch.device, template: str) -> InferenceEngine:
     """`template` is the name or file of a template that replaces the tokenizer's own, or ""."""
     loaded = load_checkpoint(name, dtype, device, template)
-    return TorchEngine(loaded.model, loaded.tokenizer)
+    return TorchEngine(replace(loaded, template=loaded.template or template_for("", loaded.tokenizer)))
 
 
 def weights_sha256(model: PreTrainedModel) -> str:

@@ -23,8 +23,8 @@ from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, check_generation_names
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.inference.prompt_files import read_prompts
-from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
-from diptych.finetune.inference.targets import forced_tokens
+from diptych.finetune.inference.prompts import Prompt, Prompter
+from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.loading import pick_device
 from diptych.finetune.model.speed import keep_memory
 
@@ -43,8 +43,7 @@ def run(settings: GenerateSettings) -> int:
     engine: InferenceEngine = load_engine(settings.model, settings.dtype, device, settings.template)
     engine.check(settings)
     settings = resolve_limits(settings, engine)
-    template = template_for(settings.template, engine.tokenizer)
-    prompter = Prompter(engine.tokenizer, template, settings.max_source_tokens, settings.languages)
+    prompter = Prompter(engine.tokenizer, engine.template, settings.max_source_tokens, settings.languages)
     note = languages_note(engine.tokenizer, settings.languages)
     if note and not any(any(languages_in(row.fields)) for row in rows):
         print(f"({note})", file=sys.stderr)
@@ -85,14 +84,12 @@ def answer(
     if was_cut:
         print(f"(the prompt was cut to {len(source_ids)} tokens)", file=sys.stderr)
     is_single = settings.num_beams == settings.num_return_sequences == 1 and not settings.mbr_samples
-    has_stop = prompter.template.stop or settings.generation.get("stop_strings")
+    has_stop = engine.template.stop or settings.generation.get("stop_strings")
     streamer = None
     if is_single and not (has_stop or settings.scores or settings.choices or settings.engine != "torch"):
         streamer = TextStreamer(target_side(engine.tokenizer), skip_prompt=True, skip_special_tokens=True)
-    given = forced_tokens(engine.decoder_start_token_id, engine.tokenizer, prompter.template, languages)
-    outputs = engine.generate(
-        [EncodedPrompt(source_ids, given)], prompter.template, settings, settings.seed, streamer=streamer
-    )
+    prompt = EncodedPrompt(source_ids, given_tokens(engine, languages))
+    outputs = engine.generate([prompt], settings, settings.seed, streamer=streamer)
     if streamer is None:
         print("\n".join(map(_shown, outputs)), flush=True)
     if not all(output.finished for output in outputs):
@@ -116,7 +113,7 @@ def run_session(engine: InferenceEngine, prompter: Prompter, settings: GenerateS
         import readline  # noqa: F401  arrow keys and history at the prompt
     is_typed = sys.stdin.isatty()
     if is_typed:
-        print(f"{settings.model} on {engine.device}, template {prompter.template.name}. Ctrl-D leaves.")
+        print(f"{settings.model} on {engine.device}, template {engine.template.name}. Ctrl-D leaves.")
     has_languages = any(settings.languages) or codes_of(engine.tokenizer).is_around_texts
     instruction = ""
     try:

@@ -28,14 +28,13 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.commands.ranks import on_main_rank
 from diptych.finetune.inference.engine import EncodedPrompt, InferenceEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompt_files import BLANK, PromptRow, render_prompts
 from diptych.finetune.inference.prompts import OUTPUT_FIELDS, Prompter
-from diptych.finetune.inference.targets import forced_tokens
+from diptych.finetune.inference.targets import given_tokens
 
 CHUNK_BATCHES = 8
 """Sorting 8 batches together already removes most of the padding, and a kill loses at most their time."""
@@ -56,7 +55,7 @@ def generate_file(
     rows, rendered = render_prompts(rows, prompter)
     prompts, cut_rows = _encoded(engine, prompter, rendered)
     chunk_rows = CHUNK_BATCHES * settings.batch_size
-    identity = run_identity(engine, prompter.template, settings, rows, list(prompts.values()))
+    identity = run_identity(engine, settings, rows, list(prompts.values()))
     done = on_main_rank(accelerator, lambda: open_run(out_file, identity, chunk_rows, len(rows), settings.overwrite))
     ranks, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     if done and rank == 0:
@@ -67,7 +66,7 @@ def generate_file(
         good = [row for row in chunk if row in prompts]
         seed = settings.seed + start  # by the chunk's place, so that a resumed run draws the same samples
         set_seed(seed)
-        outputs = engine.generate([prompts[row] for row in good], prompter.template, settings, seed, bar)
+        outputs = engine.generate([prompts[row] for row in good], settings, seed, bar)
         bar.advance(len(chunk) - len(good), 0)
         each = settings.num_return_sequences
         by_row = {row: outputs[place * each : (place + 1) * each] for place, row in enumerate(good)}
@@ -94,10 +93,7 @@ def _encoded(
     """The encoded prompt of each row number, and the rows whose prompt was cut."""
     languages = [of_row for _, of_row in rendered.values()]
     ids, was_cut = prompter.encode([text for text, _ in rendered.values()], languages)
-    given = {
-        it: forced_tokens(engine.decoder_start_token_id, engine.tokenizer, prompter.template, it)
-        for it in set(languages)
-    }
+    given = {it: given_tokens(engine, it) for it in set(languages)}
     prompts = {row: EncodedPrompt(of_row, given[it]) for row, of_row, it in zip(rendered, ids, languages, strict=True)}
     return prompts, {row for row, cut in zip(rendered, was_cut, strict=True) if cut}
 
@@ -141,7 +137,6 @@ def _summary(out_file: Path, rows: list[PromptRow], cut: int) -> str:
 
 def run_identity(
     engine: InferenceEngine,
-    template: Template,
     settings: GenerateSettings,
     rows: list[PromptRow],
     prompts: list[EncodedPrompt],
@@ -149,7 +144,7 @@ def run_identity(
     """Everything that decides the bytes of out_file. Prompts are hashed as encoded, so template, tokenizer and
     languages are in the hash."""
     own = {name: getattr(settings, name) for name in ("batch_size", "max_new_tokens", "seed")}
-    rules = {"decoder_prefix": list(template.decoder_prefix), "stop": list(template.stop)}
+    rules = {"decoder_prefix": list(engine.template.decoder_prefix), "stop": list(engine.template.stop)}
     hashed = json.dumps([[[row.fields, row.error] for row in rows], prompts]).encode()
     return engine.identity() | {
         "prompts_sha256": hashlib.sha256(hashed).hexdigest(),

@@ -1,6 +1,6 @@
 """Source token ids in, outputs out: batched generation with a transformers model.
 
-    generate_outputs(model, tokenizer, [[12, 7, 1], [8, 1]], batch_size=16, max_new_tokens=64)
+    generate_outputs(loaded, [[12, 7, 1], [8, 1]], batch_size=16, max_new_tokens=64)
     -> [Output("가.", finished=True, …), Output("네.", finished=True, …)]
 
 B rows of a batch, S source tokens, P prompt tokens of the decoder, T tokens so far, V vocabulary. Outputs are in the
@@ -17,7 +17,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -30,20 +29,18 @@ from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode,
 from diptych.finetune.inference.generation_config import end_tokens, generation_config, search_settings_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
 from diptych.finetune.inference.targets import given_tokens
-from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loaded_model import LoadedModel
 
 TOKENS_BEFORE_STOP = 16
 """Stop strings are searched in the last tokens only: these, and as many as the longest stop string has bytes."""
 
 
 def generate_outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     source_ids: Sequence[Sequence[int]],
     *,
     batch_size: int,
     max_new_tokens: int,
-    template: Template | None = None,
     given: Sequence[Sequence[int]] | None = None,
     progress: bool | GenerationBar = False,
     **generation_kwargs: Any,
@@ -57,21 +54,19 @@ def generate_outputs(
     check_source_ids(source_ids)
     outputs: list[list[Output]] = [[] for _ in source_ids]
     bar = progress if isinstance(progress, GenerationBar) else GenerationBar(len(source_ids), shown=progress)
-    was_training = model.training
-    model.eval()
+    was_training = loaded.model.training
+    loaded.model.eval()
     try:
         for rows in batches_by_length([len(ids) for ids in source_ids], batch_size):
             batch = [source_ids[row] for row in rows]
             batch_given = [given[row] for row in rows] if given else None
-            found, tokens = generate_batch(
-                model, tokenizer, batch, max_new_tokens, template, generation_kwargs, batch_given
-            )
+            found, tokens = generate_batch(loaded, batch, max_new_tokens, generation_kwargs, batch_given)
             each = len(found) // len(rows)
             for place, row in enumerate(rows):
                 outputs[row] = found[place * each : (place + 1) * each]
             bar.advance(len(rows), tokens)
     finally:
-        model.train(was_training)
+        loaded.model.train(was_training)
         if bar is not progress:
             bar.close()
     return [output for row_outputs in outputs for output in row_outputs]
@@ -95,41 +90,37 @@ def pad_sources(source_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[
 
 
 def generate_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     source_ids: Sequence[Sequence[int]],
     max_new_tokens: int,
-    template: Template | None,
     generation_kwargs: dict[str, Any],
     given: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[Output], int]:
     """The outputs of one batch in its order, and the sum of their new tokens. `given` as in `generate_outputs`."""
-    given = given or [given_tokens(model, tokenizer, template)] * len(source_ids)
-    inputs = pad_sources(source_ids, tokenizer.pad_token_id or 0)
-    template, generation_kwargs = with_stop_strings(template, generation_kwargs)
-    generation_kwargs, prompts = _with_given(model, generation_kwargs, given)
+    given = given or [given_tokens(loaded)] * len(source_ids)
+    inputs = pad_sources(source_ids, loaded.pad_token_id)
+    template, generation_kwargs = with_stop_strings(loaded.template, generation_kwargs)
+    generation_kwargs, prompts = _with_given(loaded.decoder_start_token_id, generation_kwargs, given)
     if prompts is not None:
         inputs["decoder_input_ids"] = prompts
         max_new_tokens = max(1, max_new_tokens - prompts.shape[1] + 1)
     criteria = StoppingCriteriaList(generation_kwargs.get("stopping_criteria", ()))
     if template and template.stop:
-        criteria.append(StopStrings(tokenizer, template))
+        criteria.append(StopStrings(loaded.tokenizer, template))
     settings = generation_kwargs | {"stopping_criteria": criteria, "max_new_tokens": max_new_tokens}
-    inputs = {name: ids.to(model.device) for name, ids in inputs.items()}
-    config, sequences = _generate(model, tokenizer, inputs, settings)
-    outputs = [_output(ids, len(given[0]), tokenizer, template, config) for ids in sequences]
+    inputs = {name: ids.to(loaded.device) for name, ids in inputs.items()}
+    config, sequences = _generate(loaded, inputs, settings)
+    outputs = [_output(ids, len(given[0]), loaded.tokenizer, template, config) for ids in sequences]
     return outputs, sum(len(output.ids) for output in outputs)
 
 
 def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    inputs: dict[str, torch.Tensor],
-    settings: dict[str, Any],
+    loaded: LoadedModel, inputs: dict[str, torch.Tensor], settings: dict[str, Any]
 ) -> tuple[GenerationConfig, list[list[int]]]:
     """`model.generate`, or `fast_decode` where that gives the same tokens; its errors become UserErrors."""
+    model = loaded.model
     try:
-        config, others = generation_config(model, tokenizer, settings)
+        config, others = generation_config(loaded, settings)
         if can_decode_fast(model, config, others):
             others |= {"custom_generate": fast_decode, "writes_to": others.pop("streamer", None)}
             others |= {"encoder_outputs": read_fast(model, inputs["input_ids"], inputs["attention_mask"])}
@@ -178,11 +169,11 @@ def cut_at_stop(text: str, template: Template | None) -> tuple[str, bool]:
 
 
 def _with_given(
-    model: PreTrainedModel, generation_kwargs: dict[str, Any], given: Sequence[Sequence[int]]
+    start: int, generation_kwargs: dict[str, Any], given: Sequence[Sequence[int]]
 ) -> tuple[dict[str, Any], torch.Tensor | None]:
     """The settings and the decoder's prompts (B, P) that make `generate` begin with the `given` tokens.
 
-    The model's own start token alone needs neither. With beams, a single token after the start is forced by a logits
+    The model's own `start` token alone needs neither. With beams, a single token after the start is forced by a logits
     processor instead of being part of the prompt: transformers scores beams by their length without the prompt and
     counts `forced_bos_token_id` as generated, and our beams must give the same tokens.
     """
@@ -191,7 +182,6 @@ def _with_given(
             "forced_bos_token_id forces the first token, and so does a language code or the template's decoder prefix."
             " Remove it; --target_language sets the language."
         )
-    start = decoder_start_token(model)
     if {ids[0] for ids in given} == {start} and len(given[0]) == 1:
         return {"decoder_start_token_id": start} | generation_kwargs, None
     if len(given[0]) == 2 and generation_kwargs.get("num_beams", 1) > 1:

@@ -1,6 +1,6 @@
 """Which settings a call of `model.generate` uses: ours, the user's, and a few of the checkpoint's.
 
-    generation_config(model, tokenizer, {"num_beams": 4, "max_new_tokens": 64})  ->  GenerationConfig(…), {}
+    generation_config(loaded, {"num_beams": 4, "max_new_tokens": 64})  ->  GenerationConfig(…), {}
 
 Search is greedy unless a setting says otherwise. From a checkpoint's generation_config.json only MODEL_SETTINGS are
 used. Its search settings (beams, sampling, penalties) are ignored with a warning, so that the scores of two
@@ -15,12 +15,13 @@ from functools import cache
 from typing import Any
 
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands.exits import is_main_rank
 from diptych.finetune.model.families import without_adapter
+from diptych.finetune.model.loaded_model import LoadedModel
 
 DEFAULT_NEW_TOKENS = 256
 MODEL_SETTINGS = frozenset(
@@ -39,18 +40,16 @@ UNSUPPORTED_SETTINGS = frozenset(
 )
 
 
-def generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
+def generation_config(loaded: LoadedModel, settings: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
     """The checkpoint's MODEL_SETTINGS updated by `settings`, and those settings that no config holds (a streamer).
     Missing pad and end tokens are taken from the tokenizer."""
     _refuse_unsupported(settings)
-    config = model_settings(model.generation_config)
+    config, target = model_settings(loaded.model.generation_config), target_side(loaded.tokenizer)
     others = config.update(**settings)
     if config.pad_token_id is None:
-        config.pad_token_id = target_side(tokenizer).pad_token_id
+        config.pad_token_id = target.pad_token_id
     if config.eos_token_id is None:
-        config.eos_token_id = target_side(tokenizer).eos_token_id
+        config.eos_token_id = target.eos_token_id
     return config, others
 
 

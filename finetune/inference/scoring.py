@@ -1,8 +1,8 @@
 """Outputs by their log-probability: scores of outputs, the likeliest of given texts, and MBR over samples.
 
-    chosen_outputs(model, tokenizer, [[12, 7, 1]], seed=0, batch_size=4, max_new_tokens=64, scores=True)
-    choice_outputs(model, tokenizer, [[12, 7, 1]], ["yes", "no"], batch_size=4)
-    mbr_outputs(model, tokenizer, [[12, 7, 1]], samples=16, seed=0, batch_size=4, max_new_tokens=64)
+    chosen_outputs(loaded, [[12, 7, 1]], seed=0, batch_size=4, max_new_tokens=64, scores=True)
+    choice_outputs(loaded, [[12, 7, 1]], ["yes", "no"], batch_size=4)
+    mbr_outputs(loaded, [[12, 7, 1]], samples=16, seed=0, batch_size=4, max_new_tokens=64)
 
 A log-probability is that of the tokens as written, given the source and the decoder's forced tokens, from one pass
 with teacher forcing. Beams, sampling and penalties do not change it.
@@ -20,23 +20,19 @@ from typing import Any
 
 import sacrebleu
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.text_to_ids.templates import Template
-from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
 from diptych.finetune.inference.targets import given_tokens, target_ids
-from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loss import Seq2SeqObjective
 
 EPSILON_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "epsilon_cutoff": 0.02}
 
 
 def chosen_outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     source_ids: Sequence[Sequence[int]],
     *,
     seed: int,
@@ -48,22 +44,21 @@ def chosen_outputs(
     """The outputs of `mbr_outputs` or `choice_outputs` if these are asked for, else of `generate_outputs`."""
     if choices:
         settings.pop("max_new_tokens", None)
-        outputs = choice_outputs(model, tokenizer, source_ids, choices, **settings)
+        outputs = choice_outputs(loaded, source_ids, choices, **settings)
         return outputs if scores else [output._replace(log_probability=None) for output in outputs]
     if mbr_samples:
-        outputs = mbr_outputs(model, tokenizer, source_ids, samples=mbr_samples, seed=seed, **settings)
+        outputs = mbr_outputs(loaded, source_ids, samples=mbr_samples, seed=seed, **settings)
     else:
-        outputs = generate_outputs(model, tokenizer, source_ids, **settings)
+        outputs = generate_outputs(loaded, source_ids, **settings)
     if not scores:
         return outputs
-    given = settings.get("given") or [given_tokens(model, tokenizer, settings.get("template"))] * len(source_ids)
-    found = output_log_probabilities(model, tokenizer, source_ids, given, outputs, settings["batch_size"])
+    given = settings.get("given") or [given_tokens(loaded)] * len(source_ids)
+    found = output_log_probabilities(loaded, source_ids, given, outputs, settings["batch_size"])
     return [output._replace(log_probability=math.fsum(nats)) for output, nats in zip(outputs, found, strict=True)]
 
 
 def output_log_probabilities(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     source_ids: Sequence[Sequence[int]],
     given: Sequence[Sequence[int]],
     outputs: Sequence[Output],
@@ -75,13 +70,12 @@ def output_log_probabilities(
     starts = [ids for ids in given for _ in range(each)]
     targets = [(start[0], [*start[1:], *output.ids]) for start, output in zip(starts, outputs, strict=True)]
     forced = len(starts[0]) - 1 if starts else 0
-    return log_probabilities(model, tokenizer, sources, targets, forced, batch_size)
+    return log_probabilities(loaded, sources, targets, forced, batch_size)
 
 
 @torch.no_grad()
 def log_probabilities(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     source_ids: Sequence[Sequence[int]],
     targets: Sequence[tuple[int, Sequence[int]]],
     forced: int,
@@ -89,9 +83,9 @@ def log_probabilities(
 ) -> list[list[float]]:
     """Nats of each token of each target, given its source. A target is the decoder's start token and its labels, of
     which the first `forced` are left out of the result."""
-    objective = Seq2SeqObjective(model)
-    was_training = model.training
-    model.eval()
+    objective = Seq2SeqObjective(loaded.model)
+    was_training = loaded.model.training
+    loaded.model.eval()
     lengths = [len(ids) + len(labels) for ids, (_, labels) in zip(source_ids, targets, strict=True)]
     found: list[list[float]] = [[] for _ in source_ids]
     try:
@@ -101,37 +95,36 @@ def log_probabilities(
                 {"input_ids": source_ids[row], "labels": targets[row][1], "decoder_start": targets[row][0]}
                 for row in rows
             ]
-            batch = pad_batch(examples, padding_id(tokenizer) or 0, decoder_start_token(model))
-            nats = objective.token_losses({name: tensor.to(model.device) for name, tensor in batch.items()})
+            batch = pad_batch(examples, loaded.pad_token_id, loaded.decoder_start_token_id)
+            nats = objective.token_losses({name: tensor.to(loaded.device) for name, tensor in batch.items()})
             for row, of_row in zip(rows, (-nats[:, forced:]).tolist(), strict=False):
                 found[row] = of_row[: len(targets[row][1]) - forced]
     finally:
-        model.train(was_training)
+        loaded.model.train(was_training)
     return found
 
 
 def choice_outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     source_ids: Sequence[Sequence[int]],
     choices: Sequence[str],
     *,
     batch_size: int,
-    template: Template | None = None,
     given: Sequence[Sequence[int]] | None = None,
     num_return_sequences: int = 1,
     progress: bool | GenerationBar = False,
 ) -> list[Output]:
     """The `num_return_sequences` likeliest choices of each source, the likeliest first. Every choice is scored, which
     costs a pass each; a search token by token could miss the best one."""
+    template = loaded.template
     texts = [template.render_target(choice) if template else choice for choice in choices]
-    own = given_tokens(model, tokenizer, template)
+    own = given_tokens(loaded)
     forced = len(own) - 1
-    endings = [labels[forced:] for _, labels in target_ids(model, tokenizer, texts, template)]
+    endings = [labels[forced:] for _, labels in target_ids(loaded, texts)]
     found = []
     for source, (start, *prefix) in zip(source_ids, given or [own] * len(source_ids), strict=True):
         targets = [(start, [*prefix, *ids]) for ids in endings]
-        nats = log_probabilities(model, tokenizer, [source] * len(choices), targets, forced, batch_size)
+        nats = log_probabilities(loaded, [source] * len(choices), targets, forced, batch_size)
         scores = [math.fsum(of_choice) for of_choice in nats]
         best = sorted(range(len(choices)), key=lambda place: -scores[place])[:num_return_sequences]
         found += [Output(choices[it], True, tuple(endings[it]), scores[it]) for it in best]
@@ -141,8 +134,7 @@ def choice_outputs(
 
 
 def mbr_outputs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     source_ids: Sequence[Sequence[int]],
     *,
     samples: int,
@@ -153,11 +145,11 @@ def mbr_outputs(
 
     The same seed, sources and batch size give the same outputs. torch's own random state is left as it was.
     """
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         sampling = EPSILON_SAMPLING | settings | {"num_return_sequences": samples}
-        drawn = generate_outputs(model, tokenizer, source_ids, **sampling)
+        drawn = generate_outputs(loaded, source_ids, **sampling)
     groups = [drawn[first : first + samples] for first in range(0, len(drawn), samples)]
     return [group[most_expected([output.text for output in group])] for group in groups]
 

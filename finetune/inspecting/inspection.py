@@ -45,20 +45,19 @@ class Reader(NamedTuple):
     max_new_tokens: int
 
     def given(self, languages: Languages) -> list[int]:
-        return given_tokens(self.loaded.model, self.loaded.tokenizer, self.loaded.template, languages)
+        return given_tokens(self.loaded, languages)
 
     def passage(self, source: str, languages: Languages, target: str | None = None) -> facts.Passage:
         """What the model writes to a rendered source; or, with a rendered target, how it predicts that one."""
-        model, tokenizer, template = self.loaded.model, self.loaded.tokenizer, self.loaded.template
-        (source_ids,) = encode_sources(tokenizer, [source], languages=[languages])
-        limit = min(LONGEST_SOURCE, position_limit(model, of_source=True) or LONGEST_SOURCE)
+        (source_ids,) = encode_sources(self.loaded.tokenizer, [source], languages=[languages])
+        limit = min(LONGEST_SOURCE, position_limit(self.loaded.model, of_source=True) or LONGEST_SOURCE)
         if len(source_ids) > limit:
             raise UserError(f"the source has {len(source_ids)} tokens, but no more than {limit} can be shown. Cut it.")
         if target is not None:
-            ((start, labels),) = target_ids(model, tokenizer, [target], template, languages)
+            ((start, labels),) = target_ids(self.loaded, [target], languages)
             return facts.read_and_write(self.loaded, source_ids, [start, *labels], 1 + len(labels))
         given = self.given(languages)
-        (output,), _ = generate_batch(model, tokenizer, [source_ids], self.max_new_tokens, template, {}, [given])
+        (output,), _ = generate_batch(self.loaded, [source_ids], self.max_new_tokens, {}, [given])
         if not output.ids:
             raise UserError("the model writes nothing within max_new_tokens, so there is no step to show. Raise it.")
         return facts.read_and_write(self.loaded, source_ids, [*given, *output.ids], len(given))

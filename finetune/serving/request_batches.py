@@ -186,26 +186,27 @@ class Engine:
         return len(self._waiting)
 
     def _generate(self, jobs: list[Job]) -> list[list[Answer]]:
-        model, tokenizer, decoding = self.loaded.model, self.loaded.tokenizer, jobs[0].decoding
-        own = self.loaded.template
-        template = replace(own, stop=(*own.stop, *decoding.stop))
+        loaded, decoding = self.loaded, jobs[0].decoding
+        template = replace(loaded.template, stop=(*loaded.template.stop, *decoding.stop))
         rows = [(job, index) for job in jobs for index in range(decoding.n)]
-        config, _ = generation_config(model, tokenizer, {})
-        writer = RowWriter(tokenizer, template, end_tokens(config), rows)
+        config, _ = generation_config(loaded, {})
+        writer = RowWriter(loaded.tokenizer, template, end_tokens(config), rows)
         settings = decoding.generation_kwargs() | {"stopping_criteria": [DroppedRows(rows)]}
         if decoding.num_beams == 1:
             settings["streamer"] = writer
         if decoding.temperature:
             torch.manual_seed(torch.seed() if decoding.seed is None else decoding.seed)
         sources = [job.source_ids for job in jobs]
-        given = [job.given or given_tokens(model, tokenizer, own) for job in jobs]
-        outputs, _ = generate_batch(model, tokenizer, sources, decoding.max_new_tokens, template, settings, given)
+        given = [job.given or given_tokens(loaded) for job in jobs]
+        outputs, _ = generate_batch(
+            replace(loaded, template=template), sources, decoding.max_new_tokens, settings, given
+        )
         for place, (job, _) in enumerate(rows):
             if job.wants_pieces and not job.is_dropped:
                 writer.send(place, outputs[place].text)
         answers = [Answer(output.text, output.finished, output.ids) for output in outputs]
         if decoding.scores:
-            nats = output_log_probabilities(model, tokenizer, sources, given, outputs, len(outputs))
+            nats = output_log_probabilities(loaded, sources, given, outputs, len(outputs))
             answers = [
                 answer._replace(scored=tuple(zip(self._texts_of(answer), of_row, strict=True)))
                 for answer, of_row in zip(answers, nats, strict=True)

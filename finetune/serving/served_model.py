@@ -33,8 +33,7 @@ class ServedModel(NamedTuple):
         """UserError if the template has no place for something, or the tokenizer does not know a language."""
         text, languages = self.prompter.render(prompt)
         (source_ids,), (is_cut,) = self.prompter.encode([text], [languages])
-        loaded = self.loaded
-        return Encoded(source_ids, is_cut, given_tokens(loaded.model, loaded.tokenizer, loaded.template, languages))
+        return Encoded(source_ids, is_cut, given_tokens(self.loaded, languages))
 
 
 def load_served(

@@ -24,7 +24,8 @@ from diptych.finetune.batches.padded_rows import StepRows, padded_rows
 from diptych.finetune.commands.exits import DONE, STOPPED, NotFiniteError
 from diptych.finetune.commands.ranks import part
 from diptych.finetune.commands.stop_signals import StopRequest
-from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, is_improvement, row_losses, selected_figure
+from diptych.finetune.evaluating.best_figure import is_improvement, selected_figure
+from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.speed import keep_memory, peak_memory, profiler
 from diptych.finetune.run_files.checkpoints import whole
@@ -270,8 +271,7 @@ def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> d
     recipe = run.recipe
     with run.autocast(), run.ranks.waiting_for(f"the metrics after step {run.progress.step}", has_own_work=True):
         evaluation = evaluate_rows(
-            run.model,
-            run.tokenizer,
+            LoadedModel.of(run.model, run.tokenizer),
             run.prepared.splits[split],
             metrics=split_names(recipe.metrics),
             batch_size=recipe.eval_batch_size,

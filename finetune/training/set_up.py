@@ -41,7 +41,7 @@ from diptych.finetune.batches.padded_rows import (
 from diptych.finetune.commands.exits import CheckpointError
 from diptych.finetune.commands.ranks import Ranks, on_main_rank
 from diptych.finetune.commands.stop_signals import StopRequest
-from diptych.finetune.evaluating.evaluate_rows import selectable_figures
+from diptych.finetune.evaluating.best_figure import selectable_figures
 from diptych.finetune.model.families import decoder_start_token, family_of, vocabulary_tables, without_adapter
 from diptych.finetune.model.loading import has_tokenizer, load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss

@@ -672,7 +672,9 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
     assert words in prepare("--data", write_rows("broken.json", broken))[2]
     words = "object.json, line 1, column 1: a JSON object stands here, and a list of rows is due"
     assert words in prepare("--data", write_rows("object.json", b'{"rows": {}}'))[2]
-    assert prepare("--data", write_rows("empty.json", []))[2].endswith("diptych prepare: there are no rows in what was read.\n")
+    assert prepare("--data", write_rows("empty.json", []))[2].endswith(
+        "diptych prepare: there are no rows in what was read.\n"
+    )
 
 
 def test_rows_over_a_limit_are_dropped_by_name_and_counted(prepare, write_rows, tmp_path):

@@ -25,6 +25,7 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, attach_template
+from diptych.finetune.model.loaded_model import LoadedModel
 
 torch.set_num_threads(1)  # on a machine with other work, threads that wait for each other made 60 s out of 3 s
 
@@ -168,6 +169,16 @@ def learned_t5(tiny_tokenizer, eight_prepared_rows):
     model = tiny_t5(len(tiny_tokenizer))
     learn_by_heart(model, eight_prepared_rows)
     return model
+
+
+@pytest.fixture
+def loaded(learned, tiny_tokenizer):
+    return LoadedModel.of(learned, tiny_tokenizer)
+
+
+@pytest.fixture
+def loaded_t5(learned_t5, tiny_tokenizer):
+    return LoadedModel.of(learned_t5, tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, attach_template
 from diptych.finetune.evaluating import compare_runs as compare
-from diptych.finetune.evaluating import evaluate_rows as evaluation
+from diptych.finetune.evaluating import evaluate_split as evaluation
+from diptych.finetune.evaluating.evaluation_report import predictions_file
 from diptych.finetune.evaluating.metrics import compute_metrics
 from diptych.finetune.training.recipe import TrainRecipe
 
@@ -113,7 +114,7 @@ def test_runs_show_the_settings_that_differ_their_losses_and_their_curves(report
     b = run_folder(tmp_path / "b", [3.0, 1.0, 1.2], learning_rate=1e-4, metrics="chrf", best_metric="chrf")
     for report, run in zip(reports, (a, b), strict=True):
         shutil.copy(report, run / "test.json")
-        shutil.copy(evaluation.predictions_file(report), run / "test.predictions.jsonl")
+        shutil.copy(predictions_file(report), run / "test.predictions.jsonl")
     (a / "status.json").write_text('{"exit_code": 0}')  # other JSON of a run folder
     (b / "notes.json").write_text("no JSON")
     assert compare.main([str(a), str(b), "--trials", "50"]) == 0
@@ -186,7 +187,7 @@ def predictions_of_another_run(report, predictions):
 )
 def test_what_cannot_be_paired_is_shown_and_not_tested(reports, spoil, reason, capsys):
     report = json.loads(reports[1].read_text())
-    spoil(report, evaluation.predictions_file(reports[1]))
+    spoil(report, predictions_file(reports[1]))
     reports[1].write_text(json.dumps(report))
     assert compare.main([*map(str, reports), "--trials", "20"]) == 0
     shown = capsys.readouterr().out

@@ -13,6 +13,7 @@ from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.encode import encode_targets
 from diptych.finetune.inference.detokenize import UNKNOWN_ID, text_of
 from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.model.loaded_model import LoadedModel
 
 SENTENCES = ["I am a student.", "나는 학생이다.", "Hello , world !", "He is my friend, and a good one.", "가. 네."]
 FAMILIES = ["bpe", "t5", "bert", "byt5", "m2m100"]
@@ -117,5 +118,5 @@ def test_a_model_that_writes_an_id_beyond_its_tokenizer_is_found_out(learned_t5,
         table = model.get_input_embeddings().weight
         table[beyond] = 1.5 * table[row["labels"][0]]
     sources = [row["input_ids"], eight_prepared_rows[0]["input_ids"]]
-    found, other = generate_outputs(model, tiny_tokenizer, sources, batch_size=2, max_new_tokens=8)
+    found, other = generate_outputs(LoadedModel.of(model, tiny_tokenizer), sources, batch_size=2, max_new_tokens=8)
     assert found.text.startswith(UNKNOWN_ID) and other.text == "가."

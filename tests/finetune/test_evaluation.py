@@ -12,20 +12,13 @@ from transformers import AutoTokenizer
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import Template, attach_template
+from diptych.finetune.batches.padded_rows import padded_rows
 from diptych.finetune.commands.exits import NOT_FINITE, NotFiniteError
-from diptych.finetune.evaluating import evaluate_rows as evaluation
+from diptych.finetune.evaluating import evaluate_split as evaluation
+from diptych.finetune.evaluating.best_figure import is_improvement, selectable_figures
 from diptych.finetune.evaluating.confidence import bootstrap_intervals
-from diptych.finetune.evaluating.evaluate_rows import (
-    cap_from_targets,
-    data_identity,
-    draw,
-    evaluate_rows,
-    format_table,
-    is_improvement,
-    padded_rows,
-    row_losses,
-    selectable_figures,
-)
+from diptych.finetune.evaluating.evaluate_rows import cap_from_targets, draw, evaluate_rows, row_losses
+from diptych.finetune.evaluating.evaluation_report import data_identity, format_table
 from diptych.finetune.evaluating.metrics import METRICS, compute_metrics
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -59,17 +52,17 @@ def loss_by_hand(model, rows):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_loss_is_nats_per_target_token_of_every_row(learned, tiny_tokenizer, split_with_alternatives, batch_size):
+def test_loss_is_nats_per_target_token_of_every_row(loaded, learned, split_with_alternatives, batch_size):
     expected, tokens = loss_by_hand(learned, split_with_alternatives)
-    figures = evaluate_rows(learned, tiny_tokenizer, split_with_alternatives, batch_size=batch_size).figures
+    figures = evaluate_rows(loaded, split_with_alternatives, batch_size=batch_size).figures
     assert figures["loss"] == pytest.approx(expected, rel=1e-4)
     assert (figures["rows"], figures["target_tokens"]) == (10, tokens)
 
 
 def test_rows_that_share_a_source_are_generated_once_and_their_targets_are_its_references(
-    learned, tiny_tokenizer, split_with_alternatives
+    loaded, split_with_alternatives
 ):
-    result = evaluate_rows(learned, tiny_tokenizer, split_with_alternatives, metrics=METRIC_NAMES, batch_size=4)
+    result = evaluate_rows(loaded, split_with_alternatives, metrics=METRIC_NAMES, batch_size=4)
     assert [row.source for row in result.predictions] == split_with_alternatives["source"][:8]
     assert result.predictions[0].references == ["가.", "가!", "가라."]
     assert result.predictions[0].prediction == "가."
@@ -80,11 +73,9 @@ def test_rows_that_share_a_source_are_generated_once_and_their_targets_are_its_r
     assert "nrefs:var" in result.signatures["chrf"] and "tok:char" in result.signatures["bleu"]
 
 
-def test_metrics_are_those_of_the_texts_that_were_generated(learned, tiny_tokenizer, split, eight_prepared_rows):
-    figures = evaluate_rows(
-        learned, tiny_tokenizer, split, metrics=METRIC_NAMES, batch_size=8, max_new_tokens=5
-    ).figures
-    outputs = generate_outputs(learned, tiny_tokenizer, split["input_ids"], batch_size=8, max_new_tokens=5)
+def test_metrics_are_those_of_the_texts_that_were_generated(loaded, split, eight_prepared_rows):
+    figures = evaluate_rows(loaded, split, metrics=METRIC_NAMES, batch_size=8, max_new_tokens=5).figures
+    outputs = generate_outputs(loaded, split["input_ids"], batch_size=8, max_new_tokens=5)
     expected = compute_metrics(
         METRIC_NAMES, [output.text for output in outputs], [[target] for target in split["target"]]
     )
@@ -93,27 +84,25 @@ def test_metrics_are_those_of_the_texts_that_were_generated(learned, tiny_tokeni
     assert figures["unfinished"] == sum(len(row["labels"]) > 5 for row in eight_prepared_rows) > 0
 
 
-def test_the_same_evaluation_twice_gives_the_same_figures(learned, tiny_tokenizer, split):
-    first, second = (evaluate_rows(learned, tiny_tokenizer, split, metrics=["bleu"]) for _ in range(2))
+def test_the_same_evaluation_twice_gives_the_same_figures(loaded, split):
+    first, second = (evaluate_rows(loaded, split, metrics=["bleu"]) for _ in range(2))
     assert first[:3] == second[:3]
     assert bootstrap_intervals(first.statistics) == bootstrap_intervals(second.statistics)
 
 
-def test_limit_draws_the_same_rows_from_the_whole_split_with_all_their_references(
-    learned, tiny_tokenizer, split_with_alternatives
-):
+def test_limit_draws_the_same_rows_from_the_whole_split_with_all_their_references(loaded, split_with_alternatives):
     drawn = draw(split_with_alternatives, 4)
     assert drawn["source"] == draw(split_with_alternatives, 4)["source"] != split_with_alternatives["source"][:4]
     assert draw(split_with_alternatives, 99)["target"] == split_with_alternatives["target"]
-    result = evaluate_rows(learned, tiny_tokenizer, split_with_alternatives, metrics=["exact_match"], limit=9)
+    result = evaluate_rows(loaded, split_with_alternatives, metrics=["exact_match"], limit=9)
     alternatives = {row.source: row.references for row in result.predictions}
     assert alternatives[split_with_alternatives["source"][0]] == ["가.", "가!", "가라."]  # also those not drawn
 
 
-def test_a_limited_evaluation_puts_training_mode_back(learned, tiny_tokenizer, split):
+def test_a_limited_evaluation_puts_training_mode_back(loaded, learned, split):
     learned.train()
     try:
-        result = evaluate_rows(learned, tiny_tokenizer, split, metrics=["chrf"], limit=3)
+        result = evaluate_rows(loaded, split, metrics=["chrf"], limit=3)
         assert learned.training
     finally:
         learned.eval()
@@ -127,8 +116,12 @@ def test_the_cap_is_a_quarter_over_the_longest_target_within_the_models_position
     assert cap_from_targets(split, limit=8) == 10
 
 
-def test_without_metrics_nothing_is_generated(learned, tiny_tokenizer, split):
-    assert set(evaluate_rows(learned, tiny_tokenizer, split).figures) == {"rows", "loss", "target_tokens"}
+def test_without_metrics_nothing_is_generated(loaded, split):
+    assert set(evaluate_rows(loaded, split).figures) == {
+        "rows",
+        "loss",
+        "target_tokens",
+    }
 
 
 def test_targets_shorter_than_any_output_may_be_are_said_and_the_setting_can_be_given(
@@ -150,15 +143,15 @@ def test_targets_shorter_than_any_output_may_be_are_said_and_the_setting_can_be_
     assert re.search(r"exact_match +100\.00", said.out) and "min_length" not in said.err
 
 
-def test_an_empty_split_or_an_unknown_metric_is_refused(learned_t5, tiny_tokenizer, split):
+def test_an_empty_split_or_an_unknown_metric_is_refused(loaded_t5, split):
     with pytest.raises(UserError, match="has no rows"):
-        evaluate_rows(learned_t5, tiny_tokenizer, split.select([]))
+        evaluate_rows(loaded_t5, split.select([]))
     with pytest.raises(UserError, match="Did you mean chrf"):
-        evaluate_rows(learned_t5, tiny_tokenizer, split, metrics=["chfr"])
+        evaluate_rows(loaded_t5, split, metrics=["chfr"])
 
 
-def test_the_table_has_a_line_for_each_figure_with_its_unit(learned, tiny_tokenizer, split):
-    evaluated = evaluate_rows(learned, tiny_tokenizer, split, metrics=["rouge", "chrf"], max_new_tokens=5)
+def test_the_table_has_a_line_for_each_figure_with_its_unit(loaded, split):
+    evaluated = evaluate_rows(loaded, split, metrics=["rouge", "chrf"], max_new_tokens=5)
     intervals = bootstrap_intervals(evaluated.statistics)
     table = format_table(evaluated, intervals)
     lines = {line.split()[0]: line for line in table.splitlines()}
@@ -256,12 +249,12 @@ def test_the_prefix_and_stop_of_the_template_that_made_the_rows_are_used(two_lan
     rows = [row for row in rows if row["language"] == language]
     split = datasets.Dataset.from_list(rows)
     prefix = Template("prefix", "{{ instruction }}", decoder_prefix=(language,))
-    told = evaluate_rows(model, tokenizer, split, metrics=["exact_match"], template=prefix)
+    told = evaluate_rows(LoadedModel.of(model, tokenizer, prefix), split, metrics=["exact_match"])
     assert told.figures["exact_match"] == told.figures["exact_match_rows"] == 100
     assert told.figures["loss"] == pytest.approx(loss_by_hand(model, split)[0], rel=1e-4)
 
     stop = Template("stop", "{{ instruction }}", decoder_prefix=(language,), stop=("학생", "friend"))
-    stopped = evaluate_rows(model, tokenizer, split, metrics=["exact_match"], template=stop)
+    stopped = evaluate_rows(LoadedModel.of(model, tokenizer, stop), split, metrics=["exact_match"])
     last = stopped.predictions[-1]
     assert last.references == [last.prediction] == [{"<ko>": "나는 ", "<en>": "I am a "}[language]]
     assert last.finished and stopped.figures["exact_match_rows"] == 100
@@ -281,17 +274,15 @@ def test_the_prefix_and_stop_of_the_template_that_made_the_rows_are_used(two_lan
     assert [json.loads(line)["prediction"] for line in lines] == [row.prediction for row in stopped.predictions]
 
 
-def test_each_rows_loss_is_its_own_whatever_stands_beside_it(learned, tiny_tokenizer, split):
-    found = row_losses(
-        Seq2SeqObjective(learned), padded_rows(LoadedModel.of(learned, tiny_tokenizer), split), batch_size=3
-    )
+def test_each_rows_loss_is_its_own_whatever_stands_beside_it(loaded, learned, split):
+    found = row_losses(Seq2SeqObjective(learned), padded_rows(loaded, split), batch_size=3)
     for row, (nats, tokens) in zip(split, found, strict=True):
         mean, own_tokens = loss_by_hand(learned, [row])
         assert nats == pytest.approx(mean * own_tokens, rel=1e-4) and tokens == own_tokens
 
 
-def test_rows_that_share_a_source_are_drawn_together_for_intervals(learned, tiny_tokenizer, split_with_alternatives):
-    result = evaluate_rows(learned, tiny_tokenizer, split_with_alternatives, metrics=["chrf"])
+def test_rows_that_share_a_source_are_drawn_together_for_intervals(loaded, split_with_alternatives):
+    result = evaluate_rows(loaded, split_with_alternatives, metrics=["chrf"])
     assert {name: len(each.counts) for name, each in result.statistics.items()} == {
         "loss": 8, "chrf": 8, "exact_match_rows": 8,
     }  # fmt: skip
@@ -306,15 +297,15 @@ def test_a_loss_that_is_no_number_names_the_row(new_model, tiny_tokenizer, split
     with torch.no_grad():
         model.get_input_embeddings().weight[split[2]["input_ids"][-2]] = float("nan")
     with pytest.raises(NotFiniteError, match=r"the loss of \d of 8 rows is infinite or no number, first that of row"):
-        evaluate_rows(model, tiny_tokenizer, split)
+        evaluate_rows(LoadedModel.of(model, tiny_tokenizer), split)
     model.save_pretrained(tmp_path / "broken")
     tiny_tokenizer.save_pretrained(tmp_path / "broken")
     assert evaluation.main([str(tmp_path / "broken"), "--data", str(prepared_folder), "--metrics", ""]) == NOT_FINITE
     assert "--dtype float32" in capsys.readouterr().err
 
 
-def test_every_figure_that_can_choose_a_checkpoint_is_computed_and_has_a_direction(learned, tiny_tokenizer, split):
-    figures = evaluate_rows(learned, tiny_tokenizer, split, metrics=list(METRICS)).figures
+def test_every_figure_that_can_choose_a_checkpoint_is_computed_and_has_a_direction(loaded, split):
+    figures = evaluate_rows(loaded, split, metrics=list(METRICS)).figures
     selectable = selectable_figures(list(METRICS))
     assert set(selectable) <= set(figures) and {"superni_rougeL", "chrf", "loss", "unfinished"} <= set(selectable)
     assert selectable_figures([]) == ["loss"]
@@ -332,12 +323,11 @@ def test_the_identity_of_a_split_is_that_of_its_texts(split):
     assert data_identity(split) != data_identity(split.select([1, 0, *range(2, 8)]))
 
 
-def test_samples_are_drawn_by_the_seed_and_leave_torchs_own_random_state(learned_t5, tiny_tokenizer, split):
+def test_samples_are_drawn_by_the_seed_and_leave_torchs_own_random_state(loaded_t5, split):
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first, again = (
-        evaluate_rows(learned_t5, tiny_tokenizer, split, metrics=["chrf"], batch_size=3, mbr_samples=4, seed=1)
-        for _ in range(2)
+        evaluate_rows(loaded_t5, split, metrics=["chrf"], batch_size=3, mbr_samples=4, seed=1) for _ in range(2)
     )
     assert first.predictions == again.predictions
     assert torch.equal(torch.get_rng_state(), state)

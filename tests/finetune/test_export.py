@@ -27,8 +27,9 @@ from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.generation_config import MODEL_SETTINGS
 from diptych.finetune.inference.outputs import Output
-from diptych.finetune.inference.targets import forced_tokens
+from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import EXPORT_FILE, load_checkpoint, position_limit
 from diptych.finetune.run_files.whole_folders import fault_of, read_json, write_json
 from diptych.modeling import DiptychConfig
@@ -54,33 +55,32 @@ def shaken(model):
     return model.eval()
 
 
-def export_of(model, tokenizer, folder, save=None) -> CTranslate2Engine:
+def export_of(model, tokenizer, folder, save=None, template=None) -> CTranslate2Engine:
     """The folder as the command writes it, without the proof; with `save` what it writes instead of the engine's."""
     folder.mkdir()
-    (save or (lambda: export_ctranslate2.write(model, tokenizer, folder, "float32")))()
+    (save or (lambda: export_ctranslate2.write(LoadedModel.of(model, tokenizer), folder, "float32")))()
     model.generation_config.save_pretrained(folder)
     facts = {"to": "ctranslate2", "decoder_start_token_id": decoder_start_token(model)}
     write_json(folder / EXPORT_FILE, facts | {"position_limit": position_limit(model)})
-    return CTranslate2Engine(folder, tokenizer, torch.device("cpu"))
+    return CTranslate2Engine(folder, tokenizer, template, torch.device("cpu"))
 
 
 def opened(folder) -> CTranslate2Engine:
     return load_engine(str(folder), "auto", torch.device("cpu"))
 
 
-def outputs_of(engine, sources, seed=0, template=None, **settings):
+def outputs_of(engine, sources, seed=0, **settings):
     settings = GenerateSettings("model", engine="ctranslate2", **settings)
-    given = forced_tokens(engine.decoder_start_token_id, engine.tokenizer, template)
-    prompts = [EncodedPrompt(ids, given) for ids in sources]
-    return engine.generate(prompts, template, settings, seed)
+    prompts = [EncodedPrompt(ids, given_tokens(engine)) for ids in sources]
+    return engine.generate(prompts, settings, seed)
 
 
 def comparison(model, exported, tokenizer, sources=None, tokens=24):
     examples = [ProofRow(ids, []) for ids in sources or encode_sources(tokenizer, SOURCES)]
-    rules = greedy_rules(model, tokenizer, None, tokens, batch_size=2)._replace(
+    rules = greedy_rules(LoadedModel.of(model, tokenizer), tokens, batch_size=2)._replace(
         tokens=tokens
     )  # also beyond its positions
-    return compare_export(model, exported, tokenizer, examples, rules)
+    return compare_export(LoadedModel.of(model, tokenizer), exported, examples, rules)
 
 
 def rope(kind, **settings):
@@ -147,7 +147,7 @@ NOT_EXPRESSED = {
 def test_what_ctranslate2_cannot_express_is_named_and_would_be_wrong(fault, tiny_tokenizer, tmp_path):
     model = new_diptych(len(tiny_tokenizer), **NOT_EXPRESSED[fault])
     with pytest.raises(UserError, match=f"(?s)CTranslate2 cannot express this model: .*{fault}"):
-        export_ctranslate2.write(model, tiny_tokenizer, tmp_path, "float32")
+        export_ctranslate2.write(LoadedModel.of(model, tiny_tokenizer), tmp_path, "float32")
     assert not list(tmp_path.iterdir())
     if "merged" in fault or "hidden_act" in fault:
         return  # there is nothing to write down
@@ -176,7 +176,9 @@ def test_families_that_ctranslate2_converts_are_converted_exactly(family, new_mo
     assert (found.fault(), found.same_rows) == ("", 3)
     assert found.max_logit_difference < 1e-4 * found.largest_logit
     assert not {"normalize_before", "normalize_embedding"} & vars(model.config).keys()
-    export_ctranslate2.write(model, tiny_tokenizer, tmp_path, "int8")  # which CTranslate2 computes in place
+    export_ctranslate2.write(
+        LoadedModel.of(model, tiny_tokenizer), tmp_path, "int8"
+    )  # which CTranslate2 computes in place
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -467,7 +469,7 @@ def test_rules_of_the_generation_config_and_of_settings_are_torchs(rule, tiny_to
     sources = encode_sources(tiny_tokenizer, [*SOURCES, "Yes.", "Hello! I am a student."])
     for cap in (1, 2, 5, 16):
         same = {"batch_size": 2, "max_new_tokens": cap} | settings
-        ours = generate_outputs(model, tiny_tokenizer, sources, **same)
+        ours = generate_outputs(LoadedModel.of(model, tiny_tokenizer), sources, **same)
         assert outputs_of(exported, sources, batch_size=2, max_new_tokens=cap, generation=settings) == ours, cap
 
 
@@ -479,10 +481,11 @@ def test_prefixes_and_stop_strings_are_torchs(two_languages, tmp_path):
     for prefix, stop, beams in product([("<ko>",), ("<en>",), (start, "<en>"), (start,)], [(), ("am ", "학")], [1, 3]):
         template = Template("one", "{{ instruction }}", decoder_prefix=prefix, stop=stop)
         for cap in (2, 4, 24):
-            same = {"batch_size": 2, "max_new_tokens": cap, "template": template, "num_beams": beams}
+            same = {"batch_size": 2, "max_new_tokens": cap, "num_beams": beams}
+            exported.template = template
             theirs = outputs_of(exported, sources, **same)
             if beams == 1:
-                ours = generate_outputs(model, tokenizer, sources, **same)
+                ours = generate_outputs(LoadedModel.of(model, tokenizer, template), sources, **same)
                 # A row that has stopped is padded by torch, while the others of its batch go on.
                 assert [output[:2] for output in theirs] == [output[:2] for output in ours]
                 assert stop or theirs == ours

@@ -19,6 +19,7 @@ from diptych.finetune.inference.fast_decode import (
     read_fast,
 )
 from diptych.finetune.inference.generation import generate_batch
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
 PAD, END, START = 0, 1, 2
@@ -304,7 +305,7 @@ def test_generate_takes_it_for_a_diptych(tiny_tokenizer, monkeypatch):
         return whole(*arguments, **settings)
 
     model.generate = noted
-    ours, _ = generate_batch(model, tiny_tokenizer, rows, 12, None, {"do_sample": False, "num_beams": 1})
+    ours, _ = generate_batch(LoadedModel.of(model, tiny_tokenizer), rows, 12, {"do_sample": False, "num_beams": 1})
     monkeypatch.setattr("diptych.finetune.inference.generation.can_decode_fast", lambda *given: False)
-    theirs, _ = generate_batch(model, tiny_tokenizer, rows, 12, None, {"do_sample": False, "num_beams": 1})
+    theirs, _ = generate_batch(LoadedModel.of(model, tiny_tokenizer), rows, 12, {"do_sample": False, "num_beams": 1})
     assert ours == theirs and calls == [fast_decode, None]

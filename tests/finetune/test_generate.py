@@ -16,7 +16,7 @@ from transformers import GenerationConfig, pipeline
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template
 from diptych.finetune.doctor.doctor_checks import Patient, cache
-from diptych.finetune.evaluating import evaluate_rows as evaluation
+from diptych.finetune.evaluating import evaluate_split as evaluation
 from diptych.finetune.inference import generate
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
@@ -32,9 +32,10 @@ from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.starting_model import starting_model
 
 
-def texts_of(model, tokenizer, source_ids, batch_size=8, max_new_tokens=32, **kwargs):
+def texts_of(model, tokenizer, source_ids, template=None, batch_size=8, max_new_tokens=32, **kwargs):
+    loaded = LoadedModel.of(model, tokenizer, template)
     settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens} | kwargs
-    return [output.text for output in generate_outputs(model, tokenizer, source_ids, **settings)]
+    return [output.text for output in generate_outputs(loaded, source_ids, **settings)]
 
 
 @pytest.fixture
@@ -58,11 +59,11 @@ def test_a_model_that_learned_eight_rows_gives_their_targets_in_their_order(
     assert backwards == targets[::-1]
 
 
-def test_rows_batched_with_padding_give_what_they_give_alone(learned, tiny_tokenizer, source_ids, unseen_ids):
+def test_rows_batched_with_padding_give_what_they_give_alone(loaded, source_ids, unseen_ids):
     rows = source_ids + unseen_ids
-    alone = [generate_outputs(learned, tiny_tokenizer, [ids], batch_size=1, max_new_tokens=24)[0] for ids in rows]
-    assert generate_outputs(learned, tiny_tokenizer, rows, batch_size=15, max_new_tokens=24) == alone
-    assert generate_outputs(learned, tiny_tokenizer, rows, batch_size=4, max_new_tokens=24) == alone
+    alone = [generate_outputs(loaded, [ids], batch_size=1, max_new_tokens=24)[0] for ids in rows]
+    assert generate_outputs(loaded, rows, batch_size=15, max_new_tokens=24) == alone
+    assert generate_outputs(loaded, rows, batch_size=4, max_new_tokens=24) == alone
 
 
 def test_padding_side_of_the_tokenizer_changes_nothing(learned, tiny_tokenizer, source_ids, eight_prepared_rows):
@@ -136,7 +137,7 @@ def test_whatever_a_checkpoint_says_of_searching_is_set_aside_and_said(
 def test_what_a_checkpoint_says_of_the_model_is_taken_over(learned, tiny_tokenizer, unseen_ids, with_settings, capsys):
     def ids(**settings):
         with_settings(learned, **settings)
-        return [list(it.ids) for it in generate_outputs(learned, tiny_tokenizer, unseen_ids, **size)]
+        return [list(it.ids) for it in generate_outputs(LoadedModel.of(learned, tiny_tokenizer), unseen_ids, **size)]
 
     size = {"batch_size": 8, "max_new_tokens": 8}
     plain = ids()
@@ -257,18 +258,18 @@ def test_several_sequences_come_row_by_row(learned, tiny_tokenizer, source_ids):
     assert three[::3] == first
 
 
-def test_an_output_that_meets_the_cap_is_not_finished(learned, tiny_tokenizer, source_ids, eight_prepared_rows):
-    whole = generate_outputs(learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=32)
+def test_an_output_that_meets_the_cap_is_not_finished(loaded, source_ids, eight_prepared_rows):
+    whole = generate_outputs(loaded, source_ids, batch_size=8, max_new_tokens=32)
     assert all(output.finished for output in whole)
     longest = max(len(row["labels"]) for row in eight_prepared_rows)
-    cut = generate_outputs(learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=longest - 1)
+    cut = generate_outputs(loaded, source_ids, batch_size=8, max_new_tokens=longest - 1)
     assert [output.finished for output in cut] == [len(row["labels"]) <= longest - 1 for row in eight_prepared_rows]
 
 
-def test_an_eos_that_the_cap_forced_does_not_count_as_finished(learned, tiny_tokenizer, source_ids):
+def test_an_eos_that_the_cap_forced_does_not_count_as_finished(loaded, learned, source_ids):
     learned.generation_config.forced_eos_token_id = 1
     try:
-        outputs = generate_outputs(learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=2)
+        outputs = generate_outputs(loaded, source_ids, batch_size=8, max_new_tokens=2)
     finally:
         learned.generation_config.forced_eos_token_id = None
     assert not any(output.finished for output in outputs)
@@ -317,7 +318,7 @@ def test_the_decoder_prefix_counts_among_the_new_tokens(two_languages):
     longest = rows[2]
     for cap, finished in ((len(longest["labels"]), True), (len(longest["labels"]) - 1, False)):
         (output,) = generate_outputs(
-            model, tokenizer, [longest["input_ids"]], batch_size=1, max_new_tokens=cap, template=template
+            LoadedModel.of(model, tokenizer, template), [longest["input_ids"]], batch_size=1, max_new_tokens=cap
         )
         assert output.finished == finished
 
@@ -334,7 +335,7 @@ def test_a_prefix_that_is_the_start_token_is_not_given_twice(learned, tiny_token
 def test_generation_ends_at_a_stop_string_which_is_no_part_of_the_text(learned, tiny_tokenizer, source_ids, beams):
     template = Template("stop", "{{ instruction }}", stop=("학생", "student", "친구야, "))
     outputs = generate_outputs(
-        learned, tiny_tokenizer, source_ids, batch_size=8, max_new_tokens=64, template=template, num_beams=beams
+        LoadedModel.of(learned, tiny_tokenizer, template), source_ids, batch_size=8, max_new_tokens=64, num_beams=beams
     )
     texts = ["가.", "안녕!", "나는 ", "그는 내 ", "네.", "I am a ", "Go.", "2"]
     assert [(output.text, output.finished) for output in outputs] == [(text, True) for text in texts]
@@ -353,17 +354,19 @@ def test_a_prompt_with_a_stop_string_is_printed_without_it(learned_t5, prompter,
     prompter = prompter._replace(template=Template("stop", TEMPLATES["translate"].source, stop=("이다",)))
     row = eight_prepared_rows[2]
     settings = GenerateSettings("here", max_new_tokens=32)
-    generate.answer(TorchEngine(learned_t5, prompter.tokenizer), prompter, settings, row["instruction"], row["input"])
+    loaded = LoadedModel.of(learned_t5, prompter.tokenizer, prompter.template)
+    generate.answer(TorchEngine(loaded), prompter, settings, row["instruction"], row["input"])
     assert capsys.readouterr() == ("나는 학생\n", "")
 
 
 def test_a_system_prompt_reaches_the_template_or_is_refused(learned_t5, prompter, capsys):
     settings = GenerateSettings("here", instruction="Yes.", system="Translate English to Korean:", max_new_tokens=32)
     of_system = prompter._replace(template=Template("system", "{{ system }} {{ instruction }}"))
-    generate.answer(TorchEngine(learned_t5, prompter.tokenizer), of_system, settings, settings.instruction, "")
+    engine = TorchEngine(LoadedModel.of(learned_t5, prompter.tokenizer))
+    generate.answer(engine, of_system, settings, settings.instruction, "")
     assert capsys.readouterr().out == "네.\n"
     with pytest.raises(UserError, match="'translate' has no place for a system prompt"):
-        generate.answer(TorchEngine(learned_t5, prompter.tokenizer), prompter, settings, settings.instruction, "")
+        generate.answer(engine, prompter, settings, settings.instruction, "")
 
 
 @pytest.fixture
@@ -390,14 +393,20 @@ def test_a_prompt_over_the_limit_is_cut_before_its_end_token_and_reported(prompt
 def test_streamed_text_is_the_generated_text(learned, prompter, eight_prepared_rows, capsys):
     settings = GenerateSettings("here", max_new_tokens=32)
     for row in eight_prepared_rows:
-        generate.answer(TorchEngine(learned, prompter.tokenizer), prompter, settings, row["instruction"], row["input"])
+        generate.answer(
+            TorchEngine(LoadedModel.of(learned, prompter.tokenizer)),
+            prompter,
+            settings,
+            row["instruction"],
+            row["input"],
+        )
     assert capsys.readouterr().out.splitlines() == [row["target"] for row in eight_prepared_rows]
 
 
 def test_a_session_on_a_pipe_answers_pairs_of_lines_until_the_end(learned_t5, prompter, monkeypatch, capsys):
     lines = ["Translate English to Korean:", "Yes.", "", "Go.", "Add.", "1 + 1"]  # an empty line repeats
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
-    engine = TorchEngine(learned_t5, prompter.tokenizer)
+    engine = TorchEngine(LoadedModel.of(learned_t5, prompter.tokenizer))
     generate.run_session(engine, prompter, GenerateSettings("here", max_new_tokens=32))
     assert capsys.readouterr().out.splitlines() == ["네.", "가.", "2"]
 
@@ -435,17 +444,17 @@ def test_limits_come_from_the_model_and_may_not_exceed_its_positions(tiny_tokeni
         encoder_attention_heads=1, decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
     )  # fmt: skip
     bart = BartForConditionalGeneration(config)
-    engine = TorchEngine(bart, tiny_tokenizer)
+    engine = TorchEngine(LoadedModel.of(bart, tiny_tokenizer))
     resolved = generate.resolve_limits(GenerateSettings("model"), engine)
     assert (resolved.max_source_tokens, resolved.max_new_tokens) == (64, 64)
     with pytest.raises(UserError, match="max_new_tokens is 65, but model was built for 64 positions"):
         generate.resolve_limits(GenerateSettings("model", max_new_tokens=65), engine)
 
 
-def test_the_bar_counts_rows_and_tokens(learned_t5, tiny_tokenizer, source_ids, capsys):
+def test_the_bar_counts_rows_and_tokens(loaded_t5, source_ids, capsys):
     bar = GenerationBar(len(source_ids))
     bar.mininterval = 0
-    outputs = generate_outputs(learned_t5, tiny_tokenizer, source_ids, batch_size=3, max_new_tokens=24, progress=bar)
+    outputs = generate_outputs(loaded_t5, source_ids, batch_size=3, max_new_tokens=24, progress=bar)
     bar.close()
     assert "100%" in (said := capsys.readouterr().err) and "tokens/s" in said
     assert bar.tokens == sum(len(output.ids) for output in outputs)

@@ -29,11 +29,12 @@ from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.doctor.doctor_checks import CHECKS, Patient
 from diptych.finetune.doctor.doctor_rows import rows_from
-from diptych.finetune.evaluating.evaluate_rows import LANGUAGE_COLUMNS
+from diptych.finetune.evaluating.evaluate_rows import DIRECTION_COLUMNS
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.publishing.model_card import model_card
 from diptych.finetune.serving.demo import Asked, Contestant, answer_all, build_page
@@ -112,8 +113,10 @@ def ours(folder, **settings):
     prompter = Prompter(tokenizer, template_for("", tokenizer), None)
     texts, languages = zip(*map(prompter.render, ASKED), strict=True)
     ids, _ = prompter.encode(list(texts), languages)
-    given = [given_tokens(model, tokenizer, prompter.template, of_row) for of_row in languages]
-    return generate_outputs(model, tokenizer, ids, given=given, batch_size=16, max_new_tokens=16, **settings)
+    given = [given_tokens(LoadedModel.of(model, tokenizer, prompter.template), of_row) for of_row in languages]
+    return generate_outputs(
+        LoadedModel.of(model, tokenizer), ids, given=given, batch_size=16, max_new_tokens=16, **settings
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -245,7 +248,7 @@ def test_serve_demo_and_inspect_are_told_languages(nllb, tmp_path, capsys):
 
 
 def test_an_export_to_ctranslate2_writes_each_direction(nllb, tmp_path, capsys):
-    rows = [{"input": it.input, **dict(zip(LANGUAGE_COLUMNS, it.languages, strict=True))} for it in ASKED]
+    rows = [{"input": it.input, **dict(zip(DIRECTION_COLUMNS, it.languages, strict=True))} for it in ASKED]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "korean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
     export = ["export", str(nllb), "--to", "ctranslate2", "--out", str(tmp_path / "exported")]

@@ -15,6 +15,7 @@ from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.commands.cli import main
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.model.families import FAMILIES, decoder_start_token
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_model
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
 
@@ -144,5 +145,7 @@ def test_commands_start_a_decoder_as_the_model_does_where_its_config_names_no_st
     source = batch["input_ids"][:1, : int(batch["attention_mask"][0].sum())]
     written = model.generate(source, decoder_start_token_id=1, max_new_tokens=8, do_sample=False)[0, 1:].tolist()
     loaded = load_model(str(folder), torch.float32).eval()
-    (output,) = generate_outputs(loaded, tiny_tokenizer, source.tolist(), batch_size=1, max_new_tokens=8)
+    (output,) = generate_outputs(
+        LoadedModel.of(loaded, tiny_tokenizer), source.tolist(), batch_size=1, max_new_tokens=8
+    )
     assert list(output.ids) == written

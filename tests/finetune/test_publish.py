@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.pipeline.prepare_settings import parse_settings as parse_prepare
 from diptych.finetune import train
-from diptych.finetune.evaluating import evaluate_rows as evaluation
+from diptych.finetune.evaluating import evaluate_split as evaluation
 from diptych.finetune.publishing import publish
 from diptych.finetune.publishing.hub_push import push
 from diptych.finetune.publishing.model_card import prepare_settings, validation_scores

@@ -17,6 +17,7 @@ from diptych.finetune.inference.scoring import (
     most_expected,
 )
 from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.loaded_model import LoadedModel
 
 
 def test_the_text_that_is_most_like_all_others_is_taken():
@@ -33,22 +34,20 @@ def test_what_was_drawn_often_counts_often_and_the_first_of_equals_is_taken():
     assert most_expected(["", ""]) == 0
 
 
-def test_each_source_gets_the_choice_among_its_own_samples(learned_t5, tiny_tokenizer, eight_prepared_rows):
+def test_each_source_gets_the_choice_among_its_own_samples(loaded_t5, eight_prepared_rows):
     sources = [row["input_ids"] for row in eight_prepared_rows]
     sources += [[9, 40, 12, 1], [30, 31, 1]]  # that nobody learned, so that samples differ
     settings = {"batch_size": 4, "max_new_tokens": 12}
     before = torch.get_rng_state()
-    chosen = mbr_outputs(learned_t5, tiny_tokenizer, sources, samples=5, seed=3, **settings)
+    chosen = mbr_outputs(loaded_t5, sources, samples=5, seed=3, **settings)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(3)
-    drawn = generate_outputs(
-        learned_t5, tiny_tokenizer, sources, num_return_sequences=5, **EPSILON_SAMPLING, **settings
-    )
+    drawn = generate_outputs(loaded_t5, sources, num_return_sequences=5, **EPSILON_SAMPLING, **settings)
     groups = [drawn[first : first + 5] for first in range(0, len(drawn), 5)]
     assert max(len({output.text for output in group}) for group in groups) > 1, "the samples are all the same"
     assert chosen == [group[most_expected([output.text for output in group])] for group in groups]
     assert [output.text for output in chosen[:8]] == [row["target"] for row in eight_prepared_rows]
-    others = [mbr_outputs(learned_t5, tiny_tokenizer, sources, samples=5, seed=seed, **settings) for seed in (4, 5, 6)]
+    others = [mbr_outputs(loaded_t5, sources, samples=5, seed=seed, **settings) for seed in (4, 5, 6)]
     assert any(other != chosen for other in others)
 
 
@@ -91,11 +90,11 @@ def teacher_forced(model, source: list[int], forced: list[int], written: tuple[i
     "settings",
     [{}, {"num_beams": 3, "num_return_sequences": 3}, {"do_sample": True, "temperature": 3.0}, {"max_new_tokens": 2}],
 )
-def test_scores_are_the_models_log_probabilities(learned, tiny_tokenizer, eight_prepared_rows, settings):
+def test_scores_are_the_models_log_probabilities(loaded, learned, eight_prepared_rows, settings):
     sources = [row["input_ids"] for row in eight_prepared_rows]
     torch.manual_seed(0)
     settings = {"batch_size": 3, "max_new_tokens": 24} | settings
-    outputs = chosen_outputs(learned, tiny_tokenizer, sources, seed=0, scores=True, **settings)
+    outputs = chosen_outputs(loaded, sources, seed=0, scores=True, **settings)
     each = len(outputs) // len(sources)
     assert any(len(output.ids) > 2 for output in outputs) or settings["max_new_tokens"] == 2
     for place, output in enumerate(outputs):
@@ -107,20 +106,25 @@ def test_what_is_forced_counts_for_nothing(two_languages):
     model, tokenizer, rows = two_languages
     template = Template("ko", "{{ instruction }}", decoder_prefix=("<ko>",))
     sources = [row["input_ids"] for row in rows[:3]]
-    settings = {"seed": 0, "batch_size": 2, "max_new_tokens": 24, "template": template, "scores": True}
+    settings = {"seed": 0, "batch_size": 2, "max_new_tokens": 24, "scores": True}
+    loaded = LoadedModel.of(model, tokenizer, template)
     ko = tokenizer.convert_tokens_to_ids("<ko>")
-    for source, output in zip(sources, chosen_outputs(model, tokenizer, sources, **settings), strict=True):
+    for source, output in zip(sources, chosen_outputs(loaded, sources, **settings), strict=True):
         assert output.log_probability == pytest.approx(teacher_forced(model, source, [ko], output.ids), abs=1e-4)
         assert output.log_probability > -0.5  # with <ko> it would be a nat less
-    (chosen, *_) = choice_outputs(model, tokenizer, sources, ["Go!", "가.", "네."], batch_size=2, template=template)
+    (chosen, *_) = choice_outputs(loaded, sources, ["Go!", "가.", "네."], batch_size=2)
     assert chosen.text == "가." and chosen.log_probability > -0.5
 
 
-def test_the_likeliest_choice_is_taken_and_all_are_weighed(learned_t5, tiny_tokenizer, eight_prepared_rows):
+def test_the_likeliest_choice_is_taken_and_all_are_weighed(loaded_t5, learned_t5, eight_prepared_rows):
     targets = [row["target"] for row in eight_prepared_rows]
     for row in eight_prepared_rows:
         found = choice_outputs(
-            learned_t5, tiny_tokenizer, [row["input_ids"]], targets, batch_size=3, num_return_sequences=len(targets)
+            loaded_t5,
+            [row["input_ids"]],
+            targets,
+            batch_size=3,
+            num_return_sequences=len(targets),
         )
         assert found[0].text == row["target"]
         scores = [teacher_forced(learned_t5, row["input_ids"], [], output.ids) for output in found]

@@ -101,7 +101,7 @@ def alone(t5_checkpoint):
     template = template_of(tokenizer)
     sources = [tokenizer(template.render_source(instruction, text)).input_ids for instruction, text, _ in EIGHT_ROWS]
     return [
-        generate_outputs(model, tokenizer, [ids], batch_size=1, max_new_tokens=256, template=template)[0].text
+        generate_outputs(LoadedModel.of(model, tokenizer, template), [ids], batch_size=1, max_new_tokens=256)[0].text
         for ids in sources
     ]
 
@@ -173,8 +173,8 @@ def test_log_probabilities_are_those_of_generate(served, t5_checkpoint):
     model, tokenizer = loaded.model, loaded.tokenizer
     template = template_of(tokenizer)
     ids = tokenizer(template.render_source(instruction, text)).input_ids
-    settings = {"seed": 0, "batch_size": 1, "max_new_tokens": 64, "template": template, "scores": True}
-    (expected,) = chosen_outputs(model, tokenizer, [ids], **settings)
+    settings = {"seed": 0, "batch_size": 1, "max_new_tokens": 64, "scores": True}
+    (expected,) = chosen_outputs(LoadedModel.of(model, tokenizer), [ids], **settings)
     choice = ask(served, text, instruction, logprobs=0).choices[0]
     found = choice.logprobs
     assert sum(found.token_logprobs) == pytest.approx(expected.log_probability, abs=1e-5)
@@ -201,8 +201,8 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
     ids = tokenizer(template.render_source(TO_KOREAN, "Yes.")).input_ids
     torch.manual_seed(3)
     sampling = {"do_sample": True, "temperature": 2.0, "top_p": 1.0, "num_return_sequences": 3}
-    sampling |= {"batch_size": 1, "max_new_tokens": 12, "template": template}
-    assert [output.text for output in generate_outputs(model, tokenizer, [ids], **sampling)] == texts
+    sampling |= {"batch_size": 1, "max_new_tokens": 12}
+    assert [output.text for output in generate_outputs(LoadedModel.of(model, tokenizer), [ids], **sampling)] == texts
     streamed = {0: "", 1: "", 2: ""}
     for chunk in ask(served, "Yes.", n=3, stream=True, **settings):
         streamed[chunk.choices[0].index] += chunk.choices[0].text

@@ -45,8 +45,9 @@ def test_a_repeated_start_is_left_out_and_bos_is_kept(putting_bos):
     text = putting_bos("가.", add_special_tokens=False).input_ids
     for start, labels in ((1, [2, *text, 1]), (2, [*text, 1])):  # BART starts with </s>, Gemma with <s>
         model = starting_with(start, putting_bos)
-        assert given_tokens(model, putting_bos, PLAIN) == given_tokens(model, putting_bos, None) == [start]
-        assert target_ids(model, putting_bos, ["가."], PLAIN) == [(start, labels)]
+        loaded = LoadedModel.of(model, putting_bos, PLAIN)
+        assert given_tokens(loaded) == [start]
+        assert target_ids(loaded, ["가."]) == [(start, labels)]
 
 
 def test_given_and_written_tokens_are_the_sequence_of_generate(putting_bos, two_languages):
@@ -56,13 +57,14 @@ def test_given_and_written_tokens_are_the_sequence_of_generate(putting_bos, two_
     bart = starting_with(1, putting_bos)
     for model, tokenizer, template in ((bart, putting_bos, PLAIN), (t5, languages, PLAIN), (t5, languages, forced)):
         source = tokenizer("Yes.").input_ids
-        (output,), _ = generate_batch(model, tokenizer, [source], 8, template, {"do_sample": False, "num_beams": 1})
-        prefix = given_tokens(model, tokenizer, template)[1:]
+        loaded = LoadedModel.of(model, tokenizer, template)
+        (output,), _ = generate_batch(loaded, [source], 8, {"do_sample": False, "num_beams": 1})
+        prefix = given_tokens(loaded)[1:]
         inputs = {"decoder_input_ids": torch.tensor([prefix])} if prefix else {}
         whole = model.generate(
             torch.tensor([source]), **inputs, do_sample=False, num_beams=1, max_new_tokens=8 - len(prefix)
         )
-        assert [*given_tokens(model, tokenizer, template), *output.ids] == whole[0].tolist()
+        assert [*given_tokens(loaded), *output.ids] == whole[0].tolist()
 
 
 def test_inspect_and_demo_look_at_what_was_written(putting_bos):

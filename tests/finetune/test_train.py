@@ -24,6 +24,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.adapters import add_adapter
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.train import main, run_recipe
@@ -134,7 +135,7 @@ def test_eight_rows_are_learned_and_generated_exactly(family, method, recipe, tr
     loaded = load_checkpoint(Path(settings.out) / "final")
     model, tokenizer = loaded.model, loaded.tokenizer
     rows = datasets.load_from_disk(training_folder)["train"]
-    evaluation = evaluate_rows(model, tokenizer, rows, metrics=["exact_match"], batch_size=3)
+    evaluation = evaluate_rows(LoadedModel.of(model, tokenizer), rows, metrics=["exact_match"], batch_size=3)
     assert evaluation.figures["loss"] < 0.1
     assert evaluation.figures["exact_match_rows"] == 100.0
 
@@ -404,7 +405,7 @@ def test_validation_loss_is_that_of_evaluate(recipe, training_folder):
     loaded = load_checkpoint(Path(settings.out) / "final")
     model, tokenizer = loaded.model, loaded.tokenizer
     validation = datasets.load_from_disk(training_folder)["validation"]
-    loss = evaluate_rows(model, tokenizer, validation).figures["loss"]
+    loss = evaluate_rows(LoadedModel.of(model, tokenizer), validation).figures["loss"]
     assert figures(settings.out, "validation")[-1]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
@@ -572,7 +573,10 @@ def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of,
         model, tokenizer = loaded.model, loaded.tokenizer
         assert model.config.vocab_size == 368
         rows = datasets.load_from_disk(training_folder)["train"]
-        assert evaluate_rows(model, tokenizer, rows, metrics=["exact_match"]).figures["exact_match_rows"] == 100.0
+        assert (
+            evaluate_rows(LoadedModel.of(model, tokenizer), rows, metrics=["exact_match"]).figures["exact_match_rows"]
+            == 100.0
+        )
 
 
 def test_a_run_folder_that_may_not_be_written_is_told_with_what_to_do(

@@ -21,6 +21,7 @@ from transformers import AutoModelForSeq2SeqLM
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.model.speed import compile_layers
 from diptych.finetune.run_files import checkpoints, whole_folders
@@ -77,7 +78,7 @@ def test_eight_packed_rows_are_learned_and_generated_exactly(family, method, rec
     loaded = load_checkpoint(Path(settings.out) / "final")
     model, tokenizer = loaded.model, loaded.tokenizer
     rows = datasets.load_from_disk(training_folder)["train"]
-    evaluation = evaluate_rows(model, tokenizer, rows, metrics=["exact_match"], batch_size=3)
+    evaluation = evaluate_rows(LoadedModel.of(model, tokenizer), rows, metrics=["exact_match"], batch_size=3)
     assert evaluation.figures["loss"] < 0.1
     assert evaluation.figures["exact_match_rows"] == 100.0
 

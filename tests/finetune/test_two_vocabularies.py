@@ -38,6 +38,7 @@ from diptych.finetune.inference.pipelines import TranslationPipeline, travelling
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.inspecting import inspection_facts
 from diptych.finetune.inspecting.inspection import Reader
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer
 from diptych.finetune.publishing.publish import ALLOWED
 from diptych.modeling.pipeline_diptych import DiptychPipeline
@@ -143,7 +144,7 @@ def ours(folder, pairs, **settings):
     model, tokenizer = loaded.model, loaded.tokenizer
     prompter = Prompter(tokenizer, template_for("", tokenizer), None)
     ids, _ = prompter.encode([prompter.render(Prompt("", source))[0] for source, _ in pairs])
-    return generate_outputs(model, tokenizer, ids, batch_size=8, max_new_tokens=24, **settings)
+    return generate_outputs(LoadedModel.of(model, tokenizer), ids, batch_size=8, max_new_tokens=24, **settings)
 
 
 def prepared_rows(folder):
@@ -165,7 +166,7 @@ def test_rows_loss_and_outputs_are_those_of_plain_transformers(learned_pairs, be
     written = model.generate(**plain, num_beams=beams, max_new_tokens=24).tolist()
     for ids, output in zip(written, outputs, strict=True):
         assert ids[: len(output.ids) + 1] == [model.config.decoder_start_token_id, *output.ids]
-    figures = evaluate_rows(model, load_tokenizer(str(folder)), rows, metrics=["exact_match"]).figures
+    figures = evaluate_rows(LoadedModel.of(model, load_tokenizer(str(folder))), rows, metrics=["exact_match"]).figures
     assert figures["exact_match_rows"] == 100
     assert figures["loss"] == pytest.approx(model(**plain, labels=labels).loss.item(), rel=1e-5)
 
