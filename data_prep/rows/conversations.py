@@ -30,7 +30,7 @@ from diptych.data_prep.rows.valid_text import (
     from_object_of_lists,
     has_value,
     is_missing,
-    missing_inside,
+    missing,
     some_list,
     text,
     unread,
@@ -110,7 +110,7 @@ def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[st
         reason = f"'{where}' calls a tool or is a tool's answer, and only text is read."
         raise Fault(f"{where}.{role_key}", "tool turn", f"{reason} Write it as text, or leave the conversation out.")
     if role_key not in turn or text_key not in turn:
-        raise missing_inside(text_key if role_key in turn else role_key, turn, where, (role_key, text_key))
+        raise missing(text_key if role_key in turn else role_key, turn, (role_key, text_key), where=where)
     if role is None:
         reason = f"'{where}.{role_key}' is {described(written)}; known are {', '.join(roles)}."
         raise Fault(f"{where}.{role_key}", "unknown role", reason)
@@ -190,7 +190,7 @@ def _content(value: Any, where: str) -> Any:
             reason = f"'{place}' is of type {what}; only parts of type 'text' are read."
             raise Fault(place, "part that is no text", reason)
         if "text" not in part:
-            raise missing_inside("text", part, place, ("type",))
+            raise missing("text", part, ("type",), where=place)
         texts.append(text(part["text"], f"{place}.text", may_be_empty=True))
     return "".join(texts)
 

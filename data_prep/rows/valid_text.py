@@ -138,40 +138,49 @@ def _check_characters(value: str, name: str) -> None:
     raise Fault(name, "noncharacter in the text", reason)
 
 
-def missing(column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None) -> Fault:
+def missing(
+    column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None, where: str = ""
+) -> Fault:
     """`known` are the columns that mean something already, and so are not `column` misspelt; `field` is what `--map`
-    calls the column, if it is one."""
-    near = misspelt(column, fields, known)
-    if near is not None:
-        return _misspelt_fault(column, near, field)
-    reason = f"'{column}' is missing; the row has {listed(fields) or 'no fields'}."
-    return Fault(column, f"missing field '{column}'", reason, of_shape=True)
+    calls the column, if it is one; `where` is the object that it belongs to, if that is not the row."""
+    if fault := _misspelt(column, fields, known, field, where, cutoff=0.6):
+        return fault
+    reason = f"{_in(where)}'{column}' is missing; the row has {listed(fields) or 'no fields'}."
+    return Fault(_path(where, column), f"missing field '{column}'", reason, of_shape=not where)
 
 
-def check_not_misspelt(column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None) -> None:
+def check_not_misspelt(
+    column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None, where: str = ""
+) -> None:
     """A field may be absent, but not misspelt: a row with 'inptu' would otherwise lose its input without a word."""
-    near = misspelt(column, fields, known, cutoff=0.75)
-    if near is not None:
-        raise _misspelt_fault(column, near, field)
+    if fault := _misspelt(column, fields, known, field, where, cutoff=0.75):
+        raise fault
 
 
-def _misspelt_fault(column: str, near: str, field: str | None) -> Fault:
-    in_all = f"; if it is called so in all rows, --map {mapped(field, near)} reads it" if field else ""
+def _misspelt(
+    column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None, where: str, cutoff: float
+) -> Fault | None:
+    near = _nearest_unknown(column, tuple(fields), tuple(known), cutoff)
+    if near is None:
+        return None
     near = shown_name(near)
-    reason = f"'{column}' is missing; is '{near}' meant? Rename it to '{column}'{in_all}."
-    return Fault(column, f"misspelt field '{near}'", reason)
-
-
-def misspelt(column: str, fields: Mapping[str, Any], known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The column of a row that is most like `column`. Rows of a file have the same few sets of names."""
-    if len(fields) <= 32:
-        return _misspelt(column, tuple(fields), tuple(known), cutoff)
-    return _misspelt.__wrapped__(column, tuple(fields), tuple(known), cutoff)
+    in_all = f"; if it is called so in all rows, --map {mapped(field, near)} reads it" if field else ""
+    reason = f"{_in(where)}'{column}' is missing; is '{near}' meant? Rename it to '{column}'{in_all}."
+    return Fault(_path(where, column), f"misspelt field '{near}'", reason)
 
 
 @functools.lru_cache(maxsize=16)
-def _misspelt(column: str, names: tuple[str, ...], known: tuple[str, ...], cutoff: float) -> str | None:
+def _nearest_unknown(column: str, names: tuple[str, ...], known: tuple[str, ...], cutoff: float) -> str | None:
+    """Rows of a file have the same few sets of names."""
     return nearest(column, [name for name in names if name not in known], cutoff=cutoff)
+
+
+def _in(where: str) -> str:
+    return f"in '{where}', " if where else ""
+
+
+def _path(where: str, column: str) -> str:
+    return f"{where}.{column}" if where else column
 
 
 def some_list(value: Any, name: str, due: str = "a list") -> Sequence[Any]:
@@ -245,33 +254,22 @@ def unread(value: Any, path: str, names: Mapping[str, Any]) -> Iterator[str]:
 
 
 def inner(value: Any, key: str, where: str) -> Any:
+    """What an instance, called `where`, holds under `input` or `output`."""
     if not isinstance(value, Mapping):
         reason = f"'{where}' is {described(value)}, and an object {{…}} is due."
         raise Fault(where, f"'{without_index(where)}' is not an object", reason)
     if key not in value:
-        raise missing_inside(key, value, where, ("input", "output"))
+        raise missing(key, value, ("input", "output"), where=where)
     return value[key]
 
 
 def input_of(value: Any, where: str) -> str:
     """`input`, which may be absent or null, but not misspelt."""
     if isinstance(value, Mapping) and "input" not in value:
-        _check_not_misspelt_inside("input", value, where)
+        check_not_misspelt("input", value, ("input", "output"), where=where)
         return ""
     input = inner(value, "input", where)
     return "" if input is None else text(input, f"{where}.input", may_be_empty=True)
-
-
-def _check_not_misspelt_inside(key: str, value: Mapping[str, Any], where: str) -> None:
-    try:
-        check_not_misspelt(key, value, ("input", "output"))
-    except Fault as fault:
-        raise Fault(f"{where}.{key}", fault.kind, f"in '{where}', {fault.reason}") from None
-
-
-def missing_inside(key: str, value: Mapping[str, Any], where: str, known: Iterable[str]) -> Fault:
-    fault = missing(key, value, known)
-    return Fault(f"{where}.{key}", fault.kind, f"in '{where}', {fault.reason}")
 
 
 def joined(value: Any, name: str, between: str, may_be_empty: bool = False) -> str:

@@ -338,7 +338,7 @@ def check_accounts(case, found):
         lines = [line for line in text.splitlines() if line.strip(EMPTY_CELLS)]
         raw = "".join(row.raw if row.raw.endswith(("\n", "\r")) else row.raw + "\n" for row in found)
         kept = [line for line in raw.encode("utf-8", "surrogateescape").splitlines() if line.strip(EMPTY_CELLS)]
-        assert kept == lines[-len(kept) :]
+        assert kept == lines[len(lines) - len(kept) :]
     elif suffix not in ("csv", "tsv", "jsonl"):
         assert [row for row, _ in numbers] == list(range(1, len(found) + 1))
 
