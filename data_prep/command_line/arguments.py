@@ -65,7 +65,7 @@ def parse(
     argv = [_with_underscores(word, settings_class) for word in argv]
     words, recipes = _without_recipes(_spell_out(settings_class, argv))
     contents = [_read_recipe(name, settings_class) for name in recipes]
-    _let_go(contents, given_options(words), settings_class)
+    _drop_alternatives(contents, given_options(words), settings_class)
     if not any(word.split("=")[0] in ANSWERS for word in words):
         _check_words(words, settings_class, command, {name for content in contents for name in content})
     return _instantiate(settings_class, command, contents, words)
@@ -143,7 +143,7 @@ def _with_underscores(word: str, settings_class: type) -> str:
     return f"--{'.'.join(parts)}{equals}{value}"
 
 
-def _let_go(contents: Sequence[dict[str, Any]], given: set[str], settings_class: type) -> None:
+def _drop_alternatives(contents: Sequence[dict[str, Any]], given: set[str], settings_class: type) -> None:
     """What goes before a recipe also goes before what the recipe says in another way: of `--max_steps 100` and a
     recipe's `epochs: 3`, the epochs are dropped."""
     for content in reversed(contents):
@@ -157,21 +157,31 @@ def _let_go(contents: Sequence[dict[str, Any]], given: set[str], settings_class:
 def _spell_out(settings_class: type, argv: Sequence[str]) -> list[str]:
     """What people type, as jsonargparse reads it: `--data a b --strict` → `--strict=true --data=["a", "b"]`."""
     hints = get_type_hints(settings_class)
-    lists: dict[str, list[str]] = {}
-    others, current = [], None
+    lists: dict[str, list[Any]] = {}
+    others, entries, kind = [], None, str
     for position, word in enumerate(argv):
         option, equals, value = word.partition("=")
         hint = hints.get(option[2:]) if option.startswith("--") else None
-        if get_origin(hint) is list:
-            current = lists.setdefault(option, [])
-            current.extend([value] if equals else [])
+        if kind_of_entry := _kind_of_entry(hint):
+            kind, entries = kind_of_entry, lists.setdefault(option, [])
+            entries += [value if kind is str else _read(value)] if equals else []
         elif word.startswith("--"):
-            current = None
+            entries = None
             is_bare = not equals and not _is_value(argv[position + 1 : position + 2], hint)
             others.append(f"{word}=true" if bool in (hint, *get_args(hint)) and is_bare else word)
+        elif entries is None:
+            others.append(word)
         else:
-            (others if current is None else current).append(word)
-    return [*others, *(f"{option}={json.dumps(words)}" for option, words in lists.items())]
+            entries.append(word if kind is str else _read(word))
+    for option, entries in lists.items():
+        is_list = len(entries) == 1 and isinstance(entries[0], list)  # `--layers '[0, 1]'` and not `--layers 0 1`
+        others.append(f"{option}={json.dumps(entries[0] if is_list else entries)}")
+    return others
+
+
+def _kind_of_entry(hint: Any) -> Any:
+    """`list[int] | None` → int; None if it is no list."""
+    return next((get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) is list), None)
 
 
 def _is_value(following: Sequence[str], hint: Any) -> bool:
@@ -309,18 +319,25 @@ def _yaml(text: str) -> Any:
 def _fault(where: str, value: Any, hint: Any) -> str | None:
     """What is wrong with a value, or with the first part of it that does not fit; "0.1" fits where 0.1 does."""
     found = value if hint is str else _read(value)
-    inner, origin = _settings_in(hint), get_origin(hint)
-    if inner and isinstance(found, dict):
-        return _fault_inside(f"{where}.", found, inner)
-    if origin is dict and isinstance(found, dict):
-        parts = ((f"{where}.{key}", part, get_args(hint)[1]) for key, part in found.items())
-    elif origin is list and isinstance(found, list):
-        parts = ((f"{where}, entry {place},", part, get_args(hint)[0]) for place, part in enumerate(found, start=1))
-    elif _fits(value, hint):
+    for kind in _kinds(hint):
+        origin, inner = get_origin(kind), get_args(kind)
+        if is_dataclass(kind) and isinstance(found, dict):
+            return _fault_inside(f"{where}.", found, kind)
+        if origin is dict and isinstance(found, dict):
+            parts = ((f"{where}.{key}", part, inner[1]) for key, part in found.items())
+        elif origin is list and isinstance(found, list):
+            parts = ((f"{where}, entry {place},", part, inner[0]) for place, part in enumerate(found, start=1))
+        else:
+            continue
+        return next((fault for part in parts if (fault := _fault(*part))), None)
+    if any(_fits(value, kind) for kind in _kinds(hint)):
         return None
-    else:
-        return f"{where} is {_shown(value)}; it {_expected(hint)}.{_advice(value, hint)}"
-    return next((fault for part in parts if (fault := _fault(*part))), None)
+    return f"{where} is {_shown(value)}; it {_expected(hint)}.{_advice(value, hint)}"
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """`int | None` → int, None."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _fault_inside(where: str, values: dict[Any, Any], settings_class: type) -> str | None:
@@ -335,21 +352,19 @@ def _fault_inside(where: str, values: dict[Any, Any], settings_class: type) -> s
     return None
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
-    if kind is Literal:
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether it fits a kind that holds no others; a tuple holds plain ones."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
         return value in parts
-    if hint is Any or hint is str:
-        return hint is Any or isinstance(value, str)
+    if kind is Any or kind is str:
+        return kind is Any or isinstance(value, str)
     value = _read(value)
-    if kind is tuple:
-        fitting = isinstance(value, list) and len(value) == len(parts)
-        return fitting and all(map(_fits, value, parts))
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) if hint in (bool, NoneType) else False  # lists and the like were taken apart before
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if kind in (int, float):
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) if kind in (bool, NoneType) else False
 
 
 def _read(value: Any) -> Any:
@@ -366,7 +381,7 @@ def _read(value: Any) -> Any:
 
 def _expected(hint: Any) -> str:
     """`has to be a number`, `can be auto, bf16 or fp32`."""
-    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    parts = _kinds(hint)
     kinds = [words for part in parts if part is not NoneType for words in _kind(part)]
     listed = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
     return f"{'can' if any(get_origin(part) is Literal for part in parts) else 'has to'} be {listed}"
@@ -466,9 +481,9 @@ def _plain_default(value: Any) -> str:
 
 def _placeholder(hint: Any) -> str:
     """`NUMBER`, `auto|table`, `TEXT ...`: what stands behind an option."""
+    if len(kinds := _kinds(hint)) > 1:
+        return "|".join(_placeholder(kind) for kind in kinds if kind is not NoneType)
     origin, parts = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return "|".join(_placeholder(part) for part in parts if part is not NoneType)
     if origin is Literal:
         return "|".join(parts)
     if origin is list:

@@ -40,6 +40,13 @@ class Positional:
     json: bool = False
 
 
+@dataclass(frozen=True)
+class Layered:
+    """Pick layers."""
+
+    layers: list[int] | None = None
+
+
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     """recipe("seed: 1") writes r.yaml into the working folder and parses with it, and with more words."""
@@ -165,6 +172,14 @@ def test_words_are_taken_as_people_type_them():
     assert parse(Settings, "bake", ["--template=-x"]).template == "-x"
     assert parse(Settings, "bake", ["--template", "- x"]).template == "- x"
     assert parse(Positional, "look", ["--json", "here"]) == Positional("here", json=True)
+
+
+def test_a_list_of_numbers_that_may_be_none_is_taken_as_words_and_as_a_list(tmp_path):
+    (tmp_path / "r.yaml").write_text("layers: [0, 2]")
+    for words in (["--layers", "0", "2"], ["--layers=[0, 2]"], ["--config", f"{tmp_path}/r.yaml"]):
+        assert parse(Layered, "pick", words).layers == [0, 2]
+    with pytest.raises(UserError, match="--layers, entry 2, is .x.; it has to be a whole number"):
+        parse(Layered, "pick", ["--layers", "0", "x"])
 
 
 def test_what_has_to_be_given_is_named(tmp_path):
