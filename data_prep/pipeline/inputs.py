@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.cleaning.decontaminate import Decontaminate, EvalIndex, PlainText
+from diptych.data_prep.cleaning.duplicates import Shingles
 from diptych.data_prep.cleaning.filters import LanguageFilter
 from diptych.data_prep.cleaning.mixture import check_mixture
 from diptych.data_prep.cleaning.sensitive import secret_detectors
@@ -26,7 +27,6 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import fingerprint, tokenizer_digest
 from diptych.data_prep.pipeline.row_stages import LOSSY, Check, LengthLimits, Stages
 from diptych.data_prep.pipeline.rows_in_memory import RowsInMemory, open_rows
-from diptych.data_prep.pipeline.selection import shingles_of
 from diptych.data_prep.reading.sources import (
     HUB_PREFIX,
     TRAIN,
@@ -144,7 +144,7 @@ def make_stages(
     if settings.sensitive:
         secret_detectors()
     checks = tuple(_checks(settings, inputs))
-    shingles = shingles_of(settings) if settings.near_duplicates is not None else None
+    shingles = Shingles(settings.shingle, settings.shingle_size) if settings.near_duplicates is not None else None
     checked = tuple(source.split == TRAIN for source in inputs.sources)
     converters = tuple(_with_languages(inputs, tokenizer, template, say))
     return Stages(converters, template, tokenizer, lengths, checks, shingles, settings.sensitive, checked)

@@ -2,16 +2,15 @@
 
     also held out ─ exact duplicates ─ near duplicates ─▶ conflicts ─▶ train, validation, test ─▶ mixture of train
 
-Only train rows go. A validation or test set of the user's own keeps all its rows, in their order, repeated ones too.
-Works on columns of keys, (rows,) each; a text is looked at only to show it. Removed rows are given to `rejects`, with
-the row that says the same.
+Only train rows are removed. A validation or test set of the user's own keeps all its rows, in their order, repeated
+ones too. Works on columns of keys, (rows,) each; a text is looked at only to show it. Removed rows are given to
+`rejects`, with the row that says the same.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import pyarrow.compute
 
 from diptych.data_prep.cleaning.duplicates import Shingles, compared_text, conflicts, exact_duplicates, near_duplicates
 from diptych.data_prep.cleaning.mixture import Mixture, mix
-from diptych.data_prep.cleaning.splits import Split, found_in, row_keys, split_rows
+from diptych.data_prep.cleaning.splits import found_in, row_keys, split_rows
 from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.gather import Gathered
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings, fraction_of
@@ -34,6 +33,9 @@ ALSO_HELD_OUT = "also held out"
 EXAMPLES_SHOWN = 5
 SHOWN_CHARACTERS = 1_000
 REMOVED = -1
+
+SIDES_SHOWN = {"input": ("input", "instruction"), "output": ("target",)}
+"""Which columns tell a person what splits.py compares, the first that has a text."""
 
 
 @dataclass(frozen=True)
@@ -70,120 +72,145 @@ class Selection:
 
 def select(gathered: Gathered, splits: Sequence[str], settings: PrepareSettings, rejects: Rejects) -> Selection:
     """`splits` are those of the sources. UserError where train rows are held out too, and that is to be an error."""
-    keys = numpy.stack([gathered.column("source_key"), gathered.column("target_key")], axis=1)
     own = list(dict.fromkeys(split for split in splits if kind_of(split) in HELD_OUT))
     names = [KINDS[0], *(split for kind in HELD_OUT for split in splits_of(kind, own) or [kind])]
     split_of_row = numpy.array([names.index(split) for split in splits], numpy.int16)[gathered.column("source_number")]
-    is_train = split_of_row == 0
-    stays = is_train.copy()
-    own_sets = None
-    if own:
-        also, own_sets = _own_sets(gathered, names, split_of_row, settings)
-        if settings.on_both_sides == "drop":
-            split_of = {row: names[split_of_row[other]] for row, other in enumerate(also.tolist()) if other >= 0}
-            _remove_also_held_out(gathered, stays, also, split_of, settings, rejects)
-    facts: dict[str, Any] = {"exact": 0, "near": 0, "threshold": settings.near_duplicates, "examples": []}
-    if settings.deduplicate:
-        rows = numpy.flatnonzero(stays)
-        repeats = numpy.full(len(keys), -1, dtype=numpy.int64)
-        found = exact_duplicates(keys[rows])
-        repeats[rows[found >= 0]] = rows[found[found >= 0]]
-        _remove(gathered, stays, repeats, "exact", "the same source and target as", facts, rejects)
-    if settings.near_duplicates is not None:
-        held_out = ~is_train if own and settings.on_both_sides == "drop" else numpy.zeros(len(keys), dtype=bool)
-        considered = (stays | held_out) & _has_text(gathered)
-        compared = functools.partial(_compared, gathered)
-        alike = near_duplicates(
-            gathered.signatures, settings.near_duplicates, considered, compared, shingles_of(settings), held_out
-        )
-        why = f"at least {settings.near_duplicates:.0%} like".replace("%", " %")
-        _remove(gathered, stays, alike, "near", why, facts, rejects)
-    rows = numpy.flatnonzero(stays)
-    conflicting = [rows[group].tolist() for group in conflicts(*keys[rows].T)]
+    train = _Train(gathered, settings, rejects, split_of_row == 0)
+    own_sets = train.remove_held_out(names, split_of_row) if own else None
+    duplicates = train.remove_duplicates(has_own_sets=bool(own))
+    rows = numpy.flatnonzero(train.stays)
+    conflicting = [rows[group].tolist() for group in conflicts(*train.exact_keys[rows].T)]
     fractions = [fraction_of(settings, kind, has_own_sets=bool(own)) for kind in HELD_OUT]
-    split_of_row[is_train & ~stays] = REMOVED
+    split_of_row[train.is_train & ~train.stays] = REMOVED
     groups, warnings = None, []
     if len(rows) and (any(fractions) or not own):
-        split = _split(gathered, rows, fractions, settings)
+
+        def shown(row: int, side: str) -> str:
+            texts = (_side(gathered, name, int(rows[row])) for name in SIDES_SHOWN[side])
+            return next(filter(None, texts), "")
+
+        keys = (gathered.column("input_key")[rows], gathered.column("output_key")[rows])
+        split = split_rows(*keys, *fractions, settings.seed, settings.split_by or "both", shown)
         groups, warnings = split.groups, split.warnings
         place_of_kind = numpy.array([names.index(kind) if kind in names else 0 for kind in KINDS])
         split_of_row[rows] = place_of_kind[split.of_row]
-    return Selection(split_of_row, names, groups, facts, conflicting, warnings, own_sets)
+    return Selection(split_of_row, names, groups, duplicates, conflicting, warnings, own_sets)
 
 
-def _own_sets(
-    gathered: Gathered, names: Sequence[str], split_of_row: numpy.ndarray, settings: PrepareSettings
-) -> tuple[numpy.ndarray, dict[str, Any]]:
-    """(rows,) for each train row a held-out row that is the same, or -1; and what is said of it, set by set."""
-    columns = (gathered.column(f"{name}_key") for name in ("row", "input", "output"))
-    keys = row_keys(*columns, settings.split_by)
-    rows_of = [numpy.flatnonzero(split_of_row == place) for place in range(len(names))]
+class _Train:
+    """The train rows that stay, while those that say the same as others are removed."""
 
-    def of(rows: numpy.ndarray) -> list[numpy.ndarray]:
-        return [column[rows] for column in keys]
+    def __init__(
+        self, gathered: Gathered, settings: PrepareSettings, rejects: Rejects, is_train: numpy.ndarray
+    ) -> None:
+        self.gathered, self.settings, self.rejects = gathered, settings, rejects
+        self.is_train, self.stays = is_train, is_train.copy()
+        self.exact_keys = numpy.stack([gathered.column("source_key"), gathered.column("target_key")], axis=1)
 
-    also, sets = numpy.full(len(split_of_row), -1, dtype=numpy.int64), {}
-    train = rows_of[0]
-    origins = gathered.examples["origin"]
-    exact = numpy.stack([gathered.column("source_key"), gathered.column("target_key")], axis=1)
-    for name, rows in zip(names[1:], rows_of[1:], strict=True):
-        if not len(rows):
-            continue
-        found = found_in(of(train), of(rows))
-        is_found = found >= 0
-        is_new = is_found & (also[train] < 0)
-        also[train[is_new]] = rows[found[is_new]]
-        pairs = [[origins[int(row)].as_py() for row in pair] for pair in _pairs(train, rows, found)]
-        sets[name] = {
-            "rows": len(rows),
-            "in_train": int((found_in(of(rows), of(train)) >= 0).sum()) if len(train) else 0,
-            "train_rows": int(is_found.sum()),
-            "examples": pairs,
-            "repeated": int((exact_duplicates(exact[rows]) >= 0).sum()),
-        }
-    validation, test = (
-        numpy.concatenate([rows for name, rows in zip(names, rows_of, strict=True) if kind_of(name) == kind])
-        for kind in HELD_OUT
-    )
-    shared = int((found_in(of(validation), of(test)) >= 0).sum()) if len(validation) and len(test) else 0
-    if (also >= 0).any() and settings.on_both_sides == "error":
-        row = int(numpy.flatnonzero(also >= 0)[0])
-        raise UserError(
-            f"{counted(int((also >= 0).sum()), 'train row')} also held out, the first {origins[row].as_py()}, which is"
-            f" {origins[int(also[row])].as_py()} ({names[split_of_row[also[row]]]}). Take them out of one side, or"
-            " let --on_both_sides drop take them out of train."
+    def origin(self, row: int) -> str:
+        return self.gathered.examples["origin"][int(row)].as_py()
+
+    def remove(self, others: numpy.ndarray, kind: str, reason: Callable[[int], str]) -> list[int]:
+        """The rows that say the same as another, `others[row]` (-1 for none). `reason` is given that other row."""
+        table, rows = self.gathered.examples, numpy.flatnonzero(others >= 0).tolist()
+        for row in rows:
+            raw = table["raw"][row].as_py()
+            self.rejects.add(Reject(origin_of(table, row), None, kind, reason(int(others[row])), raw))
+        self.stays[rows] = False
+        return rows
+
+    def remove_held_out(self, names: Sequence[str], split_of_row: numpy.ndarray) -> dict[str, Any]:
+        """What the report says of the user's own sets. Train rows that are in them go, or are an error, or stay, as
+        the settings say."""
+        also, sets, shared = self._overlap(names, split_of_row)
+        rows, way = numpy.flatnonzero(also >= 0), self.settings.on_both_sides
+        if len(rows) and way == "error":
+            other = also[rows[0]]
+            raise UserError(
+                f"{counted(len(rows), 'train row')} also held out, the first {self.origin(rows[0])}, which is"
+                f" {self.origin(other)} ({names[split_of_row[other]]}). Take them out of one side, or let"
+                " --on_both_sides drop take them out of train."
+            )
+        by = self.settings.split_by
+        what = {None: "it is", "source": "its input is that of", "both": "it shares a text with"}[by]
+        if way == "drop":
+            self.remove(
+                also,
+                ALSO_HELD_OUT,
+                lambda other: f"{what} {self.origin(other)}, which is held out ({names[split_of_row[other]]}).",
+            )
+        return {"on_both_sides": way, "compared": by or "rows", "sets": sets, "validation_in_test": shared}
+
+    def _overlap(self, names: Sequence[str], split_of_row: numpy.ndarray) -> tuple[numpy.ndarray, dict[str, Any], int]:
+        """(rows,) for each train row a held-out row that is the same, or -1; what is said of each set; and how many
+        validation rows are in test."""
+        columns = (self.gathered.column(f"{name}_key") for name in ("row", "input", "output"))
+        keys = row_keys(*columns, self.settings.split_by)
+        train, *held_out = (numpy.flatnonzero(split_of_row == place) for place in range(len(names)))
+
+        def same(rows: numpy.ndarray, others: numpy.ndarray) -> numpy.ndarray:
+            """(rows,) for each row the place in `others` of one that is the same, or -1."""
+            return found_in(*([column[it] for column in keys] for it in (rows, others)))
+
+        also, sets = numpy.full(len(split_of_row), -1, dtype=numpy.int64), {}
+        for name, rows in zip(names[1:], held_out, strict=True):
+            if not len(rows):
+                continue
+            found = same(train, rows)
+            both = numpy.flatnonzero(found >= 0)
+            is_new = both[also[train[both]] < 0]
+            also[train[is_new]] = rows[found[is_new]]
+            shown = both[:EXAMPLES_SHOWN]
+            sets[name] = {
+                "rows": len(rows),
+                "in_train": int((same(rows, train) >= 0).sum()) if len(train) else 0,
+                "train_rows": len(both),
+                "examples": [[self.origin(train[it]), self.origin(rows[found[it]])] for it in shown],
+                "repeated": int((exact_duplicates(self.exact_keys[rows]) >= 0).sum()),
+            }
+        validation, test = (
+            numpy.concatenate([rows for name, rows in zip(names[1:], held_out, strict=True) if kind_of(name) == kind])
+            for kind in HELD_OUT
         )
-    return also, {
-        "on_both_sides": settings.on_both_sides,
-        "compared": settings.split_by or "rows",
-        "sets": sets,
-        "validation_in_test": shared,
-    }
+        shared = int((same(validation, test) >= 0).sum()) if len(validation) and len(test) else 0
+        return also, sets, shared
 
+    def remove_duplicates(self, has_own_sets: bool) -> dict[str, Any]:
+        """What the report says of duplicates."""
+        settings, texts = self.settings, self.gathered.examples["source"]
+        facts: dict[str, Any] = {"exact": 0, "near": 0, "threshold": settings.near_duplicates, "examples": []}
+        if settings.deduplicate:
+            rows = numpy.flatnonzero(self.stays)
+            repeats = numpy.full(len(self.stays), -1, dtype=numpy.int64)
+            found = exact_duplicates(self.exact_keys[rows])
+            repeats[rows[found >= 0]] = rows[found[found >= 0]]
+            self._remove_repeats(repeats, "exact", "the same source and target as", facts)
+        if settings.near_duplicates is not None:
+            held_out = ~self.is_train & (has_own_sets and settings.on_both_sides == "drop")
+            # Rows that came as token ids have no text, by which all would be alike.
+            considered = (self.stays | held_out) & pyarrow.compute.not_equal(texts, "").to_numpy()
+            shingles = Shingles(settings.shingle, settings.shingle_size)
+            arguments = (considered, self._compared_text, shingles, held_out)
+            repeats = near_duplicates(self.gathered.signatures, settings.near_duplicates, *arguments)
+            why = f"at least {settings.near_duplicates:.0%} like".replace("%", " %")
+            self._remove_repeats(repeats, "near", why, facts)
+        return facts
 
-def _pairs(train: numpy.ndarray, rows: numpy.ndarray, found: numpy.ndarray) -> Iterator[tuple[int, int]]:
-    """Some train rows, each with the held-out row that it is."""
-    for place in numpy.flatnonzero(found >= 0)[:EXAMPLES_SHOWN].tolist():
-        yield train[place], rows[found[place]]
+    def _remove_repeats(self, repeats: numpy.ndarray, what: str, why: str, facts: dict[str, Any]) -> None:
+        kind = f"{what} duplicate"
+        rows = self.remove(repeats, kind, lambda other: f"{why} {self.origin(other)}, which stays.")
+        facts[what] = len(rows)
+        for row in rows[:EXAMPLES_SHOWN]:
+            pair = {"kept": int(repeats[row]), "removed": row}
+            facts["examples"].append(
+                {name: self.origin(it) for name, it in pair.items()}
+                | {f"{name}_text": _both_sides(self.gathered, it) for name, it in pair.items()}
+            )
 
-
-def _remove_also_held_out(
-    gathered: Gathered,
-    stays: numpy.ndarray,
-    also: numpy.ndarray,
-    split_of: Mapping[int, str],
-    settings: PrepareSettings,
-    rejects: Rejects,
-) -> None:
-    table, what = gathered.examples, {None: "it is", "source": "its input is that of", "both": "it shares a text with"}
-    for row, split in split_of.items():
-        reason = f"{what[settings.split_by]} {table['origin'][int(also[row])].as_py()}, which is held out ({split})."
-        rejects.add(Reject(origin_of(table, row), None, ALSO_HELD_OUT, reason, table["raw"][row].as_py()))
-        stays[row] = False
-
-
-def shingles_of(settings: PrepareSettings) -> Shingles:
-    return Shingles(settings.shingle, settings.shingle_size)
+    def _compared_text(self, row: int) -> str:
+        instruction, text, target = (_side(self.gathered, name, row) for name in ("instruction", "input", "target"))
+        origin = origin_of(self.gathered.examples, row)
+        return compared_text(Record(instruction=instruction, input=text, output=target, origin=origin))
 
 
 def mixed_train(
@@ -211,59 +238,11 @@ def conflict_rows(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
     return {"source": _side(gathered, "source", group[0]), "rows": rows}
 
 
-def _remove(
-    gathered: Gathered,
-    stays: numpy.ndarray,
-    repeats: numpy.ndarray,
-    what: str,
-    why: str,
-    facts: dict[str, Any],
-    rejects: Rejects,
-) -> None:
-    """`repeats[row]` is the row that says the same, or -1."""
-    table = gathered.examples
-    for row in numpy.flatnonzero(repeats >= 0).tolist():
-        kept = table["origin"][int(repeats[row])].as_py()
-        reject = Reject(
-            origin_of(table, row), None, f"{what} duplicate", f"{why} {kept}, which stays.", table["raw"][row].as_py()
-        )
-        rejects.add(reject)
-        if facts[what] < EXAMPLES_SHOWN:
-            texts = {"kept_text": _text(gathered, int(repeats[row])), "removed_text": _text(gathered, row)}
-            facts["examples"].append({"kept": kept, "removed": str(reject.origin), **texts})
-        facts[what] += 1
-        stays[row] = False
-
-
-def _text(gathered: Gathered, row: int) -> str:
-    return f"{_side(gathered, 'source', row)} → {_side(gathered, 'target', row)}"[:SHOWN_CHARACTERS]
-
-
 def _side(gathered: Gathered, side: str, row: int) -> str:
-    """As a person reads it: what is not encoded yet still has the template's marks."""
-    return str(from_marked(gathered.examples[side][row].as_py()))
+    """A text as a person reads it: sources and targets that are not encoded yet still have the template's marks."""
+    text = gathered.examples[side][row].as_py()
+    return str(from_marked(text)) if side in ("source", "target") else text
 
 
-def _has_text(gathered: Gathered) -> numpy.ndarray:
-    """Rows that came as token ids have none, by which all would be alike."""
-    return pyarrow.compute.not_equal(gathered.examples["source"], "").to_numpy()
-
-
-def _compared(gathered: Gathered, row: int) -> str:
-    example = gathered.examples.slice(row, 1)
-    instruction, text = (example[name][0].as_py() for name in ("instruction", "input"))
-    target = _side(gathered, "target", row)
-    return compared_text(
-        Record(instruction=instruction, input=text, output=target, origin=origin_of(gathered.examples, row))
-    )
-
-
-def _split(gathered: Gathered, rows: numpy.ndarray, fractions: Sequence[float], settings: PrepareSettings) -> Split:
-    def shown(row: int, side: str) -> str:
-        example = gathered.examples.slice(int(rows[row]), 1)
-        if side == "output":
-            return _side(gathered, side="target", row=int(rows[row]))
-        return example["input"][0].as_py() or example["instruction"][0].as_py()
-
-    keys = (gathered.column("input_key")[rows], gathered.column("output_key")[rows])
-    return split_rows(*keys, *fractions, settings.seed, settings.split_by or "both", shown)
+def _both_sides(gathered: Gathered, row: int) -> str:
+    return f"{_side(gathered, 'source', row)} → {_side(gathered, 'target', row)}"[:SHOWN_CHARACTERS]
