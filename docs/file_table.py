@@ -1,6 +1,6 @@
 """Writes the table at the end of CONTRIBUTING.md anew: each file with the first sentence that stands in it.
 
-    python docs/file_table.py
+python docs/file_table.py
 """
 
 import ast
@@ -31,7 +31,9 @@ def first_sentence(file: Path) -> str:
     elif file.suffix == ".ipynb":
         text = "".join(re.findall(r'"# ([^"\\]+)', text)[:1])
     else:
-        found = re.search(r"(?:<!--|/\*\*?|\{#-?|#+|//)\s*((?!!/|SBATCH).+?)\s*(?:-->|\*/|-?#\}|$)", text, re.MULTILINE)
+        found = re.search(
+            r"(?:<!--|/\*\*?|\{#-?|#+|//)\s*((?!!/|SBATCH).+?)\s*(?:-->|\*/|-?#\}|$)", text, re.MULTILINE
+        )
         text = found[1] if found else ""
     sentence = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<=\w[.)`])\s+(?=[A-Z`])", sentence)[0].rstrip(".").replace("|", "\\|")

@@ -2,13 +2,13 @@
 
     accelerate launch -m diptych.finetune.train --config recipe.yaml        (or finetune/train.py, or `diptych train`)
 
-    run/  config.yaml      the recipe as it was resolved        checkpoints/   see checkpoint.py
+    run/  config.yaml      the recipe as it was resolved        checkpoints/   see checkpoints.py
           metrics.jsonl    one line for each log line and       samples.jsonl  what was generated for the metrics
                            each evaluation                      final/         the best checkpoint's model, or the
           loss.png         both losses, learning rate                          last one's: from_pretrained loads it
           status.json      how it ended: see run_folder.py
 
-A run may be killed at any instant; `--resume true` goes on from what was committed. The loop itself is loop.py's.
+A run may be killed at any instant; `--resume true` goes on from the last checkpoint. The loop itself is loop.py's.
 """
 
 import os
@@ -26,16 +26,15 @@ from diptych.finetune.training.recipe import TrainRecipe
 
 
 def run_recipe(recipe: TrainRecipe, stop: StopRequest | None = None) -> int:
-    """DONE, or STOPPED where `stop` asked for it; what else ends a run is raised."""
+    """DONE, or STOPPED if `stop` asked for it; anything else that ends a run is raised."""
+    stop = stop or StopRequest()
     with claimed(Path(recipe.out), bool(recipe.resume)) as status:
+        # imported here, since torch takes seconds: that another run holds the folder is told before
         if recipe.stages:
             from diptych.finetune.training.staged_run import run_stages as carry_out
         else:
-            from diptych.finetune.training.loop import (
-                run as carry_out,  # torch takes seconds; a taken folder is told at once
-            )
+            from diptych.finetune.training.loop import run as carry_out
 
-        stop = stop or StopRequest()
         code = carry_out(recipe, stop, status)
         stop.ignore()
         status.end(code)
@@ -51,23 +50,18 @@ def run(recipe: TrainRecipe) -> int:
     stop.listen()
     try:
         code = run_recipe(recipe, stop)
-    except BaseException as error:  # also KeyboardInterrupt; what is our own fault shows its traceback, below
+    except BaseException as error:  # also KeyboardInterrupt
         code = exit_code_of(error)
         if code == BUG:
             raise
-        _tell(error, code, recipe)
+        if is_main_rank() or code == RANKS:  # all ranks fail alike, except when one has lost another
+            message = "interrupted; the checkpoints are kept" if code == INTERRUPTED else message_of(error)
+            print(f"diptych train: {message}", file=sys.stderr)
+        if recipe.debug:
+            traceback.print_exception(error)
     if code == STOPPED and is_main_rank():
         print(f"diptych train: go on with: {resume_command(recipe)}", file=sys.stderr)
     return code
-
-
-def _tell(error: BaseException, code: int, recipe: TrainRecipe) -> None:
-    """Once, though all ranks of a launch fail alike; where they do not, each says what it knows."""
-    if is_main_rank() or code == RANKS:
-        message = "interrupted; what was committed is kept" if code == INTERRUPTED else message_of(error)
-        print(f"diptych train: {message}", file=sys.stderr)
-    if recipe.debug:
-        traceback.print_exception(error)
 
 
 def resume_command(recipe: TrainRecipe) -> str:

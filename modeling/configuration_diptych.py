@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
 
-# Where the code of a published checkpoint is found when Diptych is not installed (`trust_remote_code=True`).
+# The code in a published checkpoint, which loads it where Diptych is not installed (`trust_remote_code=True`).
 REMOTE_CODE = {
     "AutoConfig": "configuration_diptych.DiptychConfig",
     "AutoModel": "modeling_diptych.DiptychModel",
@@ -49,12 +49,12 @@ class DiptychPanelConfig(PreTrainedConfig):
         use_cache: whether the decoder keeps keys and values when it is not training.
         layers_without_rope: layers whose self-attention knows no positions (NoPE, arXiv 2305.19466; SmolLM3).
         lookahead: how many tokens ahead each token of an encoder sees; all if None, none (causal) if 0.
-        cross_attention: how the decoder reads. "separate": in a sub-layer of its own, the encoder's final states.
-            "merged": in the softmax of its self-attention, what the encoder's layers read, as if source and target
+        cross_attention: how the decoder reads. "separate": the encoder's final states, in a sub-layer of its own.
+            "merged": the inputs of the encoder's layers, in the softmax of its self-attention, as if source and target
             were one text. Such an encoder has no final norm: each decoder layer norms what it reads.
-        encoder_layer_map: for the merged hinge, the number of encoder layers that have been passed where decoder layer
-            j reads, for each j; 0 is the embeddings. If None, the last decoder layer reads the encoder's end, and each
-            one below it a layer earlier.
+        encoder_layer_map: for the merged hinge. Decoder layer j reads the states after so many encoder layers; 0 is
+            the embeddings. If None, the last decoder layer reads the encoder's end, and each one below it a layer
+            earlier.
         is_decoder: set by `DiptychConfig`.
         cross_attention_hidden_size: width of the states that a decoder reads; set by `DiptychConfig`.
     """
@@ -108,11 +108,7 @@ class DiptychPanelConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict` validation.
-
-        Raises:
-            ValueError: the heads cannot be grouped, or a head cannot be rotated.
-        """
+        """Part of `@strict` validation: ValueError for what cannot be computed."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads "
@@ -131,20 +127,17 @@ class DiptychPanelConfig(PreTrainedConfig):
             raise ValueError(f"layers_without_rope has {outside}, but layers are 0 to {self.num_hidden_layers - 1}.")
 
 
-# What can be given flat to `DiptychConfig` and then holds for both panels.
-SHARED_FIELDS = frozenset(DiptychPanelConfig.__annotations__) - {
-    "is_decoder",
-    "cross_attention_hidden_size",
-    "lookahead",
-    "layers_without_rope",
-}
+PANELS_OWN_FIELDS = {"is_decoder", "cross_attention_hidden_size", "lookahead", "layers_without_rope"}
+# Given flat to `DiptychConfig`, these hold for both panels.
+SHARED_FIELDS = frozenset(DiptychPanelConfig.__annotations__) - PANELS_OWN_FIELDS
 
 
 @strict
 class DiptychConfig(PreTrainedConfig):
-    r"""An encoder panel and a decoder panel. Any field of `DiptychPanelConfig` given flat sets both panels, where a
-    panel's own value goes first; set flat later (`config.use_cache = False`), it reaches both. Read flat, it is the
-    decoder's (`rope_parameters` excepted: ask the panel). `lookahead` and `layers_without_rope` are a panel's own.
+    r"""An encoder panel and a decoder panel. Any field of `DiptychPanelConfig` may be given flat and then holds for
+    both panels, unless a panel has its own value. Set flat later (`config.use_cache = False`), it changes both. Read
+    flat, it is the decoder's (except `rope_parameters`: ask the panel). `lookahead` and `layers_without_rope` are a
+    panel's own.
 
     Args:
         encoder: the panel that reads; `DiptychPanelConfig`, dict or None.
@@ -181,7 +174,7 @@ class DiptychConfig(PreTrainedConfig):
         decoder.cross_attention_hidden_size = encoder.hidden_size
         if decoder.cross_attention == "merged" and decoder.encoder_layer_map is None:
             decoder.encoder_layer_map = default_layer_map(encoder.num_hidden_layers, decoder.num_hidden_layers)
-        # The encoder has to know what it is to hand over.
+        # The encoder hands over the layer inputs that the decoder reads.
         encoder.cross_attention, encoder.encoder_layer_map = decoder.cross_attention, decoder.encoder_layer_map
         if self.vocab_size is None:
             self.vocab_size = decoder.vocab_size
@@ -193,11 +186,7 @@ class DiptychConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict` validation.
-
-        Raises:
-            ValueError: the panels do not read and write the same vocabulary.
-        """
+        """Part of `@strict` validation: ValueError unless the panels fit together."""
         sizes = {"model": self.vocab_size, "encoder": self.encoder.vocab_size, "decoder": self.decoder.vocab_size}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"vocab_size differs ({sizes}); the panels share one tokenizer: give it once, flat.")
@@ -209,7 +198,8 @@ class DiptychConfig(PreTrainedConfig):
         if encoder.hidden_size != decoder.hidden_size:
             raise ValueError(
                 f"The merged hinge projects encoder states with the decoder's weights, but hidden_size is "
-                f"{encoder.hidden_size} there and {decoder.hidden_size} here: use cross_attention='separate'."
+                f"{encoder.hidden_size} in the encoder and {decoder.hidden_size} in the decoder: use "
+                f"cross_attention='separate'."
             )
         if decoder.rope_parameters["rope_type"] == "dynamic":
             raise ValueError(
@@ -250,21 +240,18 @@ class DiptychConfig(PreTrainedConfig):
 
 def default_layer_map(encoder_depth: int, decoder_depth: int) -> list[int]:
     """Aligned at the top: (5, 6) → [0, 1, 2, 3, 4, 5], which is one LLM of six layers in two panels; (6, 6) → [1 … 6].
-
-    Raises:
-        ValueError: the encoder is too shallow for that.
-    """
+    ValueError if the encoder is too shallow for that."""
     lowest = encoder_depth - decoder_depth + 1
     if lowest < 0:
         raise ValueError(
             f"The merged hinge lets each of {decoder_depth} decoder layers read another depth of the encoder, which "
-            f"has {encoder_depth} layers: say in encoder_layer_map which one reads where."
+            f"has {encoder_depth} layers: say in encoder_layer_map which one reads after how many layers."
         )
     return list(range(lowest, encoder_depth + 1))
 
 
 def _panel(panel: DiptychPanelConfig | dict | None, shared: dict[str, Any]) -> DiptychPanelConfig:
-    """A panel with the flat values where it has none of its own. What the caller gave is copied, never changed."""
+    """A copy of the caller's panel, with the flat values where it has none of its own."""
     if isinstance(panel, DiptychPanelConfig):
         return copy.deepcopy(panel)
     own = {key: value for key, value in (panel or {}).items() if value is not None}

@@ -1,4 +1,4 @@
-"""The loss with a teacher: the targets, and what another model thinks of every word at their places.
+"""The loss with a teacher (distillation): the targets, and another model's predictions in their place.
 
     teacher = load_teacher("my-llm", tokenizer, device, torch.bfloat16)
     objective = DistilledObjective(model, teacher, weight=0.5, temperature=2.0)
@@ -6,10 +6,10 @@
     loss = (1 − weight) · cross-entropy + weight · temperature² · KL(teacher ‖ student)      per target token, summed,
                                                                                              ÷ those of the whole step
 
-Hinton, Vinyals and Dean, arXiv 1503.02531; both distributions are softmax(logits / temperature), and its square keeps
-the gradient's size. A decoder-only teacher reads each example as one text, source then target, which is what the
-merged hinge means by it: a pair made of it begins with its very predictions. An encoder-decoder is fed as the student
-is. The teacher's logits, like the student's, are never held but for a chunk of tokens.
+Hinton, Vinyals and Dean, arXiv 1503.02531. Both distributions are softmax(logits / temperature); its square keeps the
+gradient's size. A decoder-only teacher reads each example as one text, source then target, as the merged hinge does: a
+pair that was made of it begins with the same predictions. An encoder-decoder is fed as the student is. Logits, the
+teacher's and the student's, are held for one chunk of tokens at a time.
 
 B rows, S source tokens, T target tokens, N target tokens picked from B × T, n in a chunk, V words.
 """
@@ -30,6 +30,7 @@ from diptych.finetune.model.loading import load_config, load_model, load_tokeniz
 from diptych.finetune.model.loss import Criterion, Seq2SeqObjective, cross_entropy
 
 Batch = dict[str, torch.Tensor]
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Teacher(NamedTuple):
@@ -38,7 +39,7 @@ class Teacher(NamedTuple):
 
 
 def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """UserError where it is no model, or has another vocabulary."""
+    """UserError if it is no model, or has another vocabulary."""
     if difference := tokenizers_differ(all_tokens(load_tokenizer(name)), all_tokens(tokenizer)):
         raise UserError(
             f"the teacher {name} has another tokenizer than the data ({difference}): its predictions are of other"
@@ -46,7 +47,7 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.de
         )
     is_decoder_only = not load_config(name).is_encoder_decoder
     if is_decoder_only:
-        open_donor(name)  # looked at: safetensors, and no larger than this machine
+        open_donor(name)  # checks that it is safetensors, and no larger than this machine
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     else:
         model = load_model(name, dtype)
@@ -69,17 +70,16 @@ class DistilledObjective(Seq2SeqObjective):
                 f" {start}, and both read the same rows. Take another teacher."
             )
         self.weight, self.temperature = weight, temperature
-        self._teacher = (teacher,)  # in a tuple: no part of what is trained, sent to other ranks, or saved
+        self._teacher = (teacher,)  # in a tuple, so that it is not trained, sent to other ranks, or saved
 
     def _criterion(self, batch: Batch) -> Criterion:
         of_targets, teacher = cross_entropy(self.extras), self._teacher[0]
         with torch.no_grad():
-            logits_of = _logits_of_one_text if teacher.is_decoder_only else _logits_of_two
-            teachers = logits_of(teacher.model, batch)
+            read = _read_as_one_text if teacher.is_decoder_only else _read_source_and_target
+            states, logits_of = read(teacher.model, batch)
 
         def criterion(logits: torch.Tensor, labels: torch.Tensor, rows: slice) -> torch.Tensor:
-            theirs = teachers(rows)
-            divergence, gradient = _divergence(logits, theirs, self.temperature)
+            divergence, gradient = _divergence(logits, logits_of(states[rows]), self.temperature)
             losses = of_targets(logits, labels, rows).mul_(1 - self.weight)
             logits.mul_(1 - self.weight)
             logits[:, : gradient.shape[1]].add_(gradient, alpha=self.weight)
@@ -88,48 +88,42 @@ class DistilledObjective(Seq2SeqObjective):
         return criterion
 
 
-def _divergence(logits: torch.Tensor, theirs: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, V) each -> temperature² · KL of each token (n,), and its gradient by our logits. Tables that were filled up
-    to a round number differ in length: what only one has is no word."""
-    words = min(logits.shape[1], theirs.shape[1])
-    ours = (logits[:, :words] / temperature).log_softmax(-1)
-    theirs = (theirs[:, :words].to(logits.dtype) / temperature).log_softmax(-1)
-    likely = theirs.exp()
-    divergence = (likely * (theirs - ours)).sum(-1) * temperature**2
-    return divergence, (ours.exp_() - likely) * temperature
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (n, V) each -> temperature² · KL of each token (n,), and its gradient by the student's logits. If the
+    vocabulary tables were filled up to different lengths, the rows that only one has belong to no token."""
+    words = min(student.shape[1], teacher.shape[1])
+    student = (student[:, :words] / temperature).log_softmax(-1)
+    teacher = (teacher[:, :words].to(student.dtype) / temperature).log_softmax(-1)
+    likely = teacher.exp()
+    divergence = (likely * (teacher - student)).sum(-1) * temperature**2
+    return divergence, (student.exp_() - likely) * temperature
 
 
-def _logits_of_two(model: PreTrainedModel, batch: Batch) -> Callable[[slice], torch.Tensor]:
-    """Of an encoder-decoder, chunk by chunk."""
+def _read_source_and_target(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LogitsOf]:
+    """An encoder-decoder's states at the targets (N, D), and what makes logits of a chunk of them."""
     states, _, head = Seq2SeqObjective(model).eval()._states_labels_and_head(batch)
-    return lambda rows: _without_gradient(lambda: head.logits_of(_like(states[rows], model), head.weights))
+    return _like_the_head(states, model), lambda chunk: head.logits_of(chunk, head.weights)
 
 
-def _logits_of_one_text(model: PreTrainedModel, batch: Batch) -> Callable[[slice], torch.Tensor]:
-    """Of a decoder-only LLM: each example's source and decoder input in one row of its own, right-padded."""
+def _read_as_one_text(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LogitsOf]:
+    """The same of a decoder-only LLM: each example's source and decoder input are one right-padded row."""
     texts, places = one_text_each(batch)
-    if not texts:  # a rank without rows has no chunk to ask for
-        return lambda rows: places.new_empty(0, 0)
-    length = max((len(text) for text in texts), default=1)
-    ids = torch.stack([torch.nn.functional.pad(text, (0, length - len(text))) for text in texts])
-    mask = torch.stack([torch.arange(length, device=ids.device) < len(text) for text in texts])
-    states = model.get_decoder()(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    states = states[places[:, 0], places[:, 1]]
     head = model.get_output_embeddings()
-    return lambda rows: _without_gradient(lambda: head(_like(states[rows], model)))
+    if not texts:  # a rank without rows
+        return places.new_empty(0, 0), head
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    states = model.get_decoder()(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    return _like_the_head(states[places[:, 0], places[:, 1]], model), head
 
 
-def _like(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+def _like_the_head(states: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     return states.to(model.get_output_embeddings().weight.dtype)
 
 
-def _without_gradient(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return compute()
-
-
 def one_text_each(batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Each example of a padded or packed batch as one text, and where in them the targets are predicted:
+    """Each example of a padded or packed batch as one text, and the places in the texts that predict the targets:
 
     source 12 7 9   decoder input 0 31 40   labels 31 40 1   ->   text 12 7 9 0 31 40, places (text, 3), 4, 5
 

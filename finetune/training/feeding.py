@@ -1,18 +1,18 @@
-"""A recipe, a prepared folder and a model in; how it is fed, out: which rows, which precision, which attention.
+"""How a model is fed: which rows, which precision, which attention.
 
-    recipe, warning = resolve_precision(recipe, device)                      `auto` becomes the faster one here
-    rows, why_padded = training_rows(recipe, prepared, model, tokenizer)     packed where all three can, else padded
-    check_precision(recipe, model)                                           no fp16 for what overflows in it
-    set_attention(model, wanted, precision, device, is_packed)               the fastest that keeps examples apart
+    recipe, warning = resolve_precision(recipe, device)           `auto` becomes the faster one here
+    rows, why_padded = training_rows(recipe, prepared, loaded)    packed if recipe, model and folder allow it
+    check_precision(recipe, model)                                no fp16 for models that overflow in it
+    set_attention(model, wanted, precision, device, is_packed)    the fastest that keeps examples apart
 
-What cannot be is a UserError that says what can.
+A combination that cannot work is a UserError that says what can.
 """
 
 from dataclasses import replace
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import (
@@ -33,19 +33,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def training_rows(
-    recipe: TrainRecipe, prepared: Prepared, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+    recipe: TrainRecipe, prepared: Prepared, loaded: LoadedModel
 ) -> tuple[PaddedRows | PackedRows, str | None]:
-    """The rows to train on and, where they are padded, why."""
-    padded = padded_rows(LoadedModel.of(model, tokenizer), prepared.splits["train"])
+    """The rows to train on and, if they are padded, why."""
+    model = without_adapter(loaded.model)
+    padded = padded_rows(loaded, prepared.splits["train"])
     if not recipe.packed:
         return padded, "the recipe has packed: false"
-    if family_of(model) is None:
+    if loaded.family is None:
         return padded, f"how packed rows are fed to a {model.config.model_type} is not known (see families.py)"
     if prepared.packing is None:
         return padded, f"{recipe.data} has no packed rows; `diptych prepare` makes them unless it gets --packing false"
     packing, packed = Packing.from_manifest(prepared.packing), load_packed(prepared.folder)
-    check_packing_fits(without_adapter(model), packing, recipe.data)
-    check_packed_rows(packed, packing, without_adapter(model), recipe.data)
+    check_packing_fits(model, packing, recipe.data)
+    check_packed_rows(packed, packing, model, recipe.data)
     return PackedRows(packed, packing, recipe.batch_size if recipe.compile else 1), None
 
 

@@ -1,5 +1,5 @@
-"""How the ranks of a training run meet: one Accelerator, or a UserError where they would train apart or in another way
-than the recipe says.
+"""How the ranks of a training run meet: one Accelerator. UserError if they would train apart, or in another way than
+the recipe says.
 
     accelerator = meet(recipe)
 """
@@ -7,8 +7,8 @@ than the recipe says.
 import os
 from datetime import timedelta
 
-import accelerate
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from diptych.data_prep.command_line.arguments import choose_from
@@ -20,21 +20,22 @@ from diptych.finetune.training.recipe import TrainRecipe, split_names
 
 def meet(recipe: TrainRecipe) -> Accelerator:
     """All ranks that were launched, joined to one run."""
-    _check_launch(recipe)
-    trackers, launched = _trackers(recipe), int(os.environ.get("WORLD_SIZE", "1"))
+    refuse_deepspeed()
+    _settle_fsdp(recipe)
+    _check_trackers(recipe)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
             mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
-            log_with=trackers or None,
+            log_with=split_names(recipe.trackers) or None,
             project_dir=recipe.out,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.rank_timeout))],
         )
     except RuntimeError as error:
         if launched == 1:
             raise
-        raise RankError(
-            f"the {launched} ranks of this run did not meet: {str(error).splitlines()[0][:300]}"
-        ) from error
+        why = str(error).splitlines()[0][:300]
+        raise RankError(f"the {launched} ranks of this run did not meet: {why}") from error
     if launched != accelerator.num_processes:
         raise UserError(
             f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would train "
@@ -49,28 +50,26 @@ def meet(recipe: TrainRecipe) -> Accelerator:
     return accelerator
 
 
-def _check_launch(recipe: TrainRecipe) -> None:
-    """What accelerate's configuration asks for and this loop does otherwise is refused: on a CPU, accelerate itself
-    would take DDP for FSDP without a word. Where the recipe asks for FSDP as well, accelerate is not to hear of it:
-    sharding.py does it, and transformers would load weights on the first rank alone."""
-    refuse_deepspeed()
-    if recipe.sharding == "full" and os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
-        if is_main_rank():
-            print("sharding: full, and accelerate's FSDP settings have no part in it", flush=True)
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+def _settle_fsdp(recipe: TrainRecipe) -> None:
+    """The recipe decides about FSDP, not accelerate's configuration, which would silently become DDP on a CPU. If both
+    ask for it, accelerate's setting is removed: with it, transformers would load weights on the first rank alone."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1"):
+        return
+    if recipe.sharding != "full":
         raise UserError(
             "accelerate's configuration asks for FSDP. Here the recipe says how weights are spread: launch with"
             " `torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE --sharding full`, which is"
             " FSDP2, or drop it for DDP."
         )
+    del os.environ["ACCELERATE_USE_FSDP"]
+    if is_main_rank():
+        print("sharding: full, and accelerate's FSDP settings are not used", flush=True)
 
 
-def _trackers(recipe: TrainRecipe) -> list[str]:
-    known, available = accelerate.tracking.LOGGER_TYPE_TO_CLASS, accelerate.tracking.get_available_trackers()
-    names = split_names(recipe.trackers)
-    for name in names:
-        if name not in known:
-            raise UserError(f"accelerate knows no tracker {name!r}. {choose_from(name, list(known))}")
-        if name not in [str(tracker) for tracker in available]:
+def _check_trackers(recipe: TrainRecipe) -> None:
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in split_names(recipe.trackers):
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"accelerate knows no tracker {name!r}. {choose_from(name, list(LOGGER_TYPE_TO_CLASS))}")
+        if name not in available:
             raise UserError(f"the tracker {name} is not installed. Install it: pip install {name}")
-    return names

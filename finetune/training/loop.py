@@ -1,13 +1,13 @@
 """The training loop.
 
-    code = run(recipe, stop, status)        DONE, or STOPPED where a signal came: saved, and to be gone on with
+    code = run(recipe, stop, status)        DONE, or STOPPED if a signal came: it has saved, and can be resumed
 
 One optimizer step: its rows are dealt to micro-batches and ranks, its target tokens are counted, every loss is a sum
 divided by that count, gradients are added up, clipped, applied. The place in the data is a function of the step's
 number, so a run that was killed goes on with the same bits (on a CPU), and 2 ranks compute what 1 would.
 
-What is due at a step (an evaluation, a checkpoint) comes before the next step, and what is due is a function of what
-has been done: a run that is cut between the two does it when it goes on.
+An evaluation or a checkpoint that is due at a step comes before the next step. Whether one is due depends only on
+what the run has done, so a run that was killed between the two does what is left when it is resumed.
 """
 
 import math
@@ -26,26 +26,30 @@ from diptych.finetune.commands.ranks import part
 from diptych.finetune.commands.stop_signals import StopRequest
 from diptych.finetune.evaluating.best_figure import is_improvement, selected_figure
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
-from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.speed import keep_memory, peak_memory, profiler
 from diptych.finetune.run_files.checkpoints import whole
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import Pace, selection_line, train_line, validation_line
 from diptych.finetune.training.recipe import TrainRecipe, split_names
+from diptych.finetune.training.run import Run
 from diptych.finetune.training.saving import save_checkpoint, write_final
-from diptych.finetune.training.set_up import Run, set_up
+from diptych.finetune.training.set_up import set_up
 from diptych.finetune.training.warm_up import open_encoder
 
 ROWS_NAMED = 20
 
 
+class AskedToStop(Exception):
+    """Some rank was asked to stop. All ranks raise this at the same place."""
+
+
 def run(recipe: TrainRecipe, stop: StopRequest, status: Status, is_last: bool = True) -> int:
-    """`is_last`: whether the ranks part afterwards, and do not go on to another stage."""
+    """`is_last`: False if another stage follows, for which the ranks stay together."""
     keep_memory()
     run = set_up(recipe, stop, status)
     stop.defer()
-    is_stopped = train(run)
+    is_stopped = not train(run)
     if not is_stopped:
         write_final(run)
     accelerator = run.accelerator
@@ -55,35 +59,33 @@ def run(recipe: TrainRecipe, stop: StopRequest, status: Status, is_last: bool = 
 
 
 def train(run: Run) -> bool:
-    """The loop. Whether it was stopped before its end."""
-    progress, pace = run.progress, Pace(run.total_steps, run.progress.step, run.accelerator.is_main_process)
+    """Takes steps, evaluates and saves. True at the end; False if the run was stopped, and saved, before it."""
+    recipe, progress = run.recipe, run.progress
+    pace = Pace(run.total_steps, progress.step, run.accelerator.is_main_process)
+    has_profile = recipe.profile and run.accelerator.is_main_process
     run.objective.train()
-    profile = start_profile(run)
-    is_stopped = False
-    while not is_stopped:
-        open_encoder(run.model, progress.step, run.recipe.open_encoder_steps, run.order.lengths.source_tokens)
-        try:
-            is_better = is_evaluation_due(run) and evaluate(run)
-        except EvaluationStopped:
-            is_stopped = True
-            break
-        is_last = progress.step >= run.total_steps or run.is_out_of_patience
-        if is_last or is_better or is_due(progress.step, run.save_every):
-            save_checkpoint(run)
-        if is_last:
-            break
-        is_stopped = take_step(run, pace)
-        if profile is not None:
-            profile.step()
-    pace.bar.close()
-    if profile is not None:
-        profile.stop()
-    if is_stopped:  # an evaluation that is due now comes first when the run goes on
-        save_checkpoint(run)
+    try:
+        with profiler(run.folder / "profile") if has_profile else nullcontext() as profile:
+            while True:
+                open_encoder(run.model, progress.step, recipe.open_encoder_steps, run.order.lengths.source_tokens)
+                is_better = is_evaluation_due(run) and evaluate(run)
+                is_last = progress.step >= run.total_steps or run.is_out_of_patience
+                if is_last or is_better or is_due(progress.step, run.save_every):
+                    save_checkpoint(run)
+                if is_last:
+                    break
+                take_step(run, pace)
+                if profile is not None:
+                    profile.step()
+    except AskedToStop:
+        pace.bar.close()
+        save_checkpoint(run)  # an evaluation that is due now comes first when the run is resumed
         run.log.say(f"stopped by {run.stop.reason or 'a signal to another rank'} after step {progress.step}, saved")
-    elif run.is_out_of_patience:
-        run.log.say(f"stopped: no better {run.recipe.best_metric} in the last {run.recipe.patience} evaluations")
-    return is_stopped
+        return False
+    pace.bar.close()
+    if run.is_out_of_patience:
+        run.log.say(f"stopped: no better {recipe.best_metric} in the last {recipe.patience} evaluations")
+    return True
 
 
 def is_due(step: int, every: int) -> bool:
@@ -96,72 +98,61 @@ def is_evaluation_due(run: Run) -> bool:
     return is_now and run.progress.evaluated_step != step and bool(run.validation_splits)
 
 
-def take_step(run: Run, pace: Pace) -> bool:
-    """One optimizer step. Whether any rank was asked to stop meanwhile."""
-    recipe, progress, accelerator = run.recipe, run.progress, run.accelerator
+def take_step(run: Run, pace: Pace) -> None:
+    """One optimizer step. AskedToStop after it, if any rank was asked to stop meanwhile."""
+    recipe, progress = run.recipe, run.progress
     started = time.perf_counter()
     step = run.step(progress.step)
-    loss, parts, wants_stop = add_up_gradients(run, step)
-    with run.ranks.waiting_for(f"the gradient's length of step {progress.step + 1}"):  # of which each may have a share
+    loss, shares, is_asked_to_stop = add_up_gradients(run, step)
+    with run.ranks.waiting_for(f"the gradient's length of step {progress.step + 1}"):  # each may hold a part of it
         run.scaler.unscale_(run.optimizer)
-        clipped_from = accelerator.clip_grad_norm_(list(run.weight_names), recipe.max_grad_norm or math.inf)
+        clipped_from = run.accelerator.clip_grad_norm_(list(run.weight_names), recipe.max_grad_norm or math.inf)
         gradient_norm = float(whole(clipped_from))
     rate = learning_rate(progress.step, run.total_steps, recipe)
-    # A scale that was too large shows as an infinite gradient: the scaler leaves that step out, and halves it.
+    # A scale that was too large shows as an infinite gradient: the scaler leaves that step out, and halves the scale.
     if not (run.scaler.is_enabled() and math.isfinite(loss) and run.scaler.get_scale() > 1):
-        check_finite(run, step, parts, loss, gradient_norm, rate)
+        check_finite(run, step, shares, loss, gradient_norm, rate)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
 
-    tokens = step.source_tokens + step.target_tokens
-    progress.step += 1
-    progress.tokens += tokens
-    progress.target_tokens += step.target_tokens
-    progress.nats += loss * step.target_tokens
-    progress.logged_target_tokens += step.target_tokens
-    progress.logged_tokens += tokens
-    progress.logged_padded_tokens += step.padded_tokens
+    progress.add(step, loss)
     work = step.source_tokens * run.work.source + step.target_tokens * run.work.target
-    pace.advance(loss, tokens, work, time.perf_counter() - started)
+    pace.advance(loss, step.source_tokens + step.target_tokens, work, time.perf_counter() - started)
     if is_due(progress.step, recipe.logging_every) or progress.step == run.total_steps:
         log_training(run, rate, gradient_norm, pace)
-    return wants_stop
+    if is_asked_to_stop:
+        raise AskedToStop
 
 
 def add_up_gradients(run: Run, step: StepRows) -> tuple[float, list[torch.Tensor], bool]:
-    """Both passes for all micro-batches of a step: every weight's gradient, the same on all ranks; the loss; this
-    rank's parts of it, one for each micro-batch; and whether any rank was asked to stop, which costs nothing here."""
-    accelerator, parts = run.accelerator, []
+    """Forward and backward passes of all micro-batches of a step. Afterwards every weight has its gradient, the same
+    on all ranks.
+
+    Returns the step's loss, this rank's share of it from each micro-batch, and whether any rank was asked to stop.
+    """
+    accelerator, shares = run.accelerator, []
     for number, batch in enumerate(step.batches, start=1):
-        tensors = run.tensors(run.rows, batch[accelerator.process_index])
+        tensors = run.tensors(batch[accelerator.process_index])
         is_last = number == len(step.batches)  # only then does DDP exchange gradients; FSDP always does
         is_waited = is_last or run.recipe.sharding == "full"
         waits = run.ranks.waiting_for(f"the gradients of step {run.progress.step + 1}") if is_waited else nullcontext()
         with waits, nullcontext() if is_last else accelerator.no_sync(run.objective):
             with run.autocast():
-                part = run.objective(tensors, step.target_tokens)
-            # Each part is a share of the sum over all ranks, but DDP and FSDP take the mean over them.
-            accelerator.backward(run.scaler.scale(part * accelerator.num_processes))
-        parts.append(part.detach())
-    asked = parts[0].new_tensor(float(bool(run.stop.reason)))
+                share = run.objective(tensors, step.target_tokens)
+            # The shares of all ranks add up to the loss, but DDP and FSDP take the mean over the ranks.
+            accelerator.backward(run.scaler.scale(share * accelerator.num_processes))
+        shares.append(share.detach())
+    asked = shares[0].new_tensor(float(bool(run.stop.reason)))
     with run.ranks.waiting_for(f"the loss of step {run.progress.step + 1}"):
-        loss, asked = accelerator.reduce(torch.stack((torch.stack(parts).sum(), asked)), reduction="sum").tolist()
-    return loss, parts, asked > 0
-
-
-def start_profile(run: Run) -> torch.profiler.profile | None:
-    if not run.recipe.profile or not run.accelerator.is_main_process:
-        return None
-    profile = profiler(run.folder / "profile")
-    profile.start()
-    return profile
+        loss, asked = accelerator.reduce(torch.stack((torch.stack(shares).sum(), asked)), reduction="sum").tolist()
+    return loss, shares, asked > 0
 
 
 def learning_rate(step: int, total_steps: int, recipe: TrainRecipe) -> float:
-    """Of the step that comes after `step` others: a function of nothing else, so there is no scheduler to save."""
+    """Of the step that comes after `step` others. It depends on nothing else: there is no scheduler to save."""
     warmup_steps = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * total_steps)
     if step < warmup_steps:
         return recipe.learning_rate * (step + 1) / warmup_steps
@@ -171,34 +162,32 @@ def learning_rate(step: int, total_steps: int, recipe: TrainRecipe) -> float:
 
 
 def check_finite(
-    run: Run, step: StepRows, parts: list[torch.Tensor], loss: float, gradient_norm: float, rate: float
+    run: Run, step: StepRows, shares: list[torch.Tensor], loss: float, gradient_norm: float, rate: float
 ) -> None:
-    """Before the optimizer moves: weights that have seen a NaN are lost. All ranks see the same two numbers."""
+    """NotFiniteError before the optimizer changes the weights. All ranks see the same loss and gradient."""
     if math.isfinite(loss) and math.isfinite(gradient_norm):
         return
     rank = run.accelerator.process_index
     own = [
-        (rank, np.sort(batch[rank]).tolist())
-        for batch, part in zip(step.batches, parts, strict=True)
-        if not torch.isfinite(part) and len(batch[rank])
+        f"rank {rank}, rows {_named(batch[rank])}"
+        for batch, share in zip(step.batches, shares, strict=True)
+        if not torch.isfinite(share) and len(batch[rank])
     ]
-    found = [(rank, rows) for rank, rows in gather_object(own)]
-    where = "; ".join(f"rank {rank}, rows {_named(rows)}" for rank, rows in found)
-    all_rows = np.sort(np.concatenate(sum(step.batches, []))).tolist()
-    where = where or f"one of the rows {_named(all_rows)}, whose losses are finite and whose gradients are not,"
+    all_rows = _named(np.concatenate(sum(step.batches, [])))
+    where = "; ".join(gather_object(own)) or f"one of the rows {all_rows}: losses are finite, gradients are not,"
     kind = "packed/" if run.rows.row_tokens else "train"
     raise NotFiniteError(
         f"at step {run.progress.step + 1} the loss is {loss} and the gradient's length {gradient_norm}, at a learning "
         f"rate of {rate:.1e}\n"
         f"in {where} of {kind} in {run.recipe.data}, counted from 0\n"
-        f"Training stops before the weights move; the checkpoints before are sound. Lower learning_rate or "
+        f"Training stops before the weights change; earlier checkpoints are sound. Lower learning_rate or "
         f"max_grad_norm, or raise warmup_steps; if it comes at step 1, try precision: fp32, and look at these rows."
     )
 
 
-def _named(rows: list[int]) -> str:
+def _named(rows: np.ndarray) -> str:
     more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
-    return ", ".join(map(str, rows[:ROWS_NAMED])) + more
+    return ", ".join(map(str, np.sort(rows)[:ROWS_NAMED].tolist())) + more
 
 
 def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> None:
@@ -225,12 +214,12 @@ def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> Non
 
 
 def evaluate(run: Run) -> bool:
-    """Loss on each validation split, and metrics where asked; whether it is the best evaluation so far. Written when
-    all of it is known: what a stop cuts short is evaluated again."""
+    """Loss on each validation split, and metrics if the recipe has any. True if it is the best evaluation so far.
+    Nothing is written before all of it is known: an evaluation that was stopped begins anew."""
     progress, recipe = run.progress, run.recipe
     figures: dict[str, dict[str, float]] = {}
     samples: list[dict[str, Any]] = []
-    with torch.compiler.set_stance("force_eager"):  # its rows are padded: new shapes without end
+    with torch.compiler.set_stance("force_eager"):  # padded rows have ever new shapes, and each would be compiled
         for split in run.validation_splits:
             figures[split] = {"loss": validation_loss(run, split)}
             if recipe.metrics:
@@ -255,30 +244,28 @@ def evaluate(run: Run) -> bool:
 
 def validation_loss(run: Run, split: str) -> float:
     """Nats per target token over the whole split: the same digits on any number of ranks."""
-    rows = padded_rows(LoadedModel.of(run.model, run.tokenizer), run.prepared.splits[split])
+    rows = padded_rows(run.loaded, run.prepared.splits[split])
     objective = run.accelerator.unwrap_model(run.objective)
-    with (
-        run.autocast(),
-        run.ranks.waiting_for(f"the validation loss after step {run.progress.step}", has_own_work=True),
-    ):
-        losses = row_losses(objective, rows, run.recipe.eval_batch_size, run.accelerator, partial(look_up, run))
+    what = f"the validation loss after step {run.progress.step}"
+    with run.autocast(), run.ranks.waiting_for(what, has_own_work=True):
+        losses = row_losses(objective, rows, run.recipe.eval_batch_size, run.accelerator, partial(check_stop, run))
     nats, target_tokens = losses.sum(axis=0).tolist()
     return nats / target_tokens
 
 
 def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of what the model writes for a sample of a validation split, which is added to `samples`."""
+    """Metrics of what the model generates for some rows of a validation split. The texts are added to `samples`."""
     recipe = run.recipe
     with run.autocast(), run.ranks.waiting_for(f"the metrics after step {run.progress.step}", has_own_work=True):
         evaluation = evaluate_rows(
-            LoadedModel.of(run.model, run.tokenizer),
+            run.loaded,
             run.prepared.splits[split],
             metrics=split_names(recipe.metrics),
             batch_size=recipe.eval_batch_size,
             max_new_tokens=recipe.max_new_tokens,
             limit=recipe.metrics_limit,
             accelerator=run.accelerator,
-            before_each=partial(look_up, run),
+            before_each=partial(check_stop, run),
             objective=run.accelerator.unwrap_model(run.objective),
         )
     samples += [{"step": run.progress.step, "split": split} | row.as_json() for row in evaluation.predictions]
@@ -286,14 +273,10 @@ def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> d
     return {name: value for name, value in evaluation.figures.items() if name not in of_the_loss}
 
 
-class EvaluationStopped(Exception):
-    """Some rank was asked to stop; nothing of this evaluation was written."""
-
-
-def look_up(run: Run) -> None:
-    """Between two batches of an evaluation, on all ranks: EvaluationStopped if any of them was asked to stop."""
+def check_stop(run: Run) -> None:
+    """Called by all ranks between two batches of an evaluation: AskedToStop if any of them was asked to stop."""
     asked = torch.tensor(float(bool(run.stop.reason)), device=run.accelerator.device)
     with run.ranks.waiting_for(f"the evaluation after step {run.progress.step}"):
         asked = run.accelerator.reduce(asked, reduction="sum")
     if asked.item():
-        raise EvaluationStopped
+        raise AskedToStop

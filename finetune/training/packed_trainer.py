@@ -1,4 +1,4 @@
-"""transformers' Seq2SeqTrainer on packed rows, with a loss that is the same however a step is cut.
+"""transformers' Seq2SeqTrainer on packed rows, with a loss that does not depend on how a step is divided.
 
     trainer = PackedSeq2SeqTrainer(
         model,
@@ -10,11 +10,11 @@
     trainer.train()
 
 The loss of an optimizer step is summed over its target tokens and divided by their number, over all micro-batches and
-ranks. Seq2SeqTrainer's is that of no such step for T5, BART, M2M100 and others: they accept `num_items_in_batch` and
-do not use it, so that 8 micro-batches give a loss 8 times too large, whose gradient weighs short batches more.
+ranks. Seq2SeqTrainer does this for some models only: T5, BART, M2M100 and others accept `num_items_in_batch` and do
+not use it, so that 8 micro-batches give a loss 8 times too large, whose gradient gives short batches too much weight.
 
-Everything else is the Trainer's: callbacks, trackers, checkpoints, DeepSpeed, hyper-parameter search, push_to_hub,
-generation in evaluation. `per_device_train_batch_size` counts packed rows, each of which holds several examples.
+All else is the Trainer's: callbacks, trackers, checkpoints, DeepSpeed, hyper-parameter search, push_to_hub, generation
+in evaluation. `per_device_train_batch_size` counts packed rows, each of which holds several examples.
 """
 
 import functools
@@ -36,11 +36,11 @@ from transformers.utils import logging
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing.budgets import choose_budget
 from diptych.data_prep.packing.fill_rows import pack
-from diptych.data_prep.packing.packed_row import Budget, assemble_row
+from diptych.data_prep.packing.packed_row import assemble_row
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
-from diptych.finetune.batches.packed_rows import packed_batch
+from diptych.finetune.batches.packed_rows import PACKED_COLUMNS, packed_batch
 from diptych.finetune.batches.padded_rows import (
     check_rows_fit,
     drop_repeated_start,
@@ -54,20 +54,17 @@ from diptych.finetune.training.feeding import set_attention
 
 logger = logging.get_logger(__name__)
 
-COLUMNS = ("input_ids", "labels", "decoder_start")
-
 
 class PackedSeq2SeqTrainer(Seq2SeqTrainer):
     """
     Args:
         train_dataset, eval_dataset: tokenised rows, a `Dataset` with `input_ids` and `labels` as
-            DataCollatorForSeq2Seq takes them; for training also the folder that `diptych prepare` wrote, whose train
-            rows are packed here.
-            `eval_dataset` may be a dict of several, as the Trainer has it. Evaluation is on padded rows.
+            DataCollatorForSeq2Seq takes them. For training also the folder that `diptych prepare` wrote, whose train
+            rows are packed here. `eval_dataset` may be a dict of several. Evaluation is on padded rows.
         processing_class: the tokenizer, whose padding token is used.
         packed: False trains on padded rows, with the same loss.
         packed_source_tokens, packed_target_tokens: room of a packed row; chosen from the lengths where not given.
-        others: as those of Seq2SeqTrainer. The batches are made here, so that there is no `data_collator`.
+        others: as those of Seq2SeqTrainer, except `data_collator`: the batches are made here.
 
     Raises:
         UserError: rows that the model cannot read, or settings with which the loss would be another one.
@@ -94,7 +91,6 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(padding_id(processing_class), None),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -105,7 +101,8 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
         if model is not None:
             self._make_ready(model)
         base = without_adapter(self.model)
-        self.data_collator.decoder_start_token_id = decoder_start_token(base)
+        ids = padding_id(processing_class), decoder_start_token(base)
+        self.data_collator = functools.partial(collate, pad_token_id=ids[0], decoder_start_token_id=ids[1])
         ready = functools.partial(ready_rows, model=base, tokenizer=processing_class)
         if isinstance(eval_dataset, Mapping):
             self.eval_dataset = {name: ready(split, name) for name, split in eval_dataset.items()}
@@ -115,8 +112,9 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
             self.train_dataset = ready(train_dataset, "train")
             if self._is_packed:
                 seed = args.seed if args.data_seed is None else args.data_seed
-                budget = packed_source_tokens, packed_target_tokens
-                self.train_dataset = PackedExamples.of(self.train_dataset, *budget, seed)
+                self.train_dataset = PackedExamples(
+                    self.train_dataset, packed_source_tokens, packed_target_tokens, seed, *ids
+                )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """With `model_init`, a model for each trial of a search."""
@@ -156,7 +154,7 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[torch.Tensor | None, Any, torch.Tensor | None]:
-        """The loss of a batch is the sum over its target tokens, by whose number `evaluation_loop` divides it."""
+        """The loss of a batch is the sum over its target tokens; `evaluation_loop` divides by their number."""
         if prediction_loss_only:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -179,8 +177,8 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The Trainer's loss is the mean over batches; this one is the mean over target tokens. Rows that accelerate
-        repeats, so that all ranks have as many, count twice in both."""
+        """The loss is the mean over target tokens; the Trainer's is the mean over batches. Rows that accelerate
+        repeats, so that all ranks have equally many, count twice in both."""
         self._evaluated = np.zeros(2, dtype=np.int64)  # batches, target tokens
         found = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         evaluated = torch.tensor(self._evaluated, device=self.args.device)
@@ -190,8 +188,8 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
         return found
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Rows keep what our batches are made of, be it an argument of the model or not."""
-        self._signature_columns = list(COLUMNS)
+        """Rows keep the columns that our batches are made of, whether the model has such an argument or not."""
+        self._signature_columns = [*PACKED_COLUMNS, "decoder_start"]
 
 
 def target_tokens(inputs: Mapping[str, torch.Tensor]) -> int:
@@ -216,7 +214,7 @@ def check_arguments(args: Seq2SeqTrainingArguments, tokenizer: Any, others: Mapp
 
 
 def ready_rows(split: Dataset, name: str, model: PreTrainedModel, tokenizer: Any) -> Dataset:
-    """Checked, without what the decoder starts with anyway, and with no other columns."""
+    """The rows, checked, with no other columns, and without a first label that the decoder starts with anyway."""
     if missing := [column for column in ("input_ids", "labels") if column not in split.column_names]:
         raise UserError(
             f"the {name} rows have no column {missing[0]}; they have {', '.join(split.column_names)}. Tokenise them, "
@@ -228,52 +226,35 @@ def ready_rows(split: Dataset, name: str, model: PreTrainedModel, tokenizer: Any
 
 
 class PackedExamples(torch.utils.data.Dataset):
-    """Packed rows: item k is a list of the examples that stand together in row k."""
+    """Packed rows: item k has the columns of row k, as `assemble_row` makes them."""
 
-    def __init__(self, split: Dataset, rows: Sequence[np.ndarray], budget: Budget):
-        self.split, self.rows, self.budget = split, rows, budget
-
-    @classmethod
-    def of(cls, split: Dataset, source_tokens: int | None, target_tokens: int | None, seed: int) -> "PackedExamples":
+    def __init__(
+        self, split: Dataset, source_tokens: int | None, target_tokens: int | None, seed: int, *token_ids: int
+    ):
         lengths = row_lengths(split)
-        budget = choose_budget(*lengths, source_tokens, target_tokens)
-        return cls(split, pack(*lengths, budget, seed), budget)
+        self.budget = choose_budget(*lengths, source_tokens, target_tokens)
+        self.split, self.rows, self.token_ids = split, pack(*lengths, self.budget, seed), token_ids
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> "PackedExample":
-        return PackedExample(self.split.select(self.rows[place]).to_list(), self.budget)
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        return assemble_row(self.split.select(self.rows[row]).to_list(), self.budget, *self.token_ids)
 
 
-class PackedExample(list):
-    """The examples of one row, and its room."""
-
-    def __init__(self, examples: list[dict[str, Any]], budget: Budget):
-        super().__init__(examples)
-        self.budget = budget
-
-
-class Collator:
-    """Packed rows or padded ones as tensors: batches.py and packed_rows.py show them."""
-
-    def __init__(self, pad_token_id: int, decoder_start_token_id: int | None):
-        self.pad_token_id, self.decoder_start_token_id = pad_token_id, decoder_start_token_id
-
-    def __call__(self, rows: Sequence[PackedExample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = self.pad_token_id, self.decoder_start_token_id
-        if not isinstance(rows[0], PackedExample):
-            return pad_batch(rows, *ids)
-        packed = [assemble_row(row, row.budget, *ids) for row in rows]
-        return packed_batch({name: np.stack([row[name] for row in packed]) for name in packed[0]})
+def collate(
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, decoder_start_token_id: int
+) -> dict[str, torch.Tensor]:
+    """Packed rows as packed_rows.py shows them, or examples as padded_rows.py does."""
+    if "segment_ids" not in rows[0]:
+        return pad_batch(rows, pad_token_id, decoder_start_token_id)
+    return packed_batch({name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
 
 def compute_loss_in_forward(model: PreTrainedModel | nn.Module, label_smoothing: float) -> None:
-    """Called with `num_items_in_batch`, the model computes our loss, packed or padded; without, it is as it was.
-
-    What DDP, FSDP and DeepSpeed wrap must run model and loss in one forward. This instance gets another `forward`, as
-    accelerate gives it one for mixed precision: the Trainer saves, loads and generates with the model as ever.
-    """
+    """Gives this instance another `forward`, as accelerate does for mixed precision. Called with `num_items_in_batch`
+    it computes our loss, packed or padded; otherwise it is the model's own. What DDP, FSDP and DeepSpeed wrap must run
+    model and loss in one forward."""
     objective = Seq2SeqObjective(model, label_smoothing)
     own_forward = model.forward
 

@@ -2,12 +2,12 @@
 
     accelerate launch -m diptych.finetune.train --config recipe.yaml --learning_rate 1e-4
 
-A recipe is read from YAML, single settings are overridden on the command line, and what came out is written to the run
-folder as config.yaml. recipes/ has some to start from.
+A recipe is YAML; settings on the command line go before it. The run folder has the result as config.yaml. recipes/ has
+some to start from.
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,31 +30,30 @@ class TrainRecipe:
     out: str = field(default="", metadata=OUTPUT)
     """Run folder, made if need be. It must be empty unless `resume` is set."""
     tokenizer: str | None = field(default=None, metadata=CHECKPOINT)
-    """Tokenizer saved with the model; the prepared folder's own unless given. Its vocabulary must be the same."""
+    """Tokenizer saved with the model; the prepared folder's unless given. Its vocabulary must be the same."""
     grow_vocabulary: bool = False
     """Allow a tokenizer with more tokens than the model has embedding rows: rows are added, which LoRA trains too."""
     resume: bool | str = False
-    """`true` goes on from the newest sound checkpoint in `out`, from the beginning where there is none yet; the folder
-    of an earlier checkpoint goes back to that one, and moves the later ones to checkpoints/aside."""
+    """`true` goes on from the newest sound checkpoint in `out`, or begins if there is none yet. The folder of an
+    earlier checkpoint goes back to that one, and moves the later ones to checkpoints/aside."""
     seed: int = 0
     """Seed of new weights, the order of rows, and dropout."""
     stages: list[dict[str, Any]] = field(default_factory=list)
-    """Trainings one after the other: [{name: heal, max_steps: 500, data: …}, {name: instruct, epochs: 2}], each the
-    recipe with these settings over it, in `out`/stages/, from the model that the one before it made."""
+    """Trainings one after the other: [{name: heal, max_steps: 500, data: …}, {name: instruct, epochs: 2}]. Each is the
+    recipe with these settings over it, in `out`/stages/, and starts from the model that the one before it made."""
 
     epochs: int | None = field(default=None, metadata={"instead_of": ("max_steps",)})
     """Passes over the training rows. Give this or max_steps; on the command line either replaces a recipe's other."""
     max_steps: int | None = field(default=None, metadata={"instead_of": ("epochs",)})
     """Optimizer steps. Give this or epochs."""
     packed: bool = True
-    """Train on the packed rows of the prepared folder, each of several examples: the same loss and gradients as of the
-    examples alone, at a multiple of the speed. A model of a family that cannot, and a folder that was prepared without
-    packing, train on padded rows, which is said at the start."""
+    """Train on packed rows, which hold several examples each: the same loss and gradients, at a multiple of the speed.
+    If the model's family or the prepared folder has none, training takes padded rows, and says so."""
     batch_size: int = 4
-    """Rows computed together on one rank; of packed rows, each holds several examples. More is faster until memory is
-    full; the result also depends on the two settings that multiply it: gradient_accumulation_steps and the ranks."""
+    """Rows computed together on one rank (a packed row holds several examples). More is faster until memory is full.
+    An optimizer step has batch_size × gradient_accumulation_steps × ranks rows."""
     gradient_accumulation_steps: int = 1
-    """Batches whose gradients are added up before the optimizer moves: a larger batch in the memory of a small one."""
+    """Batches whose gradients are added up before an optimizer step: a larger batch in the memory of a small one."""
     group_by_length: bool = True
     """Padded rows: put those of like length into the same batch, for less padding, in a slightly less random order.
     Packed rows are all of one length."""
@@ -68,8 +67,8 @@ class TrainRecipe:
     warmup_ratio: float = field(default=0.0, metadata={"instead_of": ("warmup_steps",)})
     """The same as a share of all steps, 0 to 1."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW: how slowly the means of the gradient and of its square change. From scratch, a second of 0.95 to 0.98 is
-    steadier."""
+    """AdamW: how slowly the means of the gradient and of its square change. From scratch, 0.95 to 0.98 as the second
+    is steadier."""
     epsilon: float = 1e-8
     """AdamW: added to the root of the second mean."""
     weight_decay: float = 0.01
@@ -82,40 +81,40 @@ class TrainRecipe:
     """Weight of the squared logarithm of the softmax's denominator (PaLM: 1e-4), which keeps logits from drifting."""
 
     trainable: Literal["all", "cross_attention"] = "all"
-    """cross_attention: warm up fresh cross-attention alone, all else as it is, which a pair with the separate hinge
-    wants before anything. With `patience` it ends by itself, when the validation loss no longer falls."""
+    """cross_attention: only cross-attention is trained, all other weights are frozen: the first stage for a pair with
+    the separate hinge. `patience` ends it when the validation loss no longer falls."""
     open_encoder_steps: int = 0
-    """Let a Diptych's encoder begin causal, as the LLM that it was made of, and open it to the whole source over so
-    many steps: at step s of n, a token sees s/n of the longest row ahead."""
+    """Let a Diptych's encoder begin causal, like the LLM that it was made of, and open it gradually over so many
+    steps: at step s of n, a token sees s/n of the longest row ahead."""
     teacher: str | None = field(default=None, metadata=CHECKPOINT)
-    """Folder or Hub id of a model with the same tokenizer, decoder-only (the LLM that a pair was made of) or an
-    encoder-decoder, whose predictions are learned beside the targets (distillation, arXiv 1503.02531)."""
+    """Folder or Hub id of a model with the same tokenizer, whose predictions are learned beside the targets
+    (distillation, arXiv 1503.02531): an encoder-decoder, or decoder-only, such as the LLM that a pair was made of."""
     distill_weight: float = 0.5
-    """With a teacher: the share of its predictions in the loss; the targets have the rest."""
+    """With a teacher: the share of its predictions in the loss, 0 to 1. The targets have the rest."""
     distill_temperature: float = 1.0
     """With a teacher: both predictions are flattened by it, so that unlikely words count for more."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto` measures (50 ms) and takes the
-    faster of bf16 and fp32; config.yaml has which, and a run keeps it when it is resumed. fp16, with a scaled loss, is
-    for GPUs without bf16; T5, mT5, UMT5 and T5Gemma overflow in it and refuse."""
+    faster of bf16 and fp32; a resumed run keeps it. fp16, with a scaled loss, is for GPUs without bf16; T5, mT5, UMT5
+    and T5Gemma overflow in it and are refused."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "varlen"] = "auto"
     """How attention is computed. `varlen` computes nothing between examples of a packed row: flash attention on a GPU,
-    segment by segment on a CPU. `auto` takes it where the family and the device can, else what the model prefers."""
+    segment by segment on a CPU. `auto` takes it if family and device can, else what the model prefers."""
     sharding: Literal["none", "full"] = "none"
-    """What each of several ranks holds. none: the whole model, which is fastest where it fits. full: its share of
-    weights, gradients and optimizer (FSDP2), for models that do not: 16 bytes a weight, divided by the ranks."""
+    """What each of several ranks holds. none: the whole model, which is fastest if it fits. full: its share of
+    weights, gradients and optimizer (FSDP2): 16 bytes a weight, divided by the ranks."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: about a third slower, a fraction of the memory."""
+    """Compute activations again in the backward pass: about a third slower, with a fraction of the memory."""
     compile: bool = False
-    """torch.compile each layer: up to minutes at the start, faster steps on a GPU, none on a CPU. Packed rows have one
-    shape, so that the first step compiles everything; padded rows are compiled again for new shapes."""
+    """torch.compile each layer: up to minutes at the start, then faster steps on a GPU, but not on a CPU. Packed rows
+    compile once; padded rows are compiled again for new shapes."""
 
     method: Literal["full", "lora"] = "full"
     """Train all weights, or LoRA adapters (arXiv 2106.09685) on a frozen checkpoint."""
     lora_variant: Literal["lora", "rslora", "dora", "pissa", "olora"] = "lora"
-    """rslora: a scale that suits high ranks. dora: direction and length of each weight apart, slower, often better at
-    low ranks. pissa, olora: begin with the main part of the base in the adapter, for a faster start; saved as a plain
+    """rslora: a scale that suits high ranks. dora: direction and length of each weight apart; slower, often better at
+    low ranks. pissa, olora: the adapter begins with the main part of the base, for a faster start; saved as a plain
     adapter of twice the rank."""
     lora_rank: int = 16
     """Rank of each adapter; its size in memory and on disk is proportional."""
@@ -130,10 +129,10 @@ class TrainRecipe:
     MISS, OFT, VERA. Of LoRA's own: rank_pattern, alpha_pattern, exclude_modules."""
     quantize: Literal["none", "4bit"] = "none"
     """4bit: QLoRA (arXiv 2305.14314), the frozen base in 4 bits (nf4) on a CUDA GPU, by bitsandbytes: a fifth of the
-    memory. The adapter is loaded onto the base as it was, and merged into that."""
+    memory. The adapter is later loaded onto, and merged into, the base in its own precision."""
     lora_embeddings: bool = False
     """Train the embedding tables and the head beside the adapters, in full: for a language the model hardly knows.
-    Such an adapter, like one with new tokens, shares its base with no other: `diptych merge` it before."""
+    Such an adapter, like one with new tokens, cannot be loaded beside others: `diptych merge` it first."""
 
     eval_every: int | None = None
     """Steps between evaluations on the validation sets; once an epoch unless given. There is one at the end, too."""
@@ -141,16 +140,15 @@ class TrainRecipe:
     """Examples computed together in evaluation, on one rank, padded."""
     metrics: str = ""
     """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf,
-    superni_rougeL, token_error_rate (of words or phonemes between spaces). They take longer than the loss; the outputs
-    are kept in samples.jsonl."""
+    superni_rougeL, token_error_rate (of words or phonemes between spaces). The outputs are kept in samples.jsonl."""
     metrics_limit: int = 100
-    """Rows of each validation set that are generated for them, drawn from everywhere, the same ones each time."""
+    """Rows of each validation set that are generated for the metrics, the same ones each time."""
     max_new_tokens: int | None = None
     """No generated output gets longer than this; a quarter more than the longest target unless given."""
     best_metric: str = "loss"
     """What decides which checkpoint is best: loss, or with `metrics` any of their figures (exact_match, rougeL, chrf
-    …), exact_match_rows, or unfinished. Of loss, unfinished and token_error_rate less is better. Of several validation
-    sets it is the mean, each counting the same, or that of one: medical/chrf, news/loss."""
+    …), exact_match_rows, or unfinished. Of several validation sets it is the mean, each counting the same, or that of
+    one: medical/chrf, news/loss."""
     patience: int = 0
     """Evaluations without a better best_metric after which training stops early; 0 never."""
 
@@ -163,12 +161,12 @@ class TrainRecipe:
     logging_every: int = 10
     """Steps between log lines."""
     rank_timeout: float = 1800.0
-    """Seconds that a rank waits for the others, before the run ends with exit code 6. Longer than it takes to write a
-    checkpoint, which one rank does while the others wait."""
+    """Seconds that a rank waits for the others before the run ends with exit code 6. It must be longer than writing a
+    checkpoint takes, which one rank does while the others wait."""
     debug: bool = False
     """Show the traceback under an error message."""
     profile: bool = False
-    """Look at three steps with torch.profiler: profile/trace.json (a chrome trace) and profile/table.txt."""
+    """Record three steps with torch.profiler: profile/trace.json (a chrome trace) and profile/table.txt."""
     trackers: str = ""
     """Experiment trackers, separated by commas: those that accelerate knows and that are installed (tensorboard …)."""
 
@@ -186,33 +184,25 @@ class TrainRecipe:
         if not self.stages and (self.epochs is None) == (self.max_steps is None):
             given = "neither was" if self.epochs is None else "both were"
             raise UserError(f"training lasts for epochs or for max_steps, but {given} given. Give one of them.")
-        for name in AT_LEAST_ONE:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        for name in AT_LEAST_ZERO:
-            if not getattr(self, name) >= 0:  # NaN is not either
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in BELOW_ONE:
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below 1.")
+        for allowed, (is_allowed, names) in RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not is_allowed(value):
+                    raise UserError(f"{name} is {value}; it must be {allowed}.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas are {list(self.betas)}; both must be 0 or more and below 1.")
-        for name in ABOVE_ZERO:
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0.")
         if self.warmup_steps and self.warmup_ratio:
             raise UserError("warmup_steps and warmup_ratio are both given. Keep one of them.")
         self._check_adapter()
-        if not 0 <= self.distill_weight <= 1:
-            raise UserError(f"distill_weight is {self.distill_weight}; it is a share, 0 to 1.")
         if self.teacher and self.label_smoothing:
             raise UserError(
-                "label_smoothing is given beside a teacher, which says already what else is likely. Drop one."
+                "label_smoothing is given beside a teacher, whose predictions smooth the targets already. Drop one."
             )
         if self.trainable != "all" and self.method != "full":
             raise UserError(f"trainable is {self.trainable}, but method is {self.method}. Set method: full.")
         if self.metrics:
-            from diptych.finetune.evaluating.metrics import check_metric_names  # the libraries of metrics take seconds
+            # imported here, since the libraries of metrics take seconds
+            from diptych.finetune.evaluating.metrics import check_metric_names
 
             check_metric_names(split_names(self.metrics))
         if self.best_metric.rpartition("/")[2] != "loss" and not self.metrics:
@@ -222,17 +212,19 @@ class TrainRecipe:
             )
 
     def _check_adapter(self) -> None:
-        """No setting of an adapter is given for nothing."""
-        changed = [setting.name for setting in fields(self) if getattr(self, setting.name) != _default(setting)]
-        if self.method == "full":
-            of_adapters = [name for name in ("lora_variant", "peft_config", "quantize") if name in changed]
-            if of_adapters:
-                raise UserError(f"{of_adapters[0]} is given, but method is full. Set method: lora, or leave it out.")
+        """UserError for a setting of an adapter that would have no effect, or that contradicts another."""
+
+        def changed(*names: str) -> list[str]:
+            return [name for name in names if getattr(self, name) != getattr(TrainRecipe, name, {})]
+
+        given = changed("lora_variant", "peft_config", "quantize")
+        if self.method == "full" and given:
+            raise UserError(f"{given[0]} is given, but method is full. Set method: lora, or leave it out.")
         method = self.peft_config.get("peft_type", "LORA")
-        of_lora = [name for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_variant") if name in changed]
-        if method != "LORA" and of_lora:
+        given = changed("lora_rank", "lora_alpha", "lora_dropout", "lora_variant")
+        if method != "LORA" and given:
             raise UserError(
-                f"{of_lora[0]} is given, but peft_config.peft_type is {method}, which takes its settings from "
+                f"{given[0]} is given, but peft_config.peft_type is {method}, which takes its settings from "
                 f"peft_config alone. Leave one of them out."
             )
         if self.quantize != "none" and self.sharding != "none":
@@ -247,51 +239,29 @@ class TrainRecipe:
             )
 
 
-def _default(setting: Field) -> Any:
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+RANGES = {
+    "1 or more": (
+        lambda value: value >= 1,
+        "epochs max_steps batch_size gradient_accumulation_steps lora_rank eval_every eval_batch_size metrics_limit "
+        "max_new_tokens save_every keep_last logging_every",
+    ),
+    "0 or more": (  # NaN is not
+        lambda value: value >= 0,
+        "seed warmup_steps weight_decay max_grad_norm lora_alpha patience z_loss open_encoder_steps",
+    ),
+    "above 0": (lambda value: value > 0, "learning_rate epsilon rank_timeout distill_temperature"),
+    "0 or more and below 1": (lambda value: 0 <= value < 1, "warmup_ratio label_smoothing lora_dropout"),
+    "0 to 1": (lambda value: 0 <= value <= 1, "distill_weight"),
+}
 
-
-AT_LEAST_ONE = [
-    "epochs",
-    "max_steps",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "lora_rank",
-    "eval_every",
-    "eval_batch_size",
-] + ["metrics_limit", "max_new_tokens", "save_every", "keep_last", "logging_every"]
-AT_LEAST_ZERO = ["seed", "warmup_steps", "weight_decay", "max_grad_norm", "lora_alpha", "patience", "z_loss"] + [
-    "open_encoder_steps"
-]
-ABOVE_ZERO = ["learning_rate", "epsilon", "rank_timeout", "distill_temperature"]
-BELOW_ONE = ["warmup_ratio", "label_smoothing", "lora_dropout"]
-
-# A resumed run that changed one of these would be another run: they must be as they were.
-FIXED_IN_A_RUN = [
-    "model",
-    "model_overrides",
-    "grow_vocabulary",
-    "seed",
-    "packed",
-    "group_by_length",
-    "precision",
-    "method",
-    "lora_variant",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "lora_embeddings",
-    "peft_config",
-    "quantize",
-    "trainable",
-    "open_encoder_steps",
-    "teacher",
-    "distill_weight",
-    "distill_temperature",
-    "best_metric",
-]
-# And these have no part in what is computed.
-FREE_IN_A_RUN = ["data", "out", "resume", "tokenizer", "trackers", "profile", "rank_timeout", "debug"]
+FIXED_IN_A_RUN = (
+    "model model_overrides grow_vocabulary seed packed group_by_length precision method lora_variant lora_rank "
+    "lora_alpha lora_targets lora_embeddings peft_config quantize trainable open_encoder_steps teacher distill_weight "
+    "distill_temperature best_metric"
+).split()
+"""A resumed run in which one of these is another value would be another run."""
+FREE_IN_A_RUN = "data out resume tokenizer trackers profile rank_timeout debug".split()
+"""These do not change what is computed."""
 
 
 def split_names(names: str) -> list[str]:

@@ -1,54 +1,57 @@
-"""Whether a run may begin, or go on, in a folder; and from where.
+"""Whether a run may begin, or be resumed, in a folder; and from which checkpoint.
 
-    saved = choose_checkpoint(recipe, folder)     the checkpoint to go on from; None for a run that begins
-    check_same_run(recipe, folder, before, now)   what decides the rows and weights of a step is as it was
+    saved = choose_checkpoint(recipe, folder)     the checkpoint to resume from; None for a run that begins
+    state = saved_state(recipe, saved, facts)     its progress, if it is a checkpoint of this very run
 
-Nothing begins anew in silence, and a run that goes on is the run that it was: what has changed is listed, key by key.
+A run is the same run if the settings of its config.yaml that are FIXED_IN_A_RUN, and the facts in its checkpoint's
+state.json, are as they were. Otherwise it is refused, and each difference is named.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 import yaml
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import BatchOrder, Prepared
 from diptych.finetune.commands.exits import CheckpointError, is_main_rank
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing
 from diptych.finetune.training.recipe import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
+from diptych.finetune.training.run import Progress
 
 
 def choose_checkpoint(recipe: TrainRecipe, folder: Path) -> Path | None:
-    """UserError where the folder is taken by another run, or by something else; CheckpointError where its checkpoints
-    are, or the one that was named is, damaged."""
-    is_empty = holds_nothing(folder)
-    if is_empty and not isinstance(recipe.resume, str):
+    """UserError if the folder holds another run or something else; CheckpointError if its checkpoints, or the one that
+    was named, are damaged."""
+    if holds_nothing(folder) and not isinstance(recipe.resume, str):
         return None
-    if not recipe.resume:
-        raise UserError(f"{folder} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
-    compare_recipes(recipe, folder)
+    check_resumes(recipe, folder)
+    check_settings(recipe, folder)
     place = folder / "checkpoints"
     if isinstance(recipe.resume, str):
         chosen = Path(recipe.resume)
         checkpoints.check_checkpoint(chosen)
         if chosen.resolve().parent != place.resolve():
             raise UserError(f"{chosen} is no checkpoint of the run in {folder}. Name one of {place}.")
-        _say([])
         return chosen
     found = checkpoints.latest_checkpoint(place)
-    _say([f"passed over {fault}" for fault in found.passed_over])
+    for fault in found.passed_over:
+        _say(f"passed over {fault}")
     return found.path
 
 
-def take_back(recipe: TrainRecipe, folder: Path, saved: Path) -> None:
-    """Later checkpoints than the one that was named would be taken for this run's."""
-    moved = checkpoints.set_aside(folder / "checkpoints", checkpoints.checkpoint_step(saved))
-    if moved and isinstance(recipe.resume, str):
-        _say([f"goes back to {saved.name}: {len(moved)} later checkpoints are in {moved[0].parent}"])
+def check_resumes(recipe: TrainRecipe, folder: Path) -> None:
+    """UserError unless the folder, which is not empty, has a run, and the recipe resumes it."""
+    if not recipe.resume:
+        raise UserError(f"{folder} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
 
 
 def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
@@ -56,18 +59,9 @@ def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
     return asdict(recipe) | {"betas": list(recipe.betas), "resume": False}
 
 
-def as_it_began(recipe: TrainRecipe) -> TrainRecipe:
-    """The recipe; where it resumes a run, `auto` is the precision that this run began with, on whatever machine."""
-    if recipe.precision != "auto" or not recipe.resume or not (Path(recipe.out) / CONFIG).is_file():
-        return recipe
-    return replace(recipe, precision=recipe_of(Path(recipe.out)).get("precision", "auto"))
-
-
-def recipe_of(folder: Path) -> dict[str, Any]:
-    """What config.yaml of a run's folder holds: its recipe, as it was resolved. UserError where there is none."""
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The recipe in config.yaml of a run's folder, with nothing left at auto. UserError if it is no recipe."""
     config = folder / CONFIG
-    if not config.is_file():
-        raise UserError(f"{folder} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
     try:
         found = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -77,61 +71,42 @@ def recipe_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def compare_recipes(recipe: TrainRecipe, folder: Path) -> None:
-    """UserError where the run in the folder is another one."""
-    now, before = _now_and_before(recipe, folder)
-    different = [name for name in FIXED_IN_A_RUN if before[name] != now[name]]
-    if different:
-        raise UserError(
-            f"this is not the run in {folder}:\n{_changes(before, now, different)}\n"
-            f"A run goes on as it began: set this back, or begin anew in another folder."
-        )
+def with_its_precision(recipe: TrainRecipe) -> TrainRecipe:
+    """If the recipe resumes a run, `auto` becomes the precision that this run began with, on whatever machine."""
+    folder = Path(recipe.out)
+    if recipe.precision != "auto" or not recipe.resume or not (folder / CONFIG).is_file():
+        return recipe
+    return replace(recipe, precision=settings_of(folder).get("precision", "auto"))
+
+
+def check_settings(recipe: TrainRecipe, folder: Path) -> None:
+    """UserError if the run in the folder was begun with other settings."""
+    before = to_yaml(recipe) | settings_of(folder)  # a setting that is younger than the run counts as unchanged
+    _check_unchanged(str(folder), before, to_yaml(recipe), FIXED_IN_A_RUN)
 
 
 def say_changes(recipe: TrainRecipe, folder: Path) -> None:
-    """What the recipe has changed of the run in the folder, once it is known that the run may go on so."""
-    now, before = _now_and_before(recipe, folder)
-    changed = [name for name in now if before[name] != now[name] and name not in FREE_IN_A_RUN]
-    if changed:
-        _say([f"changed for the rest of the run: {_changes(before, now, changed)}"])
-
-
-def _now_and_before(recipe: TrainRecipe, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Prints the settings that may change in a run and have."""
     now = to_yaml(recipe)
-    return now, now | recipe_of(folder)  # a setting that is younger than the run is as it is now
+    if changes := _changes(now | settings_of(folder), now, now.keys() - FREE_IN_A_RUN):
+        _say(f"changed for the rest of the run: {changes}")
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any], names: list[str]) -> str:
-    return ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in names)
-
-
-def run_facts(prepared: Prepared, order: BatchOrder, base_hash: str) -> dict[str, Any]:
-    """What decides which rows a step has, and which weights they meet, beside the recipe."""
+def facts_of(
+    prepared: Prepared, order: BatchOrder, model: PreTrainedModel | PeftModel
+) -> dict[str, str | int | bool | None]:
+    """What decides, beside the recipe, which rows a step has, and which weights they meet."""
     return {
         "data, template or tokenizer": prepared.fingerprint,
         "rows in a step (batch_size × ranks × gradient_accumulation_steps)": order.rows_per_step,
         "rows together (batch_size × ranks)": order.rows_per_batch * order.ranks if order.group_by_length else None,
         "packed rows": order.row_tokens is not None,
-        "weights of the base model": base_hash,
+        "weights of the base model": frozen_hash(model) if isinstance(model, PeftModel) else "",
     }
 
 
-def check_same_run(recipe: TrainRecipe, saved: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if not isinstance(before, dict) or before.keys() != now.keys():
-        raise CheckpointError(
-            f"{saved / 'state.json'} is of another version of Diptych: it says {sorted(map(str, before))[:3]} … of its"
-            f" run. Go on with the version that wrote it."
-        )
-    different = [name for name in now if before[name] != now[name]]
-    if different:
-        raise UserError(
-            f"this is not the run of {saved}, with {recipe.data}:\n{_changes(before, now, different)}\n"
-            f"Set this back, or begin anew in another folder. (Ranks may change if batch_size changes with them.)"
-        )
-
-
-def weights_hash(model: PreTrainedModel) -> str:
-    """Of a frozen base, whose weights are in no checkpoint: an adapter means nothing on another one."""
+def frozen_hash(model: PeftModel) -> str:
+    """Of an adapter's base: its weights are in no checkpoint, and the adapter fits no other ones."""
     digest = xxhash.xxh3_128()
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     for name, weight in sorted(frozen):
@@ -140,7 +115,58 @@ def weights_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _say(lines: list[str]) -> None:
+class SavedState(NamedTuple):
+    """What state.json of a checkpoint holds beside the facts of its run."""
+
+    progress: Progress
+    written: dict[str, int]
+    scaler: dict[str, Any]
+
+
+def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) -> SavedState:
+    """Of the checkpoint to resume from, or of a run that begins. CheckpointError if state.json holds something else;
+    UserError if it is of a run with other facts."""
+    if saved is None:
+        return SavedState(Progress(), {}, {})
+    file = saved / "state.json"
+    try:
+        state = whole_folders.read_json(file)
+        before, written, scaler = dict(state["run"]), dict(state["written"]), dict(state["scaler"])
+        progress = Progress(**state["progress"])
+        if missing := asdict(progress).keys() - state["progress"].keys():
+            raise KeyError(*missing)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{file} is not the state of a run: {error!r}") from error
+    if before.keys() != facts.keys():
+        raise CheckpointError(
+            f"{file} is of another version of Diptych: it says {sorted(map(str, before))[:3]} … of its run. Go on "
+            f"with the version that wrote it."
+        )
+    _check_unchanged(f"{saved}, with {recipe.data}", before, facts, facts)
+    return SavedState(progress, written, scaler)
+
+
+def take_back(recipe: TrainRecipe, folder: Path, saved: Path) -> None:
+    """Moves away checkpoints that are later than the one that was named: they would be taken for this run's."""
+    moved = checkpoints.set_aside(folder / "checkpoints", checkpoints.checkpoint_step(saved))
+    if moved and isinstance(recipe.resume, str):
+        _say(f"goes back to {saved.name}: {len(moved)} later checkpoints are in {moved[0].parent}")
+
+
+def _check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any], names: Collection[str]) -> None:
+    if changes := _changes(before, now, names):
+        raise UserError(
+            f"this is not the run in {where}:\n{changes}\n"
+            f"A run goes on as it began: set this back, or begin anew in another folder. (The number of ranks may "
+            f"change if batch_size changes with it.)"
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], names: Collection[str]) -> str:
+    changed = [name for name in now if name in names and before[name] != now[name]]
+    return ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed)
+
+
+def _say(line: str) -> None:
     if is_main_rank():
-        for line in lines:
-            print(line, flush=True)
+        print(line, flush=True)

@@ -1,8 +1,8 @@
-"""What a run commits: a checkpoint at a step, and the finished model at the end. All ranks call; the main one writes.
+"""Writing and reading a run's checkpoints, and its finished model. All ranks call; the main one writes.
 
-save_checkpoint(run)      run/checkpoints/step-000200, whole or not there, read back before an older one goes
-write_final(run)          run/final, a copy of the best checkpoint's model, or of the last one's
+save_checkpoint(run)      run/checkpoints/step-000200, written whole or not at all
 restore(run, saved)       optimizer and random states of a checkpoint, whose weights are in the model already
+write_final(run)          run/final, a copy of the best checkpoint's model, or of the last one's
 """
 
 from dataclasses import asdict
@@ -13,20 +13,20 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.finetune.commands.exits import CheckpointError
 from diptych.finetune.model.adapters import adapter_weights, save_adapter
 from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.run_files.loss_plot import plot_loss
-from diptych.finetune.training.resuming import run_facts
-from diptych.finetune.training.set_up import Run
+from diptych.finetune.training.run import Run
 
 ROOM = 1.05
-"""Times the tensors' own bytes: tokenizer, configs, random states, and what the file system wants for itself."""
+"""Times the tensors' own bytes: tokenizer, configs, random states, and the file system's own needs."""
 SMALL_FILES = 2**24
 
 
 def save_checkpoint(run: Run) -> None:
-    """Where there is one of this step already (it was written when a run stopped before its evaluation), that stays:
-    the weights are the same."""
+    """A sound checkpoint of this step stays: it was written when the run stopped before its evaluation, and the
+    weights are the same."""
     progress, folder = run.progress, run.checkpoints
     path = checkpoints.checkpoint_path(folder, progress.step)
     with run.ranks.waiting_for(f"the checkpoint of step {progress.step}"):
@@ -34,13 +34,23 @@ def save_checkpoint(run: Run) -> None:
         is_writer = run.accelerator.is_main_process
         weights = model_tensors(run.model, keep=is_writer)
         states = checkpoints.optimizer_tensors(run.optimizer, run.weight_names, keep=is_writer)
+
+        def write(partial: Path) -> None:
+            save_model(run.model, run.loaded.tokenizer, partial / "model", weights)
+            checkpoints.save_tensors(partial / "optimizer.safetensors", states)
+            whole_folders.write_json(partial / "rng.json", random_states)
+            state = {
+                "progress": asdict(progress),
+                "run": run.facts,
+                "written": run.log.bytes_written(),
+                "scaler": run.scaler.state_dict(),
+            }
+            whole_folders.write_json(partial / "state.json", state)
+
         if is_writer:
             if not path.is_dir() or whole_folders.fault_of(path):
-                checkpoints.write_checkpoint(
-                    path,
-                    lambda partial: _write(run, partial, weights, states, random_states),
-                    bytes_needed=int(ROOM * (_bytes(weights) + _bytes(states))) + SMALL_FILES,
-                )
+                bytes_needed = int(ROOM * (_bytes(weights) + _bytes(states))) + SMALL_FILES
+                checkpoints.write_checkpoint(path, write, bytes_needed)
             if progress.best_step is not None:
                 checkpoints.mark_best(folder, progress.best_step, run.recipe.best_metric, progress.best)
             checkpoints.prune_checkpoints(folder, run.recipe.keep_last)
@@ -48,40 +58,35 @@ def save_checkpoint(run: Run) -> None:
         run.accelerator.wait_for_everyone()
 
 
-def _write(
-    run: Run,
-    partial: Path,
-    weights: dict[str, torch.Tensor],
-    states: dict[str, torch.Tensor],
-    random_states: list[dict],
-) -> None:
-    save_model(run.model, run.tokenizer, partial / "model", weights)
-    checkpoints.save_tensors(partial / "optimizer.safetensors", states)
-    whole_folders.write_json(partial / "rng.json", random_states)
-    state = {
-        "progress": asdict(run.progress),
-        "run": run_facts(run.prepared, run.order, run.base_hash),
-        "written": run.log.bytes_written(),
-        "scaler": run.scaler.state_dict(),
-    }
-    whole_folders.write_json(partial / "state.json", state)
-
-
 def _bytes(tensors: dict[str, torch.Tensor]) -> int:
-    """What is tied counts once."""
+    """Tied tensors count once."""
     sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors.values()}
     return sum(sizes.values())
 
 
+def restore(run: Run, saved: Path) -> None:
+    """Optimizer and random states."""
+    checkpoints.load_optimizer(saved / "optimizer.safetensors", run.optimizer, run.weight_names)
+    random_states = whole_folders.read_json(saved / "rng.json")
+    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    try:
+        if rank < len(random_states):
+            checkpoints.restore_random_states(random_states[rank])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{saved / 'rng.json'} holds no random states of rank {rank}: {error!r}") from error
+    if ranks != len(random_states):
+        run.log.say(f"{len(random_states)} ranks before, {ranks} now: dropout will differ")
+
+
 def model_tensors(model: PreTrainedModel | PeftModel, keep: bool = True) -> dict[str, torch.Tensor]:
-    """What is saved of a model, whole and on the CPU: of an adapted one what the adapter adds. What was tied still
-    shares its memory, by which save_pretrained knows it. `keep`: see checkpoint.whole."""
+    """The tensors that are saved, whole and on the CPU: all of a model's; of an adapted model, the adapter's. Tied
+    ones still share their memory, by which save_pretrained knows them. `keep`: see checkpoints.whole."""
     tensors = adapter_weights(model) if isinstance(model, PeftModel) else model.state_dict(keep_vars=True)
-    put_together: dict[int, torch.Tensor] = {}
+    whole: dict[int, torch.Tensor] = {}
     for tensor in tensors.values():
-        if id(tensor) not in put_together:
-            put_together[id(tensor)] = checkpoints.whole(tensor, keep)
-    return {name: put_together[id(tensor)] for name, tensor in tensors.items()}
+        if id(tensor) not in whole:
+            whole[id(tensor)] = checkpoints.whole(tensor, keep)
+    return {name: whole[id(tensor)] for name, tensor in tensors.items()}
 
 
 def save_model(
@@ -90,7 +95,7 @@ def save_model(
     folder: Path,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """`weights` are those of `model_tensors`, if they have been put together already."""
+    """`weights` are those of `model_tensors`, if they are at hand already."""
     weights = weights or model_tensors(model)
     if isinstance(model, PeftModel):
         save_adapter(model, folder, weights)

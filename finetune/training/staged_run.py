@@ -10,14 +10,13 @@
              stages/2-heal/  stages/3-instruct/
              final/                             the last one's
 
-A stage is the recipe with its own settings over it. It is trained by the same loop, with an optimizer and a schedule
-of its own, so that a run which is killed goes on as any run does: stages that have ended are passed over, the one that
-was cut goes on, and the end is the same to the bit.
+A stage is the recipe with its own settings over it, trained by the same loop with an optimizer and a schedule of its
+own. When the run is resumed, stages that have ended are skipped, and the one that was cut is resumed, bit for bit.
 """
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,71 +30,77 @@ from diptych.finetune.run_files.run_folder import CONFIG, STAGES, Status, claime
 from diptych.finetune.training.recipe import TrainRecipe
 
 OF_THE_WHOLE = ("out", "resume", "stages", "model", "model_overrides", "debug")
-"""Settings that a stage cannot have: its model is what the stage before it made."""
+"""Settings that a stage cannot have. Its model is the one that the stage before it made."""
 
 
 def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
-    """DONE, or STOPPED where `stop` asked for it. UserError before anything is written for stages that cannot be."""
+    """DONE, or STOPPED if `stop` asked for it. Stages that cannot be are a UserError before anything is written."""
     stages = list(stage_recipes(recipe))
-    if is_main_rank():  # the others may be so late that they find what it has written already
-        _check_folder(recipe)
-    out = Path(recipe.out)
-    from diptych.finetune.run_files import whole_folders  # torch takes seconds; mistakes are told before
+    if isinstance(recipe.resume, str):
+        raise UserError(
+            "resume names a checkpoint, and the run has stages. Give true, or train the stage's own recipe."
+        )
+    # torch takes seconds to import: mistakes in the stages are told before
+    from diptych.finetune.run_files import whole_folders
     from diptych.finetune.training.loop import run
-    from diptych.finetune.training.resuming import as_it_began, compare_recipes, recipe_of, say_changes, to_yaml
+    from diptych.finetune.training.resuming import (
+        check_resumes,
+        check_settings,
+        say_changes,
+        settings_of,
+        to_yaml,
+        with_its_precision,
+    )
 
-    if is_main_rank():
+    out = Path(recipe.out)
+    if is_main_rank():  # another rank may come so late that it finds what this one has written
+        if not holds_nothing(out):
+            check_resumes(recipe, out)
         whole_folders.write_text(out / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
     status.begin()
     if not all(_has_ended(Path(stage.out)) for _, stage in stages):
         whole_folders.check_own(out / "final")
-    auto = "auto"  # what it became in the first stage that has it: later stages take the same
+    measured = "auto"  # the precision that the first stage with `auto` measured; later ones take the same
     for number, (name, stage) in enumerate(stages, start=1):
         status.update(stage=name)
-        folder = Path(stage.out)
-        is_auto = stage.precision == "auto"
-        stage = as_it_began(stage)
-        stage = replace(stage, precision=auto) if stage.precision == "auto" else stage
+        folder, is_auto = Path(stage.out), stage.precision == "auto"
+        if is_auto:
+            stage = with_its_precision(replace(stage, precision=measured))
         if _has_ended(folder):
-            compare_recipes(stage, folder)
+            check_settings(stage, folder)
             say_changes(stage, folder)
-            auto = stage.precision if is_auto else auto
-            continue
-        if is_main_rank():
-            print(f"stage {number} of {len(stages)}: {name}", flush=True)
-        stop.begin_stage(name)
-        with claimed(folder, bool(stage.resume)) as own:
-            code = run(stage, stop, own, is_last=number == len(stages))
-            own.end(code)
-        if code == STOPPED:
-            return STOPPED
-        auto = recipe_of(folder)["precision"] if is_auto else auto
+        else:
+            if is_main_rank():
+                print(f"stage {number} of {len(stages)}: {name}", flush=True)
+            stop.begin_stage(name)
+            with claimed(folder, bool(stage.resume)) as own:
+                code = run(stage, stop, own, is_last=number == len(stages))
+                own.end(code)
+            if code == STOPPED:
+                return STOPPED
+        measured = settings_of(folder)["precision"] if is_auto else measured
     if is_main_rank():
-        whole_folders.copy_folder(Path(stages[-1][1].out) / "final", out / "final")
-        print(f"final model: {out / 'final'}, of stage {stages[-1][0]}", flush=True)
+        whole_folders.copy_folder(folder / "final", out / "final")
+        print(f"final model: {out / 'final'}, of stage {name}", flush=True)
     return DONE
 
 
 def stage_recipes(recipe: TrainRecipe) -> Iterator[tuple[str, TrainRecipe]]:
     """The name of each stage, and its recipe, checked as any recipe is."""
-    from diptych.finetune.training.resuming import to_yaml
-
-    common = to_yaml(recipe) | {"stages": []}
+    common = asdict(recipe) | {"betas": list(recipe.betas), "stages": []}
     model, names = recipe.model, set()
     for number, changes in enumerate(recipe.stages, start=1):
         name = _name(number, changes, names)
-        if common["method"] == "lora" or changes.get("method") == "lora":
-            if number < len(recipe.stages):
-                raise UserError(f"stage {name} makes an adapter, and the next would need a model. Only the last may.")
-        settings = common | {key: value for key, value in changes.items() if key != "name"}
-        for given in changes:
-            for other in instead_of(TrainRecipe, given):
-                if other not in changes:
-                    settings.pop(other, None)
+        is_adapter = "lora" in (common["method"], changes.get("method"))
+        if is_adapter and number < len(recipe.stages):
+            raise UserError(f"stage {name} makes an adapter, and the next would need a model. Only the last may.")
+        replaced = {other for given in changes for other in instead_of(TrainRecipe, given)} - changes.keys()
         folder = Path(recipe.out) / STAGES / f"{number}-{name}"
+        settings = {key: value for key, value in common.items() if key not in replaced} | changes
         settings |= {"model": model, "out": str(folder), "resume": folder.exists()}
         if number > 1:
             settings["model_overrides"] = {}
+        del settings["name"]
         yield name, _parsed(settings, name)
         model = str(folder / "final")
 
@@ -113,7 +118,7 @@ def _name(number: int, changes: dict[str, Any], names: set[str]) -> str:
 
 
 def _parsed(settings: dict[str, Any], name: str) -> TrainRecipe:
-    """As from a recipe of its own, so that a misspelt or impossible setting is told as ever."""
+    """Read from a file, so that a misspelt or impossible setting has the same message as in any recipe."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(settings, file)
         file.flush()
@@ -121,19 +126,6 @@ def _parsed(settings: dict[str, Any], name: str) -> TrainRecipe:
             return parse(TrainRecipe, "diptych train", ["--config", file.name])
         except UserError as error:
             raise UserError(f"stage {name}: {str(error).replace(file.name, 'its settings')}") from error
-
-
-def _check_folder(recipe: TrainRecipe) -> None:
-    out = Path(recipe.out)
-    is_empty = holds_nothing(out)
-    if isinstance(recipe.resume, str):
-        raise UserError(
-            "resume names a checkpoint, and the run has stages. Give true, or train the stage's own recipe."
-        )
-    if not is_empty and not recipe.resume:
-        raise UserError(f"{out} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
-    if not is_empty and not (out / CONFIG).is_file():
-        raise UserError(f"{out} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
 
 
 def _has_ended(folder: Path) -> bool:

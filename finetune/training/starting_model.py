@@ -1,9 +1,9 @@
-"""A recipe and a tokenizer in; the model that training starts from, or goes on from, out: fp32, on the CPU.
+"""The model that training starts from, or is resumed with: fp32, on the CPU.
 
-diptych-8m                       new random weights, as many embedding rows as the tokenizer has tokens
-google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with adapters in it
-…, quantize=4bit                 its linear layers in 4 bits on a CUDA GPU. This has not been run: where it was written
-                                 there was none
+    diptych-8m                       new random weights, as many embedding rows as the tokenizer has tokens
+    google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with adapters in it
+    …, quantize=4bit                 its linear layers in 4 bits on a CUDA GPU. This has not been run: where it was
+                                     written there was none
 
 A tokenizer may have more tokens than the checkpoint (`grow_vocabulary`). Rows of tokens that `diptych tokenizer
 extend` added start as the mean of the rows of their old pieces; those of other new tokens as transformers makes them.
@@ -25,7 +25,7 @@ from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import vocabulary_size
 from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
-from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
+from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens, check_one_vocabulary
 from diptych.finetune.inference.generation_config import model_settings
 from diptych.finetune.model.adapters import add_adapter, fill_rows_with_means, load_adapter, resize_embeddings
 from diptych.finetune.model.families import decoder_start_token
@@ -44,16 +44,25 @@ from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
 def starting_model(
     recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None
 ) -> PreTrainedModel | PeftModel:
-    """`saved` is the model folder of the checkpoint that a resumed run goes on from."""
-    if recipe.method == "lora":
-        return _with_adapter(recipe, tokenizer, saved)
-    if saved is not None:
-        return _ready(load_model(str(saved), torch.float32))
-    if is_named_size(recipe.model):
-        return _ready(_new_model(recipe, tokenizer))
-    model = _load_checkpoint(recipe)
-    _fit_vocabulary(model, tokenizer, recipe)
-    return _ready(model)
+    """`saved` is the model folder of the checkpoint to resume from. UserError if the recipe's model, the tokenizer and
+    the method do not fit together."""
+    new_rows, is_new = 0, is_named_size(recipe.model)
+    if recipe.method == "lora" and is_new:
+        raise UserError(
+            f"method is lora, but {recipe.model} starts from random weights, and there is nothing to adapt. "
+            f"Use method: full, or name a checkpoint."
+        )
+    if recipe.method == "full" and saved is not None:
+        model = load_model(str(saved), torch.float32)
+    elif is_new:
+        model = _new_model(recipe, tokenizer)
+    else:
+        model = _load_checkpoint(recipe)
+        new_rows = _fit_vocabulary(model, tokenizer, recipe)
+    if not is_new:
+        _check_tokenizer(recipe, tokenizer)
+    _write_decoder_start(model)
+    return _with_adapter(recipe, model, new_rows, saved) if recipe.method == "lora" else model
 
 
 def is_named_size(name: str) -> bool:
@@ -82,12 +91,12 @@ def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 def _check_overrides(overrides: dict[str, Any], where: str = "model_overrides") -> None:
     """transformers' configs keep any name that they are given, and a misspelt one would do nothing."""
-    known = [setting.name for setting in fields(DiptychPanelConfig)]
+    known = {setting.name for setting in fields(DiptychPanelConfig)}
     if where == "model_overrides":
-        known += [setting.name for setting in fields(DiptychConfig)]
+        known |= {setting.name for setting in fields(DiptychConfig)}
     for name, value in overrides.items():
         if name not in known:
-            raise UserError(f"{where} names {name!r}. {choose_from(name, sorted(set(known)))}")
+            raise UserError(f"{where} names {name!r}. {choose_from(name, sorted(known))}")
         if name in ("encoder", "decoder"):
             _check_overrides(value, f"{where}.{name}")
 
@@ -104,17 +113,13 @@ def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
             f"{recipe.model} is an adapter, and training begins with a whole model. Merge it into its base first: "
             f"diptych merge {shlex.quote(recipe.model)} --out merged, then train --model merged."
         )
-    if recipe.quantize == "4bit":
-        check_can_quantize()
-        return load_model(recipe.model, torch.float32, in_4_bits())
-    return load_model(recipe.model, torch.float32)
-
-
-def check_can_quantize() -> None:
+    if recipe.quantize == "none":
+        return load_model(recipe.model, torch.float32)
     lacking = [] if torch.cuda.is_available() else ["CUDA GPU"]
     lacking += [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
     if lacking:
         raise UserError(f"quantize is 4bit, and there is no {' and no '.join(lacking)} here. Set quantize: none.")
+    return load_model(recipe.model, torch.float32, in_4_bits())
 
 
 def in_4_bits() -> BitsAndBytesConfig:
@@ -127,36 +132,9 @@ def in_4_bits() -> BitsAndBytesConfig:
     )
 
 
-def _with_adapter(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None) -> PeftModel:
-    if is_named_size(recipe.model):
-        raise UserError(
-            f"method is lora, but {recipe.model} starts from random weights, and there is nothing to adapt. "
-            f"Use method: full, or name a checkpoint."
-        )
-    model = _load_checkpoint(recipe)
-    new_rows = _fit_vocabulary(model, tokenizer, recipe)
-    model = add_adapter(
-        _ready(model),
-        str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model,  # from any folder
-        rank=recipe.lora_rank,
-        alpha=recipe.lora_alpha,
-        dropout=recipe.lora_dropout,
-        variant=recipe.lora_variant,
-        targets=split_names(recipe.lora_targets),
-        peft_config=recipe.peft_config,
-        new_rows=new_rows,
-        train_embeddings=recipe.lora_embeddings,
-    )
-    if saved is not None:
-        load_adapter(model, saved)
-    return model
-
-
 def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: TrainRecipe) -> int:
-    """How many rows, the last ones of each table, belong to tokens that the checkpoint does not know.
-
-    Not all need be added: T5 has 28 rows more than tokens, where new ones find room.
-    """
+    """Adds embedding rows, if allowed. Returns how many rows, the last ones of each table, belong to tokens that the
+    checkpoint does not know; not all need be added: T5 has 28 rows more than tokens, where new ones find room."""
     tokens, rows = lacking_most(model, tokenizer)
     if tokens > rows and not recipe.grow_vocabulary:
         raise UserError(
@@ -173,8 +151,8 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _pieces_to_learn(tokenizer: PreTrainedTokenizerBase, name: str, is_grown: bool) -> dict[int, list[int]]:
-    """New tokens and their old pieces, without those that the checkpoint's own tokenizer has already: their rows were
-    trained. A checkpoint without a tokenizer has trained all of them, unless it lacks rows."""
+    """New tokens and their old pieces. Tokens that the checkpoint's own tokenizer has are left out, since their rows
+    were trained. A checkpoint without a tokenizer has trained all of them, unless it lacks rows."""
     pieces = pieces_of_new_tokens(tokenizer)
     if pieces and has_tokenizer(name):
         known = set(load_tokenizer(name).get_vocab().items())
@@ -183,8 +161,21 @@ def _pieces_to_learn(tokenizer: PreTrainedTokenizerBase, name: str, is_grown: bo
     return pieces if is_grown else {}
 
 
-def _ready(model: PreTrainedModel) -> PreTrainedModel:
-    """With its decoder start token written down where evaluation and generation look for it."""
+def _check_tokenizer(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Rows are token ids. To a model with another vocabulary they are other words, and training would ruin it."""
+    if not has_tokenizer(recipe.model):
+        return
+    own, prepared = all_tokens(load_tokenizer(recipe.model)), all_tokens(tokenizer)
+    if own != prepared and not (recipe.grow_vocabulary and own.items() <= prepared.items()):
+        raise UserError(
+            f"{recipe.data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {recipe.model} "
+            f"({len(own)} tokens). Prepare the data again with --tokenizer {recipe.model}; if it is the same with "
+            f"tokens added, set grow_vocabulary."
+        )
+
+
+def _write_decoder_start(model: PreTrainedModel) -> None:
+    """Into both configs: evaluation and generation read it there."""
     start = model.config.decoder_start_token_id = decoder_start_token(model)
     generation = model.generation_config
     if generation.decoder_start_token_id != start:
@@ -193,4 +184,21 @@ def _ready(model: PreTrainedModel) -> PreTrainedModel:
             generation.validate(strict=True)
         except ValueError:  # such as a temperature without sampling, with which transformers saves no changed config
             model.generation_config = model_settings(generation)
+
+
+def _with_adapter(recipe: TrainRecipe, model: PreTrainedModel, new_rows: int, saved: Path | None) -> PeftModel:
+    model = add_adapter(
+        model,
+        str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model,  # from any folder
+        rank=recipe.lora_rank,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        variant=recipe.lora_variant,
+        targets=split_names(recipe.lora_targets),
+        peft_config=recipe.peft_config,
+        new_rows=new_rows,
+        train_embeddings=recipe.lora_embeddings,
+    )
+    if saved is not None:
+        load_adapter(model, saved)
     return model

@@ -1,11 +1,11 @@
-"""How the training of a paired model begins: with its cross-attention alone, or with an encoder that opens by and by.
+"""How the training of a paired model begins: with its cross-attention alone, or with an encoder that opens gradually.
 
-    train_cross_attention_alone(model)                  what is fresh learns to read, and spoils nothing that is not
-    close_encoder(model)                                causal, as in the LLM
-    open_encoder(model, step, steps, source_tokens)     at each step as far as it is due; after `steps`, to everything
+    train_cross_attention_alone(model)                  only cross-attention is trained; all other weights are frozen
+    close_encoder(model)                                the encoder is causal, as in the LLM that it was made of
+    open_encoder(model, step, steps, source_tokens)     sees more tokens ahead at each step; after `steps`, all
 
-T5Gemma's report (arXiv 2504.06225) warms cross-attention up alone for 1,000 steps. How far the encoder is open is a
-function of the step, so that a run which goes on goes on with it.
+T5Gemma's report (arXiv 2504.06225) trains cross-attention alone for the first 1,000 steps. How far the encoder is open
+depends on the step only, so a resumed run continues exactly.
 """
 
 import re
@@ -26,21 +26,18 @@ CROSS_ATTENTION = re.compile(
 
 
 def train_cross_attention_alone(model: PreTrainedModel) -> None:
-    """UserError where there is none."""
-    is_found = False
+    """UserError if the model has none."""
     for name, weight in model.named_parameters():
-        is_cross = bool(CROSS_ATTENTION.search(name))
-        weight.requires_grad_(is_cross)
-        is_found |= is_cross
-    if not is_found:
+        weight.requires_grad_(bool(CROSS_ATTENTION.search(name)))
+    if not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(
-            "trainable is cross_attention, and this model has no such layers: with the merged hinge, none is fresh. "
-            "Set trainable: all."
+            "trainable is cross_attention, and this model has no such layers: with the merged hinge, no weights are "
+            "new. Set trainable: all."
         )
 
 
 def close_encoder(model: PreTrainedModel | PeftModel) -> None:
-    """UserError for a model whose encoder cannot be."""
+    """UserError for a model of another family than Diptych."""
     if model.config.model_type != "diptych":
         raise UserError(
             f"open_encoder_steps is given, but the encoder of a {model.config.model_type} is always open. Set it to 0."
@@ -49,7 +46,7 @@ def close_encoder(model: PreTrainedModel | PeftModel) -> None:
 
 
 def open_encoder(model: PreTrainedModel | PeftModel, step: int, steps: int, source_tokens: Sequence[int]) -> None:
-    """After `step` of `steps`; nothing where there are none. `source_tokens`: of each row."""
+    """After `step` of `steps`; does nothing if `steps` is 0. `source_tokens`: of each row."""
     if steps:
         lookahead = lookahead_at(step, steps, int(max(source_tokens)))
         without_adapter(model).config.encoder.lookahead = lookahead

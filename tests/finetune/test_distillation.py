@@ -163,7 +163,7 @@ def test_a_run_learns_from_a_teacher_and_goes_on_with_the_same_bits(recipe, tmp_
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"distill_weight": 1.5}, "it is a share, 0 to 1"),
+        ({"distill_weight": 1.5}, "distill_weight is 1.5; it must be 0 to 1"),
         ({"distill_temperature": 0.0}, "must be above 0"),
         ({"label_smoothing": 0.1}, "label_smoothing is given beside a teacher"),
     ],

@@ -249,7 +249,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(family, changes, resumabl
     with monkeypatch.context() as patch:
         patch.setattr(loop, "check_finite", interrupt_in_step_8)
         assert main(["--config", write_recipe(stopped)]) == 130
-    assert "interrupted; what was committed is kept" in capsys.readouterr().err
+    assert "interrupted; the checkpoints are kept" in capsys.readouterr().err
     assert main(["--config", str(Path(stopped.out) / "config.yaml"), "--resume", "true"]) == 0
     assert_same_bits(whole.out, stopped.out)
 
@@ -264,7 +264,7 @@ def test_a_run_that_is_stopped_between_two_validation_sets_goes_on_with_the_same
 
     def stop_in_the_second(run, split, samples):
         if split == "validation/law" and run.progress.step == 8:
-            raise loop.EvaluationStopped
+            raise loop.AskedToStop
         return evaluated(run, split, samples)
 
     with monkeypatch.context() as patch:

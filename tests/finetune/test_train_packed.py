@@ -208,7 +208,9 @@ def gradients(run, dtype, rows_per_batch, batches, packed):
     step = order.step(order.rows_of(0), 0)
     assert step.target_tokens == sum(TARGETS)
     objective = run.accelerator.prepare(Seq2SeqObjective(model)).train()
-    loss, _, _ = add_up_gradients(replace(run, model=model, objective=objective, rows=rows, order=order), step)
+    loaded = replace(run.loaded, model=model)
+    run = replace(run, loaded=loaded, objective=objective, rows=rows, order=order)
+    loss, _, _ = add_up_gradients(run, step)
     found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     return {"loss": torch.tensor(loss, dtype=dtype), **found}
 

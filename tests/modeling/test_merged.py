@@ -195,7 +195,10 @@ def test_the_map_is_aligned_at_the_top_unless_it_is_given():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"encoder": {"hidden_size": 48}}, "hidden_size is 48 there and 32 here: use cross_attention='separate'"),
+        (
+            {"encoder": {"hidden_size": 48}},
+            "hidden_size is 48 in the encoder and 32 in the decoder",
+        ),
         ({"num_hidden_layers": 4, "encoder_layer_map": [0, 1, 2]}, "one number from 0 to 4 .* the decoder's 4 layers"),
         ({"num_hidden_layers": 2, "encoder_layer_map": [0, 3]}, "one number from 0 to 2"),
         ({"num_hidden_layers": 3, "encoder_layer_map": [0, 1, 1]}, "encoder layers 1 to 2 write is never read"),

@@ -1,0 +1,134 @@
+"""What the training loop works with: one value, made by set_up.py, that travels whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from diptych.data_prep.rows.named_splits import splits_of
+from diptych.finetune.batches.packed_rows import PackedRows
+from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows, Prepared, StepRows
+from diptych.finetune.commands.ranks import Ranks
+from diptych.finetune.commands.stop_signals import StopRequest
+from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.speed import TokenCost
+from diptych.finetune.run_files.run_folder import Status
+from diptych.finetune.run_files.run_log import RunLog
+from diptych.finetune.training.feeding import DTYPES
+from diptych.finetune.training.recipe import TrainRecipe
+
+
+@dataclass
+class Progress:
+    """How far a run is. A checkpoint holds this, the weights, the optimizer and the random states."""
+
+    step: int = 0
+    """Optimizer steps taken. The place in the data follows from it."""
+    tokens: int = 0
+    """Source and target tokens trained on."""
+    target_tokens: int = 0
+    nats: float = 0.0
+    """Summed loss since the last log line. The next three count from there, too."""
+    logged_target_tokens: int = 0
+    logged_tokens: int = 0
+    logged_padded_tokens: int = 0
+    best: float | None = None
+    """The best value of best_metric so far, and its step."""
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    evaluated_step: int = 0
+    """The step of the last evaluation."""
+
+    def add(self, step: StepRows, loss: float) -> None:
+        """Counts one optimizer step; `loss` is in nats per target token."""
+        tokens = step.source_tokens + step.target_tokens
+        self.step += 1
+        self.tokens += tokens
+        self.target_tokens += step.target_tokens
+        self.nats += loss * step.target_tokens
+        self.logged_target_tokens += step.target_tokens
+        self.logged_tokens += tokens
+        self.logged_padded_tokens += step.padded_tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    recipe: TrainRecipe
+    folder: Path
+    accelerator: accelerate.Accelerator
+    prepared: Prepared
+    rows: PaddedRows | PackedRows
+    """The training rows."""
+    loaded: LoadedModel
+    objective: nn.Module
+    """Model and loss in one module, wrapped for several ranks."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Scales the loss in fp16, whose smallest numbers are too large for gradients; otherwise it does nothing."""
+    order: BatchOrder
+    work: TokenCost
+    peak: float
+    """Floating-point operations a second of a matrix product on this rank's device."""
+    total_steps: int
+    log: RunLog
+    progress: Progress
+    ranks: Ranks
+    stop: StopRequest
+    status: Status
+    facts: dict[str, object]
+    """What decides, beside the recipe, the rows and weights of a step: see resuming.py."""
+    _epochs: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        return self.loaded.model
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def validation_splits(self) -> list[str]:
+        """`validation`, or `validation/news` and the others, where they have names."""
+        return splits_of("validation", self.prepared.splits)
+
+    @property
+    def weight_names(self) -> dict[nn.Parameter, str]:
+        return {weight: name for name, weight in self.model.named_parameters()}
+
+    @property
+    def eval_every(self) -> int:
+        return self.recipe.eval_every or self.order.steps_per_epoch
+
+    @property
+    def save_every(self) -> int:
+        return self.recipe.save_every or self.order.steps_per_epoch
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        return 0 < self.recipe.patience <= self.progress.evaluations_without_gain
+
+    def step(self, number: int) -> StepRows:
+        """The rows of the step that comes after `number` others."""
+        epoch, index = divmod(number, self.order.steps_per_epoch)
+        if epoch not in self._epochs:
+            self._epochs.clear()
+            self._epochs[epoch] = self.order.rows_of(epoch)
+        return self.order.step(self._epochs[epoch], index)
+
+    def tensors(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A batch of these training rows on the device of this rank."""
+        return {name: tensor.to(self.accelerator.device) for name, tensor in self.rows.tensors(numbers).items()}
+
+    def autocast(self) -> torch.autocast:
+        dtype = DTYPES[self.recipe.precision]
+        # Of a sharded model, autocast's cache would keep cast copies of weights that are whole for a moment only.
+        is_cached = self.recipe.sharding == "none"
+        device = self.accelerator.device.type
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32, cache_enabled=is_cached)
