@@ -144,6 +144,7 @@ def diptych(folder: Path, scratch: Path, arguments: list[str]) -> float:
 def stage_costs(folder: Path) -> dict[str, float]:
     """Each stage alone over the first rows, in this process, with one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from dataclasses import replace
     from itertools import islice
 
     from transformers import AutoTokenizer
@@ -152,7 +153,8 @@ def stage_costs(folder: Path) -> dict[str, float]:
     from diptych.data_prep.cleaning.filters import LanguageFilter, script_of
     from diptych.data_prep.cleaning.sensitive import find_in_record
     from diptych.data_prep.cleaning.splits import record_keys, text_key
-    from diptych.data_prep.pipeline import row_stages as stages
+    from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+    from diptych.data_prep.pipeline.row_stages import Stages
     from diptych.data_prep.reading.sources import open_sources
     from diptych.data_prep.rows.recognise_format import converter_for
     from diptych.data_prep.text_to_ids.templates import TEMPLATES
@@ -169,21 +171,18 @@ def stage_costs(folder: Path) -> dict[str, float]:
 
     rows = [row for chunk in chunks for row in chunk.rows()]
     converter = converter_for(rows[:100], source.name)
-    lengths = stages.Lengths(512, 512, "drop", False)
-    whole = stages.Stages((converter,), TEMPLATES["alpaca"], None, lengths)
-    whole.run(chunks[0], 0)  # tables of scripts and compiled templates are made once
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    whole = Stages((converter,), TEMPLATES["alpaca"], None, PrepareSettings(), (), (True,))
+    with_tokenizer = replace(whole, tokenizer=tokenizer)
+    texts = whole.run(chunks[0], 0).examples  # tables of scripts and compiled templates are made once
+    with_tokenizer.encode(texts.slice(0, 8))
     timed("read and parse", lambda: [row for chunk in chunks for row in chunk.rows()])
     records = timed("convert and check", lambda: [result for row in rows for result in converter.records(row)])
-    examples = timed("render", lambda: stages.render(TEMPLATES["alpaca"], [(record, "") for record in records], []))
-    timed("keys", lambda: [(text_key(example.source), *record_keys(example.record)) for example in examples])
+    examples = timed("render", lambda: [TEMPLATES["alpaca"].render(record) for record in records])
+    timed("keys", lambda: [(text_key(it[0]), *record_keys(of)) for it, of in zip(examples, records, strict=True)])
     timed("scripts", lambda: [(script_of(record.input), script_of(record.output)) for record in records])
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    batch = timed("to Arrow, keys again", lambda: whole.arrow(examples, 0))
-    stages.encode_batch(batch.slice(0, 8), tokenizer, TEMPLATES["alpaca"], lengths, [], stages.Counts())
-    timed(
-        "encode",
-        lambda: stages.encode_batch(batch, tokenizer, TEMPLATES["alpaca"], lengths, [], stages.Counts()),
-    )
+    batches = timed("all of these, and to Arrow", lambda: [whole.run(chunk, 0).examples for chunk in chunks])
+    timed("encode", lambda: [with_tokenizer.encode(batch) for batch in batches])
     timed("near duplicates: signatures", lambda: signatures([compared_text(record) for record in records], Shingles()))
     language = LanguageFilter(("en",))
     timed("languages", lambda: [language.check(record) for record in records])

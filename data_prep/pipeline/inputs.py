@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,15 +19,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.cleaning.decontaminate import Decontaminate, EvalIndex, PlainText
-from diptych.data_prep.cleaning.duplicates import Shingles
 from diptych.data_prep.cleaning.filters import LanguageFilter
 from diptych.data_prep.cleaning.mixture import check_mixture
 from diptych.data_prep.cleaning.sensitive import secret_detectors
 from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.gather import first_rows
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
-from diptych.data_prep.pipeline.prepared_folder import fingerprint, tokenizer_digest
-from diptych.data_prep.pipeline.row_stages import LOSSY, Check, LengthLimits, Stages
+from diptych.data_prep.pipeline.prepared_folder import code_version, tokenizer_digest
+from diptych.data_prep.pipeline.row_stages import LOSSY, Check, Stages
 from diptych.data_prep.pipeline.rows_in_memory import RowsInMemory, open_rows
 from diptych.data_prep.reading.sources import (
     HUB_PREFIX,
@@ -134,20 +135,12 @@ def make_stages(
         if converter.is_swapped:
             side = f"its second side, which is in {converter.sides.source}, is the source"
             say(f"Note       {source.name}: {side}, as the settings say")
-    lengths = LengthLimits(
-        settings.max_source_tokens,
-        settings.max_target_tokens,
-        settings.too_long,
-        settings.end_cut_targets,
-        settings.lossy_text,
-    )
     if settings.sensitive:
         secret_detectors()
     checks = tuple(_checks(settings, inputs))
-    shingles = Shingles(settings.shingle, settings.shingle_size) if settings.near_duplicates is not None else None
     checked = tuple(source.split == TRAIN for source in inputs.sources)
     converters = tuple(_with_languages(inputs, tokenizer, template, say))
-    return Stages(converters, template, tokenizer, lengths, checks, shingles, settings.sensitive, checked)
+    return Stages(converters, template, tokenizer, settings, checks, checked)
 
 
 def _with_languages(
@@ -273,7 +266,8 @@ def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
 def fingerprint_of(
     settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
 ) -> str:
-    """The same for the same result. Inputs, template and tokenizer count by content, wherever the tokenizer lies."""
+    """One hash of everything that decides what comes out, this package's own code included. Inputs, template and
+    tokenizer count by content, wherever they lie."""
     no_decision = {"data", "aligned", "validation", "test", "decontaminate", "out", "template", "tokenizer", "strict"}
     no_decision |= {"workers", "engine", "tasks", "gathered"}
     start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id) if settings.packing else None
@@ -285,5 +279,6 @@ def fingerprint_of(
         "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
         "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
         "decoder_start": start,
+        "code": code_version(),
     }
-    return fingerprint(facts)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

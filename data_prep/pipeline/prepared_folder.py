@@ -44,12 +44,6 @@ TOKENIZER, PACKED = "tokenizer", "packed"
 CACHE_FILE = re.compile(r"cache-\w+\.arrow|tmp\w+")  # what `datasets` leaves beside the tables when a user maps them
 
 
-def fingerprint(facts: dict[str, Any]) -> str:
-    """One hash of everything that decides what comes out, this package's own code included."""
-    facts = {**facts, "code": code_version()}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
 def code_version() -> str:
     """Of all of data_prep, the frames of the report included."""
     return _hash_files(

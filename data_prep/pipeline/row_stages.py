@@ -34,6 +34,7 @@ from diptych.data_prep.cleaning.filters import is_composed, script_of
 from diptych.data_prep.cleaning.sensitive import find_in_record, masked
 from diptych.data_prep.cleaning.splits import record_keys, text_key
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.reading.sources import Chunk
 from diptych.data_prep.rows.convert_rows import Converter
 from diptych.data_prep.rows.language_names import UnknownLanguage
@@ -77,21 +78,15 @@ Fault = tuple[str, str]
 """The kind and the reason of a reject."""
 
 
+def shingles_of(settings: PrepareSettings) -> Shingles | None:
+    """None where near duplicates stay."""
+    return None if settings.near_duplicates is None else Shingles(settings.shingle, settings.shingle_size)
+
+
 class Check(Protocol):
     """A filter, or the index of texts that training must not hold: why a record is not kept, or None."""
 
     def check(self, record: Record) -> Fault | None: ...
-
-
-class LengthLimits(NamedTuple):
-    """How long the two sides may be, what is done with what is longer (error, drop or cut), and with what the
-    tokenizer cannot write (keep, drop or error)."""
-
-    max_source_tokens: int
-    max_target_tokens: int
-    too_long: str
-    end_cut_targets: bool
-    lossy_text: str = "keep"
 
 
 class RenderedRow(NamedTuple):
@@ -166,13 +161,16 @@ class Stages:
     template: Template
     tokenizer: PreTrainedTokenizerBase | None
     """None where it has still to be trained; `encode` follows then."""
-    lengths: LengthLimits
-    checks: tuple[Check, ...] = ()
-    shingles: Shingles | None = None
-    """How near duplicates are looked for; None for not at all."""
-    sensitive: bool = False
-    checked: tuple[bool, ...] = ()
+    settings: PrepareSettings
+    """Which lengths there may be, what becomes of other rows and of lossy text, and what is looked for."""
+    checks: tuple[Check, ...]
+    checked: tuple[bool, ...]
     """For each source, whether `checks` are for it: a test set of the user's own stays as it is."""
+
+    @property
+    def shingles(self) -> Shingles | None:
+        """How near duplicates are looked for; None for not at all."""
+        return shingles_of(self.settings)
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -204,7 +202,7 @@ class Stages:
     def _records(self, rows: Iterable[Row | Reject], batch: Batch) -> Iterator[tuple[Record | Tokenised, str]]:
         """Each with its row as it was read."""
         converter = self.converters[batch.source_number]
-        checks = self.checks if not self.checked or self.checked[batch.source_number] else ()
+        checks = self.checks if self.checked[batch.source_number] else ()
         for row in rows:
             batch.counts.rows += 1
             if isinstance(row, Reject):
@@ -262,7 +260,7 @@ class Stages:
             counts.decomposed[record.origin.file] += 1
         if record.category:
             counts.categories[record.category] += 1
-        for place, finding in find_in_record(record) if self.sensitive else ():
+        for place, finding in find_in_record(record) if self.settings.sensitive else ():
             counts.sensitive[finding.kind] += 1
             if counts.sensitive[finding.kind] <= SENSITIVE_EXAMPLES:
                 shown = masked(getattr(record, place), finding)
@@ -293,7 +291,7 @@ class Stages:
     def _encode(self, batch: Batch, given: Mapping[int, Tokenised]) -> pyarrow.RecordBatch:
         """The examples of the batch with ID_FIELDS, less those that end as rejects. `given` are the rows, by their
         places, that came as token ids."""
-        tokenizer, examples, limits = self.tokenizer, batch.examples, self.lengths
+        tokenizer, examples, settings = self.tokenizer, batch.examples, self.settings
         texts = {side: [from_marked(text) for text in examples[side].to_pylist()] for side in SIDES}
         batch.counts.spelled.update(spelled_added_tokens(tokenizer, [*texts["source"], *texts["target"]]))
         languages = [Languages(*it) for it in zip(*(examples[it].to_pylist() for it in LANGUAGE_FIELDS), strict=True)]
@@ -302,12 +300,12 @@ class Stages:
         for place, record in given.items():
             sources[place], targets[place] = (Encoding([], list(it), []) for it in (record.input_ids, record.labels))
         fitting = sources
-        if limits.too_long == "cut":
+        if settings.too_long == "cut":
             texts_and_languages = zip(sources, texts["source"], languages, strict=True)
             fitting = [self._cut(*it, place in given) for place, it in enumerate(texts_and_languages)]
         places = [place for place in range(len(targets)) if place not in given]
         unknown = source_losses(tokenizer, texts["source"], sources, places)
-        losses = target_losses(tokenizer, texts["target"], targets, places, limits.lossy_text != "keep")
+        losses = target_losses(tokenizer, texts["target"], targets, places, settings.lossy_text != "keep")
         kept, ids = [], []
         for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
             lost = {"source": unknown.get(place), "target": losses.get(place)}
@@ -329,7 +327,7 @@ class Stages:
 
     def _cut(self, source: Encoding, text: str, languages: Languages, is_given: bool) -> Encoding:
         """A source within the limit, with less of what the user wrote; ids that were given lose their end."""
-        limit = self.lengths.max_source_tokens
+        limit = self.settings.max_source_tokens
         if source.token_count <= limit:
             return source
         if is_given:
@@ -338,18 +336,18 @@ class Stages:
 
     def _fitted(self, source: Encoding, target: Encoding) -> tuple[tuple[list[int], list[int]], Fault | None]:
         """`input_ids` and `labels`, and what is wrong with a row that is not kept."""
-        limits = self.lengths
-        treatment = "cut" if limits.too_long == "cut" else "drop"  # an error is raised where all rejects are counted
+        settings = self.settings
+        treatment = "cut" if settings.too_long == "cut" else "drop"  # an error is raised where all rejects are counted
         found = []
         for side, encoding, limit in (
-            ("source", source, limits.max_source_tokens),
-            ("target", target, limits.max_target_tokens),
+            ("source", source, settings.max_source_tokens),
+            ("target", target, settings.max_target_tokens),
         ):
             if not encoding.content:
                 return ([], []), ("no tokens", f"the tokenizer makes no token of the {side}.")
             # A source has been cut before; if it is too long still, that is the template.
             is_target = side == "target"
-            ids = fit(encoding, limit, treatment, limits.end_cut_targets) if is_target else fit(encoding, limit)
+            ids = fit(encoding, limit, treatment, settings.end_cut_targets) if is_target else fit(encoding, limit)
             if ids is None:
                 what = "template's own text" if treatment == "cut" else side
                 reason = f"the {what} has {encoding.token_count:,} tokens, and max_{side}_tokens is {limit:,}."
@@ -369,7 +367,7 @@ class Stages:
 
     def _too_lossy(self, lost: Mapping[str, Loss | None]) -> Fault | None:
         for side, loss in lost.items():
-            if loss and self.lengths.lossy_text != "keep":
+            if loss and self.settings.lossy_text != "keep":
                 return LOSSY, f"the tokenizer loses {' and '.join(loss.kinds)} of the {side}: {loss.example}."
         return None
 
