@@ -1,6 +1,7 @@
 """README and docs/: every command, file and snippet of each page works as it stands there; links lead somewhere."""
 
 import importlib.util
+import json
 import re
 import subprocess
 
@@ -9,6 +10,7 @@ import yaml
 from page_reader import ROOT, Reader, blocks, commands
 
 README = ROOT / "README.md"
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -27,6 +29,17 @@ def reader(tmp_path_factory, nursery):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_stands_on_a_page_works(reader, page):
     reader.follow(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_runs_from_its_first_cell_to_its_last(reader, notebook, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names: dict[str, object] = {}
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), notebook.name, "exec"), names)
+            assert not cell["outputs"]
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.stem)
