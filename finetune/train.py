@@ -20,9 +20,9 @@ from pathlib import Path
 
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.exits import BUG, INTERRUPTED, RANKS, STOPPED, exit_code_of, is_main_rank, message_of
-from diptych.finetune.commands.stop_signals import StopRequest
 from diptych.finetune.run_files.run_folder import claimed
 from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.stop_signals import StopRequest
 
 
 def run_recipe(recipe: TrainRecipe, stop: StopRequest | None = None) -> int:

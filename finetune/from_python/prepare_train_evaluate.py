@@ -23,7 +23,6 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import Prepared
 from diptych.data_prep.prepare import prepare as prepare_by_settings
 from diptych.finetune.commands.exits import Stopped
-from diptych.finetune.commands.stop_signals import SIGNALS, StopRequest
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.evaluating.evaluate_split import load_splits
 from diptych.finetune.evaluating.evaluate_split import run as evaluate_by_settings
@@ -31,6 +30,7 @@ from diptych.finetune.evaluating.evaluation_report import predictions_file, repo
 from diptych.finetune.run_files.run_folder import last_training, read_status
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.stop_signals import SIGNALS, StopRequest
 from diptych.keywords import Say, printed_to, settings_of
 from diptych.text_model import TextModel, load
 

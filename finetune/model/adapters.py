@@ -1,23 +1,20 @@
-"""LoRA (arXiv 2106.09685) and its kin through peft: a frozen checkpoint in, the same with trainable adapters out.
+"""LoRA (arXiv 2106.09685) and other adapters of peft: a frozen checkpoint in, the same with trainable adapters out.
 
     model = add_adapter(model, "google-t5/t5-small", rank=16, alpha=32, variant="dora")
     save_adapter(model, folder)            adapter_config.json, adapter_model.safetensors, as peft itself writes them
 
-What is saved loads with peft alone (`AutoPeftModelForSeq2SeqLM`), several adapters onto one base (`load_adapter`,
-`set_adapter`), and merges into the base within 1e-5 of the logits' size: the tests hold this for every variant and
-method below, on all ten families.
+A saved adapter loads with peft alone (`AutoPeftModelForSeq2SeqLM`), several onto one base (`load_adapter`,
+`set_adapter`), and merges into the base within 1e-5 of the logits' size: tested for every variant and method below, on
+every family.
 
-PiSSA and OLoRA begin with a part of the base in the adapter, and train it on what is left of the base. They are saved
-as the LoRA of twice the rank that turns the base as it was into the same model: [B, -B0] [A; A0].
-
-Where embedding tables are trained too (new tokens, or `lora_embeddings`), they are trained in place and saved under
-their own names, which peft loads back as they are. peft's two own ways fail for encoder-decoders (0.21, tried on nine
-families): `modules_to_save` with a table that encoder, decoder and head share turns the embedding into a linear layer,
-and `trainable_token_indices` misses Marian's head and merges wrongly where only decoder and head are tied. The price:
-peft keeps one set of tables for a base, that of the adapter loaded last. So of adapters with tables each wants a base
-of its own; to serve two, merge them (`diptych merge`). And where a model's head is not the input table, though its
-config says so (Flan-T5, mT5), an adapter with new tokens is for `diptych` to load or merge: AutoPeftModel grows the
-base as transformers does, and loses the head.
+Embedding tables that are trained too (new tokens, or `lora_embeddings`) are trained in place and saved under their own
+names, which peft loads back. peft's own two ways fail for encoder-decoders (0.21, tried on nine families):
+`modules_to_save` with a table that encoder, decoder and head share turns the embedding into a linear layer, and
+`trainable_token_indices` misses Marian's head and merges wrongly where only decoder and head are tied. The price: peft
+keeps one set of tables for a base, that of the adapter loaded last, so two adapters with tables cannot share a base:
+merge them (`diptych merge`). And where a model's head is not the input table although its config says so (Flan-T5,
+mT5), only `diptych` loads an adapter with new tokens: AutoPeftModel grows the base as transformers does, which loses
+the head.
 """
 
 import contextlib
@@ -31,7 +28,6 @@ from typing import Any
 import torch
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
-    LoraConfig,
     PeftConfig,
     PeftModel,
     TaskType,
@@ -39,7 +35,6 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -49,7 +44,6 @@ from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import CheckpointError
 from diptych.finetune.model.families import family_of, input_and_output_tables, vocabulary_tables, without_adapter
-from diptych.finetune.run_files.checkpoints import whole
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -57,34 +51,34 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},  # arXiv 2312.03732
     "dora": {"use_dora": True},  # arXiv 2402.09353
-    "pissa": {"init_lora_weights": "pissa"},  # arXiv 2404.02948
-    "olora": {"init_lora_weights": "olora"},  # arXiv 2406.01775
 }
-TAKEN_FROM_THE_BASE = ("pissa", "olora")
-"""Values of init_lora_weights with which the adapter begins as a part of the base, which loses it."""
 METHODS = ["LORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "VERA"]
-"""Of peft's many, some that need a config and nothing else. AdaLoRA wants to be called after each step, prompts want
-peft's own forward pass, which packed rows go round, BOFT builds a CUDA extension when it is made, Lily and BEFT cannot
-be merged everywhere, and FourierFT and FRoD are off by more than 1e-5."""
-OF_PEFT = ("base_layer", "token_adapter", "original_module")
+"""Those of peft's methods that need a config and nothing else. Left out: AdaLoRA has to be called after each step;
+prompts need peft's own forward pass, which packed rows do not use; BOFT builds a CUDA extension; Lily and BEFT cannot
+be merged everywhere; FourierFT and FRoD are off by more than 1e-5."""
+WRAPPERS = ("base_layer", "token_adapter", "original_module")
 """Names that peft puts between a layer's name and the layer."""
 NOISE = 3e-5
-"""Of new rows, in standard deviations of the old ones: enough that no two are the same."""
+"""Of new rows, in standard deviations of the old ones: enough that no two rows are equal."""
 LORA_FIELDS = ["rank_pattern", "alpha_pattern", "exclude_modules"]
-"""Those of LoraConfig that can be given besides our settings, which stand for the others."""
-OUR_FIELDS = [field.name for field in dataclasses.fields(PeftConfig)] + ["target_modules", "modules_to_save", "bias"]
+"""Fields of LoraConfig that `peft_config` may have; our own settings stand for the others."""
+COMMON_FIELDS = {field.name for field in dataclasses.fields(PeftConfig)} | {
+    "target_modules",
+    "modules_to_save",
+    "bias",
+}
 
 
 @torch.no_grad()
 def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
     """Cuts every vocabulary table to its first rows, or adds rows: the mean of the old ones and a little noise, as
-    transformers does (Hewitt 2021). Tables that were one stay one, and the others apart, whatever the config says.
+    transformers does (Hewitt 2021). Tied tables stay tied and the others apart, whatever the config says.
 
     (transformers' own `resize_token_embeddings`, 5.23, ties the head of Flan-T5, T5 v1.1, mT5 and UMT5 to the input
-    table, whose config says so, and the three tables of an untied BART to each other; what a table held is lost. And
-    it forgets the configs of T5Gemma's panels, so that such a checkpoint could not be loaded again.)
+    table, and the three tables of an untied BART to each other: weights are lost. And it leaves the configs of
+    T5Gemma's panels as they were, so that such a checkpoint cannot be loaded again.)
     """
-    # that of an untied Marian is read nowhere
+    # an untied Marian has a `shared` table that nothing reads
     unread = [module.weight for name, module in model.named_modules() if name.endswith("shared")]
     tables = [*input_and_output_tables(model), *unread]
     old = tables[0].shape[0]
@@ -104,7 +98,7 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
             else:
                 module.out_features = rows
         if isinstance(module, PreTrainedModel):
-            _say_rows(module, old, rows)
+            _write_row_count(module, old, rows)
 
 
 def _with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
@@ -114,8 +108,8 @@ def _with_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([table, table.mean(0) + NOISE * table.std(0) * noise])
 
 
-def _say_rows(module: PreTrainedModel, old: int, rows: int) -> None:
-    """Wherever the tokens are counted: in configs, T5Gemma's head, and the bias of BART's logits."""
+def _write_row_count(module: PreTrainedModel, old: int, rows: int) -> None:
+    """Into configs, T5Gemma's head, and the length of the bias of BART's logits."""
     for name in ("vocab_size", "decoder_vocab_size"):
         for place in (module.config, module):
             if vars(place).get(name) == old:
@@ -127,7 +121,7 @@ def _say_rows(module: PreTrainedModel, old: int, rows: int) -> None:
 @torch.no_grad()
 def fill_rows_with_means(model: PreTrainedModel, pieces: Mapping[int, Sequence[int]]) -> None:
     """{new token: old tokens it is made of}: in every vocabulary table, the new row becomes the mean of the old rows
-    (Gee et al. 2022, Fast Vocabulary Transfer), so that a new word begins as what the model knew of its parts."""
+    (Gee et al. 2022, Fast Vocabulary Transfer)."""
     for table in vocabulary_tables(model).values():
         for token, old_tokens in sorted(pieces.items()):  # a later token may be made of an earlier one
             table[token] = table[list(old_tokens)].mean(dim=0)
@@ -143,17 +137,18 @@ def adapter_config(
     targets: Sequence[str] = (),
     peft_config: Mapping[str, Any] | None = None,
 ) -> PeftConfig:
-    """`targets` are names of layers, all linear layers of the family unless given. `peft_config` has the fields of
-    another of METHODS, as `peft_type`, which has no use for rank, alpha, dropout and variant; or of LORA_FIELDS.
+    """`targets` are names of layers; all linear layers of the family unless given. `peft_config` has `peft_type`, one
+    of METHODS, and its fields, and then rank, alpha, dropout and variant are not used; or some of LORA_FIELDS.
 
-    UserError for a method, field or value that is not known, and for targets that the model has not.
+    UserError for an unknown method, field or value, and for targets that the model does not have.
     """
     given = dict(peft_config or {})
     method = given.pop("peft_type", "LORA")
     if method not in METHODS:
         raise UserError(f"peft_config.peft_type is {method!r}. {choose_from(str(method), METHODS)}")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
-    known = LORA_FIELDS if method == "LORA" else _own_fields(config_class)
+    known = [field.name for field in dataclasses.fields(config_class) if field.name not in COMMON_FIELDS]
+    known = LORA_FIELDS if method == "LORA" else known
     for name in given:
         if name not in known:
             raise UserError(
@@ -168,16 +163,12 @@ def adapter_config(
         raise UserError(f"peft takes no such {config_class.__name__}: {error}") from error
 
 
-def _own_fields(config_class: type[PeftConfig]) -> list[str]:
-    return [field.name for field in dataclasses.fields(config_class) if field.name not in OUR_FIELDS]
-
-
 def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
     if not names:
         family = family_of(model)
         return list(family.lora_targets) if family else "all-linear"
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in names:  # peft asks for one that fits, and leaves out the others without a word
+    for target in names:  # peft is content if one of them fits, and silently leaves out the others
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise UserError(
@@ -189,8 +180,8 @@ def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
 
 @contextlib.contextmanager
 def without_warnings_of_peft() -> Iterator[None]:
-    """peft 0.21 asks transformers for something that has a new name since 5.22, and warns of ties that `merge_adapter`
-    handles, and of missing weights that `load_for_inference` refuses."""
+    """peft 0.21 uses an attribute that transformers has renamed in 5.22, warns of tied weights, which `merge_adapter`
+    handles, and of missing ones, for which `load_for_inference` raises an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`")
@@ -209,8 +200,8 @@ def add_adapter(
 ) -> PeftModel:
     """Freezes `model` and puts an adapter into each target layer; `adapter` are the settings of `adapter_config`.
 
-    The last `new_rows` rows of the vocabulary tables are trained as they are; with `train_embeddings` all rows.
-    UserError where peft finds that adapter and model do not fit.
+    The last `new_rows` rows of the vocabulary tables are trained, too; with `train_embeddings` all rows.
+    UserError where peft says that adapter and model do not fit.
     """
     config = adapter_config(model, **adapter)
     tables = list(vocabulary_tables(model).values())
@@ -220,8 +211,6 @@ def add_adapter(
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"no adapter could be added: {error}") from error
     adapted.peft_config["default"].base_model_name_or_path = base_name
-    if _is_taken_from_the_base(config):
-        adapted.start = _start(adapted)
     if new_rows or train_embeddings:
         for table in tables:
             table.requires_grad_(True)
@@ -230,44 +219,21 @@ def add_adapter(
     return adapted
 
 
-def _is_taken_from_the_base(config: PeftConfig) -> bool:
-    return isinstance(config, LoraConfig) and config.init_lora_weights in TAKEN_FROM_THE_BASE
-
-
-def _start(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A0 and B0, under peft's names. UserError where a layer is too small to give as much as the rank says."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and layer.lora_A["default"].weight.shape[0] < layer.r["default"]:
-            raise UserError(
-                f"lora_rank is {layer.r['default']}, but {name} has only {layer.lora_A['default'].weight.shape[0]} "
-                f"directions to take into an adapter. Lower lora_rank, or use another lora_variant."
-            )
-    start = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: weight.detach().clone() for name, weight in start.items()}
-
-
 def _train_last_rows_only(table: torch.nn.Parameter, new_rows: int) -> None:
-    """The gradient of all other rows is zero, and AdamW leaves a weight with no gradient and no decay as it is."""
+    """The gradients of all other rows become zero. AdamW does not change a weight without gradient and decay."""
     is_new = torch.arange(table.shape[0]).unsqueeze(1) >= table.shape[0] - new_rows
     table.register_hook(lambda gradient: gradient * is_new.to(gradient.device))
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """What the adapter adds to its base: its own weights under peft's names, and trained tables under theirs."""
+    """What is trained: the adapter's weights under peft's names, and vocabulary tables under their own."""
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if _is_taken_from_the_base(model.peft_config["default"]):
-        weights = {name: _with_start(name, weight, model.start[name]) for name, weight in weights.items()}
     tables = {id(table) for table in vocabulary_tables(without_adapter(model)).values()}
     return weights | {
         name: weight.detach()
         for name, weight in model.named_parameters()
         if weight.requires_grad and id(weight) in tables
     }
-
-
-def _with_start(name: str, weight: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """A (r, in) over A0, B (out, r) beside -B0: their product is BA - B0A0."""
-    return torch.cat([whole(weight), start], 0) if ".lora_A." in name else torch.cat([whole(weight), -start], 1)
 
 
 def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -277,47 +243,25 @@ def save_adapter(model: PeftModel, folder: Path, weights: Mapping[str, torch.Ten
     save_file(dict(weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
-    if _is_taken_from_the_base(config):
-        config.init_lora_weights = True
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        config.rank_pattern = {layer: 2 * rank for layer, rank in config.rank_pattern.items()}
-        config.alpha_pattern = {layer: 2 * alpha for layer, alpha in config.alpha_pattern.items()}
     config.save_pretrained(str(folder))
     without_adapter(model).generation_config.save_pretrained(str(folder))
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Weights of a saved adapter into a model that `add_adapter` made in the same way. CheckpointError where they are
-    another's, or began from another part of the base."""
+    those of another adapter."""
     weights = load_file(folder / ADAPTER_WEIGHTS)
     expected = {name: weight.shape for name, weight in adapter_weights(model).items()}
-    if different := [name for name in sorted(expected | weights) if _shape(weights, name) != expected.get(name)]:
+    found = {name: weight.shape for name, weight in weights.items()}
+    if different := [name for name in sorted(expected | found) if found.get(name) != expected.get(name)]:
         raise CheckpointError(f"{folder / ADAPTER_WEIGHTS} is of another adapter: {different[0]} does not fit.")
-    if _is_taken_from_the_base(model.peft_config["default"]):
-        weights = {name: _without_start(name, weight, model.start, folder) for name, weight in weights.items()}
     set_peft_model_state_dict(model, weights)
 
 
-def _shape(weights: Mapping[str, torch.Tensor], name: str) -> torch.Size | None:
-    return weights[name].shape if name in weights else None
-
-
-def _without_start(name: str, weight: torch.Tensor, start: Mapping[str, torch.Tensor], folder: Path) -> torch.Tensor:
-    if name not in start:  # a vocabulary table
-        return weight
-    trained, saved = weight.chunk(2, 0 if ".lora_A." in name else 1)
-    if not torch.equal(saved if ".lora_A." in name else -saved, start[name]):
-        raise CheckpointError(
-            f"{folder} began from another part of the base than this machine takes from {name}: the last digits of a "
-            f"decomposition differ from one processor to another. Go on where the run began, or begin anew."
-        )
-    return trained.contiguous()
-
-
 def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int | None) -> PeftModel:
-    """The adapter `name`, a folder or a Hub id, on its base. The base gets as many rows as the tables in the adapter's
-    `file` have, or else `tokens`, if given: more than the base has. UserError where the file has a tensor without a
-    place, or lacks one."""
+    """The adapter `name`, a folder or a Hub id, on its base. The base is resized to the rows of the tables in the
+    adapter's `file`, or else to `tokens`, which is given where the tokenizer has more than the base. UserError where a
+    tensor of the file belongs nowhere, or one is missing."""
     rows, missing = _rows_in(file, base)
     if tokens and missing:
         old = base.get_input_embeddings().weight.shape[0]
@@ -331,12 +275,12 @@ def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int
     try:
         with without_warnings_of_peft():
             model = PeftModel.from_pretrained(base, name, is_trainable=False)
-            found = model.load_adapter(name, "default")  # again, because only this tells what did not fit
+            found = model.load_adapter(name, "default")  # a second time: only this call reports what did not fit
     except KeyError as error:
         raise UserError(f"{file} lacks {error}, which peft looks for. Use it where it was trained.") from error
     if found.missing_keys:
         raise UserError(f"{file} lacks {found.missing_keys[0]}, which adapter_config.json asks for. Copy it again.")
-    # what else is unexpected are whole tables, which peft saves a second time where the vocabulary was resized
+    # other unexpected keys are whole tables, which peft saves a second time where the vocabulary was resized
     if left_over := [key for key in found.unexpected_keys if model.base_model.prefix in key]:
         raise UserError(
             f"{file} has {left_over[0]}, and target_modules in adapter_config.json does not name this layer (peft "
@@ -346,8 +290,8 @@ def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int
 
 
 def _rows_in(file: Path, base: PreTrainedModel) -> tuple[int | None, list[str]]:
-    """How many rows an adapter's vocabulary tables have, by the shapes in its file, None if they are the base's; and
-    which tables the file does not hold whole. With `trainable_token_indices` it holds the rows that were trained."""
+    """How many rows the vocabulary tables in an adapter's file have, None if as many as in the base; and the names of
+    the tables that the file does not hold. (With `trainable_token_indices` it holds the trained rows alone.)"""
     tables = {id(table) for table in input_and_output_tables(base)}
     layers = {
         name: layer.weight for name, layer in base.named_modules() if id(getattr(layer, "weight", None)) in tables
@@ -369,17 +313,16 @@ def _rows_in(file: Path, base: PreTrainedModel) -> tuple[int | None, list[str]]:
 
 def _without_peft(name: str) -> str:
     """The name that a layer or weight has without an adapter."""
-    return ".".join(part for part in name.split(".") if part not in OF_PEFT)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 @torch.no_grad()
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """A plain model with the adapter of `model`, which is in fp32, in its weights. UserError where it computes other
-    logits: 1e-5 of their size is rounding, and so is ten times what one more rounding in each layer changes.
+    """A plain model with the adapter of `model`, which is in fp32, in its weights. UserError where its logits differ
+    by more than rounding: 1e-5 of their size, or ten times what one more rounding in each layer changes.
 
-    peft merges an adapter on the head into the tied table, which the panels read as well. So each adapted layer gets
-    a copy of its weight first. If the copies are still equal after merging, they are tied again; if they differ, the
-    model is untied.
+    peft merges an adapter on the head into the tied table, which the panels read as well. So each adapted layer first
+    gets a copy of its weight. Copies that are still equal after merging are tied again; else the model is untied.
     """
     expected = _logits_on_some_tokens(model.eval())
     base = model.get_base_model()
@@ -389,7 +332,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
         if isinstance(module, BaseTunerLayer) and id(module.get_base_layer().weight) in ties:
             _copy_weight(module.get_base_layer())
     with without_warnings_of_peft():
-        merged = model.merge_and_unload(safe_merge=True)  # which looks for NaN first
+        merged = model.merge_and_unload(safe_merge=True)  # safe: raises for NaN
     if tied is not None:
         merged.config.tie_word_embeddings = tied  # peft sets it to False for T5Gemma, whose panels have one table each
     for names in ties.values():
@@ -405,7 +348,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 
 
 def _logits_on_some_tokens(model: PreTrainedModel | PeftModel) -> torch.Tensor:
-    """The last tokens of each vocabulary, which may be new ones, and some others."""
+    """On the last tokens of each vocabulary, which may be new, and on random ones."""
     base = without_adapter(model)
     rows = [panel.get_input_embeddings().weight.shape[0] for panel in (base.get_encoder(), base.get_decoder())]
     others = torch.randint(min(rows), (2, 12), generator=torch.Generator().manual_seed(0))
@@ -414,7 +357,7 @@ def _logits_on_some_tokens(model: PreTrainedModel | PeftModel) -> torch.Tensor:
 
 
 def _rounded_otherwise(model: PreTrainedModel) -> torch.Tensor:
-    """The same logits, with the last digit of what each linear layer gives changed at random."""
+    """The same logits, with the last digit of each linear layer's output changed at random."""
     digit = torch.finfo(torch.float32).eps
     layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
 
@@ -445,9 +388,9 @@ def _copy_weight(layer: torch.nn.Module) -> None:
 
 def _tie_again(model: PreTrainedModel, names: Sequence[str]) -> None:
     """Layers that were tied share one weight again if their weights are equal. Else each keeps its own, and the config
-    says so. T5 scales the states for a tied head alone; an untied head has this factor in its weights, as in T5 v1.1.
-    What a family that is not in the table computes by these fields is not known: they stay, and when such a model is
-    loaded again, transformers does not tie weights that differ.
+    says so. T5 scales the states only for a tied head; the weights of an untied head include the factor (T5 v1.1). For
+    a family that is not in families.py these fields stay: when such a model is loaded again, transformers does not tie
+    weights that differ.
     """
     layers = {name: model.get_submodule(name) for name in names}
     read = [layer for name, layer in layers.items() if not name.endswith("shared")]  # which no forward pass uses

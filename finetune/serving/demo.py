@@ -28,7 +28,7 @@ from diptych.finetune.commands import cli
 from diptych.finetune.inference.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt
 from diptych.finetune.inspecting import inspection_facts as facts
-from diptych.finetune.model.attention_weights import mean_weights
+from diptych.finetune.inspecting.attention_weights import mean_weights
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece
 from diptych.finetune.serving.serve_settings import DemoSettings
 from diptych.finetune.serving.served_model import ServedModel, load_served

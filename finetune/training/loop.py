@@ -23,7 +23,6 @@ from accelerate.utils import gather_object
 from diptych.finetune.batches.padded_rows import StepRows, padded_rows
 from diptych.finetune.commands.exits import DONE, STOPPED, NotFiniteError
 from diptych.finetune.commands.ranks import part
-from diptych.finetune.commands.stop_signals import StopRequest
 from diptych.finetune.evaluating.best_figure import is_improvement, selected_figure
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
 from diptych.finetune.model.speed import keep_memory, peak_memory, profiler
@@ -35,6 +34,7 @@ from diptych.finetune.training.recipe import TrainRecipe, split_names
 from diptych.finetune.training.run import Run
 from diptych.finetune.training.saving import save_checkpoint, write_final
 from diptych.finetune.training.set_up import set_up
+from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.warm_up import open_encoder
 
 ROWS_NAMED = 20

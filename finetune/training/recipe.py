@@ -112,10 +112,9 @@ class TrainRecipe:
 
     method: Literal["full", "lora"] = "full"
     """Train all weights, or LoRA adapters (arXiv 2106.09685) on a frozen checkpoint."""
-    lora_variant: Literal["lora", "rslora", "dora", "pissa", "olora"] = "lora"
+    lora_variant: Literal["lora", "rslora", "dora"] = "lora"
     """rslora: a scale that suits high ranks. dora: direction and length of each weight apart; slower, often better at
-    low ranks. pissa, olora: the adapter begins with the main part of the base, for a faster start; saved as a plain
-    adapter of twice the rank."""
+    low ranks."""
     lora_rank: int = 16
     """Rank of each adapter; its size in memory and on disk is proportional."""
     lora_alpha: float = 32.0
@@ -231,11 +230,6 @@ class TrainRecipe:
             raise UserError(
                 f"sharding is {self.sharding}, but quantize is {self.quantize}, and weights in 4 bits are not spread "
                 f"over ranks. Set sharding: none; a base in 4 bits takes little room on each."
-            )
-        if self.quantize != "none" and self.lora_variant in ("pissa", "olora"):
-            raise UserError(
-                f"lora_variant is {self.lora_variant}, which takes weights out of the base; 4 bits hold no such "
-                f"difference. Use another variant, or quantize: none."
             )
 
 

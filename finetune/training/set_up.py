@@ -33,7 +33,6 @@ from diptych.finetune.batches.padded_rows import (
     load_prepared,
 )
 from diptych.finetune.commands.ranks import Ranks, on_main_rank
-from diptych.finetune.commands.stop_signals import StopRequest
 from diptych.finetune.evaluating.best_figure import selectable_figures
 from diptych.finetune.model.families import vocabulary_tables, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -60,6 +59,7 @@ from diptych.finetune.training.run import Run
 from diptych.finetune.training.saving import restore
 from diptych.finetune.training.sharding import spread
 from diptych.finetune.training.starting_model import starting_model
+from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.warm_up import close_encoder, train_cross_attention_alone
 
 

@@ -25,9 +25,9 @@ import yaml
 from diptych.data_prep.command_line.arguments import instead_of, parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import DONE, STOPPED, is_main_rank
-from diptych.finetune.commands.stop_signals import StopRequest
 from diptych.finetune.run_files.run_folder import CONFIG, STAGES, Status, claimed, holds_nothing, read_status
 from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.stop_signals import StopRequest
 
 OF_THE_WHOLE = ("out", "resume", "stages", "model", "model_overrides", "debug")
 """Settings that a stage cannot have. Its model is the one that the stage before it made."""

@@ -12,8 +12,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.inspecting import inspection_facts as facts
+from diptych.finetune.inspecting.attention_weights import Attentions, mean_weights, recompute, rollout
 from diptych.finetune.inspecting.inspection_page import render_page
-from diptych.finetune.model.attention_weights import Attentions, mean_weights, recompute, rollout
 from diptych.finetune.model.families import FAMILIES, family_of
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint

@@ -109,7 +109,6 @@ CHANGES = {
     "accumulated": {"gradient_accumulation_steps": 3, "batch_size": 2},
     "checkpointed": {"gradient_checkpointing": True},
     "embeddings": {"method": "lora", "lora_embeddings": True},
-    "pissa": {"method": "lora", "lora_variant": "pissa", "lora_rank": 4},
     "dora": {"method": "lora", "lora_variant": "dora"},
     "not in families.py": {"family": "blenderbot"},
 }

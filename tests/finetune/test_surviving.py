@@ -119,7 +119,7 @@ def test_a_signal_to_one_rank_stops_all(torturer, undisturbed, tmp_path):
 def test_a_second_ctrl_c_ends_at_once():
     script = (
         "import os, signal, time\n"
-        "from diptych.finetune.commands.stop_signals import StopRequest\n"
+        "from diptych.finetune.training.stop_signals import StopRequest\n"
         "stop = StopRequest()\n"
         "stop.listen()\n"
         "stop.defer()\n"

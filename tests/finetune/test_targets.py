@@ -14,8 +14,8 @@ from diptych.finetune.inference.generation import generate_batch
 from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.targets import given_tokens, target_ids
 from diptych.finetune.inspecting import inspection_facts as facts
+from diptych.finetune.inspecting.attention_weights import mean_weights
 from diptych.finetune.inspecting.inspection import Reader
-from diptych.finetune.model.attention_weights import mean_weights
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.serving.demo import Contestant
 from diptych.finetune.serving.request_batches import Answer

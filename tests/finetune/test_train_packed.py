@@ -178,7 +178,7 @@ from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.batches.packed_rows import PackedRows, Packing
 from diptych.finetune.training.set_up import set_up
-from diptych.finetune.commands.stop_signals import StopRequest
+from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.loop import add_up_gradients
 from diptych.finetune.commands.ranks import part
 from diptych.finetune.run_files.run_folder import Status
