@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.cleaning.decontaminate import Decontaminate, EvalIndex, PlainText
+from diptych.data_prep.cleaning.decontaminate import Decontaminate, PlainText
 from diptych.data_prep.cleaning.filters import LanguageFilter
 from diptych.data_prep.cleaning.mixture import check_mixture
 from diptych.data_prep.cleaning.sensitive import secret_detectors
@@ -226,9 +226,7 @@ def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
         languages = tuple(settings.source_languages), tuple(settings.target_languages)
         yield LanguageFilter(*languages, settings.language_confidence)
     if inputs.evaluation:
-        yield Decontaminate(
-            EvalIndex.from_records(_evaluation_records(settings, inputs), settings.decontaminate_ngram)
-        )
+        yield Decontaminate.from_records(_evaluation_records(settings, inputs), settings.decontaminate_ngram)
 
 
 def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[Record | PlainText]:
