@@ -9,27 +9,24 @@ not alike, b goes and c stays. The same rows in the same order give the same ans
 Exact: two texts that differ in how Unicode composes a character are the same, and no others. Five million keys take
 2.7 s and 210 MB.
 
-Near: the Jaccard similarity of two texts' shingles, estimated by MinHash (Broder 1997), candidates found by banding
-(Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4). Shingles are five characters of the text in
-Unicode's decomposed form, where a Hangul syllable is two or three letters: a Korean typing error then weighs what an
-English one does. Of texts with one small edit (a letter, a word, a sign), a threshold of 0.7 finds
+Near: the Jaccard similarity of two texts' shingles. Candidates are found by MinHash (Broder 1997) and banding
+(Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, 3.4), then the texts are compared. Shingles are five
+characters of the text in Unicode's decomposed form, where a Hangul syllable is two or three letters: a Korean typing
+error then weighs what an English one does. Of texts with one small edit (a letter, a word, a sign), a threshold of 0.7
+finds
 
                                  5 characters   5, decomposed   3, decomposed   2 words
     English, 35 characters           72 %            72 %            88 %         27 %
     Korean, 18 characters            43 %            69 %            83 %         16 %
     CodeAlpaca, 262 characters      100 %           100 %           100 %         99 %
 
-and with three characters twice as many different sentences pass for alike; long texts all share their threes, which
-also makes banding slow. For data of short sentences three can be the better choice.
+and with three characters twice as many different sentences pass for alike. Two million signatures of 128 numbers on
+disk, 5 % of them duplicates, take 11 s and 300 MB. Of 2,000 rows, half of them edited copies, at 0.7, 0.8 and 0.9 at
+least 99.7 % of what brute force finds is found, and nothing else (benchmarks/near_duplicates.py).
 
-Two million signatures of 128 numbers on disk, 5 % of them duplicates, take 11 s and 300 MB. Of 2,000 rows, half of
-them edited copies, at 0.7, 0.8 and 0.9 MinHash finds at least 99.7 % of what brute force finds, and nothing else, when
-it may look at the texts; by signatures alone 82 to 98 % (benchmarks/near_duplicates.py).
-
-MinHash is datasketch's (kept since 2015, numpy; its scheme has a name, `affine32`, under which the values stay).
-rensa hashes 17 times as fast (2.4 instead of 40 µs a row of CodeAlpaca; 6 more to make an array of its answer) and
-scatters less (0.027 instead of 0.035 at 0.8), but a worker forked after its parent has used it waits for ever, and its
-values may change from version to version. Both, and exact Jaccard, agree to within 0.002 on average.
+MinHash is datasketch's (kept since 2015, numpy; its scheme has a name, `affine32`, under which the values stay). rensa
+hashes 17 times as fast, but a worker forked after its parent has used it waits for ever, and its values may change
+from version to version. datasketch's own index of bands keeps Python objects for each row, in memory.
 """
 
 from __future__ import annotations
@@ -50,19 +47,14 @@ from diptych.data_prep.rows.records import Record
 
 PERMUTATIONS = 128
 """Numbers in a signature. The estimate's standard error is √(s(1−s)/P): 0.035 where the similarity is 0.8."""
-
 RECALL_AT_THRESHOLD = 0.95
 """Bands are chosen so that a pair exactly as similar as the threshold is a candidate at least this often."""
-
 MOST_COMPARED = 512
-"""Of the kept rows that share a band with a row, so many are compared with it, those that share most bands. Alike rows
-share many; thousands that share one are boilerplate."""
-
+"""A row is compared with so many kept rows, those that share most bands with it. Alike rows share many bands;
+thousands of rows that share one are boilerplate."""
 HASHES_AT_ONCE = 8192
-"""A text of 100 MB never becomes a table of all its shingles times all permutations."""
-
+"""So that a long text never becomes a table of all its shingles times all permutations."""
 ROWS_AT_ONCE = 65_536
-
 DEFAULT_SIZES = {"characters": 5, "words": 2}
 
 _FACTOR = numpy.uint64(0x9E3779B97F4A7C15)
@@ -114,23 +106,16 @@ def exact_key(text: str) -> int:
 
 
 def compared_text(record: Record) -> str:
-    """What near duplicates are judged by: the input (the instruction where there is none) and the output.
-
-    An instruction that many rows share would make all of them alike, and the history would make the later turns of
-    one conversation duplicates of the earlier ones.
-    """
+    """The input (the instruction where there is none) and the output. An instruction that many rows share would make
+    all of them alike, and the history would make the later turns of a conversation duplicates of the earlier ones."""
     return f"{source_text(record)}\n{record.output}"
 
 
 def exact_duplicates(keys: numpy.ndarray) -> numpy.ndarray:
-    """(rows,) int64: the first row with the same key, or −1 for the first row itself.
-
-    `keys` is (rows, 2) uint64, or (rows,) of 16-byte items: `numpy.frombuffer(b"".join(keys), "V16")`.
-    """
-    halves = _halves(keys)
-    order = numpy.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal keys stay in the order of their rows
+    """Of (rows, 2) uint64: (rows,) int64, the first row with the same key, or −1 for the first row itself."""
+    order = numpy.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in the order of their rows
     repeats = numpy.zeros(len(order), dtype=bool)
-    repeats[1:] = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
+    repeats[1:] = (keys[order[1:]] == keys[order[:-1]]).all(axis=1)
     first = order[numpy.maximum.accumulate(numpy.where(repeats, 0, numpy.arange(len(order))))]
     found = numpy.full(len(order), -1, dtype=numpy.int64)
     found[order[repeats]] = first[repeats]
@@ -160,7 +145,7 @@ def signatures(
     """(rows, permutations) uint32: 31 µs a row of Tatoeba, 60 µs one of CodeAlpaca."""
     from datasketch import MinHash  # takes 0.4 s, which exact duplicates need not wait for
 
-    minhash = MinHash(num_perm=permutations, seed=1, scheme="affine32", hashfunc=_as_it_is)
+    minhash = MinHash(num_perm=permutations, seed=1, scheme="affine32", hashfunc=lambda value: value)
     found = numpy.empty((len(texts), permutations), dtype=numpy.uint32)
     for row, text in enumerate(texts):
         minhash.clear()
@@ -174,36 +159,43 @@ def signatures(
 def near_duplicates(
     signatures: numpy.ndarray,
     threshold: float,
-    considered: numpy.ndarray | None = None,
-    texts: Callable[[int], str] | None = None,
+    texts: Callable[[int], str],
     shingles: Shingles = Shingles(),  # noqa: B008
+    considered: numpy.ndarray | None = None,
     stay: numpy.ndarray | None = None,
 ) -> numpy.ndarray:
     """(rows,) int64: the first row that stays and is at least `threshold` similar, or −1 for a row that stays.
 
-    `signatures`, (rows, P), may be a memory map: its columns are read band by band. `considered`, (rows,) bool, leaves
-    rows out that are gone already: they neither go nor stand for others. Those of `stay`, (rows,) bool, stay whatever
-    they are like, and others go for them. Without `texts` two rows are as similar as
-    their signatures say; with it (row → text) what is near the threshold is decided by the true Jaccard similarity.
+    `signatures`, (rows, P), may be a memory map: its columns are read band by band. `texts(row)` is asked for only
+    where the signatures are near the threshold or above. `considered`, (rows,) bool, leaves out rows that are gone
+    already: others do not go for them. Rows of `stay`, (rows,) bool, stay whatever they are like, and others go for
+    them.
     """
     if not 0 < threshold <= 1:
         raise UserError(f"The threshold for near duplicates is {threshold}; it must be above 0 and at most 1.")
-    groups, sizes = _groups_by_band(signatures, *choose_bands(threshold, signatures.shape[1]), considered)
+    permutations = signatures.shape[1]
+    groups, sizes = _groups_by_band(signatures, *choose_bands(threshold, permutations), considered)
+    standard_error = math.sqrt(threshold * (1 - threshold) / permutations)
+    needed = (threshold - 3 * standard_error) * permutations
+
+    @functools.lru_cache(maxsize=1024)
+    def shingles_of(row: int) -> set[str]:
+        return shingles.of(texts(row))
+
     kept = _KeptRows(sizes)
     found = numpy.full(len(signatures), -1, dtype=numpy.int64)
-    similar = (
-        _by_signature(signatures, threshold) if texts is None else _by_text(signatures, threshold, texts, shingles)
-    )
     rows = numpy.flatnonzero((groups >= 0).any(axis=1))
-    if stay is not None:  # first, so that all others meet them
+    if stay is not None:  # first, so that all others are compared with them
         rows = rows[numpy.argsort(~stay[rows], kind="stable")]
     for row in rows.tolist():
         own = groups[row][groups[row] >= 0]
-        alike = None if stay is not None and stay[row] else similar(row, kept.sharing(own))
-        if alike is None:
+        if stay is None or not stay[row]:
+            candidates = kept.sharing(own)
+            agreement = numpy.count_nonzero(signatures[candidates] == signatures[row], axis=1)
+            near = candidates[agreement >= needed].tolist()
+            found[row] = next((it for it in near if _jaccard(shingles_of(row), shingles_of(it)) >= threshold), -1)
+        if found[row] < 0:
             kept.add(row, own)
-        else:
-            found[row] = alike
     return found
 
 
@@ -229,7 +221,7 @@ def hash_runs(numbers: numpy.ndarray, size: int) -> numpy.ndarray:
 
 
 class _KeptRows:
-    """For each group of rows that share a band, those that stay, in one array: a group's part is as large as it is."""
+    """For each group of rows that share a band, those that stay; all in one array, of which each group has a part."""
 
     def __init__(self, sizes: numpy.ndarray) -> None:
         self.starts = numpy.concatenate(([0], numpy.cumsum(sizes)[:-1])) if len(sizes) else sizes
@@ -238,14 +230,9 @@ class _KeptRows:
 
     def sharing(self, groups: numpy.ndarray) -> numpy.ndarray:
         """Kept rows in any of these groups, ascending; of too many, those that are in most of them."""
-        starts, ends = self.starts[groups], self.ends[groups]
-        filled = ends > starts
-        if not filled.any():
-            return self.rows[:0]
-        parts = zip(starts[filled].tolist(), ends[filled].tolist(), strict=True)
-        rows, counts = numpy.unique(
-            numpy.concatenate([self.rows[start:end] for start, end in parts]), return_counts=True
-        )
+        parts = zip(self.starts[groups].tolist(), self.ends[groups].tolist(), strict=True)
+        sharing = numpy.concatenate([self.rows[start:end] for start, end in parts])
+        rows, counts = numpy.unique(sharing, return_counts=True)
         if len(rows) > MOST_COMPARED:
             rows = numpy.sort(rows[numpy.argsort(-counts, kind="stable")[:MOST_COMPARED]])
         return rows
@@ -255,46 +242,11 @@ class _KeptRows:
         self.ends[groups] += 1
 
 
-def _by_signature(signatures: numpy.ndarray, threshold: float) -> Callable[[int, numpy.ndarray], int | None]:
-    needed = math.ceil(round(threshold * signatures.shape[1], 6))
-
-    def similar(row: int, candidates: numpy.ndarray) -> int | None:
-        if not len(candidates):
-            return None
-        agreement = numpy.count_nonzero(signatures[candidates] == signatures[row], axis=1)
-        alike = candidates[agreement >= needed]
-        return int(alike[0]) if len(alike) else None
-
-    return similar
-
-
-def _by_text(
-    signatures: numpy.ndarray, threshold: float, texts: Callable[[int], str], shingles: Shingles
-) -> Callable[[int, numpy.ndarray], int | None]:
-    """Texts are asked for only where the signatures, give or take three standard errors, leave it open."""
-    permutations = signatures.shape[1]
-    needed = (threshold - 3 * math.sqrt(threshold * (1 - threshold) / permutations)) * permutations
-
-    @functools.lru_cache(maxsize=1024)
-    def shingles_of(row: int) -> set[str]:
-        return shingles.of(texts(row))
-
-    def similar(row: int, candidates: numpy.ndarray) -> int | None:
-        if not len(candidates):
-            return None
-        agreement = numpy.count_nonzero(signatures[candidates] == signatures[row], axis=1)
-        for candidate in candidates[agreement >= needed].tolist():
-            if _jaccard(shingles_of(row), shingles_of(candidate)) >= threshold:
-                return candidate
-        return None
-
-    return similar
-
-
 def _groups_by_band(
     signatures: numpy.ndarray, bands: int, size: int, considered: numpy.ndarray | None
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """(rows, bands) int32, the number of the group that a row is in by this band, or −1 if alone; (groups,) sizes."""
+    """(rows, bands) int32, the number of the group that a row is in by this band, or −1 if it is alone; (groups,)
+    sizes."""
     rows = numpy.arange(len(signatures)) if considered is None else numpy.flatnonzero(considered)
     groups = numpy.full((len(signatures), bands), -1, dtype=numpy.int32)
     sizes = [numpy.zeros(0, dtype=numpy.int64)]
@@ -339,15 +291,3 @@ def _runs(units: int, size: int) -> int:
 def _jaccard(first: set[str], second: set[str]) -> float:
     shared = len(first & second)
     return shared / (len(first) + len(second) - shared)
-
-
-def _halves(keys: numpy.ndarray) -> numpy.ndarray:
-    keys = numpy.ascontiguousarray(keys)
-    if keys.dtype == numpy.uint64 and keys.ndim == 2 and keys.shape[1] == 2:
-        return keys
-    assert keys.dtype.itemsize == 16 and keys.ndim == 1, (keys.dtype, keys.shape)
-    return keys.view(numpy.uint8).view(numpy.uint64).reshape(-1, 2)
-
-
-def _as_it_is(value: int) -> int:
-    return value

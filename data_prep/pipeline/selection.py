@@ -189,7 +189,7 @@ class _Train:
             held_out = ~self.is_train & (has_own_sets and settings.on_both_sides == "drop")
             # Rows that came as token ids have no text, by which all would be alike.
             considered = (self.stays | held_out) & pyarrow.compute.not_equal(texts, "").to_numpy()
-            arguments = (considered, self._compared_text, shingles_of(settings), held_out)
+            arguments = (self._compared_text, shingles_of(settings), considered, held_out)
             repeats = near_duplicates(self.gathered.signatures, settings.near_duplicates, *arguments)
             why = f"at least {settings.near_duplicates:.0%} like".replace("%", " %")
             self._remove_repeats(repeats, "near", why, facts)
