@@ -24,13 +24,7 @@ from itertools import product
 from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.rows.conversations import (
-    MEDIA,
-    Turn,
-    answers,
-    turns_of,
-    unused_in_turns,
-)
+from diptych.data_prep.rows.conversations import MEDIA, Turn, answers, turns_of, unused_in_turns
 from diptych.data_prep.rows.formats import NEGATIVE, POSITIVE, Format, fitting_formats
 from diptych.data_prep.rows.language_names import (
     SOURCE_COLUMNS,

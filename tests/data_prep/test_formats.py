@@ -77,18 +77,12 @@ def late(fields, *first, **options):
 
 
 LITERALS = {
-    "alpaca": (
-        {"instruction": "Add.", "input": "1 + 1", "output": "2"},
-        [record("Add.", "1 + 1", "2")],
-    ),
+    "alpaca": ({"instruction": "Add.", "input": "1 + 1", "output": "2"}, [record("Add.", "1 + 1", "2")]),
     "dolly": (
         {"instruction": "Who?", "context": "Ann wrote it.", "response": "Ann.", "category": "closed_qa"},
         [record("Who?", "Ann wrote it.", "Ann.", category="closed_qa")],
     ),
-    "prompt_completion": (
-        {"prompt": "The sky is", "completion": " blue."},
-        [record("The sky is", "", " blue.")],
-    ),
+    "prompt_completion": ({"prompt": "The sky is", "completion": " blue."}, [record("The sky is", "", " blue.")]),
     "messages": (
         {"messages": [system("Be brief."), user("Hi."), assistant("Hello."), user("You?"), assistant("A model.")]},
         [
@@ -602,10 +596,7 @@ def test_what_a_turn_or_an_instance_holds_besides_is_named():
 @pytest.mark.parametrize(
     "fields, field",
     [
-        (
-            {"messages": [{**user("See <image>."), "images": ["a.jpg"]}, assistant("A cat.")]},
-            "messages[0].images",
-        ),
+        ({"messages": [{**user("See <image>."), "images": ["a.jpg"]}, assistant("A cat.")]}, "messages[0].images"),
         ({"messages": [user("Hear this."), assistant("Hm.", audio={"id": "x"})]}, "messages[1].audio"),
         ({"messages": [user("<image>\nWhat is it?"), assistant("A cat.")], "image": "a.jpg"}, "messages"),
         ({"messages": [user("See <|video_1|>."), assistant("A cat.")], "videos": ["a.mp4"]}, "messages"),

@@ -230,10 +230,7 @@ def test_a_byte_order_mark_begins_no_text_of_joined_plain_files(write_rows):
 def test_another_delimiter_of_a_csv_is_found_and_said(delimiter, word, write_rows):
     path = write_rows("a.csv", [f" instruction {delimiter}output", f"a, b{delimiter}c", f'"d{delimiter}"{delimiter}e'])
     rows, rejects = read(path)
-    assert values(rows) == [
-        {"instruction": "a, b", "output": "c"},
-        {"instruction": f"d{delimiter}", "output": "e"},
-    ]
+    assert values(rows) == [{"instruction": "a, b", "output": "c"}, {"instruction": f"d{delimiter}", "output": "e"}]
     assert rejects == []
     [note] = open_sources([path])[0].notes
     assert note.startswith(f"{path}: its columns are separated by {word}")
@@ -822,10 +819,7 @@ def test_line_and_column_are_those_of_the_file_wherever_the_window_stands(write_
 def test_a_cut_last_line_is_one_reject(write_rows):
     rows, [reject] = read(write_rows("a.jsonl", GOOD + b"\n" + GOOD[:-5]))
     assert len(rows) == 1
-    assert (reject.origin.row, reject.reason) == (
-        2,
-        "broken JSON: Expecting value, line 2, column 31.",
-    )
+    assert (reject.origin.row, reject.reason) == (2, "broken JSON: Expecting value, line 2, column 31.")
 
 
 def test_invalid_utf8_is_named_by_byte_offset_and_loses_no_other_row(write_rows):
