@@ -1,15 +1,11 @@
-"""One JSON object that is a whole file: which part of it is the rows, and how they are read.
+"""One JSON object that is a whole file: which part of it is the rows.
 
     {"version": 1, "data": [{…}, {…}]}                      the rows in `data`, one at a time in memory
-    {"instruction": ["a", "b"], "output": ["c", "d"]}       columns: a row for each place
-    {"instruction": {"0": "a", "1": "b"}, "output": {…}}    the same, as pandas writes it
-    {"columns": ["instruction", …], "data": [["a", …]]}     the same, with pandas' orient="split"
-    {"q1": {"instruction": "a", "output": "c"}, "q2": {…}}  a row for each key
     {"instruction": "a", "output": "b"}                     one row; so are {"messages": […]} and a task of
-    {"Definition": […], "Instances": […]}                   Super-NaturalInstructions
+    {"Definition": […], "Instances": […]}                   Super-NaturalInstructions, up to `max_object_bytes`
 
-A note says what an object was taken for. If that cannot be told, it is refused with a command for each possible
-meaning. All but the first are in memory as a whole, up to `max_object_bytes`.
+Any other object is refused, with a command for each thing that may be meant: columns, as pandas and datasets write
+them, a row under each key, or one of several lists of rows.
 """
 
 from __future__ import annotations
@@ -18,10 +14,9 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.chunks import (
@@ -30,8 +25,6 @@ from diptych.data_prep.reading.chunks import (
     Finished,
     Rows,
     in_chunks,
-    size_if_too_large,
-    too_large,
 )
 from diptych.data_prep.reading.files import BLOCK_BYTES, File, Limits
 from diptych.data_prep.reading.json_rows import (
@@ -58,8 +51,6 @@ LOOKED_AT = 4 * BLOCK_BYTES
 VALUE_END = re.compile(r"[,\]}\s]")
 JQ_COLUMNS = "[(to_entries[0].value | keys_unsorted[]) as $key | map_values(.[$key])]"
 """For jq: an object of columns, which are lists or objects, as a list of rows."""
-
-RowsOfObject = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -91,10 +82,7 @@ def object_reader(file: File, limits: Limits, mark: int) -> tuple[Callable[..., 
         others = [name for name, member in members.items() if member.kind == "rows" and name != key]
         notes = [f"its rows are those in '{key}', and not those in {listed(others)}"] if others else []
         return functools.partial(member_chunks, key=key), notes
-    if (table := _table(members)) is None:
-        raise UserError(_cannot_tell(file, members))
-    rows_of, what = table
-    return functools.partial(table_chunks, rows_of=rows_of), [f"read as {what}"]
+    raise UserError(_cannot_tell(file, members))
 
 
 def _is_one_row(members: Mapping[str, _Member]) -> bool:
@@ -106,43 +94,20 @@ def _is_one_row(members: Mapping[str, _Member]) -> bool:
 
 def _rows_key(members: Mapping[str, _Member]) -> str | None:
     """The one list of rows; of several, the one whose rows have known names of columns."""
-    if len(_columns(members, KNOWN_COLUMNS)) > 1:  # a list of objects is a column like the others
-        return None
+    if len(KNOWN_COLUMNS & {key.casefold() for key in _lists(members)}) > 1 and not _are_rows(members):
+        return None  # a list of objects is a column like the others
     rows = [key for key, member in members.items() if member.kind == "rows"]
     with_names = [key for key in rows if members[key].names & KNOWN_COLUMNS]
     return next((found[0] for found in (rows, with_names) if len(found) == 1), None)
 
 
-def _columns(members: Mapping[str, _Member], known: frozenset[str] | None = None) -> list[str]:
-    """The keys of lists, if one of these is no list of objects: they are columns. With `known`, only those in it."""
-    keys = [key for key, member in members.items() if member.kind in ("list", "rows")]
-    if all(members[key].kind == "rows" for key in keys):
-        return []
-    return [key for key in keys if known is None or key.casefold() in known]
+def _lists(members: Mapping[str, _Member]) -> list[str]:
+    return [key for key, member in members.items() if member.kind in ("list", "rows")]
 
 
-def _table(members: Mapping[str, _Member]) -> tuple[RowsOfObject, str] | None:
-    """How rows are made of an object without a list of them, and what that is in words."""
-    kinds = {member.kind for member in members.values()}
-    if members.keys() >= SPLIT_KEYS and all(members[key].kind == "list" for key in SPLIT_KEYS):
-        return _rows_of_split, "a table of 'columns' and 'data'"
-    columns = _columns(members)
-    if len(columns) > 1 or _columns(members, KNOWN_COLUMNS) or (columns and "object" not in kinds):
-        others = [key for key in members if key not in columns]
-        unused = f"; {listed(others)} is not used" if others else ""
-        return functools.partial(_rows_of_columns, columns=columns), f"columns: {listed(columns)}{unused}"
-    if kinds != {"object"}:
-        return None
-    inner = frozenset().union(*(member.names for member in members.values()))
-    outer = frozenset(key.casefold() for key in members)
-    are_columns = bool(outer & KNOWN_COLUMNS) or (bool(inner) and all(name.isdecimal() for name in inner))
-    are_rows = bool(inner & KNOWN_COLUMNS) or all(key.isdecimal() for key in outer)
-    if are_columns and not are_rows:
-        return functools.partial(_rows_of_columns, columns=list(members)), f"columns: {listed(members)}"
-    if are_rows and not are_columns:
-        keys = listed(list(members)[:2])
-        return dict.values, f"a row for each key; the keys themselves ({keys} …) are not used"
-    return None
+def _are_rows(members: Mapping[str, _Member]) -> bool:
+    """Whether all lists are lists of objects."""
+    return all(members[key].kind == "rows" for key in _lists(members))
 
 
 def _cannot_tell(file: File, members: Mapping[str, _Member]) -> str:
@@ -150,11 +115,19 @@ def _cannot_tell(file: File, members: Mapping[str, _Member]) -> str:
     if not members:
         return f"{head} It is empty."
     kinds = {member.kind for member in members.values()}
-    if kinds == {"object"}:
-        as_rows, as_columns = _command(file, "[.[]]"), _command(file, JQ_COLUMNS)
-        return f"{head} Is each of its members a row? Then {as_rows}. If each is a column, {as_columns}."
     if kinds == {"value"}:
         return f"{head} This one has no list of rows: {listed(members)}. If it is one row: {_command(file, '[.]')}."
+    if kinds == {"object"}:
+        known_inside = KNOWN_COLUMNS & frozenset().union(*(member.names for member in members.values()))
+        known = KNOWN_COLUMNS & {key.casefold() for key in members}
+        as_rows = f" Is each of its members a row? Then {_command(file, '[.[]]')}."
+        as_columns = f" Is each of its members a column? Then {_command(file, JQ_COLUMNS)}."
+        return head + as_rows * (not known or bool(known_inside)) + as_columns * (not known_inside or bool(known))
+    columns = _lists(members)
+    if columns and not _are_rows(members):
+        alone = ", ".join(f"{json.dumps(name)}: .[{json.dumps(name)}]" for name in columns)
+        as_rows = _command(file, f"{{{alone}}} | {JQ_COLUMNS}")
+        return f"{head} It has lists of other values: {listed(columns)}. If these are columns: {as_rows}."
     lists = [key for key, member in members.items() if member.kind == "rows"]
     parts = lists or [key for key, member in members.items() if member.kind != "value"]
     what = f"several lists of rows: {listed(lists)}" if lists else f"no list of rows: {listed(members)}"
@@ -265,34 +238,11 @@ def _names(window: Window, ahead: int) -> frozenset[str]:
                 return frozenset()
 
 
-# Objects that are in memory as a whole
-
-
-def table_chunks(file: File, limits: Limits, mark: int, rows_of: RowsOfObject) -> Iterator[Chunk]:
-    """The rows that `rows_of` makes of the object, numbered from 1."""
-    found = _decoded(file, limits, mark)
-    if isinstance(found, Reject):
-        raise UserError(f"{file.name}: {found.reason} Mend it there.")
-    try:
-        fields = list(rows_of(found[0]))
-    except ValueError as error:
-        raise UserError(f"{file.name}: {error}") from None
-    rows = (_table_row(row, Origin(file.name, number), limits) for number, row in enumerate(fields, start=1))
-    yield from in_chunks(rows, lambda: file.bytes)
+# One row
 
 
 def one_row_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
-    """The object as one row."""
-    row = _decoded(file, limits, mark)
-    if not isinstance(row, Reject):
-        value, text = row
-        row = checked_row(value, text, Origin(file.name, 1), limits)
-        row = Row(row.fields, row.origin, text[:RAW_CHARACTERS_KEPT]) if isinstance(row, Row) else row
-    yield Finished((row,), file.bytes)
-
-
-def _decoded(file: File, limits: Limits, mark: int) -> tuple[Any, str] | Reject:
-    """The object and its text, or what is wrong with it."""
+    """The object as one row, which is in memory as a whole."""
     with file.open(limits) as content:
         content.read(mark)
         blocks, size = [], 0
@@ -304,51 +254,20 @@ def _decoded(file: File, limits: Limits, mark: int) -> tuple[Any, str] | Reject:
                     f"{file.name} is one object of more than {limits.max_object_bytes:,} bytes (max_object_bytes), and"
                     " is read as a whole. Split it over several files, or write a row a line (.jsonl)."
                 )
-    data = b"".join(blocks)
+    data, origin = b"".join(blocks), Origin(file.name, 1)
     text = data.decode("utf-8", "surrogateescape")
+    raw = text[:RAW_CHARACTERS_KEPT]
     if bad := bad_byte(data, mark):
-        return Reject(Origin(file.name, 1), None, "invalid UTF-8", bad, text[:RAW_CHARACTERS_KEPT])
-    try:
-        return STRICT_JSON.decode(text), text
-    except (ValueError, RecursionError) as error:
-        kind, reason, field = json_fault(error, lambda at: _line_and_column(text, at), 0)
-        return Reject(Origin(file.name, 1), field, kind, reason, text[:RAW_CHARACTERS_KEPT])
+        row = Reject(origin, None, "invalid UTF-8", bad, raw)
+    else:
+        try:
+            row = checked_row(STRICT_JSON.decode(text), text, origin, limits)
+            row = Row(row.fields, origin, raw) if isinstance(row, Row) else row
+        except (ValueError, RecursionError) as error:
+            kind, reason, field = json_fault(error, lambda at: _line_and_column(text, at), 0)
+            row = Reject(origin, field, kind, reason, raw)
+    yield Finished((row,), file.bytes)
 
 
 def _line_and_column(text: str, position: int) -> str:
     return f"line {text.count(chr(10), 0, position) + 1}, column {position - text.rfind(chr(10), 0, position)}"
-
-
-def _table_row(fields: Any, origin: Origin, limits: Limits) -> Row | Reject:
-    raw = json.dumps(fields, ensure_ascii=False)
-    if size := size_if_too_large(raw, limits):
-        return too_large(origin, raw, size, limits)
-    return checked_row(fields, raw, origin, limits)
-
-
-def _rows_of_columns(table: dict[str, Any], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """ValueError if the columns are not of one length, or do not have the same keys."""
-    first = table[columns[0]]
-    places = range(len(first)) if isinstance(first, list) else list(first)
-    for name in columns:
-        column = table[name]
-        if isinstance(column, list) and len(column) != len(places):
-            raise ValueError(
-                f"the columns '{columns[0]}' and '{name}' have {len(places):,} and {len(column):,} values. Mend them:"
-                " a value may be null, none may be missing."
-            )
-        if isinstance(column, dict) and column.keys() != first.keys():
-            place = next(iter(column.keys() ^ first.keys()))
-            raise ValueError(f"of the columns '{columns[0]}' and '{name}', only one has the row '{place}'. Mend them.")
-    return ({name: table[name][place] for name in columns} for place in places)
-
-
-def _rows_of_split(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """ValueError if a row has no value for each column."""
-    names, rows = [str(name) for name in table["columns"]], table["data"]
-    if len(set(names)) != len(names):
-        raise ValueError("'columns' names a column twice. Rename one.")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, list) or len(row) != len(names):
-            raise ValueError(f"row {number:,} in 'data' has no value for each name in 'columns'. Mend it.")
-    return (dict(zip(names, row, strict=True)) for row in rows)

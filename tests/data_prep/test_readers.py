@@ -392,17 +392,13 @@ def test_a_task_of_super_natural_instructions_is_one_row(write_rows):
 
 TWO = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": None}]
 COLUMNS = {"instruction": ["a", "c"], "output": ["b", None]}
+WITH_META = [{"meta": {"id": 1}, "output": "a", "input": "c"}, {"meta": {"id": 2}, "output": "b", "input": "d"}]
+BY_PLACE = {name: dict(zip("01", column, strict=True)) for name, column in COLUMNS.items()}
 
 
 @pytest.mark.parametrize(
     "content, note",
     [
-        (COLUMNS, "read as columns: 'instruction', 'output'"),
-        ({"version": 1, **COLUMNS}, "read as columns: 'instruction', 'output'; 'version' is not used"),
-        ({name: dict(zip("01", column, strict=True)) for name, column in COLUMNS.items()}, "read as columns: 'instr"),
-        ({"columns": [*COLUMNS], "index": [0, 1], "data": [["a", "b"], ["c", None]]}, "read as a table of 'columns'"),
-        (dict(zip("01", TWO, strict=True)), "read as a row for each key; the keys themselves ('0', '1' …)"),
-        (dict(zip(("q1", "q2"), TWO, strict=True)), "read as a row for each key; the keys themselves ('q1', 'q2' …)"),
         ({"tags": [{"name": "x"}], "ids": [1], "data": TWO}, "its rows are those in 'data', and not those in 'tags'"),
         ({"schema": {"fields": [{"name": "index"}]}, "ids": [1], "data": TWO}, None),
     ],
@@ -427,30 +423,15 @@ def test_a_json_object_with_the_names_of_columns_is_one_row(row, write_rows):
     assert open_sources([path])[0].notes == (f"{path}: read as one row",)
 
 
-def test_a_column_of_objects_is_no_list_of_rows(write_rows):
-    sources = {"meta": [{"id": 1, "source": "x"}, {"id": 2, "source": "y"}]}
-    rows, _ = read(write_rows("a.json", {**sources, **COLUMNS}))
-    assert rows[1].fields == {"meta": {"id": 2, "source": "y"}, "instruction": "c", "output": None}
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ({**COLUMNS, "output": ["b"]}, "the columns 'instruction' and 'output' have 2 and 1 values"),
-        ({"output": {"0": "b"}, "input": {"1": "c"}}, "of the columns 'output' and 'input', only one has the row"),
-        ({"columns": ["output", "input"], "data": [["a", "b"], ["c"]]}, "row 2 in 'data' has no value for each name"),
-        ({}, "It is empty"),
-    ],
-)
-def test_a_table_in_a_json_object_that_has_a_hole_is_refused(content, words, write_rows):
-    assert words in refused(write_rows("a.json", content))
-
-
 @pytest.mark.parametrize(
     "content, results",
     [
         ({"train": TWO, "te st'": TWO[:1]}, {"train": TWO, "te_st_": TWO[:1]}),
         ({"a": 1}, {"rows": [{"a": 1}]}),
+        ({"version": 1, **COLUMNS}, {"rows": TWO}),
+        (BY_PLACE, {"rows": TWO}),
+        (dict(zip(("q1", "q2"), TWO, strict=True)), {"rows": TWO}),
+        ({"meta": [{"id": 1}, {"id": 2}], "output": ["a", "b"], "input": ["c", "d"]}, {"rows": WITH_META}),
         ({"n": 1, "result": {"rows": TWO}}, {"result": TWO}),
         ({"output": {"text": "x"}, "input": {"text": "y"}}, {"rows": [{"output": "x", "input": "y"}]}),
     ],
