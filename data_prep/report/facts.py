@@ -27,7 +27,6 @@ from diptych.data_prep.report.summary import (
     cut_off_warnings,
     own_sets_warnings,
     packing_warnings,
-    shortened,
     usage_warnings,
 )
 from diptych.data_prep.report.text_shown import token_chips
@@ -44,6 +43,7 @@ PADDED_BATCH = 32
 CONFLICTS_SHOWN = SENSITIVE_SHOWN = 5
 CATEGORIES_SHOWN = 30
 SHOWN_CHARACTERS = 2_000
+REASON_CHARACTERS = 120
 
 BINS = 40
 
@@ -90,7 +90,7 @@ def duplicate_facts(gathered: Gathered, selection: Selection) -> dict[str, Any]:
         **selection.duplicates,
         "conflicts": len(selection.conflicting),
         "conflict_examples": [
-            {"source": _short(group["source"]), "targets": [_short(row["target"]) for row in group["rows"]]}
+            {"source": shortened(group["source"]), "targets": [shortened(row["target"]) for row in group["rows"]]}
             for group in groups
         ],
     }
@@ -158,7 +158,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         },
         "rejected_by_kind": rejects.by_kind(),
         "first_rejected": {
-            kind: f"{examples[0].origin}: {shortened(examples[0].reason)}"
+            kind: f"{examples[0].origin}: {shortened(examples[0].reason, REASON_CHARACTERS)}"
             for kind, examples in rejects.examples.items()
         },
         "splits": {name: len(table) for name, table in results.tables.items()},
@@ -286,13 +286,13 @@ def _sample(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, decoder_sta
     shifted = [start, *labels[:-1]]
     return {
         "origin": row["origin"],
-        "source": _short(row["source"]),
-        "target": _short(row["target"]),
+        "source": shortened(row["source"]),
+        "target": shortened(row["target"]),
         "input_tokens": token_chips(source_side(tokenizer), row["input_ids"]),
         "label_tokens": token_chips(target_side(tokenizer), labels),
         "decoder_input_tokens": token_chips(target_side(tokenizer), shifted),
     }
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
+def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:
+    return text if len(text) <= characters else text[:characters] + " …"
