@@ -10,8 +10,8 @@
     18 green, 2 red, 0 do not apply, in 10 s
 
 The exit code is 0 where all is green, 1 where something is red, 2 for a mistake such as a folder that is not there.
-Nothing is written, nothing is changed, and no code of the checkpoint is run. The two checks with several processes or
-with a Trainer are made on the CPU whatever --device says.
+Nothing is written, nothing is changed, and no code of the checkpoint is run. The checks with two processes or with a
+Trainer are made on the CPU whatever --device says.
 """
 
 import copy
@@ -37,7 +37,7 @@ from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfi
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
-from diptych.finetune.doctor.doctor_checks import CHECKS, Finding, Patient, examine
+from diptych.finetune.doctor.doctor_checks import CHECKS, CheckResult, Patient, examine
 from diptych.finetune.doctor.doctor_rows import rows_from
 from diptych.finetune.doctor.doctor_settings import DoctorSettings
 from diptych.finetune.model.loading import (
@@ -60,10 +60,9 @@ COLOUR_END = "\033[0m"
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' logs and everybody's progress bars; what they would warn of is what is examined here."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    """Without logs and progress bars of other libraries: what they would warn of is what is examined here."""
+    had_bars = transformers.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     try:
@@ -73,8 +72,7 @@ def quiet() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         datasets.enable_progress_bars()
-        transformers.logging.set_verbosity(level)
-        if bars:
+        if had_bars:
             transformers.logging.enable_progress_bar()
 
 
@@ -112,10 +110,10 @@ def _load_weights(name: str) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
     return model, load_config(name)
 
 
-def format_table(findings: Mapping[str, Finding], colours: bool) -> str:
+def format_table(results: Mapping[str, CheckResult], colours: bool) -> str:
     """One line for each check, within 100 columns, and beneath each red one what to do."""
     lines = []
-    for name, finding in findings.items():
+    for name, finding in results.items():
         start, end = (COLOURS[finding.status], COLOUR_END) if colours else ("", "")
         first, *more = textwrap.wrap(finding.message, COLUMNS - NAME_COLUMNS - 2)
         lines.append(f"{start}{MARKS[finding.status]}{end} {name:{NAME_COLUMNS}}{first}")
@@ -126,28 +124,24 @@ def format_table(findings: Mapping[str, Finding], colours: bool) -> str:
     return "\n".join(lines)
 
 
-def count(findings: Mapping[str, Finding], status: str) -> int:
-    return sum(finding.status == status for finding in findings.values())
+def count(results: Mapping[str, CheckResult], status: str) -> int:
+    return sum(finding.status == status for finding in results.values())
 
 
-def to_json(patient: Patient, findings: Mapping[str, Finding], seconds: float) -> str:
-    checks = [{"name": name} | finding._asdict() for name, finding in findings.items()]
-    for check in checks:
-        check["measured"] = {key: _without_nan(value) for key, value in check["measured"].items()}
-    report = {
-        "model": patient.name,
-        "examined": describe(patient),
-        "model_type": patient.config.model_type,
-        "checks": checks,
-        "seconds": round(seconds, 1),
-    }
-    report |= {status: count(findings, status) for status in MARKS}
+def to_json(patient: Patient, results: Mapping[str, CheckResult], seconds: float) -> str:
+    checks = []
+    for name, result in results.items():
+        measured = {key: None if _is_nan(value) else value for key, value in result.measured.items()}
+        checks.append({"name": name} | result._asdict() | {"measured": measured})
+    report = {"model": patient.name, "examined": describe(patient), "model_type": patient.config.model_type}
+    report |= {"checks": checks, "seconds": round(seconds, 1)}
+    report |= {status: count(results, status) for status in MARKS}
     return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _is_nan(value: Any) -> bool:
+    """Or infinite; JSON has neither."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def describe(patient: Patient) -> str:
@@ -166,20 +160,20 @@ def run(settings: DoctorSettings) -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, quiet():
         patient = admit(settings, Path(folder))
         with tqdm(CHECKS, desc="doctor", leave=False, disable=not sys.stderr.isatty()) as bar:
-            findings = {}
+            results = {}
             for name in bar:
                 bar.set_postfix_str(name)
-                findings[name] = examine(name, patient)
+                results[name] = examine(name, patient)
         seconds = time.perf_counter() - started
         if settings.json:
-            print(to_json(patient, findings, seconds))
+            print(to_json(patient, results, seconds))
         else:
             colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             print(*textwrap.wrap(describe(patient), COLUMNS), "", sep="\n")
-            print(format_table(findings, colours))
-            green, red, other = (count(findings, status) for status in MARKS)
+            print(format_table(results, colours))
+            green, red, other = (count(results, status) for status in MARKS)
             print(f"\n{green} green, {red} red, {other} do not apply, in {seconds:.0f} s")
-    return 1 if count(findings, "red") else 0
+    return 1 if count(results, "red") else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,13 +1,11 @@
-"""The checks of `diptych doctor`: a loaded checkpoint in; for each check green, red with a remedy, or why not at all.
+"""The checks of `diptych doctor`: a loaded checkpoint in; each check is green, red with a remedy, or does not apply.
 
     examine("batched = alone", patient)
-    ->  Finding("green", "largest difference of a row 2.4e-07 nats/token", {"difference": 2.4e-07}, "")
+    ->  CheckResult("green", "largest difference of a row 2.4e-07 nats/token", {"difference": 2.4e-07}, "")
 
-A check is one function of the patient, and one line in CHECKS at the foot. What it cannot do without (finite weights,
-a start token) it asks of the patient, who raises DoesNotApply. All is computed in fp32 and without dropout on the same
-eight rows.
-
-B rows, S source tokens, T target tokens, V vocabulary.
+A check is a function of the patient, and one line in CHECKS at the foot. If it needs what the checkpoint does not have
+(finite weights, a start token), the patient raises DoesNotApply. All is computed in fp32 and without dropout on the
+same eight rows.
 """
 
 import math
@@ -26,12 +24,12 @@ from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.templates import carried_template, golden_difference, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id, target_side
 from diptych.finetune.batches.packed_rows import pack_examples
-from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.doctor.doctor_rows import Row, Rows, built_in_rows, eight_of, random_rows
 from diptych.finetune.doctor.doctor_steps import (
     LOSS_TOLERANCE,
     Batch,
-    Step,
+    ExaminedRows,
+    LossAndGradients,
     agree,
     compare,
     compare_ranks,
@@ -52,16 +50,15 @@ from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.model.untrusted_files import conversion
 
 COLUMNS = ("input_ids", "labels")
-"""Of the two sides of a row."""
 MICRO_BATCHES = 8
 NEW_TOKENS = 16
 LOGITS_TOLERANCE = 1e-4
 FORCE_TIES = ("t5", "mt5", "umt5")
-"""Their configs say tie_word_embeddings whatever stands in config.json: with a head of its own in the file, as Flan-T5
-and mT5 have it, transformers does not tie."""
+"""Their configs say tie_word_embeddings whatever is in config.json. If the file has a separate head, as in Flan-T5 and
+mT5, transformers does not tie it."""
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     status: Literal["green", "red", "not_applicable"]
     message: str
     measured: dict[str, Any] = {}
@@ -78,14 +75,14 @@ class Patient:
 
     name: str
     model: PreTrainedModel | None
-    """In fp32 and in eval mode; None where its weights are not to be read."""
+    """In fp32 and in eval mode; None if only pickled weights are there, which are not read."""
     tokenizer: PreTrainedTokenizerBase | None
     given: Rows | None
-    """The owner's rows, if there are any."""
+    """The user's rows, if there are any."""
     config: PreTrainedConfig
     """As it was saved, with the dtype of the weights."""
     folder: Path
-    """For what is written on the way; goes when all is done."""
+    """For temporary files."""
 
     @property
     def weights(self) -> PreTrainedModel:
@@ -93,13 +90,19 @@ class Patient:
             raise DoesNotApply("the weights were not read")
         return self.model
 
+    @property
+    def vocabulary(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise DoesNotApply("the checkpoint has no tokenizer")
+        return self.tokenizer
+
     @cached_property
     def not_finite(self) -> list[str]:
         return [name for name, weight in self.weights.named_parameters() if not weight.isfinite().all()]
 
     @property
     def sound(self) -> PreTrainedModel:
-        """The model, where it can compute."""
+        """The model, if it can compute."""
         if self.not_finite:
             raise DoesNotApply("not measured: there are weights that are not finite")
         return self.weights
@@ -111,22 +114,21 @@ class Patient:
         return random_rows(self.weights) if self.tokenizer is None else built_in_rows(self.tokenizer)
 
     @cached_property
-    def rows(self) -> list[Row]:
-        """Eight that the model can read, with labels as training would have them: without the start token."""
+    def step(self) -> ExaminedRows:
+        """Eight rows that the model can read, with labels as training has them: without the start token."""
         limits, start = embedding_rows(self.weights), self.start_token
         kept = [
             row
             for row in self.all_rows.looked_at
             if all(max(row[side], default=end) < end for side, end in zip(COLUMNS, limits, strict=True))
         ]
-        if not kept:
-            kept = random_rows(self.weights).looked_at
-        eight = eight_of(kept, position_limit(self.weights))
-        split = [split_start(row["labels"], start, self.tokenizer) for row in eight]
-        return [
+        rows = eight_of(kept or random_rows(self.weights).looked_at, position_limit(self.weights))
+        split = [split_start(row["labels"], start, self.tokenizer) for row in rows]
+        rows = [
             row | {"labels": labels, "decoder_start": first} if labels else row
-            for row, (first, labels) in zip(eight, split, strict=True)
+            for row, (first, labels) in zip(rows, split, strict=True)
         ]
+        return ExaminedRows(rows, self.pad_token, start)
 
     @property
     def start_token(self) -> int:
@@ -144,24 +146,24 @@ class Patient:
         known = self.weights.generation_config.pad_token_id if known is None else known
         return 0 if known is None or known >= min(embedding_rows(self.weights)) else known
 
-    @property
-    def target_tokens(self) -> int:
-        return sum(len(row["labels"]) for row in self.rows)
+    def batch(self, rows: list[Row] | None = None) -> Batch:
+        """Of all rows, unless some are given."""
+        return self.on_device(self.step.batch(self.step.rows if rows is None else rows))
 
-    def batch(self, rows: list[Row]) -> Batch:
-        return self.placed(pad_batch(rows, self.pad_token, self.start_token))
-
-    def placed(self, batch: Batch) -> Batch:
+    def on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.weights.device) for name, tensor in batch.items()}
 
     @cached_property
     def objective(self) -> Seq2SeqObjective:
         return Seq2SeqObjective(self.sound).eval()
 
+    def divided(self, batches: list[Batch]) -> LossAndGradients:
+        return objective_step(self.objective, batches, self.step.target_tokens)
+
     @cached_property
-    def whole_step(self) -> Step:
+    def whole_step(self) -> LossAndGradients:
         """All rows as one padded batch: what other ways are compared with."""
-        return objective_step(self.objective, [self.batch(self.rows)], self.target_tokens)
+        return self.divided([self.batch()])
 
     @cached_property
     def saved(self) -> Path:
@@ -169,63 +171,52 @@ class Patient:
         return self.folder / "saved"
 
 
-def examine(name: str, patient: Patient) -> Finding:
-    """Whatever a check meets is a finding: a checkpoint that breaks one is still to hear of the others."""
+def examine(name: str, patient: Patient) -> CheckResult:
+    """Any error of a check is a red result, so that the other checks are still made."""
     try:
         return CHECKS[name](patient)
     except DoesNotApply as reason:
-        return Finding("not_applicable", str(reason))
-    except Exception as error:  # a model of any kind may fail in any way, and that is what is asked
+        return CheckResult("not_applicable", str(reason))
+    except Exception as error:  # of any type: the checkpoint may be broken in any way
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return Finding(
-            "red",
-            f"failed: {first_line}",
-            remedy="Training or generation will meet the same error. See what it names.",
-        )
+        remedy = "Training or generation will meet the same error. See what it names."
+        return CheckResult("red", f"failed: {first_line}", remedy=remedy)
 
 
-def _judge(is_right: bool, message: str, remedy: str, measured: dict[str, Any] | None = None) -> Finding:
-    return Finding("green" if is_right else "red", message, measured or {}, "" if is_right else remedy)
+def _judge(is_right: bool, message: str, remedy: str, measured: dict[str, Any] | None = None) -> CheckResult:
+    return CheckResult("green" if is_right else "red", message, measured or {}, "" if is_right else remedy)
 
 
-def _compared(figures: dict[str, float], remedy: str) -> Finding:
-    message = (
-        f"loss × {_number(figures['loss_ratio'])}, gradient × {_number(figures['gradient_ratio'])}, "
-        f"cosine {_number(figures['cosine'])}"
+def _compared(figures: dict[str, float], remedy: str) -> CheckResult:
+    loss, gradient, cosine = (
+        f"{ratio:.6f}" if abs(ratio - 1) < 0.01 else f"{ratio:.3f}"
+        for ratio in (figures["loss_ratio"], figures["gradient_ratio"], figures["cosine"])
     )
-    return _judge(agree(figures), message, remedy, figures)
+    return _judge(agree(figures), f"loss × {loss}, gradient × {gradient}, cosine {cosine}", remedy, figures)
 
 
-def _number(ratio: float) -> str:
-    """1.000000 where it is near to it, where the digits matter."""
-    return f"{ratio:.6f}" if abs(ratio - 1) < 0.01 else f"{ratio:.3f}"
+# How a step is divided
 
 
-# How a step is cut
+def micro_batches(patient: Patient) -> CheckResult:
+    figures = compare(patient.whole_step, patient.divided([patient.batch([row]) for row in patient.step.rows]))
+    remedy = "Rows of one batch see each other in this model, or padding counts: train with batch_size: 1."
+    return _compared(figures, remedy)
 
 
-def micro_batches(patient: Patient) -> Finding:
-    whole, tokens = patient.whole_step, patient.target_tokens
-    parts = objective_step(patient.objective, [patient.batch([row]) for row in patient.rows], tokens)
+def ranks(patient: Patient) -> CheckResult:
     return _compared(
-        compare(whole, parts),
-        "Rows of one batch see each other in this model, or padding counts: train with batch_size: 1.",
-    )
-
-
-def ranks(patient: Patient) -> Finding:
-    return _compared(
-        _on_two_ranks(patient, "ours"),
+        compare_ranks("ours", patient.saved, patient.step, patient.folder),
         "DDP waits for weights that never get a gradient, and shares no others meanwhile. Freeze those (see below: "
         "each weight has a gradient), or train on one GPU.",
     )
 
 
-def stock_trainer(patient: Patient) -> Finding:
+def stock_trainer(patient: Patient) -> CheckResult:
     model, device = patient.sound, patient.sound.device
-    arguments = (model.cpu(), patient.rows, patient.pad_token, patient.start_token)
+    step, folder = patient.step, patient.folder / "trainer"
     try:
-        one, many = (trainer_step(*arguments, count, patient.folder / "trainer") for count in (1, MICRO_BATCHES))
+        one, many = (trainer_step(model.cpu(), step, count, folder) for count in (1, MICRO_BATCHES))
     finally:
         model.to(device)
     return _compared(
@@ -237,56 +228,49 @@ def stock_trainer(patient: Patient) -> Finding:
     )
 
 
-def stock_trainer_ranks(patient: Patient) -> Finding:
-    return _compared(
-        _on_two_ranks(patient, "trainer"),
-        "As above: the Trainer takes the mean of each rank's mean, or a multiple of it.",
-    )
+def stock_trainer_ranks(patient: Patient) -> CheckResult:
+    figures = compare_ranks("trainer", patient.saved, patient.step, patient.folder)
+    return _compared(figures, "As above: the Trainer takes the mean of each rank's mean, or a multiple of it.")
 
 
-def _on_two_ranks(patient: Patient, way: str) -> dict[str, float]:
-    return compare_ranks(way, patient.saved, patient.rows, patient.pad_token, patient.start_token, patient.folder)
-
-
-def packed(patient: Patient) -> Finding:
-    model = patient.sound
-    if family_of(model) is None:
+def packed(patient: Patient) -> CheckResult:
+    model, family = patient.sound, family_of(patient.sound)
+    if family is None:
         raise DoesNotApply(f"{model.config.model_type} is padded: it is not in families.py")
-    row = patient.placed(pack_examples(patient.rows, patient.pad_token, patient.start_token))
-    was = model.config._attn_implementation
-    if was not in family_of(model).attentions:
-        model.set_attn_implementation("eager")  # the one that each family has
+    row = patient.on_device(pack_examples(*patient.step))
+    before = model.config._attn_implementation
+    if before not in family.attentions:
+        model.set_attn_implementation("eager")  # which each family has
     try:
-        together = objective_step(patient.objective, [row], patient.target_tokens)
+        together = patient.divided([row])
     finally:
-        model.set_attn_implementation(was)
-    return _compared(
-        compare(patient.whole_step, together),
-        "Train on padded rows, with packed: false: in a packed row examples see each other.",
-    )
+        model.set_attn_implementation(before)
+    remedy = "Train on padded rows, with packed: false: in a packed row examples see each other."
+    return _compared(compare(patient.whole_step, together), remedy)
 
 
 # Padding
 
 
 @torch.no_grad()
-def padding_side(patient: Patient) -> Finding:
-    batch = patient.batch(patient.rows)
-    right = patient.objective(batch, patient.target_tokens).item()
+def padding_side(patient: Patient) -> CheckResult:
+    batch, tokens = patient.batch(), patient.step.target_tokens
+    right = patient.objective(batch, tokens).item()
     lengths = batch["attention_mask"].sum(dim=1).tolist()
     rolled = {
         name: torch.stack([row.roll(len(row) - length) for row, length in zip(batch[name], lengths, strict=True)])
         for name in ("input_ids", "attention_mask")
     }
-    left = patient.objective(batch | rolled, patient.target_tokens).item()
+    left = patient.objective(batch | rolled, tokens).item()
+    difference = abs(left - right)
     measured = {"right": right, "left": left, "difference": left - right}
-    if abs(left - right) <= LOSS_TOLERANCE * max(1.0, abs(right)):
-        return Finding("green", f"the loss differs by {abs(left - right):.1e} nats/token", measured)
+    if difference <= LOSS_TOLERANCE * max(1.0, abs(right)):
+        return CheckResult("green", f"the loss differs by {difference:.1e} nats/token", measured)
     pads_left = patient.tokenizer is not None and patient.tokenizer.padding_side == "left"
-    where = "the tokenizer pads left" if pads_left else "nothing here pads left"
+    who = "the tokenizer pads left" if pads_left else "nothing here pads left"
     return _judge(
-        not pads_left and math.isfinite(left - right),
-        f"on the left {abs(left - right):.2g} nats/token other; {where}",
+        not pads_left and math.isfinite(difference),
+        f"on the left {difference:.2g} nats/token other; {who}",
         "Positions are counted from the row's start, and padding moves the text away from it. Write "
         '"padding_side": "right" into tokenizer_config.json (set on a loaded tokenizer, it would not be saved).',
         measured,
@@ -294,18 +278,18 @@ def padding_side(patient: Patient) -> Finding:
 
 
 @torch.no_grad()
-def batched(patient: Patient) -> Finding:
-    together = patient.objective.token_losses(patient.batch(patient.rows)).sum(dim=1)
-    alone = torch.stack([patient.objective.token_losses(patient.batch([row])).sum() for row in patient.rows])
-    tokens = together.new_tensor([len(row["labels"]) for row in patient.rows])
-    differences = (together - alone).abs() / tokens
-    allowed = LOSS_TOLERANCE * (alone / tokens).clamp(min=1.0)
-    difference = differences.max().item()
+def batched(patient: Patient) -> CheckResult:
+    rows = patient.step.rows
+    together = patient.objective.token_losses(patient.batch()).sum(dim=1)
+    alone = torch.stack([patient.objective.token_losses(patient.batch([row])).sum() for row in rows])
+    tokens = together.new_tensor([len(row["labels"]) for row in rows])
+    differences, allowed = (together - alone).abs() / tokens, LOSS_TOLERANCE * (alone / tokens).clamp(min=1.0)
+    largest = differences.max().item()
     return _judge(
         bool((differences <= allowed).all()),
-        f"largest difference of a row {difference:.1e} nats/token",
+        f"largest difference of a row {largest:.1e} nats/token",
         "What stands in padding changes the result: compute rows one by one, or look into the model's attention mask.",
-        {"difference": difference},
+        {"difference": largest},
     )
 
 
@@ -313,48 +297,46 @@ def batched(patient: Patient) -> Finding:
 
 
 @torch.no_grad()
-def cache(patient: Patient) -> Finding:
-    model, chosen = patient.sound, patient.rows[::2]
+def cache(patient: Patient) -> CheckResult:
+    model = patient.sound
     if model.config.model_type == "fsmt":
         raise DoesNotApply("without its cache, transformers' FSMT generates without a causal mask")
-    sources = patient.placed(pad_sources([row["input_ids"] for row in chosen], patient.pad_token))
+    sources = pad_sources([row["input_ids"] for row in patient.step.rows[::2]], patient.pad_token)
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "pad_token_id": patient.pad_token}
     settings |= {"output_logits": True, "return_dict_in_generate": True, "decoder_start_token_id": patient.start_token}
+    settings |= patient.on_device(sources)
     with search_settings_ignored(model):
-        with_cache, without = (
-            model.generate(**sources, **settings, use_cache=use_cache) for use_cache in (True, False)
-        )
-    same = torch.equal(with_cache.sequences, without.sequences)
-    logits = [torch.stack(output.logits) for output in (with_cache, without)]
-    difference = (logits[0] - logits[1]).abs().max().item()
-    allowed = LOGITS_TOLERANCE * max(1.0, logits[1].abs().max().item())
+        cached, uncached = (model.generate(**settings, use_cache=use_cache) for use_cache in (True, False))
+    is_same = torch.equal(cached.sequences, uncached.sequences)
+    logits, expected = (torch.stack(output.logits) for output in (cached, uncached))
+    difference = (logits - expected).abs().max().item()
     return _judge(
-        same and difference <= allowed,
-        f"{NEW_TOKENS} tokens {'the same' if same else 'differ'}, logits differ by {difference:.1e}",
+        is_same and difference <= LOGITS_TOLERANCE * max(1.0, expected.abs().max().item()),
+        f"{NEW_TOKENS} tokens {'the same' if is_same else 'differ'}, logits differ by {difference:.1e}",
         "Generate with use_cache=False: the model's cache changes what it says.",
-        {"same_tokens": same, "difference": difference},
+        {"same_tokens": is_same, "difference": difference},
     )
 
 
 @torch.no_grad()
-def saved_and_loaded(patient: Patient) -> Finding:
+def saved_and_loaded(patient: Patient) -> CheckResult:
     model = patient.sound
-    inputs = {name: tensor for name, tensor in patient.batch(patient.rows).items() if name != "labels"}
-    expected = model(**inputs, use_cache=False).logits
+    inputs = {name: tensor for name, tensor in patient.batch().items() if name != "labels"}
     loaded = load_model(str(patient.saved), torch.float32).to(model.device).eval()
-    difference = (loaded(**inputs, use_cache=False).logits - expected).abs().max().item()
+    logits, expected = (it(**inputs, use_cache=False).logits for it in (loaded, model))
+    difference = (logits - expected).abs().max().item()
     ties_kept = _shared(loaded) == _shared(model)
-    ties = "ties kept" if ties_kept else "ties changed"
+    same = "the same" if difference == 0 else f"differ by {difference:.1e}"
     return _judge(
         difference == 0 and ties_kept,
-        f"logits {'the same' if difference == 0 else f'differ by {difference:.1e}'}, {ties}",
+        f"logits {same}, ties {'kept' if ties_kept else 'changed'}",
         "What training saves is not what it trained: compare config.json with the model (tie_word_embeddings, dtype).",
         {"difference": difference, "ties_kept": ties_kept},
     )
 
 
 def _shared(model: PreTrainedModel) -> set[frozenset[str]]:
-    """Names of weights that are one and the same, together."""
+    """The names of weights that are one and the same, together."""
     names: dict[int, set[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(weight.data_ptr(), set()).add(name)
@@ -364,24 +346,20 @@ def _shared(model: PreTrainedModel) -> set[frozenset[str]]:
 # Tokens
 
 
-def padding_token(patient: Patient) -> Finding:
-    tokenizer = patient.tokenizer
-    if tokenizer is None:
-        raise DoesNotApply("the checkpoint has no tokenizer")
-    pad, eos = target_side(tokenizer).pad_token_id, target_side(tokenizer).eos_token_id
+def padding_token(patient: Patient) -> CheckResult:
+    side = target_side(patient.vocabulary)
+    pad, eos = side.pad_token_id, side.eos_token_id
     measured = {"pad_token_id": pad, "eos_token_id": eos}
     remedy = 'Give the tokenizer one: tokenizer.pad_token = "<pad>"; if it is new, model.resize_token_embeddings.'
     if pad is None:
-        return Finding("red", "the tokenizer has no padding token", measured, remedy)
+        return CheckResult("red", "the tokenizer has no padding token", measured, remedy)
     why = "labels[labels == pad] = -100 leaves out every eos, and the model never learns to stop. "
     return _judge(pad != eos, f"pad {pad}, eos {eos}", why + remedy.replace("one:", "its own:"), measured)
 
 
-def tokenizer_size(patient: Patient) -> Finding:
-    if patient.tokenizer is None:
-        raise DoesNotApply("the checkpoint has no tokenizer")
-    tokens, rows = lacking_most(patient.weights, patient.tokenizer)
-    sides = zip(vocabulary_sizes(patient.tokenizer), embedding_rows(patient.weights), strict=True)
+def tokenizer_size(patient: Patient) -> CheckResult:
+    tokens, rows = lacking_most(patient.weights, patient.vocabulary)
+    sides = zip(vocabulary_sizes(patient.vocabulary), embedding_rows(patient.weights), strict=True)
     return _judge(
         tokens <= rows,
         "; ".join(f"{tokens:,} tokens, {rows:,} embedding rows" for tokens, rows in dict.fromkeys(sides)),
@@ -391,7 +369,7 @@ def tokenizer_size(patient: Patient) -> Finding:
     )
 
 
-def ids_in_range(patient: Patient) -> Finding:
+def ids_in_range(patient: Patient) -> CheckResult:
     limits, rows = embedding_rows(patient.weights), patient.all_rows.looked_at
     largest = -1
     for row in rows:
@@ -399,28 +377,26 @@ def ids_in_range(patient: Patient) -> Finding:
             top, bottom = max(row[column], default=0), min(row[column], default=0)
             largest = max(largest, top)
             if top >= limit or bottom < 0:
-                return Finding(
-                    "red",
-                    f"{row['origin']}: {column} hold {top if top >= limit else bottom}, ids end at {limit - 1}",
-                    {"rows": len(rows), "id": top if top >= limit else bottom, "embedding_rows": limit},
-                    "Prepare the data with the model's own tokenizer.",
-                )
-    return Finding("green", f"{len(rows):,} rows, largest id {largest}", {"rows": len(rows), "largest_id": largest})
+                wrong = top if top >= limit else bottom
+                message = f"{row['origin']}: {column} hold {wrong}, ids end at {limit - 1}"
+                measured = {"rows": len(rows), "id": wrong, "embedding_rows": limit}
+                return CheckResult("red", message, measured, "Prepare the data with the model's own tokenizer.")
+    measured = {"rows": len(rows), "largest_id": largest}
+    return CheckResult("green", f"{len(rows):,} rows, largest id {largest}", measured)
 
 
-def start_token(patient: Patient) -> Finding:
+def start_token(patient: Patient) -> CheckResult:
     model = patient.weights
     generation, config = model.generation_config, getattr(model.config, "decoder_start_token_id", None)
     measured = {"config": config, "generation_config": generation.decoder_start_token_id}
     try:
         token = decoder_start_token(model)
     except UserError:
-        remedy = (
-            "Set decoder_start_token_id in config.json and generation_config.json: what the model was trained with."
-        )
-        return Finding("red", "there is none, so the model cannot begin to write", measured, remedy)
-    if token >= embedding_rows(model)[1]:
-        return Finding("red", f"{token}, but ids end at {embedding_rows(model)[1] - 1}", measured, "Set it in range.")
+        remedy = "Set the id that the model was trained with in config.json and generation_config.json."
+        return CheckResult("red", "there is none, so the model cannot begin to write", measured, remedy)
+    last = embedding_rows(model)[1] - 1
+    if token > last:
+        return CheckResult("red", f"{token}, but ids end at {last}", measured, "Set it in range.")
     disagree = config is not None and token != config
     return _judge(
         not disagree,
@@ -430,7 +406,7 @@ def start_token(patient: Patient) -> Finding:
     )
 
 
-def labels_without_start(patient: Patient) -> Finding:
+def labels_without_start(patient: Patient) -> CheckResult:
     start, rows = patient.start_token, patient.all_rows.looked_at
     repeated = [row["origin"] for row in rows if len(row["labels"]) > 1 and row["labels"][0] == start]
     return _judge(
@@ -442,10 +418,8 @@ def labels_without_start(patient: Patient) -> Finding:
     )
 
 
-def golden_rows(patient: Patient) -> Finding:
-    tokenizer = patient.tokenizer
-    if tokenizer is None:
-        raise DoesNotApply("the checkpoint has no tokenizer")
+def golden_rows(patient: Patient) -> CheckResult:
+    tokenizer = patient.vocabulary
     template = carried_template(tokenizer, check=False)
     if template is None:
         raise DoesNotApply("the tokenizer carries no template")
@@ -465,20 +439,20 @@ def golden_rows(patient: Patient) -> Finding:
 # Weights
 
 
-def safetensors(patient: Patient) -> Finding:
+def safetensors(patient: Patient) -> CheckResult:
     folder = Path(patient.name)
     if not folder.is_dir():
-        return Finding("green", "read from the Hub as safetensors")
-    files, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
+        return CheckResult("green", "read from the Hub as safetensors")
+    files, pickles = (len(list(folder.glob(pattern))) for pattern in ("*.safetensors", "*.bin"))
     return _judge(
-        bool(files),
-        f"{len(files)} safetensors, {len(pickles)} pickled files",
+        files > 0,
+        f"{files} safetensors, {pickles} pickled files",
         f"A pickle can run code, and is not read. If you trust it, convert it: {conversion(patient.name)}",
-        {"safetensors": len(files), "pickles": len(pickles)},
+        {"safetensors": files, "pickles": pickles},
     )
 
 
-def tied_weights(patient: Patient) -> Finding:
+def tied_weights(patient: Patient) -> CheckResult:
     model = patient.weights
     *tables, head = input_and_output_tables(model)
     is_shared = head.data_ptr() in {table.data_ptr() for table in tables}
@@ -486,30 +460,30 @@ def tied_weights(patient: Patient) -> Finding:
     measured = {"tie_word_embeddings": says, "head_is_input_table": is_shared}
     if says and model.config.model_type in FORCE_TIES and not is_shared:
         is_meant = not getattr(model.config, "scale_decoder_outputs", False)  # mT5 has no such field
-        remedy = (
+        return _judge(
+            is_meant,
+            "the head is its own, as in Flan-T5 and mT5" if is_meant else "the head is apart, and is not to be",
             "The file holds a head of its own, but its logits are scaled as a shared table's: write "
-            "scale_decoder_outputs: false into config.json if it was trained like Flan-T5; else drop the head."
+            "scale_decoder_outputs: false into config.json if it was trained like Flan-T5; else drop the head.",
+            measured,
         )
-        message = "the head is its own, as in Flan-T5 and mT5" if is_meant else "the head is apart, and is not to be"
-        return _judge(is_meant, message, remedy, measured)
     apart = sorted(
         name
         for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items()
         if model.get_parameter(name).data_ptr() != model.get_parameter(source).data_ptr()
     )
-    message = f"{apart[0]} is apart, though config.json ties it" if apart else "as config.json says: "
+    as_said = f"as config.json says: {'head and input table are one' if is_shared else 'the head is its own'}"
     return _judge(
         not apart,
-        message if apart else message + ("head and input table are one" if is_shared else "the head is its own"),
+        f"{apart[0]} is apart, though config.json ties it" if apart else as_said,
         "The file holds two tables that differ. If that is meant, write tie_word_embeddings: false into config.json; "
         "if not, go back to a checkpoint in which they were one.",
         measured | {"apart": apart},
     )
 
 
-def finite(patient: Patient) -> Finding:
-    count = sum(1 for _ in patient.weights.parameters())
-    found = patient.not_finite
+def finite(patient: Patient) -> CheckResult:
+    found, count = patient.not_finite, sum(1 for _ in patient.weights.parameters())
     return _judge(
         not found,
         f"{found[0]} holds NaN or infinity" if found else f"all {count} tensors",
@@ -518,7 +492,7 @@ def finite(patient: Patient) -> Finding:
     )
 
 
-def gradients(patient: Patient) -> Finding:
+def gradients(patient: Patient) -> CheckResult:
     trained = [name for name, weight in patient.sound.named_parameters() if weight.requires_grad]
     without = [name for name in trained if name not in patient.whole_step.gradients]
     return _judge(
@@ -530,20 +504,20 @@ def gradients(patient: Patient) -> Finding:
     )
 
 
-def dtype(patient: Patient) -> Finding:
+def dtype(patient: Patient) -> CheckResult:
     saved, kind = patient.config.dtype, patient.config.model_type
     overflows = kind in FAMILIES and FAMILIES[kind].overflows_in_fp16
-    name = "config.json names none" if saved is None else f"saved as {str(saved).removeprefix('torch.')}"
+    name = "none" if saved is None else str(saved).removeprefix("torch.")
     return _judge(
         not (overflows and saved == torch.float16),
-        name,
+        "config.json names none" if saved is None else f"saved as {name}",
         f"Activations of {kind} grow beyond what fp16 holds (65,504), and become infinite. Start from an fp32 or bf16 "
         f"copy, and train with precision: bf16 or fp32.",
-        {"dtype": name.split()[-1]},
+        {"dtype": name},
     )
 
 
-CHECKS: dict[str, Callable[[Patient], Finding]] = {
+CHECKS: dict[str, Callable[[Patient], CheckResult]] = {
     "8 micro-batches = 1 batch": micro_batches,
     "2 ranks = 1 rank": ranks,
     "HF Trainer: 8 = 1": stock_trainer,

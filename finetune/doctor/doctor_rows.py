@@ -1,14 +1,14 @@
-"""What `diptych doctor` examines a model with: eight short rows of very uneven length, of the owner's data if given.
+"""The rows that `diptych doctor` examines a model with: eight short ones of very uneven length, of the user's data.
 
     rows_from("my-rows.jsonl", tokenizer)  ->  Rows([{"input_ids": […], "labels": […], "origin": …}, …], "rows of …")
     eight_of(looked_at, tokens=64)         ->  eight of these, from the shortest target to the longest, 64 tokens each
 
-Uneven on purpose: a mean of micro-batch means is the mean over tokens where all rows are equally long, and its fault
-would not show.
+They are uneven on purpose: among equally long rows a mean of micro-batch means equals the mean over tokens, so its
+fault would not show.
 """
 
-import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.reading.sources import open_sources
+from diptych.data_prep.rows.records import Reject
+from diptych.data_prep.rows.records import Row as RawRow
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, carried_template
 from diptych.finetune.model.families import embedding_rows
 from diptych.finetune.model.untrusted_files import open_prepared
 
 ROWS_LOOKED_AT = 10_000
-"""So many rows of the data have their ids checked: a second or two."""
+"""Rows whose ids are checked; this takes a second or two."""
 ROWS_COMPUTED = 8
 """One for each micro-batch."""
 SOURCE_TOKENS = 64
@@ -48,14 +51,14 @@ Row = dict[str, Any]
 
 class Rows(NamedTuple):
     looked_at: list[Row]
-    """`input_ids`, `labels`, and `origin`, which says where the row stands."""
+    """`input_ids`, `labels`, and `origin`, the file or split and the row's number."""
     described: str
     """As in "rows of my-rows.jsonl"."""
 
 
 def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
-    """Of a prepared folder its first split, which is train if there is one; of a .json or .jsonl file the rows as the
-    tokenizer encodes them."""
+    """The first split (train if there is one) of a prepared folder; or the rows of a file, as the tokenizer encodes
+    them."""
     place = Path(data)
     if (place / "dataset_dict.json").is_file():
         split, rows = _prepared_rows(place)
@@ -64,17 +67,11 @@ def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
         raise UserError(
             f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
         )
-    if not place.is_file():
-        raise UserError(f"there is no {data}. Name a prepared folder, or a .json or .jsonl file of rows.")
-    if place.suffix not in (".json", ".jsonl"):
-        raise UserError(
-            f"{data} is neither .json nor .jsonl. Prepare it with `diptych prepare`, and name that folder."
-        )
     if tokenizer is None:
         raise UserError(
             f"{data} holds text, and the checkpoint has no tokenizer to encode it. Save one in its folder."
         )
-    texts, without_output = _raw_rows(place)
+    texts, without_output = _raw_rows(data)
     described = f"rows of {data}"
     if without_output:
         described += f" ({len(without_output):,} without output left out, the first {without_output[0]})"
@@ -83,7 +80,7 @@ def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
 
 def encoded_rows(texts: Sequence[tuple[str, str, str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     """(instruction, input, output, origin) of each row, in the tokenizer's own template, or Alpaca's."""
-    template = carried_template(tokenizer, check=False) or TEMPLATES["alpaca"]  # what has changed, the checks examine
+    template = carried_template(tokenizer, check=False) or TEMPLATES["alpaca"]  # a check compares its golden rows
     sources = encode_sources(tokenizer, [template.render_source(told, given) for told, given, _, _ in texts])
     rendered = [template.render_target(output) for _, _, output, _ in texts]
     targets = encode_targets(tokenizer, rendered, decoder_prefix=template.decoder_prefix)
@@ -99,7 +96,7 @@ def built_in_rows(tokenizer: PreTrainedTokenizerBase) -> Rows:
 
 
 def random_rows(model: PreTrainedModel) -> Rows:
-    """Ids that are in range and nothing special, where there is no tokenizer; each side ends in eos."""
+    """For a checkpoint without a tokenizer: random ids of ordinary tokens; each side ends in eos."""
     known = model.generation_config
     ends = known.eos_token_id if isinstance(known.eos_token_id, list) else [known.eos_token_id]
     special = {known.pad_token_id, known.bos_token_id, known.decoder_start_token_id, *ends}
@@ -117,7 +114,7 @@ def random_rows(model: PreTrainedModel) -> Rows:
 
 
 def eight_of(looked_at: Sequence[Row], tokens: int | None) -> list[Row]:
-    """Evenly from the shortest target to the longest, each cut to what `tokens` positions hold, but not its end."""
+    """Evenly from the shortest target to the longest, each cut to `tokens` positions, its last token kept."""
     in_order = sorted(looked_at, key=lambda row: len(row["labels"]))
     last = len(in_order) - 1
     chosen = [in_order[round(place * last / (ROWS_COMPUTED - 1))] for place in range(ROWS_COMPUTED)]
@@ -143,25 +140,12 @@ def _prepared_rows(place: Path) -> tuple[str, list[Row]]:
     ]
 
 
-def _raw_rows(file: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
-    """Rows with an output, and where those without one stand, from which nothing can be learned."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        lines = text.split("\n") if file.suffix == ".jsonl" else json.loads(text)
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(
-            f"{file} could not be read: {error}. Mend it there; if it has one object a line, name it .jsonl."
-        ) from None
-    if not isinstance(lines, list):
-        found = "an object" if isinstance(lines, dict) else "neither an array nor an object"
-        raise UserError(
-            f"{file} holds {found} from its first line on, and an array of objects is due: [{{…}}, {{…}}]. If it has "
-            f"one object a line, name it .jsonl; if an object holds the array, keep the array."
-        )
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line != ""][:ROWS_LOOKED_AT]
-    if not numbered:
+def _raw_rows(file: str) -> tuple[list[tuple[str, str, str, str]], list[str]]:
+    """The rows with an output, and the origins of those without one, from which nothing is learned."""
+    rows = (row for source in open_sources([file]) for chunk in source.chunks() for row in chunk.rows())
+    rows = [_texts_of(row) for row in islice(rows, ROWS_LOOKED_AT)]
+    if not rows:
         raise UserError(f"{file} has no rows. Name a file with one row or more.")
-    rows = [_raw_row(line, f"{file}:{number}") for number, line in numbered]
     with_output = [row for row in rows if row[2].strip()]
     without = [origin for *_, output, origin in rows if not output.strip()]
     if not with_output:
@@ -172,18 +156,16 @@ def _raw_rows(file: Path) -> tuple[list[tuple[str, str, str, str]], list[str]]:
     return with_output, without
 
 
-def _raw_row(line: Any, origin: str) -> tuple[str, str, str, str]:
-    try:
-        row = json.loads(line) if isinstance(line, str) else line
-    except ValueError as error:
-        is_spelling = isinstance(error, json.JSONDecodeError)
-        fault = f"{error.msg} at column {error.colno}" if is_spelling else str(error)
-        raise UserError(f"{origin}: {fault}. Mend the row, or let `diptych prepare` sort out what is sound.") from None
-    row = {name: "" if value is None else value for name, value in row.items()} if isinstance(row, dict) else {}
-    texts = [row.get(name, "") for name in ("instruction", "input", "output")]
-    if not all(isinstance(text, str) for text in texts) or not (texts[0] or texts[1]) or "output" not in row:
-        raise UserError(
-            f"{origin}: a row is an object with the texts instruction (or input) and output. Mend it, or let "
-            f"`diptych prepare` sort out what is sound, and name its folder."
-        )
-    return (*texts, origin)
+def _texts_of(row: RawRow | Reject) -> tuple[str, str, str, str]:
+    fault = "a row is an object with the texts instruction (or input) and output"
+    if isinstance(row, Reject):
+        fault = row.reason.rstrip(".")
+    else:
+        texts = [
+            "" if row.fields.get(name) is None else row.fields[name] for name in ("instruction", "input", "output")
+        ]
+        if all(isinstance(text, str) for text in texts) and (texts[0] or texts[1]) and "output" in row.fields:
+            return (*texts, str(row.origin))
+    raise UserError(
+        f"{row.origin}: {fault}. Mend the row, or let `diptych prepare` sort out what is sound, and name its folder."
+    )

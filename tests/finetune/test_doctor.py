@@ -20,9 +20,16 @@ from diptych.data_prep.text_to_ids.encode import TEXT_TOKENS_KEY
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, Template, attach_template
 from diptych.finetune.doctor import doctor, doctor_checks
 from diptych.finetune.doctor.doctor import DoctorSettings, admit, format_table
-from diptych.finetune.doctor.doctor_checks import CHECKS, Finding, examine
+from diptych.finetune.doctor.doctor_checks import CHECKS, CheckResult, examine
 from diptych.finetune.doctor.doctor_rows import built_in_rows, eight_of, rows_from
-from diptych.finetune.doctor.doctor_steps import Step, agree, compare, compare_ranks, trainer_step
+from diptych.finetune.doctor.doctor_steps import (
+    ExaminedRows,
+    LossAndGradients,
+    agree,
+    compare,
+    compare_ranks,
+    trainer_step,
+)
 from diptych.finetune.model.adapters import add_adapter, save_adapter
 from diptych.finetune.model.families import decoder_start_token
 
@@ -45,7 +52,7 @@ def checkpoint(tmp_path, checkpoint_of, tiny_tokenizer):
 def examined(tmp_path):
     """`examined(folder, "packed = separate")`: the finding of one check."""
 
-    def find(folder: Path, name: str, data: Path | str = "") -> Finding:
+    def find(folder: Path, name: str, data: Path | str = "") -> CheckResult:
         work = tmp_path / "work"
         work.mkdir(exist_ok=True)
         with doctor.quiet():
@@ -145,7 +152,7 @@ def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
         (["{folder}"], "so it is not a checkpoint"),
         (["{model}", "--data", "{folder}/none.jsonl"], "none.jsonl: there is no such file"),
         (["{model}", "--data", "{folder}"], "is no prepared dataset"),
-        (["{model}", "--data", "{folder}/rows.csv"], "is neither .json nor .jsonl"),
+        (["{model}", "--data", "{folder}/rows.csv"], "has no rows"),
         (["{model}", "--data", "{folder}/rows.jsonl"], "rows.jsonl:2: a row is an object with the texts"),
         (["{model}", "--data", "{folder}/empty.json"], "has no rows"),
         (
@@ -154,12 +161,12 @@ def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
         ),
         (
             ["{model}", "--data", "{folder}/object.json"],
-            "an array of objects is due: [{…}, {…}]. If it has one object a",
+            "object.json, line 1, column 1: a JSON",
         ),
-        (["{model}", "--data", "{folder}/cut.json"], "',' delimiter: line 2 column 3 (char 18). Mend it there; if it"),
+        (["{model}", "--data", "{folder}/cut.json"], "cut.json:1: broken JSON: Expecting ',' delimiter, line 2, column 3. Mend the row"),
         (
             ["{model}", "--data", "{folder}/cut.jsonl"],
-            "cut.jsonl:2: Expecting ',' delimiter at column 13. Mend the row",
+            "cut.jsonl:2: broken JSON: Expecting ',' delimiter, line 2, column 13. Mend the row",
         ),
         (["{model}", "--device", "gpu"], "device 'gpu' cannot be used"),
         (["{model}", "--jsn"], "Did you mean --json?"),
@@ -181,7 +188,10 @@ def test_mistakes_end_with_code_2_and_one_message(checkpoint, tmp_path, argument
 
 
 def test_colours_are_for_terminals_and_long_lines_are_wrapped():
-    findings = {"packed = separate": Finding("red", "word " * 60, remedy="mend " * 60), "dtype": Finding("green", "x")}
+    findings = {
+        "packed = separate": CheckResult("red", "word " * 60, remedy="mend " * 60),
+        "dtype": CheckResult("green", "x"),
+    }
     plain = format_table(findings, colours=False)
     assert max(map(len, plain.splitlines())) <= 100 and "\033" not in plain
     assert "\033[31m✗\033[0m packed" in format_table(findings, colours=True)
@@ -212,7 +222,8 @@ def test_the_remedy_that_is_printed_works_and_the_other_mends_half(family, new_m
         return F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
 
     model = new_model(family)
-    arguments = (model, eight_of(built_in_rows(tiny_tokenizer).looked_at, 64), 0, decoder_start_token(model))
+    rows = eight_of(built_in_rows(tiny_tokenizer).looked_at, 64)
+    arguments = (model, ExaminedRows(rows, 0, decoder_start_token(model)))
 
     def both(**remedy) -> dict[str, float]:
         with doctor.quiet():
@@ -438,27 +449,30 @@ def test_without_a_template_or_its_golden_rows_there_is_nothing_to_compare(check
     folder = checkpoint("t5")
     stored = json.loads((folder / "tokenizer_config.json").read_text())[TOKENIZER_KEY]
     edit_json(folder / "tokenizer_config.json", **{TOKENIZER_KEY: {**stored, "golden": []}})
-    assert examined(folder, GOLDEN) == Finding("not_applicable", "template 'translate' was saved without golden rows")
+    assert examined(folder, GOLDEN) == CheckResult(
+        "not_applicable", "template 'translate' was saved without golden rows"
+    )
     edit_json(folder / "tokenizer_config.json", **{TOKENIZER_KEY: ...})
-    assert examined(folder, GOLDEN) == Finding("not_applicable", "the tokenizer carries no template")
+    assert examined(folder, GOLDEN) == CheckResult("not_applicable", "the tokenizer carries no template")
 
 
 # What it measures with
 
 
 def test_ratios_and_cosine_on_two_small_gradients():
-    one = Step(2.0, {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
-    figures = compare(one, Step(16.0, {"a": torch.tensor([8.0]), "b": torch.tensor([-6.0])}))
+    one = LossAndGradients(2.0, {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    figures = compare(one, LossAndGradients(16.0, {"a": torch.tensor([8.0]), "b": torch.tensor([-6.0])}))
     assert figures == {"loss": 2.0, "other_loss": 16.0, "loss_ratio": 8.0, "gradient_ratio": 2.0, "cosine": 0.0}
     assert not agree(figures) and agree(compare(one, one))
-    assert compare(one, Step(2.0, {"a": torch.tensor([3.0])}))["cosine"] == pytest.approx(0.6)
-    assert not agree(compare(one, Step(2.0, {"a": torch.tensor([1.5]), "b": torch.tensor([2.0])})))
-    assert not agree(compare(one, Step(2.0, {})))
+    assert compare(one, LossAndGradients(2.0, {"a": torch.tensor([3.0])}))["cosine"] == pytest.approx(0.6)
+    assert not agree(compare(one, LossAndGradients(2.0, {"a": torch.tensor([1.5]), "b": torch.tensor([2.0])})))
+    assert not agree(compare(one, LossAndGradients(2.0, {})))
 
 
 def test_a_rank_that_fails_is_told_with_its_last_line(tmp_path):
     with pytest.raises(RuntimeError, match="rank [01] failed: .*the config of .*nowhere could not be read"):
-        compare_ranks("ours", tmp_path / "nowhere", [{"input_ids": [3, 1], "labels": [4, 1]}] * 8, 0, 0, tmp_path)
+        step = ExaminedRows([{"input_ids": [3, 1], "labels": [4, 1]}] * 8, 0, 0)
+        compare_ranks("ours", tmp_path / "nowhere", step, tmp_path)
 
 
 def test_rows_whose_output_is_empty_are_left_out_and_said(checkpoint, tmp_path, tiny_tokenizer, capsys):
