@@ -1,4 +1,4 @@
-"""Raw text in; (source, target) pairs out, by which a model learns to read in one panel and write in the other.
+"""Raw text as (source, target) pairs, by which an encoder-decoder is pretrained.
 
     diptych denoise --data corpus.txt hf:user/pages --tokenizer paired --objective prefix_lm --out pairs
     diptych prepare --data pairs/pairs.parquet --tokenizer paired --out prepared
@@ -8,10 +8,10 @@
                          source  Thank you <X> to your <Y> week      target  <X> for inviting me <Y> party last
     ul2              a mixture of both: short spans, long ones or many, and prefixes (UL2, arXiv 2205.05131)
 
-It works on tokens: a document is cut into windows that fill source and target, each token of it in one window, and
-what is done to a window is drawn by the seed, the document and the window's number, whatever came before. Text that
-spells a control token stays text (encode.py). What is left of a document and shorter than MINIMUM tokens is not
-learned from, and counted. A pair's tokens are the window's, rearranged.
+It works on tokens: a document is cut into windows that fill source and target, and each token is in one window. What
+is done to a window is drawn from the seed, the document and the window's number, so the order of documents does not
+matter. Text that spells a control token stays text (encode.py). The end of a document that is shorter than MINIMUM
+tokens is left out, and counted.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MINIMUM = 8
-"""Tokens of a window, below which there is nothing to learn from it."""
+"""The fewest tokens of a window."""
 PAIRS_AT_ONCE = 2_000
 DOCUMENTS_AT_ONCE = 256
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
@@ -74,8 +74,8 @@ UL2_MIXTURE = (
 """Table 1 of the paper, each as often as the others."""
 
 
-class Frame(NamedTuple):
-    """What stands around the tokens of every pair."""
+class SpecialTokens(NamedTuple):
+    """Ids that stand around the text's tokens in every pair, and those that stand for its spans."""
 
     before_source: list[int]
     after_source: list[int]
@@ -91,15 +91,16 @@ class Frame(NamedTuple):
 
 
 def window_length(denoiser: Denoiser, source: int, target: int, sentinels: int) -> int:
-    """The most tokens of which neither side, sentinels included, is longer than its room.
+    """The most tokens with which neither side, sentinels included, is longer than its room. UserError where that is
+    fewer than MINIMUM."""
 
-    UserError where that is fewer than MINIMUM.
-    """
-    if denoiser.mean_span_length is None:
-        length = source + target
-    else:
-        fits = (it for it in range(source + target, 1, -1) if _fits(it, denoiser, source, target, sentinels))
-        length = next(fits, 0)
+    def fits(length: int) -> bool:
+        noise, spans = noise_and_spans(length, denoiser)
+        return length - noise + spans <= source and noise + spans <= target and spans <= sentinels
+
+    length = source + target
+    if denoiser.mean_span_length is not None:
+        length = next(filter(fits, range(length, 1, -1)), 0)
     if length < MINIMUM:
         raise UserError(
             f"{source} source and {target} target tokens leave no room for text. Raise max_source_tokens and"
@@ -108,13 +109,8 @@ def window_length(denoiser: Denoiser, source: int, target: int, sentinels: int) 
     return length
 
 
-def _fits(length: int, denoiser: Denoiser, source: int, target: int, sentinels: int) -> bool:
-    noise, spans = noise_and_spans(length, denoiser)
-    return length - noise + spans <= source and noise + spans <= target and spans <= sentinels
-
-
 def noise_and_spans(length: int, denoiser: Denoiser) -> tuple[int, int]:
-    """Of a window: tokens that are cut out, and spans in which."""
+    """How many tokens of a window are cut out, and in how many spans."""
     noise = min(max(round(length * denoiser.noise_density), 1), length - 1)
     return noise, min(max(round(noise / denoiser.mean_span_length), 1), noise, length - noise)
 
@@ -122,8 +118,8 @@ def noise_and_spans(length: int, denoiser: Denoiser) -> tuple[int, int]:
 def corrupt_spans(
     tokens: Sequence[int], denoiser: Denoiser, sentinels: Sequence[int], generator: numpy.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """T5's: kept and cut-out spans in turns, a kept one first, all lengths drawn; a sentinel stands for each span on
-    either side."""
+    """As T5 does it: kept and cut-out spans in turns, a kept one first, all lengths drawn; a sentinel stands for each
+    cut-out span in the source, and before it in the target."""
     noise, spans = noise_and_spans(len(tokens), denoiser)
     kept = _parts(len(tokens) - noise, spans, generator)
     cut = _parts(noise, spans, generator)
@@ -136,7 +132,7 @@ def corrupt_spans(
 
 
 def _parts(total: int, count: int, generator: numpy.random.Generator) -> list[int]:
-    """`total` in `count` parts of 1 or more, each way to do it as likely as another."""
+    """`total` in `count` parts of 1 or more; all ways to divide it are equally likely."""
     ends = generator.choice(total - 1, count - 1, replace=False) + 1 if count > 1 else []
     return numpy.diff([0, *sorted(ends), total]).tolist()
 
@@ -144,39 +140,36 @@ def _parts(total: int, count: int, generator: numpy.random.Generator) -> list[in
 def split_prefix(
     tokens: Sequence[int], least: float, source: int, target: int, generator: numpy.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """Cut at a random place, such that neither side is shorter than `least` of it, nor longer than its room."""
-    length = len(tokens)
-    first = max(round(length * least), 1, length - target)
-    last = min(length - max(round(length * least), 1), source)
+    """Cut at a random place, such that neither side is shorter than the share `least`, nor longer than its room."""
+    length, shortest = len(tokens), max(round(len(tokens) * least), 1)
+    first = max(shortest, length - target)
+    last = min(length - shortest, source)
     place = int(generator.integers(first, max(first, last) + 1))
     return list(tokens[:place]), list(tokens[place:])
 
 
-def pairs_of(tokens: Sequence[int], settings: DenoiseSettings, frame: Frame, key: int) -> Iterator[tuple | int]:
-    """Of one document: (input_ids, labels) of each window; a number of tokens that were too few, last."""
+def pairs_of(
+    tokens: Sequence[int], settings: DenoiseSettings, special: SpecialTokens, key: int
+) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """(input_ids, labels) of each window of a document, and how many tokens are left over at its end."""
     mixture = denoisers(settings)
-    place = 0
-    for number in itertools.count():
-        generator = numpy.random.default_rng([settings.seed, key, number])
+    pairs, place = [], 0
+    while True:
+        generator = numpy.random.default_rng([settings.seed, key, len(pairs)])
         denoiser = mixture[int(generator.integers(len(mixture)))]
-        source_room, target_room = frame.room(denoiser, settings.max_source_tokens, settings.max_target_tokens)
-        length = window_length(denoiser, source_room, target_room, len(frame.sentinels))
-        window = tokens[place : place + length]
+        source_room, target_room = special.room(denoiser, settings.max_source_tokens, settings.max_target_tokens)
+        window = tokens[place : place + window_length(denoiser, source_room, target_room, len(special.sentinels))]
         if len(window) < MINIMUM:
-            if window:
-                yield len(window)
-            return
+            return pairs, len(window)
+        place += len(window)
         if denoiser.mean_span_length is None:
             least = settings.minimum_prefix if settings.objective == "prefix_lm" else denoiser.noise_density
             source, target = split_prefix(window, least, source_room, target_room, generator)
         else:
-            source, target = corrupt_spans(window, denoiser, frame.sentinels, generator)
-        mode = [frame.modes[denoiser.mode]] if frame.modes else []
-        yield (
-            [*frame.before_source, *mode, *source, *frame.after_source],
-            [*frame.before_target, *target, *frame.after_target],
-        )
-        place += length
+            source, target = corrupt_spans(window, denoiser, special.sentinels, generator)
+        mode = [special.modes[denoiser.mode]] if special.modes else []
+        input_ids = [*special.before_source, *mode, *source, *special.after_source]
+        pairs.append((input_ids, [*special.before_target, *target, *special.after_target]))
 
 
 def denoisers(settings: DenoiseSettings) -> tuple[Denoiser, ...]:
@@ -187,7 +180,7 @@ def denoisers(settings: DenoiseSettings) -> tuple[Denoiser, ...]:
     return (Denoiser("R", settings.noise_density, settings.mean_noise_span_length),)
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase, settings: DenoiseSettings) -> Frame:
+def special_tokens(tokenizer: PreTrainedTokenizerBase, settings: DenoiseSettings) -> SpecialTokens:
     """UserError where the objective needs tokens that the tokenizer does not have."""
     vocabulary = tokenizer.get_vocab()
     numbered = {int(match[1]): token for name, token in vocabulary.items() if (match := SENTINEL.fullmatch(name))}
@@ -202,11 +195,11 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, settings: DenoiseSettings) -> F
             raise UserError(f"mode_tokens names {name!r}, which {settings.tokenizer} does not have. Name its tokens.")
     modes = dict(zip("RSX", (vocabulary[name] for name in settings.mode_tokens), strict=False))
     (source,), (target,) = split_sources(tokenizer, ["a"]), split_targets(tokenizer, ["a"])
-    return Frame(source.prefix, source.suffix, target.prefix, target.suffix, sentinels, modes)
+    return SpecialTokens(source.prefix, source.suffix, target.prefix, target.suffix, sentinels, modes)
 
 
 def denoise(settings: DenoiseSettings) -> Counter[str]:
-    """Writes OUT/pairs.parquet; how many documents, pairs, and tokens that were too few."""
+    """Writes OUT/pairs.parquet; how many documents, pairs, tokens, and tokens left over there are."""
     from tokenizers import AddedToken
 
     tokenizer = open_tokenizer(settings.tokenizer)
@@ -218,7 +211,7 @@ def denoise(settings: DenoiseSettings) -> Counter[str]:
     if settings.add_sentinels:
         names = [f"<extra_id_{number}>" for number in range(settings.add_sentinels)]
         tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
-    frame = frame_of(tokenizer, settings)
+    special = special_tokens(tokenizer, settings)
     texts = open_texts(settings.data, settings.text_fields)
     out.mkdir(parents=True, exist_ok=True)
     if settings.add_sentinels:
@@ -231,13 +224,11 @@ def denoise(settings: DenoiseSettings) -> Counter[str]:
         while documents := list(itertools.islice(stream, DOCUMENTS_AT_ONCE)):
             for text, encoding in zip(documents, split_sources(tokenizer, documents), strict=True):
                 counts["documents"] += 1
-                for found in pairs_of(encoding.content, settings, frame, xxhash.xxh3_64_intdigest(text.encode())):
-                    if isinstance(found, int):
-                        counts["tokens left over"] += found
-                    else:
-                        pairs.append(found)
-                        counts["pairs"] += 1
-                        counts["tokens"] += len(found[0]) + len(found[1])
+                found, left = pairs_of(encoding.content, settings, special, xxhash.xxh3_64_intdigest(text.encode()))
+                pairs += found
+                counts["pairs"] += len(found)
+                counts["tokens"] += sum(len(source) + len(target) for source, target in found)
+                counts["tokens left over"] += left
             bar.update(len(documents))
             if len(pairs) >= PAIRS_AT_ONCE:
                 _write(writer, pairs)

@@ -1,6 +1,7 @@
 """Raw text as pairs: every token in its place again, shares as set, the same pairs whatever came before."""
 
 import json
+import re
 import statistics
 
 import numpy
@@ -17,7 +18,7 @@ from diptych.data_prep.denoise import (
     UL2_MIXTURE,
     Denoiser,
     DenoiseSettings,
-    Frame,
+    SpecialTokens,
     corrupt_spans,
     noise_and_spans,
     pairs_of,
@@ -117,22 +118,16 @@ def test_shares_and_lengths_are_as_set():
 @pytest.mark.parametrize("objective", ["prefix_lm", "span_corruption", "ul2"])
 def test_each_token_of_a_document_is_in_one_window(objective):
     asked = settings(objective=objective, max_source_tokens=64, max_target_tokens=48)
-    frame = Frame([], [7], [], [1], SENTINELS, {})
+    special = SpecialTokens([], [7], [], [1], SENTINELS, {})
     tokens = list(range(2000, 3000))
-    pairs, left = [], 0
-    for found in pairs_of(tokens, asked, frame, key=5):
-        if isinstance(found, int):
-            left = found
-        else:
-            pairs.append(found)
+    pairs, left = pairs_of(tokens, asked, special, key=5)
     assert all(len(source) <= 64 and len(target) <= 48 for source, target in pairs)
     assert all(source[-1] == 7 and target[-1] == 1 for source, target in pairs)
     windows = [restored(source[:-1], target[:-1], set(SENTINELS)) for source, target in pairs]
     assert [token for window in windows for token in window] == tokens[: len(tokens) - left]
     assert left < MINIMUM
-    again = [it for it in pairs_of(tokens, asked, frame, key=5) if not isinstance(it, int)]
-    other = [it for it in pairs_of(tokens, asked, frame, key=6) if not isinstance(it, int)]
-    assert again == pairs and other != pairs
+    assert pairs_of(tokens, asked, special, key=5) == (pairs, left)
+    assert pairs_of(tokens, asked, special, key=6)[0] != pairs
 
 
 def test_a_window_is_the_longest_that_fits():
@@ -149,8 +144,8 @@ def test_a_window_is_the_longest_that_fits():
 
 def test_the_mixture_has_each_denoiser_as_often_and_says_its_mode():
     asked = settings(objective="ul2", mode_tokens=["a", "b", "c"], max_source_tokens=64, max_target_tokens=64)
-    frame = Frame([], [], [], [], SENTINELS, {"R": 1, "S": 2, "X": 3})
-    modes = [source[0] for key in range(900) for source, _ in [next(pairs_of(range(2000, 2400), asked, frame, key))]]
+    special = SpecialTokens([], [], [], [], SENTINELS, {"R": 1, "S": 2, "X": 3})
+    modes = [pairs_of(range(2000, 2400), asked, special, key)[0][0][0][0] for key in range(900)]
     shares = [modes.count(mode) / len(modes) for mode in (1, 2, 3)]
     assert shares == pytest.approx([2 / 7, 1 / 7, 4 / 7], abs=0.05)
 
@@ -209,8 +204,6 @@ def test_what_cannot_be_is_told_in_a_sentence(more, message, tokenizer_folder, c
     command = ["--data", str(corpus), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
     assert denoising.main([*command, *more]) == 2
     said = capsys.readouterr().err
-    import re
-
     assert re.search(message, said, flags=re.DOTALL) and "Traceback" not in said
 
 
