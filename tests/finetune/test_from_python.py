@@ -1,6 +1,8 @@
 """`import diptych`: from rows in memory to answers, with the words and the files of the commands."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -127,6 +129,30 @@ def test_a_second_run_goes_on_from_the_first_ones_model(made, tmp_path):
     assert again.state == "done" and again.train_loss < run.figures[0]["loss"] + 1
     with pytest.raises(UserError, match="out"):
         diptych.train(model=run, data=data, out=tmp_path / "again", max_steps=1, precision="fp32")
+
+
+def test_runs_of_one_process_may_differ_in_precision(made, tmp_path):
+    data, run = made
+    for precision in ("bf16", "fp32", "bf16"):
+        out = tmp_path / f"{precision}-{len(list(tmp_path.iterdir()))}"
+        assert diptych.train(model=run, data=data, out=out, max_steps=1, precision=precision).state == "done"
+        assert f"precision: {precision}" in (out / "config.yaml").read_text()
+
+
+def test_ctrl_c_ends_the_step_saves_and_the_run_goes_on(made, tmp_path):
+    data, run = made
+    settings = {"model": run, "data": data, "out": tmp_path / "run", "max_steps": 6, "precision": "fp32"}
+    before = signal.getsignal(signal.SIGINT)
+
+    def press_ctrl_c(line: str) -> None:
+        if line.startswith("step 2/"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    stopped = diptych.train(**settings, logging_every=1, say=press_ctrl_c)
+    assert stopped.state == "stopped" and 2 <= stopped.figures[-1]["step"] < 6
+    assert signal.getsignal(signal.SIGINT) == before
+    resumed = diptych.train(**settings, logging_every=1, resume=True)
+    assert resumed.state == "done" and resumed.figures[-1]["step"] == 6
 
 
 def test_a_loaded_model_writes_what_it_learned(t5_checkpoint):
