@@ -4,10 +4,15 @@ import importlib.util
 import json
 import re
 import subprocess
+from dataclasses import fields
 
 import pytest
 import yaml
 from page_reader import ROOT, Reader, blocks, commands
+
+from diptych.data_prep.command_line.other_names import other_name
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.finetune.training.recipe import TrainRecipe
 
 README = ROOT / "README.md"
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -85,3 +90,15 @@ def test_contributing_says_what_each_file_is_for():
         for name in re.findall(r"^\| `([^`]+)` \| \S", lines, flags=re.MULTILINE)
     }
     assert listed == set(file_table.listed_files()), "write the table anew: python docs/file_table.py"
+
+
+def test_what_trainer_and_trl_call_settings_is_what_the_command_line_says():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("## What you call it")[1].split("## ")[0]
+    known = {setting.name: "" for settings in (TrainRecipe, PrepareSettings) for setting in fields(settings)}
+    rows = re.findall(r"^\| (`.+) \| (.+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) > 20
+    for theirs, ours in rows:
+        named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", ours))))
+        for name in re.findall(r"`(\w+)`", theirs):
+            answer = set(re.findall(r"\w+", other_name(name, known)))
+            assert name in known or answer & named - {"diptych", "prepare"}, (name, other_name(name, known), ours)
