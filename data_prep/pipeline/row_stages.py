@@ -74,19 +74,14 @@ LOSSY = "text that the tokenizer cannot write"
 FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin", *LANGUAGE_FIELDS)
 
 
-Fault = tuple[str, str]
-"""The kind and the reason of a reject."""
-
-
-def shingles_of(settings: PrepareSettings) -> Shingles | None:
-    """None where near duplicates stay."""
-    return None if settings.near_duplicates is None else Shingles(settings.shingle, settings.shingle_size)
+KindAndReason = tuple[str, str]
+"""Of a reject."""
 
 
 class Check(Protocol):
     """A filter, or the index of texts that training must not hold: why a record is not kept, or None."""
 
-    def check(self, record: Record) -> Fault | None: ...
+    def check(self, record: Record) -> KindAndReason | None: ...
 
 
 class RenderedRow(NamedTuple):
@@ -170,15 +165,17 @@ class Stages:
     @property
     def shingles(self) -> Shingles | None:
         """How near duplicates are looked for; None for not at all."""
-        return shingles_of(self.settings)
+        settings = self.settings
+        return settings.near_duplicates and Shingles(settings.shingle, settings.shingle_size)
 
     @property
     def schema(self) -> pyarrow.Schema:
         """Of the examples that `run` gives."""
-        return pyarrow.schema([*self._text_fields(), *(ID_FIELDS if self.tokenizer is not None else ())])
+        return pyarrow.schema([*self.text_fields, *(ID_FIELDS if self.tokenizer is not None else ())])
 
-    def _text_fields(self) -> list[pyarrow.Field]:
-        return [*TEXT_FIELDS, *([SIGNATURE_FIELD] if self.shingles is not None else [])]
+    @property
+    def text_fields(self) -> list[pyarrow.Field]:
+        return [*TEXT_FIELDS, *([SIGNATURE_FIELD] if self.shingles else [])]
 
     def run(self, chunk: Chunk, source_number: int) -> Batch:
         batch = Batch(source_number, chunk.bytes_done)
@@ -281,10 +278,10 @@ class Stages:
             **dict(zip(KEY_FIELDS, keys, strict=True)),
             **{name: [it.languages[side] for it in records] for side, name in enumerate(LANGUAGE_FIELDS)},
         }
-        if self.shingles is not None:
+        if self.shingles:
             texts = ["" if isinstance(record, Tokenised) else compared_text(record) for record in records]
             columns["signature"] = [row.tobytes() for row in signatures(texts, self.shingles)]
-        return pyarrow.RecordBatch.from_pydict(columns, pyarrow.schema(self._text_fields()))
+        return pyarrow.RecordBatch.from_pydict(columns, pyarrow.schema(self.text_fields))
 
     # From texts to token ids
 
@@ -334,28 +331,24 @@ class Stages:
             return source._replace(content=source.content[:limit])
         return split_sources(self.tokenizer, [shortened(self.tokenizer, text, limit, languages)], [languages])[0]
 
-    def _fitted(self, source: Encoding, target: Encoding) -> tuple[tuple[list[int], list[int]], Fault | None]:
-        """`input_ids` and `labels`, and what is wrong with a row that is not kept."""
-        settings = self.settings
-        treatment = "cut" if settings.too_long == "cut" else "drop"  # an error is raised where all rejects are counted
-        found = []
-        for side, encoding, limit in (
-            ("source", source, settings.max_source_tokens),
-            ("target", target, settings.max_target_tokens),
-        ):
+    def _fitted(self, source: Encoding, target: Encoding) -> tuple[tuple[list[int], ...], KindAndReason | None]:
+        """`input_ids` and `labels`; or none, and what is wrong with the row."""
+        settings, found = self.settings, []
+        is_cut = settings.too_long == "cut"  # to "error", rejects are raised where they are counted
+        for side, encoding in (("source", source), ("target", target)):
+            limit = getattr(settings, f"max_{side}_tokens")
+            # Sources have been cut: one that is too long still has a template that is too long by itself.
+            treatment = "cut" if is_cut and side == "target" else "drop"
             if not encoding.content:
-                return ([], []), ("no tokens", f"the tokenizer makes no token of the {side}.")
-            # A source has been cut before; if it is too long still, that is the template.
-            is_target = side == "target"
-            ids = fit(encoding, limit, treatment, settings.end_cut_targets) if is_target else fit(encoding, limit)
-            if ids is None:
-                what = "template's own text" if treatment == "cut" else side
+                return (), ("no tokens", f"the tokenizer makes no token of the {side}.")
+            if (ids := fit(encoding, limit, treatment, settings.end_cut_targets)) is None:
+                what = "template's own text" if is_cut else side
                 reason = f"the {what} has {encoding.token_count:,} tokens, and max_{side}_tokens is {limit:,}."
-                return ([], []), (f"{side} over the limit", reason)
+                return (), (f"{side} over the limit", reason)
             found.append(ids)
         return tuple(found), None
 
-    def _unknown_token(self, row: Sequence[Sequence[int]]) -> Fault | None:
+    def _unknown_token(self, row: Sequence[Sequence[int]]) -> KindAndReason | None:
         """Rows that came as token ids may be of another tokenizer."""
         for ids, size in zip(row, vocabulary_sizes(self.tokenizer), strict=True):
             if max(ids) >= size:
@@ -365,7 +358,7 @@ class Stages:
                 )
         return None
 
-    def _too_lossy(self, lost: Mapping[str, Loss | None]) -> Fault | None:
+    def _too_lossy(self, lost: Mapping[str, Loss | None]) -> KindAndReason | None:
         for side, loss in lost.items():
             if loss and self.settings.lossy_text != "keep":
                 return LOSSY, f"the tokenizer loses {' and '.join(loss.kinds)} of the {side}: {loss.example}."

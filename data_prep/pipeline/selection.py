@@ -18,13 +18,13 @@ from typing import Any
 import numpy
 import pyarrow.compute
 
-from diptych.data_prep.cleaning.duplicates import compared_text, conflicts, exact_duplicates, near_duplicates
+from diptych.data_prep.cleaning.duplicates import Shingles, compared_text, conflicts, exact_duplicates, near_duplicates
 from diptych.data_prep.cleaning.mixture import Mixture, mix
 from diptych.data_prep.cleaning.splits import found_in, row_keys, split_rows
 from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.gather import Gathered
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings, fraction_of
-from diptych.data_prep.pipeline.row_stages import origin_of, shingles_of
+from diptych.data_prep.pipeline.row_stages import origin_of
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_of, splits_of
 from diptych.data_prep.rows.records import Record, Reject, Rejects
 from diptych.data_prep.text_to_ids.rendered_text import from_marked
@@ -189,7 +189,8 @@ class _Train:
             held_out = ~self.is_train & (has_own_sets and settings.on_both_sides == "drop")
             # Rows that came as token ids have no text, by which all would be alike.
             considered = (self.stays | held_out) & pyarrow.compute.not_equal(texts, "").to_numpy()
-            arguments = (self._compared_text, shingles_of(settings), considered, held_out)
+            shingles = Shingles(settings.shingle, settings.shingle_size)
+            arguments = (self._compared_text, shingles, considered, held_out)
             repeats = near_duplicates(self.gathered.signatures, settings.near_duplicates, *arguments)
             why = f"at least {settings.near_duplicates:.0%} like".replace("%", " %")
             self._remove_repeats(repeats, "near", why, facts)
