@@ -85,7 +85,7 @@ COMMANDS = {
         "finetune.evaluating.evaluate_split:run",
     ),
     "compare": Command(
-        "two runs or two reports -> what differs, whether by chance, and curves",
+        "two runs or two reports -> what differs, and whether by chance",
         "finetune.evaluating.evaluate_settings:CompareSettings",
         "finetune.evaluating.compare_runs:run",
     ),

@@ -60,14 +60,14 @@ class EvaluateSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Two runs or two evaluation reports: what differs, losses, metrics with intervals, paired tests, and curves."""
+    """Two runs or two evaluation reports: what differs, losses, metrics with intervals, and paired tests."""
 
     run_a: str = field(metadata=EXISTING)
     """Run folder (what `out` of the recipe named), or a report that `diptych evaluate --out` wrote."""
     run_b: str = field(metadata=EXISTING)
     """The other one. Reports that lie in a run folder are found; of each split the newest is taken."""
     out: str = field(default="", metadata=OUTPUT)
-    """JSON file for all figures; the picture of the curves goes beside it. Printed only unless given."""
+    """JSON file for all figures. Printed only unless given."""
     trials: int = 10_000
     """Random exchanges of outputs for each p-value, whose smallest possible value is 1 / (trials + 1)."""
     seed: int = 0

@@ -25,6 +25,8 @@ from diptych.finetune.run_files.whole_folders import MANIFEST, read_json
 Intervals = Mapping[str, tuple[float, float]]
 COUNTS = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
 """Figures that are not scores."""
+REPORT_KEYS = {"figures", "signatures", "settings"}
+"""By which a file is known to be a report."""
 
 
 def format_table(evaluation: Evaluation, intervals: Intervals) -> str:
@@ -101,19 +103,17 @@ def predictions_file(report: Path) -> Path:
 
 def check_report_files(report: Path) -> None:
     """UserError if the report or its predictions would overwrite files of another kind. Makes their folder."""
-    check_overwrite(report, lambda content: _has_keys(content, REPORT_KEYS), "a report of `diptych evaluate`")
+    check_overwrite(report, lambda content: has_keys(content, REPORT_KEYS), "a report of `diptych evaluate`")
     check_overwrite(
         predictions_file(report),
-        lambda content: _has_keys(content.split(b"\n", 1)[0], {"source", "references", "prediction"}),
+        lambda content: has_keys(content.split(b"\n", 1)[0], {"source", "references", "prediction"}),
         "the predictions of a report",
     )
     report.parent.mkdir(parents=True, exist_ok=True)
 
 
-REPORT_KEYS = {"figures", "signatures", "settings"}
-
-
-def _has_keys(content: bytes, keys: set[str]) -> bool:
+def has_keys(content: bytes, keys: set[str]) -> bool:
+    """Whether the content is a JSON object with these keys."""
     try:
         return keys <= json.loads(content).keys()
     except (ValueError, AttributeError):

@@ -1,19 +1,19 @@
-"""Scores for generated text: `evaluate.Metric` classes that are instantiated directly and need no network.
+"""Scores for generated text, computed without network access.
 
     compute_metrics(["exact_match", "chrf"], predictions=["학생이다."], references=[["학생이야.", "학생이다."]])
     -> {"exact_match": 100.0, "chrf": 100.0}
+    TextMetric("chrf").compute(predictions=…, references=…)      the same as a metric of the `evaluate` library
 
-N predictions (strings) and, for each, a list of one or more references; every figure lies between 0 and 100, and more
-is better, except for token_error_rate: of it less is better, and it can exceed 100.
-A prediction earns what its best reference gives it (exact_match, token_f1, rouge, chrf, token_error_rate) or is
-matched against all of them together (bleu). Most counting is done by sacrebleu (Post 2018,
-https://aclanthology.org/W18-6319) and rouge-score; what is decided here is how text becomes tokens, because their
-defaults were made for English: rouge-score drops every letter outside a-z ("나는 학생이다" has no tokens at all), and
-BLEU over Korean words punishes a wrong particle like a wrong word. `superni_rougeL` alone keeps those defaults, to be
-comparable with the figures that are published for Super-NaturalInstructions.
+N predictions (strings) and for each a list of one or more references. Every figure is between 0 and 100 and higher is
+better, except token_error_rate: lower is better, and it can exceed 100. A prediction gets the score of its best
+reference; BLEU compares it with all of them together. Most counting is done by sacrebleu (Post 2018,
+https://aclanthology.org/W18-6319) and rouge-score. Our own part is how text becomes tokens, because their defaults are
+for English: rouge-score drops every letter outside a-z, and BLEU over Korean words counts a wrong particle as a wrong
+word. `superni_rougeL` alone keeps the defaults, so that it is comparable with published results of
+Super-NaturalInstructions.
 
-Each metric first counts, prediction by prediction (`Statistics`), and its figures follow from the sums. So
-confidence.py has them for a thousand resamples of the predictions without reading a text again.
+A metric first counts per prediction (`Statistics`), and its figures follow from the sums. So confidence.py computes
+the figures of a thousand resamples without reading a text again.
 """
 
 import math
@@ -34,11 +34,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
 
-# Hangul, Han and kana are read one character at a time: Korean glues particles and endings to the word, Chinese and
-# Japanese write no spaces. Counting overlap by syllable is also what KorQuAD's official F1 does. Thai, Lao, Khmer and
-# Burmese write no spaces, either (breaking their lines takes a dictionary: that is what the property says): they
-# are read one character with its marks at a time. Tibetan marks its syllables, which are tokens here; BLEU's 13a does
-# not cut at these marks, so that it takes the characters of Tibetan.
+# Hangul, Han and kana are tokens of one character: Korean joins particles and endings to the word, Chinese and
+# Japanese write no spaces. KorQuAD's official F1 counts syllables, too. Thai, Lao, Khmer and Burmese (Complex_Context:
+# lines are broken with a dictionary) write no spaces either; their tokens are one character with its marks. Tibetan
+# marks its syllables, which are tokens here; BLEU's 13a does not split at these marks, so BLEU uses characters for it.
 _CHARACTER_SCRIPTS = r"\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=Complex_Context}"
 _TOKEN = regex.compile(rf"(?=[{_CHARACTER_SCRIPTS}])\X|[[\p{{L}}\p{{M}}\p{{N}}]--[{_CHARACTER_SCRIPTS}]]+", regex.V1)
 _LETTER = regex.compile(r"\p{L}")
@@ -47,34 +46,34 @@ _ENGLISH_ARTICLES = {"a", "an", "the"}
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def split_tokens(text: str) -> list[str]:
-    """`"The NBA를 봤다!"` -> `["the", "nba", "를", "봤", "다"]`: words, and syllables where a script asks for it.
+References = Sequence[Sequence[str]]
 
-    NFKC first, so that Hangul decomposed by macOS equals Hangul as it is typed; case folded; punctuation dropped,
-    unless there is nothing else: `"?!"` -> `["?", "!"]`. On other ASCII text these are the tokens of rouge-score's own
-    default tokenizer.
+
+def split_tokens(text: str) -> list[str]:
+    """`"The NBA를 봤다!"` -> `["the", "nba", "를", "봤", "다"]`: words, or characters in scripts without spaces.
+
+    NFKC makes Hangul as macOS decomposes it equal to typed Hangul. Case is folded. Punctuation is dropped unless there
+    is nothing else: `"?!"` -> `["?", "!"]`. On other ASCII text these are the tokens of rouge-score's own tokenizer.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     return _TOKEN.findall(text) or regex.findall(r"\X", "".join(text.split()))
 
 
-def choose_bleu_tokenize(references: Sequence[Sequence[str]]) -> str:
-    """sacrebleu's `char` where at least a tenth of the references' letters are of a script without spaces, or Hangul;
-    otherwise `13a`.
+def choose_bleu_tokenize(references: References) -> str:
+    """sacrebleu's `char` if at least a tenth of the references' letters are in a script without spaces or in Hangul;
+    otherwise `13a`, the default of WMT.
 
-    `13a` is the WMT default. It leaves Korean words whole, so that short sentences seldom share four of them in a
-    row; sacrebleu's own choice for Korean, `ko-mecab`, needs a dictionary that is not installed here. A tenth, not a
-    half: a split with both directions of English-Korean is then scored by characters throughout, while an English
-    text that names a Korean city is not. Figures with different tokenisations cannot be compared; the signature
-    says which one was used.
+    `13a` leaves Korean words whole, so short sentences rarely share four of them in a row; `ko-mecab` needs a
+    dictionary that is not installed. A tenth, so that a split with both directions of English-Korean uses characters,
+    and an English text with a Korean city name does not. The signature says which one was used.
     """
     text = "".join(reference for row in references for reference in row)
     letters = len(_LETTER.findall(text))
     return "char" if letters and len(_CHARACTER_SCRIPT_LETTER.findall(text)) >= letters / 10 else "13a"
 
 
-def check_pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-    """UserError unless there is at least one prediction, and one non-empty list of strings for each."""
+def check_pairs(predictions: Sequence[str], references: References) -> None:
+    """UserError unless there is a prediction, and one non-empty list of strings for each."""
     if len(predictions) != len(references):
         raise UserError(
             f"metrics need one list of references for each prediction, got {len(predictions)} predictions and "
@@ -91,32 +90,23 @@ def check_pairs(predictions: Sequence[str], references: Sequence[Sequence[str]])
             raise UserError(f"references[{row}] must hold one string or more, got {row_references!r}.")
 
 
-def reference_streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """Rows of references -> sacrebleu's streams, as many as the longest row, `None` where a row has fewer.
-
-    `[["a", "b"], ["c"]]` -> `[["a", "c"], ["b", None]]`. A stream cut to the shortest row would lose references;
-    one filled with `""` would add an empty reference, which BLEU's brevity penalty takes as the closest length.
-    """
-    return [list(stream) for stream in zip_longest(*references)]
-
-
 class Statistics(NamedTuple):
-    """What was counted for each of N predictions, K numbers each, and what figures their sums give."""
+    """Counts of each of N predictions, K numbers each, and the figures that their sums give."""
 
     counts: np.ndarray
     """(N, K), float64."""
     figures_of: Callable[[np.ndarray], dict[str, float]]
-    """Sums over any choice of rows (K,) -> name and value of each figure."""
+    """Sums over any selection of predictions (K,) -> the figures by name."""
     signature: str = ""
-    """With what it was computed, where that is a choice: figures with different signatures cannot be compared."""
+    """How it was computed, if there is a choice. Figures with different signatures are not comparable."""
 
     def figures(self) -> dict[str, float]:
-        """Those of all rows. Their sum is exact, so that it does not matter in which order they came."""
+        """Of all predictions. The sum is exact, so their order does not matter."""
         return self.figures_of(np.array([math.fsum(column) for column in self.counts.T]))
 
 
 def mean_percentages(names: Sequence[str], scores: Sequence[Sequence[float]]) -> Statistics:
-    """Scores between 0 and 1, for each prediction one of each name -> the means of the names, times 100."""
+    """Scores between 0 and 1, (N, names) -> the mean of each name, times 100."""
     counts = np.column_stack([np.array(scores, dtype=np.float64), np.ones(len(scores))])
 
     def figures_of(sums: np.ndarray) -> dict[str, float]:
@@ -131,93 +121,47 @@ def ratio(name: str, parts: Sequence[float], wholes: Sequence[float], scale: flo
     return Statistics(counts, lambda sums: {name: scale * float(sums[0]) / float(sums[1])})
 
 
-class TextMetric(evaluate.Metric):
-    """What the metrics share: string features, checked pairs, and nothing written to the metrics cache."""
-
-    description = ""
-    citation = ""
-
-    def __init__(self, **settings):
-        super().__init__(keep_in_memory=True, **settings)
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-        return evaluate.MetricInfo(
-            description=self.description,
-            citation=self.citation,
-            inputs_description="predictions: list[str]; references: list[list[str]], one or more for each prediction.",
-            features=datasets.Features(features),
-        )
-
-    def add_batch(self, *, predictions: list[str], references: list[list[str]]) -> None:
-        """Collect predictions and their references; `compute` calls it too, so that every row is checked."""
-        check_pairs(predictions, references)
-        super().add_batch(predictions=predictions, references=references)
-
-    def count(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
-        raise NotImplementedError
-
-    def _compute(self, predictions, references, **settings) -> dict[str, float | str]:
-        statistics = self.count(predictions, references, **settings)
-        figures = statistics.figures()
-        signed = {f"{name}_signature": statistics.signature for name in figures if statistics.signature}
-        return figures | signed
+def count_exact_match(predictions: Sequence[str], references: References) -> Statistics:
+    """Percentage of predictions that equal one of their references, character by character."""
+    hits = [[prediction in row] for prediction, row in zip(predictions, references, strict=True)]
+    return mean_percentages(["exact_match"], hits)
 
 
-class ExactMatch(TextMetric):
-    description = "Percentage of predictions that equal one of their references, character by character."
-
-    def count(self, predictions, references) -> Statistics:
-        hits = [[prediction in row] for prediction, row in zip(predictions, references, strict=True)]
-        return mean_percentages(["exact_match"], hits)
-
-
-class TokenF1(TextMetric):
-    """SQuAD's F1 (Rajpurkar et al. 2016): bags of tokens, articles and punctuation dropped, best reference counts."""
-
-    description = (
-        "Mean F1 of token overlap. Tokens are words, or characters in Hangul, Han, kana, Thai and other scripts \
-without spaces; English articles, case and punctuation do not count."
-    )
-
-    def count(self, predictions, references) -> Statistics:
-        scores = [
-            [max(_token_f1(prediction, reference) for reference in row)]
-            for prediction, row in zip(predictions, references, strict=True)
-        ]
-        return mean_percentages(["token_f1"], scores)
+def count_token_f1(predictions: Sequence[str], references: References) -> Statistics:
+    """SQuAD's F1 (Rajpurkar et al. 2016): overlap of tokens without English articles; the best reference counts."""
+    scores = [
+        [max(_token_f1(prediction, reference) for reference in row)]
+        for prediction, row in zip(predictions, references, strict=True)
+    ]
+    return mean_percentages(["token_f1"], scores)
 
 
 def _token_f1(prediction: str, reference: str) -> float:
     predicted, expected = _without_articles(split_tokens(prediction)), _without_articles(split_tokens(reference))
     if not predicted or not expected:
-        return float(predicted == expected)  # nothing to say and nothing said is right, as in SQuAD 2.0
+        return float(predicted == expected)  # an empty prediction for an empty reference is right, as in SQuAD 2.0
     shared = sum((Counter(predicted) & Counter(expected)).values())
     return 2 * shared / (len(predicted) + len(expected))
 
 
 def _without_articles(tokens: list[str]) -> list[str]:
-    """Unless there is nothing else: "a" as an answer is not "the"."""
+    """All tokens if there are only articles: the answer "a" is not "the"."""
     return [token for token in tokens if token not in _ENGLISH_ARTICLES] or tokens
 
 
-class TokenErrorRate(TextMetric):
-    """Of phonemes it is the phoneme error rate, of words the word error rate of speech recognition."""
-
-    description = "Insertions, deletions and substitutions per 100 tokens of the nearest reference. Tokens are what \
-stands between spaces, as it is written."
-
-    def count(self, predictions, references) -> Statistics:
-        nearest = [
-            min((edit_distance(prediction.split(), reference.split()), -len(reference.split())) for reference in row)
-            for prediction, row in zip(predictions, references, strict=True)
-        ]
-        edits, tokens = zip(*nearest, strict=True)
-        return ratio("token_error_rate", edits, [max(1, -count) for count in tokens], scale=100)
+def count_token_error_rate(predictions: Sequence[str], references: References) -> Statistics:
+    """Insertions, deletions and substitutions per 100 tokens of the nearest reference; tokens are separated by spaces.
+    Over phonemes this is the phoneme error rate, over words the word error rate."""
+    nearest = [
+        min((edit_distance(prediction.split(), reference.split()), -len(reference.split())) for reference in row)
+        for prediction, row in zip(predictions, references, strict=True)
+    ]
+    edits, tokens = zip(*nearest, strict=True)
+    return ratio("token_error_rate", edits, [max(1, -count) for count in tokens], scale=100)
 
 
 def edit_distance(predicted: Sequence[str], expected: Sequence[str]) -> int:
-    """Levenshtein's: the fewest insertions, deletions and substitutions that make one sequence the other."""
+    """Levenshtein distance, by numpy over rows of the table (nltk's is 25 times slower on 200 tokens)."""
     columns = np.arange(len(expected) + 1)
     tokens, row = np.array(expected, dtype=object), columns
     for number, token in enumerate(predicted, start=1):
@@ -228,90 +172,82 @@ def edit_distance(predicted: Sequence[str], expected: Sequence[str]) -> int:
 
 
 class _RougeTokens:
-    """The tokenizer object that RougeScorer asks for."""
+    """The tokenizer object that RougeScorer needs."""
 
     def tokenize(self, text: str) -> list[str]:
         return split_tokens(text)
 
 
-class Rouge(TextMetric):
-    description = "Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L without stemming, over words, or over characters \
-in Hangul, Han, kana, Thai and other scripts without spaces."
-
-    def count(self, predictions, references) -> Statistics:
-        names = ["rouge1", "rouge2", "rougeL"]
-        scorer = RougeScorer(names, tokenizer=_RougeTokens())
-        rows = [scorer.score_multi(row, guess) for guess, row in zip(predictions, references, strict=True)]
-        return mean_percentages(names, [[row[name].fmeasure for name in names] for row in rows])
+def count_rouge(predictions: Sequence[str], references: References) -> Statistics:
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L over `split_tokens`, without stemming."""
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, tokenizer=_RougeTokens())
+    rows = [scorer.score_multi(row, guess) for guess, row in zip(predictions, references, strict=True)]
+    return mean_percentages(names, [[row[name].fmeasure for name in names] for row in rows])
 
 
-class SuperNiRougeL(TextMetric):
-    """As compute_metrics.py of Tk-Instruct (Wang et al. 2022, arXiv 2204.07705) has them for its English tracks.
+def count_superni(predictions: Sequence[str], references: References) -> Statistics:
+    """As compute_metrics.py of Tk-Instruct (Wang et al. 2022, arXiv 2204.07705) for its English tracks.
 
-    ROUGE-L with rouge-score's own tokens, stemmed: letters a-z and digits, in lower case. Text in any other script has
-    no tokens and scores 0 even where it is right; the signature says how many predictions that touches. Exact match is
-    without case, ASCII punctuation and surplus spaces. Both take the best reference.
+    ROUGE-L with rouge-score's own tokens, stemmed: letters a-z and digits. Text in any other script has no tokens and
+    scores 0 even if it is right; the signature says for how many predictions. Exact match ignores case, ASCII
+    punctuation and surplus spaces. Both take the best reference.
     """
-
-    description = "ROUGE-L with Porter stemming and exact match without case and punctuation, as \
-Super-NaturalInstructions computes them. For text in Latin letters without accents only."
-
-    def count(self, predictions, references) -> Statistics:
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-        scores, unseen = [], 0
-        for prediction, row in zip(predictions, references, strict=True):
-            said, wanted = _superni_normalised(prediction), [_superni_normalised(reference) for reference in row]
-            scores.append([scorer.score_multi(row, prediction)["rougeL"].fmeasure, said in wanted])
-            unseen += not any(regex.search("[a-z0-9]", text) for text in wanted)
-        signature = "tok:rouge-score|stem:porter"
-        if unseen:
-            signature += f"|{unseen} of {len(scores)} score 0 whatever they say: their references have no letter a-z"
-        return mean_percentages(["superni_rougeL", "superni_exact_match"], scores)._replace(signature=signature)
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores, unseen = [], 0
+    for prediction, row in zip(predictions, references, strict=True):
+        expected = [_superni_normalised(reference) for reference in row]
+        rouge = scorer.score_multi(row, prediction)["rougeL"].fmeasure
+        scores.append([rouge, _superni_normalised(prediction) in expected])
+        unseen += not any(regex.search("[a-z0-9]", text) for text in expected)
+    signature = "tok:rouge-score|stem:porter"
+    if unseen:
+        signature += f"|{unseen} of {len(scores)} score 0 whatever they say: their references have no letter a-z"
+    return mean_percentages(["superni_rougeL", "superni_exact_match"], scores)._replace(signature=signature)
 
 
 def _superni_normalised(text: str) -> str:
     return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
 
 
-class Bleu(TextMetric):
-    description = "Corpus BLEU of sacrebleu; `tokenize` is chosen by the references' script unless it is given."
-
-    def count(self, predictions, references, tokenize: str | None = None) -> Statistics:
-        scorer = _sacrebleu_scorer(tokenize or choose_bleu_tokenize(references))
-        return _sacrebleu_statistics("bleu", scorer, predictions, references)
-
-
-def _sacrebleu_scorer(tokenize: str) -> sacrebleu.BLEU:
-    known = sorted(name for name in sacrebleu.BLEU.TOKENIZERS)
+def count_bleu(predictions: Sequence[str], references: References, tokenize: str | None = None) -> Statistics:
+    """Corpus BLEU of sacrebleu; the references' script decides `tokenize` unless it is given."""
+    tokenize, known = tokenize or choose_bleu_tokenize(references), sorted(sacrebleu.BLEU.TOKENIZERS)
     if tokenize not in known:
         raise UserError(f"bleu has no tokenisation {tokenize!r}. {choose_from(tokenize, known)}")
     try:
-        # force: sacrebleu's warning about text that looks tokenised already is about system outputs of shared tasks
-        return sacrebleu.BLEU(tokenize=tokenize, force=True)
-    except (RuntimeError, OSError) as error:  # a tokenisation's own package is not installed, or its model not found
+        # force: no warning about text that looks tokenised, which is for the outputs of shared tasks
+        scorer = sacrebleu.BLEU(tokenize=tokenize, force=True)
+    except (RuntimeError, OSError) as error:  # the tokenisation's package or model is missing
         raise UserError(f"bleu with tokenize={tokenize!r} cannot start: {' '.join(str(error).split())}") from error
+    return _sacrebleu_statistics("bleu", scorer, predictions, references)
 
 
-class Chrf(TextMetric):
-    description = "Corpus chrF2 of sacrebleu: character n-grams up to 6, so that no tokenisation is needed."
-
-    def count(self, predictions, references) -> Statistics:
-        return _sacrebleu_statistics("chrf", sacrebleu.CHRF(), predictions, references)
+def count_chrf(predictions: Sequence[str], references: References) -> Statistics:
+    """Corpus chrF2 of sacrebleu: character n-grams up to 6, without tokenisation."""
+    return _sacrebleu_statistics("chrf", sacrebleu.CHRF(), predictions, references)
 
 
 def _sacrebleu_statistics(
-    name: str, scorer: sacrebleu.BLEU | sacrebleu.CHRF, predictions: list[str], references: list[list[str]]
+    name: str, scorer: sacrebleu.BLEU | sacrebleu.CHRF, predictions: Sequence[str], references: References
 ) -> Statistics:
-    """n-grams in the prediction, in the reference and in both, and lengths, from which sacrebleu makes corpus scores.
-
-    Its own significance tests start from these two functions; its corpus_score is nothing but both in a row.
-    """
+    """n-grams of prediction, reference and both, and lengths. sacrebleu's corpus_score and its significance tests are
+    these two functions one after the other."""
     counts = scorer._extract_corpus_statistics(predictions, reference_streams(references))
 
     def figures_of(sums: np.ndarray) -> dict[str, float]:
         return {name: scorer._compute_score_from_stats(sums.tolist()).score}
 
     return Statistics(np.array(counts, dtype=np.float64), figures_of, str(scorer.get_signature()))
+
+
+def reference_streams(references: References) -> list[list[str | None]]:
+    """Rows of references -> sacrebleu's streams, with `None` where a row has fewer than others.
+
+    `[["a", "b"], ["c"]]` -> `[["a", "c"], ["b", None]]`. An empty string instead of `None` would be a reference of
+    length 0, which BLEU's brevity penalty would take as the closest length.
+    """
+    return [list(stream) for stream in zip_longest(*references)]
 
 
 def check_metric_names(names: Sequence[str]) -> None:
@@ -322,22 +258,17 @@ def check_metric_names(names: Sequence[str]) -> None:
 
 
 def count_texts(
-    names: Sequence[str],
-    predictions: list[str],
-    references: list[list[str]],
-    bleu_tokenize: str | None = None,
+    names: Sequence[str], predictions: list[str], references: list[list[str]], bleu_tokenize: str | None = None
 ) -> dict[str, Statistics]:
-    """For each named metric what it counted, prediction by prediction."""
+    """The counts of each named metric."""
     check_metric_names(names)
     check_pairs(predictions, references)
     settings = {"bleu": {"tokenize": bleu_tokenize}}
-    return {
-        name: METRICS[name]().count(predictions, references, **settings.get(name, {})) for name in dict.fromkeys(names)
-    }
+    return {name: METRICS[name](predictions, references, **settings.get(name, {})) for name in dict.fromkeys(names)}
 
 
 def figures_and_signatures(counted: Sequence[Statistics]) -> tuple[dict[str, float], dict[str, str]]:
-    """What the statistics give, and the signatures, by the name of the figure, without which none can be compared."""
+    """All figures of the statistics, and the signatures of those that have one."""
     figures, signatures = {}, {}
     for statistics in counted:
         found = statistics.figures()
@@ -355,16 +286,42 @@ def score_texts(
 
 
 def compute_metrics(names: Sequence[str], predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-    """`["rouge", "chrf"]` -> `{"rouge1": …, "rouge2": …, "rougeL": …, "chrf": …}`, all between 0 and 100."""
+    """`["rouge", "chrf"]` -> `{"rouge1": …, "rouge2": …, "rougeL": …, "chrf": …}`."""
     return score_texts(names, predictions, references)[0]
 
 
-METRICS: dict[str, type[evaluate.Metric]] = {
-    "exact_match": ExactMatch,
-    "token_f1": TokenF1,
-    "token_error_rate": TokenErrorRate,
-    "rouge": Rouge,
-    "bleu": Bleu,
-    "chrf": Chrf,
-    "superni_rougeL": SuperNiRougeL,
+METRICS: dict[str, Callable[..., Statistics]] = {
+    "exact_match": count_exact_match,
+    "token_f1": count_token_f1,
+    "token_error_rate": count_token_error_rate,
+    "rouge": count_rouge,
+    "bleu": count_bleu,
+    "chrf": count_chrf,
+    "superni_rougeL": count_superni,
 }
+
+
+class TextMetric(evaluate.Metric):
+    """One of METRICS for code that uses the `evaluate` library. Nothing is written to its cache."""
+
+    def __init__(self, name: str):
+        self.count = METRICS[name]
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
+        return evaluate.MetricInfo(
+            description=self.count.__doc__,
+            citation="",
+            inputs_description="predictions: list[str]; references: list[list[str]], one or more for each prediction.",
+            features=datasets.Features(features),
+        )
+
+    def add_batch(self, *, predictions: list[str], references: list[list[str]]) -> None:
+        """Collects predictions and references. `compute` calls it, too, so that every row is checked."""
+        check_pairs(predictions, references)
+        super().add_batch(predictions=predictions, references=references)
+
+    def _compute(self, predictions, references, **settings) -> dict[str, float | str]:
+        figures, signatures = figures_and_signatures([self.count(predictions, references, **settings)])
+        return figures | {f"{name}_signature": signature for name, signature in signatures.items()}
