@@ -3,8 +3,8 @@
     parse(PrepareSettings, "diptych prepare", ["--config", "r.yaml", "--data", "a.json", "b.json", "--strict"])
     → PrepareSettings(data=["a.json", "b.json"], strict=True, …)       the command line goes before the file
 
-The fields' docstrings are the text of --help. jsonargparse merges files and options into values; but what it says of a
-mistake is about types of Python. So both are compared with the fields here first, and a UserError names the file or
+The fields' docstrings are the text of --help. jsonargparse merges files and options into values, but its messages are
+about Python's types. So files and options are compared with the fields here first, and a UserError names the file or
 the option, what was found, what is expected, and the nearest name:
 
     --validation_fraction is 'abc'; it has to be a number.
@@ -36,7 +36,7 @@ NAMES_SHOWN = 12
 SHOWN_CHARACTERS = 80
 HELP_COLUMNS = 100
 ANSWERS = ("--help", "--print_config")
-"""Options that end the command with an answer."""
+"""Options that print something and end the command."""
 CONFIG = "--config"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 PLACEHOLDERS = {int: "NUMBER", float: "NUMBER", bool: "true|false", str: "TEXT", dict: "{NAME: VALUE, ...}"}
@@ -104,8 +104,8 @@ def _instantiate(
     except UserError:
         raise
     except (ArgumentError, ValueError) as error:
-        said = _user_error_behind(error) or " ".join(str(error).split()).rstrip(".")[:300] + ". See --help."
-        raise UserError(said) from None
+        message = _user_error_behind(error) or " ".join(str(error).split()).rstrip(".")[:300] + ". See --help."
+        raise UserError(message) from None
 
 
 def choose_from(name: str, known: Sequence[str]) -> str:
@@ -116,7 +116,7 @@ def choose_from(name: str, known: Sequence[str]) -> str:
 
 
 def instead_of(settings_class: type, name: str) -> Sequence[str]:
-    """The settings that `name` says in another way (metadata `instead_of`): max_steps in place of epochs."""
+    """The settings to which `name` is an alternative (metadata `instead_of`): epochs for max_steps."""
     return next((it.metadata.get("instead_of", ()) for it in fields(settings_class) if it.name == name), ())
 
 
@@ -144,8 +144,8 @@ def _with_underscores(word: str, settings_class: type) -> str:
 
 
 def _drop_alternatives(contents: Sequence[dict[str, Any]], given: set[str], settings_class: type) -> None:
-    """What goes before a recipe also goes before what the recipe says in another way: of `--max_steps 100` and a
-    recipe's `epochs: 3`, the epochs are dropped."""
+    """A setting on the command line also overrides the recipe's alternatives to it: with `--max_steps 100`, a recipe's
+    `epochs: 3` is dropped."""
     for content in reversed(contents):
         for name in given:
             for other in instead_of(settings_class, name):
@@ -185,12 +185,12 @@ def _kind_of_entry(hint: Any) -> Any:
 
 
 def _is_value(following: Sequence[str], hint: Any) -> bool:
-    """Whether the next word, if there is one, belongs to a flag: of a plain one only true and false do."""
+    """Whether the next word, if there is one, is the value of a flag; a plain flag takes only true and false."""
     return any(isinstance(_read(word), bool) if hint is bool else not _is_option(word) for word in following)
 
 
 def _without_recipes(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words but for each `--config FILE`, and the files."""
+    """The words without each `--config FILE`, and the files."""
     others, files, left = [], [], iter(words)
     for word in left:
         option, equals, value = word.partition("=")
@@ -241,7 +241,7 @@ def _check_words(words: Sequence[str], settings_class: type, command: str, in_re
 
 
 def _is_option(word: str) -> bool:
-    """As argparse sees it: `-x` and `--seed` are, and a dash alone, `-1` and `- x` are values."""
+    """As for argparse: `-x` and `--seed` are options; a dash alone, `-1` and `- x` are values."""
     return word.startswith("-") and word != "-" and " " not in word and not isinstance(_read(word), int | float)
 
 
@@ -400,7 +400,7 @@ def _kind(hint: Any) -> tuple[str, ...]:
 
 
 def _advice(value: Any, hint: Any) -> str:
-    """What to do next, where that is not plain."""
+    """What to do next, if the message alone does not say it."""
     hints = (hint, *get_args(hint))
     if str in hints and not isinstance(value, str | list | dict | None):
         return " Put it in quotes."
@@ -422,7 +422,7 @@ def _settings_in(hint: Any) -> type | None:
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """What a dataclass said of its own values, which jsonargparse wraps in words about types."""
+    """The UserError that a dataclass raised, which jsonargparse wraps in an error about types."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
@@ -451,7 +451,7 @@ def help_text(
 
 
 def _entries(settings_class: type, before: str = "") -> Iterator[tuple[str, str, str]]:
-    """Of each setting its name, how it is given, and what it does; those in a setting follow it."""
+    """Name, how it is given, and description of each setting; the settings inside of one follow it."""
     docs, hints = _docs(settings_class), get_type_hints(settings_class)
     for setting in fields(settings_class):
         name, text = f"{before}{setting.name}", docs[setting.name]
@@ -465,7 +465,7 @@ def _entries(settings_class: type, before: str = "") -> Iterator[tuple[str, str,
 
 
 def _docs(settings_class: type) -> dict[str, str]:
-    """Of each setting what it does: the docstring below its field."""
+    """The description of each setting: the docstring below its field."""
     import docstring_parser
 
     parsed = (docstring_parser.parse_from_object(it) for it in reversed(settings_class.__mro__) if is_dataclass(it))
@@ -480,7 +480,7 @@ def _plain_default(value: Any) -> str:
 
 
 def _placeholder(hint: Any) -> str:
-    """`NUMBER`, `auto|table`, `TEXT ...`: what stands behind an option."""
+    """`NUMBER`, `auto|table`, `TEXT ...`: what follows an option in --help."""
     if len(kinds := _kinds(hint)) > 1:
         return "|".join(_placeholder(kind) for kind in kinds if kind is not NoneType)
     origin, parts = get_origin(hint), get_args(hint)

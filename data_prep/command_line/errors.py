@@ -1,4 +1,4 @@
-"""The one error that is a person's to mend, and the two helpers of its words.
+"""The error for mistakes that a person can correct, and two helpers for its message.
 
 raise UserError(f"{counted(3, 'row')} have no column 'output'. Did you mean {nearest('output', ['Output'])!r}?")
 """
@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that a person can mend: its message says what, got, allowed, next."""
+    """A mistake that a person can correct. Its message says what is wrong, what was found, what is allowed, what to
+    do."""
 
     exit_code = 2
     """What the command exits with; finetune/commands/exits.py has the others."""
@@ -22,7 +23,7 @@ def counted(number: int, thing: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most like `name`, case and outer blanks aside: "Instrution" is nearest to "instruction"."""
+    """The known name most like `name`, without regard to case and outer blanks: "Instrution" → "instruction"."""
     spelled = {candidate.strip().casefold(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=cutoff)
     return spelled[matches[0]] if matches else None

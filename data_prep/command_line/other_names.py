@@ -1,10 +1,11 @@
-"""What settings are called elsewhere (transformers' TrainingArguments and example scripts, TRL, peft), and here.
+"""Names of settings elsewhere (transformers' TrainingArguments and example scripts, TRL, peft), and what they are
+here.
 
     other_name("lr", {"learning_rate": "Peak learning rate. …", …})    Here it is learning_rate: Peak learning rate.
     other_name("push_to_hub", …)    When training has ended: diptych publish RUN --to owner/name.
     other_name("spam", …)
 
-Only names that people bring along stand here; a misspelt one of ours is found by its likeness.
+Only names of other libraries stand here. A misspelt name of ours is found by `nearest`.
 """
 
 from collections.abc import Mapping
@@ -87,8 +88,8 @@ HERE = {
     "rank_timeout": "ddp_timeout",
     "profile": "profiler profiling",
 }
-"""Names of ours, of which those count that a command has, some with a value, and what they are called elsewhere. Of
-`a + b`, a command must have both."""
+"""Our names (some with a value) → names elsewhere. Those that a command does not have are left out; of `a + b`, it
+must have both."""
 
 PREPARED = "When rows are prepared, that is decided: see diptych prepare --help,"
 OTHERWISE = {
@@ -131,12 +132,12 @@ OTHERWISE = {
     "Code in a checkpoint is never run, and what concerns the Hub is huggingface_hub's (HF_TOKEN, HF_HOME).": ""
     "trust_remote_code token use_auth_token cache_dir model_revision revision use_fast_tokenizer",
 }
-"""What to do where a command has no such setting."""
+"""What to do if a command has no such setting."""
 
 
 def other_name(name: str, settings: Mapping[str, str], before: str = "") -> str:
-    """What to use in place of `name`, as a sentence; "" where it is not known. `settings` are those of a command, each
-    with what it does; `before` stands before their names, such as dashes."""
+    """What to use in place of `name`, as a sentence; "" if it is not known. `settings` are those of a command with
+    their descriptions; `before` stands before their names, such as dashes."""
     name = name.replace("-", "_").casefold()
     for ours, theirs in HERE.items():
         found = [setting for setting in ours.split() if setting.partition("=")[0] in settings]

@@ -1,4 +1,4 @@
-"""What a command may take, replace or remove in a folder that is the user's: only what it knows as its own.
+"""Locks and files in a user's folder: a command replaces or removes only what it wrote itself.
 
 lock = take_lock(folder / ".lock", lambda holder: f"{folder} is in use by {holder}.")
 check_overwrite(Path("report.json"), is_report, "a report of `diptych evaluate`", "--out")
@@ -16,14 +16,13 @@ from pathlib import Path
 from diptych.data_prep.command_line.errors import UserError
 
 PICTURE_MARK = {"Software": "Diptych"}
-"""Metadata of each PNG, by which it is known again: savefig(…, metadata=PICTURE_MARK)."""
+"""Metadata of each PNG, by which `is_own_picture` recognises it: savefig(…, metadata=PICTURE_MARK)."""
 
 
 def take_lock(path: Path, busy: Callable[[str], str]) -> int:
-    """The descriptor of a file that this process alone holds, and that says so; closing it lets go.
+    """Lock a file for this process, whose id is written into it. Returns the descriptor; closing it unlocks the file.
 
-    UserError with `busy(holder)` where another process has it, and where something else lies there: a link is not
-    followed, and no file is emptied that is not a lock.
+    UserError with `busy(holder)` if another process has the lock; and if the file is a link or is not a lock.
     """
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
@@ -47,7 +46,7 @@ def take_lock(path: Path, busy: Callable[[str], str]) -> int:
 
 
 def check_overwrite(path: Path, is_own: Callable[[bytes], bool], what: str, given_as: str = "--out") -> None:
-    """UserError where `path` is there and its content is not what this command writes."""
+    """UserError if `path` exists and its content is not what this command writes."""
     if path.is_dir():
         raise UserError(f"{given_as} {path} is a folder, and a file is due. Name a file in it.")
     if path.exists() and not is_own(path.read_bytes()):

@@ -1,12 +1,11 @@
-"""How every command runs: its settings first, then its work, and each mistake in one message with an exit code.
+"""How every command runs: first its settings, then its work. Each mistake is one message and an exit code.
 
     run_command("diptych evaluate", parse_it, work, argv)      → the exit code
 
-`parse_it(argv)` and the modules that settings stand in import nothing heavy; `work(settings)` imports torch and its
-like when it is called. So --help, a misspelt option and a path that leads nowhere are answered at once.
+`parse_it(argv)` and the modules of the settings import nothing heavy; `work(settings)` imports torch when it is
+called. So --help, a misspelt option and a path that does not exist are answered at once.
 
-Whoever reads the output through a pipe may go away (`| head -1`). What is printed then goes nowhere, and the work
-goes on.
+If the reader of a pipe ends (`| head -1`), further output is dropped, and the work goes on.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ def run_command(
     work: Callable[[Settings], int],
     argv: Sequence[str] | None,
 ) -> int:
-    """The exit code. What a person can mend is told in one message that begins with `command`."""
+    """The exit code. A mistake that a person can correct is one message that begins with `command`."""
     asks_for_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
     survive_closed_pipes(is_said=not asks_for_help)
     rank = os.environ.get("RANK", "0")
-    said_by = command if rank == "0" else f"{command}, rank {rank}"
+    sender = command if rank == "0" else f"{command}, rank {rank}"
     try:
         settings = parse_it(sys.argv[1:] if argv is None else argv)
         check_places(type(settings), vars(settings))
         return work(settings)
     except (UserError, OSError) as error:
-        print(f"{said_by}: {message_of_file(error)}", file=sys.stderr)
+        print(f"{sender}: {message_of_file(error)}", file=sys.stderr)
         return exit_code(error)
     except KeyboardInterrupt:
-        print(f"\n{said_by}: interrupted", file=sys.stderr)
+        print(f"\n{sender}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -59,7 +58,7 @@ def exit_code(error: UserError | OSError) -> int:
 
 
 def message_of_file(error: UserError | OSError) -> str:
-    """Of a file's or folder's error the path, what is wrong and, where a right is missing, what to do."""
+    """For an error of a file or folder: the path, what is wrong and, if a right is missing, what to do."""
     if not isinstance(error, OSError) or error.filename is None:
         return str(error)
     remedy = ". Get yourself the right to it, or name another place" if isinstance(error, PermissionError) else ""
@@ -70,7 +69,8 @@ def message_of_file(error: UserError | OSError) -> str:
 
 
 def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
-    """UserError where a setting names what is not there. Whatever else may be wrong with it is found by the work."""
+    """UserError if a setting names a file or folder that is not there. Only its `check` is called, no content is
+    read."""
     for setting in fields(settings_class):
         check, value = setting.metadata.get("check"), values[setting.name]
         given_as = setting.name if setting.default is setting.default_factory is MISSING else f"--{setting.name}"
@@ -80,7 +80,7 @@ def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
 
 
 def with_wrong_places(error: UserError, settings_class: type, values: Mapping[str, Any]) -> UserError:
-    """What is wrong with settings together, after what is wrong with a place that one of them names."""
+    """The error, after what is wrong with a file or folder that a setting names, if there is such a fault."""
     try:
         check_places(settings_class, values)
     except UserError as place:
@@ -92,7 +92,7 @@ def with_wrong_places(error: UserError, settings_class: type, values: Mapping[st
 
 
 def survive_closed_pipes(is_said: bool = True) -> None:
-    """From now on, a reader of stdout or stderr that goes away does not end this process; stderr may say so."""
+    """From now on, this process does not end if the reader of its stdout or stderr does; a note says so on stderr."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None or stream is not getattr(sys, f"__{name}__") or not _is_pipe(stream.fileno()):
@@ -109,7 +109,7 @@ def _is_pipe(descriptor: int) -> bool:
 
 
 class _Pipe(io.FileIO):
-    """Once its reader has gone, the descriptor leads to /dev/null, for other libraries and processes too."""
+    """Once its reader has ended, the descriptor points to /dev/null, also for other libraries and processes."""
 
     def __init__(self, descriptor: int, is_said: bool):
         super().__init__(descriptor, "w", closefd=False)

@@ -7,8 +7,8 @@
 Values become Python objects in the worker: those of `datasets`' Json() are decoded, and a ClassLabel is the name that
 the file gives to its number.
 
-Nothing that a file says of itself is trusted: how much it unpacks to is looked at before, and Arrow's offsets are
-checked, since they would be followed to anywhere in memory.
+Files are not trusted: their unpacked size is checked first, and so are Arrow's offsets, since a wrong one would be
+followed to any place in memory.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ LIST_TYPES = (
 )
 
 FAULTS = (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError)
-"""What Arrow raises for broken files; the last is of a column's name."""
+"""What Arrow raises for broken files; the last one for a column's name."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Rows as Arrow has them; to make Python values of them is the worker's part."""
+    """Rows as Arrow has them; a worker makes Python values of them."""
 
     name: str
     batch: pyarrow.RecordBatch
@@ -68,7 +68,7 @@ class Columns:
     limits: Limits
 
     def __reduce__(self) -> tuple:
-        """A slice pickles with all that it is a slice of; the stream format holds its own rows alone."""
+        """Arrow pickles a slice with the whole batch; the stream format holds only its own rows."""
         sink = pyarrow.BufferOutputStream()
         with pyarrow.ipc.new_stream(sink, self.batch.schema) as stream:
             stream.write_batch(self.batch)
@@ -87,15 +87,15 @@ def _columns_again(name: str, stream: bytes, first_row: int, bytes_done: int, li
 
 
 class _Unreadable(str):
-    """What is wrong with a value that has no Python form."""
+    """What is wrong with a value that cannot be a Python value."""
 
 
 Decoder = Callable[[Any], Any]
-"""From a stored value to the one that is meant. ValueError "kind: what is wrong" where it is none."""
+"""From a stored value to the one that is meant. Raises ValueError("kind: what is wrong")."""
 
 
 def _decoders(schema: pyarrow.Schema, limits: Limits) -> list[Decoder | None]:
-    """One for each column; None where values are what is stored. `datasets` writes its features into the schema."""
+    """One for each column; None if values are meant as stored. `datasets` writes its features into the schema."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     except (TypeError, KeyError, ValueError):
@@ -142,7 +142,7 @@ def _json_value(text: str, limits: Limits) -> Any:
 
 
 def _label_name(value: int, names: list[Any]) -> Any:
-    """-1 is how `datasets` says that there is none."""
+    """-1 means in `datasets` that there is none."""
     if not -1 <= value < len(names):
         raise ValueError(f"unknown label: {value}, and the file names 0 to {len(names) - 1}")
     return None if value == -1 else names[value]
@@ -161,7 +161,8 @@ def _decoded(value: Any, decode: Decoder | None) -> Any:
 
 
 def _values(column: pyarrow.Array, decode: Decoder | None) -> list[Any]:
-    """Arrow does not check that its strings are UTF-8, and has times that Python has not: they cost their own row."""
+    """Arrow does not check that its strings are UTF-8, and has times that Python has not. Such a value rejects its
+    row."""
     try:
         return [_decoded(value, decode) for value in column.to_pylist()] if decode else column.to_pylist()
     except (ValueError, OverflowError, pyarrow.ArrowException):
@@ -279,7 +280,7 @@ def _check_unpacked(size: int, what: str, file: File, limits: Limits) -> None:
 
 
 def _check_column(column: pyarrow.Array) -> None:
-    """Arrow takes offsets on trust and would read anywhere in memory. Text that is no UTF-8 is another matter."""
+    """Arrow does not check offsets when it reads. Text that is no UTF-8 is not an error here, but a reject later."""
     try:
         column.validate(full=True)
     except pyarrow.ArrowInvalid as error:

@@ -1,14 +1,13 @@
-"""From what a person names to the bytes in it: which files are meant, whether they are safe to open, and their content
+"""From the name that a person gives to bytes: which files are meant, whether they are safe to open, and their content
 in blocks of bounded size.
 
     find_files("data")                  → data/a.jsonl, data/more/b.csv.gz, and a note for each thing left out
     identify("a.jsonl.gz", …)           → File(suffix=".jsonl", packed="gzip", bytes=…, digest=xxh3_128 of its bytes)
     file.open(limits).read(65_536)      → unpacked bytes, b"" at the end
 
-Nothing here holds more than a block or one row of a file. What is no regular file is refused before it is opened, so
-that a FIFO cannot hang a run. The digest is taken when a file is opened and again of the bytes that were really read:
-a file that something else writes to in between is an error, not a data set that nobody can make again. Packed files
-unpack to a stated multiple of their size and no further; archives are never unpacked.
+No more than a block of a file is in memory. Only regular files are opened, so that a FIFO cannot block a run. A digest
+is taken when a file is opened, and again of the bytes that were read: if the file changed in between, it is an error.
+Packed files unpack to a stated multiple of their size and no further; archives are never unpacked.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from diptych.data_prep.rows.valid_text import listed
 BLOCK_BYTES = 1 << 18
 
 HEAD_BYTES = 1 << 20
-"""Of a text file's beginning, looked at when it is opened."""
+"""Of the beginning of a text file, which is looked at when it is opened."""
 
 KNOWN_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tmx", ".parquet", ".arrow")
 COLUMN_SUFFIXES = (".parquet", ".arrow")
 PACKED_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 METADATA_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json")
-"""What `datasets` and the Hub write beside the rows. A folder or a glob does not mean them."""
+"""What `datasets` and the Hub write beside the rows. In a folder or a glob they are left out."""
 
 REPOSITORY_MARKS = frozenset((".gitattributes", "dataset_infos.json"))
 """A folder with one of these is a clone of a Hub repository."""
@@ -69,12 +68,12 @@ FIRST_BYTES = {
     b"SQLite format 3": "an SQLite database",
 }
 ZEROS_LOOKED_AT = 16
-"""No gzip ends in so many zero bytes by itself: an empty one has nine."""
+"""No gzip file ends in so many zero bytes by itself: an empty one has nine."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one row and one packed file may ask for, so that no input takes the machine down."""
+    """The largest row and packed file that are read, so that no input can use up the memory."""
 
     max_row_bytes: int = 10_000_000
     """A longer row is a Reject. Bounds the memory that reading takes, at about three times this."""
@@ -102,7 +101,7 @@ DEFAULT_LIMITS = Limits()
 
 
 class EmptyFile(UserError):
-    """A file without a byte in it, or with blanks alone. Among others it is a note."""
+    """A file with nothing or only blanks in it. Among other files, it is left out with a note."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name} is empty: there is nothing to prepare.")
@@ -117,7 +116,7 @@ class Found:
     name: str
     entry: str
     inside: str = ""
-    """Where it lies in the folder that was named, or below the fixed part of a glob; "" where it was named itself."""
+    """Its path inside the folder that was named, or below the fixed part of a glob; "" if it was named itself."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class File:
     bytes: int
     digest: str
     state: tuple[int, int, int, int]
-    """Device, inode, size and time of change in nanoseconds: where these stay, nothing wrote to it."""
+    """Device, inode, size and time of change in nanoseconds. If these stay the same, nothing wrote to it."""
 
     def open(self, limits: Limits) -> Content:
         """The unpacked content, to be read once, from its beginning."""
@@ -143,7 +142,7 @@ class File:
         return _OwnBytes(self)
 
     def notes(self) -> list[str]:
-        """Zeros behind the end of a gzip are what tapes and some programs fill blocks with."""
+        """Tapes and some programs fill up blocks with zeros behind the end of gzip data."""
         if self.packed == "gzip" and self.bytes > ZEROS_LOOKED_AT:
             with self.open_for_seeking() as raw:
                 raw.seek(-ZEROS_LOOKED_AT, os.SEEK_END)
@@ -152,7 +151,8 @@ class File:
         return []
 
     def check_unchanged(self) -> None:
-        """Reading is done: is the file of this name still the one that was opened? Its content decides."""
+        """UserError if the file of this name is no longer the one that was opened. If its time differs, the content
+        decides."""
         try:
             if _state(os.stat(self.path)) == self.state:
                 return
@@ -163,7 +163,7 @@ class File:
             raise UserError(changed(self.name))
 
     def check_content(self) -> None:
-        """The same for content that was read in no order: it is digested once more, whatever the file's time says."""
+        """The same for content that was not read in order: it is digested once more, whatever the file's time is."""
         if digest_of(self.path, self.name) != self.digest:
             raise UserError(changed(self.name))
 
@@ -176,7 +176,7 @@ def changed(name: str) -> str:
 
 
 def identify(found: Found, any_text: bool = False) -> File:
-    """Open, check and digest a file. With `any_text`, any name will do that does not say it is something else."""
+    """Open, check and digest a file. With `any_text`, any suffix is allowed except those of archives."""
     suffix, packed = suffixes(found.name)
     if suffix in REFUSED_SUFFIXES:
         raise UserError(
@@ -214,7 +214,7 @@ def suffixes(name: str) -> tuple[str, str | None]:
 
 
 def _open_regular(path: str, name: str) -> int:
-    """A descriptor. Anything but a regular file is refused before it is opened, and again after."""
+    """A descriptor. What is no regular file is refused before it is opened, and again after."""
     try:
         _check_regular(os.stat(path), name)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -260,7 +260,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def _check_first_bytes(head: bytes, name: str, suffix: str, packed: str | None) -> None:
-    """The name says what is in a file; where its first bytes say something else, one of the two is wrong."""
+    """UserError if the first bytes of a file are of another kind than its name."""
     if not head:
         raise EmptyFile(name)
     if head.startswith(LFS_POINTER):
@@ -348,13 +348,13 @@ class Content:
         return self._raw.tell()
 
     def peek(self, size: int) -> bytes:
-        """The next bytes, which stay to be read."""
+        """The next bytes, which `read` returns again."""
         while len(self._head) < size and (block := self._read(size - len(self._head))):
             self._head += block
         return self._head[:size]
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes; b"" at the end, after a look at whether the file is still the same."""
+        """At most `size` bytes; b"" at the end. UserError at the end if the file has changed."""
         if self._head or not size:
             block, self._head = self._head[:size], self._head[size:]
             return block

@@ -10,17 +10,17 @@
     hf:user/name[:split]  a data set of the Hub         tatoeba, cmudict, seed_tasks   ship with the project
 
 Text files may end in .gz or .zst too; folders and globs stand for the files in them. A folder, a saved DatasetDict
-and a Hub data set are read by their splits, which the names of their parts say (named_splits.py). What the fields mean
-is not decided here: fields come as they are found.
+and a Hub data set are read by their splits, which follow from the names of their parts (named_splits.py). Fields are
+returned as they are found; what they mean is decided in rows/.
 
     for source in open_sources(["data", "more.jsonl.gz"]):
         for chunk in source.chunks():          # picklable: a worker process can do what follows
             for row in chunk.rows(): …
 
-One bad row never loses the others. Broken JSON inside an array is skipped up to the next `}, {` that begins like the
-other rows; a quote that is never closed in a csv costs its own line. Only what makes a whole file useless is a
-UserError. On one core 100 MB of JSONL take 0.55 s (json.loads of the same lines alone 0.33 s), and 4 MB of memory.
-"""
+A bad row is one Reject, and all others are read. Broken JSON inside an array is skipped up to the next object that
+begins like the other rows; a quote that is never closed in a csv rejects its own line. Only a file that is useless as
+a whole is a UserError. On one core 100 MB of JSONL take 0.55 s (json.loads of the same lines alone 0.33 s), and 4 MB
+of memory."""
 
 from __future__ import annotations
 
@@ -64,32 +64,32 @@ SAMPLES_FOLDER = Path(__file__).with_name("samples")
 
 @dataclass(frozen=True)
 class Source:
-    """One thing to read, known to be there and of a kind that is known."""
+    """One thing to read: it exists, and its kind is known."""
 
     name: str
-    """What messages say; also the `file` of its rows' origins."""
+    """Its name in messages; also the `file` of its rows' origins."""
 
     digest: str
-    """Of its raw bytes (xxh3_128), or a data set's fingerprint: changes when the content does."""
+    """Of its raw bytes (xxh3_128), or a data set's fingerprint: it changes if the content does."""
 
     bytes: int | None
-    """Raw size; None where nobody knows it."""
+    """Raw size; None if it is not known."""
 
     read: Callable[[], Iterator[Chunk]] = field(repr=False)
     entry: str = ""
-    """What the person wrote, from which one or more sources came."""
+    """The entry of the command line that it belongs to."""
 
     forward: str | None = None
-    """The instruction that a shipped sample of parallel text brings along for its first → second direction."""
+    """The instruction of a shipped sample of parallel text for its first → second direction."""
 
     backward: str | None = None
     languages: tuple[str, ...] = ()
-    """Of the first side and of the second of such a sample, or of two aligned files, if their names say them."""
+    """Of the first side and of the second: of such a sample, or of two aligned files if their names have them."""
     notes: tuple[str, ...] = ()
-    """What should be said aloud: files left out, an unusual delimiter, lines where an array was due."""
+    """What is printed about it: files left out, an unusual delimiter, lines instead of an array."""
     split: str = ""
-    """Which split its rows are for: train, validation, test/news. While sources are opened, what its name says; ""
-    where that says nothing."""
+    """Which split its rows are for: train, validation, test/news. While sources are opened, the split that its name
+    means; "" if it means none."""
 
     def chunks(self) -> Iterator[Chunk]:
         return self.read()
@@ -122,13 +122,13 @@ SAMPLES = {
 
 
 def check_entry(entry: str) -> None:
-    """UserError where what is to be read is not there; nothing is opened."""
+    """UserError if what is to be read is not there; nothing is opened."""
     if not (entry.startswith(HUB_PREFIX) or entry in SAMPLES or _aligned_pair(entry)):
         find_files(entry, SAMPLES)
 
 
 def _aligned_pair(entry: str) -> list[str]:
-    """The two files of `a.en+a.ko`; none where this is no pair of files."""
+    """The two files of `a.en+a.ko`; none if this is no pair of files."""
     pair = [os.path.expanduser(name) for name in entry.split(ALIGNED_BY)]
     is_pair = len(pair) == 2 and not os.path.lexists(entry) and all(map(os.path.isfile, pair))
     return pair if is_pair else []
@@ -141,13 +141,13 @@ def open_sources(
     columns: Collection[str] = (),
     held_out: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Source]:
-    """All that is to be read, each with its split: first train, then what is held out, in the order given. What can be
-    known to be wrong is said here, before anything is read.
+    """All that is to be read, each with its split: first train, then what is held out, in the order given. Mistakes
+    that can be found without reading are errors here.
 
-    `aligned` is empty or two files. `columns` are those that a person names: where a tsv has one in its first line,
-    this is its header; where all are numbers, csv and tsv have no header, and their columns are "1", "2" and so on.
+    `aligned` is empty or two files. `columns` are those that a person names: a tsv that has one of them in its first
+    line has a header there; if all are numbers, csv and tsv have no header, and their columns are "1", "2" and so on.
     `held_out` are the entries that were named for validation and for test, as SOURCE or NAME=SOURCE. A file that comes
-    up twice in a split is read once, with a note; so are the others where some are empty.
+    up twice in a split is read once, with a note; empty files among others are left out with a note.
     """
     given = {
         kind: _open_held_out(kind, named_for, limits, columns)
@@ -167,8 +167,8 @@ def open_sources(
 
 
 def _open_held_out(kind: str, entries: Sequence[str], limits: Limits, columns: Collection[str]) -> list[Source]:
-    """What was named for validation or for test. Where the names of its parts say more than one split, only this one
-    is read."""
+    """What was named for validation or for test. If the names of its parts mean several splits, only this one is
+    read."""
     sources: list[Source] = []
     for name, entry in map(named, entries):
         found = _open_entries([entry], limits, columns)
@@ -196,10 +196,10 @@ def _open_held_out(kind: str, entries: Sequence[str], limits: Limits, columns: C
 
 
 def _by_splits(sources: list[Source]) -> list[Source]:
-    """What was named to train on: a part whose name does not say that it is held out is train.
+    """What was named to train on: a part whose name does not mean that it is held out is train.
 
     Raises:
-        UserError: a name may say so or not.
+        UserError: a name may mean it or not.
     """
     for source in sources:
         if source.split == DOUBTFUL:
@@ -218,7 +218,7 @@ def _by_splits(sources: list[Source]) -> list[Source]:
 
 
 def _without_given(sources: list[Source], given: Mapping[str, Sequence[Source]]) -> list[Source]:
-    """Of what was named to train on, all but what --validation and --test name, or stand in place of."""
+    """What was named to train on, without what --validation and --test name or replace."""
     places = {_place(source): source for held_out in given.values() for source in held_out}
     kept, notes = [], []
     for source in sources:
@@ -251,7 +251,7 @@ def _named_few(sources: Sequence[Source]) -> str:
 
 
 def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> list[Source]:
-    """What training is compared with: the same files, and plain ones of a text a line, whose rows are {"text": …}."""
+    """What training is compared with: the same kinds of files, and plain ones with a text a line: {"text": …}."""
     sources: list[Source] = []
     for entry in entries:
         names = sorted(glob.glob(entry)) or [entry] if is_plain(entry) else [entry]
@@ -261,7 +261,7 @@ def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> 
 
 
 def _held_out_parts(sources: list[Source]) -> list[Source]:
-    """Of something with a train split, what is not train: it would be compared with itself."""
+    """Without the train split, if there are others: training would be compared with itself."""
     held_out = [source for source in sources if source.split in HELD_OUT]
     if not held_out or len(held_out) == len(sources):
         return sources
@@ -295,8 +295,8 @@ def _open_entries(entries: Sequence[str], limits: Limits, columns: Collection[st
 
 
 def _open_entry(entry: str, limits: Limits, columns: Collection[str], empty: list[EmptyFile]) -> list[Source]:
-    """The sources of one entry, each with the split that its name says, if it lies in what was named; empty files are
-    added to `empty`."""
+    """The sources of one entry, each with the split that its name inside of the entry means. Empty files are added to
+    `empty`."""
     if entry.startswith(HUB_PREFIX):
         return _open_hub(entry, limits)
     if entry in SAMPLES:
@@ -325,7 +325,7 @@ def _with_notes(source: Source, notes: Iterable[str]) -> Source:
 
 
 def _place(source: Source) -> str:
-    """The same for the same file, whatever it is called."""
+    """The same for the same file under any name."""
     if not os.path.exists(source.name):
         return source.name
     found = os.stat(source.name)
@@ -401,8 +401,8 @@ def _open_saved_dataset(entry: str, limits: Limits) -> list[Source]:
 
 
 def _kinds_of(entry: str, splits: Sequence[str], example: str) -> tuple[dict[str, str], list[str]]:
-    """The splits to read of a data set, with the kind that each one's name says, and a note on those left out. A lone
-    split is read whatever it is called."""
+    """The splits of a data set to read, with the kind that each name means, and a note on those left out. A single
+    split is read under any name."""
     kinds = {split: said_kind(split) for split in splits}
     if len(splits) == 1:
         return {split: kind.removesuffix(DOUBTFUL) for split, kind in kinds.items()}, []

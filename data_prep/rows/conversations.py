@@ -1,4 +1,4 @@
-"""From a conversation to examples: each answer is one, with the question before it and all that was said earlier.
+"""From a conversation to examples: each answer is one, with the question before it and all earlier turns.
 
     system     Be brief.            system        "Be brief."
     user       Hi.                  example 1     "Hi." → "Hello."
@@ -7,12 +7,12 @@
     assistant  A model.
 
 Consecutive user turns and several system turns are joined by a newline; text parts of one message by nothing, as chat
-templates do. What has no place in an example is refused rather than lost: turns and calls of tools, images and other
-parts that are no text, a system turn after the first user turn, an answer without a question. Of other keys of a turn
-only its marks are read (`weight: 0`, `train: false`, `masked: true` …): an assistant turn that is marked as not to be
-learned from is history and not an example. All other keys with a value are named in a warning (`unused_in_turns`).
+templates do. What has no place in an example is a fault: turns and calls of tools, images and other parts that are no
+text, a system turn after the first user turn, an answer without a question. Of other keys of a turn only its marks are
+read (`weight: 0`, `train: false`, `masked: true` …): an assistant turn that is marked as not to be learned from is
+history and not an example. All other keys with a value are named in a warning (`unused_in_turns`).
 
-At inference the same conversation asks one thing (`open_question`): what its last user turn says, after all before it.
+At inference, a conversation is one question (`open_question`): its last user turn, with all turns before it.
 
 An answer costs 5 µs.
 """
@@ -75,7 +75,7 @@ MEDIA = frozenset(
     for name in ("image", "video", "audio")
     for ending in ("", "s", "_url", "_urls", "_path", "_paths", "_file", "_files")
 ) | {"pixel_values"}
-"""Keys, of a turn or of a row, under which data sets keep what is no text."""
+"""Keys of a turn or a row that hold pictures, sound or video."""
 
 MAX_TURNS = 1000
 """Answers in one conversation. Each becomes an example with all before it, so their size grows with the square."""
@@ -93,8 +93,8 @@ class Turn(NamedTuple):
 def turns_of(
     value: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str], may_be_empty: bool = False
 ) -> list[Turn]:
-    """`name` is the column; `roles` says which role of ours each role of the data is. Only system turns may be empty
-    in a row to learn from, and all of them in one that asks."""
+    """The turns in the column `name`; `roles` says which role of ours each role of the data is. In a row to learn
+    from, only system turns may be empty; with `may_be_empty`, any turn may."""
     turns = some_list(value, name, "a list of turns")
     form = role_key, text_key, roles, may_be_empty
     return [_turn(from_json_text(turn), f"{name}[{number}]", *form) for number, turn in enumerate(turns)]
@@ -124,7 +124,7 @@ def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[st
 
 
 def _is_learned_from(turn: Mapping[str, Any], where: str) -> bool:
-    """What the marks of a turn say; True where it has none."""
+    """What the marks of a turn say; True if it has none."""
     if turn.keys().isdisjoint(MARKS) and turn.keys().isdisjoint(MARKS_NOT_READ):
         return True
     if name := next((name for name in MARKS_NOT_READ if has_value(turn.get(name))), None):
@@ -154,8 +154,8 @@ def _mark(value: Any, name: str, where: str) -> bool:
 
 
 def unused_in_turns(turns: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Iterator[str]:
-    """`messages.name`: keys of turns, and of their parts, that hold something and are not read; and marks that ask for
-    a turn to be learned from that is no assistant's."""
+    """`messages.name`: keys of turns, and of their parts, that hold something and are not read; and marks by which a
+    turn that is not the assistant's would be learned from."""
     turns = from_object_of_lists(turns)
     names = {role_key: {}, text_key: {"type": {}, "text": {}}, **dict.fromkeys(MARKS, {})}
     yield from unread(turns, name, names)
@@ -167,7 +167,7 @@ def unused_in_turns(turns: Any, name: str, role_key: str, text_key: str, roles: 
 
 
 def key_of_turns(value: Any) -> str | None:
-    """`role` or `from`, whichever the first turn has; None where there are no turns."""
+    """`role` or `from`, whichever the first turn has; None if there are no turns."""
     turns = from_object_of_lists(value)
     turns = map(from_json_text, turns[:8]) if isinstance(turns, list | tuple) else ()
     keys = (key for turn in turns if isinstance(turn, Mapping) for key in ("role", "from") if key in turn)
@@ -204,7 +204,7 @@ class ChatExample(NamedTuple):
 
 
 def answers(turns: Sequence[Turn], name: str) -> tuple[list[str], list[ChatExample], Turn | None]:
-    """What system turns say, the examples, and the user turn at the end that nobody answers."""
+    """The system prompts, the examples, and the user turn at the end that has no answer."""
     if sum(turn.role == "assistant" for turn in turns) > MAX_TURNS:
         raise Fault(name, "too many turns", f"'{name}' has more than {MAX_TURNS:,} assistant turns. Divide it.")
     system, exchanges, asked = _exchanges(turns)
@@ -221,8 +221,8 @@ def answers(turns: Sequence[Turn], name: str) -> tuple[list[str], list[ChatExamp
 
 
 def open_question(turns: Sequence[Turn], name: str) -> tuple[list[str], ChatExample]:
-    """What system turns say, and the example that the model is to answer, without its output. An answer at the end
-    that is a target is left out: the model is asked what it was trained to say."""
+    """The system prompts, and the example that the model is to answer, without its output. An answer at the end that
+    is a target is left out: the model is asked the question that it was trained on."""
     system, exchanges, asked = _exchanges(turns)
     if asked:
         instruction = _joined(asked)
@@ -246,7 +246,7 @@ class _Exchange(NamedTuple):
 
 
 def _exchanges(turns: Sequence[Turn]) -> tuple[list[str], list[_Exchange], list[Turn]]:
-    """What system turns say, each answer with its question, and the user turns at the end that nobody answers."""
+    """The system prompts, each answer with its question, and the user turns at the end that have no answer."""
     system: list[str] = []
     exchanges: list[_Exchange] = []
     asked: list[Turn] = []

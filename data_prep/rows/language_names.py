@@ -1,4 +1,4 @@
-"""What people call languages, and what data calls its columns and files of a language; no tokenizer is looked at.
+"""Names and codes of languages, and which language the name of a column or a file means. Tokenizers are not needed.
 
 names_language("en-GB")                                          → True
 languages_of_files("a.ko", "a.en")                               → Languages("ko", "en")
@@ -19,12 +19,12 @@ SOURCE_COLUMNS = ("source_language", "src_lang", "source_lang", "src_language", 
 
 
 TARGET_COLUMNS = ("target_language", "tgt_lang", "target_lang", "tgt_language", "lang_tgt", "targetLang")
-"""What rows call the columns of their codes; the first of each is ours."""
+"""Names of columns that hold language codes; the first of each is ours."""
 
 
 class UnknownLanguage(UserError):
-    """A language that a tokenizer does not know, or that nobody has said. `fault` is the message without the list of
-    all codes."""
+    """A language that a tokenizer does not know, or that is not given. `fault` is the message without the list of all
+    codes."""
 
     def __init__(self, fault: str, known: Iterable[str]):
         codes = ", ".join(known)
@@ -39,7 +39,7 @@ SCRIPT_OF_REGION = {"cn": "hans", "sg": "hans", "tw": "hant", "hk": "hant", "mo"
 
 
 def languages_in(fields: Mapping[str, Any]) -> Languages:
-    """The codes that a row brings, under whichever of the usual names."""
+    """The codes that a row has, under any of the usual names."""
     return Languages(_first_of(fields, SOURCE_COLUMNS), _first_of(fields, TARGET_COLUMNS))
 
 
@@ -49,15 +49,15 @@ def _first_of(fields: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def names_language(name: str) -> bool:
-    """Whether data that calls a text so says its language by it: `ko`, `Korean`, `en-GB`, `ace_Arab`."""
+    """Whether this name of a column or file is that of a language: `ko`, `Korean`, `en-GB`, `ace_Arab`."""
     language, *more = plain_code(name).split("_")
     is_code = bool(NLLB_CODE.fullmatch(name)) or language in _languages_by_name()
     return is_code and all(len(part) in (2, 4) or part.isdecimal() for part in more)
 
 
 def languages_of_files(first: str, second: str) -> Languages:
-    """Those that two aligned files are called by: `a.ko` and `a.en`, `ko/a.txt` and `en/a.txt`, `a_ko.txt` and
-    `a_en.txt`; none where their names say none."""
+    """Those in the names of two aligned files: `a.ko` and `a.en`, `ko/a.txt` and `en/a.txt`, `a_ko.txt` and
+    `a_en.txt`; none if the names have none."""
     for between in (r"[./\\]", r"[./\\_-]"):
         parts = zip(re.split(between, first)[::-1], re.split(between, second)[::-1], strict=False)
         different = [pair for pair in parts if pair[0] != pair[1]]
@@ -68,8 +68,8 @@ def languages_of_files(first: str, second: str) -> Languages:
 
 @functools.lru_cache(maxsize=256)
 def is_swapped(sides: Languages, asked: Languages) -> bool:
-    """Whether the data says that its first text is in the language asked for as target, and its second in that of the
-    source. A language that was not asked for, and a name that is none of a language, fit any.
+    """Whether the data's first text is in the language asked for as target, and its second in that of the source. A
+    language that was not asked for, and a name that is no language's, fit any.
 
         is_swapped(Languages("ko", "en"), Languages("eng_Latn", "kor_Hang"))  → True
 
@@ -89,12 +89,12 @@ def is_swapped(sides: Languages, asked: Languages) -> bool:
 
 
 def is_same_language(name: str, other: str) -> bool:
-    """Whether both are one language, of which other regions count as others."""
+    """Whether both are the same language, in the same region if both say one."""
     return names_language(name) and bool(other) and _likeness(name, other) == 2
 
 
 def _likeness(side: str, asked: str) -> int:
-    """0 for two languages, 1 for one language of two regions, or where one is not known, 2 for the same."""
+    """0 for two languages, 1 for one language of two regions or if one is not known, 2 for the same."""
     if not asked or not names_language(side):
         return 1
     side, asked = plain_code(side), plain_code(asked)
@@ -116,8 +116,8 @@ def has_same_script(wanted: str, code: str) -> bool:
 
 
 def fits_code(wanted: str, code: str) -> bool:
-    """Whether a code that is said more exactly does not contradict: zh_TW is zho_Hant; ko_KR is kor_Hang; kor_Kore is
-    not. Only scripts of both sides (four letters), or regions of both, can contradict."""
+    """Whether two codes do not contradict each other, one of which may be more exact: zh_TW fits zho_Hant, ko_KR fits
+    kor_Hang, kor_Kore does not. Only scripts of both (four letters), or regions of both, can contradict."""
     parts = wanted.split("_")[1:], code.split("_")[1:]
     wanted_script, script = (next((part for part in side if len(part) == 4), "") for side in parts)
     wanted_region, region = (next((part for part in side if len(part) == 2), "") for side in parts)
@@ -129,7 +129,7 @@ def fits_code(wanted: str, code: str) -> bool:
 
 
 def english_name(language: str) -> str:
-    """`"ko"`, `"kor_Hang"`, `"Korean"` → `"Korean"`. UserError for one that has no name here."""
+    """`"ko"`, `"kor_Hang"`, `"Korean"` → `"Korean"`. UserError for a language that is not in the table."""
     found = _languages_by_name().get(plain_code(language).split("_")[0])
     if found is None:
         names = [names[-1] for names in _table()]
@@ -140,7 +140,7 @@ def english_name(language: str) -> str:
 
 
 def names_of(language: str) -> set[str]:
-    """All names of a language, itself among them: ko → ko, kor, korean."""
+    """All names of a language, with itself: ko → ko, kor, korean."""
     return {language, *(name.casefold() for name in _languages_by_name().get(language, ()))}
 
 
@@ -185,4 +185,5 @@ sw swa/swh Swahili, ta tam Tamil, te tel Telugu, tg tgk Tajik, th tha Thai, ti t
 tl tgl/fil Tagalog, tn tsn Tswana, to ton Tongan, tr tur Turkish, ts tso Tsonga, tt tat Tatar, tw twi Twi,
 ug uig Uyghur, uk ukr Ukrainian, ur urd Urdu, uz uzb/uzn Uzbek, ve ven Venda, vi vie Vietnamese, wa wln Walloon,
 wo wol Wolof, xh xho Xhosa, yi yid/ydd Yiddish, yo yor Yoruba, za zha Zhuang, zh zho/chi/cmn Chinese, zu zul Zulu"""
-"""ISO 639-1, ISO 639-3 (with what models call the language of that code), English name."""
+"""ISO 639-1, ISO 639-3 (with the codes of models: arb for ara, cmn for zho), English name. pycountry and langcodes
+have neither these codes nor these short names ("Modern Greek (1453-)"), and bring 5 to 20 MB."""

@@ -1,4 +1,4 @@
-"""What the splits of a prepared dataset are called, and which split a file says it is by its name.
+"""The names of the splits of a prepared dataset, and which split a file's name means.
 
     train   validation         test                                  one of each
     train   validation/news    validation/medical    test/news       several, each with a name
@@ -7,7 +7,7 @@
     named("news=a.jsonl")                            → ("news", "a.jsonl")
     splits_of("validation", splits)                  → ["validation/news", "validation/medical"]
 
-The words are those by which `datasets` knows the files of a Hub data set, and what translators call theirs.
+The words are those by which `datasets` recognises the files of a Hub data set, and those of translation data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("train", "validation", "test")
 HELD_OUT = KINDS[1:]
 
 DOUBTFUL = "?"
-"""The kind of a part whose name has to do with what is held out, in a way that is not known here."""
+"""The kind of a part whose name may mean that it is held out, or not."""
 
 _TEST_OF_DEV = re.compile("(?<![a-z])(?:dev[_.-]?test|test[_.-]?dev)(?![a-z])")
 """FLORES and WMT divide what they publish into dev and devtest, others into dev and test-dev."""
@@ -38,8 +38,8 @@ _NAMED = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
 
 
 def said_kind(path: str) -> str:
-    """The kind that a path, or the name of a split, says; "" if it says none. The last part that says one decides. A
-    part that says two (train_test.jsonl), or part of a word (mytest.jsonl), is DOUBTFUL."""
+    """The kind that a path, or the name of a split, means; "" if it means none. The last part of the path with such a
+    word decides. A part with two of them (train_test.jsonl), or with one inside a word (mytest.jsonl), is DOUBTFUL."""
     for part in reversed(_TEST_OF_DEV.sub("test", path.casefold()).split("/")):
         said = [kind for kind, words in _SAYS.items() if words.search(part)]
         if said or _MAY_SAY.search(part):
@@ -48,7 +48,7 @@ def said_kind(path: str) -> str:
 
 
 def named(entry: str) -> tuple[str, str]:
-    """The name and the source of what the command line has; no name where a file is called so, "=" included."""
+    """Name and source of an entry of the command line; no name if there is a file called so, with the "="."""
     found = _NAMED.fullmatch(entry)
     return ("", entry) if found is None or os.path.lexists(entry) else (found[1], found[2])
 

@@ -1,4 +1,4 @@
-"""The values that flow through data_prep: a row as read, a record that is valid, a reject with its reason.
+"""The values of data_prep: a row as it was read, a valid record, a reject with its reason.
 
     Row({"instruction": "Add.", "input": "1 + 1", "output": "2"}, Origin("sums.jsonl", 3), raw)      from a reader
     → Record(instruction="Add.", input="1 + 1", output="2", origin=Origin("sums.jsonl", 3))          or, if not valid,
@@ -28,36 +28,36 @@ EXAMPLES_KEPT = 3
 
 
 CUT_OFF = "file cut off"
-"""The kind of reject that says that a file ends where more is due: what came after is in no other reject."""
+"""The kind of a reject for a file that ends too early. What is missing behind it is in no other reject."""
 
 
 class Languages(NamedTuple):
-    """The codes of a direction or of a row; "" where nobody has said one. languages.py knows what they mean."""
+    """The language codes of a direction or of a row; "" for one that is not known."""
 
     source: str = ""
     target: str = ""
 
     @property
     def direction(self) -> str:
-        """`"eng_Latn-kor_Hang"`; "" where either is not known."""
+        """`"eng_Latn-kor_Hang"`; "" if either is not known."""
         return f"{self.source}-{self.target}" if self.source and self.target else ""
 
     def swapped(self) -> Languages:
         return Languages(self.target, self.source)
 
     def or_else(self, others: Languages) -> Languages:
-        """With the codes of `others` where there are none."""
+        """These codes, and those of `others` for what is not known here."""
         return Languages(self.source or others.source, self.target or others.target)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a row stands: its line in line formats (jsonl, csv, tsv, aligned text), else its row, from 1 on."""
+    """The place of a row: its line in line formats (jsonl, csv, tsv, aligned text), else its number, from 1 on."""
 
     file: str
     row: int
     instance: int = 0
-    """1-based part of a row that gives several examples (instances, turns, directions); 0 where a row is one."""
+    """Number, from 1 on, of one of several examples of a row (instances, turns, directions); 0 if the row is one."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.row}" + (f".{self.instance}" if self.instance else "")
@@ -65,7 +65,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Row:
-    """What a reader found, before anything is known about its values."""
+    """A row as a reader found it; its values are not checked."""
 
     fields: Mapping[str, Any]
     origin: Origin
@@ -74,8 +74,8 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One valid example. `history` holds earlier (instruction, output) turns, oldest first; `system` is what a chat's
-    system prompt says, `category` what the data calls this kind of task, `languages` the codes of both sides."""
+    """One valid example. `history` holds earlier (instruction, output) turns, oldest first; `system` is the system
+    prompt of a chat, `category` the data's name for this kind of task, `languages` the codes of both sides."""
 
     instruction: str
     input: str
@@ -89,7 +89,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenised:
-    """One example that came as token ids: neither template nor tokenizer has anything to do with it."""
+    """One example that came as token ids; no template and no tokenizer is applied to it."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -99,7 +99,7 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class Reject:
-    """One row that was not kept. `kind` is the same for all rows with this fault; `reason` tells of this row alone."""
+    """One row that was not kept. `kind` is the same for all rows with this fault; `reason` is about this row."""
 
     origin: Origin
     field: str | None
@@ -121,7 +121,7 @@ class Reject:
 
 
 class Rejects:
-    """The rows that were not kept, written to a file as they come; what is remembered of them is counts and examples.
+    """The rows that were not kept, written to a file as they come; counts and a few examples stay in memory.
 
     With `strict`, the first one ends the run; so does one whose kind is in `fatal`.
     """
@@ -154,7 +154,7 @@ def character_at(value: str, position: int) -> str:
 
 
 def broken_character(text: str) -> str:
-    """The first that no encoding has, where it stands and what it is; "" where there is none. JSON may spell half of a
+    """The first character that cannot be encoded, with its place; "" if there is none. JSON may spell half of a
     surrogate pair (`"\\ud83d"`)."""
     try:
         text.encode("utf-8")

@@ -1,4 +1,4 @@
-"""What a value must be to count as a text: a string, of characters that can be encoded, with something in it.
+"""When a value is a valid text: a string, of characters that can be encoded, that is not blank.
 
 text("2", "output")                → "2", the very string: values are never changed
 text(2, "output")                  → Fault "'output' is a number (2), not a string. Write it as one: …"
@@ -34,7 +34,7 @@ JSON_TYPE_NAMES = {
 }
 
 NONCHARACTERS = "\ufdd0-\ufdef" + "".join(chr(plane * 0x10000 + 0xFFFE + n) for plane in range(17) for n in (0, 1))
-"""The 66 code points that Unicode keeps for a program's own use; data_prep marks places in its texts with some."""
+"""The 66 code points that Unicode reserves for a program's own use; data_prep marks places in its texts with some."""
 
 UNFIT = re.compile(f"[\0\ud800-\udfff{NONCHARACTERS}]")
 
@@ -45,7 +45,7 @@ BLANK = re.compile(
     "[\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
 )
-"""White space and what is drawn as nothing (Unicode's Default_Ignorable_Code_Point)."""
+"""White space and invisible characters (Unicode's Default_Ignorable_Code_Point)."""
 
 INDEX = re.compile(r"\[\d+\]")
 
@@ -53,7 +53,7 @@ NAMES_SHOWN = 12
 
 
 class Fault(ValueError):
-    """What is wrong with a row. `of_shape` if the row is built otherwise than its file, rather than its text wrong."""
+    """What is wrong with a row. `of_shape` means that its structure is wrong, and not a text in it."""
 
     def __init__(self, field: str, kind: str, reason: str, of_shape: bool = False) -> None:
         super().__init__(reason)
@@ -61,7 +61,7 @@ class Fault(ValueError):
 
 
 def text(value: Any, name: str, may_be_empty: bool = False, what: str | None = None) -> str:
-    """The value itself, if it is a sound text. `what` is its name in the kind of the fault, when it is empty."""
+    """The value itself, if it is a valid text. `what` is its name in the kind of the fault if it is empty."""
     if type(value) is str and value.isascii() and "\0" not in value:
         if may_be_empty or (value and not value.isspace()):
             return value
@@ -76,7 +76,7 @@ def text(value: Any, name: str, may_be_empty: bool = False, what: str | None = N
 
 
 def not_a_string(value: Any, name: str, known: str | None = None) -> Fault:
-    """`known` is what `--map` calls the column, where the value is a whole column's."""
+    """`known` is the name of the column for `--map`, if the value is that of a whole column."""
     if value is None:
         return Fault(name, f"'{without_index(name)}' is null", f"'{name}' is null; a string is due.", of_shape=True)
     if is_missing(value):
@@ -101,7 +101,7 @@ def _how_to_write_it(value: Any, name: str, known: str | None) -> str:
 
 
 def path_to_text(value: Any, most_steps: int = 4) -> list[str]:
-    """Steps to the first string inside of a value: `{"text": ["a"]}` → ["text", "0"]; [] where there is none."""
+    """Steps to the first string inside of a value: `{"text": ["a"]}` → ["text", "0"]; [] if there is none."""
     if not most_steps:
         return []
     inside = (
@@ -116,7 +116,7 @@ def path_to_text(value: Any, most_steps: int = 4) -> list[str]:
 
 
 def is_missing(value: Any) -> bool:
-    """Null, or NaN, which tables have for a missing value."""
+    """Null, or NaN, which is a missing value in tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -228,7 +228,7 @@ def is_unparsed(value: Any) -> bool:
 
 
 def unparsed(value: Any, what: str, column: str) -> str:
-    """What to do with such a text, which is mostly in Python's own notation."""
+    """What to do with such a text, which is usually in Python's own notation."""
     if not is_unparsed(value):
         return ""
     return (
@@ -239,8 +239,8 @@ def unparsed(value: Any, what: str, column: str) -> str:
 
 
 def unread(value: Any, path: str, names: Mapping[str, Any]) -> Iterator[str]:
-    """`messages.name`: the keys inside of a value that hold something and are not read. `names` are those that are,
-    each with such names inside of it; where there are none, nobody looks there. A key may come several times."""
+    """`messages.name`: the keys inside of a value that hold something and are not read. `names` are those that are
+    read, each with the names inside of it; without any, nothing inside is looked at. A key may come several times."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if key not in names:
@@ -305,7 +305,7 @@ def mapped(field: str, column: str) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A name from the data, such that a message with it can be written to a file."""
+    """A name from the data, shortened, and with nothing that cannot be encoded."""
     name = name if len(name) <= 60 else name[:60] + " …"
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
