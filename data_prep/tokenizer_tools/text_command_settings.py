@@ -25,7 +25,7 @@ class TrainTokenizerSettings:
     """What to learn from, one or more: all that `diptych prepare` reads (files, folders, globs, Hub data sets), files
     of plain text (a text a line), folders of prepared data (their train split)."""
     out: str = field(default="tokenizer", metadata=OUTPUT)
-    """Folder to write: the tokenizer, with tokenizer_report.json and tokenizer_report.png."""
+    """Folder to write: the tokenizer, with tokenizer_report.json."""
     kind: Literal["bpe", "unigram"] = "bpe"
     """How words are cut: byte pair encoding, or the most probable pieces (Unigram)."""
     vocab_size: int | Literal["auto", "table"] = "auto"

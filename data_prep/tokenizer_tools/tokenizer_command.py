@@ -4,9 +4,8 @@
     diptych tokenizer report google-t5/t5-small --data en.txt ko.txt --out report.json
     diptych tokenizer extend my-checkpoint --data my.ko.txt --tokens 2000 --out my-checkpoint-ko
 
-Data are whatever `diptych prepare` reads, in its formats, plain text (a text a line), and folders that it wrote (the
-texts of the train split): see tokenizer_texts.py. Exit codes: 0 done, 2 with one message when a person has to mend
-something first.
+Data are what `diptych prepare` reads, plain text (a text a line), and folders that it wrote (the texts of the train
+split): see tokenizer_texts.py. Exit codes: 0 done, 2 with one message about a mistake that a person can mend.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from transformers.utils import cached_file
 
 from diptych.data_prep.cleaning.filters import script_of
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.own_files import check_overwrite, is_own_picture
+from diptych.data_prep.command_line.own_files import check_overwrite
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
@@ -44,10 +43,10 @@ from diptych.data_prep.tokenizer_tools.text_command_settings import (
     TrainTokenizerSettings,
     parse_tokenizer_settings,
 )
-from diptych.data_prep.tokenizer_tools.tokenizer_report import draw_report, report_of_pairs, table_of
+from diptych.data_prep.tokenizer_tools.tokenizer_report import table_of, tokenizer_report
 from diptych.data_prep.tokenizer_tools.tokenizer_texts import Texts, open_texts
 
-REPORT_JSON, REPORT_PNG = "tokenizer_report.json", "tokenizer_report.png"
+REPORT = "tokenizer_report.json"
 MODEL_CONFIGS = ("config.json", "generation_config.json")
 TEXTS_MEASURED = 20_000
 """Held-out texts on which an extension is measured, at most."""
@@ -77,14 +76,14 @@ def train(settings: TrainTokenizerSettings) -> None:
         print(f"{characters:,} characters of text: {size:,} tokens.")
     tokenizer = train_tokenizer(settings.kind, texts(), size)
     tokenizer.name_or_path = settings.out
-    report = report_of_pairs(tokenizer, ((script_of(text), text) for text in texts()))
+    report = tokenizer_report(tokenizer, ((script_of(text), text) for text in texts()))
     _warn_of_rejects(texts)
     if fewer := why_fewer(settings.kind, tokenizer, size):
         print(f"warning: {fewer}", file=sys.stderr)
     if curve:
         report |= {"vocab_size_curve": [asdict(point) for point in curve], "vocab_size_chosen": size}
     tokenizer.save_pretrained(out)
-    _write_report(report, out / REPORT_JSON)
+    _write_report(report, out / REPORT)
     print(table_of(report))
 
 
@@ -103,12 +102,11 @@ def report(settings: ReportTokenizerSettings) -> None:
     if out is not None:
         out = out if out.suffix == ".json" else out.with_name(f"{out.name}.json")
         check_overwrite(out, _is_report, "a report of `diptych tokenizer`")
-        check_overwrite(out.with_suffix(".png"), is_own_picture, "its picture")
     tokenizer = open_tokenizer(settings.tokenizer)
     check_one_vocabulary(tokenizer, settings.tokenizer, "a report is of one. Report on that of another checkpoint.")
     label = {"script": script_of, "language": _guess_language, "file": None}[settings.by]
     texts = open_texts(settings.data, settings.text_fields)
-    found = report_of_pairs(tokenizer, ((label(text) if label else file, text) for file, text in texts.pairs()))
+    found = tokenizer_report(tokenizer, ((label(text) if label else file, text) for file, text in texts.pairs()))
     _warn_of_rejects(texts)
     print(table_of(found))
     if out is not None:
@@ -146,12 +144,12 @@ def extend(settings: ExtendTokenizerSettings) -> None:
     extended = add_new_tokens(tokenizer, new)
     unseen = list(islice(filter(is_held_out, texts()), TEXTS_MEASURED)) or list(islice(texts(), TEXTS_MEASURED))
     reports = {
-        when: report_of_pairs(which, ((script_of(text), text) for text in unseen))
+        when: tokenizer_report(which, ((script_of(text), text) for text in unseen))
         for when, which in (("before", tokenizer), ("after", extended))
     }
     extended.save_pretrained(out)
     _copy_configs(settings.checkpoint, out)
-    (out / REPORT_JSON).write_text(_as_json({"new_tokens": len(new.pieces), **reports}), encoding="utf-8")
+    _write_report({"new_tokens": len(new.pieces), **reports}, out / REPORT)
     print(_gain_lines(reports, len(new.pieces), settings))
 
 
@@ -162,28 +160,12 @@ def _gain_lines(reports: dict[str, Any], added: int, settings: ExtendTokenizerSe
         total = found["total"]
         cells = f"{total['tokens_per_word'] or 0:11.2f}  {total['bytes_per_token'] or 0:11.2f}"
         lines.append(f"{when:{width}}{cells}  {total['unknown_rate'] or 0:7.2%}  {total['exact_rate'] or 0:9.1%}")
-    return "\n".join([*lines, "", "Next:", *_next_commands(settings)])
-
-
-def _next_commands(settings: ExtendTokenizerSettings) -> list[str]:
-    prepare = f"      diptych prepare --tokenizer {settings.out} …"
-    if _has_weights(settings.checkpoint):
-        return [prepare, f"      diptych train --model {settings.checkpoint} --grow_vocabulary true …"]
-    return [
-        prepare,
-        "      diptych train --model CHECKPOINT --grow_vocabulary true …",
-        f"{settings.checkpoint} has no weights to train (*.safetensors): CHECKPOINT is the model that this tokenizer",
-        "belongs to, or a named size such as diptych-60m for a new one, which needs no grow_vocabulary.",
-    ]
-
-
-def _has_weights(checkpoint: str) -> bool:
-    folder = Path(checkpoint)
-    return not folder.is_dir() or any(folder.glob("*.safetensors"))
+    lines += ["", "Next:", f"      diptych prepare --tokenizer {settings.out} …"]
+    return "\n".join([*lines, f"      diptych train --model {settings.checkpoint} --grow_vocabulary true …"])
 
 
 def _copy_configs(checkpoint: str, out: Path) -> None:
-    """`diptych prepare` reads there which token decoders start with."""
+    """`diptych prepare` reads in them which token decoders start with."""
     for name in MODEL_CONFIGS:
         path = cached_file(
             checkpoint,
@@ -209,8 +191,7 @@ def _warn_of_rejects(texts: Texts) -> None:
 
 
 def _write_report(found: dict[str, Any], path: Path) -> None:
-    path.write_text(_as_json(found), encoding="utf-8")
-    draw_report(found, path.with_suffix(".png"))
+    path.write_text(json.dumps(found, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_report(content: bytes) -> bool:
@@ -218,10 +199,6 @@ def _is_report(content: bytes) -> bool:
         return {"tokenizer", "languages", "total"} <= json.loads(content).keys()
     except (ValueError, AttributeError):
         return False
-
-
-def _as_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 ACTIONS = {TrainTokenizerSettings: train, ReportTokenizerSettings: report, ExtendTokenizerSettings: extend}

@@ -1,9 +1,9 @@
-"""A tokenizer and texts in; out, how many tokens they take and whether they come back, as a dict that JSON can hold.
+"""How many tokens a tokenizer makes of texts, and whether they come back, as a dict that JSON can hold.
 
-    report = tokenizer_report(tokenizer, {"Latin": english, "Hangul": korean})
+    report = tokenizer_report(tokenizer, [("Latin", "Go now."), ("Hangul", "가."), …])
     report["languages"]["Hangul"]["tokens_per_word"]     2.19   fertility (Rust et al. 2021)
     report["hard_texts"][0]                              {"name": "Hangul composed", …, "exact": True}
-    print(table_of(report))                              for people;  draw_report(report, "report.png")
+    print(table_of(report))                              for people
 
 Any tokenizer that `AutoTokenizer` loads. Text is encoded as `diptych prepare` does it, without special tokens. A word
 is what white space separates; for Chinese, Japanese or Thai look at the tokens per character instead. "Comes back"
@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from diptych.data_prep.command_line.own_files import PICTURE_MARK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,56 +42,36 @@ BATCH = 1000
 LANGUAGES_SHOWN = 12
 
 
-def tokenizer_report(
-    tokenizer: PreTrainedTokenizerBase, texts_by_language: Mapping[str, Iterable[str]]
-) -> dict[str, Any]:
-    """Texts may come from iterators: 1,000 are in memory at a time."""
-    pairs = ((language, text) for language, texts in texts_by_language.items() for text in texts)
-    return report_of_pairs(tokenizer, pairs)
-
-
-def report_of_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """The same for (language, text) pairs that come mixed."""
+def tokenizer_report(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Of (language, text) pairs, which may come from an iterator: 1,000 are in memory at a time."""
     used: set[int] = set()
     unknown_ids = _unknown_ids(tokenizer)
     counts: defaultdict[str, Counter] = defaultdict(Counter)
-    for batch in _batches(pairs):
-        _count(tokenizer, batch, counts, used, unknown_ids)
-    total = Counter()
-    for count in counts.values():
-        total.update(count)
-    rows = {language: _figures(count) for language, count in counts.items()}
+    pairs = iter(pairs)
+    while batch := list(islice(pairs, BATCH)):
+        for (language, text), ids in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
+            used.update(ids)
+            counts[language] += Counter(
+                texts=1,
+                words=len(text.split()),
+                characters=len(text),
+                bytes=len(text.encode("utf-8", "surrogatepass")),
+                tokens=len(ids),
+                unknown=sum(map(unknown_ids.__contains__, ids)),
+                exact=_decode(tokenizer, ids) == text,
+            )
     return {
         "tokenizer": {
             "name": tokenizer.name_or_path,
             "class": type(tokenizer).__name__,
-            "model": _model_type(tokenizer),
+            "model": type(tokenizer.backend_tokenizer.model).__name__ if tokenizer.is_fast else "Python",
             "tokens": len(tokenizer),
         },
-        "languages": rows,
-        "total": _figures(total),
+        "languages": {language: _figures(count) for language, count in counts.items()},
+        "total": _figures(sum(counts.values(), Counter())),
         "vocabulary_used": {"tokens": len(used), "share": len(used) / len(tokenizer)},
         "hard_texts": [_hard_text(tokenizer, name, text, unknown_ids) for name, text in HARD_TEXTS.items()],
     }
-
-
-def _count(
-    tokenizer: PreTrainedTokenizerBase,
-    batch: list[tuple[str, str]],
-    counts: Mapping[str, Counter],
-    used: set[int],
-    unknown_ids: set[int],
-) -> None:
-    for (language, text), ids in zip(batch, _encode(tokenizer, [text for _, text in batch]), strict=True):
-        used.update(ids)
-        count = counts[language]
-        count["texts"] += 1
-        count["words"] += len(text.split())
-        count["characters"] += len(text)
-        count["bytes"] += len(text.encode("utf-8", "surrogatepass"))
-        count["tokens"] += len(ids)
-        count["unknown"] += sum(map(unknown_ids.__contains__, ids))
-        count["exact"] += _decode(tokenizer, ids) == text
 
 
 def _figures(count: Mapping[str, int]) -> dict[str, Any]:
@@ -112,12 +89,10 @@ def _figures(count: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _hard_text(tokenizer: PreTrainedTokenizerBase, name: str, text: str, unknown_ids: set[int]) -> dict[str, Any]:
-    ids = _encode(tokenizer, [text])[0]
-    decoded = _decode(tokenizer, ids)
-    unknown = sum(map(unknown_ids.__contains__, ids))
-    return {"name": name, "text": text, "tokens": len(ids), "unknown": unknown, "decoded": decoded} | {
-        "exact": decoded == text
-    }
+    (ids,) = _encode(tokenizer, [text])
+    decoded, unknown = _decode(tokenizer, ids), sum(map(unknown_ids.__contains__, ids))
+    found = {"name": name, "text": text, "tokens": len(ids), "unknown": unknown, "decoded": decoded}
+    return found | {"exact": decoded == text}
 
 
 def _unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -137,16 +112,6 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def _batches(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    pairs = iter(pairs)
-    while batch := list(islice(pairs, BATCH)):
-        yield batch
-
-
-def _model_type(tokenizer: PreTrainedTokenizerBase) -> str:
-    return type(tokenizer.backend_tokenizer.model).__name__ if tokenizer.is_fast else "Python"
-
-
 COLUMNS = (
     ("texts", "{texts:,}"),
     ("tokens", "{tokens:,}"),
@@ -162,15 +127,17 @@ def table_of(report: Mapping[str, Any]) -> str:
     """The report as lines for a terminal."""
     facts = report["tokenizer"]
     rows = [["", *(title for title, _ in COLUMNS)]]
-    shown = _most_texts(report)
-    rows += [[language, *_cells(report["languages"][language])] for language in shown]
-    if len(report["languages"]) > 1:
+    languages = report["languages"]
+    # A guesser finds dozens of languages that are not there.
+    most = sorted(languages, key=lambda language: -languages[language]["texts"])[:LANGUAGES_SHOWN]
+    rows += [[language, *_cells(figures)] for language, figures in languages.items() if language in most]
+    if len(languages) > 1:
         rows.append(["all", *_cells(report["total"])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{facts['name']}: {facts['class']}, {facts['model']}, {facts['tokens']:,} tokens", ""]
     lines += ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    if len(shown) < len(report["languages"]):
-        lines.append(f"({len(report['languages']) - len(shown)} more have fewer texts.)")
+    if len(most) < len(languages):
+        lines.append(f"({len(languages) - len(most)} more have fewer texts.)")
     used = report["vocabulary_used"]
     lines += ["", f"{used['tokens']:,} of the {facts['tokens']:,} tokens are used ({used['share']:.1%})."]
     changed = [hard for hard in report["hard_texts"] if not hard["exact"]]
@@ -181,43 +148,6 @@ def table_of(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _most_texts(report: Mapping[str, Any]) -> list[str]:
-    """The languages that a person is shown, in their order: a guesser finds dozens that are not there."""
-    languages = report["languages"]
-    most = sorted(languages, key=lambda language: -languages[language]["texts"])[:LANGUAGES_SHOWN]
-    return [language for language in languages if language in most]
-
-
 def _cells(figures: Mapping[str, Any]) -> list[str]:
     known = {name: value for name, value in figures.items() if value is not None}
     return [cell.format(**known) if cell[1:].partition(":")[0] in known else "-" for _, cell in COLUMNS]
-
-
-def _short(label: str, limit: int = 24) -> str:
-    """The end of a path says more than its beginning, and a long label would leave no room for the bars."""
-    return label if len(label) <= limit else f"…{label[1 - limit :]}"
-
-
-def draw_report(report: Mapping[str, Any], path: str | Path) -> None:
-    """Bars of tokens per word and bytes per token for each language, and the curve of sizes where there is one."""
-    from matplotlib.figure import Figure  # a third of a second that the rest does not need
-
-    languages, curve = _most_texts(report), report.get("vocab_size_curve")
-    figure = Figure(figsize=(5 * (3 if curve else 2), 0.35 * len(languages) + 2.5), layout="constrained")
-    axes = figure.subplots(1, 3 if curve else 2)
-    for axis, name in zip(axes[:2], ("tokens_per_word", "bytes_per_token"), strict=True):
-        bars = axis.barh(
-            list(map(_short, languages)), [report["languages"][language][name] or 0 for language in languages]
-        )
-        axis.bar_label(bars, fmt="%.2f", padding=3)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.set_xlabel(name.replace("_", " "))
-    if curve:
-        axes[2].plot([point["vocab_size"] for point in curve], [point["tokens_per_word"] for point in curve], "o-")
-        axes[2].set_xscale("log", base=2)
-        axes[2].set_xticks([point["vocab_size"] for point in curve], [f"{point['vocab_size']:,}" for point in curve])
-        axes[2].axvline(report["vocab_size_chosen"], linestyle=":", color="grey")
-        axes[2].set_xlabel("tokens in the vocabulary")
-        axes[2].set_ylabel("tokens per word, unseen text")
-    figure.savefig(path, dpi=120, metadata=PICTURE_MARK)

@@ -65,7 +65,9 @@ def test_old_tokens_keep_their_ids_and_new_ones_come_after_them(both):
 
 def test_unseen_text_takes_fewer_tokens_and_uses_the_new_ones(both, unseen):
     tokenizer, extended = both
-    before, after = (tokenizer_report(which, {"": unseen})["total"] for which in (tokenizer, extended))
+    before, after = (
+        tokenizer_report(which, [("", text) for text in unseen])["total"] for which in (tokenizer, extended)
+    )
     assert after["tokens"] < 0.9 * before["tokens"]
     assert after["exact_rate"] >= before["exact_rate"]
     used = {token for text in unseen for token in ids_of(extended, text)}

@@ -163,7 +163,10 @@ def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
             ["{model}", "--data", "{folder}/object.json"],
             "object.json, line 1, column 1: a JSON",
         ),
-        (["{model}", "--data", "{folder}/cut.json"], "cut.json:1: broken JSON: Expecting ',' delimiter, line 2, column 3. Mend the row"),
+        (
+            ["{model}", "--data", "{folder}/cut.json"],
+            "cut.json:1: broken JSON: Expecting ',' delimiter, line 2, column 3. Mend the row",
+        ),
         (
             ["{model}", "--data", "{folder}/cut.jsonl"],
             "cut.jsonl:2: broken JSON: Expecting ',' delimiter, line 2, column 13. Mend the row",
