@@ -1,16 +1,16 @@
-"""Packed rows of a prepared folder in; checked against the model that is to read them, and as tensors, out.
+"""Packed rows of a prepared folder: checked against the model that is to read them, and as tensors.
 
     input_ids     12  7  9  1 |  5  8  1 |  0      labels              31 40  1 | 22  1 | -100
     segment_ids    1  1  1  1 |  2  2  2 |  0      decoder_input_ids    0 31 40 |  0 22 |    0
     position_ids   0  1  2  3 |  0  1  2 |  0      decoder_segment_ids  1  1  1 |  2  2 |    0
 
-A row in which examples could see each other, or with a label that stands nowhere, would do its harm in silence. So
-every row is looked at before the first step.
+A row in which examples see each other, or a label in padding, would spoil training without an error. So every row is
+checked before the first step.
 
 R rows, S source tokens, T target tokens; S and T are the same in every row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +28,15 @@ from diptych.finetune.model.families import decoder_start_token, embedding_rows,
 from diptych.finetune.model.untrusted_files import open_prepared
 
 SOURCE_COLUMNS = ("input_ids", "segment_ids", "position_ids")
+DECODER_COLUMNS = ("decoder_input_ids", "decoder_segment_ids", "decoder_position_ids")
 TARGET_COLUMNS = tuple(name for name in PACKED_COLUMNS if name not in SOURCE_COLUMNS)
 ROWS_AT_ONCE = 1000
 
+Columns = Mapping[str, np.ndarray]
+
 
 class Packing(NamedTuple):
-    """What the manifest says of packed rows: what they were packed for."""
+    """What rows were packed for, by the manifest."""
 
     max_source_tokens: int
     max_target_tokens: int
@@ -41,13 +44,13 @@ class Packing(NamedTuple):
     pad_token_id: int
     decoder_start_token_id: int
     vocabulary: int
-    """One more than the largest id of the tokenizer, for sources where it has two vocabularies."""
+    """One more than the largest id of the tokenizer; of its source side where it has two vocabularies."""
     positions: int
     """One more than the largest position in a row."""
     language_starts: Sequence[int] = ()
     """Language codes that an example may start with instead (mBART-cc25)."""
     target_vocabulary: int = 0
-    """The same for targets."""
+    """`vocabulary` of the target side."""
 
     @classmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> "Packing":
@@ -55,7 +58,7 @@ class Packing(NamedTuple):
 
 
 def load_packed(folder: Path) -> datasets.Dataset:
-    """`packed/` of a prepared folder, whose columns come as numpy arrays."""
+    """`packed/` of a prepared folder, with columns as numpy arrays."""
     table = open_prepared(folder / "packed")
     names = [name for name in (*PACKED_COLUMNS, SHARED_COLUMN, "attention_mask") if name in table.column_names]
     if missing := [name for name in PACKED_COLUMNS if name not in names]:
@@ -70,7 +73,7 @@ class PackedRows:
     packed: datasets.Dataset
     packing: Packing
     rows_at_least: int = 1
-    """In a batch: the last one of an epoch may lack some, and a compiled model wants one shape."""
+    """In a batch: the last one of an epoch is filled up with empty rows, because a compiled model wants one shape."""
 
     @property
     def row_tokens(self) -> int:
@@ -95,7 +98,7 @@ class PackedRows:
         return {name: torch.cat((batch[name], column)) if batch else column for name, column in empty.items()}
 
 
-def packed_batch(rows: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def packed_batch(rows: Columns) -> dict[str, torch.Tensor]:
     """Columns of some rows, (R, S) or (R, T) -> the same as tensors, int64."""
     names = [name for name in (*PACKED_COLUMNS, SHARED_COLUMN) if name in rows]
     return {name: torch.as_tensor(np.asarray(rows[name]), dtype=torch.long) for name in names}
@@ -114,7 +117,7 @@ def pack_examples(
 
 
 def rows_without_examples(packing: Packing, number: int) -> dict[str, torch.Tensor]:
-    """Rows of padding, whose loss is zero: what a rank gets for which no row is left."""
+    """Rows of padding, whose loss is zero: for a rank for which no row is left."""
     rows = {name: torch.zeros((number, packing.max_source_tokens), dtype=torch.long) for name in SOURCE_COLUMNS}
     rows |= {name: torch.zeros((number, packing.max_target_tokens), dtype=torch.long) for name in TARGET_COLUMNS}
     rows["labels"].fill_(IGNORE_INDEX)
@@ -147,64 +150,46 @@ def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) ->
 
 
 def check_packed_rows(packed: datasets.Dataset, packing: Packing, model: PreTrainedModel, folder: str) -> None:
-    """UserError that names the first row in which something stands where it must not, or does not stand."""
-    positions = min(filter(None, table_positions(model)), default=None)
-    vocabularies = embedding_rows(model)
+    """UserError that names the first row that is not packed as shown above."""
+    positions, vocabularies = min(filter(None, table_positions(model)), default=None), embedding_rows(model)
     for start in range(0, len(packed), ROWS_AT_ONCE):
         columns = packed[start : start + ROWS_AT_ONCE]
-        for find, reason in _faults(packing, positions, vocabularies):
-            bad = find(columns)
-            if bad is not None and bad.any():
-                row = start + int(np.argmax(bad))
+        for is_wrong, reason in _faults(columns, packing, positions, vocabularies):
+            if is_wrong.any():
+                row = start + int(np.argmax(is_wrong))
                 raise UserError(f"{folder}/packed, row {row}: {reason}. Run `diptych prepare` again.")
 
 
-def _faults(packing: Packing, positions: int | None, vocabularies: tuple[int, int]) -> list[tuple[Callable, str]]:
-    """What can be wrong with a row: columns -> (R,) whether it is, and how to say it."""
-    sides = {"source": SOURCE_COLUMNS, "target": ("decoder_input_ids", "decoder_segment_ids", "decoder_position_ids")}
-    lengths = dict.fromkeys(SOURCE_COLUMNS, packing.max_source_tokens)
-    lengths |= dict.fromkeys((*TARGET_COLUMNS, SHARED_COLUMN), packing.max_target_tokens)
-    faults: list[tuple[Callable, str]] = [
-        (
-            lambda c: _misshapen(c, lengths),
-            f"it is not {packing.max_source_tokens} + {packing.max_target_tokens} tokens long",
-        )
-    ]
-    for (side, (ids, segments, places)), vocabulary in zip(sides.items(), vocabularies, strict=True):
-        tokens = packing.max_source_tokens if side == "source" else packing.max_target_tokens
-        limit = tokens if positions is None else min(tokens, positions)
-        faults += [
-            (lambda c, s=segments: _misnumbered(c[s]), f"{segments} do not count 1, 2, 3 … with 0 at the end alone"),
-            (lambda c, p=places, n=limit: (c[p] >= n).any(1), f"{places} run past the limit of {limit} positions"),
-            (lambda c, s=segments, p=places: _misplaced(c[s], c[p]), f"{places} do not restart at 0 in each segment"),
-            (
-                lambda c, i=ids, n=vocabulary: ((c[i] < 0) | (c[i] >= n)).any(1),
-                f"{ids} hold a token that is none of the {vocabulary} that the model has",
-            ),
-        ]
+def _faults(
+    columns: Columns, packing: Packing, positions: int | None, vocabularies: tuple[int, int]
+) -> Iterator[tuple[np.ndarray, str]]:
+    """What can be wrong with rows: (R,) whether it is, and how to say it. Later checks rely on the earlier ones."""
+    sizes = packing.max_source_tokens, packing.max_target_tokens
+    length_of = dict.fromkeys(SOURCE_COLUMNS, sizes[0]) | dict.fromkeys((*TARGET_COLUMNS, SHARED_COLUMN), sizes[1])
+    wrong = [[len(row) != size for row in columns[name]] for name, size in length_of.items() if name in columns]
+    yield np.any(wrong, axis=0), f"it is not {sizes[0]} + {sizes[1]} tokens long"
+    for names, size, vocabulary in zip((SOURCE_COLUMNS, DECODER_COLUMNS), sizes, vocabularies, strict=True):
+        ids, segments, places = (columns[name] for name in names)
+        limit = size if positions is None else min(size, positions)
+        yield _misnumbered(segments), f"{names[1]} do not count 1, 2, 3 … with 0 at the end alone"
+        yield (places >= limit).any(1), f"{names[2]} run past the limit of {limit} positions"
+        yield _misplaced(segments, places), f"{names[2]} do not restart at 0 in each segment"
+        unknown = f"{names[0]} hold a token that is none of the {vocabulary} that the model has"
+        yield ((ids < 0) | (ids >= vocabulary)).any(1), unknown
+    source, target, labels = columns["segment_ids"], columns["decoder_segment_ids"], columns["labels"]
+    if "attention_mask" in columns:  # rows that others packed may have one; ours have segments alone
+        yield ((source > 0) != (columns["attention_mask"] > 0)).any(1), "segment_ids do not match attention_mask"
+    is_target = labels != IGNORE_INDEX
+    yield ((target == 0) & is_target).any(1), "a label stands in a padding slot"
+    unknown = f"labels hold a token that is none of the {vocabularies[1]} that the model has"
+    yield (is_target & ((labels < 0) | (labels >= vocabularies[1]))).any(1), unknown
     starts = [packing.decoder_start_token_id, *packing.language_starts]
-    return faults + [
-        (_mask_differs, "segment_ids do not match attention_mask"),
-        (
-            lambda c: ((c["decoder_segment_ids"] == 0) & (c["labels"] != IGNORE_INDEX)).any(1),
-            "a label stands in a padding slot",
-        ),
-        (
-            lambda c: ((c["labels"] != IGNORE_INDEX) & ((c["labels"] < 0) | (c["labels"] >= vocabularies[1]))).any(1),
-            f"labels hold a token that is none of the {vocabularies[1]} that the model has",
-        ),
-        (
-            lambda c: (_begins(c["decoder_segment_ids"]) & ~np.isin(c["decoder_input_ids"], starts)).any(1),
-            f"decoder_input_ids do not begin with the start token {starts[0]} in each segment",
-        ),
-        (_unread, "decoder segments do not read the encoder segments one after another"),
-    ]
-
-
-def _misshapen(columns: Mapping[str, np.ndarray], lengths: Mapping[str, int]) -> np.ndarray:
-    """(R,). Rows of different lengths come as an array of arrays."""
-    present = [name for name in lengths if name in columns]
-    return np.any([[len(row) != lengths[name] for row in columns[name]] for name in present], axis=0)
+    wrong_start = f"decoder_input_ids do not begin with the start token {starts[0]} in each segment"
+    yield (_begins(target) & ~np.isin(columns["decoder_input_ids"], starts)).any(1), wrong_start
+    read = columns.get(SHARED_COLUMN, target)
+    goes_back = (np.maximum.accumulate(read, axis=1) > read) & (target > 0)
+    misread = goes_back.any(1) | (read.max(1) > source.max(1)) | ((read > 0) != (target > 0)).any(1)
+    yield misread, "decoder segments do not read the encoder segments one after another"
 
 
 def _begins(segments: np.ndarray) -> np.ndarray:
@@ -223,17 +208,3 @@ def _misplaced(segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
     index = np.arange(segments.shape[1])
     starts = np.maximum.accumulate(np.where(_begins(segments), index, 0), axis=1)
     return (np.where(segments > 0, index - starts, 0) != positions).any(1)
-
-
-def _mask_differs(columns: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Rows that others packed may bring a mask; ours go by their segments alone."""
-    if "attention_mask" not in columns:
-        return None
-    return ((columns["segment_ids"] > 0) != (columns["attention_mask"] > 0)).any(1)
-
-
-def _unread(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    target, source = columns["decoder_segment_ids"], columns["segment_ids"]
-    reads = columns.get(SHARED_COLUMN, target)
-    goes_back = (np.maximum.accumulate(reads, axis=1) > reads) & (target > 0)
-    return goes_back.any(1) | (reads.max(1) > source.max(1)) | ((reads > 0) != (target > 0)).any(1)

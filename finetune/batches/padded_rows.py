@@ -1,15 +1,14 @@
 """A prepared dataset in; the rows of every optimizer step, dealt to ranks and micro-batches, and padded tensors out.
-Packed rows, which hold several examples each, are packed_rows.py's.
 
     rows    input_ids          12  7  9  1   →   attention_mask      1  1  1  1     labels              31 40  1
                                 5  8  1                              1  1  1  0                         22  1 -100
             labels             31 40  1          input_ids          12  7  9  1     decoder_input_ids    0 31 40
                                22  1                                 5  8  1  0                          0 22  1
 
-The order of rows is a function of (seed, epoch) and nothing else: any step can be asked for by its number, on any
-rank, so a resumed run replays nothing, and the step's target tokens are known before its first forward without asking
-the other ranks. Every row comes once in an epoch: the last batches are smaller, and a rank for which no row is left
-gets a row without targets, which contributes zero.
+The order of rows depends on (seed, epoch) alone: any step can be computed from its number, on any rank. So a resumed
+run replays nothing, and a step's target tokens are known before its first forward without asking other ranks. Every
+row comes once in an epoch: the last batches are smaller, and a rank for which no row is left gets a row without
+targets, which contributes zero.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.untrusted_files import open_prepared
 
 BATCHES_SORTED_TOGETHER = 50
-"""Rows of like length are sought among this many batches: enough for little padding, and another mix each epoch."""
+"""Rows are sorted by length within so many batches: enough for little padding, and another mix each epoch."""
 
 
 def pad_batch(
@@ -41,9 +40,9 @@ def pad_batch(
 ) -> dict[str, torch.Tensor]:
     """Rows with `input_ids` and `labels`, of different lengths, as the tensors (B, S) and (B, T) shown above.
 
-    Labels move one place to the right within their row to become decoder inputs. There is no decoder_attention_mask:
-    padding stands after all targets, where causal attention never looks. A row may bring its own `decoder_start`. No
-    rows give one row without targets.
+    Decoder inputs are the labels, one place to the right. There is no decoder_attention_mask: padding stands after all
+    targets, where causal attention never looks. A row may bring its own `decoder_start`. No rows give one row without
+    targets.
     """
     rows = rows or [{"input_ids": [decoder_start_token_id], "labels": [IGNORE_INDEX]}]
     source_tokens = max(len(row["input_ids"]) for row in rows)
@@ -92,7 +91,7 @@ def padded_rows(loaded: LoadedModel, split: datasets.Dataset) -> PaddedRows:
 
 
 class Prepared(NamedTuple):
-    """A prepared folder: its splits, where it and its tokenizer lie, and what tells its contents from all others."""
+    """A prepared folder: its splits, where it and its tokenizer lie, and the hash of its manifest."""
 
     folder: Path
     splits: Mapping[str, datasets.Dataset]
@@ -125,10 +124,10 @@ def load_prepared(folder: str) -> Prepared:
 def drop_repeated_start(
     split: datasets.Dataset, decoder_start_token_id: int, language_starts: Collection[int] = ()
 ) -> datasets.Dataset:
-    """The split with labels that do not begin with the token that the decoder starts with anyway.
+    """The split with labels that do not begin with the token that the decoder starts with anyway, as in packed rows.
 
-    The rule is that of packed rows. BART keeps its bos, since its decoder starts with eos: only the model knows. Where
-    there are `language_starts` (mBART-cc25), the column `decoder_start` has that of each row.
+    (BART keeps its bos, since its decoder starts with eos.) With `language_starts` (mBART-cc25), the column
+    `decoder_start` has the start of each row.
     """
     labels = split.select_columns("labels").with_format("arrow")[:]["labels"]
     first_labels = pyarrow.compute.list_element(labels, 0).to_numpy()
@@ -160,14 +159,14 @@ def row_lengths(split: datasets.Dataset) -> RowLengths:
 
 
 class StepRows(NamedTuple):
-    """The rows of one optimizer step, and what can be said of them before they are read."""
+    """The rows of one optimizer step, and their tokens."""
 
     batches: list[list[np.ndarray]]
     """Row numbers: batches[micro_batch][rank]."""
     source_tokens: int
     target_tokens: int
     padded_tokens: int
-    """What these rows fill as tensors: longest row × rows, source and target, over all batches."""
+    """Size of these rows as tensors: longest row × rows, source and target, over all batches."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +178,11 @@ class BatchOrder:
     """Rows on one rank in one micro-batch."""
     ranks: int
     batches_per_step: int
-    """Micro-batches whose gradients are added up before the optimizer moves."""
+    """Micro-batches whose gradients are added up before an optimizer step."""
     seed: int
     group_by_length: bool = False
     row_tokens: int | None = None
-    """Source and target tokens of every row as a tensor, where all are of one length; None: of the longest one."""
+    """Source and target tokens of each row as a tensor, where all have one length (packed rows)."""
 
     @property
     def rows_per_step(self) -> int:
@@ -194,7 +193,7 @@ class BatchOrder:
         return -(-len(self.lengths.target_tokens) // self.rows_per_step)
 
     def rows_of(self, epoch: int) -> np.ndarray:
-        """All rows in the order of this epoch. The generator is its own: nothing else can disturb it."""
+        """All rows in the order of this epoch."""
         generator = np.random.default_rng([self.seed, epoch])
         rows = generator.permutation(len(self.lengths.target_tokens))
         if not self.group_by_length:
@@ -230,14 +229,14 @@ class BatchOrder:
 
 
 def longest_first(lengths: RowLengths, rows_per_batch: int, ranks: int) -> list[list[np.ndarray]]:
-    """Every row once, for evaluation: [batch][rank], like lengths together. What does not fit fails at the start."""
+    """Every row once, for evaluation: [batch][rank], sorted by length, so that what does not fit fails at once."""
     rows = np.argsort(-(lengths.source_tokens + lengths.target_tokens), kind="stable")
     order = BatchOrder(lengths, rows_per_batch, ranks, batches_per_step=1, seed=0)
     return [order.step(rows, index).batches[0] for index in range(order.steps_per_epoch)]
 
 
 def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset]) -> None:
-    """ValueError for rows that this model cannot read: unknown token ids, or more tokens than it has positions."""
+    """UserError for rows that this model cannot read: unknown token ids, or more tokens than it has positions."""
     rows_of = dict(zip(("input_ids", "labels"), embedding_rows(model), strict=True))
     tables = table_positions(model)
     for name, split in splits.items():
