@@ -1,28 +1,40 @@
-"""One or two decoder-only LLMs in; an encoder-decoder out, and a report that says what became of every weight.
+"""One or two decoder-only LLMs in; an encoder-decoder out, and a report that says where every weight is from.
 
     diptych pair my-llm --out paired                                    both panels are made of one LLM
     diptych pair my-large-llm my-small-llm --out paired --cross_attention separate
 
     paired/  a Diptych as save_pretrained writes it: weights, config, code, tokenizer with a template of two sides
-             pair.json      the report: each tensor's origin, weights and cost of both panels, the proof
+             pair.json      the report: each tensor's origin, the weights of both panels, the proof
              manifest.json  size and XXH3-128 of each file
 
-Weights are read and written tensor by tensor, so that memory holds a shard of them; the proof then loads donor and
-result, one after the other. The folder is written beside, proven, flushed and renamed: it is whole, or not there.
+Weights are read and written tensor by tensor, so that memory holds a shard of them. Then the proof loads donor and
+result, one after the other. The folder is written under another name, proven, flushed and renamed: it is complete, or
+not there.
 """
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
+from diptych.finetune.model.donor_llm import Donor, open_donor, tokenizers_differ
+from diptych.finetune.model.merge import new_folder
+from diptych.finetune.pairing import pair_report, paired_weights
+from diptych.finetune.pairing.donor_template import DonorPrompt, donor_prompt
+from diptych.finetune.pairing.pair_report import Pair
 from diptych.finetune.pairing.pair_settings import PairSettings
-
-if TYPE_CHECKING:
-    from diptych.finetune.model.donor_llm import Donor
+from diptych.finetune.run_files.whole_folders import write_folder
+from diptych.modeling import DiptychForConditionalGeneration
 
 REPORT = "pair.json"
 
@@ -30,27 +42,39 @@ REPORT = "pair.json"
 def pair(settings: PairSettings) -> dict[str, Any]:
     """Writes the folder, and returns its report.
 
-    UserError where these LLMs make no pair; StorageError where disk or memory have no room.
+    Raises:
+        UserError: these LLMs make no pair.
+        StorageError: disk or memory have no room.
     """
-    import torch  # seconds, that --help need not wait for
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    from diptych.finetune.model.donor_llm import open_donor
-    from diptych.finetune.model.merge import new_folder
-    from diptych.finetune.pairing import pair_report, paired_weights
-    from diptych.finetune.pairing.donor_template import donor_prompt
-    from diptych.finetune.run_files.whole_folders import write_folder
-
-    transformers.utils.logging.disable_progress_bar()  # one bar is enough
+    transformers.utils.logging.disable_progress_bar()  # pair has one of its own
     out = new_folder(settings.out)
     encoder = open_donor(settings.encoder)
     decoder = open_donor(settings.decoder) if settings.decoder else encoder
-    tokenizer = decoder.tokenizer
     if decoder is not encoder:
         _check_tokenizers(encoder, decoder)
-    eos = _eos_ids(decoder)
-    prompt = donor_prompt(tokenizer, decoder.name, eos, decoder.config.pad_token_id)
+    ends = _generation_config(decoder).eos_token_id
+    ends = decoder.config.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    prompt = donor_prompt(decoder.tokenizer, decoder.name, ends, decoder.config.pad_token_id)
+    it = _plan(settings, encoder, decoder, prompt, ends)
+    if settings.proof:
+        pair_report.check_memory(it.origins)
+    report = pair_report.describe(it, prompt.notes)
+    print(pair_report.as_text(report), flush=True)
+
+    def write(folder: Path) -> None:
+        _write(folder, it, prompt)
+        if settings.proof:
+            report["proof"] = pair_report.prove(folder, it, prompt.tokenizer)
+        (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    write_folder(out, write, sum(report["weights"]["bytes"].values()))
+    return report
+
+
+def _plan(settings: PairSettings, encoder: Donor, decoder: Donor, prompt: DonorPrompt, ends: Sequence[int]) -> Pair:
+    """The config of the result, and the origin of each of its weights."""
+    eos_token_ids = list(dict.fromkeys([prompt.tokenizer.eos_token_id, *ends]))  # generation stops at any of them
     try:
         kept = None
         if settings.decoder_layers is not None:
@@ -65,36 +89,22 @@ def pair(settings: PairSettings) -> dict[str, Any]:
             one_donor=decoder is encoder,
             pad_token_id=prompt.tokenizer.pad_token_id,
             bos_token_id=prompt.tokenizer.bos_token_id,
-            eos_token_id=_ends(prompt.tokenizer.eos_token_id, eos),
+            eos_token_id=eos_token_ids[0] if len(eos_token_ids) == 1 else eos_token_ids,
             decoder_start_token_id=prompt.decoder_start_token_id,
         )
         origins = paired_weights.weight_origins(
             config, encoder.weights, decoder.weights, kept, settings.cross_attention_init
         )
     except (ValueError, StrictDataclassError) as error:
-        raise UserError(_lines_of(error)) from error
-    dtype = decoder.config.dtype or torch.float32
-    dtype = dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    config.dtype, config.architectures = dtype, ["DiptychForConditionalGeneration"]
-
-    if settings.proof:
-        pair_report.check_memory(origins)
-    report = pair_report.describe(settings, encoder, decoder, config, origins, kept, prompt.notes)
-    print(pair_report.as_text(report), flush=True)
-
-    def write(folder: Path) -> None:
-        _write(folder, config, origins, dtype, settings.seed, decoder, prompt)
-        if settings.proof:
-            report["proof"] = pair_report.prove(folder, settings, encoder, decoder, config, prompt.tokenizer)
-        (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
-
-    write_folder(out, write, sum(report["weights"]["bytes"].values()))
-    return report
+        last_line = str(error).strip().splitlines()[-1].strip()  # behind what a validator puts before it
+        raise UserError(last_line.removeprefix("ValueError: ")) from error
+    own_dtype = decoder.config.dtype or torch.float32
+    config.dtype = own_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    config.architectures = ["DiptychForConditionalGeneration"]
+    return Pair(settings, encoder, decoder, config, origins, kept)
 
 
-def _check_tokenizers(encoder: "Donor", decoder: "Donor") -> None:
-    from diptych.finetune.model.donor_llm import tokenizers_differ
-
+def _check_tokenizers(encoder: Donor, decoder: Donor) -> None:
     if difference := tokenizers_differ(encoder.tokenizer.get_vocab(), decoder.tokenizer.get_vocab()):
         raise UserError(
             f"{encoder.name} and {decoder.name} have different tokenizers ({difference}). One model reads and writes"
@@ -102,59 +112,33 @@ def _check_tokenizers(encoder: "Donor", decoder: "Donor") -> None:
         )
 
 
-def _generation_config(donor: "Donor"):
-    from transformers import GenerationConfig
-
+def _generation_config(donor: Donor) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(donor.name)
-    except OSError:  # none there
+    except OSError:  # there is no generation_config.json
         return GenerationConfig.from_model_config(donor.config)
 
 
-def _eos_ids(donor: "Donor") -> list[int]:
-    eos = _generation_config(donor).eos_token_id
-    eos = donor.config.eos_token_id if eos is None else eos
-    return [eos] if isinstance(eos, int) else list(eos or [])
-
-
-def _ends(eos: int, others: Sequence[int]) -> int | list[int]:
-    """The end of a target first; generation stops at the donor's other ends, too."""
-    ends = list(dict.fromkeys([eos, *others]))
-    return ends[0] if len(ends) == 1 else ends
-
-
-def _write(folder: Path, config, origins, dtype, seed: int, decoder: "Donor", prompt) -> None:
-    import torch
-    from tqdm import tqdm
-    from transformers.dynamic_module_utils import custom_object_save
-
-    from diptych.finetune.pairing.paired_weights import write_weights
-    from diptych.modeling import DiptychForConditionalGeneration
-
+def _write(folder: Path, it: Pair, prompt: DonorPrompt) -> None:
     with torch.device("meta"):
-        model = DiptychForConditionalGeneration(config)
-    with tqdm(total=len(origins), unit="tensor", desc="writing", file=sys.stderr) as bar:
-        write_weights(origins, folder, dtype, seed, on_tensor=lambda origin: bar.update())
-    config.save_pretrained(folder)
-    custom_object_save(model, folder, config=config)  # the code, for where Diptych is not installed
-    generation = _generation_config(decoder)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-        setattr(generation, name, getattr(config, name))
+        model = DiptychForConditionalGeneration(it.config)
+    with tqdm(total=len(it.origins), unit="tensor", desc="writing", file=sys.stderr) as bar:
+        paired_weights.write_weights(
+            it.origins, folder, it.config.dtype, it.settings.seed, on_tensor=lambda origin: bar.update()
+        )
+    it.config.save_pretrained(folder)
+    custom_object_save(model, folder, config=it.config)  # the code, for where Diptych is not installed
+    generation = _generation_config(it.decoder)
+    for name in pair_report.SPECIAL_TOKENS:
+        setattr(generation, name, getattr(it.config, name))
     generation.save_pretrained(folder)
     prompt.tokenizer.save_pretrained(folder)
 
 
-def _lines_of(error: Exception) -> str:
-    """The sentence behind a validator's error."""
-    return str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
-
-
 def run(settings: PairSettings) -> int:
-    from diptych.finetune.pairing.pair_report import proof_as_text
-
     report = pair(settings)
     if settings.proof:
-        print(proof_as_text(report["proof"]))
+        print(pair_report.proof_as_text(report["proof"]))
     print(f"{settings.out} is an encoder-decoder; every tensor's origin is in {settings.out}/{REPORT}.")
     print(f"Next: diptych prepare --tokenizer {settings.out} …, diptych train --model {settings.out} …")
     return 0

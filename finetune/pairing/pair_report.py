@@ -1,29 +1,29 @@
-"""What `diptych pair` says of its result: where each tensor is from, what a token costs, and the proof.
+"""What `diptych pair` says of its result: where each tensor is from, and the proof that nothing of the LLM is lost.
 
-    weights   encoder 440,467,456   decoder 596,049,920   of them shared 155,582,464   fresh 0
-    cost      read a token 0.88 GFLOP (donor 0.88), write one 1.19 (donor 1.19)
-    proof     merged, causal: logits differ by at most 2.1e-05 on 128 source and 128 target tokens
-
-A cost is the multiplications and additions of the weight matrices that a token passes, twice their elements; what
-attention to other tokens costs comes on top, in donor and result alike.
+tensors   254 copied, 28 tied
+weights   encoder 440,467,456, decoder 155,582,464 (tied tables count as the encoder's)
+proof     merged, causal: logits differ by at most 2.1e-05 on 128 source and 128 target tokens
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import StorageError
+from diptych.finetune.model.donor_llm import Donor
+from diptych.finetune.pairing.pair_settings import PairSettings
 from diptych.finetune.pairing.paired_weights import WeightOrigin, sliding_window, tied_names
 from diptych.modeling import DiptychConfig
 
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 TOLERANCE = 1e-4
 """Of logits in fp32 that are 10 or less; of larger ones in proportion, as rounding goes."""
 PROOF_TOKENS = 256
@@ -36,36 +36,41 @@ who sees only one of them sees a good picture. Someone who sees both understands
 what the painter thought that the two had to say to each other after the panels were shut again for the night."""
 
 
-def describe(
-    settings,
-    encoder,
-    decoder,
-    config: DiptychConfig,
-    origins: Sequence[WeightOrigin],
-    kept: Sequence[int] | None,
-    notes,
-) -> dict[str, Any]:
+class Pair(NamedTuple):
+    """What is made of which LLMs."""
+
+    settings: PairSettings
+    encoder: Donor
+    decoder: Donor
+    """The same object as `encoder` if one LLM is both."""
+    config: DiptychConfig
+    origins: Sequence[WeightOrigin]
+    kept: Sequence[int] | None
+    """The decoder's layers, if not all are kept."""
+
+    @property
+    def is_merged(self) -> bool:
+        return self.config.decoder.cross_attention == "merged"
+
+
+def describe(it: Pair, notes: Sequence[str]) -> dict[str, Any]:
     """All but the proof, before anything is written."""
-    notes = [*notes, *_notes(encoder, decoder, config, kept)]
+    config = it.config
+    tied = [{"name": name, "kind": "tied", "to": to} for name, to in tied_names(config).items()]
     return {
-        "donors": {"encoder": encoder.name, "decoder": decoder.name},
+        "donors": {"encoder": it.encoder.name, "decoder": it.decoder.name},
         "cross_attention": config.decoder.cross_attention,
-        "encoder_attention": settings.encoder_attention,
+        "encoder_attention": it.settings.encoder_attention,
         "layers": {
             "encoder": config.encoder.num_hidden_layers,
             "decoder": config.decoder.num_hidden_layers,
-            "decoder_kept": None if kept is None else list(kept),
+            "decoder_kept": None if it.kept is None else list(it.kept),
             "encoder_layer_map": config.decoder.encoder_layer_map,
         },
-        "special_tokens": {
-            name: getattr(config, name)
-            for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-        },
-        "weights": _weights(config, origins),
-        "cost": _cost(config, origins, decoder.config),
-        "notes": notes,
-        "tensors": [_tensor(origin) for origin in origins]
-        + [{"name": name, "kind": "tied", "to": to} for name, to in tied_names(config).items()],
+        "special_tokens": {name: getattr(config, name) for name in SPECIAL_TOKENS},
+        "weights": _weights(it, len(tied)),
+        "notes": [*notes, *_notes(it)],
+        "tensors": [*map(_tensor, it.origins), *tied],
     }
 
 
@@ -74,70 +79,39 @@ def _tensor(origin: WeightOrigin) -> dict[str, Any]:
     return described | ({"donor": origin.panel} if origin.donor_name else {})
 
 
-def _notes(encoder, decoder, config: DiptychConfig, kept) -> list[str]:
+def _notes(it: Pair) -> list[str]:
     notes = []
-    for donor in dict.fromkeys((encoder, decoder)):
+    for donor in dict.fromkeys((it.encoder, it.decoder)):
         if window := sliding_window(donor.config):
             notes.append(f"{donor.name} attends to the last {window:,} tokens: matched up to there, not beyond.")
-    depth = encoder.config.num_hidden_layers
-    if config.encoder.num_hidden_layers < depth:
-        first, last = config.encoder.num_hidden_layers, depth - 1
-        which = f"layer {first}" if first == last else f"layers {first} to {last}"
+    layers, depth = it.config.encoder.num_hidden_layers, it.encoder.config.num_hidden_layers
+    if layers < depth:
+        which = f"layer {layers}" if layers == depth - 1 else f"layers {layers} to {depth - 1}"
         notes.append(f"The encoder has no {which} and no final norm: no decoder layer would read them.")
-    if kept is not None:
+    if it.kept is not None:
         notes.append(
-            f"The decoder keeps {len(kept)} of {decoder.config.num_hidden_layers} layers."
+            f"The decoder keeps {len(it.kept)} of {it.decoder.config.num_hidden_layers} layers."
             " The loss on the proof's text, below, says what that costs before any training."
         )
     return notes
 
 
-def _weights(config: DiptychConfig, origins: Sequence[WeightOrigin]) -> dict[str, Any]:
+def _weights(it: Pair, tied: int) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
-    for origin in origins:
+    for origin in it.origins:
         sizes[origin.panel] += math.prod(origin.shape)
-    itemsize = config.dtype.itemsize
     return {
         "count": dict(sizes),
-        "bytes": {panel: size * itemsize for panel, size in sizes.items()},
-        "tensors": dict(Counter(origin.kind for origin in origins)) | {"tied": len(tied_names(config))},
-        "fresh": [origin.name for origin in origins if origin.kind == "fresh"],
-        "reshaped": [origin.name for origin in origins if origin.kind == "reshaped"],
-    }
-
-
-def _cost(config: DiptychConfig, origins: Sequence[WeightOrigin], donor) -> dict[str, dict[str, float]]:
-    """FLOP a token, and bytes of keys and values a source token, of the result and of its decoder's donor."""
-    per_source = per_target = donor_layers = 0
-    for origin in origins:
-        size = math.prod(origin.shape)
-        if len(origin.shape) < 2 or "embed_tokens" in origin.name or origin.name == "lm_head.weight":
-            continue
-        is_hinge = (".self_attn." if config.decoder.cross_attention == "merged" else ".cross_attn.") in origin.name
-        is_key_or_value = is_hinge and (".k_proj." in origin.name or ".v_proj." in origin.name)
-        if origin.panel == "encoder":
-            per_source += size
-        else:
-            per_source += size if is_key_or_value else 0
-            is_separate_key = is_key_or_value and config.decoder.cross_attention == "separate"
-            per_target += 0 if is_separate_key else size
-            donor_layers += 0 if ".cross_attn." in origin.name else size
-    donor_layers *= donor.num_hidden_layers / config.decoder.num_hidden_layers
-    head = config.vocab_size * config.decoder.hidden_size
-    keys = 2 * config.decoder.num_key_value_heads * config.decoder.head_dim * config.dtype.itemsize
-    return {
-        "read_a_token_flop": {"paired": 2.0 * per_source, "donor": 2.0 * donor_layers},
-        "write_a_token_flop": {"paired": 2.0 * (per_target + head), "donor": 2.0 * (donor_layers + head)},
-        "cached_bytes_a_source_token": {
-            "paired": float(keys * config.decoder.num_hidden_layers),
-            "donor": float(keys * donor.num_hidden_layers),
-        },
+        "bytes": {panel: size * it.config.dtype.itemsize for panel, size in sizes.items()},
+        "tensors": dict(Counter(origin.kind for origin in it.origins)) | {"tied": tied},
+        "fresh": [origin.name for origin in it.origins if origin.kind == "fresh"],
+        "reshaped": [origin.name for origin in it.origins if origin.kind == "reshaped"],
     }
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """What a person reads before the weights are written."""
-    weights, cost, layers = report["weights"], report["cost"], report["layers"]
+    """What is printed before the weights are written."""
+    weights, layers, fresh = report["weights"], report["layers"], report["weights"]["fresh"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in weights["tensors"].items() if count)
     lines = [
         f"donors    encoder {report['donors']['encoder']}, decoder {report['donors']['decoder']}",
@@ -147,22 +121,14 @@ def as_text(report: dict[str, Any]) -> str:
         f"weights   encoder {weights['count']['encoder']:,}, decoder {weights['count'].get('decoder', 0):,}"
         + (" (tied tables count as the encoder's)" if weights["tensors"]["tied"] else ""),
     ]
-    for name, what in (("read_a_token_flop", "reading"), ("write_a_token_flop", "writing")):
-        paired, donor = cost[name]["paired"], cost[name]["donor"]
-        lines.append(f"cost      {what} a token {paired / 1e9:,.3f} GFLOP, {paired / donor:.2f} of the donor's")
-    cached = cost["cached_bytes_a_source_token"]
-    share = cached["paired"] / cached["donor"]
-    lines.append(f"          keys and values {cached['paired']:,.0f} bytes a source token, {share:.2f} of the donor's")
-    fresh = weights["fresh"]
     if fresh:
         shown = ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
         lines.append(f"fresh     {shown}: to be trained before use")
-    lines += [f"note      {note}" for note in report["notes"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note      {note}" for note in report["notes"])])
 
 
 def check_memory(origins: Sequence[WeightOrigin]) -> None:
-    """StorageError where the proof would not fit."""
+    """StorageError if the proof would not fit."""
     needed = 4 * sum(math.prod(origin.shape) for origin in origins)
     free = psutil.virtual_memory().available + psutil.swap_memory().free
     if needed > free:
@@ -173,21 +139,23 @@ def check_memory(origins: Sequence[WeightOrigin]) -> None:
 
 
 @torch.no_grad()
-def prove(folder: Path, settings, encoder, decoder, config: DiptychConfig, tokenizer) -> dict[str, Any]:
-    """Donor and result on the same tokens, in fp32, one after the other in memory.
+def prove(folder: Path, it: Pair, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Compares donor and result on the same tokens, in fp32; one of them is in memory at a time.
 
-    UserError where what must agree does not: then the folder is not kept.
+    Raises:
+        UserError: what must agree differs; the folder is then not kept.
     """
-    source, target = _halves(settings, tokenizer)
-    llm = _load(AutoModelForCausalLM, decoder.name, config.dtype)
+    config, settings = it.config, it.settings
+    source, target = _halves(settings.text, tokenizer)
+    llm = _load(AutoModelForCausalLM, it.decoder.name, config.dtype)
     continued = llm(torch.cat((source, target), dim=1)).logits[:, source.shape[1] :]
     alone = llm(target).logits
-    if encoder is not decoder:
+    if it.encoder is not it.decoder:
         del llm
-        llm = _load(AutoModelForCausalLM, encoder.name, config.dtype)
+        llm = _load(AutoModelForCausalLM, it.encoder.name, config.dtype)
     depth = config.encoder.num_hidden_layers
-    read = llm(source, output_hidden_states=True).hidden_states[depth]  # the last of all is normed
-    norm = llm.get_decoder().norm if depth == encoder.config.num_hidden_layers else torch.nn.Identity()
+    read = llm(source, output_hidden_states=True).hidden_states[depth]  # the last of all has been through the norm
+    norm = llm.get_decoder().norm if depth == it.encoder.config.num_hidden_layers else torch.nn.Identity()
     del llm
 
     model = _load(AutoModelForSeq2SeqLM, str(folder), config.dtype)
@@ -197,7 +165,7 @@ def prove(folder: Path, settings, encoder, decoder, config: DiptychConfig, token
     causal = model(**inputs).logits
     losses["paired, causal encoder"] = _loss(causal, target)
     states = model.get_encoder()(source).last_hidden_state
-    if config.encoder.cross_attention == "merged":  # whose encoder has no norm of its own
+    if it.is_merged:  # then the encoder has no norm of its own
         states = norm(states)
     proof: dict[str, Any] = {
         "tokens": {"source": source.shape[1], "target": target.shape[1]},
@@ -206,38 +174,37 @@ def prove(folder: Path, settings, encoder, decoder, config: DiptychConfig, token
         "logit_difference": _largest(causal - continued),
         "largest_logit": _largest(continued),
     }
-    _demand("encoder_state_difference", proof, _largest(read))
-    is_whole = encoder is decoder and settings.decoder_layers is None and settings.encoder_layer_map is None
-    if config.encoder.cross_attention == "merged" and is_whole:
+    _check("encoder_state_difference", proof, _largest(read))
+    is_whole = it.encoder is it.decoder and it.kept is None and settings.encoder_layer_map is None
+    if it.is_merged and is_whole:
         proof["is_lossless"] = True
-        _demand("logit_difference", proof, proof["largest_logit"])
-    if config.encoder.cross_attention == "separate" and settings.decoder_layers is None:
+        _check("logit_difference", proof, proof["largest_logit"])
+    if not it.is_merged and it.kept is None:
         for layer in model.get_decoder().layers:
             for parameter in layer.cross_attn.o_proj.parameters():
                 parameter.zero_()
         proof["unread_source_logit_difference"] = _largest(model(**inputs).logits - alone)
-        _demand("unread_source_logit_difference", proof, _largest(alone))
+        _check("unread_source_logit_difference", proof, _largest(alone))
     return proof
 
 
-def _halves(settings, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def _halves(file: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first tokens of the text, (1, S) as source and (1, T) as target."""
     text = PROOF_TEXT
-    if settings.text:
+    if file:
         try:
-            text = Path(settings.text).expanduser().read_text(encoding="utf-8")
+            text = Path(file).expanduser().read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{settings.text}: invalid UTF-8 at byte {error.start}. Save it as UTF-8.") from None
+            raise UserError(f"{file}: invalid UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:PROOF_TOKENS]
     if len(ids) < 4:
-        raise UserError(
-            f"{settings.text or 'the text'} has {len(ids)} tokens; a proof needs 4 or more. Give more text."
-        )
+        raise UserError(f"{file or 'the text'} has {len(ids)} tokens; a proof needs 4 or more. Give more text.")
     half = len(ids) // 2
     return torch.tensor([ids[:half]]), torch.tensor([ids[half:]])
 
 
 def _load(auto_class: type, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """In fp32, with what the weights are once they are rounded to `dtype`."""
+    """In fp32, with weights that are rounded to `dtype`."""
     model = auto_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
@@ -245,7 +212,7 @@ def _load(auto_class: type, name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _loss(logits: torch.Tensor, target: torch.Tensor) -> float:
-    """Nats a token, of each target token but the first, given what went before it."""
+    """Nats per token, over all target tokens but the first."""
     return F.cross_entropy(logits[0, :-1], target[0, 1:]).item()
 
 
@@ -253,7 +220,7 @@ def _largest(values: torch.Tensor) -> float:
     return values.abs().max().item()
 
 
-def _demand(name: str, proof: dict[str, Any], size: float) -> None:
+def _check(name: str, proof: dict[str, Any], size: float) -> None:
     if not proof[name] <= TOLERANCE * max(1.0, size / 10):
         raise UserError(
             f"the result is not what its donor is: {name.replace('_', ' ')} {proof[name]:.2e}, where at most"
