@@ -51,13 +51,13 @@ from diptych.data_prep.pipeline.prepared_folder import (
 from diptych.data_prep.pipeline.rows_in_memory import RowsInMemory
 from diptych.data_prep.pipeline.selection import REMOVED, Selection, mixed_train, select, write_conflicts
 from diptych.data_prep.pipeline.workers import cores
-from diptych.data_prep.report.facts import Results, duplicate_facts, manifest_of, report_facts
+from diptych.data_prep.report.facts import Results, manifest_of, report_facts
 from diptych.data_prep.report.page import write_report
 from diptych.data_prep.report.summary import packing_lines, splits_line, summary_lines
 from diptych.data_prep.rows.named_splits import KINDS
 from diptych.data_prep.rows.records import Rejects
 from diptych.data_prep.text_to_ids.rendered_text import from_marked
-from diptych.data_prep.text_to_ids.templates import Template, attach_template
+from diptych.data_prep.text_to_ids.templates import attach_template
 from diptych.data_prep.text_to_ids.train_tokenizer import (
     curve_vocab_size,
     table_vocab_size,
@@ -135,7 +135,7 @@ def prepare(
 
     Args:
         settings: what `diptych prepare` takes.
-        say: is given each line that is said while the work goes on (which format was recognised, what was left out);
+        say: is given each line that is said while the work goes on, such as which format was recognised;
             `lambda line: None` for silence. The summary is `str(prepared)`.
         rows: rows in memory, read beside what `settings.data` names: a list of dicts, a `datasets.Dataset`, a pandas
             frame, or a dict or DatasetDict that has such rows for each split.
@@ -155,10 +155,15 @@ def prepare(
         scratch = partial / "scratch"
         scratch.mkdir()
         with (partial / REJECTS).open("w", encoding="utf-8") as file:
+            stages = make_stages(settings, inputs, tokenizer, template, say)
             rejects = Rejects(file, settings.strict, fatal_kinds(settings))
-            results = _make_tables(settings, inputs, tokenizer, template, fingerprint, rejects, partial, say)
+            results = _make_tables(inputs, RowJob(inputs.sources, stages, fingerprint), rejects, partial)
         manifest = manifest_of(results)
-        _write(results, manifest, partial)
+        save_quietly(results.tables, partial)
+        if results.plan is not None:
+            save_quietly(packed_table(results.plan, scratch), partial / PACKED)
+        results.stages.tokenizer.save_pretrained(partial / TOKENIZER)
+        write_report(partial, report_facts(results, manifest))
         shutil.rmtree(scratch)
         put_in_place(partial, folder, {"fingerprint": fingerprint, **manifest})
     shutil.rmtree(parts_folder(folder), ignore_errors=True)
@@ -166,35 +171,24 @@ def prepare(
     return Prepared(folder, manifest)
 
 
-def _make_tables(
-    settings: PrepareSettings,
-    inputs: Inputs,
-    tokenizer: PreTrainedTokenizerBase | None,
-    template: Template,
-    fingerprint: str,
-    rejects: Rejects,
-    partial: Path,
-    say: Callable[[str], Any],
-) -> Results:
+def _make_tables(inputs: Inputs, job: RowJob, rejects: Rejects, partial: Path) -> Results:
     """From the inputs to the rows of each split, and what is packed of them."""
-    scratch = partial / "scratch"
-    stages = make_stages(settings, inputs, tokenizer, template, say)
+    stages, settings, scratch = job.stages, job.stages.settings, partial / "scratch"
     workers = settings.workers or min(cores(), 1 + sum(it.bytes or 0 for it in inputs.sources) // BYTES_PER_WORKER)
-    job = RowJob(inputs.sources, stages, fingerprint)
-    gathered = _gather(settings, job, rejects, scratch, workers)
+    gathered = _gather(job, rejects, scratch, workers)
     _need_rows(gathered.examples.num_rows, rejects, settings)
 
     selection = select(gathered, [source.split for source in inputs.sources], settings, rejects)
     write_conflicts(partial / CONFLICTS, gathered, selection)
-    duplicates = duplicate_facts(gathered, selection)
     too_few_tokens = None
-    if tokenizer is None:
+    if stages.tokenizer is None:
         texts = functools.partial(_train_texts, gathered, selection)
         tokenizer, too_few_tokens = _trained_tokenizer(settings, texts)
-        attach_template(tokenizer, template)
+        attach_template(tokenizer, stages.template)
         check_decoder_start(settings, tokenizer)  # of little data fewer tokens are made than asked for
+        stages = replace(stages, tokenizer=tokenizer)
         kept = numpy.flatnonzero(selection.split_of_row != REMOVED)
-        gathered = encode(gathered, kept, replace(stages, tokenizer=tokenizer), rejects, scratch, workers)
+        gathered = encode(gathered, kept, stages, rejects, scratch, workers)
         selection = selection.of_rows(gathered)
     places = selection.places()
     for split in inputs.splits:
@@ -202,25 +196,13 @@ def _make_tables(
     if settings.mixture is not None:
         places[TRAIN] = mixed_train(gathered, places[TRAIN], inputs.entries, settings.mixture, settings.seed)
     tables = split_tables(gathered, places, scratch)
-    plan = plan_packing(tables[TRAIN], tokenizer, settings) if settings.packing and TRAIN in tables else None
-    return Results(
-        settings,
-        inputs,
-        template,
-        tokenizer,
-        gathered,
-        selection,
-        duplicates,
-        places,
-        tables,
-        plan,
-        rejects,
-        too_few_tokens,
-    )
+    plan = plan_packing(tables[TRAIN], stages.tokenizer, settings) if settings.packing and TRAIN in tables else None
+    return Results(inputs, stages, gathered, selection, places, tables, plan, rejects, too_few_tokens)
 
 
-def _gather(settings: PrepareSettings, job: RowJob, rejects: Rejects, scratch: Path, workers: int) -> Gathered:
+def _gather(job: RowJob, rejects: Rejects, scratch: Path, workers: int) -> Gathered:
     """The same rows in the same order, whichever engine runs the stages."""
+    settings = job.stages.settings
     if settings.gathered is None and settings.engine == "local":
         return gather(job.sources, job.stages, rejects, scratch, workers)
     folder = Path(settings.gathered or "")
@@ -276,15 +258,6 @@ def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:
         start += batch.num_rows
         for pair in zip(*(column.to_pylist() for column in batch.filter(is_train).columns), strict=True):
             yield from (str(from_marked(text)) for text in pair)
-
-
-def _write(results: Results, manifest: dict[str, Any], partial: Path) -> None:
-    """Everything but the manifest, into `partial`."""
-    save_quietly(results.tables, partial)
-    if results.plan is not None:
-        save_quietly(packed_table(results.plan, partial / "scratch"), partial / PACKED)
-    results.tokenizer.save_pretrained(partial / TOKENIZER)
-    write_report(partial, report_facts(results, manifest))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,8 @@ def select(gathered: Gathered, splits: Sequence[str], settings: PrepareSettings,
     duplicates = train.remove_duplicates(has_own_sets=bool(own))
     rows = numpy.flatnonzero(train.stays)
     conflicting = [rows[group].tolist() for group in conflicts(*train.exact_keys[rows].T)]
+    duplicates["conflicts"] = len(conflicting)
+    duplicates["conflict_examples"] = [_conflict_shown(gathered, group) for group in conflicting[:EXAMPLES_SHOWN]]
     fractions = [fraction_of(settings, kind, has_own_sets=bool(own)) for kind in HELD_OUT]
     split_of_row[train.is_train & ~train.stays] = REMOVED
     groups, warnings = None, []
@@ -228,14 +230,20 @@ def write_conflicts(path: Path, gathered: Gathered, selection: Selection) -> Non
     if selection.conflicting:
         with path.open("w", encoding="utf-8") as file:
             for group in selection.conflicting:
-                file.write(json.dumps(conflict_rows(gathered, group), ensure_ascii=False) + "\n")
+                file.write(json.dumps(_conflict(gathered, group), ensure_ascii=False) + "\n")
 
 
-def conflict_rows(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
+def _conflict(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
     """One source with its different targets, and where they stand."""
     origins = gathered.examples["origin"]
     rows = [{"origin": origins[row].as_py(), "target": _side(gathered, "target", row)} for row in group]
     return {"source": _side(gathered, "source", group[0]), "rows": rows}
+
+
+def _conflict_shown(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
+    shown = _conflict(gathered, group)
+    targets = [row["target"][:SHOWN_CHARACTERS] for row in shown["rows"]]
+    return {"source": shown["source"][:SHOWN_CHARACTERS], "targets": targets}
 
 
 def _side(gathered: Gathered, side: str, row: int) -> str:

@@ -5,7 +5,7 @@ Texts are shortened here, so that a report of a million rows is as light as one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.pipeline.dataset_tables import PackingPlan, direction_counts, token_counts
 from diptych.data_prep.pipeline.gather import Gathered
 from diptych.data_prep.pipeline.inputs import Inputs
-from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import code_version
-from diptych.data_prep.pipeline.row_stages import Counts
-from diptych.data_prep.pipeline.selection import ALSO_HELD_OUT, REMOVED, Selection, conflict_rows
+from diptych.data_prep.pipeline.row_stages import Counts, Stages
+from diptych.data_prep.pipeline.selection import ALSO_HELD_OUT, REMOVED, Selection
 from diptych.data_prep.report.summary import (
     cut_off_warnings,
     own_sets_warnings,
@@ -31,16 +30,16 @@ from diptych.data_prep.report.summary import (
 )
 from diptych.data_prep.report.text_shown import token_chips
 from diptych.data_prep.rows.named_splits import KINDS
-from diptych.data_prep.rows.records import Reject, Rejects
+from diptych.data_prep.rows.records import Rejects
 from diptych.data_prep.text_to_ids.decoder_start import split_start
-from diptych.data_prep.text_to_ids.templates import Template, golden_examples
+from diptych.data_prep.text_to_ids.templates import golden_examples
 from diptych.data_prep.text_to_ids.two_vocabularies import has_two_vocabularies, source_side, target_side
 
 TRAIN = KINDS[0]
 SAMPLES = 10
 PADDED_BATCH = 32
 """Rows of the batches whose padding packing is compared with."""
-CONFLICTS_SHOWN = SENSITIVE_SHOWN = 5
+SENSITIVE_SHOWN = 5
 CATEGORIES_SHOWN = 30
 SHOWN_CHARACTERS = 2_000
 REASON_CHARACTERS = 120
@@ -65,15 +64,12 @@ CLEANED = (ALSO_HELD_OUT, "exact duplicate", "near duplicate", CONTAMINATED, "so
 class Results:
     """What a preparation has made, when nothing of it is written yet."""
 
-    settings: PrepareSettings
     inputs: Inputs
-    template: Template
-    tokenizer: PreTrainedTokenizerBase
+    stages: Stages
+    """With the tokenizer, also where it was trained here."""
     gathered: Gathered
     """All rows that were encoded."""
     selection: Selection
-    duplicates: dict[str, Any]
-    """What `duplicate_facts` gave."""
     places: Mapping[str, numpy.ndarray]
     """Of the rows of each split, in `gathered`."""
     tables: DatasetDict
@@ -82,18 +78,6 @@ class Results:
     rejects: Rejects
     too_few_tokens: str | None
     """A warning that a trained tokenizer is smaller than asked for."""
-
-
-def duplicate_facts(gathered: Gathered, selection: Selection) -> dict[str, Any]:
-    groups = [conflict_rows(gathered, group) for group in selection.conflicting[:CONFLICTS_SHOWN]]
-    return {
-        **selection.duplicates,
-        "conflicts": len(selection.conflicting),
-        "conflict_examples": [
-            {"source": shortened(group["source"]), "targets": [shortened(row["target"]) for row in group["rows"]]}
-            for group in groups
-        ],
-    }
 
 
 def _input_facts(results: Results) -> list[dict[str, Any]]:
@@ -112,7 +96,7 @@ def _input_facts(results: Results) -> list[dict[str, Any]]:
             "read": gathered.examples_read[place],
             "kept": kept[place],
             "rejected": gathered.examples_read[place] - kept[place],
-            "mixed": mixed[place] if results.settings.mixture is not None else None,
+            "mixed": mixed[place] if results.stages.settings.mixture is not None else None,
             "share": mixed[place] / len(train) if len(train) else 0.0,
         }
         for place, source in enumerate(inputs.sources)
@@ -120,13 +104,13 @@ def _input_facts(results: Results) -> list[dict[str, Any]]:
 
 
 def _tokenizer_facts(results: Results) -> dict[str, Any]:
-    tokenizer, counts = results.tokenizer, results.gathered.counts
+    tokenizer, settings, counts = results.stages.tokenizer, results.stages.settings, results.gathered.counts
     lost = {
         it["kind"]: {"examples": counts.lost[it["kind"]], "such as": f"{it['origin']}: {it['example']}"}
         for it in counts.lost_examples
     }
     return {
-        "from": results.settings.tokenizer or f"{results.settings.train_tokenizer} trained on the train split",
+        "from": settings.tokenizer or f"{settings.train_tokenizer} trained on the train split",
         "class": type(tokenizer).__name__,
         "tokens": len(tokenizer),
         **({"target_tokens": len(target_side(tokenizer))} if has_two_vocabularies(tokenizer) else {}),
@@ -136,12 +120,12 @@ def _tokenizer_facts(results: Results) -> dict[str, Any]:
 
 def manifest_of(results: Results) -> dict[str, Any]:
     """What manifest.json says; the fingerprint, the format and the sizes of the files are added when it is written."""
-    settings, selection, rejects = results.settings, results.selection, results.rejects
+    settings, selection, rejects = results.stages.settings, results.selection, results.rejects
     counts, examples_read = results.gathered.counts, sum(results.gathered.examples_read)
     assert selection.kept + rejects.count == examples_read, (selection.kept, rejects.count, examples_read)
     inputs, packing = _input_facts(results), results.plan.entry if results.plan else None
     warnings = [
-        *usage_warnings(results.template, results.tokenizer, counts),
+        *usage_warnings(results.stages.template, results.stages.tokenizer, counts),
         *results.inputs.warnings,
         *selection.warnings,
         *own_sets_warnings(selection.own_sets, inputs),
@@ -150,12 +134,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         *filter(None, [results.too_few_tokens]),
     ]
     return {
-        "rows": {
-            "read": counts.rows,
-            "examples": examples_read,
-            "kept": selection.kept,
-            "rejected": rejects.count,
-        },
+        "rows": {"read": counts.rows, "examples": examples_read, "kept": selection.kept, "rejected": rejects.count},
         "rejected_by_kind": rejects.by_kind(),
         "first_rejected": {
             kind: f"{examples[0].origin}: {shortened(examples[0].reason, REASON_CHARACTERS)}"
@@ -170,7 +149,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         "tokens": token_counts(results.gathered, results.places, settings, rejects),
         "packing": packing,
         "inputs": inputs,
-        "template": asdict(results.template),
+        "template": asdict(results.stages.template),
         "tokenizer": _tokenizer_facts(results),
         "settings": asdict(settings),
         "warnings": warnings,
@@ -181,20 +160,27 @@ def manifest_of(results: Results) -> dict[str, Any]:
 
 def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
     """What report.html shows and report.json says: the manifest, and examples."""
-    settings, gathered, rejects = results.settings, results.gathered, results.rejects
-    counts, tokenizer, plan = gathered.counts, results.tokenizer, results.plan
+    settings, gathered, rejects = results.stages.settings, results.gathered, results.rejects
+    counts, tokenizer, plan = gathered.counts, results.stages.tokenizer, results.plan
     start = plan.entry["decoder_start_token_id"] if plan else target_side(tokenizer).pad_token_id
     return {
         **manifest,
         "name": Path(settings.out).name,
-        "golden": [f"{it['source']}  →  {it['target']}" for it in golden_examples(tokenizer, results.template)],
+        "golden": [f"{it['source']}  →  {it['target']}" for it in golden_examples(tokenizer, results.stages.template)],
         "removed": _removed(rejects),
-        "lengths": {
-            side: _lengths(gathered, results.places, side, tokens, settings.too_long)
-            for side, tokens in manifest["tokens"].items()
+        "lengths": {side: _lengths(results, side, tokens) for side, tokens in manifest["tokens"].items()},
+        "packing": plan
+        and {
+            **plan.entry,
+            "batch_size": PADDED_BATCH,
+            **{
+                f"padded_{side}_fill": padded_fill(
+                    gathered.column(f"{side}_tokens")[results.places[TRAIN]], settings.seed
+                )
+                for side in ("source", "target")
+            },
         },
-        "packing": plan and {**plan.entry, **_padded_fills(gathered, results.places[TRAIN], settings.seed)},
-        "duplicates": results.duplicates,
+        "duplicates": results.selection.duplicates,
         "contamination": _contamination(rejects, settings.decontaminate),
         "sensitive": _sensitive(counts) if settings.sensitive else None,
         "scripts": {
@@ -202,40 +188,33 @@ def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
             "target": dict(counts.target_scripts.most_common()),
         },
         "categories": dict(counts.categories.most_common(CATEGORIES_SHOWN)),
-        "samples": _samples(next(iter(results.tables.values())), tokenizer, start),
+        "samples": list(_samples(next(iter(results.tables.values())), tokenizer, start)),
     }
 
 
 def _removed(rejects: Rejects) -> list[dict[str, Any]]:
     """Every kind of reject with some examples, in the order of the stages, the most frequent first in each."""
-    found = [
-        {
-            "stage": _stage(kind),
-            "kind": kind,
-            "count": count,
-            "examples": [_shown(reject) for reject in rejects.examples[kind]],
-        }
-        for kind, count in rejects.by_kind().items()
-    ]
+    found = []
+    for kind, count in rejects.by_kind().items():
+        stage = STAGE_OF.get(kind) or (CLEANING if kind.startswith(CLEANED) else CHECKS)
+        examples = [
+            {
+                "origin": str(it.origin),
+                "field": it.field,
+                "reason": it.reason,
+                "raw": it.as_json()["raw"][:SHOWN_CHARACTERS],
+            }
+            for it in rejects.examples[kind]
+        ]
+        found.append({"stage": stage, "kind": kind, "count": count, "examples": examples})
     return sorted(found, key=lambda removed: STAGES.index(removed["stage"]))
 
 
-def _stage(kind: str) -> str:
-    return STAGE_OF.get(kind) or (CLEANING if kind.startswith(CLEANED) else CHECKS)
-
-
-def _shown(reject: Reject) -> dict[str, Any]:
-    raw = reject.as_json()["raw"][:SHOWN_CHARACTERS]
-    return {"origin": str(reject.origin), "field": reject.field, "reason": reject.reason, "raw": raw}
-
-
-def _lengths(
-    gathered: Gathered, places: Mapping[str, numpy.ndarray], side: str, tokens: dict[str, Any], too_long: str
-) -> dict[str, Any]:
+def _lengths(results: Results, side: str, tokens: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of a side, and a histogram of all splits."""
-    lengths = gathered.column(f"{side}_tokens")[numpy.concatenate(list(places.values()))]
-    over = tokens["cut"] + tokens["dropped"]
-    return {**histogram(lengths, tokens["limit"]), **tokens, "over_limit": over, "treatment": too_long}
+    lengths = results.gathered.column(f"{side}_tokens")[numpy.concatenate(list(results.places.values()))]
+    over = {"over_limit": tokens["cut"] + tokens["dropped"], "treatment": results.stages.settings.too_long}
+    return {**histogram(lengths, tokens["limit"]), **tokens, **over}
 
 
 def histogram(lengths: numpy.ndarray, limit: int) -> dict[str, list[int]]:
@@ -247,14 +226,7 @@ def histogram(lengths: numpy.ndarray, limit: int) -> dict[str, list[int]]:
     return {"edges": sorted(edges), "counts": numpy.histogram(lengths, sorted(edges))[0].tolist()}
 
 
-def _padded_fills(gathered: Gathered, train: numpy.ndarray, seed: int) -> dict[str, Any]:
-    """How full padded batches would be."""
-    lengths = {side: gathered.column(f"{side}_tokens")[train] for side in ("source", "target")}
-    fills = {f"padded_{side}_fill": padded_fill(it, PADDED_BATCH, seed) for side, it in lengths.items()}
-    return {**fills, "batch_size": PADDED_BATCH}
-
-
-def padded_fill(lengths: numpy.ndarray, batch_size: int, seed: int = 0) -> float:
+def padded_fill(lengths: numpy.ndarray, seed: int, batch_size: int = PADDED_BATCH) -> float:
     """The part of random batches, each padded to its longest row, that is no padding: [2, 4] in one batch → 0.75."""
     shuffled = numpy.random.default_rng(seed).permutation(lengths)
     starts = numpy.arange(0, len(shuffled), batch_size)
@@ -275,23 +247,19 @@ def _sensitive(counts: Counts) -> dict[str, Any]:
     return {"counts": kinds, "examples": [example for of_kind in examples for example in of_kind]}
 
 
-def _samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> list[dict[str, Any]]:
+def _samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> Iterator[dict[str, Any]]:
     """Some rows, evenly from all, as a model meets them, token by token."""
-    places = numpy.unique(numpy.linspace(0, len(rows) - 1, SAMPLES).astype(int)).tolist()
-    return [_sample(rows[place], tokenizer, decoder_start) for place in places]
-
-
-def _sample(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> dict[str, Any]:
-    start, labels = split_start(row["labels"], decoder_start, tokenizer)
-    shifted = [start, *labels[:-1]]
-    return {
-        "origin": row["origin"],
-        "source": shortened(row["source"]),
-        "target": shortened(row["target"]),
-        "input_tokens": token_chips(source_side(tokenizer), row["input_ids"]),
-        "label_tokens": token_chips(target_side(tokenizer), labels),
-        "decoder_input_tokens": token_chips(target_side(tokenizer), shifted),
-    }
+    for place in numpy.unique(numpy.linspace(0, len(rows) - 1, SAMPLES).astype(int)).tolist():
+        row = rows[place]
+        start, labels = split_start(row["labels"], decoder_start, tokenizer)
+        yield {
+            "origin": row["origin"],
+            "source": shortened(row["source"]),
+            "target": shortened(row["target"]),
+            "input_tokens": token_chips(source_side(tokenizer), row["input_ids"]),
+            "label_tokens": token_chips(target_side(tokenizer), labels),
+            "decoder_input_tokens": token_chips(target_side(tokenizer), [start, *labels[:-1]]),
+        }
 
 
 def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:

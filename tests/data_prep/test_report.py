@@ -453,12 +453,12 @@ def test_a_long_tail_leaves_the_body_its_shape():
 
 
 def test_padded_fill_counts_each_batch_up_to_its_longest():
-    assert padded_fill(numpy.array([2, 4]), batch_size=2) == 0.75
-    assert padded_fill(numpy.array([3, 3, 3]), batch_size=2) == 1.0
+    assert padded_fill(numpy.array([2, 4]), 0, batch_size=2) == 0.75
+    assert padded_fill(numpy.array([3, 3, 3]), 0, batch_size=2) == 1.0
     lengths = numpy.random.default_rng(2).integers(1, 90, 101)
-    assert padded_fill(lengths, 1) == 1.0
-    assert padded_fill(lengths, 101) == pytest.approx(lengths.sum() / (101 * lengths.max()))
-    assert padded_fill(lengths, 8) == padded_fill(lengths, 8)
+    assert padded_fill(lengths, 0, 1) == 1.0
+    assert padded_fill(lengths, 0, 101) == pytest.approx(lengths.sum() / (101 * lengths.max()))
+    assert padded_fill(lengths, 0, 8) == padded_fill(lengths, 0, 8)
 
 
 def test_chips_spell_the_text_of_their_tokens(tokenizers_by_family):
