@@ -9,8 +9,8 @@ https://aclanthology.org/W04-3250). The p-value is that of approximate randomisa
 2005, https://aclanthology.org/W05-0908), two-sided: how often the outputs of two equal models, exchanged source by
 source at random, differ as much as these do. Both are about other sources, and not about another training seed.
 
-Seeded and on one thread, so equal figures give equal digits. 300 sources with six metrics take 0.15 s for the intervals
-and 4 s for the tests.
+Seeded and on one thread, so equal figures give equal digits. 300 sources with six metrics take 0.15 s for the
+intervals and 4 s for the tests.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,11 +1,10 @@
-"""Token ids in, text out: the one way that generation, evaluation and reranking take.
+"""Token ids in, text out, for generation, evaluation and scoring.
 
-    text_of(tokenizer, [31, -100, 40, 1, 0])    "나는"     what is no text is left out: labels' -100, eos, pad
-    text_of(tokenizer, [31, 32101, 40])         "나�는"    what the tokenizer does not know is seen
+    text_of(tokenizer, [31, -100, 40, 1, 0])    "나는"     ids that are no text are left out: -100 of labels, eos, pad
+    text_of(tokenizer, [31, 32101, 40])         "나�는"    ids without a token are shown
 
-A model can write ids that its tokenizer has no token for: T5 has 32,128 embedding rows for 32,100 tokens, and a
-vocabulary may have gaps. Tokenizers of the `tokenizers` library leave such ids out without a word, and fail on
-negative ones; ByT5 makes letters of them; M2M100 calls them <unk>, which is then left out as a control token.
+A model can write ids without a token: T5 has 32,128 embedding rows for 32,100 tokens. The `tokenizers` library omits
+such ids silently and fails on negative ones, ByT5 makes letters of them, and M2M100 makes <unk>, a special token.
 """
 
 from collections.abc import Iterable
@@ -21,24 +20,23 @@ UNKNOWN_ID = "\N{REPLACEMENT CHARACTER}"
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
-    """The text of any ids of a target, without control tokens and IGNORE_INDEX; for each run of unknown ids one
-    UNKNOWN_ID.
+    """The text of target ids, without special tokens and IGNORE_INDEX; each run of unknown ids becomes one UNKNOWN_ID.
 
-    Spaces stay as the tokens have them, whatever a checkpoint asks for: `clean_up_tokenization_spaces` makes "Go !"
-    to "Go!", and a target that was right would count as wrong.
+    `clean_up_tokenization_spaces` of a checkpoint is ignored: it turns "Go !" into "Go!", and a right target would
+    count as wrong.
     """
     tokenizer = target_side(tokenizer)
     known = _known_ids(tokenizer, len(tokenizer))
-    parts = groupby((int(id) for id in ids if id != IGNORE_INDEX), key=known.__contains__)
+    runs = groupby((int(id) for id in ids if id != IGNORE_INDEX), key=known.__contains__)
     return "".join(
-        tokenizer.decode(list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer.decode(list(run), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if is_known
         else UNKNOWN_ID
-        for is_known, part in parts
+        for is_known, run in runs
     )
 
 
 @lru_cache(maxsize=4)
 def _known_ids(tokenizer: PreTrainedTokenizerBase, tokens: int) -> frozenset[int]:
-    """`tokens`, how many it has, only makes a tokenizer that has got more another one."""
+    """`tokens`, the tokenizer's size, is part of the cache's key: tokens may be added to a tokenizer."""
     return frozenset(tokenizer.get_vocab().values())

@@ -1,25 +1,22 @@
-"""Greedy decoding and sampling of a Diptych on a CPU, without what transformers' loop costs at each token.
+"""Greedy decoding and sampling of a Diptych on a CPU, faster than transformers' loop and with the same tokens.
 
     read = read_fast(model, **source)
     sequences = model.generate(**source, encoder_outputs=read, max_new_tokens=64, custom_generate=fast_decode)
 
-transformers makes the logits processors and stopping criteria; what is here takes the place of its loop, and writes
-the same tokens. There, masks and positions are made anew for each token, caches are copied to grow by one, and outputs
-are wrapped and unwrapped; here a step is what depends on the token, and most of its time is the reading of weights.
+transformers makes the logits processors and stopping criteria; this file replaces its loop, which makes masks and
+positions anew for each token, copies caches to grow them by one token, and wraps outputs.
 
-- Rows are read a few at a time, so that what a layer makes is small enough to be used again, and is not fetched from
-  the system each time, which costs a third of reading (32 rows of 512 tokens: 4.5 s → 2.9).
-- Keys and values stand in tensors with room to spare. The source's masks and the target's rotations are made once.
-- Query heads that share a key head are that head's queries: nothing is repeated.
-- Matrices that are met often are copied once into the layout in which oneDNN multiplies them, as long as `generate`
-  lasts. All of a step (43M weights, two cores of a Xeon): 14.1 ms → 8.0 for 8 rows in fp32, 20.3 → 14.4 for 32, 4.2 →
-  2.2 for one row in bf16; the copy takes 35 ms.
-- Rows that are finished leave the batch, when there are enough of them.
-- With `prompt_lookup_num_tokens=n` and one row, n tokens are guessed by what followed the last ones before, in the
-  source or in the target (arXiv 2304.04487), and read at once; those that the model would have written stay. The same
-  tokens again, in fewer steps where the target repeats the source. transformers looks in the target alone.
+- The encoder reads a few rows at a time, so that a layer's tensors are small enough to be reused instead of requested
+  from the system each time (32 rows of 512 tokens: 4.5 s → 2.9).
+- Keys and values have spare room; masks of the source and rotations of the target are made once; query heads that
+  share a key head are computed as that head's queries, without repeating keys.
+- After a few steps the decoder's matrices are copied into oneDNN's own layout (43M weights, two cores of a Xeon:
+  14.1 ms → 8.0 per step for 8 rows in fp32, 20.3 → 14.4 for 32, 4.2 → 2.2 for one row in bf16; the copy takes 35 ms).
+- Finished rows leave the batch when there are enough of them.
+- With `prompt_lookup_num_tokens=n` and one row, n tokens are guessed from what followed the last tokens earlier, in
+  the source or the target (arXiv 2304.04487), and checked in one step. transformers looks in the target only.
 
-B rows, S source tokens, T new tokens, D width, K key/value heads, G query heads for each of them, E head size, V
+B rows, S source tokens, T new tokens, D width, K key/value heads, G query heads per key head, E head size, V
 vocabulary.
 """
 
@@ -46,23 +43,23 @@ from diptych.modeling.modeling_diptych import (
 )
 
 ROOM = 64
-"""Tokens that a cache is made larger by, at least."""
+"""Tokens that a cache grows by, at least."""
 LONGEST_LOOKED_UP = 2
-"""Tokens by which the next ones are looked up, as in transformers, where the config does not say."""
+"""The default of transformers for `max_matching_ngram_size`."""
 READ_AT_ONCE = 1536
-"""Source tokens, padding included, unless one row alone has more."""
+"""Source tokens, including padding, that the encoder reads at a time; a longer row is read alone."""
 PACKED_FROM = {torch.float32: 4, torch.bfloat16: 1}
-"""Rows of a product from which its matrix is packed."""
+"""Rows of a product from which packed matrices are faster."""
 PACKED_FOR = 32
-"""Rows that the layout is chosen for; it serves others as well."""
+"""The number of rows that oneDNN chooses its layout for."""
 PACKED_AFTER = 5
-"""Steps, since a copy costs as much as some five to ten of them save: who has written so long is likely to go on."""
+"""Steps before packing, which costs as much as five to ten steps save."""
 DROPPED_AT = 3 / 4
-"""Finished rows are dropped when no more than this part of a batch goes on: each time costs a copy of the caches."""
+"""Finished rows are dropped once at most this part of the batch is unfinished; dropping copies the caches."""
 
 
 def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: dict[str, Any]) -> bool:
-    """Whether `fast_decode` writes what `generate` would with this config and these other arguments."""
+    """Whether `fast_decode` gives the tokens of `generate` with this config and these other arguments."""
     if type(model) is not DiptychForConditionalGeneration or model.device.type != "cpu" or model.training:
         return False
     decoder = model.config.decoder
@@ -72,7 +69,8 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
     return (
         all(_is_plain(layer) for layer in model.get_decoder().layers)
         and decoder._attn_implementation in ("sdpa", "eager")
-        and decoder.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # they change with the length
+        and decoder.rope_parameters["rope_type"]
+        not in ("dynamic", "longrope")  # their frequencies change with the length
         and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         and config.eos_token_id is not None
         and config.use_cache is not False
@@ -84,8 +82,8 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Layers are taken apart here, not called: whoever brings their weights only for a call would not notice. FSDP2
-    gives them another class, and accelerate's offloading another `forward`."""
+    """Layers are not called here, so weights that are loaded only for a call would be missing. FSDP2 changes a
+    layer's class, accelerate's offloading its `forward`."""
     return type(layer) is DiptychDecoderLayer and "forward" not in vars(layer)
 
 
@@ -93,7 +91,7 @@ def _is_plain(layer: nn.Module) -> bool:
 def read_fast(
     model: DiptychForConditionalGeneration, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> BaseModelOutput:
-    """What `model.get_encoder()` makes of these sources (B, S), as `generate` takes it for `encoder_outputs`."""
+    """The encoder's outputs for sources (B, S), for `generate(encoder_outputs=…)`."""
     rows = max(1, READ_AT_ONCE // input_ids.shape[1])
     read = [
         model.get_encoder()(input_ids=ids, attention_mask=mask)
@@ -112,14 +110,14 @@ def fast_decode(
     inputs_tensor: torch.Tensor | None = None,
     **given: Any,
 ) -> torch.Tensor:
-    """What `generate` calls in place of its own loop: prompts (B, P) → them and what was written, padded, (B, L).
+    """Replaces the loop of `generate`: prompts (B, P) → prompts and new tokens, padded, (B, L).
 
-    `writes_to` is told the prompts and then the tokens of each step, as `generate` tells its streamer, which it keeps
-    to itself. What the model is `given` has no names here, since `generate` would take those for arguments of this
-    function alone; `inputs_tensor` is its name for the source, (B, S).
+    `writes_to` gets the prompts and then the tokens of each step; `generate` does not pass its own streamer on.
+    `inputs_tensor` is the source (B, S). The other inputs of the model come as `given`, because `generate` would take
+    named parameters for arguments of this function alone.
 
     Raises:
-        ValueError: tokens are to be looked up, for several rows.
+        ValueError: tokens are to be looked up for several rows.
     """
     if generation_config.prompt_lookup_num_tokens and len(input_ids) > 1:
         raise ValueError(
@@ -138,16 +136,16 @@ def fast_decode(
         use_cache=True,
         logits_to_keep=1,
     )
-    step = Step(model, getattr(outputs, CACHE_NAME), encoder_outputs, encoder_mask, decoder_mask)
+    step = DecoderStep(model, getattr(outputs, CACHE_NAME), encoder_outputs, encoder_mask, decoder_mask)
     logits = outputs.logits[:, -1]
     if generation_config.prompt_lookup_num_tokens:
         rules = (logits_processor, stopping_criteria, generation_config)
         return _decode_by_lookup(step, logits, inputs_tensor, input_ids, *rules, writes_to)
     (batch, length), pad = input_ids.shape, _pad_token(generation_config)
     sequences = F.pad(input_ids, (0, generation_config.max_length - length), value=pad)
-    going_on = torch.ones(batch, dtype=torch.bool)
-    rows = torch.arange(batch)  # rows[i] of the batch is row i of the step
-    # What is drawn depends on who is drawn with, and a processor may have a mind of its own about each row.
+    unfinished = torch.ones(batch, dtype=torch.bool)
+    rows = torch.arange(batch)  # row i of the step is row rows[i] of the batch
+    # Samples depend on the number of rows, and a processor may treat rows by their place.
     keeps_all = generation_config.do_sample or len(logits_processor) > 0
     while True:
         scores = logits_processor(sequences[:, :length], logits.float()) if logits_processor else logits
@@ -155,15 +153,15 @@ def fast_decode(
             tokens = torch.multinomial(scores.float().softmax(-1), num_samples=1).squeeze(1)
         else:
             tokens = likeliest(scores)
-        sequences[rows, length] = tokens.where(going_on[rows], pad)
+        sequences[rows, length] = tokens.where(unfinished[rows], pad)
         length += 1
-        going_on &= ~stopping_criteria(sequences[:, :length], None)
+        unfinished &= ~stopping_criteria(sequences[:, :length], None)
         if writes_to is not None:
             writes_to.put(sequences[:, length - 1])
-        if not going_on.any():
+        if not unfinished.any():
             break
-        if not keeps_all and going_on.sum() <= DROPPED_AT * len(rows):
-            kept = going_on[rows].nonzero().squeeze(1)
+        if not keeps_all and unfinished.sum() <= DROPPED_AT * len(rows):
+            kept = unfinished[rows].nonzero().squeeze(1)
             step.keep(kept)
             rows = rows[kept]
         logits = step(sequences[rows, length - 1 : length])
@@ -173,7 +171,7 @@ def fast_decode(
 
 
 def _decode_by_lookup(
-    step: "Step",
+    step: "DecoderStep",
     logits: torch.Tensor,
     source: torch.Tensor,
     sequence: torch.Tensor,
@@ -182,10 +180,10 @@ def _decode_by_lookup(
     config: GenerationConfig,
     writes_to: BaseStreamer | None,
 ) -> torch.Tensor:
-    """The rest of `fast_decode` for one row, greedily: source (1, S), sequence (1, P) → (1, L)."""
+    """The loop with prompt lookup, for one row, greedily: source (1, S), sequence (1, P) → (1, L)."""
     guesses: list[int] = []
     while True:
-        # logits (1 + guesses, V): after the last token, and after each guess, of use as long as these are right.
+        # logits (1 + guesses, V): after the last token, then after each guess; valid as long as the guesses are right
         for after, scores in enumerate(logits.float()):
             token = likeliest(logits_processor(sequence, scores[None]))
             sequence = torch.cat((sequence, token[None]), dim=1)
@@ -207,13 +205,13 @@ def _decode_by_lookup(
 
 
 def likeliest(scores: torch.Tensor) -> torch.Tensor:
-    """(B, V) → (B,). torch's own argmax takes six to ten times as long as numpy's: 0.9 ms a step for 32 rows."""
+    """(B, V) → (B,). numpy's argmax is six to ten times faster than torch's: 0.9 ms per step for 32 rows."""
     return torch.from_numpy(scores.float().numpy().argmax(-1))
 
 
 def look_up(ids: list[int], tokens: int, longest: int) -> list[int]:
-    """What followed the last `longest` ids where they stood last, or the last fewer: `[5, 6, 7, 8, 5, 6]` -> `[7, 8]`
-    for 2 tokens. [] where even the last one is new."""
+    """The tokens after the latest earlier occurrence of the last `longest` ids, or of fewer ids if there is none:
+    `[5, 6, 7, 8, 5, 6]` -> `[7, 8]` for 2 tokens. [] if even the last id is new."""
     for length in range(min(longest, len(ids) - 1), 0, -1):
         end = ids[-length:]
         for start in range(len(ids) - length - 1, -1, -1):
@@ -223,18 +221,18 @@ def look_up(ids: list[int], tokens: int, longest: int) -> list[int]:
 
 
 def _pad_token(config: GenerationConfig) -> int:
-    """As transformers has it: an end token, where there is no padding token."""
+    """As in transformers: an end token if there is no padding token."""
     if config.pad_token_id is not None:
         return config.pad_token_id
     return config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
 
 
-class Step:
-    """The decoder and the head over the next tokens of each row, after the model itself has read the prompts.
+class DecoderStep:
+    """One step of decoder and head over the next tokens of each row, after the model has read the prompts.
 
-    For each layer `own` has the keys and values of the target so far, (2, B, K, room, E), of which `length` are
-    filled; with the separate hinge `cross` has the source's, (2, B, K, S, E). With the merged hinge the source's stand
-    first in `own`. Masks are added to scores: (B, 1, 1, room) and (B, 1, 1, S), or None where nothing is padding.
+    Per layer `own` has the keys and values of the target so far, (2, B, K, room, E), of which `length` are filled.
+    With separate cross-attention `cross` has those of the source, (2, B, K, S, E); with merged cross-attention they
+    stand first in `own`. Masks are added to scores: (B, 1, 1, room) and (B, 1, 1, S), or None without padding.
     """
 
     def __init__(
@@ -262,7 +260,7 @@ class Step:
                 lengths = (source_length, prompt)
                 full = [torch.ones(batch, n) if m is None else m for m, n in zip(masks, lengths, strict=True)]
                 self.own_mask = _additive(torch.cat(full, dim=1), model.dtype)
-            # The target follows its source directly, whatever padding stands between them.
+            # Positions of the target follow those of its source directly, without the padding in between.
             read = prompt if decoder_mask is None else decoder_mask.sum(1, keepdim=True)
             self.position = read + source_ends(encoder_outputs.position_ids, encoder_mask, None, None)
         self.own, self.cross = target, source
@@ -271,7 +269,7 @@ class Step:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Doubles what there is for the target, and makes cos and sin of what is not read yet, (B or 1, L, E)."""
+        """Doubles the room for the target, and makes cos and sin of its positions, (B or 1, L, E)."""
         more = max(ROOM, self.length)
         self.own = [F.pad(each, (0, 0, 0, more)) for each in self.own]
         if self.own_mask is not None:
@@ -280,7 +278,7 @@ class Step:
         self.cos, self.sin = self.decoder.rotary_emb(self.own[0], self.position + new)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Goes on with these rows alone."""
+        """Drops all other rows."""
         self.own, self.cross = ([each[:, rows] for each in side] for side in (self.own, self.cross))
         if self.own_mask is not None:
             self.own_mask = self.own_mask[rows]
@@ -290,11 +288,11 @@ class Step:
             self.position, self.cos, self.sin = self.position[rows], self.cos[rows], self.sin[rows]
 
     def forget(self, tokens: int) -> None:
-        """The last ones were wrong."""
+        """Drops the last tokens, which were guessed wrong."""
         self.length -= tokens
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The tokens that each row goes on with, (B, T), of which none is padding → logits (B × T, V)."""
+        """The next tokens of each row (B, T), without padding → logits (B × T, V)."""
         new = tokens.shape[1]
         while self.length + new > self.own[0].shape[3]:
             self._make_room()
@@ -332,7 +330,7 @@ class Step:
         own = self.own[index]
         own[0, :, :, self.length - new : self.length] = key
         own[1, :, :, self.length - new : self.length] = self._heads(attention, attention.v_proj, normed, new)
-        if new > 1:  # each sees those before it, in each of the queries that share a key head
+        if new > 1:  # causal among the new tokens, for each query head of a key head
             ahead = torch.full((new, self.length), -torch.inf, dtype=normed.dtype).triu(self.length - new + 1)
             ahead = ahead.repeat(attention.num_key_value_groups, 1)
             mask = ahead if mask is None else mask + ahead
@@ -350,7 +348,7 @@ class Step:
         keys_and_values: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Queries (B, K × G, T, E), what they look at (2, B, K, L, E) → (B × T, D)."""
+        """Queries (B, K × G, T, E), keys and values (2, B, K, L, E) → (B × T, D)."""
         heads, new = query.shape[1:3]
         groups = query.contiguous().view(len(query), keys_and_values.shape[2], -1, query.shape[-1])  # (B, K, G × T, E)
         attended = F.scaled_dot_product_attention(groups, *keys_and_values, attn_mask=mask, scale=attention.scaling)
@@ -369,7 +367,7 @@ class Step:
         return torch.ops.mkldnn._linear_pointwise(states, packed, layer.bias, "none", [], "")
 
     def _pack(self) -> None:
-        """The plain layers of the decoder, and the head, where oneDNN computes in their type."""
+        """Packs the linear layers of decoder and head, if oneDNN computes in their type."""
         can = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
         if not can or (self.own[0].dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             return

@@ -12,7 +12,7 @@ from diptych.finetune.inference.fast_decode import (
     PACKED_AFTER,
     PACKED_FROM,
     ROOM,
-    Step,
+    DecoderStep,
     can_decode_fast,
     fast_decode,
     look_up,
@@ -162,8 +162,8 @@ def test_packed_matrices_are_the_same_ones(model, dtype, rows, monkeypatch):
     """Logits of a step that multiplies the weights themselves, and of one that multiplies packed copies."""
     model = copy.deepcopy(model).to(dtype)
     steps = []
-    keep = Step.__init__
-    monkeypatch.setattr(Step, "__init__", lambda self, *given: (keep(self, *given), steps.append(self))[0])
+    keep = DecoderStep.__init__
+    monkeypatch.setattr(DecoderStep, "__init__", lambda self, *given: (keep(self, *given), steps.append(self))[0])
     settings = {"do_sample": False, "min_new_tokens": PACKED_AFTER + 4, "max_new_tokens": PACKED_AFTER + 4}
     model.generate(**sources(rows), **settings, custom_generate=fast_decode)
     (step,) = steps
