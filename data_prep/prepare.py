@@ -60,7 +60,6 @@ from diptych.data_prep.text_to_ids.rendered_text import from_marked
 from diptych.data_prep.text_to_ids.templates import attach_template
 from diptych.data_prep.text_to_ids.train_tokenizer import (
     curve_vocab_size,
-    table_vocab_size,
     train_tokenizer,
     why_fewer,
 )
@@ -244,8 +243,6 @@ def _trained_tokenizer(
     kind, tokens = settings.train_tokenizer, settings.vocab_size
     if tokens == "auto":
         tokens, _ = curve_vocab_size(kind, texts)
-    elif tokens == "table":
-        tokens = table_vocab_size(sum(map(len, texts())))
     trained = train_tokenizer(kind, texts(), tokens)
     return trained, why_fewer(kind, trained, tokens) if tokens == settings.vocab_size else None
 

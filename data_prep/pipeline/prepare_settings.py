@@ -121,9 +121,9 @@ class PrepareSettings:
     train_tokenizer: Literal["bpe", "unigram"] | None = field(default=None, metadata={"instead_of": ("tokenizer",)})
     """Train a tokenizer on the train split instead: bpe or unigram."""
 
-    vocab_size: int | Literal["auto", "table"] = 8000
+    vocab_size: int | Literal["auto"] = 8000
     """Tokens of a trained tokenizer. More makes texts shorter and the model larger. auto: as many as still shorten
-    texts by a tenth when they are doubled; table: by the amount of text."""
+    texts by a tenth when they are doubled."""
 
     source_language: str | None = None
     """Language of the sources, of parallel text that of the first side: a code of the tokenizer (NLLB: eng_Latn,

@@ -1,14 +1,13 @@
-"""A tokenizer learned from the train split's own texts, byte-level BPE or byte-level Unigram.
+"""A tokenizer learned from texts: byte-level BPE or byte-level Unigram.
 
-Both work on UTF-8 bytes without any normalisation, so that every text (Hangul composed or decomposed, emoji, leading
-and double spaces, newlines, code) comes back exactly, and no text has an unknown token. On Tatoeba's sentences, 4,000
+Both work on UTF-8 bytes without any normalisation, so every text (Hangul composed or decomposed, emoji, leading and
+double spaces, newlines, code) comes back exactly, and no text has an unknown token. On Tatoeba's sentences, 4,000
 tokens take 0.2 s to learn with BPE, which then writes a sentence in 8.1 tokens; Unigram takes 0.4 s, and 9.5 tokens.
 
     0 <pad>    1 </s> (eos, ends every source and target)    2 <s> (bos, where a decoder may start)    3 … the words
 
-How large the vocabulary should be can be asked of the data: `table_vocab_size(characters)` looks it up by the amount
-of text, and `curve_vocab_size(kind, texts)` trains sizes that double until a doubling saves too few tokens. On
-Tatoeba with BPE:
+`curve_vocab_size(kind, texts)` finds how large the vocabulary should be: it trains sizes that double until a doubling
+saves too few tokens. On Tatoeba with BPE:
 
     vocabulary          1,000   2,000   4,000   8,000
     tokens per word      2.65    2.14    1.79    1.63        saves 19 %, 16 %, 9 % of the tokens: 4,000 are enough
@@ -38,33 +37,16 @@ PAD, EOS, BOS = "<pad>", "</s>", "<s>"
 SPECIAL_TOKENS = [PAD, EOS, BOS]
 MINIMUM_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
-VOCAB_SIZES = (
-    (300_000, 1_000),
-    (1_000_000, 2_000),
-    (5_000_000, 4_000),
-    (25_000_000, 8_000),
-    (120_000_000, 16_000),
-    (550_000_000, 32_000),
-    (math.inf, 64_000),
-)
-"""(characters of text up to which, tokens). A token that is hardly ever seen gets an embedding that is hardly ever
-trained: Gowda and May 2020 take the largest vocabulary in which 95 % of the tokens are seen 100 times, for training
-from scratch. This table asks for 10 times, as rare tokens cost little but memory. Measured with BPE on English,
-Korean and code: 0.14 million characters allow 1,000 tokens (9 times), 0.8 million 2,000 (12), 14.7 million 8,000
-(11). A doubling takes about 4.7 times the text, and beyond 25 million characters the table continues that line. It
-ends at 64,000, where a small model would consist of its embedding table (Tao et al. 2024: the vocabulary should grow
-more slowly than the model)."""
-
 CURVE_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000)
 CURVE_CHARACTERS = 10_000_000
-"""Of more text than this, the curve is drawn on a part."""
+"""Of more text than this, a part is used."""
 LEAST_SAVING = 0.1
 """A doubling of the vocabulary that saves a smaller part of the tokens is not worth its embedding rows."""
 HELD_OUT = 20
 """One text in so many is not trained on but measured on."""
 
-# Unigram's trainer scores bytes that it has not seen in the order of a hash table, which differs from run to run. So
-# it sees every byte that UTF-8 has: ASCII, then some character for each first and each later byte of longer ones.
+# Unigram's trainer scores bytes that it has not seen in an order that differs from run to run. So it is given every
+# byte that UTF-8 has: ASCII, then a character for each first and each later byte of longer ones.
 EVERY_BYTE = [
     chr(code)
     for code in (*range(0x80), *range(0x80, 0x800, 29), *range(0x800, 0xD800, 0x800), 0xE000, 0xF000)
@@ -103,7 +85,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
 
 
 def why_fewer(kind: str, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str | None:
-    """For a person, where training did not give as many tokens as were asked for; None where it did."""
+    """A warning where training gave fewer tokens than were asked for; None where it did not."""
     if len(tokenizer) >= vocab_size:
         return None
     return (
@@ -128,15 +110,10 @@ def _unigram(vocab_size: int) -> tuple[models.Model, trainers.Trainer]:
 
 
 def _repeatable(backend: Tokenizer) -> models.Unigram:
-    """The trainer adds up in parallel: scores differ in their last digits from run to run, and so does their order."""
+    """The trainer adds up in parallel, so the last digits of scores and their order differ from run to run."""
     vocab = [(piece, round(score, 9)) for piece, score in json.loads(backend.to_str())["model"]["vocab"]]
     special, words = vocab[: len(SPECIAL_TOKENS)], vocab[len(SPECIAL_TOKENS) :]
     return models.Unigram(special + sorted(words, key=lambda word: (-word[1], word[0])))
-
-
-def table_vocab_size(characters: int) -> int:
-    """800,000 characters → 2,000 tokens."""
-    return next(size for limit, size in VOCAB_SIZES if characters <= limit)
 
 
 @dataclass(frozen=True)
@@ -154,12 +131,10 @@ def curve_vocab_size(
     kind: str, texts: Callable[[], Iterable[str]], least_saving: float = LEAST_SAVING
 ) -> tuple[int, list[CurvePoint]]:
     """The smallest size whose doubling saves less than `least_saving` of the tokens, and the curve up to there.
-
-    `texts()` is read twice. (On given texts, tokens per word and tokens per byte are the same number divided by
-    another constant: the choice is the same by both.)
-    """
+    `texts()` is read twice."""
     learned, measured = _sample(texts)
-    words, size_in_bytes = sum(len(text.split()) for text in measured), sum(map(_byte_length, measured))
+    words = sum(len(text.split()) for text in measured)
+    size_in_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in measured)
     if not words:
         raise UserError("there is no text to choose a vocabulary size by. Give a number as vocab_size.")
     curve, before = [], None
@@ -177,8 +152,8 @@ def curve_vocab_size(
 
 
 def _sample(texts: Callable[[], Iterable[str]]) -> tuple[list[str], list[str]]:
-    """Texts to learn from, and others to measure on, together at most about CURVE_CHARACTERS. A text's checksum
-    decides, so that equal texts stay on one side, and data in which source and target alternate loses neither."""
+    """Texts to learn from, and others to measure on, together about CURVE_CHARACTERS at most. A text's checksum
+    decides, so that equal texts are on the same side."""
     step = max(1, math.ceil(sum(map(len, texts())) / CURVE_CHARACTERS))
     learned, measured = [], []
     for text in texts():
@@ -194,10 +169,6 @@ def is_held_out(text: str) -> bool:
 
 def _checksum(text: str) -> int:
     return zlib.crc32(text.encode("utf-8", "surrogatepass"))
-
-
-def _byte_length(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _count_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> int:

@@ -28,9 +28,8 @@ class TrainTokenizerSettings:
     """Folder to write: the tokenizer, with tokenizer_report.json."""
     kind: Literal["bpe", "unigram"] = "bpe"
     """How words are cut: byte pair encoding, or the most probable pieces (Unigram)."""
-    vocab_size: int | Literal["auto", "table"] = "auto"
-    """Tokens. `auto` trains sizes that double and takes the smallest after which a doubling saves too little; `table`
-    goes by the amount of text; or a number."""
+    vocab_size: int | Literal["auto"] = "auto"
+    """Tokens. `auto` trains sizes that double and takes the smallest after which a doubling saves too little."""
     least_saving: float = LEAST_SAVING
     """For auto: a doubling of the vocabulary has to save at least this part of the tokens of unseen text."""
     text_fields: list[str] = field(default_factory=list)

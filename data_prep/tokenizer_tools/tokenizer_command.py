@@ -32,7 +32,6 @@ from diptych.data_prep.text_to_ids.train_tokenizer import (
     CurvePoint,
     curve_vocab_size,
     is_held_out,
-    table_vocab_size,
     train_tokenizer,
     why_fewer,
 )
@@ -70,10 +69,6 @@ def train(settings: TrainTokenizerSettings) -> None:
     if size == "auto":
         size, curve = curve_vocab_size(settings.kind, texts, settings.least_saving)
         print(_curve_lines(curve, size))
-    elif size == "table":
-        characters = sum(map(len, texts()))
-        size = table_vocab_size(characters)
-        print(f"{characters:,} characters of text: {size:,} tokens.")
     tokenizer = train_tokenizer(settings.kind, texts(), size)
     tokenizer.name_or_path = settings.out
     report = tokenizer_report(tokenizer, ((script_of(text), text) for text in texts()))

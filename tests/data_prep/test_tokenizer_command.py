@@ -36,12 +36,6 @@ def test_train_writes_a_tokenizer_with_its_report(korean, tmp_path, capsys):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "new")) == report["tokenizer"]["tokens"]
 
 
-@pytest.mark.parametrize(("size", "tokens"), [("300", 300), ("table", 1000)])
-def test_train_to_a_size(korean, size, tokens, tmp_path, capsys):
-    assert main(["train", "--data", korean, "--vocab_size", size, "--out", str(tmp_path / "new")]) == 0
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "new")) == tokens
-
-
 def test_report_on_every_kind_of_data(t5_folder, korean, tmp_path, capsys):
     rows = [{"instruction": "Say it.", "id": "x1", "output": "Go."}, {"instruction": "안녕", "id": "x2", "output": ""}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -85,6 +79,7 @@ def test_fewer_tokens_than_asked_for_are_said_with_the_reason(kind, tmp_path, ca
 
 def test_no_warning_where_there_are_as_many_as_asked_for(korean, tmp_path, capsys):
     assert main(["train", "--data", korean, "--vocab_size", "400", "--out", str(tmp_path / "new")]) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "new")) == 400
     assert "warning" not in capsys.readouterr().err
 
 
@@ -95,7 +90,7 @@ def test_no_warning_where_there_are_as_many_as_asked_for(korean, tmp_path, capsy
         (["train"], "nothing to read: give --data FILE"),
         (["train", "--data", "nowhere.txt"], "nowhere.txt: there is no such file."),
         (["train", "--dta", "x"], "Did you mean --data?"),
-        (["train", "--vocab_size", "big"], "vocab_size is 'big'; it can be a whole number, auto or table."),
+        (["train", "--vocab_size", "big"], "vocab_size is 'big'; it can be a whole number or auto."),
         (["extend", "./nowhere", "--data", "x"], "there is no folder ./nowhere. Name a checkpoint folder"),
         (["report", "t5-smal", "--data", "x"], "there is no folder t5-smal, nothing was downloaded under this name"),
         (["extend", "{t5}", "--data", "{full}/none.jsonl", "--out", "{new}"], "--text_fields words"),

@@ -12,10 +12,8 @@ from diptych.data_prep.text_to_ids import train_tokenizer as train_tokenizer_mod
 from diptych.data_prep.text_to_ids.train_tokenizer import (
     CURVE_SIZES,
     EVERY_BYTE,
-    VOCAB_SIZES,
     curve_vocab_size,
     is_held_out,
-    table_vocab_size,
     train_tokenizer,
 )
 
@@ -104,14 +102,6 @@ def test_a_wrong_kind_or_size_is_a_user_error():
         train_tokenizer("bpq", ["a"], 1000)
     with pytest.raises(UserError, match="vocab_size is 100; bytes and special tokens alone are 259"):
         train_tokenizer("bpe", ["a"], 100)
-
-
-def test_the_table_gives_more_tokens_for_more_text():
-    assert [table_vocab_size(characters) for characters in (0, 300_000, 300_001, 10**7, 10**12)] == [
-        1000, 1000, 2000, 8000, 64000,
-    ]  # fmt: skip
-    sizes = [size for _, size in VOCAB_SIZES]
-    assert sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
