@@ -43,7 +43,6 @@ from diptych.data_prep.rows.valid_text import listed
 
 TASK_KEYS = frozenset(("Definition", "Instances"))
 TURN_KEYS = frozenset(("messages", "conversations"))
-SPLIT_KEYS = frozenset(("columns", "data"))
 COMMANDS_SHOWN = 3
 LOOKED_AT = 4 * BLOCK_BYTES
 """Characters of a key, or of the beginning of a value, that are looked at."""

@@ -27,9 +27,6 @@ class Format:
     """One way in which data sets write their rows."""
 
     name: str
-    description: str
-    example: str
-    """One row, as JSON."""
     shapes: tuple[Mapping[str, str], ...]
     """What columns make a row one of this format: field → column, in each spelling that data sets have."""
     optional: tuple[str, ...] = ()
@@ -44,11 +41,6 @@ class Format:
     def fields(self) -> tuple[str, ...]:
         """Every name that `--map` can give a column to."""
         return tuple(dict.fromkeys([*(name for shape in self.shapes for name in shape), *self.optional]))
-
-    @property
-    def columns(self) -> str:
-        """`instruction, output (input)`: what is needed, and what may be there."""
-        return f"{self.needs} ({', '.join(self.optional)})" if self.optional else self.needs
 
     @property
     def needs(self) -> str:
@@ -107,85 +99,49 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-FORMATS = {
-    format.name: format
-    for format in (
-        Format(
-            "alpaca",
-            "an instruction, often an input, and the output",
-            '{"instruction": "Add.", "input": "1 + 1", "output": "2"}',
-            (_same("instruction", "output"),),
-            optional=("input",),
-        ),
-        Format(
-            "dolly",
-            "the same under other names, with a category",
-            '{"instruction": "Who?", "context": "Ann wrote it.", "response": "Ann.", "category": "closed_qa"}',
-            (_same("instruction", "context", "response"),),
-            optional=("category",),
-        ),
-        Format(
-            "prompt_completion",
-            "a prompt and its completion, both strings, or both lists of turns as in messages",
-            '{"prompt": "The sky is", "completion": " blue."}',
-            (_same("prompt", "completion"),),
-            turns=("role", "content", ROLES),
-        ),
-        Format(
-            "messages",
-            "conversations as OpenAI has them; every assistant turn is an example",
-            '{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}',
-            (_same("messages"), {"messages": "conversations"}),
-            turns=("role", "content", ROLES),
-            looks=_holds_messages,
-        ),
-        Format(
-            "sharegpt",
-            "conversations as ShareGPT has them; every gpt turn is an example",
-            '{"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}',
-            (_same("conversations"), {"conversations": "messages"}),
-            turns=("from", "value", SHAREGPT_ROLES),
-            looks=_holds_sharegpt,
-        ),
-        Format(
-            "natural_instructions",
-            "a task file of Super-NaturalInstructions; every output of every instance is an example",
-            '{"Definition": ["Add."], "Categories": ["Maths"], "Positive Examples": [], "Negative Examples": [],'
-            ' "Instances": [{"id": "1", "input": "1 + 1", "output": ["2", "two"]}]}',
-            (_same("Definition", "Instances"),),
-            optional=("Categories", POSITIVE, NEGATIVE),
-            inside={"Instances": INSTANCE, POSITIVE: EXAMPLE, NEGATIVE: EXAMPLE},
-        ),
-        Format(
-            "self_instruct",
-            "an instruction with several instances; each is an example",
-            '{"instruction": "Add.", "instances": [{"input": "1 + 1", "output": "2"}]}',
-            (_same("instruction", "instances"),),
-            inside={"instances": INSTANCE},
-        ),
-        Format(
-            "parallel",
-            "parallel text; each direction that has an instruction (--forward, --backward) is an example",
-            '{"translation": {"en": "Go.", "ko": "가."}}',
-            (_same("first", "second"), {"first": "source", "second": "target"}, _same("translation")),
-            looks=_holds_translations,
-        ),
-        Format(
-            "summarisation",
-            "a text and its summary",
-            '{"document": "It rained all day.", "summary": "Rain."}',
-            tuple(
-                {"document": document, "summary": summary}
-                for document, summary in product(
-                    ("document", "article", "text", "dialogue"), ("summary", "highlights")
-                )
-            ),
-        ),
-        Format(
-            "tokenised",
-            "token ids; neither the template nor the tokenizer touches them",
-            '{"input_ids": [12, 7, 1], "labels": [31, 40, 1]}',
-            (_same("input_ids", "labels"),),
-        ),
-    )
-}
+_ALL = (
+    # {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+    Format("alpaca", (_same("instruction", "output"),), optional=("input",)),
+    # {"instruction": "Who?", "context": "Ann wrote it.", "response": "Ann.", "category": "closed_qa"}
+    Format("dolly", (_same("instruction", "context", "response"),), optional=("category",)),
+    # {"prompt": "The sky is", "completion": " blue."}, or both lists of turns as in messages
+    Format("prompt_completion", (_same("prompt", "completion"),), turns=("role", "content", ROLES)),
+    # {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}
+    Format(
+        "messages",
+        (_same("messages"), {"messages": "conversations"}),
+        turns=("role", "content", ROLES),
+        looks=_holds_messages,
+    ),
+    # {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}
+    Format(
+        "sharegpt",
+        (_same("conversations"), {"conversations": "messages"}),
+        turns=("from", "value", SHAREGPT_ROLES),
+        looks=_holds_sharegpt,
+    ),
+    # {"Definition": ["Add."], "Categories": ["Maths"], "Positive Examples": [], "Negative Examples": [],
+    #  "Instances": [{"id": "1", "input": "1 + 1", "output": ["2", "two"]}]}
+    Format(
+        "natural_instructions",
+        (_same("Definition", "Instances"),),
+        optional=("Categories", POSITIVE, NEGATIVE),
+        inside={"Instances": INSTANCE, POSITIVE: EXAMPLE, NEGATIVE: EXAMPLE},
+    ),
+    # {"instruction": "Add.", "instances": [{"input": "1 + 1", "output": "2"}]}
+    Format("self_instruct", (_same("instruction", "instances"),), inside={"instances": INSTANCE}),
+    # {"translation": {"en": "Go.", "ko": "가."}}
+    Format(
+        "parallel",
+        (_same("first", "second"), {"first": "source", "second": "target"}, _same("translation")),
+        looks=_holds_translations,
+    ),
+    # {"document": "It rained all day.", "summary": "Rain."}
+    Format(
+        "summarisation",
+        tuple({"document": names[0], "summary": names[1]} for names in product(DOCUMENTS, SUMMARIES)),
+    ),
+    # {"input_ids": [12, 7, 1], "labels": [31, 40, 1]}
+    Format("tokenised", (_same("input_ids", "labels"),)),
+)
+FORMATS = {format.name: format for format in _ALL}

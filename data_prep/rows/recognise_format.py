@@ -223,22 +223,7 @@ def _columns_of(rows: Sequence[Row]) -> str:
     return listed(dict.fromkeys(name for row in rows for name in row.fields)) or "none"
 
 
-def describe() -> str:
-    """Name, columns (in brackets those that may be absent) and a row of each format, for people."""
-    return "\n".join(
-        f"{format.name}: {format.description}\n    columns  {format.columns}\n    example  {format.example}"
-        for format in FORMATS.values()
-    )
-
-
 # Recognition
-
-
-def recognise(
-    rows: Sequence[Row], source: str, mapping: Mapping[str, str] | None = None, name: str | None = None
-) -> Format:
-    """The one format that most of the first rows have. UserError if there is none, or more than one."""
-    return _recognise(rows, source, dict(mapping or {}), name)[0]
 
 
 def _recognise(
