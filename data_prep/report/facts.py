@@ -79,14 +79,19 @@ class Results:
     too_few_tokens: str | None
     """A warning that a trained tokenizer is smaller than asked for."""
 
+    def of_train(self, column: str) -> numpy.ndarray:
+        """(train rows,) of a column of numbers."""
+        return self.gathered.column(column)[self.places.get(TRAIN, numpy.zeros(0, int))]
+
 
 def _input_facts(results: Results) -> list[dict[str, Any]]:
     """Of each source: how it was read, and how much of it there is."""
     inputs, gathered, selection = results.inputs, results.gathered, results.selection
-    train = results.places.get(TRAIN, numpy.zeros(0, int))
-    number = gathered.column("source_number")
-    kept = numpy.bincount(number[selection.split_of_row != REMOVED], minlength=len(inputs.sources)).tolist()
-    mixed = numpy.bincount(number[train], minlength=len(inputs.sources)).tolist()
+    kept_rows = gathered.column("source_number")[selection.split_of_row != REMOVED]
+    kept, mixed = (
+        numpy.bincount(numbers, minlength=len(inputs.sources)).tolist()
+        for numbers in (kept_rows, results.of_train("source_number"))
+    )
     return [
         {
             "name": source.name,
@@ -97,7 +102,7 @@ def _input_facts(results: Results) -> list[dict[str, Any]]:
             "kept": kept[place],
             "rejected": gathered.examples_read[place] - kept[place],
             "mixed": mixed[place] if results.stages.settings.mixture is not None else None,
-            "share": mixed[place] / len(train) if len(train) else 0.0,
+            "share": mixed[place] / max(sum(mixed), 1),
         }
         for place, source in enumerate(inputs.sources)
     ]
@@ -163,23 +168,17 @@ def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
     settings, gathered, rejects = results.stages.settings, results.gathered, results.rejects
     counts, tokenizer, plan = gathered.counts, results.stages.tokenizer, results.plan
     start = plan.entry["decoder_start_token_id"] if plan else target_side(tokenizer).pad_token_id
+    padded_fills = {
+        f"padded_{side}_fill": padded_fill(results.of_train(f"{side}_tokens"), settings.seed)
+        for side in (("source", "target") if plan else ())
+    }
     return {
         **manifest,
         "name": Path(settings.out).name,
         "golden": [f"{it['source']}  →  {it['target']}" for it in golden_examples(tokenizer, results.stages.template)],
         "removed": _removed(rejects),
         "lengths": {side: _lengths(results, side, tokens) for side, tokens in manifest["tokens"].items()},
-        "packing": plan
-        and {
-            **plan.entry,
-            "batch_size": PADDED_BATCH,
-            **{
-                f"padded_{side}_fill": padded_fill(
-                    gathered.column(f"{side}_tokens")[results.places[TRAIN]], settings.seed
-                )
-                for side in ("source", "target")
-            },
-        },
+        "packing": plan and {**plan.entry, **padded_fills, "batch_size": PADDED_BATCH},
         "duplicates": results.selection.duplicates,
         "contamination": _contamination(rejects, settings.decontaminate),
         "sensitive": _sensitive(counts) if settings.sensitive else None,
@@ -202,7 +201,7 @@ def _removed(rejects: Rejects) -> list[dict[str, Any]]:
                 "origin": str(it.origin),
                 "field": it.field,
                 "reason": it.reason,
-                "raw": it.as_json()["raw"][:SHOWN_CHARACTERS],
+                "raw": shortened(it.as_json()["raw"]),
             }
             for it in rejects.examples[kind]
         ]
