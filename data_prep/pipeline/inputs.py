@@ -1,10 +1,10 @@
-"""What is read, as the settings say it: the sources, the format of each, and the stages that their rows go through.
+"""What the settings say to read: the sources, the format of each, and the stages that their rows go through.
 
-    inputs = open_inputs(settings)                              all that can be known to be wrong is said here
+    inputs = open_inputs(settings)                               UserError for all that is wrong before rows are read
     stages = make_stages(settings, inputs, tokenizer, template)
-    fingerprint_of(settings, inputs, tokenizer, template)       the same for the same result
+    fingerprint_of(settings, inputs, tokenizer, template)        equal for two runs that would write the same dataset
 
-`diptych prepare` and datatrove both begin so.
+`diptych prepare` and datatrove both begin with these.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, Template
 
-NOT_TOLD = Converter(named("alpaca"))
-"""Of a source without a row that can be read."""
+FORMAT_UNKNOWN = Converter(named("alpaca"))
+"""The converter of a source without a row that can be read: all its rows are rejects, whatever the format."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,17 @@ class Inputs:
     """What will be read."""
 
     sources: list[Source]
-    entries: list[str]
-    """For each source, the entry of `data` that it belongs to: a folder is one entry and several sources."""
     evaluation: list[Source]
     """What training must not hold."""
     converters: list[Converter]
     """For each source, what makes records of its rows; recognised by its first ones."""
     warnings: list[str]
     """What looks like a mistake in what was named, or in what training is compared with."""
+
+    @property
+    def entries(self) -> list[str]:
+        """For each source, the entry of `data` that it belongs to: a folder is one entry and several sources."""
+        return [source.entry or source.name for source in self.sources]
 
     @property
     def splits(self) -> list[str]:
@@ -86,13 +89,12 @@ def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> 
     sources = open_sources(settings.data, settings.aligned, limits, columns, held_out)
     if rows is not None:
         sources = sorted([*sources, *open_rows(rows, limits)], key=lambda source: KINDS.index(kind_of(source.split)))
-    entries = [source.entry or source.name for source in sources]
     if settings.mixture is not None:
-        mixed = [entry for entry, source in zip(entries, sources, strict=True) if source.split == TRAIN]
+        mixed = [source.entry or source.name for source in sources if source.split == TRAIN]
         check_mixture(settings.mixture, list(dict.fromkeys(mixed)))
     evaluation = open_evaluation(settings.decontaminate, limits)
     converters = [make_converter(settings, source) for source in sources]
-    inputs = Inputs(sources, entries, evaluation, converters, list(_odd_names(sources)))
+    inputs = Inputs(sources, evaluation, converters, list(_suspicious_names(sources)))
     for kind in HELD_OUT:
         if splits_of(kind, inputs.splits) and getattr(settings, f"{kind}_fraction"):
             own = next(source.name for source in sources if kind_of(source.split) == kind)
@@ -103,8 +105,8 @@ def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> 
     return inputs
 
 
-def _odd_names(sources: Sequence[Source]) -> Iterator[str]:
-    """Files that were named to train on, and whose names say that they are held out."""
+def _suspicious_names(sources: Sequence[Source]) -> Iterator[str]:
+    """A warning for each source that is trained on and whose name says that it is held out."""
     for source in sources:
         if source.split != TRAIN:
             continue
@@ -130,8 +132,8 @@ def make_stages(
             say(f"Note       {note}")
         split = f"{source.split}, " if source.split != TRAIN else ""
         how = "given" if settings.format else "recognised"
-        told = "no row tells it" if converter is NOT_TOLD else f"{converter.format.name}, {how}"
-        say(f"Format     {source.name}: {split}{told}")
+        format_name = "no row tells it" if converter is FORMAT_UNKNOWN else f"{converter.format.name}, {how}"
+        say(f"Format     {source.name}: {split}{format_name}")
         if converter.is_swapped:
             side = f"its second side, which is in {converter.sides.source}, is the source"
             say(f"Note       {source.name}: {side}, as the settings say")
@@ -146,7 +148,7 @@ def make_stages(
 def _with_languages(
     inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template, say: Callable[[str], Any]
 ) -> Iterator[Converter]:
-    """The converters with the tokenizer's own languages where nobody has said others."""
+    """The converters, with the languages that are set in the tokenizer where the settings name none."""
     codes = codes_of(tokenizer)
     for source, converter in zip(inputs.sources, inputs.converters, strict=True):
         directions = converter.directions
@@ -156,8 +158,8 @@ def _with_languages(
             directions = replace(directions, languages=codes.checked(languages))
             if not converter.brings_languages and converter.format.name != "tokenised":
                 resolved(tokenizer, languages, template.decoder_prefix)
-        knows = converter.brings_languages or (directions.languages.direction and codes.layout != "none")
-        if directions.forward == directions.backward == "" and not knows:
+        is_known = converter.brings_languages or (directions.languages.direction and codes.layout != "none")
+        if directions.forward == directions.backward == "" and not is_known:
             raise UserError(
                 f"{source.name}: forward and backward are '', and nothing else says which language is to be written. "
                 f"Give --source_language and --target_language if the model has language codes, else instructions."
@@ -171,10 +173,10 @@ def _with_languages(
 
 
 def make_converter(settings: PrepareSettings, source: Source) -> Converter:
-    """What its first rows say it is. A source without a single row to read has only rejects, of whatever format."""
+    """The converter for the format that is given, or that the source's first rows have."""
     rows = first_rows(source)
     if not rows:
-        return Converter(named(settings.format)) if settings.format else NOT_TOLD
+        return Converter(named(settings.format)) if settings.format else FORMAT_UNKNOWN
     mapping = parse_mapping(settings.map)
     _check_pairs(rows, source.name, mapping)
     try:
@@ -198,8 +200,8 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
 
 
 def _check_pairs(rows: Sequence[Row], name: str, mapping: Mapping[str, str]) -> None:
-    """UserError where a table without a header has more columns than a pair and its licence: the first may be a
-    number of the row."""
+    """UserError where a table without a header has a third column that is no licence: the pair may be others than the
+    first two."""
     third = [row.fields["column 3"] for row in rows if row.fields.keys() >= {"first", "second", "column 3"}]
     if not mapping and any(third) and not all(text.startswith("CC") for text in third):
         shown = ", ".join(f"'{text[:40]}'" for text in rows[0].fields.values())
@@ -210,7 +212,7 @@ def _check_pairs(rows: Sequence[Row], name: str, mapping: Mapping[str, str]) -> 
 
 
 def directions_for(settings: PrepareSettings, source: Source) -> Directions:
-    """A sample's own, unless one direction or both are given."""
+    """Those of the settings; where they have none, the instructions that a shipped sample brings."""
     given = Languages(settings.source_language or "", settings.target_language or "")
     if settings.forward is not None or settings.backward is not None:
         return Directions(settings.forward, settings.backward, given)
@@ -256,7 +258,7 @@ def _plain_text(row: Row | Reject) -> list[PlainText | Reject]:
 
 
 def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
-    """Kinds of rejects of which one ends the run."""
+    """The kinds of rejects that end the run."""
     too_long = ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
     return (*too_long, LOSSY) if settings.lossy_text == "error" else too_long
 

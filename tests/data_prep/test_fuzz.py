@@ -401,7 +401,7 @@ def check_stages(case, folder):
         try:
             sources = open_sources(settings.data, (), case.limits)
             converters = [make_converter(settings, source) for source in sources]
-            inputs = Inputs(sources, [case.name], [], converters, [])
+            inputs = Inputs(sources, [], converters, [])
             stages = make_stages(settings, inputs, small_tokenizer(), TEMPLATES["chat"])
             gathered = gather(inputs.sources, stages, rejects, scratch, workers=1)
         except UserError as error:
