@@ -109,11 +109,15 @@ class LineChunk:
     keeps_blank_lines: bool = False
 
     def rows(self) -> Rows:
+        large = self.limits.max_row_bytes // 4  # no character takes more than four bytes
         for number, text, offset in self.lines.texts():
-            if not self.keeps_blank_lines and not text.strip(BLANKS):
+            if text[:1] in BLANKS and not self.keeps_blank_lines and not text.strip(BLANKS):
                 continue
-            origin = Origin(self.name, number)
-            row = line_fault(text, origin, offset, self.limits) or self.row_of(text, origin, self.limits)
+            origin, row = Origin(self.name, number), None
+            if offset is not None or len(text) > large:
+                row = line_fault(text, origin, offset, self.limits)
+            if row is None:
+                row = self.row_of(text, origin, self.limits)
             if row is not None:
                 yield row
 
