@@ -8,13 +8,12 @@ whichever side it stands on:
     "Run!" → "뛰어!"                                             another group
 
 Tatoeba's 3,318 pairs in both directions are 6,636 rows in 3,015 groups, the largest of 16 rows. The same rows,
-fractions and seed give the same split, in whatever order the rows come. Texts are known by 64-bit keys (two different
-ones that met would only be kept on one side); five million rows take some ten seconds.
+fractions and seed give the same split, in any order of the rows. Texts are known by 64-bit keys; five million rows
+take some ten seconds.
 
-A validation or test set of the user's own is what it is, and the train rows that are in it are found: rows with the
+A validation or test set of the user's own stays as it is, and the train rows that are in it are found: rows with the
 same source, or with the same input and output, in either direction. A shared input or output alone is not enough,
-unless it is asked for: every label of a classification stands on both sides, and so do the tables that questions are
-about.
+unless `split_by` is given: all labels of a classification, and the tables that questions are about, are in both sets.
 """
 
 from __future__ import annotations
@@ -61,12 +60,16 @@ def split_rows(
     rows = len(input_keys)
     keys = row_keys(None, input_keys, output_keys, split_by)
     group_of_row, groups = _groups(keys)
+    smallest_keys = numpy.full(groups, numpy.iinfo(numpy.uint64).max, dtype=numpy.uint64)
+    for side in keys:  # a key that stands for a group, whatever the order of its rows
+        numpy.minimum.at(smallest_keys, group_of_row, side)
     sizes = numpy.bincount(group_of_row, minlength=groups)
-    wanted = {"test": _wanted(test_fraction, rows), "validation": _wanted(validation_fraction, rows)}
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    wanted = {name: max(1, round(part * rows)) if part > 0 else 0 for name, part in fractions.items()}
     taken = dict.fromkeys(wanted, 0)
     largest = int(sizes.argmax()) if groups else -1
     split_of_group = numpy.zeros(groups, dtype=numpy.int8)
-    for group in _drawn(seed, _smallest_keys(group_of_row, groups, keys)):
+    for group in _drawn(seed, smallest_keys):
         if taken == wanted:
             break
         for name in ("test", "validation"):
@@ -79,7 +82,7 @@ def split_rows(
 
 
 def normalise(text: str) -> str:
-    """`" Ｈｉ  there. "` and `"hi there."` are the same text to someone who looks for leaks."""
+    """`" Ｈｉ  there. "` → `"hi there."`"""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
@@ -99,8 +102,8 @@ def record_keys(record: Record) -> tuple[int, int]:
 def row_keys(
     source: numpy.ndarray | None, inputs: numpy.ndarray, outputs: numpy.ndarray, split_by: str | None
 ) -> list[numpy.ndarray]:
-    """Columns of keys, (rows,) uint64 each, of which two rows that may not stand on both sides share one. `source` is
-    of the whole source, and not used where `split_by` says which texts count."""
+    """Columns of keys, (rows,) uint64 each: two rows that may not stand in two splits have one in common. `source` is
+    the key of the whole source, and is not used where `split_by` says which texts count."""
     if split_by is not None:
         return [inputs] if split_by == "source" else [inputs, outputs]
     pair = numpy.minimum(inputs, outputs) * _FACTOR + numpy.maximum(inputs, outputs)  # in either direction
@@ -108,7 +111,7 @@ def row_keys(
 
 
 def found_in(rows: list[numpy.ndarray], held_out: list[numpy.ndarray]) -> numpy.ndarray:
-    """For each row the place of the first held-out row with a key of it, or -1: (rows,) int64."""
+    """(rows,) int64: for each row the place of the first held-out row that has one of its keys, or -1."""
     places = numpy.tile(numpy.arange(len(held_out[0])), len(held_out))
     keys, first = numpy.unique(numpy.concatenate(held_out), return_index=True)
     found = numpy.full(len(rows[0]), len(places), dtype=numpy.int64)
@@ -120,21 +123,14 @@ def found_in(rows: list[numpy.ndarray], held_out: list[numpy.ndarray]) -> numpy.
 
 
 def _groups(keys: list[numpy.ndarray]) -> tuple[numpy.ndarray, int]:
-    """Connected components of rows that share a text: texts are nodes, and each row joins its own."""
+    """(rows,) the group of each row, and how many there are: connected components of a graph in which texts are nodes
+    and each row joins its two texts."""
     texts, node = numpy.unique(numpy.concatenate(keys), return_inverse=True)
     rows = len(keys[0])
     ends = node[:rows], node[-rows:]
     graph = coo_array((numpy.ones(rows, dtype=numpy.int8), ends), shape=(len(texts), len(texts)))
     groups, group_of_text = connected_components(graph, directed=False)
     return group_of_text[ends[0]], groups
-
-
-def _smallest_keys(group_of_row: numpy.ndarray, groups: int, keys: list[numpy.ndarray]) -> numpy.ndarray:
-    """One key that stands for each group, whatever the order of its rows."""
-    smallest = numpy.full(groups, numpy.iinfo(numpy.uint64).max, dtype=numpy.uint64)
-    for side in keys:
-        numpy.minimum.at(smallest, group_of_row, side)
-    return smallest
 
 
 def _drawn(seed: int, keys: numpy.ndarray) -> list[int]:
@@ -145,10 +141,6 @@ def _drawn(seed: int, keys: numpy.ndarray) -> list[int]:
     return numpy.argsort(mixed ^ (mixed >> numpy.uint64(31)), kind="stable").tolist()
 
 
-def _wanted(fraction: float, rows: int) -> int:
-    return max(1, round(fraction * rows)) if fraction > 0 else 0
-
-
 def _warnings(
     largest: numpy.ndarray,
     rows: int,
@@ -157,7 +149,7 @@ def _warnings(
     wanted: dict[str, int],
     taken: dict[str, int],
 ) -> list[str]:
-    """A text that very many rows share, such as the output "Yes", can tie a whole data set into one group."""
+    """About a text that very many rows share, such as the output "Yes", and sets that are smaller than asked for."""
     found = []
     if len(largest) > max(20, LARGE_GROUP_FRACTION * rows) and any(wanted.values()):
         text, count = _most_shared(largest, keys, shown)

@@ -1,16 +1,14 @@
-"""Whether a checkpoint's name stands for something: a folder here, what was downloaded before, or a Hub repository.
-And whether its config is one that a library may be given.
+"""Checks of a checkpoint's name and config, before anything is loaded.
 
     check_place("google-t5/t5-small")    → nothing, if it is cached or the Hub has it
     check_place("t5-smal")               → UserError: there is no folder t5-smal, and …
     check_config("google-t5/t5-small")   → nothing; UserError where it says num_layers: 10**9, with the bytes
 
-Asked before anything is loaded, because `from_pretrained` on a name that is not cached takes no first "no" from the
-network: huggingface_hub waits 1, 2, 4, 8 and 8 s in between (`http_backoff`), once for each file that it looks for, so
-that a misspelt name took 47 s without a network. Here it is one request, which online comes on top of the others.
+On a name that is not cached, `from_pretrained` waits 1, 2, 4, 8 and 8 s in between for each file that it looks for
+(huggingface_hub's `http_backoff`), so that a misspelt name took 47 s without a network. Here it is one request.
 
-transformers makes lists as long as a config has layers, and takes from it which kernels of the Hub compute attention:
-these are code, which is imported where the package `kernels` is installed. So a config is looked at before.
+transformers makes lists as long as a config has layers, and imports the kernels of the Hub that a config names for
+attention, where the package `kernels` is installed. Both are refused here.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ INNER_WIDTHS = ("d_ff", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim
 LAYERS = ("num_layers", "num_decoder_layers", "num_hidden_layers", "encoder_layers", "decoder_layers")
 OTHER_SIZES = ("vocab_size", "max_position_embeddings", "d_kv", "head_dim", "num_heads", "num_attention_heads")
 MOST_LAYERS = 1000
-"""The deepest encoder-decoder that is published has some fifty; more cost time and room before any weight is read."""
+"""The deepest published encoder-decoder has some fifty."""
 CODE_CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 SHIPPED_CODE = ("eager", "sdpa", None)
 FP32_BYTES = 4
@@ -59,7 +57,7 @@ def check_place(name: str) -> None:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether files of it were downloaded before; no connection is made."""
+    """Whether files of it were downloaded before. No connection is made."""
     try:
         HfApi().resolve_revision(name, local_files_only=True)
     except RevisionResolutionError:
@@ -70,8 +68,8 @@ def _is_cached(name: str) -> bool:
 
 
 def _ask_hub(name: str) -> None:
-    """One request. What else may be wrong with an answer (not allowed, too many, down for the moment) is left to
-    whoever loads, who waits and asks again."""
+    """One request. Other errors of the Hub (not allowed, too many requests, down) are left to `from_pretrained`, which
+    tries again."""
     if is_offline_mode():
         raise UserError(
             f"there is no folder {name}, nothing was downloaded under this name, and the Hub is not asked, because"
@@ -79,34 +77,32 @@ def _ask_hub(name: str) -> None:
         )
     try:
         HfApi().resolve_revision(name)
-    except GatedRepoError:
-        return
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"there is no folder {name}, and the Hub has no repository of this name that you may read. Check the"
-            f" spelling. {ADVICE}; a private one needs `hf auth login`."
-        ) from None
+    except RepositoryNotFoundError as error:
+        if not isinstance(error, GatedRepoError):
+            raise UserError(
+                f"there is no folder {name}, and the Hub has no repository of this name that you may read. Check the"
+                f" spelling. {ADVICE}; a private one needs `hf auth login`."
+            ) from None
     except HfHubHTTPError:
-        return
+        pass
     except RevisionResolutionError as error:
-        if isinstance(error.__cause__, HfHubHTTPError):
-            return
-        raise UserError(
-            f"there is no folder {name}, nothing was downloaded under this name, and the Hub cannot be reached"
-            f" ({error.__cause__}). Check the spelling and the network. {ADVICE}, which the Hub must be reachable for."
-        ) from error
+        if not isinstance(error.__cause__, HfHubHTTPError):
+            raise UserError(
+                f"there is no folder {name}, nothing was downloaded under this name, and the Hub cannot be reached"
+                f" ({error.__cause__}). Check the spelling and the network. {ADVICE}."
+            ) from error
 
 
 def check_config(name: str) -> None:
-    """UserError where config.json, in a folder or on the Hub, has sizes that are none or more than any model's, or
-    names code. A folder without one (a tokenizer's) is fine."""
+    """UserError where config.json, in a folder or on the Hub, has sizes that are no sizes or larger than any model's,
+    or names code. A folder without a config (a tokenizer's) is allowed."""
     from transformers import PreTrainedConfig  # seconds, which a misspelt name should not wait for
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
         if not isinstance(config, dict):
             raise TypeError(f"it holds a {type(config).__name__}, where settings by name are due")
-    except OSError:  # none there, or not to be read: whoever needs one will say so
+    except OSError:  # there is none, or it cannot be read: what needs it reports that
         return
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"config.json of {name} is no config: {error}. Copy the checkpoint again.") from error
@@ -115,7 +111,7 @@ def check_config(name: str) -> None:
 
 
 def check_chat_templates(templates: str | Mapping[str, str] | None, name: str) -> None:
-    """UserError where one of a tokenizer's has a name that is a path: each is saved as a file of its name."""
+    """UserError where the name of a chat template is a path: each is saved as a file of its name."""
     for template in templates if isinstance(templates, Mapping) else []:
         if Path(template).name != template or template == "..":
             raise UserError(
@@ -157,21 +153,21 @@ def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -
 
 
 def least_weights(config: Mapping[str, Any]) -> int:
-    """How many weights a model of this config has at the least: a table of the vocabulary, and in each layer a matrix
-    that widens. Where parts have sizes of their own, those of the largest part."""
-    return max(map(_least_of_part, config_parts(config)))
+    """A lower bound of the weights of a model of this config: an embedding table, and in each layer one matrix of its
+    feed-forward network. Where parts have sizes of their own, it is that of the largest part."""
 
+    def of_part(part: Mapping[str, Any]) -> int:
+        def sizes(*keys: str) -> list[int]:
+            return [part[key] for key in keys if isinstance(part.get(key), int)]
 
-def _least_of_part(part: Mapping[str, Any]) -> int:
-    def sizes(keys: tuple[str, ...]) -> list[int]:
-        return [part[key] for key in keys if isinstance(part.get(key), int)]
+        width, inner_width = min(sizes(*WIDTHS), default=1), min(sizes(*INNER_WIDTHS), default=1)
+        return width * (max(sizes("vocab_size"), default=1) + max(sizes(*LAYERS), default=0) * inner_width)
 
-    width, inner_width = min(sizes(WIDTHS), default=1), min(sizes(INNER_WIDTHS), default=1)
-    return width * (max(sizes(("vocab_size",)), default=1) + max(sizes(LAYERS), default=0) * inner_width)
+    return max(map(of_part, config_parts(config)))
 
 
 def why_not_loaded(error: Exception) -> str:
-    """What transformers says. Without sentencepiece it takes a sentencepiece model for one of tiktoken."""
+    """The error's message; without sentencepiece, transformers takes a sentencepiece model for one of tiktoken."""
     if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:
         return "its vocabulary is a sentencepiece model. Install what reads it: pip install 'diptych[sentencepiece]'."
     return str(error)

@@ -1,4 +1,4 @@
-"""Language codes: what a tokenizer calls languages, how its family writes them, and what people call them.
+"""Language codes: what a tokenizer calls languages, and where its family writes them.
 
     codes = codes_of(nllb)                       LanguageCodes(layout="both", tokens={"ace_Arab": 256001, …})
     codes.find("ko")                             "kor_Hang"
@@ -16,16 +16,15 @@ Where the codes of a row stand, S being the code of the source and T that of the
     words    T5 and all others           translate English to Korean: text     text </s>
     none     Marian of one pair, FSMT    text </s>            <pad> text       text </s>
 
-encode.py puts the codes there, in training and at inference. With `both`, T is a label that the model learns to write
-first, and generation forces it; transformers does the same with `forced_bos_token_id`. With `start`, T stands in the
-place of the decoder's start token; transformers has `decoder_start_token_id` for it.
+encode.py puts the codes there, in training and at inference. With `both`, T is the first label, and generation forces
+it (transformers' `forced_bos_token_id`). With `start`, T stands in the place of the decoder's start token.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -44,11 +43,9 @@ from diptych.data_prep.text_to_ids.two_vocabularies import source_side
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 Layout = Literal["both", "start", "source", "words", "none"]
 STARTING_CLASSES = ("MBartTokenizer", "PLBartTokenizer")
-"""Tokenizers of models that were pretrained with the target's code in the place of the decoder's start token."""
-
+"""Tokenizers of the layout `start`."""
 AROUND_TEXTS = re.compile(r"(?:__)?([a-z]{2,8}(?:_[A-Za-z]{2,4})?)(?:__)?")
 """Special tokens such as kor_Hang, ko_KR, __ko__."""
 BEFORE_SOURCES = re.compile(r"<2([A-Za-z_-]+)>|>>([A-Za-z_-]+)<<")
@@ -84,23 +81,20 @@ class LanguageCodes:
 
     def find(self, name: str) -> str:
         """The code that `name` stands for: itself, in another spelling (`kor-hang`, `__ko__`), or the only code of
-        that language (`ko`, `kor`, `Korean`).
-
-        Raises:
-            UserError: it stands for none, or for several.
-        """
+        that language (`ko`, `kor`, `Korean`). UnknownLanguage where it stands for none, or for several."""
+        if name in self.tokens:
+            return name
         if name not in self._found:
             self._found[name] = self._look_up(name)
         return self._found[name]
 
     def _look_up(self, name: str) -> str:
-        if name in self.tokens:
-            return name
         plain = plain_code(name)
         for code in self.tokens:
             if plain in (plain_code(code), plain_code(self.spellings[code])):
                 return code
-        alike = self._of_same_language(plain)
+        names = names_of(plain.split("_")[0])
+        alike = [code for code in self.tokens if plain_code(code).split("_")[0] in names]  # of the same language
         fitting = [code for code in alike if fits_code(plain, plain_code(code))]
         simple = [code for code in fitting if "_" not in code]  # MADLAD has zh and zh_Hant
         for choice in (fitting, [code for code in fitting if has_same_script(plain, plain_code(code))], simple):
@@ -112,16 +106,12 @@ class LanguageCodes:
         hint = f" Did you mean '{near}'?" if near else ""
         raise UnknownLanguage(f"'{name}' is no language code of this tokenizer.{hint}", sorted(self.tokens))
 
-    def _of_same_language(self, plain: str) -> list[str]:
-        names = names_of(plain.split("_")[0])
-        return [code for code in self.tokens if plain_code(code).split("_")[0] in names]
-
     def named_by(self, tokens: Iterable[str]) -> str:
-        """The language that a template's decoder prefix names; "" where it names none."""
+        """The code that a template's decoder prefix has; "" where it has none."""
         return next((code for code, spelling in self.spellings.items() if spelling in tokens), "")
 
     def checked(self, languages: Languages) -> Languages:
-        """Each that is given and that the tokenizer writes, as the tokenizer calls it; the others as they are."""
+        """The languages that are given, as the tokenizer calls them; what it writes no code for stays as it is."""
         source, target = languages
         if self.is_around_texts and source:
             source = self.find(source)
@@ -130,7 +120,7 @@ class LanguageCodes:
         return Languages(source, target)
 
     def read_from(self, input_ids: Sequence[int], labels: Sequence[int]) -> Languages:
-        """The languages of a row that came as token ids, by the codes in it."""
+        """The languages of a row of token ids, by the codes in it."""
         code_of = {token: code for code, token in self.tokens.items()}
         in_source = next((code_of[token] for token in (*input_ids[:2], *input_ids[-1:]) if token in code_of), "")
         if not self.is_around_texts:
@@ -138,47 +128,42 @@ class LanguageCodes:
         return Languages(in_source, code_of.get(labels[0], ""))
 
     def start_first(self, labels: Sequence[int]) -> tuple[int, ...]:
-        """Labels as transformers' mBART-cc25 tokenizer makes them, whose model moves the last one, the code, to the
-        front: `text </s> T` → `T text </s>`. All others stay as they are."""
+        """`text </s> T` → `T text </s>`: transformers' mBART-cc25 tokenizer writes the code last, and its model moves
+        it to the front. All other labels stay as they are."""
         last = max(place for place, token in enumerate(labels) if token != IGNORE_INDEX)
         rest = (*labels[:last], *labels[last + 1 :])
         return (labels[last], *rest) if labels[last] in self.starts else tuple(labels)
 
     def instruction(self, instruction: str, languages: Languages) -> str:
-        """The instruction of a row: its own, or where there is none and the tokenizer has no codes, T5's words for the
-        direction, `translate English to Korean:`."""
+        """The row's own instruction; where it has none and the tokenizer has no codes, `translate English to
+        Korean:`."""
         if instruction or self.layout != "words" or not languages.direction:
             return instruction
         return f"translate {english_name(languages.source)} to {english_name(languages.target)}:"
 
 
 def codes_of(tokenizer: PreTrainedTokenizerBase | None) -> LanguageCodes:
-    """None is a tokenizer that has still to be trained."""
-    if tokenizer is None:
-        return WITHOUT_CODES
-    return _codes_of(source_side(tokenizer), len(tokenizer))
+    """None is a tokenizer that is not trained yet."""
+    return WITHOUT_CODES if tokenizer is None else _codes_of(source_side(tokenizer), len(tokenizer))
 
 
 @functools.lru_cache(maxsize=16)
 def _codes_of(tokenizer: PreTrainedTokenizerBase, tokens: int) -> LanguageCodes:
-    """`tokens` are counted, because a person may add a language of their own."""
+    """`tokens` are counted, because a user may add a language."""
     kind = type(tokenizer).__name__.removesuffix("Fast")
-    if kind == "FSMTTokenizer":  # its languages are its vocabularies', and nothing is written of them
+    if kind == "FSMTTokenizer":  # each vocabulary is of one language, and no code is written
         return NOTHING_TO_SAY
     if hasattr(tokenizer, "src_lang"):
         spelled = [*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder]
         spelled += getattr(tokenizer, "lang_code_to_token", {}).values()  # M2M100: these are no added tokens
-        codes = _matches(AROUND_TEXTS, spelled)
-        return _made("start" if kind in STARTING_CLASSES else "both", codes, tokenizer.convert_tokens_to_ids)
-    vocabulary = tokenizer.get_vocab()
-    codes = _matches(BEFORE_SOURCES, getattr(tokenizer, "supported_language_codes", vocabulary))
-    if len(codes) >= FEWEST_CODES:
-        return _made("source", codes, vocabulary.__getitem__)
-    return NOTHING_TO_SAY if kind == "MarianTokenizer" else WITHOUT_CODES
-
-
-def _made(layout: Layout, codes: dict[str, str], id_of: Callable[[str], int]) -> LanguageCodes:
-    return LanguageCodes(layout, {code: id_of(spelling) for code, spelling in codes.items()}, codes)
+        layout, spellings = "start" if kind in STARTING_CLASSES else "both", _matches(AROUND_TEXTS, spelled)
+    else:
+        known = getattr(tokenizer, "supported_language_codes", tokenizer.get_vocab())
+        layout, spellings = "source", _matches(BEFORE_SOURCES, known)
+        if len(spellings) < FEWEST_CODES:
+            return NOTHING_TO_SAY if kind == "MarianTokenizer" else WITHOUT_CODES
+    ids = tokenizer.convert_tokens_to_ids(list(spellings.values()))
+    return LanguageCodes(layout, dict(zip(spellings, ids, strict=True)), spellings)
 
 
 def _matches(pattern: re.Pattern, tokens: Iterable[str]) -> dict[str, str]:
@@ -192,8 +177,8 @@ NOTHING_TO_SAY = LanguageCodes("none", {}, {})
 
 
 def own_languages(tokenizer: PreTrainedTokenizerBase) -> Languages:
-    """Those that are set in the tokenizer, which a prepared one brings from its preparation; "" for what it does not
-    know. (A new NLLB tokenizer names eng_Latn as source, and no target.)"""
+    """The languages that are set in the tokenizer, by `prepare` or by its class; "" where none is set. (A new NLLB
+    tokenizer has eng_Latn as source, and no target.)"""
     tokens = codes_of(tokenizer).tokens
     own = (getattr(tokenizer, name, None) or "" for name in ("src_lang", "tgt_lang"))
     return Languages(*(code if code in tokens else "" for code in own))
@@ -202,40 +187,40 @@ def own_languages(tokenizer: PreTrainedTokenizerBase) -> Languages:
 def resolved(
     tokenizer: PreTrainedTokenizerBase | None, given: Languages, decoder_prefix: Sequence[str] = ()
 ) -> Languages:
-    """What is given, looked up; what is not, as the tokenizer has it. A template's `decoder_prefix` may say a target.
+    """The languages of a row or a direction, as the tokenizer calls them: what is given, or the template's
+    `decoder_prefix` has, or else the tokenizer's own.
 
     Raises:
-        UnknownLanguage: the tokenizer needs a code that nobody has said, or does not know one; or two are said.
+        UnknownLanguage: the tokenizer needs a code that is not given, or does not have one; or two targets are given.
     """
     codes = codes_of(tokenizer)
+    languages, named, known = codes.checked(given), codes.named_by(decoder_prefix), sorted(codes.tokens)
     if not codes.is_around_texts:
-        return codes.checked(given)
-    languages, named = codes.checked(given), codes.named_by(decoder_prefix)
+        return languages
     if named and languages.target not in ("", named):
         raise UnknownLanguage(
             f"the template's decoder_prefix names {named}, and the target is in {languages.target}. Drop one of them.",
-            sorted(codes.tokens),
+            known,
         )
     languages = Languages(languages.source, named or languages.target).or_else(own_languages(tokenizer))
-    missing = [side for side, code in languages._asdict().items() if not code]
-    if missing:
+    if missing := [side for side, code in languages._asdict().items() if not code]:
         raise UnknownLanguage(
-            f"the tokenizer is multilingual: it writes a language code on both sides, and nobody has said that of the"
-            f" {' and the '.join(missing)}. Give --source_language and --target_language, or rows with these columns.",
-            sorted(codes.tokens),
+            f"the tokenizer is multilingual: it writes a language code on both sides, and that of the"
+            f" {' and the '.join(missing)} is not given. Give --source_language and --target_language, or rows with"
+            f" these columns.",
+            known,
         )
     if languages.source == languages.target and not all(given):
         raise UnknownLanguage(
             f"source and target are both in {languages.target}: one was not given, and is as the tokenizer says. Give"
             f" --source_language and --target_language.",
-            sorted(codes.tokens),
+            known,
         )
     return languages
 
 
 def languages_note(tokenizer: PreTrainedTokenizerBase, given: Languages) -> str:
-    """What should be said of the languages of prompts that bring none: in which they are read and written where a
-    person gave no code, or another one, or for a tokenizer without codes; "" where there is nothing to say."""
+    """A note about the languages of prompts that bring none, where they are not those that were given; else ""."""
     codes, own = codes_of(tokenizer), own_languages(tokenizer)
     if any(given) and not codes.tokens:
         words = codes.instruction("", given)
@@ -249,7 +234,7 @@ def languages_note(tokenizer: PreTrainedTokenizerBase, given: Languages) -> str:
 
 
 def set_languages(tokenizer: PreTrainedTokenizerBase, languages: Languages) -> None:
-    """Makes them the tokenizer's own, also in what save_pretrained writes."""
+    """Sets the tokenizer's own languages, which save_pretrained writes."""
     for name, code in zip(("src_lang", "tgt_lang"), languages, strict=True):
         if code:
             setattr(tokenizer, name, code)
@@ -257,7 +242,7 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, languages: Languages) -> N
 
 
 def check_spells_no_code(codes: LanguageCodes, text: str, option: str) -> None:
-    """UserError where an instruction spells a code, which would be characters to the model and no code."""
+    """UserError where an instruction spells a code: in a text it would be characters, and no code."""
     for code, spelling in codes.spellings.items():
         if codes.layout == "source" and spelling in text:
             raise UserError(
