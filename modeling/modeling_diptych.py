@@ -368,10 +368,7 @@ class DiptychPreTrainedModel(PreTrainedModel):
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Teacher forcing: labels (B, T), one example a row → the same tokens one place later, after the start token.
-
-        Raises:
-            ValueError: the config names no start token or no padding token.
-        """
+        ValueError if the config names no start token or no padding token."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
         if start is None or pad is None:
             raise ValueError(
@@ -394,11 +391,7 @@ class DiptychPreTrainedModel(PreTrainedModel):
 
 
 def embed(panel: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """Tokens (B, L) or finished embeddings (B, L, D) → (B, L, D).
-
-    Raises:
-        ValueError: both or neither were given.
-    """
+    """Tokens (B, L) or finished embeddings (B, L, D) → (B, L, D). ValueError if both or neither were given."""
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"{type(panel).__name__} takes token ids or embeddings, but {given} were given: give one.")
@@ -434,10 +427,8 @@ def source_ends(
 
 
 def same_segment(query_segments: torch.Tensor, key_segments: torch.Tensor) -> Callable:
-    """The rule "same example" for `masking_utils`: query_segments (B, T) and key_segments (B, S).
-
-    A padding query (segment 0) sees everything: its output is never used, and a softmax over nothing would be NaN.
-    """
+    """The rule "same example" for `masking_utils`: query_segments (B, T) and key_segments (B, S). A padding query
+    (segment 0) sees everything: its output is never used, and a softmax over nothing would be NaN."""
 
     def rule(batch_idx, head_idx, q_idx, kv_idx):
         query_segment = query_segments[batch_idx, q_idx]
@@ -633,11 +624,7 @@ class DiptychDecoder(DiptychPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> tuple | BaseModelOutputWithPastAndCrossAttentions:
         """Shapes as in the class's docstring. past_key_values is the older name of cache; `capture_outputs` reads the
-        last two arguments.
-
-        Raises:
-            ValueError: arguments contradict each other.
-        """
+        last two arguments. ValueError if arguments contradict each other."""
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them.")
         cache = past_key_values if cache is None else cache
@@ -782,9 +769,7 @@ class DiptychModel(DiptychPreTrainedModel):
 
     def __init__(self, config: DiptychConfig):
         if not config.is_encoder_decoder:
-            raise ValueError(
-                "The config describes an encoder alone (is_encoder_decoder=False): use DiptychEncoderModel."
-            )
+            raise ValueError("The config is of an encoder alone (is_encoder_decoder=False): use DiptychEncoderModel.")
         super().__init__(config)
         if not config.shares_panel_embeddings:
             self._tied_weights_keys = {}
@@ -892,11 +877,7 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def generate(self, *args, **kwargs):
-        """`GenerationMixin.generate`, after a check that decoding with a cache is right with this transformers.
-
-        Raises:
-            RuntimeError: it is not; `use_cache=False` is always right.
-        """
+        """`GenerationMixin.generate`, after `check_cached_decoding` unless `use_cache=False`."""
         if kwargs.get("use_cache") is not False:
             check_cached_decoding(self.config.decoder.cross_attention)
         return super().generate(*args, **kwargs)
@@ -977,13 +958,10 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
 
 @functools.cache
 def check_cached_decoding(cross_attention: str):
-    """Generates a few tokens with a tiny model of that hinge, with a cache and without: the logits must be equal.
+    """RuntimeError if a tiny model of that hinge has other logits with a cache than without, in this transformers.
 
-    `generate` of another transformers may hand the cache over in another way: 5.24 renamed the argument, and a model
-    that ignored the new name wrote other tokens, without an error. It takes about 30 ms, once a process.
-
-    Raises:
-        RuntimeError: the logits differ.
+    Another version may hand the cache over in another way: 5.24 renamed the argument, and a model that ignored the new
+    name wrote other tokens, without an error. The check takes about 30 ms, once a process.
     """
     shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     # With wide weights each token depends on those before it; without an end token, all four are generated.
