@@ -1,15 +1,14 @@
-"""What training must know about a model family: one line for each `model_type` in the table at the foot.
+"""What training must know about a model family: one entry for each `model_type` in the table at the end.
 
     family_of(model)  ->  Family(lora_targets=("q", "k", …), positions=…, logits=…)       or None: not in the table
 
-Padded or packed, a batch goes through the model's own two panels, and none of its code is touched: the encoder with a
-mask, then the decoder with its states and two masks. A packed row needs two things more. Its masks keep examples apart
-(segments.py). And its positions restart in each example: T5 has only distances, which restart by themselves; Diptych
-and T5Gemma take `position_ids`; BART and its relatives look positions up in a table of their own, and a hook on that
-table says which rows. A Diptych with a merged hinge, whose one mask is of both sides, is given the rows as they are.
+A batch goes through the model's own encoder and decoder. Packed rows need two things more: masks that keep examples
+apart (packed_attention.py), and positions that restart in each example. T5 has only distances, which restart by
+themselves; Diptych and T5Gemma take `position_ids`; BART and the like look positions up in a table, and a hook on the
+table picks the rows. A Diptych with merged cross-attention makes its masks itself.
 
-A model that is not in the table trains too: padded, with full logits, and with LoRA on every linear layer. What
-stands here was read in the model files of transformers 5.23, and the tests compare it with what the models compute.
+A model that is not in the table trains too: padded, with full logits, and with LoRA on every linear layer. The entries
+were read in the model files of transformers 5.23; the tests compare them with what the models compute.
 
 B rows, S source tokens, T target tokens, D width, V vocabulary, N target tokens picked from B × T.
 """
@@ -30,11 +29,11 @@ from diptych.finetune.model.packed_attention import VARLEN, site_masks
 
 Batch = dict[str, torch.Tensor]
 POSITION_TABLES = ("embed_positions", "position_embeddings", "wpe")
-"""What BART and its relatives, BERT and ProphetNet, and GPT-2 call theirs."""
+"""Their names in BART and the like, BERT and ProphetNet, and GPT-2."""
 
 
 def _nothing(panel: nn.Module, positions: torch.Tensor) -> AbstractContextManager[dict]:
-    """T5: attention knows distances only."""
+    """T5 has distances only."""
     return nullcontext({})
 
 
@@ -43,19 +42,20 @@ class Family:
     lora_targets: tuple[str, ...]
     """Names of the linear layers that get a LoRA adapter: all of attention and of the feed-forward network."""
     positions: Callable[[nn.Module, torch.Tensor], AbstractContextManager[dict]] = _nothing
-    """Panel and positions (B, L) -> a context in which the panel uses them, giving what to call it with besides."""
+    """Encoder or decoder, and positions (B, L) -> a context in which it uses them, and which gives further arguments
+    for it."""
     scale: Callable[[PreTrainedModel], float] = lambda model: 1.0
     """What the decoder's states are multiplied with before the head."""
     logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, logits: logits
-    """Model and what its head computed (N, V) -> the logits that it means (N, V)."""
+    """Model and the head's output (N, V) -> logits (N, V)."""
     final_norm: str | None = "norm"
-    """The decoder's module that its last layer's states go through, if there is one."""
+    """Name of the norm after the decoder's last layer, if there is one."""
     attentions: tuple[str, ...] = ("eager", "sdpa", "flex_attention", VARLEN)
     """Implementations of attention that can keep packed examples apart."""
     gpu_varlen: bool = True
     """Whether the flash kernel computes this family's attention: it knows no position bias."""
     overflows_in_fp16: bool = False
-    """Whether activations of its checkpoints grow beyond what fp16 holds."""
+    """Whether activations of its checkpoints exceed the range of fp16."""
     has_sliding_windows: bool = False
     """Whether masks are given by layer type."""
 
@@ -85,7 +85,7 @@ class Family:
 
 @dataclass(frozen=True)
 class OwnMasks(Family):
-    """Segments go into the model, which makes its masks itself: they span both sides, or look a little ahead."""
+    """The model takes segment ids and makes its masks itself: they span both sides, or look a little ahead."""
 
     def states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         return model.model(**batch, use_cache=False).last_hidden_state
@@ -100,12 +100,12 @@ def family_of(model: PreTrainedModel | PeftModel) -> Family | None:
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model itself. An adapter lives inside its layers, so calling them still trains the adapter."""
+    """The transformers model. The adapter is inside its layers, so calling it still trains the adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def decoder_start_token(model: PreTrainedModel) -> int:
-    """The first decoder input, by which `diptych prepare` goes, too: `named_start`."""
+    """The first decoder input, by the rule of decoder_start.py, as in `diptych prepare`. UserError for none."""
     named = named_start(model.config, model.generation_config)
     if named is not None:
         return named[0]
@@ -117,20 +117,20 @@ def decoder_start_token(model: PreTrainedModel) -> int:
 
 
 def embedding_rows(model: PreTrainedModel) -> tuple[int, int]:
-    """Of the encoder's table, and of the head: how many ids a source and a target may have."""
+    """Of the encoder's table and of the head: how many ids there are in sources and targets."""
     return model.get_input_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
 
 
 def vocabulary_tables(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    """Every weight with a row for each token: input embeddings and head, a tied one once, under its first name."""
+    """Input embeddings and head by name; a tied table once, under its first name."""
     tables = {id(table) for table in input_and_output_tables(model)}
     return {name: weight for name, weight in model.named_parameters() if id(weight) in tables}
 
 
 def input_and_output_tables(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """Of the model, its encoder, its decoder, and its head; each (V, D), and which of them are one is the model's.
+    """Of the model, its encoder, its decoder, and its head, each (V, D); some of them may be the same tensor.
 
-    (FSMT's panels are plain modules; their tables are the model's own.)
+    (FSMT's encoder and decoder are plain modules, whose tables are the model's own.)
     """
     panels = (model, model.get_encoder(), model.get_decoder())
     inputs = [panel.get_input_embeddings().weight for panel in panels if isinstance(panel, PreTrainedModel)]
@@ -149,7 +149,7 @@ def table_positions(model: PreTrainedModel) -> tuple[int | None, int | None]:
         return None
 
     source, target = of(model.get_encoder()), of(model.get_decoder())
-    if model.config.model_type == "prophetnet":  # whose predicting streams are a position ahead
+    if model.config.model_type == "prophetnet":  # its predicting streams are one position ahead
         target -= 1
     return source, target
 
@@ -182,8 +182,8 @@ def _in_table(panel: nn.Module, positions: torch.Tensor) -> Iterator[dict]:
 
 @contextmanager
 def _in_sinusoids(panel: nn.Module, positions: torch.Tensor) -> Iterator[dict]:
-    """M2M100 counts the tokens that are no padding; here it counts from 0 in each segment. A decoder that starts with
-    the padding token has that one at no position at all, and its first word at 0."""
+    """M2M100 numbers the tokens that are not padding; here from 0 in each segment. Where a decoder starts with the
+    padding token, that one has no position, and the first word has position 0."""
 
     def look_up(module, arguments, output):
         is_word = arguments[0] != module.padding_idx

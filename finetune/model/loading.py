@@ -1,12 +1,11 @@
-"""A checkpoint's name in; a model ready for inference and its tokenizer out, or one message that says what is wrong.
+"""A checkpoint's name in; a model ready for inference with its tokenizer out, or one message that says what is wrong.
 
-    loaded = load_checkpoint("runs/translate/final")     # a folder as save_pretrained writes it
-    loaded = load_checkpoint("google-t5/t5-small")       # a Hub id
-    loaded = load_checkpoint("runs/translate-lora/final")  # a peft adapter; its base is found
+    loaded = load_checkpoint("runs/translate/final")         # a folder as save_pretrained writes it
+    loaded = load_checkpoint("google-t5/t5-small")           # a Hub id
+    loaded = load_checkpoint("runs/translate-lora/final")    # a peft adapter; its base is found
 
-Any `AutoModelForSeq2SeqLM` checkpoint. An adapter is merged into its base, so that what comes out is always a plain
-model. Weights are read from safetensors only, and code that lies in a checkpoint is never run: Diptych's own classes
-are registered by the import below.
+Any `AutoModelForSeq2SeqLM` checkpoint. An adapter is merged into its base, so the result is always a plain model.
+Weights are read from safetensors only, and code in a checkpoint is never run.
 """
 
 import json
@@ -54,9 +53,8 @@ from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, check_adapter,
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
 ADAPTER_CONFIG = "adapter_config.json"
 EXPORT_FILE = "export.json"
-"""What `diptych export` writes into the folders that it makes."""
-# False, and not left out: left out, transformers would ask on the terminal whether to run the checkpoint's code.
-_NO_CODE = {"trust_remote_code": False}
+"""`diptych export` writes it into its folders."""
+_NO_CODE = {"trust_remote_code": False}  # without it, transformers would ask on the terminal whether to run code
 
 
 def load_checkpoint(
@@ -79,9 +77,8 @@ def load_parts(name: str, dtype: str | torch.dtype = "auto") -> tuple[PreTrained
     """Model and tokenizer as `load_checkpoint` has them, on the CPU; the template is not looked at."""
     check_folder(name)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # which is for who watches
-    adapter = adapter_settings(name)
-    if adapter:
+        logging.disable_progress_bar()
+    if adapter := adapter_settings(name):
         tokenizer = load_tokenizer(name, fallback=adapter["base_model_name_or_path"])
         model = _load_adapted(name, adapter, tokenizer, dtype)
     else:
@@ -91,7 +88,7 @@ def load_parts(name: str, dtype: str | torch.dtype = "auto") -> tuple[PreTrained
 
 
 def say_if_slow(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Most CPUs have no units for bf16 and fp16, in which many checkpoints are saved."""
+    """Many checkpoints are saved in bf16 or fp16, which most CPUs can only emulate."""
     if dtype not in (torch.bfloat16, torch.float16) or device.type != "cpu":
         return
     times_slower = training_pace(device, torch.float32) / training_pace(device, dtype)
@@ -104,15 +101,14 @@ def say_if_slow(name: str, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` takes the first accelerator if there is one; anything else is taken at its word."""
-    if device != "auto":
-        try:
-            return torch.empty(0, device=device).device  # made, not only named, so that a missing one shows here
-        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
-            raise UserError(
-                f"device {device!r} cannot be used: {_in_short(error).split('. ')[0]}. Leave it at auto."
-            ) from error
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """`auto` takes an accelerator if there is one. UserError for a device that this machine does not have."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device  # torch.device("cuda:9") alone would raise nothing
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        reason = _in_short(error).split(". ")[0]
+        raise UserError(f"device {device!r} cannot be used: {reason}. Leave it at auto.") from error
 
 
 def check_folder(name: str) -> None:
@@ -126,19 +122,16 @@ def check_folder(name: str) -> None:
             f"it was made of."
         )
     if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+        inside = sorted(file.parent for file in folder.glob("*/config.json"))
+        hint = f" Did you mean {inside[-1]}?" if inside else ""
         raise UserError(
             f"{name} has neither config.json nor {ADAPTER_CONFIG}, so it is not a checkpoint. Name the folder "
-            f"that save_pretrained wrote (after `diptych train`: RUN/final).{_checkpoint_inside(folder)}"
+            f"that save_pretrained wrote (after `diptych train`: RUN/final).{hint}"
         )
 
 
-def _checkpoint_inside(folder: Path) -> str:
-    inside = sorted(file.parent for file in folder.glob("*/config.json"))
-    return f" Did you mean {inside[-1]}?" if inside else ""
-
-
 def export_kind(name: str) -> str:
-    """What the folder was exported to (`ctranslate2`, `onnx`); "" where it is no export."""
+    """The engine that the folder was exported for (`ctranslate2`, `onnx`); "" where it is no export."""
     file = Path(name) / EXPORT_FILE
     if not file.is_file():
         return ""
@@ -172,7 +165,7 @@ def adapter_settings(name: str) -> dict:
 
 
 def has_tokenizer(name: str) -> bool:
-    """Whether there is one to load: a folder without tokenizer files has none; a Hub id is taken to have one."""
+    """False for a folder without tokenizer files; a Hub id is assumed to have one."""
     folder = Path(name)
     return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
@@ -183,13 +176,13 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
     for place in filter(None, (name, fallback)):
         check_place(place)
         if not has_tokenizer(place):
-            continue  # transformers 5 would make a T5 tokenizer out of nothing, with a vocabulary of 104 tokens
+            continue  # here transformers 5 would invent a T5 tokenizer of 104 tokens
         check_config(place)
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = type(error)(why_not_loaded(error)) if isinstance(error, ValueError | ImportError) else error
-            if "backend tokenizer" in str(error):  # and then, over many lines, what might be there
+            if "backend tokenizer" in str(error):  # followed by many lines on what might be there
                 reason = FileNotFoundError("neither tokenizer.json nor another vocabulary is there.")
             continue
         check_chat_templates(tokenizer.chat_template, place)
@@ -204,15 +197,13 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
 def load_model(
     name: str, dtype: str | torch.dtype = "auto", quantization: BitsAndBytesConfig | None = None
 ) -> PreTrainedModel:
-    """A whole encoder-decoder checkpoint; UserError for another kind of model, or where weights are missing.
-
-    With `quantization`, on this rank's GPU.
-    """
+    """An encoder-decoder checkpoint that is no adapter; with `quantization`, on this rank's GPU. UserError for another
+    kind of model, or where weights are missing."""
     settings = {} if quantization is None else {"quantization_config": quantization, "device_map": "cuda"}
     config = load_config(name)
     _check_seq2seq(config, name)
     files = weight_files(name, MODEL_WEIGHTS)
-    if quantization is None:  # else it takes a quarter, of another memory
+    if quantization is None:  # else it takes a quarter, of the GPU's memory
         check_sizes(config, files, dtype, name)
     try:
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
@@ -234,15 +225,15 @@ def load_model(
 
 
 def _freeze_sinusoids(model: PreTrainedModel) -> None:
-    """Marian and Pegasus freeze their tables of sinusoids when they are made, and transformers (5.23) thaws them when
-    it loads. They never get a gradient, which DDP would wait for."""
+    """Marian and Pegasus freeze their tables of sinusoids when they are made, but not when they are loaded
+    (transformers 5.23). They never get a gradient, for which DDP would wait."""
     for module in model.modules():
         if isinstance(module, MarianSinusoidalPositionalEmbedding | PegasusSinusoidalPositionalEmbedding):
             module.weight.requires_grad_(False)
 
 
 def load_config(name: str) -> PreTrainedConfig:
-    """UserError for one that cannot be read, that would load code, or whose weights are quantized."""
+    """UserError for a config that cannot be read, that would load code, or whose weights are quantized."""
     check_config(name)
     try:
         config = AutoConfig.from_pretrained(name, **_NO_CODE)
@@ -254,7 +245,7 @@ def load_config(name: str) -> PreTrainedConfig:
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(
-                f"config.json of {name} has a {key}, by which other weights are read, or with other libraries. Take "
+                f"config.json of {name} has a {key}: its weights lie elsewhere, or need other libraries to read. Take "
                 f"the checkpoint that is not quantized, with {MODEL_WEIGHTS}."
             )
     return config
@@ -263,7 +254,7 @@ def load_config(name: str) -> PreTrainedConfig:
 def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
     if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:  # first, because BERT and its kin have a causal class as well
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:  # first, because BERT and the like have a causal class as well
         kind = "an encoder-only model"
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = "a decoder-only model"
@@ -278,13 +269,8 @@ def _check_seq2seq(config: PreTrainedConfig, name: str) -> None:
 def _load_adapted(
     name: str, adapter: dict, tokenizer: PreTrainedTokenizerBase, dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    """The base that the adapter names, with the adapter merged in, which is done in fp32: what `dtype` rounds comes
-    last."""
-    from diptych.finetune.model.adapters import (  # peft takes seconds
-        ADAPTER_WEIGHTS,
-        load_for_inference,
-        merge_adapter,
-    )
+    """The base that the adapter names, with the adapter merged in. Merging is done in fp32; `dtype` rounds last."""
+    from diptych.finetune.model.adapters import ADAPTER_WEIGHTS, load_for_inference, merge_adapter
 
     files = weight_files(name, ADAPTER_WEIGHTS)
     check_adapter(adapter, files, name)
@@ -302,7 +288,7 @@ def _load_adapted(
         raise UserError(f"the adapter {name} does not fit its base {base_name}: {_in_short(error)}") from error
     for weight, tensor in _tensors(model):
         tensor.data = tensor.data.to(dtypes[weight])
-    if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes it down where the base has none
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes one where the base has none
         model.generation_config = load_generation_config(name)
     return model
 
@@ -319,7 +305,7 @@ def _refused_generation_config(name: str | Path, error: Exception) -> UserError:
 
 
 def lacking_most(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """Tokens of the tokenizer and rows of the model on that side where more rows lack, or fewer are left."""
+    """(tokens of the tokenizer, embedding rows of the model), of source or target: where tokens - rows is larger."""
     sides = zip(vocabulary_sizes(tokenizer), embedding_rows(model), strict=True)
     return max(sides, key=lambda side: side[0] - side[1])
 
@@ -330,11 +316,9 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def position_limit(model: PreTrainedModel, of_source: bool = False) -> int | None:
-    """Tokens that a row may have: the table of positions (BART), or what rotary positions are scaled for (Diptych).
-
-    None for relative positions (T5). Panels may differ (an LED reads 16,384 tokens and writes 1,024); the smaller one
-    counts, or with `of_source` the encoder.
-    """
+    """Tokens that a row may have: the table of positions (BART), or what rotary positions are scaled for (Diptych);
+    None for relative positions (T5). Where panels differ (an LED reads 16,384 tokens and writes 1,024), that of the
+    smaller one; with `of_source` the encoder's."""
     config = model.config.to_dict()
     panels = [config, config.get("encoder") or {}, config.get("decoder") or {}]
     panels, tables = panels[: 3 - of_source], table_positions(model)[: 2 - of_source]
@@ -353,6 +337,6 @@ def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 
 def _in_short(error: BaseException) -> str:
-    """And what a first line that ends with a colon leads to."""
+    """The first line of a message; the second, too, where the first one ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,4 +1,4 @@
-"""Packed rows in; for each of the three attention sites, which token may see which, as the chosen attention wants it.
+"""For packed rows: which token may see which, at each of the three attention sites, in the form a kernel needs.
 
     segment_ids          1  1  1  1 |  2  2  2 |  0      encoder   a token sees its own segment
     decoder_segment_ids  1  1  1 |  2  2 |  0            decoder   its own segment, up to itself
@@ -10,10 +10,10 @@
     varlen              boundaries, (1, 1, 2, n + 1): where each segment of the queries and of the keys ends, rows laid
                         end to end:  [0 3 5 6] and [0 4 7 8]  for the cross site above
 
-All forms travel as `attention_mask`, which every model of transformers hands on untouched when it has four dimensions.
-"varlen" computes nothing outside the segments: on a GPU through torch.nn.attention.varlen (flash attention), elsewhere
-segment by segment. On two CPU cores, 560 tokens in 9 segments, 8 heads, forward and backward in bf16: 2.3 ms, against
-5.4 ms for eager attention with a dense mask and 77 ms for sdpa with one.
+All are passed as `attention_mask`, which transformers' models hand on as it is when it has four dimensions. "varlen"
+computes nothing outside the segments: on a GPU by torch.nn.attention.varlen (flash attention), on a CPU segment by
+segment. On two CPU cores, 560 tokens in 9 segments, 8 heads, forward and backward in bf16: 2.3 ms, against 5.4 ms for
+eager attention with a dense mask and 77 ms for sdpa with one.
 
 B rows, S source tokens, T target tokens, H heads, E head size, n segments.
 """
@@ -41,14 +41,12 @@ from diptych.modeling.modeling_diptych import CACHE_NAME, same_segment
 
 VARLEN = "varlen"
 Mask = torch.Tensor | BlockMask
-
-
 BLOCK_TOKENS = 128
-"""On a CPU, segments are computed together until they have so many tokens: a product costs 50 µs however small."""
+"""On a CPU, short segments are computed together up to so many tokens: the smallest product costs 50 µs."""
 
 
 class SiteMasks(NamedTuple):
-    """A mask for each attention site; by layer type where a model has sliding windows besides (T5Gemma)."""
+    """A mask for each attention site; by layer type where a model also has sliding windows (T5Gemma)."""
 
     encoder: Mask | dict[str, Mask]
     decoder: Mask | dict[str, Mask]
@@ -84,11 +82,8 @@ def site_masks(model: PreTrainedModel, batch: dict[str, torch.Tensor], by_layer_
 def boundaries(query_segments: torch.Tensor, key_segments: torch.Tensor) -> torch.Tensor:
     """Cumulative lengths of the segments of queries (B, T) and keys (B, S), stacked: (1, 1, 2, n + 1).
 
-    Segments count 1, 2, 3 … in a row, on both sides alike, and padding stands at the end of a row: it becomes one
-    segment more, whose queries see the padding of the other side, or nothing where there is none.
-
-    Which lengths there are does not depend on the data: each row has as many entries as the row with most segments,
-    the missing ones empty.
+    Padding at the end of a row becomes one segment more, whose queries see the padding of the other side, if there is
+    any. Each row has as many entries as the row with most segments; the missing ones are empty.
     """
     segments = int(max(query_segments.max(), key_segments.max()))
     numbers = torch.arange(1, segments + 1, device=query_segments.device)
@@ -114,12 +109,12 @@ def varlen_attention_forward(
     position_bias: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within the segments that `boundaries` marks: query (B, H, T, E), key and value (B, K, S, E) → output
-    (B, T, H, E). With another mask, as padded rows and generation have it, it is sdpa.
+    """Attention within the segments of `boundaries`: query (B, H, T, E), key and value (B, K, S, E) → output
+    (B, T, H, E). With another mask (padded rows, generation) it is sdpa.
 
     Args:
-        position_bias: (1, H, T, S), what a T5 adds to its scores. It depends on the distance of two tokens alone, so
-            that a segment's part is the corner of its size.
+        position_bias: (1, H, T, S), what a T5 adds to its scores. It depends on distances alone, so the bias of a
+            segment is the upper left corner of its size.
 
     Raises:
         ValueError: for scores that are capped or windowed; on a GPU, for dropout or a position bias, too.
@@ -182,15 +177,15 @@ class _Block(NamedTuple):
     columns: slice
     """Of the keys."""
     forbidden: torch.Tensor | None
-    """(t, s): what of it lies outside the segments, or ahead; None where nothing does."""
+    """(t, s): pairs of different segments, or ahead; None where there are none."""
 
 
 @functools.lru_cache(maxsize=16)  # every layer of a panel asks for the same ones, in both passes
 def _blocks(
     query_ends: tuple[int, ...], key_ends: tuple[int, ...], block_tokens: int, is_causal: bool
 ) -> list[_Block]:
-    """Short segments are put together until a block has enough tokens. A segment without queries or without keys, such
-    as padding that finds none on the other side, is in no block: nothing is computed for it."""
+    """Neighbouring short segments are put together until a block has enough tokens. A segment without queries or
+    without keys is in no block: nothing is computed for it."""
     blocks, gathered = [], []
     for segment in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends), strict=True):
         (start, end), (first, last) = segment
@@ -219,8 +214,8 @@ def _block(segments: list[tuple[tuple[int, int], tuple[int, int]]], is_causal: b
 class _SegmentAttention(torch.autograd.Function):
     """query (tokens, H, E), key and value (tokens, K, E), bias (1, H, T, S) or None → (tokens, H, E), on a CPU.
 
-    One small attention a block, both passes by hand: each result is written to its place once, where autograd would
-    fill a tensor of all tokens with zeros for every slice.
+    One small attention for each block, with its own backward pass: each result is written to its place, where autograd
+    would fill a tensor of all tokens with zeros for every slice.
     """
 
     @staticmethod
@@ -231,7 +226,7 @@ class _SegmentAttention(torch.autograd.Function):
             for rows, columns, forbidden in rule.blocks():
                 q, k, v = _by_heads(query[rows]), _by_heads(key[columns], groups), _by_heads(value[columns], groups)
                 scores = torch.bmm(q, k.transpose(1, 2)).mul_(rule.scaling)
-                if bias is not None:  # a matter of distance: this corner is right wherever the block begins
+                if bias is not None:  # it depends on distances, so this corner is right for every block
                     scores += bias[0, :, : scores.shape[1], : scores.shape[2]]
                 if forbidden is not None:
                     scores.masked_fill_(forbidden, float("-inf"))
@@ -266,7 +261,7 @@ class _SegmentAttention(torch.autograd.Function):
         return of_query, of_key, of_value, of_bias, None
 
 
-@torch.compiler.disable  # lengths are data: a compiled layer stops here, and goes on behind it
+@torch.compiler.disable  # lengths depend on the data, so a compiled layer has a graph break here
 def _segment_attention(query, key, value, bias, ends: torch.Tensor, **rule) -> torch.Tensor:
     return _SegmentAttention.apply(query, key, value, bias, _Rule(*map(tuple, ends[0, 0].tolist()), **rule))
 

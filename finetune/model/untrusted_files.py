@@ -1,17 +1,17 @@
-"""What a stranger gives, looked at before it is loaded: what it is, where it lies, and how much room it wants.
+"""Files of unknown origin are checked before they are loaded: their kind, their place, and the memory they need.
 
     weights = weight_files("google-t5/t5-small", "model.safetensors")  # [Path(…/model.safetensors)], or its shards
     check_sizes(config, weights, torch.float32, "google-t5/t5-small")  # nothing, or UserError with the bytes
     check_adapter(settings, weight_files(…, "adapter_model.safetensors"), "me/adapter")
     splits = open_prepared("prepared")                                 # rows of numbers and texts, and nothing else
 
-Weights are safetensors, because to open a pickle is to run what is in it. A folder's file of weights, or each that its
-index names, lies in the folder itself. What a config asks for is compared with what the files hold, by the headers of
-the files and a model without storage (torch's meta device), before there is room for a single weight.
+Weights are safetensors, because opening a pickle can run code. The files that an index names must lie beside it. The
+sizes that a config asks for are compared with the headers of the files, on torch's meta device, before any weight is
+allocated.
 
-What transformers (5.23) and peft (0.21) do without that: an index of safetensors may name a `.bin`, or a file outside
-the folder, and is followed; an adapter without safetensors is unpickled; for a Hub repository that has pickles alone a
-conversion is asked of a service, and what it answers is loaded; a width of a billion is allocated, then compared.
+Without these checks transformers (5.23) and peft (0.21) follow an index to a `.bin` or out of the folder, unpickle an
+adapter that has no safetensors, load what a conversion service answers for a Hub repository of pickles, and allocate a
+width of a billion before they compare it.
 """
 
 import copy
@@ -41,20 +41,20 @@ MODEL_WEIGHTS = "model.safetensors"
 INDEX = ".index.json"
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
 FOLDS = 4
-"""A model may have so many times the weights that its files hold: three tables of the vocabulary are stored as one."""
+"""A model may have so many times the weights that its files hold: three tied tables are stored as one."""
 SLACK = 2**20
-"""… and so many weights more, which a first message about weights that are missing is better for than one of sizes."""
+"""… and so many weights more: for small models, a message about missing weights is clearer than one about sizes."""
 
 _FAULTS_OF_CONFIGS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError),
     StrictDataclassError,
 )
-"""What transformers raises, wherever it stumbles over a value that it did not expect."""
+"""What transformers raises for a config with values that it did not expect."""
 
 
 def weight_files(name: str, wanted: str) -> list[Path]:
-    """The files that `wanted`, model.safetensors or adapter_model.safetensors, stands for in a folder or on the Hub,
-    from where they are downloaded. UserError where there are none, or where its index names anything else."""
+    """The file `wanted` (model.safetensors or adapter_model.safetensors), or the shards that its index names, of a
+    folder or of the Hub, from where they are downloaded. UserError where there are none, or the index names others."""
     if file := _file(name, wanted):
         return [file]
     index = _file(name, wanted + INDEX) if wanted == MODEL_WEIGHTS else None
@@ -89,9 +89,12 @@ def _file(name: str, file: str) -> Path | None:
 
 def _no_safetensors(name: str, wanted: str) -> str:
     pickles = sorted(file.name for pattern in PICKLES for file in Path(name).glob(pattern))
-    found = f", only {pickles[0]}" if pickles else ""
     others = sorted(file.name for file in Path(name).glob("*.safetensors"))
-    what = f"{wanted}{f' (it has {others[0]})' if others and not found else ''}" if others else "*.safetensors file"
+    what, found = wanted if others else "*.safetensors file", ""
+    if pickles:
+        found = f", only {pickles[0]}"
+    elif others:
+        found = f" (it has {others[0]})"
     return (
         f"{name} has no {what}{found}. Weights are read from safetensors alone, because a pickle can run code. If you"
         f" trust it, convert it: {conversion(name, wanted)}"
@@ -99,7 +102,7 @@ def _no_safetensors(name: str, wanted: str) -> str:
 
 
 def conversion(name: str, wanted: str = MODEL_WEIGHTS) -> str:
-    """A command that makes safetensors of a pickle, which it opens with torch's unpickler for tensors alone."""
+    """A command that makes safetensors of a pickle, which it opens with torch's unpickler that reads tensors only."""
     if wanted != MODEL_WEIGHTS:
         pickle = str(Path(name) / wanted.replace(".safetensors", ".bin"))
         code = (
@@ -123,8 +126,8 @@ def check_sizes(
     name: str,
     auto_class: type = AutoModelForSeq2SeqLM,
 ) -> None:
-    """UserError where the config asks for a model that the files are not of; StorageError where it is larger than the
-    memory of this machine. Nothing is allocated."""
+    """UserError where the config asks for a far larger model than the files hold; StorageError where it is larger than
+    the free memory of this machine. Nothing is allocated."""
     shapes = [shape for file in files for shape in _shapes(file)]
     held = sum(map(math.prod, shapes))
     written = config.to_dict()
@@ -155,7 +158,7 @@ def _absurd(name: str, what: str, weights: int, held: int, tensors: int) -> str:
 
 
 def _shapes(file: Path) -> Iterator[list[int]]:
-    """Of all tensors, by the header, of which safetensors checks that it fits the file and that nothing overlaps."""
+    """Of all tensors in a file, from its header, which safetensors checks."""
     try:
         with safe_open(file, framework="numpy") as tensors:  # torch would map the file as memory of its own
             for key in tensors.keys():
@@ -185,8 +188,8 @@ def _bytes_each(dtype: str | torch.dtype | None) -> int:
 
 def check_adapter(settings: Mapping[str, Any], files: Sequence[Path], name: str) -> None:
     """UserError where adapter_config.json asks for a method that does more than read weights (BOFT compiles, prompts
-    load a tokenizer), for code, or for ranks that are not those of the file."""
-    from diptych.finetune.model.adapters import METHODS  # and peft, for seconds, which only adapters need
+    load a tokenizer), for code, or for ranks larger than any tensor of the files."""
+    from diptych.finetune.model.adapters import METHODS  # peft takes seconds to import
 
     method = settings.get("peft_type")
     if method not in METHODS:
@@ -211,8 +214,8 @@ def check_adapter(settings: Mapping[str, Any], files: Sequence[Path], name: str)
 
 
 def open_prepared(folder: str | Path) -> DatasetDict | Dataset:
-    """What `save_to_disk` wrote, if its columns are numbers and texts. UserError where it cannot be read, or a column
-    is of pictures, sounds or documents: to read a row would open whatever file or address stands in it."""
+    """A dataset that `save_to_disk` wrote. UserError where it cannot be read, or a column has pictures, sounds or
+    documents: reading such a row would open whatever file or address it names."""
     try:
         found = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
