@@ -44,6 +44,12 @@ def prepare(tmp_path, bpe_folder, capsys):
     return run
 
 
+@pytest.fixture
+def path(write_rows):
+    """The file of ROWS."""
+    return write_rows("rows.jsonl", ROWS)
+
+
 def manifest_of(folder):
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
@@ -55,8 +61,7 @@ def rejects_of(folder):
 # What comes out
 
 
-def test_a_prepared_folder_holds_what_training_needs(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_a_prepared_folder_holds_what_training_needs(prepare, path, tmp_path):
     code, said, _ = prepare("--data", path, "--template", "plain")
     assert code == 0
     tables = datasets.load_from_disk(tmp_path / "prepared")
@@ -78,20 +83,6 @@ def test_a_prepared_folder_holds_what_training_needs(prepare, write_rows, tmp_pa
     assert originals == {}
     assert "Read       40 rows" in said and "40 kept, 0 rejected" in said
     assert "train 36 | validation 2 | test 2" in said
-
-
-def test_the_manifest_says_what_went_in_and_what_came_out(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", [*ROWS, {"instruction": "a", "output": ""}])
-    prepare("--data", path)
-    manifest = manifest_of(tmp_path / "prepared")
-    assert manifest["format"] == FORMAT
-    assert manifest["rows"] == {"read": 41, "examples": 41, "kept": 40, "rejected": 1}
-    assert manifest["rejected_by_kind"] == {"empty output": 1}
-    assert manifest["splits"] == {"train": 36, "validation": 2, "test": 2}
-    assert manifest["template"]["name"] == "alpaca"
-    assert [source["name"] for source in manifest["inputs"]] == [path]
-    for name, size in manifest["files"].items():
-        assert (tmp_path / "prepared" / name).stat().st_size == size
 
 
 def test_a_tokenizer_is_trained_on_the_train_split_alone(prepare, write_rows, tmp_path):
@@ -150,8 +141,7 @@ def test_existing_tokenizers_of_other_families_prepare(family, prepare, write_ro
             assert row["labels"].count(tokenizers_by_family[family].eos_token_id) == 1
 
 
-def test_several_processes_encode_as_one_does(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_several_processes_encode_as_one_does(prepare, path, tmp_path):
     assert prepare("--data", path, "--workers", 1, out="one")[0] == 0
     assert prepare("--data", path, "--workers", 2, out="two")[0] == 0
     one, two = (datasets.load_from_disk(tmp_path / name) for name in ("one", "two"))
@@ -198,9 +188,10 @@ FORMS = {
 def test_each_format_is_recognised_and_prepared(name, prepare, write_rows, tmp_path):
     rows = [json.loads(json.dumps(FORMS[name]).replace("{n}", str(n))) for n in range(30)]
     directions = ["--forward", "To Korean:", "--backward", "To English:"] if name == "parallel" else []
-    code, said, error = prepare("--data", write_rows("rows.jsonl", rows), "--template", "chat", *directions)
+    code, said, error = prepare("--data", write_rows("rows.jsonl", rows), *directions)
     assert code == 0, error
-    assert f"rows.jsonl: {name}, recognised" in said
+    template = "chat" if name in ("messages", "sharegpt") else "alpaca"
+    assert f"rows.jsonl: {name}, recognised" in said and f"Template   {template}" in said
     manifest = manifest_of(tmp_path / "prepared")
     per_row = 1 if name in ("dolly", "prompt_completion", "summarisation") else 2
     assert manifest["rows"] == {"read": 30, "examples": 30 * per_row, "kept": 30 * per_row, "rejected": 0}
@@ -379,8 +370,7 @@ def test_the_marks_of_a_template_are_in_nothing_that_is_learned_or_shown(prepare
     assert not [token for token in vocabulary if bytes_of_a_mark[:2] in token]
 
 
-def test_training_holds_nothing_of_an_evaluation_set(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_training_holds_nothing_of_an_evaluation_set(prepare, write_rows, path, tmp_path):
     seen = write_rows("test.jsonl", [ROWS[7], {"instruction": "Something else.", "output": "Quite."}])
     code, said, _ = prepare("--data", path, "--decontaminate", seen)
     assert code == 0 and "Rejected   1 × overlaps the evaluation data" in said
@@ -515,7 +505,10 @@ def test_a_folder_is_prepared_by_its_splits_and_can_be_pooled_by_name(prepare, w
     assert f"{folder}/test.jsonl is trained on, as --data says, and its name says test. --test holds it out." in error
 
 
-def test_fractions_are_for_what_has_no_set_of_its_own(prepare, own_sets, tmp_path):
+def test_fractions_are_for_what_has_no_set_of_its_own(prepare, own_sets, write_rows):
+    empty = write_rows("d.jsonl", [{"instruction": "Say it.", "output": ""}])
+    code, _, error = prepare("--data", own_sets["train"], "--test", empty)
+    assert code == 2 and "nothing is left for test: 1 row cannot be kept (1 × empty output)" in error
     test = ["--data", own_sets["train"], "--test", own_sets["test"]]
     assert "Split      train 30 | test 8\n" in prepare(*test)[1]
     _, said, _ = prepare(*test, "--validation_fraction", "0.1")
@@ -549,12 +542,6 @@ def test_aligned_files_can_be_held_out_and_a_set_that_is_not_there_is_told_at_on
     assert texts_of(tmp_path / "prepared")["test/wmt"] == [f"t {n}" for n in range(9)]
     code, said, error = prepare("--data", train, "--test", f"wmt={tmp_path}/tset.en")
     assert (code, said) == (2, "") and f"{tmp_path}/tset.en: there is no such file" in error
-
-
-def test_a_set_of_which_no_row_can_be_kept_is_an_error(prepare, own_sets, write_rows, tmp_path):
-    empty = write_rows("d.jsonl", [{"instruction": "Say it.", "output": ""}])
-    code, _, error = prepare("--data", own_sets["train"], "--test", empty)
-    assert code == 2 and "nothing is left for test: 1 row cannot be kept (1 × empty output)" in error
 
 
 def test_held_out_texts_are_unseen_for_a_trained_tokenizer(prepare, own_sets, write_rows, tmp_path):
@@ -641,8 +628,14 @@ def test_each_reject_says_file_row_field_reason_and_raw_text(prepare, write_rows
     assert (reject["file"], reject["row"], reject["field"]) == (path, 41, "output")
     assert reject["reason"] == "'output' is empty: a row needs one to be learned from."
     assert json.loads(reject["raw"]) == {"instruction": "a", "output": " "}
-    assert f"Rejected   1 × empty output, the first in {path}:41" in said
-    assert "rejects.jsonl" in said
+    assert f"Rejected   1 × empty output, the first in {path}:41" in said and "rejects.jsonl" in said
+    manifest = manifest_of(tmp_path / "prepared")
+    assert manifest["format"] == FORMAT and manifest["template"]["name"] == "alpaca"
+    assert manifest["rows"] == {"read": 41, "examples": 41, "kept": 40, "rejected": 1}
+    assert manifest["rejected_by_kind"] == {"empty output": 1}
+    assert [source["name"] for source in manifest["inputs"]] == [path]
+    for name, size in manifest["files"].items():
+        assert (tmp_path / "prepared" / name).stat().st_size == size
 
 
 def test_strict_stops_at_the_first_bad_row_and_writes_nothing(prepare, write_rows, tmp_path):
@@ -676,7 +669,7 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
     )
 
 
-def test_rows_over_a_limit_are_dropped_by_name_and_counted(prepare, write_rows, tmp_path):
+def test_rows_over_a_limit_are_dropped_by_name_and_counted_or_an_error(prepare, write_rows, tmp_path):
     path = write_rows("rows.jsonl", [*ROWS, LONG_ROW])
     code, said, _ = prepare("--data", path, "--max_target_tokens", 20)
     assert (code, "1 dropped, over 20" in said) == (0, True)
@@ -684,13 +677,8 @@ def test_rows_over_a_limit_are_dropped_by_name_and_counted(prepare, write_rows, 
     [reject] = rejects_of(tmp_path / "prepared")
     assert (reject["row"], reject["kind"]) == (41, "target over the limit")
     assert reject["reason"].startswith("the target has ") and reject["reason"].endswith("max_target_tokens is 20.")
-
-
-def test_a_row_over_a_limit_can_be_an_error(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", [*ROWS, LONG_ROW])
-    code, _, error = prepare("--data", path, "--max_target_tokens", 20, "--too_long", "error")
-    assert code == 2 and f"{path}:41: the target has " in error
-    assert not (tmp_path / "prepared").exists()
+    code, _, error = prepare("--data", path, "--max_target_tokens", 20, "--too_long", "error", out="error")
+    assert code == 2 and f"{path}:41: the target has " in error and not (tmp_path / "error").exists()
 
 
 @pytest.mark.parametrize("end", [False, True])
@@ -720,12 +708,7 @@ def test_a_source_that_is_cut_keeps_what_the_template_says_after_it(prepare, wri
     read = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
     assert "Sum it up." in read and "many words of it, many words" in read and read.rstrip().endswith("### Response:")
     assert 195 <= len(row["input_ids"]) <= 200 and row["input_ids"][-1] == tokenizer.eos_token_id
-
-
-def test_a_template_longer_than_the_limit_cannot_be_cut(prepare, write_rows, tmp_path):
-    rows = [*ROWS, {"instruction": "Sum it up.", "input": "many words of it, " * 200, "output": "Many."}]
-    arguments = ["--max_source_tokens", 20, "--too_long", "cut", "--template", "alpaca"]
-    code, _, error = prepare("--data", write_rows("rows.jsonl", rows), *arguments)
+    code, _, error = prepare("--data", tmp_path / "rows.jsonl", "--max_source_tokens", 20, *arguments[2:])
     assert code == 2 and "the template's own text has" in error
 
 
@@ -769,8 +752,8 @@ def packed_examples(row):
 def test_the_train_split_is_also_written_in_packed_rows(prepare, write_rows, tmp_path):
     code, said, _ = prepare("--data", write_rows("rows.jsonl", ROWS), "--template", "plain")
     assert code == 0
-    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
-    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
+    tables = datasets.load_from_disk(tmp_path / "prepared")
+    train, packed = tables["train"], datasets.load_from_disk(tmp_path / "prepared" / "packed")
     entry = manifest_of(tmp_path / "prepared")["packing"]
     assert set(packed.features) == {"examples", *PACKED_COLUMNS}
     places = []
@@ -806,18 +789,13 @@ def test_the_train_split_is_also_written_in_packed_rows(prepare, write_rows, tmp
     assert (
         f"Packing    train: 36 examples in {len(packed)} rows of " in said and "each source encoded for itself" in said
     )
+    for side, column in (("Source", "input_ids"), ("Target", "labels")):
+        longest = max(len(ids) for split in tables.values() for ids in split[column])
+        assert re.search(rf"\n{side}     in all splits: median .* longest {longest} \|", said)
     assert "Decoder    starts with token 0, the padding token, assumed as T5 and Diptych have it; --decoder" in said
 
 
-def test_packed_rows_are_read_as_arrays_of_one_shape(prepare, write_rows, tmp_path):
-    budget = ("--packed_source_tokens", 128, "--packed_target_tokens", 64)
-    assert prepare("--data", write_rows("rows.jsonl", ROWS), "--template", "plain", *budget)[0] == 0
-    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed").with_format("numpy")
-    assert packed[:2]["input_ids"].shape == (2, 128) and packed[:2]["labels"].shape == (2, 64)
-
-
-def test_packing_false_writes_examples_alone(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_packing_false_writes_examples_alone(prepare, path, tmp_path):
     code, said, _ = prepare("--data", path, "--packing", "false")
     assert (code, "Packing    none: every row of a batch" in said) == (0, True)
     assert manifest_of(tmp_path / "prepared")["packing"] is None
@@ -827,8 +805,7 @@ def test_packing_false_writes_examples_alone(prepare, write_rows, tmp_path):
     assert (tmp_path / "prepared" / "packed").is_dir()
 
 
-def test_how_rows_are_packed_decides_whether_they_are_used_again(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_how_rows_are_packed_decides_whether_they_are_used_again(prepare, path, tmp_path):
     arguments = ["--data", path, "--packed_source_tokens", 200]
     prepare(*arguments)
     code, said, _ = prepare(*arguments)
@@ -836,6 +813,8 @@ def test_how_rows_are_packed_decides_whether_they_are_used_again(prepare, write_
     assert prepare(*arguments, "--packed_target_tokens", 90)[1].splitlines()[1].startswith("Read")
     assert prepare(*arguments, "--share_sources")[1].splitlines()[1].startswith("Read")
     assert prepare(*arguments, "--decoder_start_token_id", 2)[1].splitlines()[1].startswith("Read")
+    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed").with_format("numpy")
+    assert packed[:2]["input_ids"].shape == (2, 200) and packed.features["labels"].length > 0
     table = next((tmp_path / "prepared" / "packed").glob("*.arrow"))
     table.write_bytes(table.read_bytes()[:-10])
     assert prepare(*arguments, "--decoder_start_token_id", 2)[1].splitlines()[1].startswith("Read")
@@ -897,20 +876,11 @@ def test_large_splits_are_packed_some_neighbours_at_a_time(prepare, write_rows, 
             assert (ids, labels) == (train[place]["input_ids"], train[place]["labels"])
 
 
-def test_packing_that_gains_nothing_is_said(prepare, write_rows, tmp_path):
-    path, words = write_rows("rows.jsonl", ROWS), "packing gains nothing: next to every row holds one example alone"
+def test_packing_that_gains_nothing_is_said(prepare, path, tmp_path):
+    words = "packing gains nothing: next to every row holds one example alone"
     assert words not in prepare("--data", path)[1]
     longest = manifest_of(tmp_path / "prepared")["tokens"]["source"]["p100"]
     assert words in prepare("--data", path, "--packed_source_tokens", longest)[1]
-
-
-def test_lengths_are_said_to_be_of_all_splits_and_packing_of_train(prepare, write_rows, tmp_path):
-    said = prepare("--data", write_rows("rows.jsonl", ROWS))[1].splitlines()
-    splits = datasets.load_from_disk(tmp_path / "prepared").values()
-    for side, column in (("Source", "input_ids"), ("Target", "labels")):
-        longest = max(len(ids) for split in splits for ids in split[column])
-        [line] = [line for line in said if line.startswith(side)]
-        assert line.startswith(f"{side}     in all splits: median ") and f"longest {longest} |" in line
 
 
 def start_of(folder):
@@ -918,8 +888,8 @@ def start_of(folder):
     return entry["decoder_start_token_id"], entry["decoder_start_from"]
 
 
-def test_the_decoder_starts_as_the_checkpoints_config_says(prepare, write_rows, tokenizers_by_family, tmp_path):
-    path, checkpoint = write_rows("rows.jsonl", ROWS), tmp_path / "checkpoint"
+def test_the_decoder_starts_as_the_checkpoints_config_says(prepare, path, tokenizers_by_family, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
     tokenizers_by_family["bart"].save_pretrained(checkpoint)
     assert prepare("--data", path, tokenizer=checkpoint)[0] == 0
     assert start_of(tmp_path / "prepared") == (tokenizers_by_family["bart"].pad_token_id, "assumed")
@@ -937,10 +907,7 @@ def test_the_decoder_starts_as_the_checkpoints_config_says(prepare, write_rows, 
     assert {start for row in packed for _, _, start in packed_examples(row)} == {9}
 
 
-def test_a_start_that_the_tokenizer_does_not_have_is_refused_before_any_work(
-    prepare, write_rows, bpe_folder, tmp_path
-):
-    path = write_rows("rows.jsonl", ROWS)
+def test_a_start_that_the_tokenizer_does_not_have_is_refused_before_any_work(prepare, path, bpe_folder, tmp_path):
     last = len(AutoTokenizer.from_pretrained(bpe_folder)) - 1
     code, said, error = prepare("--data", path, "--decoder_start_token_id", last + 1)
     assert code == 2 and "Prepared" not in said and "Encoding" not in error
@@ -987,8 +954,7 @@ def test_a_start_that_the_tokenizer_writes_itself_is_packed_once(prepare, write_
 # Reuse and replacement
 
 
-def test_a_rerun_with_the_same_inputs_reuses_and_says_so(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_a_rerun_with_the_same_inputs_reuses_and_says_so(prepare, path, tmp_path):
     prepare("--data", path)
     written = (tmp_path / "prepared" / "manifest.json").stat().st_mtime_ns
     code, said, _ = prepare("--data", path, "--workers", 2, "--strict")
@@ -996,8 +962,7 @@ def test_a_rerun_with_the_same_inputs_reuses_and_says_so(prepare, write_rows, tm
     assert (tmp_path / "prepared" / "manifest.json").stat().st_mtime_ns == written
 
 
-def test_an_input_of_the_same_size_and_time_but_other_content_is_noticed(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_an_input_of_the_same_size_and_time_but_other_content_is_noticed(prepare, path, tmp_path):
     prepare("--data", path)
     before = os.stat(path)
     content = (tmp_path / "rows.jsonl").read_bytes()
@@ -1009,19 +974,12 @@ def test_an_input_of_the_same_size_and_time_but_other_content_is_noticed(prepare
     assert "Reused" in prepare("--data", path)[1]
 
 
-def test_a_second_run_into_the_same_folder_is_refused(prepare, write_rows, tmp_path, bpe_folder):
-    path = write_rows("rows.jsonl", ROWS)
+def test_a_second_run_into_the_same_folder_is_refused(prepare, path, tmp_path, bpe_folder):
     with beside(tmp_path / "prepared"):
         code, _, error = prepare("--data", path)
         assert code == 2 and f"is being written by another run (process {os.getpid()} on " in error
     assert prepare("--data", path)[0] == 0
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
-
-
-def test_conversations_take_the_template_that_has_a_place_for_them(prepare, write_rows, tmp_path):
-    rows = [json.loads(json.dumps(FORMS["messages"]).replace("{n}", str(n))) for n in range(20)]
-    code, said, _ = prepare("--data", write_rows("rows.jsonl", rows))
-    assert code == 0 and "40 kept, 0 rejected" in said and "Template   chat" in said
 
 
 def test_limits_are_those_of_the_settings(prepare, write_rows, tmp_path):
@@ -1044,8 +1002,10 @@ def test_token_ids_of_another_tokenizer_are_rejected(prepare, write_rows, tmp_pa
     assert code == 0 and reject["kind"] == "unknown token" and "99999" in reject["reason"]
 
 
-def test_a_changed_input_template_tokenizer_or_setting_is_prepared_anew(prepare, write_rows, tmp_path, sentences):
-    path, frame = write_rows("rows.jsonl", ROWS), tmp_path / "frame.jinja"
+def test_a_changed_input_template_tokenizer_or_setting_is_prepared_anew(
+    prepare, write_rows, path, tmp_path, sentences
+):
+    frame = tmp_path / "frame.jinja"
     frame.write_text("{{ instruction }} {{ input }}")
     arguments = ["--data", path, "--template", frame]
     prepare(*arguments)
@@ -1063,8 +1023,7 @@ def test_a_changed_input_template_tokenizer_or_setting_is_prepared_anew(prepare,
     assert prepare(*arguments, "--seed", 1, tokenizer=tmp_path / "other")[1].startswith("Reused")
 
 
-def test_a_damaged_folder_is_prepared_anew(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_a_damaged_folder_is_prepared_anew(prepare, path, tmp_path):
     prepare("--data", path)
     table = next((tmp_path / "prepared" / "train").glob("*.arrow"))
     table.write_bytes(table.read_bytes()[:-10])
@@ -1072,8 +1031,7 @@ def test_a_damaged_folder_is_prepared_anew(prepare, write_rows, tmp_path):
     assert len(datasets.load_from_disk(tmp_path / "prepared")["train"]) == 36
 
 
-def test_what_is_not_ours_is_never_overwritten(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_what_is_not_ours_is_never_overwritten(prepare, path, tmp_path):
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared" / "thesis.txt").write_text("years of work")
     code, _, error = prepare("--data", path)
@@ -1097,8 +1055,7 @@ def test_what_is_not_ours_is_never_overwritten(prepare, write_rows, tmp_path):
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 40
 
 
-def test_the_cache_files_of_datasets_do_not_stand_in_the_way(prepare, write_rows, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_the_cache_files_of_datasets_do_not_stand_in_the_way(prepare, path, tmp_path):
     prepare("--data", path)
     table = datasets.load_from_disk(tmp_path / "prepared")["train"]
     table.filter(lambda row: len(row["labels"]) > 2)
@@ -1122,12 +1079,6 @@ def test_a_killed_run_leaves_a_whole_dataset_or_none(prepare, write_rows, tmp_pa
     assert manifest_of(tmp_path / "prepared")["splits"] == {name: len(table) for name, table in rows.items()}
     assert prepare("--data", path, "--seed", 1)[0] == 0
     assert manifest_of(tmp_path / "prepared")["settings"]["seed"] == 1
-    assert not list(tmp_path.glob(".prepared*"))
-
-
-def test_the_remains_of_a_killed_run_are_no_dataset_and_go_with_the_next(prepare, write_rows, tmp_path):
-    (tmp_path / ".prepared.partial" / "train").mkdir(parents=True)
-    assert prepare("--data", write_rows("rows.jsonl", ROWS))[0] == 0
     assert not list(tmp_path.glob(".prepared*"))
 
 
@@ -1162,8 +1113,8 @@ def test_a_reader_that_goes_away_ends_nothing(write_rows, tmp_path, bpe_folder):
 # Templates and tokenizers that a checkpoint brings along
 
 
-def test_the_template_that_a_tokenizer_carries_is_used_unless_another_is_named(prepare, write_rows, tmp_path):
-    path, frame = write_rows("rows.jsonl", ROWS), tmp_path / "frame.jinja"
+def test_the_template_that_a_tokenizer_carries_is_used_unless_another_is_named(prepare, path, tmp_path):
+    frame = tmp_path / "frame.jinja"
     frame.write_text("Q: {{ instruction }} {{ input }}")
     prepare("--data", path, "--template", frame)
     checkpoint = tmp_path / "prepared" / "tokenizer"
@@ -1176,10 +1127,8 @@ def test_the_template_that_a_tokenizer_carries_is_used_unless_another_is_named(p
     assert template.render_source("x", "y") == "Q: x y"
 
 
-def test_a_template_that_ignores_the_instruction_warns_and_one_that_ignores_all_is_refused(
-    prepare, write_rows, tmp_path
-):
-    path, frame = write_rows("rows.jsonl", ROWS), tmp_path / "frame.jinja"
+def test_a_template_that_ignores_the_instruction_warns_and_one_that_ignores_all_is_refused(prepare, path, tmp_path):
+    frame = tmp_path / "frame.jinja"
     frame.write_text("Answer: {{ input }}")
     code, _, error = prepare("--data", path, "--template", frame)
     assert code == 0 and "frame.jinja leaves out the instruction, and 40 rows have one." in error
@@ -1201,8 +1150,7 @@ def test_what_is_given_and_not_used_is_said(prepare, write_rows, tmp_path):
     assert load_template(str(frame)).target == "yes"
 
 
-def test_tokenizers_that_cannot_serve_are_refused(prepare, write_rows, tokenizers_by_family, tmp_path):
-    path = write_rows("rows.jsonl", ROWS)
+def test_tokenizers_that_cannot_serve_are_refused(prepare, path, tokenizers_by_family, tmp_path):
     assert "there is no folder" in prepare("--data", path, tokenizer=tmp_path / "nowhere")[2]
     (tmp_path / "hollow").mkdir()
     assert "could not be loaded" in prepare("--data", path, tokenizer=tmp_path / "hollow")[2]
@@ -1252,8 +1200,8 @@ def test_a_user_s_mistake_is_one_message_and_exit_code_2(arguments, words, capsy
     assert not (tmp_path / "prepared").exists()
 
 
-def test_settings_come_from_yaml_and_the_command_line_goes_before(prepare, write_rows, tmp_path, bpe_folder):
-    path, config = write_rows("rows.jsonl", ROWS), tmp_path / "prepare.yaml"
+def test_settings_come_from_yaml_and_the_command_line_goes_before(prepare, path, tmp_path, bpe_folder):
+    config = tmp_path / "prepare.yaml"
     config.write_text(f"data: [{path}]\ntemplate: plain\nseed: 3\nout: {tmp_path / 'from_yaml'}\n")
     assert prepare("--config", config, "--seed", "4", out="here")[0] == 0
     settings = manifest_of(tmp_path / "here")["settings"]
@@ -1278,19 +1226,14 @@ def test_an_unwritable_place_is_a_user_error(prepare, write_rows, monkeypatch):
     assert "Errno" not in error
 
 
-def test_the_command_exits_with_2_and_no_traceback_for_a_user_error(tmp_path):
-    finished = run_command("--data", "missing.jsonl", "--train_tokenizer", "bpe", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert finished.stderr.startswith("diptych prepare: missing.jsonl: there is no such file.")
-    assert "Traceback" not in finished.stderr
-
-
-def test_the_command_exits_with_0_and_a_summary_when_some_rows_are_rejected(write_rows, tmp_path):
+def test_the_command_exits_with_0_and_a_summary_and_its_bars_say_what_they_count(write_rows, tmp_path):
     write_rows("rows.jsonl", [*ROWS, {"instruction": "a", "output": 1}])
     finished = run_command("--data", "rows.jsonl", "--train_tokenizer", "bpe", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "Rejected   1 × 'output' is not a string, the first in rows.jsonl:41" in finished.stdout
-    assert "Reading: 100%" in finished.stderr  # the progress bar
+    assert "Reading: 100%" in finished.stderr and "41 rows, 1 rejected" in finished.stderr  # the progress bars
+    (packing,) = {line.split(":")[0] for line in finished.stderr.splitlines() if " rows/s]" in line}
+    assert packing == "Packing train" and "examples/s]" in finished.stderr
 
 
 def test_help_explains_every_setting(capsys):
@@ -1310,27 +1253,12 @@ def run_command(*arguments, cwd):
 # Words on the screen
 
 
-def test_rows_are_told_from_the_examples_that_they_give(prepare, tmp_path):
-    code, said, _ = prepare("--data", "tatoeba", "--template", "translate")
-    assert code == 0
-    assert "Read       3,318 rows, 6,636 examples in them, from tatoeba_eng_kor.tsv: 6,636 kept, 0 rejected" in said
-    assert manifest_of(tmp_path / "prepared")["rows"]["read"] == 3318
-
-
 def test_one_of_something_is_told_in_the_singular(prepare, write_rows):
     code, said, _ = prepare(
         "--data", write_rows("rows.jsonl", ROWS[:1]), "--validation_fraction=0", "--test_fraction=0"
     )
     assert code == 0
     assert "Read       1 row from " in said and "1 group of examples" in said and "1 example in 1 row of" in said
-
-
-def test_the_bars_say_what_they_count(write_rows, tmp_path):
-    write_rows("rows.jsonl", ROWS)
-    finished = run_command("--data", "rows.jsonl", "--train_tokenizer", "bpe", cwd=tmp_path)
-    assert "40 rows, 0 rejected" in finished.stderr and "examples/s]" in finished.stderr
-    (packing,) = {line.split(":")[0] for line in finished.stderr.splitlines() if " rows/s]" in line}
-    assert packing == "Packing train"
 
 
 @pytest.mark.parametrize("out", ["in/prepared", "in"])
