@@ -4,7 +4,6 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.serving.completion_service import Service, build_app
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
+from diptych.finetune.serving.serve import main
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import ServedModel
 
@@ -343,22 +343,16 @@ def test_sigterm_lets_end_what_was_begun(t5_checkpoint, tmp_path, alone):
         assert "Traceback" not in started.log.read_text()
 
 
-def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path):
-    command = [sys.executable, "-m", "diptych.finetune.commands.cli", "serve", str(t5_checkpoint), "--host", "0.0.0.0"]
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2 and "DIPTYCH_TOKEN" in refused.stderr
+def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path, capsys):
+    assert main([str(t5_checkpoint), "--host", "0.0.0.0"]) == 2 and "DIPTYCH_TOKEN" in capsys.readouterr().err
     with server(t5_checkpoint, tmp_path / "log", "--host", "0.0.0.0", DIPTYCH_TOKEN=SECRET) as started:
         assert ask(started, EIGHT_ROWS[0][1]).choices[0].text == "가."
         stranger = openai.OpenAI(base_url=f"{started.url}/v1", api_key="another", max_retries=0)
         for call in (lambda: stranger.models.list(), lambda: stranger.completions.create(model="t5", prompt="Go.")):
             with pytest.raises(openai.AuthenticationError):
                 call()
-        for given, status in (
-            (SECRET, 401),
-            (f"Basic {SECRET}", 401),
-            ("Bearer \xe9", 401),
-            (f"bearer  {SECRET}", 200),
-        ):
+        tried = {SECRET: 401, f"Basic {SECRET}": 401, "Bearer \xe9": 401, f"bearer  {SECRET}": 200}
+        for given, status in tried.items():
             assert post(f"{started.url}/v1/completions", b'{"prompt": "Go."}', Authorization=given)[0] == status
         _, _, headers = post(f"{started.url}/v1/completions", b'{"prompt": "Go."}')
         assert headers["www-authenticate"] == "Bearer"
@@ -368,24 +362,12 @@ def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path):
         assert SECRET not in started.log.read_text()
 
 
-def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, served):
-    command = [
-        sys.executable,
-        "-m",
-        "diptych.finetune.commands.cli",
-        "serve",
-        str(t5_checkpoint),
-        "--port",
-        str(served.port),
-    ]
-    taken = subprocess.run(command, capture_output=True, text=True)
-    assert taken.returncode == 2 and "cannot be listened at" in taken.stderr and "Traceback" not in taken.stderr
-    code = (
-        "import sys; sys.modules['uvicorn'] = None; from diptych.finetune.serving.serve import main"
-        "; sys.exit(main(['.']))"
-    )
-    missing = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert missing.returncode == 2 and "pip install 'diptych[serve]'" in missing.stderr
+def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, served, monkeypatch, capsys):
+    assert main([str(t5_checkpoint), "--port", str(served.port)]) == 2
+    assert "cannot be listened at" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main([str(t5_checkpoint)]) == 2
+    assert "pip install 'diptych[serve]'" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -451,7 +433,8 @@ def test_text_that_may_begin_a_stop_string_waits(tiny_tokenizer, learned_t5, tmp
     """The third row's answer is 나는 학생이다. With 학생이 아 as stop string, 학생이 has to wait for what follows."""
     file = tmp_path / "stop.jinja"
     file.write_text('{# stop: "학생이 아" #}\n{{ instruction }} {{ input }}\n{# target #}\n{{ output }}')
-    tokenizer = type(tiny_tokenizer).from_pretrained(_saved(tiny_tokenizer, tmp_path))
+    tiny_tokenizer.save_pretrained(tmp_path)
+    tokenizer = type(tiny_tokenizer).from_pretrained(tmp_path)
     attach_template(tokenizer, load_template(str(file)))
     started = Engine(LoadedModel.of(learned_t5, tokenizer), batch_size=1, queue_size=1, batch_wait_ms=0)
     events = []
@@ -463,8 +446,3 @@ def test_text_that_may_begin_a_stop_string_waits(tiny_tokenizer, learned_t5, tmp
     so_far = ["".join(pieces[: count + 1]) for count in range(len(pieces))]
     assert so_far[-1] == events[-1].answers[0].text == "나는 학생이다."
     assert not any(text.endswith(("학", "학생", "학생이")) for text in so_far)
-
-
-def _saved(tokenizer, folder):
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return folder / "tokenizer"
