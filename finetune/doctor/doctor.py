@@ -54,8 +54,6 @@ from diptych.finetune.model.loading import (
 COLUMNS = 100
 NAME_COLUMNS = max(map(len, CHECKS)) + 2
 MARKS = {"green": "✓", "red": "✗", "not_applicable": "–"}
-COLOURS = {"green": "\033[32m", "red": "\033[31m", "not_applicable": "\033[2m"}
-COLOUR_END = "\033[0m"
 
 
 @contextmanager
@@ -110,17 +108,15 @@ def _load_weights(name: str) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
     return model, load_config(name)
 
 
-def format_table(results: Mapping[str, CheckResult], colours: bool) -> str:
-    """One line for each check, within 100 columns, and beneath each red one what to do."""
+def format_table(results: Mapping[str, CheckResult]) -> str:
+    """One line for each check, within 100 columns, and below each red one what to do."""
     lines = []
-    for name, finding in results.items():
-        start, end = (COLOURS[finding.status], COLOUR_END) if colours else ("", "")
-        first, *more = textwrap.wrap(finding.message, COLUMNS - NAME_COLUMNS - 2)
-        lines.append(f"{start}{MARKS[finding.status]}{end} {name:{NAME_COLUMNS}}{first}")
-        lines += [" " * (NAME_COLUMNS + 2) + line for line in more]
-        lines += textwrap.wrap(
-            finding.remedy, COLUMNS, initial_indent=" " * 4, subsequent_indent=" " * 4, break_on_hyphens=False
-        )
+    for name, result in results.items():
+        first, *others = textwrap.wrap(result.message, COLUMNS - NAME_COLUMNS - 2)
+        lines.append(f"{MARKS[result.status]} {name:{NAME_COLUMNS}}{first}")
+        lines += [" " * (NAME_COLUMNS + 2) + line for line in others]
+        indents = {"initial_indent": " " * 4, "subsequent_indent": " " * 4}
+        lines += textwrap.wrap(result.remedy, COLUMNS, **indents, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -168,9 +164,8 @@ def run(settings: DoctorSettings) -> int:
         if settings.json:
             print(to_json(patient, results, seconds))
         else:
-            colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
             print(*textwrap.wrap(describe(patient), COLUMNS), "", sep="\n")
-            print(format_table(results, colours))
+            print(format_table(results))
             green, red, other = (count(results, status) for status in MARKS)
             print(f"\n{green} green, {red} red, {other} do not apply, in {seconds:.0f} s")
     return 1 if count(results, "red") else 0

@@ -40,7 +40,7 @@ PATHS_OF_PREPARATION = (
 )
 
 
-class Score(NamedTuple):
+class CardScore(NamedTuple):
     split: str
     dataset: str
     metric: str
@@ -67,7 +67,7 @@ class Facts:
     fingerprint: str
     config: dict[str, Any]
     adapter_base: str | None
-    scores: list[Score]
+    scores: list[CardScore]
 
 
 def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license: str = "", language: str = "") -> str:
@@ -146,20 +146,20 @@ def prepared_manifest(data: str, hashes: list[Any], run: Path) -> tuple[dict[str
     return None, ""
 
 
-def validation_scores(run: Path, step: int | None, recipe: Mapping[str, Any]) -> list[Score]:
+def validation_scores(run: Path, step: int | None, recipe: Mapping[str, Any]) -> list[CardScore]:
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if kind_of(row["split"]) == "validation" and row["step"] == step]
     of_step = {row["split"]: row for row in rows}  # the last of each
     dataset, sample = last_part(recipe["data"]), f"in training, on up to {recipe['metrics_limit']:,} rows"
     return [
-        Score(split, dataset, metric, value, None, "in training" if metric == "loss" else sample)
+        CardScore(split, dataset, metric, value, None, "in training" if metric == "loss" else sample)
         for split, row in of_step.items()
         for metric, value in row.items()
         if metric not in NO_SCORES
     ]
 
 
-def report_scores(run: Path) -> list[Score]:
+def report_scores(run: Path) -> list[CardScore]:
     """Of every report in the run folder.
 
     Raises:
@@ -186,7 +186,7 @@ def report_scores(run: Path) -> list[Score]:
         for metric in (name for name in figures if name not in NO_SCORES):
             bounds, signature = (report.get(kind, {}).get(metric) for kind in ("intervals", "signatures"))
             note = f"{rows}, {signature}" if signature else rows
-            scores.append(Score(split, data, metric, figures[metric], bounds, note))
+            scores.append(CardScore(split, data, metric, figures[metric], bounds, note))
     return scores
 
 

@@ -31,32 +31,18 @@ from diptych.finetune.publishing.model_card import PATHS_OF_A_RECIPE, model_card
 from diptych.finetune.publishing.publish_settings import PublishSettings
 from diptych.finetune.run_files import whole_folders
 
-ALLOWED = {
-    "weights": ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"],
-    "adapter": ["adapter_model.safetensors", "adapter_config.json"],
-    "config": ["config.json", "generation_config.json"],
-    "tokenizer": [
-        "tokenizer.json",
-        "tokenizer_config.json",  # the template is inside
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "target_vocab.json",  # Marian
-        "vocab-src.json",  # FSMT
-        "vocab-tgt.json",
-        "source.spm",
-        "target.spm",
-        "spiece.model",  # T5, Pegasus
-        "sentencepiece.bpe.model",  # mBART, M2M100
-        "tokenizer.model",
-    ],
-    # What travels with every Diptych, and, if asked for, with any checkpoint.
-    "code": ["configuration_diptych.py", "modeling_diptych.py", TRAVELLING_CODE],
-    "card": ["README.md"],
-}
+ALLOWED = (
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    *("adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
+    *("source.spm", "target.spm", "target_vocab.json"),  # Marian
+    *("vocab-src.json", "vocab-tgt.json"),  # FSMT
+    *("spiece.model", "sentencepiece.bpe.model"),  # T5 and Pegasus, mBART and M2M100
+    # The code that travels with every Diptych and, if asked for, with any checkpoint.
+    *("configuration_diptych.py", "modeling_diptych.py", TRAVELLING_CODE, "README.md"),
+)
+"""Patterns of file names."""
 CARD = "README.md"
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
@@ -82,7 +68,7 @@ class Publication:
 
 
 def is_allowed(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for patterns in ALLOWED.values() for pattern in patterns)
+    return any(fnmatchcase(name, pattern) for pattern in ALLOWED)
 
 
 def publication(settings: PublishSettings) -> Publication:

@@ -46,7 +46,6 @@ class ServerMetrics:
         self.read = Counter("diptych_prompt_tokens", "Tokens of prompts.", **kept)
         self.written = Counter("diptych_generated_tokens", "Tokens generated.", **kept)
         self.seconds = Histogram("diptych_request_seconds", "From a request to the end of its answer.", **kept)
-        self.first = Histogram("diptych_first_text_seconds", "From a request to its first streamed text.", **kept)
         sizes = [1, 2, 4, 8, 16, 32, 64, 128]
         engine.on_batch = Histogram("diptych_batch_rows", "Prompts of a batch.", buckets=sizes, **kept).observe
         Gauge("diptych_queue_depth", "Prompts that wait.", **kept).set_function(lambda: engine.waiting)
@@ -183,13 +182,10 @@ class Service:
 
     async def chunks(self, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[dict[str, Any]]:
         """OpenAI's chunks: one for each piece, one that ends each answer, and the usage if it was asked for."""
-        answers, has_text = [], False
+        answers = []
         async for place, event in self.events_of(jobs, events):
             first = place * ask.decoding.n
             if isinstance(event, Piece):
-                if not has_text:
-                    self.metrics.first.observe(time.monotonic() - jobs[0].created)
-                has_text = True
                 yield ask.chunk(first + event.index, event.text)
                 continue
             answers += event.answers
