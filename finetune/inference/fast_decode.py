@@ -69,8 +69,7 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
     return (
         all(_is_plain(layer) for layer in model.get_decoder().layers)
         and decoder._attn_implementation in ("sdpa", "eager")
-        and decoder.rope_parameters["rope_type"]
-        not in ("dynamic", "longrope")  # their frequencies change with the length
+        and decoder.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # which change with the length
         and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         and config.eos_token_id is not None
         and config.use_cache is not False
