@@ -175,7 +175,7 @@ def test_rows_of_a_file_a_prompt_and_lines_are_translated_as_their_languages_say
     assert diptych(["generate", str(nllb), "--input", "Go.", "--source_language", "en"]) == 2
     assert "that of the target is not given" in capsys.readouterr().err
     assert diptych(["generate", str(nllb), "--input", "Go.", *to_french, "--generation.forced_bos_token_id", "5"]) == 2
-    assert "Drop it; --target_language" in capsys.readouterr().err
+    assert "Remove it; --target_language" in capsys.readouterr().err
     assert diptych(["generate", str(nllb), "--input", "가.", "--target_language", "en"]) == 2
     assert "source and target are both in eng_Latn" in capsys.readouterr().err
 
