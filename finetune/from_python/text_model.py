@@ -3,7 +3,7 @@
     model = load("runs/first/final")
     model.generate("Name the capital of France.")                             "Paris"
     model.generate(rows, num_beams=4)                                         ["Paris", …]
-    model.score([{"instruction": …, "input": …, "output": "Paris"}])          [Score(log_probability=-0.31, tokens=3)]
+    model.score([{"instruction": …, "input": …, "output": "Paris"}])          [RowScore(log_probability=-0.31, tokens=3)]
     model.embed(["France", "Korea"]).shape                                    (2, 512)
 
 What is asked is rendered with the template that travels with the checkpoint, as `diptych generate` does it.
@@ -42,7 +42,7 @@ OF_FILES = ("in_file", "out_file", "overwrite", "input")
 Rows = Sequence[str | Mapping[str, Any]]
 
 
-class Score(NamedTuple):
+class RowScore(NamedTuple):
     """How likely a row's output is, given its source."""
 
     log_probability: float
@@ -112,7 +112,7 @@ class TextModel:
             found = [found[first : first + each] for first in range(0, len(found), each)]
         return found[0] if isinstance(rows, str | Mapping) else found
 
-    def score(self, rows: Sequence[Mapping[str, Any]], **settings: Any) -> list[Score]:
+    def score(self, rows: Sequence[Mapping[str, Any]], **settings: Any) -> list[RowScore]:
         """How likely each row's `output` is: its log-probability given the source, by one pass with teacher forcing.
 
         Args:
@@ -135,7 +135,7 @@ class TextModel:
             targets += target_ids(loaded, [text], of_row)
         forced = len(given_tokens(loaded, languages[0])) - 1 if languages else 0
         nats = log_probabilities(loaded, source_ids, targets, forced, asked.batch_size)
-        return [Score(math.fsum(of_row), len(of_row)) for of_row in nats]
+        return [RowScore(math.fsum(of_row), len(of_row)) for of_row in nats]
 
     @torch.no_grad()
     def embed(self, rows: Rows, **settings: Any) -> np.ndarray:
