@@ -1,4 +1,4 @@
-"""What `diptych evaluate` and `diptych compare` can be told."""
+"""The settings of `diptych evaluate` and `diptych compare`."""
 
 from dataclasses import dataclass, field
 from typing import Any

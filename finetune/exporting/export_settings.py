@@ -1,4 +1,4 @@
-"""What `diptych export` can be told."""
+"""The settings of `diptych export`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +11,7 @@ PRECISIONS = {
     "ctranslate2": ("float32", "bfloat16", "float16", "int8", "int8_float32", "int8_bfloat16", "int8_float16"),
     "onnx": ("float32",),
 }
-"""What the engines store weights in."""
+"""Types that weights can be stored in."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What `diptych generate` can be told."""
+"""The settings of `diptych generate`."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING, OUTPUT
 from diptych.finetune.commands.model_settings import PromptSettings, check_positive
 
 LINES_SUFFIX = ".txt"
-"""Of files of prompts in which each line is a text; all others are JSONL."""
+"""Files of prompts with a text on each line; all others are JSONL or tables."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class GenerateSettings(PromptSettings):
     batch_size: int = 16
     """Prompts generated together. More is faster until memory is full."""
     max_source_tokens: int | None = None
-    """Longer prompts are cut to this many tokens, which is said; the model's own limit unless given."""
+    """Longer prompts are cut to this many tokens, with a notice; the model's own limit unless given."""
     max_new_tokens: int | None = None
     """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
     num_beams: int = 1
@@ -99,7 +99,7 @@ class GenerateSettings(PromptSettings):
             raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
 
     def generation_kwargs(self) -> dict[str, Any]:
-        """Those of `scoring.chosen_outputs`."""
+        """Keyword arguments of `scoring.chosen_outputs`."""
         if self.choices:
             return {"choices": self.choices, "num_return_sequences": self.num_return_sequences, "scores": self.scores}
         if self.scores:

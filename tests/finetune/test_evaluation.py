@@ -84,12 +84,6 @@ def test_metrics_are_those_of_the_texts_that_were_generated(loaded, split, eight
     assert figures["unfinished"] == sum(len(row["labels"]) > 5 for row in eight_prepared_rows) > 0
 
 
-def test_the_same_evaluation_twice_gives_the_same_figures(loaded, split):
-    first, second = (evaluate_rows(loaded, split, metrics=["bleu"]) for _ in range(2))
-    assert first[:3] == second[:3]
-    assert bootstrap_intervals(first.statistics) == bootstrap_intervals(second.statistics)
-
-
 def test_limit_draws_the_same_rows_from_the_whole_split_with_all_their_references(loaded, split_with_alternatives):
     drawn = draw(split_with_alternatives, 4)
     assert drawn["source"] == draw(split_with_alternatives, 4)["source"] != split_with_alternatives["source"][:4]
@@ -117,11 +111,7 @@ def test_the_cap_is_a_quarter_over_the_longest_target_within_the_models_position
 
 
 def test_without_metrics_nothing_is_generated(loaded, split):
-    assert set(evaluate_rows(loaded, split).figures) == {
-        "rows",
-        "loss",
-        "target_tokens",
-    }
+    assert set(evaluate_rows(loaded, split).figures) == {"rows", "loss", "target_tokens"}
 
 
 def test_targets_shorter_than_any_output_may_be_are_said_and_the_setting_can_be_given(

@@ -226,11 +226,7 @@ def test_what_it_cannot_do_is_left_to_generate():
     model = make({})
     config = GenerationConfig(eos_token_id=END, pad_token_id=PAD, max_new_tokens=4, do_sample=False, num_beams=1)
     assert can_decode_fast(model, config, {}) and can_decode_fast(model, config, {"streamer": None})
-    for name, value in {
-        "num_beams": 2,
-        "use_cache": False,
-        "eos_token_id": None,
-    }.items():
+    for name, value in {"num_beams": 2, "use_cache": False, "eos_token_id": None}.items():
         other = copy.deepcopy(config)
         setattr(other, name, value)
         assert not can_decode_fast(model, other, {}), name

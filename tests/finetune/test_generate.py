@@ -156,30 +156,6 @@ def test_what_a_checkpoint_says_of_the_model_is_taken_over(learned, tiny_tokeniz
         ids(min_length="56")
 
 
-FILES = {
-    "t5": {"max_length": 20, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0},
-    "bart-large-cnn": {"early_stopping": True, "forced_bos_token_id": 40, "forced_eos_token_id": 1, "num_beams": 4}
-    | {"length_penalty": 2.0, "max_length": 142, "min_length": 56, "no_repeat_ngram_size": 3},
-    "marian": {"bad_words_ids": [[0]], "forced_eos_token_id": 0, "max_length": 512, "num_beams": 4}
-    | {"renormalize_logits": True},
-    "nllb": {"max_length": 200, "bos_token_id": 2, "eos_token_id": 1},
-    "mbart": {"early_stopping": True, "forced_eos_token_id": 1, "max_length": 200, "num_beams": 5},
-    "t5gemma": {"cache_implementation": "hybrid", "eos_token_id": [1, 107], "bos_token_id": 2},
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("beams", [1, 3])
-def test_the_files_of_known_checkpoints_give_what_their_model_settings_give(
-    learned, tiny_tokenizer, unseen_ids, with_settings, name, beams
-):
-    of_the_model = {setting: value for setting, value in FILES[name].items() if setting in MODEL_SETTINGS}
-    size = {"max_new_tokens": 64, "num_beams": beams}
-    expected = texts_of(learned, tiny_tokenizer, unseen_ids, **size, **of_the_model)
-    with_settings(learned, **FILES[name])
-    assert texts_of(learned, tiny_tokenizer, unseen_ids, **size) == expected
-
-
 def test_stop_strings_end_a_text_without_them(learned, tiny_tokenizer, source_ids):
     texts = texts_of(learned, tiny_tokenizer, source_ids, stop_strings=["학생", "student"])
     assert texts[2] == "나는 " and texts[5] == "I am a "

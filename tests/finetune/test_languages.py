@@ -316,8 +316,8 @@ def test_a_decoder_that_starts_with_the_code_does_so_in_each_direction(tmp_path,
 
     given = rows_from(str(tmp_path / "prepared"), tokenizer)
     patient = Patient(str(final), model, tokenizer, given, model.config, tmp_path)
-    starts = [row["decoder_start"] for row in patient.rows]
+    starts = [row["decoder_start"] for row in patient.step.rows]
     assert {*starts} <= codes_of(tokenizer).starts and not codes_of(tokenizer).starts & {
-        token for row in patient.rows for token in row["labels"]
+        token for row in patient.step.rows for token in row["labels"]
     }
     assert CHECKS["packed = separate"](patient).status == "green"
