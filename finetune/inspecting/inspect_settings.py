@@ -6,8 +6,6 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.places import EXISTING, OUTPUT
 from diptych.finetune.commands.model_settings import PromptSettings, check_positive
 
-WORDS = ("man", "woman", "king", "queen", "prince", "princess", "boy", "girl", "father", "mother")
-
 
 @dataclass(frozen=True)
 class InspectSettings(PromptSettings):
@@ -31,8 +29,6 @@ class InspectSettings(PromptSettings):
     """Of data, so many rows from the first on."""
     out: str = field(default="inspect.html", metadata=OUTPUT)
     """The page to write; an older one is replaced."""
-    words: list[str] = field(default_factory=lambda: list(WORDS))
-    """Words whose vectors are shown on a plane."""
     max_new_tokens: int = 64
     """No output gets longer than this many tokens."""
 

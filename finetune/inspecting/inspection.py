@@ -120,7 +120,6 @@ def _facts(
         "decoder": facts.chips(target_side(loaded.tokenizer), passage.decoder_ids),
         "given": passage.given,
         "embeddings": facts.embeddings(loaded, passage.source_ids),
-        "words": facts.word_map(loaded, settings.words),
         "attention": facts.attention_maps(passage),
         "unread": facts.unread(loaded, passage),
         "steps": facts.steps(loaded, passage),

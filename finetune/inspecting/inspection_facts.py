@@ -221,29 +221,6 @@ def embeddings(loaded: LoadedModel, ids: Sequence[int]) -> list[dict[str, Any]]:
     return found
 
 
-@torch.no_grad()
-def word_map(loaded: LoadedModel, words: Sequence[str]) -> dict[str, Any] | None:
-    """Words on a plane: their vectors (of several tokens the mean) on the first two principal components, and which
-    share of their variance these show. None for fewer than three words."""
-    table = loaded.model.get_input_embeddings().weight.float().cpu()
-    pieces = {word: loaded.tokenizer(word, add_special_tokens=False).input_ids for word in words}
-    pieces = {word: ids for word, ids in pieces.items() if ids and max(ids) < len(table)}
-    if len(pieces) < 3:
-        return None
-    vectors = torch.stack([table[ids].mean(0) for ids in pieces.values()])
-    centred = vectors - vectors.mean(0)
-    _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2] * axes[:2].sum(-1, keepdim=True).sign()  # which way an axis points is chance
-    places = centred @ axes.T
-    places = places / places.abs().max().clamp(min=1e-9)
-    shown = float((sizes[:2] ** 2).sum() / (sizes**2).sum().clamp(min=1e-9))
-    points = [
-        {"word": word, "tokens": len(ids), "x": _rounded(x), "y": _rounded(y)}
-        for (word, ids), (x, y) in zip(pieces.items(), places, strict=True)
-    ]
-    return {"points": points, "shown": _rounded(torch.tensor(shown))}
-
-
 def _rounded(value: torch.Tensor) -> float:
     """Six digits: more would double the page."""
     return float(f"{float(value):.6g}")

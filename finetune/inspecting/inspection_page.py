@@ -52,7 +52,6 @@ def render_page(facts: Mapping[str, Any]) -> str:
             script=Markup(script),
             script_hash=digest,
             payload=_as_json({name: facts[name] for name in shown}),
-            plane=_plane(facts["words"]),
         )
     )
 
@@ -79,9 +78,3 @@ def _as_json(facts: Mapping[str, Any]) -> Markup:
     """For a script element, which ends at `</script` wherever that stands."""
     text = json.dumps(facts, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
-
-
-def _plane(words: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The words with their places in a picture of 560 × 360, from the bottom to the top."""
-    points = sorted(words["points"] if words else [], key=lambda point: point["y"])
-    return [it | {"x": round(280 + 200 * it["x"], 1), "y": round(180 - 150 * it["y"], 1)} for it in points]

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -286,10 +285,6 @@ def _note_differences(chat: _ChatTemplate, frame: ChatFrame, notes: list[str]) -
         if chat.render(question) and not chat.render(question, strftime_now="no function"):
             notes.append(f"The chat template of {chat.name} writes today's date; ours keeps that of this day.")
             break
-    if frame.system_head is not None:
-        opening = frame.head.removeprefix(os.path.commonprefix([frame.head, frame.system_head]))
-        if not frame.after_system.endswith(opening):
-            notes.append(f"Prompts without a system prompt begin with {frame.bos + frame.head!r}, as the LLM's do.")
     kinds = {"system": "system prompts", "user": "questions", "assistant": "answers"}
     if trimmed := [kinds[role] for role in kinds if role in frame.trimmed]:
         notes.append(f"Blanks around {', '.join(trimmed)} are lost, as in the chat template.")

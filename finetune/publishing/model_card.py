@@ -5,12 +5,13 @@
 Every statement is read from a file: the recipe from config.yaml; the data from the manifest whose hash the run's
 checkpoint holds; the scores from metrics.jsonl at the step of the final model, and from each report in the run folder
 that `diptych evaluate RUN/final --out RUN/test.json` wrote on these very files. If something is not known, the card
-says so. The same run gives the same card, byte by byte. Of paths only the last part is shown.
+says so. The same run gives the same card, byte by byte. Of absolute paths only the last part is shown.
 """
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.rows.named_splits import kind_of, named
+from diptych.data_prep.rows.named_splits import kind_of
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.run_files import checkpoints, whole_folders
@@ -34,10 +35,8 @@ FRAME = Path(__file__).with_name("frames") / "model_card.md.jinja"
 NO_SCORES = {"rows", "sources", "target_tokens", "unfinished", "max_new_tokens", "step", "split"}
 """Figures of an evaluation that say how it was made."""
 
-PATHS_OF_A_RECIPE = ("model", "data", "out", "tokenizer", "teacher")
-PATHS_OF_PREPARATION = (
-    *("data", "aligned", "validation", "test", "out", "template", "tokenizer", "decontaminate", "gathered"),
-)
+LOCAL_FOLDER = re.compile(r"(?<![:/\\\w])(?:~|[A-Za-z]:)?[/\\](?:[^/\\=+\s]+[/\\])+")
+"""The folders of an absolute path, up to its last part."""
 
 
 class CardScore(NamedTuple):
@@ -306,36 +305,25 @@ def last_part(place: str) -> str:
     return Path(place).name
 
 
-def last_part_of_entry(entry: str) -> str:
-    """`news=my/a.jsonl` → `news=a.jsonl`; `my/a.en+my/a.ko` → `a.en+a.ko`."""
-    name, place = named(entry)
-    return (f"{name}=" if name else "") + "+".join(map(last_part, place.split("+")))
+def without_folders(value: Any) -> Any:
+    """`news=/my/a.jsonl` → `news=a.jsonl`, `/my/a.en+/my/a.ko` → `a.en+a.ko`; also in lists and mappings."""
+    if isinstance(value, str):
+        return LOCAL_FOLDER.sub("", value)
+    if isinstance(value, Mapping):
+        return {without_folders(key): without_folders(entry) for key, entry in value.items()}
+    return [without_folders(entry) for entry in value] if isinstance(value, list) else value
 
 
-def without_paths(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    def reduced(value: Any) -> Any:
-        return [last_part_of_entry(it) for it in value] if isinstance(value, list) else last_part(value)
-
-    return {name: reduced(value) if name in names and value else value for name, value in settings.items()}
-
-
-def train_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def train_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """All of them, as `diptych train` reads them: defaults may change in later versions."""
-    settings = {name: value for name, value in recipe.items() if name != "resume"}
-    if settings.get("stages"):
-        settings["stages"] = [without_paths(stage, PATHS_OF_A_RECIPE) for stage in settings["stages"]]
-    return without_paths(settings, PATHS_OF_A_RECIPE)
+    return without_folders({name: value for name, value in settings.items() if name != "resume"})
 
 
 def prepare_settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """All that are set, as `diptych prepare` reads them."""
-    settings = {name: value for name, value in manifest["settings"].items() if value not in (None, [], {})}
-    settings = without_paths(settings, PATHS_OF_PREPARATION)
-    mixture = settings.get("mixture")
-    if mixture and mixture.get("weights"):
-        weights = {last_part(name): weight for name, weight in mixture["weights"].items()}
-        settings["mixture"] = mixture | {"weights": weights}
-    return settings
+    return without_folders(
+        {name: value for name, value in manifest["settings"].items() if value not in (None, [], {})}
+    )
 
 
 def dump(settings: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from diptych.finetune.commands.exits import CheckpointError, HubError
 from diptych.finetune.inference.pipelines import TRAVELLING_CODE, travelling_pipeline
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.publishing.hub_push import push, remote_hashes
-from diptych.finetune.publishing.model_card import PATHS_OF_A_RECIPE, model_card, read_config
+from diptych.finetune.publishing.model_card import model_card, read_config
 from diptych.finetune.publishing.publish_settings import PublishSettings
 from diptych.finetune.run_files import whole_folders
 
@@ -51,6 +51,8 @@ CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "ad
 VOCABULARIES = ("tokenizer.json", "vocab*.json", "vocab.txt", "merges.txt", "target_vocab.json", "*.spm", "*.model")
 """These are not searched for paths and tokens: any text may be in a vocabulary, and no path gets in."""
 
+PATHS = ("model", "data", "out", "tokenizer", "teacher")
+"""Settings of training that may name a folder."""
 LOCAL_PATH = re.compile(r"(~?(/[^/\s{}<>]+){2,}/?)|([A-Za-z]:\\\S+)")
 TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[\w.-]+")
@@ -204,7 +206,7 @@ def local_places(run: Path) -> list[str]:
     """Paths that no published file may hold: of the run, of what went into it, and of the home and working folder."""
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     recipes = [recipe, *(recipe.get("stages") or ())]
-    named = [Path(it[name]) for it in recipes for name in PATHS_OF_A_RECIPE if it.get(name)]
+    named = [Path(it[name]) for it in recipes for name in PATHS if it.get(name)]
     folders = [str(place.resolve()) for place in (run, *named) if place.is_absolute() or place.exists()]
     around = [f"{folder}/" for folder in (Path.home(), Path.cwd()) if folder != Path("/")]
     return [*folders, *around]

@@ -293,11 +293,6 @@ def test_what_is_otherwise_is_said(of_bytes):
     def notes(kind):
         return " ".join(donor(of_bytes, kind)[1].notes)
 
-    assert (
-        "Prompts without a system prompt begin with '<|im_start|>system\\nHelp.<|im_end|>\\n<|im_start|>user\\n'"
-        in notes("own system prompt")
-    )
-    assert "without a system prompt begin with" not in notes("chatml") + notes("headers") + notes("system last")
     assert "ours keeps that of this day" in notes("headers that date")
     assert "this day" not in notes("headers")
     assert "has no padding token; <pad> is it now" in notes("chatml")

@@ -180,10 +180,10 @@ def test_the_card_has_the_scores_of_each_validation_set_and_names_sets_without_t
     settings = {
         "data": ["/my/a.jsonl"],
         "validation": ["news=/my/b.jsonl", "law=/my/c.en+/my/c.ko"],
-        "test": ["x/y/z.json"],
+        "test": ["x/y/z.json", "hf:a/b/c"],
     }
     assert prepare_settings({"settings": settings}) == {
-        "data": ["a.jsonl"], "validation": ["news=b.jsonl", "law=c.en+c.ko"], "test": ["z.json"],
+        "data": ["a.jsonl"], "validation": ["news=b.jsonl", "law=c.en+c.ko"], "test": ["x/y/z.json", "hf:a/b/c"],
     }  # fmt: skip
 
 
