@@ -192,12 +192,12 @@ def measure(side: str, models: Path, data: Path, batch: int, tokens: int, warmup
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
-    from diptych.finetune.model.speed import matmul_peak, peak_memory, work_per_token
+    from diptych.finetune.training.throughput import cost_per_token, matmul_peak, peak_memory
 
     family, way, _ = SIDES[side]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = AutoModelForSeq2SeqLM.from_pretrained(models / family)
-    work, weights = work_per_token(network), sum(weight.numel() for weight in network.parameters())
+    work, weights = cost_per_token(network), sum(weight.numel() for weight in network.parameters())
     del network
     peak = matmul_peak(device, torch.bfloat16, seconds=1.0)
     model = models / family

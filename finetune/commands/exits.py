@@ -1,4 +1,4 @@
-"""What ended a command, as the number it exits with.
+"""The exit codes of commands, and the errors that stand for them.
 
     0    done                                       6    a rank was lost, or did not answer in time
     2    a user's error                             7    the Hub or the network
@@ -6,16 +6,16 @@
     4    storage or memory                          130  a second Ctrl-C
     5    a loss or gradient that is no number       1    an error of Diptych's own
 
-Launchers swallow these numbers (torchrun and `accelerate launch` exit with 1 whatever it was), so a run also writes
-its own into status.json.
+torchrun and `accelerate launch` exit with 1 for all of them, so a run also writes its own into status.json.
 """
 
 import os
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.run_command import exit_code, message_of_file
+from diptych.data_prep.command_line.run_command import DONE, INTERRUPTED, STORAGE, USER, exit_code, message_of_file
 
-DONE, BUG, USER, CHECKPOINT, STORAGE, NOT_FINITE, RANKS, HUB, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 75, 130
+__all__ = ["DONE", "INTERRUPTED", "STORAGE", "USER"]  # those that data preparation has, too
+BUG, CHECKPOINT, NOT_FINITE, RANKS, HUB, STOPPED = 1, 3, 5, 6, 7, 75
 
 NO_MEMORY = (
     "Lower batch_size and raise gradient_accumulation_steps by as much, set gradient_checkpointing, or pack into"
@@ -24,7 +24,7 @@ NO_MEMORY = (
 
 
 def is_main_rank() -> bool:
-    """Of a launch; known before the ranks have met."""
+    """Known from the environment, before the ranks have connected."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -59,12 +59,12 @@ class HubError(UserError):
 
 
 class Stopped(BaseException):
-    """A signal came before there was anything to save. No Exception, since it may come anywhere, also inside of what
-    takes a ValueError of a loader for a broken file."""
+    """A signal came before there was anything to save. Not an Exception, because a signal may come anywhere, also
+    where exceptions of a loader are taken for a broken file."""
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The number for an error; 1 for one that nobody foresaw, whose traceback should be shown."""
+    """1 for an unexpected error, whose traceback should be shown."""
     if isinstance(error, UserError | OSError) and not is_out_of_memory(error):
         return exit_code(error)
     if isinstance(error, Stopped):
@@ -77,13 +77,13 @@ def exit_code_of(error: BaseException) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises OutOfMemoryError on a GPU, and on a CPU a RuntimeError like any other."""
-    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or is_torchs
+    """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on a CPU."""
+    is_of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or is_of_torch
 
 
 def message_of(error: BaseException) -> str:
-    """What to tell of an error with one of the numbers above."""
+    """What a person is told of an error that has one of the codes above."""
     if is_out_of_memory(error):
         return f"out of memory: {(str(error).splitlines() or [''])[0]} {NO_MEMORY}"
     if isinstance(error, OSError) and exit_code_of(error) == STORAGE:

@@ -1,13 +1,13 @@
-"""The processes of one run: how they meet, how long one waits for another, and how they part.
+"""The processes of one run: how they connect, how long one waits for another, and how they end.
 
     ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
     with ranks.waiting_for("the gradients of step 7"):
-        …                               RankError, which says this, where one has gone or does not answer
+        …                               RankError with these words where a rank has ended or does not answer
     part(accelerator)
 
-A rank that dies closes its connections, which the others feel at once (gloo) or when the launcher ends them. One that
-hangs is waited for as long as `rank_timeout` says; on GPUs, where torch would abort the process, a thread of our own
-is what ends it, with the number of exits.py.
+A rank that dies closes its connections, which the others notice at once (gloo) or when the launcher ends them. For one
+that hangs, the others wait `rank_timeout` seconds. On GPUs torch would then abort the process, so a thread of our own
+ends it, with the exit code of exits.py.
 """
 
 import gc
@@ -26,12 +26,12 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exits import RANKS, RankError
 
 PATIENCE = 1.5
-"""Times the timeout, after which the thread ends a process that torch itself has not ended."""
+"""Times the timeout: then the thread ends a process that torch has not ended."""
 
 
 def join_ranks() -> Accelerator | None:
-    """For what is no training: the ranks of a launch with several; else none. UserError where they did not find each
-    other."""
+    """The ranks of a launch with several, for evaluation and generation; None for one process. UserError where they
+    did not connect."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched == 1:
         return None
@@ -46,7 +46,7 @@ def join_ranks() -> Accelerator | None:
 
 
 def on_main_rank(accelerator: Accelerator | None, work: Callable[[], Any]) -> Any:
-    """What `work()` returns on the main rank, on all of them; what it raises there, all raise."""
+    """Runs `work()` on the main rank; all ranks return its result, or raise its error."""
     if accelerator is None:
         return work()
     outcome: list[Any] = [None, None]
@@ -70,7 +70,7 @@ def refuse_deepspeed() -> None:
 
 
 class Ranks:
-    """Waits with a deadline. With one process there is nobody to wait for, and nothing here does anything."""
+    """Waits with a deadline; with one process it does nothing."""
 
     def __init__(self, accelerator: Accelerator, timeout: float, on_timeout: Callable[[int, str], None]):
         self.count, self.number, self.timeout = accelerator.num_processes, accelerator.process_index, timeout
@@ -79,7 +79,7 @@ class Ranks:
 
     @contextmanager
     def waiting_for(self, what: str, has_own_work: bool = False) -> Iterator[None]:
-        """RankError where a rank goes meanwhile, or where it takes too long, unless this is work of any length."""
+        """RankError where another rank ends or times out; `has_own_work=True` turns the timeout off."""
         if self.count == 1:
             yield
             return
@@ -98,7 +98,7 @@ class Ranks:
 
     def _message(self, what: str, why: str) -> str:
         return (
-            f"rank {self.number} waited for the others with {what}, and one of {self.count} ranks has gone or does "
+            f"rank {self.number} waited for the others with {what}, and one of {self.count} ranks has ended or does "
             f"not answer: {why[-300:]}\n"
             f"See what the other ranks say; then go on from the last checkpoint: --resume true."
         )
@@ -117,11 +117,11 @@ def _is_of_another_rank(error: RuntimeError) -> bool:
 
 
 def part(accelerator: Accelerator, for_good: bool = True) -> None:
-    """DDP, of which nobody else may hold anything, goes before the process group. If it were the last to hold it, gloo
-    would join its threads while this one keeps the interpreter's lock, for which one of them may be waiting: one run
-    of thirty on two ranks never ended, and one of fifty was aborted."""
+    """Frees DDP before the process group; nobody else may hold a reference to it. If DDP were freed last, gloo would
+    join its threads while this one holds the interpreter's lock, for which one of them may wait: one run of thirty on
+    two ranks never ended, and one of fifty was aborted."""
     accelerator.free_memory()
-    gc.collect()  # what was wrapped stands in cycles, and accelerate collects before it lets go
+    gc.collect()  # wrapped modules are in reference cycles, and accelerate collects before it drops its own
     if for_good:
         accelerator.end_training()
         return

@@ -1,10 +1,10 @@
-"""What a run says while it trains: a bar, lines with units, and the same figures as metrics.jsonl and to trackers.
+"""What a run prints while it trains: a bar, and lines with units; metrics.jsonl and trackers get the same figures.
 
-    step 200/1500 | loss 1.873 nats/token | 41.2k tokens/s | fill 96% | MFU 34% | 2.1 GB | lr 2.4e-4 | 1m02s left
+    step 200/1500 | loss 1.873 nats/token | 41.2k tokens/s | fill 96% | MFU 34% | 2.1 GB | lr 2.4e-4 | 01:02 left
     step 200/1500 | validation loss 1.902 nats/token | chrf 41.2 | best so far
 
-Tokens are source and target tokens without padding, over all ranks. Fill is their share of the tensors that held
-them; MFU what they cost, as a share of what the machine's matrix products reach (speed.py); memory the most so far.
+Tokens are source and target tokens without padding, over all ranks. Fill is their share of the batches' tensors. MFU
+is what they cost, as a share of what the machine's matrix products reach (throughput.py). Memory is the most so far.
 """
 
 import json
@@ -20,8 +20,8 @@ from diptych.data_prep.command_line.errors import UserError
 
 
 class RunLog:
-    """Writes on the main process only. What was written after the checkpoint that a run goes on from is cut off, and
-    will be written again: no line is missing and none comes twice."""
+    """Writes on the main process only. Lines after the checkpoint that a run goes on from are cut off, because they
+    will be written again."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, written: dict[str, int]):
         self.accelerator = accelerator
@@ -65,7 +65,8 @@ class RunLog:
 
 
 def _cut_back(file: Path, size: int) -> int:
-    """To its first `size` bytes, or to the whole lines of fewer; how many are left. UserError for what is no log."""
+    """Cuts a log to its first `size` bytes, and to whole lines; returns how many bytes are left. UserError for what is
+    no log."""
     if not file.exists():
         return 0
     with file.open("r+b") as stream:
@@ -84,12 +85,11 @@ def _cut_back(file: Path, size: int) -> int:
 
 
 class Pace:
-    """The bar, and how fast it moves. Evaluation and saving do not count."""
+    """The bar, and the pace of training without evaluation and saving."""
 
     def __init__(self, total_steps: int, done: int, shown: bool):
         self.left = total_steps - done
-        # A bar in a log file would be thousands of lines; there the log lines must do.
-        hidden = not shown or not sys.stderr.isatty()
+        hidden = not shown or not sys.stderr.isatty()  # in a file, a bar would be thousands of lines
         self.bar = tqdm(desc="train", total=total_steps, initial=done, unit="step", disable=hidden)
         self.seconds, self.steps = 0.0, 0
         self.window_seconds, self.window_tokens, self.window_work = 0.0, 0, 0.0
@@ -101,7 +101,7 @@ class Pace:
         self.window_seconds += seconds
         self.window_tokens += tokens
         self.window_work += work
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {short(tokens / seconds)} tokens/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {tqdm.format_sizeof(tokens / seconds)} tokens/s", refresh=False)
         self.bar.update()
 
     def per_second(self) -> tuple[float, float]:
@@ -115,10 +115,11 @@ class Pace:
 
 
 def train_line(entry: dict[str, Any], total_steps: int, seconds_left: float) -> str:
+    pace, left = tqdm.format_sizeof(entry["tokens_per_second"]), tqdm.format_interval(seconds_left)
     return (
-        f"step {entry['step']}/{total_steps} | loss {entry['loss']:.3f} nats/token | "
-        f"{short(entry['tokens_per_second'])} tokens/s | fill {entry['fill']:.0%} | MFU {entry['mfu']:.0%} | "
-        f"{entry['memory_bytes'] / 1e9:.1f} GB | lr {entry['learning_rate']:.1e} | {duration(seconds_left)} left"
+        f"step {entry['step']}/{total_steps} | loss {entry['loss']:.3f} nats/token | {pace} tokens/s | "
+        f"fill {entry['fill']:.0%} | MFU {entry['mfu']:.0%} | {entry['memory_bytes'] / 1e9:.1f} GB | "
+        f"lr {entry['learning_rate']:.1e} | {left} left"
     ).replace("e-0", "e-")
 
 
@@ -132,23 +133,6 @@ def validation_line(entry: dict[str, Any], total_steps: int, is_best: bool) -> s
 
 
 def selection_line(step: int, total_steps: int, figure: str, value: float, sets: int, is_best: bool) -> str:
-    """What decides which checkpoint is best, where there are several validation sets."""
+    """The figure by which the best checkpoint is chosen, where there are several validation sets."""
     mean = "" if "/" in figure else f"mean over {sets} validation sets: "
     return " | ".join([f"step {step}/{total_steps}", f"{mean}{figure} {value:.3f}"] + ["best so far"] * is_best)
-
-
-def short(number: float) -> str:
-    """41234 -> 41.2k, 8137216 -> 8.1M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """62 -> 1m02s, 3700 -> 1h01m."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

@@ -25,7 +25,7 @@ from diptych.finetune.commands.exits import DONE, STOPPED, NotFiniteError
 from diptych.finetune.commands.ranks import part
 from diptych.finetune.evaluating.best_figure import is_improvement, selected_figure
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
-from diptych.finetune.model.speed import keep_memory, peak_memory, profiler
+from diptych.finetune.model.speed import keep_memory
 from diptych.finetune.run_files.checkpoints import whole
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.run_files.run_folder import Status
@@ -35,6 +35,7 @@ from diptych.finetune.training.run import Run
 from diptych.finetune.training.saving import save_checkpoint, write_final
 from diptych.finetune.training.set_up import set_up
 from diptych.finetune.training.stop_signals import StopRequest
+from diptych.finetune.training.throughput import peak_memory, profiler
 from diptych.finetune.training.warm_up import open_encoder
 
 ROWS_NAMED = 20

@@ -16,12 +16,12 @@ from diptych.finetune.batches.packed_rows import PackedRows
 from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows, Prepared, StepRows
 from diptych.finetune.commands.ranks import Ranks
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.speed import TokenCost
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import RunLog
 from diptych.finetune.training.feeding import DTYPES
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
+from diptych.finetune.training.throughput import TokenCost
 
 
 @dataclass

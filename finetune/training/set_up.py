@@ -16,6 +16,7 @@ import transformers
 import yaml
 from accelerate.utils import set_seed
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import choose_from
@@ -38,10 +39,9 @@ from diptych.finetune.model.families import vocabulary_tables, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
-from diptych.finetune.model.speed import compile_layers, matmul_peak, work_per_token
 from diptych.finetune.run_files import whole_folders
 from diptych.finetune.run_files.run_folder import CONFIG, Status
-from diptych.finetune.run_files.run_log import RunLog, short
+from diptych.finetune.run_files.run_log import RunLog
 from diptych.finetune.training.distillation import DistilledObjective, load_teacher
 from diptych.finetune.training.feeding import DTYPES, check_precision, resolve_precision, set_attention, training_rows
 from diptych.finetune.training.launch import meet
@@ -60,6 +60,7 @@ from diptych.finetune.training.saving import restore
 from diptych.finetune.training.sharding import spread
 from diptych.finetune.training.starting_model import starting_model
 from diptych.finetune.training.stop_signals import StopRequest
+from diptych.finetune.training.throughput import compile_layers, cost_per_token, matmul_peak
 from diptych.finetune.training.warm_up import close_encoder, train_cross_attention_alone
 
 
@@ -118,7 +119,7 @@ def make_run(
         optimizer=optimizer,
         scaler=scaler,
         order=order,
-        work=work_per_token(loaded.model),
+        work=cost_per_token(loaded.model),
         # on CPUs without fast products in fp16, the rest of a step is faster than they are
         peak=max(matmul_peak(accelerator.device, dtype) for dtype in {DTYPES[recipe.precision], torch.float32}),
         total_steps=total_steps,
@@ -267,7 +268,7 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
     kind = "padded" if why_padded else "packed"
     sharded = ", sharded" if recipe.sharding == "full" else ""
     say(
-        f"{recipe.model} ({model_type}, {short(total)} weights, {short(trained)} trained) | "
+        f"{recipe.model} ({model_type}, {tqdm.format_sizeof(total)} weights, {tqdm.format_sizeof(trained)} trained) | "
         + ", ".join(f"{count:,} {name} rows" for name, count in counts.items())
         + f" | {run.total_steps} steps of {run.order.rows_per_step} {kind} rows | {run.accelerator.num_processes} × "
         + f"{run.accelerator.device.type}, {recipe.precision}{sharded} | {run.folder}"

@@ -22,12 +22,12 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.model.speed import compile_layers
 from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.train import main, run_recipe
 from diptych.finetune.training import loop, set_up
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
+from diptych.finetune.training.throughput import compile_layers
 
 STARTS = {"diptych": 0, "t5": 0, "bart": 0, "m2m_100": 1, "pegasus": 0, "t5gemma": 2}
 
