@@ -4,10 +4,9 @@
     decoder_start_of("t5-small")       → (0, "model config")       the same from its files, without any model code
     split_start([7, 31, 1], 0, mbart)  → (7, [31, 1])          start and labels of a row that begins with its code
 
-It is `decoder_start_token_id` of generation_config.json, or else of config.json. Where both are silent, it is what the
-family itself takes for it (`STARTS`), and for all others `bos_token_id`, with which transformers' `generate` begins.
-
-A tokenizer may have each row start with the code of its target's language instead (mBART-cc25, see languages.py).
+It is `decoder_start_token_id` of generation_config.json, or else of config.json. Where neither has it, it is what the
+family itself uses (`STARTS`), and for all others `bos_token_id`, with which transformers' `generate` begins. With some
+tokenizers, each row starts with the code of its target's language instead (mBART-cc25, see languages.py).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ STARTS = {"mbart": "eos_token_id", "plbart": "eos_token_id", "fsmt": "eos_token_
 
 
 def named_start(config: PreTrainedConfig, generation: GenerationConfig) -> tuple[int, str] | None:
-    """The token, and who says so: "model config", or the field that stands in for it; None where there is none."""
+    """The token, and where it comes from: "model config", or the field that replaces it; None where there is none."""
     configured = getattr(config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
     for token in (generation.decoder_start_token_id, configured):
         if token is not None:
@@ -34,7 +33,7 @@ def named_start(config: PreTrainedConfig, generation: GenerationConfig) -> tuple
 
 
 def decoder_start_of(checkpoint: str | None, given: int | None = None) -> tuple[int, str] | None:
-    """What training and `generate` will begin to write with, and who says so; None where nobody does."""
+    """The same from a checkpoint's files; `given` is a setting, which decides."""
     if given is not None:
         return given, "setting"
     config = _model_config(checkpoint) if checkpoint else None
@@ -48,14 +47,14 @@ def decoder_start_of(checkpoint: str | None, given: int | None = None) -> tuple[
 
 
 def split_start(ids: list[int], start: int, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, list[int]]:
-    """Labels that begin with the start, as Gemma's tokenizers write them, or with a code in its place, without it."""
+    """The start of a row and its labels without it: some labels begin with the start (Gemma's), or with a code."""
     if ids and (ids[0] == start or ids[0] in codes_of(tokenizer).starts):
         return ids[0], ids[1:]
     return start, ids
 
 
 def _model_config(name: str) -> PreTrainedConfig | None:
-    """A config of a kind that transformers does not know, such as Diptych's, is taken as it is written."""
+    """A config of a type that transformers does not know, such as Diptych's, is not validated."""
     try:
         written, _ = PreTrainedConfig.get_config_dict(name)
     except OSError:  # a tokenizer alone

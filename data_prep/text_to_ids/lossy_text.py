@@ -5,10 +5,10 @@
     of English alone       "서울입니다."       →  "<unk>."      unknown characters
     byte-level BPE, ByT5                                       nothing
 
-A model learns to write what the tokenizer made of its targets, so each target is looked at. Of tokenizers in Python,
-which decode as slowly as they encode, `LOOKED_AT` of a batch are, unless rows that lose text are to be left out. Of
-sources, the unknown characters in what the row says are counted, and nothing else: what becomes of white space and of
-a template is the same in every row. benchmarks/RESULTS.md says what it costs.
+A model learns to write what the tokenizer made of its targets, so each target is decoded; with tokenizers in Python,
+which are slow, `LOOKED_AT` of a batch, unless rows that lose text are to be left out. Of sources, only the unknown
+characters in the row's fields are counted: what is lost of white space and of a template is the same in every row.
+benchmarks/RESULTS.md says what it costs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FOLDS: dict[str, Callable[[str], str]] = {
     "capital letters": str.casefold,
     "accents": lambda text: _without_accents(text.casefold()),
 }
-"""What is lost if two texts are equal but for this, each beside those before it."""
+"""What is lost where two texts are equal after the function, and were not after those before it."""
 
 
 class Loss(NamedTuple):
@@ -62,7 +62,7 @@ class Loss(NamedTuple):
 
 
 def kinds_lost(text: str, written: str) -> tuple[str, ...]:
-    """Of a text without unknown characters; () where nothing is lost."""
+    """What a text without unknown characters loses; () where nothing is lost."""
     if text == written:
         return ()
     kinds = []
@@ -81,7 +81,7 @@ def target_losses(
     places: Collection[int],
     all_of_them: bool,
 ) -> dict[int, Loss | None]:
-    """Of those of `places` that were looked at, each with what it loses, or None."""
+    """{place: what the text loses, or None} of those of `places` that were decoded."""
     tokenizer, places = target_side(tokenizer), sorted(places)
     if not tokenizer.is_fast and not all_of_them:
         places = places[:: -(-len(places) // LOOKED_AT) or 1]
@@ -100,7 +100,7 @@ def target_losses(
 def source_losses(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], encodings: Sequence[Encoding], places: Collection[int]
 ) -> dict[int, Loss]:
-    """Of those of `places` whose fields hold characters that the tokenizer does not know."""
+    """{place: what is lost} of those of `places` whose fields have characters that the tokenizer does not know."""
     tokenizer = source_side(tokenizer)
     unknown = tokenizer.unk_token_id
     suspects = [
@@ -113,7 +113,7 @@ def source_losses(
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
-    """As inference/detokenize.py decodes what a model writes, but control tokens, among them <unk>, are seen."""
+    """As inference/detokenize.py decodes a model's output, but with control tokens, among them <unk>."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
     return [tokenizer.decode(it, clean_up_tokenization_spaces=False) for it in ids]

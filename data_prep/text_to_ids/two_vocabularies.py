@@ -4,11 +4,10 @@
     target_side(marian).decode([7, 0])      "가. </s>"     the same ids in a target
     source_side(t5) is target_side(t5) is t5
 
-Marian with `separate_vocabs` and FSMT have a vocabulary for each side, of different sizes, in which an id is two
-words. transformers' tokenizers change between them by a switch in some methods, and in others (get_vocab, the ids of
-special tokens, decoding a source, FSMT's encoding of a target) know one of them alone. Each side here is a copy that
-knows nothing else, so that whatever is asked of it, it answers of its side. A Marian of one vocabulary has two
-sentencepiece models, and is two sides too.
+Marian with `separate_vocabs` and FSMT have a vocabulary for each side, of different sizes, so an id means two words.
+transformers' tokenizers switch between them in some methods; in others (get_vocab, the ids of special tokens, decoding
+a source, FSMT's encoding of a target) they use one of them alone. So each side here is a copy of the tokenizer that
+has only the side's vocabulary. A Marian of one vocabulary has two sentencepiece models, and so two sides.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIDE = "is_one_side"
-"""An attribute of the copies, which have no sides themselves."""
+"""An attribute of the copies."""
 
 
 def source_side(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -40,7 +39,7 @@ def has_two_vocabularies(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def all_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens of both sides, by which two tokenizers are compared; those of a second vocabulary are named so."""
+    """The tokens of both sides, by which two tokenizers are compared; of a second vocabulary, as "a (target)"."""
     tokens = source_side(tokenizer).get_vocab()
     if not has_two_vocabularies(tokenizer):
         return tokens
@@ -48,21 +47,21 @@ def all_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """What fills up rows of either side. Where the padding tokens differ, the smaller id: both embedding tables have
-    it, and what stands in padding is not read."""
+    """The id that pads rows of either side. Where the sides' ids differ, the smaller one, which both embedding tables
+    have; padding is not read."""
     if tokenizer.pad_token is None:
         return None
     return min(source_side(tokenizer).pad_token_id, target_side(tokenizer).pad_token_id)
 
 
 def name_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """FSMT's tokenizer calls the token that ends its texts a separator, and names no other end."""
+    """FSMT's tokenizer has its end token as `sep_token` alone."""
     if type(tokenizer).__name__ == "FSMTTokenizer" and "eos_token" not in tokenizer.special_tokens_map:
         tokenizer.eos_token = tokenizer.sep_token
 
 
 def check_one_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, what: str) -> None:
-    """UserError for what works on a tokenizer of one vocabulary alone."""
+    """UserError where the tokenizer has two vocabularies; `what` says why one is needed, and what to do."""
     if has_two_vocabularies(tokenizer):
         raise UserError(
             f"the tokenizer of {name} ({type(tokenizer).__name__}) has a vocabulary for sources and another one for"
@@ -72,7 +71,7 @@ def check_one_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, what: st
 
 @functools.lru_cache(maxsize=16)
 def _sides(tokenizer: PreTrainedTokenizerBase, tokens: int) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """`tokens` are counted, because a person may add some."""
+    """`tokens` are counted, because a user may add some."""
     kind, its = type(tokenizer).__name__, vars(tokenizer)
     if SIDE not in its and kind == "MarianTokenizer":
         of_targets = tokenizer.target_encoder if tokenizer.separate_vocabs else tokenizer.get_vocab()
@@ -90,24 +89,23 @@ def _marian(tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int], s
     pieces = {"source": tokenizer.spm_source, "target": tokenizer.spm_target}[side]
     codes = [token for token in vocabulary if token.startswith(">>") and token.endswith("<<")]
     words = {row: token for token, row in vocabulary.items()}
+    spm = dict.fromkeys(("spm_source", "spm_target", "current_spm"), pieces)
+    other = {"current_encoder": vocabulary, "separate_vocabs": False, "supported_language_codes": codes}
+    # The tokenizer's own method takes ids for those of the sentencepiece model.
     return _side(
         tokenizer,
         vocabulary,
         side,
-        spm_source=pieces,
-        spm_target=pieces,
-        current_spm=pieces,
-        current_encoder=vocabulary,
-        separate_vocabs=False,
-        supported_language_codes=codes,
-        _convert_id_to_token=lambda row: words.get(row, tokenizer.unk_token),  # its own takes ids for sentencepiece's
+        _convert_id_to_token=lambda row: words.get(row, tokenizer.unk_token),
+        **spm,
+        **other,
     )
 
 
 def _side(
     tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int], side: str, **attributes: Any
 ) -> PreTrainedTokenizerBase:
-    """Special and added tokens have the ids of this vocabulary; what it lacks is no token of this side."""
+    """Special and added tokens have the ids of this vocabulary; added tokens that it lacks are left out."""
     for name in ("eos_token", "pad_token", "unk_token"):
         token = getattr(tokenizer, name)
         if token is not None and token not in vocabulary:
