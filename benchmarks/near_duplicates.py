@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy
 
-from diptych.data_prep.cleaning.duplicates import Shingles, near_duplicates, signatures
+from diptych.data_prep.cleaning.duplicates import SHINGLE_SIZE, near_duplicates, shingles_of, signatures
 from diptych.data_prep.cleaning.splits import normalise
 from diptych.data_prep.reading.sources import SAMPLES_FOLDER
 
@@ -56,9 +56,9 @@ def edited(text: str, words: list[str], draw: random.Random) -> str:
     return text
 
 
-def brute_force(texts: list[str], shingles: Shingles, threshold: float) -> list[int]:
+def brute_force(texts: list[str], size: int, threshold: float) -> list[int]:
     """The slow twin of `near_duplicates`."""
-    sets = [shingles.of(text) for text in texts]
+    sets = [shingles_of(text, size) for text in texts]
     kept, found = [], []
     for row, own in enumerate(sets):
         alike = next((other for other in kept if jaccard(own, sets[other]) >= threshold), -1)
@@ -73,21 +73,21 @@ def jaccard(first: set[str], second: set[str]) -> float:
     return shared / (len(first) + len(second) - shared)
 
 
-def measure(name: str, texts: list[str], shingles: Shingles) -> list[dict]:
+def measure(name: str, texts: list[str], size: int) -> list[dict]:
     started = time.perf_counter()
-    marks = signatures(texts, shingles)
+    marks = signatures(texts, size)
     marked = time.perf_counter() - started
     results = []
     for threshold in THRESHOLDS:
         started = time.perf_counter()
-        true = numpy.array(brute_force(texts, shingles, threshold)) >= 0
+        true = numpy.array(brute_force(texts, size, threshold)) >= 0
         slow = time.perf_counter() - started
         started = time.perf_counter()
-        found = near_duplicates(marks, threshold, texts.__getitem__, shingles) >= 0
+        found = near_duplicates(marks, threshold, texts.__getitem__, size) >= 0
         results.append(
             {
                 "data": name,
-                "shingles": f"{shingles.size} {shingles.kind}",
+                "shingles": f"{size} characters",
                 "rows": len(texts),
                 "threshold": threshold,
                 "removed": int(found.sum()),
@@ -105,14 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, default=[SAMPLES_FOLDER / "tatoeba_eng_kor.tsv"])
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--shingle", default="characters", help="characters or words")
-    parser.add_argument("--shingle_size", type=int, default=0, help="0: 5 characters, 2 words")
+    parser.add_argument("--shingle_size", type=int, default=SHINGLE_SIZE, help="characters")
     arguments = parser.parse_args()
-    shingles = Shingles(arguments.shingle, arguments.shingle_size)
     results = []
     print(f"{'':24}{'rows':>6}{'threshold':>11}{'recall':>8}{'precision':>11}{'time':>9}{'brute force':>13}")
     for path in arguments.files:
-        for found in measure(path.stem, with_edits(texts_of(path), arguments.rows), shingles):
+        for found in measure(path.stem, with_edits(texts_of(path), arguments.rows), arguments.shingle_size):
             results.append(found)
             case = f"{found['data']:24}{found['rows']:>6,}{found['threshold']:>11}"
             quality = f"{found['recall']:>8.1%}{found['precision']:>11.1%}"

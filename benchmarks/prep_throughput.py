@@ -149,7 +149,7 @@ def stage_costs(folder: Path) -> dict[str, float]:
 
     from transformers import AutoTokenizer
 
-    from diptych.data_prep.cleaning.duplicates import Shingles, compared_text, signatures
+    from diptych.data_prep.cleaning.duplicates import compared_text, signatures
     from diptych.data_prep.cleaning.filters import LanguageFilter, script_of
     from diptych.data_prep.cleaning.sensitive import find_in_record
     from diptych.data_prep.cleaning.splits import record_keys, text_key
@@ -183,7 +183,7 @@ def stage_costs(folder: Path) -> dict[str, float]:
     timed("scripts", lambda: [(script_of(record.input), script_of(record.output)) for record in records])
     batches = timed("all of these, and to Arrow", lambda: [whole.run(chunk, 0).examples for chunk in chunks])
     timed("encode", lambda: [with_tokenizer.encode(batch) for batch in batches])
-    timed("near duplicates: signatures", lambda: signatures([compared_text(record) for record in records], Shingles()))
+    timed("near duplicates: signatures", lambda: signatures([compared_text(record) for record in records]))
     language = LanguageFilter(("en",))
     timed("languages", lambda: [language.check(record) for record in records])
     timed("sensitive", lambda: [find_in_record(record) for record in records])

@@ -15,10 +15,10 @@ characters of the text in Unicode's decomposed form, where a Hangul syllable is 
 error then weighs what an English one does. Of texts with one small edit (a letter, a word, a sign), a threshold of 0.7
 finds
 
-                                 5 characters   5, decomposed   3, decomposed   2 words
-    English, 35 characters           72 %            72 %            88 %         27 %
-    Korean, 18 characters            43 %            69 %            83 %         16 %
-    CodeAlpaca, 262 characters      100 %           100 %           100 %         99 %
+                                 5 characters   5, decomposed   3, decomposed
+    English, 35 characters           72 %            72 %            88 %
+    Korean, 18 characters            43 %            69 %            83 %
+    CodeAlpaca, 262 characters      100 %           100 %           100 %
 
 and with three characters twice as many different sentences pass for alike. Two million signatures of 128 numbers on
 disk, 5 % of them duplicates, take 11 s and 300 MB. Of 2,000 rows, half of them edited copies, at 0.7, 0.8 and 0.9 at
@@ -35,7 +35,6 @@ import functools
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy
 import xxhash
@@ -55,47 +54,32 @@ thousands of rows that share one are boilerplate."""
 HASHES_AT_ONCE = 8192
 """So that a long text never becomes a table of all its shingles times all permutations."""
 ROWS_AT_ONCE = 65_536
-DEFAULT_SIZES = {"characters": 5, "words": 2}
-
+SHINGLE_SIZE = 5
+"""Characters."""
 _FACTOR = numpy.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True)
-class Shingles:
-    """What two texts are compared by: the set of all runs of `size` characters, or words. A shorter text is a run."""
+def shingles_of(text: str, size: int = SHINGLE_SIZE) -> set[str]:
+    """All runs of `size` characters: "Hi there" → {"hi th", "i the", " ther", "there"}. A shorter text is one run."""
+    letters = _letters(text)
+    return {letters[start : start + size] for start in range(max(1, len(letters) - size + 1))}
 
-    kind: str = "characters"
-    size: int = 0
-    """0 stands for the usual one: 5 characters, 2 words."""
 
-    def __post_init__(self) -> None:
-        if self.kind not in DEFAULT_SIZES:
-            raise UserError(f"Shingles are {' or '.join(DEFAULT_SIZES)}, not '{self.kind}'.")
-        if self.size < 0:
-            raise UserError(f"The size of a shingle is {self.size}, but it must be at least 1.")
-        if not self.size:
-            object.__setattr__(self, "size", DEFAULT_SIZES[self.kind])
+def shingle_hashes(text: str, size: int = SHINGLE_SIZE) -> numpy.ndarray:
+    """(runs,) uint32, one for each run of the text, repeated ones repeated."""
+    code_points = numpy.frombuffer(_letters(text).encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
+    size = min(size, len(code_points))
+    runs = max(1, len(code_points) - size + 1)
+    mixed = numpy.full(runs, size, dtype=numpy.uint64)
+    for place in range(size):
+        mixed *= _FACTOR
+        mixed += code_points[place : place + runs]
+    return (_scatter(mixed) >> numpy.uint64(32)).astype("u4")
 
-    def of(self, text: str) -> set[str]:
-        """`Shingles(size=5).of("Hi there")` → `{"hi th", "i the", " ther", "there"}`."""
-        units = self.units(text)
-        separator = "" if self.kind == "characters" else " "
-        return {separator.join(units[start : start + self.size]) for start in range(_runs(len(units), self.size))}
 
-    def units(self, text: str) -> Sequence[str]:
-        text = normalise(text)
-        if self.kind == "words":
-            return text.split(" ")
-        return text if text.isascii() else unicodedata.normalize("NFD", text)
-
-    def hashes(self, text: str) -> numpy.ndarray:
-        """(runs,) uint32, one for each run of the text, repeated ones repeated."""
-        units = self.units(text)
-        if self.kind == "characters":
-            numbers = numpy.frombuffer(units.encode("utf-32-le", "surrogatepass"), dtype=numpy.uint32)
-        else:
-            numbers = [xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass")) for word in units]
-        return (hash_runs(numpy.asarray(numbers, dtype=numpy.uint64), self.size) >> numpy.uint64(32)).astype("u4")
+def _letters(text: str) -> str:
+    text = normalise(text)
+    return text if text.isascii() else unicodedata.normalize("NFD", text)
 
 
 def exact_key(text: str) -> int:
@@ -138,9 +122,7 @@ def conflicts(source_keys: numpy.ndarray, target_keys: numpy.ndarray) -> list[li
 
 
 def signatures(
-    texts: Sequence[str],
-    shingles: Shingles = Shingles(),  # noqa: B008
-    permutations: int = PERMUTATIONS,
+    texts: Sequence[str], shingle_size: int = SHINGLE_SIZE, permutations: int = PERMUTATIONS
 ) -> numpy.ndarray:
     """(rows, permutations) uint32: 31 µs a row of Tatoeba, 60 µs one of CodeAlpaca."""
     from datasketch import MinHash  # takes 0.4 s, which exact duplicates need not wait for
@@ -149,7 +131,7 @@ def signatures(
     found = numpy.empty((len(texts), permutations), dtype=numpy.uint32)
     for row, text in enumerate(texts):
         minhash.clear()
-        hashes = shingles.hashes(text)
+        hashes = shingle_hashes(text, shingle_size)
         for start in range(0, len(hashes), HASHES_AT_ONCE):
             minhash.update_batch(hashes[start : start + HASHES_AT_ONCE].tolist())
         found[row] = minhash.hashvalues
@@ -160,7 +142,7 @@ def near_duplicates(
     signatures: numpy.ndarray,
     threshold: float,
     texts: Callable[[int], str],
-    shingles: Shingles = Shingles(),  # noqa: B008
+    shingle_size: int = SHINGLE_SIZE,
     considered: numpy.ndarray | None = None,
     stay: numpy.ndarray | None = None,
 ) -> numpy.ndarray:
@@ -179,8 +161,8 @@ def near_duplicates(
     needed = (threshold - 3 * standard_error) * permutations
 
     @functools.lru_cache(maxsize=1024)
-    def shingles_of(row: int) -> set[str]:
-        return shingles.of(texts(row))
+    def shingles(row: int) -> set[str]:
+        return shingles_of(texts(row), shingle_size)
 
     kept = _KeptRows(sizes)
     found = numpy.full(len(signatures), -1, dtype=numpy.int64)
@@ -193,7 +175,7 @@ def near_duplicates(
             candidates = kept.sharing(own)
             agreement = numpy.count_nonzero(signatures[candidates] == signatures[row], axis=1)
             near = candidates[agreement >= needed].tolist()
-            found[row] = next((it for it in near if _jaccard(shingles_of(row), shingles_of(it)) >= threshold), -1)
+            found[row] = next((it for it in near if _jaccard(shingles(row), shingles(it)) >= threshold), -1)
         if found[row] < 0:
             kept.add(row, own)
     return found
@@ -207,17 +189,6 @@ def choose_bands(threshold: float, permutations: int) -> tuple[int, int]:
         if 1 - (1 - threshold**size) ** bands >= RECALL_AT_THRESHOLD:
             return bands, size
     return permutations, 1
-
-
-def hash_runs(numbers: numpy.ndarray, size: int) -> numpy.ndarray:
-    """(runs,) uint64, one for each run of `size` of the (units,) uint64 numbers; one for all of them if fewer."""
-    size = min(size, len(numbers))
-    runs = _runs(len(numbers), size)
-    mixed = numpy.full(runs, size, dtype=numpy.uint64)
-    for place in range(size):
-        mixed *= _FACTOR
-        mixed += numbers[place : place + runs]
-    return _scatter(mixed)
 
 
 class _KeptRows:
@@ -282,10 +253,6 @@ def _scatter(mixed: numpy.ndarray) -> numpy.ndarray:
     mixed = (mixed ^ (mixed >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> numpy.uint64(31))
-
-
-def _runs(units: int, size: int) -> int:
-    return max(1, units - size + 1)
 
 
 def _jaccard(first: set[str], second: set[str]) -> float:

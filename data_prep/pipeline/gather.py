@@ -76,7 +76,7 @@ def gather(sources: Sequence[Source], stages: Stages, rejects: Rejects, scratch:
 def collect(batches: Iterable[Batch], sources: int, stages: Stages, rejects: Rejects, scratch: Path) -> Gathered:
     """Batches in the order of the data, wherever they were made."""
     counts, examples_read = Counts(), [0] * sources
-    has_signatures = bool(stages.shingles)
+    has_signatures = stages.has_signatures
     schema = stages.schema.remove(stages.schema.get_field_index("signature")) if has_signatures else stages.schema
 
     with (scratch / "signatures").open("wb") as signatures_file:

@@ -58,6 +58,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ),
     (("tasks",), lambda value: 0 <= value <= 99_999, "it is a number up to 99,999, 0 for four a worker."),
     (("max_row_megabytes",), lambda value: value > 0, "it is above 0."),
+    (("shingle_size",), lambda value: value >= 1, "it is a number of characters, from 1 on."),
     (("max_unpacked_ratio",), lambda value: value >= 1, "it is at least 1."),
 )
 """Settings, what they may be, and what is said where they are not."""
@@ -158,11 +159,8 @@ class PrepareSettings:
     """Also remove rows that share at least this part of their shingles with an earlier row (Jaccard similarity, by
     MinHash), such as 0.8."""
 
-    shingle: Literal["characters", "words"] = "characters"
-    """What near duplicates are compared by: runs of characters or words."""
-
-    shingle_size: int = 0
-    """Characters or words in a run; 0 is 5 characters or 2 words. 3 characters suit short sentences."""
+    shingle_size: int = 5
+    """Near duplicates are compared by their runs of so many characters. 3 suit short sentences."""
 
     decontaminate: list[str] = field(default_factory=list, metadata=SOURCE)
     """Files with texts that training must not hold, such as evaluation sets, as --data has them or as .txt with a text

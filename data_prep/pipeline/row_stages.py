@@ -29,7 +29,7 @@ import pyarrow
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.cleaning.duplicates import Shingles, compared_text, exact_key, signatures
+from diptych.data_prep.cleaning.duplicates import compared_text, exact_key, signatures
 from diptych.data_prep.cleaning.filters import is_composed, script_of
 from diptych.data_prep.cleaning.sensitive import find_in_record, masked
 from diptych.data_prep.cleaning.splits import record_keys, text_key
@@ -163,10 +163,9 @@ class Stages:
     """For each source, whether `checks` are for it: a test set of the user's own stays as it is."""
 
     @property
-    def shingles(self) -> Shingles | None:
-        """How near duplicates are looked for; None for not at all."""
-        settings = self.settings
-        return settings.near_duplicates and Shingles(settings.shingle, settings.shingle_size)
+    def has_signatures(self) -> bool:
+        """Whether near duplicates are looked for."""
+        return self.settings.near_duplicates is not None
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -175,7 +174,7 @@ class Stages:
 
     @property
     def text_fields(self) -> list[pyarrow.Field]:
-        return [*TEXT_FIELDS, *([SIGNATURE_FIELD] if self.shingles else [])]
+        return [*TEXT_FIELDS, *([SIGNATURE_FIELD] if self.has_signatures else [])]
 
     def run(self, chunk: Chunk, source_number: int) -> Batch:
         batch = Batch(source_number, chunk.bytes_done)
@@ -278,9 +277,9 @@ class Stages:
             **dict(zip(KEY_FIELDS, keys, strict=True)),
             **{name: [it.languages[side] for it in records] for side, name in enumerate(LANGUAGE_FIELDS)},
         }
-        if self.shingles:
+        if self.has_signatures:
             texts = ["" if isinstance(record, Tokenised) else compared_text(record) for record in records]
-            columns["signature"] = [row.tobytes() for row in signatures(texts, self.shingles)]
+            columns["signature"] = [row.tobytes() for row in signatures(texts, self.settings.shingle_size)]
         return pyarrow.RecordBatch.from_pydict(columns, pyarrow.schema(self.text_fields))
 
     # From texts to token ids

@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 import pyarrow.compute
 
-from diptych.data_prep.cleaning.duplicates import Shingles, compared_text, conflicts, exact_duplicates, near_duplicates
+from diptych.data_prep.cleaning.duplicates import compared_text, conflicts, exact_duplicates, near_duplicates
 from diptych.data_prep.cleaning.mixture import Mixture, mix
 from diptych.data_prep.cleaning.splits import found_in, row_keys, split_rows
 from diptych.data_prep.command_line.errors import UserError, counted
@@ -191,8 +191,7 @@ class _Train:
             held_out = ~self.is_train & (has_own_sets and settings.on_both_sides == "drop")
             # Rows that came as token ids have no text, by which all would be alike.
             considered = (self.stays | held_out) & pyarrow.compute.not_equal(texts, "").to_numpy()
-            shingles = Shingles(settings.shingle, settings.shingle_size)
-            arguments = (self._compared_text, shingles, considered, held_out)
+            arguments = (self._compared_text, settings.shingle_size, considered, held_out)
             repeats = near_duplicates(self.gathered.signatures, settings.near_duplicates, *arguments)
             why = f"at least {settings.near_duplicates:.0%} like".replace("%", " %")
             self._remove_repeats(repeats, "near", why, facts)

@@ -1,7 +1,6 @@
 """What repeats an earlier row goes, nothing else does, and each row that goes is like one that stays."""
 
 import multiprocessing
-import pickle
 import random
 import unicodedata
 
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from diptych.data_prep.cleaning import duplicates as deduplicate
 from diptych.data_prep.cleaning.duplicates import (
-    Shingles,
     _jaccard,
     choose_bands,
     compared_text,
@@ -20,6 +18,8 @@ from diptych.data_prep.cleaning.duplicates import (
     exact_duplicates,
     exact_key,
     near_duplicates,
+    shingle_hashes,
+    shingles_of,
     signatures,
 )
 from diptych.data_prep.cleaning.splits import normalise, text_key
@@ -41,8 +41,8 @@ def edited(pairs):
     return draw.sample([*texts, *copies], 1200)
 
 
-def slow_near_duplicates(texts, threshold, shingles):
-    sets, kept, found = [shingles.of(text) for text in texts], [], []
+def slow_near_duplicates(texts, threshold):
+    sets, kept, found = [shingles_of(text) for text in texts], [], []
     for row, own in enumerate(sets):
         alike = [other for other in kept if len(own & sets[other]) / len(own | sets[other]) >= threshold]
         found.append(alike[0] if alike else -1)
@@ -111,33 +111,25 @@ def test_tatoeba_has_sources_with_several_targets(pairs):
     assert all(len({normalise(pairs[row][0]) for row in group}) == 1 for group in found)
 
 
-def test_shingles_are_runs_of_characters_or_words():
-    assert Shingles().of("Hi  there") == {"hi th", "i the", " ther", "there"}
-    assert Shingles("words").of("to be or not") == {"to be", "be or", "or not"}
-    assert Shingles().of("hi") == {"hi"}
-    assert Shingles("words").of("one") == {"one"}
-    assert Shingles(size=3).of("가") == {"\u1100\u1161"}  # decomposed
-    assert Shingles().of("각 가") == Shingles().of("\u1100\u1161\u11a8 \u1100\u1161")
+def test_shingles_are_runs_of_characters():
+    assert shingles_of("Hi  there") == {"hi th", "i the", " ther", "there"}
+    assert shingles_of("hi") == {"hi"}
+    assert shingles_of("가", 3) == {"\u1100\u1161"}  # decomposed
+    assert shingles_of("각 가") == shingles_of("\u1100\u1161\u11a8 \u1100\u1161")
 
 
-@pytest.mark.parametrize("wrong", [("letters", 5), ("characters", -1)])
-def test_wrong_shingles_are_refused(wrong):
-    with pytest.raises(UserError, match="characters or words|at least 1"):
-        Shingles(*wrong)
-
-
-@pytest.mark.parametrize("shingles", [Shingles(), Shingles(size=3), Shingles("words")])
-def test_equal_shingles_are_equal_hashes(shingles, pairs):
-    """What MinHash sees are the shingles of `of`, no more and no fewer."""
+@pytest.mark.parametrize("size", [5, 3])
+def test_equal_shingles_are_equal_hashes(size, pairs):
+    """MinHash is given the shingles of `shingles_of`, no more and no fewer."""
     for text in [*(pair[0] for pair in pairs[-300:]), "", "a", "안"]:
-        assert len(set(shingles.hashes(text).tolist())) == len(shingles.of(text))
+        assert len(set(shingle_hashes(text, size).tolist())) == len(shingles_of(text, size))
 
 
 def test_signatures_estimate_the_jaccard_similarity(edited):
-    rows, shingles = 400, Shingles()
+    rows = 400
     found = signatures(edited[:rows], permutations=256)
     draw, errors = random.Random(0), []
-    sets = [shingles.of(text) for text in edited[:rows]]
+    sets = [shingles_of(text) for text in edited[:rows]]
     for _ in range(2000):
         a, b = draw.randrange(rows), draw.randrange(rows)
         errors.append((found[a] == found[b]).mean() - len(sets[a] & sets[b]) / len(sets[a] | sets[b]))
@@ -165,22 +157,21 @@ def test_signatures_are_the_same_in_every_process_and_version(edited):
 
 @pytest.mark.parametrize("threshold", [0.6, 0.8])
 def test_with_texts_at_hand_the_slow_twin_removes_the_same_rows(edited, threshold):
-    shingles = Shingles()
-    slow = numpy.array(slow_near_duplicates(edited, threshold, shingles))
+    slow = numpy.array(slow_near_duplicates(edited, threshold))
     fast = near_duplicates(signatures(edited), threshold, texts=edited.__getitem__)
     assert (slow >= 0).sum() > 40
     assert ((slow >= 0) != (fast >= 0)).sum() <= 0.02 * (slow >= 0).sum()
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.8])
-@pytest.mark.parametrize("shingles", [Shingles(), Shingles("words"), Shingles(size=3)])
-def test_what_goes_is_like_an_earlier_row_that_stays(edited, threshold, shingles):
-    found = near_duplicates(signatures(edited, shingles), threshold, texts=edited.__getitem__, shingles=shingles)
+@pytest.mark.parametrize("size", [5, 3])
+def test_what_goes_is_like_an_earlier_row_that_stays(edited, threshold, size):
+    found = near_duplicates(signatures(edited, size), threshold, edited.__getitem__, size)
     gone = numpy.flatnonzero(found >= 0)
     assert len(gone) > 20
     for row in gone.tolist():
         assert found[row] < row and found[found[row]] == -1
-        assert _jaccard(shingles.of(edited[row]), shingles.of(edited[found[row]])) >= threshold
+        assert _jaccard(shingles_of(edited[row], size), shingles_of(edited[found[row]], size)) >= threshold
 
 
 def removed(texts, threshold, **settings):
@@ -191,10 +182,9 @@ def test_a_chain_does_not_pull_in_its_far_end():
     """a ~ b and b ~ c at 0.8, a and c share less: b goes, c stays."""
     words = [f"word{number}" for number in range(60)]
     texts = [" ".join(words[start : start + 50]) for start in (0, 4, 8)]
-    likeness = [_jaccard(*(Shingles("words").of(texts[place]) for place in pair)) for pair in ((0, 1), (1, 2), (0, 2))]
+    likeness = [_jaccard(*(shingles_of(texts[place]) for place in pair)) for pair in ((0, 1), (1, 2), (0, 2))]
     assert min(likeness[:2]) >= 0.8 > likeness[2]
-    marks = signatures(texts, Shingles("words"))
-    assert near_duplicates(marks, 0.8, texts.__getitem__, Shingles("words")).tolist() == [-1, 0, -1]
+    assert removed(texts, 0.8) == [-1, 0, -1]
 
 
 def test_equal_texts_are_near_duplicates_and_empty_ones_are_equal():
@@ -255,7 +245,3 @@ def test_a_shared_instruction_makes_no_rows_alike():
     assert removed([compared_text(record) for record in records], 0.5) == [-1, -1]
     only = Record(instruction="Count to three.", input=" ", output="1 2 3", origin=Origin("rows", 1))
     assert compared_text(only) == "Count to three.\n1 2 3"
-
-
-def test_shingles_travel_to_workers():
-    assert pickle.loads(pickle.dumps(Shingles("words", 3))) == Shingles("words", 3)
