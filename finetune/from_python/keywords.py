@@ -12,9 +12,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TypeVar
 
 import datasets
+import numpy as np
 import transformers
 
 from diptych.data_prep.command_line.arguments import from_values
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.run_command import check_places
 
 Settings = TypeVar("Settings")
@@ -27,19 +29,30 @@ def settings_of(settings_class: type[Settings], keywords: Mapping[str, Any]) -> 
     Raises:
         UserError: a keyword is no setting, its value does not fit, or it names a place that is not there.
     """
-    settings = from_values(settings_class, {name: plain(value) for name, value in keywords.items()})
+    settings = from_values(settings_class, {name: plain(value, name) for name, value in keywords.items()})
     check_places(settings_class, vars(settings))
     return settings
 
 
-def plain(value: Any) -> Any:
-    """Paths as texts, also inside of lists and dicts; tuples as lists."""
+def plain(value: Any, name: str) -> Any:
+    """What a recipe could hold: paths as texts, tuples as lists, numpy's numbers as Python's.
+
+    Raises:
+        UserError: the value of the keyword `name` is an object, such as a model or rows.
+    """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
-        return {name: plain(inner) for name, inner in value.items()}
+        return {inner: plain(part, name) for inner, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
+        return [plain(part, name) for part in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if not isinstance(value, str | int | float | None):
+        raise UserError(
+            f"{name} is a {type(value).__name__}. Settings are texts, numbers, True or False, lists and dicts; save a"
+            f" model or tokenizer into a folder and name the folder, and give rows to diptych.prepare."
+        )
     return value
 
 

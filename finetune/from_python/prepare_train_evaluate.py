@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import Prepared
 from diptych.data_prep.prepare import prepare as prepare_by_settings
@@ -43,7 +44,7 @@ class TrainedRun:
 
     @property
     def state(self) -> str:
-        """ "done", or "stopped" where Ctrl-C or a signal ended it: `train(…, resume=True)` goes on."""
+        """How it ended: "done", or "stopped" by Ctrl-C or a signal, after which `train(…, resume=True)` goes on."""
         return read_status(self.folder)["state"]
 
     @property
@@ -134,6 +135,8 @@ def train(*, say: Say | None = None, **settings: Any) -> TrainedRun:
             NotFiniteError for what may go wrong later.
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
+    if isinstance(settings.get("data"), list | dict):
+        raise UserError("data is a list or dict of rows. Prepare it first: data=diptych.prepare(rows, …).")
     recipe = settings_of(TrainRecipe, {name: _place_of(value) for name, value in settings.items()})
     with printed_to(say), _stop_by_signals() as stop:
         run_recipe(recipe, stop)

@@ -3,7 +3,7 @@
     model = load("runs/first/final")
     model.generate("Name the capital of France.")                             "Paris"
     model.generate(rows, num_beams=4)                                         ["Paris", …]
-    model.score([{"instruction": …, "input": …, "output": "Paris"}])          [RowScore(log_probability=-0.31, tokens=3)]
+    model.score([{"instruction": …, "input": …, "output": "Paris"}])      [RowScore(log_probability=-0.3, tokens=3)]
     model.embed(["France", "Korea"]).shape                                    (2, 512)
 
 What is asked is rendered with the template that travels with the checkpoint, as `diptych generate` does it.

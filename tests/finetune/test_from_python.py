@@ -106,6 +106,10 @@ def test_mistakes_are_exceptions_with_the_words_of_the_command_line(tmp_path, ma
     }.items():
         with pytest.raises(UserError, match=message):
             diptych.train(model=run, data=data, out=tmp_path / "run", epochs=1, **{wrong: "fast"})
+    with pytest.raises(UserError, match=r"Prepare it first: data=diptych.prepare"):
+        diptych.train(model=run, data=ROWS, out=tmp_path / "run", epochs=1)
+    with pytest.raises(UserError, match="data is a Dataset.*give rows to diptych.prepare"):
+        diptych.train(model=run, data=Dataset.from_list(ROWS), out=tmp_path / "run", epochs=1)
     with pytest.raises(UserError, match="is no prepared dataset"):
         diptych.train(model=run, data=tmp_path / "nowhere", out=tmp_path / "run", epochs=1)
     with pytest.raises(UserError, match="rows:1 is a int, and each row is a dict"):
