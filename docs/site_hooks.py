@@ -1,4 +1,4 @@
-"""What `make docs` does to pages: the results come from benchmarks/, and links to files that are no pages become names."""
+"""What `make docs` does to pages: results come from benchmarks/, and links to files that are no pages become names."""
 
 import re
 from pathlib import Path
