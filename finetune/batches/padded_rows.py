@@ -90,7 +90,7 @@ def padded_rows(loaded: LoadedModel, split: datasets.Dataset) -> PaddedRows:
     return PaddedRows(split, loaded.pad_token_id, loaded.decoder_start_token_id)
 
 
-class Prepared(NamedTuple):
+class PreparedData(NamedTuple):
     """A prepared folder: its splits, where it and its tokenizer lie, and the hash of its manifest."""
 
     folder: Path
@@ -101,7 +101,7 @@ class Prepared(NamedTuple):
     """What the manifest says of the packed rows, if there are any."""
 
 
-def load_prepared(folder: str) -> Prepared:
+def load_prepared(folder: str) -> PreparedData:
     place = Path(folder)
     if not (place / "dataset_dict.json").is_file():
         raise UserError(
@@ -118,7 +118,7 @@ def load_prepared(folder: str) -> Prepared:
         raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")
     content = manifest.read_bytes()
     packing = json.loads(content).get("packing")
-    return Prepared(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), packing)
+    return PreparedData(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), packing)
 
 
 def drop_repeated_start(

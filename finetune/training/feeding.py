@@ -22,7 +22,7 @@ from diptych.finetune.batches.packed_rows import (
     check_packing_fits,
     load_packed,
 )
-from diptych.finetune.batches.padded_rows import PaddedRows, Prepared, padded_rows
+from diptych.finetune.batches.padded_rows import PaddedRows, PreparedData, padded_rows
 from diptych.finetune.model.families import family_of, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.packed_attention import VARLEN, register_varlen
@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def training_rows(
-    recipe: TrainRecipe, prepared: Prepared, loaded: LoadedModel
+    recipe: TrainRecipe, prepared: PreparedData, loaded: LoadedModel
 ) -> tuple[PaddedRows | PackedRows, str | None]:
     """The rows to train on and, if they are padded, why."""
     model = without_adapter(loaded.model)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.batches.padded_rows import BatchOrder, Prepared
+from diptych.finetune.batches.padded_rows import BatchOrder, PreparedData
 from diptych.finetune.commands.exits import CheckpointError, is_main_rank
 from diptych.finetune.run_files import checkpoints, whole_folders
 from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing
@@ -93,7 +93,7 @@ def say_changes(recipe: TrainRecipe, folder: Path) -> None:
 
 
 def facts_of(
-    prepared: Prepared, order: BatchOrder, model: PreTrainedModel | PeftModel
+    prepared: PreparedData, order: BatchOrder, model: PreTrainedModel | PeftModel
 ) -> dict[str, str | int | bool | None]:
     """What decides, beside the recipe, which rows a step has, and which weights they meet."""
     return {

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from diptych.data_prep.rows.named_splits import splits_of
 from diptych.finetune.batches.packed_rows import PackedRows
-from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows, Prepared, StepRows
+from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows, PreparedData, StepRows
 from diptych.finetune.commands.ranks import Ranks
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.run_files.run_folder import Status
@@ -62,7 +62,7 @@ class Run:
     recipe: TrainRecipe
     folder: Path
     accelerator: accelerate.Accelerator
-    prepared: Prepared
+    prepared: PreparedData
     rows: PaddedRows | PackedRows
     """The training rows."""
     loaded: LoadedModel

@@ -28,7 +28,7 @@ from diptych.finetune.batches.packed_rows import PackedRows
 from diptych.finetune.batches.padded_rows import (
     BatchOrder,
     PaddedRows,
-    Prepared,
+    PreparedData,
     check_rows_fit,
     drop_repeated_start,
     load_prepared,
@@ -138,7 +138,7 @@ def make_run(
     return run
 
 
-def load_run_tokenizer(recipe: TrainRecipe, prepared: Prepared) -> PreTrainedTokenizerBase:
+def load_run_tokenizer(recipe: TrainRecipe, prepared: PreparedData) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(str(prepared.tokenizer_folder))
     carried_template(tokenizer)  # UserError if it no longer renders what it rendered when the rows were made
     if recipe.tokenizer is not None:
@@ -177,7 +177,7 @@ def load_model_to_train(
     return model
 
 
-def splits_for_model(prepared: Prepared, loaded: LoadedModel) -> dict[str, PaddedRows]:
+def splits_for_model(prepared: PreparedData, loaded: LoadedModel) -> dict[str, PaddedRows]:
     """The training and validation rows as this model reads them."""
     splits = {
         name: drop_repeated_start(split, loaded.decoder_start_token_id, loaded.language_codes.starts)
