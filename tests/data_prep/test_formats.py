@@ -402,10 +402,6 @@ def test_a_faulty_row_is_one_reject_with_field_kind_and_reason(fields, field, ki
     assert reject.raw == json.dumps(fields)
 
 
-def test_an_empty_text_is_said_as_ever():
-    assert late({**GOOD, "output": " "}, GOOD).reason == "'output' is empty: a row needs one to be learned from."
-
-
 @pytest.mark.parametrize(
     "fields, words",
     [

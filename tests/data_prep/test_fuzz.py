@@ -324,12 +324,10 @@ def check_accounts(case, found):
     text = unpacked(case).removeprefix(b"\xef\xbb\xbf")
     suffix = case.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     is_cut = any(row.kind == "row too large" for row in found if isinstance(row, Reject))
-    if suffix == "jsonl" and not text.lstrip().startswith(b"["):
-        due = [number for number, line in enumerate(text.split(b"\n"), start=1) if line.strip(b" \t\r")]
-        assert [row for row, _ in numbers] == due
-    elif suffix == "tsv" and any("first" in getattr(row, "fields", {}) for row in found):
-        due = [number for number, line in enumerate(text.split(b"\n"), start=1) if line.strip(b" \t\r")]
-        assert [row for row, _ in numbers] == due
+    is_pairs = suffix == "tsv" and any("first" in getattr(row, "fields", {}) for row in found)
+    if is_pairs or (suffix == "jsonl" and not text.lstrip().startswith(b"[")):
+        lines = enumerate(text.split(b"\n"), start=1)
+        assert [row for row, _ in numbers] == [number for number, line in lines if line.strip(b" \t\r\xef\xbb\xbf")]
     elif (
         suffix in ("csv", "tsv")
         and not is_cut
@@ -458,23 +456,19 @@ def main(count, first, check=check):
     results, faults, slowest = Counter(), [], (0.0, "")
     for start in range(first, first + count, 500):
         seeds = range(start, min(start + 500, first + count))
-        with concurrent.futures.ProcessPoolExecutor(1) as pool:
-            try:
-                more, new_faults, slow = pool.submit(results_of, seeds, check).result()
-            except concurrent.futures.process.BrokenProcessPool:
-                more, new_faults, slow = (
-                    {},
-                    [f"seeds {seeds.start} to {seeds.stop - 1}: the process was ended"],
-                    slowest,
-                )
-        results.update(more)
+        new_faults = [f"seeds {seeds.start} to {seeds.stop - 1}: the process was ended"]
+        with (
+            concurrent.futures.ProcessPoolExecutor(1) as pool,
+            contextlib.suppress(concurrent.futures.process.BrokenProcessPool),
+        ):
+            more, new_faults, slow = pool.submit(results_of, seeds, check).result()
+            results.update(more)
+            slowest = max(slowest, slow)
         faults += new_faults
-        slowest = max(slowest, slow)
         print(*new_faults, sep="\n", end="\n" if new_faults else "", flush=True)
     for kind in sorted({kind for kind, _ in results}):
-        print(
-            kind.ljust(16), *(f"{results[kind, what]:>8,} {what}" for what in ("files", "errors", "rows", "rejects"))
-        )
+        told = (f"{results[kind, what]:>8,} {what}" for what in ("files", "errors", "rows", "rejects"))
+        print(kind.ljust(16), *told)
     print(f"{count:,} files, {len(faults)} faults; the slowest took {slowest[0]:.2f} s ({slowest[1]})")
     return 1 if faults else 0
 

@@ -750,12 +750,6 @@ def test_a_bad_row_is_one_reject_between_its_neighbours(name, row, kind, field, 
         assert "\\udcff" in reject.as_json()["raw"]
 
 
-def test_half_a_surrogate_pair_is_a_text_like_others_here(write_rows):
-    """What a text may hold is looked at where the fields are."""
-    [row], rejects = read(write_rows("a.jsonl", rb'{"output": "b\ud83d"}' + b"\n"))
-    assert (row.fields, rejects) == ({"output": "b\ud83d"}, [])
-
-
 @pytest.mark.parametrize(
     "array, kept, rejected",
     [
@@ -795,12 +789,6 @@ def test_line_and_column_are_those_of_the_file_wherever_the_window_stands(write_
     for limits in (DEFAULT_LIMITS, SMALL_BLOCKS):
         _, [reject] = read(path, limits=limits)
         assert reject.reason == "broken JSON: Expecting ':' delimiter, line 2502, column 8."
-
-
-def test_a_cut_last_line_is_one_reject(write_rows):
-    rows, [reject] = read(write_rows("a.jsonl", GOOD + b"\n" + GOOD[:-5]))
-    assert len(rows) == 1
-    assert (reject.origin.row, reject.reason) == (2, "broken JSON: Expecting value, line 2, column 31.")
 
 
 def test_invalid_utf8_is_named_by_byte_offset_and_loses_no_other_row(write_rows):
@@ -878,15 +866,6 @@ def test_invalid_utf8_in_columns_loses_no_other_row(name, tmp_path):
     assert [row.fields["output"] for row in rows] == ["ok", "fine"]
     assert (reject.origin.row, reject.field, reject.kind) == (2, "output", "invalid UTF-8")
     assert "byte 0xff at byte 0 of the value" in reject.reason
-
-
-def test_values_of_columns_keep_their_types(tmp_path):
-    columns = {"n": [1, None], "ids": [[1, 2], []], "turns": [[{"role": "user"}], None]}
-    rows, _ = read(write_columns(tmp_path, "a.parquet", columns))
-    assert values(rows) == [
-        {"n": 1, "ids": [1, 2], "turns": [{"role": "user"}]},
-        {"n": None, "ids": [], "turns": None},
-    ]
 
 
 LABEL = datasets.ClassLabel(names=["negative", "positive"])
