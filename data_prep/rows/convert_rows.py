@@ -19,7 +19,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -281,51 +281,53 @@ def _steps(path: str) -> tuple[str, ...]:
 # Conversion: one function for each kind of format
 
 
-def _three_texts(row: Row, it: Converter, names: tuple[str, str, str], **more: str) -> list[Result]:
+def _three_texts(row: Row, converter: Converter, names: tuple[str, str, str], **more: str) -> list[Result]:
     """Instruction, input and output, each under its name; the input may be absent."""
     fields = row.fields
     instruction, input, output = names
     return [
         Record(
-            instruction=it.text(fields, instruction),
-            input=it.optional_text(fields, input) if input else "",
-            output=it.text(fields, output),
+            instruction=converter.text(fields, instruction),
+            input=converter.optional_text(fields, input) if input else "",
+            output=converter.text(fields, output),
             origin=row.origin,
-            **{**it.shared(fields), **more},
+            **{**converter.shared(fields), **more},
         )
     ]
 
 
-def _alpaca(row: Row, it: Converter) -> list[Result]:
-    return _three_texts(row, it, ("instruction", "input", "output"))
+def _alpaca(row: Row, converter: Converter) -> list[Result]:
+    return _three_texts(row, converter, ("instruction", "input", "output"))
 
 
-def _dolly(row: Row, it: Converter) -> list[Result]:
-    category = it.optional_text(row.fields, "category")
-    return _three_texts(row, it, ("instruction", "context", "response"), category=category)
+def _dolly(row: Row, converter: Converter) -> list[Result]:
+    category = converter.optional_text(row.fields, "category")
+    return _three_texts(row, converter, ("instruction", "context", "response"), category=category)
 
 
-def _prompt_completion(row: Row, it: Converter) -> list[Result]:
+def _prompt_completion(row: Row, converter: Converter) -> list[Result]:
     """Two strings, or two lists of turns; then only the assistant's turns of the completion are learned from."""
-    if not it.conversational:
-        return _three_texts(row, it, ("prompt", "", "completion"))
+    if not converter.conversational:
+        return _three_texts(row, converter, ("prompt", "", "completion"))
     prompt, completion = (
-        turns_of(it.needed(row.fields, name), it.column(name), *it.format.turns) for name in ("prompt", "completion")
+        turns_of(converter.needed(row.fields, name), converter.column(name), *converter.format.turns)
+        for name in ("prompt", "completion")
     )
     before = [turn._replace(is_target=False) for turn in prompt]
-    return _conversation([*before, *completion], it.column("completion"), row, it)
+    return _conversation([*before, *completion], converter.column("completion"), row, converter)
 
 
-def _messages(row: Row, it: Converter) -> list[Result]:
+def _messages(row: Row, converter: Converter) -> list[Result]:
     """Of OpenAI or ShareGPT, whose one field holds the turns."""
-    (field,) = it.format.shapes[0]
-    name = it.column(field)
-    return _conversation(turns_of(it.needed(row.fields, field), name, *it.format.turns), name, row, it)
+    (field,) = converter.format.shapes[0]
+    name = converter.column(field)
+    turns = turns_of(converter.needed(row.fields, field), name, *converter.format.turns)
+    return _conversation(turns, name, row, converter)
 
 
-def _conversation(turns: Sequence[Turn], name: str, row: Row, it: Converter) -> list[Result]:
+def _conversation(turns: Sequence[Turn], name: str, row: Row, converter: Converter) -> list[Result]:
     """A record for each answer. A question at the end without an answer is a reject of its own."""
-    shared = it.shared(row.fields)
+    shared = converter.shared(row.fields)
     system, examples, unanswered = answers(turns, name)
     system = [prompt for prompt in (shared.pop("system", ""), *system) if prompt]
     parts = len(examples) + (unanswered is not None)
@@ -348,26 +350,29 @@ def _conversation(turns: Sequence[Turn], name: str, row: Row, it: Converter) -> 
     return results
 
 
-def _self_instruct(row: Row, it: Converter) -> list[Result]:
-    return _instances(row, it, "instances", it.text(row.fields, "instruction"), it.shared(row.fields))
+def _self_instruct(row: Row, converter: Converter) -> list[Result]:
+    instruction = converter.text(row.fields, "instruction")
+    return _instances(row, converter, "instances", instruction, converter.shared(row.fields))
 
 
-def _natural_instructions(row: Row, it: Converter) -> list[Result]:
+def _natural_instructions(row: Row, converter: Converter) -> list[Result]:
     fields = row.fields
-    instruction = joined(it.needed(fields, "Definition"), it.column("Definition"), "\n")
-    for name, wanted in it._task_examples.items():
-        instruction += _worked_examples(fields, name, wanted, it)
-    categories = it.value(fields, "Categories")
+    instruction = joined(converter.needed(fields, "Definition"), converter.column("Definition"), "\n")
+    for name, wanted in converter._task_examples.items():
+        instruction += _worked_examples(fields, name, wanted, converter)
+    categories = converter.value(fields, "Categories")
     categories = "" if categories is MISSING or categories is None else categories
-    category = joined(categories, it.column("Categories"), ", ", may_be_empty=True)
-    return _instances(row, it, "Instances", instruction, {"category": category, **it.shared(fields)})
+    category = joined(categories, converter.column("Categories"), ", ", may_be_empty=True)
+    return _instances(row, converter, "Instances", instruction, {"category": category, **converter.shared(fields)})
 
 
-def _instances(row: Row, it: Converter, field: str, instruction: str, shared: dict[str, Any]) -> list[Result]:
+def _instances(row: Row, converter: Converter, field: str, instruction: str, shared: dict[str, Any]) -> list[Result]:
     """A record for each output of each instance."""
-    name = it.column(field)
+    name = converter.column(field)
     pairs: list[tuple[Any, str, str, Any]] = []
-    for number, instance in enumerate(filled_list(it.needed(row.fields, field), name, f"no {field.casefold()}")):
+    for number, instance in enumerate(
+        filled_list(converter.needed(row.fields, field), name, f"no {field.casefold()}")
+    ):
         where, instance = f"{name}[{number}]", from_json_text(instance)
         try:
             input, outputs = input_of(instance, where), inner(instance, "output", where)
@@ -393,9 +398,9 @@ def _instances(row: Row, it: Converter, field: str, instruction: str, shared: di
     return results
 
 
-def _worked_examples(fields: Mapping[str, Any], name: str, wanted: int, it: Converter) -> str:
+def _worked_examples(fields: Mapping[str, Any], name: str, wanted: int, converter: Converter) -> str:
     """As the prompts of Tk-Instruct have it (Wang et al. 2022): the first few, each with its explanation."""
-    column, examples = it.column(name), it.value(fields, name)
+    column, examples = converter.column(name), converter.value(fields, name)
     if not wanted or examples is MISSING or not examples:
         return ""
     shown = ""
@@ -408,19 +413,19 @@ def _worked_examples(fields: Mapping[str, Any], name: str, wanted: int, it: Conv
     return shown
 
 
-def _parallel(row: Row, it: Converter) -> list[Result]:
+def _parallel(row: Row, converter: Converter) -> list[Result]:
     """A record for each direction, and for each pair if a side has several texts. A pair without directions is an
     instruction and its answer."""
-    fields, shared = row.fields, it.shared(row.fields)
-    there, back = it.directions.forward, it.directions.backward
-    firsts, seconds = it.texts(fields, "first"), it.texts(fields, "second")
+    fields, shared = row.fields, converter.shared(row.fields)
+    there, back = converter.directions.forward, converter.directions.backward
+    firsts, seconds = converter.texts(fields, "first"), converter.texts(fields, "second")
     if len(firsts) * len(seconds) > MAX_PAIRS:
         reason = f"the row makes {len(firsts) * len(seconds):,} pairs, and {MAX_PAIRS:,} are allowed. Divide it."
-        raise Fault(it.column("first"), "too many pairs", reason)
+        raise Fault(converter.column("first"), "too many pairs", reason)
     languages = shared.pop("languages")
-    if it.brings_languages:
+    if converter.brings_languages:
         try:
-            firsts, seconds = (seconds, firsts) if is_swapped(it.sides, languages) else (firsts, seconds)
+            firsts, seconds = (seconds, firsts) if is_swapped(converter.sides, languages) else (firsts, seconds)
         except UserError as error:
             raise Fault(SOURCE_COLUMNS[0], "other languages than its texts", f"{error}") from None
     if back is not None and any(languages) and not all(languages):
@@ -432,7 +437,7 @@ def _parallel(row: Row, it: Converter) -> list[Result]:
         raise Fault(f"{unknown}_language", "one language of two", reason)
     examples: list[tuple[str, str, str, Languages]] = []
     for first, second in product(firsts, seconds):
-        if it.directions.are_none:
+        if converter.directions.are_none:
             examples.append((first, "", second, languages))
         if there is not None:
             examples.append((there, first, second, languages))
@@ -451,17 +456,16 @@ def _parallel(row: Row, it: Converter) -> list[Result]:
     ]
 
 
-def _summarisation(row: Row, it: Converter) -> list[Result]:
-    fields, instruction = row.fields, it.summary_instruction
-    document, summary = it.text(fields, "document"), it.text(fields, "summary")
-    return [Record(instruction=instruction, input=document, output=summary, origin=row.origin, **it.shared(fields))]
+def _summarisation(row: Row, converter: Converter) -> list[Result]:
+    [record] = _three_texts(row, converter, ("document", "", "summary"))
+    return [replace(record, instruction=converter.summary_instruction, input=record.instruction)]
 
 
-def _tokenised(row: Row, it: Converter) -> list[Result]:
-    input_ids = _token_ids(it.needed(row.fields, "input_ids"), it.column("input_ids"))
-    labels = _token_ids(it.needed(row.fields, "labels"), it.column("labels"), IGNORE_INDEX)
+def _tokenised(row: Row, converter: Converter) -> list[Result]:
+    input_ids = _token_ids(converter.needed(row.fields, "input_ids"), converter.column("input_ids"))
+    labels = _token_ids(converter.needed(row.fields, "labels"), converter.column("labels"), IGNORE_INDEX)
     if set(labels) == {IGNORE_INDEX}:
-        name = it.column("labels")
+        name = converter.column("labels")
         raise Fault(name, "no label", f"'{name}' is {IGNORE_INDEX} throughout: there is nothing to learn from.")
     return [Tokenised(input_ids=input_ids, labels=labels, origin=row.origin)]
 
