@@ -26,19 +26,19 @@ def take_lock(path: Path, busy: Callable[[str], str]) -> int:
     """
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-        said = os.pread(lock, 200, 0).decode("utf-8", "replace")
+        holder = os.pread(lock, 200, 0).decode("utf-8", "replace")
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO):
             raise
         raise UserError(f"{path} is a link, or no file, and a lock is due there. Take it away.") from None
-    if said and not re.match(r"process \d+ ", said):
+    if holder and not re.match(r"process \d+ ", holder):
         os.close(lock)
         raise UserError(f"{path} is no lock, and would be overwritten. Move it away, or choose another folder.")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise UserError(busy(said.strip() or "one that has just begun")) from None
+        raise UserError(busy(holder.strip() or "one that has just begun")) from None
     os.ftruncate(lock, 0)
     since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)

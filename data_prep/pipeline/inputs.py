@@ -39,7 +39,7 @@ from diptych.data_prep.reading.sources import (
 )
 from diptych.data_prep.rows.convert_rows import Converter, Directions
 from diptych.data_prep.rows.language_names import is_swapped
-from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_of, said_kind, splits_of
+from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name, kind_of, splits_of
 from diptych.data_prep.rows.recognise_format import converter_for, named, parse_mapping
 from diptych.data_prep.rows.records import Languages, Record, Reject, Row
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
@@ -113,7 +113,7 @@ def _suspicious_names(sources: Sequence[Source]) -> Iterator[str]:
         name = f"{Path(source.entry).name}/{Path(source.name).name}"
         if source.name.startswith(HUB_PREFIX):  # of its name, only a split says something
             name = source.name.removeprefix(HUB_PREFIX).partition(":")[2]
-        if (kind := said_kind(name)) in HELD_OUT:
+        if (kind := kind_in_name(name)) in HELD_OUT:
             yield f"{source.name} is trained on, as --data says, and its name says {kind}. --{kind} holds it out."
 
 
@@ -154,17 +154,17 @@ def _with_languages(
         directions = converter.directions
         if tokenizer is not None and codes.is_around_texts:
             own, named = own_languages(tokenizer), codes.named_by(template.decoder_prefix)
-            languages = directions.languages.or_else(Languages(own.source, named or own.target))
+            languages = directions.languages.filled_from(Languages(own.source, named or own.target))
             directions = replace(directions, languages=codes.checked(languages))
-            if not converter.brings_languages and converter.format.name != "tokenised":
+            if not converter.has_language_columns and converter.format.name != "tokenised":
                 resolved(tokenizer, languages, template.decoder_prefix)
-        is_known = converter.brings_languages or (directions.languages.direction and codes.layout != "none")
+        is_known = converter.has_language_columns or (directions.languages.direction and codes.layout != "none")
         if directions.forward == directions.backward == "" and not is_known:
             raise UserError(
                 f"{source.name}: forward and backward are '', and nothing else says which language is to be written. "
                 f"Give --source_language and --target_language if the model has language codes, else instructions."
             )
-        if directions.languages.direction and not converter.brings_languages:
+        if directions.languages.direction and not converter.has_language_columns:
             is_both = directions.forward is not None and directions.backward is not None
             is_back = directions.backward is not None and not is_both
             first, second = directions.languages.swapped() if is_back else directions.languages

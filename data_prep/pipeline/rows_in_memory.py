@@ -21,7 +21,7 @@ from diptych.data_prep.reading.chunks import Finished, Rows, in_chunks
 from diptych.data_prep.reading.column_rows import hub_chunks
 from diptych.data_prep.reading.files import Limits
 from diptych.data_prep.reading.sources import TRAIN, Source
-from diptych.data_prep.rows.named_splits import KINDS, said_kind
+from diptych.data_prep.rows.named_splits import KINDS, kind_in_name
 from diptych.data_prep.rows.records import Origin, Row
 
 RowsInMemory: TypeAlias = "Sequence[Mapping[str, Any]] | Dataset | Any | Mapping[str, RowsInMemory]"
@@ -39,10 +39,10 @@ def open_rows(rows: RowsInMemory, limits: Limits) -> list[Source]:
     if not isinstance(rows, Mapping):
         return [_source(rows, NAME, TRAIN, limits)]
     for name in rows:
-        if said_kind(name) not in KINDS:
+        if kind_in_name(name) not in KINDS:
             raise UserError(f"rows has the split '{name}'. Name each split train, validation or test.")
-    order = sorted(rows, key=lambda name: KINDS.index(said_kind(name)))
-    return [_source(rows[name], f"{NAME}:{name}", said_kind(name), limits) for name in order]
+    order = sorted(rows, key=lambda name: KINDS.index(kind_in_name(name)))
+    return [_source(rows[name], f"{NAME}:{name}", kind_in_name(name), limits) for name in order]
 
 
 def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:

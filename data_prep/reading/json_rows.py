@@ -133,7 +133,7 @@ def skip_value(window: Window) -> bool:
         found = marks.search(window.text, position)
         if found is None or (found.group() == "\\" and found.end() == len(window.text) and not window.ended):
             window.at = len(window.text) if found is None else found.start()
-            window.let_go()
+            window.trim()
             position = window.at
             if not window.more():
                 window.at = len(window.text)
@@ -168,7 +168,7 @@ class ArrayRows:
         """From after the `[` to after the `]`."""
         window, has_ended = self.window, False
         while True:
-            window.let_go()
+            window.trim()
             character = window.next_character()
             if character == "":
                 if not has_ended:

@@ -52,7 +52,7 @@ from diptych.data_prep.reading.files import (
 from diptych.data_prep.reading.table_rows import aligned_chunks, text_chunks
 from diptych.data_prep.reading.text_encoding import check_text
 from diptych.data_prep.rows.language_names import languages_of_files
-from diptych.data_prep.rows.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_of, named, said_kind
+from diptych.data_prep.rows.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_in_name, kind_of, named
 
 HUB_PREFIX = "hf:"
 ALIGNED_BY = "+"
@@ -312,7 +312,7 @@ def _open_entry(entry: str, limits: Limits, columns: Collection[str], empty: lis
     sources: list[Source] = []
     for file in found:
         try:
-            sources.append(replace(_open_file(identify(file), limits, columns), split=said_kind(file.inside)))
+            sources.append(replace(_open_file(identify(file), limits, columns), split=kind_in_name(file.inside)))
         except EmptyFile as error:
             empty.append(error)
     if sources:
@@ -403,17 +403,17 @@ def _open_saved_dataset(entry: str, limits: Limits) -> list[Source]:
 def _kinds_of(entry: str, splits: Sequence[str], example: str) -> tuple[dict[str, str], list[str]]:
     """The splits of a data set to read, with the kind that each name means, and a note on those left out. A single
     split is read under any name."""
-    kinds = {split: said_kind(split) for split in splits}
+    kinds = {split: kind_in_name(split) for split in splits}
     if len(splits) == 1:
         return {split: kind.removesuffix(DOUBTFUL) for split, kind in kinds.items()}, []
-    said = {split: kind for split, kind in kinds.items() if kind in KINDS}
-    if not said:
+    known = {split: kind for split, kind in kinds.items() if kind in KINDS}
+    if not known:
         raise UserError(
             f"{entry} has the splits {', '.join(splits) or 'none'}, whose names do not say what they are for. Name the"
             f" one to read: {example}."
         )
-    others = [split for split in splits if split not in said]
-    return said, [f"{entry}: its {counted(len(others), 'split')} {', '.join(others)} not read"] if others else []
+    others = [split for split in splits if split not in known]
+    return known, [f"{entry}: its {counted(len(others), 'split')} {', '.join(others)} not read"] if others else []
 
 
 def _open_hub(entry: str, limits: Limits) -> list[Source]:

@@ -45,7 +45,7 @@ class Window:
         self.text += text
         return bool(text) or self.more()
 
-    def let_go(self) -> None:
+    def trim(self) -> None:
         """Forget what was read, if that is most of the window; for less, the copy costs more than it saves."""
         if 2 * self.at > len(self.text) and self.at:
             self.forget(self.at)
@@ -69,7 +69,7 @@ class Window:
             self.at = SPACE.match(self.text, self.at).end()
             if self.at < len(self.text):
                 return self.text[self.at]
-            self.let_go()
+            self.trim()
             if not self.more():
                 return ""
 

@@ -100,7 +100,7 @@ class TmxRows:
                 yield unit
                 if isinstance(unit, Reject) and unit.kind == CUT_OFF:
                     return
-            window.let_go()
+            window.trim()
 
     def _read_prologue(self) -> None:
         """What stands before the first unit."""

@@ -130,12 +130,12 @@ def _is_learned_from(turn: Mapping[str, Any], where: str) -> bool:
     if name := next((name for name in MARKS_NOT_READ if has_value(turn.get(name))), None):
         reason = f"'{where}.{name}' {MARKS_NOT_READ[name]}"
         raise Fault(f"{where}.{name}", "mark of a turn that is not read", reason)
-    said = {name: _mark(turn[name], name, where) for name in MARKS if not is_missing(turn.get(name))}
-    if len(set(said.values())) > 1:
-        names = " and ".join(f"'{name}'" for name in said)
+    marks = {name: _mark(turn[name], name, where) for name in MARKS if not is_missing(turn.get(name))}
+    if len(set(marks.values())) > 1:
+        names = " and ".join(f"'{name}'" for name in marks)
         reason = f"{names} of '{where}' contradict each other on whether it is learned from. Drop one."
-        raise Fault(f"{where}.{next(iter(said))}", "marks of a turn that contradict each other", reason)
-    return all(said.values())
+        raise Fault(f"{where}.{next(iter(marks))}", "marks of a turn that contradict each other", reason)
+    return all(marks.values())
 
 
 def _mark(value: Any, name: str, where: str) -> bool:

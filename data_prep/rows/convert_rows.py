@@ -105,7 +105,7 @@ class Converter:
     negative_examples: int = 0
     was_given: bool = False
     """The format was named by --format, and not recognised."""
-    brings_languages: bool = False
+    has_language_columns: bool = False
     """Whether the first rows have columns of language codes."""
     sides: Languages = Languages()
     """What the data calls the languages of the first and of the second side, if it does."""
@@ -248,7 +248,7 @@ class Converter:
             return given
         named = {name: self.value(fields, name) for name in LANGUAGE_COLUMNS}
         found = languages_in({name: value for name, value in named.items() if value is not MISSING})
-        languages = found.or_else(given)
+        languages = found.filled_from(given)
         if not all(found) and is_same_language(*languages):
             side, language = ("source", found.source) if found.source else ("target", found.target)
             reason = f"its {side} language is {language}, and so is the other, which it does not say itself."
@@ -423,7 +423,7 @@ def _parallel(row: Row, converter: Converter) -> list[Result]:
         reason = f"the row makes {len(firsts) * len(seconds):,} pairs, and {MAX_PAIRS:,} are allowed. Divide it."
         raise Fault(converter.column("first"), "too many pairs", reason)
     languages = shared.pop("languages")
-    if converter.brings_languages:
+    if converter.has_language_columns:
         try:
             firsts, seconds = (seconds, firsts) if is_swapped(converter.sides, languages) else (firsts, seconds)
         except UserError as error:

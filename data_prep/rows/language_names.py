@@ -80,9 +80,9 @@ def is_swapped(sides: Languages, asked: Languages) -> bool:
         [_likeness(*pair) for pair in zip(order, asked, strict=True)] for order in (sides, sides.swapped())
     )
     if not all(as_they_are) and not all(swapped):
-        said = " and ".join(f"{side} {language}" for side, language in asked._asdict().items() if language)
+        wanted = " and ".join(f"{side} {language}" for side, language in asked._asdict().items() if language)
         raise UserError(
-            f"the data names its two texts {sides.source} and {sides.target}, and the languages asked for are {said}."
+            f"the data names its two texts {sides.source} and {sides.target}, and those asked for are {wanted}."
             " Give the data's own, or none; names in the data that are wrong have to be mended there."
         )
     return all(swapped) and (not all(as_they_are) or sum(swapped) > sum(as_they_are))

@@ -3,7 +3,7 @@
     train   validation         test                                  one of each
     train   validation/news    validation/medical    test/news       several, each with a name
 
-    said_kind("data/valid-00000-of-00002.parquet")   → "validation"
+    kind_in_name("data/valid-00000-of-00002.parquet")   → "validation"
     named("news=a.jsonl")                            → ("news", "a.jsonl")
     splits_of("validation", splits)                  → ["validation/news", "validation/medical"]
 
@@ -29,21 +29,21 @@ _WORDS = {
     "validation": "(?:(?:news|newsdiscuss)?dev|validation|valid|val|development)(?:set)?",
     "test": "(?:(?:news|newsdiscuss)?test|tst)(?:set|s|[ab])?|testing|evals?|evaluations?|evalset|held[_-]?out",
 }
-_SAYS = {kind: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])") for kind, words in _WORDS.items()}
-_MAY_SAY = re.compile(
+_KIND_WORDS = {kind: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])") for kind, words in _WORDS.items()}
+_DOUBTFUL_WORDS = re.compile(
     r"(?<![a-z])(?:test(?!i|ament)|eval|valid|dev(?:set|data|split|files?)|hold[_-]?out)"
     r"|(?<!la)(?<!con)(?<!pro)(?<!grea)(?<!fas)test(?![a-z])|[a-z]dev(?![a-z])|held[_-]?out"
 )
 _NAMED = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
 
 
-def said_kind(path: str) -> str:
+def kind_in_name(path: str) -> str:
     """The kind that a path, or the name of a split, means; "" if it means none. The last part of the path with such a
     word decides. A part with two of them (train_test.jsonl), or with one inside a word (mytest.jsonl), is DOUBTFUL."""
     for part in reversed(_TEST_OF_DEV.sub("test", path.casefold()).split("/")):
-        said = [kind for kind, words in _SAYS.items() if words.search(part)]
-        if said or _MAY_SAY.search(part):
-            return said[0] if len(said) == 1 else DOUBTFUL
+        kinds = [kind for kind, words in _KIND_WORDS.items() if words.search(part)]
+        if kinds or _DOUBTFUL_WORDS.search(part):
+            return kinds[0] if len(kinds) == 1 else DOUBTFUL
     return ""
 
 

@@ -117,7 +117,7 @@ def converter_for(
         if is_back:
             sides = sides.swapped()
             columns |= {"first": columns.get("second", "second"), "second": columns.get("first", "first")}
-        directions = replace(directions, languages=directions.languages.or_else(sides))
+        directions = replace(directions, languages=directions.languages.filled_from(sides))
     return Converter(
         format,
         columns,
@@ -127,7 +127,7 @@ def converter_for(
         positive_examples=positive_examples,
         negative_examples=negative_examples,
         was_given=name is not None,
-        brings_languages=any(not view.keys().isdisjoint(LANGUAGE_COLUMNS) for view in views),
+        has_language_columns=any(not view.keys().isdisjoint(LANGUAGE_COLUMNS) for view in views),
         sides=sides,
         is_swapped=is_back,
     )
@@ -278,8 +278,8 @@ def _views(rows: Iterable[Row], mapping: Mapping[str, str]) -> list[View]:
     for row in rows:
         if isinstance(row, Row):
             values = {name: value_at(row.fields, column) for name, column in mapping.items()}
-            gone = {*mapping, *mapping.values()}
-            view = {name: value for name, value in row.fields.items() if name not in gone}
+            renamed = {*mapping, *mapping.values()}
+            view = {name: value for name, value in row.fields.items() if name not in renamed}
             views.append(view | {name: value for name, value in values.items() if value is not MISSING})
     return views
 
@@ -335,6 +335,6 @@ def _reads(views: Sequence[View], format: Format, mapping: Mapping[str, str]) ->
         return False
     try:
         converter = converter_for(rows, "", format.name, mapping, Directions("To:", "From:"))
-    except UserError:  # there is more to be said, which this mapping brings out
+    except UserError:  # the error is about something else, which comes after this mapping
         return True
     return any(not isinstance(result, Reject) for row in rows for result in converter.records(row))

@@ -45,7 +45,7 @@ class Languages(NamedTuple):
     def swapped(self) -> Languages:
         return Languages(self.target, self.source)
 
-    def or_else(self, others: Languages) -> Languages:
+    def filled_from(self, others: Languages) -> Languages:
         """These codes, and those of `others` for what is not known here."""
         return Languages(self.source or others.source, self.target or others.target)
 

@@ -202,7 +202,7 @@ def resolved(
             f"the template's decoder_prefix names {named}, and the target is in {languages.target}. Drop one of them.",
             known,
         )
-    languages = Languages(languages.source, named or languages.target).or_else(own_languages(tokenizer))
+    languages = Languages(languages.source, named or languages.target).filled_from(own_languages(tokenizer))
     if missing := [side for side, code in languages._asdict().items() if not code]:
         raise UnknownLanguage(
             f"the tokenizer is multilingual: it writes a language code on both sides, and that of the"
@@ -226,7 +226,7 @@ def languages_note(tokenizer: PreTrainedTokenizerBase, given: Languages) -> str:
         words = codes.instruction("", given)
         what = f"prompts without an instruction begin '{words}', and for others they" if words else "those given"
         return f"the tokenizer has no language codes: {what} are not used"
-    languages = codes.checked(given).or_else(own if codes.is_around_texts else Languages())
+    languages = codes.checked(given).filled_from(own if codes.is_around_texts else Languages())
     if languages == given or not languages.direction:
         return ""
     whose = "" if all(given) else ", as the tokenizer says; --source_language and --target_language choose others"

@@ -64,7 +64,7 @@ class Prompter(NamedTuple):
             UserError: the template has no place for a field, or the tokenizer does not know a language.
         """
         instruction, text, history, system, own = prompt
-        languages = resolved(self.tokenizer, own.or_else(self.languages), self.template.decoder_prefix)
+        languages = resolved(self.tokenizer, own.filled_from(self.languages), self.template.decoder_prefix)
         instruction = codes_of(self.tokenizer).instruction(instruction, languages)
         return self.template.render_source(instruction, text, history, system), languages
 

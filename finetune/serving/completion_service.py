@@ -160,7 +160,7 @@ class Service:
         """If T5's words for the languages say what is to be done, the prompt is the text to translate."""
         prompter = self.served.prompter
         has_words = codes_of(prompter.tokenizer).layout == "words"
-        if prompt.input or not has_words or not prompt.languages.or_else(prompter.languages).direction:
+        if prompt.input or not has_words or not prompt.languages.filled_from(prompter.languages).direction:
             return prompt
         return prompt._replace(instruction="", input=prompt.instruction)
 

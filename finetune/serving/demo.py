@@ -209,7 +209,7 @@ def _input_boxes(gradio: Any, models: Sequence[ServedModel]) -> tuple[list[Any],
     has_system = any("system" in model.loaded.template.source_variables() for model in models)
     most_tokens = max(model.most_tokens for model in models)
     codes = sorted(first.language_codes.tokens)
-    chosen = first.language_codes.checked(models[0].prompter.languages).or_else(own_languages(first.tokenizer))
+    chosen = first.language_codes.checked(models[0].prompter.languages).filled_from(own_languages(first.tokenizer))
     has_languages = bool(codes) or any(chosen)
     instruction = gradio.Textbox(label="Instruction", lines=2, max_lines=8, autofocus=True, elem_id="instruction")
     text = gradio.Textbox(label="Input", info="What it is about, if anything", lines=5, elem_id="input")
