@@ -67,7 +67,7 @@ from diptych.data_prep.text_to_ids.train_tokenizer import (
 TRAIN = KINDS[0]
 
 TASKS_PER_WORKER = 4
-"""Of datatrove, unless told: a task that fails is done again as a whole, so it should not be too large."""
+"""Of datatrove, unless `tasks` is set. A task that fails is run again as a whole, so it should not be too large."""
 
 BYTES_PER_WORKER = 4_000_000
 """For less data than this a second process costs more than it saves; fast tokenizers have threads of their own."""
@@ -75,13 +75,13 @@ BYTES_PER_WORKER = 4_000_000
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset that `prepare` wrote, or found as it would write it."""
+    """A dataset that `prepare` has written, or has found and reuses."""
 
     folder: Path
     manifest: dict[str, Any]
     """What manifest.json says: inputs, counts, template, tokenizer, packing, settings."""
     is_reused: bool = False
-    """Whether nothing had to be done, because the folder held this dataset already."""
+    """Whether the folder already held this dataset, so that nothing was written."""
 
     @property
     def splits(self) -> dict[str, int]:
@@ -90,7 +90,7 @@ class Prepared:
 
     @property
     def rejected(self) -> int:
-        """How many rows were not kept; `rejects_file` says of each why."""
+        """How many rows were not kept; `rejects_file` has each with its reason."""
         return self.manifest["rows"]["rejected"]
 
     @property
@@ -184,7 +184,7 @@ def _make_tables(inputs: Inputs, job: RowJob, rejects: Rejects, partial: Path) -
         texts = functools.partial(_train_texts, gathered, selection)
         tokenizer, too_few_tokens = _trained_tokenizer(settings, texts)
         attach_template(tokenizer, stages.template)
-        check_decoder_start(settings, tokenizer)  # of little data fewer tokens are made than asked for
+        check_decoder_start(settings, tokenizer)  # little text gives fewer tokens than were asked for
         stages = replace(stages, tokenizer=tokenizer)
         kept = numpy.flatnonzero(selection.split_of_row != REMOVED)
         gathered = encode(gathered, kept, stages, rejects, scratch, workers)
@@ -200,7 +200,7 @@ def _make_tables(inputs: Inputs, job: RowJob, rejects: Rejects, partial: Path) -
 
 
 def _gather(job: RowJob, rejects: Rejects, scratch: Path, workers: int) -> Gathered:
-    """The same rows in the same order, whichever engine runs the stages."""
+    """Runs the stages over all rows; every engine gives the same rows in the same order."""
     settings = job.stages.settings
     if settings.gathered is None and settings.engine == "local":
         return gather(job.sources, job.stages, rejects, scratch, workers)
@@ -219,8 +219,8 @@ def _gather(job: RowJob, rejects: Rejects, scratch: Path, workers: int) -> Gathe
 
 
 def _need_rows(rows: int, rejects: Rejects, settings: PrepareSettings, split: str = "") -> None:
-    """UserError where a dataset, or a split that was named, has no row. The rejects are then kept beside the folder
-    that would have been written."""
+    """Raises UserError where the dataset, or a split that was named, has no row. The rejects are then written beside
+    `settings.out`, which is not written."""
     if rows:
         return
     if not rejects.count:

@@ -1,9 +1,9 @@
-"""The tokenizer of the checkpoint that will be tuned, with its template, from its files.
+"""The tokenizer of the checkpoint that will be fine-tuned, and its template, loaded from its files.
 
     open_tokenizer("google-t5/t5-small")             → the tokenizer, or one message that says why there is none
     load_tokenizer_and_template(settings, "alpaca")  → the tokenizer (None where it is to be trained) and the template
 
-No model code runs here, and none of a stranger's.
+No model code is run, and no code that comes with a checkpoint.
 """
 
 from __future__ import annotations
@@ -39,13 +39,19 @@ from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A folder's or a Hub id's."""
+    """Loads the tokenizer of a folder or of a Hub id. Raises UserError where it cannot be loaded."""
     check_place(name)
     check_config(name)
     try:
-        # False, and not left out: left out, transformers would ask on the terminal whether to run a stranger's code.
+        # False has to be given: without it, transformers asks on the terminal whether to run the checkpoint's code.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:  # that of a config beside it
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
         raise UserError(f"the tokenizer '{name}' could not be loaded: {why_not_loaded(error)}") from error
     check_chat_templates(tokenizer.chat_template, name)
     name_end_token(tokenizer)
@@ -55,8 +61,8 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_tokenizer_and_template(
     settings: PrepareSettings, default: str, say: Callable[[str], Any] = print
 ) -> tuple[PreTrainedTokenizerBase | None, Template]:
-    """The tokenizer is None where it has to be trained, which needs the train split first. `default` is the template
-    where neither the settings nor the tokenizer have one."""
+    """The tokenizer is None where it has to be trained, which needs the train split first. `default` names the
+    template that is used where neither the settings nor the tokenizer have one."""
     if settings.tokenizer is None:
         return None, load_template(settings.template or default)
     tokenizer = _load_tokenizer(settings)
@@ -72,7 +78,7 @@ def load_tokenizer_and_template(
 
 
 def _set_languages(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], Any]) -> None:
-    """Those of the settings become the tokenizer's own, which are those of rows, and of prompts, that say none."""
+    """Sets the languages of the settings in the tokenizer: they count for rows and prompts that name none."""
     codes = codes_of(tokenizer)
     for option in ("forward", "backward"):
         check_spells_no_code(codes, getattr(settings, option) or "", f"--{option}")

@@ -1,4 +1,4 @@
-"""The tables of a prepared dataset: each split as it is trained on and looked at, and the train split in packed rows.
+"""The tables of a prepared dataset: each split, and the train split in packed rows.
 
     source       "Translate English to Korean: Go."     input_ids  [414, 2741, 1]    ends as the tokenizer ends sources
     target       "가."                                  labels     [632, 17, 1]      ends in eos; nothing is padded
@@ -41,12 +41,12 @@ PACKED_AT_ONCE = 500  # rows: some ten megabytes
 PACKED_TOGETHER = 100_000
 """Neighbouring examples that may share a row: some hundred megabytes, and enough for the fullest rows."""
 POORLY_FILLED = 0.5
-"""Where a budget that was given is filled less than this, it is said what would have been chosen."""
+"""If a budget that was given is filled less than this, a warning names the one that would have been chosen."""
 
 
 def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path) -> DatasetDict:
-    """FINAL_COLUMNS of the rows of each split, written to a file in `scratch` and read from there; those of languages
-    where a row has one."""
+    """FINAL_COLUMNS of the rows of each split, written to a file in `scratch` and mapped from there. The columns of
+    languages are left out where no row has one."""
     tables = DatasetDict()
     empty = [name for name in LANGUAGE_FIELDS if pyarrow.compute.unique(gathered.examples[name]).to_pylist() == [""]]
     columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty]
@@ -74,7 +74,7 @@ def direction_counts(tables: DatasetDict) -> dict[str, int]:
 def token_counts(
     gathered: Gathered, places: Mapping[str, numpy.ndarray], settings: PrepareSettings, rejects: Rejects
 ) -> dict[str, dict[str, Any]]:
-    """Percentiles of the lengths before anything was cut, and how many rows the limits met, for source and target."""
+    """For source and target: percentiles of the lengths before cutting, and how many rows were over the limit."""
     rows = numpy.concatenate(list(places.values()))
     counts = {}
     for side, limit in (("source", settings.max_source_tokens), ("target", settings.max_target_tokens)):
@@ -166,7 +166,8 @@ def _numbers_of_sources(column: pyarrow.ChunkedArray) -> numpy.ndarray:
 def _rows(
     lengths: Sequence[numpy.ndarray], budget: Budget, seed: int, groups: numpy.ndarray | None
 ) -> Iterator[numpy.ndarray]:
-    """Rows of neighbours: of a file that memory cannot hold, examples from all over would be read one by one."""
+    """Only neighbours share a row: in a file larger than memory, examples from all over it would be read one by
+    one."""
     for start in range(0, len(lengths[0]), PACKED_TOGETHER):
         neighbours = slice(start, start + PACKED_TOGETHER)
         sides = (side[neighbours] for side in lengths)

@@ -1,4 +1,4 @@
-"""The stages of each row as a step of datatrove, for data that one machine is too slow for; the same rows come out.
+"""The row stages as a step of datatrove, for data that is too much for one machine. The result is the same.
 
     diptych prepare --data my.jsonl --tokenizer folder --out prepared --engine datatrove --tasks 4 --workers 2
 
@@ -39,8 +39,8 @@ from diptych.data_prep.pipeline.prepare_settings import parse_settings
 
 
 class GatherRows(PipelineStep):
-    """Task `rank` of `world_size` writes its part into the folder. Documents are neither taken nor given: rows go to
-    prepared datasets, whose texts are not one a row."""
+    """Task `rank` of `world_size` writes its part into the folder. datatrove's documents, which have one text each,
+    are passed on as they are."""
 
     name = "Diptych rows"
     type = "Gather"
@@ -58,8 +58,8 @@ class GatherRows(PipelineStep):
 
 
 def rows_step(words: Sequence[str], folder: str | Path) -> GatherRows:
-    """For an executor of your own; `words` are those of `diptych prepare`. Files are digested and formats recognised
-    here, once, and not in each task."""
+    """The step for an executor of your own; `words` are the arguments of `diptych prepare`. Files are hashed and
+    formats recognised here, once, and not in each task."""
     settings = parse_settings(words)
     inputs = open_inputs(settings)
     tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template)
@@ -68,7 +68,7 @@ def rows_step(words: Sequence[str], folder: str | Path) -> GatherRows:
 
 
 def run_tasks(job: RowJob, folder: Path, tasks: int, workers: int) -> None:
-    """Those that have not ended yet, in `workers` processes of this machine."""
+    """Runs the tasks that have not ended yet, in `workers` processes of this machine."""
     logs = folder / "logs"
     for task in range(tasks):
         if not part_path(folder, task, tasks).is_file():

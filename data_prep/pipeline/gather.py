@@ -1,9 +1,9 @@
-"""Every source through the stages, in one pass, into one Arrow file that need not fit into memory.
+"""Runs every source through the stages, in one pass, into one Arrow file that may be larger than memory.
 
     sources ─ chunks ─▶ worker processes ─ batches, in order ─▶ scratch/examples.arrow, rejects.jsonl, counts
 
-In memory are a few chunks a worker, and counts. What is known of all rows at once afterwards (lengths, keys, which
-source) are columns of integers; texts and token ids are read from the file, which the system maps.
+Only a few chunks a worker are in memory, and counts. Afterwards, the columns of integers (lengths, keys, source) are
+read as a whole; texts and token ids stay in the file, which is memory-mapped.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from diptych.data_prep.rows.records import Rejects, Row
 
 ROWS_TO_RECOGNISE = 100
 LINES_TO_RECOGNISE = 10_000
-"""A file may begin with so many rows that cannot be read, and its format is still found."""
+"""The format is found even if a file begins with nearly so many rows that cannot be read."""
 
 ROWS_AT_ONCE = 2_000
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What all sources gave: examples in a file, and what was counted on the way."""
+    """The examples of all sources, in a file, and what was counted while they were read."""
 
     examples: pyarrow.Table
     """Mapped from the file: the columns of row_stages.py."""
@@ -41,7 +41,7 @@ class Gathered:
     """(rows, permutations), mapped too, where near duplicates are looked for."""
     counts: Counts
     examples_read: list[int]
-    """Of each source: examples and rejects. `counts.rows` are the rows that gave them."""
+    """For each source, how many examples and rejects it gave. `counts.rows` counts the rows of all."""
 
     def column(self, name: str) -> numpy.ndarray:
         """A column of numbers, (rows,)."""
@@ -49,13 +49,13 @@ class Gathered:
 
 
 def first_rows(source: Source) -> list[Row]:
-    """Those by which a format is recognised."""
+    """The rows by which the format of a source is recognised."""
     rows = (row for row in islice(source.rows(), LINES_TO_RECOGNISE) if isinstance(row, Row))
     return list(islice(rows, ROWS_TO_RECOGNISE))
 
 
 def gather(sources: Sequence[Source], stages: Stages, rejects: Rejects, scratch: Path, workers: int) -> Gathered:
-    """`scratch` is an existing folder, which has to stay as long as the result is used."""
+    """Reads all sources here. `scratch` is a folder that has to stay as long as the result is used."""
     sizes = [source.bytes for source in sources]
     bytes_before = list(accumulate((size or 0 for size in sizes), initial=0))
     tasks = ((chunk, number) for number, source in enumerate(sources) for chunk in source.chunks())
@@ -74,7 +74,7 @@ def gather(sources: Sequence[Source], stages: Stages, rejects: Rejects, scratch:
 
 
 def collect(batches: Iterable[Batch], sources: int, stages: Stages, rejects: Rejects, scratch: Path) -> Gathered:
-    """Batches in the order of the data, wherever they were made."""
+    """Writes batches to a file and counts them. They come in the order of the data, from any engine."""
     counts, examples_read = Counts(), [0] * sources
     has_signatures = stages.has_signatures
     schema = stages.schema.remove(stages.schema.get_field_index("signature")) if has_signatures else stages.schema
@@ -100,8 +100,8 @@ def collect(batches: Iterable[Batch], sources: int, stages: Stages, rejects: Rej
 def encode(
     gathered: Gathered, rows: numpy.ndarray, stages: Stages, rejects: Rejects, scratch: Path, workers: int
 ) -> Gathered:
-    """These rows (ascending places) with token ids, for a tokenizer that was trained on some of them. As some become
-    rejects here, the column `place` says where a row stood before."""
+    """The rows at these places (ascending) with token ids, for a tokenizer that was trained on some of them. Some
+    become rejects here, so the column `place` tells where a row stood before."""
     numbered = gathered.examples.append_column("place", pyarrow.array(numpy.arange(gathered.examples.num_rows)))
     tasks = ((batch,) for batch in taken(numbered, rows))
 
@@ -116,7 +116,7 @@ def encode(
 
 
 def _counted(batch: Batch, counts: Counts, rejects: Rejects) -> pyarrow.RecordBatch:
-    """The examples of a batch; its rejects and counts are added to those of all."""
+    """Adds the rejects and counts of a batch to those of all, and returns its examples."""
     counts.add(batch.counts)
     for reject in batch.rejects:
         rejects.add(reject)
@@ -124,7 +124,7 @@ def _counted(batch: Batch, counts: Counts, rejects: Rejects) -> pyarrow.RecordBa
 
 
 def written(batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema, path: Path) -> pyarrow.Table:
-    """The batches as an Arrow stream on disk, mapped."""
+    """Writes the batches to an Arrow stream on disk; the table is memory-mapped from there."""
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
         for batch in batches:
             stream.write_batch(batch)
@@ -132,7 +132,7 @@ def written(batches: Iterable[pyarrow.RecordBatch], schema: pyarrow.Schema, path
 
 
 def taken(table: pyarrow.Table, rows: numpy.ndarray) -> Iterator[pyarrow.RecordBatch]:
-    """The rows at these places, which ascend and may repeat, a batch for each that the table has."""
+    """The rows at these places, which ascend and may repeat, in batches."""
     start = 0
     for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
         end = start + batch.num_rows

@@ -56,11 +56,11 @@ class Inputs:
 
     sources: list[Source]
     evaluation: list[Source]
-    """What training must not hold."""
+    """Evaluation sets whose texts must not be in the train split."""
     converters: list[Converter]
-    """For each source, what makes records of its rows; recognised by its first ones."""
+    """For each source, what turns its rows into records."""
     warnings: list[str]
-    """What looks like a mistake in what was named, or in what training is compared with."""
+    """About names that look like a mistake, and evaluation rows that cannot be compared."""
 
     @property
     def entries(self) -> list[str]:
@@ -69,13 +69,13 @@ class Inputs:
 
     @property
     def splits(self) -> list[str]:
-        """Those that sources were named or taken for, in their order."""
+        """The splits that the sources belong to, in their order."""
         return list(dict.fromkeys(source.split for source in self.sources))
 
     @property
     def default_template(self) -> str:
-        """Conversations need one that has a place for what was said before, rows without instruction one that adds
-        nothing to a text."""
+        """`chat` if there are conversations, as it has a place for earlier turns; the template that adds nothing if
+        rows have no instruction; else `alpaca`."""
         has_no_instruction = any("" in (it.directions.forward, it.directions.backward) for it in self.converters)
         has_turns = any(it.conversational for it in self.converters)
         return "chat" if has_turns else BARE_TEMPLATE if has_no_instruction else "alpaca"
@@ -266,8 +266,8 @@ def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
 def fingerprint_of(
     settings: PrepareSettings, inputs: Inputs, tokenizer: PreTrainedTokenizerBase | None, template: Template
 ) -> str:
-    """One hash of everything that decides what comes out, this package's own code included. Inputs, template and
-    tokenizer count by content, wherever they lie."""
+    """One hash of everything that decides the result, including the code of data_prep. Inputs, template and tokenizer
+    are hashed by content, so their paths do not matter."""
     no_decision = {"data", "aligned", "validation", "test", "decontaminate", "out", "template", "tokenizer", "strict"}
     no_decision |= {"workers", "engine", "tasks", "gathered"}
     start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id) if settings.packing else None

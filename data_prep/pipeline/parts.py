@@ -1,13 +1,13 @@
-"""The stages of each row in tasks that may run anywhere, each into a file of its own, and these as if in one pass.
+"""The row stages in tasks that may run anywhere: each task writes a file, and the files are merged in order.
 
     write_part(job, folder, 2, tasks=4)     → folder/part-00002-of-00004.arrow, whole or not at all
     merged(job, folder)                     → the batches of all four in the order of the data, for gather.py
 
-A part is an Arrow stream with one batch for each chunk that its task did. What else became of a chunk (which it is,
-rejects, counts) stands as JSON beside its batch, and the last says how many chunks each source had: a part that is
-missing, cut off, done twice, or of other data is an error that names it. Tasks know nothing of each other. Where there
-are few sources, each task reads all and does every n-th chunk (of lines it takes 0.1 s to skip 100 MB); of many, it
-reads only its own.
+A part is an Arrow stream with one batch for each chunk of its task. The number of the chunk, its rejects and counts
+are JSON beside the batch. The last batch is empty and tells how many chunks each source had. So a part that is
+missing, cut off, doubled, or made of other data is an error that names it. Tasks need not know of each other. If
+there are few sources, each task reads all and runs every n-th chunk (to skip 100 MB of lines takes 0.1 s); if there
+are many, each task reads only its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from diptych.data_prep.reading.sources import Chunk, Source
 from diptych.data_prep.rows.records import Origin, Reject
 
 SOURCES_PER_TASK = 4
-"""With so many, tasks that take whole sources are about equally long."""
+"""With so many sources for each task, tasks of whole sources take about the same time."""
 
 CHUNK, END, FINGERPRINT = b"chunk", b"end", b"fingerprint"
 PART_NAME = re.compile(r"part-(\d{5})-of-(\d{5})\.arrow")
@@ -42,7 +42,7 @@ class RowJob:
     def __init__(self, sources: Sequence[Source], stages: Stages, fingerprint: str) -> None:
         self.sources, self.stages = tuple(sources), stages
         self.fingerprint = fingerprint
-        """Of everything that decides what comes out: a prepared dataset is reused by the same one."""
+        """Of everything that decides the result; see `fingerprint_of`."""
 
     def __repr__(self) -> str:
         return f"RowJob({len(self.sources)} sources, fingerprint {self.fingerprint[:12]})"
@@ -69,9 +69,9 @@ def part_path(folder: Path, task: int, tasks: int) -> Path:
 
 
 def write_part(job: RowJob, folder: Path, task: int, tasks: int) -> Iterator[Batch]:
-    """Each batch when it was written; the file has its name once the last one was taken."""
+    """Yields each batch after it was written. The file gets its name once the last one was taken."""
     path = part_path(folder, task, tasks)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # a task may be under way twice
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # the same task may run twice at a time
     folder.mkdir(parents=True, exist_ok=True)
     schema, found = job.stages.schema, Counter()
     try:
@@ -132,7 +132,7 @@ def _numbered_batches(path: Path, job: RowJob, ends: list) -> Iterator[tuple[int
 
 
 def _part_paths(folder: Path) -> list[Path]:
-    """In the order of their tasks, and all there."""
+    """The files of all tasks, in order. Raises UserError where one is missing."""
     names = [match for path in folder.glob("part-*") if (match := PART_NAME.fullmatch(path.name))]
     totals = sorted({int(match[2]) for match in names})
     if not totals:
@@ -153,7 +153,7 @@ def _again(path: Path) -> str:
 
 
 def _as_json(number: int, batch: Batch) -> str:
-    """In ASCII: what is no UTF-8 in a reject's raw text is a lone surrogate, which JSON can hold and UTF-8 cannot."""
+    """In ASCII, because raw text of rejects may have lone surrogates, which UTF-8 cannot hold."""
     rejects = [asdict(reject) for reject in batch.rejects]
     facts = {"source_number": batch.source_number, "bytes_done": batch.bytes_done, "counts": vars(batch.counts)}
     return json.dumps({"number": number, "rejects": rejects, **facts})

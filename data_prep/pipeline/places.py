@@ -1,4 +1,4 @@
-"""Settings that name a checkpoint, a file or a folder: each is looked for before any work.
+"""Checks of settings that name a checkpoint, a file or a folder: they run before any work.
 
 model: str = field(metadata=CHECKPOINT)
 """
@@ -69,9 +69,9 @@ def _check_output(name: str, option: str) -> None:
 
 
 OUTPUT = {"check": _check_output}
-"""A file or folder that the work makes."""
+"""A file or folder that will be written."""
 CHECKPOINT = {"check": _check_checkpoint}
-"""A folder, or what the Hub has; of a folder, only that it is there."""
+"""A folder that exists, or a Hub id."""
 START = {"check": _check_start}
 """The same, or a named size."""
 PREPARED = {"check": _check_prepared}

@@ -31,7 +31,7 @@ SECTIONS = {
     "validation": "splits",
     "workers": "how it is run",
 }
-"""The headings of --help, each by the setting that it stands above."""
+"""The headings of --help, by the first setting below each."""
 
 USUAL_FRACTION = 0.05
 OF_PACKING_ALONE = ("packed_source_tokens", "packed_target_tokens", "share_sources", "decoder_start_token_id")
@@ -40,7 +40,7 @@ OF_TRAIN_ALONE = (
     *("target_languages", *OF_PACKING_ALONE[:3], "on_both_sides"),
     *("validation_fraction", "test_fraction", "split_by"),
 )
-"""Settings that say nothing where there is only an evaluation set."""
+"""Settings that have no effect without rows to train on."""
 
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("seed", "workers", "positive_examples", "negative_examples"), lambda value: value >= 0, "it is 0 or more."),
@@ -61,7 +61,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("shingle_size",), lambda value: value >= 1, "it is a number of characters, from 1 on."),
     (("max_unpacked_ratio",), lambda value: value >= 1, "it is at least 1."),
 )
-"""Settings, what they may be, and what is said where they are not."""
+"""Settings, which values they may have, and the end of the message for other values."""
 
 
 @dataclass(frozen=True)
@@ -255,20 +255,21 @@ class PrepareSettings:
 
 
 def parse_settings(argv: Sequence[str]) -> PrepareSettings:
-    """Raises UserError for what cannot be meant."""
+    """Raises UserError for settings that are wrong, or do not fit each other."""
     settings = parse(PrepareSettings, "diptych prepare", argv, USAGE, SECTIONS)
     check_settings(settings)
     return settings
 
 
 def fraction_of(settings: PrepareSettings, kind: str, has_own_sets: bool) -> float:
-    """Of the train rows, what is held out for validation or for test."""
+    """The part of the train rows that is held out for validation or test (`kind`)."""
     given = getattr(settings, f"{kind}_fraction")
     return (0.0 if has_own_sets else USUAL_FRACTION) if given is None else given
 
 
 def check_settings(settings: PrepareSettings, has_rows: bool = False) -> None:
-    """UserError where settings do not fit each other. `has_rows`: rows are given beside what `data` names."""
+    """Raises UserError where a value is not allowed, or settings do not fit each other. `has_rows`: rows are given in
+    memory, so `data` may be empty."""
     has_train_rows = has_rows or bool(settings.data or settings.aligned)
     if not (has_train_rows or settings.validation or settings.test):
         from diptych.data_prep.reading.sources import SAMPLES  # which imports pyarrow

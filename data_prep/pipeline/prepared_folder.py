@@ -45,14 +45,14 @@ CACHE_FILE = re.compile(r"cache-\w+\.arrow|tmp\w+")  # what `datasets` leaves be
 
 
 def code_version() -> str:
-    """Of all of data_prep, the frames of the report included."""
+    """A hash of all code of data_prep, including templates and the frames of the report."""
     return _hash_files(
         path for path in Path(__file__).parents[1].rglob("*.*") if path.suffix in (".py", ".jinja", ".css")
     )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The files as save_pretrained writes them, so that a folder and a Hub id with the same content are the same."""
+    """A hash of what save_pretrained writes: a folder and a Hub id with the same content have the same."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return _hash_files(path for path in Path(folder).rglob("*") if path.is_file())
@@ -66,7 +66,7 @@ def _hash_files(paths: Iterable[Path]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared dataset, or None for a folder that is none."""
+    """The manifest of a prepared dataset; None for any other folder."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -84,7 +84,7 @@ def find_reusable(folder: Path, wanted: str) -> dict[str, Any] | None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """An absent or empty folder may be written, or one with a prepared dataset as it was, and nothing else."""
+    """Raises UserError unless the folder is absent, empty, or holds an unchanged prepared dataset and nothing else."""
     if folder.is_file():
         raise UserError(f"{folder} is a file; --out names a folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -101,7 +101,7 @@ def check_replaceable(folder: Path) -> None:
 
 @contextmanager
 def beside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` to write into, which is gone at the end, unless `put_in_place` has renamed it."""
+    """A new folder beside `folder` to write into. It is removed at the end, unless `put_in_place` has renamed it."""
     check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -120,8 +120,7 @@ def beside(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One run at a time writes here: two would take away each other's files. The lock of a run that was killed is
-    free."""
+    """A lock, so that two runs never write to one folder. It is free again after a run was killed."""
     path = folder.with_name(f".{folder.name}.lock")
 
     def busy(holder: str) -> str:
@@ -140,7 +139,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """The manifest last, then two renames: whoever reads sees the old dataset, none, or the new one whole."""
+    """Writes the manifest last, then renames twice: a reader sees the old dataset, none, or the whole new one."""
     manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (partial / MANIFEST).write_text(text, encoding="utf-8")
@@ -152,7 +151,7 @@ def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _restore_previous(folder: Path) -> None:
-    """What a run left that was killed between two renames, or after them."""
+    """Brings back, or removes, what a run left that was killed between the two renames or after them."""
     previous = _previous(folder)
     if not previous.exists():
         return
@@ -169,7 +168,7 @@ def _previous(folder: Path) -> Path:
 
 
 def check_apart(folder: Path, settings: PrepareSettings) -> None:
-    """UserError where `folder` lies in what is read, so that the next run would read what this one writes."""
+    """Raises UserError where `folder` lies in what is read: the next run would read what this one writes."""
     held_out = [named(entry)[1] for entry in (*settings.validation, *settings.test)]
     for entry in (*settings.data, *held_out, *settings.decontaminate):
         read = Path(entry).expanduser()
@@ -185,7 +184,7 @@ def check_apart(folder: Path, settings: PrepareSettings) -> None:
 
 
 def parts_folder(folder: Path) -> Path:
-    """Where datatrove's tasks write: beside the dataset, so that a run that broke off can go on with the rest."""
+    """Where datatrove's tasks write. It stays after a failure, so that the next run does only the rest."""
     return folder.with_name(f".{folder.name}.parts")
 
 
@@ -194,7 +193,7 @@ def _kept_rejects(folder: Path) -> Path:
 
 
 def keep_rejects(rejects: Rejects, folder: Path) -> Path:
-    """Copies the rejects of a run that writes no dataset to a file beside `folder`; the file."""
+    """Copies the rejects of a run that writes no dataset to a file beside `folder`, and returns its path."""
     kept = _kept_rejects(folder)
     if os.path.lexists(kept) and not _is_rejects(kept):
         kept = kept.with_name(f"{kept.stem}-{os.getpid()}.jsonl")  # the other is somebody else's
@@ -204,7 +203,7 @@ def keep_rejects(rejects: Rejects, folder: Path) -> Path:
 
 
 def remove_kept_rejects(folder: Path) -> None:
-    """Those of an earlier run that wrote no dataset."""
+    """Removes the file of an earlier run that wrote no dataset."""
     if _is_rejects(kept := _kept_rejects(folder)):
         kept.unlink()
 
@@ -222,14 +221,14 @@ def _is_rejects(path: Path) -> bool:
 
 
 def save_quietly(tables: DatasetDict | Dataset, folder: Path) -> None:
-    """Without a progress bar for each split: copying takes no time worth one."""
+    """Saves tables without a progress bar for each split, as it takes no time."""
     with without_bars():
         tables.save_to_disk(folder)
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Those of `datasets`, which count everything as examples."""
+    """Turns off the progress bars of `datasets`, which call everything examples."""
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -247,8 +246,7 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _foreign(folder: Path, manifest: dict[str, Any]) -> set[str]:
-    """New files, and texts of another size than they were written with: somebody has changed them. A table of another
-    size is damaged."""
+    """Files that somebody has added or changed. A table of another size is not among them: it is damaged."""
     written = manifest["files"]
     changed = {name for name, _ in _file_sizes(folder).items() - written.items()}
     return {name for name in changed if name not in written or not name.endswith(".arrow")}

@@ -1,19 +1,19 @@
-"""What happens to each row, wherever it runs: a chunk of rows in, a batch of examples and the rejects out.
+"""What happens to each row: a chunk of rows in, a batch of examples and rejects out.
 
     Chunk ─ convert, check, filter, render, encode ─▶ Batch(examples: an Arrow record batch, rejects, counts, …)
 
     source, target          the rendered texts          instruction, input    as the data has them
     origin                  "rows.jsonl:7"              source_number         which source it came from
-    raw                     the row as it was read, for the case that it is left out later
+    raw                     the row as it was read, for rejects.jsonl if it is left out later
     input_ids, labels       token ids, cut to the limits if so told           source_tokens, target_tokens  before that
-    source_key, target_key  64 bits of each rendered text: who repeats whom, to the letter and in the same language
+    source_key, target_key  64-bit hashes of the rendered texts, by which exact duplicates are found
     source_language, target_language   codes, as the tokenizer has them; "" where there are none
-    input_key, output_key   64 bits of what splits.py compares: who may be in which split; and
-    row_key                 of the whole source, as it compares texts
+    input_key, output_key   64-bit hashes of what splits.py compares, so that no text is in two splits;
+    row_key                 the same for the whole source
     signature               MinHash of source and target, where near duplicates are sought
 
-Nothing here knows of other rows, files or processes: `Stages` is plain data that can be sent to a worker, and the same
-chunk gives the same batch on one core, in a pool, or in another engine.
+`Stages` is plain data that can be sent to a worker. The same chunk gives the same batch on one core, in a pool, or in
+another engine.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from diptych.data_prep.text_to_ids.rendered_text import from_marked, marked
 from diptych.data_prep.text_to_ids.templates import Template
 
 SENSITIVE_EXAMPLES = 5
-"""Of each kind and batch, for the report."""
+"""Of each kind in a batch, for the report."""
 
 LANGUAGE_FIELDS = ("source_language", "target_language")
 KEY_FIELDS = ("source_key", "target_key", "input_key", "output_key", "row_key")
@@ -79,7 +79,7 @@ KindAndReason = tuple[str, str]
 
 
 class Check(Protocol):
-    """A filter, or the index of texts that training must not hold: why a record is not kept, or None."""
+    """A filter: None for a record that is kept, else why it is not. Decontamination is one too."""
 
     def check(self, record: Record) -> KindAndReason | None: ...
 
@@ -95,7 +95,7 @@ class RenderedRow(NamedTuple):
 
 @dataclass
 class Counts:
-    """What a batch adds to the report."""
+    """Counts and examples for the report and the warnings, of a batch or of all."""
 
     unused_fields: Counter[str] = field(default_factory=Counter)
     source_scripts: Counter[str] = field(default_factory=Counter)
@@ -104,20 +104,20 @@ class Counts:
     sensitive: Counter[str] = field(default_factory=Counter)
     sensitive_examples: list[dict[str, str]] = field(default_factory=list)
     spelled: Counter[str] = field(default_factory=Counter)
-    """Added tokens that stood in texts, and were encoded as their characters."""
+    """Added tokens that texts spell; they were encoded as their characters."""
     lost: Counter[str] = field(default_factory=Counter)
-    """Examples of which the tokenizer loses something: "line breaks of the target"."""
+    """How many examples lose something by the tokenizer, by kind: "line breaks of the target"."""
     lost_examples: list[dict[str, str]] = field(default_factory=list)
-    """Of each kind and batch the first: kind, origin, example."""
+    """The first of each kind in a batch: kind, origin, example."""
     looked_at: Counter[str] = field(default_factory=Counter)
-    """Sources and targets that were looked at for this."""
+    """How many sources and targets were checked for this."""
     given: Counter[str] = field(default_factory=Counter)
     """Rows that have an instruction, and that have an input."""
     decomposed: Counter[str] = field(default_factory=Counter)
     """Rows of each file with a text that is not in Unicode's form NFC, such as Hangul in single jamo."""
 
     rows: int = 0
-    """As they stand in the data, where one may give several examples."""
+    """Rows of the data; one may give several examples."""
 
     def add(self, other: Counts) -> None:
         self.rows += other.rows
@@ -131,7 +131,7 @@ class Counts:
 
 @dataclass
 class Batch:
-    """What becomes of a chunk: every example that its rows give is in `examples` or in `rejects`."""
+    """The result of a chunk: each example that its rows give is in `examples` or in `rejects`."""
 
     source_number: int = 0
     bytes_done: int = 0
@@ -149,15 +149,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stages:
-    """Everything that decides what becomes of a row."""
+    """Everything that decides what is made of a row."""
 
     converters: tuple[Converter, ...]
     """One for each source."""
     template: Template
     tokenizer: PreTrainedTokenizerBase | None
-    """None where it has still to be trained; `encode` follows then."""
+    """None if it has still to be trained; then `run` makes texts alone, and `encode` is called later."""
     settings: PrepareSettings
-    """Which lengths there may be, what becomes of other rows and of lossy text, and what is looked for."""
+    """Of these: lengths, too_long, lossy_text, sensitive, and how near duplicates are found."""
     checks: tuple[Check, ...]
     checked: tuple[bool, ...]
     """For each source, whether `checks` are for it: a test set of the user's own stays as it is."""
@@ -188,7 +188,7 @@ class Stages:
         return batch
 
     def encode(self, examples: pyarrow.RecordBatch) -> Batch:
-        """The second half of `run`, for a tokenizer that was not there yet."""
+        """The second half of `run`, for a tokenizer that was trained after it."""
         batch = Batch(examples=examples)
         batch.examples = self._encode(batch, {})
         return batch
@@ -196,7 +196,7 @@ class Stages:
     # From rows to texts
 
     def _records(self, rows: Iterable[Row | Reject], batch: Batch) -> Iterator[tuple[Record | Tokenised, str]]:
-        """Each with its row as it was read."""
+        """Yields each record that passes the checks, with its row as it was read."""
         converter = self.converters[batch.source_number]
         checks = self.checks if self.checked[batch.source_number] else ()
         for row in rows:
@@ -216,8 +216,8 @@ class Stages:
                     yield record, row.raw
 
     def _render(self, records: Iterable[tuple[Record | Tokenised, str]], batch: Batch) -> list[RenderedRow]:
-        """A row is rejected where a user's template cannot render it or makes nothing of it, and where the tokenizer
-        does not know its languages."""
+        """Renders source and target. Rejects rows that the template cannot render or renders empty, and rows in
+        languages that the tokenizer does not know."""
         codes, template = codes_of(self.tokenizer), self.template
         resolve = functools.cache(lambda languages: resolved(self.tokenizer, languages, template.decoder_prefix))
         rows = []
@@ -231,7 +231,8 @@ class Stages:
             try:
                 languages = resolve(record.languages)
                 instruction = codes.instruction(record.instruction, languages)
-                record = replace(record, languages=languages, instruction=instruction)
+                if (languages, instruction) != (record.languages, record.instruction):
+                    record = replace(record, languages=languages, instruction=instruction)
                 source, target = template.render(record)
             except UnknownLanguage as error:
                 batch.reject(record.origin, "unknown language", error.fault, raw)
@@ -285,8 +286,8 @@ class Stages:
     # From texts to token ids
 
     def _encode(self, batch: Batch, given: Mapping[int, Tokenised]) -> pyarrow.RecordBatch:
-        """The examples of the batch with ID_FIELDS, less those that end as rejects. `given` are the rows, by their
-        places, that came as token ids."""
+        """The examples of the batch that are kept, with ID_FIELDS; the others become rejects. `given` are the rows
+        that came as token ids, by place."""
         tokenizer, examples, settings = self.tokenizer, batch.examples, self.settings
         texts = {side: [from_marked(text) for text in examples[side].to_pylist()] for side in SIDES}
         batch.counts.spelled.update(spelled_added_tokens(tokenizer, [*texts["source"], *texts["target"]]))
@@ -302,12 +303,13 @@ class Stages:
         places = [place for place in range(len(targets)) if place not in given]
         unknown = source_losses(tokenizer, texts["source"], sources, places)
         losses = target_losses(tokenizer, texts["target"], targets, places, settings.lossy_text != "keep")
+        sizes = vocabulary_sizes(tokenizer) if given else ()
         kept, ids = [], []
         for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
             lost = {"source": unknown.get(place), "target": losses.get(place)}
             row, fault = self._fitted(fitting[place], target)
             if fault is None:
-                fault = self._unknown_token(row) if place in given else self._too_lossy(lost)
+                fault = _unknown_token(row, sizes) if place in given else self._too_lossy(lost)
             if fault is not None:
                 batch.reject(origin_of(examples, place), *fault, examples["raw"][place].as_py())
                 continue
@@ -322,7 +324,8 @@ class Stages:
         return pyarrow.RecordBatch.from_pydict(columns, pyarrow.schema([*examples.schema, *ID_FIELDS]))
 
     def _cut(self, source: Encoding, text: str, languages: Languages, is_given: bool) -> Encoding:
-        """A source within the limit, with less of what the user wrote; ids that were given lose their end."""
+        """Cuts a source to the limit: its fields get shorter, not the template's text. Ids that were given lose their
+        end."""
         limit = self.settings.max_source_tokens
         if source.token_count <= limit:
             return source
@@ -347,21 +350,19 @@ class Stages:
             found.append(ids)
         return tuple(found), None
 
-    def _unknown_token(self, row: Sequence[Sequence[int]]) -> KindAndReason | None:
-        """Rows that came as token ids may be of another tokenizer."""
-        for ids, size in zip(row, vocabulary_sizes(self.tokenizer), strict=True):
-            if max(ids) >= size:
-                return (
-                    "unknown token",
-                    f"it holds the token {max(ids)}, and the ids of the tokenizer end at {size - 1}.",
-                )
-        return None
-
     def _too_lossy(self, lost: Mapping[str, Loss | None]) -> KindAndReason | None:
         for side, loss in lost.items():
             if loss and self.settings.lossy_text != "keep":
                 return LOSSY, f"the tokenizer loses {' and '.join(loss.kinds)} of the {side}: {loss.example}."
         return None
+
+
+def _unknown_token(row: Sequence[Sequence[int]], sizes: Sequence[int]) -> KindAndReason | None:
+    """Rows that came as token ids may be of another tokenizer. `sizes` are those of each side's vocabulary."""
+    for ids, size in zip(row, sizes, strict=True):
+        if max(ids) >= size:
+            return "unknown token", f"it holds the token {max(ids)}, and the ids of the tokenizer end at {size - 1}."
+    return None
 
 
 def _count_lost(lost: Mapping[str, Loss | None], origin: str, counts: Counts) -> None:
@@ -385,13 +386,13 @@ def _keys(row: RenderedRow) -> tuple[int, ...]:
 
 
 def _writable(raw: str) -> str:
-    """As rejects.jsonl has it: shortened, and what is no character in a field that nobody reads, spelled."""
+    """The row as rejects.jsonl will have it: shortened, and what is no valid character as an escape."""
     raw = raw[:RAW_CHARACTERS_KEPT]
     return raw if raw.isascii() else raw.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def origin_of(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> Origin:
-    """As it was before it became a text: "rows.jsonl:7.2" is the second example of row 7."""
+    """Parsed from the column: "rows.jsonl:7.2" is the second example of row 7."""
     file, _, place_in_file = batch["origin"][place].as_py().rpartition(":")
     row, _, instance = place_in_file.partition(".")
     return Origin(file, int(row), int(instance or 0))

@@ -1,10 +1,10 @@
-"""Which examples stay, and in which split: what can only be known of all of them at once. Integers in, integers out.
+"""Which examples stay, and in which split: decided on all rows at once, from columns of integer keys.
 
     also held out ─ exact duplicates ─ near duplicates ─▶ conflicts ─▶ train, validation, test ─▶ mixture of train
 
 Only train rows are removed. A validation or test set of the user's own keeps all its rows, in their order, repeated
-ones too. Works on columns of keys, (rows,) each; a text is looked at only to show it. Removed rows are given to
-`rejects`, with the row that says the same.
+ones too. Texts are read only for near duplicates and for messages. Removed rows become rejects, which name the row
+that says the same.
 """
 
 from __future__ import annotations
@@ -40,38 +40,39 @@ SIDES_SHOWN = {"input": ("input", "instruction"), "output": ("target",)}
 
 @dataclass(frozen=True)
 class Selection:
-    """What was decided of each row."""
+    """The decision for each row."""
 
     split_of_row: numpy.ndarray
     """(rows,) int16: the place in `names`, or REMOVED."""
     names: list[str]
-    """Of the splits that there may be, train first."""
+    """The names of the splits, train first."""
     groups: int | None
-    """Of rows that share a text, which are never divided; None where nothing was held out by fractions."""
+    """How many groups of rows share no text with each other; None where nothing was held out by fractions."""
     duplicates: dict[str, Any]
-    """What the report says of them."""
+    """Counts and examples for the report."""
     conflicting: list[list[int]]
     """Groups of rows with one source and different targets."""
     warnings: list[str]
     own_sets: dict[str, Any] | None
-    """What the report says of the user's own validation and test sets; None where there are none."""
+    """Counts and examples of the user's own validation and test sets; None where there are none."""
 
     @property
     def kept(self) -> int:
         return int((self.split_of_row != REMOVED).sum())
 
     def of_rows(self, gathered: Gathered) -> Selection:
-        """The same for rows of which some were left out since; their column `place` says where they stood before."""
+        """The selection of the rows that are left; their column `place` tells where they stood before."""
         return replace(self, split_of_row=self.split_of_row[gathered.column("place")])
 
     def places(self) -> dict[str, numpy.ndarray]:
-        """Of the rows of each split that has any, in order."""
+        """The places of the rows of each split that has any, in order."""
         places = {name: numpy.flatnonzero(self.split_of_row == place) for place, name in enumerate(self.names)}
         return {name: rows for name, rows in places.items() if len(rows)}
 
 
 def select(gathered: Gathered, splits: Sequence[str], settings: PrepareSettings, rejects: Rejects) -> Selection:
-    """`splits` are those of the sources. UserError where train rows are held out too, and that is to be an error."""
+    """`splits` has the split of each source. Raises UserError where train rows are also held out, if `on_both_sides`
+    is error."""
     own = list(dict.fromkeys(split for split in splits if kind_of(split) in HELD_OUT))
     names = [KINDS[0], *(split for kind in HELD_OUT for split in splits_of(kind, own) or [kind])]
     split_of_row = numpy.array([names.index(split) for split in splits], numpy.int16)[gathered.column("source_number")]
@@ -113,7 +114,8 @@ class _Train:
         return self.gathered.examples["origin"][int(row)].as_py()
 
     def remove(self, others: numpy.ndarray, kind: str, reason: Callable[[int], str]) -> list[int]:
-        """The rows that say the same as another, `others[row]` (-1 for none). `reason` is given that other row."""
+        """Removes rows that say the same as another, `others[row]` (-1 for none), and returns them. `reason` is given
+        that other row."""
         table, rows = self.gathered.examples, numpy.flatnonzero(others >= 0).tolist()
         for row in rows:
             raw = table["raw"][row].as_py()
@@ -122,8 +124,8 @@ class _Train:
         return rows
 
     def remove_held_out(self, names: Sequence[str], split_of_row: numpy.ndarray) -> dict[str, Any]:
-        """What the report says of the user's own sets. Train rows that are in them go, or are an error, or stay, as
-        the settings say."""
+        """Counts and examples of the user's own sets. Train rows that are in them are removed, or an error, or stay,
+        as `on_both_sides` says."""
         also, sets, shared = self._overlap(names, split_of_row)
         rows, way = numpy.flatnonzero(also >= 0), self.settings.on_both_sides
         if len(rows) and way == "error":
@@ -178,7 +180,7 @@ class _Train:
         return also, sets, shared
 
     def remove_duplicates(self, has_own_sets: bool) -> dict[str, Any]:
-        """What the report says of duplicates."""
+        """Counts and examples of duplicates."""
         settings, texts = self.settings, self.gathered.examples["source"]
         facts: dict[str, Any] = {"exact": 0, "near": 0, "threshold": settings.near_duplicates, "examples": []}
         if settings.deduplicate:

@@ -1,4 +1,4 @@
-"""One function over many tasks in worker processes, with the results in the order of the tasks.
+"""Runs a function over many tasks in worker processes; the results come in the order of the tasks.
 
     for batch in in_order(stages.run, tasks, workers=2): …
 
@@ -26,7 +26,7 @@ from diptych.data_prep.command_line.errors import UserError
 Result = TypeVar("Result")
 
 UNDER_WAY = 3
-"""Tasks a worker: one that it works on, one that waits, one whose result waits for its turn."""
+"""Tasks for each worker: one is running, one waits, and the result of one waits for its turn."""
 
 _function: Callable[..., Any] | None = None  # of a worker process; set once, so that it is not sent with each task
 
@@ -36,8 +36,8 @@ def in_order(function: Callable[..., Result], tasks: Iterable[tuple], workers: i
     if workers <= 1:
         yield from (function(*task) for task in tasks)
         return
-    # A fork has everything at once that a new interpreter needs seconds to import; where threads make it unsafe
-    # (macOS), it is not the default, and a new one is started.
+    # A fork starts at once; a new interpreter needs seconds for its imports, and is started where forks are unsafe
+    # (macOS).
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     tasks = iter(tasks)
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(function,)) as pool:
@@ -56,14 +56,14 @@ def in_order(function: Callable[..., Result], tasks: Iterable[tuple], workers: i
 
 
 def cores() -> int:
-    """Those this process may use, which in a container are fewer than the machine has."""
+    """The cores that this process may use; in a container these are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin(function: Callable[..., Any]) -> None:
     global _function
     _function = function
-    gc.freeze()  # what came with the fork is never garbage: collections look at new objects only
+    gc.freeze()  # objects of the parent are never garbage here: collections skip them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core, and the threads do not survive a fork
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the report shows, put together: plain numbers and short texts, from arrays and tables.
+"""What manifest.json and the report say: plain numbers and short texts, from arrays and tables.
 
 Texts are shortened here, so that a report of a million rows is as light as one of a hundred.
 """
@@ -47,7 +47,7 @@ REASON_CHARACTERS = 120
 BINS = 40
 
 STAGES = CHECKS, CLEANING, TEMPLATE, LENGTHS = ("checks", "cleaning", "template", "length limits")
-"""Where a row can be lost, in the order in which it passes them."""
+"""Where a row can be rejected, in order."""
 STAGE_OF = {
     "template failed": TEMPLATE,
     "template empty": TEMPLATE,
@@ -57,21 +57,21 @@ STAGE_OF = {
 }
 CONTAMINATED = "overlaps the evaluation data"
 CLEANED = (ALSO_HELD_OUT, "exact duplicate", "near duplicate", CONTAMINATED, "source ", "target ")
-"""How the kinds begin that cleaning gives."""
+"""How the kinds of rejects begin that cleaning gives."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a preparation has made, when nothing of it is written yet."""
+    """All that a preparation has made, before it is written."""
 
     inputs: Inputs
     stages: Stages
-    """With the tokenizer, also where it was trained here."""
+    """With the tokenizer, even if it was trained here."""
     gathered: Gathered
     """All rows that were encoded."""
     selection: Selection
     places: Mapping[str, numpy.ndarray]
-    """Of the rows of each split, in `gathered`."""
+    """For each split, the places of its rows in `gathered`."""
     tables: DatasetDict
     plan: PackingPlan | None
     """None where nothing is packed."""

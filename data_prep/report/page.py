@@ -1,7 +1,7 @@
 """What a preparation did, as a page to look at: the facts of facts.py in; report.html and report.json out.
 
 The page is one file without a script. It asks nothing of any network, and its Content-Security-Policy forbids it to;
-texts of rows are escaped, and characters that would not show, or would turn the line around, stand there by number
+texts of rows are escaped, and characters that are invisible or change the writing direction are shown by their number
 (U+202E). Facts are counts and a few examples, so that the page of 100,000 rows is about as large as that of 2,000.
 """
 
@@ -21,7 +21,7 @@ from diptych.data_prep.report.text_shown import FRAMES, prose, shortened, token_
 PAGE = "report.html.jinja"
 
 TOKENS_SHOWN = 160
-"""Of each side of a sample."""
+"""How many tokens of each side of a sample are shown."""
 
 
 def write_report(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ def write_report(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def render_page(facts: Mapping[str, Any]) -> str:
-    """report.html. Whatever is not markup of the frame itself is made visible, then escaped."""
+    """The text of report.html. All values are escaped, and their invisible characters shown by number."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FRAMES),
         autoescape=True,
@@ -62,7 +62,7 @@ def _written(value: Any) -> str:
 
 
 def _percent(part: float, whole: float = 1) -> str:
-    """0.987 → "98.7 %"; a part that is not nothing is never "0.0 %", and one that is not all never "100.0 %"."""
+    """0.987 → "98.7 %". Only 0 is shown as "0.0 %", and only 1 as "100.0 %"."""
     share = part / whole if whole else 0
     if 0 < share < 0.001:
         return "< 0.1\u00a0%"

@@ -1,4 +1,4 @@
-"""What a person is told when a dataset is prepared.
+"""The lines that are printed when a dataset is prepared, and the warnings.
 
     Read       2,017 rows from codealpaca_2k.json: 2,015 kept, 2 rejected
     Rejected   2 × empty output, the first in codealpaca_2k.json:238
@@ -6,7 +6,7 @@
     Source     in all splits: median 57 tokens, 90 % up to 82, 99 % up to 123, longest 228 | none over 512
     Packing    train: 1,813 examples in 192 rows of 576 + 544 tokens, 9.4 a row | filled: source 99.5 %, target …
 
-One line for each thing that went in or came out, all from the manifest; then the warnings, which become part of it.
+The lines are made from the manifest. The warnings become part of it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from diptych.data_prep.rows.valid_text import shown_name
 from diptych.data_prep.text_to_ids.templates import Template
 
 NEXT_TO_ALONE = 1.05
-"""Examples a row: with fewer, packing saves hardly any row."""
+"""Examples per packed row; with fewer, packing saves hardly any row."""
 
 DIRECTIONS_SHOWN = 6
 NAMES_SHOWN = 4
 FIELDS_SHOWN = 40
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts")
-"""What data sets call the part of an answer that is written before it."""
+"""Names that data sets give to the reasoning before an answer."""
 
 NOT_NAMED = "the config beside the tokenizer names no decoder_start_token_id"
 STARTS = {
@@ -96,7 +96,7 @@ def splits_line(manifest: dict[str, Any]) -> str:
 
 
 def _own_sets_lines(own: dict[str, Any], has_train: bool) -> Iterator[str]:
-    """Of the user's own validation and test sets: how much of each stands in train, and what repeats in it."""
+    """For each validation and test set of the user: how many of its rows are in train, and how many repeat."""
     done = {"drop": "dropped from train", "keep": "kept in train"}.get(own["on_both_sides"])
     same = {"rows": "", "source": " (by input)", "both": " (by input or output)"}[own["compared"]]
     for name, found in own["sets"].items() if has_train else ():
@@ -160,8 +160,7 @@ def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def own_sets_warnings(own: dict[str, Any] | None, inputs: list[dict[str, Any]]) -> Iterator[str]:
-    """What makes a figure on one of the user's own sets mean something else than one might think. `inputs` are those
-    of the manifest."""
+    """Reasons why a metric on one of the user's own sets may mislead. `inputs` are those of the manifest."""
     for name, found in own["sets"].items() if own else ():
         if own["on_both_sides"] == "keep" and found["train_rows"]:
             yield (
@@ -189,7 +188,7 @@ def packing_warnings(entry: dict[str, Any] | None, settings: PrepareSettings) ->
 
 
 def cut_off_warnings(rejects: Rejects) -> Iterator[str]:
-    """Last of all, for what is missing can be most of a file."""
+    """These stand last, because most of a file may be missing."""
     shown = rejects.examples.get(CUT_OFF, [])
     for reject in shown:
         yield (
@@ -201,7 +200,7 @@ def cut_off_warnings(rejects: Rejects) -> Iterator[str]:
 
 
 def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> Iterator[str]:
-    """What was given and is not used, or not as one might expect."""
+    """What was given and is not used, or is used in an unexpected way."""
     if counts.unused_fields:
         names = [name for name, _ in counts.unused_fields.most_common()]
         shown = [shown_name(name) or "(without a name)" for name in names[:FIELDS_SHOWN]]

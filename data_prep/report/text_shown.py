@@ -1,4 +1,4 @@
-"""Text and tokens as a page shows them: what would not be seen, or would turn the line around, stands there by name.
+"""Text and tokens as a page shows them: invisible characters, and those that change the writing direction, by number.
 
 token_chips(tokenizer, [3, 1])   [{"id": 3, "text": " Go", "special": False}, {"id": 1, "text": "</s>", …}]
 prose("a\\u202eb")               Markup("a<s>U+202E</s>b"), escaped, and shortened where it is long
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FRAMES = Path(__file__).parent / "frames"
-"""Of pages; page.css is what all of them look like."""
+"""Templates of pages; all use page.css."""
 
 LONGEST_TEXT = 2_000
 """Characters of one text that the page shows; report.json has all of them."""
@@ -33,11 +33,11 @@ HIDDEN = (
     "\u2028-\u202e\u2060-\u206f\u3164\ufdd0-\ufdef\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff"
     "\U0001fffe\U0001ffff\U0010fffe\U0010ffff\U000e0000-\U000e0fff]"
 )
-"""Controls, characters without a shape, and those that turn the writing direction. The joiners U+200C and U+200D are
+"""Control characters, invisible ones, and those that change the writing direction. The joiners U+200C and U+200D are
 not among them: Persian words and emoji families are spelled with them."""
 
 IN_A_TOKEN = HIDDEN + "|[ \n\t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]|^[\u200c\u200d]|[\u200c\u200d]$"
-"""In a token blanks count too, and joiners that join nothing."""
+"""In a token, blanks are shown too, and joiners that join nothing."""
 
 BLANKS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
@@ -87,7 +87,7 @@ def _name_of(character: str) -> str:
 
 
 def marked_up(text: str, hidden: str = HIDDEN) -> Markup:
-    """Like `visible`, each such character in a frame of its own, so that nobody takes it for text."""
+    """Like `visible`, with a frame around each such character, so that it is not taken for text."""
     pieces, end = [], 0
     for found in re.finditer(hidden, text):
         blank = BLANKS.get(found[0])
