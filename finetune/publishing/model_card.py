@@ -75,28 +75,24 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
     manifest, recipe = facts.manifest, facts.recipe
     template = read_config(files, "tokenizer_config.json").get("diptych_template", {})
     golden = template.get("golden", [])
-    has_code = any(name.endswith(".py") for name in files)
+    evaluated = {kind_of(score.split) for score in facts.scores}
     card = ModelCard.from_template(
         metadata(facts, repo, license, language),
         template_path=str(FRAME),
         repo=repo,
         name=repo.split("/")[1],
         version=version("diptych"),
-        what=summary(facts, weights_count(files)),
-        adapter_base=facts.adapter_base,
-        trust=", trust_remote_code=True" if has_code else "",
+        facts=facts,
+        weights=f"{weights_count(files):,} weights",
+        is_new_model=is_named_size(recipe["model"]),
+        trust=", trust_remote_code=True" if any(name.endswith(".py") for name in files) else "",
         languages=languages(run / "final", manifest),
         prompt=json.dumps(golden[0]["source"] if golden else "…", ensure_ascii=False),
         decoder_prefix=" ".join(f"`{token}`" for token in template.get("decoder_prefix", ())),
         new_tokens=manifest["tokens"]["target"]["limit"] if manifest else 128,
-        scores=facts.scores,
-        is_selected=recipe["final"] == "best" and any(kind_of(it.split) == "validation" for it in facts.scores),
-        data_name=last_part(recipe["data"]),
-        data=manifest,
-        fingerprint=facts.fingerprint,
+        is_selected=recipe["final"] == "best" and "validation" in evaluated,
+        is_tested=bool(evaluated - {"train", "validation"}),
         last_part=last_part,
-        training=training(recipe, facts.step, facts.settings.get("stages")),
-        limits=limits(facts),
         prepare_yaml=manifest and dump(prepare_settings(manifest)),
         train_yaml=dump(train_settings(facts.settings)),
     )
@@ -241,17 +237,6 @@ def metadata(facts: Facts, repo: str, license: str, language: str) -> ModelCardD
     )
 
 
-def summary(facts: Facts, weights: int) -> str:
-    count, config, model = f"{weights:,} weights", facts.config, facts.recipe["model"]
-    if facts.adapter_base:
-        is_lora = config["peft_type"] == "LORA"
-        kind = f"LoRA adapter ({count}, rank {config['r']})" if is_lora else f"{config['peft_type']} adapter ({count})"
-        return f"A {kind} for the encoder-decoder `{facts.adapter_base}`."
-    if is_named_size(model):
-        return f"A Diptych encoder-decoder ({count}), trained from scratch in the size {model}."
-    return f"An encoder-decoder ({config['model_type']}, {count}), fine-tuned in full from `{last_part(model)}`."
-
-
 def languages(final: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The directions of the data. Of the most frequent one the codes, the argument of transformers' `generate` that
     chooses the target language, and its token. None if the model is not told languages by codes, or none are known."""
@@ -262,32 +247,6 @@ def languages(final: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]
     argument = "forced_bos_token_id" if codes.layout == "both" else "decoder_start_token_id"
     token = codes.spellings[target]
     return {"directions": directions, "source": source, "target": target, "argument": argument, "token": token}
-
-
-def training(recipe: Mapping[str, Any], step: int | None, stages: list[Mapping[str, Any]] | None = None) -> str:
-    if stages:
-        names = ", ".join(stage["name"] for stage in stages)
-        return f"In {len(stages)} stages, one after the other: {names}. Of the last: {training(recipe, step)}"
-    how = "LoRA on a frozen base" if recipe["method"] == "lora" else "All weights were trained"
-    if step is None:
-        return f"{how}, in {recipe['precision']}. It is no longer known after which step this model was saved."
-    which = f"the best by {recipe['best_metric']} in validation" if recipe["final"] == "best" else "the last"
-    return f"{how}, in {recipe['precision']}. This is the model after step {step:,}, {which}."
-
-
-def limits(facts: Facts) -> list[str]:
-    found = ["It was trained on one kind of text; what it makes of other text was not looked at."]
-    if all(kind_of(score.split) in ("train", "validation") for score in facts.scores):
-        found.append("It was not evaluated on a split that had no part in choosing it.")
-    if facts.scores and not any(score.bounds for score in facts.scores):
-        found.append("No confidence intervals of its scores were computed.")
-    if facts.manifest:
-        source, target = (facts.manifest["tokens"][side]["p100"] for side in ("source", "target"))
-        found.append(f"It was trained on sources of up to {source:,} tokens and targets of up to {target:,}.")
-        if facts.manifest["sensitive"] is None:
-            found.append("Its data were not searched for addresses, numbers and keys, of which it may repeat some.")
-    found.append("Nothing was done to keep it from repeating what is wrong or harmful in its data, or in its base.")
-    return found
 
 
 # Settings, without the paths of this machine
