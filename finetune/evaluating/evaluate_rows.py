@@ -37,7 +37,7 @@ from diptych.finetune.evaluating.metrics import (
     figures_and_signatures,
     ratio,
 )
-from diptych.finetune.inference.generation import cut_at_stop
+from diptych.finetune.inference.generation import cut_at_stop, in_eval_mode
 from diptych.finetune.inference.generation_config import warn_once
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
 from diptych.finetune.inference.scoring import chosen_outputs
@@ -239,8 +239,7 @@ def row_losses(
 ) -> np.ndarray:
     """Nats and target tokens of each row, (R, 2), float64. Rows of similar length share a batch, the longest first.
     NotFiniteError names the first row whose loss is infinite or NaN."""
-    device, was_training = objective.model.device, objective.training
-    objective.eval()
+    device = objective.model.device
 
     def work(numbers: np.ndarray) -> list[float]:
         batch = {name: tensor.to(device) for name, tensor in rows.tensors(numbers).items()}
@@ -248,10 +247,8 @@ def row_losses(
 
     lengths = rows.lengths
     batches = [numbers for (numbers,) in longest_first(lengths, batch_size, ranks=1)]
-    try:
+    with in_eval_mode(objective):
         found = over_ranks(work, batches, accelerator, before_each)
-    finally:
-        objective.train(was_training)
     nats = np.empty(len(lengths.target_tokens))
     nats[np.concatenate(batches)] = np.concatenate(found)
     if len(bad := np.flatnonzero(~np.isfinite(nats))):
@@ -306,7 +303,7 @@ def generate_shared(
         number, places = batch
         ids, forced = zip(*(prompts[place] for place in places), strict=True)
         # Seeded by the batch's number, so that it does not matter which rank computes it.
-        more = {"seed": seed + number, "batch_size": batch_size, "progress": bar, "given": forced}
+        more = {"seed": seed + number, "batch_size": batch_size, "bar": bar, "given": forced}
         return chosen_outputs(loaded, ids, **settings, **more)
 
     with GenerationBar(sum(len(places) for _, places in batches[::ranks]), shown=shown) as bar:  # this rank's rows

@@ -29,7 +29,7 @@ from diptych.finetune.inference.engine import EncodedPrompt
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import check_source_ids, cut_at_stop, with_stop_strings
 from diptych.finetune.inference.generation_config import end_tokens, model_settings, warn_of_ignored
-from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
+from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.prompts import template_for
 from diptych.finetune.model.loading import EXPORT_FILE, export_kind, load_generation_config, load_tokenizer
 from diptych.finetune.run_files.whole_folders import read_json
@@ -129,14 +129,14 @@ class CTranslate2Engine:
         if config.do_sample and seed != self._seed:
             import_ctranslate2().set_random_seed(seed)
             self._translator, self._seed = self._started(), seed
-        found: list[list[Output]] = [[] for _ in prompts]
-        for rows in batches_by_length([len(prompt.source_ids) for prompt in prompts], settings.batch_size):
-            batch = [prompts[row] for row in rows]
-            outputs = self._generate_batch(batch, template, config, settings.max_new_tokens)
-            for row, of_row in zip(rows, outputs, strict=True):
-                found[row] = of_row
+
+        def generate(rows: list[int]) -> list[list[Output]]:
+            outputs = self._generate_batch([prompts[row] for row in rows], template, config, settings.max_new_tokens)
             if bar is not None:
                 bar.advance(len(rows), sum(len(output.ids) for of_row in outputs for output in of_row))
+            return outputs
+
+        found = map_by_length(generate, [len(prompt.source_ids) for prompt in prompts], settings.batch_size)
         return [output for of_row in found for output in of_row]
 
     def _config(self, settings: GenerateSettings) -> GenerationConfig:

@@ -30,7 +30,7 @@ from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.evaluating.metrics import score_texts
 from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.generation import pad_sources
-from diptych.finetune.inference.outputs import batches_by_length
+from diptych.finetune.inference.outputs import batches_by_length, map_by_length
 from diptych.finetune.inference.prompt_files import read_prompts, render_prompts
 from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.targets import given_tokens
@@ -235,13 +235,10 @@ def _timed(
     write: Callable[[list], list[list[int]]], sources: Sequence[Sequence[int]], rules: GreedyRules
 ) -> tuple[list[list[int]], float]:
     """What is written for each source, and tokens per second. The first batch runs once before, untimed."""
-    batches = batches_by_length([len(source) for source in sources], rules.batch_size)
-    write([sources[row] for row in batches[0]])
-    written: list[list[int]] = [[] for _ in sources]
+    lengths = [len(source) for source in sources]
+    write([sources[row] for row in batches_by_length(lengths, rules.batch_size)[0]])
     began = time.perf_counter()
-    for rows in batches:
-        for row, ids in zip(rows, write([sources[row] for row in rows]), strict=True):
-            written[row] = ids
+    written = map_by_length(lambda rows: write([sources[row] for row in rows]), lengths, rules.batch_size)
     return written, sum(map(len, written)) / (time.perf_counter() - began)
 
 

@@ -84,7 +84,7 @@ class TorchEngine:
             seed=seed,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
-            progress=bar or False,
+            bar=bar,
             **settings.generation_kwargs(),
             **watching,
         )

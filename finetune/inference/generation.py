@@ -8,11 +8,13 @@ order of the sources. The decoder's forced tokens (start token, language code, t
 model goes on from them. A stop string of the template ends a row and is not part of its text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -27,7 +29,7 @@ from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Te
 from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode, read_fast
 from diptych.finetune.inference.generation_config import end_tokens, generation_config, search_settings_ignored
-from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
+from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.targets import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 
@@ -42,7 +44,7 @@ def generate_outputs(
     batch_size: int,
     max_new_tokens: int,
     given: Sequence[Sequence[int]] | None = None,
-    progress: bool | GenerationBar = False,
+    bar: GenerationBar | None = None,
     **generation_kwargs: Any,
 ) -> list[Output]:
     """Outputs in the order of `source_ids`; with `num_return_sequences=n`, n in a row for each source.
@@ -52,24 +54,28 @@ def generate_outputs(
     model runs in eval mode and is put back into its mode afterwards.
     """
     check_source_ids(source_ids)
-    outputs: list[list[Output]] = [[] for _ in source_ids]
-    bar = progress if isinstance(progress, GenerationBar) else GenerationBar(len(source_ids), shown=progress)
-    was_training = loaded.model.training
-    loaded.model.eval()
-    try:
-        for rows in batches_by_length([len(ids) for ids in source_ids], batch_size):
-            batch = [source_ids[row] for row in rows]
-            batch_given = [given[row] for row in rows] if given else None
-            found, tokens = generate_batch(loaded, batch, max_new_tokens, generation_kwargs, batch_given)
-            each = len(found) // len(rows)
-            for place, row in enumerate(rows):
-                outputs[row] = found[place * each : (place + 1) * each]
+
+    def generate(rows: list[int]) -> list[list[Output]]:
+        batch, batch_given = [source_ids[row] for row in rows], [given[row] for row in rows] if given else None
+        outputs, tokens = generate_batch(loaded, batch, max_new_tokens, generation_kwargs, batch_given)
+        if bar is not None:
             bar.advance(len(rows), tokens)
+        each = len(outputs) // len(rows)
+        return [outputs[place : place + each] for place in range(0, len(outputs), each)]
+
+    with in_eval_mode(loaded.model):
+        found = map_by_length(generate, [len(ids) for ids in source_ids], batch_size)
+    return [output for of_row in found for output in of_row]
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
     finally:
-        loaded.model.train(was_training)
-        if bar is not progress:
-            bar.close()
-    return [output for row_outputs in outputs for output in row_outputs]
+        module.train(was_training)
 
 
 def check_source_ids(source_ids: Sequence[Sequence[int]]) -> None:

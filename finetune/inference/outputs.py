@@ -1,8 +1,8 @@
 """What generation returns, how its rows are batched, and the bar that shows its progress."""
 
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -25,6 +25,14 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def map_by_length(work: Callable[[list[int]], Sequence[Any]], lengths: Sequence[int], batch_size: int) -> list[Any]:
+    """Calls `work(row numbers)` for each batch, and returns its results in the order of the rows."""
+    found: dict[int, Any] = {}
+    for rows in batches_by_length(lengths, batch_size):
+        found |= zip(rows, work(rows), strict=True)
+    return [found[row] for row in range(len(lengths))]
 
 
 class GenerationBar(tqdm):

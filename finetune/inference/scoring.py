@@ -22,8 +22,8 @@ import sacrebleu
 import torch
 
 from diptych.finetune.batches.padded_rows import pad_batch
-from diptych.finetune.inference.generation import generate_outputs
-from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
+from diptych.finetune.inference.generation import generate_outputs, in_eval_mode
+from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.targets import given_tokens, target_ids
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loss import Seq2SeqObjective
@@ -84,24 +84,20 @@ def log_probabilities(
     """Nats of each token of each target, given its source. A target is the decoder's start token and its labels, of
     which the first `forced` are left out of the result."""
     objective = Seq2SeqObjective(loaded.model)
-    was_training = loaded.model.training
-    loaded.model.eval()
     lengths = [len(ids) + len(labels) for ids, (_, labels) in zip(source_ids, targets, strict=True)]
-    found: list[list[float]] = [[] for _ in source_ids]
-    try:
-        for rows in batches_by_length(lengths, batch_size):
-            rows = [row for row in rows if len(targets[row][1]) > forced]
-            examples = [
-                {"input_ids": source_ids[row], "labels": targets[row][1], "decoder_start": targets[row][0]}
-                for row in rows
-            ]
-            batch = pad_batch(examples, loaded.pad_token_id, loaded.decoder_start_token_id)
-            nats = objective.token_losses({name: tensor.to(loaded.device) for name, tensor in batch.items()})
-            for row, of_row in zip(rows, (-nats[:, forced:]).tolist(), strict=False):
-                found[row] = of_row[: len(targets[row][1]) - forced]
-    finally:
-        loaded.model.train(was_training)
-    return found
+
+    def score(rows: list[int]) -> list[list[float]]:
+        kept = [row for row in rows if len(targets[row][1]) > forced]  # some models write nothing
+        examples = [
+            {"input_ids": source_ids[row], "labels": targets[row][1], "decoder_start": targets[row][0]} for row in kept
+        ]
+        batch = pad_batch(examples, loaded.pad_token_id, loaded.decoder_start_token_id)
+        nats = objective.token_losses({name: tensor.to(loaded.device) for name, tensor in batch.items()})
+        found = dict(zip(kept, (-nats).tolist(), strict=False))
+        return [found.get(row, [])[forced : len(targets[row][1])] for row in rows]
+
+    with in_eval_mode(loaded.model):
+        return map_by_length(score, lengths, batch_size)
 
 
 def choice_outputs(
@@ -112,7 +108,7 @@ def choice_outputs(
     batch_size: int,
     given: Sequence[Sequence[int]] | None = None,
     num_return_sequences: int = 1,
-    progress: bool | GenerationBar = False,
+    bar: GenerationBar | None = None,
 ) -> list[Output]:
     """The `num_return_sequences` likeliest choices of each source, the likeliest first. Every choice is scored, which
     costs a pass each; a search token by token could miss the best one."""
@@ -128,8 +124,8 @@ def choice_outputs(
         scores = [math.fsum(of_choice) for of_choice in nats]
         best = sorted(range(len(choices)), key=lambda place: -scores[place])[:num_return_sequences]
         found += [Output(choices[it], True, tuple(endings[it]), scores[it]) for it in best]
-        if isinstance(progress, GenerationBar):
-            progress.advance(1, sum(map(len, endings)))
+        if bar is not None:
+            bar.advance(1, sum(map(len, endings)))
     return found
 
 

@@ -430,7 +430,7 @@ def test_limits_come_from_the_model_and_may_not_exceed_its_positions(tiny_tokeni
 def test_the_bar_counts_rows_and_tokens(loaded_t5, source_ids, capsys):
     bar = GenerationBar(len(source_ids))
     bar.mininterval = 0
-    outputs = generate_outputs(loaded_t5, source_ids, batch_size=3, max_new_tokens=24, progress=bar)
+    outputs = generate_outputs(loaded_t5, source_ids, batch_size=3, max_new_tokens=24, bar=bar)
     bar.close()
     assert "100%" in (said := capsys.readouterr().err) and "tokens/s" in said
     assert bar.tokens == sum(len(output.ids) for output in outputs)
