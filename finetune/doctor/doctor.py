@@ -10,7 +10,7 @@
     18 green, 2 red, 0 do not apply, in 10 s
 
 The exit code is 0 where all is green, 1 where something is red, 2 for a mistake such as a folder that is not there.
-Nothing is written, nothing is changed, and no code of the checkpoint is run. The checks with two processes or with a
+Nothing is written, nothing is changed, and no code from the checkpoint is run. The checks with two processes or with a
 Trainer are made on the CPU whatever --device says.
 """
 
@@ -58,7 +58,7 @@ MARKS = {"green": "✓", "red": "✗", "not_applicable": "–"}
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without logs and progress bars of other libraries: what they would warn of is what is examined here."""
+    """Turns off the logs and progress bars of other libraries; the checks report what they would warn of."""
     had_bars = transformers.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()

@@ -430,7 +430,7 @@ def golden_rows(patient: Patient) -> CheckResult:
     return _judge(
         not difference,
         difference or f"'{template.name}' gives {rows} golden rows to the token",
-        "The model would be asked otherwise than it was trained. Put the tokenizer's files back as they were; if the "
+        "Prompts would differ from those of training. Put the tokenizer's files back as they were; if the "
         "change is wanted, attach_template(tokenizer, template), and save the tokenizer.",
         {"template": template.name, "rows": rows, "difference": difference},
     )

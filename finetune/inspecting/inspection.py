@@ -2,7 +2,7 @@
 
     diptych inspect runs/full/final --instruction 'Translate to Korean:' --input 'I am a student.'
     diptych inspect t5-small --source 'translate English to German: Good morning.' --target 'Guten Morgen.'
-    diptych inspect runs/full/final --instruction … --data test.jsonl       and over a file: what is left out, made up
+    diptych inspect runs/full/final --instruction … --data test.jsonl      over a file: what is left out or made up
 
 Any AutoModelForSeq2SeqLM checkpoint, adapters too, whatever attention kernel it runs on: attention_weights.py computes
 the weights anew, inspection_facts.py the figures, and inspection_page.py writes the page.

@@ -94,8 +94,8 @@ class ChatFrame:
     after_user: str = ""
     """After the last question: the generation prompt."""
     before_answer: str | None = ""
-    """Between generation prompt and answer, in conversations that have one (Qwen3: an empty thought); None if their
-    answers begin otherwise than the generation prompt does."""
+    """Between generation prompt and answer, in conversations that have one (Qwen3: an empty thought); None if answers
+    in conversations do not begin with the generation prompt."""
     after_answer: str = ""
     system_head: str | None = None
     """None if it takes no system prompt."""
@@ -268,8 +268,7 @@ def _frame_of(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
     else:
         ours, theirs = faults[0]
         raise chat.refuse(
-            f"is none that can be written as a frame around texts: it gives {_end(theirs)}, and a frame gives"
-            f" {_end(ours)}"
+            f"cannot be written as a frame around texts: it gives {_end(theirs)}, and a frame gives {_end(ours)}"
         )
     for field, kind in (("system_head", "system prompts"), ("to_answer", "earlier turns")):
         if getattr(full, field) is None:
@@ -387,7 +386,7 @@ def _check_saved(tokenizer: PreTrainedTokenizerBase, template: Template, name: s
     if saved != loaded:
         difference = f"end token, padding token and size were {saved} and are {loaded}"
     if difference:
-        raise UserError(f"{kind} is another one once it is saved: {difference}. {advice}")
+        raise UserError(f"{kind} changes when it is saved: {difference}. {advice}")
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None, notes: list[str]) -> None:

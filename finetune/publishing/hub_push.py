@@ -91,7 +91,7 @@ def _push(
     changed, left = _differences(additions, there, is_ours)
     if changed or left:
         raise HubError(
-            f"{repo} was written, and {(changed + left)[0]} reads back otherwise than it was sent, in commit "
+            f"{repo} was written, but {(changed + left)[0]} reads back different from what was sent, in commit "
             f"{commit}. Do not use that commit; run the same command again."
         )
     return Pushed(commit, True, obsolete, [name for name in there if name not in files])

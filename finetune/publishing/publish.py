@@ -66,7 +66,7 @@ class Publication:
     left_out: list[str]
     """Names in final/ that are not in ALLOWED."""
     changed: list[str]
-    """In words, which files are published otherwise than they are in final/."""
+    """In words, which published files differ from those in final/, and how."""
 
 
 def is_allowed(name: str) -> bool:

@@ -157,7 +157,7 @@ class Service:
         return sources
 
     def as_asked(self, prompt: Prompt) -> Prompt:
-        """If T5's words for the languages say what is to be done, the prompt is the text to translate."""
+        """For a T5 with languages, `translate English to Korean:` is the instruction, and the prompt is its input."""
         prompter = self.served.prompter
         has_words = codes_of(prompter.tokenizer).layout == "words"
         if prompt.input or not has_words or not prompt.languages.filled_from(prompter.languages).direction:
@@ -251,7 +251,7 @@ async def read_body(request: Request) -> dict[str, Any]:
 
 
 async def while_connected(request: Request, answer: Coroutine) -> dict[str, Any]:
-    """The awaited answer; ClientDisconnect as soon as nobody waits for it any more."""
+    """The awaited answer; raises ClientDisconnect as soon as the client closes the connection."""
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -29,17 +29,10 @@ from diptych.finetune.inference.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.attention_weights import mean_weights
+from diptych.finetune.serving import web_address
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece
 from diptych.finetune.serving.serve_settings import DemoSettings
 from diptych.finetune.serving.served_model import ServedModel, load_served
-from diptych.finetune.serving.web_address import (
-    PASSWORD_VARIABLE,
-    address,
-    is_asked_here,
-    listen,
-    need_secret,
-    run_until_signal,
-)
 
 INSTALL = "pip install 'diptych[gradio]'"
 USER = "diptych"
@@ -248,7 +241,7 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         refusal = ""
-        if self.only_loopback and not is_asked_here(Request(scope).headers):
+        if self.only_loopback and not web_address.is_asked_here(Request(scope).headers):
             refusal = "asked for as another host than this one, or by a page of one"
         elif "/upload" in scope["path"] or "/proxy=" in scope["path"]:
             refusal = "this page takes no files"
@@ -275,11 +268,11 @@ def _serve(settings: DemoSettings) -> int:
         import gradio
     except ImportError as error:
         raise UserError(f"{error.name} is not installed. `diptych demo` needs it: {INSTALL}") from error
-    password = os.environ.get(PASSWORD_VARIABLE) or None
-    need_secret(settings.host, password, PASSWORD_VARIABLE)
+    password = os.environ.get(web_address.PASSWORD_VARIABLE) or None
+    web_address.need_secret(settings.host, password, web_address.PASSWORD_VARIABLE)
     rows = read_prompts(settings.examples, "", "") if settings.examples else []
     examples = [[row.prompt.instruction, row.prompt.input] for row in rows if row.prompt][:MOST_EXAMPLES]
-    listener = listen(settings.host, settings.port)
+    listener = web_address.listen(settings.host, settings.port)
     contestants = []
     for name in filter(None, [settings.model, settings.beside]):
         served = load_served(settings, name)
@@ -299,8 +292,8 @@ def _serve(settings: DemoSettings) -> int:
         enable_monitoring=False,
         show_error=False,
     )
-    message = f"{', '.join(it.name for it in contestants)}: {address(listener)}"
-    run_until_signal(Guard(app, only_loopback=password is None), listener, message, seconds=5)
+    message = f"{', '.join(it.name for it in contestants)}: {web_address.address(listener)}"
+    web_address.run_until_signal(Guard(app, only_loopback=password is None), listener, message, seconds=5)
     for contestant in contestants:
         contestant.engine.close()
     return 0

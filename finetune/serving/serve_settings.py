@@ -18,7 +18,7 @@ class DemoSettings(PromptSettings):
     """Address to listen at. Any but the loopback's needs a password in the environment, DIPTYCH_PASSWORD; the user is
     diptych."""
     port: int = 7860
-    """0 takes a free one, which is said."""
+    """0 takes a free one, which is printed."""
     examples: str = field(default="", metadata=EXISTING)
     """JSONL file of rows with `instruction` and `input`, of which the first are offered on the page."""
     max_new_tokens: int | None = None
@@ -37,7 +37,7 @@ class ServeSettings(PromptSettings):
     host: str = "127.0.0.1"
     """Address to listen at. Any but the loopback's needs a token in the environment, DIPTYCH_TOKEN."""
     port: int = 8000
-    """0 takes a free one, which is said."""
+    """0 takes a free one, which is printed."""
     name: str = ""
     """What clients call the model; the folder's name unless given."""
     batch_size: int = 16
@@ -45,7 +45,7 @@ class ServeSettings(PromptSettings):
     batch_wait_ms: float = 5.0
     """Milliseconds that the first prompt of a batch waits for others."""
     queue: int = 256
-    """Prompts that may wait; more are told to come again (503). A request with more is refused (400)."""
+    """Prompts that may wait. Beyond them requests get a 503, and a single request with more prompts a 400."""
     timeout: float = 120.0
     """Seconds after which a request is given up (504), its waiting included."""
     max_source_tokens: int | None = None

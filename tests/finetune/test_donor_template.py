@@ -386,7 +386,7 @@ def test_without_a_token_for_line_ends_a_base_model_starts_with_bos():
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not render a question"),
         ("{{ messages[-1].content }}", "does not render a question and the beginning of an answer"),
         ("{% for m in messages %}{{ m.content|upper }}: {% endfor %}", "does not render a question"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content|length }}: {% endfor %}", "none that can be written as"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content|length }}: {% endfor %}", "cannot be written as"),
         ("{{ messages[0].content }}: {{ 1 / 0 }}", "fails on a question: division by zero"),
         ("{% for m in messages %}{{ m.content }}", "fails on a question: Unexpected end of template"),
         ({"rag": TURN + BEGIN}, "fails on a question"),

@@ -142,7 +142,7 @@ def test_a_refusal_is_not_tried_again_and_says_what_to_do(old):
 
 def test_what_reads_back_otherwise_is_told(old, api):
     old.corrupts = True
-    with pytest.raises(HubError, match="README.md reads back otherwise"):
+    with pytest.raises(HubError, match="README.md reads back different"):
         push(api, REPO, NEW)
 
 
