@@ -32,13 +32,12 @@ class Mixture:
 
     temperature: float = 1.0
     """1 takes sources in proportion to their rows; more gives small ones a larger share, towards equal parts."""
-
     cap: int | None = None
-    """For the shares, a source with more rows than this counts as one of so many, so that it does not crowd out the
-    others: with 1000, sources of 9,000 and 1,000 rows have equal shares. How many rows are taken is said by `rows`."""
+    """How many rows of a source count at most when the shares are computed: with 1000, sources of 9,000 and 1,000 rows
+    have equal shares. It does not limit how many rows are taken."""
 
     weights: dict[str, float] = field(default_factory=dict)
-    """What a source's rate is multiplied by, by its name as given in data; 1 if it is not named, 0 leaves it out."""
+    """Source, as named in data → what its rate is multiplied by; 1 if it is not named, 0 leaves it out."""
 
     rows: int | None = None
     """Rows of the mixed train split; small sources may be repeated for it. Default: as many as can be had without."""
@@ -82,9 +81,7 @@ def mixed_counts(mixture: Mixture, rows_of: Mapping[str, int]) -> dict[str, int]
 
 def mix(mixture: Mixture, places: Mapping[str, numpy.ndarray], seed: int) -> numpy.ndarray:
     """The chosen ones of `places` (source name → (rows,) places in a table), in order; repeated ones side by side.
-
-    What is chosen of a source depends on the seed, its name and its number of rows alone.
-    """
+    What is chosen of a source depends on the seed, its name and its number of rows alone."""
     import numpy
 
     counts = mixed_counts(mixture, {name: len(there) for name, there in places.items()})

@@ -1,13 +1,13 @@
-"""All texts of files, whatever their format, for `diptych tokenizer`: what `diptych prepare` reads, and plain text.
+"""All texts of files for `diptych tokenizer`: whatever `diptych prepare` reads, and plain text.
 
     texts = open_texts(["corpus.txt", "rows.parquet", "chats.jsonl.gz", "prepared"])
     texts()           → "A text a line.", …, "Name the capital.", "France", "Paris", …     as often as it is called
     texts.pairs()     → ("corpus.txt", "A text a line."), …
-    texts.rejects     what the last whole reading had to leave out, counted
+    texts.rejects     what the last whole reading left out, counted
 
-Rows are read, recognised and checked as `prepare` does it; a row's texts are what its records hold, each once, without
-the instructions that settings add. A file of another kind is plain text, a text a line (.gz and .zst too), of which
-folders and globs take those that are called .txt. Of what has splits, such as a prepared folder, train is read.
+Rows are read, recognised and checked as `prepare` does it. A row's texts are those of its records, each once, without
+the instructions that settings add. A file of another kind is plain text, a text a line (.gz and .zst too); folders and
+globs give those that are called .txt. Of what has splits, such as a prepared folder, train is read.
 """
 
 from __future__ import annotations
@@ -29,16 +29,14 @@ from diptych.data_prep.rows.valid_text import Fault, listed, text
 
 PLAIN_SUFFIX = ".txt"
 TEXT_COLUMN = "text"
-"""What a line of plain text is called as a row; and the column of rows that are nothing but a text."""
-
-NO_TEXTS = "nothing to read: give --data FILE, more files, or a folder of prepared data."
+"""The column of a line of plain text as a row, and of rows of no known format."""
 
 TextsOfRow = Callable[[Row], Iterable[str | Reject]]
 
 
 @dataclass
 class Texts:
-    """The texts of several sources. What cannot be read of them is in `rejects` after a reading to the end."""
+    """The texts of several sources. After a reading to the end, `rejects` has what could not be read."""
 
     sources: Sequence[tuple[Source, TextsOfRow]]
     rejects: Rejects = field(default_factory=Rejects)
@@ -62,7 +60,7 @@ class Texts:
             raise UserError(f"there is no text in what was read. Name other files. {self.left_out()}".rstrip())
 
     def left_out(self) -> str:
-        """How many rows were left out and why, for a person; "" where there were none."""
+        """How many rows were left out and why; "" where there were none."""
         if not self.rejects.count:
             return ""
         kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.rejects.by_kind().items())
@@ -71,13 +69,11 @@ class Texts:
 
 
 def open_texts(entries: Sequence[str], text_fields: Sequence[str] = ()) -> Texts:
-    """What can be known to be wrong is said here: missing files, and columns of which nobody knows what they are.
-
-    `text_fields` are the columns that are text, where rows have no known format; `answers.text` is `text` in
-    `answers`. How each source is read is printed.
-    """
+    """`text_fields` are the columns that are text, where rows have no known format; `answers.text` is `text` in
+    `answers`. How each source is read is printed. UserError where a file is missing, or where it is not known which
+    columns are text."""
     if not entries:
-        raise UserError(NO_TEXTS)
+        raise UserError("nothing to read: give --data FILE, more files, or a folder of prepared data.")
     plain: list[str] = []
     others: list[str] = []
     for entry in entries:
@@ -97,11 +93,8 @@ def open_texts(entries: Sequence[str], text_fields: Sequence[str] = ()) -> Texts
     return Texts(sources)
 
 
-# Plain text
-
-
 def _plain_files(entry: str) -> tuple[list[str], bool]:
-    """The files of plain text that an entry means, and whether it may mean others too."""
+    """The files of plain text of an entry, and whether it may have others too."""
     path = Path(entry).expanduser()
     if path.is_dir():
         found = [file for file in path.rglob("*") if not any(part.startswith(".") for part in file.parts)]
@@ -115,15 +108,12 @@ def _plain_files(entry: str) -> tuple[list[str], bool]:
 
 
 def _suffix(path: Path) -> str:
-    """Of what is in it: `.txt` of a.txt.gz."""
+    """`.txt` of a.txt.gz."""
     return (path.with_suffix("") if path.suffix.lower() in PACKED_SUFFIXES else path).suffix.lower()
 
 
-# Rows
-
-
 def _texts_of_rows(source: Source, text_fields: Sequence[str]) -> TextsOfRow:
-    """What makes texts of its rows, as its first ones tell."""
+    """The function that gives a row's texts, chosen by the source's first rows."""
     rows = first_rows(source)
     if text_fields:
         _check_columns(rows, source.name, text_fields)
@@ -145,8 +135,8 @@ def _texts_of_rows(source: Source, text_fields: Sequence[str]) -> TextsOfRow:
 
 
 def _converter(rows: Sequence[Row], name: str) -> Converter:
-    """As for `prepare`, but without instructions of the settings' own, which are no text of the data. What `prepare`
-    wrote has token ids as well, so that its rows would be of two formats."""
+    """As for `prepare`, but without the settings' instructions, which are no text of the data. Rows that `prepare`
+    wrote have token ids as well as texts, so they would fit two formats."""
     is_prepared = {"source", "target", "input_ids", "labels"} <= rows[0].fields.keys()
     asked = Directions("needed to be there")
     converter = converter_for(rows, name, "parallel" if is_prepared else None, directions=asked)
@@ -165,7 +155,8 @@ def _record_texts(converter: Converter, row: Row) -> Iterator[str | Reject]:
 
 
 def _columns(names: tuple[str, ...], row: Row) -> Iterator[str | Reject]:
-    """The columns of these names, of which null and a missing one say nothing; a row with none of them is at fault."""
+    """The texts of these columns. Null and a missing column are left out; a row with none of the columns is a
+    reject."""
     values = {name: value for name in names if (value := _BY_PATH.value(row.fields, name)) is not MISSING}
     try:
         if not values:
@@ -185,7 +176,7 @@ def _check_columns(rows: Sequence[Row], name: str, text_fields: Sequence[str]) -
 
 
 def _name_columns(rows: Sequence[Row], name: str, error: UserError) -> str:
-    """A message to paste from; `error` where no column holds a text."""
+    """A message that lists the columns to name; `error` where no column has a text."""
     texts = dict.fromkeys(column for row in rows for column, value in _paths(row.fields) if isinstance(value, str))
     if not texts:
         return str(error)
@@ -204,4 +195,4 @@ def _paths(fields: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 
 
 _BY_PATH = Converter(named("alpaca"))
-"""Only for `value`, which finds `answers.text` in a row."""
+"""Used for `value` alone, which finds `answers.text` in a row."""
