@@ -244,7 +244,7 @@ def _trained_tokenizer(
     if tokens == "auto":
         tokens, _ = curve_vocab_size(kind, texts)
     trained = train_tokenizer(kind, texts(), tokens)
-    return trained, why_fewer(kind, trained, tokens) if tokens == settings.vocab_size else None
+    return trained, why_fewer(trained, tokens) if tokens == settings.vocab_size else None
 
 
 def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:

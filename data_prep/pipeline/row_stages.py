@@ -41,7 +41,6 @@ from diptych.data_prep.rows.language_names import UnknownLanguage
 from diptych.data_prep.rows.records import RAW_CHARACTERS_KEPT, Languages, Origin, Record, Reject, Row, Tokenised
 from diptych.data_prep.text_to_ids.encode import (
     Encoding,
-    fit,
     shortened,
     spelled_added_tokens,
     split_sources,
@@ -339,15 +338,14 @@ class Stages:
         is_cut = settings.too_long == "cut"  # to "error", rejects are raised where they are counted
         for side, encoding in (("source", source), ("target", target)):
             limit = getattr(settings, f"max_{side}_tokens")
-            # Sources have been cut: one that is too long still has a template that is too long by itself.
-            treatment = "cut" if is_cut and side == "target" else "drop"
             if not encoding.content:
                 return (), ("no tokens", f"the tokenizer makes no token of the {side}.")
-            if (ids := fit(encoding, limit, treatment, settings.end_cut_targets)) is None:
+            # Sources have been cut: one that is too long still has a template that is too long by itself.
+            if encoding.token_count > limit and not (is_cut and side == "target"):
                 what = "template's own text" if is_cut else side
                 reason = f"the {what} has {encoding.token_count:,} tokens, and max_{side}_tokens is {limit:,}."
                 return (), (f"{side} over the limit", reason)
-            found.append(ids)
+            found.append(encoding.ids(limit, settings.end_cut_targets))
         return tuple(found), None
 
     def _too_lossy(self, lost: Mapping[str, Loss | None]) -> KindAndReason | None:

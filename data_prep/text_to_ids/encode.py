@@ -3,7 +3,7 @@
     split_sources(tokenizer, ["Go.", "a </s> b"])    each an Encoding: what the tokenizer puts before, text, and after
     split_targets(tokenizer, ["가."], ["kor_Hang"])   Encoding([kor_Hang], [632, 17], [</s>]); the last one is eos
     split_sources(nllb, ["가."], languages=[Languages("kor_Hang", "eng_Latn")])    Encoding([kor_Hang], …, [</s>])
-    fit(encoding, 512, "drop")                       its ids, or None where they are more than 512
+    encoding.ids(512)                                its ids, at most 512: the end of the text is left out
 
 Control tokens come from the tokenizer and from the template, never from the fields of a row: where a text holds the
 characters `</s>`, it gets tokens of these characters. Control tokens are all special and all added tokens, except
@@ -24,7 +24,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 
@@ -42,8 +42,6 @@ PROBE = "a. 1"
 TEXT_TOKENS_KEY = "diptych_text_tokens"
 """The key in tokenizer_config.json under which a vocabulary that was extended lists its new words of text."""
 
-Treatment = Literal["error", "drop", "cut"]
-
 
 class Encoding(NamedTuple):
     """One encoded text. `content` comes from the text; the rest are the tokenizer's own tokens, language codes, and
@@ -58,8 +56,9 @@ class Encoding(NamedTuple):
         return len(self.prefix) + len(self.content) + len(self.suffix)
 
     def ids(self, max_tokens: int | None = None, end_after_cut: bool = True) -> list[int]:
-        """All ids. Where they are too many, the end of the content is left out, never the special tokens; without
-        `end_after_cut`, the suffix of a cut text is left out too."""
+        """All ids. Where they are more than `max_tokens`, the end of the content is left out, never the special
+        tokens; without `end_after_cut`, also the suffix: from a cut target that ends in eos, a model learns to stop
+        early."""
         if max_tokens is None or self.token_count <= max_tokens:
             return [*self.prefix, *self.content, *self.suffix]
         suffix = self.suffix if end_after_cut else []
@@ -70,22 +69,6 @@ class Encoding(NamedTuple):
                 f"a limit of {max_tokens} tokens leaves no room for text beside {special} special tokens. Raise it."
             )
         return [*self.prefix, *self.content[: max(room, 0)], *suffix]
-
-
-def fit(
-    encoding: Encoding, max_tokens: int, treatment: Treatment = "drop", end_after_cut: bool = True
-) -> list[int] | None:
-    """The ids of an encoding. Where they are more than `max_tokens`: None ("drop"), less of its text ("cut"), or
-    UserError ("error"). Sources are `shortened` before, which keeps the template's last words. From a cut target that
-    ends in eos (`end_after_cut`), a model learns to stop in the middle of a sentence."""
-    if encoding.token_count <= max_tokens or treatment == "cut":
-        return encoding.ids(max_tokens, end_after_cut)
-    if treatment == "drop":
-        return None
-    raise UserError(
-        f"it has {encoding.token_count:,} tokens, and the limit is {max_tokens:,}. Raise the limit, or have longer"
-        f" rows dropped or cut."
-    )
 
 
 def shortened(
@@ -134,24 +117,20 @@ def _longest_that_fits(tokens: Callable[[int], int], length: int, most: int) -> 
 
 
 def encode_sources(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    max_source_tokens: int | None = None,
-    languages: Sequence[Languages] | None = None,
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], languages: Sequence[Languages] | None = None
 ) -> list[list[int]]:
     """`input_ids` of each text, with the special tokens that the tokenizer gives to sources."""
-    return [encoding.ids(max_source_tokens) for encoding in split_sources(tokenizer, texts, languages)]
+    return [encoding.ids() for encoding in split_sources(tokenizer, texts, languages)]
 
 
 def encode_targets(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    max_target_tokens: int | None = None,
     decoder_prefix: Sequence[str] = (),
     languages: Sequence[Languages] | None = None,
 ) -> list[list[int]]:
     """`labels` of each text, with the special tokens that the tokenizer gives to targets; the last one is eos."""
-    return [encoding.ids(max_target_tokens) for encoding in split_targets(tokenizer, texts, decoder_prefix, languages)]
+    return [encoding.ids() for encoding in split_targets(tokenizer, texts, decoder_prefix, languages)]
 
 
 def split_sources(

@@ -114,25 +114,22 @@ def learn_new_tokens(
 
 def check_extensible(tokenizer: PreTrainedTokenizerBase) -> None:
     """UserError for a tokenizer whose vocabulary cannot be added to."""
-    name = tokenizer.name_or_path or type(tokenizer).__name__
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {name} ({type(tokenizer).__name__}) is written in Python, and its vocabulary cannot be"
-            f" extended. Use a checkpoint whose tokenizer has a tokenizer.json of BPE or Unigram, such as T5, mT5,"
-            f" BART, mBART, NLLB or Gemma."
-        )
-    model = tokenizer.backend_tokenizer.model
-    if not isinstance(model, models.BPE | models.Unigram):
-        raise UserError(
-            f"the tokenizer of {name} is {type(model).__name__}; tokens can be added to BPE and Unigram. Use a"
-            f" checkpoint with one of these."
-        )
-    if isinstance(model, models.BPE) and (model.end_of_word_suffix or model.continuing_subword_prefix):
-        raise UserError(
-            f"the BPE tokenizer of {name} marks parts of words with"
-            f" {model.end_of_word_suffix or model.continuing_subword_prefix!r}, and cannot be extended. Use a"
-            f" checkpoint with a byte-level or sentencepiece BPE."
-        )
+    model = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+    is_bpe = isinstance(model, models.BPE)
+    mark = is_bpe and (model.end_of_word_suffix or model.continuing_subword_prefix)
+    if model is None:
+        why = f"({type(tokenizer).__name__}) is written in Python"
+    elif mark:
+        why = f"is a BPE that marks parts of words with {mark!r}"
+    elif not is_bpe and not isinstance(model, models.Unigram):
+        why = f"is {type(model).__name__}"
+    else:
+        return
+    raise UserError(
+        f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} {why}, and its vocabulary cannot be"
+        f" extended. Use a checkpoint whose tokenizer has a tokenizer.json of byte-level or sentencepiece BPE, or of"
+        f" Unigram, such as T5, mT5, BART, mBART, NLLB or Gemma."
+    )
 
 
 class _Cutter:

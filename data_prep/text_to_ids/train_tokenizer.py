@@ -84,13 +84,13 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
     )
 
 
-def why_fewer(kind: str, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str | None:
+def why_fewer(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> str | None:
     """A warning where training gave fewer tokens than were asked for; None where it did not."""
     if len(tokenizer) >= vocab_size:
         return None
     return (
-        f"the tokenizer has {len(tokenizer):,} tokens, and {vocab_size:,} were asked for: {NO_MORE[kind]} Give more"
-        " text if it should have more."
+        f"the tokenizer has {len(tokenizer):,} tokens, and {vocab_size:,} were asked for: this little text has no more"
+        " pieces that occur again. Give more text if it should have more."
     )
 
 
@@ -181,8 +181,3 @@ def _count_tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> int:
 
 
 TRAINERS = {"bpe": _bpe, "unigram": _unigram}
-NO_MORE = {
-    "bpe": "each word of this little text is one token already, so that there is nothing left to join.",
-    "unigram": "this little text has no more pieces that occur again, of which tokens could be made.",
-}
-"""Why training may end early."""

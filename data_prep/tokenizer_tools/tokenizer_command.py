@@ -73,7 +73,7 @@ def train(settings: TrainTokenizerSettings) -> None:
     tokenizer.name_or_path = settings.out
     report = tokenizer_report(tokenizer, ((script_of(text), text) for text in texts()))
     _warn_of_rejects(texts)
-    if fewer := why_fewer(settings.kind, tokenizer, size):
+    if fewer := why_fewer(tokenizer, size):
         print(f"warning: {fewer}", file=sys.stderr)
     if curve:
         report |= {"vocab_size_curve": [asdict(point) for point in curve], "vocab_size_chosen": size}

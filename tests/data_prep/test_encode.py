@@ -15,7 +15,6 @@ from diptych.data_prep.text_to_ids.encode import (
     Encoding,
     encode_sources,
     encode_targets,
-    fit,
     label_prefix,
     shortened,
     spelled_added_tokens,
@@ -100,23 +99,13 @@ def test_the_special_tokens_that_a_tokenizer_adds_are_kept(tokenizers_by_family)
 
 def test_a_cut_takes_the_end_of_the_text_and_no_special_token(tokenizer, sentences):
     text = " ".join(sentences[:40])
-    for encode in (encode_sources, encode_targets):
-        (whole,), (cut,) = encode(tokenizer, [text]), encode(tokenizer, [text], 12)
-        assert len(cut) == 12
-        split = (split_sources if encode is encode_sources else split_targets)(tokenizer, [text])[0]
-        assert cut == [*split.prefix, *split.content[: 12 - len(split.prefix) - len(split.suffix)], *split.suffix]
-        assert whole == [*split.prefix, *split.content, *split.suffix]
-
-
-def test_a_text_as_long_as_the_limit_is_not_cut(tokenizers_by_family):
-    tokenizer = tokenizers_by_family["diptych-bpe"]
-    whole = encode_targets(tokenizer, ["안녕하세요"])[0]
-    assert encode_targets(tokenizer, ["안녕하세요"], len(whole)) == [whole]
-
-
-def test_a_limit_without_room_for_text_is_refused(tokenizers_by_family):
-    with pytest.raises(UserError, match="leaves no room for text beside 2 special tokens"):
-        encode_sources(tokenizers_by_family["bart"], ["Go."], 2)
+    for encode, split in ((encode_sources, split_sources), (encode_targets, split_targets)):
+        (prefix, content, suffix), (cut,) = (
+            split(tokenizer, [text])[0],
+            [it.ids(12) for it in split(tokenizer, [text])],
+        )
+        assert cut == [*prefix, *content[: 12 - len(prefix) - len(suffix)], *suffix] and len(cut) == 12
+        assert encode(tokenizer, [text]) == [[*prefix, *content, *suffix]]
 
 
 def test_a_tokenizer_without_eos_is_refused(tokenizers_by_family, tmp_path):
@@ -332,16 +321,13 @@ def test_a_decoder_prefix_that_the_tokenizer_does_not_know_is_refused(tokenizers
         split_targets(tokenizers_by_family["t5"], ["Go."], ["나는"])
 
 
-def test_what_is_too_long_is_dropped_refused_or_cut():
-    source = Encoding([7], [1, 2, 3], [8, 9])
-    assert fit(source, 6, "error") == fit(source, 6, "drop") == fit(source, 6, "cut", False) == [7, 1, 2, 3, 8, 9]
-    assert fit(source, 5) is None
-    assert fit(source, 5, "cut") == [7, 1, 2, 8, 9]
-    assert fit(source, 5, "cut", end_after_cut=False) == [7, 1, 2, 3]
-    with pytest.raises(UserError, match="6 tokens, and the limit is 5. Raise the limit"):
-        fit(source, 5, "error")
+def test_what_is_too_long_is_cut():
+    text = Encoding([7], [1, 2, 3], [8, 9])
+    assert text.ids(6) == text.ids(6, end_after_cut=False) == [7, 1, 2, 3, 8, 9]
+    assert text.ids(5) == [7, 1, 2, 8, 9]
+    assert text.ids(5, end_after_cut=False) == [7, 1, 2, 3]
     with pytest.raises(UserError, match="leaves no room for text beside 3 special tokens"):
-        fit(source, 3, "cut")
+        text.ids(3)
 
 
 def test_a_shortened_source_is_as_long_as_can_be(tokenizer, sentences):
@@ -370,7 +356,7 @@ def test_fields_are_cut_to_one_length(tokenizers_by_family):
 def test_a_cut_target_ends_in_eos_only_if_told_and_keeps_its_language(tokenizers_by_family, sentences):
     nllb = tokenizers_by_family["nllb"]
     (target,) = split_targets(nllb, [" ".join(sentences[:20])], ["kor_Hang"])
-    told, untold = fit(target, 10, "cut"), fit(target, 10, "cut", end_after_cut=False)
+    told, untold = target.ids(10), target.ids(10, end_after_cut=False)
     assert told == [*target.prefix, *target.content[:8], nllb.eos_token_id]
     assert untold == [*target.prefix, *target.content[:9]]
     assert len(target.prefix) == 1

@@ -176,7 +176,7 @@ def test_little_text_gives_few_tokens_and_none_gives_none(tokenizers_by_family):
     [
         ("byt5", r"ByT5Tokenizer\) is written in Python, and its vocabulary cannot be extended"),
         ("m2m100", r"M2M100Tokenizer\) is written in Python"),
-        ("bert", "is WordPiece; tokens can be added to BPE and Unigram"),
+        ("bert", "is WordPiece, and its vocabulary cannot be extended. Use a checkpoint"),
     ],
 )
 def test_what_cannot_be_extended_is_refused(name, message, tokenizers_by_family):

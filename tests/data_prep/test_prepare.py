@@ -92,7 +92,7 @@ def test_a_tokenizer_is_trained_on_the_train_split_alone(prepare, write_rows, tm
     path = write_rows("rows.jsonl", rows)
     code, _, error = prepare("--data", path, "--train_tokenizer", "bpe", "--vocab_size", "2000", tokenizer=None)
     assert code == 0
-    assert re.search(r"the tokenizer has \d+ tokens, and 2,000 were asked for: each word of this little text", error)
+    assert re.search(r"the tokenizer has \d+ tokens, and 2,000 were asked for: this little text", error)
     tables = datasets.load_from_disk(tmp_path / "prepared")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
     for name, table in tables.items():
