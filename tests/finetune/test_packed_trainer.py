@@ -79,13 +79,8 @@ def test_layouts_of_one_step_give_one_gradient(checkpoint_of, tiny_tokenizer, tm
         started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command = [*started, tmp_path / "one_step.py", tmp_path / "tokenizer", folders, json.dumps(layouts)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        ended = subprocess.run(
-            [*map(str, command), str(tmp_path / "out.pt")],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
+        command = [*map(str, command), str(tmp_path / "out.pt")]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
         assert ended.returncode == 0, ended.stderr[:3000]
         for family, results in zip(FAMILIES, torch.load(tmp_path / "out.pt"), strict=True):
             found.setdefault(family, []).extend(results)

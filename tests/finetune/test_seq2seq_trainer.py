@@ -71,9 +71,7 @@ def test_twelve_layouts_of_one_step_give_one_gradient_in_the_trainer(new_model, 
     model = new_model("diptych")
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(
-                0.4
-            )  # moderate ones: the usual weights of our tests are so large that fp32 has only five digits
+            weight.mul_(0.4)  # the usual weights of our tests are so large that fp32 has only five digits
     model.save_pretrained(tmp_path / "model")
     script = tmp_path / "one_step.py"
     script.write_text(ONE_STEP)

@@ -64,6 +64,13 @@ def has_saved(out: Path):
     return lambda: checkpoints.checkpoint_steps(out / "checkpoints")
 
 
+def run_alone(torturer, recipe: dict, name: str, code: int, **changes) -> str:
+    """A run to its end, which has to have this exit code: what it said."""
+    (process,) = torturer.start(ALONE, recipe, name, **changes)
+    assert process.wait(DEADLINE) == code, torturer.log(name)
+    return torturer.log(name)
+
+
 def ends_alike(torturer, undisturbed, case: Case, recipe: dict) -> None:
     out = Path(recipe["out"])
     processes = torturer.start(case, recipe, f"{out.name}-resumed")
@@ -92,17 +99,14 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(torturer, undis
     out = tmp_path / "evaluating"
     recipe = long(torturer, ALONE, out, eval_every=1, save_every=1000, max_steps=6, metrics="exact_match")
     recipe |= {"metrics_limit": 2, "eval_batch_size": 1, "max_new_tokens": 200}
-    (process,) = torturer.start(ALONE, recipe | {"out": str(tmp_path / "whole")}, "evaluating-whole")
-    assert process.wait(DEADLINE) == 0
+    run_alone(torturer, recipe | {"out": str(tmp_path / "whole")}, "evaluating-whole", 0)
     (process,) = torturer.start(ALONE, recipe, "evaluating")
     until(lambda: (out / "metrics.jsonl").is_file() and "validation" in (out / "metrics.jsonl").read_text())
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(DEADLINE) == 75, torturer.log("evaluating")
-    (process,) = torturer.start(ALONE, recipe, "evaluating-on")
-    assert process.wait(DEADLINE) == 0, torturer.log("evaluating-on")
-    for name in ("final", "samples.jsonl", "loss.png"):
-        assert not [it for it in differences_of(tmp_path / "whole", out) if it.startswith(name)]
-    assert not [it for it in differences_of(tmp_path / "whole", out) if it == "metrics.jsonl"]
+    run_alone(torturer, recipe, "evaluating-on", 0)
+    compared = ("final", "samples.jsonl", "loss.png", "metrics.jsonl")
+    assert not [name for name in differences_of(tmp_path / "whole", out) if name.startswith(compared)]
 
 
 def test_a_signal_to_one_rank_stops_all(torturer, undisturbed, tmp_path):
@@ -205,9 +209,7 @@ def test_a_second_start_is_refused_and_a_lock_of_a_killed_run_is_free(torturer, 
     (first,) = torturer.start(ALONE, recipe, "first")
     until(has_saved(out))
     os.kill(first.pid, signal.SIGSTOP)
-    (second,) = torturer.start(ALONE, recipe, "second")
-    assert second.wait(DEADLINE) == 2
-    said = torturer.log("second")
+    said = run_alone(torturer, recipe, "second", 2)
     assert f"is in use by another run (process {first.pid} on {socket.gethostname()}" in said
     assert read_status(out)["process"] == first.pid, "the second one has no say"
     os.kill(first.pid, signal.SIGKILL)
@@ -253,7 +255,7 @@ def finished(torturer, tmp_path):
     """(recipe, its checkpoints): a short run that is over, all of whose checkpoints are kept."""
     out = tmp_path / "finished"
     recipe = long(torturer, ALONE, out, max_steps=15, keep_last=9)
-    assert torturer.start(ALONE, recipe, "finished")[0].wait(DEADLINE) == 0, torturer.log("finished")
+    run_alone(torturer, recipe, "finished", 0)
     return recipe, out / "checkpoints"
 
 
@@ -268,9 +270,7 @@ def test_damaged_checkpoints_are_passed_over_and_the_run_says_so(finished, tortu
     flip_a_bit(checkpoints.checkpoint_path(folder, 15) / "optimizer.safetensors")
     shutil.copytree(checkpoints.checkpoint_path(folder, 10), checkpoints.checkpoint_path(folder, 12))
     (checkpoints.checkpoint_path(folder, 12) / "rng.json").unlink()
-    (process,) = torturer.start(ALONE, recipe, "passing")
-    assert process.wait(DEADLINE) == 0
-    said = torturer.log("passing")
+    said = run_alone(torturer, recipe, "passing", 0)
     assert "passed over step-000015: optimizer.safetensors is not what was written" in said
     assert "passed over step-000012: rng.json is missing" in said and "goes on after step 10" in said
 
@@ -279,32 +279,27 @@ def test_nothing_begins_anew_where_all_checkpoints_are_damaged(finished, torture
     recipe, folder = finished
     for step in checkpoints.checkpoint_steps(folder):
         flip_a_bit(checkpoints.checkpoint_path(folder, step) / "model" / "model.safetensors")
-    (process,) = torturer.start(ALONE, recipe, "hopeless")
-    assert process.wait(DEADLINE) == 3
-    assert "no checkpoint in" in torturer.log("hopeless") and read_status(folder.parent)["state"] == "done"
+    assert "no checkpoint in" in run_alone(torturer, recipe, "hopeless", 3)
+    assert read_status(folder.parent)["state"] == "done"
     status = read_status(folder.parent) | {"state": "stopped", "exit_code": 75}  # as a run that has not ended
     (folder.parent / "status.json").write_text(json.dumps(status))
-    (process,) = torturer.start(ALONE, recipe, "still")
-    assert process.wait(DEADLINE) == 3 and read_status(folder.parent)["exit_code"] == 3
+    run_alone(torturer, recipe, "still", 3)
+    assert read_status(folder.parent)["exit_code"] == 3
 
 
 def test_a_named_checkpoint_is_gone_back_to_or_is_an_error(finished, torturer):
     recipe, folder = finished
     before = {file.name: file.read_bytes() for file in (folder.parent / "final").iterdir()}
     named = checkpoints.checkpoint_path(folder, 5)
-    (process,) = torturer.start(ALONE, recipe, "back", resume=str(named))
-    assert process.wait(DEADLINE) == 0, torturer.log("back")
-    assert "goes back to step-000005: 2 later checkpoints are in" in torturer.log("back")
+    said = run_alone(torturer, recipe, "back", 0, resume=str(named))
+    assert "goes back to step-000005: 2 later checkpoints are in" in said
     assert sorted(path.name for path in (folder / "aside").iterdir()) == ["step-000010-1", "step-000015-1"]
     assert {file.name: file.read_bytes() for file in (folder.parent / "final").iterdir()} == before
     flip_a_bit(named / "state.json")
-    for path, fault in {
-        named: "state.json is not what was written",
-        folder / "step-7": "there is no such folder",
-    }.items():
-        (process,) = torturer.start(ALONE, recipe, f"bad-{path.name}", resume=str(path))
-        assert process.wait(DEADLINE) == 3
-        assert f"{path} cannot be used: {fault}" in torturer.log(f"bad-{path.name}")
+    faults = {named: "state.json is not what was written", folder / "step-7": "there is no such folder"}
+    for path, fault in faults.items():
+        said = run_alone(torturer, recipe, f"bad-{path.name}", 3, resume=str(path))
+        assert f"{path} cannot be used: {fault}" in said
 
 
 @pytest.mark.parametrize(
@@ -318,9 +313,7 @@ def test_a_named_checkpoint_is_gone_back_to_or_is_an_error(finished, torturer):
 )
 def test_another_run_is_told_key_by_key(changes, said, finished, torturer):
     recipe, folder = finished
-    (process,) = torturer.start(ALONE, recipe | changes, "other")
-    assert process.wait(DEADLINE) == 2
-    log = torturer.log("other")
+    log = run_alone(torturer, recipe | changes, "other", 2)
     assert "this is not the run" in log and all(words in log for words in said)
     assert "changed for the rest of the run" not in log
     assert len(log[log.index("diptych train: ") :].splitlines()) <= 6
@@ -354,11 +347,9 @@ def test_a_finished_run_leaves_what_else_lies_in_its_final_model(finished, tortu
     for name in ("README.md", "exported/model.bin"):
         (final / name).write_text("mine")
     before = {path: path.read_bytes() for path in final.rglob("*") if path.is_file()}
-    (process,) = torturer.start(ALONE, recipe, "again")
-    assert process.wait(DEADLINE) == 0, torturer.log("again")
-    (process,) = torturer.start(ALONE, recipe | {"max_steps": 20}, "further")  # which would replace the model
-    assert process.wait(DEADLINE) == 2
-    assert "README.md in it is not training's, and would be lost. Move" in torturer.log("further")
+    run_alone(torturer, recipe, "again", 0)
+    said = run_alone(torturer, recipe | {"max_steps": 20}, "further", 2)  # which would replace the model
+    assert "README.md in it is not training's, and would be lost. Move" in said
     assert read_status(folder.parent)["state"] == "done"
     assert {path: path.read_bytes() for path in final.rglob("*") if path.is_file()} == before
     assert checkpoints.checkpoint_steps(folder)[-1] == 15
@@ -369,20 +360,15 @@ def test_a_log_that_was_lost_or_shortened_is_said_and_not_filled_up(finished, to
     log = folder.parent / "metrics.jsonl"
     whole = log.read_bytes()
     log.write_bytes(whole[:-20])
-    (process,) = torturer.start(ALONE, recipe, "shorter")
-    assert process.wait(DEADLINE) == 0, torturer.log("shorter")
-    assert "bytes that it had at this checkpoint" in torturer.log("shorter")
+    assert "bytes that it had at this checkpoint" in run_alone(torturer, recipe, "shorter", 0)
     assert whole.startswith(log.read_bytes()) and log.read_bytes().endswith(b"\n")
     log.unlink()
     picture = (folder.parent / "loss.png").read_bytes()
-    (process,) = torturer.start(ALONE, recipe, "lost")
-    assert process.wait(DEADLINE) == 0, torturer.log("lost")
-    assert f"has 0 of the {len(whole):,} bytes" in torturer.log("lost") and log.read_bytes() == b""
+    assert f"has 0 of the {len(whole):,} bytes" in run_alone(torturer, recipe, "lost", 0)
+    assert log.read_bytes() == b""
     assert (folder.parent / "loss.png").read_bytes() == picture
     log.write_bytes(b"no line of ours\n" + whole)
-    (process,) = torturer.start(ALONE, recipe, "garbled")
-    assert process.wait(DEADLINE) == 2
-    assert "metrics.jsonl line 1 is no JSON" in torturer.log("garbled")
+    assert "metrics.jsonl line 1 is no JSON" in run_alone(torturer, recipe, "garbled", 2)
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "folder"])

@@ -1,13 +1,10 @@
-"""The graph of the model is one graph: compiled, exported and quantised it computes what it computes eagerly.
+"""The graph of the model is one graph: compiled and exported it computes what it computes eagerly.
 
 `aot_eager` traces forward and backward as the real compiler does, and spares the minutes of writing kernels.
 """
 
-import copy
-
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import EncoderDecoderCache, StaticCache
 
@@ -96,16 +93,3 @@ def test_exported_forward_matches_eager_for_other_batches_and_lengths(build_mode
     exported = torch.export.export(model, (), inputs(3, 7, 5), dynamic_shapes=shapes, strict=False).module()
     for other in (inputs(3, 7, 5), inputs(2, 9, 4), inputs(5, 4, 6)):
         torch.testing.assert_close(exported(**other).logits, model(**other).logits, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")  # torch names a successor in another package
-@torch.no_grad()
-def test_linear_layers_can_be_quantised_in_place(build_model, draw_tokens):
-    model = build_model(initializer_range=0.05)
-    batch = {"input_ids": draw_tokens(2, 7), "decoder_input_ids": draw_tokens(2, 5, seed=1)}
-    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-    assert not any(type(module) is nn.Linear for module in quantised.modules())
-    ours, theirs = model(**batch).logits, quantised(**batch).logits
-    assert not torch.equal(ours, theirs)
-    assert nn.functional.cosine_similarity(ours, theirs, dim=-1).min() > 0.98
-    assert quantised.generate(batch["input_ids"], max_new_tokens=4).shape[0] == 2

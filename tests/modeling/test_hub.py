@@ -125,14 +125,8 @@ def test_a_process_without_diptych_computes_the_same_and_passes_it_on(published,
         "OMP_NUM_THREADS": "1",
     }
     places = [tmp_path / name for name in ("again", "encoder", "answers.pt")]
-    run = subprocess.run(
-        [sys.executable, "-c", STRANGER, published, *places],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-c", STRANGER, published, *places]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     theirs = torch.load(places[2], weights_only=True)
     source = tokenizer(["w10 w20 w30", "w11 w12"], padding=True, return_tensors="pt")

@@ -17,10 +17,7 @@ SHAPES = {
         "mlp_bias": True,
         "qk_norm": True,
     },
-    "untied, unequal": {
-        "encoder": {"hidden_size": 48, "num_hidden_layers": 1},
-        "decoder": {"num_hidden_layers": 2},
-    },
+    "untied, unequal": {"encoder": {"hidden_size": 48, "num_hidden_layers": 1}, "decoder": {"num_hidden_layers": 2}},
 }
 
 # Each rank loads every folder twice: whole, and split by the model's own plan.
@@ -89,21 +86,8 @@ def test_two_processes_compute_what_one_computes(build_model, tmp_path, hinge):
         build_model(**fields, vocab_size=54).save_pretrained(folders[-1])
     script, result = tmp_path / "rank.py", tmp_path / "report.json"
     script.write_text(RANK)
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            script,
-            result,
-            *folders,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run([*torchrun, script, result, *folders], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-5000:]
     for folder, figures in json.loads(result.read_text()).items():
         assert max(figures["logits"], figures["loss"], figures["gradients"]) < 1e-4, (folder, figures)
