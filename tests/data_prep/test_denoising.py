@@ -73,12 +73,7 @@ def settings(**changes) -> DenoiseSettings:
     return DenoiseSettings(**({"data": ["x"], "tokenizer": "t", "out": "o"} | changes))
 
 
-@given(
-    length=st.integers(2, 300),
-    density=st.floats(0.05, 0.9),
-    mean=st.floats(1, 70),
-    seed=st.integers(0, 2**32),
-)
+@given(length=st.integers(2, 300), density=st.floats(0.05, 0.9), mean=st.floats(1, 70), seed=st.integers(0, 2**32))
 def test_a_window_is_restored_from_its_pair(length, density, mean, seed):
     tokens = list(range(length))
     denoiser = Denoiser("R", density, mean)

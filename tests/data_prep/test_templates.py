@@ -163,15 +163,9 @@ def test_a_file_is_the_source_and_may_hold_the_target(frame):
     [
         ("a\n{{ instruction ", "line 2"),
         ("a\n{% if input %}b", "line 2"),
-        (
-            "a\nb\n{{ inptu }}",
-            "line 3: unknown variable 'inptu'; here are instruction, input, history, system.",
-        ),
+        ("a\nb\n{{ inptu }}", "line 3: unknown variable 'inptu'; here are instruction, input, history, system."),
         ("a\n{{ instrution }}", "Did you mean 'instruction'?"),
-        (
-            "a\n{# target #}\n{{ output }}\n{{ input }}",
-            "line 4: unknown variable 'input'; here are output",
-        ),
+        ("a\n{# target #}\n{{ output }}\n{{ input }}", "line 4: unknown variable 'input'; here are output"),
         ("{{ instruction }}\n{# target #}\n\n{{ output ", "line 4"),
         (
             "{{ input }}\n{# target #}\n{{ output }}\n{#target#}\n",
