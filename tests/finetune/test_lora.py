@@ -82,6 +82,16 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5)
 
 
+def merged_and_loaded(model: PeftModel, trained: torch.Tensor, folder):
+    """Merged, the logits are those of the adapter; saved and loaded, the same bits."""
+    merged = merge_adapter(model)
+    assert_close(logits(merged), trained)
+    merged.save_pretrained(folder / "merged")
+    again = AutoModelForSeq2SeqLM.from_pretrained(folder / "merged").eval()
+    assert torch.equal(logits(again), logits(merged))
+    return again
+
+
 @pytest.mark.parametrize("vocabulary", ["as it is", "grown", "trained"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_adapter_loads_exactly_and_merges(family, vocabulary, new_model, tmp_path):
@@ -109,11 +119,7 @@ def test_saved_adapter_loads_exactly_and_merges(family, vocabulary, new_model, t
     loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()  # peft alone, as anyone would
     assert torch.equal(logits(loaded), trained)
 
-    merged = merge_adapter(loaded)
-    assert_close(logits(merged), trained)
-    merged.save_pretrained(tmp_path / "merged")
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(logits(again), logits(merged))
+    merged_and_loaded(loaded, trained, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -201,11 +207,7 @@ def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of
     assert torch.equal(logits(loaded), trained)
 
     ties = which_are_one(loaded.get_base_model())
-    merged = merge_adapter(loaded)
-    assert_close(logits(merged), trained)
-    merged.save_pretrained(tmp_path / "merged")
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(logits(again), logits(merged))
+    again = merged_and_loaded(loaded, trained, tmp_path)
     assert which_are_one(again) == ties == which_are_one(AutoModelForSeq2SeqLM.from_pretrained(base))
 
 
@@ -260,11 +262,7 @@ def test_a_vocabulary_grows_under_a_head_of_its_own(family, with_own_head, tmp_p
     assert torch.equal(logits(resumed), trained)
     loaded = PeftModel.from_pretrained(grown_base(), tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded), trained)
-    merged = merge_adapter(loaded)
-    assert_close(logits(merged), trained)
-    merged.save_pretrained(tmp_path / "merged")
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(logits(again), logits(merged)) and which_are_one(again) == ties
+    assert which_are_one(merged_and_loaded(loaded, trained, tmp_path)) == ties
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -177,20 +177,30 @@ class Listener(BaseHTTPRequestHandler):
         self.server.asked.append(str(self.rfile.readline()))
 
 
+@pytest.fixture(scope="module")
+def new_listener():
+    """Makes servers that note what they are asked, in `asked`."""
+    servers = []
+
+    def make() -> ThreadingHTTPServer:
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Listener))
+        servers[-1].asked = []
+        threading.Thread(target=servers[-1].serve_forever).start()
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
-def listener():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def listener(new_listener):
+    return new_listener()
 
 
 @pytest.fixture(scope="module")
-def aftermath(tmp_path_factory, t5_checkpoint):
+def aftermath(tmp_path_factory, t5_checkpoint, new_listener):
     place = tmp_path_factory.mktemp("a-day")
     theirs, marks = place / "theirs", place / "marks"
     for name in ("theirs", "marks", "cwd", "home", "cache", "tmp", "watch"):
@@ -211,10 +221,7 @@ def aftermath(tmp_path_factory, t5_checkpoint):
     (place / "prompts.jsonl").write_text('{"instruction": "Add.", "input": "1 + 1"}\n')
     before = contents(theirs)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    server = new_listener()
     hub = f"http://127.0.0.1:{server.server_port}"
     folders = {"HOME": "home", "XDG_CACHE_HOME": "cache", "HF_HOME": "cache/huggingface", "TMPDIR": "tmp"}
     environment = {
@@ -288,9 +295,6 @@ def aftermath(tmp_path_factory, t5_checkpoint):
         ["serve", str(adapter), "--port", str(free_port())],
         ["doctor", model, "--data", str(theirs / "data" / "rows.jsonl")],
     )
-    server.shutdown()
-    thread.join()
-    server.server_close()
     noted = [tuple(line.split("\t", 1)) for line in (place / "log").read_text().splitlines()]
     return Aftermath(place, codes, output, sorted(os.listdir(marks)), noted, server.asked, before)
 
@@ -369,6 +373,7 @@ def refusal(folder: Path, load=load_model) -> str:
 def test_each_kind_of_pickle_is_refused_and_the_command_that_is_named_converts_it(copy, tmp_path, learned_t5):
     weights = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
+    assert "has no *.safetensors file. Weights are read" in refusal(copy)
     for name in ("tf_model.h5", "model.pt", "pytorch_model.bin.index.json", "pytorch_model.bin"):
         torch.save(Canary(tmp_path / "ran"), copy / name)
         assert "has no *.safetensors file, only " in refusal(copy) and "because a pickle can run code" in refusal(copy)
@@ -466,26 +471,18 @@ for name in sys.argv[1:]:
 def test_what_was_downloaded_from_the_hub_is_looked_at_as_a_folder_is(copy, adapter, tmp_path, listener):
     """Offline: the cache as huggingface_hub lays it out."""
     edit(adapter / "adapter_config.json", base_model_name_or_path="me/whole")
-    for name, folder in {
-        "whole": copy,
-        "pickled": copy,
-        "absurd": copy,
-        "adapter": adapter,
-        "adapter-bin": adapter,
-    }.items():
+    place = {}
+    for name in ("whole", "pickled", "absurd", "adapter", "adapter-bin"):
         there = tmp_path / "hub" / f"models--me--{name}"
-        shutil.copytree(folder, there / "snapshots" / ("0" * 40))
+        place[name] = there / "snapshots" / ("0" * 40)
+        shutil.copytree(adapter if name.startswith("adapter") else copy, place[name])
         (there / "refs").mkdir()
         (there / "refs" / "main").write_text("0" * 40)
-    place = {
-        name: tmp_path / "hub" / f"models--me--{name}" / "snapshots" / ("0" * 40) for name in ("pickled", "absurd")
-    }
     (place["pickled"] / "model.safetensors").unlink()
     save_canary(place["pickled"] / "pytorch_model.bin", tmp_path / "ran")
     edit(place["absurd"] / "config.json", d_ff=10**9)
-    bare = tmp_path / "hub" / "models--me--adapter-bin" / "snapshots" / ("0" * 40)
-    (bare / "adapter_model.safetensors").unlink()
-    save_canary(bare / "adapter_model.bin", tmp_path / "ran")
+    (place["adapter-bin"] / "adapter_model.safetensors").unlink()
+    save_canary(place["adapter-bin"] / "adapter_model.bin", tmp_path / "ran")
     names = ["me/whole", "me/adapter", "me/pickled", "me/absurd", "me/adapter-bin"]
     hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}
     hub |= {"HF_ENDPOINT": f"http://127.0.0.1:{listener.server_port}"}
@@ -606,7 +603,7 @@ def test_code_of_a_panel_is_not_run_either(checkpoint_of, tmp_path):
     assert not (tmp_path / "copy-code.py").exists()
 
 
-@pytest.mark.parametrize("content", ["[]", '"text"', "7", "null", "[" * 10**5, "\x00"])
+@pytest.mark.parametrize("content", ["[]", "{", '"text"', "7", "null", "[" * 10**5, "\x00"])
 def test_a_config_that_is_none_is_refused(copy, content):
     (copy / "config.json").write_text(content)
     assert "config" in refusal(copy) and "config" in refusal(copy, load_tokenizer)
