@@ -3,7 +3,7 @@
     ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
     with ranks.waiting_for("the gradients of step 7"):
         …                               RankError with these words where a rank has ended or does not answer
-    part(accelerator)
+    end_ranks(accelerator)
 
 A rank that dies closes its connections, which the others notice at once (gloo) or when the launcher ends them. For one
 that hangs, the others wait `rank_timeout` seconds. On GPUs torch would then abort the process, so a thread of our own
@@ -116,7 +116,7 @@ def _is_of_another_rank(error: RuntimeError) -> bool:
     return is_torchs or any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL", "Timed out"))
 
 
-def part(accelerator: Accelerator, for_good: bool = True) -> None:
+def end_ranks(accelerator: Accelerator, for_good: bool = True) -> None:
     """Frees DDP before the process group; nobody else may hold a reference to it. If DDP were freed last, gloo would
     join its threads while this one holds the interpreter's lock, for which one of them may wait: one run of thirty on
     two ranks never ended, and one of fifty was aborted."""

@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 
 from diptych.finetune.batches.padded_rows import StepRows, padded_rows
 from diptych.finetune.commands.exits import DONE, STOPPED, NotFiniteError
-from diptych.finetune.commands.ranks import part
+from diptych.finetune.commands.ranks import end_ranks
 from diptych.finetune.evaluating.best_figure import is_improvement, selected_figure
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
 from diptych.finetune.model.speed import keep_memory
@@ -55,7 +55,7 @@ def run(recipe: TrainRecipe, stop: StopRequest, status: Status, is_last: bool = 
         write_final(run)
     accelerator = run.accelerator
     del run
-    part(accelerator, for_good=is_last or is_stopped)
+    end_ranks(accelerator, for_good=is_last or is_stopped)
     return STOPPED if is_stopped else DONE
 
 

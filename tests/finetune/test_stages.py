@@ -116,7 +116,7 @@ def test_a_signal_between_stages_keeps_what_ended(recipe, tmp_path, monkeypatch)
     assert read_status(tmp_path / "run/stages/1-warm-up")["state"] == "done"
     assert not (tmp_path / "run/stages/2-heal").exists()
     stop = StopRequest()
-    signalled("part", 0)
+    signalled("end_ranks", 0)
     assert run_recipe(replace(whole, resume=True), stop) == DONE
     assert stop.reason == "SIGTERM" and read_status(tmp_path / "run")["state"] == "done"
     assert (tmp_path / "run/final").is_dir()

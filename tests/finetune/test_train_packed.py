@@ -192,7 +192,7 @@ from diptych.finetune.batches.packed_rows import PackedRows, Packing
 from diptych.finetune.training.set_up import set_up
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.loop import add_up_gradients
-from diptych.finetune.commands.ranks import part
+from diptych.finetune.commands.ranks import end_ranks
 from diptych.finetune.run_files.run_folder import Status
 
 draw = np.random.default_rng(0)
@@ -236,7 +236,7 @@ if __name__ == "__main__":
         torch.save(results, out)
     accelerator = run.accelerator
     del run
-    part(accelerator)
+    end_ranks(accelerator)
 """
 
 
