@@ -77,19 +77,14 @@ class Limits:
 
     max_row_bytes: int = 10_000_000
     """A longer row is a Reject. Bounds the memory that reading takes, at about three times this."""
-
     max_object_bytes: int = 100_000_000
     """The same for a .json that is one task as a whole (Super-NaturalInstructions), whose row is the file."""
-
     max_unpacked_ratio: int = 200
     """A packed file may unpack to this many times its size; text takes 3 to 20 times."""
-
     min_unpacked_bytes: int = 64_000_000
     """Whatever the ratio, a packed file may unpack to this."""
-
     max_depth: int = 100
     """Lists and objects inside one another; deeper ones cannot be passed on between processes."""
-
     block_bytes: int = BLOCK_BYTES
     """Read at a time: some 500 to 2,500 rows of instruction data, and what a worker process is handed at once."""
 

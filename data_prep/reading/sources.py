@@ -68,20 +68,15 @@ class Source:
 
     name: str
     """Its name in messages; also the `file` of its rows' origins."""
-
     digest: str
     """Of its raw bytes (xxh3_128), or a data set's fingerprint: it changes if the content does."""
-
     bytes: int | None
     """Raw size; None if it is not known."""
-
     read: Callable[[], Iterator[Chunk]] = field(repr=False)
     entry: str = ""
     """The entry of the command line that it belongs to."""
-
     forward: str | None = None
     """The instruction of a shipped sample of parallel text for its first → second direction."""
-
     backward: str | None = None
     languages: tuple[str, ...] = ()
     """Of the first side and of the second: of such a sample, or of two aligned files if their names have them."""

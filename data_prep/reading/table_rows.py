@@ -50,7 +50,6 @@ class Header:
     names: tuple[str, ...]
     width: int
     """Cells that the header has, and most lines have. Those behind the last name have none."""
-
     line: int | None
     """Where it stands in the file; None if the file has none."""
 

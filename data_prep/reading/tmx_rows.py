@@ -36,6 +36,7 @@ EMPTY_UNIT = re.compile(r"<tu(?:\s[^<>]*)?/>")
 ENTITY = re.compile(r"<!ENTITY\s+(?:%\s*)?([^\s>]*)")
 ROOT = re.compile(r"<tmx(?:\s[^<>]*)?>")
 FIRST_TAG = re.compile(r"<([^\s<>?!/]+)")
+BODY = re.compile(r"<body(?:\s[^<>]*)?>")
 NAMESPACE = re.compile(r"""\sxmlns\s*=\s*(?:"[^"]*"|'[^']*')""")
 NO_TEXT = re.compile(r"</?body\s*>|</tmx\s*>|\s+")
 """What may stand between units, beside comments."""
@@ -103,24 +104,24 @@ class TmxRows:
             window.trim()
 
     def _read_prologue(self) -> None:
-        """What stands before the first unit."""
+        """What stands before <body>."""
         window = self.window
-        unit = self._find(re.compile(r"<tu(?=[\s>/])"))
-        head = window.text[: unit.start()] if unit else window.text
+        root = self._find(ROOT)
+        head = window.text[: root.start()] if root else window.text
         if entity := ENTITY.search(head):
             raise UserError(
                 f"{self.name}, {window.place(entity.start())}: it declares the entity '{entity[1]}', which is how XML"
                 " is made to unpack without end or to read other files. Entities are not read: write their text in"
                 " their place."
             )
-        root, first = ROOT.search(head), FIRST_TAG.search(head)
-        if root is None and first and first[1] != "tmx":
+        if root is None and (first := FIRST_TAG.search(head)):
             where = window.place(first.start())
             raise UserError(f"{self.name}, {where}: it begins with <{first[1][:40]}>, and <tmx> is due.")
         if root is None:
             raise UserError(f"{self.name} cannot be read as TMX: broken XML: it has no tag <tmx>. Mend it.")
-        self.root = " ".join(NAMESPACE.sub("", root[0]).split())
-        window.at = unit.start() if unit else root.end()
+        self.root, window.at = " ".join(NAMESPACE.sub("", root[0]).split()), root.end()
+        if body := self._find(BODY):
+            window.at = body.end()
 
     def _find(self, pattern: re.Pattern) -> re.Match | None:
         """The next match; the window grows until there is one."""
@@ -129,7 +130,9 @@ class TmxRows:
             search_from = max(search_from, len(window.text) - LONGEST_MARK)
             if len(window.text) - window.at > self.limits.max_row_bytes:
                 most = f"{self.limits.max_row_bytes:,} bytes"
-                raise UserError(f"{self.name}, {window.place(window.at)}: more than {most} without a <tu>.")
+                raise UserError(
+                    f"{self.name}, {window.place(window.at)}: more than {most} without a <tu>. It is no TMX."
+                )
             if not window.more():
                 return None
         return found

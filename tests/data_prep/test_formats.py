@@ -49,6 +49,10 @@ def recognise(read, source="rows.jsonl", **options):
     return converter_for(read, source, directions=BOTH, **options).format
 
 
+def unused(fields, **options):
+    return converter_for(rows(fields), "f", **options).unused_fields(row(fields))
+
+
 def record(instruction, input, output, number=1, instance=0, **more):
     origin = Origin("rows.jsonl", number, instance)
     return Record(instruction=instruction, input=input, output=output, origin=origin, **more)
@@ -536,7 +540,7 @@ def test_an_answer_that_is_marked_as_not_learned_from_is_history_only(no, yes):
     sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **no}]
     sharegpt += [{"from": "human", "value": "c"}, {"from": "gpt", "value": "d", **yes}]
     assert results({"conversations": sharegpt}) == [record("c", "", "d", history=(("a", "b"),))]
-    assert converter_for(rows({"messages": messages}), "f").unused_fields(row({"messages": messages})) == []
+    assert unused({"messages": messages}) == []
 
 
 @pytest.mark.parametrize(
@@ -571,11 +575,11 @@ def test_what_a_turn_or_an_instance_holds_besides_is_named():
     fields = {"messages": turns, "id": 1}
     names = ["id", "messages.content.cache_control", "messages.name", "messages.reasoning_content"]
     marks = ["messages.weight of system turns", "messages.train of user turns"]
-    assert converter_for(rows(fields), "f").unused_fields(row(fields)) == [*names[:3], names[3], *marks]
+    assert unused(fields) == [*names[:3], names[3], *marks]
     fields = {"prompt": [{**user("a"), "time": 3}], "completion": [assistant("b", reasoning="c")]}
-    assert converter_for(rows(fields), "f").unused_fields(row(fields)) == ["prompt.time", "completion.reasoning"]
+    assert unused(fields) == ["prompt.time", "completion.reasoning"]
     fields = {"instruction": "a", "instances": [{"input": "", "output": "b", "hint": "c"}, {"output": "d"}]}
-    assert converter_for(rows(fields), "f").unused_fields(row(fields)) == ["instances.hint"]
+    assert unused(fields) == ["instances.hint"]
     fields = {"translation": {"en": "a", "de": "b", "fr": "c"}}
     converter = converter_for(rows(fields), "f", directions=BOTH, languages=("en", "de"))
     assert converter.unused_fields(row(fields)) == ["translation.fr"]
@@ -610,7 +614,7 @@ def test_lists_and_objects_may_be_json_text():
     expected = [record("a", "", "b")]
     fields = {"messages": json.dumps(turns)}
     assert results(fields) == results({"messages": [json.dumps(turn) for turn in turns]}) == expected
-    assert converter_for(rows(fields), "f").unused_fields(row(fields)) == ["messages.name"]
+    assert unused(fields) == ["messages.name"]
     sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     assert results({"messages": json.dumps(sharegpt)}) == expected
     assert results({"prompt": json.dumps(turns[:1]), "completion": json.dumps(turns[1:])}) == expected
@@ -809,7 +813,7 @@ def test_a_translation_has_its_languages_in_order_or_as_told():
     reject = late({"translation": {"en": "Go."}}, fields)
     assert reject.field == "translation.ko"
     assert late({"translation": {"en": "", "ko": "가."}}, fields).kind == "empty translation.en"
-    assert converter_for(rows(fields), "f", directions=there).unused_fields(row(fields)) == ["id"]
+    assert unused(fields, directions=there) == ["id"]
 
 
 def test_a_language_stands_for_its_regions_where_a_row_has_no_other_text_in_it():

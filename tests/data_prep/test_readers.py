@@ -367,6 +367,18 @@ def test_a_bad_unit_is_one_reject_between_its_neighbours(middle, kind, words, wr
         assert f"byte offset {content.index(0xFF)} " in reject.reason
 
 
+def test_comments_and_an_empty_memory_are_no_units_and_an_early_end_is_told(write_rows):
+    unit = "<tu><tuv lang='en'><seg>a</seg></tuv></tu>"
+    path = write_rows("a.tmx", f"<tmx><header/><body><!-- {unit} -->{unit}<!-- x --></body></tmx>".encode())
+    for limits in (DEFAULT_LIMITS, SMALL_BLOCKS):
+        rows, rejects = read(path, limits=limits)
+        assert (values(rows), rejects) == ([{"translation": {"en": "a"}}], [])
+    assert read(write_rows("b.tmx", b"<tmx><header/><body></body></tmx>")) == ([], [])
+    for cut in ("<tu><tuv", "<!-- x", ""):
+        rows, [reject] = read(write_rows("c.tmx", f"<tmx><body>{unit}{cut}".encode()))
+        assert (len(rows), reject.kind) == (1, "file cut off")
+
+
 def test_xml_that_unpacks_itself_or_reads_other_files_is_refused(write_rows):
     laughs = "".join(f'<!ENTITY l{n} "{"&l" + str(n - 1) + ";" if n else "ha"}{"ha" * 9}">' for n in range(30))
     for subset in (laughs, '<!ENTITY file SYSTEM "secret.txt">', '<!ENTITY % p SYSTEM "x.dtd"> %p;'):
