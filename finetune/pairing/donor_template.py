@@ -210,16 +210,19 @@ class _ChatTemplate:
     tokenizer: PreTrainedTokenizerBase
     name: str
 
-    def render(self, conversation: Conversation, answer: str = "", begins: bool = True, **variables) -> str | None:
-        """None if the template refuses this kind of conversation, which it does by any exception. With `begins` and
-        without an answer, the beginning of one is written."""
+    def render(self, conversation: Conversation, answer: str = "", **variables) -> str | None:
+        """None if the template refuses this kind of conversation, which it does by any exception. Without an answer,
+        the beginning of one is written."""
         try:
-            return self.render_or_raise(conversation, answer, add_generation_prompt=begins and not answer, **variables)
+            return self.render_or_raise(conversation, answer, **variables)
         except Exception:
             return None
 
     def render_or_raise(self, conversation: Conversation, answer: str = "", **variables) -> str:
-        return self.tokenizer.apply_chat_template(conversation.messages(answer), tokenize=False, **variables)
+        messages = conversation.messages(answer)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not answer, **variables
+        )
 
     def between(self, conversation: Conversation, markers: Sequence[str], answer: str = "") -> list[str] | None:
         """What the text has before, between and behind the markers; None if they are not in it in this order, once
@@ -229,14 +232,6 @@ class _ChatTemplate:
             return None
         parts = re.split("|".join(markers), text)
         return parts if re.findall("|".join(markers), text) == list(markers) else None
-
-    def prompt(self, frame: ChatFrame, conversation: Conversation) -> str | None:
-        """The LLM's own prompt, with the frame's beginning of an answer if the template writes none."""
-        text = self.render(conversation)
-        if text is None or text.endswith(frame.after_user):
-            return text
-        _, written = self.between(Conversation("", (), QUESTION), [QUESTION])
-        return text + frame.after_user.removeprefix(written)
 
     def trims(self, role: str) -> bool:
         def rendered(text: str) -> str | None:
@@ -293,7 +288,7 @@ def _probed(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
     """What stands between the texts of conversations of each kind."""
     question = Conversation("", (), QUESTION)
     try:
-        prompt = chat.render_or_raise(question, add_generation_prompt=True)
+        prompt = chat.render_or_raise(question)
     except Exception as error:  # templates raise errors of any type
         raise chat.refuse(f"fails on a question: {error}") from error
     parts = chat.between(question, [QUESTION])
@@ -310,9 +305,6 @@ def _probed(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
             f"The LLM's prompts end in {after_user!r}, and in its conversations answers stand behind {answered[1]!r}:"
             f" ours end as its prompts do."
         )
-    elif before_answer.strip() and chat.render(question, begins=False) == prompt:
-        after_user, before_answer = answered[1], ""
-        notes.append(f"The chat template writes no beginning of an answer; ours ends prompts in {after_user!r}.")
     bos = chat.tokenizer.bos_token or ""
     bos = bos if head.startswith(bos) else ""
     frame = ChatFrame(bos, head.removeprefix(bos), after_user, before_answer, answered[2])
@@ -346,7 +338,7 @@ def _differences(chat: _ChatTemplate, frame: ChatFrame) -> Iterator[tuple[str, s
     template = Template(NAME, frame.source(frame.after_user))
     for conversation in filter(frame.takes, CHECKED):
         ours = str(template.render_source(conversation.instruction, "", conversation.history, conversation.system))
-        theirs = chat.prompt(frame, conversation)
+        theirs = chat.render(conversation)
         if ours != theirs:
             yield ours, theirs or "an error"
 
@@ -503,7 +495,7 @@ def _compare_tokens(
     """A note for the first conversation whose tokens are not the LLM's."""
     for conversation in filter(frame.takes, CHECKED):
         system, history, instruction = conversation
-        theirs = chat.tokenizer(chat.prompt(frame, conversation), add_special_tokens=False)["input_ids"]
+        theirs = chat.tokenizer(chat.render(conversation), add_special_tokens=False)["input_ids"]
         (source,) = encode_sources(bare, [template.render_source(instruction, "", history, system)])
         if [*source, start] != theirs:
             notes.append(f"Prompts are cut into other tokens than the LLM's, such as that of {instruction!r}.")

@@ -255,12 +255,11 @@ def test_a_prompt_that_begins_a_thought_stays_one(of_bytes):
     )
 
 
-def test_a_template_that_begins_no_answers_gets_a_beginning(of_bytes):
+def test_a_template_that_begins_no_answers_gives_targets_their_beginning(of_bytes):
     prompt = donor_prompt(with_template(of_bytes, TURN), "llm", [of_bytes.convert_tokens_to_ids("<|im_end|>")])
-    text = prompt.template.render_source("b", "", (("Hi", "a"),))
-    assert text.endswith("<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant")
+    assert prompt.template.render_source("b").endswith("<|im_start|>user\nb<|im_end|>")
+    assert prompt.template.render_target("a") == "<|im_start|>assistant\na"
     assert prompt.tokenizer.decode([prompt.decoder_start_token_id]) == "\n"
-    assert "writes no beginning of an answer" in " ".join(prompt.notes)
 
 
 def test_input_is_a_paragraph_of_the_question_and_text_stays_text(plain):
