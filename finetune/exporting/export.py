@@ -28,7 +28,7 @@ from diptych.data_prep.text_to_ids.templates import attach_template
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.exits import BUG
 from diptych.finetune.exporting import export_ctranslate2, export_onnx
-from diptych.finetune.exporting.export_proof import GreedyRules, ProofRow, compare_export, greedy_rules, proof_rows
+from diptych.finetune.exporting.export_proof import ExportComparison, compare_export, greedy_rules, proof_rows
 from diptych.finetune.exporting.export_settings import ExportSettings
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import (
@@ -66,7 +66,7 @@ def export(settings: ExportSettings) -> Path:
 
 def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
     """Export and proof. If this raises, no folder is left."""
-    model = loaded.model
+    model, target = loaded.model, TARGETS[settings.to]
     rows, described, languages = proof_rows(settings.rows, loaded)
     rules = greedy_rules(loaded, settings.max_new_tokens, settings.batch_size, languages)
     facts = {
@@ -81,42 +81,32 @@ def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
         "batch_size": rules.batch_size,
         "torch_bytes": _checkpoint_bytes(settings.model, model),
     }
+
+    def measure(place: Path, precision: str) -> ExportComparison:
+        """Exports into `place`, and adds size, speed and differences of that to the facts."""
+        target.write(loaded, place, precision)
+        size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+        loaded.tokenizer.save_pretrained(place)
+        model.generation_config.save_pretrained(place)
+        write_json(place / EXPORT_FILE, facts)
+        exported = target.open_export(place, loaded)
+        comparison = compare_export(loaded, exported, rows, rules)
+        computed = {"computed_in": exported.computed_in, "device": loaded.device.type, "bytes": size}
+        facts[precision] = computed | asdict(comparison)
+        return comparison
+
     with tempfile.TemporaryDirectory(prefix=".exact-", dir=folder.parent) as beside:
         # float32 first: only there a difference means a wrong export and not a coarse one
-        place = folder if settings.precision == "float32" else Path(beside)
-        facts["float32"] = _exported_and_compared(settings, loaded, rows, rules, place, facts, "float32")
-    if fault := facts["float32"].pop("fault"):
+        fault = measure(folder if settings.precision == "float32" else Path(beside), "float32").fault()
+    if fault:
         raise NotTheSameError(
             f"{settings.model} was exported to {settings.to}, and does not write the same in float32: {fault}. "
             f"Nothing was kept. Please report the model's config; its checkpoint can be used as it is."
         )
     if settings.precision != "float32":
-        measured = _exported_and_compared(settings, loaded, rows, rules, folder, facts, settings.precision)
-        facts[settings.precision] = {name: value for name, value in measured.items() if name != "fault"}
+        measure(folder, settings.precision)
     write_json(folder / EXPORT_FILE, facts)
     print("\n".join(lines(facts)))
-
-
-def _exported_and_compared(
-    settings: ExportSettings,
-    loaded: LoadedModel,
-    rows: Sequence[ProofRow],
-    rules: GreedyRules,
-    folder: Path,
-    facts: Mapping[str, Any],
-    precision: str,
-) -> dict[str, Any]:
-    """Fills `folder`; size, speed and differences of what is in it."""
-    target = TARGETS[settings.to]
-    target.write(loaded, folder, precision)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    loaded.tokenizer.save_pretrained(folder)
-    loaded.model.generation_config.save_pretrained(folder)
-    write_json(folder / EXPORT_FILE, facts)
-    exported = target.open_export(folder, loaded)
-    comparison = compare_export(loaded, exported, rows, rules)
-    computed = {"computed_in": exported.computed_in, "device": loaded.device.type, "bytes": size}
-    return computed | asdict(comparison) | {"fault": comparison.fault()}
 
 
 def shown_name(model: str) -> str:
