@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,11 @@ class CTranslate2Engine:
         def generate(rows: list[int]) -> list[list[Output]]:
             outputs = self._generate_batch([prompts[row] for row in rows], template, config, settings.max_new_tokens)
             if bar is not None:
-                bar.advance(len(rows), sum(len(output.ids) for of_row in outputs for output in of_row))
+                bar.advance(len(rows), list(chain.from_iterable(outputs)))
             return outputs
 
         found = map_by_length(generate, [len(prompt.source_ids) for prompt in prompts], settings.batch_size)
-        return [output for of_row in found for output in of_row]
+        return list(chain.from_iterable(found))
 
     def _config(self, settings: GenerateSettings) -> GenerationConfig:
         """The folder's generation config updated by the settings; UserError for what CTranslate2 does not have."""

@@ -29,7 +29,7 @@ from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.evaluating.metrics import score_texts
 from diptych.finetune.inference.detokenize import text_of
-from diptych.finetune.inference.generation import pad_sources
+from diptych.finetune.inference.generation import pad_sources, up_to_end
 from diptych.finetune.inference.outputs import batches_by_length, map_by_length
 from diptych.finetune.inference.prompt_files import read_prompts, render_prompts
 from diptych.finetune.inference.prompts import Prompter
@@ -249,7 +249,7 @@ def torch_greedy(loaded: LoadedModel, sources: Sequence[Sequence[int]], rules: G
     inputs["decoder_input_ids"] = torch.tensor([[loaded.decoder_start_token_id, *rules.prefix]] * len(sources))
     with _plain_generation(loaded, rules):
         sequences = model.generate(**{name: ids.to(model.device) for name, ids in inputs.items()}).tolist()
-    return [_up_to_end(ids[1 + len(rules.prefix) :], rules.ends) for ids in sequences]
+    return [up_to_end(ids[1 + len(rules.prefix) :], rules.ends)[0] for ids in sequences]
 
 
 @contextmanager
@@ -268,11 +268,6 @@ def _plain_generation(loaded: LoadedModel, rules: GreedyRules) -> Iterator[None]
         yield
     finally:
         model.generation_config = own
-
-
-def _up_to_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    place = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    return ids[: place + 1]
 
 
 def _first_difference(ids: Sequence[int], other: Sequence[int]) -> int | None:

@@ -67,7 +67,7 @@ def generate_file(
         seed = settings.seed + start  # by the chunk's place, so that a resumed run draws the same samples
         set_seed(seed)
         outputs = engine.generate([prompts[row] for row in good], settings, seed, bar)
-        bar.advance(len(chunk) - len(good), 0)
+        bar.advance(len(chunk) - len(good), [])
         each = settings.num_return_sequences
         by_row = {row: outputs[place * each : (place + 1) * each] for place, row in enumerate(good)}
         nothing = [Output("", finished=True)] * each

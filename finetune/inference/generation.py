@@ -57,9 +57,9 @@ def generate_outputs(
 
     def generate(rows: list[int]) -> list[list[Output]]:
         batch, batch_given = [source_ids[row] for row in rows], [given[row] for row in rows] if given else None
-        outputs, tokens = generate_batch(loaded, batch, max_new_tokens, generation_kwargs, batch_given)
+        outputs = generate_batch(loaded, batch, max_new_tokens, generation_kwargs, batch_given)
         if bar is not None:
-            bar.advance(len(rows), tokens)
+            bar.advance(len(rows), outputs)
         each = len(outputs) // len(rows)
         return [outputs[place : place + each] for place in range(0, len(outputs), each)]
 
@@ -101,8 +101,8 @@ def generate_batch(
     max_new_tokens: int,
     generation_kwargs: dict[str, Any],
     given: Sequence[Sequence[int]] | None = None,
-) -> tuple[list[Output], int]:
-    """The outputs of one batch in its order, and the sum of their new tokens. `given` as in `generate_outputs`."""
+) -> list[Output]:
+    """The outputs of one batch in its order; `given` as in `generate_outputs`."""
     given = given or [given_tokens(loaded)] * len(source_ids)
     inputs = pad_sources(source_ids, loaded.pad_token_id)
     template, generation_kwargs = with_stop_strings(loaded.template, generation_kwargs)
@@ -116,8 +116,7 @@ def generate_batch(
     settings = generation_kwargs | {"stopping_criteria": criteria, "max_new_tokens": max_new_tokens}
     inputs = {name: ids.to(loaded.device) for name, ids in inputs.items()}
     config, sequences = _generate(loaded, inputs, settings)
-    outputs = [_output(ids, len(given[0]), loaded.tokenizer, template, config) for ids in sequences]
-    return outputs, sum(len(output.ids) for output in outputs)
+    return [_output(ids, len(given[0]), loaded.tokenizer, template, config) for ids in sequences]
 
 
 def _generate(
@@ -149,7 +148,7 @@ def _output(
     config: GenerationConfig,
 ) -> Output:
     """Of a generated row (T,), whose first `given` tokens were forced."""
-    ids, finished = _up_to_end(sequence[given:], end_tokens(config))
+    ids, finished = up_to_end(sequence[given:], end_tokens(config))
     if finished and config.forced_eos_token_id is not None and len(ids) == config.max_new_tokens:
         ids, finished = ids[:-1], False  # the limit forced this eos (BART's generation configs ask for it)
     text, is_stopped = cut_at_stop(text_of(tokenizer, ids[: len(ids) - finished]), template)
@@ -160,7 +159,7 @@ def _output(
     return Output(text, finished, tuple(ids))
 
 
-def _up_to_end(ids: list[int], ends: list[int | None]) -> tuple[list[int], bool]:
+def up_to_end(ids: list[int], ends: list[int | None]) -> tuple[list[int], bool]:
     """`[31, 40, 1, 0, 0]` with end token 1 -> `[31, 40, 1], True`; without an end token all of it and False."""
     for place, token in enumerate(ids):
         if token in ends:

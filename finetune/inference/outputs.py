@@ -45,8 +45,8 @@ class GenerationBar(tqdm):
         super().__init__(desc="generate", total=rows, initial=done, **settings)
         self.tokens = 0
 
-    def advance(self, rows: int, tokens: int) -> None:
-        self.tokens += tokens
+    def advance(self, rows: int, outputs: Sequence[Output]) -> None:
+        self.tokens += sum(len(output.ids) for output in outputs)
         if not self.disable:
             rate = self.tokens / max(self.format_dict["elapsed"], 1e-9)
             self.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)

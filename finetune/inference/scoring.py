@@ -123,9 +123,10 @@ def choice_outputs(
         nats = log_probabilities(loaded, [source] * len(choices), targets, forced, batch_size)
         scores = [math.fsum(of_choice) for of_choice in nats]
         best = sorted(range(len(choices)), key=lambda place: -scores[place])[:num_return_sequences]
-        found += [Output(choices[it], True, tuple(endings[it]), scores[it]) for it in best]
+        chosen = [Output(choices[it], True, tuple(endings[it]), scores[it]) for it in best]
+        found += chosen
         if bar is not None:
-            bar.advance(1, sum(map(len, endings)))
+            bar.advance(1, chosen)
     return found
 
 

@@ -57,7 +57,7 @@ class Reader(NamedTuple):
             ((start, labels),) = target_ids(self.loaded, [target], languages)
             return facts.read_and_write(self.loaded, source_ids, [start, *labels], 1 + len(labels))
         given = self.given(languages)
-        (output,), _ = generate_batch(self.loaded, [source_ids], self.max_new_tokens, {}, [given])
+        (output,) = generate_batch(self.loaded, [source_ids], self.max_new_tokens, {}, [given])
         if not output.ids:
             raise UserError("the model writes nothing within max_new_tokens, so there is no step to show. Raise it.")
         return facts.read_and_write(self.loaded, source_ids, [*given, *output.ids], len(given))

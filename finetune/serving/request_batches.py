@@ -198,9 +198,7 @@ class Engine:
             torch.manual_seed(torch.seed() if decoding.seed is None else decoding.seed)
         sources = [job.source_ids for job in jobs]
         given = [job.given or given_tokens(loaded) for job in jobs]
-        outputs, _ = generate_batch(
-            replace(loaded, template=template), sources, decoding.max_new_tokens, settings, given
-        )
+        outputs = generate_batch(replace(loaded, template=template), sources, decoding.max_new_tokens, settings, given)
         for place, (job, _) in enumerate(rows):
             if job.wants_pieces and not job.is_dropped:
                 writer.send(place, outputs[place].text)

@@ -301,7 +301,7 @@ def test_generate_takes_it_for_a_diptych(tiny_tokenizer, monkeypatch):
         return whole(*arguments, **settings)
 
     model.generate = noted
-    ours, _ = generate_batch(LoadedModel.of(model, tiny_tokenizer), rows, 12, {"do_sample": False, "num_beams": 1})
+    ours = generate_batch(LoadedModel.of(model, tiny_tokenizer), rows, 12, {"do_sample": False, "num_beams": 1})
     monkeypatch.setattr("diptych.finetune.inference.generation.can_decode_fast", lambda *given: False)
-    theirs, _ = generate_batch(LoadedModel.of(model, tiny_tokenizer), rows, 12, {"do_sample": False, "num_beams": 1})
+    theirs = generate_batch(LoadedModel.of(model, tiny_tokenizer), rows, 12, {"do_sample": False, "num_beams": 1})
     assert ours == theirs and calls == [fast_decode, None]

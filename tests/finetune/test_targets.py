@@ -58,7 +58,7 @@ def test_given_and_written_tokens_are_the_sequence_of_generate(putting_bos, two_
     for model, tokenizer, template in ((bart, putting_bos, PLAIN), (t5, languages, PLAIN), (t5, languages, forced)):
         source = tokenizer("Yes.").input_ids
         loaded = LoadedModel.of(model, tokenizer, template)
-        (output,), _ = generate_batch(loaded, [source], 8, {"do_sample": False, "num_beams": 1})
+        (output,) = generate_batch(loaded, [source], 8, {"do_sample": False, "num_beams": 1})
         prefix = given_tokens(loaded)[1:]
         inputs = {"decoder_input_ids": torch.tensor([prefix])} if prefix else {}
         whole = model.generate(
