@@ -86,7 +86,6 @@ def publication(settings: PublishSettings) -> Publication:
     present = sorted(path.name + ("/" if path.is_dir() else "") for path in final.iterdir())
     names = [name for name in present if is_allowed(name) and name != CARD]  # the card is made anew
     check_measured(final, names)
-    check_complete(final, names)
     if settings.base and "adapter_config.json" not in names:
         raise UserError(f"base names the base of an adapter, and {final} is a whole model. Leave out --base.")
     files: dict[str, Path | bytes] = {name: final / name for name in names}
@@ -127,15 +126,6 @@ def check_measured(final: Path, names: Sequence[str]) -> None:
             raise CheckpointError(
                 f"{final / name} was not written by training: {whole_folders.MANIFEST} does not name it. Move it away."
             )
-
-
-def check_complete(final: Path, names: Sequence[str]) -> None:
-    if not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{final} has no weights in safetensors, and only these are published.")
-    if not {"config.json", "adapter_config.json"} & set(names) or "tokenizer_config.json" not in names:
-        raise UserError(
-            f"{final} lacks its config or its tokenizer, and cannot be loaded. Train again, or copy it back."
-        )
 
 
 def _without_local_paths(files: dict[str, Path | bytes], name: str, settings: PublishSettings) -> list[str]:

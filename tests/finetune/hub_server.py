@@ -62,7 +62,6 @@ class HubServer:
         self.uploads: dict[str, bytes] = {}
         """Large files by their SHA-256."""
         self.requests: list[Request] = []
-        self.reading_is_public = False
         self.corrupts = False
         """Whether a commit keeps another README.md than it was sent."""
         self.lock = threading.Lock()
@@ -170,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             names = found.groupdict()
             if "repo" in names:
                 names["repo"] = self.hub.repos.get(names["repo"])
-            is_hidden = "repo" in names and names["repo"] and names["repo"].private and not self.hub.reading_is_public
+            is_hidden = "repo" in names and names["repo"] and names["repo"].private
             if (needs_token or is_hidden) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 return error(401, "Invalid username or password.", "RepoNotFound")
             if "repo" in names and names["repo"] is None:
