@@ -44,8 +44,8 @@ def prepare(tmp_path, bpe_folder, capsys):
     return run
 
 
-@pytest.fixture
-def path(write_rows):
+@pytest.fixture(name="path")
+def path_of_rows(write_rows):
     """The file of ROWS."""
     return write_rows("rows.jsonl", ROWS)
 
@@ -56,6 +56,25 @@ def manifest_of(folder):
 
 def rejects_of(folder):
     return [json.loads(line) for line in (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def examples_of(folder):
+    """Of each packed row (input_ids, labels, what its decoder starts with) of every example, segment by segment; they
+    are the examples of the train split at `examples`."""
+    train = datasets.load_from_disk(folder)["train"]
+    for row in datasets.load_from_disk(folder / "packed"):
+        row = {name: numpy.array(column) for name, column in row.items()}
+        found = []
+        for segment in range(1, len(row["examples"]) + 1):
+            there = row["decoder_segment_ids"] == segment
+            read = row[SHARED_COLUMN][there][0] if SHARED_COLUMN in row else segment
+            ids = row["input_ids"][row["segment_ids"] == read].tolist()
+            found.append((ids, row["labels"][there].tolist(), row["decoder_input_ids"][there][0]))
+        whole = [train[int(place)] for place in row["examples"]]
+        assert [ids for ids, _, _ in found] == [row["input_ids"] for row in whole]
+        for (_, labels, start), row in zip(found, whole, strict=True):
+            assert row["labels"] in (labels, [start, *labels])
+        yield found
 
 
 # What comes out
@@ -100,24 +119,10 @@ def test_a_tokenizer_is_trained_on_the_train_split_alone(prepare, write_rows, tm
         assert all(is_one_token) if name == "train" else not any(is_one_token), name
 
 
-def test_the_size_of_a_trained_tokenizer_can_be_left_to_the_data(prepare, tmp_path):
-    arguments = ["--train_tokenizer", "bpe", "--vocab_size", "auto", "--template", "translate"]
-    assert prepare("--data", "tatoeba", *arguments, tokenizer=None)[0] == 0
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")) == 4000
-
-
 def test_the_shipped_sample_is_prepared_with_a_trained_tokenizer(prepare, tmp_path):
-    code, said, _ = prepare(
-        "--data",
-        "tatoeba",
-        "--template",
-        "translate",
-        "--train_tokenizer",
-        "bpe",
-        "--vocab_size",
-        4000,
-        tokenizer=None,
-    )
+    """Of a size that the data decides."""
+    arguments = ["--train_tokenizer", "bpe", "--vocab_size", "auto", "--template", "translate"]
+    code, said, _ = prepare("--data", "tatoeba", *arguments, tokenizer=None)
     assert code == 0
     assert "Read       3,318 rows, 6,636 examples in them, from tatoeba_eng_kor.tsv: 6,636 kept, 0 rejected" in said
     tables = datasets.load_from_disk(tmp_path / "prepared")
@@ -259,14 +264,6 @@ def test_names_that_stand_in_the_first_line_of_a_tsv_make_it_the_header(argument
     assert code == 2 and "there is no column 'kr' in its first rows; columns there are 'en', 'ko'" in said
 
 
-def test_a_file_without_rows_beside_others_says_so(prepare, write_rows, tmp_path):
-    files = [write_rows("a.csv", ["instruction,output"]), write_rows("b.json", []), write_rows("c.jsonl", ROWS)]
-    code, said, _ = prepare("--data", *files, *NO_SPLITS)
-    assert code == 0
-    for file, how in zip(files, ["no row tells it"] * 2 + ["alpaca, recognised"], strict=True):
-        assert f"Format     {file}: {how}" in said
-
-
 def test_columns_of_a_table_without_a_header_are_mapped_by_number(prepare, write_rows):
     path = write_rows("rows.csv", [f'"Say {n}, please.",It is {n}.,x' for n in range(20)])
     assert "--map instruction=1 output=2" in prepare("--data", path)[2]
@@ -370,11 +367,14 @@ def test_the_marks_of_a_template_are_in_nothing_that_is_learned_or_shown(prepare
     assert not [token for token in vocabulary if bytes_of_a_mark[:2] in token]
 
 
-def test_training_holds_nothing_of_an_evaluation_set(prepare, write_rows, path, tmp_path):
+def test_training_holds_nothing_of_an_evaluation_set_of_rows_or_of_lines(prepare, write_rows, path, tmp_path):
     seen = write_rows("test.jsonl", [ROWS[7], {"instruction": "Something else.", "output": "Quite."}])
-    code, said, _ = prepare("--data", path, "--decontaminate", seen)
-    assert code == 0 and "Rejected   1 × overlaps the evaluation data" in said
-    assert rejects_of(tmp_path / "prepared")[0]["row"] == 8
+    lines = write_rows("test.txt", ["NUMBER 7", "", "Something else."])
+    for held_out, reason in {seen: "The row is the same as", lines: f"The source is the same as {lines}:1"}.items():
+        code, said, _ = prepare("--data", path, "--decontaminate", held_out)
+        assert code == 0 and "Rejected   1 × overlaps the evaluation data" in said
+        [reject] = rejects_of(tmp_path / "prepared")
+        assert reject["row"] == 8 and reason in reject["reason"]
     code, _, error = prepare("--data", path, "--decontaminate", path)
     assert code == 2 and "of 40 rows, none can be kept (40 × overlaps the evaluation data)" in error
 
@@ -550,15 +550,6 @@ def test_held_out_texts_are_unseen_for_a_trained_tokenizer(prepare, own_sets, wr
     assert prepare("--data", own_sets["train"], "--test", test, *arguments, tokenizer=None)[0] == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
     assert len(tokenizer.tokenize("zebrazebra")) > 4
-
-
-def test_training_holds_no_line_of_a_plain_text(prepare, write_rows, tmp_path):
-    rows = [{"instruction": "Translate.", "input": f"Number {n}.", "output": f"Zahl {n}."} for n in range(40)]
-    lines = write_rows("test.txt", ["NUMBER 7", "", "Something else."])
-    code, said, _ = prepare("--data", write_rows("rows.jsonl", rows), "--decontaminate", lines)
-    assert code == 0 and "Rejected   1 × overlaps the evaluation data" in said
-    [reject] = rejects_of(tmp_path / "prepared")
-    assert reject["row"] == 8 and f"The source is the same as {lines}:1" in reject["reason"]
 
 
 def test_text_that_is_not_composed_is_kept_as_it_is_and_said(prepare, write_rows, tmp_path):
@@ -739,16 +730,6 @@ def test_a_row_of_which_the_tokenizer_keeps_nothing_is_a_reject(prepare, write_r
 # Packed rows
 
 
-def packed_examples(row):
-    """(input_ids, labels, what its decoder starts with) of every example of a packed row, segment by segment."""
-    row = {name: numpy.array(column) for name, column in row.items()}
-    for segment in range(1, len(row["examples"]) + 1):
-        there = row["decoder_segment_ids"] == segment
-        read = row[SHARED_COLUMN][there][0] if SHARED_COLUMN in row else segment
-        ids = row["input_ids"][row["segment_ids"] == read].tolist()
-        yield ids, row["labels"][there].tolist(), row["decoder_input_ids"][there][0]
-
-
 def test_the_train_split_is_also_written_in_packed_rows(prepare, write_rows, tmp_path):
     code, said, _ = prepare("--data", write_rows("rows.jsonl", ROWS), "--template", "plain")
     assert code == 0
@@ -761,9 +742,8 @@ def test_the_train_split_is_also_written_in_packed_rows(prepare, write_rows, tmp
         places += row["examples"]
         for name in PACKED_COLUMNS:
             assert len(row[name]) == entry["max_source_tokens" if name in PACKED_COLUMNS[:3] else "max_target_tokens"]
-        for place, (ids, labels, start) in zip(row["examples"], packed_examples(row), strict=True):
-            assert (ids, labels, start) == (train[place]["input_ids"], train[place]["labels"], 0)
     assert sorted(places) == list(range(36))
+    assert {start for row in examples_of(tmp_path / "prepared") for _, _, start in row} == {0}
     slots = {side: entry["rows"] * entry[f"max_{side}_tokens"] for side in ("source", "target")}
     lengths = {"source": list(map(len, train["input_ids"])), "target": list(map(len, train["labels"]))}
     assert entry == {
@@ -826,12 +806,9 @@ def test_equal_sources_are_encoded_once_if_asked_for(prepare, write_rows, tmp_pa
     code, said, _ = prepare(*arguments, "--validation_fraction", 0, "--share_sources")
     assert (code, "60 examples read a source that is encoded for another" in said) == (0, True)
     assert manifest_of(tmp_path / "prepared")["packing"]["shared"] == 60
-    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
     packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
     assert set(packed.features) == {"examples", *PACKED_COLUMNS, SHARED_COLUMN}
-    for row in packed:
-        for place, (ids, labels, _) in zip(row["examples"], packed_examples(row), strict=True):
-            assert (ids, labels) == (train[place]["input_ids"], train[place]["labels"])
+    assert list(examples_of(tmp_path / "prepared"))
     assert sum(max(row["segment_ids"]) for row in packed) == 20
 
 
@@ -867,13 +844,10 @@ def test_a_budget_that_is_given_and_poorly_filled_is_warned_of_with_a_better_one
 def test_large_splits_are_packed_some_neighbours_at_a_time(prepare, write_rows, tmp_path, monkeypatch):
     monkeypatch.setattr("diptych.data_prep.pipeline.dataset_tables.PACKED_TOGETHER", 10)
     code, *_ = prepare("--data", write_rows("rows.jsonl", ROWS), "--template", "plain", "--workers", 1)
-    train = datasets.load_from_disk(tmp_path / "prepared")["train"]
     packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
     assert code == 0 and sorted(place for row in packed for place in row["examples"]) == list(range(36))
     assert all(max(row["examples"]) // 10 == min(row["examples"]) // 10 for row in packed)
-    for row in packed:
-        for place, (ids, labels, _) in zip(row["examples"], packed_examples(row), strict=True):
-            assert (ids, labels) == (train[place]["input_ids"], train[place]["labels"])
+    assert list(examples_of(tmp_path / "prepared"))
 
 
 def test_packing_that_gains_nothing_is_said(prepare, path, tmp_path):
@@ -903,8 +877,7 @@ def test_the_decoder_starts_as_the_checkpoints_config_says(prepare, path, tokeni
     assert start_of(tmp_path / "prepared") == (8, "model config")
     prepare("--data", path, "--decoder_start_token_id", 9, tokenizer=checkpoint)
     assert start_of(tmp_path / "prepared") == (9, "setting")
-    packed = datasets.load_from_disk(tmp_path / "prepared" / "packed")
-    assert {start for row in packed for _, _, start in packed_examples(row)} == {9}
+    assert {start for row in examples_of(tmp_path / "prepared") for _, _, start in row} == {9}
 
 
 def test_a_start_that_the_tokenizer_does_not_have_is_refused_before_any_work(prepare, path, bpe_folder, tmp_path):
@@ -921,7 +894,7 @@ def test_a_start_that_the_tokenizer_does_not_have_is_refused_before_any_work(pre
     assert prepare("--data", path, "--decoder_start_token_id", last)[0] == 0
 
 
-def test_a_config_of_a_kind_that_transformers_does_not_know_is_read_as_it_is_written(
+def test_a_config_of_an_unknown_kind_is_read_as_it_is_and_one_that_is_wrong_is_an_error(
     prepare, write_rows, bpe_folder, tmp_path
 ):
     checkpoint = _saved(AutoTokenizer.from_pretrained(bpe_folder), tmp_path / "checkpoint")
@@ -931,12 +904,8 @@ def test_a_config_of_a_kind_that_transformers_does_not_know_is_read_as_it_is_wri
     (checkpoint / "config.json").write_text(json.dumps({**written, **parts, **remote}))
     assert prepare("--data", write_rows("rows.jsonl", ROWS), tokenizer=checkpoint)[0] == 0
     assert start_of(tmp_path / "prepared") == (5, "model config")
-
-
-def test_a_config_that_contradicts_itself_is_a_user_error(prepare, write_rows, bpe_folder, tmp_path):
-    checkpoint = _saved(AutoTokenizer.from_pretrained(bpe_folder), tmp_path / "checkpoint")
     (checkpoint / "config.json").write_text(json.dumps({"model_type": "bart", "d_model": "wide"}))
-    code, _, error = prepare("--data", write_rows("rows.jsonl", ROWS), tokenizer=checkpoint)
+    code, _, error = prepare("--data", tmp_path / "rows.jsonl", tokenizer=checkpoint)
     assert (code, "d_model" in error and "Traceback" not in error) == (2, True)
 
 
@@ -946,9 +915,8 @@ def test_a_start_that_the_tokenizer_writes_itself_is_packed_once(prepare, write_
     checkpoint = _saved(tokenizers_by_family["bart"], tmp_path / "checkpoint")
     prepare("--data", write_rows("rows.jsonl", ROWS), "--decoder_start_token_id", bos, tokenizer=checkpoint)
     train = datasets.load_from_disk(tmp_path / "prepared")["train"]
-    for row in datasets.load_from_disk(tmp_path / "prepared" / "packed"):
-        for place, (_, labels, start) in zip(row["examples"], packed_examples(row), strict=True):
-            assert [start, *labels] == train[place]["labels"]
+    written = sorted([start, *labels] for row in examples_of(tmp_path / "prepared") for _, labels, start in row)
+    assert written == sorted(train["labels"])
 
 
 # Reuse and replacement
