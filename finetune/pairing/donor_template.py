@@ -234,11 +234,11 @@ class _ChatTemplate:
         return parts if re.findall("|".join(markers), text) == list(markers) else None
 
     def trims(self, role: str) -> bool:
+        """Whether texts of this role lose the blanks around them."""
+
         def rendered(text: str) -> str | None:
-            texts = {"system": SYSTEM, "user": QUESTION, "assistant": ANSWER} | {role: text}
-            system = texts["system"] if role == "system" else ""
-            answer = texts["assistant"] if role == "assistant" else ""
-            return self.render(Conversation(system, (), texts["user"]), answer)
+            system, answer = (text if role == it else "" for it in ("system", "assistant"))
+            return self.render(Conversation(system, (), text if role == "user" else QUESTION), answer)
 
         bare = rendered("Qq")
         return bare is not None and rendered(" \nQq") == rendered("Qq \n") == bare
