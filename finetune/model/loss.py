@@ -3,15 +3,15 @@
     objective = Seq2SeqObjective(model)
     loss = objective(batch, num_items_in_batch=target_tokens_of_the_step)      batch: padded or packed, see batches.py
 
-The number is counted before the first forward, over all micro-batches and all ranks, so that however a step is cut its
-gradient is the same; the mean of micro-batch means, which is what most trainers compute, weighs tokens in short
-batches more. Model and loss are one module, so that what DDP or FSDP wraps has a normal forward.
+The number is counted before the first forward, over all micro-batches and ranks, so the gradient does not depend on
+how a step is cut; the mean of micro-batch means, which most trainers compute, gives tokens in short batches more
+weight. Model and loss are one module, so that what DDP or FSDP wraps has a normal forward.
 
-The logits (B × T × V) are never held: the head is applied to the target tokens alone, padding left out, in chunks of
-LOGITS_AT_ONCE. What a chunk's loss means for the states and for the head is worked out while its logits are there, in
-closed form, so that they are computed once and not again in the backward pass (the idea of Liger's fused loss, arXiv
-2410.10989, with any head). Figures are in benchmarks/RESULTS.md; torch.nn.functional.linear_cross_entropy (2.13) was
-slower, and knows neither soft-capped logits nor z-loss nor adapters.
+All logits (B × T × V) are never in memory: the head is applied to target tokens only, in chunks of LOGITS_AT_ONCE. The
+gradients for the states and the head are computed in closed form while a chunk's logits are there, so logits are
+computed once and not again in the backward pass (the idea of Liger's fused loss, arXiv 2410.10989, with any head).
+Figures are in benchmarks/RESULTS.md; torch.nn.functional.linear_cross_entropy (2.13) was slower, and has neither
+soft-capped logits nor z-loss nor adapters.
 
 B rows, T target tokens, D width, V vocabulary, N target tokens picked from B × T, n of them in a chunk.
 """
@@ -30,7 +30,7 @@ from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.model.families import family_of, without_adapter
 
 LOGITS_AT_ONCE, TOKENS_AT_ONCE = 2**24, 256
-"""64 MiB in fp32, but no fewer tokens than these: for each chunk the head and its gradient are gone through once."""
+"""64 MiB in fp32, but no fewer tokens than these: each chunk reads the head and its gradient once."""
 
 
 class Extras(NamedTuple):
@@ -39,14 +39,14 @@ class Extras(NamedTuple):
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over all words (arXiv 1512.00567)."""
     z_loss: float = 0.0
-    """Weight of the squared log of the softmax's denominator, which keeps logits from drifting (arXiv 2204.02311)."""
+    """Weight of the squared log of the softmax's denominator, against drifting logits (arXiv 2204.02311)."""
 
 
 class Seq2SeqObjective(nn.Module):
-    """A model with its loss. What is added to cross-entropy is for training only: validation is in plain nats."""
+    """A model with its loss. Extras are for training only: validation is plain cross-entropy in nats."""
 
     has_all_streams = True
-    """Whether a ProphetNet trains on each of its streams, and not on the first alone, by which it generates."""
+    """Whether a ProphetNet is trained on all its streams, or only on the first, with which it generates."""
 
     def __init__(
         self,
@@ -72,14 +72,14 @@ class Seq2SeqObjective(nn.Module):
 
     @property
     def _streams(self) -> int:
-        """How often each target is predicted: a ProphetNet's other streams do not see the last tokens before it."""
+        """How often each target is predicted: ProphetNet's further streams do not see the last tokens before it."""
         config = self.model.config
         if config.model_type != "prophetnet" or config.disable_ngram_loss:
             return 1
         return config.ngram if self.training and self.has_all_streams else 1
 
     def _criterion(self, batch: dict[str, torch.Tensor]) -> "Criterion":
-        """What training asks of a batch's logits."""
+        """The loss of a batch's logits in training."""
         return cross_entropy(self.extras)
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ class Seq2SeqObjective(nn.Module):
 
 
 def left_out_of_loss(config: PreTrainedConfig, label_smoothing: float) -> str:
-    """What the loss that the model itself computes has besides, and training here has not; "" for nothing."""
+    """A part of the model's own loss that is missing in training here; "" if there is none."""
     if hasattr(config, "router_aux_loss_coef"):
         return "the routers' auxiliary loss (router_aux_loss_coef), which keeps the experts equally busy"
     if config.model_type == "prophetnet" and config.eps not in (0, label_smoothing):
@@ -137,7 +137,7 @@ class Head(NamedTuple):
     tokens_at_once: int
 
     def chunks(self, tokens: int) -> Iterator[slice]:
-        """As many as are needed, of like size."""
+        """Of nearly equal size."""
         count = -(-tokens // self.tokens_at_once)
         ends = [tokens * number // max(1, count) for number in range(count + 1)]
         return itertools.starmap(slice, itertools.pairwise(ends))
@@ -164,7 +164,7 @@ class _SummedLoss(torch.autograd.Function):
         total = states.new_zeros((), dtype=_at_least_fp32(dtype))
         of_states = torch.zeros_like(states) if wants[0] else None
         of_trained = None
-        room = None  # for a chunk's logits in fp32: asked for once, since new memory costs more than the work in it
+        room = None  # for a chunk's logits in fp32: allocated once, because allocating costs more than computing
         with torch.autocast(states.device.type, enabled=False):  # everything has its dtype already
             for rows in head.chunks(len(labels)):
                 chunk = states[rows].detach().to(dtype)
@@ -192,15 +192,14 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def _added(sums: list[torch.Tensor] | None, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """In fp32 at least: a head's gradient is the sum of many small ones."""
+    """In fp32 at least: the head's gradient is a sum of many small ones."""
     if sums is None:
         return [part.to(_at_least_fp32(part.dtype)) for part in parts]
     return [whole.add_(part) for whole, part in zip(sums, parts, strict=True)]
 
 
 def _wide(logits: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits in fp32 at least: a sum of 100,000 words' exponentials is no place for 8 bits. What has fewer is copied,
-    into `room` where that is given; what has enough is taken as it is."""
+    """Logits in fp32 at least, because 100,000 exponentials are summed. Others are copied, into `room` if given."""
     dtype = _at_least_fp32(logits.dtype)
     if logits.dtype == dtype:
         return logits

@@ -1,14 +1,13 @@
-"""An adapter in; a plain checkpoint out, which needs neither the adapter nor peft.
+"""`diptych merge`: an adapter becomes a plain checkpoint, which needs neither the adapter nor peft.
 
     diptych merge runs/lora/final --out merged
 
     merged/  as save_pretrained writes it: weights, config, tokenizer with its template
              manifest.json, as checkpoints have it: size and XXH3-128 of each file
 
-The base is found by its name in adapter_config.json, loaded in fp32, and the adapter added to its weights; the logits
-before and after are compared on the spot (lora.py has the tolerance), and only then does `dtype` round. What was tied
-is tied, unless the adapter is on the head or an input table: these are then separate weights, and config.json says
-tie_word_embeddings: false. The folder is written beside, flushed, renamed and read back: it is whole, or not there.
+The base that adapter_config.json names is loaded in fp32, and the adapter added to its weights. Logits before and
+after are compared (adapters.py has the tolerance); then `dtype` rounds. Tied weights stay tied, unless the adapter is
+on the head or an input table: these become separate weights, and config.json says tie_word_embeddings: false.
 """
 
 import os

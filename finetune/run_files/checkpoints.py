@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from diptych.finetune.commands.exits import CheckpointError
@@ -49,13 +49,13 @@ def write_checkpoint(path: Path, write: Callable[[Path], Any], bytes_needed: int
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Those whose files are all there in full length, the oldest first."""
+    """Those whose files are all there in full size, the oldest first."""
     paths = (checkpoint_path(folder, step) for step in checkpoint_steps(folder))
     return [path for path in paths if not fault_of(path, read=False)]
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Of all that are visible as checkpoints, whatever is in them."""
+    """Of all checkpoints, also damaged ones."""
     names = (path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir())
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -71,7 +71,7 @@ class LatestCheckpoint(NamedTuple):
 
 
 def latest_checkpoint(folder: Path) -> LatestCheckpoint:
-    """The newest checkpoint whose contents are what was written. CheckpointError where there are some, all damaged."""
+    """The newest undamaged checkpoint, None where there are none yet. CheckpointError where all are damaged."""
     passed_over = []
     for step in reversed(checkpoint_steps(folder)):
         path = checkpoint_path(folder, step)
@@ -88,14 +88,14 @@ def latest_checkpoint(folder: Path) -> LatestCheckpoint:
 
 
 def check_checkpoint(path: Path) -> None:
-    """CheckpointError where it is not whole, or not what was written."""
+    """CheckpointError where it is missing, incomplete or damaged."""
     fault = "there is no such folder" if not path.is_dir() else fault_of(path)
     if fault:
         raise CheckpointError(f"{path} cannot be used: {fault}. Name another one, or `--resume true` for the newest.")
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
-    """Moves checkpoints of later steps to where no run looks for them; they are not deleted."""
+    """Moves checkpoints of later steps into a folder that no run reads; nothing is deleted."""
     moved = []
     for step in checkpoint_steps(folder):
         if step <= after:
@@ -119,9 +119,8 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` and the best, and what killed runs left half-written.
-
-    Those that are damaged do not count among the newest, and stay for somebody to look at."""
+    """Deletes all but the newest `keep_last` and the best, and partial folders of killed runs. Damaged checkpoints do
+    not count, and stay."""
     best = best_checkpoint(folder)
     for path in complete_checkpoints(folder)[:-keep_last]:
         if path != best:
@@ -133,29 +132,25 @@ def prune_checkpoints(folder: Path, keep_last: int) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], keep: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Every tensor that the optimizer keeps, whole and on the CPU, as `name/exp_avg`: the same whatever the number of
-    ranks, all of which must ask for it. Its settings are the recipe's and are not kept. `keep`: see `whole`."""
+    """Every tensor of the optimizer's state on the CPU, as `name/exp_avg`; the same for any number of ranks, all of
+    which must call this. `keep`: see `whole_tensor`."""
     return {
-        f"{names[parameter]}/{key}": whole(value, keep)
+        f"{names[parameter]}/{key}": whole_tensor(value, keep)
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
 
 
-def whole(tensor: torch.Tensor, keep: bool = True) -> torch.Tensor:
-    """On the CPU; what is spread over ranks, put together. All of them must ask; one that does not `keep` it gets
-    nothing, or a machine of eight ranks would hold everything eight times."""
+def whole_tensor(tensor: torch.Tensor, keep: bool = True) -> torch.Tensor:
+    """On the CPU; a tensor that is spread over ranks is gathered, for which all of them must call this. Ranks with
+    keep=False get an empty tensor, so that a machine of eight ranks does not hold everything eight times."""
     tensor = tensor.detach()
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.cpu().contiguous() if keep else torch.empty(0)
 
 
-def save_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, file)
-
-
 def load_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> None:
-    """CheckpointError where the file holds anything else than the state of these weights."""
+    """CheckpointError where the file has other entries than the state of these weights."""
     tensors = load_file(file)
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     expected = {f"{names[weight]}/{key}" for weight in trained for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -177,7 +172,7 @@ def load_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: dict[tor
 
 
 def random_states() -> dict[str, Any]:
-    """Of this process: everything that python, numpy and torch draw from next."""
+    """Of python, numpy and torch in this process."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     states = {

@@ -1,15 +1,15 @@
-"""One run, one folder: who works in it, and how it ended.
+"""The folder of a run: a lock against a second process, and status.json, which says how the run ended.
 
     with claimed(Path("runs/a"), resumes=False) as status:
         …                                   a second run in the same folder is refused, naming process and host
-        status.begin()                      from here on, the folder is this run's
+        status.begin()                      from here on, status.json is written
         status.update(step=200)
         status.end(0)
 
-    runs/a/.lock         locked by the process that trains; a lock that a killed one left is free
+    runs/a/.lock         locked by the process that trains; the lock of a killed process is free
     runs/a/status.json   {"state": "running", "exit_code": null, "step": 200, …}; exit codes are those of exits.py
 
-No torch here: a folder that is taken is refused before the seconds that importing it takes.
+torch is not imported here, so that a folder in use is refused at once.
 """
 
 import json
@@ -27,17 +27,17 @@ from diptych.finetune.commands.exits import BUG, DONE, RANKS, STOPPED, exit_code
 
 LOCK, STATUS, CONFIG = ".lock", "status.json", "config.yaml"
 STAGES = "stages"
-"""The folder of a run of several trainings in which each has its own (stages.py)."""
+"""Subfolder with one folder for each training of a staged run (staged_run.py)."""
 
 
 def last_training(run: Path) -> Path:
-    """Where the figures of a run's final model are: in the run's own folder, or in its last stage's."""
+    """The folder with the figures of a run's final model: the run's own, or that of its last stage."""
     stages = sorted((run / STAGES).glob("*-*"), key=lambda folder: int(folder.name.split("-")[0]))
     return stages[-1] if stages else run
 
 
 class Status:
-    """What status.json says. Every rank may write how it failed; all else the main one writes."""
+    """The content of status.json. The main rank writes it; any rank may write how it failed."""
 
     def __init__(self, folder: Path, has_begun: bool):
         self.folder, self.has_begun = folder, has_begun
@@ -63,7 +63,7 @@ class Status:
             self._write()
 
     def end(self, code: int, message: str = "") -> None:
-        """A rank that only lost another one leaves the word to that other one."""
+        """A rank that lost another one writes only where that other one has not written why."""
         state = {DONE: "done", STOPPED: "stopped"}.get(code, "failed")
         self.facts |= {"state": state, "exit_code": code, "message": message, "ended": _now()}
         if is_main_rank() and code != RANKS or self._nobody_said_more():
@@ -88,14 +88,14 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Beside a lock, and what a killed run had half written before its first file."""
+    """Nothing but a lock, and partial files of a killed run."""
     return not folder.exists() or all(path.name == LOCK or path.suffix == ".partial" for path in folder.iterdir())
 
 
 @contextmanager
 def claimed(folder: Path, resumes: bool) -> Iterator[Status]:
-    """Alone in the folder until the end, which status.json tells, whatever it is: of a finished run, only once it goes
-    on. UserError where another run is."""
+    """Locks the folder, and writes into status.json how the block ended (for a finished run, only after it has begun
+    again). UserError where another process has the lock."""
     is_done = (read_status(folder) or {}).get("state") == "done"
     status = Status(folder, has_begun=resumes and not is_done and (folder / CONFIG).is_file())
     lock = _lock(folder) if is_main_rank() else None
@@ -126,7 +126,7 @@ def _lock(folder: Path) -> int:
 
 
 def _unlock(lock: int, folder: Path) -> None:
-    """A run that was refused leaves no folder behind."""
+    """Removes the folder, too, if it holds nothing else: of a run that was refused."""
     if [path.name for path in folder.iterdir()] == [LOCK]:
         (folder / LOCK).unlink()
         folder.rmdir()

@@ -26,7 +26,7 @@ from diptych.finetune.commands.ranks import end_ranks
 from diptych.finetune.evaluating.best_figure import is_improvement, selected_figure
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
 from diptych.finetune.model.speed import keep_memory
-from diptych.finetune.run_files.checkpoints import whole
+from diptych.finetune.run_files.checkpoints import whole_tensor
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import Pace, selection_line, train_line, validation_line
@@ -108,7 +108,7 @@ def take_step(run: Run, pace: Pace) -> None:
     with run.ranks.waiting_for(f"the gradient's length of step {progress.step + 1}"):  # each may hold a part of it
         run.scaler.unscale_(run.optimizer)
         clipped_from = run.accelerator.clip_grad_norm_(list(run.weight_names), recipe.max_grad_norm or math.inf)
-        gradient_norm = float(whole(clipped_from))
+        gradient_norm = float(whole_tensor(clipped_from))
     rate = learning_rate(progress.step, run.total_steps, recipe)
     # A scale that was too large shows as an infinite gradient: the scaler leaves that step out, and halves the scale.
     if not (run.scaler.is_enabled() and math.isfinite(loss) and run.scaler.get_scale() > 1):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.finetune.commands.exits import CheckpointError
@@ -37,7 +38,7 @@ def save_checkpoint(run: Run) -> None:
 
         def write(partial: Path) -> None:
             save_model(run.model, run.loaded.tokenizer, partial / "model", weights)
-            checkpoints.save_tensors(partial / "optimizer.safetensors", states)
+            save_file(states, partial / "optimizer.safetensors")
             whole_folders.write_json(partial / "rng.json", random_states)
             state = {
                 "progress": asdict(progress),
@@ -85,7 +86,7 @@ def model_tensors(model: PreTrainedModel | PeftModel, keep: bool = True) -> dict
     whole: dict[int, torch.Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in whole:
-            whole[id(tensor)] = checkpoints.whole(tensor, keep)
+            whole[id(tensor)] = checkpoints.whole_tensor(tensor, keep)
     return {name: whole[id(tensor)] for name, tensor in tensors.items()}
 
 

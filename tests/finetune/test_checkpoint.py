@@ -143,7 +143,7 @@ def test_optimizer_goes_on_with_the_same_bits(fused, tmp_path):
     model, optimizer = new()
     steps(model, optimizer, 5)
     names = {weight: name for name, weight in model.named_parameters()}
-    checkpoints.save_tensors(tmp_path / "optimizer.safetensors", checkpoints.optimizer_tensors(optimizer, names))
+    save_file(checkpoints.optimizer_tensors(optimizer, names), tmp_path / "optimizer.safetensors")
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     steps(model, optimizer, 5)
 
