@@ -28,7 +28,6 @@ from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.languages import check_spells_no_code, codes_of, set_languages
 from diptych.data_prep.text_to_ids.templates import (
     BARE_TEMPLATE,
-    TEMPLATES,
     TOKENIZER_KEY,
     Template,
     attach_template,
@@ -65,13 +64,17 @@ def load_tokenizer_and_template(
     template that is used where neither the settings nor the tokenizer have one."""
     if settings.tokenizer is None:
         return None, load_template(settings.template or default)
-    tokenizer = _load_tokenizer(settings)
+    tokenizer = open_tokenizer(settings.tokenizer)
+    for token in ("eos_token", "pad_token"):
+        if getattr(tokenizer, token) is None:
+            name = settings.tokenizer
+            raise UserError(f"'{name}' has no {token}. Set tokenizer.{token}, save it, and use that folder.")
+    check_decoder_start(settings, tokenizer)
     if settings.template is None and TOKENIZER_KEY in tokenizer.init_kwargs:
         template = template_of(tokenizer)
-    elif settings.template is None and default == "alpaca" and codes_of(tokenizer).tokens:
-        template = TEMPLATES[BARE_TEMPLATE]
     else:
-        template = load_template(settings.template or default)
+        is_multilingual = default == "alpaca" and codes_of(tokenizer).tokens
+        template = load_template(settings.template or (BARE_TEMPLATE if is_multilingual else default))
     _set_languages(settings, tokenizer, say)
     attach_template(tokenizer, template)
     return tokenizer, template
@@ -100,16 +103,6 @@ def _set_languages(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase
             say(f"Note       language {name} is {code} for '{settings.tokenizer}'")
     if codes.is_around_texts:
         set_languages(tokenizer, languages)
-
-
-def _load_tokenizer(settings: PrepareSettings) -> PreTrainedTokenizerBase:
-    name = settings.tokenizer
-    tokenizer = open_tokenizer(name)
-    for token in ("eos_token", "pad_token"):
-        if getattr(tokenizer, token) is None:
-            raise UserError(f"'{name}' has no {token}. Set tokenizer.{token}, save it, and use that folder.")
-    check_decoder_start(settings, tokenizer)
-    return tokenizer
 
 
 def check_decoder_start(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> None:
