@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.checkpoint_config import check_place
@@ -65,6 +65,8 @@ def import_ctranslate2() -> Any:
 
 
 class CTranslate2Engine:
+    can_stream = False
+
     def __init__(
         self,
         folder: Path,
@@ -121,9 +123,7 @@ class CTranslate2Engine:
         settings: GenerateSettings,
         seed: int,
         bar: GenerationBar | None = None,
-        streamer: TextStreamer | None = None,
     ) -> list[Output]:
-        """As `InferenceEngine.generate`. It does not stream."""
         check_source_ids([prompt.source_ids for prompt in prompts])
         config = self._config(settings)
         template, _ = with_stop_strings(self.template, settings.generation)

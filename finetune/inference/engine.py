@@ -38,17 +38,14 @@ class InferenceEngine(Protocol):
     max_source_tokens: int | None
     """Positions of the encoder; None if there is no limit."""
     max_target_tokens: int | None
+    can_stream: bool
+    """Whether `generate` takes a `streamer`, which gets the tokens of a single prompt as they are written."""
 
     def check(self, settings: GenerateSettings) -> None:
         """UserError for settings that this engine does not have."""
 
     def generate(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        settings: GenerateSettings,
-        seed: int,
-        bar: GenerationBar | None = None,
-        streamer: TextStreamer | None = None,
+        self, prompts: Sequence[EncodedPrompt], settings: GenerateSettings, seed: int, bar: GenerationBar | None = None
     ) -> list[Output]:
         """`settings.num_return_sequences` outputs for each prompt, in their order."""
 
@@ -57,6 +54,8 @@ class InferenceEngine(Protocol):
 
 
 class TorchEngine:
+    can_stream = True
+
     def __init__(self, loaded: LoadedModel):
         self.loaded = loaded
         self.tokenizer, self.template, self.device = loaded.tokenizer, loaded.template, loaded.device

@@ -85,12 +85,13 @@ def answer(
         print(f"(the prompt was cut to {len(source_ids)} tokens)", file=sys.stderr)
     is_single = settings.num_beams == settings.num_return_sequences == 1 and not settings.mbr_samples
     has_stop = engine.template.stop or settings.generation.get("stop_strings")
-    streamer = None
-    if is_single and not (has_stop or settings.scores or settings.choices or settings.engine != "torch"):
-        streamer = TextStreamer(target_side(engine.tokenizer), skip_prompt=True, skip_special_tokens=True)
+    streaming = {}
+    if engine.can_stream and is_single and not (has_stop or settings.scores or settings.choices):
+        side = target_side(engine.tokenizer)
+        streaming["streamer"] = TextStreamer(side, skip_prompt=True, skip_special_tokens=True)
     prompt = EncodedPrompt(source_ids, given_tokens(engine, languages))
-    outputs = engine.generate([prompt], settings, settings.seed, streamer=streamer)
-    if streamer is None:
+    outputs = engine.generate([prompt], settings, settings.seed, **streaming)
+    if not streaming:
         print("\n".join(map(_shown, outputs)), flush=True)
     if not all(output.finished for output in outputs):
         print(f"(stopped at --max_new_tokens {settings.max_new_tokens}, before its end)", file=sys.stderr)
