@@ -141,10 +141,9 @@ def learned_pairs(request):
 
 def ours(folder, pairs, **settings):
     loaded = load_checkpoint(folder)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    prompter = Prompter(tokenizer, template_for("", tokenizer), None)
+    prompter = Prompter(loaded.tokenizer, template_for("", loaded.tokenizer), None)
     ids, _ = prompter.encode([prompter.render(Prompt("", source))[0] for source, _ in pairs])
-    return generate_outputs(LoadedModel.of(model, tokenizer), ids, batch_size=8, max_new_tokens=24, **settings)
+    return generate_outputs(loaded, ids, batch_size=8, max_new_tokens=24, **settings)
 
 
 def prepared_rows(folder):
@@ -176,10 +175,8 @@ def test_a_prepared_folder_counts_and_shows_each_side_in_its_vocabulary(learned_
     prepared, rows = folder.parents[1] / "prepared", prepared_rows(folder)
     tokenizer = MarianTokenizer.from_pretrained(folder)
     packing = json.loads((prepared / "manifest.json").read_text())["packing"]
-    assert packing["vocabulary"], packing["target_vocabulary"] == (
-        len(tokenizer.encoder),
-        len(tokenizer.target_encoder),
-    )
+    sizes = len(tokenizer.encoder), len(tokenizer.target_encoder)
+    assert (packing["vocabulary"], packing["target_vocabulary"]) == sizes
     start = packing["decoder_start_token_id"]
     assert packing["largest_target_id"] == max(start, packing["pad_token_id"], *map(max, rows["labels"]))
     assert packing["largest_source_id"] == max(packing["pad_token_id"], *map(max, rows["input_ids"]))
@@ -215,16 +212,19 @@ def test_ids_and_unknown_characters_are_looked_for_in_their_sides_vocabulary(lar
 def test_packed_and_padded_rows_train_alike(larger_target, tmp_path):
     found = []
     for packed in ("true", "false"):
-        train = [
-            "train",
-            "--model",
-            larger_target,
-            "--data",
-            larger_target.parents[1] / "prepared",
+        train = ["train", "--model", larger_target, "--data", larger_target.parents[1] / "prepared"]
+        train += [
             "--packed",
             packed,
+            "--out",
+            tmp_path / packed,
+            "--max_steps",
+            1,
+            "--batch_size",
+            8,
+            "--precision",
+            "fp32",
         ]
-        train += ["--out", tmp_path / packed, "--max_steps", 1, "--batch_size", 8, "--precision", "fp32"]
         assert run(*train) == 0
         lines = map(json.loads, (tmp_path / packed / "metrics.jsonl").read_text().splitlines())
         found += [(line["loss"], line["gradient_norm"]) for line in lines if line["split"] == "train"]
