@@ -164,7 +164,7 @@ def prepare(
         results.stages.tokenizer.save_pretrained(partial / TOKENIZER)
         write_report(partial, report_facts(results, manifest))
         shutil.rmtree(scratch)
-        put_in_place(partial, folder, {"fingerprint": fingerprint, **manifest})
+        manifest = put_in_place(partial, folder, {"fingerprint": fingerprint, **manifest})
     shutil.rmtree(parts_folder(folder), ignore_errors=True)
     remove_kept_rejects(folder)
     return Prepared(folder, manifest)

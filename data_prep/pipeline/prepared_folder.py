@@ -138,8 +138,9 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest last, then renames twice: a reader sees the old dataset, none, or the whole new one."""
+def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Writes the manifest last, then renames twice: a reader sees the old dataset, none, or the whole new one. Returns
+    the manifest with the sizes of all files."""
     manifest = {"format": FORMAT, **manifest, "files": _file_sizes(partial)}
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (partial / MANIFEST).write_text(text, encoding="utf-8")
@@ -148,6 +149,7 @@ def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> None:
         folder.rename(_previous(folder))
     partial.rename(folder)
     shutil.rmtree(_previous(folder), ignore_errors=True)
+    return manifest
 
 
 def _restore_previous(folder: Path) -> None:

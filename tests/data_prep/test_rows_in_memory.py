@@ -28,7 +28,8 @@ def test_rows_in_memory_are_prepared_as_those_of_a_file_are(bpe_folder, write_ro
         assert json.loads(prepared.rejects_file.read_text())["file"] == "rows"
         assert [row["source"] for row in datasets.load_from_disk(prepared.folder)["train"]] == expected
         assert "40 kept, 1 rejected" in str(prepared) and prepared.warnings == []
-        assert prepare(PrepareSettings(out=str(tmp_path / name), **settings), said.append, given).is_reused
+        again = prepare(PrepareSettings(out=str(tmp_path / name), **settings), said.append, given)
+        assert again.is_reused and again.manifest == json.loads(json.dumps(prepared.manifest))
     assert capsys.readouterr().out == ""
 
 
