@@ -84,11 +84,11 @@ class LengthFilter:
                 return f"{side} too long", f"The {side} has {length:,} {self.unit}, more than {high:,}."
         source, target = lengths.values()
         ratio = target / max(source, 1)
-        words = f"The target has {target:,} {self.unit}, the source {source:,}: {ratio:.2f} times as many"
+        counts = f"The target has {target:,} {self.unit}, the source {source:,}: {ratio:.2f} times as many"
         if self.minimum_ratio is not None and ratio < self.minimum_ratio:
-            return "target short for its source", f"{words}, below {self.minimum_ratio:g}."
+            return "target short for its source", f"{counts}, below {self.minimum_ratio:g}."
         if self.maximum_ratio is not None and ratio > self.maximum_ratio:
-            return "target long for its source", f"{words}, above {self.maximum_ratio:g}."
+            return "target long for its source", f"{counts}, above {self.maximum_ratio:g}."
         return None
 
     def _length(self, text: str) -> int:

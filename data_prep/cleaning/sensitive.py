@@ -64,8 +64,8 @@ def find_sensitive(text: str) -> list[SensitiveSpan]:
     if "@" in text:
         found += [SensitiveSpan("e-mail address", *match.span()) for match in _EMAIL.finditer(text)]
     if _DIGITS.search(text):
-        for kind, pattern, is_one in NUMBERS:
-            found += [SensitiveSpan(kind, *match.span()) for match in pattern.finditer(text) if is_one(match[0])]
+        for kind, pattern, is_valid in NUMBERS:
+            found += [SensitiveSpan(kind, *match.span()) for match in pattern.finditer(text) if is_valid(match[0])]
     if ":" in text or "=" in text:
         values = (match for match in _assigned().finditer(text) if _is_password(match["value"]))
         found += [SensitiveSpan("secret (assigned)", *match.span("value")) for match in values]

@@ -140,7 +140,7 @@ def split_sources(
     if not texts:
         return []
     tokenizer = source_side(tokenizer)
-    around = _language_cache(lambda of_row: _around_source(tokenizer, of_row), tokenizer, texts, languages)
+    around = _language_cache(functools.partial(_around_source, tokenizer), tokenizer, texts, languages)
     contents = _contents(tokenizer, texts)
     return [Encoding(before, content, after) for (before, after), content in zip(around, contents, strict=True)]
 
@@ -151,8 +151,8 @@ def split_targets(
     decoder_prefix: Sequence[str] = (),
     languages: Sequence[Languages] | None = None,
 ) -> list[Encoding]:
-    """Each ends in eos, where generation must stop: some tokenizers put nothing after a target, mBART a code after
-    eos."""
+    """Each target ends in eos, where generation stops: some tokenizers put nothing there, and mBART a code after
+    it."""
     tokenizer = target_side(tokenizer)
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -161,9 +161,8 @@ def split_targets(
         return []
     own_suffix = [] if codes_of(tokenizer).is_around_texts else _around(tokenizer, "text_target")[1]
     suffix = [*(own_suffix[: own_suffix.index(eos)] if eos in own_suffix else own_suffix), eos]
-    before = _language_cache(
-        lambda of_row: label_prefix(tokenizer, decoder_prefix, of_row), tokenizer, texts, languages
-    )
+    prefix_of = functools.partial(label_prefix, tokenizer, decoder_prefix)
+    before = _language_cache(prefix_of, tokenizer, texts, languages)
     contents = _contents(tokenizer, texts)
     return [Encoding(prefix, content, suffix) for prefix, content in zip(before, contents, strict=True)]
 
@@ -186,13 +185,13 @@ def _around_source(tokenizer: PreTrainedTokenizerBase, languages: Languages) -> 
     before, after = _around(tokenizer, "text")
     if codes.layout == "source" and languages.target:
         # The tokenizer itself encodes the code with the text, because MADLAD's may have a blank before it.
-        own, told = (
+        bare, with_code = (
             list(tokenizer(f"{spelling}{PROBE}", truncation=False, verbose=False)["input_ids"])
             for spelling in ("", f"{codes.spellings[languages.target]} ")
         )
-        rest = own[len(before) :]
-        is_as_expected = told[len(told) - len(rest) :] == rest and codes.tokens[languages.target] in told
-        before = told[: len(told) - len(rest)] if is_as_expected else [codes.tokens[languages.target], *before]
+        code, rest = codes.tokens[languages.target], bare[len(before) :]
+        is_as_expected = with_code[len(with_code) - len(rest) :] == rest and code in with_code
+        before = with_code[: len(with_code) - len(rest)] if is_as_expected else [code, *before]
     if not codes.is_around_texts or not languages.source:
         return before, after
     own = tokenizer.convert_tokens_to_ids(codes.spellings.get(tokenizer.src_lang, tokenizer.src_lang))

@@ -206,13 +206,13 @@ def golden_difference(tokenizer: PreTrainedTokenizerBase, template: Template) ->
             if name in ("input_ids", "labels") and then["languages"] != now["languages"]:
                 before, after = before[1], after[1]
             if before != after:
-                was, now_is = (repr(it) if len(repr(it)) <= 200 else f"{repr(it)[:200]} …" for it in (before, after))
+                was, now_is = (f"{text[:200]} …" if len(text) > 200 else text for text in (repr(before), repr(after)))
                 return f"the {what} of example {number} was {was} and is {now_is}"
     return ""
 
 
 def _golden(tokenizer: PreTrainedTokenizerBase, template: Template, fields: dict[str, Any]) -> dict[str, Any]:
-    history = tuple((told, said) for told, said in fields.get("history", ()))
+    history = tuple(map(tuple, fields.get("history", ())))
     try:
         source = template.render_source(
             fields["instruction"], fields.get("input", ""), history, fields.get("system", "")
