@@ -24,16 +24,11 @@ from diptych.data_prep.rows.records import Origin, Record
 
 FOREIGN = {
     "de": "Ich habe heute leider keine Zeit.",
-    "fr": "Je ne sais pas quoi faire.",
     "es": "¿Dónde está la estación?",
-    "it": "Non ho tempo oggi.",
-    "pt": "Hoje não tenho tempo.",
-    "nl": "Ik heb vandaag geen tijd.",
     "pl": "Nie mam dziś czasu.",
     "ru": "Сегодня у меня нет времени.",
     "ja": "今日は時間がありません。",
     "zh": "我今天没有时间。",
-    "vi": "Hôm nay tôi không có thời gian.",
     "el": "Σήμερα δεν έχω χρόνο.",
 }
 

@@ -17,6 +17,14 @@ ROWS = [
     {"instruction": "Name the capital.", "input": "France", "output": "Paris"},
     {"instruction": "수도를 말하라.", "input": "", "output": "서울"},
 ]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Who?"},
+    {"role": "assistant", "content": "I."},
+]
+SHARED = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
 TEXTS = ["Name the capital.", "France", "Paris", "수도를 말하라.", "서울"]
 
 
@@ -51,24 +59,8 @@ def test_every_kind_of_file_gives_the_same_texts(name, write_rows, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "texts"),
     [
-        (
-            [
-                {
-                    "messages": [
-                        {"role": "system", "content": "Be brief."},
-                        {"role": "user", "content": "Hi."},
-                        {"role": "assistant", "content": "Hello."},
-                        {"role": "user", "content": "Who?"},
-                        {"role": "assistant", "content": "I."},
-                    ]
-                }
-            ],
-            ["Be brief.", "Hi.", "Hello.", "Who?", "I."],
-        ),
-        (
-            [{"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}],
-            ["Hi.", "Hello."],
-        ),
+        ([{"messages": CHAT}], ["Be brief.", "Hi.", "Hello.", "Who?", "I."]),
+        ([{"conversations": SHARED}], ["Hi.", "Hello."]),
         ([{"prompt": "The sky is", "completion": " blue."}], ["The sky is", " blue."]),
         ([{"document": "It rained all day.", "summary": "Rain."}], ["It rained all day.", "Rain."]),
         ([{"translation": {"en": "Go.", "ko": "가."}}], ["Go.", "가."]),
