@@ -24,7 +24,13 @@ from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.inference.prompts import Prompt, prompt_of
-from diptych.finetune.serving.openai_requests import Ask, RequestError, check_model, finish_reason, read_request
+from diptych.finetune.serving.openai_requests import (
+    CompletionRequest,
+    RequestError,
+    check_model,
+    finish_reason,
+    read_request,
+)
 from diptych.finetune.serving.request_batches import Answer, Ended, Engine, Failed, Job, Piece, QueueFull, show_place
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import Encoded, ServedModel
@@ -74,11 +80,11 @@ class Service:
             raise RequestError(503, "the server is about to end. Come again.", kind="overloaded")
         path, jobs = request.scope["path"], []
         try:
-            ask = read_request(await read_body(request), "chat" in path, self.name, self.served.most_tokens)
-            jobs, events = self.submit(ask)
-            if ask.stream:
-                return StreamingResponse(self.stream(path, ask, jobs, events), media_type="text/event-stream")
-            answer = await while_connected(request, self.whole_answer(ask, jobs, events))
+            asked = read_request(await read_body(request), "chat" in path, self.name, self.served.most_tokens)
+            jobs, events = self.submit(asked)
+            if asked.stream:
+                return StreamingResponse(self.stream(path, asked, jobs, events), media_type="text/event-stream")
+            answer = await while_connected(request, self.whole_answer(asked, jobs, events))
         except Exception as error:
             drop(jobs)
             raise self.request_error(error) from None
@@ -121,10 +127,10 @@ class Service:
             message = f"a token is needed: Authorization: Bearer …, as in {TOKEN_VARIABLE} of the server."
             raise RequestError(401, message, kind="authentication_error")
 
-    def submit(self, ask: Ask) -> tuple[list[Job], asyncio.Queue]:
+    def submit(self, asked: CompletionRequest) -> tuple[list[Job], asyncio.Queue]:
         """Queues the prompts. Returns their jobs, and a queue of (index of the job, event)."""
         loop, events, most = asyncio.get_running_loop(), asyncio.Queue(), self.settings.queue
-        sources = self.encode(ask.rows)
+        sources = self.encode(asked.rows)
         if len(sources) > most:
             message = f"the request has {len(sources)} prompts, but only {most} can wait. Send fewer at once."
             raise RequestError(400, message, "prompt")
@@ -133,15 +139,15 @@ class Service:
             return lambda event: loop.call_soon_threadsafe(events.put_nowait, (place, event))
 
         jobs = [
-            Job(source.source_ids, ask.decoding, to_queue(place), ask.stream, given=source.given)
+            Job(source.source_ids, asked.decoding, to_queue(place), asked.stream, given=source.given)
             for place, source in enumerate(sources)
         ]
         try:
             self.engine.submit(jobs)
         except QueueFull:
             raise RequestError(503, f"up to {most} prompts wait already. Come again.", kind="overloaded") from None
-        ask.prompt_tokens = sum(len(source.source_ids) for source in sources)
-        self.metrics.read.inc(ask.prompt_tokens)
+        asked.prompt_tokens = sum(len(source.source_ids) for source in sources)
+        self.metrics.read.inc(asked.prompt_tokens)
         return jobs, events
 
     def encode(self, rows: list[dict[str, Any]]) -> list[Encoded]:
@@ -174,32 +180,36 @@ class Service:
             open_jobs -= isinstance(event, Ended)
             yield place, event
 
-    async def whole_answer(self, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> dict[str, Any]:
+    async def whole_answer(self, asked: CompletionRequest, jobs: list[Job], events: asyncio.Queue) -> dict[str, Any]:
         ended = {place: event.answers async for place, event in self.events_of(jobs, events)}
         answers = [answer for place in range(len(jobs)) for answer in ended[place]]
         self.count_answers(jobs, answers)
-        return ask.body(answers)
+        return asked.body(answers)
 
-    async def chunks(self, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(
+        self, asked: CompletionRequest, jobs: list[Job], events: asyncio.Queue
+    ) -> AsyncIterator[dict[str, Any]]:
         """OpenAI's chunks: one for each piece, one that ends each answer, and the usage if it was asked for."""
         answers = []
         async for place, event in self.events_of(jobs, events):
-            first = place * ask.decoding.n
+            first = place * asked.decoding.n
             if isinstance(event, Piece):
-                yield ask.chunk(first + event.index, event.text)
+                yield asked.chunk(first + event.index, event.text)
                 continue
             answers += event.answers
             for index, answer in enumerate(event.answers):
-                yield ask.chunk(first + index, "", finish_reason(answer))
+                yield asked.chunk(first + index, "", finish_reason(answer))
         self.count_answers(jobs, answers)
-        if ask.include_usage:
-            yield ask.usage_chunk(answers)
+        if asked.include_usage:
+            yield asked.usage_chunk(answers)
 
-    async def stream(self, path: str, ask: Ask, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[str]:
+    async def stream(
+        self, path: str, asked: CompletionRequest, jobs: list[Job], events: asyncio.Queue
+    ) -> AsyncIterator[str]:
         """The chunks as server-sent events. When the client leaves, starlette closes this generator."""
         status = 499
         try:
-            async for chunk in self.chunks(ask, jobs, events):
+            async for chunk in self.chunks(asked, jobs, events):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             status = 200
             yield "data: [DONE]\n\n"

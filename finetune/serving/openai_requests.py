@@ -1,9 +1,9 @@
 """Requests of OpenAI's completions and chat completions, checked by hand; answers as OpenAI's client parses them.
 
-    ask = read_request({"prompt": "Name the capital.", "input": "France", "n": 2, "temperature": 1}, …)
-    ask.rows         [{"instruction": "Name the capital.", "input": "France", "system": ""}]
-    ask.decoding     Decoding(max_new_tokens=256, temperature=1.0, n=2)
-    ask.body(…)      {"id": "cmpl-…", "object": "text_completion", "choices": […], "usage": {…}}
+    asked = read_request({"prompt": "Name the capital.", "input": "France", "n": 2, "temperature": 1}, …)
+    asked.rows         [{"instruction": "Name the capital.", "input": "France", "system": ""}]
+    asked.decoding     Decoding(max_new_tokens=256, temperature=1.0, n=2)
+    asked.body(…)      {"id": "cmpl-…", "object": "text_completion", "choices": […], "usage": {…}}
 
 A null field counts as absent. A field that asks for what the server cannot do (tools, images) is refused by its name.
 The checks are written out, without pydantic: the `serve` extra would need it for these alone, and what a field with a
@@ -72,7 +72,7 @@ class RequestError(Exception):
 
 
 @dataclass
-class Ask:
+class CompletionRequest:
     """A checked request, and its answer's parts."""
 
     is_chat: bool
@@ -137,7 +137,7 @@ def finish_reason(answer: Answer) -> str:
     return "stop" if answer.finished else "length"
 
 
-def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: int) -> Ask:
+def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: int) -> CompletionRequest:
     """RequestError for the first field that is wrong or asks for what is not done here."""
     body = _without_nulls(body)
     # A chat asks for each token's log-probability by true; a completion by 0, the number of alternatives beside it.
@@ -154,7 +154,7 @@ def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: i
     decoding = _decoding(body, most_tokens)._replace(scores=has_scores)
     rows = _chat_rows(body) if is_chat else _completion_rows(body)
     languages = {name: _field(body, name, str, "") for name in LANGUAGES if body.get(name)}
-    return Ask(is_chat, model, [row | languages for row in rows], decoding, stream, include_usage)
+    return CompletionRequest(is_chat, model, [row | languages for row in rows], decoding, stream, include_usage)
 
 
 def check_model(name: str, model: str) -> None:
