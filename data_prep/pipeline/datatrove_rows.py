@@ -16,11 +16,10 @@ and what needs all rows at once (duplicates, splits, packing, report) follows wh
 
     diptych prepare --data my.jsonl --tokenizer folder --out prepared --gathered parts
 
-Why datatrove and not Ray Data: it is Hugging Face's own, needs no server, and hands a step just what ours needs, rank
-and world size, whoever runs it: its executors for processes, Slurm and Ray all call the same `_run_for_rank`. A task
-that ended leaves a file in logging_dir/completions and is not run again, so a run that failed goes on with the rest.
-Its local executor waits for ever for a process that was killed (for want of memory, mostly): stop it, take fewer
-workers, and start it again.
+Why datatrove and not Ray Data: it is Hugging Face's own, needs no server, and all its executors (processes, Slurm,
+Ray) give a step just its rank and the world size. A task that has ended leaves a file in logging_dir/completions and
+is not run again. The local executor waits for ever for a process that was killed, mostly for lack of memory: stop it,
+and start it again with fewer workers.
 """
 
 from __future__ import annotations

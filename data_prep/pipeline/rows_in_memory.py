@@ -3,7 +3,7 @@
     open_rows([{"instruction": "Add.", "output": "2"}], limits)                  → [Source("rows", split="train")]
     open_rows(DatasetDict({"train": …, "test": …}), limits)                      → [Source("rows:train"), …:test]
 
-What their origins say is "rows:7", or "rows:test:7": the seventh row of the list, frame or split.
+The origin of the seventh row is "rows:7", or "rows:test:7" in a split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import xxhash
 from datasets import Dataset
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.chunks import Finished, Rows, in_chunks
+from diptych.data_prep.reading.chunks import Finished, in_chunks
 from diptych.data_prep.reading.column_rows import hub_chunks
 from diptych.data_prep.reading.files import Limits
 from diptych.data_prep.reading.sources import TRAIN, Source
@@ -31,10 +31,10 @@ NAME = "rows"
 
 
 def open_rows(rows: RowsInMemory, limits: Limits) -> list[Source]:
-    """One source, to train on; or one for each split of a dict or DatasetDict, as the names of the splits say.
+    """One source, to train on; or one for each split of a dict or DatasetDict.
 
     Raises:
-        UserError: the name of a split says neither train nor validation nor test, or rows are no rows.
+        UserError: the name of a split is neither of train nor of validation nor of test, or a row is no dict.
     """
     if not isinstance(rows, Mapping):
         return [_source(rows, NAME, TRAIN, limits)]
@@ -57,12 +57,9 @@ def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:
             raise UserError(f"{name}:{place} is a {type(row).__name__}, and each row is a dict of its fields.")
     raws = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
     digest = xxhash.xxh3_128_hexdigest("\n".join(raws).encode("utf-8", "surrogatepass"))
-    return Source(name, digest, None, functools.partial(_chunks, rows, raws, name), NAME, split=split)
 
+    def read() -> Iterator[Finished]:
+        numbered = enumerate(zip(rows, raws, strict=True), start=1)
+        return in_chunks((Row(row, Origin(name, place), raw) for place, (row, raw) in numbered), lambda: 0)
 
-def _chunks(rows: Sequence[Mapping[str, Any]], raws: Sequence[str], name: str) -> Iterator[Finished]:
-    def read() -> Rows:
-        for place, (row, raw) in enumerate(zip(rows, raws, strict=True), start=1):
-            yield Row(row, Origin(name, place), raw)
-
-    return in_chunks(read(), lambda: 0)
+    return Source(name, digest, None, read, NAME, split=split)
