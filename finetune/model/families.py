@@ -64,14 +64,14 @@ class Family:
         encoder, decoder = model.get_encoder(), model.get_decoder()
         if "segment_ids" in batch:
             masks = site_masks(model, batch, self.has_sliding_windows)
-            reading = self.positions(encoder, batch["position_ids"])
-            writing = self.positions(decoder, batch["decoder_position_ids"])
+            encoder_positions = self.positions(encoder, batch["position_ids"])
+            decoder_positions = self.positions(decoder, batch["decoder_position_ids"])
         else:
             masks = batch["attention_mask"], None, batch["attention_mask"]
-            reading = writing = nullcontext({})
-        with reading as arguments:
+            encoder_positions = decoder_positions = nullcontext({})
+        with encoder_positions as arguments:
             source = encoder(input_ids=batch["input_ids"], attention_mask=masks[0], **arguments).last_hidden_state
-        with writing as arguments:
+        with decoder_positions as arguments:
             target = decoder(
                 input_ids=batch["decoder_input_ids"],
                 attention_mask=masks[1],

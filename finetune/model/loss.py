@@ -162,8 +162,8 @@ class _SummedLoss(torch.autograd.Function):
         given = {name: weight.detach().to(dtype) for name, weight in head.weights.items()}
         trained = [weight.requires_grad_() for weight, want in zip(given.values(), wants[1:], strict=True) if want]
         total = states.new_zeros((), dtype=_at_least_fp32(dtype))
-        of_states = torch.zeros_like(states) if wants[0] else None
-        of_trained = None
+        states_gradient = torch.zeros_like(states) if wants[0] else None
+        weight_gradients = None
         room = None  # for a chunk's logits in fp32: allocated once, because allocating costs more than computing
         with torch.autocast(states.device.type, enabled=False):  # everything has its dtype already
             for rows in head.chunks(len(labels)):
@@ -173,22 +173,24 @@ class _SummedLoss(torch.autograd.Function):
                 wide = room = _wide(logits.detach(), room)
                 total += criterion(wide, labels[rows], rows).sum()
                 if any(wants):
-                    of_logits = wide if wide.dtype == dtype else logits.detach().copy_(wide)
-                    found = torch.autograd.grad(logits, [chunk] * wants[0] + trained, of_logits)
+                    logits_gradient = wide if wide.dtype == dtype else logits.detach().copy_(wide)
+                    found = torch.autograd.grad(logits, [chunk] * wants[0] + trained, logits_gradient)
                     if wants[0]:
-                        of_states[rows] = found[0]
-                    of_trained = _added(of_trained, found[wants[0] :])
-        if of_trained is None:  # there were no targets
-            of_trained = [torch.zeros_like(weight) for weight in trained]
-        ctx.save_for_backward(*[of_states] * wants[0], *of_trained)
+                        states_gradient[rows] = found[0]
+                    weight_gradients = _added(weight_gradients, found[wants[0] :])
+        if weight_gradients is None:  # there were no targets
+            weight_gradients = [torch.zeros_like(weight) for weight in trained]
+        ctx.save_for_backward(*[states_gradient] * wants[0], *weight_gradients)
         ctx.wants = wants
         return total
 
     @staticmethod
-    def backward(ctx, of_total):
+    def backward(ctx, total_gradient):
         found = iter(ctx.saved_tensors)
-        of_states, *of_weights = [next(found).mul_(of_total) if wants else None for wants in ctx.wants]
-        return of_states, None, None, None, None, *of_weights
+        states_gradient, *weight_gradients = [
+            next(found).mul_(total_gradient) if wants else None for wants in ctx.wants
+        ]
+        return states_gradient, None, None, None, None, *weight_gradients
 
 
 def _added(sums: list[torch.Tensor] | None, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

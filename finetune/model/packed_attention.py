@@ -59,23 +59,20 @@ def site_masks(model: PreTrainedModel, batch: dict[str, torch.Tensor], by_layer_
     cross = batch.get("cross_segment_ids", target)
     if model.config._attn_implementation == VARLEN:
         return SiteMasks(boundaries(source, source), boundaries(target, target), boundaries(cross, source))
-    dtype = model.dtype
-    reading, writing = (segments.new_empty((*segments.shape, 0), dtype=dtype) for segments in (source, target))
-    of_encoder = {"config": model.get_encoder().config, "inputs_embeds": reading, "attention_mask": None}
-    of_encoder["and_mask_function"] = same_segment(source, source)
-    of_decoder = {"config": model.get_decoder().config, "inputs_embeds": writing, "attention_mask": None}
-    of_self = of_decoder | {"and_mask_function": same_segment(target, target), CACHE_NAME: None}
-    of_cross = of_decoder | {"and_mask_function": same_segment(cross, source), "encoder_hidden_states": reading}
-    masks = SiteMasks(
-        create_bidirectional_mask(**of_encoder), create_causal_mask(**of_self), create_bidirectional_mask(**of_cross)
-    )
+    source_states, target_states = (ids.new_empty((*ids.shape, 0), dtype=model.dtype) for ids in (source, target))
+    encoder = {"config": model.get_encoder().config, "inputs_embeds": source_states, "attention_mask": None}
+    encoder["and_mask_function"] = same_segment(source, source)
+    decoder = {"config": model.get_decoder().config, "inputs_embeds": target_states, "attention_mask": None}
+    itself = decoder | {"and_mask_function": same_segment(target, target), CACHE_NAME: None}
+    crossing = decoder | {"and_mask_function": same_segment(cross, source), "encoder_hidden_states": source_states}
+    masks = create_bidirectional_mask(**encoder), create_causal_mask(**itself), create_bidirectional_mask(**crossing)
     if not by_layer_type:
-        return masks
-    sliding = create_bidirectional_sliding_window_mask(**of_encoder), create_sliding_window_causal_mask(**of_self)
+        return SiteMasks(*masks)
+    sliding = create_bidirectional_sliding_window_mask(**encoder), create_sliding_window_causal_mask(**itself)
     return SiteMasks(
-        {"full_attention": masks.encoder, "sliding_attention": sliding[0]},
-        {"full_attention": masks.decoder, "sliding_attention": sliding[1]},
-        {"full_attention": masks.cross},
+        {"full_attention": masks[0], "sliding_attention": sliding[0]},
+        {"full_attention": masks[1], "sliding_attention": sliding[1]},
+        {"full_attention": masks[2]},
     )
 
 
@@ -239,26 +236,26 @@ class _SegmentAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, of_output):
+    def backward(ctx, output_gradient):
         query, key, value = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.zeros_like(states) for states in (query, key, value))
-        of_bias = torch.zeros(ctx.bias[0], dtype=ctx.bias[1]) if ctx.bias and ctx.needs_input_grad[3] else None
+        query_gradient, key_gradient, value_gradient = (torch.zeros_like(states) for states in (query, key, value))
+        bias_gradient = torch.zeros(ctx.bias[0], dtype=ctx.bias[1]) if ctx.bias and ctx.needs_input_grad[3] else None
         groups, rule = query.shape[1] // key.shape[1], ctx.rule
         with torch.autocast("cpu", enabled=False):
             for (rows, columns, _), (weights, dropped) in zip(rule.blocks(), ctx.kept, strict=True):
                 q, k, v = _by_heads(query[rows]), _by_heads(key[columns], groups), _by_heads(value[columns], groups)
-                of_attended = _by_heads(of_output[rows])
-                of_value[columns] = _by_tokens(torch.bmm(dropped.transpose(1, 2), of_attended), groups)
-                of_weights = torch.bmm(of_attended, v.transpose(1, 2))
+                attended_gradient = _by_heads(output_gradient[rows])
+                value_gradient[columns] = _by_tokens(torch.bmm(dropped.transpose(1, 2), attended_gradient), groups)
+                weights_gradient = torch.bmm(attended_gradient, v.transpose(1, 2))
                 if rule.dropout:
-                    of_weights.mul_(dropped != 0).mul_(1 / (1 - rule.dropout))
-                of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-                if of_bias is not None:
-                    of_bias[0, :, : of_scores.shape[1], : of_scores.shape[2]] += of_scores
-                of_scores.mul_(rule.scaling)
-                of_query[rows] = torch.bmm(of_scores, k).transpose(0, 1)
-                of_key[columns] = _by_tokens(torch.bmm(of_scores.transpose(1, 2), q), groups)
-        return of_query, of_key, of_value, of_bias, None
+                    weights_gradient.mul_(dropped != 0).mul_(1 / (1 - rule.dropout))
+                scores_gradient = torch.ops.aten._softmax_backward_data(weights_gradient, weights, -1, weights.dtype)
+                if bias_gradient is not None:
+                    bias_gradient[0, :, : scores_gradient.shape[1], : scores_gradient.shape[2]] += scores_gradient
+                scores_gradient.mul_(rule.scaling)
+                query_gradient[rows] = torch.bmm(scores_gradient, k).transpose(0, 1)
+                key_gradient[columns] = _by_tokens(torch.bmm(scores_gradient.transpose(1, 2), q), groups)
+        return query_gradient, key_gradient, value_gradient, bias_gradient, None
 
 
 @torch.compiler.disable  # lengths depend on the data, so a compiled layer has a graph break here

@@ -24,6 +24,8 @@ from transformers import (
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, template_of
+from diptych.finetune.model.families import FAMILIES
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
 from diptych.modeling import DiptychForConditionalGeneration, named_config
 
@@ -51,6 +53,19 @@ def test_a_saved_checkpoint_loads_with_the_same_logits_and_its_template(t5_check
     model, tokenizer = loaded.model, loaded.tokenizer
     assert torch.equal(logits_of(model), logits_of(learned_t5))
     assert not model.training and template_of(tokenizer).name == "translate"
+
+
+def test_a_loaded_model_has_what_follows_from_model_and_tokenizer(t5_checkpoint):
+    loaded = load_checkpoint(t5_checkpoint)
+    model, tokenizer = loaded.model, deepcopy(loaded.tokenizer)
+    assert (loaded.family, loaded.decoder_start_token_id, loaded.pad_token_id) == (FAMILIES["t5"], 0, 0)
+    assert loaded.template.name == "translate" and not loaded.language_codes.tokens
+    tokenizer.pad_token = None
+    assert LoadedModel.of(model, tokenizer).pad_token_id == 0
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id = config.bos_token_id = None
+    with pytest.raises(UserError, match="names a decoder_start_token_id or a bos_token_id"):
+        LoadedModel.of(model, tokenizer)
 
 
 def test_a_diptych_checkpoint_loads(tmp_path, tiny_tokenizer):
