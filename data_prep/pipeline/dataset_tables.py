@@ -4,7 +4,7 @@
     target       "가."                                  labels     [632, 17, 1]      ends in eos; nothing is padded
     instruction  "Translate English to Korean:"         input "Go."                  origin "tatoeba_eng_kor.tsv:1"
 
-A packed row is one for each that packing.py planned, its columns all of one length, and `examples`, their places in
+A packed row is one for each that fill_rows.py planned, its columns all of one length, and `examples`, their places in
 train.
 """
 
