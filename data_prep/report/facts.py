@@ -48,8 +48,10 @@ BINS = 40
 
 STAGES = CHECKS, CLEANING, TEMPLATE, LENGTHS = ("checks", "cleaning", "template", "length limits")
 """Where a row can be rejected, in order."""
-STAGE_OF = dict.fromkeys(("template failed", "template empty", "no tokens"), TEMPLATE)
-STAGE_OF |= dict.fromkeys(("source over the limit", "target over the limit"), LENGTHS)
+STAGE_OF = {
+    **dict.fromkeys(("template failed", "template empty", "no tokens"), TEMPLATE),
+    **dict.fromkeys(("source over the limit", "target over the limit"), LENGTHS),
+}
 CONTAMINATED = "overlaps the evaluation data"
 CLEANED = (ALSO_HELD_OUT, "exact duplicate", "near duplicate", CONTAMINATED, "source ", "target ")
 """How the kinds of rejects begin that cleaning gives."""
