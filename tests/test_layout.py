@@ -28,7 +28,12 @@ WINGS = {
 }
 COMMANDS = {"data_prep/prepare.py", "finetune/train.py", "finetune/evaluation.py"}  # which launchers name
 
-MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_CHILDREN, MOST_SOURCE = 620, 80, 16, 24_000
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_CHILDREN, MOST_SOURCE = (
+    620,
+    80,
+    16,
+    33_200,
+)  # lower the last one with each cut
 
 
 def tracked_files() -> list[Path]:
