@@ -181,7 +181,7 @@ class CTranslate2Engine:
             most -= 1  # torch writes the end token in the last place, whatever the model would have written
         options = self._options(config, max(most, 1))
         if template and template.stop and options["beam_size"] == options["num_hypotheses"] == 1:
-            options["callback"] = self._stop_callback(template, len(prompts))
+            options["callback"] = stop_callback(self.tokenizer, template, len(prompts))
         results = self._translator.translate_batch(
             self._named_sources([prompt.source_ids for prompt in prompts]), list(map(self._named, prefixes)), **options
         )
@@ -211,16 +211,6 @@ class CTranslate2Engine:
             options["sampling_topp"] = config.top_p or 1.0
             options["sampling_topk"] = DEFAULT_TOP_K if config.top_k is None else config.top_k
         return options
-
-    def _stop_callback(self, template: Template, rows: int) -> Callable[[Any], bool]:
-        """CTranslate2 calls it for each token. It returns True if the token's row now has a stop string."""
-        written: list[list[int]] = [[] for _ in range(rows)]
-
-        def has_stop(step: Any) -> bool:
-            written[step.batch_id].append(step.token_id)
-            return cut_at_stop(text_of(self.tokenizer, written[step.batch_id]), template)[1]
-
-        return has_stop
 
     def _output(self, ids: list[int], template: Template | None, config: GenerationConfig) -> Output:
         finished = bool(ids) and ids[-1] in end_tokens(config)
@@ -255,6 +245,21 @@ class CTranslate2Engine:
 
     def _named(self, ids: Sequence[int]) -> list[str]:
         return [self.tokens[token_id] for token_id in ids]
+
+
+def stop_callback(tokenizer: PreTrainedTokenizerBase, template: Template, rows: int) -> Callable[[Any], bool]:
+    """CTranslate2 calls it for each token. It returns True if the token's row now has a stop string.
+
+    It must not refer to the engine: a thread of the translator releases it, and if that ended the translator from its
+    own thread, the process would abort.
+    """
+    written: list[list[int]] = [[] for _ in range(rows)]
+
+    def has_stop(step: Any) -> bool:
+        written[step.batch_id].append(step.token_id)
+        return cut_at_stop(text_of(tokenizer, written[step.batch_id]), template)[1]
+
+    return has_stop
 
 
 def _logits(step: Any) -> torch.Tensor:
