@@ -4,6 +4,7 @@ the torch model; and for each thing that is refused, that without the refusal th
 import copy
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -493,6 +494,16 @@ def test_prefixes_and_stop_strings_are_torchs(two_languages, tmp_path):
                 assert [output.text for output in theirs] == (
                     ["가.", "네.", "나는 "] if stop else ["가.", "네.", "나는 학생이다."]
                 )
+
+
+def test_a_translator_ends_with_its_engine_and_not_in_a_thread_of_its_own(exported_folder, tiny_tokenizer):
+    """That would abort the process: the callback of stop strings is released by a thread of the translator."""
+    engine = opened(exported_folder)
+    engine.template = replace(engine.template, stop=("never",))
+    assert outputs_of(engine, encode_sources(tiny_tokenizer, SOURCES), max_new_tokens=8)
+    engine_is_alive = weakref.ref(engine)
+    del engine
+    assert engine_is_alive() is None
 
 
 def test_samples_come_again_with_their_seed_and_differ_with_another(exported_folder, tiny_tokenizer):
