@@ -18,10 +18,10 @@ import torch
 import yaml
 from transformers import AutoModelForSeq2SeqLM
 
+from diptych.finetune.model.device_speed import keep_memory, training_pace
 from diptych.finetune.model.loss import Seq2SeqObjective
-from diptych.finetune.model.speed import keep_memory, training_pace
-from diptych.finetune.training.feeding import DTYPES, resolve_precision
 from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.training_batches import DTYPES, resolve_precision
 from diptych.modeling import named_config
 
 CPU = torch.device("cpu")

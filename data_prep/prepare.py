@@ -30,9 +30,9 @@ from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
 from diptych.data_prep.pipeline.dataset_tables import packed_table, plan_packing, split_tables
-from diptych.data_prep.pipeline.gather import Gathered, collect, encode, gather
-from diptych.data_prep.pipeline.inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
-from diptych.data_prep.pipeline.parts import RowJob, merged
+from diptych.data_prep.pipeline.gather_rows import Gathered, collect, encode, gather
+from diptych.data_prep.pipeline.parallel_parts import RowJob, merged
+from diptych.data_prep.pipeline.prepare_inputs import Inputs, fatal_kinds, fingerprint_of, make_stages, open_inputs
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings, check_settings, parse_settings
 from diptych.data_prep.pipeline.prepared_folder import (
     CONFLICTS,
@@ -49,11 +49,11 @@ from diptych.data_prep.pipeline.prepared_folder import (
     save_quietly,
 )
 from diptych.data_prep.pipeline.rows_in_memory import RowsInMemory
-from diptych.data_prep.pipeline.selection import REMOVED, Selection, mixed_train, select, write_conflicts
+from diptych.data_prep.pipeline.select_rows import REMOVED, Selection, mixed_train, select, write_conflicts
 from diptych.data_prep.pipeline.workers import cores
-from diptych.data_prep.report.facts import Results, manifest_of, report_facts
-from diptych.data_prep.report.page import write_report
-from diptych.data_prep.report.summary import packing_lines, splits_line, summary_lines
+from diptych.data_prep.report.printed_summary import packing_lines, splits_line, summary_lines
+from diptych.data_prep.report.report_facts import Results, manifest_of, report_facts
+from diptych.data_prep.report.report_page import write_report
 from diptych.data_prep.rows.named_splits import KINDS
 from diptych.data_prep.rows.records import Rejects
 from diptych.data_prep.text_to_ids.rendered_text import from_marked

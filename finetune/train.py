@@ -19,7 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.exits import BUG, INTERRUPTED, RANKS, STOPPED, exit_code_of, is_main_rank, message_of
+from diptych.finetune.commands.exit_codes import (
+    BUG,
+    INTERRUPTED,
+    RANKS,
+    STOPPED,
+    exit_code_of,
+    is_main_rank,
+    message_of,
+)
 from diptych.finetune.run_files.run_folder import claimed
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest

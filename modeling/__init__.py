@@ -11,7 +11,7 @@ from .modeling_diptych import (
     DiptychModel,
     DiptychPreTrainedModel,
 )
-from .sizes import SIZES, named_config
+from .named_sizes import SIZES, named_config
 
 AutoConfig.register(DiptychConfig.model_type, DiptychConfig)
 AutoModel.register(DiptychConfig, DiptychModel)

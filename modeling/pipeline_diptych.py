@@ -9,7 +9,7 @@ Models with language codes (NLLB, M2M100, mBART, MADLAD) take `src_lang` and `tg
 `target_language` in rows: codes as the tokenizer has them. What is not given is as the tokenizer says. Greedy unless
 told otherwise. A text in which a control token is spelled is refused: here, unlike in Diptych, it would become one.
 This file imports only torch, transformers and what they need. Its last part, from WORK on, is the same as in
-data_prep/text_to_ids/sandbox.py, which says why: what a stranger's template can do is limited.
+data_prep/text_to_ids/template_sandbox.py, which says why: what a stranger's template can do is limited.
 """
 
 import functools

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from page_reader import ROOT, Reader, blocks, commands
 
-from diptych.data_prep.command_line.other_names import other_name
+from diptych.data_prep.command_line.option_synonyms import other_name
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.finetune.training.recipe import TrainRecipe
 

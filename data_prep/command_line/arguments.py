@@ -27,7 +27,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from diptych.data_prep.command_line.errors import UserError, nearest
-from diptych.data_prep.command_line.other_names import other_name
+from diptych.data_prep.command_line.option_synonyms import other_name
 from diptych.data_prep.command_line.run_command import with_wrong_places
 
 Settings = TypeVar("Settings")

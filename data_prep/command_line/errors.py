@@ -14,7 +14,7 @@ class UserError(ValueError):
     do."""
 
     exit_code = 2
-    """What the command exits with; finetune/commands/exits.py has the others."""
+    """What the command exits with; finetune/commands/exit_codes.py has the others."""
 
 
 def counted(number: int, thing: str) -> str:

@@ -25,7 +25,7 @@ Settings = TypeVar("Settings")
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 DONE, USER, STORAGE, INTERRUPTED = 0, 2, 4, 130
-"""Exit codes; finetune/commands/exits.py has the others."""
+"""Exit codes; finetune/commands/exit_codes.py has the others."""
 
 
 def run_command(

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.packing.budgets import choose_budget
 from diptych.data_prep.packing.fill_rows import pack
 from diptych.data_prep.packing.packed_row import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row, repeated_start
-from diptych.data_prep.pipeline.gather import Gathered, taken, written
+from diptych.data_prep.pipeline.gather_rows import Gathered, taken, written
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import without_bars
 from diptych.data_prep.pipeline.row_stages import FINAL_COLUMNS, LANGUAGE_FIELDS

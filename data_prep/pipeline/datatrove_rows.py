@@ -32,8 +32,8 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from diptych.data_prep.pipeline.checkpoint_tokenizer import load_tokenizer_and_template
-from diptych.data_prep.pipeline.inputs import fingerprint_of, make_stages, open_inputs
-from diptych.data_prep.pipeline.parts import RowJob, part_path, write_part
+from diptych.data_prep.pipeline.parallel_parts import RowJob, part_path, write_part
+from diptych.data_prep.pipeline.prepare_inputs import fingerprint_of, make_stages, open_inputs
 from diptych.data_prep.pipeline.prepare_settings import parse_settings
 
 

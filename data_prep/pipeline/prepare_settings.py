@@ -16,7 +16,7 @@ from diptych.data_prep.cleaning.filters import LengthFilter
 from diptych.data_prep.cleaning.mixture import Mixture
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import CHECKPOINT, NAMED_SOURCE, OUTPUT, SOURCE, TEMPLATE
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMED_SOURCE, OUTPUT, SOURCE, TEMPLATE
 from diptych.data_prep.rows.convert_rows import SUMMARY_INSTRUCTION
 from diptych.data_prep.rows.named_splits import HELD_OUT
 from diptych.data_prep.text_to_ids.train_tokenizer import MINIMUM_VOCAB_SIZE

@@ -31,10 +31,10 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.own_files import take_lock
+from diptych.data_prep.command_line.overwrite_checks import take_lock
 from diptych.data_prep.command_line.run_command import message_of_file
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
-from diptych.data_prep.reading.files import fixed_part
+from diptych.data_prep.reading.find_files import fixed_part
 from diptych.data_prep.rows.named_splits import named
 from diptych.data_prep.rows.records import Rejects
 
@@ -45,7 +45,7 @@ CACHE_FILE = re.compile(r"cache-\w+\.arrow|tmp\w+")  # what `datasets` leaves be
 
 
 def code_version() -> str:
-    """A hash of all code of data_prep, including templates and the frames of the report."""
+    """A hash of all code of data_prep, its templates included."""
     return _hash_files(
         path for path in Path(__file__).parents[1].rglob("*.*") if path.suffix in (".py", ".jinja", ".css")
     )

@@ -48,9 +48,9 @@ from diptych.data_prep.text_to_ids.encode import (
     vocabulary_sizes,
 )
 from diptych.data_prep.text_to_ids.languages import codes_of, resolved
-from diptych.data_prep.text_to_ids.lossy_text import Loss, source_losses, target_losses
 from diptych.data_prep.text_to_ids.rendered_text import from_marked, marked
 from diptych.data_prep.text_to_ids.templates import Template
+from diptych.data_prep.text_to_ids.tokenizer_losses import Loss, source_losses, target_losses
 
 SENSITIVE_EXAMPLES = 5
 """Of each kind in a batch, for the report."""

@@ -17,9 +17,9 @@ import xxhash
 from datasets import Dataset
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.chunks import Finished, in_chunks
 from diptych.data_prep.reading.column_rows import hub_chunks
-from diptych.data_prep.reading.files import Limits
+from diptych.data_prep.reading.find_files import Limits
+from diptych.data_prep.reading.row_chunks import Finished, in_chunks
 from diptych.data_prep.reading.sources import TRAIN, Source
 from diptych.data_prep.rows.named_splits import KINDS, kind_in_name
 from diptych.data_prep.rows.records import Origin, Row

@@ -26,7 +26,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.chunks import (
+from diptych.data_prep.reading.find_files import File, Limits
+from diptych.data_prep.reading.json_rows import STRICT_JSON, is_too_deep, json_fault
+from diptych.data_prep.reading.row_chunks import (
     CHARACTERS_IN_CHUNK,
     ROWS_IN_CHUNK,
     Chunk,
@@ -34,8 +36,6 @@ from diptych.data_prep.reading.chunks import (
     size_if_too_large,
     too_large,
 )
-from diptych.data_prep.reading.files import File, Limits
-from diptych.data_prep.reading.json_rows import STRICT_JSON, is_too_deep, json_fault
 from diptych.data_prep.rows.records import Origin, Reject, Row
 
 MOST_BATCH_BYTES = 1 << 28

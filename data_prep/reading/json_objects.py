@@ -19,14 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.chunks import (
-    KNOWN_COLUMNS,
-    Chunk,
-    Finished,
-    Rows,
-    in_chunks,
-)
-from diptych.data_prep.reading.files import BLOCK_BYTES, File, Limits
+from diptych.data_prep.reading.find_files import BLOCK_BYTES, File, Limits
 from diptych.data_prep.reading.json_rows import (
     JSON_STRING,
     LENIENT_JSON,
@@ -35,6 +28,13 @@ from diptych.data_prep.reading.json_rows import (
     checked_row,
     json_fault,
     skip_value,
+)
+from diptych.data_prep.reading.row_chunks import (
+    KNOWN_COLUMNS,
+    Chunk,
+    Finished,
+    Rows,
+    in_chunks,
 )
 from diptych.data_prep.reading.text_encoding import bad_byte
 from diptych.data_prep.reading.text_window import SPACE, Window

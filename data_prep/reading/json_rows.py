@@ -17,7 +17,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from diptych.data_prep.reading.chunks import (
+from diptych.data_prep.reading.find_files import BLOCK_BYTES, File, Limits
+from diptych.data_prep.reading.lines import BYTE_ORDER_MARK
+from diptych.data_prep.reading.row_chunks import (
     LONG_ROW_CHARACTERS_KEPT,
     Chunk,
     Rows,
@@ -26,8 +28,6 @@ from diptych.data_prep.reading.chunks import (
     too_large,
     unreadable,
 )
-from diptych.data_prep.reading.files import BLOCK_BYTES, File, Limits
-from diptych.data_prep.reading.lines import BYTE_ORDER_MARK
 from diptych.data_prep.reading.text_encoding import NOT_UTF8
 from diptych.data_prep.reading.text_window import Window
 from diptych.data_prep.rows.records import CUT_OFF, Origin, Reject, Row

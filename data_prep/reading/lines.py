@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from diptych.data_prep.reading.chunks import (
+from diptych.data_prep.reading.find_files import BLOCK_BYTES, Content, File, Limits
+from diptych.data_prep.reading.row_chunks import (
     LONG_ROW_CHARACTERS_KEPT,
     Chunk,
     Finished,
@@ -21,7 +22,6 @@ from diptych.data_prep.reading.chunks import (
     too_large,
     unreadable,
 )
-from diptych.data_prep.reading.files import BLOCK_BYTES, Content, File, Limits
 from diptych.data_prep.reading.text_encoding import NOT_UTF8
 from diptych.data_prep.rows.records import Origin, Reject, Row
 

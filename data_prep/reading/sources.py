@@ -36,10 +36,9 @@ from typing import Any
 import xxhash
 
 from diptych.data_prep.command_line.errors import UserError, counted
-from diptych.data_prep.reading.chunks import Chunk, Rows
 from diptych.data_prep.reading.column_rows import hub_chunks
 from diptych.data_prep.reading.file_layout import reader_of
-from diptych.data_prep.reading.files import (
+from diptych.data_prep.reading.find_files import (
     DEFAULT_LIMITS,
     HEAD_BYTES,
     EmptyFile,
@@ -49,6 +48,7 @@ from diptych.data_prep.reading.files import (
     find_files,
     identify,
 )
+from diptych.data_prep.reading.row_chunks import Chunk, Rows
 from diptych.data_prep.reading.table_rows import aligned_chunks, text_chunks
 from diptych.data_prep.reading.text_encoding import check_text
 from diptych.data_prep.rows.language_names import languages_of_files

@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.chunks import Chunk, Rows, in_chunks, unreadable
-from diptych.data_prep.reading.files import File, Limits
+from diptych.data_prep.reading.find_files import File, Limits
 from diptych.data_prep.reading.lines import (
     BYTE_ORDER_MARK,
     Lines,
@@ -37,6 +36,7 @@ from diptych.data_prep.reading.lines import (
     line_fault,
     long_line,
 )
+from diptych.data_prep.reading.row_chunks import Chunk, Rows, in_chunks, unreadable
 from diptych.data_prep.reading.text_encoding import bad_byte
 from diptych.data_prep.rows.records import Origin, Reject, Row
 

@@ -14,7 +14,7 @@ import shlex
 from pathlib import Path
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.files import HEAD_BYTES, EmptyFile, suffixes
+from diptych.data_prep.reading.find_files import HEAD_BYTES, EmptyFile, suffixes
 
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import re
 
-from diptych.data_prep.reading.files import Content
+from diptych.data_prep.reading.find_files import Content
 
 SPACE = re.compile(r"[ \t\r\n]*")
 

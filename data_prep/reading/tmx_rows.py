@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.chunks import (
+from diptych.data_prep.reading.find_files import HEAD_BYTES, File, Limits
+from diptych.data_prep.reading.row_chunks import (
     LONG_ROW_CHARACTERS_KEPT,
     Chunk,
     Rows,
@@ -24,7 +25,6 @@ from diptych.data_prep.reading.chunks import (
     too_large,
     unreadable,
 )
-from diptych.data_prep.reading.files import HEAD_BYTES, File, Limits
 from diptych.data_prep.reading.text_encoding import NOT_UTF8
 from diptych.data_prep.reading.text_window import Window
 from diptych.data_prep.rows.records import CUT_OFF, Origin, Reject, Row

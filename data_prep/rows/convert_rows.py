@@ -25,7 +25,7 @@ from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import MEDIA, Turn, answers, turns_of, unused_in_turns
-from diptych.data_prep.rows.formats import NEGATIVE, POSITIVE, Format, fitting_formats
+from diptych.data_prep.rows.format_table import NEGATIVE, POSITIVE, Format, fitting_formats
 from diptych.data_prep.rows.language_names import (
     SOURCE_COLUMNS,
     TARGET_COLUMNS,

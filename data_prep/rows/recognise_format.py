@@ -25,7 +25,7 @@ from diptych.data_prep.rows.convert_rows import (
     Directions,
     value_at,
 )
-from diptych.data_prep.rows.formats import FORMATS, Format, fitting_formats
+from diptych.data_prep.rows.format_table import FORMATS, Format, fitting_formats
 from diptych.data_prep.rows.language_names import is_swapped, names_language
 from diptych.data_prep.rows.records import Languages, Origin, Reject, Row
 from diptych.data_prep.rows.translations import language_columns, languages_of_columns, sides_of_units

@@ -5,7 +5,7 @@
 
 A template has two sides. The source is a Jinja text that knows `instruction`, `input`, `history` (earlier
 (instruction, output) turns) and `system`. The target is one that knows `output`, what the decoder is given before it
-(`decoder_prefix`), and where generation ends (`stop`). It is a small file; those that are shipped lie in frames/:
+(`decoder_prefix`), and where generation ends (`stop`). It is a small file, as in shipped_templates/:
 
     {# decoder_prefix: kor_Hang #}        control tokens by name, blanks between them; only in a file's first lines
     {# stop: ### Instruction: #}          once for each; in double quotes as in JSON: {# stop: "\\nUser:" #}
@@ -42,7 +42,7 @@ from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.records import Record
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
 from diptych.data_prep.text_to_ids.rendered_text import FRAME_MARK, Rendered, check_characters
-from diptych.data_prep.text_to_ids.sandbox import FILTERS, LimitedEnvironment, start_budget
+from diptych.data_prep.text_to_ids.template_sandbox import FILTERS, LimitedEnvironment, start_budget
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -370,9 +370,9 @@ def _variables(text: str) -> set[str]:
     return meta.find_undeclared_variables(_environment().parse(text))
 
 
-FRAMES = Path(__file__).with_name("frames")
+SHIPPED = Path(__file__).with_name("shipped_templates")
 TEMPLATES = {
-    name: Template(name, (FRAMES / f"{name}.jinja").read_text(encoding="utf-8"))
+    name: Template(name, (SHIPPED / f"{name}.jinja").read_text(encoding="utf-8"))
     for name in ("alpaca", "plain", "translate", "chat")
 }
 """The shipped templates."""

@@ -13,7 +13,7 @@ from typing import Literal
 
 from diptych.data_prep.command_line.arguments import choose_from, parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import CHECKPOINT, OUTPUT, SOURCE
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, OUTPUT, SOURCE
 from diptych.data_prep.text_to_ids.train_tokenizer import LEAST_SAVING
 
 

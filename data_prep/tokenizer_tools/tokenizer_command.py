@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from diptych.data_prep.cleaning.filters import script_of
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.own_files import check_overwrite
+from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens

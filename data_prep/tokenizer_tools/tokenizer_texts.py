@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.gather import first_rows
-from diptych.data_prep.reading.files import KNOWN_SUFFIXES, PACKED_SUFFIXES
+from diptych.data_prep.pipeline.gather_rows import first_rows
+from diptych.data_prep.reading.find_files import KNOWN_SUFFIXES, PACKED_SUFFIXES
 from diptych.data_prep.reading.sources import SAMPLES, TRAIN, Source, open_plain, open_sources
 from diptych.data_prep.rows.convert_rows import MISSING, Converter, Directions
 from diptych.data_prep.rows.recognise_format import converter_for, named

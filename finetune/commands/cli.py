@@ -92,7 +92,7 @@ COMMANDS = {
     "generate": Command(
         "a prompt, a session or a JSONL file -> text",
         "finetune.inference.generate_settings:GenerateSettings",
-        "finetune.inference.generate:run",
+        "finetune.inference.generate_command:run",
     ),
     "inspect": Command(
         "a checkpoint and an input -> a page that shows each step inside",
@@ -102,7 +102,7 @@ COMMANDS = {
     "demo": Command(
         "a checkpoint, or two side by side, on a page to try",
         "finetune.serving.serve_settings:DemoSettings",
-        "finetune.serving.demo:run",
+        "finetune.serving.web_demo:run",
     ),
     "serve": Command(
         "a checkpoint behind OpenAI's HTTP interface",

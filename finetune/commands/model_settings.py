@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import CHECKPOINT, TEMPLATE
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, TEMPLATE
 from diptych.data_prep.rows.records import Languages
 
 

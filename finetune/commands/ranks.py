@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exits import RANKS, RankError
+from diptych.finetune.commands.exit_codes import RANKS, RankError
 
 PATIENCE = 1.5
 """Times the timeout: then the thread ends a process that torch has not ended."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, EXISTING
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.own_files import check_overwrite
+from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import splits_of
 from diptych.finetune.commands import cli
-from diptych.finetune.evaluating.best_figure import is_improvement
-from diptych.finetune.evaluating.confidence import LEVEL_PERCENT, Paired, paired_tests
+from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, Paired, paired_tests
 from diptych.finetune.evaluating.evaluate_settings import CompareSettings
 from diptych.finetune.evaluating.evaluation_report import REPORT_KEYS, has_keys, predictions_file
+from diptych.finetune.evaluating.metric_direction import is_improvement
 from diptych.finetune.evaluating.metrics import METRICS, Statistics, count_texts, ratio
 from diptych.finetune.run_files.run_folder import last_training
 

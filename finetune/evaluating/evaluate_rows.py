@@ -29,7 +29,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
 from diptych.finetune.batches.padded_rows import PaddedRows, longest_first, padded_rows
-from diptych.finetune.commands.exits import NotFiniteError
+from diptych.finetune.commands.exit_codes import NotFiniteError
 from diptych.finetune.evaluating.metrics import (
     Statistics,
     check_metric_names,
@@ -41,7 +41,7 @@ from diptych.finetune.inference.generation import cut_at_stop, in_eval_mode
 from diptych.finetune.inference.generation_config import warn_once
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
 from diptych.finetune.inference.scoring import chosen_outputs
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import position_limit
 from diptych.finetune.model.loss import Seq2SeqObjective

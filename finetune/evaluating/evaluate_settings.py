@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import EXISTING, OUTPUT, PREPARED
+from diptych.data_prep.pipeline.path_settings import EXISTING, OUTPUT, PREPARED
 from diptych.finetune.commands.model_settings import ModelSettings, check_positive
 
 

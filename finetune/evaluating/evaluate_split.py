@@ -22,15 +22,15 @@ from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
 from diptych.finetune.batches.padded_rows import check_rows_fit, drop_repeated_start
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.ranks import join_ranks
-from diptych.finetune.evaluating.confidence import bootstrap_intervals
+from diptych.finetune.evaluating.confidence_intervals import bootstrap_intervals
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, source_keys
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.evaluating.evaluation_report import check_report_files, format_table, report_file, write_report
 from diptych.finetune.evaluating.metrics import check_metric_names
 from diptych.finetune.inference.generation_config import check_generation_names
+from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
-from diptych.finetune.model.speed import keep_memory
 from diptych.finetune.model.untrusted_files import open_prepared
 
 

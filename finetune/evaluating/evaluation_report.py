@@ -15,12 +15,12 @@ import torch
 import transformers
 from datasets import Dataset
 
-from diptych.data_prep.command_line.own_files import check_overwrite
+from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import name_in
-from diptych.finetune.evaluating.confidence import LEVEL_PERCENT, RESAMPLES
+from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES
 from diptych.finetune.evaluating.evaluate_rows import Evaluation
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
-from diptych.finetune.run_files.whole_folders import MANIFEST, read_json
+from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json
 
 Intervals = Mapping[str, tuple[float, float]]
 COUNTS = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}

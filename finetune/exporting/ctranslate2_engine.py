@@ -33,7 +33,7 @@ from diptych.finetune.inference.generation_config import end_tokens, model_setti
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.prompts import template_for
 from diptych.finetune.model.loading import EXPORT_FILE, export_kind, load_generation_config, load_tokenizer
-from diptych.finetune.run_files.whole_folders import read_json
+from diptych.finetune.run_files.atomic_folders import read_json
 
 INSTALL = "CTranslate2 is not installed. Install it: pip install 'diptych[ctranslate2]'"
 VOCABULARIES = ("shared_vocabulary.json", "source_vocabulary.json", "target_vocabulary.json")

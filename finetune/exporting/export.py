@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import attach_template
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.exits import BUG
+from diptych.finetune.commands.exit_codes import BUG
 from diptych.finetune.exporting import export_ctranslate2, export_onnx
 from diptych.finetune.exporting.export_proof import ExportComparison, compare_export, greedy_rules, proof_rows
 from diptych.finetune.exporting.export_settings import ExportSettings
@@ -40,7 +40,7 @@ from diptych.finetune.model.loading import (
 )
 from diptych.finetune.model.merge import new_folder
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
-from diptych.finetune.run_files.whole_folders import write_folder, write_json
+from diptych.finetune.run_files.atomic_folders import write_folder, write_json
 
 TARGETS: dict[str, ModuleType] = {"ctranslate2": export_ctranslate2, "onnx": export_onnx}
 """Each has `check(model)`, `write(loaded, folder, precision)` and `open_export(folder, loaded)`."""

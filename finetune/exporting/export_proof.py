@@ -33,7 +33,7 @@ from diptych.finetune.inference.generation import pad_sources, up_to_end
 from diptych.finetune.inference.outputs import batches_by_length, map_by_length
 from diptych.finetune.inference.prompt_files import read_prompts, render_prompts
 from diptych.finetune.inference.prompts import Prompter
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import position_limit
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING, OUTPUT, TEMPLATE
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, EXISTING, OUTPUT, TEMPLATE
 from diptych.finetune.commands.model_settings import check_positive
 
 PRECISIONS = {

@@ -23,7 +23,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import Prepared
 from diptych.data_prep.prepare import prepare as prepare_by_settings
-from diptych.finetune.commands.exits import Stopped
+from diptych.finetune.commands.exit_codes import Stopped
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.evaluating.evaluate_split import load_splits
 from diptych.finetune.evaluating.evaluate_split import run as evaluate_by_settings

@@ -25,13 +25,13 @@ from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.inference.engine import TorchEngine
-from diptych.finetune.inference.generate import resolve_limits
+from diptych.finetune.inference.generate_command import resolve_limits
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import pad_sources
 from diptych.finetune.inference.generation_config import check_generation_names
 from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of, template_for
 from diptych.finetune.inference.scoring import chosen_outputs, log_probabilities
-from diptych.finetune.inference.targets import given_tokens, target_ids
+from diptych.finetune.inference.target_tokens import given_tokens, target_ids
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, pick_device
 from diptych.keywords import printed_to

@@ -34,7 +34,7 @@ from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompt_files import BLANK, PromptRow, render_prompts
 from diptych.finetune.inference.prompts import OUTPUT_FIELDS, Prompter
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 
 CHUNK_BATCHES = 8
 """Sorting 8 batches together already removes most of the padding, and a kill loses at most their time."""

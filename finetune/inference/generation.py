@@ -30,7 +30,7 @@ from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode, read_fast
 from diptych.finetune.inference.generation_config import end_tokens, generation_config, search_settings_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 
 TOKENS_BEFORE_STOP = 16

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
-from diptych.finetune.commands.exits import is_main_rank
+from diptych.finetune.commands.exit_codes import is_main_rank
 from diptych.finetune.model.families import without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 

@@ -36,7 +36,7 @@ from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.inference.prompts import Prompter, prompt_of, template_for
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import position_limit
 from diptych.modeling.pipeline_diptych import DiptychPipeline

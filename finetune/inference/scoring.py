@@ -24,7 +24,7 @@ import torch
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.inference.generation import generate_outputs, in_eval_mode
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
-from diptych.finetune.inference.targets import given_tokens, target_ids
+from diptych.finetune.inference.target_tokens import given_tokens, target_ids
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loss import Seq2SeqObjective
 

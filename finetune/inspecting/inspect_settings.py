@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import EXISTING, OUTPUT
+from diptych.data_prep.pipeline.path_settings import EXISTING, OUTPUT
 from diptych.finetune.commands.model_settings import PromptSettings, check_positive
 
 

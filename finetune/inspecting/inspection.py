@@ -26,7 +26,7 @@ from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.generation import generate_batch
 from diptych.finetune.inference.prompt_files import PromptRow, read_prompts, render_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter
-from diptych.finetune.inference.targets import given_tokens, target_ids
+from diptych.finetune.inference.target_tokens import given_tokens, target_ids
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.inspect_settings import InspectSettings
 from diptych.finetune.inspecting.inspection_page import check_page, write_page

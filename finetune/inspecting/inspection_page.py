@@ -17,11 +17,11 @@ import jinja2
 from markupsafe import Markup
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.report.text_shown import FRAMES as SHARED_FRAMES
-from diptych.data_prep.report.text_shown import prose
-from diptych.finetune.run_files.whole_folders import write_text
+from diptych.data_prep.report.visible_text import TEMPLATES as SHARED_TEMPLATES
+from diptych.data_prep.report.visible_text import prose
+from diptych.finetune.run_files.atomic_folders import write_text
 
-FRAMES = Path(__file__).parent / "frames"
+TEMPLATES = Path(__file__).parent / "templates"
 MARK = '<meta name="generator" content="diptych inspect">'
 """In every page of ours, so that no other file is overwritten."""
 WORST_ROWS = 12
@@ -41,7 +41,7 @@ def write_page(file: Path, facts: Mapping[str, Any]) -> None:
 
 
 def render_page(facts: Mapping[str, Any]) -> str:
-    script = (FRAMES / "inspection.js").read_text(encoding="utf-8")
+    script = (TEMPLATES / "inspection.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = ("source", "decoder", "steps", "lens", "attention", "embeddings", "unread", "given")
     return (
@@ -59,7 +59,7 @@ def render_page(facts: Mapping[str, Any]) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([FRAMES, SHARED_FRAMES]),
+        loader=jinja2.FileSystemLoader([TEMPLATES, SHARED_TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exits import CheckpointError
+from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.families import family_of, input_and_output_tables, vocabulary_tables, without_adapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

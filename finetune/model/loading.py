@@ -45,9 +45,9 @@ from diptych.data_prep.text_to_ids.checkpoint_config import (
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.templates import load_template
 from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
+from diptych.finetune.model.device_speed import training_pace
 from diptych.finetune.model.families import embedding_rows, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.speed import training_pace
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, check_adapter, check_sizes, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")

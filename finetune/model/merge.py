@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import CHECKPOINT, OUTPUT
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, OUTPUT
 from diptych.finetune.commands import cli
 
 
@@ -42,7 +42,7 @@ def merge(settings: MergeSettings) -> Path:
     import torch  # seconds, that --help need not wait for
 
     from diptych.finetune.model.loading import adapter_settings, check_folder, load_checkpoint
-    from diptych.finetune.run_files.whole_folders import write_folder
+    from diptych.finetune.run_files.atomic_folders import write_folder
 
     name, out = os.path.expanduser(settings.adapter), new_folder(settings.out)
     check_folder(name)

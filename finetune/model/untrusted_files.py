@@ -35,7 +35,7 @@ from transformers.utils import cached_file
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.checkpoint_config import LAYERS, config_parts, least_weights
-from diptych.finetune.commands.exits import StorageError
+from diptych.finetune.commands.exit_codes import StorageError
 
 MODEL_WEIGHTS = "model.safetensors"
 INDEX = ".index.json"

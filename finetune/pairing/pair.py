@@ -33,7 +33,7 @@ from diptych.finetune.pairing import pair_report, paired_weights
 from diptych.finetune.pairing.donor_template import DonorPrompt, donor_prompt
 from diptych.finetune.pairing.pair_report import Pair
 from diptych.finetune.pairing.pair_settings import PairSettings
-from diptych.finetune.run_files.whole_folders import write_folder
+from diptych.finetune.run_files.atomic_folders import write_folder
 from diptych.modeling import DiptychForConditionalGeneration
 
 REPORT = "pair.json"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exits import StorageError
+from diptych.finetune.commands.exit_codes import StorageError
 from diptych.finetune.model.donor_llm import Donor
 from diptych.finetune.pairing.pair_settings import PairSettings
 from diptych.finetune.pairing.paired_weights import WeightOrigin, sliding_window, tied_names

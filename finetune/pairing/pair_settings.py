@@ -6,7 +6,7 @@ from typing import Literal
 
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING, OUTPUT
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, EXISTING, OUTPUT
 
 
 @dataclass(frozen=True)

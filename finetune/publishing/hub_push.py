@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exits import HubError
+from diptych.finetune.commands.exit_codes import HubError
 
 ADVICE = {
     401: "Log in with a token that may write: hf auth login",

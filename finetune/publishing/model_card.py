@@ -26,11 +26,12 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.named_splits import kind_of
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.model.loading import load_tokenizer
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.run_files.run_folder import last_training
 from diptych.finetune.training.starting_model import is_named_size
 
-FRAME = Path(__file__).with_name("frames") / "model_card.md.jinja"
+CARD_TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 
 NO_SCORES = {"rows", "sources", "target_tokens", "unfinished", "max_new_tokens", "step", "split"}
 """Figures of an evaluation that say how it was made."""
@@ -78,7 +79,7 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
     evaluated = {kind_of(score.split) for score in facts.scores}
     card = ModelCard.from_template(
         metadata(facts, repo, license, language),
-        template_path=str(FRAME),
+        template_path=str(CARD_TEMPLATE),
         repo=repo,
         name=repo.split("/")[1],
         version=version("diptych"),

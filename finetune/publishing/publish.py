@@ -23,13 +23,13 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.exits import CheckpointError, HubError
+from diptych.finetune.commands.exit_codes import CheckpointError, HubError
 from diptych.finetune.inference.pipelines import TRAVELLING_CODE, travelling_pipeline
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.publishing.hub_push import push, remote_hashes
 from diptych.finetune.publishing.model_card import model_card, read_config
 from diptych.finetune.publishing.publish_settings import PublishSettings
-from diptych.finetune.run_files import whole_folders
+from diptych.finetune.run_files import atomic_folders as whole_folders
 
 ALLOWED = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),

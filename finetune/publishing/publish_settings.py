@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import EXISTING
+from diptych.data_prep.pipeline.path_settings import EXISTING
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
 

@@ -28,8 +28,15 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diptych.finetune.commands.exits import CheckpointError
-from diptych.finetune.run_files.whole_folders import PARTIAL, fault_of, partial_of, read_json, write_folder, write_json
+from diptych.finetune.commands.exit_codes import CheckpointError
+from diptych.finetune.run_files.atomic_folders import (
+    PARTIAL,
+    fault_of,
+    partial_of,
+    read_json,
+    write_folder,
+    write_json,
+)
 
 BEST = "best.json"
 ASIDE = "aside"

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.own_files import take_lock
-from diptych.finetune.commands.exits import BUG, DONE, RANKS, STOPPED, exit_code_of, is_main_rank, message_of
+from diptych.data_prep.command_line.overwrite_checks import take_lock
+from diptych.finetune.commands.exit_codes import BUG, DONE, RANKS, STOPPED, exit_code_of, is_main_rank, message_of
 
 LOCK, STATUS, CONFIG = ".lock", "status.json", "config.yaml"
 STAGES = "stages"

@@ -29,7 +29,7 @@ from diptych.finetune.inference.detokenize import UNKNOWN_ID, text_of
 from diptych.finetune.inference.generation import generate_batch
 from diptych.finetune.inference.generation_config import end_tokens, generation_config
 from diptych.finetune.inference.scoring import output_log_probabilities
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 
 

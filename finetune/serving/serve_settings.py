@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import CHECKPOINT, EXISTING
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, EXISTING
 from diptych.finetune.commands.model_settings import PromptSettings, check_positive
 
 

@@ -9,7 +9,7 @@ from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import languages_note
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
 from diptych.finetune.serving.serve_settings import DemoSettings, ServeSettings

@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exits import RankError, is_main_rank
+from diptych.finetune.commands.exit_codes import RankError, is_main_rank
 from diptych.finetune.commands.ranks import refuse_deepspeed
 from diptych.finetune.training.recipe import TrainRecipe, split_names
 

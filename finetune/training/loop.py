@@ -21,22 +21,22 @@ import torch
 from accelerate.utils import gather_object
 
 from diptych.finetune.batches.padded_rows import StepRows, padded_rows
-from diptych.finetune.commands.exits import DONE, STOPPED, NotFiniteError
+from diptych.finetune.commands.exit_codes import DONE, STOPPED, NotFiniteError
 from diptych.finetune.commands.ranks import end_ranks
-from diptych.finetune.evaluating.best_figure import is_improvement, selected_figure
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
-from diptych.finetune.model.speed import keep_memory
+from diptych.finetune.evaluating.metric_direction import is_improvement, selected_figure
+from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.run_files.checkpoints import whole_tensor
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import Pace, selection_line, train_line, validation_line
+from diptych.finetune.training.gradual_unfreezing import open_encoder
 from diptych.finetune.training.recipe import TrainRecipe, split_names
 from diptych.finetune.training.run import Run
 from diptych.finetune.training.saving import save_checkpoint, write_final
-from diptych.finetune.training.set_up import set_up
+from diptych.finetune.training.set_up_run import set_up
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import peak_memory, profiler
-from diptych.finetune.training.warm_up import open_encoder
 
 ROWS_NAMED = 20
 

@@ -50,7 +50,7 @@ from diptych.finetune.batches.padded_rows import (
 )
 from diptych.finetune.model.families import decoder_start_token, family_of, without_adapter
 from diptych.finetune.model.loss import Seq2SeqObjective
-from diptych.finetune.training.feeding import set_attention
+from diptych.finetune.training.training_batches import set_attention
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from diptych.data_prep.command_line.arguments import given_options, instead_of, parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.places import CHECKPOINT, OUTPUT, PREPARED, START
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, OUTPUT, PREPARED, START
 
 
 @dataclass(frozen=True)

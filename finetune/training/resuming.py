@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import BatchOrder, PreparedData
-from diptych.finetune.commands.exits import CheckpointError, is_main_rank
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.commands.exit_codes import CheckpointError, is_main_rank
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing
 from diptych.finetune.training.recipe import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
 from diptych.finetune.training.run import Progress

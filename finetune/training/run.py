@@ -18,10 +18,10 @@ from diptych.finetune.commands.ranks import Ranks
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import RunLog
-from diptych.finetune.training.feeding import DTYPES
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import TokenCost
+from diptych.finetune.training.training_batches import DTYPES
 
 
 @dataclass

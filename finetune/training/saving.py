@@ -14,9 +14,10 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.finetune.commands.exits import CheckpointError
+from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.adapters import adapter_weights, save_adapter
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.training.run import Run
 

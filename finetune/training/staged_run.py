@@ -24,7 +24,7 @@ import yaml
 
 from diptych.data_prep.command_line.arguments import instead_of, parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exits import DONE, STOPPED, is_main_rank
+from diptych.finetune.commands.exit_codes import DONE, STOPPED, is_main_rank
 from diptych.finetune.run_files.run_folder import CONFIG, STAGES, Status, claimed, holds_nothing, read_status
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
@@ -41,7 +41,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
             "resume names a checkpoint, and the run has stages. Give true, or train the stage's own recipe."
         )
     # torch takes seconds to import: mistakes in the stages are told before
-    from diptych.finetune.run_files import whole_folders
+    from diptych.finetune.run_files import atomic_folders as whole_folders
     from diptych.finetune.training.loop import run
     from diptych.finetune.training.resuming import (
         check_resumes,

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import psutil
 
-from diptych.finetune.commands.exits import Stopped
+from diptych.finetune.commands.exit_codes import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "deepspeed")

@@ -14,7 +14,7 @@ from datatrove.executor import LocalPipelineExecutor
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.datatrove_rows import rows_step
-from diptych.data_prep.pipeline.parts import part_path, write_part
+from diptych.data_prep.pipeline.parallel_parts import part_path, write_part
 from diptych.data_prep.prepare import main
 
 COUNTS = ("rows", "rejected_by_kind", "first_rejected", "splits", "groups", "conflicts", "tokens", "packing", "inputs")

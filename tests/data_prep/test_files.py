@@ -16,7 +16,7 @@ import xxhash
 import zstandard
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.files import DEFAULT_LIMITS, Limits, find_files
+from diptych.data_prep.reading.find_files import DEFAULT_LIMITS, Limits, find_files
 from diptych.data_prep.reading.sources import open_sources
 from diptych.data_prep.rows.records import Reject
 

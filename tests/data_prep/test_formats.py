@@ -16,7 +16,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.sources import SAMPLES_FOLDER
 from diptych.data_prep.rows.conversations import MAX_TURNS
 from diptych.data_prep.rows.convert_rows import Converter, Directions
-from diptych.data_prep.rows.formats import FORMATS
+from diptych.data_prep.rows.format_table import FORMATS
 from diptych.data_prep.rows.recognise_format import (
     converter_for,
     named,

@@ -31,10 +31,10 @@ import pyarrow.parquet
 import zstandard
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.gather import gather
-from diptych.data_prep.pipeline.inputs import Inputs, make_converter, make_stages
+from diptych.data_prep.pipeline.gather_rows import gather
+from diptych.data_prep.pipeline.prepare_inputs import Inputs, make_converter, make_stages
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
-from diptych.data_prep.reading.files import Limits
+from diptych.data_prep.reading.find_files import Limits
 from diptych.data_prep.reading.sources import open_sources
 from diptych.data_prep.rows.records import Reject, Rejects, Row
 from diptych.data_prep.text_to_ids.templates import TEMPLATES

@@ -9,8 +9,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from diptych.data_prep.prepare import main
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
-from diptych.data_prep.text_to_ids.lossy_text import LOOKED_AT, Loss, kinds_lost, source_losses, target_losses
 from diptych.data_prep.text_to_ids.rendered_text import Rendered
+from diptych.data_prep.text_to_ids.tokenizer_losses import LOOKED_AT, Loss, kinds_lost, source_losses, target_losses
 
 CODE = "if 나:\n    나는 학생이다."
 FORMS = "forms of characters (Unicode's NFKC)"

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.files import DEFAULT_LIMITS, Limits
+from diptych.data_prep.reading.find_files import DEFAULT_LIMITS, Limits
 from diptych.data_prep.reading.sources import SAMPLES, SAMPLES_FOLDER, open_evaluation, open_sources
 from diptych.data_prep.rows.records import Reject, Row
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy
 import pytest
 
-from diptych.data_prep.report.facts import histogram, padded_fill
-from diptych.data_prep.report.page import render_page, write_report
-from diptych.data_prep.report.text_shown import HIDDEN, token_chips
+from diptych.data_prep.report.report_facts import histogram, padded_fill
+from diptych.data_prep.report.report_page import render_page, write_report
+from diptych.data_prep.report.visible_text import HIDDEN, token_chips
 from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 
 LOST = {"line breaks of the target": {"examples": 4, "such as": "a.tsv:3: two lines"}}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.records import Origin, Record
-from diptych.data_prep.text_to_ids import sandbox
+from diptych.data_prep.text_to_ids import template_sandbox as sandbox
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, learn_new_tokens
 from diptych.data_prep.text_to_ids.rendered_text import Rendered
 from diptych.data_prep.text_to_ids.templates import (

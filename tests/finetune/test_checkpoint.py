@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exits import CheckpointError
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.commands.exit_codes import CheckpointError
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 
 
 def write(folder, step: int, text: str = "weights"):

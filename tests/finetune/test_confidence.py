@@ -9,7 +9,7 @@ import pytest
 import sacrebleu
 from sacrebleu.significance import PairedTest
 
-from diptych.finetune.evaluating.confidence import bootstrap_intervals, paired_tests
+from diptych.finetune.evaluating.confidence_intervals import bootstrap_intervals, paired_tests
 from diptych.finetune.evaluating.metrics import METRICS, count_texts, mean_percentages, score_texts
 
 WORDS = "the a cat dog house student good bad sits runs on in at school mat".split()

@@ -10,7 +10,7 @@ import yaml
 
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.other_names import HERE, other_name
+from diptych.data_prep.command_line.option_synonyms import HERE, other_name
 from diptych.finetune.commands import cli
 from diptych.finetune.train import main
 from diptych.finetune.training import recipe as config

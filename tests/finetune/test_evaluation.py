@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import Template, attach_template
 from diptych.finetune.batches.padded_rows import padded_rows
-from diptych.finetune.commands.exits import NOT_FINITE, NotFiniteError
+from diptych.finetune.commands.exit_codes import NOT_FINITE, NotFiniteError
 from diptych.finetune.evaluating import evaluate_split as evaluation
-from diptych.finetune.evaluating.best_figure import is_improvement, selectable_figures
-from diptych.finetune.evaluating.confidence import bootstrap_intervals
+from diptych.finetune.evaluating.confidence_intervals import bootstrap_intervals
 from diptych.finetune.evaluating.evaluate_rows import cap_from_targets, draw, evaluate_rows, row_losses
 from diptych.finetune.evaluating.evaluation_report import data_identity, format_table
+from diptych.finetune.evaluating.metric_direction import is_improvement, selectable_figures
 from diptych.finetune.evaluating.metrics import METRICS, compute_metrics
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.model.loaded_model import LoadedModel

@@ -28,11 +28,11 @@ from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.generation_config import MODEL_SETTINGS
 from diptych.finetune.inference.outputs import Output
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.families import decoder_start_token
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import EXPORT_FILE, load_checkpoint, position_limit
-from diptych.finetune.run_files.whole_folders import fault_of, read_json, write_json
+from diptych.finetune.run_files.atomic_folders import fault_of, read_json, write_json
 from diptych.modeling import DiptychConfig
 
 SOURCES = ["Go.", "He is my friend, and a good one.", "나는 학생이다. " * 5]

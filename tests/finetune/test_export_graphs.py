@@ -21,7 +21,7 @@ from diptych.finetune.exporting.export_graphs import (
 )
 from diptych.finetune.exporting.export_proof import GreedyRules
 from diptych.finetune.model.loading import EXPORT_FILE, load_tokenizer
-from diptych.finetune.run_files.whole_folders import fault_of, read_json
+from diptych.finetune.run_files.atomic_folders import fault_of, read_json
 from diptych.modeling import DiptychConfig
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0}

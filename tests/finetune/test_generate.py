@@ -17,7 +17,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template
 from diptych.finetune.doctor.doctor_checks import Patient, cache
 from diptych.finetune.evaluating import evaluate_split as evaluation
-from diptych.finetune.inference import generate
+from diptych.finetune.inference import generate_command as generate
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import StopStrings, generate_outputs, pad_sources

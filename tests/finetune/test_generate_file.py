@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from diptych.finetune.inference import generate
+from diptych.finetune.inference import generate_command as generate
 from diptych.finetune.inference.generate_file import CHUNK_BATCHES
 from diptych.finetune.inference.prompt_files import read_prompts
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training.gradual_unfreezing import lookahead_at, train_cross_attention_alone
 from diptych.finetune.training.recipe import TrainRecipe
-from diptych.finetune.training.warm_up import lookahead_at, train_cross_attention_alone
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import _http
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exits import HubError
+from diptych.finetune.commands.exit_codes import HubError
 from diptych.finetune.publishing.hub_push import push, remote_hashes
 
 REPO = "me/translate"

@@ -33,14 +33,14 @@ from diptych.finetune.evaluating.evaluate_rows import DIRECTION_COLUMNS
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.publishing.model_card import model_card
-from diptych.finetune.serving.demo import Asked, Contestant, answer_all, build_page
 from diptych.finetune.serving.request_batches import Engine
 from diptych.finetune.serving.serve_settings import DemoSettings
 from diptych.finetune.serving.served_model import load_served
+from diptych.finetune.serving.web_demo import Asked, Contestant, answer_all, build_page
 from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 PAIRS = [

@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, UMT5Config
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import pad_batch
-from diptych.finetune.commands.exits import CheckpointError
+from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model import adapters as lora
 from diptych.finetune.model.adapters import (
     ADAPTER_WEIGHTS,

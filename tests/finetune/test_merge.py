@@ -14,9 +14,9 @@ from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.finetune.commands.cli import main
 from diptych.finetune.model.families import input_and_output_tables
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.run_files.whole_folders import fault_of
+from diptych.finetune.run_files.atomic_folders import fault_of
 from diptych.finetune.train import run_recipe
-from diptych.finetune.training import set_up
+from diptych.finetune.training import set_up_run as set_up
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.throughput import compile_layers

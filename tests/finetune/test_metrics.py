@@ -13,7 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.evaluating.best_figure import is_improvement
+from diptych.finetune.evaluating.metric_direction import is_improvement
 from diptych.finetune.evaluating.metrics import (
     METRICS,
     TextMetric,

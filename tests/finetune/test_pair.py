@@ -26,7 +26,7 @@ from transformers import (
 from diptych.finetune.commands.cli import main
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.pairing.pair import REPORT
-from diptych.finetune.run_files.whole_folders import fault_of
+from diptych.finetune.run_files.atomic_folders import fault_of
 
 CHAT = (
     "{% for message in messages %}<|turn|>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"

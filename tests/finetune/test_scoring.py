@@ -7,7 +7,7 @@ import sacrebleu
 import torch
 
 from diptych.data_prep.text_to_ids.templates import Template
-from diptych.finetune.inference import generate
+from diptych.finetune.inference import generate_command as generate
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.scoring import (
     EPSILON_SAMPLING,

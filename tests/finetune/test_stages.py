@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.cli import main as diptych
-from diptych.finetune.commands.exits import DONE, STOPPED, Stopped
+from diptych.finetune.commands.exit_codes import DONE, STOPPED, Stopped
+from diptych.finetune.run_files.atomic_folders import fault_of
 from diptych.finetune.run_files.run_folder import read_status
-from diptych.finetune.run_files.whole_folders import fault_of
 from diptych.finetune.train import run_recipe
-from diptych.finetune.training import feeding, loop
+from diptych.finetune.training import loop
+from diptych.finetune.training import training_batches as feeding
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.stop_signals import StopRequest

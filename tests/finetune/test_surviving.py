@@ -18,8 +18,9 @@ from torture import DEADLINE, Case, Torture, differences_of
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepared_folder import beside
-from diptych.finetune.commands.exits import StorageError
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.commands.exit_codes import StorageError
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.run_files.run_folder import claimed, read_status
 
 ALONE, TOGETHER = Case(1, "full", packed=True), Case(2, "full", packed=True)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torture import CASES, DEADLINE, Case, Tally, Torture, differences_of, table
 
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,14 @@ from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.adapters import add_adapter
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import main, run_recipe
-from diptych.finetune.training import feeding, loop
+from diptych.finetune.training import loop
+from diptych.finetune.training import training_batches as feeding
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
-from diptych.finetune.training.set_up import make_optimizer
+from diptych.finetune.training.set_up_run import make_optimizer
 
 FAMILIES = ["diptych", "t5", "mt5", "bart", "m2m_100", "t5gemma"]
 
@@ -438,8 +440,8 @@ def test_auto_takes_the_faster_precision_and_a_run_keeps_it_on_another_machine(
 RANKS_THAT_DIFFER = """
 import os, sys, torch, yaml
 from pathlib import Path
-from diptych.finetune.training import feeding
-from diptych.finetune.training.set_up import Status, StopRequest, TrainRecipe, set_up
+from diptych.finetune.training import training_batches as feeding
+from diptych.finetune.training.set_up_run import Status, StopRequest, TrainRecipe, set_up
 
 rank = int(os.environ["RANK"])
 feeding.training_pace = lambda device, dtype: 2 - rank if dtype == torch.bfloat16 else 1.5

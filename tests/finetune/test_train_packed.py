@@ -22,9 +22,11 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import main, run_recipe
-from diptych.finetune.training import loop, set_up
+from diptych.finetune.training import loop
+from diptych.finetune.training import set_up_run as set_up
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.throughput import compile_layers
@@ -189,7 +191,7 @@ from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.batches.packed_rows import PackedRows, Packing
-from diptych.finetune.training.set_up import set_up
+from diptych.finetune.training.set_up_run import set_up
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.loop import add_up_gradients
 from diptych.finetune.commands.ranks import end_ranks

@@ -30,7 +30,8 @@ from nursery import Nursery, Process
 
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
-from diptych.finetune.run_files import checkpoints, whole_folders
+from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import checkpoints
 
 DEADLINE = 120.0
 """Seconds in which a run of a few steps ends, on a busy machine."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from diptych.data_prep.report.text_shown import FRAMES, prose, shortened, token_markup, visible
+from diptych.data_prep.report.visible_text import TEMPLATES, prose, shortened, token_markup, visible
 
 PAGE = "report.html.jinja"
 
@@ -37,7 +37,7 @@ def write_report(folder: Path, facts: Mapping[str, Any]) -> None:
 def render_page(facts: Mapping[str, Any]) -> str:
     """The text of report.html. All values are escaped, and their invisible characters shown by number."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FRAMES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         finalize=lambda value: visible(shortened(value)) if type(value) is str else value,
         trim_blocks=True,

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FRAMES = Path(__file__).parent / "frames"
+TEMPLATES = Path(__file__).parent / "templates"
 """Templates of pages; all use page.css."""
 
 LONGEST_TEXT = 2_000

@@ -34,16 +34,16 @@ from diptych.finetune.batches.padded_rows import (
     load_prepared,
 )
 from diptych.finetune.commands.ranks import Ranks, on_main_rank
-from diptych.finetune.evaluating.best_figure import selectable_figures
+from diptych.finetune.evaluating.metric_direction import selectable_figures
 from diptych.finetune.model.families import vocabulary_tables, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
-from diptych.finetune.run_files import whole_folders
+from diptych.finetune.run_files import atomic_folders as whole_folders
 from diptych.finetune.run_files.run_folder import CONFIG, Status
 from diptych.finetune.run_files.run_log import RunLog
 from diptych.finetune.training.distillation import DistilledObjective, load_teacher
-from diptych.finetune.training.feeding import DTYPES, check_precision, resolve_precision, set_attention, training_rows
+from diptych.finetune.training.gradual_unfreezing import close_encoder, train_cross_attention_alone
 from diptych.finetune.training.launch import meet
 from diptych.finetune.training.recipe import TrainRecipe, split_names
 from diptych.finetune.training.resuming import (
@@ -61,7 +61,13 @@ from diptych.finetune.training.sharding import spread
 from diptych.finetune.training.starting_model import starting_model
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import compile_layers, cost_per_token, matmul_peak
-from diptych.finetune.training.warm_up import close_encoder, train_cross_attention_alone
+from diptych.finetune.training.training_batches import (
+    DTYPES,
+    check_precision,
+    resolve_precision,
+    set_attention,
+    training_rows,
+)
 
 
 def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:

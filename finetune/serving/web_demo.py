@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.report.text_shown import token_markup
+from diptych.data_prep.report.visible_text import token_markup
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
@@ -36,7 +36,7 @@ from diptych.finetune.serving.served_model import ServedModel, load_served
 
 INSTALL = "pip install 'diptych[gradio]'"
 USER = "diptych"
-FRAMES = Path(__file__).parent / "frames"
+TEMPLATES = Path(__file__).parent / "templates"
 MOST_MAP_TOKENS = 160
 """Of source and answer; a larger map cannot be read."""
 MOST_EXAMPLES = 12
@@ -286,7 +286,7 @@ def _serve(settings: DemoSettings) -> int:
         path="/",
         auth=None if password is None else [(USER, password)],
         theme=gradio.themes.Default(primary_hue="orange", secondary_hue="cyan", neutral_hue="stone", **fonts),
-        css=(FRAMES / "demo.css").read_text(encoding="utf-8"),
+        css=(TEMPLATES / "demo.css").read_text(encoding="utf-8"),
         footer_links=[],
         ssr_mode=False,
         enable_monitoring=False,

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.run_command import STORAGE_ERRORS
-from diptych.finetune.commands.exits import StorageError
+from diptych.finetune.commands.exit_codes import StorageError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".diptych-partial"

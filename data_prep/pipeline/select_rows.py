@@ -22,7 +22,7 @@ from diptych.data_prep.cleaning.duplicates import compared_text, conflicts, exac
 from diptych.data_prep.cleaning.mixture import Mixture, mix
 from diptych.data_prep.cleaning.splits import found_in, row_keys, split_rows
 from diptych.data_prep.command_line.errors import UserError, counted
-from diptych.data_prep.pipeline.gather import Gathered
+from diptych.data_prep.pipeline.gather_rows import Gathered
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings, fraction_of
 from diptych.data_prep.pipeline.row_stages import origin_of
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_of, splits_of

@@ -17,18 +17,18 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.pipeline.dataset_tables import PackingPlan, direction_counts, token_counts
-from diptych.data_prep.pipeline.gather import Gathered
-from diptych.data_prep.pipeline.inputs import Inputs
+from diptych.data_prep.pipeline.gather_rows import Gathered
+from diptych.data_prep.pipeline.prepare_inputs import Inputs
 from diptych.data_prep.pipeline.prepared_folder import code_version
 from diptych.data_prep.pipeline.row_stages import Counts, Stages
-from diptych.data_prep.pipeline.selection import ALSO_HELD_OUT, REMOVED, Selection
-from diptych.data_prep.report.summary import (
+from diptych.data_prep.pipeline.select_rows import ALSO_HELD_OUT, REMOVED, Selection
+from diptych.data_prep.report.printed_summary import (
     cut_off_warnings,
     own_sets_warnings,
     packing_warnings,
     usage_warnings,
 )
-from diptych.data_prep.report.text_shown import token_chips
+from diptych.data_prep.report.visible_text import token_chips
 from diptych.data_prep.rows.named_splits import KINDS
 from diptych.data_prep.rows.records import Rejects
 from diptych.data_prep.text_to_ids.decoder_start import split_start

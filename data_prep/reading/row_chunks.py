@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from diptych.data_prep.reading.files import Limits
+from diptych.data_prep.reading.find_files import Limits
 from diptych.data_prep.reading.text_encoding import bad_byte
 from diptych.data_prep.rows.records import Origin, Reject, Row
 

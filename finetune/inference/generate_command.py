@@ -24,9 +24,9 @@ from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, che
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.inference.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter
-from diptych.finetune.inference.targets import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens
+from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loading import pick_device
-from diptych.finetune.model.speed import keep_memory
 
 
 def run(settings: GenerateSettings) -> int:

@@ -23,7 +23,7 @@ from diptych.data_prep.cleaning.filters import LanguageFilter
 from diptych.data_prep.cleaning.mixture import check_mixture
 from diptych.data_prep.cleaning.sensitive import secret_detectors
 from diptych.data_prep.command_line.errors import UserError, counted
-from diptych.data_prep.pipeline.gather import first_rows
+from diptych.data_prep.pipeline.gather_rows import first_rows
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import code_version, tokenizer_digest
 from diptych.data_prep.pipeline.row_stages import LOSSY, Check, Stages

@@ -23,10 +23,10 @@ from diptych.finetune.batches.packed_rows import (
     load_packed,
 )
 from diptych.finetune.batches.padded_rows import PaddedRows, PreparedData, padded_rows
+from diptych.finetune.model.device_speed import training_pace
 from diptych.finetune.model.families import family_of, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.packed_attention import VARLEN, register_varlen
-from diptych.finetune.model.speed import training_pace
 from diptych.finetune.training.recipe import TrainRecipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
