@@ -3,9 +3,9 @@
     diptych prepare --data my.jsonl --tokenizer path/to/checkpoint --out prepared
     diptych prepare --data tatoeba --template translate --train_tokenizer bpe --vocab_size 4000 --out prepared
 
-The steps: recognise the formats; read, check, render and encode each row (row_stages.py, gather.py); leave out
-duplicates, split, mix (selection.py); pack; write the tables, the report and the manifest. A tokenizer that is trained
-here learns from the train split, so encoding is then a pass of its own. A second run with the same inputs, settings
+The steps: recognise the formats; read, check, render and encode each row (row_stages.py, gather_rows.py); leave out
+duplicates, split, mix (select_rows.py); pack; write the tables, the report and the manifest. A tokenizer that is
+trained here learns from the train split, so encoding is then a pass of its own. A second run with the same inputs, settings
 and code finds its result and ends.
 
 Exit codes: 0 when a dataset was written or is used again; 2 with one message when a person has to mend something.

@@ -1,7 +1,7 @@
 """The row stages in tasks that may run anywhere: each task writes a file, and the files are merged in order.
 
     write_part(job, folder, 2, tasks=4)     → folder/part-00002-of-00004.arrow, whole or not at all
-    merged(job, folder)                     → the batches of all four in the order of the data, for gather.py
+    merged(job, folder)                     → the batches of all four in the order of the data, for gather_rows.py
 
 A part is an Arrow stream with one batch for each chunk of its task. The number of the chunk, its rejects and counts
 are JSON beside the batch. The last batch is empty and tells how many chunks each source had. So a part that is

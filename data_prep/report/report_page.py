@@ -1,4 +1,4 @@
-"""What a preparation did, as a page to look at: the facts of facts.py in; report.html and report.json out.
+"""What a preparation did, as a page to look at: the facts of report_facts.py in; report.html and report.json out.
 
 The page is one file without a script. It asks nothing of any network, and its Content-Security-Policy forbids it to;
 texts of rows are escaped, and characters that are invisible or change the writing direction are shown by their number

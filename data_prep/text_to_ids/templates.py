@@ -23,7 +23,7 @@ token in the template's own text, such as `<extra_id_0>`, is that token (rendere
 
 The template travels with the tokenizer, inside tokenizer_config.json, together with examples of what it gives, to the
 token (`golden`). Loading checks that it still gives the same. Such a file may come from a stranger, so templates run
-in sandbox.py.
+in template_sandbox.py.
 """
 
 from __future__ import annotations

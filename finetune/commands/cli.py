@@ -3,7 +3,7 @@
     diptych prepare …     diptych train …     diptych evaluate …     diptych generate …     diptych doctor …
 
 Files of settings import nothing heavy. The module that does the work is imported after the settings were found to be
-good, so that --help and mistakes are answered in a fraction of a second. Exit codes are those of exits.py.
+good, so that --help and mistakes are answered in a fraction of a second. Exit codes are those of exit_codes.py.
 """
 
 import importlib

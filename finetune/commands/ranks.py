@@ -7,7 +7,7 @@
 
 A rank that dies closes its connections, which the others notice at once (gloo) or when the launcher ends them. For one
 that hangs, the others wait `rank_timeout` seconds. On GPUs torch would then abort the process, so a thread of our own
-ends it, with the exit code of exits.py.
+ends it, with the exit code of exit_codes.py.
 """
 
 import gc

@@ -79,7 +79,7 @@ class Evaluation(NamedTuple):
     predictions: list[Prediction]
     """One for each different source, in the order of their first rows; empty without metrics."""
     statistics: dict[str, Statistics]
-    """Counts per source, from which confidence.py makes intervals."""
+    """Counts per source, from which confidence_intervals.py makes intervals."""
     directions: dict[str, dict[str, float]] = {}
     """The figures of each direction if rows have several: one BLEU over two languages says little."""
 

@@ -12,8 +12,8 @@ for English: rouge-score drops every letter outside a-z, and BLEU over Korean wo
 word. `superni_rougeL` alone keeps the defaults, so that it is comparable with published results of
 Super-NaturalInstructions.
 
-A metric first counts per prediction (`Statistics`), and its figures follow from the sums. So confidence.py computes
-the figures of a thousand resamples without reading a text again.
+A metric first counts per prediction (`Statistics`), and its figures follow from the sums. So confidence_intervals.py
+computes the figures of a thousand resamples without reading a text again.
 """
 
 import math

@@ -4,7 +4,7 @@
                                   optimizer.safetensors  AdamW's two means of every weight, by name
                                   state.json             step, place in the data, sums since the last log line
                                   rng.json               random states of python, numpy and torch, of every rank
-                                  manifest.json          size and hash of each file above: see whole_folders.py
+                                  manifest.json          size and hash of each file above: see atomic_folders.py
     run/checkpoints/best.json     which one is the best, by what
     run/checkpoints/aside/        what was newer when a run was taken back to an earlier one
 

@@ -7,7 +7,7 @@
         status.end(0)
 
     runs/a/.lock         locked by the process that trains; the lock of a killed process is free
-    runs/a/status.json   {"state": "running", "exit_code": null, "step": 200, …}; exit codes are those of exits.py
+    runs/a/status.json   {"state": "running", "exit_code": null, "step": 200, …}; exit codes are those of exit_codes.py
 
 torch is not imported here, so that a folder in use is refused at once.
 """

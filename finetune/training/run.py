@@ -1,4 +1,4 @@
-"""What the training loop works with: one value, made by set_up.py, that travels whole."""
+"""What the training loop works with: one value, made by set_up_run.py, that travels whole."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
