@@ -5,8 +5,8 @@
 
 The steps: recognise the formats; read, check, render and encode each row (row_stages.py, gather_rows.py); leave out
 duplicates, split, mix (select_rows.py); pack; write the tables, the report and the manifest. A tokenizer that is
-trained here learns from the train split, so encoding is then a pass of its own. A second run with the same inputs, settings
-and code finds its result and ends.
+trained here learns from the train split, so encoding is then a pass of its own. A second run with the same inputs,
+settings and code finds its result and ends.
 
 Exit codes: 0 when a dataset was written or is used again; 2 with one message when a person has to mend something.
 """

@@ -1,7 +1,8 @@
 """`diptych evaluate MODEL --data prepared --split test --out report.json`: evaluates one split, or all test sets.
 
 It prints a table of figures with their intervals (confidence_intervals.py) and writes a report
-(evaluation_report.py), one per test set. Every row counts once, in order: the same model, data and machine give the same figures.
+(evaluation_report.py), one per test set. Every row counts once, in order: the same model, data and machine give the
+same figures.
 Several ranks: `torchrun … -m diptych.finetune.evaluation` (on CPUs with ACCELERATE_USE_CPU=true).
 """
 
