@@ -26,8 +26,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.named_splits import kind_of
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.model.loading import load_tokenizer
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.run_folder import last_training
 from diptych.finetune.training.starting_model import is_named_size
 
@@ -118,12 +117,12 @@ def read_facts(run: Path, files: Mapping[str, Path | bytes]) -> Facts:
 def trained_steps(run: Path) -> tuple[int | None, list[Any]]:
     """The step whose checkpoint is the final model, and the values by which resuming knows that run's data and model
     (resuming.py); None, [] if that checkpoint is gone."""
-    final = whole_folders.read_json(run / "final" / whole_folders.MANIFEST)
+    final = atomic_folders.read_json(run / "final" / atomic_folders.MANIFEST)
     for path in reversed(checkpoints.complete_checkpoints(run / "checkpoints")):
-        entries = whole_folders.read_json(path / whole_folders.MANIFEST)
+        entries = atomic_folders.read_json(path / atomic_folders.MANIFEST)
         model = {name.removeprefix("model/"): entry for name, entry in entries.items() if name.startswith("model/")}
         if model == final:
-            known = whole_folders.read_json(path / "state.json")["run"]
+            known = atomic_folders.read_json(path / "state.json")["run"]
             return checkpoints.checkpoint_step(path), list(known.values())
     return None, []
 
@@ -135,9 +134,9 @@ def prepared_manifest(data: str, hashes: list[Any], run: Path) -> tuple[dict[str
     run; the hash tells whether it is what was trained on.
     """
     for folder in (Path(), *run.resolve().parents):
-        file = folder / data / whole_folders.MANIFEST
+        file = folder / data / atomic_folders.MANIFEST
         fingerprint = sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-        if fingerprint and fingerprint in hashes and "inputs" in (manifest := whole_folders.read_json(file)):
+        if fingerprint and fingerprint in hashes and "inputs" in (manifest := atomic_folders.read_json(file)):
             return manifest, fingerprint
     return None, ""
 
@@ -164,7 +163,7 @@ def report_scores(run: Path) -> list[CardScore]:
     scores = []
     for file in sorted(run.glob("*.json")):
         try:
-            report = whole_folders.read_json(file)
+            report = atomic_folders.read_json(file)
         except ValueError as error:
             raise UserError(
                 f"{file} may be a report, and is no JSON: {error}. Mend it or move it elsewhere."
@@ -172,7 +171,7 @@ def report_scores(run: Path) -> list[CardScore]:
         if not isinstance(report, dict) or not {"figures", "settings"} <= report.keys():
             continue  # status.json, and whatever else lies there
         settings, figures = report["settings"], report["figures"]
-        if report.get("model") != whole_folders.read_json(run / "final" / whole_folders.MANIFEST):
+        if report.get("model") != atomic_folders.read_json(run / "final" / atomic_folders.MANIFEST):
             raise UserError(
                 f"{file} is a report on {settings['model']}, and not on what is now in {run / 'final'}. Move it "
                 f"elsewhere, or evaluate again: diptych evaluate {run / 'final'} --data {settings['data']} --split "

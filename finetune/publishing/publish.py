@@ -29,7 +29,7 @@ from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.publishing.hub_push import push, remote_hashes
 from diptych.finetune.publishing.model_card import model_card, read_config
 from diptych.finetune.publishing.publish_settings import PublishSettings
-from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import atomic_folders
 
 ALLOWED = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
@@ -94,7 +94,7 @@ def publication(settings: PublishSettings) -> Publication:
         changed.append(_add_pipeline(files, final))
     files[CARD] = model_card(run, settings.to, files, settings.license, settings.language).encode()
     check_private(files, run)
-    left_out = [name for name in present if name not in files and name != whole_folders.MANIFEST]
+    left_out = [name for name in present if name not in files and name != atomic_folders.MANIFEST]
     return Publication(files, left_out, changed)
 
 
@@ -116,21 +116,22 @@ def check_measured(final: Path, names: Sequence[str]) -> None:
         f"Move it away, and take it from its checkpoint again: diptych train --config {final.parent / 'config.yaml'} "
         f"--resume true"
     )
-    if fault := whole_folders.fault_of(final):
+    if fault := atomic_folders.fault_of(final):
         raise CheckpointError(f"{final} is not what was measured: {fault}. {again}")
-    recorded = whole_folders.read_json(final / whole_folders.MANIFEST)
+    recorded = atomic_folders.read_json(final / atomic_folders.MANIFEST)
     for name in names:
         if (final / name).is_symlink() or not (final / name).is_file():
             raise CheckpointError(f"{final / name} is a link or a folder, and training wrote a file. {again}")
         if name not in recorded:
             raise CheckpointError(
-                f"{final / name} was not written by training: {whole_folders.MANIFEST} does not name it. Move it away."
+                f"{final / name} was not written by training: {atomic_folders.MANIFEST} does not name it. Move it away"
+                "."
             )
 
 
 def _without_local_paths(files: dict[str, Path | bytes], name: str, settings: PublishSettings) -> list[str]:
     """Replaces a config in `files` that names local paths; returns in words what has changed."""
-    config = whole_folders.read_json(files[name])
+    config = atomic_folders.read_json(files[name])
     changed = []
     if name == "adapter_config.json" and (base := public_base(config["base_model_name_or_path"], settings)):
         config["base_model_name_or_path"] = base
@@ -243,7 +244,7 @@ def run(settings: PublishSettings) -> int:
 
 def check_base(api: HfApi, settings: PublishSettings) -> None:
     """UserError unless the base on the Hub has the weights of the folder that the adapter was trained on."""
-    adapter = whole_folders.read_json(Path(settings.run).expanduser() / "final" / "adapter_config.json")
+    adapter = atomic_folders.read_json(Path(settings.run).expanduser() / "final" / "adapter_config.json")
     folder = Path(adapter["base_model_name_or_path"])
     files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import BatchOrder, PreparedData
 from diptych.finetune.commands.exit_codes import CheckpointError, is_main_rank
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing
 from diptych.finetune.training.recipe import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
 from diptych.finetune.training.run import Progress
@@ -131,7 +130,7 @@ def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) 
         return SavedState(Progress(), {}, {})
     file = saved / "state.json"
     try:
-        state = whole_folders.read_json(file)
+        state = atomic_folders.read_json(file)
         before, written, scaler = dict(state["run"]), dict(state["written"]), dict(state["scaler"])
         progress = Progress(**state["progress"])
         if missing := asdict(progress).keys() - state["progress"].keys():

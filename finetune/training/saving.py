@@ -16,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.adapters import adapter_weights, save_adapter
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.training.run import Run
 
@@ -40,17 +39,17 @@ def save_checkpoint(run: Run) -> None:
         def write(partial: Path) -> None:
             save_model(run.model, run.loaded.tokenizer, partial / "model", weights)
             save_file(states, partial / "optimizer.safetensors")
-            whole_folders.write_json(partial / "rng.json", random_states)
+            atomic_folders.write_json(partial / "rng.json", random_states)
             state = {
                 "progress": asdict(progress),
                 "run": run.facts,
                 "written": run.log.bytes_written(),
                 "scaler": run.scaler.state_dict(),
             }
-            whole_folders.write_json(partial / "state.json", state)
+            atomic_folders.write_json(partial / "state.json", state)
 
         if is_writer:
-            if not path.is_dir() or whole_folders.fault_of(path):
+            if not path.is_dir() or atomic_folders.fault_of(path):
                 bytes_needed = int(ROOM * (_bytes(weights) + _bytes(states))) + SMALL_FILES
                 checkpoints.write_checkpoint(path, write, bytes_needed)
             if progress.best_step is not None:
@@ -69,7 +68,7 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
 def restore(run: Run, saved: Path) -> None:
     """Optimizer and random states."""
     checkpoints.load_optimizer(saved / "optimizer.safetensors", run.optimizer, run.weight_names)
-    random_states = whole_folders.read_json(saved / "rng.json")
+    random_states = atomic_folders.read_json(saved / "rng.json")
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     try:
         if rank < len(random_states):
@@ -113,7 +112,7 @@ def write_final(run: Run) -> None:
     with run.ranks.waiting_for("the final model"):
         if run.accelerator.is_main_process:
             checkpoints.check_checkpoint(chosen)
-            whole_folders.copy_folder(chosen / "model", run.folder / "final")
+            atomic_folders.copy_folder(chosen / "model", run.folder / "final")
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
         run.accelerator.wait_for_everyone()
     which = f"the best by {run.recipe.best_metric}" if best else "the last"

@@ -39,7 +39,7 @@ from diptych.finetune.model.families import vocabulary_tables, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
-from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import atomic_folders
 from diptych.finetune.run_files.run_folder import CONFIG, Status
 from diptych.finetune.run_files.run_log import RunLog
 from diptych.finetune.training.distillation import DistilledObjective, load_teacher
@@ -108,7 +108,7 @@ def make_run(
     state = saved_state(recipe, saved, facts)
     total_steps = recipe.max_steps or recipe.epochs * order.steps_per_epoch
     if state.progress.step < total_steps:
-        whole_folders.check_own(folder / "final")  # which would be replaced at the end
+        atomic_folders.check_own(folder / "final")  # which would be replaced at the end
     accelerator.wait_for_everyone()  # all ranks have looked at the folder; now it may change
     if accelerator.is_main_process:
         begin_folder(recipe, folder, saved)
@@ -261,7 +261,7 @@ def begin_folder(recipe: TrainRecipe, folder: Path, saved: Path | None) -> None:
     """Writes config.yaml before any other file: even a run that was killed early can be told by it."""
     if (folder / CONFIG).is_file():
         say_changes(recipe, folder)
-    whole_folders.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+    atomic_folders.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
     if saved:
         take_back(recipe, folder, saved)
 

@@ -41,7 +41,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
             "resume names a checkpoint, and the run has stages. Give true, or train the stage's own recipe."
         )
     # torch takes seconds to import: mistakes in the stages are told before
-    from diptych.finetune.run_files import atomic_folders as whole_folders
+    from diptych.finetune.run_files import atomic_folders
     from diptych.finetune.training.loop import run
     from diptych.finetune.training.resuming import (
         check_resumes,
@@ -56,10 +56,10 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
     if is_main_rank():  # another rank may come so late that it finds what this one has written
         if not holds_nothing(out):
             check_resumes(recipe, out)
-        whole_folders.write_text(out / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+        atomic_folders.write_text(out / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
     status.begin()
     if not all(_has_ended(Path(stage.out)) for _, stage in stages):
-        whole_folders.check_own(out / "final")
+        atomic_folders.check_own(out / "final")
     measured = "auto"  # the precision that the first stage with `auto` measured; later ones take the same
     for number, (name, stage) in enumerate(stages, start=1):
         status.update(stage=name)
@@ -80,7 +80,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
                 return STOPPED
         measured = settings_of(folder)["precision"] if is_auto else measured
     if is_main_rank():
-        whole_folders.copy_folder(folder / "final", out / "final")
+        atomic_folders.copy_folder(folder / "final", out / "final")
         print(f"final model: {out / 'final'}, of stage {name}", flush=True)
     return DONE
 

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exit_codes import CheckpointError
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 
 
 def write(folder, step: int, text: str = "weights"):
@@ -120,10 +119,10 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
 
 
 def test_random_states_go_on_after_json(tmp_path):
-    whole_folders.write_json(tmp_path / "rng.json", checkpoints.random_states())
+    atomic_folders.write_json(tmp_path / "rng.json", checkpoints.random_states())
     drawn = random.random(), np.random.rand(), torch.rand(3)
     random.random(), np.random.rand(), torch.rand(3)
-    checkpoints.restore_random_states(whole_folders.read_json(tmp_path / "rng.json"))
+    checkpoints.restore_random_states(atomic_folders.read_json(tmp_path / "rng.json"))
     again = random.random(), np.random.rand(), torch.rand(3)
     assert drawn[:2] == again[:2] and torch.equal(drawn[2], again[2])
 
@@ -166,29 +165,29 @@ def test_a_copy_replaces_only_what_was_copied_before(tmp_path):
     for text in ("first", "second"):
         (source / "weights").write_text(text)
         (source / "tokenizer" / "vocab").write_text(f"of {text}")
-        whole_folders.copy_folder(source, target)
-        assert (target / "weights").read_text() == text and not whole_folders.fault_of(target)
+        atomic_folders.copy_folder(source, target)
+        assert (target / "weights").read_text() == text and not atomic_folders.fault_of(target)
     (target / "README.md").write_text("mine")
     before = contents(target)
-    whole_folders.copy_folder(source, target)  # it has these files already
+    atomic_folders.copy_folder(source, target)  # it has these files already
     assert contents(target) == before
     (source / "weights").write_text("third")
     with pytest.raises(UserError, match=r"README.md in it is not training's, and would be lost. Move .*final away"):
-        whole_folders.copy_folder(source, target)
+        atomic_folders.copy_folder(source, target)
     (target / "README.md").unlink()
     (target / "weights").write_text("edited")
     with pytest.raises(UserError, match="weights in it is not as training wrote it"):
-        whole_folders.copy_folder(source, target)
+        atomic_folders.copy_folder(source, target)
     target.rename(tmp_path / "moved")
     target.symlink_to(tmp_path / "moved")
     with pytest.raises(UserError, match="it is a link"):
-        whole_folders.copy_folder(source, target)
+        atomic_folders.copy_folder(source, target)
     assert (tmp_path / "moved" / "weights").read_text() == "edited"
 
 
 def test_a_folder_of_the_users_beside_a_new_one_is_left_alone(tmp_path):
     (tmp_path / "merged.partial").mkdir()
     (tmp_path / "merged.partial" / "mine").write_text("mine")
-    whole_folders.write_folder(tmp_path / "merged", lambda folder: (folder / "weights").write_text("a"), 0)
+    atomic_folders.write_folder(tmp_path / "merged", lambda folder: (folder / "weights").write_text("a"), 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.partial"]
     assert (tmp_path / "merged.partial" / "mine").read_text() == "mine"

@@ -16,7 +16,7 @@ from diptych.finetune.model.families import input_and_output_tables
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.run_files.atomic_folders import fault_of
 from diptych.finetune.train import run_recipe
-from diptych.finetune.training import set_up_run as set_up
+from diptych.finetune.training import set_up_run
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.throughput import compile_layers
@@ -155,7 +155,7 @@ def test_compiled_models_are_saved_under_their_own_names(
     family, method, compiler, recipe, new_accelerate, tmp_path, monkeypatch
 ):
     """The graphs are traced and run as they are: a compiler of C++ would take minutes."""
-    monkeypatch.setattr(set_up, "compile_layers", partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(set_up_run, "compile_layers", partial(compile_layers, backend="eager"))
     if compiler == "accelerate's":
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     settings = recipe(family, method=method, compile=compiler == "ours", max_steps=1, batch_size=8)

@@ -20,7 +20,7 @@ from diptych.finetune.evaluating import evaluate_split as evaluation
 from diptych.finetune.publishing import publish
 from diptych.finetune.publishing.hub_push import push
 from diptych.finetune.publishing.model_card import prepare_settings, validation_scores
-from diptych.finetune.run_files import atomic_folders as whole_folders
+from diptych.finetune.run_files import atomic_folders
 from diptych.finetune.training.recipe import TrainRecipe
 
 REPO = "me/translate"
@@ -89,7 +89,7 @@ def rewritten(folder: Path, name: str, change) -> None:
     change(content)
     (folder / name).write_text(json.dumps(content))
     (folder / "manifest.json").unlink()
-    whole_folders.write_manifest(folder)
+    atomic_folders.write_manifest(folder)
 
 
 WITHOUT_DIPTYCH = "import sys; sys.modules['diptych'] = None\n"

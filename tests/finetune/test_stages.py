@@ -18,8 +18,7 @@ from diptych.finetune.commands.exit_codes import DONE, STOPPED, Stopped
 from diptych.finetune.run_files.atomic_folders import fault_of
 from diptych.finetune.run_files.run_folder import read_status
 from diptych.finetune.train import run_recipe
-from diptych.finetune.training import loop
-from diptych.finetune.training import training_batches as feeding
+from diptych.finetune.training import loop, training_batches
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.stop_signals import StopRequest
@@ -195,7 +194,7 @@ def test_all_stages_train_in_the_precision_that_the_first_one_measured(recipe, m
     """Also where the run was killed between them, and goes on where another precision is the faster one."""
     settings = recipe(stages=STAGES[:2], precision="auto")
     fast = torch.bfloat16
-    monkeypatch.setattr(feeding, "training_pace", lambda device, dtype: 2.0 if dtype == fast else 1.0)
+    monkeypatch.setattr(training_batches, "training_pace", lambda device, dtype: 2.0 if dtype == fast else 1.0)
     run_recipe(settings)
     configs = sorted(Path(settings.out).glob("stages/*/config.yaml"))
     assert [yaml.safe_load(file.read_text())["precision"] for file in configs] == ["bf16", "bf16"]

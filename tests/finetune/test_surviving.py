@@ -19,8 +19,7 @@ from torture import DEADLINE, Case, Torture, differences_of
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepared_folder import beside
 from diptych.finetune.commands.exit_codes import StorageError
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.run_folder import claimed, read_status
 
 ALONE, TOGETHER = Case(1, "full", packed=True), Case(2, "full", packed=True)
@@ -156,7 +155,7 @@ def test_a_lost_rank_ends_the_others(torturer, undisturbed, tmp_path):
     os.kill(processes[1].pid, signal.SIGKILL)
     assert processes[0].wait(10) == 6, torturer.log("lost")
     said = torturer.log("lost")
-    assert "rank 0 waited for the others with the " in said and "one of 2 ranks has gone" in said
+    assert "rank 0 waited for the others with the " in said and "one of 2 ranks has ended" in said
     assert read_status(out)["exit_code"] == 6
     ends_alike(torturer, undisturbed, TOGETHER, recipe)
 
@@ -235,7 +234,7 @@ def test_a_disk_that_runs_full_leaves_the_older_checkpoint(torturer, undisturbed
     assert " bytes, and there is no room: it ended after " in said and "is untouched. Make room" in said
     assert "Traceback" not in said and read_status(out)["exit_code"] == 4
     (left,) = (out / "checkpoints").glob("step-*")
-    assert not whole_folders.fault_of(left)
+    assert not atomic_folders.fault_of(left)
     ends_alike(torturer, undisturbed, ALONE, recipe)
 
 

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torture import CASES, DEADLINE, Case, Tally, Torture, differences_of, table
 
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +116,8 @@ def test_nothing_that_a_checkpoint_holds_can_be_missing(what, torturer, halfway)
     reference, out, saved, recipe = halfway
     if what != "nothing":
         TAKEN_AWAY[what](saved)
-        assert whole_folders.fault_of(saved)
-    whole_folders.write_manifest(saved)
+        assert atomic_folders.fault_of(saved)
+    atomic_folders.write_manifest(saved)
     name = f"resumed-{out.parent.name}"
     code = torturer.start(CASE, recipe, name, resume=str(saved))[0].wait(DEADLINE)
     log = torturer.log(name)

@@ -25,11 +25,9 @@ from diptych.data_prep.text_to_ids.train_tokenizer import train_tokenizer
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.adapters import add_adapter
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.train import main, run_recipe
-from diptych.finetune.training import loop
-from diptych.finetune.training import training_batches as feeding
+from diptych.finetune.training import loop, training_batches
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.set_up_run import make_optimizer
@@ -114,7 +112,7 @@ def assert_same_bits(first: str, second: str) -> None:
             one, other = (Path(run) / "checkpoints" / step / name for run in (first, second))
             assert filecmp.cmp(one, other, shallow=False), f"{step}/{name}"
         one, other = (
-            whole_folders.read_json(Path(run) / "checkpoints" / step / "state.json") for run in (first, second)
+            atomic_folders.read_json(Path(run) / "checkpoints" / step / "state.json") for run in (first, second)
         )
         assert one["progress"] == other["progress"]
     for split in splits_of_run(first):
@@ -338,7 +336,7 @@ def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
     best = min(validation, key=lambda entry: entry["loss"])
     assert len(validation) < 20 and best is validation[-3]
     folder = Path(settings.out) / "checkpoints"
-    assert whole_folders.read_json(folder / "best.json")["value"] == best["loss"]
+    assert atomic_folders.read_json(folder / "best.json")["value"] == best["loss"]
     kept = [checkpoints.checkpoint_step(path) for path in checkpoints.complete_checkpoints(folder)]
     assert kept == [best["step"], validation[-1]["step"]]
     best_weights = load_file(folder / f"step-{best['step']:06d}" / "model" / "model.safetensors")
@@ -359,7 +357,7 @@ def test_the_best_is_chosen_by_one_validation_set_or_by_their_mean(recipe, two_s
         run_recipe(settings)
         news, law = (figures(settings.out, f"validation/{name}") for name in ("news", "law"))
         assert [entry["step"] for entry in news] == [entry["step"] for entry in law] == [4, 8, 12]
-        best = whole_folders.read_json(Path(settings.out) / "checkpoints" / "best.json")
+        best = atomic_folders.read_json(Path(settings.out) / "checkpoints" / "best.json")
         assert best["value"] == pytest.approx(value(news, law)) and best["metric"] == best_metric
     said = capsys.readouterr().out
     assert "step 4/12 | validation/law loss" in said and "step 4/12 | law/chrf" in said
@@ -414,7 +412,7 @@ BF16_IS_SLOW = {torch.bfloat16: 1e10, torch.float16: 1e10, torch.float32: 1e11}
 @pytest.fixture
 def machine(monkeypatch):
     """`machine(BF16_IS_FAST)`: from here on this one computes at such a pace."""
-    return lambda pace: monkeypatch.setattr(feeding, "training_pace", lambda device, dtype: pace[dtype])
+    return lambda pace: monkeypatch.setattr(training_batches, "training_pace", lambda device, dtype: pace[dtype])
 
 
 def precision_of(run: Path | str) -> str:
@@ -440,11 +438,11 @@ def test_auto_takes_the_faster_precision_and_a_run_keeps_it_on_another_machine(
 RANKS_THAT_DIFFER = """
 import os, sys, torch, yaml
 from pathlib import Path
-from diptych.finetune.training import training_batches as feeding
+from diptych.finetune.training import training_batches
 from diptych.finetune.training.set_up_run import Status, StopRequest, TrainRecipe, set_up
 
 rank = int(os.environ["RANK"])
-feeding.training_pace = lambda device, dtype: 2 - rank if dtype == torch.bfloat16 else 1.5
+training_batches.training_pace = lambda device, dtype: 2 - rank if dtype == torch.bfloat16 else 1.5
 recipe = TrainRecipe(**yaml.safe_load(sys.argv[1]))
 print(f"rank {rank}: {set_up(recipe, StopRequest(), Status(Path(recipe.out), False)).recipe.precision}", flush=True)
 """

@@ -22,11 +22,9 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.train import main, run_recipe
-from diptych.finetune.training import loop
-from diptych.finetune.training import set_up_run as set_up
+from diptych.finetune.training import loop, set_up_run
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.throughput import compile_layers
@@ -141,7 +139,7 @@ def test_an_interrupted_packed_run_goes_on_with_the_same_bits(cut, recipe, monke
         with pytest.raises(KeyboardInterrupt):
             run_recipe(stopped)
     if "precision" in cut:
-        state = whole_folders.read_json(Path(stopped.out) / "checkpoints" / "step-000003" / "state.json")
+        state = atomic_folders.read_json(Path(stopped.out) / "checkpoints" / "step-000003" / "state.json")
         assert state["scaler"]["_growth_tracker"] + state["scaler"]["scale"] > 1
     run_recipe(replace(stopped, resume=True))
     expected = final_weights(whole.out)
@@ -428,7 +426,7 @@ def write_recipe(settings: TrainRecipe) -> Path:
 def test_only_the_first_step_compiles(family, recipe, packed_folder, monkeypatch):
     """Graphs are traced, guarded and counted as ever, but run as they are: a compiler of C++ would take minutes.
     Short last batches, other numbers of examples in a row, and evaluations on padded rows come up."""
-    monkeypatch.setattr(set_up, "compile_layers", partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(set_up_run, "compile_layers", partial(compile_layers, backend="eager"))
     data = packed_folder(STARTS.get(family, 0), validation_fraction=0.25, packed_source_tokens=24)
     assert len(load_packed(data)) % 2 == 1
     graphs, losses = [], []

@@ -30,8 +30,7 @@ from nursery import Nursery, Process
 
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
-from diptych.finetune.run_files import atomic_folders as whole_folders
-from diptych.finetune.run_files import checkpoints
+from diptych.finetune.run_files import atomic_folders, checkpoints
 
 DEADLINE = 120.0
 """Seconds in which a run of a few steps ends, on a busy machine."""
@@ -166,7 +165,9 @@ class Torture:
             tally.inside_a_save += any((out / "checkpoints").glob(".step-*-partial"))
             assert set(codes) <= {-signal.SIGKILL, 6, 0}, f"{codes}\n{self.log(name)}"
             steps = checkpoints.checkpoint_steps(out / "checkpoints")
-            faults = [whole_folders.fault_of(checkpoints.checkpoint_path(out / "checkpoints", step)) for step in steps]
+            faults = [
+                atomic_folders.fault_of(checkpoints.checkpoint_path(out / "checkpoints", step)) for step in steps
+            ]
             assert not any(faults), faults
             assert max(steps, default=0) >= newest, f"{newest} was committed, and there is {steps}"
             best = checkpoints.best_checkpoint(out / "checkpoints")
