@@ -11,8 +11,11 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 def pytest_collection_modifyitems(items):
-    """The pages of README and docs first, which are the longest tests: as the last one it would run alone."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py")
+    """What a slow fixture is made for is slow, too. Long tests come first: as the last one, each would run alone."""
+    for item in items:
+        if "aftermath" in item.fixturenames:  # a day of commands, in test_trust.py
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

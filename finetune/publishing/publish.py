@@ -124,8 +124,8 @@ def check_measured(final: Path, names: Sequence[str]) -> None:
             raise CheckpointError(f"{final / name} is a link or a folder, and training wrote a file. {again}")
         if name not in recorded:
             raise CheckpointError(
-                f"{final / name} was not written by training: {atomic_folders.MANIFEST} does not name it. Move it away"
-                "."
+                f"{final / name} was not written by training: {atomic_folders.MANIFEST} does not name it."
+                f" Move it away."
             )
 
 

@@ -78,6 +78,7 @@ def sixteen_files(folder, rows=12):
     return folder
 
 
+@pytest.mark.slow
 def test_four_tasks_of_two_workers_make_the_dataset_of_one_process(folder, bpe_folder, prepare, tmp_path):
     words = ["--data", *(folder / name for name in ("a.jsonl", "b.json", "c.json")), "--tokenizer", bpe_folder]
     words += ["--near_duplicates", "0.9", "--sensitive", "--decontaminate", folder / "eval.jsonl"]

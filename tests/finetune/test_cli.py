@@ -8,6 +8,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+import pytest
+
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.finetune.commands import cli
@@ -91,6 +93,7 @@ def test_two_beams_print_their_outputs_one_on_each_line(t5_checkpoint, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "2"
 
 
+@pytest.mark.slow
 def test_a_session_through_a_pipe_prints_answers_alone_and_ends_with_the_input(t5_checkpoint):
     lines = "Translate English to Korean:\nHello!\n\nYes.\nAdd.\n1 + 1\n"
     ended = subprocess.run(
@@ -102,6 +105,7 @@ def test_a_session_through_a_pipe_prints_answers_alone_and_ends_with_the_input(t
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_the_prompt_leaves_the_session_without_a_traceback(t5_checkpoint):
     session = subprocess.Popen(
         [*DIPTYCH, "generate", str(t5_checkpoint), "--device", "cpu"],
@@ -117,6 +121,7 @@ def test_an_interrupt_at_the_prompt_leaves_the_session_without_a_traceback(t5_ch
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_ends_with_130(t5_checkpoint, tmp_path):
     rows = [{"instruction": f"Add {number}."} for number in range(3000)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -162,6 +162,7 @@ def test_no_files_no_strangers(shown):
     assert "default-src 'self'" in answer.headers["content-security-policy"]
 
 
+@pytest.mark.slow
 def test_beyond_the_loopback_a_password_is_needed(t5_checkpoint, tmp_path, capsys):
     command = ["demo", str(t5_checkpoint), "--host", "0.0.0.0"]
     assert diptych(command) == 2 and "DIPTYCH_PASSWORD" in capsys.readouterr().err

@@ -141,6 +141,7 @@ def recipe(packed_folder, checkpoint_of, llm_folder, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_a_teacher_and_goes_on_with_the_same_bits(recipe, tmp_path):
     whole = recipe(max_steps=6, save_every=3, schedule="constant")
     assert run_recipe(whole) == 0

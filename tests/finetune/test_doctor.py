@@ -75,6 +75,7 @@ def edit_weights(folder: Path, change) -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_of_a_t5_all_is_green_but_transformers_trainer(checkpoint, tmp_path, monkeypatch, capsys):
     folder, work = checkpoint("t5"), tmp_path / "temporary"
     work.mkdir()
@@ -96,6 +97,7 @@ def test_of_a_t5_all_is_green_but_transformers_trainer(checkpoint, tmp_path, mon
         assert checks[name]["measured"]["loss"] > 1 and checks[name]["remedy"] == ""
 
 
+@pytest.mark.slow
 def test_a_diptych_is_all_green_in_a_table_of_100_columns(checkpoint, training_folder, capsys):
     folder = checkpoint("diptych")
     capsys.readouterr()  # the fixture's own progress bars
@@ -361,6 +363,7 @@ def test_left_padding_is_red_where_it_matters_and_is_done(family, side, status, 
     assert (abs(finding.measured["difference"]) > 0.01) == (family == "bart")
 
 
+@pytest.mark.slow
 def test_tables_that_are_never_trained_are_not_waited_for(checkpoint, examined):
     """Marian's sinusoids are frozen when they are made, and thawed when transformers loads them (5.23): DDP would wait
     for their gradients. Loaded by us they stay frozen."""
@@ -450,6 +453,7 @@ def test_ratios_and_cosine_on_two_small_gradients():
     assert not agree(compare(one, LossAndGradients(2.0, {})))
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_told_with_its_last_line(tmp_path):
     with pytest.raises(RuntimeError, match="rank [01] failed: .*the config of .*nowhere could not be read"):
         step = ExaminedRows([{"input_ids": [3, 1], "labels": [4, 1]}] * 8, 0, 0)

@@ -214,6 +214,7 @@ def test_other_families_are_refused_by_name(family, new_model):
         export_ctranslate2.check(new_model(family))
 
 
+@pytest.mark.slow
 def test_t5gemma_is_refused_for_the_cap_on_its_attention_scores_and_for_nothing_else(
     new_model, tiny_tokenizer, tmp_path
 ):

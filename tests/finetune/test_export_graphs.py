@@ -56,6 +56,7 @@ def checkpoint(new_model, tiny_tokenizer, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diptych_merged", "diptych", "t5"])
 def test_three_graphs_write_what_torch_writes(kind, checkpoint, tmp_path, capfd):
     out = tmp_path / "export"

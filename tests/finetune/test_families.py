@@ -93,6 +93,7 @@ def done_or_refused(found: tuple[int, str, str], model_type: str) -> str:
     return done(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", family_configs(400))
 def test_every_family_in_every_command(family, new_model, tiny_tokenizer, ran):
     model = new_model(family).eval()

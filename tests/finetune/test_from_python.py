@@ -28,6 +28,7 @@ def made(tmp_path_factory, t5_checkpoint):
     return data, run
 
 
+@pytest.mark.slow
 def test_importing_takes_no_heavy_library_and_offers_what_it_lists():
     script = (
         "import diptych, sys; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules);"
@@ -135,6 +136,7 @@ def test_a_second_run_goes_on_from_the_first_ones_model(made, tmp_path):
         diptych.train(model=run, data=data, out=tmp_path / "again", max_steps=1, precision="fp32")
 
 
+@pytest.mark.slow
 def test_runs_of_one_process_may_differ_in_precision(made, tmp_path):
     data, run = made
     for precision in ("bf16", "fp32", "bf16"):
@@ -143,6 +145,7 @@ def test_runs_of_one_process_may_differ_in_precision(made, tmp_path):
         assert f"precision: {precision}" in (out / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_step_saves_and_the_run_goes_on(made, tmp_path):
     data, run = made
     settings = {"model": run, "data": data, "out": tmp_path / "run", "max_steps": 6, "precision": "fp32"}

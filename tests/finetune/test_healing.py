@@ -59,6 +59,7 @@ def test_the_encoder_opens_from_nothing_to_everything():
     assert [lookahead_at(step, 4, 40) for step in range(6)] == [0, 10, 20, 30, None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["diptych", "diptych_merged"])
 def test_an_opening_run_is_trained_saved_and_gone_on_with_as_far_as_it_is_open(family, recipe, tmp_path):
     whole = recipe(family, max_steps=6, open_encoder_steps=4, save_every=2, keep_last=9, schedule="constant")

@@ -208,6 +208,7 @@ def test_pipelines_take_languages_and_travel_with_them(nllb, tmp_path):
         travelling("Yes.")
 
 
+@pytest.mark.slow
 def test_serve_demo_and_inspect_are_told_languages(nllb, tmp_path, capsys):
     with listening(
         ["serve", str(nllb), "--source_language", "en", "--target_language", "fr"], tmp_path / "log"

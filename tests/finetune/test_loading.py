@@ -85,6 +85,7 @@ def test_dtype_is_as_saved_unless_asked(t5_checkpoint):
     assert load_checkpoint(t5_checkpoint, dtype="bfloat16").model.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_who_computes_in_bf16_on_a_cpu_without_it_is_told(t5_checkpoint):
     """oneDNN is told to leave out all that AMD's Zen 3 does not have."""
     script = (

@@ -497,6 +497,7 @@ def test_four_bits_without_a_gpu_are_refused_before_anything_is_loaded(checkpoin
         starting_model(recipe, tiny_tokenizer, None)
 
 
+@pytest.mark.slow
 def test_a_run_of_another_kind_goes_on_with_the_same_bits(checkpoint_of, training_folder, tmp_path):
     """Also in random matrices that VeRA draws and never trains."""
     settings = {"peft_config": {"peft_type": "VERA", "r": 16}}

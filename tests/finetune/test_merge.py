@@ -142,6 +142,7 @@ def new_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, method, compiler",
     [

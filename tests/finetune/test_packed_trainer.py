@@ -70,6 +70,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_layouts_of_one_step_give_one_gradient(checkpoint_of, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "one_step.py").write_text(ONE_STEP)

@@ -95,6 +95,7 @@ def rewritten(folder: Path, name: str, change) -> None:
 WITHOUT_DIPTYCH = "import sys; sys.modules['diptych'] = None\n"
 
 
+@pytest.mark.slow
 def test_a_published_run_is_the_allow_list_byte_by_byte_and_strangers_can_load_it(hub, run, tmp_path):
     """All in processes of their own: the command, the command again, and the code that the card shows."""
     command = ["-m", "diptych.finetune.commands.cli", "publish", str(run), "--to", REPO]
@@ -129,6 +130,7 @@ def test_a_published_run_is_the_allow_list_byte_by_byte_and_strangers_can_load_i
     assert friend.returncode == 0 and "diptych.modeling.modeling_diptych" in friend.stdout, friend.stderr
 
 
+@pytest.mark.slow
 def test_an_adapter_is_published_with_a_base_that_everybody_has(hub, lora, checkpoint_of, tmp_path, capfd):
     base = checkpoint_of("t5")
     assert publish.main([str(lora), "--to", REPO]) == 2

@@ -66,6 +66,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_twelve_layouts_of_one_step_give_one_gradient_in_the_trainer(new_model, tmp_path):
     """In float64 to 1e-12, in float32 to 1e-6."""
     model = new_model("diptych")

@@ -295,6 +295,7 @@ def hold(endless) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_a_full_queue_a_timeout_and_clients_that_hang_up(endless):
     waiting = [hold(endless)]
     until(lambda: metric(endless, "diptych_running_rows") == 1)
@@ -330,6 +331,7 @@ def test_a_full_queue_a_timeout_and_clients_that_hang_up(endless):
         list(endless.client.completions.create(model="model", prompt="Go.", stream=True))
 
 
+@pytest.mark.slow
 def test_sigterm_lets_end_what_was_begun(t5_checkpoint, tmp_path, alone):
     with server(t5_checkpoint, tmp_path / "log", "--batch_wait_ms", "1500") as started:
         answers = []

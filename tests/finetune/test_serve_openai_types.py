@@ -95,6 +95,7 @@ def parsed(path: str, found: Any) -> Any:
     return [chunk.model_validate(piece) for piece in pieces]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BASES)
 def test_each_field_of_the_types_is_answered_or_refused_by_name(served, path):
     hints = get_type_hints(BASES[path][0].CompletionCreateParamsStreaming, include_extras=True)

@@ -90,6 +90,7 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         torch.testing.assert_close(tensor, other[name], rtol=0, atol=SUMS_IN_ANOTHER_ORDER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", ["diptych", "t5", "bart"])
 def test_two_sharded_ranks_are_one_rank(family, method, train, training_folder):
@@ -114,6 +115,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_whatever_is_trained_is_the_same_sharded(changes, train):
     shared = changes | ({"batch_size": changes["batch_size"] // 2} if "batch_size" in changes else {})
@@ -128,6 +130,7 @@ def test_packed_rows_are_the_same_sharded(train, packed_folder):
     assert_same_run(train("alone", 1, batch_size=2, **settings), train("shared", 2, batch_size=1, **settings))
 
 
+@pytest.mark.slow
 def test_of_a_grown_table_only_new_rows_are_trained(train, tmp_path, new_model):
     """Their hook stands on a weight that torch replaces by its share."""
     new_model("bart", vocab_size=360).save_pretrained(tmp_path / "small")
@@ -139,6 +142,7 @@ def test_of_a_grown_table_only_new_rows_are_trained(train, tmp_path, new_model):
     assert torch.equal(table[:360], before) and len(table) == 368
 
 
+@pytest.mark.slow
 def test_two_sharded_ranks_go_on_as_one_and_one_as_two(train):
     """batch_size × ranks stays the same, and so does the order of the rows."""
     early = {"max_steps": 4, "schedule": "constant"}
@@ -148,6 +152,7 @@ def test_two_sharded_ranks_go_on_as_one_and_one_as_two(train):
         assert_same_run(whole, train(name, then, schedule="constant"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_killed_sharded_run_goes_on_with_the_same_bits(method, train, tmp_path, new_model):
     """Rank 0 dies inside a save; rank 1 ends by itself. There is dropout, so random states matter."""
@@ -191,6 +196,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["diptych", "t5", "bart"])
 def test_each_rank_holds_its_share_and_the_gradient_is_that_of_all_rows(family, checkpoint_of, tmp_path):
     """Also of tied tables, whose gradient comes from embedding and head; in two micro-batches of uneven rows."""
@@ -220,6 +226,7 @@ def test_what_accelerate_is_asked_for_and_the_recipe_is_not_is_refused(
         run_recipe(recipe)
 
 
+@pytest.mark.slow
 def test_where_the_recipe_shards_accelerates_own_fsdp_has_no_part(train, tmp_path):
     """On a CPU it would be DDP, and transformers would load weights on rank 0 alone."""
     alone = train("alone", 1)

@@ -61,6 +61,7 @@ def losses(run: Path) -> list[list[float]]:
     return [[json.loads(line)["loss"] for line in text.splitlines()] for text in figures(run)]
 
 
+@pytest.mark.slow
 def test_each_stage_begins_where_the_one_before_it_ended(recipe, tmp_path):
     assert run_recipe(recipe()) == 0
     run = tmp_path / "run"
@@ -77,6 +78,7 @@ def test_each_stage_begins_where_the_one_before_it_ended(recipe, tmp_path):
     assert same(weights(tmp_path / "apart"), weights(folders[1])), "a stage is a run like any other"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("die_at", [9, 40, 75, 110, 150])
 def test_a_run_that_is_killed_goes_on_with_the_same_bits(die_at, recipe, nursery, tmp_path):
     """Before so many changes to the disk: in the first stage, later, or not at all."""
@@ -92,6 +94,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(die_at, recipe, nursery
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_signal_between_stages_keeps_what_ended(recipe, tmp_path, monkeypatch):
     """It came while the first stage wrote its model: that stage has ended, and the next one begins when the run goes
     on. One that comes at the very end changes nothing."""
@@ -122,6 +125,7 @@ def test_a_signal_between_stages_keeps_what_ended(recipe, tmp_path, monkeypatch)
     assert (tmp_path / "run/final").is_dir()
 
 
+@pytest.mark.slow
 def test_two_ranks_go_through_the_stages_as_one(recipe, nursery, tmp_path):
     for ranks in (1, 2):
         settings = recipe(out=str(tmp_path / str(ranks)), batch_size=2 // ranks)
@@ -135,6 +139,7 @@ def test_two_ranks_go_through_the_stages_as_one(recipe, nursery, tmp_path):
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is_and_another_one_is_told(recipe, tmp_path):
     run_recipe(recipe())
     before = weights(tmp_path / "run")
@@ -146,6 +151,7 @@ def test_a_finished_run_is_left_as_it_is_and_another_one_is_told(recipe, tmp_pat
         run_recipe(recipe(resume=True, stages=other))
 
 
+@pytest.mark.slow
 def test_a_run_of_stages_is_compared_and_published_like_any_other(recipe, tmp_path, capsys):
     assert run_recipe(recipe()) == 0
     run = str(tmp_path / "run")
@@ -190,6 +196,7 @@ def test_stages_are_read_from_a_recipe(recipe, tmp_path):
     shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_all_stages_train_in_the_precision_that_the_first_one_measured(recipe, monkeypatch):
     """Also where the run was killed between them, and goes on where another precision is the faster one."""
     settings = recipe(stages=STAGES[:2], precision="auto")

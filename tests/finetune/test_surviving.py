@@ -78,6 +78,7 @@ def ends_alike(torturer, undisturbed, case: Case, recipe: dict) -> None:
     assert not differences_of(undisturbed(case), out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_saves_and_the_run_goes_on_with_the_same_bits(name, torturer, undisturbed, tmp_path):
     out = tmp_path / name
@@ -94,6 +95,7 @@ def test_a_signal_saves_and_the_run_goes_on_with_the_same_bits(name, torturer, u
     ends_alike(torturer, undisturbed, ALONE, recipe)
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(torturer, undisturbed, tmp_path):
     """Evaluations that take most of the time: one is cut, and comes first when the run goes on."""
     out = tmp_path / "evaluating"
@@ -109,6 +111,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(torturer, undis
     assert not [name for name in differences_of(tmp_path / "whole", out) if name.startswith(compared)]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(torturer, undisturbed, tmp_path):
     out = tmp_path / "together"
     recipe = long(torturer, TOGETHER, out)
@@ -187,6 +190,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_when_the_launcher_alone_is_told_to_stop_the_run_is_saved_and_no_orphan_is_left(name, torturer, tmp_path):
     out = tmp_path / name
@@ -203,6 +207,7 @@ def test_when_the_launcher_alone_is_told_to_stop_the_run_is_saved_and_no_orphan_
     assert checkpoints.checkpoint_steps(out / "checkpoints")[-1] == status["step"]
 
 
+@pytest.mark.slow
 def test_a_second_start_is_refused_and_a_lock_of_a_killed_run_is_free(torturer, undisturbed, tmp_path):
     out = tmp_path / "twice"
     recipe = long(torturer, ALONE, out)
@@ -222,6 +227,7 @@ def test_a_taken_folder_is_told_before_the_seconds_that_torch_takes():
     assert done.stdout == "set()\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_disk_that_runs_full_leaves_the_older_checkpoint(torturer, undisturbed, tmp_path):
     """As large a file as the weights cannot be written any more."""
     out = tmp_path / "full"
@@ -320,6 +326,7 @@ def test_another_run_is_told_key_by_key(changes, said, finished, torturer):
     Path(f"{torturer.folder}/other.log.0").unlink()
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_as_one_and_one_as_two(torturer, tmp_path):
     """The order of rows is the whole run's; without dropout, whose states are each rank's own, so are the sums."""
     quiet = {"model_overrides": {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}}
@@ -390,6 +397,7 @@ def test_what_lies_where_a_lock_is_due_is_neither_followed_nor_emptied(kind, tmp
     assert kind != "file" or (run / ".lock").read_text() == (tmp_path / ".prepared.lock").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_nobody_reads_what_it_says(torturer, tmp_path):
     out = tmp_path / "unread"
     recipe = long(torturer, ALONE, out, max_steps=4)

@@ -20,6 +20,7 @@ def torturer(tmp_path_factory, nursery):
     return Torture(tmp_path_factory.mktemp("torture"), nursery, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if case.packed == (case.method == "lora")], ids=str)
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(case, torturer):
     tally = Tally()

@@ -126,6 +126,7 @@ def assert_same_bits(first: str, second: str) -> None:
     assert not samples[0].exists() or samples[0].read_bytes() == samples[1].read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eight_rows_are_learned_and_generated_exactly(family, method, recipe, training_folder):
@@ -147,6 +148,7 @@ def test_a_new_diptych_is_trained_from_a_named_size(recipe):
     assert figures(settings.out, "train")[-1]["loss"] < figures(settings.out, "train")[0]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"batch_size": 2, "gradient_accumulation_steps": 3}, {"gradient_checkpointing": True}]
 )
@@ -173,6 +175,7 @@ def two_sets(training_folder, tmp_path):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, changes", [("t5", {}), ("diptych", {"method": "lora"}), ("encoder-decoder", {"eval_every": 4})]
 )
@@ -253,6 +256,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(family, changes, resumabl
     assert_same_bits(whole.out, stopped.out)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_between_two_validation_sets_goes_on_with_the_same_bits(
     resumable, two_sets, monkeypatch
 ):
@@ -275,6 +279,7 @@ def test_a_run_that_is_stopped_between_two_validation_sets_goes_on_with_the_same
     assert_same_bits(whole.out, stopped.out)
 
 
+@pytest.mark.slow
 def test_resume_without_a_checkpoint_begins_at_the_beginning(recipe, capsys):
     whole = recipe(out="whole")
     run_recipe(whole)
@@ -287,6 +292,7 @@ def test_resume_without_a_checkpoint_begins_at_the_beginning(recipe, capsys):
     assert_same_bits(whole.out, early.out)
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_prolonged(recipe):
     run_recipe(recipe(schedule="constant"))
     longer = recipe(schedule="constant", max_steps=12, resume=True)
@@ -294,6 +300,7 @@ def test_a_finished_run_can_be_prolonged(recipe):
     assert [entry["step"] for entry in figures(longer.out, "train")] == [2, 4, 6, 8, 10, 12]
 
 
+@pytest.mark.slow
 def test_resume_refuses_another_run(recipe, tmp_path, training_folder):
     run_recipe(recipe())
     with pytest.raises(UserError, match=r"is not empty.*--resume true"):
@@ -329,6 +336,7 @@ def test_a_config_that_is_no_recipe_is_named(text, recipe):
         run_recipe(settings)
 
 
+@pytest.mark.slow
 def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
     settings = recipe(max_steps=60, learning_rate=0.3, schedule="constant", eval_every=3, patience=2, keep_last=1)
     run_recipe(settings)
@@ -343,6 +351,7 @@ def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
     assert all(torch.equal(weight, best_weights[name]) for name, weight in final_weights(settings.out).items())
 
 
+@pytest.mark.slow
 def test_the_best_is_chosen_by_one_validation_set_or_by_their_mean(recipe, two_sets, monkeypatch, capsys):
     labels = []
     monkeypatch.setattr(Axes, "legend", lambda axes: labels.append([line.get_label() for line in axes.get_lines()]))
@@ -419,6 +428,7 @@ def precision_of(run: Path | str) -> str:
     return yaml.safe_load((Path(run) / "config.yaml").read_text(encoding="utf-8"))["precision"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "here, elsewhere, faster", [(BF16_IS_FAST, BF16_IS_SLOW, "bf16"), (BF16_IS_SLOW, BF16_IS_FAST, "fp32")]
 )
@@ -448,6 +458,7 @@ print(f"rank {rank}: {set_up(recipe, StopRequest(), Status(Path(recipe.out), Fal
 """
 
 
+@pytest.mark.slow
 def test_all_ranks_train_in_the_precision_that_the_first_one_measured(recipe, tmp_path):
     """Were each to take its own, their gradients would not be those of one run."""
     (tmp_path / "ranks.py").write_text(RANKS_THAT_DIFFER)
@@ -462,6 +473,7 @@ def test_all_ranks_train_in_the_precision_that_the_first_one_measured(recipe, tm
     assert "rank 0: bf16" in done.stdout and "rank 1: bf16" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_on_a_cpu_without_bf16_auto_is_fp32_and_who_asks_for_bf16_is_told(recipe, tmp_path):
     """oneDNN is told to leave out all that AMD's Zen 3 does not have."""
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
@@ -531,6 +543,7 @@ def test_processes_that_were_not_joined_are_refused(recipe, monkeypatch):
         run_recipe(recipe())
 
 
+@pytest.mark.slow
 def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of, tmp_path, new_model, training_folder):
     new_model("bart", vocab_size=360).save_pretrained(tmp_path / "small")
     with pytest.raises(

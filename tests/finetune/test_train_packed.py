@@ -81,6 +81,7 @@ def test_eight_packed_rows_are_learned_and_generated_exactly(family, method, rec
     assert not any("varlen" in file.read_text(encoding="utf-8") for file in final.glob("*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["varlen", "sdpa", "eager"])
 def test_packed_training_is_padded_training(attention, recipe):
     """All eight examples in every step, once as three packed rows, once as eight padded ones."""
@@ -115,6 +116,7 @@ def test_a_rank_without_rows_and_two_ranks_are_one_rank(recipe, nursery, tmp_pat
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "residual_dropout": 0.1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cut",
     [
@@ -240,6 +242,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, dtype, tolerance", [("diptych", "float64", 1e-12), ("bart", "float64", 1e-12), ("t5", "float32", 1e-6)]
 )
@@ -332,6 +335,7 @@ def test_packing_figures_are_compared_with_the_model(new_model):
     check_packing_fits(new_model("t5"), packing._replace(vocabulary=368), "data")  # it has no table of positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, reason",
     [
@@ -355,6 +359,7 @@ def test_fp16_is_refused_where_it_overflows(family, recipe, packed_folder):
         run_recipe(recipe("t5", model=str(recipe(family).model), data=str(packed_folder(start)), precision="fp16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_learns_and_keeps_fp32_weights(precision, recipe):
     settings = recipe("bart", precision=precision, max_steps=40, learning_rate=5e-3)
@@ -379,6 +384,7 @@ def test_a_row_that_memory_cannot_hold_is_told_with_what_to_do(recipe, packed_fo
     assert "pack into shorter rows" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_profile_leaves_a_trace_and_a_table(recipe):
     settings = recipe(profile=True, max_steps=9)
     run_recipe(settings)
@@ -389,6 +395,7 @@ def test_a_profile_leaves_a_trace_and_a_table(recipe):
     assert table.startswith("3 steps") and "aten::mm" in table
 
 
+@pytest.mark.slow
 def test_targets_that_share_sources_train_as_rows_of_their_own(recipe, packed_folder):
     """Three references for one source, two for another."""
     rows = [("Say.", "one", "uno"), ("Say.", "one", "eins"), ("Say.", "one", "un"), ("Say.", "two", "dos")]
@@ -422,6 +429,7 @@ def write_recipe(settings: TrainRecipe) -> Path:
 
 
 # One of each way to be fed: the others' layers and positions are theirs.
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["diptych", "diptych_merged", "t5", "bart", "m2m_100", "t5gemma"])
 def test_only_the_first_step_compiles(family, recipe, packed_folder, monkeypatch):
     """Graphs are traced, guarded and counted as ever, but run as they are: a compiler of C++ would take minutes.

@@ -310,6 +310,7 @@ def test_no_code_of_theirs_ran(aftermath):
     assert aftermath.marks == []
 
 
+@pytest.mark.slow
 def test_the_canaries_are_alive(tmp_path, t5_checkpoint):
     """Otherwise, that none ran would mean nothing."""
     marks, folder = tmp_path / "marks", shutil.copytree(t5_checkpoint, tmp_path / "checkpoint")
@@ -370,6 +371,7 @@ def refusal(folder: Path, load=load_model) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_each_kind_of_pickle_is_refused_and_the_command_that_is_named_converts_it(copy, tmp_path, learned_t5):
     weights = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
@@ -468,6 +470,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_what_was_downloaded_from_the_hub_is_looked_at_as_a_folder_is(copy, adapter, tmp_path, listener):
     """Offline: the cache as huggingface_hub lays it out."""
     edit(adapter / "adapter_config.json", base_model_name_or_path="me/whole")

@@ -271,6 +271,7 @@ def test_every_way_to_generate_writes_the_targets_words(learned_pairs, tmp_path,
         assert "".join(piece.choices[0].text for piece in stream) == targets[4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ctranslate2", "onnx"])
 def test_an_export_is_proven_and_writes_the_targets_words(engine, learned_pairs, tmp_path, capsys):
     folder, pairs = learned_pairs

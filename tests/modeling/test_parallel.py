@@ -77,6 +77,7 @@ def test_the_plan_names_every_matrix_and_nothing_that_is_not_there(shape, build_
     assert model.tp_plan["model.encoder.embed_tokens"] == model.tp_plan["model.decoder.embed_tokens"]
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_computes(build_model, tmp_path, hinge):
     folders = []
     for shape, fields in SHAPES.items():

@@ -106,6 +106,7 @@ def test_packed_logits_match_separate_logits_in_rows_of_different_cuts(
     torch.testing.assert_close(packed[1, 3:], first, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_flex_attention_matches_eager_on_packed_rows(build_packing_model):
     """One site, one layer: compiling the kernel takes ten seconds. Shapes are static, since the C++ that torch 2.13
     writes for dynamic ones does not compile (`cur_kvSplitSize2`)."""
