@@ -41,7 +41,7 @@ CONFIG = "--config"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 PLACEHOLDERS = {int: "NUMBER", float: "NUMBER", bool: "true|false", str: "TEXT", dict: "{NAME: VALUE, ...}"}
 OTHER_OPTIONS = {
-    "--config FILE": "YAML file with any of these settings, as `name: value`; the command line goes before it.",
+    "--config FILE": "YAML file with any of these settings, as `name: value`; the command line has priority.",
     "--print_config": "Print all settings as YAML, and end.",
     "--help": "Print this, and end.",
 }

@@ -70,104 +70,104 @@ class PrepareSettings:
 
     data: list[str] = field(default_factory=list, metadata=SOURCE)
     """What to read, one or more: files (.json, .jsonl, .csv, .tsv, .tmx, .parquet, .arrow; text also as .gz or .zst),
-    folders, globs, shipped samples (tatoeba, cmudict, seed_tasks), Hub data sets (hf:user/name, hf:user/name:split),
-    two aligned files (a.en+a.ko). In a folder, a saved DatasetDict or a Hub data set, the names train, valid, dev,
-    test and their like say which split a part is."""
+    folders, globs, included samples (tatoeba, cmudict, seed_tasks), Hub data sets (hf:user/name, hf:user/name:split),
+    two aligned files (a.en+a.ko). In a folder, a saved DatasetDict or a Hub data set, names such as train, valid, dev
+    or test determine the split of each part."""
 
     aligned: list[str] = field(default_factory=list, metadata=SOURCE)
-    """Two text files of parallel text, where line N of one belongs to line N of the other."""
+    """Two text files of parallel text: line N of the first is the translation of line N of the second."""
 
     format: str | None = None
-    """What the rows are: alpaca, dolly, prompt_completion, messages, sharegpt, natural_instructions, self_instruct,
-    parallel, summarisation, tokenised. Default: recognised from the first rows of each source, and said."""
+    """Format of the rows: alpaca, dolly, prompt_completion, messages, sharegpt, natural_instructions, self_instruct,
+    parallel, summarisation, tokenised. Default: recognised from the first rows of each source, and printed."""
 
     map: list[str] = field(default_factory=list)
-    """Columns that have other names in the data, the known name first: `--map output=answer instruction=q.text`. Where
-    all are numbers, csv and tsv files have no header: `--map instruction=1 output=2`."""
+    """Names of your columns, after the names that the format has: `--map output=answer instruction=q.text`. If all are
+    numbers, csv and tsv files have no header: `--map instruction=1 output=2`."""
 
     forward: str | None = None
     """Instruction for parallel text from the first side to the second, such as 'Translate English to Korean:'; '' for
-    models that need none, because they have language codes. Without it, that direction gives no rows; shipped samples
-    bring their own for both, if neither is given."""
+    models with language codes, which need none. Without it, there are no rows in this direction. Included samples have
+    instructions for both directions, which are used if you give neither."""
 
     backward: str | None = None
     """Instruction for parallel text from the second side to the first."""
 
     languages: list[str] = field(default_factory=list)
-    """Which two languages of parallel text with more are the first and the second side: `--languages en ko`. Where a
-    row has no `en`, this is `EN`, or each of its regions: `en-GB`, `en_US`."""
+    """Which two languages of multilingual parallel text are the first and the second side: `--languages en ko`. If a
+    row has no `en`, `EN` or all of its regions are used: `en-GB`, `en_US`."""
 
     summary_instruction: str = SUMMARY_INSTRUCTION
     """The instruction of summarisation pairs."""
 
     positive_examples: int = 0
-    """How many of the worked examples that a Natural Instructions task has are told in its instruction."""
+    """Number of worked examples of a Natural Instructions task that are added to its instruction."""
 
     negative_examples: int = 0
-    """How many of its wrong answers are told."""
+    """Number of wrong answers that are added to it."""
 
     mixture: Mixture | None = None
-    """How several sources are mixed in the train split. Default: every row once."""
+    """How several sources are mixed in the train split. Default: each row once."""
 
     out: str = field(default="prepared", metadata=OUTPUT)
-    """Folder to write. Replaced if it holds an older prepared dataset and nothing else."""
+    """Folder to write. It is replaced if it contains only an older prepared dataset."""
 
     template: str | None = field(default=None, metadata=TEMPLATE)
     """How a row becomes source text and target text: alpaca, plain, chat, translate, or a Jinja file. Default: the
-    template that the tokenizer carries, else chat for conversations and alpaca for all else."""
+    template in the tokenizer, else chat for conversations and alpaca for all other formats."""
 
     tokenizer: str | None = field(default=None, metadata=CHECKPOINT | {"instead_of": ("train_tokenizer",)})
-    """An existing tokenizer, as a folder or a Hub id: the one of the checkpoint that will be fine-tuned."""
+    """The tokenizer of the checkpoint that you will fine-tune, as a folder or a Hub id."""
 
     train_tokenizer: Literal["bpe", "unigram"] | None = field(default=None, metadata={"instead_of": ("tokenizer",)})
-    """Train a tokenizer on the train split instead: bpe or unigram."""
+    """Train a new tokenizer on the train split instead: bpe or unigram."""
 
     vocab_size: int | Literal["auto"] = 8000
-    """Tokens of a trained tokenizer. More makes texts shorter and the model larger. auto: as many as still shorten
-    texts by a tenth when they are doubled."""
+    """Vocabulary size of a trained tokenizer. A larger one makes texts shorter and the model larger. auto: doubles the
+    size as long as this makes texts at least a tenth shorter."""
 
     source_language: str | None = None
-    """Language of the sources, of parallel text that of the first side: a code of the tokenizer (NLLB: eng_Latn,
-    mBART: en_XX, M2M100: en), or a short one where that is clear (en). Rows may bring their own: source_language,
-    src_lang. For a tokenizer without codes, rows without an instruction begin `translate English to Korean:`."""
+    """Language of the sources (parallel text: of the first side): a code of the tokenizer (NLLB: eng_Latn, mBART:
+    en_XX, M2M100: en), or a short code that is not ambiguous (en). Rows can have their own: source_language, src_lang.
+    For a tokenizer without codes, rows without an instruction begin `translate English to Korean:`."""
 
     target_language: str | None = None
-    """Language of the targets, of parallel text that of the second side. Rows may bring their own: target_language,
+    """Language of the targets (parallel text: of the second side). Rows can have their own: target_language,
     tgt_lang."""
 
     max_source_tokens: int = 512
-    """Longest source, the tokenizer's end token included."""
+    """Longest source, including the tokenizer's end token."""
 
     max_target_tokens: int = 512
-    """Longest target, its eos token included."""
+    """Longest target, including its eos token."""
 
     too_long: Literal["drop", "cut", "error"] = "drop"
-    """What becomes of a row with a longer side: drop it (counted, and listed in rejects.jsonl), cut it, or error.
-    A target loses its end; a source the ends of its longest fields, and keeps all that the template says."""
+    """What to do with a longer row: drop it (counted, and listed in rejects.jsonl), cut it, or error. A target is cut
+    at its end, a source at the ends of its longest fields; the template's text is kept."""
 
     end_cut_targets: bool = False
-    """Whether a target that was cut still ends in eos. A model that learns from such targets stops in mid-sentence."""
+    """Whether a cut target still ends in eos. A model that is trained on such targets stops in mid-sentence."""
 
     lossy_text: Literal["keep", "drop", "error"] = "keep"
-    """What becomes of a row of which the tokenizer loses something, such as line breaks of code (T5), capital letters
-    (BERT) or characters that it does not know: keep it (counted, with an example), drop it, or error."""
+    """What to do with a row if the tokenizer loses text, such as line breaks in code (T5), capital letters (BERT) or
+    characters that are not in its vocabulary: keep it (counted, with an example), drop it, or error."""
 
     deduplicate: bool = True
-    """Remove rows whose source and target repeat an earlier row's."""
+    """Remove rows with the same source and target as an earlier row."""
 
     near_duplicates: float | None = None
     """Also remove rows that share at least this part of their shingles with an earlier row (Jaccard similarity, by
     MinHash), such as 0.8."""
 
     shingle_size: int = 5
-    """Near duplicates are compared by their runs of so many characters. 3 suit short sentences."""
+    """Length of the shingles of near_duplicates, in characters. 3 is good for short sentences."""
 
     decontaminate: list[str] = field(default_factory=list, metadata=SOURCE)
-    """Files with texts that training must not hold, such as evaluation sets, as --data has them or as .txt with a text
-    a line: rows that share a run of words with them are removed."""
+    """Files with texts that must not be in train, such as evaluation sets, in a format that --data takes, or .txt with
+    one text per line. Train rows that share a sequence of words with them are removed."""
 
     decontaminate_ngram: int = 13
-    """Words of such a run; texts with fewer count from 8 on, or as a whole."""
+    """Length of this sequence in words. Shorter texts count as a whole: from 8 words, or if the rows are equal."""
 
     lengths: LengthFilter | None = None
     """Bounds on the length of source and target, and on their ratio, in characters or words."""
@@ -179,76 +179,76 @@ class PrepareSettings:
     """Keep rows whose target is in one of these languages."""
 
     language_confidence: float = 0.7
-    """How sure it has to be that a text is in another language. Short texts seldom reach it, and stay."""
+    """Minimum confidence that a text is in another language. Short texts seldom reach it, and are kept."""
 
     sensitive: bool = False
-    """Look for e-mail addresses, phone and card numbers, keys and passwords, and report them, masked. Nothing is
+    """Search for e-mail addresses, phone and card numbers, keys and passwords, and report them, masked. Nothing is
     changed or removed. Needs the extra `clean`."""
 
     packing: bool = True
-    """Also write the train split as packed rows, several examples in each, which train without padding; false writes
-    examples alone."""
+    """Also write the train split as packed rows, each with several examples, which need no padding. false writes only
+    separate examples."""
 
     packed_source_tokens: int | None = None
-    """Source tokens of a packed row, at least those of the longest source. Default: chosen, with its counterpart, such
-    that rows are short and full."""
+    """Source tokens of a packed row, at least those of the longest source. Default: chosen together with
+    packed_target_tokens, so that rows are short and full."""
 
     packed_target_tokens: int | None = None
-    """Target tokens of a packed row, at least those of the longest target. Default: chosen likewise."""
+    """Target tokens of a packed row, at least those of the longest target. Default: chosen in the same way."""
 
     share_sources: bool = False
-    """Encode equal sources of a packed row once, for all their targets: for data with several targets to a source."""
+    """Encode the same source in a packed row once for all its targets: for data with several targets per source."""
 
     decoder_start_token_id: int | None = None
-    """The first decoder input of every packed example. Default: what the checkpoint's config says, else the padding
-    token, as T5 and Diptych have it."""
+    """The first decoder input of each packed example. Default: the id in the checkpoint's config, else the padding
+    token, as in T5 and Diptych."""
 
     validation: list[str] = field(default_factory=list, metadata=NAMED_SOURCE)
-    """A validation set of your own, to look at during training: what --data takes. Several sets have names:
-    `--validation news=a.jsonl medical=b.jsonl`. All its rows stay, in their order; filters are for train alone."""
+    """Your own validation set, which is evaluated during training: takes what --data takes. Several sets have names:
+    `--validation news=a.jsonl medical=b.jsonl`. All its rows are kept in their order; filters apply to train only."""
 
     test: list[str] = field(default_factory=list, metadata=NAMED_SOURCE)
-    """A test set of your own, or several, in the same way. Without --data, they are prepared for evaluation alone."""
+    """Your own test set, or several, in the same way. Without --data, they are prepared for evaluation only."""
 
     on_both_sides: Literal["drop", "keep", "error"] = "drop"
-    """What becomes of a train row that is also in a validation or test set of your own: drop it from train (counted,
-    and listed in rejects.jsonl), keep it (and say so), or error. It is the same row where its source is the same, or
-    input and output are, in either direction; split_by asks for more."""
+    """What to do with a train row that is also in your validation or test set: drop it from train (counted, and listed
+    in rejects.jsonl), keep it (with a warning), or error. Rows are the same if their sources are, or if input and
+    output are, also exchanged; split_by can remove more."""
 
     validation_fraction: float | None = None
-    """Part of the train rows that is held out to look at during training; 0 for none. Default: 0.05, or none if you
-    have a validation or test set of your own."""
+    """Part of the train rows that is held out for evaluation during training; 0 for none. Default: 0.05, or none if
+    you give a validation or test set."""
 
     test_fraction: float | None = None
-    """Part of the train rows that is held out to the end; the same default."""
+    """Part of the train rows that is held out for the final evaluation; the same default."""
 
     split_by: Literal["both", "source"] | None = None
-    """Which texts may not be in train and in another split: both (inputs and outputs) or source (inputs only, for data
-    in which many rows share an output, such as classification). Default: both for the parts that are held out by
-    fractions, and whole rows, see on_both_sides, for sets of your own."""
+    """Which texts must not be both in train and in another split: both (inputs and outputs) or source (inputs only,
+    for data in which many rows share an output, such as classification). Default: both for fractions; for your own
+    sets, whole rows only (see on_both_sides)."""
 
     seed: int = 0
-    """Decides which rows are held out, which are taken for a mixture, and which of like length are packed together."""
+    """Seed for the choice of held-out rows, of rows in a mixture, and for packing among rows of similar length."""
 
     workers: int = 0
-    """Processes that read and encode; 0 picks by the size of the data and the cores."""
+    """Processes that read and encode; 0 chooses by the size of the data and the number of cores."""
 
     engine: Literal["local", "datatrove"] = "local"
-    """What runs the stages of each row: local, or datatrove, whose tasks are kept and not run again when a run broke
-    off (extra `datatrove`). On many machines: see `gathered`."""
+    """Which program processes the rows: local, or datatrove. datatrove keeps finished tasks, and does not repeat them
+    after an interruption (extra `datatrove`). For several machines, see `gathered`."""
 
     tasks: int = 0
-    """Parts in which datatrove does it; 0 for four a worker."""
+    """Number of tasks for datatrove; 0 is four per worker."""
 
     gathered: str | None = None
-    """Folder of the parts that datatrove tasks have written elsewhere, such as on a cluster (how: see
-    data_prep/pipeline/datatrove_rows.py); rows are taken from there, and all other settings are those of the tasks."""
+    """Folder with the output of datatrove tasks that ran elsewhere, such as on a cluster (how: see
+    data_prep/pipeline/datatrove_rows.py). Rows are read from it; all other settings must be those of the tasks."""
 
     max_row_megabytes: float = 10
-    """A longer row is rejected."""
+    """Longer rows are rejected."""
 
     max_unpacked_ratio: int = 200
-    """A compressed file may hold at most so many times its own size (and 64 MB in any case)."""
+    """Largest size of an uncompressed file, as a multiple of the compressed size (64 MB are always allowed)."""
 
     strict: bool = False
     """Stop at the first row that cannot be kept, with exit code 2."""

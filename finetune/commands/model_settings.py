@@ -19,9 +19,9 @@ class ModelSettings:
     model: str = field(metadata=CHECKPOINT)
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; `auto` is as the checkpoint was saved."""
+    """Data type of the weights; `auto`: the type in which the checkpoint was saved."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; `auto` takes an accelerator if there is one."""
+    """cpu, cuda, cuda:1, mps; `auto` uses an accelerator if there is one."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class PromptSettings(ModelSettings):
     """A checkpoint that is asked something."""
 
     template: str = field(default="", metadata=TEMPLATE)
-    """Name or file of a prompt template; the one saved with the tokenizer unless given."""
+    """Name or file of a prompt template. Default: the one that is saved with the tokenizer."""
     source_language: str = ""
-    """Language of the input, for models that are told: a code of the tokenizer (eng_Latn), or a short one (en). Rows
-    and requests may bring their own. For T5, input without instruction begins `translate English to Korean:`."""
+    """Language of the input, for multilingual models: a code of the tokenizer (eng_Latn), or a short one (en). Rows
+    and requests can have their own. For T5, input without instruction begins `translate English to Korean:`."""
     target_language: str = ""
-    """Language of the output, likewise. What is not given is as the tokenizer says."""
+    """Language of the output, in the same way. Default for both: the language in the tokenizer."""
 
     @property
     def languages(self) -> Languages:

@@ -15,34 +15,34 @@ class EvaluateSettings(ModelSettings):
     data: str = field(default="", metadata=PREPARED)
     """Prepared dataset, the folder that `diptych prepare` wrote."""
     split: str = "test"
-    """The split to evaluate: test, validation, train; test/news for one of several test sets with names, of which test
-    means all, one after the other."""
+    """The split to evaluate: test, validation, train; or test/news for one of several test sets with names. test means
+    all test sets, one after the other."""
     metrics: str = "exact_match,token_f1,rouge,bleu,chrf"
-    """Names, separated by commas; an empty string gives the loss alone, which is much faster."""
+    """Names, separated by commas; an empty string computes only the loss, which is much faster."""
     out: str = field(default="", metadata=OUTPUT)
-    """JSON file for the report; the predictions go beside it, into *.predictions.jsonl. Printed only unless given. Of
-    several sets each has its own: report.news.json, report.medical.json."""
+    """JSON file for the report; the predictions are in *.predictions.jsonl in the same folder. Default: print only.
+    With several sets, each has its own file: report.news.json, report.medical.json."""
     source_language: str = ""
     """Only rows whose source is in this language: a code of the tokenizer (eng_Latn), or a short one (en)."""
     target_language: str = ""
     """Only rows whose target is in this language."""
     limit: int | None = None
-    """Only so many rows, drawn from the whole split, the same ones each time."""
+    """Evaluate only so many rows, a random sample of the split, the same one each time."""
     batch_size: int = 16
-    """Rows together. More is faster until memory is full."""
+    """Rows per batch. More is faster until memory is full."""
     max_new_tokens: int | None = None
-    """No output gets longer than this; a quarter more than the longest target unless given."""
+    """Maximum length of outputs. Default: a quarter more than the longest target."""
     num_beams: int = 1
     """Width of beam search; 1 is greedy."""
     mbr_samples: int = 0
-    """Draw so many samples of each output and take the one that is most like the others by chrF (minimum Bayes risk);
-    0 does not. 16 take about as long as 16 beams."""
+    """Draw so many samples for each output, and take the one that is most similar to the others by chrF (minimum Bayes
+    risk); 0: off. 16 samples take about as long as 16 beams."""
     seed: int = 0
-    """Seed of these samples, and of the intervals' resampling."""
+    """Seed of these samples, and of the bootstrap for the intervals."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Any other argument of transformers' generate: `--generation.length_penalty 2`."""
     bleu_tokenize: str = ""
-    """sacrebleu's name of a tokenisation (13a, intl, char, ko-mecab …); chosen by the targets' script unless given."""
+    """Tokenisation of sacrebleu (13a, intl, char, ko-mecab …). Default: chosen by the script of the targets."""
 
     def __post_init__(self):
         if not self.data:
@@ -63,13 +63,13 @@ class CompareSettings:
     """Two runs or two evaluation reports: what differs, losses, metrics with intervals, and paired tests."""
 
     run_a: str = field(metadata=EXISTING)
-    """Run folder (what `out` of the recipe named), or a report that `diptych evaluate --out` wrote."""
+    """Run folder (`out` of the recipe), or a report that `diptych evaluate --out` wrote."""
     run_b: str = field(metadata=EXISTING)
-    """The other one. Reports that lie in a run folder are found; of each split the newest is taken."""
+    """The other one. Reports in a run folder are found; of each split, the newest is used."""
     out: str = field(default="", metadata=OUTPUT)
     """JSON file for all figures. Printed only unless given."""
     trials: int = 10_000
-    """Random exchanges of outputs for each p-value, whose smallest possible value is 1 / (trials + 1)."""
+    """Random permutations for each p-value. The smallest possible p-value is 1 / (trials + 1)."""
     seed: int = 0
     """Seed of the tests."""
 

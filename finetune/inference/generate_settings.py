@@ -19,43 +19,42 @@ class GenerateSettings(PromptSettings):
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id; with --engine ctranslate2 the folder
     that `diptych export` wrote."""
     engine: Literal["torch", "ctranslate2"] = "torch"
-    """What computes: torch, or CTranslate2, which is faster on CPUs."""
+    """Library that computes: torch, or CTranslate2, which is faster on CPUs."""
     instruction: str = ""
     """The instruction of a single prompt, or of each line of a .txt file."""
     input: str = ""
-    """The input that the instruction is about; without one, for models that need none, such as NLLB."""
+    """The text to which the instruction applies; alone, for models that need no instruction, such as NLLB."""
     system: str = ""
-    """A system prompt, for templates that have a place for one; in a session or a .txt file, for every prompt."""
+    """A system prompt, for templates that use one; in a session or for a .txt file, it applies to all prompts."""
     in_file: str = field(default="", metadata=EXISTING)
-    """JSONL file of rows with `instruction`, `input` or both and, where there are any, `history`, `system`,
-    `source_language`, `target_language`, or with `messages`; other fields are kept. Or a .csv or .tsv file with such
-    columns, or a .txt file, of which each line is the input of --instruction or of the languages, or an instruction
-    where none is given."""
+    """JSONL file of rows with `instruction`, `input` or both, and optionally `history`, `system`, `source_language`,
+    `target_language`; or with `messages`. Other fields are kept. Or a .csv or .tsv file with such columns. Or a .txt
+    file, in which each line is an input for --instruction or for the languages, or an instruction if none is given."""
     out_file: str = field(default="", metadata=OUTPUT)
-    """JSONL file to write: one line for each of in_file, in order, also for a blank one. Started again after a kill,
-    it goes on where it was."""
+    """JSONL file to write: one line for each line of in_file, in order, also for a blank one. After an interruption,
+    the same command continues it."""
     overwrite: bool = False
-    """Start out_file again from its first row, whatever is in it."""
+    """Write out_file again from its first row, and do not continue it."""
     batch_size: int = 16
-    """Prompts generated together. More is faster until memory is full."""
+    """Prompts per batch. More is faster until memory is full."""
     max_source_tokens: int | None = None
-    """Longer prompts are cut to this many tokens, with a notice; the model's own limit unless given."""
+    """Longer prompts are cut to this many tokens, with a notice. Default: the model's own limit."""
     max_new_tokens: int | None = None
-    """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
+    """Maximum length of outputs in tokens. Default: 256, or the model's own limit if that is lower."""
     num_beams: int = 1
     """Width of beam search; 1 is greedy."""
     temperature: float = 0.0
-    """Above 0, tokens are sampled at this temperature; 0 takes the likeliest."""
+    """Above 0, tokens are sampled at this temperature; at 0, the most likely token is taken."""
     num_return_sequences: int = 1
-    """Outputs for each prompt, of beams the likeliest first, by the log-probability of the mean token; needs as many
+    """Outputs for each prompt; with beams, the most likely first, by mean log-probability per token. Needs as many
     beams, or sampling."""
     scores: bool = False
-    """Say of each output how likely it was: its log-probability, in nats, and that of its mean token."""
+    """Print the log-probability of each output, in nats, in total and as the mean per token."""
     choices: list[str] = field(default_factory=list)
-    """Answer with one of these texts, the one that the model finds likeliest, and nothing else."""
+    """Answer with the one of these texts that is most likely for the model."""
     mbr_samples: int = 0
-    """Draw so many samples for each prompt and take the one that is most like the others by chrF (minimum Bayes risk);
-    0 does not."""
+    """Draw so many samples for each prompt, and take the one that is most similar to the others by chrF (minimum Bayes
+    risk); 0: off."""
     seed: int = 0
     """Seed of the sampling."""
     generation: dict[str, Any] = field(default_factory=dict)

@@ -12,25 +12,24 @@ class InspectSettings(PromptSettings):
     """What an encoder-decoder makes of one input, step by step, on a page to look at."""
 
     instruction: str = field(default="", metadata={"instead_of": ("source",)})
-    """The instruction, as `diptych generate` takes it: the template turns it into the source."""
+    """The instruction, as for `diptych generate`; the template makes the source from it."""
     input: str = ""
-    """The input that the instruction is about; without one, for models that need none, such as NLLB."""
+    """The text to which the instruction applies; alone, for models that need no instruction, such as NLLB."""
     system: str = ""
-    """A system prompt, for templates that have a place for one."""
+    """A system prompt, for templates that use one."""
     source: str = field(default="", metadata={"instead_of": ("instruction", "input", "system", "template")})
-    """The source as the encoder is to read it, without any template, in place of an instruction."""
+    """The text for the encoder, without a template; instead of an instruction."""
     target: str = ""
-    """What the output should have been. The page then shows what each of its tokens costs, and where the model would
-    go another way."""
+    """The correct output. The page then shows the loss of each of its tokens, and where the model prefers another."""
     data: str = field(default="", metadata=EXISTING)
-    """JSONL file of rows with `instruction` (and `input`, `output` …): over all of them, which words of sources no
-    output looked at, and which tokens of outputs looked at nothing."""
+    """JSONL file of rows with `instruction` (and `input`, `output` …): shows over all rows which source words get
+    little attention from all outputs, and which output tokens attend to nothing in particular."""
     rows: int = 100
-    """Of data, so many rows from the first on."""
+    """Number of rows of data to use, from the first."""
     out: str = field(default="inspect.html", metadata=OUTPUT)
     """The page to write; an older one is replaced."""
     max_new_tokens: int = 64
-    """No output gets longer than this many tokens."""
+    """Maximum length of outputs in tokens."""
 
     def __post_init__(self):
         if self.instruction and self.source or not (self.instruction or self.input or self.source):

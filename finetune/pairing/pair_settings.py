@@ -15,34 +15,34 @@ class PairSettings:
     with one tokenizer."""
 
     encoder: str = field(metadata=CHECKPOINT)
-    """Folder or Hub id of the LLM that the encoder is made of, and the decoder, too, unless there is a second one."""
+    """Folder or Hub id of the LLM for the encoder, and for the decoder if no second LLM is given."""
     out: str = field(default="", metadata=OUTPUT)
     """New folder for the encoder-decoder."""
     decoder: str | None = field(default=None, metadata=CHECKPOINT)
-    """The LLM that the decoder is made of; it may also be given as a second name."""
+    """The LLM for the decoder; you can also give it as a second name."""
     cross_attention: Literal["merged", "separate"] = "merged"
-    """How the decoder reads. merged: in the softmax of its self-attention, source and target as one text: nothing that
-    the LLM knows is lost, no weight is new. separate: by a sub-layer of its own, for panels of any depth and width; it
-    has to be trained before the model is worth anything."""
+    """merged: the decoder attends to source and target in one softmax; no weight is new, and the LLM's abilities are
+    kept. separate: a new sub-layer, for two LLMs of any depth and width; the model is not usable before this is
+    trained."""
     encoder_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """What an encoder's token sees. causal is the LLM as it was, to the digit; bidirectional sees the whole source,
-    which costs little at once and pays after some training."""
+    """causal: exactly the states of the LLM. bidirectional: each token attends to the whole source; the loss is a
+    little higher at first, and lower after some training."""
     cross_attention_init: Literal["copied", "fresh", "zeroed"] = "copied"
-    """What separate cross-attention begins with: the decoder's self-attention (where shapes agree), random weights, or
-    the former with a zero output, so that the decoder at first writes as if there were no source."""
+    """Initial weights of separate cross-attention: copied from the decoder's self-attention (where shapes agree),
+    random (fresh), or copied with a zero output, so that the decoder at first ignores the source."""
     decoder_layers: int | None = None
-    """Keep so many of the decoder's layers, evenly spaced. Faster; the report says how much worse it is at first."""
+    """Keep only so many decoder layers, evenly spaced. Faster; the report says how much worse it is at first."""
     encoder_layer_map: list[int] | None = None
-    """For the merged hinge and LLMs of unequal depth: after how many encoder layers each decoder layer reads."""
+    """For merged cross-attention and LLMs of different depth: the encoder depth that each decoder layer reads."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the weights are saved in; auto: as the decoder's donor."""
+    """Data type of the saved weights; auto: as in the LLM for the decoder."""
     text: str | None = field(default=None, metadata=EXISTING)
-    """A UTF-8 file for the proof: its first tokens are halved into source and target. By default a few sentences."""
+    """A UTF-8 file for the proof; its first tokens are divided into source and target. Default: a few sentences."""
     proof: bool = True
-    """Load donor and result in fp32, one after the other, and compare what they compute. It takes 4 bytes a weight of
-    memory; without it, nothing but a shard of weights is ever loaded."""
+    """Load the LLM and the result in fp32, one after the other, and compare their outputs. This needs 4 bytes of
+    memory per weight; without it, only one shard of weights is loaded at a time."""
     seed: int = 0
-    """Of fresh weights."""
+    """Seed of random weights."""
 
     def __post_init__(self):
         if not self.out:

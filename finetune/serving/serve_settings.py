@@ -15,14 +15,13 @@ class DemoSettings(PromptSettings):
     beside: str = field(default="", metadata=CHECKPOINT)
     """A second checkpoint, whose answer is shown beside."""
     host: str = "127.0.0.1"
-    """Address to listen at. Any but the loopback's needs a password in the environment, DIPTYCH_PASSWORD; the user is
-    diptych."""
+    """Address to listen at. For any address but loopback, set a token in the environment variable DIPTYCH_TOKEN."""
     port: int = 7860
-    """0 takes a free one, which is printed."""
+    """0 uses a free port, which is printed."""
     examples: str = field(default="", metadata=EXISTING)
     """JSONL file of rows with `instruction` and `input`, of which the first are offered on the page."""
     max_new_tokens: int | None = None
-    """The longest answer that can be asked for; 256, or the model's own limit if that is lower, unless given."""
+    """Maximum length of outputs in tokens. Default: 256, or the model's own limit if that is lower."""
 
     def __post_init__(self):
         check_port(self.port)
@@ -39,17 +38,17 @@ class ServeSettings(PromptSettings):
     port: int = 8000
     """0 takes a free one, which is printed."""
     name: str = ""
-    """What clients call the model; the folder's name unless given."""
+    """Name of the model for clients. Default: the name of the folder."""
     batch_size: int = 16
-    """Prompts that are generated together, at most."""
+    """Maximum number of prompts per batch."""
     batch_wait_ms: float = 5.0
     """Milliseconds that the first prompt of a batch waits for others."""
     queue: int = 256
-    """Prompts that may wait. Beyond them requests get a 503, and a single request with more prompts a 400."""
+    """Maximum number of waiting prompts. Further requests get a 503; a single request with more prompts gets a 400."""
     timeout: float = 120.0
-    """Seconds after which a request is given up (504), its waiting included."""
+    """Maximum seconds for a request, with waiting; then it gets a 504."""
     max_source_tokens: int | None = None
-    """Longer prompts are refused; the model's own limit unless given."""
+    """Longer prompts are an error. Default: the model's own limit."""
     max_new_tokens: int | None = None
     """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
 

@@ -21,153 +21,153 @@ class TrainRecipe:
     """Fine-tune an encoder-decoder, or train a Diptych from scratch, on a prepared dataset."""
 
     model: str = field(default="", metadata=START)
-    """Where training starts: a checkpoint folder or Hub id of any AutoModelForSeq2SeqLM, or a named size
-    (diptych-8m, -60m, -220m, -770m, -3b), which starts from random weights."""
+    """The model to start from: a checkpoint folder or Hub id of any AutoModelForSeq2SeqLM, or the name of a new
+    Diptych (diptych-8m, -60m, -220m, -770m, -3b), which starts from random weights."""
     model_overrides: dict[str, Any] = field(default_factory=dict)
-    """Config values of a named size, such as {residual_dropout: 0.1}. A checkpoint takes none: it has its config."""
+    """Changes of the config of a new Diptych, such as {residual_dropout: 0.1}; not for checkpoints."""
     data: str = field(default="", metadata=PREPARED)
-    """Folder that `diptych prepare` wrote: its split `train` is trained on, its validation sets are evaluated."""
+    """Folder that `diptych prepare` wrote: training uses its split `train`, evaluation its validation sets."""
     out: str = field(default="", metadata=OUTPUT)
-    """Run folder, made if need be. It must be empty unless `resume` is set."""
+    """Run folder; it is created if necessary. It must be empty unless `resume` is set."""
     tokenizer: str | None = field(default=None, metadata=CHECKPOINT)
-    """Tokenizer saved with the model; the prepared folder's unless given. Its vocabulary must be the same."""
+    """Tokenizer to save with the model. Default: the prepared folder's. The vocabulary must be the same."""
     grow_vocabulary: bool = False
-    """Allow a tokenizer with more tokens than the model has embedding rows: rows are added, which LoRA trains too."""
+    """If the tokenizer has more tokens than the model has embedding rows, add rows, which LoRA also trains."""
     resume: bool | str = False
-    """`true` goes on from the newest sound checkpoint in `out`, or begins if there is none yet. The folder of an
-    earlier checkpoint goes back to that one, and moves the later ones to checkpoints/aside."""
+    """true: continue from the newest valid checkpoint in `out`, or start if there is none. The folder of an earlier
+    checkpoint: continue from it, and move the later ones to checkpoints/aside."""
     seed: int = 0
     """Seed of new weights, the order of rows, and dropout."""
     stages: list[dict[str, Any]] = field(default_factory=list)
-    """Trainings one after the other: [{name: heal, max_steps: 500, data: …}, {name: instruct, epochs: 2}]. Each is the
-    recipe with these settings over it, in `out`/stages/, and starts from the model that the one before it made."""
+    """Several trainings in sequence: [{name: heal, max_steps: 500, data: …}, {name: instruct, epochs: 2}]. Each uses
+    this recipe with its own settings added, is in `out`/stages/, and starts from the model of the previous one."""
 
     epochs: int | None = field(default=None, metadata={"instead_of": ("max_steps",)})
-    """Passes over the training rows. Give this or max_steps; on the command line either replaces a recipe's other."""
+    """Passes over the training rows. Give this or max_steps; the command line replaces either one in a recipe."""
     max_steps: int | None = field(default=None, metadata={"instead_of": ("epochs",)})
     """Optimizer steps. Give this or epochs."""
     packed: bool = True
-    """Train on packed rows, which hold several examples each: the same loss and gradients, at a multiple of the speed.
-    If the model's family or the prepared folder has none, training takes padded rows, and says so."""
+    """Train on packed rows, which contain several examples each: the same loss and gradients, several times as fast.
+    If the model's family or the prepared folder does not support it, padded rows are used, and this is printed."""
     batch_size: int = 4
-    """Rows computed together on one rank (a packed row holds several examples). More is faster until memory is full.
-    An optimizer step has batch_size × gradient_accumulation_steps × ranks rows."""
+    """Rows per batch on each rank (a packed row has several examples). More is faster until memory is full. An
+    optimizer step has batch_size × gradient_accumulation_steps × ranks rows."""
     gradient_accumulation_steps: int = 1
-    """Batches whose gradients are added up before an optimizer step: a larger batch in the memory of a small one."""
+    """Batches whose gradients are added up before an optimizer step: a larger batch without more memory."""
     group_by_length: bool = True
-    """Padded rows: put those of like length into the same batch, for less padding, in a slightly less random order.
-    Packed rows are all of one length."""
+    """For padded rows: put rows of similar length into the same batch. This reduces padding; the order is a little
+    less random. Packed rows all have the same length."""
 
     learning_rate: float = 3e-4
-    """Peak learning rate. From scratch 1e-3 to 3e-4; a checkpoint in full 1e-4 to 3e-5; LoRA 1e-3 to 1e-4."""
+    """Peak learning rate. From scratch 3e-4 to 1e-3; full fine-tuning 3e-5 to 1e-4; LoRA 1e-4 to 1e-3."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What the learning rate does after warm-up: fall to zero as a half cosine or a line, or stay."""
+    """Learning rate after warm-up: cosine or linear decay to zero, or constant."""
     warmup_steps: int = field(default=0, metadata={"instead_of": ("warmup_ratio",)})
-    """Steps in which the learning rate rises from zero. Give this or warmup_ratio."""
+    """Steps in which the learning rate rises linearly from zero. Give this or warmup_ratio."""
     warmup_ratio: float = field(default=0.0, metadata={"instead_of": ("warmup_steps",)})
     """The same as a share of all steps, 0 to 1."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW: how slowly the means of the gradient and of its square change. From scratch, 0.95 to 0.98 as the second
-    is steadier."""
+    """AdamW: decay rates of the running means of the gradient and of its square. From scratch, 0.95 to 0.98 is more
+    stable for the second."""
     epsilon: float = 1e-8
-    """AdamW: added to the root of the second mean."""
+    """AdamW: added to the root of the second running mean."""
     weight_decay: float = 0.01
-    """AdamW: share of each weight that is taken off per step, times the learning rate; never of norms and biases."""
+    """AdamW: each weight is reduced by this part times the learning rate per step; not norms and biases."""
     max_grad_norm: float = 1.0
-    """A longer gradient is shortened to this length; 0 leaves it."""
+    """Gradients with a larger norm are scaled down to this norm; 0 does not scale."""
     label_smoothing: float = 0.0
-    """Share of the target's probability that training spreads over all words; validation loss stays unsmoothed."""
+    """Part of the target probability that is distributed over all tokens in training, not in validation."""
     z_loss: float = 0.0
-    """Weight of the squared logarithm of the softmax's denominator (PaLM: 1e-4), which keeps logits from drifting."""
+    """Weight of the square of the log of the softmax denominator in the loss (PaLM: 1e-4); keeps logits small."""
 
     trainable: Literal["all", "cross_attention"] = "all"
-    """cross_attention: only cross-attention is trained, all other weights are frozen: the first stage for a pair with
-    the separate hinge. `patience` ends it when the validation loss no longer falls."""
+    """cross_attention: train only the cross-attention, and freeze all other weights: the first stage for a pair with
+    `--cross_attention separate`. `patience` stops it when the validation loss no longer falls."""
     open_encoder_steps: int = 0
-    """Let a Diptych's encoder begin causal, like the LLM that it was made of, and open it gradually over so many
-    steps: at step s of n, a token sees s/n of the longest row ahead."""
+    """Start with a causal encoder in a Diptych, as in the LLM that it was made from, and make it bidirectional over so
+    many steps: at step s of n, a token can attend to s/n of the longest row ahead of it."""
     teacher: str | None = field(default=None, metadata=CHECKPOINT)
-    """Folder or Hub id of a model with the same tokenizer, whose predictions are learned beside the targets
-    (distillation, arXiv 1503.02531): an encoder-decoder, or decoder-only, such as the LLM that a pair was made of."""
+    """Folder or Hub id of a model with the same tokenizer, for distillation (arXiv 1503.02531): its predictions are
+    added to the loss. An encoder-decoder, or decoder-only, such as the LLM that a pair was made from."""
     distill_weight: float = 0.5
-    """With a teacher: the share of its predictions in the loss, 0 to 1. The targets have the rest."""
+    """With a teacher: weight of its predictions in the loss, 0 to 1. The targets have the rest."""
     distill_temperature: float = 1.0
-    """With a teacher: both predictions are flattened by it, so that unlikely words count for more."""
+    """With a teacher: temperature of both predictions; above 1, unlikely tokens have a larger weight."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the forward pass; weights and optimizer are always fp32. `auto` measures (50 ms) and takes the
-    faster of bf16 and fp32; a resumed run keeps it. fp16, with a scaled loss, is for GPUs without bf16; T5, mT5, UMT5
-    and T5Gemma overflow in it and are refused."""
+    """Data type of the forward pass; weights and optimizer are always fp32. `auto` measures for 50 ms and uses the
+    faster of bf16 and fp32; a resumed run keeps it. fp16, with loss scaling, is for GPUs without bf16; it is an error
+    for T5, mT5, UMT5 and T5Gemma, which overflow in it."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "varlen"] = "auto"
-    """How attention is computed. `varlen` computes nothing between examples of a packed row: flash attention on a GPU,
-    segment by segment on a CPU. `auto` takes it if family and device can, else what the model prefers."""
+    """Implementation of attention. `varlen` computes nothing between examples of a packed row: flash attention on a
+    GPU, segment by segment on a CPU. `auto` uses it if family and device support it, else the model's default."""
     sharding: Literal["none", "full"] = "none"
-    """What each of several ranks holds. none: the whole model, which is fastest if it fits. full: its share of
-    weights, gradients and optimizer (FSDP2): 16 bytes a weight, divided by the ranks."""
+    """With several ranks: none: each rank has the whole model, which is fastest if it fits. full: each rank has a part
+    of weights, gradients and optimizer states (FSDP2): 16 bytes per weight, divided by the ranks."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: about a third slower, with a fraction of the memory."""
+    """Compute activations again in the backward pass: needs much less memory, and is about a third slower."""
     compile: bool = False
-    """torch.compile each layer: up to minutes at the start, then faster steps on a GPU, but not on a CPU. Packed rows
-    compile once; padded rows are compiled again for new shapes."""
+    """torch.compile each layer: takes up to minutes at the start, then steps are faster on a GPU, but not on a CPU.
+    Packed rows are compiled once, padded rows again for each new shape."""
 
     method: Literal["full", "lora"] = "full"
     """Train all weights, or LoRA adapters (arXiv 2106.09685) on a frozen checkpoint."""
     lora_variant: Literal["lora", "rslora", "dora"] = "lora"
-    """rslora: a scale that suits high ranks. dora: direction and length of each weight apart; slower, often better at
-    low ranks."""
+    """rslora: a scale for high ranks. dora: trains direction and length of each weight separately; slower, often
+    better at low ranks."""
     lora_rank: int = 16
-    """Rank of each adapter; its size in memory and on disk is proportional."""
+    """Rank of each adapter; memory and disk size are proportional to it."""
     lora_alpha: float = 32.0
     """Scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
     """Probability of dropping an input of an adapter."""
     lora_targets: str = ""
-    """Names of the layers that get an adapter, separated by commas; all linear layers of the family unless given."""
+    """Names of the layers that get an adapter, separated by commas. Default: all linear layers of the family."""
     peft_config: dict[str, Any] = field(default_factory=dict)
-    """Another of peft's methods, with its fields: {peft_type: IA3, feedforward_modules: [wo]}; or HRA, LOHA, LOKR,
-    MISS, OFT, VERA. Of LoRA's own: rank_pattern, alpha_pattern, exclude_modules."""
+    """Another method of peft, with its settings: {peft_type: IA3, feedforward_modules: [wo]}; or HRA, LOHA, LOKR,
+    MISS, OFT, VERA. For LoRA: rank_pattern, alpha_pattern, exclude_modules."""
     quantize: Literal["none", "4bit"] = "none"
-    """4bit: QLoRA (arXiv 2305.14314), the frozen base in 4 bits (nf4) on a CUDA GPU, by bitsandbytes: a fifth of the
-    memory. The adapter is later loaded onto, and merged into, the base in its own precision."""
+    """4bit: QLoRA (arXiv 2305.14314), the frozen base in 4 bits (nf4) on a CUDA GPU, with bitsandbytes: a fifth of the
+    memory. Later, the adapter is loaded onto the base, or merged into it, in the base's own precision."""
     lora_embeddings: bool = False
-    """Train the embedding tables and the head beside the adapters, in full: for a language the model hardly knows.
-    Such an adapter, like one with new tokens, cannot be loaded beside others: `diptych merge` it first."""
+    """Also train all weights of embeddings and head: for a language with little pretraining data. Such an adapter,
+    like one with new tokens, cannot be loaded together with others: `diptych merge` it first."""
 
     eval_every: int | None = None
-    """Steps between evaluations on the validation sets; once an epoch unless given. There is one at the end, too."""
+    """Steps between evaluations on the validation sets. Default: once per epoch. There is always one at the end."""
     eval_batch_size: int = 16
-    """Examples computed together in evaluation, on one rank, padded."""
+    """Examples per batch in evaluation on each rank, padded."""
     metrics: str = ""
     """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf,
-    superni_rougeL, token_error_rate (of words or phonemes between spaces). The outputs are kept in samples.jsonl."""
+    superni_rougeL, token_error_rate (of words or phonemes between spaces). The outputs are saved in samples.jsonl."""
     metrics_limit: int = 100
-    """Rows of each validation set that are generated for the metrics, the same ones each time."""
+    """Rows of each validation set for which text is generated, the same ones each time."""
     max_new_tokens: int | None = None
-    """No generated output gets longer than this; a quarter more than the longest target unless given."""
+    """Maximum length of generated outputs. Default: a quarter more than the longest target."""
     best_metric: str = "loss"
-    """What decides which checkpoint is best: loss, or with `metrics` any of their figures (exact_match, rougeL, chrf
-    …), exact_match_rows, or unfinished. Of several validation sets it is the mean, each counting the same, or that of
-    one: medical/chrf, news/loss."""
+    """What selects the best checkpoint: loss, or with `metrics` any of their figures (exact_match, rougeL, chrf …),
+    exact_match_rows, or unfinished. With several validation sets, their unweighted mean, or the figure of one set:
+    medical/chrf, news/loss."""
     patience: int = 0
-    """Evaluations without a better best_metric after which training stops early; 0 never."""
+    """Number of evaluations without improvement of best_metric after which training stops; 0: never."""
 
     save_every: int | None = None
-    """Steps between checkpoints; once an epoch unless given. A new best and the end are always saved."""
+    """Steps between checkpoints. Default: once per epoch. A new best one and the last one are always saved."""
     keep_last: int = 2
-    """Checkpoints to keep, the newest ones; the best is kept besides."""
+    """How many of the newest checkpoints to keep. The best one is always kept, too."""
     final: Literal["best", "last"] = "best"
-    """Which checkpoint becomes `final/`. Without a validation split it is the last."""
+    """Which checkpoint is saved as `final/`. Without a validation split it is the last."""
     logging_every: int = 10
     """Steps between log lines."""
     rank_timeout: float = 1800.0
-    """Seconds that a rank waits for the others before the run ends with exit code 6. It must be longer than writing a
-    checkpoint takes, which one rank does while the others wait."""
+    """Seconds that a rank waits for the others before the run ends with exit code 6. It must be longer than the time
+    to write a checkpoint, because one rank writes and the others wait."""
     debug: bool = False
-    """Show the traceback under an error message."""
+    """Print the traceback below an error message."""
     profile: bool = False
     """Record three steps with torch.profiler: profile/trace.json (a chrome trace) and profile/table.txt."""
     trackers: str = ""
-    """Experiment trackers, separated by commas: those that accelerate knows and that are installed (tensorboard …)."""
+    """Experiment trackers of accelerate, separated by commas; they must be installed (tensorboard …)."""
 
     def __post_init__(self):
         for name in ("model", "data", "out", "tokenizer", "teacher"):
