@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import xxhash
@@ -21,7 +21,7 @@ from diptych.data_prep.reading.column_rows import hub_chunks
 from diptych.data_prep.reading.find_files import Limits
 from diptych.data_prep.reading.row_chunks import Finished, in_chunks
 from diptych.data_prep.reading.sources import TRAIN, Source
-from diptych.data_prep.rows.named_splits import KINDS, kind_in_name
+from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name
 from diptych.data_prep.rows.records import Origin, Row
 
 RowsInMemory: TypeAlias = "Sequence[Mapping[str, Any]] | Dataset | Any | Mapping[str, RowsInMemory]"
@@ -42,7 +42,14 @@ def open_rows(rows: RowsInMemory, limits: Limits) -> list[Source]:
         if kind_in_name(name) not in KINDS:
             raise UserError(f"rows has the split '{name}'. Name each split train, validation or test.")
     order = sorted(rows, key=lambda name: KINDS.index(kind_in_name(name)))
-    return [_source(rows[name], f"{NAME}:{name}", kind_in_name(name), limits) for name in order]
+    return [_source(rows[name], f"{NAME}:{name}", _split_of(name, order), limits) for name in order]
+
+
+def _split_of(name: str, names: Iterable[str]) -> str:
+    """Several sets to validate or to test keep their names: test_news beside test_web is test/test_news."""
+    kind = kind_in_name(name)
+    is_alone = sum(kind_in_name(other) == kind for other in names) == 1
+    return kind if kind not in HELD_OUT or is_alone else f"{kind}/{name.rpartition('/')[2]}"
 
 
 def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:

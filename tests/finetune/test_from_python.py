@@ -73,6 +73,9 @@ def test_all_kinds_of_rows_give_the_same_dataset(tmp_path, t5_checkpoint):
     assert sizes == [{"train": 36, "validation": 2, "test": 2}] * len(kinds)
     of_splits = diptych.prepare(splits, tokenizer=t5_checkpoint, out=tmp_path / "splits", **SHORT).splits
     assert of_splits == {"train": 39, "test": 1}  # a row of test is left out of train
+    two_sets = {"train": ROWS, "test_a": splits["test"], "test_b": [ROWS[1] | {"output": "One."}]}
+    of_sets = diptych.prepare(two_sets, tokenizer=t5_checkpoint, out=tmp_path / "sets", **SHORT).splits
+    assert of_sets == {"train": 38, "test/test_a": 1, "test/test_b": 1}
 
 
 def test_sets_with_names_each_have_a_report(made, tmp_path, t5_checkpoint):
