@@ -31,16 +31,16 @@ class Mixture:
     """How several sources are mixed in the train split. Validation and test are never mixed."""
 
     temperature: float = 1.0
-    """1 takes sources in proportion to their rows; more gives small ones a larger share, towards equal parts."""
+    """1: shares in proportion to the rows of each source. A higher value gives small sources a larger share."""
     cap: int | None = None
-    """How many rows of a source count at most when the shares are computed: with 1000, sources of 9,000 and 1,000 rows
-    have equal shares. It does not limit how many rows are taken."""
+    """Maximum number of rows of a source when the shares are computed: with 1000, sources of 9,000 and 1,000 rows have
+    equal shares. It does not limit how many rows are taken."""
 
     weights: dict[str, float] = field(default_factory=dict)
-    """Source, as named in data → what its rate is multiplied by; 1 if it is not named, 0 leaves it out."""
+    """Source, with its name in data → factor of its share; 1 if it is not given, 0 leaves the source out."""
 
     rows: int | None = None
-    """Rows of the mixed train split; small sources may be repeated for it. Default: as many as can be had without."""
+    """Rows of the mixed train split; rows of small sources may be repeated. Default: as many as possible without."""
 
 
 def check_mixture(mixture: Mixture, sources: Sequence[str]) -> None:

@@ -19,22 +19,22 @@ from diptych.data_prep.text_to_ids.train_tokenizer import LEAST_SAVING
 
 @dataclass(frozen=True)
 class TrainTokenizerSettings:
-    """Train a byte-level tokenizer, from which every text comes back exactly."""
+    """Train a byte-level tokenizer, which decodes every text exactly."""
 
     data: list[str] = field(default_factory=list, metadata=SOURCE)
-    """What to learn from, one or more: all that `diptych prepare` reads (files, folders, globs, Hub data sets), files
-    of plain text (a text a line), folders of prepared data (their train split)."""
+    """Training data, one or more sources: all that `diptych prepare` reads (files, folders, globs, Hub data sets),
+    files of plain text (one text per line), folders of prepared data (their train split)."""
     out: str = field(default="tokenizer", metadata=OUTPUT)
     """Folder to write: the tokenizer, with tokenizer_report.json."""
     kind: Literal["bpe", "unigram"] = "bpe"
-    """How words are cut: byte pair encoding, or the most probable pieces (Unigram)."""
+    """How words are split: byte pair encoding, or the most probable pieces (Unigram)."""
     vocab_size: int | Literal["auto"] = "auto"
-    """Tokens. `auto` trains sizes that double and takes the smallest after which a doubling saves too little."""
+    """Vocabulary size. `auto` tries sizes that double, and takes the smallest after which doubling saves too little."""
     least_saving: float = LEAST_SAVING
-    """For auto: a doubling of the vocabulary has to save at least this part of the tokens of unseen text."""
+    """For auto: the part of the tokens of held-out text that a doubling must save."""
     text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
+    """Columns with text, `answers.text` for a nested one. Default: the texts of the recognised format, or the column
+    `text`."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,16 @@ class ReportTokenizerSettings:
     tokenizer: str = field(metadata=CHECKPOINT)
     """A tokenizer or checkpoint, as a folder or a Hub id."""
     data: list[str] = field(default_factory=list, metadata=SOURCE)
-    """What to measure on, one or more: all that `diptych prepare` reads, files of plain text (a text a line), folders
-    of prepared data (their train split)."""
+    """Texts to measure, one or more sources: all that `diptych prepare` reads, files of plain text (one text per
+    line), folders of prepared data (their train split)."""
     by: Literal["script", "language", "file"] = "script"
-    """What the rows of the table are: the script of most letters, the language as py3langid guesses it (needs the
-    extra `clean`), or the file."""
+    """The rows of the table: the script of most letters, the language that py3langid detects (needs the extra
+    `clean`), or the file."""
     out: str | None = field(default=None, metadata=OUTPUT)
-    """Also write the report as JSON to this file, and its bars as a PNG beside it."""
+    """Also write the report as JSON to this file, and its bar chart as a PNG in the same folder."""
     text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
+    """Columns with text, `answers.text` for a nested one. Default: the texts of the recognised format, or the column
+    `text`."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,22 @@ class ExtendTokenizerSettings:
     checkpoint: str = field(metadata=CHECKPOINT)
     """The checkpoint whose tokenizer is extended, as a folder or a Hub id."""
     data: list[str] = field(default_factory=list, metadata=SOURCE)
-    """Texts of the new language or domain, one or more: all that `diptych prepare` reads, files of plain text (a text
-    a line), folders of prepared data (their train split). One text in twenty is held out to measure on."""
+    """Texts of the new language or domain, one or more sources: all that `diptych prepare` reads, files of plain text
+    (one text per line), folders of prepared data (their train split). 5 % of the texts are held out to measure."""
     tokens: int = 2000
-    """New tokens, at most. Each costs a row of the embedding table, and of the head where that has its own; training
-    (with grow_vocabulary) starts it as the mean of the rows that it stands for."""
+    """Maximum number of new tokens. Each adds a row to the embedding table, and to an untied head; in training (with
+    grow_vocabulary) it starts as the mean of the rows of the tokens that it replaces."""
     out: str = field(default="extended-tokenizer", metadata=OUTPUT)
     """Folder to write: the tokenizer, with what it gains in tokenizer_report.json. Use it as prepare's --tokenizer."""
     minimum_frequency: int = 5
-    """A new token stands at least so often in the data: a rarer one would have nothing to learn from."""
+    """Minimum frequency of a new token in the data; rarer tokens would be trained too little."""
     text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, `answers.text` for one inside another. Default: the texts of the format that is
-    recognised, or the column text."""
+    """Columns with text, `answers.text` for a nested one. Default: the texts of the recognised format, or the column
+    `text`."""
 
 
 TOKENIZER_ACTIONS = {
-    "train": (TrainTokenizerSettings, "texts -> a tokenizer that gives every text back"),
+    "train": (TrainTokenizerSettings, "texts -> a byte-level tokenizer"),
     "report": (ReportTokenizerSettings, "a tokenizer and texts -> how many tokens they take"),
     "extend": (ExtendTokenizerSettings, "a checkpoint and new texts -> its tokenizer with tokens for them"),
 }
@@ -109,34 +109,34 @@ class DenoiseSettings:
     """Make pairs of source and target out of raw text, as rows of token ids that `diptych prepare` packs."""
 
     data: list[str] = field(default_factory=list, metadata=SOURCE)
-    """Files of text: .txt with a document a line, rows with a column `text` or of any known format (jsonl, parquet,
-    also .gz and .zst), folders, globs, and Hub ids (hf:user/name)."""
+    """Files of text: .txt with one document per line, rows with a column `text` or of any known format (jsonl,
+    parquet, also .gz and .zst), folders, globs, and Hub ids (hf:user/name)."""
     tokenizer: str = field(default="", metadata=CHECKPOINT)
-    """Checkpoint whose tokenizer cuts the text: folder or Hub id."""
+    """Checkpoint with the tokenizer to use: folder or Hub id."""
     out: str = field(default="", metadata=OUTPUT)
     """New folder, for pairs.parquet, and for the tokenizer if sentinels are added to it."""
     objective: Literal["prefix_lm", "span_corruption", "ul2"] = "prefix_lm"
-    """prefix_lm asks for no new token, and is what an LLM did all along; the others need sentinels."""
+    """prefix_lm needs no new tokens, and is the objective of an LLM; the others need sentinels."""
     noise_density: float = 0.15
-    """span_corruption: share of the tokens that are cut out."""
+    """span_corruption: share of the tokens that are masked."""
     mean_noise_span_length: float = 3.0
-    """span_corruption: tokens of a span, on average."""
+    """span_corruption: mean length of a masked span in tokens."""
     minimum_prefix: float = 0.25
-    """prefix_lm: the least share of a window that is read; the most is so much from the end. UL2 has its own."""
+    """prefix_lm: minimum share of a window that is the source; the target has at least the same share. Not for UL2."""
     max_source_tokens: int = 512
-    """The longest source, special tokens included."""
+    """The longest source, including special tokens."""
     max_target_tokens: int = 512
     """The longest target."""
     text_fields: list[str] = field(default_factory=list)
-    """Columns of rows that are text, where they are not recognised."""
+    """Columns with text, if they are not recognised."""
     documents: Literal["line", "file"] = "line"
-    """Whether each line of a .txt is a document, or each file (blank lines go)."""
+    """Whether each line of a .txt is a document, or each file (blank lines are removed)."""
     add_sentinels: int = 0
     """Add so many sentinels <extra_id_0>, <extra_id_1> … to the tokenizer, and save it in OUT/tokenizer."""
     mode_tokens: list[str] = field(default_factory=list)
-    """ul2: three tokens of the tokenizer, for R, S and X, with which a source begins."""
+    """ul2: three tokens of the tokenizer, for R, S and X, at the start of a source."""
     seed: int = 0
-    """Of all that is drawn."""
+    """Seed of all random choices."""
 
     def __post_init__(self):
         for name, example in {"tokenizer": "a checkpoint", "out": "a new folder"}.items():

@@ -70,7 +70,7 @@ COMMANDS = {
         "data_prep.prepare:run",
     ),
     "denoise": Command(
-        "raw text -> pairs that `prepare` packs: prefixes, spans, UL2's mixture",
+        "raw text -> training rows for `prepare`: prefixes, spans, UL2's mixture",
         "data_prep.tokenizer_tools.text_command_settings:DenoiseSettings",
         "data_prep.denoise:run",
     ),
@@ -85,32 +85,32 @@ COMMANDS = {
         "finetune.evaluating.evaluate_split:run",
     ),
     "compare": Command(
-        "two runs or two reports -> what differs, and whether by chance",
+        "two runs or two reports -> the differences, with p-values",
         "finetune.evaluating.evaluate_settings:CompareSettings",
         "finetune.evaluating.compare_runs:run",
     ),
     "generate": Command(
-        "a prompt, a session or a JSONL file -> text",
+        "a prompt, an interactive session or a file -> text",
         "finetune.inference.generate_settings:GenerateSettings",
         "finetune.inference.generate_command:run",
     ),
     "inspect": Command(
-        "a checkpoint and an input -> a page that shows each step inside",
+        "a checkpoint and an input -> a page that shows all steps of the computation",
         "finetune.inspecting.inspect_settings:InspectSettings",
         "finetune.inspecting.inspection:run",
     ),
     "demo": Command(
-        "a checkpoint, or two side by side, on a page to try",
+        "a checkpoint, or two side by side -> a local web page",
         "finetune.serving.serve_settings:DemoSettings",
         "finetune.serving.web_demo:run",
     ),
     "serve": Command(
-        "a checkpoint behind OpenAI's HTTP interface",
+        "a checkpoint -> a server with OpenAI's HTTP API",
         "finetune.serving.serve_settings:ServeSettings",
         "finetune.serving.serve:run",
     ),
     "doctor": Command(
-        "a checkpoint -> whether its training is right, and what to do if not",
+        "a checkpoint -> checks of its training, and advice",
         "finetune.doctor.doctor_settings:DoctorSettings",
         "finetune.doctor.doctor:run",
     ),
@@ -130,7 +130,7 @@ COMMANDS = {
         "finetune.model.merge:run",
     ),
     "export": Command(
-        "a checkpoint -> a folder for a faster engine, proven to write the same",
+        "a checkpoint -> a folder for a faster engine, compared with the original",
         "finetune.exporting.export_settings:ExportSettings",
         "finetune.exporting.export:run",
     ),

@@ -16,28 +16,28 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Export a checkpoint to another engine, and prove that it writes the same."""
+    """Export a checkpoint to another engine, and compare its outputs."""
 
     model: str = field(metadata=CHECKPOINT)
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id. An adapter is merged."""
     to: Literal["ctranslate2", "onnx"] = "ctranslate2"
-    """The engine."""
+    """The inference engine."""
     out: str = field(default="", metadata=OUTPUT)
     """New folder for the export."""
     precision: str = "float32"
-    """What weights are stored in. ctranslate2: float32, bfloat16, float16, int8 (with int8_float32, int8_bfloat16,
-    int8_float16: what is not quantized). onnx: float32."""
+    """Data type of the stored weights. ctranslate2: float32, bfloat16, float16, int8 (with int8_float32,
+    int8_bfloat16, int8_float16: the type of what is not quantized). onnx: float32."""
     rows: str = field(default="", metadata=EXISTING)
-    """JSONL file of prompts to compare on, as `generate` takes them; `output` or `outputs` are references. The
-    examples that travel with the template and built-in sentences unless given."""
+    """JSONL file of prompts for the comparison, as `generate` takes them; `output` or `outputs` are references.
+    Default: the examples in the template, and built-in sentences."""
     template: str = field(default="", metadata=TEMPLATE)
-    """Name or file of a prompt template; the one saved with the tokenizer unless given. It is saved in the export."""
+    """Name or file of a prompt template. Default: the one in the tokenizer. It is saved in the export."""
     max_new_tokens: int = 64
-    """No row gets longer in the comparison."""
+    """Maximum length of outputs in the comparison."""
     batch_size: int = 8
-    """Rows written together in the comparison."""
+    """Rows per batch in the comparison."""
     device: str = "cpu"
-    """Where both are run for the comparison: cpu, or cuda."""
+    """Device for the comparison: cpu, or cuda."""
 
     def __post_init__(self):
         if not self.out:

@@ -13,7 +13,7 @@ LINES_SUFFIX = ".txt"
 
 @dataclass(frozen=True)
 class GenerateSettings(PromptSettings):
-    """Text from a trained encoder-decoder: one prompt, a session (neither prompt nor file given), or a file."""
+    """Text from a trained encoder-decoder: one prompt, an interactive session (no prompt or file given), or a file."""
 
     model: str = field(metadata=CHECKPOINT)
     """Checkpoint folder (after training: RUN/final), adapter folder, or Hub id; with --engine ctranslate2 the folder

@@ -9,7 +9,7 @@ from diptych.finetune.commands.model_settings import PromptSettings, check_posit
 
 @dataclass(frozen=True)
 class InspectSettings(PromptSettings):
-    """What an encoder-decoder makes of one input, step by step, on a page to look at."""
+    """A page that shows what an encoder-decoder computes for one input, step by step."""
 
     instruction: str = field(default="", metadata={"instead_of": ("source",)})
     """The instruction, as for `diptych generate`; the template makes the source from it."""

@@ -14,23 +14,23 @@ class PublishSettings:
     """Publish the final model of a run on the Hub: in one commit, with a model card, read back."""
 
     run: str = field(metadata=EXISTING)
-    """Run folder, as `diptych train` wrote it."""
+    """Run folder that `diptych train` wrote."""
     to: str = ""
-    """Repository on the Hub, as owner/name. It is made if there is none."""
+    """Repository on the Hub, as owner/name. It is created if it does not exist."""
     public: bool = False
-    """Let everybody see it; it is private unless given."""
+    """Make the repository public. Default: private."""
     base: str = ""
-    """For an adapter that was trained on a folder: the Hub id under which that base is published. Its weights there
-    are compared with those in the folder."""
+    """For an adapter that was trained on a local folder: the Hub id of the same base model. Its weights are compared
+    with those in the folder."""
     license: str = ""
-    """Licence for the card, as the Hub spells it (apache-2.0, cc-by-4.0 …); the card names none unless given."""
+    """Licence for the card, with the Hub's name (apache-2.0, cc-by-4.0 …). Default: none."""
     language: str = ""
-    """Languages for the card, separated by commas (en,ko); those that `diptych prepare` filtered by unless given."""
+    """Languages for the card, separated by commas (en,ko). Default: those that `diptych prepare` filtered by."""
     pipeline: bool = False
-    """Let code travel with it by which transformers' pipeline("text2text-generation") works, with
-    trust_remote_code=True, where Diptych is not installed."""
+    """Also publish code for transformers' pipeline("text2text-generation"), which works where Diptych is not
+    installed, with trust_remote_code=True."""
     dry_run: bool = False
-    """Print the files with their sizes, and the card; connect to nothing."""
+    """Print the files with their sizes, and the card; make no connection."""
 
     def __post_init__(self):
         if not self.to:
