@@ -29,7 +29,7 @@ class TrainTokenizerSettings:
     kind: Literal["bpe", "unigram"] = "bpe"
     """How words are split: byte pair encoding, or the most probable pieces (Unigram)."""
     vocab_size: int | Literal["auto"] = "auto"
-    """Vocabulary size. `auto` tries sizes that double, and takes the smallest after which doubling saves too little."""
+    """Vocabulary size. `auto` tries sizes that double, and takes the smallest for which doubling saves too little."""
     least_saving: float = LEAST_SAVING
     """For auto: the part of the tokens of held-out text that a doubling must save."""
     text_fields: list[str] = field(default_factory=list)
