@@ -23,14 +23,14 @@ from diptych.finetune.commands import cli
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """Merge an adapter into its base: a plain checkpoint, that from_pretrained loads."""
+    """Merge an adapter into its base: a plain checkpoint, which from_pretrained loads."""
 
     adapter: str = field(metadata=CHECKPOINT)
     """Adapter folder (after training: RUN/final) or Hub id."""
     out: str = field(default="", metadata=OUTPUT)
     """New folder for the checkpoint."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the weights are saved in. float32 is what was trained; the others take half the room, and round."""
+    """Data type of the saved weights. float32 is the type in training; the others need half the space, and round."""
 
     def __post_init__(self):
         if not self.out:

@@ -19,7 +19,7 @@ class DemoSettings(PromptSettings):
     port: int = 7860
     """0 uses a free port, which is printed."""
     examples: str = field(default="", metadata=EXISTING)
-    """JSONL file of rows with `instruction` and `input`, of which the first are offered on the page."""
+    """JSONL file of rows with `instruction` and `input`, the first ones are examples on the page."""
     max_new_tokens: int | None = None
     """Maximum length of outputs in tokens. Default: 256, or the model's own limit if that is lower."""
 
@@ -31,12 +31,12 @@ class DemoSettings(PromptSettings):
 
 @dataclass(frozen=True)
 class ServeSettings(PromptSettings):
-    """A checkpoint behind OpenAI's HTTP interface: completions and chat, streamed or whole."""
+    """Serve a checkpoint with OpenAI's HTTP API: completions and chat, with or without streaming."""
 
     host: str = "127.0.0.1"
-    """Address to listen at. Any but the loopback's needs a token in the environment, DIPTYCH_TOKEN."""
+    """Address to listen at. For any but loopback, set a token in the environment variable DIPTYCH_TOKEN."""
     port: int = 8000
-    """0 takes a free one, which is printed."""
+    """0 uses a free port, which is printed."""
     name: str = ""
     """Name of the model for clients. Default: the name of the folder."""
     batch_size: int = 16
