@@ -250,6 +250,7 @@ def test_a_task_that_is_stopped_leaves_nothing_half(parts):
 RUN_TASK = "import dill, sys; list(dill.loads(sys.stdin.buffer.read()).run(None, 1, 3))"
 
 
+@pytest.mark.slow
 def test_a_step_travels_to_another_process_as_the_engine_sends_it(parts, tmp_path):
     """datatrove pickles with dill, and Slurm's tasks are processes that read it."""
     words, _, folder = parts

@@ -85,6 +85,7 @@ def test_an_opening_run_is_trained_saved_and_gone_on_with_as_far_as_it_is_open(f
     assert json.loads(entries[0])["loss"] != losses[0][0], "a causal encoder reads otherwise"
 
 
+@pytest.mark.slow
 def test_two_ranks_open_as_one(packed_folder, checkpoint_of, nursery, tmp_path):
     base = {"model": str(checkpoint_of("diptych_merged")), "data": str(packed_folder(0)), "max_steps": 4}
     base |= {"open_encoder_steps": 3, "precision": "fp32", "epsilon": 1e-2, "rank_timeout": 60.0}

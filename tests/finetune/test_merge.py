@@ -167,6 +167,7 @@ def test_compiled_models_are_saved_under_their_own_names(
     assert_names_are_the_models_own(tmp_path / "run", settings)
 
 
+@pytest.mark.slow
 def test_ranks_save_under_the_models_own_names(recipe, nursery, tmp_path):
     for family, method in (("t5", "lora"), ("t5gemma", "full")):
         run = tmp_path / f"{family}-{method}"

@@ -210,6 +210,7 @@ def resumable(recipe, checkpoint_of, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits(resumable):
     """Killed in step 8, with figures and samples written since the checkpoint: they are cut off and written again."""
     whole, killed = (resumable("diptych", out, metrics="exact_match") for out in ("whole", "killed"))

@@ -63,6 +63,7 @@ def final_weights(out: str) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", STARTS)
 def test_eight_packed_rows_are_learned_and_generated_exactly(family, method, recipe, training_folder, capsys):
