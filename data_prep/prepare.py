@@ -17,7 +17,7 @@ import functools
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,13 @@ class Prepared:
     """A dataset that `prepare` has written, or has found and reuses."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
     """What manifest.json says: inputs, counts, template, tokenizer, packing, settings."""
     is_reused: bool = False
     """Whether the folder already held this dataset, so that nothing was written."""
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     @property
     def splits(self) -> dict[str, int]:

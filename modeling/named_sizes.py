@@ -9,7 +9,7 @@ Fresh weights have the standard deviation width ** -0.5 (LeCun et al., Efficient
 
 import difflib
 
-from .configuration_diptych import DiptychConfig
+from .configuration_diptych import SHARED_FIELDS, DiptychConfig
 
 #                 width    feed-forward   encoder and decoder layers   query and key/value heads
 SIZES = {
@@ -23,11 +23,17 @@ SIZES = {
 
 def named_config(name: str, **overrides) -> DiptychConfig:
     """The config of a named size; overrides are `DiptychConfig` keywords (`vocab_size`, special ids, dropout …).
-    ValueError if there is no such size; the message names the nearest and lists all."""
+    ValueError if there is no such size, or no such keyword; the message names the nearest."""
     if name not in SIZES:
         nearest = difflib.get_close_matches(name, SIZES, n=1)
         hint = f" Did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(f"No Diptych size is called {name!r}.{hint} There are: {', '.join(SIZES)}.")
+    known = DiptychConfig()
+    for override in overrides:
+        if override not in SHARED_FIELDS | {"rope_theta", "rope_scaling"} and not hasattr(known, override):
+            nearest = difflib.get_close_matches(override, [*vars(known), *SHARED_FIELDS], n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"A DiptychConfig has no {override!r}.{hint}")
     width, feed_forward, encoder_layers, decoder_layers, heads, key_value_heads = SIZES[name]
     shape = {
         "hidden_size": width,

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Report:
     """Of each figure the lowest and highest value of its 95 % interval."""
     directions: dict[str, dict[str, float]]
     """The figures of each direction of translation, where rows have several."""
-    predictions: list[dict[str, Any]]
+    predictions: list[dict[str, Any]] = field(repr=False)
     """Of each different source: source, references, prediction, finished, nats, target_tokens."""
 
 
@@ -175,6 +175,8 @@ def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) 
 def _place_of(value: Any) -> Any:
     """The folder or Hub id of what one of these functions returned; any other value as it is."""
     if isinstance(value, TrainedRun):
+        if not value.final.is_dir():
+            raise UserError(f"the run {value.folder} is {value.state}: train(…, resume=True) goes on with it.")
         return str(value.final)
     if isinstance(value, TextModel):
         return value.name

@@ -11,7 +11,7 @@ What is asked is rendered with the template that travels with the checkpoint, as
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, overload
 
@@ -55,7 +55,7 @@ class RowScore(NamedTuple):
         return -self.log_probability / self.tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TextModel:
     """An encoder-decoder with its tokenizer, in eval mode."""
 
@@ -94,7 +94,7 @@ class TextModel:
         asked = self._settings(settings)
         check_generation_names(asked.generation)
         prompter = self._prompter(asked)
-        source_ids, languages = _encoded(prompter, [rows] if isinstance(rows, str | Mapping) else rows, asked)
+        source_ids, languages = _encoded(prompter, _list_of(rows), asked)
         set_seed(asked.seed)
         loaded = replace(self.loaded, template=prompter.template)
         outputs = chosen_outputs(
@@ -112,7 +112,7 @@ class TextModel:
             found = [found[first : first + each] for first in range(0, len(found), each)]
         return found[0] if isinstance(rows, str | Mapping) else found
 
-    def score(self, rows: Sequence[Mapping[str, Any]], **settings: Any) -> list[RowScore]:
+    def score(self, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], **settings: Any) -> list[RowScore]:
         """How likely each row's `output` is: its log-probability given the source, by one pass with teacher forcing.
 
         Args:
@@ -123,7 +123,7 @@ class TextModel:
             UserError: a setting is wrong, a row is no prompt, or it has no output.
         """
         asked = self._settings(settings)
-        prompter = self._prompter(asked)
+        prompter, rows = self._prompter(asked), _list_of(rows)
         for place, row in enumerate(rows, start=1):
             if not isinstance(row, Mapping) or not isinstance(row.get("output"), str):
                 raise UserError(f"row {place} has no text `output`, whose likelihood is asked for.")
@@ -142,14 +142,14 @@ class TextModel:
         """The mean of the encoder's states over a text's tokens, padding left out.
 
         Args:
-            rows: N texts or rows, as for `generate`; `template="plain"` puts nothing around a text.
+            rows: N texts or rows, as for `generate`, or one; `template="plain"` puts nothing around a text.
             settings: template, batch_size, source_language, max_source_tokens.
 
         Returns:
             float32, (N, width of the encoder), on the CPU.
         """
         asked = self._settings(settings)
-        source_ids, _ = _encoded(self._prompter(asked), rows, asked)
+        source_ids, _ = _encoded(self._prompter(asked), _list_of(rows), asked)
         longest_first = sorted(range(len(source_ids)), key=lambda place: -len(source_ids[place]))
         encoder, means = self.model.get_encoder(), [np.zeros(0, np.float32)] * len(source_ids)
         for first in range(0, len(longest_first), asked.batch_size):
@@ -161,7 +161,10 @@ class TextModel:
             mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
             for place, row in zip(places, mean.cpu().numpy(), strict=True):
                 means[place] = row
-        return np.stack(means)
+        return np.stack(means) if means else np.zeros((0, encoder.config.hidden_size), np.float32)
+
+    def __repr__(self) -> str:
+        return f"TextModel({self.name!r}, {type(self.model).__name__}, {self.model.dtype}, {self.model.device})"
 
     def _settings(self, settings: Mapping[str, Any]) -> GenerateSettings:
         for name in settings:
@@ -190,6 +193,21 @@ def load(name: str | os.PathLike, dtype: str = "auto", device: str = "auto") -> 
     """
     with printed_to(None):
         return TextModel(os.fspath(name), load_checkpoint(name, dtype, pick_device(device)))
+
+
+def _list_of(rows: Any) -> list[str | Mapping[str, Any]]:
+    """One text or row, a list of them, a pandas frame or a `datasets.Dataset`, as a list."""
+    if isinstance(rows, str | Mapping):
+        return [rows]
+    if hasattr(rows, "iloc"):  # a pandas frame, which would give its columns' names
+        return rows.to_dict("records")
+    found = list(rows) if isinstance(rows, Iterable) else [rows]
+    for place, row in enumerate(found, start=1):
+        if not isinstance(row, str | Mapping):
+            raise UserError(
+                f"row {place} is a {type(row).__name__}; give texts, or dicts such as {{'instruction': …}}."
+            )
+    return found
 
 
 def _encoded(prompter: Prompter, rows: Rows, asked: GenerateSettings) -> tuple[list[list[int]], list[Languages]]:

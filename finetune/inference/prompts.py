@@ -100,7 +100,7 @@ def prompt_of(fields: dict[str, Any]) -> Prompt:
     for name in PROMPT_FIELDS:
         near = nearest(name, [other for other in fields if other not in PROMPT_FIELDS], cutoff=0.75)
         if name not in fields and near:
-            raise UserError(f"{name!r} is missing; did you mean {near!r}? Rename it to {name!r}")
+            raise UserError(f"{name!r} is missing, and there is {near!r}. Rename it to {name!r}")
     for name in ("input", "system"):
         if not isinstance(fields.get(name) or "", str):
             raise UserError(f"{name!r} must be a string, got {_short_json(fields[name])}")

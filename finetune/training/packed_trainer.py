@@ -19,6 +19,7 @@ in evaluation. `per_device_train_batch_size` counts packed rows, each of which h
 
 import functools
 import inspect
+import os
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,8 +87,8 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
         args = args or Seq2SeqTrainingArguments()
         check_arguments(args, processing_class, others)
         self._is_packed = packed
-        if isinstance(train_dataset, (str, Path)):
-            train_dataset = load_prepared(str(train_dataset)).splits["train"]
+        if isinstance(train_dataset, (str, os.PathLike)):
+            train_dataset = load_prepared(os.fspath(train_dataset)).splits["train"]
         super().__init__(
             model=model,
             args=args,
@@ -215,6 +216,11 @@ def check_arguments(args: Seq2SeqTrainingArguments, tokenizer: Any, others: Mapp
 
 def ready_rows(split: Dataset, name: str, model: PreTrainedModel, tokenizer: Any) -> Dataset:
     """The rows, checked, with no other columns, and without a first label that the decoder starts with anyway."""
+    if not isinstance(split, Dataset):
+        raise UserError(
+            f"the {name} rows are a {type(split).__name__}. Give a datasets.Dataset with input_ids and labels (from a"
+            f" list of dicts: Dataset.from_list), or as train_dataset the folder of a `diptych prepare`."
+        )
     if missing := [column for column in ("input_ids", "labels") if column not in split.column_names]:
         raise UserError(
             f"the {name} rows have no column {missing[0]}; they have {', '.join(split.column_names)}. Tokenise them, "

@@ -89,6 +89,20 @@ def test_sets_with_names_each_have_a_report(made, tmp_path, t5_checkpoint):
     assert of_rows.figures["loss"] == reports["test/small"].figures["loss"]
 
 
+def test_one_row_a_list_a_frame_and_a_dataset_are_read_alike(t5_checkpoint):
+    model, rows = diptych.load(t5_checkpoint, device="cpu"), ROWS[:2]
+    frame, dataset = pandas.DataFrame(rows), Dataset.from_list(rows)
+    said = model.generate(rows, max_new_tokens=4)
+    assert model.generate(frame, max_new_tokens=4) == model.generate(dataset, max_new_tokens=4) == said
+    assert model.score(frame) == model.score(rows) and model.score(rows[0]) == model.score(rows[:1])
+    assert model.embed("Say 7.").shape == model.embed(rows[0]).shape == model.embed(["Say 7."]).shape
+    assert len(model.embed(frame)) == 2 and len(model.embed([])) == 0 and model.generate([]) == []
+    for wrong in (7, None, [["a", "b"]]):
+        with pytest.raises(diptych.UserError, match="row 1 is a (int|NoneType|list); give texts"):
+            model.generate(wrong)
+    assert len(repr(model)) < 200
+
+
 def test_the_same_rows_are_not_prepared_twice(tmp_path, t5_checkpoint):
     said: list[str] = []
     for _ in range(2):

@@ -125,7 +125,7 @@ def test_rows_may_carry_a_system_prompt_and_earlier_turns(tmp_path, t5_checkpoin
     assert [line.get("prediction") for line in lines] == ["네.", "나는 학생이다.", None, None]
     assert lines[0]["system"] == translate  # what a row has is kept
     assert lines[2]["error"] == "'system' must be a string, got 7"
-    assert "did you mean 'systm'" in lines[3]["error"]
+    assert "there is 'systm'" in lines[3]["error"]
 
     plain = tmp_path / "plain.jsonl"  # the checkpoint's own template has no place for it
     rows[2:] = [{"instruction": translate, "input": "Yes."}]
@@ -175,8 +175,8 @@ def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
         b"[1, 2]": "a JSON object is needed, got list",
         b'{"instruction": "\xff"}': "invalid UTF-8 at byte 18 of the line",
         b'{"instruction": "\\ud800"}': "half of a surrogate pair",
-        b'{"instrution": "Go."}': "did you mean 'instrution'? Rename it to 'instruction'",
-        b'{"instruction": "Go.", "inptu": "x"}': "did you mean 'inptu'? Rename it to 'input'",
+        b'{"instrution": "Go."}': "there is 'instrution'. Rename it to 'instruction'",
+        b'{"instruction": "Go.", "inptu": "x"}': "there is 'inptu'. Rename it to 'input'",
         b'{"text": "Go."}': "'instruction' is missing; the row has 'text'",
         b'{"instruction": "  "}': "must be a string that is not empty",
         b'{"instruction": "Go.", "input": 5}': "'input' must be a string, got 5",

@@ -194,5 +194,7 @@ def test_what_would_be_another_loss_is_refused(new_model, tiny_tokenizer, rows, 
     assert "a tokenizer with a padding token" in refused(processing_class=None)
     assert "mean of each rank's mean" in refused(arguments(tmp_path, average_tokens_across_devices=False))
     assert "have no column labels; they have input_ids" in refused(train_dataset=rows.select_columns("input_ids"))
+    assert "the train rows are a list. Give a datasets.Dataset" in refused(train_dataset=rows.to_list())
+    assert "the eval rows are a str" in refused(eval_dataset="prepared")
     too_large = datasets.Dataset.from_list([{"input_ids": [100_000], "labels": [1]}])
     assert "embedding rows" in refused(train_dataset=too_large)

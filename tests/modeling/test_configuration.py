@@ -197,6 +197,8 @@ def test_named_config_takes_overrides_and_suggests_the_nearest_name():
     assert config.decoder.hidden_size == SIZES["diptych-8m"][0]
     with pytest.raises(ValueError, match="Did you mean diptych-60m?.*There are: diptych-8m"):
         named_config("diptych-60mm")
+    with pytest.raises(ValueError, match="no 'vocab_siz'. Did you mean vocab_size?"):
+        named_config("diptych-8m", vocab_siz=77)
 
 
 def test_building_an_encoder_leaves_the_given_config_as_it_was():
