@@ -26,14 +26,8 @@ WINGS = {
     *(f"finetune/{name}" for name in ("doctor", "inspecting", "serving", "exporting", "pairing", "publishing")),
     "finetune/from_python",
 }
-COMMANDS = {"data_prep/prepare.py", "finetune/train.py", "finetune/evaluation.py"}  # which launchers name
-
-MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_CHILDREN, MOST_SOURCE = (
-    620,
-    80,
-    16,
-    33_300,
-)  # lower the last one with each cut
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_CHILDREN = 620, 80, 16
+MOST_SOURCE = 33_300  # lower it with each cut: 24,000 is what it should become
 
 
 def tracked_files() -> list[Path]:
