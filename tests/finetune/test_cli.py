@@ -130,6 +130,7 @@ def test_an_interrupted_command_ends_with_130(t5_checkpoint, tmp_path):
         [*DIPTYCH, "generate", str(t5_checkpoint), "--in_file", str(tmp_path / "in.jsonl"), "--device", "cpu",
          "--out_file", str(out_file), "--batch_size", "1"],
         stderr=subprocess.PIPE, text=True, encoding="utf-8", env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (out_file.exists() and out_file.stat().st_size) and time.monotonic() < deadline:
