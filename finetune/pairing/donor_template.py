@@ -215,7 +215,7 @@ class _ChatTemplate:
         the beginning of one is written."""
         try:
             return self.render_or_raise(conversation, answer, **variables)
-        except Exception:
+        except Exception:  # raise_exception() in a template, or any error of its code
             return None
 
     def render_or_raise(self, conversation: Conversation, answer: str = "", **variables) -> str:

@@ -52,7 +52,7 @@ def write_folder(
         write_manifest(partial)
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
-    except Exception as error:
+    except Exception as error:  # of any type: it is raised again, after the half-written folder is removed
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         shutil.rmtree(partial, ignore_errors=True)
         if _is_of_storage(error):

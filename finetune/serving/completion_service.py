@@ -85,7 +85,7 @@ class Service:
             if asked.stream:
                 return StreamingResponse(self.stream(path, asked, jobs, events), media_type="text/event-stream")
             answer = await while_connected(request, self.whole_answer(asked, jobs, events))
-        except Exception as error:
+        except Exception as error:  # of any type: the jobs are dropped, and the client gets a status
             drop(jobs)
             raise self.request_error(error) from None
         self.metrics.count(path, 200)
@@ -213,7 +213,7 @@ class Service:
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             status = 200
             yield "data: [DONE]\n\n"
-        except Exception as error:
+        except Exception as error:  # of any type: the stream has begun, so the error is its last event
             refused = self.request_error(error)
             status = refused.status
             yield f"data: {json.dumps(refused.body())}\n\n"
