@@ -1209,7 +1209,7 @@ def test_help_explains_every_setting(capsys):
     said = capsys.readouterr().out
     for field in fields(PrepareSettings):
         assert f"--{field.name} " in said
-    assert "Whether a target that was cut still ends in eos" in said
+    assert "Whether a cut target still ends in eos" in said
 
 
 def run_command(*arguments, cwd):
