@@ -14,15 +14,13 @@ matter. Text that spells a control token stays text (encode.py). The end of a do
 tokens is left out, and counted.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import datasets
 import numpy
@@ -31,6 +29,7 @@ import pyarrow.parquet
 import transformers
 import xxhash
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
@@ -40,9 +39,6 @@ from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
 from diptych.data_prep.tokenizer_tools.text_command_settings import DenoiseSettings
 from diptych.data_prep.tokenizer_tools.tokenizer_texts import open_texts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MINIMUM = 8
 """The fewest tokens of a window."""

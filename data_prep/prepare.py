@@ -11,8 +11,6 @@ settings and code finds its result and ends.
 Exit codes: 0 when a dataset was written or is used again; 2 with one message when a person has to mend something.
 """
 
-from __future__ import annotations
-
 import functools
 import shutil
 import sys

@@ -20,8 +20,6 @@ None of Tatoeba's 3,318 pairs overlaps CodeAlpaca's 2,017 rows (18 µs a row), n
 CodeAlpaca's second half 27 rows share a run with the first, all of it textbook code and markup: "def is_prime(n): …".
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,7 +81,7 @@ class Decontaminate:
     """Of the texts, for messages: "test.jsonl:18"."""
 
     @classmethod
-    def from_records(cls, records: Iterable[Record | PlainText], ngram: int = LONGEST_RUN) -> Decontaminate:
+    def from_records(cls, records: Iterable[Record | PlainText], ngram: int = LONGEST_RUN) -> "Decontaminate":
         if ngram < 2:
             raise UserError(
                 f"A run of {ngram} word would be in nearly every text. Allowed: 2 and more; usual: 8 to 13."
@@ -148,7 +146,7 @@ class _RecordWords(NamedTuple):
     output: Words
 
     @classmethod
-    def of(cls, record: Record) -> _RecordWords:
+    def of(cls, record: Record) -> "_RecordWords":
         history = [words_of(text) for turn in record.history for text in turn]
         return cls(history, words_of(record.instruction), words_of(record.input), words_of(record.output))
 

@@ -29,8 +29,6 @@ hashes 17 times as fast, but a worker forked after its parent has used it waits 
 from version to version. datasketch's own index of bands keeps Python objects for each row, in memory.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import unicodedata

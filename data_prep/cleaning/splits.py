@@ -16,8 +16,6 @@ same source, or with the same input and output, in either direction. A shared in
 unless `split_by` is given: all labels of a classification, and the tables that questions are about, are in both sets.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass

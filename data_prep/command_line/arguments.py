@@ -14,8 +14,6 @@ the option, what was found, what is expected, and the nearest name:
 Dashes in an option are underscores: --learning-rate is --learning_rate.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import textwrap

@@ -3,8 +3,6 @@
 raise UserError(f"{counted(3, 'row')} have no column 'output'. Did you mean {nearest('output', ['Output'])!r}?")
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -8,8 +8,6 @@ called. So --help, a misspelt option and a path that does not exist are answered
 If the reader of a pipe ends (`| head -1`), further output is dropped, and the work goes on.
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import os

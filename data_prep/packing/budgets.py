@@ -8,8 +8,6 @@ Candidates are a little to four times as long as the longest example, with the d
 and without it. Each is tried by packing a sample, those that promise most first; the cheapest is taken.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

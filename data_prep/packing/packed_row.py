@@ -17,8 +17,6 @@ say which of them a target reads:
 Names are those of seqio. S source tokens, T target tokens of a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@
 No model code is run, and no code that comes with a checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -8,8 +8,6 @@ A packed row is one for each that fill_rows.py planned, its columns all of one l
 train.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

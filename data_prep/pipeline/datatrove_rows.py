@@ -22,8 +22,6 @@ is not run again. The local executor waits for ever for a process that was kille
 and start it again with fewer workers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Only a few chunks a worker are in memory, and counts. Afterwards, the columns of
 read as a whole; texts and token ids stay in the file, which is memory-mapped.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice

@@ -10,8 +10,6 @@ there are few sources, each task reads all and runs every n-th chunk (to skip 10
 are many, each task reads only its own.
 """
 
-from __future__ import annotations
-
 import heapq
 import json
 import os

@@ -3,8 +3,6 @@
 model: str = field(metadata=CHECKPOINT)
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -7,8 +7,6 @@
 `diptych prepare` and datatrove both begin with these.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ diptych prepare --config prepare.yaml --data a.json b.json --strict
 Nothing heavy is imported here, so that --help and mistakes are answered at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal

@@ -13,8 +13,6 @@ The folder is written as `.prepared.partial` and renamed when it is complete: wh
 dataset. A folder that holds anything that this code did not write is never replaced.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

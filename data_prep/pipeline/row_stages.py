@@ -16,8 +16,6 @@
 another engine.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -118,7 +116,7 @@ class Counts:
     rows: int = 0
     """Rows of the data; one may give several examples."""
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: "Counts") -> None:
         self.rows += other.rows
         for name, value in vars(other).items():
             if isinstance(value, Counter):

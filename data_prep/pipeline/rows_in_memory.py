@@ -6,12 +6,10 @@
 The origin of the seventh row is "rows:7", or "rows:test:7" in a split.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import xxhash
 from datasets import Dataset
@@ -24,7 +22,7 @@ from diptych.data_prep.reading.sources import TRAIN, Source
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name
 from diptych.data_prep.rows.records import Origin, Row
 
-RowsInMemory: TypeAlias = "Sequence[Mapping[str, Any]] | Dataset | Any | Mapping[str, RowsInMemory]"
+RowsInMemory = Sequence[Mapping[str, Any]] | Dataset | Any | Mapping[str, Any]
 """A list of dicts, a Dataset, a pandas frame; or these by the names of their splits, as a DatasetDict has them."""
 
 NAME = "rows"

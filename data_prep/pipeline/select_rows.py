@@ -7,8 +7,6 @@ ones too. Texts are read only for near duplicates and for messages. Removed rows
 that says the same.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +58,7 @@ class Selection:
     def kept(self) -> int:
         return int((self.split_of_row != REMOVED).sum())
 
-    def of_rows(self, gathered: Gathered) -> Selection:
+    def of_rows(self, gathered: Gathered) -> "Selection":
         """The selection of the rows that are left; their column `place` tells where they stood before."""
         return replace(self, split_of_row=self.split_of_row[gathered.column("place")])
 

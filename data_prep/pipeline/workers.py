@@ -6,8 +6,6 @@ Only a few tasks a worker are under way at a time, so memory is bounded by these
 dies (killed for memory, mostly) ends the run with a message, and workers end when the process that started them does.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

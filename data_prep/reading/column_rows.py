@@ -11,8 +11,6 @@ Files are not trusted: their unpacked size is checked first, and so are Arrow's 
 followed to any place in memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

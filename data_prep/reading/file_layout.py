@@ -5,8 +5,6 @@ rows.csv        commas, semicolons, tabs or bars between columns; the first line
 pairs.tsv       its first line names columns, or is a pair
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -10,8 +10,6 @@ is taken when a file is opened, and again of the bytes that were read: if the fi
 Packed files unpack to a stated multiple of their size and no further; archives are never unpacked.
 """
 
-from __future__ import annotations
-
 import errno
 import glob
 import gzip
@@ -128,7 +126,7 @@ class File:
     state: tuple[int, int, int, int]
     """Device, inode, size and time of change in nanoseconds. If these stay the same, nothing wrote to it."""
 
-    def open(self, limits: Limits) -> Content:
+    def open(self, limits: Limits) -> "Content":
         """The unpacked content, to be read once, from its beginning."""
         return Content(self, limits)
 
@@ -332,7 +330,7 @@ class Content:
         elif file.packed:
             self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, "r"), file.packed)
 
-    def __enter__(self) -> Content:
+    def __enter__(self) -> "Content":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,8 +8,6 @@ Any other object is refused, with a command for each thing that may be meant: co
 them, a row under each key, or one of several lists of rows.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -10,8 +10,6 @@ object that begins with the same key as other rows. (ijson would stop at the fir
 row's own text nor keys that occur twice; orjson has no way to find such keys, and reads a file as a whole.)
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

@@ -7,8 +7,6 @@ A line ends in \\n or \\r\\n. Blank lines are no rows. A line with bytes that ar
 `max_row_bytes`, is one Reject.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@
 A chunk can be pickled, so that a worker process does what `rows()` takes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol

@@ -14,8 +14,6 @@ A quote that is never closed, or a line with another number of columns, is one R
 line of a record nor its text, and stops at a quote that is never closed.)
 """
 
-from __future__ import annotations
-
 import csv
 import functools
 import io
@@ -54,7 +52,7 @@ class Header:
     """Where it stands in the file; None if the file has none."""
 
     @classmethod
-    def of_cells(cls, cells: Sequence[str], line: int) -> Header:
+    def of_cells(cls, cells: Sequence[str], line: int) -> "Header":
         """Spreadsheets write empty cells after the last name: these are no columns. A place without a name between
         names is called by its number, `column 2`."""
         names = [cell.strip() for cell in cells]
@@ -63,12 +61,12 @@ class Header:
         return cls(tuple(name or f"column {place}" for place, name in enumerate(names, 1)), len(cells), line)
 
     @classmethod
-    def numbered(cls, width: int) -> Header:
+    def numbered(cls, width: int) -> "Header":
         """For a table without one: columns "1", "2" and so on."""
         return cls(tuple(str(place) for place in range(1, width + 1)), width, None)
 
     @classmethod
-    def of_pairs(cls, width: int) -> Header:
+    def of_pairs(cls, width: int) -> "Header":
         """For parallel text without one: the first two columns are a pair, further ones (an attribution) are kept."""
         return cls(("first", "second", *(f"column {place}" for place in range(3, width + 1))), width, None)
 
@@ -169,7 +167,7 @@ class _CsvLines:
         self._lines, self._most, self._waiting = _each_line(blocks), most, deque()
         self.taken: list[Line] = []
 
-    def __iter__(self) -> _CsvLines:
+    def __iter__(self) -> "_CsvLines":
         return self
 
     def __next__(self) -> str:

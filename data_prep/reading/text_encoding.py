@@ -6,8 +6,6 @@
 A file in another encoding from beginning to end is one error; single bytes that are no UTF-8 cost their own row.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

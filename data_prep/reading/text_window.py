@@ -6,8 +6,6 @@ window.place(12)             → "line 3, column 4" of the file, wherever the wi
 window.forget(10)            → the first 10 characters leave the window
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 

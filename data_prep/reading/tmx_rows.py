@@ -8,8 +8,6 @@ parser never sees a DTD: no entity can be declared, and none is fetched. (xml.et
 stops at the first broken unit.)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from xml.etree import ElementTree

@@ -9,8 +9,6 @@
 The lines are made from the manifest. The warnings become part of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Texts are shortened here, so that a report of a million rows is as light as one of a hundred.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ texts of rows are escaped, and characters that are invisible or change the writi
 (U+202E). Facts are counts and a few examples, so that the page of 100,000 rows is about as large as that of 2,000.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

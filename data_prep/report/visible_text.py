@@ -5,19 +5,15 @@ prose("a\\u202eb")               Markup("a<s>U+202E</s>b"), escaped, and shorten
 token_markup(" Go")              Markup("<u>␣</u>Go")
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup, escape
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = Path(__file__).parent / "templates"
 """Templates of pages; all use page.css."""

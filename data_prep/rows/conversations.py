@@ -17,8 +17,6 @@ At inference, a conversation is one question (`open_question`): its last user tu
 An answer costs 5 µs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 

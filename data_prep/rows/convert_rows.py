@@ -13,8 +13,6 @@ conversation with a fault inside is one Reject, since every later turn builds on
 An alpaca row costs 1.6 µs (half of it the Record), a pair of Tatoeba in both directions 5 µs.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -4,8 +4,6 @@ fitting_formats({"instruction": "Add.", "output": "2"})     → [("alpaca", 0)]:
 FORMATS["alpaca"].columns                                   → "instruction, output (input)"
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import product

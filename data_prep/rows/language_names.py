@@ -5,8 +5,6 @@ languages_of_files("a.ko", "a.en")                               → Languages("
 english_name("kor_Hang")                                         → "Korean"
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterable, Mapping

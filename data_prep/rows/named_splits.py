@@ -10,8 +10,6 @@
 The words are those by which `datasets` recognises the files of a Hub data set, and those of translation data.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

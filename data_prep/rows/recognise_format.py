@@ -7,8 +7,6 @@ What a person has to change before a row can be read is an error here: columns t
 two, missing directions. Names are suggested, never guessed.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -7,8 +7,6 @@
 Every row that a reader yields ends as exactly one Record or one Reject: kept + rejected = rows read.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
@@ -42,10 +40,10 @@ class Languages(NamedTuple):
         """`"eng_Latn-kor_Hang"`; "" if either is not known."""
         return f"{self.source}-{self.target}" if self.source and self.target else ""
 
-    def swapped(self) -> Languages:
+    def swapped(self) -> "Languages":
         return Languages(self.target, self.source)
 
-    def filled_from(self, others: Languages) -> Languages:
+    def filled_from(self, others: "Languages") -> "Languages":
         """These codes, and those of `others` for what is not known here."""
         return Languages(self.source or others.source, self.target or others.target)
 

@@ -5,8 +5,6 @@
 {"en": "Go.", "de": "Geh."}                                            a table with a column for each language
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ text("a\\ufdd0", "output")          → Fault "'output' holds a noncharacter, U+
 An ASCII text costs 0.1 µs, a Korean sentence of 160 characters 2 µs.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -4,8 +4,6 @@ their fields are the text of --help.
 Nothing heavy is imported here, so that --help and mistakes are answered at once.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ Data are what `diptych prepare` reads, plain text (a text a line), and folders t
 split): see tokenizer_texts.py. Exit codes: 0 done, 2 with one message about a mistake that a person can mend.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

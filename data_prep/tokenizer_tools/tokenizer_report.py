@@ -10,16 +10,13 @@ is what white space separates; for Chinese, Japanese or Thai look at the tokens 
 means that decoding gives the very same characters: a tokenizer that normalises, or drops spaces, loses some.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 HARD_TEXTS = {
     "Hangul composed": "안녕하세요, 값이 얼마예요?",

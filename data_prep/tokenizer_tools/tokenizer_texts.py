@@ -10,8 +10,6 @@ the instructions that settings add. A file of another kind is plain text, a text
 globs give those that are called .txt. Of what has splits, such as a prepared folder, train is read.
 """
 
-from __future__ import annotations
-
 import functools
 import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
