@@ -115,8 +115,9 @@ class TmxRows:
         if root is None and (first := FIRST_TAG.search(head)):
             where = window.place(first.start())
             raise UserError(f"{self.name}, {where}: it begins with <{first[1][:40]}>, and <tmx> is due.")
-        if root is None:
-            raise UserError(f"{self.name} cannot be read as TMX: broken XML: it has no tag <tmx>. Mend it.")
+        if root is None or NOT_UTF8.search(root[0]):
+            what = "its tag <tmx> has bytes that are no text" if root else "it has no tag <tmx>"
+            raise UserError(f"{self.name} cannot be read as TMX: broken XML: {what}. Correct the file.")
         self.root, window.at = " ".join(NAMESPACE.sub("", root[0]).split()), root.end()
         if body := self._find(BODY):
             window.at = body.end()

@@ -390,6 +390,9 @@ def test_xml_that_unpacks_itself_or_reads_other_files_is_refused(write_rows):
         assert "declares the entity" in message and "encoding cannot be read" not in message
     assert "begins with <html>, and <tmx> is due" in refused(write_rows("b.tmx", b"<html><body/></html>"))
     assert "cannot be read as TMX: broken XML" in refused(write_rows("c.tmx", b"no xml at all"))
+    assert "<tmx> has bytes that are no text" in refused(
+        write_rows("d.tmx", b"<tmx \xf1='1'><body><tu></tu></body></tmx>")
+    )
 
 
 def test_a_task_of_super_natural_instructions_is_one_row(write_rows):
