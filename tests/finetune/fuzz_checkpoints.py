@@ -1,0 +1,201 @@
+"""Checkpoints with something wrong in them: each must load and write a text, or be refused in one message.
+
+    python tests/finetune/fuzz_checkpoints.py --files 20000 --seed 0
+    python tests/finetune/fuzz_checkpoints.py --files 500 --kinds adapter_config.json safetensors
+    python tests/finetune/fuzz_checkpoints.py --kinds adapter_config.json --only 17 --keep /tmp/case
+
+A case is made from its seed, kind and number alone, so `--only` makes it again. It is loaded in a forked process that
+may take 5 s, and 1 GB more than before. Whatever is neither "loaded" nor "refused" (a UserError) is a finding: another
+exception, a hang, too much memory, or more than 2,000 characters of warnings.
+
+A new kind of file is a `Kind` (spoiled_files.py): a function that makes a valid folder, once; one that spoils a copy
+of it with a `random.Random` and returns in a few words what it did; and one that loads it. `spoil_json` spoils any
+JSON file, `spoil_text` any other. The kinds of each part of the software are a dict in a file of their own, as
+OF_THE_MODEL in spoiled_model_files.py, and are joined in KINDS here. Files of the copy are hard links to the valid
+ones: replace them with `write`, never open one to change it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from spoiled_model_files import OF_THE_MODEL
+
+from diptych.data_prep.command_line.errors import UserError
+
+SECONDS, BYTES, CHARACTERS = 5.0, 2**30, 2_000
+CASES_OF_A_WORKER = 200
+KINDS = {**OF_THE_MODEL}
+
+
+# Cases in a process of their own
+
+
+class Result(NamedTuple):
+    kind: str
+    number: int
+    outcome: str
+    """loaded, refused; exception, hang, memory, died, warnings are findings."""
+    what: str
+    """That was spoiled."""
+    said: str
+    seconds: float
+
+    @property
+    def is_finding(self) -> bool:
+        return self.outcome not in ("loaded", "refused")
+
+
+class Fuzzer:
+    """`folder` gets the valid checkpoints, and one case at a time."""
+
+    def __init__(self, folder: Path, seed: int, kinds: Sequence[str]):
+        self.folder, self.seed, self.kinds = folder, seed, kinds
+        self.worker: tuple[int, Any, Any] | None = None
+        for kind in kinds:
+            KINDS[kind].make(self.valid(kind))
+
+    def valid(self, kind: str) -> Path:
+        return self.folder / "valid" / kind.replace(" ", "-")
+
+    def make(self, kind: str, number: int) -> tuple[Path, str]:
+        case = self.folder / "case"
+        shutil.rmtree(case, ignore_errors=True)
+        shutil.copytree(self.valid(kind), case, copy_function=os.link)
+        return case, KINDS[kind].spoil(case, random.Random(f"{self.seed}/{kind}/{number}"))
+
+    def run(self, kind: str, number: int) -> Result:
+        """Makes the case in the worker, and loads it there. A worker that ends is replaced."""
+        if self.worker is None or number % CASES_OF_A_WORKER == 0:
+            self.close()
+            self.worker = self._fork()
+        pid, asked, answers = self.worker
+        asked.write(json.dumps([kind, number]) + "\n")
+        asked.flush()
+        what = json.loads(answers.readline() or '"it could not be made"')
+        started, process = time.monotonic(), psutil.Process(pid)
+        base = memory = resident(process)
+        while not select.select([answers], [], [], 0.02)[0]:
+            memory = max(memory, resident(process))
+            if memory - base > BYTES or time.monotonic() - started > SECONDS:
+                self.close()
+                outcome = "memory" if memory - base > BYTES else "hang"
+                return Result(kind, number, outcome, what, "", time.monotonic() - started)
+        line = answers.readline()
+        if not line:
+            self.close()
+            return Result(kind, number, "died", what, "", time.monotonic() - started)
+        return Result(kind, number, *json.loads(line), time.monotonic() - started)
+
+    def _fork(self) -> tuple[int, Any, Any]:
+        (read_asked, write_asked), (read_answers, write_answers) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(write_asked), os.close(read_answers)
+            with open(read_asked) as asked, open(write_answers, "w") as answers:
+                self._work(asked, answers)
+            os._exit(0)
+        os.close(read_asked), os.close(write_answers)
+        return pid, open(write_asked, "w"), open(read_answers)
+
+    def _work(self, asked: Any, answers: Any) -> None:
+        in_use = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + 4 * BYTES,) * 2)
+        log = os.open(self.folder / "log", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        for line in asked:
+            kind, number = json.loads(line)
+            case, what = self.make(kind, number)
+            os.ftruncate(log, 0)
+            print(json.dumps(what), file=answers, flush=True)
+            outcome, said = self._load(kind, case)
+            sys.stderr.flush()
+            if not outcome == "exception" and os.fstat(log).st_size > CHARACTERS:
+                outcome, said = "warnings", os.pread(log, 500, 0).decode(errors="replace")
+            print(json.dumps([outcome, what, said]), file=answers, flush=True)
+
+    def _load(self, kind: str, case: Path) -> tuple[str, str]:
+        try:
+            KINDS[kind].load(case)
+        except UserError as error:
+            return ("refused" if len(str(error)) < CHARACTERS else "warnings"), str(error)[:CHARACTERS]
+        except BaseException as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            own = next((frame for frame in reversed(frames) if "/finetune/" in frame.filename), frames[-1])
+            where = " < ".join(f"{Path(it.filename).name}:{it.lineno}" for it in (frames[-1], own))
+            return "exception", f"{type(error).__name__}: {str(error)[:300]} [{where}]"
+        return "loaded", ""
+
+    def close(self) -> None:
+        if self.worker is not None:
+            pid, asked, answers = self.worker
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            asked.close(), answers.close()
+            self.worker = None
+
+
+def resident(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def fuzz(files: int, seed: int, kinds: Sequence[str], folder: Path) -> Iterator[Result]:
+    """The kinds in turn. The folder must be on a file system with hard links."""
+    fuzzer = Fuzzer(folder, seed, kinds)
+    try:
+        for number in range(files):
+            yield fuzzer.run(kinds[number % len(kinds)], number // len(kinds))
+    finally:
+        fuzzer.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
+    parser.add_argument("--only", type=int, help="the number of one case of each kind")
+    parser.add_argument("--keep", type=Path, help="a new folder for the last case")
+    settings = parser.parse_args()
+    tally: Counter = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if settings.only is None:
+            results = fuzz(settings.files, settings.seed, settings.kinds, folder)
+        else:
+            fuzzer = Fuzzer(folder, settings.seed, settings.kinds)
+            results = [fuzzer.run(kind, settings.only) for kind in settings.kinds]
+            fuzzer.close()
+        for result in results:
+            tally[result.kind, result.outcome] += 1
+            if result.is_finding or settings.only is not None:
+                print(f"{result.kind} {result.number} {result.outcome} after {result.seconds:.1f} s", flush=True)
+                print(f"    {result.what}\n    {result.said}", flush=True)
+        if settings.keep:
+            shutil.copytree(folder / "case", settings.keep)
+    for (kind, outcome), count in sorted(tally.items()):
+        print(f"{kind:36}{outcome:12}{count:>8,}")
+    return int(any(outcome not in ("loaded", "refused") for _, outcome in tally))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
