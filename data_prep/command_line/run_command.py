@@ -8,7 +8,6 @@ called. So --help, a misspelt option and a path that does not exist are answered
 If the reader of a pipe ends (`| head -1`), further output is dropped, and the work goes on.
 """
 
-import errno
 import io
 import os
 import stat
@@ -17,11 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError
 
 Settings = TypeVar("Settings")
 
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 DONE, USER, STORAGE, INTERRUPTED = 0, 2, 4, 130
 """Exit codes; finetune/commands/exit_codes.py has the others."""
 

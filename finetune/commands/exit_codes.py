@@ -11,7 +11,7 @@ torchrun and `accelerate launch` exit with 1 for all of them, so a run also writ
 
 import os
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, is_out_of_memory
 from diptych.data_prep.command_line.run_command import DONE, INTERRUPTED, STORAGE, USER, exit_code, message_of_file
 
 __all__ = ["DONE", "INTERRUPTED", "STORAGE", "USER"]  # those that data preparation has, too
@@ -74,12 +74,6 @@ def exit_code_of(error: BaseException) -> int:
     if is_out_of_memory(error):
         return STORAGE
     return BUG
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on a CPU."""
-    is_of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or is_of_torch
 
 
 def message_of(error: BaseException) -> str:

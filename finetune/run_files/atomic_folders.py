@@ -21,8 +21,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
-from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.run_command import STORAGE_ERRORS
+from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError
 from diptych.finetune.commands.exit_codes import StorageError
 
 MANIFEST = "manifest.json"
