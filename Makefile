@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow test-all torture docs lint format wheel clean
+.PHONY: help install demo test test-slow test-all torture docs lint format release audit clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -49,8 +49,11 @@ docs: install  ## docs/ as a site in site/, which is read without a server and w
 	rm -rf .docs-source && $(BIN)/pip install --quiet --no-deps --target .docs-source .
 	$(BIN)/mkdocs build --strict
 
-wheel: install  ## the built wheel, in dist/
-	$(BIN)/python -m build --wheel
+release:  ## wheel and sdist of the last commit, in dist/: built twice, and the same bytes
+	.ci/release
+
+audit: install  ## licences of what is installed, and known vulnerabilities
+	.ci/audit
 
 clean:  ## everything that can be made again, the runs excepted
 	rm -rf .venv .docs-source site build dist *.egg-info .pytest_cache .ruff_cache

@@ -60,7 +60,6 @@ EXTRAS = {
         "zstandard>=0.23",  # writes the .zst files that tests read
         "playwright>=1.60",  # drives the Chromium that is installed
         "ruff>=0.17",
-        "build>=1.6",
         "pre-commit>=4.7",
     ],
 }
@@ -77,7 +76,7 @@ setup(
     description="Fine-tuning for encoder-decoders: a modern model, data preparation, and a correct training loop.",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.10",
     packages=["diptych", *PACKAGES],
     package_dir={"diptych": "finetune/from_python", **{f"diptych.{name}": name for name in FOLDERS}},

@@ -48,7 +48,9 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(reader, notebook, monke
             assert not cell["outputs"]
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES], ids=lambda page: page.stem
+)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)]*)?\)", text):
@@ -90,6 +92,18 @@ def test_extras_that_pages_name_exist():
     for page in [README, *PAGES]:
         for name in re.findall(r"diptych\[(\w+)\]", page.read_text(encoding="utf-8")):
             assert f'"{name}": [' in extras, (page, name)
+
+
+def test_the_list_of_licences_has_the_versions_that_are_installed():
+    """`.ci/audit` also compares the list with what is installed."""
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pinned.items()}
+    listed = re.findall(
+        r"^\| ([\w.-]+) \| (\d\S*) \|", (ROOT / "docs/dependencies.md").read_text(), flags=re.MULTILINE
+    )
+    assert len(listed) > 100
+    for name, version in listed:
+        assert pinned[re.sub(r"[-_.]+", "-", name).lower()] == version, "python docs/dependency_table.py"
 
 
 def test_contributing_says_what_each_file_is_for():
