@@ -15,9 +15,6 @@ from pathlib import Path
 
 from diptych.data_prep.command_line.errors import UserError
 
-PICTURE_MARK = {"Software": "Diptych"}
-"""Metadata of each PNG, by which `is_own_picture` recognises it: savefig(…, metadata=PICTURE_MARK)."""
-
 
 def take_lock(path: Path, busy: Callable[[str], str]) -> int:
     """Lock a file for this process, whose id is written into it. Returns the descriptor; closing it unlocks the file.
@@ -51,7 +48,3 @@ def check_overwrite(path: Path, is_own: Callable[[bytes], bool], what: str, give
         raise UserError(f"{given_as} {path} is a folder, and a file is due. Name a file in it.")
     if path.exists() and not is_own(path.read_bytes()):
         raise UserError(f"{path} is there already, and is not {what}: it is not overwritten. Name another {given_as}.")
-
-
-def is_own_picture(content: bytes) -> bool:
-    return all(f"{key}\0{value}".encode() in content[:1000] for key, value in PICTURE_MARK.items())

@@ -6,7 +6,6 @@
 The origin of the seventh row is "rows:7", or "rows:test:7" in a split.
 """
 
-import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,10 +14,9 @@ import xxhash
 from datasets import Dataset
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.column_rows import hub_chunks
 from diptych.data_prep.reading.find_files import Limits
 from diptych.data_prep.reading.row_chunks import Finished, in_chunks
-from diptych.data_prep.reading.sources import TRAIN, Source
+from diptych.data_prep.reading.sources import TRAIN, Source, hub_source
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name
 from diptych.data_prep.rows.records import Origin, Row
 
@@ -54,8 +52,7 @@ def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:
     if hasattr(rows, "to_parquet") and hasattr(rows, "iloc"):  # a pandas frame, without an import of pandas
         rows = Dataset.from_pandas(rows, preserve_index=False)
     if isinstance(rows, Dataset):
-        read = functools.partial(hub_chunks, rows, name, limits)
-        return Source(name, rows._fingerprint, None, read, NAME, split=split)
+        return hub_source(rows, name, NAME, limits, split)
     rows = list(rows)
     for place, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
@@ -63,8 +60,8 @@ def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:
     raws = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
     digest = xxhash.xxh3_128_hexdigest("\n".join(raws).encode("utf-8", "surrogatepass"))
 
-    def read() -> Iterator[Finished]:
+    def chunks() -> Iterator[Finished]:
         numbered = enumerate(zip(rows, raws, strict=True), start=1)
         return in_chunks((Row(row, Origin(name, place), raw) for place, (row, raw) in numbered), lambda: 0)
 
-    return Source(name, digest, None, read, NAME, split=split)
+    return Source(name, digest, None, chunks, NAME, split=split)

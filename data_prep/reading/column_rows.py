@@ -24,7 +24,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.find_files import File, Limits
+from diptych.data_prep.reading.find_files import File, Limits, OwnBytes
 from diptych.data_prep.reading.json_rows import STRICT_JSON, is_too_deep, json_fault
 from diptych.data_prep.reading.row_chunks import (
     CHARACTERS_IN_CHUNK,
@@ -73,7 +73,12 @@ class Columns:
         return _columns_again, (self.name, sink.getvalue().to_pybytes(), self.first_row, self.bytes_done, self.limits)
 
     def rows(self) -> Rows:
-        names, decoders = self.batch.schema.names, _decoders(self.batch.schema, self.limits)
+        try:  # `datasets` writes its features into the schema
+            features = json.loads(self.batch.schema.metadata[b"huggingface"])["info"]["features"]
+        except (TypeError, KeyError, ValueError):
+            features = None
+        names = self.batch.schema.names
+        decoders = [_decoder(it.type, _inside(features, it.name), self.limits) for it in self.batch.schema]
         columns = list(map(_values, self.batch.columns, decoders))
         for number, values in enumerate(zip(*columns, strict=True), self.first_row):
             yield _row(dict(zip(names, values, strict=True)), Origin(self.name, number), self.limits)
@@ -92,22 +97,13 @@ Decoder = Callable[[Any], Any]
 """From a stored value to the one that is meant. Raises ValueError("kind: what is wrong")."""
 
 
-def _decoders(schema: pyarrow.Schema, limits: Limits) -> list[Decoder | None]:
-    """One for each column; None if values are meant as stored. `datasets` writes its features into the schema."""
-    try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-    except (TypeError, KeyError, ValueError):
-        features = None
-    return [_decoder(field.type, _inside(features, field.name), limits) for field in schema]
-
-
 def _inside(feature: Any, key: str) -> Any:
     return feature.get(key) if isinstance(feature, dict) else None
 
 
 def _decoder(kind: pyarrow.DataType, feature: Any, limits: Limits) -> Decoder | None:
-    """`feature` is what `datasets` says of values of this type: {"_type": "List", "feature": …} or [feature] of a
-    list, {name: feature} of a struct; anything else says nothing."""
+    """None if values are meant as stored. `feature` is what `datasets` says of values of this type: {"_type": "List",
+    "feature": …} or [feature] of a list, {name: feature} of a struct; anything else says nothing."""
     what = _inside(feature, "_type")
     is_json = isinstance(kind, pyarrow.BaseExtensionType) and kind.extension_name == "arrow.json"
     if is_json or (what == "Json" and kind in TEXT_TYPES):
@@ -120,11 +116,12 @@ def _decoder(kind: pyarrow.DataType, feature: Any, limits: Limits) -> Decoder | 
             feature = {field.name: [_inside(inner, field.name)] for field in kind}
         decoders = {field.name: _decoder(field.type, _inside(feature, field.name), limits) for field in kind}
         decoders = {name: decode for name, decode in decoders.items() if decode}
-        return functools.partial(_decoded_struct, decoders=decoders) if decoders else None
+        if decoders:
+            return lambda value: {name: _decoded(inner, decoders.get(name)) for name, inner in value.items()}
     if isinstance(kind, LIST_TYPES):
         inner = feature[0] if isinstance(feature, list) and feature else _inside(feature, "feature")
-        decode = _decoder(kind.value_type, inner, limits)
-        return functools.partial(_decoded_list, decode=decode) if decode else None
+        if decode := _decoder(kind.value_type, inner, limits):
+            return lambda value: [_decoded(inner, decode) for inner in value]
     return None
 
 
@@ -144,14 +141,6 @@ def _label_name(value: int, names: list[Any]) -> Any:
     if not -1 <= value < len(names):
         raise ValueError(f"unknown label: {value}, and the file names 0 to {len(names) - 1}")
     return None if value == -1 else names[value]
-
-
-def _decoded_struct(value: dict[str, Any], decoders: dict[str, Decoder]) -> dict[str, Any]:
-    return {name: _decoded(inner, decoders.get(name)) for name, inner in value.items()}
-
-
-def _decoded_list(value: list[Any], decode: Decoder) -> list[Any]:
-    return [_decoded(inner, decode) for inner in value]
 
 
 def _decoded(value: Any, decode: Decoder | None) -> Any:
@@ -197,20 +186,15 @@ def _chunks(
     """Slices of batches, bounded in rows and in the bytes that they come to when written out."""
     first_row = 1
     for batch in batches:
-        rows_of_a_chunk = max(1, batch.num_rows * CHARACTERS_IN_CHUNK // max(1, _unfolded_bytes(batch)))
-        step = min(ROWS_IN_CHUNK, rows_of_a_chunk)
+        sizes = (  # at most so many bytes the values have: a dictionary holds once what may stand in every row
+            batch.num_rows * column.dictionary.nbytes if isinstance(column, pyarrow.DictionaryArray) else column.nbytes
+            for column in batch.columns
+        )
+        step = min(ROWS_IN_CHUNK, max(1, batch.num_rows * CHARACTERS_IN_CHUNK // max(1, sum(sizes))))
         for start in range(0, batch.num_rows, step):
             part = batch.slice(start, step)
             yield Columns(name, part, first_row, bytes_done(), limits)
             first_row += part.num_rows
-
-
-def _unfolded_bytes(batch: pyarrow.RecordBatch) -> int:
-    """At most so many bytes the values have. A dictionary holds once what may stand in every row."""
-    return sum(
-        batch.num_rows * column.dictionary.nbytes if isinstance(column, pyarrow.DictionaryArray) else column.nbytes
-        for column in batch.columns
-    )
 
 
 def _check_columns(schema: pyarrow.Schema, name: str) -> None:
@@ -233,7 +217,7 @@ def _faults_named(file: File, format: str) -> Iterator[None]:
 
 def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
     """Row group by row group, some rows at a time; the fewer, the larger the group is."""
-    with _faults_named(file, "parquet"), file.open_for_seeking() as raw, pyarrow.parquet.ParquetFile(raw) as parquet:
+    with _faults_named(file, "parquet"), OwnBytes(file) as raw, pyarrow.parquet.ParquetFile(raw) as parquet:
         _check_columns(parquet.schema_arrow, file.name)
         groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
         _check_unpacked(sum(group.total_byte_size for group in groups), "it", file, limits)
@@ -250,7 +234,7 @@ def _parquet_batches(parquet: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.R
 
 def arrow_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
     """An Arrow file or stream, batch by batch as it was written: one batch is in memory at a time."""
-    with _faults_named(file, "Arrow"), file.open_for_seeking() as raw:
+    with _faults_named(file, "Arrow"), OwnBytes(file) as raw:
         is_file = raw.read(6) == b"ARROW1"
         raw.seek(0)
         reader = pyarrow.ipc.open_file(raw) if is_file else pyarrow.ipc.open_stream(raw)

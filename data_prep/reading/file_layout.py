@@ -8,18 +8,17 @@ pairs.tsv       its first line names columns, or is a pair
 import functools
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.column_rows import arrow_chunks, parquet_chunks
-from diptych.data_prep.reading.find_files import HEAD_BYTES, File, Limits
+from diptych.data_prep.reading.find_files import HEAD_BYTES, Content, File, Limits, shell_command
 from diptych.data_prep.reading.json_objects import object_reader
 from diptych.data_prep.reading.json_rows import array_chunks, json_row
 from diptych.data_prep.reading.lines import line_chunks
 from diptych.data_prep.reading.row_chunks import KNOWN_COLUMNS, Chunk
-from diptych.data_prep.reading.table_rows import SEPARATOR_LINE, Header, check_header, csv_chunks, tsv_chunks
+from diptych.data_prep.reading.table_rows import SEPARATOR_LINE, Header, check_header, csv_chunks, tsv_row
 from diptych.data_prep.reading.text_encoding import check_text
 from diptych.data_prep.reading.text_window import SPACE
 from diptych.data_prep.reading.tmx_rows import tmx_chunks
@@ -42,7 +41,7 @@ def reader_of(file: File, limits: Limits, columns: Collection[str]) -> tuple[Rea
     """
     if read := WITHOUT_TEXT_CHECK.get(file.suffix):
         return functools.partial(read, file, limits), []
-    with file.open(limits) as content:
+    with Content(file, limits) as content:
         head = content.peek(HEAD_BYTES)
     mark = check_text(head, file.name, needs_line_feeds=file.suffix in (".tsv", ".jsonl", ".ndjson"))
     text = head[mark:].decode("utf-8", "surrogateescape")
@@ -110,8 +109,9 @@ def _tsv(head: str, name: str, columns: Collection[str]) -> tuple[Read, list[str
     number, first = lines[0] if lines else (1, "")
     cells = [cell.strip() for cell in first.split("\t")]
     texts = [line for _, line in lines]
-    notes = []
-    if _look_quoted(texts):
+    notes, table = [], [line.rstrip("\r").split("\t") for line in texts[:100]]
+    is_first_quoted = bool(table) and all(map(QUOTED.fullmatch, table[0]))
+    if is_first_quoted or any(QUOTED.fullmatch(cell) and '""' in cell[1:-1] for line in table for cell in line):
         notes.append(
             "some cells look quoted as in a csv. A tsv has no quoting, so the quote marks are read as text. If they"
             " quote, name the file .csv"
@@ -120,32 +120,27 @@ def _tsv(head: str, name: str, columns: Collection[str]) -> tuple[Read, list[str
         _check_no_header([cell.casefold() for cell in cells], name)
         header = Header.numbered(_usual_columns(texts, name))
         notes.append(FIRST_LINE_IS_DATA)
-    elif any(cell in columns for cell in cells) or _name_columns(cells):
+    elif any(cell in columns for cell in cells) or _are_names(cells):
         header = Header.of_cells(cells, number)
         check_header(header, first, name, None)
         notes.append(f"its first line names the columns: {', '.join(header.names)}")
     else:
-        header = Header.of_pairs(_usual_columns(texts, name))
+        width = _usual_columns(texts, name)  # further columns, such as an attribution, are kept
+        header = Header(("first", "second", *(f"column {place}" for place in range(3, width + 1))), width, None)
         if len(cells) >= 2:  # else it will be rejected
             note = f"its first line is taken for a pair, {cells[0][:40]!r} and {cells[1][:40]!r}"
             if all(NAME.fullmatch(cell) for cell in cells[:2]):
                 note += f"; if it names columns, --map first={cells[0]} second={cells[1]} makes it the header"
             notes.append(note)
-    return functools.partial(tsv_chunks, header=header), notes
+    return functools.partial(line_chunks, row_of=functools.partial(tsv_row, header=header)), notes
 
 
-def _name_columns(cells: list[str]) -> bool:
+def _are_names(cells: list[str]) -> bool:
     """Whether two cells are names that data sets give to columns, or names of languages, and the others look like
     names too."""
     names = {cell.casefold() for cell in cells if cell}
     known = len(names & KNOWN_COLUMNS), sum(map(names_language, set(cells)))
     return max(known) >= 2 and all(map(NAME.fullmatch, names))
-
-
-def _look_quoted(lines: list[str]) -> bool:
-    cells = [line.rstrip("\r").split("\t") for line in lines[:100]]
-    is_first_quoted = bool(cells) and all(map(QUOTED.fullmatch, cells[0]))
-    return is_first_quoted or any(QUOTED.fullmatch(cell) and '""' in cell[1:-1] for line in cells for cell in line)
 
 
 def _usual_columns(lines: list[str], name: str) -> int:
@@ -174,11 +169,10 @@ def _json(head: str, file: File, limits: Limits, mark: int) -> tuple[Read, list[
         if not second or not (_is_object(first) or (first.endswith("}") and _is_object(second))):
             return object_reader(file, limits, mark)
     if not is_named_json and first == "{" and second and not second.startswith("{"):
-        name = shlex.quote(file.name)
-        command = f"{file.packed} -dc {name} | jq -c ." if file.packed else f"jq -c . {name}"
         raise UserError(
             f"{file.name}: its first object goes over several lines, and one object a line is due. Write it so:"
-            f" {command} > lines.jsonl. If the file is one object or an array, name it .json."
+            f" {shell_command('jq -c .', file.name, 'lines.jsonl')}. If the file is one object or an array, name it"
+            " .json."
         )
     is_array = is_array and (is_named_json or not (first.endswith("}") and second.startswith("{")))
     what = "a JSON array" if is_array else "one JSON object a line"

@@ -3,7 +3,7 @@ in blocks of bounded size.
 
     find_files("data")                  → data/a.jsonl, data/more/b.csv.gz, and a note for each thing left out
     identify("a.jsonl.gz", …)           → File(suffix=".jsonl", packed="gzip", bytes=…, digest=xxh3_128 of its bytes)
-    file.open(limits).read(65_536)      → unpacked bytes, b"" at the end
+    Content(file, limits).read(65_536)  → unpacked bytes, b"" at the end
 
 No more than a block of a file is in memory. Only regular files are opened, so that a FIFO cannot block a run. A digest
 is taken when a file is opened, and again of the bytes that were read: if the file changed in between, it is an error.
@@ -16,6 +16,7 @@ import gzip
 import io
 import itertools
 import os
+import shlex
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
@@ -44,13 +45,8 @@ REPOSITORY_MARKS = frozenset((".gitattributes", "dataset_infos.json"))
 """A folder with one of these is a clone of a Hub repository."""
 
 REFUSED_SUFFIXES = {
-    ".zip": "an archive",
-    ".tar": "an archive",
-    ".tgz": "an archive",
-    ".7z": "an archive",
-    ".rar": "an archive",
-    ".bz2": "packed in a way that is not read",
-    ".xz": "packed in a way that is not read",
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive"),
+    **dict.fromkeys((".bz2", ".xz"), "packed in a way that is not read"),
 }
 FIRST_BYTES = {
     b"\x1f\x8b": "gzip",
@@ -126,18 +122,10 @@ class File:
     state: tuple[int, int, int, int]
     """Device, inode, size and time of change in nanoseconds. If these stay the same, nothing wrote to it."""
 
-    def open(self, limits: Limits) -> "Content":
-        """The unpacked content, to be read once, from its beginning."""
-        return Content(self, limits)
-
-    def open_for_seeking(self) -> io.FileIO:
-        """For formats that begin at their end. Whoever reads calls check_content when done."""
-        return _OwnBytes(self)
-
     def notes(self) -> list[str]:
         """Tapes and some programs fill up blocks with zeros behind the end of gzip data."""
         if self.packed == "gzip" and self.bytes > ZEROS_LOOKED_AT:
-            with self.open_for_seeking() as raw:
+            with OwnBytes(self) as raw:
                 raw.seek(-ZEROS_LOOKED_AT, os.SEEK_END)
                 if not any(raw.read(ZEROS_LOOKED_AT)):
                     return [f"{self.name}: zeros stand behind the end of its gzip data, and are passed over"]
@@ -206,6 +194,13 @@ def suffixes(name: str) -> tuple[str, str | None]:
     return last, None
 
 
+def shell_command(command: str, name: str, result: str) -> str:
+    """What `command` makes of a file, which may be packed, in a new file: `gzip -dc a.json.gz | jq . > rows.json`."""
+    _, packed = suffixes(name)
+    name, result = shlex.quote(name), shlex.quote(result)
+    return f"{packed} -dc {name} | {command} > {result}" if packed else f"{command} {name} > {result}"
+
+
 def _open_regular(path: str, name: str) -> int:
     """A descriptor. What is no regular file is refused before it is opened, and again after."""
     try:
@@ -267,8 +262,8 @@ def _check_first_bytes(head: bytes, name: str, suffix: str, packed: str | None) 
         return
     if is_kind is None:
         raise UserError(f"{name} cannot be read as {expected}: its first bytes are {head[:4]!r}. Is it named rightly?")
-    ending = next((ending for ending, kind in PACKED_SUFFIXES.items() if kind == is_kind), None)
-    ending = ending or (f".{is_kind}" if f".{is_kind}" in COLUMN_SUFFIXES else None)
+    endings = {kind: ending for ending, kind in (*PACKED_SUFFIXES.items(), *((it, it[1:]) for it in COLUMN_SUFFIXES))}
+    ending = endings.get(is_kind)
     advice = f"Name it so that it ends in {ending}." if ending else "Unpack or export it first, as .jsonl for example."
     raise UserError(f"{name} is {is_kind} by its first bytes, and its name says otherwise. {advice}")
 
@@ -293,9 +288,10 @@ def _state(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-class _OwnBytes(io.FileIO):
+class OwnBytes(io.FileIO):
     """A file's own bytes. They end where they ended when the file was opened; a broken file may say that 3 GB follow,
-    and Python would make room for them. What is read from beginning to end is digested on the way."""
+    and Python would make room for them. What is read from beginning to end is digested on the way; whoever reads in
+    another order calls the file's check_content when done."""
 
     def __init__(self, file: File) -> None:
         super().__init__(_open_regular(file.path, file.name), "rb")
@@ -320,12 +316,10 @@ class Content:
     """The unpacked bytes of a file, once, from beginning to end; `position` is how many of its own bytes that took."""
 
     def __init__(self, file: File, limits: Limits) -> None:
-        self.file, self._raw, self._head = file, _OwnBytes(file), b""
+        self.file, self._raw, self._head = file, OwnBytes(file), b""
         self._unpacked, self._most = 0, limits.unpacked_bytes(file.bytes)
         self._stream = self._raw
-        if (
-            file.packed == "gzip"
-        ):  # Python's passes over zeros behind the end, as the program gzip does; Arrow's does not
+        if file.packed == "gzip":  # Python's passes over zeros behind the end, as gzip does; Arrow's does not
             self._stream = gzip.GzipFile(fileobj=self._raw)
         elif file.packed:
             self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, "r"), file.packed)
@@ -388,7 +382,10 @@ def find_files(entry: str, samples: Iterable[str] = ()) -> tuple[list[Found], li
             return [Found(str(path), entry, entry)], []
         found = list(_in_folder(str(path), entry))
     elif not glob.has_magic(entry):
-        raise UserError(_no_such_file(path, entry, list(samples)))
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = nearest(entry, [*(str(path.with_name(file.name)) for file in beside), *samples], cutoff=0.75)
+        hint = f"Shipped samples are {', '.join(samples)}; Hub ids start with hf:."
+        raise UserError(f"{entry}: there is no such file. {f'Did you mean {near!r}?' if near else hint}")
     else:
         matches = sorted(glob.glob(str(path), recursive=True))
         if not matches:
@@ -402,26 +399,12 @@ def find_files(entry: str, samples: Iterable[str] = ()) -> tuple[list[Found], li
     files = [it for it in found if isinstance(it, Found)]
     notes = [it for it in found if isinstance(it, str)]
     if not files:
-        raise UserError(_nothing_to_read(entry, notes))
+        left_out = f" Left out: {'; '.join(notes[:5])}." if notes else ""
+        names = [note.partition(" is of no kind")[0] for note in notes]
+        aligned = next((pair for pair in itertools.combinations(names, 2) if any(languages_of_files(*pair))), ())
+        hint = f" Aligned files are named together: {'+'.join(aligned)}" if aligned else ""
+        raise UserError(f"{entry} has no file that can be read ({', '.join(KNOWN_SUFFIXES)}).{left_out}{hint}")
     return files, notes
-
-
-def _no_such_file(path: Path, entry: str, samples: list[str]) -> str:
-    try:
-        beside = [str(path.with_name(file.name)) for file in path.parent.iterdir()]
-    except OSError:
-        beside = []
-    near = nearest(entry, [*beside, *samples], cutoff=0.75)
-    hint = f"Did you mean '{near}'?" if near else f"Shipped samples are {', '.join(samples)}; Hub ids start with hf:."
-    return f"{entry}: there is no such file. {hint}"
-
-
-def _nothing_to_read(entry: str, notes: list[str]) -> str:
-    left_out = f" Left out: {'; '.join(notes[:5])}." if notes else ""
-    names = [note.partition(" is of no kind")[0] for note in notes]
-    aligned = next((pair for pair in itertools.combinations(names, 2) if any(languages_of_files(*pair))), ())
-    hint = f" Aligned files are named together: {'+'.join(aligned)}" if aligned else ""
-    return f"{entry} has no file that can be read ({', '.join(KNOWN_SUFFIXES)}).{left_out}{hint}"
 
 
 def _in_folder(folder: str, entry: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Found | str]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from diptych.data_prep.reading.find_files import BLOCK_BYTES, File, Limits
+from diptych.data_prep.reading.find_files import BLOCK_BYTES, Content, File, Limits
 from diptych.data_prep.reading.lines import BYTE_ORDER_MARK
 from diptych.data_prep.reading.row_chunks import (
     LONG_ROW_CHARACTERS_KEPT,
@@ -174,18 +174,15 @@ class ArrayRows:
                     yield Reject(self._next_origin(), None, CUT_OFF, fault, "")
                 return
             if character != "]":
-                yield self._row(character)
+                yield self.next_row(character)
                 continue
             window.at += 1
-            if self._is_end():
+            follows = window.next_character()
+            if follows == "" if self.is_whole_file else follows in (",", "}"):
                 return
             has_ended = True
             fault = f"broken JSON: text after the end of the array, {window.place(window.at)}."
             yield self._broken(*self._skip_to_next_row(window.at + 1), fault)
-
-    def _is_end(self) -> bool:
-        follows = self.window.next_character()
-        return follows == "" if self.is_whole_file else follows in (",", "}")
 
     def _next_origin(self) -> Origin:
         self.row += 1
@@ -195,7 +192,8 @@ class ArrayRows:
         raw = raw.rstrip(" \t\r\n").removesuffix(",")  # which belongs to the array
         return unreadable(self._next_origin(), raw, offset if self.window.has_bad_bytes else None, fault)
 
-    def _row(self, character: str) -> Row | Reject:
+    def next_row(self, character: str) -> Row | Reject:
+        """The value that begins with `character`, where the window stands; the window goes on to what comes next."""
         window, fault = self.window, None
         try:
             try:
@@ -206,7 +204,11 @@ class ArrayRows:
                 fault = json_fault(error, window.place, window.at)
                 value, raw = self._decode(LENIENT_JSON)
         except json.JSONDecodeError as error:
-            return self._skip_broken_row(error, character)
+            broken = f"broken JSON: {error.msg}, {window.place(error.pos)}."
+            if character != ",":
+                return self._broken(*self._skip_to_next_row(window.at + 1), broken)
+            window.at += 1  # a comma too many
+            return Reject(self._next_origin(), None, "broken JSON", broken, ",")
         except (_TooLarge, RecursionError):
             return self._skip_by_brackets(fault)
         has_bad_bytes = window.has_bad_bytes and NOT_UTF8.search(raw)
@@ -255,14 +257,6 @@ class ArrayRows:
             return None
         return f"broken JSON: ',' or ']' expected after the row, {window.place(window.at)}."
 
-    def _skip_broken_row(self, error: json.JSONDecodeError, character: str) -> Reject:
-        window = self.window
-        fault = f"broken JSON: {error.msg}, {window.place(error.pos)}."
-        if character == ",":  # a comma too many
-            window.at += 1
-            return Reject(self._next_origin(), None, "broken JSON", fault, ",")
-        return self._broken(*self._skip_to_next_row(window.at + 1), fault)
-
     def _skip_by_brackets(self, fault: Fault | None) -> Reject:
         """Go past a row that is too deep or too large to be decoded."""
         window = self.window
@@ -306,7 +300,9 @@ class ArrayRows:
         for found in OBJECT_START.finditer(text, search_from):
             start = found.start()
             before = text[max(0, start - LONGEST_START) : start].rstrip()[-1:]
-            if before not in (":", "[") and (_is_sound(text, start) if known is None else _key(found[1]) in known):
+            if before in (":", "["):
+                continue
+            if _decoded(text, start) is not None if known is None else _decoded(found[1], 0) in known:
                 return start
         return None
 
@@ -314,27 +310,20 @@ class ArrayRows:
         while len(self.window.text) < position + LONGEST_START and self.window.more():
             pass
         found = OBJECT_START.match(self.window.text, position)
-        return _key(found[1]) if found else None
+        return _decoded(found[1], 0) if found else None
 
 
-def _key(text: str) -> str | None:
+def _decoded(text: str, start: int) -> Any:
+    """None for what is broken."""
     try:
-        return LENIENT_JSON.decode(text)
-    except ValueError:
-        return None
-
-
-def _is_sound(text: str, start: int) -> bool:
-    try:
-        STRICT_JSON.raw_decode(text, start)
-        return True
+        return LENIENT_JSON.raw_decode(text, start)[0]
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
 def array_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
     """The rows of an array, of which one at a time is in memory."""
-    with file.open(limits) as content:
+    with Content(file, limits) as content:
         window = Window(content, mark, limits.block_bytes)
         window.next_character()
         window.at += 1

@@ -123,7 +123,7 @@ class LineChunk:
 def line_chunks(
     file: File, limits: Limits, mark: int, row_of: RowOf, keeps_blank_lines: bool = False
 ) -> Iterator[Chunk]:
-    with file.open(limits) as content:
+    with Content(file, limits) as content:
         for lines in line_blocks(content, mark, limits):
             if isinstance(lines, LongLine):
                 yield Finished((long_line(lines, file.name, limits),), content.position)

@@ -39,6 +39,7 @@ from diptych.data_prep.reading.file_layout import reader_of
 from diptych.data_prep.reading.find_files import (
     DEFAULT_LIMITS,
     HEAD_BYTES,
+    Content,
     EmptyFile,
     File,
     Found,
@@ -46,8 +47,9 @@ from diptych.data_prep.reading.find_files import (
     find_files,
     identify,
 )
+from diptych.data_prep.reading.lines import line_chunks
 from diptych.data_prep.reading.row_chunks import Chunk, Rows
-from diptych.data_prep.reading.table_rows import aligned_chunks, text_chunks
+from diptych.data_prep.reading.table_rows import aligned_chunks, text_row
 from diptych.data_prep.reading.text_encoding import check_text
 from diptych.data_prep.rows.language_names import languages_of_files
 from diptych.data_prep.rows.named_splits import DOUBTFUL, HELD_OUT, KINDS, kind_in_name, kind_of, named
@@ -70,7 +72,7 @@ class Source:
     """Of its raw bytes (xxh3_128), or a data set's fingerprint: it changes if the content does."""
     bytes: int | None
     """Raw size; None if it is not known."""
-    read: Callable[[], Iterator[Chunk]] = field(repr=False)
+    chunks: Callable[[], Iterator[Chunk]] = field(repr=False)
     entry: str = ""
     """The entry of the command line that it belongs to."""
     forward: str | None = None
@@ -83,9 +85,6 @@ class Source:
     split: str = ""
     """Which split its rows are for: train, validation, test/news. While sources are opened, the split that its name
     means; "" if it means none."""
-
-    def chunks(self) -> Iterator[Chunk]:
-        return self.read()
 
     def rows(self) -> Rows:
         for chunk in self.chunks():
@@ -249,17 +248,14 @@ def open_evaluation(entries: Sequence[str], limits: Limits = DEFAULT_LIMITS) -> 
     for entry in entries:
         names = sorted(glob.glob(entry)) or [entry] if is_plain(entry) else [entry]
         for name in names:
-            sources += [open_plain(name, limits)] if is_plain(name) else _held_out_parts(_open_entries([name], limits))
+            found = [open_plain(name, limits)] if is_plain(name) else _open_entries([name], limits)
+            held_out = [source for source in found if source.split in HELD_OUT]
+            if 0 < len(held_out) < len(found):  # without the train split: training would be compared with itself
+                left_out = [source for source in found if source not in held_out]
+                note = f"training is not compared with {_named_few(left_out)}"
+                found = [_with_notes(held_out[0], [note]), *held_out[1:]]
+            sources += found
     return _each_once(sources)
-
-
-def _held_out_parts(sources: list[Source]) -> list[Source]:
-    """Without the train split, if there are others: training would be compared with itself."""
-    held_out = [source for source in sources if source.split in HELD_OUT]
-    if not held_out or len(held_out) == len(sources):
-        return sources
-    left_out = [source for source in sources if source not in held_out]
-    return [_with_notes(held_out[0], [f"training is not compared with {_named_few(left_out)}"]), *held_out[1:]]
 
 
 def is_plain(name: str) -> bool:
@@ -271,7 +267,8 @@ def open_plain(entry: str, limits: Limits = DEFAULT_LIMITS) -> Source:
     """A file with a text a line, whatever it is called; blank lines are none."""
     [found], _ = find_files(entry, SAMPLES)
     file, mark = _open_texts(found, limits)
-    return Source(file.name, file.digest, file.bytes, functools.partial(text_chunks, file, limits, mark), entry)
+    chunks = functools.partial(line_chunks, file, limits, mark, text_row)
+    return Source(file.name, file.digest, file.bytes, chunks, entry)
 
 
 def _open_entries(entries: Sequence[str], limits: Limits, columns: Collection[str] = ()) -> list[Source]:
@@ -346,7 +343,7 @@ def _open_file(file: File, limits: Limits, columns: Collection[str] = ()) -> Sou
 def _open_texts(found: Found, limits: Limits) -> tuple[File, int]:
     """A file with a text a line, whatever it is called, and the length of its UTF-8 mark."""
     file = identify(found, any_text=True)
-    with file.open(limits) as content:
+    with Content(file, limits) as content:
         return file, check_text(content.peek(HEAD_BYTES), file.name)
 
 
@@ -419,15 +416,16 @@ def _open_hub(entry: str, limits: Limits) -> list[Source]:
     except faults as error:
         raise UserError(f"{entry} could not be loaded from the Hub: {error}") from error
     if split:
-        return [_hub_source(found, entry, entry, limits)]
+        return [hub_source(found, entry, entry, limits)]
     kinds, notes = _kinds_of(entry, list(found), f"{entry}:{next(iter(found), 'train')}")
     sources = [
-        _hub_source(found[split], f"{entry}:{split}" if len(found) > 1 else entry, entry, limits, kind)
+        hub_source(found[split], f"{entry}:{split}" if len(found) > 1 else entry, entry, limits, kind)
         for split, kind in kinds.items()
     ]
     return [_with_notes(sources[0], notes), *sources[1:]]
 
 
-def _hub_source(dataset: Any, name: str, entry: str, limits: Limits, split: str = "") -> Source:
-    read = functools.partial(hub_chunks, dataset, name, limits)
-    return Source(name, dataset._fingerprint, None, read, entry, split=split)
+def hub_source(dataset: Any, name: str, entry: str, limits: Limits, split: str = "") -> Source:
+    """Of a `datasets.Dataset`."""
+    chunks = functools.partial(hub_chunks, dataset, name, limits)
+    return Source(name, dataset._fingerprint, None, chunks, entry, split=split)

@@ -15,7 +15,6 @@ line of a record nor its text, and stops at a quote that is never closed.)
 """
 
 import csv
-import functools
 import io
 import re
 from collections import deque
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.find_files import File, Limits
+from diptych.data_prep.reading.find_files import Content, File, Limits
 from diptych.data_prep.reading.lines import (
     BYTE_ORDER_MARK,
     Lines,
@@ -65,11 +64,6 @@ class Header:
         """For a table without one: columns "1", "2" and so on."""
         return cls(tuple(str(place) for place in range(1, width + 1)), width, None)
 
-    @classmethod
-    def of_pairs(cls, width: int) -> "Header":
-        """For parallel text without one: the first two columns are a pair, further ones (an attribution) are kept."""
-        return cls(("first", "second", *(f"column {place}" for place in range(3, width + 1))), width, None)
-
     def row(self, cells: Sequence[str], origin: Origin, text: str) -> Row | Reject:
         """Empty cells behind the last name are dropped; others there are called `column 3`, if the header has a place
         for them."""
@@ -100,53 +94,42 @@ def check_header(header: Header, text: str, name: str, offset: int | None) -> No
 # A row a line
 
 
-def tsv_chunks(file: File, limits: Limits, mark: int, header: Header) -> Iterator[Chunk]:
+def tsv_row(text: str, origin: Origin, limits: Limits, header: Header) -> Row | Reject | None:
     """Nothing is quoted: a quote mark is a character like any other."""
-    return line_chunks(file, limits, mark, functools.partial(_tsv_row, header=header))
-
-
-def _tsv_row(text: str, origin: Origin, limits: Limits, header: Header) -> Row | Reject | None:
     if origin.row == header.line or (origin.row == 1 and SEPARATOR_LINE.fullmatch(text + "\n")):
         return None
     return header.row(text.removeprefix(BYTE_ORDER_MARK).split("\t"), origin, text)
 
 
-def text_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
-    """Plain text, a text a line."""
-    return line_chunks(file, limits, mark, _text_row)
-
-
-def _text_row(text: str, origin: Origin, limits: Limits) -> Row | None:
+def text_row(text: str, origin: Origin, limits: Limits) -> Row:
+    """Of plain text, a text a line."""
     return Row({"text": text.removeprefix(BYTE_ORDER_MARK)}, origin, text)
 
 
 def aligned_chunks(files: list[File], marks: list[int], limits: Limits) -> Iterator[Chunk]:
     """Line N of one file belongs to line N of the other; if one has more lines, nobody knows which pairs are right."""
-    done = [0, 0]
+    done, counts = [0, 0], [0, 0]
 
-    def rows_of(side: int) -> Rows:
-        for chunk in line_chunks(files[side], limits, marks[side], _text_row, keeps_blank_lines=True):
-            done[side] = chunk.bytes_done
-            yield from chunk.rows()
+    def side(number: int) -> Rows:
+        for chunk in line_chunks(files[number], limits, marks[number], text_row, keeps_blank_lines=True):
+            done[number] = chunk.bytes_done
+            for row in chunk.rows():
+                counts[number] += 1
+                yield row
 
-    yield from in_chunks(_aligned_rows(files, rows_of(0), rows_of(1)), lambda: sum(done))
-
-
-def _aligned_rows(files: list[File], firsts: Rows, seconds: Rows) -> Rows:
-    counts = [0, 0]
-    for pair in zip_longest(firsts, seconds):
-        counts = [count + (row is not None) for count, row in zip(counts, pair, strict=True)]
+    def rows() -> Rows:
+        for first, second in zip_longest(side(0), side(1)):
+            if counts[0] == counts[1]:
+                fault = next((row for row in (first, second) if isinstance(row, Reject)), None)
+                fields = {} if fault else {"first": first.fields["text"], "second": second.fields["text"]}
+                yield fault or Row(fields, first.origin, f"{first.raw}\t{second.raw}")
         if counts[0] != counts[1]:
-            continue
-        first, second = pair
-        fault = next((row for row in pair if isinstance(row, Reject)), None)
-        fields = {} if fault else {"first": first.fields["text"], "second": second.fields["text"]}
-        yield fault or Row(fields, first.origin, f"{first.raw}\t{second.raw}")
-    if counts[0] != counts[1]:
-        raise UserError(
-            f"{files[0].name} has {counts[0]:,} lines and {files[1].name} has {counts[1]:,}, so that line N no longer"
-            " belongs to line N. Mend the files: a pair may be empty, a line may not be missing."
-        )
+            raise UserError(
+                f"{files[0].name} has {counts[0]:,} lines and {files[1].name} has {counts[1]:,}, so that line N no"
+                " longer belongs to line N. Mend the files: a pair may be empty, a line may not be missing."
+            )
+
+    yield from in_chunks(rows(), lambda: sum(done))
 
 
 # Records of a csv, which may go over several lines
@@ -215,7 +198,7 @@ def _each_line(blocks: Iterator[Lines | LongLine]) -> Iterator[Line | LongLine]:
 def csv_chunks(file: File, limits: Limits, mark: int, delimiter: str, numbered: bool = False) -> Iterator[Chunk]:
     """A header, then records. A record's row is the line that it starts on. With `numbered` there is no header: the
     columns are "1", "2" and so on, as many as the first record has."""
-    with file.open(limits) as content:
+    with Content(file, limits) as content:
         lines = _CsvLines(line_blocks(content, mark, limits), limits.max_row_bytes)
         yield from in_chunks(_csv_rows(lines, file.name, limits, delimiter, numbered), lambda: content.position)
 

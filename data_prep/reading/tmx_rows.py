@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.reading.find_files import HEAD_BYTES, File, Limits
+from diptych.data_prep.reading.find_files import HEAD_BYTES, Content, File, Limits
 from diptych.data_prep.reading.row_chunks import (
     LONG_ROW_CHARACTERS_KEPT,
     Chunk,
@@ -52,22 +52,19 @@ LONGEST_MARK = 1024
 
 
 def tmx_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
-    with file.open(limits) as content:
-        encoding = _encoding(content.peek(HEAD_BYTES), file.name)
+    with Content(file, limits) as content:
+        head = content.peek(HEAD_BYTES)
+        declared = DECLARED_ENCODING.search(head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1000])
+        encoding = declared[1].decode().lower() if declared else "utf-8"
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            encoding = "utf-16"
+        try:
+            head.decode(encoding, "ignore")
+        except (LookupError, UnicodeError) as error:
+            raise UserError(f"{file.name}: its encoding cannot be read ({error}). Convert it to UTF-8.") from None
+        encoding = "utf-8" if encoding in ("utf8", "us-ascii", "ascii") else encoding
         window = Window(content, 0, limits.block_bytes, encoding)
         yield from in_chunks(TmxRows(window, file.name, limits).rows(), lambda: content.position)
-
-
-def _encoding(head: bytes, name: str) -> str:
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
-    declared = DECLARED_ENCODING.search(head[:HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n")[:1000])
-    encoding = declared[1].decode().lower() if declared else "utf-8"
-    try:
-        head.decode(encoding, "ignore")
-    except (LookupError, UnicodeError) as error:
-        raise UserError(f"{name}: its encoding cannot be read ({error}). Convert it to UTF-8.") from None
-    return "utf-8" if encoding in ("utf8", "us-ascii", "ascii") else encoding
 
 
 class TmxRows:
@@ -188,7 +185,11 @@ class TmxRows:
                     what = f"has two <tuv> of '{language}'" if language else "has a <tuv> without xml:lang"
                     reason = f"the unit {what}. ({self.window.place(begin).partition(',')[0]})"
                     return Reject(self._next_origin(), language or None, "unclear languages", reason, raw)
-                texts[language] = _text_of(segment)
+                for code in [element for element in segment.iter() if element.tag in CODE_TAGS]:
+                    tail = code.tail
+                    code.clear()
+                    code.tail = tail
+                texts[language] = "".join(segment.itertext())
         return Row({"translation": texts}, self._next_origin(), raw)
 
     def _broken(self, raw: str, begin: int, what: str, position: int) -> Reject:
@@ -203,12 +204,3 @@ class TmxRows:
     def _next_origin(self) -> Origin:
         self.row += 1
         return Origin(self.name, self.row)
-
-
-def _text_of(segment: ElementTree.Element) -> str:
-    for element in list(segment.iter()):
-        if element.tag in CODE_TAGS:
-            tail = element.tail
-            element.clear()
-            element.tail = tail
-    return "".join(segment.itertext())

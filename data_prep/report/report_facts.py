@@ -135,7 +135,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
     ]
     return {
         "rows": {"read": counts.rows, "examples": examples_read, "kept": selection.kept, "rejected": rejects.count},
-        "rejected_by_kind": rejects.by_kind(),
+        "rejected_by_kind": dict(rejects.kinds.most_common()),
         "first_rejected": {
             kind: f"{examples[0].origin}: {shortened(examples[0].reason, REASON_CHARACTERS)}"
             for kind, examples in rejects.examples.items()
@@ -189,7 +189,7 @@ def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
 def _removed(rejects: Rejects) -> list[dict[str, Any]]:
     """Every kind of reject with some examples, in the order of the stages, the most frequent first in each."""
     found = []
-    for kind, count in rejects.by_kind().items():
+    for kind, count in rejects.kinds.most_common():
         stage = STAGE_OF.get(kind) or (CLEANING if kind.startswith(CLEANED) else CHECKS)
         examples = [
             {

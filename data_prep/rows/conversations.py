@@ -37,25 +37,12 @@ from diptych.data_prep.rows.valid_text import (
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
+    **{"system": "system", "human": "user", "user": "user"},
+    **dict.fromkeys(("gpt", "assistant", "chatgpt"), "assistant"),
 }
 TOOL_ROLES = {"tool", "function", "function_call", "tool_call", "observation", "tool_response", "ipython"}
 
-MARKS = {
-    "weight": True,
-    "loss": True,
-    "loss_weight": True,
-    "loss_mask": True,
-    "train": True,
-    "training": True,
-    "trainable": True,
-    "masked": False,
-}
+MARKS = dict.fromkeys("weight loss loss_weight loss_mask train training trainable".split(), True) | {"masked": False}
 """Keys that mark whether a turn is learned from, and whether 1 or true means that it is: those of OpenAI and ShareGPT
 (`weight`), ms-swift (`loss`), axolotl (`train`, `training`) and others."""
 
@@ -104,7 +91,8 @@ def _turn(turn: Any, where: str, role_key: str, text_key: str, roles: Mapping[st
         raise Fault(where, f"'{without_index(where)}' is not a turn", reason)
     written = turn.get(role_key)
     role = roles.get(written) if isinstance(written, str) else None
-    if turn.get("tool_calls") or turn.get("function_call") or (role is None and _is_tool(written)):
+    is_tool = role is None and isinstance(written, str) and written in TOOL_ROLES
+    if turn.get("tool_calls") or turn.get("function_call") or is_tool:
         reason = f"'{where}' calls a tool or is a tool's answer, and only text is read."
         raise Fault(f"{where}.{role_key}", "tool turn", f"{reason} Write it as text, or leave the conversation out.")
     if role_key not in turn or text_key not in turn:
@@ -170,10 +158,6 @@ def key_of_turns(value: Any) -> str | None:
     turns = map(from_json_text, turns[:8]) if isinstance(turns, list | tuple) else ()
     keys = (key for turn in turns if isinstance(turn, Mapping) for key in ("role", "from") if key in turn)
     return next(keys, None)
-
-
-def _is_tool(role: Any) -> bool:
-    return isinstance(role, str) and role in TOOL_ROLES
 
 
 def _content(value: Any, where: str) -> Any:

@@ -35,7 +35,6 @@ from diptych.data_prep.rows.records import IGNORE_INDEX, Languages, Origin, Reco
 from diptych.data_prep.rows.translations import by_language, in_language, variants
 from diptych.data_prep.rows.valid_text import (
     Fault,
-    check_not_misspelt,
     described,
     filled_list,
     from_json_text,
@@ -118,7 +117,12 @@ class Converter:
             self._check_media(row.fields)
             return CONVERT[self.format.name](row, self)
         except Fault as fault:
-            reason = fault.reason + self._other_shape(row) if fault.of_shape else fault.reason
+            reason = fault.reason
+            if fault.of_shape:  # a row that is not built like the first ones: the data may be of two kinds
+                others = [name for name, _ in fitting_formats(row.fields) if name != self.format.name]
+                looks = f"; this row looks like {' or '.join(dict.fromkeys(others))}" if others else ""
+                how = "as --format says" if self.was_given else "recognised from its first rows"
+                reason += f" (This source is read as {self.format.name}, {how}{looks}.)"
             return [Reject(row.origin, fault.field, fault.kind, reason, row.raw)]
 
     @functools.cached_property
@@ -155,7 +159,7 @@ class Converter:
         """Column → the names in it that are read: the format's, and the steps of paths such as `answers.text.0`."""
         inside = {self.column(name): dict(known) for name, known in self.format.inside.items()}
         for column in self.mapping.values():
-            first, *steps = _steps(column)
+            first, *steps = column.split(".")
             steps = [step for step in steps if not step.isdecimal()]  # a number is a place in a list
             known = inside.setdefault(first, {}) if steps else {}
             for step in steps:
@@ -172,13 +176,6 @@ class Converter:
                 held = f"'{column}' says {found[0]}, which is what {listed(media)} holds"
                 reason = f"{held}, and only text is read. Leave the row out."
                 raise Fault(column, "part that is no text", reason)
-
-    def _other_shape(self, row: Row) -> str:
-        """What a row that is not built like the first ones looks like: the data may be of two kinds."""
-        others = [name for name, _ in fitting_formats(row.fields) if name != self.format.name]
-        looks = f"; this row looks like {' or '.join(dict.fromkeys(others))}" if others else ""
-        how = "as --format says" if self.was_given else "recognised from its first rows"
-        return f" (This source is read as {self.format.name}, {how}{looks}.)"
 
     # The values of fields
 
@@ -223,7 +220,8 @@ class Converter:
         if value is None:
             value = self.value(fields, name)
             if value is MISSING and name not in RECORD_FIELDS:
-                check_not_misspelt(column, fields, self.used_fields, name)
+                if misspelt := missing(column, fields, self.used_fields, name, is_optional=True):
+                    raise misspelt
         if value is MISSING or is_missing(value):
             return ""
         if not isinstance(value, str):
@@ -232,26 +230,19 @@ class Converter:
         return checked if checked.strip() else ""  # a template asks whether there is one
 
     def shared(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """What all records of a row have: `languages`, and `system` and `category` if --map says what they are."""
-        languages = {"languages": self._languages(fields)}
-        if not self.mapping:
-            return languages
-        names = [name for name in RECORD_FIELDS[:2] if name in self.mapping]
-        return languages | {name: self.optional_text(fields, name) for name in names}
-
-    def _languages(self, fields: Mapping[str, Any]) -> Languages:
-        """Those of the row, or of what it is from."""
-        given = self.directions.languages
-        if LANGUAGE_COLUMNS.isdisjoint(fields) and LANGUAGE_COLUMNS.isdisjoint(self.mapping):
-            return given
-        named = {name: self.value(fields, name) for name in LANGUAGE_COLUMNS}
-        found = languages_in({name: value for name, value in named.items() if value is not MISSING})
-        languages = found.filled_from(given)
-        if not all(found) and is_same_language(*languages):
-            side, language = ("source", found.source) if found.source else ("target", found.target)
-            reason = f"its {side} language is {language}, and so is the other, which it does not say itself."
-            raise Fault(f"{side}_language", "source and target in one language", reason)
-        return languages
+        """What all records of a row have: `languages`, of the row or of what it is from; and `system` and `category`
+        if --map says what they are."""
+        languages = self.directions.languages
+        if not (LANGUAGE_COLUMNS.isdisjoint(fields) and LANGUAGE_COLUMNS.isdisjoint(self.mapping)):
+            named = {name: self.value(fields, name) for name in LANGUAGE_COLUMNS}
+            found = languages_in({name: value for name, value in named.items() if value is not MISSING})
+            languages = found.filled_from(languages)
+            if not all(found) and is_same_language(*languages):
+                side, language = ("source", found.source) if found.source else ("target", found.target)
+                reason = f"its {side} language is {language}, and so is the other, which it does not say itself."
+                raise Fault(f"{side}_language", "source and target in one language", reason)
+        names = [name for name in RECORD_FIELDS[:2] if name in self.mapping] if self.mapping else ()
+        return {"languages": languages, **{name: self.optional_text(fields, name) for name in names}}
 
 
 def value_at(fields: Mapping[str, Any], path: str) -> Any:
@@ -260,7 +251,7 @@ def value_at(fields: Mapping[str, Any], path: str) -> Any:
     if value is not MISSING or "." not in path:
         return value
     value = fields
-    for name in _steps(path):
+    for name in path.split("."):
         value = from_json_text(value)
         if isinstance(value, Mapping) and name in value:
             value = value[name]
@@ -269,11 +260,6 @@ def value_at(fields: Mapping[str, Any], path: str) -> Any:
         else:
             return MISSING
     return value
-
-
-@functools.lru_cache(maxsize=64)
-def _steps(path: str) -> tuple[str, ...]:
-    return tuple(path.split("."))
 
 
 # Conversion: one function for each kind of format
@@ -292,10 +278,6 @@ def _three_texts(row: Row, converter: Converter, names: tuple[str, str, str], **
             **{**converter.shared(fields), **more},
         )
     ]
-
-
-def _alpaca(row: Row, converter: Converter) -> list[Result]:
-    return _three_texts(row, converter, ("instruction", "input", "output"))
 
 
 def _dolly(row: Row, converter: Converter) -> list[Result]:
@@ -357,7 +339,16 @@ def _natural_instructions(row: Row, converter: Converter) -> list[Result]:
     fields = row.fields
     instruction = joined(converter.needed(fields, "Definition"), converter.column("Definition"), "\n")
     for name, wanted in converter._task_examples.items():
-        instruction += _worked_examples(fields, name, wanted, converter)
+        # As the prompts of Tk-Instruct have it (Wang et al. 2022): the first few, each with its explanation.
+        column, examples = converter.column(name), converter.value(fields, name)
+        shown = filled_list(examples, column, "no examples") if wanted and examples is not MISSING and examples else ()
+        for number, example in enumerate(shown[:wanted], start=1):
+            where = f"{column}[{number - 1}]"
+            output = joined(inner(example, "output", where), f"{where}.output", ", ")
+            start = f"\n\n{name.removesuffix('s')} {number} -\n"
+            instruction += f"{start}Input: {input_of(example, where)}\nOutput: {output}"
+            if explanation := example.get("explanation"):
+                instruction += f"\nExplanation: {text(explanation, f'{where}.explanation')}"
     categories = converter.value(fields, "Categories")
     categories = "" if categories is MISSING or categories is None else categories
     category = joined(categories, converter.column("Categories"), ", ", may_be_empty=True)
@@ -394,21 +385,6 @@ def _instances(row: Row, converter: Converter, field: str, instruction: str, sha
         else:
             results.append(record)
     return results
-
-
-def _worked_examples(fields: Mapping[str, Any], name: str, wanted: int, converter: Converter) -> str:
-    """As the prompts of Tk-Instruct have it (Wang et al. 2022): the first few, each with its explanation."""
-    column, examples = converter.column(name), converter.value(fields, name)
-    if not wanted or examples is MISSING or not examples:
-        return ""
-    shown = ""
-    for number, example in enumerate(filled_list(examples, column, "no examples")[:wanted], start=1):
-        where = f"{column}[{number - 1}]"
-        input, output = input_of(example, where), joined(inner(example, "output", where), f"{where}.output", ", ")
-        shown += f"\n\n{name.removesuffix('s')} {number} -\nInput: {input}\nOutput: {output}"
-        if explanation := example.get("explanation"):
-            shown += f"\nExplanation: {text(explanation, f'{where}.explanation')}"
-    return shown
 
 
 def _parallel(row: Row, converter: Converter) -> list[Result]:
@@ -486,7 +462,7 @@ def _part(origin: Origin, number: int, parts: int) -> Origin:
 
 
 CONVERT: Mapping[str, Callable[[Row, Converter], list[Result]]] = {
-    "alpaca": _alpaca,
+    "alpaca": functools.partial(_three_texts, names=("instruction", "input", "output")),
     "dolly": _dolly,
     "prompt_completion": _prompt_completion,
     "messages": _messages,

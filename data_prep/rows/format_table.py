@@ -64,29 +64,15 @@ def fitting_formats(
     ]
 
 
-# Values that decide, if columns alone do not
-
-
-def _holds_messages(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
-    return _holds_turns(view, shape, "role", "messages")
-
-
-def _holds_sharegpt(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
-    return _holds_turns(view, shape, "from", "conversations")
-
-
-def _holds_turns(view: Mapping[str, Any], shape: Mapping[str, str], role_key: str, column: str) -> bool:
-    """Whether the turns have their role under this key; if there are no turns, the name of the column decides."""
-    (found,) = shape.values()
-    key = key_of_turns(view[found])
-    return key == role_key or (key is None and found == column)
+def _holds_turns(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
+    """Whether the turns have their role under the format's key; without turns, the name of the column decides."""
+    ((name, column),) = shape.items()
+    key = key_of_turns(view[column])
+    return key == {"messages": "role", "conversations": "from"}[name] or (key is None and column == name)
 
 
 def _holds_translations(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
     return "translation" not in shape or isinstance(from_json_text(view["translation"]), Mapping)
-
-
-# The formats
 
 
 INSTANCE: Mapping[str, Any] = {"input": {}, "output": {}}
@@ -109,14 +95,14 @@ _ALL = (
         "messages",
         (_same("messages"), {"messages": "conversations"}),
         turns=("role", "content", ROLES),
-        looks=_holds_messages,
+        looks=_holds_turns,
     ),
     # {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}
     Format(
         "sharegpt",
         (_same("conversations"), {"conversations": "messages"}),
         turns=("from", "value", SHAREGPT_ROLES),
-        looks=_holds_sharegpt,
+        looks=_holds_turns,
     ),
     # {"Definition": ["Add."], "Categories": ["Maths"], "Positive Examples": [], "Negative Examples": [],
     #  "Instances": [{"id": "1", "input": "1 + 1", "output": ["2", "two"]}]}

@@ -29,7 +29,6 @@ from diptych.data_prep.rows.records import Languages, Origin, Reject, Row
 from diptych.data_prep.rows.translations import language_columns, languages_of_columns, sides_of_units
 from diptych.data_prep.rows.valid_text import (
     Fault,
-    is_unparsed,
     listed,
     mapped,
     path_to_text,
@@ -202,19 +201,14 @@ def _check_mapped_columns(rows: Sequence[Row], source: str, mapping: Mapping[str
     for name, column in mapping.items():
         if any(value_at(row.fields, column) is not MISSING for row in rows):
             continue
-        near = nearest(column, dict.fromkeys(path for row in rows for path in _paths(row.fields)))
+        held = [(path, value) for row in rows for path, value in row.fields.items()]
+        inside = (f"{path}.{name}" for path, value in held if isinstance(value, Mapping) for name in value)
+        near = nearest(column, dict.fromkeys([*(path for path, _ in held), *inside]))
         hint = f" Did you mean '{name}={shown_name(near)}'?" if near else ""
         raise UserError(
             f"{source}: --map {name}={column}: there is no column '{column}' in its first rows; columns there are"
             f" {_columns_of(rows)}.{hint}"
         )
-
-
-def _paths(fields: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in fields.items():
-        yield name
-        if isinstance(value, Mapping):
-            yield from (f"{name}.{inner}" for inner in value)
 
 
 def _columns_of(rows: Sequence[Row]) -> str:
@@ -243,11 +237,10 @@ def _recognise(
             return _winner(fitting, source, name is not None)
     needs = "; ".join(f"{name}: {format.needs}" for name, format in candidates.items())
     what = "no known format" if name is None else f"not {name}, as --format says"
-    texts = [(column, value) for column, value in views[0].items() if is_unparsed(value)]
-    advice = next((unparsed(value, f"'{shown_name(column)}'", column) for column, value in texts), None)
+    advice = (unparsed(value, f"'{shown_name(column)}'", column) for column, value in views[0].items())
     raise UserError(
         f"{source}: {what}, to judge by its first rows. Columns there are {_columns_of(rows)}."
-        f"{advice or _suggestion(views, candidates)} What the columns have to be: {needs}."
+        f"{next(filter(None, advice), None) or _suggestion(views, candidates)} What the columns have to be: {needs}."
     )
 
 

@@ -142,10 +142,6 @@ class Rejects:
         if self.file is not None:
             self.file.write(json.dumps(reject.as_json(), ensure_ascii=False) + "\n")
 
-    def by_kind(self) -> dict[str, int]:
-        """How many rows have which fault, the most frequent first."""
-        return dict(self.kinds.most_common())
-
 
 def character_at(value: str, position: int) -> str:
     return f"U+{ord(value[position]):04X} at character {position + 1}"

@@ -66,7 +66,16 @@ def text(value: Any, name: str, may_be_empty: bool = False, what: str | None = N
     elif not isinstance(value, str):
         raise not_a_string(value, name)
     else:
-        _check_characters(value, name)
+        if broken := broken_character(value):
+            raise Fault(name, "broken Unicode", f"'{name}' holds {broken}")
+        encoded = value.encode("utf-8")
+        if any(part in encoded for part in NO_UNFIT_BYTES) and (found := UNFIT.search(value)):
+            place = character_at(value, found.start())
+            if found.group() == "\0":
+                reason = f"'{name}' holds a NUL, {place}: no text has one. The file may be binary, or UTF-16."
+                raise Fault(name, "NUL in the text", reason)
+            reason = f"'{name}' holds a noncharacter, {place}: Unicode keeps it for a program's own use. Take it out."
+            raise Fault(name, "noncharacter in the text", reason)
         if may_be_empty or not BLANK.fullmatch(value):
             return value
     reason = f"'{name}' is empty: a row needs one to be learned from."
@@ -80,22 +89,19 @@ def not_a_string(value: Any, name: str, known: str | None = None) -> Fault:
     if is_missing(value):
         reason = f"'{name}' is NaN, a missing value. Drop such rows, or fill them in (in pandas: dropna or fillna)."
         return Fault(name, f"'{without_index(name)}' is NaN", reason, of_shape=True)
-    reason = f"'{name}' is {described(value)}, not a string. {_how_to_write_it(value, name, known)}"
-    return Fault(name, f"'{without_index(name)}' is not a string", reason, of_shape=True)
-
-
-def _how_to_write_it(value: Any, name: str, known: str | None) -> str:
+    several = ", or write a row for each" if isinstance(value, list | tuple) and len(value) > 1 else ""
     if isinstance(value, bytes):
-        return f"Decode it (in pandas: df[{name!r}] = df[{name!r}].str.decode('utf-8'))."
-    if isinstance(value, list | tuple | Mapping):
-        path = path_to_text(value)
-        if not path:
-            return "Write a string, or leave the row out."
-        several = ", or write a row for each" if isinstance(value, list | tuple) and len(value) > 1 else ""
-        if known is None:
-            return f"Write the string that is inside of it, at {shown_name('.'.join(path))}{several}."
-        return f"--map {mapped(known, '.'.join([name, *path]))} takes the string in it{several}."
-    return "Write it as one: in quotes in JSON, as a column of strings in a table (in pandas: .astype(str))."
+        how = f"Decode it (in pandas: df[{name!r}] = df[{name!r}].str.decode('utf-8'))."
+    elif not isinstance(value, list | tuple | Mapping):
+        how = "Write it as one: in quotes in JSON, as a column of strings in a table (in pandas: .astype(str))."
+    elif not (path := path_to_text(value)):
+        how = "Write a string, or leave the row out."
+    elif known is None:
+        how = f"Write the string that is inside of it, at {shown_name('.'.join(path))}{several}."
+    else:
+        how = f"--map {mapped(known, '.'.join([name, *path]))} takes the string in it{several}."
+    reason = f"'{name}' is {described(value)}, not a string. {how}"
+    return Fault(name, f"'{without_index(name)}' is not a string", reason, of_shape=True)
 
 
 def path_to_text(value: Any, most_steps: int = 4) -> list[str]:
@@ -122,63 +128,36 @@ def has_value(value: Any) -> bool:
     return not is_missing(value) and value not in ("", [], {}, ())
 
 
-def _check_characters(value: str, name: str) -> None:
-    if broken := broken_character(value):
-        raise Fault(name, "broken Unicode", f"'{name}' holds {broken}")
-    encoded = value.encode("utf-8")
-    if not any(part in encoded for part in NO_UNFIT_BYTES) or not (found := UNFIT.search(value)):
-        return
-    place = character_at(value, found.start())
-    if found.group() == "\0":
-        reason = f"'{name}' holds a NUL, {place}: no text has one. The file may be binary, or UTF-16."
-        raise Fault(name, "NUL in the text", reason)
-    reason = f"'{name}' holds a noncharacter, {place}: Unicode keeps it for a program's own use. Take it out."
-    raise Fault(name, "noncharacter in the text", reason)
-
-
 def missing(
-    column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None, where: str = ""
-) -> Fault:
-    """`known` are the columns that mean something already, and so are not `column` misspelt; `field` is what `--map`
-    calls the column, if it is one; `where` is the object that it belongs to, if that is not the row."""
-    if fault := _misspelt(column, fields, known, field, where, cutoff=0.6):
-        return fault
-    reason = f"{_in(where)}'{column}' is missing; the row has {listed(fields) or 'no fields'}."
-    return Fault(_path(where, column), f"missing field '{column}'", reason, of_shape=not where)
-
-
-def check_not_misspelt(
-    column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None = None, where: str = ""
-) -> None:
-    """A field may be absent, but not misspelt: a row with 'inptu' would otherwise lose its input without a word."""
-    if fault := _misspelt(column, fields, known, field, where, cutoff=0.75):
-        raise fault
-
-
-def _misspelt(
-    column: str, fields: Mapping[str, Any], known: Iterable[str], field: str | None, where: str, cutoff: float
+    column: str,
+    fields: Mapping[str, Any],
+    known: Iterable[str],
+    field: str | None = None,
+    where: str = "",
+    is_optional: bool = False,
 ) -> Fault | None:
-    near = _nearest_unknown(column, tuple(fields), tuple(known), cutoff)
-    if near is None:
+    """`known` are the columns that mean something already, and so are not `column` misspelt; `field` is what `--map`
+    calls the column, if it is one; `where` is the object that it belongs to, if that is not the row.
+
+    None for a field that `is_optional` and not misspelt: a row with 'inptu' would otherwise lose its input without a
+    word."""
+    near = _nearest_unknown(column, tuple(fields), tuple(known), 0.75 if is_optional else 0.6)
+    place, inside = (f"{where}.{column}", f"in '{where}', ") if where else (column, "")
+    if near is not None:
+        near = shown_name(near)
+        in_all = f"; if it is called so in all rows, --map {mapped(field, near)} reads it" if field else ""
+        reason = f"{inside}'{column}' is missing; is '{near}' meant? Rename it to '{column}'{in_all}."
+        return Fault(place, f"misspelt field '{near}'", reason)
+    if is_optional:
         return None
-    near = shown_name(near)
-    in_all = f"; if it is called so in all rows, --map {mapped(field, near)} reads it" if field else ""
-    reason = f"{_in(where)}'{column}' is missing; is '{near}' meant? Rename it to '{column}'{in_all}."
-    return Fault(_path(where, column), f"misspelt field '{near}'", reason)
+    reason = f"{inside}'{column}' is missing; the row has {listed(fields) or 'no fields'}."
+    return Fault(place, f"missing field '{column}'", reason, of_shape=not where)
 
 
 @functools.lru_cache(maxsize=16)
 def _nearest_unknown(column: str, names: tuple[str, ...], known: tuple[str, ...], cutoff: float) -> str | None:
     """Rows of a file have the same few sets of names."""
     return nearest(column, [name for name in names if name not in known], cutoff=cutoff)
-
-
-def _in(where: str) -> str:
-    return f"in '{where}', " if where else ""
-
-
-def _path(where: str, column: str) -> str:
-    return f"{where}.{column}" if where else column
 
 
 def some_list(value: Any, name: str, due: str = "a list") -> Sequence[Any]:
@@ -219,15 +198,10 @@ def from_object_of_lists(value: Any) -> Any:
     return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
 
 
-def is_unparsed(value: Any) -> bool:
-    """Whether a text begins as a list or an object does, and is no JSON."""
-    found = from_json_text(value)
-    return isinstance(found, str) and found.lstrip()[:1] in ("[", "{")
-
-
 def unparsed(value: Any, what: str, column: str) -> str:
-    """What to do with such a text, which is usually in Python's own notation."""
-    if not is_unparsed(value):
+    """What to do with a text that begins as a list or an object does and is no JSON; "" for any other value."""
+    found = from_json_text(value)
+    if not isinstance(found, str) or found.lstrip()[:1] not in ("[", "{"):
         return ""
     return (
         f" {what} is text that begins as a list or an object does, but it is no JSON. If it is Python's own notation,"
@@ -264,7 +238,8 @@ def inner(value: Any, key: str, where: str) -> Any:
 def input_of(value: Any, where: str) -> str:
     """`input`, which may be absent or null, but not misspelt."""
     if isinstance(value, Mapping) and "input" not in value:
-        check_not_misspelt("input", value, ("input", "output"), where=where)
+        if misspelt := missing("input", value, ("input", "output"), where=where, is_optional=True):
+            raise misspelt
         return ""
     input = inner(value, "input", where)
     return "" if input is None else text(input, f"{where}.input", may_be_empty=True)

@@ -48,7 +48,7 @@ class ReportTokenizerSettings:
     """The rows of the table: the script of most letters, the language that py3langid detects (needs the extra
     `clean`), or the file."""
     out: str | None = field(default=None, metadata=OUTPUT)
-    """Also write the report as JSON to this file, and its bar chart as a PNG in the same folder."""
+    """Also write the report as JSON to this file."""
     text_fields: list[str] = field(default_factory=list)
     """Columns with text, `answers.text` for a nested one. Default: the texts of the recognised format, or the column
     `text`."""

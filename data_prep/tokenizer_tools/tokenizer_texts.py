@@ -61,7 +61,7 @@ class Texts:
         """How many rows were left out and why; "" where there were none."""
         if not self.rejects.count:
             return ""
-        kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.rejects.by_kind().items())
+        kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.rejects.kinds.most_common())
         first = next(iter(self.rejects.examples.values()))[0]
         return f"rows left out: {self.rejects.count:,} ({kinds}). The first, {first.origin}: {first.reason}"
 
