@@ -5,8 +5,8 @@
     python tests/finetune/fuzz_checkpoints.py --kinds adapter_config.json --only 17 --keep /tmp/case
 
 A case is made from its seed, kind and number alone, so `--only` makes it again. It is loaded in a forked process that
-may take 5 s, and 1 GB more than before. Whatever is neither "loaded" nor "refused" (a UserError) is a finding: another
-exception, a hang, too much memory, or more than 2,000 characters of warnings.
+may compute for 5 s, and take 1 GB more than before. Whatever is neither "loaded" nor "refused" (a UserError) is a
+finding: another exception, a hang, too much memory, or more than 2,000 characters of warnings.
 
 A new kind of file is a `Kind` (spoiled_files.py): a function that makes a valid folder, once; one that spoils a copy
 of it with a `random.Random` and returns in a few words what it did; and one that loads it. `spoil_json` spoils any
@@ -87,20 +87,20 @@ class Fuzzer:
         pid, asked, answers = self.worker
         asked.write(json.dumps([kind, number]) + "\n")
         asked.flush()
-        what = json.loads(answers.readline() or '"it could not be made"')
-        started, process = time.monotonic(), psutil.Process(pid)
-        base = memory = resident(process)
-        while not select.select([answers], [], [], 0.02)[0]:
-            memory = max(memory, resident(process))
-            if memory - base > BYTES or time.monotonic() - started > SECONDS:
-                self.close()
-                outcome = "memory" if memory - base > BYTES else "hang"
-                return Result(kind, number, outcome, what, "", time.monotonic() - started)
-        line = answers.readline()
+        what = json.loads(answers.readline() or b'"it could not be made"')
+        process = psutil.Process(pid)
+        (started, base), found, waits_until = usage(process), "", time.monotonic() + 12 * SECONDS
+        seconds = memory = 0.0
+        while not found and not select.select([answers], [], [], 0.02)[0]:
+            ended, now = usage(process)
+            seconds, memory = ended - started, max(memory, now - base)
+            is_late = seconds > SECONDS or time.monotonic() > waits_until
+            found = "memory" if memory > BYTES else "hang" if is_late else ""
+        line = "" if found else answers.readline()
         if not line:
             self.close()
-            return Result(kind, number, "died", what, "", time.monotonic() - started)
-        return Result(kind, number, *json.loads(line), time.monotonic() - started)
+            return Result(kind, number, found or "died", what, "", seconds)
+        return Result(kind, number, *json.loads(line), seconds)
 
     def _fork(self) -> tuple[int, Any, Any]:
         (read_asked, write_asked), (read_answers, write_answers) = os.pipe(), os.pipe()
@@ -111,7 +111,7 @@ class Fuzzer:
                 self._work(asked, answers)
             os._exit(0)
         os.close(read_asked), os.close(write_answers)
-        return pid, open(write_asked, "w"), open(read_answers)
+        return pid, open(write_asked, "w"), open(read_answers, "rb", buffering=0)
 
     def _work(self, asked: Any, answers: Any) -> None:
         in_use = psutil.Process().memory_info().vms
@@ -151,11 +151,13 @@ class Fuzzer:
             self.worker = None
 
 
-def resident(process: psutil.Process) -> int:
+def usage(process: psutil.Process) -> tuple[float, float]:
+    """Seconds of work, which other processes on the machine do not lengthen, and bytes."""
     try:
-        return process.memory_info().rss
+        times = process.cpu_times()
+        return times.user + times.system + times.children_user + times.children_system, process.memory_info().rss
     except psutil.NoSuchProcess:
-        return 0
+        return 0.0, 0.0
 
 
 def fuzz(files: int, seed: int, kinds: Sequence[str], folder: Path) -> Iterator[Result]:
