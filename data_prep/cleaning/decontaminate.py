@@ -54,11 +54,9 @@ class PlainText(NamedTuple):
     origin: Origin
 
 
-class Overlap(NamedTuple):
-    words: str
-    """What both have, as it is compared: "the quick brown fox …"."""
-    text: int
-    """Which evaluation text, from 0; the first one that has it."""
+Overlap = tuple[str, int]
+"""What both have, as it is compared ("the quick brown fox …"), and which evaluation text, from 0, is the first with
+it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +104,9 @@ class Decontaminate:
                 seen.add(key)
                 lengths.add(length)
                 ((_, keys),) = _run_keys(_hashes(words), (length,))
-                runs.append((row, keys[[_is_telling(words[start : start + length]) for start in range(len(keys))]]))
+                found = (words[start : start + length] for start in range(len(keys)))
+                is_telling = [2 * sum(not word.isnumeric() for word in set(run)) >= length for run in found]
+                runs.append((row, keys[is_telling]))
         return cls(ngram, tuple(sorted(lengths)), *_sorted(runs, BOILERPLATE_TEXTS), *_sorted(wholes), tuple(names))
 
     def check(self, record: Record) -> Complaint | None:
@@ -119,12 +119,12 @@ class Decontaminate:
             *(("history shares a run of words with", self.shared_run, words) for words in texts.history),
         ):
             if found := find(words):
-                return "overlaps the evaluation data", f"The {what} {self.names[found.text]}: “{found.words}”."
+                return "overlaps the evaluation data", f"The {what} {self.names[found[1]]}: “{found[0]}”."
         return None
 
     def equal(self, words: Words) -> Overlap | None:
         found = _find(self.wholes, numpy.array([_whole_key(words)], dtype=numpy.uint64))
-        return Overlap(" ".join(words[: self.ngram]).strip(), int(self.whole_texts[found[1]])) if found else None
+        return (" ".join(words[: self.ngram]).strip(), int(self.whole_texts[found[1]])) if found else None
 
     def shared_run(self, words: Words) -> Overlap | None:
         """The first of the longest runs that an evaluation text has."""
@@ -133,7 +133,7 @@ class Decontaminate:
             for length, keys in _run_keys(_hashes(words), self.lengths):
                 if found := _find(self.runs, keys):
                     start, place = found
-                    longest = Overlap(" ".join(words[start : start + length]), int(self.run_texts[place]))
+                    longest = (" ".join(words[start : start + length]), int(self.run_texts[place]))
         return longest
 
 
@@ -167,11 +167,6 @@ def words_of(text: str) -> Words:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return _WORD.findall(text.casefold())
-
-
-def _is_telling(words: Sequence[str]) -> bool:
-    """At least half of them are different words with a letter."""
-    return 2 * sum(not word.isnumeric() for word in set(words)) >= len(words)
 
 
 def _hashes(words: Sequence[str]) -> numpy.ndarray:

@@ -38,7 +38,7 @@ import numpy
 import xxhash
 
 from diptych.data_prep.cleaning.filters import source_text
-from diptych.data_prep.cleaning.splits import normalise
+from diptych.data_prep.cleaning.splits import normalise, scattered
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.records import Record
 
@@ -72,7 +72,7 @@ def shingle_hashes(text: str, size: int = SHINGLE_SIZE) -> numpy.ndarray:
     for place in range(size):
         mixed *= _FACTOR
         mixed += code_points[place : place + runs]
-    return (_scatter(mixed) >> numpy.uint64(32)).astype("u4")
+    return (scattered(mixed) >> numpy.uint64(32)).astype("u4")
 
 
 def _letters(text: str) -> str:
@@ -221,7 +221,14 @@ def _groups_by_band(
     sizes = [numpy.zeros(0, dtype=numpy.int64)]
     count = 0
     for band in range(bands):
-        keys = _band_keys(signatures, slice(band * size, (band + 1) * size))[rows]
+        keys = numpy.zeros(len(signatures), dtype=numpy.uint64)
+        for start in range(0, len(signatures), ROWS_AT_ONCE):
+            part = keys[start : start + ROWS_AT_ONCE]
+            columns = signatures[start : start + ROWS_AT_ONCE, band * size : (band + 1) * size]
+            for numbers in numpy.array(columns, dtype=numpy.uint64).T:
+                part *= _FACTOR
+                part += numbers
+        keys = scattered(keys)[rows]
         order = numpy.argsort(keys, kind="stable")
         keys = keys[order]
         new = numpy.ones(len(keys), dtype=bool)
@@ -233,24 +240,6 @@ def _groups_by_band(
         sizes.append(size_of_group[shared])
         count += int(shared.sum())
     return groups, numpy.concatenate(sizes)
-
-
-def _band_keys(signatures: numpy.ndarray, columns: slice) -> numpy.ndarray:
-    """(rows,) uint64."""
-    keys = numpy.zeros(len(signatures), dtype=numpy.uint64)
-    for start in range(0, len(signatures), ROWS_AT_ONCE):
-        part = keys[start : start + ROWS_AT_ONCE]
-        for numbers in numpy.array(signatures[start : start + ROWS_AT_ONCE, columns], dtype=numpy.uint64).T:
-            part *= _FACTOR
-            part += numbers
-    return _scatter(keys)
-
-
-def _scatter(mixed: numpy.ndarray) -> numpy.ndarray:
-    """splitmix64's last steps (Steele et al. 2014), so that all bits depend on all."""
-    mixed = (mixed ^ (mixed >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> numpy.uint64(31))
 
 
 def _jaccard(first: set[str], second: set[str]) -> float:

@@ -58,7 +58,16 @@ class SensitiveSpan:
 def find_sensitive(text: str) -> list[SensitiveSpan]:
     """In the order of the text. Of two that overlap, the one whose pattern is the surer stays."""
     found = [SensitiveSpan("secret (API key)", *match.span()) for match in API_KEY.finditer(text)]
-    found += _find_secrets(text)
+    # The whole match of each detector's patterns; what detectors return is for some only a group, such as "ghp".
+    secrets = set()
+    for offset in range(0, max(1, len(text) - PIECE_OVERLAP), PIECE - PIECE_OVERLAP):
+        piece = text[offset : offset + PIECE]
+        for detector in secret_detectors():
+            for match in (match for pattern in detector.denylist for match in pattern.finditer(piece)):
+                if detector.secret_type != "JSON Web Token" or detector.is_formally_valid(match[0]):
+                    start, end = match.span()
+                    secrets.add(SensitiveSpan(f"secret ({detector.secret_type})", offset + start, offset + end))
+    found += sorted(secrets, key=lambda span: (span.start, -span.end, span.kind))
     if "@" in text:
         found += [SensitiveSpan("e-mail address", *match.span()) for match in _EMAIL.finditer(text)]
     if _DIGITS.search(text):
@@ -102,19 +111,6 @@ def secret_detectors() -> tuple:
         ) from error
     classes = {detector.__name__: detector for detector in get_mapping_from_secret_type_to_class().values()}
     return tuple(classes[name]() for name in SECRET_DETECTORS)
-
-
-def _find_secrets(text: str) -> list[SensitiveSpan]:
-    """The whole match of each detector's patterns; what detectors return is for some only a group, such as "ghp"."""
-    found = set()
-    for offset in range(0, max(1, len(text) - PIECE_OVERLAP), PIECE - PIECE_OVERLAP):
-        piece = text[offset : offset + PIECE]
-        for detector in secret_detectors():
-            for match in (match for pattern in detector.denylist for match in pattern.finditer(piece)):
-                if detector.secret_type != "JSON Web Token" or detector.is_formally_valid(match[0]):
-                    start, end = match.span()
-                    found.add(SensitiveSpan(f"secret ({detector.secret_type})", offset + start, offset + end))
-    return sorted(found, key=lambda span: (span.start, -span.end, span.kind))
 
 
 @functools.cache

@@ -57,7 +57,11 @@ def split_rows(
     """
     rows = len(input_keys)
     keys = row_keys(None, input_keys, output_keys, split_by)
-    group_of_row, groups = _groups(keys)
+    texts, node = numpy.unique(numpy.concatenate(keys), return_inverse=True)
+    ends = node[:rows], node[len(node) - rows :]  # each row joins its two texts, which are the nodes of a graph
+    graph = coo_array((numpy.ones(rows, dtype=numpy.int8), ends), shape=(len(texts), len(texts)))
+    groups, group_of_text = connected_components(graph, directed=False)
+    group_of_row = group_of_text[ends[0]]
     smallest_keys = numpy.full(groups, numpy.iinfo(numpy.uint64).max, dtype=numpy.uint64)
     for side in keys:  # a key that stands for a group, whatever the order of its rows
         numpy.minimum.at(smallest_keys, group_of_row, side)
@@ -67,7 +71,8 @@ def split_rows(
     taken = dict.fromkeys(wanted, 0)
     largest = int(sizes.argmax()) if groups else -1
     split_of_group = numpy.zeros(groups, dtype=numpy.int8)
-    for group in _drawn(seed, smallest_keys):
+    order = scattered(smallest_keys + numpy.uint64(xxhash.xxh3_64_intdigest(str(seed).encode())))
+    for group in numpy.argsort(order, kind="stable").tolist():
         if taken == wanted:
             break
         for name in ("test", "validation"):
@@ -120,23 +125,11 @@ def found_in(rows: list[numpy.ndarray], held_out: list[numpy.ndarray]) -> numpy.
     return numpy.where(found < len(places), found, -1)
 
 
-def _groups(keys: list[numpy.ndarray]) -> tuple[numpy.ndarray, int]:
-    """(rows,) the group of each row, and how many there are: connected components of a graph in which texts are nodes
-    and each row joins its two texts."""
-    texts, node = numpy.unique(numpy.concatenate(keys), return_inverse=True)
-    rows = len(keys[0])
-    ends = node[:rows], node[-rows:]
-    graph = coo_array((numpy.ones(rows, dtype=numpy.int8), ends), shape=(len(texts), len(texts)))
-    groups, group_of_text = connected_components(graph, directed=False)
-    return group_of_text[ends[0]], groups
-
-
-def _drawn(seed: int, keys: numpy.ndarray) -> list[int]:
-    """Groups in the order of their keys, mixed with the seed (splitmix64, Steele et al. 2014)."""
-    mixed = keys + numpy.uint64(xxhash.xxh3_64_intdigest(str(seed).encode()))
+def scattered(keys: numpy.ndarray) -> numpy.ndarray:
+    """(keys,) uint64: the last steps of splitmix64 (Steele et al. 2014), so that all bits depend on all."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
-    return numpy.argsort(mixed ^ (mixed >> numpy.uint64(31)), kind="stable").tolist()
+        keys = (keys ^ (keys >> numpy.uint64(shift))) * numpy.uint64(factor)
+    return keys ^ (keys >> numpy.uint64(31))
 
 
 def _warnings(
@@ -150,11 +143,17 @@ def _warnings(
     """About a text that very many rows share, such as the output "Yes", and sets that are smaller than asked for."""
     found = []
     if len(largest) > max(20, LARGE_GROUP_FRACTION * rows) and any(wanted.values()):
-        text, count = _most_shared(largest, keys, shown)
+        sides = [side[largest] for side in keys]
+        if len(sides) == 2:  # a row with the same text on both sides counts once
+            sides[1] = sides[1][sides[1] != sides[0]]
+        texts, counts = numpy.unique(numpy.concatenate(sides), return_counts=True)
+        best = texts[counts.argmax()]
+        side = 0 if best in sides[0] else 1
+        text = shown(int(largest[keys[side][largest] == best][0]), ("input", "output")[side])
         found.append(
-            f"{len(largest):,} of {rows:,} rows hang together by shared texts (the most shared, '{text}', is in"
-            f" {count:,}), so all of them are train. For data with few different outputs, such as classification,"
-            " --split_by source keeps only the inputs apart."
+            f"{len(largest):,} of {rows:,} rows hang together by shared texts (the most shared,"
+            f" '{text[:40]}{'…' * (len(text) > 40)}', is in {counts.max():,}), so all of them are train. For data with"
+            " few different outputs, such as classification, --split_by source keeps only the inputs apart."
         )
     can_be_smaller = len(keys) == 2 and len(largest) > 1 and not found
     smaller = " --split_by source makes them smaller, by keeping only inputs apart." if can_be_smaller else ""
@@ -165,15 +164,3 @@ def _warnings(
                 f" together, and no more of these groups fit whole.{smaller}"
             )
     return found
-
-
-def _most_shared(rows: numpy.ndarray, keys: list[numpy.ndarray], shown: Callable[[int, str], str]) -> tuple[str, int]:
-    sides = [side[rows] for side in keys]
-    if len(sides) == 2:  # a row with the same text on both sides counts once
-        sides[1] = sides[1][sides[1] != sides[0]]
-    texts, counts = numpy.unique(numpy.concatenate(sides), return_counts=True)
-    best = texts[counts.argmax()]
-    side = 0 if (keys[0][rows] == best).any() else 1
-    row = rows[numpy.flatnonzero(keys[side][rows] == best)[0]]
-    text = shown(int(row), ("input", "output")[side])
-    return text if len(text) <= 40 else text[:40] + "…", int(counts.max())

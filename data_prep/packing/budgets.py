@@ -54,7 +54,10 @@ def choose_budget(
     totals = Budget(int(sources[np.unique(numbers, return_index=True)[1]].sum()), int(targets.sum()))
     best, least, tried_in_vain = None, float("inf"), 0
     candidates = _candidates(longest, ratio, source_tokens, target_tokens)
-    at_best = {budget: _cost(budget, _fewest_rows(totals, budget), totals) for budget in candidates}
+    at_best = {
+        budget: _cost(budget, max(-(-total // room) for total, room in zip(totals, budget, strict=True)), totals)
+        for budget in candidates
+    }
     for budget in sorted(candidates, key=lambda budget: (at_best[budget], budget)):
         if at_best[budget] >= least or tried_in_vain == BUDGETS_TRIED_IN_VAIN:
             break  # none that follows can be better, or none is likely to be
@@ -94,10 +97,6 @@ def _round(tokens: float, at_least: int, up: bool) -> int:
     step = min(64, max(4, 1 << int(np.log2(max(tokens / 16, 1)))))
     rounded = int(tokens // step + up) * step
     return rounded if rounded >= at_least else -(-at_least // step) * step
-
-
-def _fewest_rows(totals: Budget, budget: Budget) -> int:
-    return max(-(-total // room) for total, room in zip(totals, budget, strict=True))
 
 
 def _cost(budget: Budget, rows: int, totals: Budget) -> float:

@@ -47,14 +47,23 @@ def pack(
     """
     source_lengths, target_lengths = np.asarray(source_lengths, dtype=int), np.asarray(target_lengths, dtype=int)
     check_lengths(source_lengths, target_lengths, budget, names)
-    members = None if groups is None else _with_one_source(np.asarray(groups), target_lengths, budget.target_tokens)
-    if members is not None:
+    members = None
+    if groups is not None:
+        members = _with_one_source(np.asarray(groups), target_lengths, budget.target_tokens)
         source_lengths = source_lengths[[together[0] for together in members]]
         target_lengths = np.array([target_lengths[together].sum() for together in members], dtype=np.int64)
     draw = np.random.default_rng(seed)
     rows = _fill_rows(source_lengths, target_lengths, budget, draw)
     rows = [rows[place] for place in draw.permutation(len(rows))]
-    return rows if members is None else [_next_to_each_other(row, members, groups) for row in rows]
+    if members is None:
+        return rows
+    examples = []
+    for row in rows:  # parts of a divided group that came into the same row stand together
+        together: defaultdict[int, list[int]] = defaultdict(list)
+        for unit in row:
+            together[groups[members[unit][0]]].extend(members[unit])
+        examples.append(np.concatenate(list(together.values())))
+    return examples
 
 
 def check_lengths(
@@ -91,33 +100,15 @@ def _with_one_source(groups: np.ndarray, target_lengths: np.ndarray, room: int) 
     return [np.array(examples) for examples in together]
 
 
-def _next_to_each_other(row: np.ndarray, members: list[np.ndarray], groups: Sequence[int]) -> np.ndarray:
-    """A row's examples; parts of a divided group that came into the same row stand together."""
-    together: defaultdict[int, list[int]] = defaultdict(list)
-    for unit in row:
-        together[groups[members[unit][0]]].extend(members[unit])
-    return np.array([example for examples in together.values() for example in examples])
-
-
-def _units(budget: Budget) -> Kind:
-    source, target = (tokens // -(-tokens // UNITS_AT_MOST) for tokens in budget)
-    return source, target
-
-
-def _in_units(tokens: int, room: int, units: int) -> int:
-    """Rounded up: from one unit to all that a row has."""
-    return min(max(-(-tokens // -(-room // UNITS_AT_MOST)), 1), units)
-
-
 def _fill_rows(
     source_lengths: np.ndarray, target_lengths: np.ndarray, budget: Budget, draw: np.random.Generator
 ) -> list[np.ndarray]:
     """The kinds of a row are searched once, and taken again while there are enough examples of each."""
-    room = _units(budget)
+    unit = [-(-tokens // UNITS_AT_MOST) for tokens in budget]
+    room = (budget.source_tokens // unit[0], budget.target_tokens // unit[1])
     kinds = np.empty((len(source_lengths), 2), dtype=np.int64)
-    for side, (lengths, tokens) in enumerate(zip((source_lengths, target_lengths), budget, strict=True)):
-        size_of = [_in_units(length, tokens, room[side]) for length in range(tokens + 1)]
-        kinds[:, side] = np.array(size_of)[lengths]
+    for side, lengths in enumerate((source_lengths, target_lengths)):
+        kinds[:, side] = np.clip(-(-lengths // unit[side]), 1, room[side])
     order = draw.permutation(len(kinds))
     order = order[np.lexsort((kinds[order, 1], kinds[order, 0]))]
     kinds, starts, counts = np.unique(kinds[order], axis=0, return_index=True, return_counts=True)
@@ -129,9 +120,11 @@ def _fill_rows(
     rows: list[np.ndarray] = []
     while stock.examples:
         row = stock.fill_row()
-        times = 1 + stock.take_again(row)
-        columns = []
+        again = min(int(stock.counts[kind]) // number for kind, number in row.items())
+        times, columns = 1 + again, []
         for kind, number in row.items():
+            if again:
+                stock.remove(*kind, number * again)
             start = unused[kind]
             unused[kind] = start + number * times
             columns.append(order[start : start + number * times].reshape(times, number))
@@ -179,14 +172,6 @@ class _Stock:
             kind = (self._best_to_close if is_closing else self._best_by_ratio)(source_left, target_left)
         return row
 
-    def take_again(self, row: Counter[Kind]) -> int:
-        """Removes the examples of as many equal rows as there are; how many that is."""
-        times = min(int(self.counts[kind]) // number for kind, number in row.items())
-        if times:
-            for kind, number in row.items():
-                self.remove(*kind, number * times)
-        return times
-
     def remove(self, source: int, target: int, count: int) -> None:
         self._change(source, target, -count)
         if not self.counts[source, target]:
@@ -233,18 +218,13 @@ class _Stock:
         if self.changes_since_look <= max(self.examples / 256, min(32, self.examples / 32)):
             return
         self.changes_since_look = 0
-        self.closing_room = self._closing_room()
+        parts = (self.source_total / self.room[0], self.target_total / self.room[1])
+        part = min(1.0, CLOSING_EXAMPLES * max(parts) / self.examples)
+        part *= min(1.0, (CLOSING_CELLS / (self.room[0] * part * self.room[1] * part)) ** 0.5)
+        self.closing_room = (int(self.room[0] * part), int(self.room[1] * part))  # what `_best_to_close` fills
         source, target = (room + 1 for room in self.closing_room)
         sizes = (np.arange(source)[:, None] / self.room[0] + np.arange(target) / self.room[1]).astype(np.float32)
         fits = np.where(self.counts[:source, :target] > 0, sizes, 0)
         np.maximum.accumulate(fits, axis=0, out=fits)
         np.maximum.accumulate(fits, axis=1, out=fits)
         self.waste, self.sizes = sizes - fits, sizes * 0.01  # decides only among equals
-
-    def _closing_room(self) -> Kind:
-        """How large a space is that `_best_to_close` fills."""
-        parts = (self.source_total / self.room[0], self.target_total / self.room[1])
-        part = min(1.0, CLOSING_EXAMPLES * max(parts) / self.examples)
-        cells = (self.room[0] * part) * (self.room[1] * part)
-        part *= min(1.0, (CLOSING_CELLS / cells) ** 0.5)
-        return int(self.room[0] * part), int(self.room[1] * part)
