@@ -52,7 +52,7 @@ from diptych.finetune.evaluating.metrics import compute_metrics
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.donor_llm import DonorWeights
 from diptych.finetune.pairing.paired_weights import evenly_spaced, paired_config, weight_origins
-from diptych.finetune.training.gradual_unfreezing import train_cross_attention_alone
+from diptych.finetune.training.starting_model import train_cross_attention_alone
 from diptych.modeling import DiptychForConditionalGeneration
 
 Pair = tuple[list[int], list[int]]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from diptych.finetune.inspecting.inspection import main as inspect
+from diptych.finetune.commands import cli
 
 HERE = Path(__file__).parent
 INSTRUCTION = "Pronounce:"
@@ -26,7 +26,7 @@ def main(model: str) -> None:
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         file = Path(folder) / "inspect.html"
-        inspect([model, "--instruction", INSTRUCTION, "--input", WORD, "--out", str(file)])
+        cli.run("inspect", [model, "--instruction", INSTRUCTION, "--input", WORD, "--out", str(file)])
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1120, "height": 800})
         page.goto(file.as_uri())

@@ -1,8 +1,6 @@
 """`torchrun -m diptych.finetune.evaluation`: `diptych evaluate` under the name that launchers call."""
 
-import sys
-
-from diptych.finetune.evaluating.evaluate_split import main
+from diptych.finetune.commands import cli
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(cli.run("evaluate", None))

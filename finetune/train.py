@@ -15,7 +15,6 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
 from diptych.finetune.commands import cli
@@ -49,10 +48,6 @@ def run_recipe(recipe: TrainRecipe, stop: StopRequest | None = None) -> int:
         return code
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("train", argv)
-
-
 def run(recipe: TrainRecipe) -> int:
     stop = StopRequest()
     stop.listen()
@@ -80,4 +75,4 @@ def resume_command(recipe: TrainRecipe) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli.run("train", None))

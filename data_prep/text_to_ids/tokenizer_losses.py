@@ -113,7 +113,7 @@ def source_losses(
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[list[int]]) -> list[str]:
-    """As inference/detokenize.py decodes a model's output, but with control tokens, among them <unk>."""
+    """As inference/target_tokens.py decodes a model's output, but with control tokens, among them <unk>."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
     return [tokenizer.decode(it, clean_up_tokenization_spaces=False) for it in ids]

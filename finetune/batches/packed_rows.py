@@ -91,10 +91,16 @@ class PackedRows:
 
     def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         batch = packed_batch(self.packed[rows]) if len(rows) else {}
-        missing = self.rows_at_least - len(rows)
+        missing, shape = self.rows_at_least - len(rows), self.packing
         if missing <= 0:
             return batch
-        empty = rows_without_examples(self.packing, missing)
+        # Rows of padding, whose loss is zero: also for a rank for which no row is left.
+        empty = {name: torch.zeros((missing, shape.max_source_tokens), dtype=torch.long) for name in SOURCE_COLUMNS}
+        empty |= {name: torch.zeros((missing, shape.max_target_tokens), dtype=torch.long) for name in TARGET_COLUMNS}
+        empty["labels"].fill_(IGNORE_INDEX)
+        for name in ("input_ids", "decoder_input_ids"):
+            empty[name].fill_(shape.pad_token_id)
+        empty |= {SHARED_COLUMN: empty["decoder_segment_ids"]} if shape.share_sources else {}
         return {name: torch.cat((batch[name], column)) if batch else column for name, column in empty.items()}
 
 
@@ -114,16 +120,6 @@ def pack_examples(
     )
     row = assemble_row(examples, budget, pad_token_id, decoder_start_token_id, share_sources)
     return packed_batch({name: column[None] for name, column in row.items()})
-
-
-def rows_without_examples(packing: Packing, number: int) -> dict[str, torch.Tensor]:
-    """Rows of padding, whose loss is zero: for a rank for which no row is left."""
-    rows = {name: torch.zeros((number, packing.max_source_tokens), dtype=torch.long) for name in SOURCE_COLUMNS}
-    rows |= {name: torch.zeros((number, packing.max_target_tokens), dtype=torch.long) for name in TARGET_COLUMNS}
-    rows["labels"].fill_(IGNORE_INDEX)
-    for name in ("input_ids", "decoder_input_ids"):
-        rows[name].fill_(packing.pad_token_id)
-    return rows | ({SHARED_COLUMN: rows["decoder_segment_ids"]} if packing.share_sources else {})
 
 
 def check_packing_fits(model: PreTrainedModel, packing: Packing, folder: str) -> None:

@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
@@ -45,24 +46,24 @@ def pad_batch(
     targets.
     """
     rows = rows or [{"input_ids": [decoder_start_token_id], "labels": [IGNORE_INDEX]}]
-    source_tokens = max(len(row["input_ids"]) for row in rows)
-    target_tokens = max(len(row["labels"]) for row in rows)
-    input_ids = torch.full((len(rows), source_tokens), pad_token_id)
-    attention_mask = torch.zeros((len(rows), source_tokens), dtype=torch.long)
-    labels = torch.full((len(rows), target_tokens), IGNORE_INDEX)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
-        attention_mask[number, : len(row["input_ids"])] = 1
-        labels[number, : len(row["labels"])] = torch.as_tensor(row["labels"])
+    labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
+    labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
     decoder_input_ids = labels.roll(1, dims=1)
     decoder_input_ids[:, 0] = torch.tensor([row.get("decoder_start", decoder_start_token_id) for row in rows])
     decoder_input_ids[decoder_input_ids == IGNORE_INDEX] = pad_token_id
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "decoder_input_ids": decoder_input_ids,
-        "labels": labels,
-    }
+    sources = pad_sources([row["input_ids"] for row in rows], pad_token_id)
+    return sources | {"decoder_input_ids": decoder_input_ids, "labels": labels}
+
+
+def pad_sources(source_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`[[5, 6, 1], [7, 1]]` -> input_ids `[[5, 6, 1], [7, 1, 0]]`, attention_mask `[[1, 1, 1], [1, 1, 0]]`, (B, S).
+
+    Always on the right, whatever the tokenizer's padding_side: BART counts positions from the row's start.
+    """
+    rows = [torch.as_tensor(ids, dtype=torch.long) for ids in source_ids]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    mask = pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True)
+    return {"input_ids": input_ids, "attention_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,17 @@ class PreparedData(NamedTuple):
     """What the manifest says of the packed rows, if there are any."""
 
 
-def load_prepared(folder: str) -> PreparedData:
-    place = Path(folder)
-    if not (place / "dataset_dict.json").is_file():
+def open_splits(folder: str | Path) -> Mapping[str, datasets.Dataset]:
+    """The splits of a prepared folder. UserError if it is none."""
+    if not (Path(folder) / "dataset_dict.json").is_file():
         raise UserError(
             f"{folder} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
         )
-    splits = open_prepared(folder)
+    return open_prepared(folder)
+
+
+def load_prepared(folder: str) -> PreparedData:
+    place, splits = Path(folder), open_splits(folder)
     if "train" not in splits or not len(splits["train"]):
         raise UserError(
             f"{folder} has no rows to train on: it is for evaluation alone, with {', '.join(splits)}. Prepare a "
@@ -212,7 +217,10 @@ class BatchOrder:
         """Step `index` of an epoch whose rows are `rows`. Where rows run out, each rank gets its even share."""
         rows = rows[index * self.rows_per_step : (index + 1) * self.rows_per_step]
         together = self.rows_per_batch * self.ranks
-        batches = [self._deal(rows[start : start + together]) for start in range(0, len(rows), together)]
+        batches = [  # 7 rows on 2 ranks: [0 1 2] and [3 4 5 6]
+            np.split(batch, [len(batch) * rank // self.ranks for rank in range(1, self.ranks)])
+            for batch in (rows[start : start + together] for start in range(0, len(rows), together))
+        ]
         source_tokens, target_tokens = self.lengths
         padded = sum(
             len(dealt) * (self.row_tokens or int(source_tokens[dealt].max() + target_tokens[dealt].max()))
@@ -221,18 +229,6 @@ class BatchOrder:
             if len(dealt)
         )
         return StepRows(batches, int(source_tokens[rows].sum()), int(target_tokens[rows].sum()), padded)
-
-    def _deal(self, rows: np.ndarray) -> list[np.ndarray]:
-        """7 rows on 2 ranks: [0 1 2] and [3 4 5 6]."""
-        ends = [len(rows) * rank // self.ranks for rank in range(self.ranks + 1)]
-        return [rows[start:end] for start, end in zip(ends, ends[1:], strict=False)]
-
-
-def longest_first(lengths: RowLengths, rows_per_batch: int, ranks: int) -> list[list[np.ndarray]]:
-    """Every row once, for evaluation: [batch][rank], sorted by length, so that what does not fit fails at once."""
-    rows = np.argsort(-(lengths.source_tokens + lengths.target_tokens), kind="stable")
-    order = BatchOrder(lengths, rows_per_batch, ranks, batches_per_step=1, seed=0)
-    return [order.step(rows, index).batches[0] for index in range(order.steps_per_epoch)]
 
 
 def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset]) -> None:

@@ -144,7 +144,7 @@ ENGINES = {
     "torch": "finetune.inference.engine:load_engine",
     "ctranslate2": "finetune.exporting.ctranslate2_engine:load_engine",
 }
-"""What `diptych generate --engine` names: functions that load an InferenceEngine (inference/engine.py)."""
+"""What `diptych generate --engine` names: functions that load what has the methods of a TorchEngine."""
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -28,6 +28,12 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def say_once(line: str) -> None:
+    """Prints a line, from the main rank alone."""
+    if is_main_rank():
+        print(line, flush=True)
+
+
 class CheckpointError(UserError):
     """A checkpoint is damaged, incomplete, or another one than it should be."""
 

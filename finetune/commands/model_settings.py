@@ -41,6 +41,11 @@ class PromptSettings(ModelSettings):
         return Languages(self.source_language, self.target_language)
 
 
+def split_names(names: str) -> list[str]:
+    """`"chrf, bleu"` -> `["chrf", "bleu"]`; no names give no list."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 def check_positive(settings: Any, *names: str) -> None:
     """UserError where one of these settings is given and below 1."""
     for name in names:

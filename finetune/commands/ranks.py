@@ -29,18 +29,31 @@ PATIENCE = 1.5
 """Times the timeout: then the thread ends a process that torch has not ended."""
 
 
-def join_ranks() -> Accelerator | None:
-    """The ranks of a launch with several, for evaluation and generation; None for one process. UserError where they
-    did not connect."""
+def several_ranks() -> Accelerator | None:
+    """The ranks of a launch with several, for evaluation and generation; None for one process."""
+    return join_ranks() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def join_ranks(**settings: Any) -> Accelerator:
+    """All ranks that were launched, as an Accelerator with these settings. RankError where they did not meet,
+    UserError where accelerate's configuration joins them in another way."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        raise UserError(
+            "accelerate's configuration asks for DeepSpeed, which does not run here: launch with `torchrun"
+            " --nproc_per_node=N`, and spread a model in training with `--sharding full` (FSDP2)."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched == 1:
-        return None
-    refuse_deepspeed()
-    accelerator = Accelerator()
+    try:
+        accelerator = Accelerator(**settings)
+    except RuntimeError as error:
+        if launched == 1:
+            raise
+        why = str(error).splitlines()[0][:300]
+        raise RankError(f"the {launched} ranks of this run did not meet: {why}") from error
     if accelerator.num_processes != launched:
         raise UserError(
-            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would do "
-            f"everything. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
+            f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would work "
+            f"alone, and write the same files. On CPUs, set ACCELERATE_USE_CPU=true before torchrun."
         )
     return accelerator
 
@@ -59,14 +72,6 @@ def on_main_rank(accelerator: Accelerator | None, work: Callable[[], Any]) -> An
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def refuse_deepspeed() -> None:
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
-        raise UserError(
-            "accelerate's configuration asks for DeepSpeed, which does not run here: launch with `torchrun"
-            " --nproc_per_node=N`, and spread a model in training with `--sharding full` (FSDP2)."
-        )
 
 
 class Ranks:
@@ -90,7 +95,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if not _is_of_another_rank(error):
+            # gloo's errors are plain RuntimeErrors that name its source files
+            words = ("gloo", "Connection closed by peer", "NCCL", "Timed out")
+            if not isinstance(error, torch.distributed.DistError) and not any(word in str(error) for word in words):
                 raise
             raise RankError(self._message(what, str(error).splitlines()[0])) from error
         finally:
@@ -108,12 +115,6 @@ class Ranks:
         self.on_timeout(RANKS, message)
         print(f"diptych train: {message}", file=sys.stderr, flush=True)
         os._exit(RANKS)  # the main thread is inside a collective that nobody will end
-
-
-def _is_of_another_rank(error: RuntimeError) -> bool:
-    """gloo's errors are plain RuntimeErrors that name its source files."""
-    is_torchs = isinstance(error, torch.distributed.DistError)
-    return is_torchs or any(word in str(error) for word in ("gloo", "Connection closed by peer", "NCCL", "Timed out"))
 
 
 def end_ranks(accelerator: Accelerator, for_good: bool = True) -> None:

@@ -24,19 +24,17 @@ import tempfile
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands import cli
 from diptych.finetune.doctor.doctor_checks import CHECKS, CheckResult, Patient, examine
 from diptych.finetune.doctor.doctor_rows import rows_from
 from diptych.finetune.doctor.doctor_settings import DoctorSettings
@@ -85,27 +83,20 @@ def admit(settings: DoctorSettings, folder: Path) -> Patient:
         merged.save_pretrained(folder / "merged")  # and loaded, because peft leaves all weights frozen
         model = load_model(str(folder / "merged"), torch.float32)
     else:
-        model, config = _load_weights(name)
+        config = load_config(name)
+        try:
+            model = load_model(name, torch.float32)
+        except UserError:  # no model where there are pickles alone
+            place = Path(name)
+            has_pickles = not any(place.glob("*.safetensors")) and any(place.glob("*.bin"))
+            if not has_pickles or type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+                raise
+            model = None
         tokenizer = load_tokenizer(name) if has_tokenizer(name) else None
     if model is not None:
         model = model.to(device).eval()
     given = rows_from(settings.data, tokenizer) if settings.data else None
     return Patient(name, model, tokenizer, given, config, folder)
-
-
-def _load_weights(name: str) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
-    """In fp32, and the config as it was saved; no model where there are pickles alone."""
-    try:
-        model = load_model(name, torch.float32)
-    except UserError:
-        folder = Path(name)
-        if not folder.is_dir() or any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
-            raise
-        config = load_config(name)
-        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-            raise
-        return None, config
-    return model, load_config(name)
 
 
 def format_table(results: Mapping[str, CheckResult]) -> str:
@@ -127,17 +118,15 @@ def count(results: Mapping[str, CheckResult], status: str) -> int:
 def to_json(patient: Patient, results: Mapping[str, CheckResult], seconds: float) -> str:
     checks = []
     for name, result in results.items():
-        measured = {key: None if _is_nan(value) else value for key, value in result.measured.items()}
+        measured = {  # JSON has neither NaN nor infinity
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in result.measured.items()
+        }
         checks.append({"name": name} | result._asdict() | {"measured": measured})
     report = {"model": patient.name, "examined": describe(patient), "model_type": patient.config.model_type}
     report |= {"checks": checks, "seconds": round(seconds, 1)}
     report |= {status: count(results, status) for status in MARKS}
     return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _is_nan(value: Any) -> bool:
-    """Or infinite; JSON has neither."""
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def describe(patient: Patient) -> str:
@@ -169,11 +158,3 @@ def run(settings: DoctorSettings) -> int:
             green, red, other = (count(results, status) for status in MARKS)
             print(f"\n{green} green, {red} red, {other} do not apply, in {seconds:.0f} s")
     return 1 if count(results, "red") else 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("doctor", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

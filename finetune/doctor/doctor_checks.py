@@ -10,12 +10,14 @@ same eight rows.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from accelerate.utils import find_tied_parameters
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
@@ -24,6 +26,7 @@ from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.templates import carried_template, golden_difference, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id, target_side
 from diptych.finetune.batches.packed_rows import pack_examples
+from diptych.finetune.batches.padded_rows import pad_sources
 from diptych.finetune.doctor.doctor_rows import Row, Rows, built_in_rows, eight_of, random_rows
 from diptych.finetune.doctor.doctor_steps import (
     LOSS_TOLERANCE,
@@ -36,7 +39,7 @@ from diptych.finetune.doctor.doctor_steps import (
     objective_step,
     trainer_step,
 )
-from diptych.finetune.inference.generation import pad_sources
+from diptych.finetune.inference.generation import eager_attention
 from diptych.finetune.inference.generation_config import search_settings_ignored
 from diptych.finetune.model.families import (
     FAMILIES,
@@ -238,13 +241,9 @@ def packed(patient: Patient) -> CheckResult:
     if family is None:
         raise DoesNotApply(f"{model.config.model_type} is padded: it is not in families.py")
     row = patient.on_device(pack_examples(*patient.step))
-    before = model.config._attn_implementation
-    if before not in family.attentions:
-        model.set_attn_implementation("eager")  # which each family has
-    try:
+    can_pack = model.config._attn_implementation in family.attentions
+    with nullcontext() if can_pack else eager_attention(model):  # which each family has
         together = patient.divided([row])
-    finally:
-        model.set_attn_implementation(before)
     remedy = "Train on padded rows, with packed: false: in a packed row examples see each other."
     return _compared(compare(patient.whole_step, together), remedy)
 
@@ -325,7 +324,7 @@ def saved_and_loaded(patient: Patient) -> CheckResult:
     loaded = load_model(str(patient.saved), torch.float32).to(model.device).eval()
     logits, expected = (it(**inputs, use_cache=False).logits for it in (loaded, model))
     difference = (logits - expected).abs().max().item()
-    ties_kept = _shared(loaded) == _shared(model)
+    ties_kept = sorted(find_tied_parameters(loaded)) == sorted(find_tied_parameters(model))
     same = "the same" if difference == 0 else f"differ by {difference:.1e}"
     return _judge(
         difference == 0 and ties_kept,
@@ -333,14 +332,6 @@ def saved_and_loaded(patient: Patient) -> CheckResult:
         "What training saves is not what it trained: compare config.json with the model (tie_word_embeddings, dtype).",
         {"difference": difference, "ties_kept": ties_kept},
     )
-
-
-def _shared(model: PreTrainedModel) -> set[frozenset[str]]:
-    """The names of weights that are one and the same, together."""
-    names: dict[int, set[str]] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        names.setdefault(weight.data_ptr(), set()).add(name)
-    return {frozenset(together) for together in names.values() if len(together) > 1}
 
 
 # Tokens

@@ -21,8 +21,8 @@ from diptych.data_prep.rows.records import Reject
 from diptych.data_prep.rows.records import Row as RawRow
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, carried_template
+from diptych.finetune.batches.padded_rows import open_splits
 from diptych.finetune.model.families import embedding_rows
-from diptych.finetune.model.untrusted_files import open_prepared
 
 ROWS_LOOKED_AT = 10_000
 """Rows whose ids are checked; this takes a second or two."""
@@ -60,22 +60,34 @@ def rows_from(data: str, tokenizer: PreTrainedTokenizerBase | None) -> Rows:
     """The first split (train if there is one) of a prepared folder; or the rows of a file, as the tokenizer encodes
     them."""
     place = Path(data)
-    if (place / "dataset_dict.json").is_file():
-        split, rows = _prepared_rows(place)
-        return Rows(rows, f"rows of {data}, split {split}")
     if place.is_dir():
-        raise UserError(
-            f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
+        splits = open_splits(place)
+        name = next((name for name, split in splits.items() if len(split)), None)
+        if name is None:
+            raise UserError(f"{place} has no rows; it has the splits {', '.join(splits)}. Prepare it again.")
+        looked_at = splits[name].select(range(min(len(splits[name]), ROWS_LOOKED_AT)))
+        columns = enumerate(looked_at.select_columns(["input_ids", "labels"]))
+        return Rows(
+            [row | {"origin": f"{name} row {number}"} for number, row in columns], f"rows of {data}, split {name}"
         )
     if tokenizer is None:
         raise UserError(
             f"{data} holds text, and the checkpoint has no tokenizer to encode it. Save one in its folder."
         )
-    texts, without_output = _raw_rows(data)
+    rows = (row for source in open_sources([data]) for chunk in source.chunks() for row in chunk.rows())
+    texts = [_texts_of(row) for row in islice(rows, ROWS_LOOKED_AT)]
+    if not texts:
+        raise UserError(f"{data} has no rows. Name a file with one row or more.")
+    without_output = [origin for *_, output, origin in texts if not output.strip()]
+    if len(without_output) == len(texts):
+        raise UserError(
+            f"{data}: the output is empty in each of {len(texts):,} rows, the first being {without_output[0]}, and "
+            f"from such rows nothing is learned. Write what the model is to answer into output."
+        )
     described = f"rows of {data}"
     if without_output:
         described += f" ({len(without_output):,} without output left out, the first {without_output[0]})"
-    return Rows(encoded_rows(texts, tokenizer), described)
+    return Rows(encoded_rows([row for row in texts if row[2].strip()], tokenizer), described)
 
 
 def encoded_rows(texts: Sequence[tuple[str, str, str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -116,44 +128,14 @@ def random_rows(model: PreTrainedModel) -> Rows:
 def eight_of(looked_at: Sequence[Row], tokens: int | None) -> list[Row]:
     """Evenly from the shortest target to the longest, each cut to `tokens` positions, its last token kept."""
     in_order = sorted(looked_at, key=lambda row: len(row["labels"]))
-    last = len(in_order) - 1
-    chosen = [in_order[round(place * last / (ROWS_COMPUTED - 1))] for place in range(ROWS_COMPUTED)]
-    limits = {"input_ids": SOURCE_TOKENS, "labels": TARGET_TOKENS}
-    return [
-        {column: _cut(row[column], min(limit, tokens or limit)) for column, limit in limits.items()} for row in chosen
-    ]
-
-
-def _cut(ids: list[int], tokens: int) -> list[int]:
-    return ids if len(ids) <= tokens else [*ids[: tokens - 1], ids[-1]]
-
-
-def _prepared_rows(place: Path) -> tuple[str, list[Row]]:
-    splits = open_prepared(place)
-    name = next((name for name, split in splits.items() if len(split)), None)
-    if name is None:
-        raise UserError(f"{place} has no rows; it has the splits {', '.join(splits)}. Prepare it again.")
-    looked_at = splits[name].select(range(min(len(splits[name]), ROWS_LOOKED_AT)))
-    return name, [
-        {"input_ids": row["input_ids"], "labels": row["labels"], "origin": f"{name} row {number}"}
-        for number, row in enumerate(looked_at)
-    ]
-
-
-def _raw_rows(file: str) -> tuple[list[tuple[str, str, str, str]], list[str]]:
-    """The rows with an output, and the origins of those without one, from which nothing is learned."""
-    rows = (row for source in open_sources([file]) for chunk in source.chunks() for row in chunk.rows())
-    rows = [_texts_of(row) for row in islice(rows, ROWS_LOOKED_AT)]
-    if not rows:
-        raise UserError(f"{file} has no rows. Name a file with one row or more.")
-    with_output = [row for row in rows if row[2].strip()]
-    without = [origin for *_, output, origin in rows if not output.strip()]
-    if not with_output:
-        raise UserError(
-            f"{file}: the output is empty in each of {len(rows):,} rows, the first being {without[0]}, and from such "
-            f"rows nothing is learned. Write what the model is to answer into output."
-        )
-    return with_output, without
+    last, found = len(in_order) - 1, []
+    for place in range(ROWS_COMPUTED):
+        row = in_order[round(place * last / (ROWS_COMPUTED - 1))]
+        found.append({})
+        for column, limit in (("input_ids", SOURCE_TOKENS), ("labels", TARGET_TOKENS)):
+            ids, most = row[column], min(limit, tokens or limit)
+            found[-1][column] = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+    return found
 
 
 def _texts_of(row: RawRow | Reject) -> tuple[str, str, str, str]:

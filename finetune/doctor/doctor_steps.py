@@ -24,8 +24,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,13 +89,10 @@ def compare(one: LossAndGradients, other: LossAndGradients) -> dict[str, float]:
     """`other` as a multiple of `one`, in loss and in the gradient's length; and the cosine of the two gradients."""
     product = one_square = other_square = 0.0
     for name in one.gradients.keys() | other.gradients.keys():
-        first, second = one.gradients.get(name), other.gradients.get(name)
-        if first is not None:
-            one_square += first.double().square().sum().item()
-        if second is not None:
-            other_square += second.double().square().sum().item()
-        if first is not None and second is not None:
-            product += (first.double() * second.double()).sum().item()
+        first, second = (step.gradients.get(name, torch.zeros(())).double() for step in (one, other))
+        one_square += first.square().sum().item()
+        other_square += second.square().sum().item()
+        product += (first * second).sum().item()
     return {
         "loss": one.loss,
         "other_loss": other.loss,
@@ -118,17 +114,6 @@ def agree(figures: Mapping[str, float]) -> bool:
 
 
 # transformers' own Trainer
-
-
-@contextmanager
-def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """Keeps the model in eval mode, though the Trainer switches to training mode before each forward."""
-    model.eval()
-    model.train = lambda mode=True: model
-    try:
-        yield
-    finally:
-        del model.train
 
 
 def trainer_step(
@@ -176,13 +161,16 @@ def trainer_step(
         **trainer_arguments,
     )
     trainer.remove_callback(PrinterCallback)
+    model.eval()
+    model.train = lambda mode=True: (
+        model
+    )  # no dropout, though the Trainer switches to training mode before each forward
     try:
-        with _without_dropout(model):
-            trainer.train()
+        trainer.train()
     finally:
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # which has the CPU as device, for later Accelerators too
+        del model.train
+        # which has the CPU as device, for later Accelerators too
+        AcceleratorState._reset_state(reset_partial_state=True)
     return LossAndGradients(trainer.state.log_history[0]["loss"], keep.gradients)
 
 

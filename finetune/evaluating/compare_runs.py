@@ -26,12 +26,11 @@ import yaml
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import splits_of
-from diptych.finetune.commands import cli
+from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, Paired, paired_tests
 from diptych.finetune.evaluating.evaluate_settings import CompareSettings
-from diptych.finetune.evaluating.evaluation_report import REPORT_KEYS, has_keys, predictions_file
-from diptych.finetune.evaluating.metric_direction import is_improvement
-from diptych.finetune.evaluating.metrics import METRICS, Statistics, count_texts, ratio
+from diptych.finetune.evaluating.evaluate_split import REPORT_KEYS, has_keys, predictions_file
+from diptych.finetune.evaluating.metrics import METRICS, Statistics, count_texts, is_improvement, ratio
 from diptych.finetune.run_files.run_folder import last_training
 
 
@@ -132,8 +131,13 @@ def run_figures(side: Side) -> dict[str, Any]:
 def compare_reports(a: EvaluationReport, b: EvaluationReport, trials: int, seed: int) -> SplitComparison:
     """The tests of two reports of one split, as far as they are possible."""
     try:
-        _check_same_data(a, b)
-        ours, theirs = (_by_source(_predictions(report)) for report in (a, b))
+        for report in (a, b):
+            if "data" not in report.content:
+                raise _NotComparable(f"{report.path} does not say what texts it is of; evaluate once more")
+        if a.content["data"] != b.content["data"]:
+            rows = " and ".join(f"{report.content['data']['rows']:,}" for report in (a, b))
+            raise _NotComparable(f"the splits hold other texts ({rows} rows); evaluate both on one")
+        ours, theirs = (_predictions(report) for report in (a, b))
         shared = [source for source in ours if source in theirs]
         notes = []
         if len(shared) < max(len(ours), len(theirs)):
@@ -152,28 +156,9 @@ class _NotComparable(Exception):
     """Why two reports cannot be tested."""
 
 
-def _by_source(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+def _predictions(report: EvaluationReport) -> dict[tuple[str, int], dict[str, Any]]:
     """By source text and how often it came before: rows of two directions may have the same text, and two tokenizers
     may have different names for these directions."""
-    seen: Counter[str] = Counter()
-    found = {}
-    for row in rows:
-        found[row["source"], seen[row["source"]]] = row
-        seen[row["source"]] += 1
-    return found
-
-
-def _check_same_data(a: EvaluationReport, b: EvaluationReport) -> None:
-    for report in (a, b):
-        if "data" not in report.content:
-            raise _NotComparable(f"{report.path} does not say what texts it is of; evaluate once more")
-    data = [report.content["data"] for report in (a, b)]
-    if data[0] != data[1]:
-        rows = " and ".join(f"{of_report['rows']:,}" for of_report in data)
-        raise _NotComparable(f"the splits hold other texts ({rows} rows); evaluate both on one")
-
-
-def _predictions(report: EvaluationReport) -> list[dict[str, Any]]:
     if "predictions_sha256" not in report.content:
         raise _NotComparable(f"{report.path} has no predictions, since it was made without metrics")
     beside = predictions_file(report.path)
@@ -182,7 +167,12 @@ def _predictions(report: EvaluationReport) -> list[dict[str, Any]]:
     content = beside.read_bytes()
     if hashlib.sha256(content).hexdigest() != report.content["predictions_sha256"]:
         raise _NotComparable(f"{beside} is not what was written with {report.path.name}; evaluate once more")
-    return [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    seen: Counter[str] = Counter()
+    found = {}
+    for row in map(json.loads, content.decode("utf-8").splitlines()):
+        found[row["source"], seen[row["source"]]] = row
+        seen[row["source"]] += 1
+    return found
 
 
 def _statistics(
@@ -197,14 +187,15 @@ def _statistics(
             side["loss"] = ratio("loss", [row["nats"] for row in rows], tokens[0])
     else:
         notes.append("loss not tested: it is per token, and the two tokenizers make other tokens of the targets")
-    asked = [[name.strip() for name in report.content["settings"]["metrics"].split(",")] for report in (a, b)]
+    asked = [split_names(report.content["settings"]["metrics"]) for report in (a, b)]
     for name in METRICS:
         if not all(name in names for names in asked):
             continue
         tokenize = None
         if name == "bleu":
             signatures = [report.content["signatures"]["bleu"] for report in (a, b)]
-            tokenize, other = map(_tokenisation, signatures)
+            # `nrefs:1|case:mixed|eff:no|tok:13a|…` -> `13a`
+            tokenize, other = (re.search(r"tok:([^|]+)", signature)[1] for signature in signatures)
             if tokenize != other:
                 notes.append(f"bleu not tested: {signatures[0]} is not {signatures[1]}")
                 continue
@@ -212,11 +203,6 @@ def _statistics(
             predictions = [row["prediction"] for row in rows]
             side |= count_texts([name], predictions, [row["references"] for row in rows], tokenize)
     return sides, notes
-
-
-def _tokenisation(signature: str) -> str:
-    """`nrefs:1|case:mixed|eff:no|tok:13a|…` -> `13a`."""
-    return re.search(r"tok:([^|]+)", signature)[1]
 
 
 def format_tables(a: Side, b: Side, comparisons: Mapping[str, SplitComparison]) -> str:
@@ -245,7 +231,11 @@ def _split_table(split: str, comparison: SplitComparison) -> str:
     changed = differing(a.content["settings"], b.content["settings"], without=("out", "model", "device"))
     rows += _pairs(changed | differing(a.content.get("versions", {}), b.content.get("versions", {})))
     for name in {**a.content["figures"], **b.content["figures"]}:
-        row = [name, *(_with_interval(report, name) for report in (a, b))]
+        row = [name]
+        for report in (a, b):
+            interval = report.content.get("intervals", {}).get(name)
+            spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+            row.append(_shown(report.content["figures"].get(name)) + spread)
         if name in tests:
             test = tests[name]
             row += [f"{test.b - test.a:.3f} [{test.low:.3f}, {test.high:.3f}]", f"{test.p:.4f}"]
@@ -254,12 +244,6 @@ def _split_table(split: str, comparison: SplitComparison) -> str:
     if tests:
         legend += f"; p: approximate randomisation on {sources:,} sources, two-sided"
     return "\n".join([_aligned(rows), *notes, legend])
-
-
-def _with_interval(report: EvaluationReport, name: str) -> str:
-    value = _shown(report.content["figures"].get(name))
-    interval = report.content.get("intervals", {}).get(name)
-    return f"{value} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else value
 
 
 def _shown(value: Any) -> str:
@@ -321,11 +305,3 @@ def to_json(a: Side, b: Side, comparisons: Mapping[str, SplitComparison]) -> dic
             for split, found in comparisons.items()
         },
     }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("compare", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -61,7 +61,14 @@ def paired_tests(
     resamples = _resamples(sources, RESAMPLES, seed)
     spread = [_difference(_figures(a, weights), _figures(b, weights)) for weights in resamples]
     random = np.random.default_rng(seed)
-    exchanged = [_exchanged_difference(a, b, random.integers(2, size=sources).astype(float)) for _ in range(trials)]
+    exchanged = []
+    for _ in range(trials):
+        mask = random.integers(2, size=sources).astype(float)  # the sources that change sides, (N,)
+        sides: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        for name in a:
+            for side, own, other in zip(sides, (a[name], b[name]), (b[name], a[name]), strict=True):
+                side |= own.figures_of(_weighted(own.counts, 1 - mask) + _weighted(other.counts, mask))
+        exchanged.append(_difference(*sides))
     tests = {}
     for name in ours:
         observed = abs(theirs[name] - ours[name])
@@ -99,17 +106,6 @@ def _figures(statistics: Mapping[str, Statistics], weights: np.ndarray) -> dict[
 
 def _difference(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {name: b[name] - a[name] for name in a}
-
-
-def _exchanged_difference(
-    a: Mapping[str, Statistics], b: Mapping[str, Statistics], mask: np.ndarray
-) -> dict[str, float]:
-    """b − a after the sources in `mask` (N,) have changed sides."""
-    sides: tuple[dict[str, float], dict[str, float]] = ({}, {})
-    for name in a:
-        for side, own, other in zip(sides, (a[name], b[name]), (b[name], a[name]), strict=True):
-            side |= own.figures_of(_weighted(own.counts, 1 - mask) + _weighted(other.counts, mask))
-    return _difference(*sides)
 
 
 def _interval(values: list[float]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ process the figures are those of one rank, to the last digit.
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from datasets import Dataset
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
-from diptych.finetune.batches.padded_rows import PaddedRows, longest_first, padded_rows
+from diptych.finetune.batches.padded_rows import PaddedRows, padded_rows
 from diptych.finetune.commands.exit_codes import NotFiniteError
 from diptych.finetune.evaluating.metrics import (
     Statistics,
@@ -142,7 +142,11 @@ def evaluate_rows(
     _warn_of_longer_minimum(loaded, rows, generation)
     shared = {"batch_size": batch_size, "accelerator": accelerator, "before_each": before_each}
     outputs = generate_shared(loaded, sources.ids, progress=progress, max_new_tokens=cap, **shared, **generation)
-    references = references_of(sources.ids, dataset, loaded)
+    # the targets of all rows of the split that have a source, up to the template's stop
+    references: dict[SourceKey, list[str]] = {source: [] for source in sources.ids}
+    for source, target in zip(source_keys(dataset), dataset["target"], strict=True):
+        if source in references:
+            references[source].append(cut_at_stop(target, loaded.template)[0])
     predictions = [
         Prediction(source, targets, output.text, output.finished, float(of_source), int(tokens), languages.direction)
         for ((source, languages), targets), output, of_source, tokens in zip(
@@ -151,7 +155,12 @@ def evaluate_rows(
     ]
     counted = _counts(metrics, predictions, bleu_tokenize)
     scores, signatures = figures_and_signatures(list(counted.values()))
-    statistics |= counted | {"exact_match_rows": _own_targets(sources, rows, predictions, loaded)}
+    hits = [  # rows whose own target was generated
+        predictions[source].prediction == cut_at_stop(target, loaded.template)[0]
+        for source, target in zip(sources.of_row, rows["target"], strict=True)
+    ]
+    own_targets = ratio("exact_match_rows", sources.sums(hits), np.bincount(sources.of_row), scale=100)
+    statistics |= counted | {"exact_match_rows": own_targets}
     figures |= {"sources": len(predictions)} | scores | statistics["exact_match_rows"].figures()
     figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
     directions = _figures_by_direction(sources, statistics, predictions, bleu_tokenize)
@@ -163,17 +172,6 @@ def _counts(
 ) -> dict[str, Statistics]:
     texts, references = [row.prediction for row in predictions], [row.references for row in predictions]
     return count_texts(metrics, texts, references, bleu_tokenize)
-
-
-def _own_targets(
-    sources: Sources, rows: Dataset, predictions: Sequence[Prediction], loaded: LoadedModel
-) -> Statistics:
-    """The percentage of rows whose own target was generated."""
-    hits = [
-        predictions[source].prediction == cut_at_stop(target, loaded.template)[0]
-        for source, target in zip(sources.of_row, rows["target"], strict=True)
-    ]
-    return ratio("exact_match_rows", sources.sums(hits), np.bincount(sources.of_row), scale=100)
 
 
 def _figures_by_direction(
@@ -241,12 +239,12 @@ def row_losses(
     NotFiniteError names the first row whose loss is infinite or NaN."""
     device = objective.model.device
 
-    def work(numbers: np.ndarray) -> list[float]:
+    def work(numbers: list[int]) -> list[float]:
         batch = {name: tensor.to(device) for name, tensor in rows.tensors(numbers).items()}
         return objective.token_losses(batch).cpu().double().sum(dim=1).tolist()
 
     lengths = rows.lengths
-    batches = [numbers for (numbers,) in longest_first(lengths, batch_size, ranks=1)]
+    batches = batches_by_length((lengths.source_tokens + lengths.target_tokens).tolist(), batch_size)
     with in_eval_mode(objective):
         found = over_ranks(work, batches, accelerator, before_each)
     nats = np.empty(len(lengths.target_tokens))
@@ -314,12 +312,3 @@ def generate_shared(
         for place, output in zip(places, of_batch, strict=True)
     }
     return [outputs[place] for place in range(len(prompts))]
-
-
-def references_of(sources: Iterable[SourceKey], split: Dataset, loaded: LoadedModel) -> dict[SourceKey, list[str]]:
-    """For each source, in order, the targets of all rows of the split that have it, up to the template's stop."""
-    references: dict[SourceKey, list[str]] = {source: [] for source in sources}
-    for source, target in zip(source_keys(split), split["target"], strict=True):
-        if source in references:
-            references[source].append(cut_at_stop(target, loaded.template)[0])
-    return references

@@ -54,9 +54,6 @@ class EvaluateSettings(ModelSettings):
                 f"choose one, and samples need no beams: --mbr_samples 16 --num_beams 1."
             )
 
-    def metric_names(self) -> list[str]:
-        return [name.strip() for name in self.metrics.split(",") if name.strip()]
-
 
 @dataclass(frozen=True)
 class CompareSettings:

@@ -1,52 +1,70 @@
 """`diptych evaluate MODEL --data prepared --split test --out report.json`: evaluates one split, or all test sets.
 
-It prints a table of figures with their intervals (confidence_intervals.py) and writes a report
-(evaluation_report.py), one per test set. Every row counts once, in order: the same model, data and machine give the
-same figures.
+It prints a table of figures with their intervals (confidence_intervals.py) and writes a report, one per test set, with
+the predictions in report.predictions.jsonl beside it, from which `diptych compare` computes its tests. The report
+holds their hash, and what identifies the model and the split. Every row counts once, in order: the same model, data
+and machine give the same figures.
 Several ranks: `torchrun … -m diptych.finetune.evaluation` (on CPUs with ACCELERATE_USE_CPU=true).
 """
 
+import hashlib
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.rows.named_splits import kind_of, splits_of
+from diptych.data_prep.command_line.overwrite_checks import check_overwrite
+from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
-from diptych.finetune.batches.padded_rows import check_rows_fit, drop_repeated_start
-from diptych.finetune.commands import cli
-from diptych.finetune.commands.ranks import join_ranks
-from diptych.finetune.evaluating.confidence_intervals import bootstrap_intervals
-from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, source_keys
+from diptych.finetune.batches.padded_rows import check_rows_fit, drop_repeated_start, open_splits
+from diptych.finetune.commands.model_settings import split_names
+from diptych.finetune.commands.ranks import several_ranks
+from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
+from diptych.finetune.evaluating.evaluate_rows import Evaluation, evaluate_rows, source_keys
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
-from diptych.finetune.evaluating.evaluation_report import check_report_files, format_table, report_file, write_report
 from diptych.finetune.evaluating.metrics import check_metric_names
 from diptych.finetune.inference.generation_config import check_generation_names
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
-from diptych.finetune.model.untrusted_files import open_prepared
+from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json
+
+Intervals = Mapping[str, tuple[float, float]]
+COUNTS = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
+"""Figures that are not scores."""
+REPORT_KEYS = {"figures", "signatures", "settings"}
+"""By which a file is known to be a report."""
 
 
 def run(settings: EvaluateSettings) -> int:
-    check_metric_names(settings.metric_names())
+    metrics = split_names(settings.metrics)
+    check_metric_names(metrics)
     check_generation_names(settings.generation)
     keep_memory()
     splits = load_splits(settings.data, settings.split)
     for name in splits if settings.out else ():  # before hours of work
         check_report_files(report_file(settings.out, name, len(splits)))
-    accelerator = join_ranks()
+    accelerator = several_ranks()
     is_main = accelerator is None or accelerator.is_main_process
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
     loaded = load_checkpoint(settings.model, settings.dtype, device)
-    prepared = check_same_tokenizer(settings.model, loaded.tokenizer, settings.data)
+    prepared = load_tokenizer(str(Path(settings.data) / "tokenizer"))
+    if all_tokens(prepared) != all_tokens(loaded.tokenizer):  # rows are token ids, which would be other words
+        raise UserError(
+            f"{settings.data} was prepared with another tokenizer ({len(prepared)} tokens) than that of "
+            f"{settings.model} ({len(loaded.tokenizer)} tokens). Prepare the data again with --tokenizer "
+            f"{settings.model}."
+        )
     # rendered and cut by the template that made the rows
     loaded = replace(loaded, template=carried_template(prepared, check=False) or loaded.template)
     splits = {name: of_languages(name, split, settings, loaded) for name, split in splits.items()}
@@ -57,7 +75,7 @@ def run(settings: EvaluateSettings) -> int:
         evaluation = evaluate_rows(
             loaded,
             drop_repeated_start(split, loaded.decoder_start_token_id, loaded.language_codes.starts),
-            metrics=settings.metric_names(),
+            metrics=metrics,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
             limit=settings.limit,
@@ -83,27 +101,12 @@ def run(settings: EvaluateSettings) -> int:
 
 def load_splits(data: str, split: str) -> dict[str, Dataset]:
     """The split of this name; for `test` all test sets if they have names."""
-    if not (Path(data) / "dataset_dict.json").is_file():
-        raise UserError(
-            f"{data} is no prepared dataset (it has no dataset_dict.json). Make one with `diptych prepare`."
-        )
-    splits = open_prepared(data)
+    splits = open_splits(data)
     chosen = [split] if split in splits else splits_of(split, splits)
     if not chosen:
         known = dict.fromkeys([*map(kind_of, splits), *splits])
         raise UserError(f"{data} has no split {split!r}. {choose_from(split, list(known))}")
     return {name: splits[name] for name in chosen}
-
-
-def check_same_tokenizer(model_name: str, tokenizer: PreTrainedTokenizerBase, data: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the rows. They are token ids, which another vocabulary would read as other words."""
-    prepared = load_tokenizer(str(Path(data) / "tokenizer"))
-    if all_tokens(prepared) != all_tokens(tokenizer):
-        raise UserError(
-            f"{data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {model_name} "
-            f"({len(tokenizer)} tokens). Prepare the data again with --tokenizer {model_name}."
-        )
-    return prepared
 
 
 def of_languages(name: str, split: Dataset, settings: EvaluateSettings, loaded: LoadedModel) -> Dataset:
@@ -126,9 +129,96 @@ def of_languages(name: str, split: Dataset, settings: EvaluateSettings, loaded: 
     return split.select(places)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("evaluate", argv)
+def format_table(evaluation: Evaluation, intervals: Intervals) -> str:
+    """A line per figure: its value, its interval, its unit."""
+    figures = evaluation.figures
+
+    def line(name: str, note: str, form: str = ",") -> str:
+        spread = "[{:{form}}, {:{form}}]".format(*intervals[name], form=form) if name in intervals else ""
+        return f"{name:20}{figures[name]:>9{form}} {spread:17} {note}".rstrip()
+
+    lines = [line("rows", "")]
+    if evaluation.predictions:
+        lines.append(line("sources", "different; scores are 0 to 100 over these"))
+    lines.append(line("loss", f"nats/token over {figures['target_tokens']:,} target tokens", ".3f"))
+    if evaluation.predictions:
+        for name in [name for name in figures if name not in COUNTS]:
+            note = "of rows gave their own target" if name == "exact_match_rows" else ""
+            lines.append(line(name, note or evaluation.signatures.get(name, ""), ".2f"))
+        lines.append(line("unfinished", f"outputs never ended and were stopped at {figures['max_new_tokens']} tokens"))
+    if intervals:
+        lines.append(
+            f"[low, high]: {LEVEL_PERCENT} % intervals over other sources ({RESAMPLES:,} bootstrap resamples)"
+        )
+    if evaluation.directions:  # a line per direction, a column per figure
+        names = list(next(iter(evaluation.directions.values())))
+        forms = {name: ",d" if name == "rows" else ".3f" if name == "loss" else ".2f" for name in names}
+        widths = {name: max(9, len(name) + 2) for name in names}
+        lines += ["", f"{'direction':20}" + "".join(f"{name:>{widths[name]}}" for name in names)]
+        for direction, of_it in evaluation.directions.items():
+            lines.append(f"{direction:20}" + "".join(f"{of_it[name]:>{widths[name]}{forms[name]}}" for name in names))
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def write_report(settings: EvaluateSettings, evaluation: Evaluation, intervals: Intervals, split: Dataset) -> None:
+    """Writes settings.out, after the predictions beside it, whose hash it holds."""
+    out, manifest = Path(settings.out), Path(settings.model).expanduser() / MANIFEST
+    report = {
+        "figures": evaluation.figures,
+        "directions": evaluation.directions,
+        "intervals": {name: list(interval) for name, interval in intervals.items()},
+        "confidence": {"level_percent": LEVEL_PERCENT, "resamples": RESAMPLES, "seed": settings.seed},
+        "signatures": evaluation.signatures,
+        "settings": asdict(settings),
+        # Sizes and hashes of its files, by which `diptych publish` knows whose scores these are.
+        "model": read_json(manifest) if manifest.is_file() else None,
+        "data": data_identity(split),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    written = str(out)
+    if evaluation.predictions:
+        beside = predictions_file(out)
+        content = "".join(json.dumps(row.as_json(), ensure_ascii=False) + "\n" for row in evaluation.predictions)
+        beside.write_bytes(content.encode("utf-8"))
+        report["predictions_sha256"] = hashlib.sha256(content.encode("utf-8")).hexdigest()
+        written += f" and {beside}"
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written: {written}")
+
+
+def report_file(out: str, split: str, splits: int) -> Path:
+    """The file of one split. With several splits it carries the name: report.json, test/news -> report.news.json."""
+    file = Path(out)
+    return file if splits == 1 else file.with_name(f"{file.stem}.{name_in(split)}{file.suffix}")
+
+
+def predictions_file(report: Path) -> Path:
+    return report.with_suffix(".predictions.jsonl")
+
+
+def check_report_files(report: Path) -> None:
+    """UserError if the report or its predictions would overwrite files of another kind. Makes their folder."""
+    check_overwrite(report, lambda content: has_keys(content, REPORT_KEYS), "a report of `diptych evaluate`")
+    check_overwrite(
+        predictions_file(report),
+        lambda content: has_keys(content.split(b"\n", 1)[0], {"source", "references", "prediction"}),
+        "the predictions of a report",
+    )
+    report.parent.mkdir(parents=True, exist_ok=True)
+
+
+def has_keys(content: bytes, keys: set[str]) -> bool:
+    """Whether the content is a JSON object with these keys."""
+    try:
+        return keys <= json.loads(content).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
+def data_identity(split: Dataset) -> dict[str, Any]:
+    """Number of rows and a hash of their texts in order, the same for any tokenizer."""
+    digest = hashlib.sha256()
+    for rows in split.select_columns(["source", "target"]).iter(batch_size=10_000):
+        for pair in zip(rows["source"], rows["target"], strict=True):
+            digest.update(json.dumps(pair).encode())
+    return {"rows": len(split), "texts_sha256": digest.hexdigest()}

@@ -20,8 +20,9 @@ import math
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
+from statistics import fmean
 from typing import NamedTuple
 
 import datasets
@@ -33,6 +34,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.named_splits import name_in
 
 # Hangul, Han and kana are tokens of one character: Korean joins particles and endings to the word, Chinese and
 # Japanese write no spaces. KorQuAD's official F1 counts syllables, too. Thai, Lao, Khmer and Burmese (Complex_Context:
@@ -129,24 +131,19 @@ def count_exact_match(predictions: Sequence[str], references: References) -> Sta
 
 def count_token_f1(predictions: Sequence[str], references: References) -> Statistics:
     """SQuAD's F1 (Rajpurkar et al. 2016): overlap of tokens without English articles; the best reference counts."""
-    scores = [
-        [max(_token_f1(prediction, reference) for reference in row)]
-        for prediction, row in zip(predictions, references, strict=True)
-    ]
+
+    def words_of(text: str) -> list[str]:
+        tokens = split_tokens(text)  # all of them if there are only articles: the answer "a" is not "the"
+        return [token for token in tokens if token not in _ENGLISH_ARTICLES] or tokens
+
+    def f1(predicted: list[str], expected: list[str]) -> float:
+        if not predicted or not expected:
+            return float(predicted == expected)  # an empty prediction for an empty reference is right, as in SQuAD 2.0
+        return 2 * (Counter(predicted) & Counter(expected)).total() / (len(predicted) + len(expected))
+
+    pairs = zip(predictions, references, strict=True)
+    scores = [[max(f1(words_of(guess), words_of(reference)) for reference in row)] for guess, row in pairs]
     return mean_percentages(["token_f1"], scores)
-
-
-def _token_f1(prediction: str, reference: str) -> float:
-    predicted, expected = _without_articles(split_tokens(prediction)), _without_articles(split_tokens(reference))
-    if not predicted or not expected:
-        return float(predicted == expected)  # an empty prediction for an empty reference is right, as in SQuAD 2.0
-    shared = sum((Counter(predicted) & Counter(expected)).values())
-    return 2 * shared / (len(predicted) + len(expected))
-
-
-def _without_articles(tokens: list[str]) -> list[str]:
-    """All tokens if there are only articles: the answer "a" is not "the"."""
-    return [token for token in tokens if token not in _ENGLISH_ARTICLES] or tokens
 
 
 def count_token_error_rate(predictions: Sequence[str], references: References) -> Statistics:
@@ -233,21 +230,15 @@ def _sacrebleu_statistics(
 ) -> Statistics:
     """n-grams of prediction, reference and both, and lengths. sacrebleu's corpus_score and its significance tests are
     these two functions one after the other."""
-    counts = scorer._extract_corpus_statistics(predictions, reference_streams(references))
+    # `[["a", "b"], ["c"]]` -> `[["a", "c"], ["b", None]]`. An empty string instead of `None` would be a reference of
+    # length 0, which BLEU's brevity penalty would take as the closest length.
+    streams = [list(stream) for stream in zip_longest(*references)]
+    counts = scorer._extract_corpus_statistics(predictions, streams)
 
     def figures_of(sums: np.ndarray) -> dict[str, float]:
         return {name: scorer._compute_score_from_stats(sums.tolist()).score}
 
     return Statistics(np.array(counts, dtype=np.float64), figures_of, str(scorer.get_signature()))
-
-
-def reference_streams(references: References) -> list[list[str | None]]:
-    """Rows of references -> sacrebleu's streams, with `None` where a row has fewer than others.
-
-    `[["a", "b"], ["c"]]` -> `[["a", "c"], ["b", None]]`. An empty string instead of `None` would be a reference of
-    length 0, which BLEU's brevity penalty would take as the closest length.
-    """
-    return [list(stream) for stream in zip_longest(*references)]
 
 
 def check_metric_names(names: Sequence[str]) -> None:
@@ -288,6 +279,30 @@ def score_texts(
 def compute_metrics(names: Sequence[str], predictions: list[str], references: list[list[str]]) -> dict[str, float]:
     """`["rouge", "chrf"]` -> `{"rouge1": …, "rouge2": …, "rougeL": …, "chrf": …}`."""
     return score_texts(names, predictions, references)[0]
+
+
+LOWER_IS_BETTER = frozenset({"loss", "unfinished", "token_error_rate"})
+
+
+def selectable_figures(metrics: Sequence[str]) -> list[str]:
+    """The figures that an evaluation with these metrics has and a checkpoint can be selected by."""
+    if not metrics:
+        return ["loss"]
+    return ["loss", *score_texts(metrics, ["a"], [["a"]])[0], "exact_match_rows", "unfinished"]
+
+
+def selected_figure(best_metric: str, figures: Mapping[str, Mapping[str, float]]) -> float:
+    """The value of `best_metric` in the figures of each validation split: `medical/chrf` is that of
+    validation/medical, `chrf` is the mean over the splits."""
+    name, _, figure = best_metric.rpartition("/")
+    return fmean(of_split[figure] for split, of_split in figures.items() if not name or name_in(split) == name)
+
+
+def is_improvement(figure: str, value: float, best: float | None) -> bool:
+    """Whether `value` is better than the best so far. NaN never is."""
+    if math.isnan(value):
+        return False
+    return best is None or (value < best if figure.rpartition("/")[2] in LOWER_IS_BETTER else value > best)
 
 
 METRICS: dict[str, Callable[..., Statistics]] = {

@@ -1,4 +1,4 @@
-"""`diptych generate --engine ctranslate2`: an InferenceEngine (inference/engine.py) that runs a folder of an export.
+"""`diptych generate --engine ctranslate2`: an engine as in inference/engine.py, which runs a folder of an export.
 
     engine = load_engine("exported", "auto", torch.device("cpu"))
     engine.generate([EncodedPrompt([12, 7, 1], [0])], settings, seed=0)   [Output("가.", True, …)]
@@ -25,13 +25,13 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.checkpoint_config import check_place
 from diptych.data_prep.text_to_ids.templates import Template, carried_template
 from diptych.finetune.exporting.export_proof import GreedyRules, Written
-from diptych.finetune.inference.detokenize import text_of
 from diptych.finetune.inference.engine import EncodedPrompt
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import check_source_ids, cut_at_stop, with_stop_strings
 from diptych.finetune.inference.generation_config import end_tokens, model_settings, warn_of_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.prompts import template_for
+from diptych.finetune.inference.target_tokens import text_of
 from diptych.finetune.model.loading import EXPORT_FILE, export_kind, load_generation_config, load_tokenizer
 from diptych.finetune.run_files.atomic_folders import read_json
 

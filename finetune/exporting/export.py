@@ -14,7 +14,7 @@ measured in the same way: how many tokens it changes, its size, its speed.
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -25,19 +25,12 @@ from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import attach_template
-from diptych.finetune.commands import cli
 from diptych.finetune.commands.exit_codes import BUG
 from diptych.finetune.exporting import export_ctranslate2, export_onnx
 from diptych.finetune.exporting.export_proof import ExportComparison, compare_export, greedy_rules, proof_rows
 from diptych.finetune.exporting.export_settings import ExportSettings
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.loading import (
-    EXPORT_FILE,
-    adapter_settings,
-    load_checkpoint,
-    pick_device,
-    position_limit,
-)
+from diptych.finetune.model.loading import EXPORT_FILE, adapter_settings, load_checkpoint, pick_device, position_limit
 from diptych.finetune.model.merge import new_folder
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
 from diptych.finetune.run_files.atomic_folders import write_folder, write_json
@@ -67,6 +60,9 @@ def export(settings: ExportSettings) -> Path:
 def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
     """Export and proof. If this raises, no folder is left."""
     model, target = loaded.model, TARGETS[settings.to]
+    name = os.path.expanduser(settings.model)
+    is_adapter = bool(adapter_settings(name))  # whose weights are merged, in float32
+    files = [] if is_adapter else weight_files(name, MODEL_WEIGHTS)
     rows, described, languages = proof_rows(settings.rows, loaded)
     rules = greedy_rules(loaded, settings.max_new_tokens, settings.batch_size, languages)
     facts = {
@@ -79,7 +75,7 @@ def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
         "position_limit": position_limit(model),
         "rows": described,
         "batch_size": rules.batch_size,
-        "torch_bytes": _checkpoint_bytes(settings.model, model),
+        "torch_bytes": _weight_bytes(model) if is_adapter else sum(file.stat().st_size for file in files),
     }
 
     def measure(place: Path, precision: str) -> ExportComparison:
@@ -117,14 +113,6 @@ def shown_name(model: str) -> str:
 
 def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
-
-
-def _checkpoint_bytes(name: str, model: PreTrainedModel) -> int:
-    """Of the weight files; of an adapter the merged weights in float32."""
-    name = os.path.expanduser(name)
-    if adapter_settings(name):
-        return _weight_bytes(model)
-    return sum(file.stat().st_size for file in weight_files(name, MODEL_WEIGHTS))
 
 
 def lines(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -167,11 +155,3 @@ def run(settings: ExportSettings) -> int:
     out = export(settings)
     print(f"{settings.model} is in {out} ({settings.to}, {settings.precision})")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("export", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

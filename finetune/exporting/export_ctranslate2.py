@@ -17,10 +17,8 @@ that CTranslate2's layers do not have; each was found by a comparison.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +31,6 @@ from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_s
 from diptych.finetune.exporting.ctranslate2_engine import CTranslate2Engine, import_ctranslate2
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, embedding_rows
 from diptych.finetune.model.loaded_model import LoadedModel
-
-if TYPE_CHECKING:
-    from ctranslate2.specs import ModelSpec
 
 NO_ROTATION = np.float32(1e38)
 """A frequency divided by this rotates nothing, at any position."""
@@ -101,7 +96,7 @@ def open_export(folder: Path, loaded: LoadedModel) -> CTranslate2Engine:
     return CTranslate2Engine(folder, loaded.tokenizer, loaded.template, loaded.device)
 
 
-def _spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "ModelSpec":
+def _spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
     sides = zip((source_side(tokenizer), target_side(tokenizer)), embedding_rows(model), strict=True)
     source, target = (Vocabulary(side, rows) for side, rows in sides)
     if model.config.model_type == "diptych":
@@ -147,7 +142,7 @@ class Vocabulary:
         return self.tokens[row]
 
 
-def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
+def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> Any:
     """From CTranslate2's own loader, with its wrong assumptions corrected."""
     from ctranslate2.converters import transformers as converters
 
@@ -155,8 +150,12 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
     loader_name, config_fields = LOADERS[kind]
     loader = getattr(converters, loader_name)()
     loader.set_vocabulary = lambda spec, tokens: None  # one for both sides
-    with _with_fields(model.config, config_fields):
+    vars(model.config).update(config_fields)  # transformers 5 removed them because its classes imply them
+    try:
         spec = loader(model, vocabulary)
+    finally:
+        for name in config_fields:
+            delattr(model.config, name)
     if hasattr(model.config, "layer_norm_epsilon"):
         spec.config.layer_norm_epsilon = model.config.layer_norm_epsilon
     if kind in ("t5", "mt5", "umt5"):
@@ -166,32 +165,16 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> "ModelSpec":
     if hasattr(model.config, "decoder_attention_heads"):  # the loaders take the encoder's for both
         spec.decoder.num_heads = np.int16(model.config.decoder_attention_heads)
     if kind == "m2m_100":
-        _set_sinusoids(spec, model)
+        # M2M100 counts positions from the row after `padding_idx`. A decoder that starts with the padding token begins
+        # one row earlier. The loader always takes the table from row 2 on.
+        for side, panel in ((spec.encoder, model.get_encoder()), (spec.decoder, model.get_decoder())):
+            table = panel.embed_positions
+            starts_with_padding = side is spec.decoder and decoder_start_token(model) == table.padding_idx
+            side.position_encodings.encodings = table.weights[table.padding_idx + (not starts_with_padding) :]
     return spec
 
 
-def _set_sinusoids(spec: Any, model: PreTrainedModel) -> None:
-    """M2M100 counts positions from the row after `padding_idx`. A decoder that starts with the padding token begins
-    one row earlier. The loader always takes the table from row 2 on."""
-    for side, panel in ((spec.encoder, model.get_encoder()), (spec.decoder, model.get_decoder())):
-        table = panel.embed_positions
-        starts_with_padding = side is spec.decoder and decoder_start_token(model) == table.padding_idx
-        side.position_encodings.encodings = table.weights[table.padding_idx + (not starts_with_padding) :]
-
-
-@contextmanager
-def _with_fields(config: Any, fields: dict[str, Any]) -> Iterator[None]:
-    """The config has these fields meanwhile; transformers 5 removed them because its classes imply them."""
-    for name, value in fields.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name in fields:
-            delattr(config, name)
-
-
-def _diptych_spec(model: PreTrainedModel) -> "ModelSpec":
+def _diptych_spec(model: PreTrainedModel) -> Any:
     from ctranslate2.specs import TransformerDecoderSpec, TransformerEncoderSpec, TransformerSpec
 
     encoder, decoder = model.model.encoder, model.model.decoder
@@ -206,8 +189,13 @@ def _diptych_spec(model: PreTrainedModel) -> "ModelSpec":
         for layer_spec, layer in zip(spec.layer, panel.layers, strict=True):
             layer_spec.self_attention = _self_attention(layer, panel)
             if panel is decoder:
-                layer_spec.attention = _cross_attention(layer)
-            _set_feed_forward(layer_spec.ffn, layer)
+                cross = layer_spec.attention = _attention_spec(panel.config, self_attention=False)
+                cross.queries_scale = float(layer.cross_attn.scaling)
+                _set_projections(cross, layer.cross_attention_layernorm, layer.cross_attn, fused=((0,), (1, 2)))
+            ffn, mlp = layer_spec.ffn, layer.mlp
+            ffn.layer_norm.gamma = layer.post_attention_layernorm.weight
+            ffn.linear_0, ffn.linear_0_noact = _linear(mlp.gate_proj), _linear(mlp.up_proj)
+            ffn.linear_1 = _linear(mlp.down_proj)
     return TransformerSpec(encoder_spec, decoder_spec)
 
 
@@ -255,14 +243,6 @@ def _self_attention(layer: nn.Module, panel: nn.Module) -> Any:
     return spec
 
 
-def _cross_attention(layer: nn.Module) -> Any:
-    attention = layer.cross_attn
-    spec = _attention_spec(attention.config, self_attention=False)
-    spec.queries_scale = float(attention.scaling)
-    _set_projections(spec, layer.cross_attention_layernorm, attention, fused=((0,), (1, 2)))
-    return spec
-
-
 def _attention_spec(config: Any, **settings: Any) -> Any:
     from ctranslate2.specs.attention_spec import MultiHeadAttentionSpec
 
@@ -284,12 +264,6 @@ def _set_projections(spec: Any, norm: nn.Module, attention: nn.Module, fused: tu
     for place, parts in enumerate(fused):
         fuse_linear(spec.linear[place], [projections[part] for part in parts])
     spec.linear[-1] = _linear(attention.o_proj)
-
-
-def _set_feed_forward(spec: Any, layer: nn.Module) -> None:
-    spec.layer_norm.gamma = layer.post_attention_layernorm.weight
-    spec.linear_0, spec.linear_0_noact = _linear(layer.mlp.gate_proj), _linear(layer.mlp.up_proj)
-    spec.linear_1 = _linear(layer.mlp.down_proj)
 
 
 def _linear(layer: nn.Linear) -> Any:
@@ -319,22 +293,17 @@ def _activations() -> dict[str, Any]:
     }
 
 
-def _bart(before: bool, embedding: bool) -> dict[str, bool]:
-    """`before`: norms before each sub-layer; `embedding`: a norm after the embeddings."""
-    return {"normalize_before": before, "normalize_embedding": embedding}
-
-
 # By model_type: CTranslate2's loader, and the config fields that it needs. Its own Marian loader is not used: it drops
 # the last embedding row and starts from zeros, which is right only for an untrained pad token in the last row.
 LOADERS = {
     "t5": ("T5Loader", {}),
     "mt5": ("MT5Loader", {}),
     "umt5": ("UMT5Loader", {}),
-    "bart": ("BartLoader", _bart(before=False, embedding=True)),
-    "mbart": ("MBartLoader", _bart(before=True, embedding=True)),
-    "m2m_100": ("M2M100Loader", _bart(before=True, embedding=False)),
-    "marian": ("BartLoader", _bart(before=False, embedding=False)),
-    "pegasus": ("PegasusLoader", _bart(before=True, embedding=False)),
+    "bart": ("BartLoader", {"normalize_before": False, "normalize_embedding": True}),
+    "mbart": ("MBartLoader", {"normalize_before": True, "normalize_embedding": True}),
+    "m2m_100": ("M2M100Loader", {"normalize_before": True, "normalize_embedding": False}),
+    "marian": ("BartLoader", {"normalize_before": False, "normalize_embedding": False}),
+    "pegasus": ("PegasusLoader", {"normalize_before": True, "normalize_embedding": False}),
 }
 REFUSED = {
     "t5gemma": "t5gemma caps its attention scores (attn_logit_softcapping), and CTranslate2's attention does not",

@@ -12,11 +12,11 @@ the largest logit. B rows of a batch, T tokens written, V vocabulary.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import GenerationConfig
@@ -27,13 +27,13 @@ from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import own_languages
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
+from diptych.finetune.batches.padded_rows import pad_sources
 from diptych.finetune.evaluating.metrics import score_texts
-from diptych.finetune.inference.detokenize import text_of
-from diptych.finetune.inference.generation import pad_sources, up_to_end
+from diptych.finetune.inference.generation import up_to_end
 from diptych.finetune.inference.outputs import batches_by_length, map_by_length
 from diptych.finetune.inference.prompt_files import read_prompts, render_prompts
 from diptych.finetune.inference.prompts import Prompter
-from diptych.finetune.inference.target_tokens import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens, text_of
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import position_limit
 
@@ -148,19 +148,14 @@ def proof_rows(file: str, loaded: LoadedModel) -> tuple[list[ProofRow], str, Lan
     if len(set(languages)) > 1:
         raise UserError(f"{file} has rows of several languages, and one direction is compared. Give rows of one.")
     ids, _ = prompter.encode([text for text, _ in prompts.values()], languages)
-    found = [
-        ProofRow(of_row, _references(file, number, rows[number].fields))
-        for number, of_row in zip(prompts, ids, strict=True)
-    ]
+    found = []
+    for number, of_row in zip(prompts, ids, strict=True):
+        given = rows[number].fields.get("output", rows[number].fields.get("outputs", []))
+        references = [given] if isinstance(given, str) else given
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+            raise UserError(f"{file} row {number + 1}: output must be a text, or outputs a list of texts.")
+        found.append(ProofRow(of_row, references))
     return found, f"{counted(len(found), 'row')} of {Path(file).name}", languages[0]
-
-
-def _references(file: str, number: int, fields: dict[str, Any]) -> list[str]:
-    given = fields.get("output", fields.get("outputs", []))
-    references = [given] if isinstance(given, str) else given
-    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise UserError(f"{file} row {number + 1}: output must be a text, or outputs a list of texts.")
-    return references
 
 
 def greedy_rules(
@@ -196,7 +191,10 @@ def compare_export(
     theirs, exported_speed = _timed(
         lambda batch: [written.ids for written in exported.write_greedily(batch, rules)], sources, rules
     )
-    places = [_first_difference(*pair) for pair in zip(ours, theirs, strict=True)]
+    places = []  # of the first differences
+    for ids, other in zip(ours, theirs, strict=True):
+        unlike = (place for place, pair in enumerate(zip_longest(ids, other)) if pair[0] != pair[1])
+        places.append(next(unlike, None))
     gaps = [
         "" if place is None else _gap(loaded, source, ids, other, place, rules)
         for source, ids, other, place in zip(sources, ours, theirs, places, strict=True)
@@ -247,15 +245,7 @@ def torch_greedy(loaded: LoadedModel, sources: Sequence[Sequence[int]], rules: G
     model = loaded.model
     inputs = pad_sources(sources, loaded.pad_token_id)
     inputs["decoder_input_ids"] = torch.tensor([[loaded.decoder_start_token_id, *rules.prefix]] * len(sources))
-    with _plain_generation(loaded, rules):
-        sequences = model.generate(**{name: ids.to(model.device) for name, ids in inputs.items()}).tolist()
-    return [up_to_end(ids[1 + len(rules.prefix) :], rules.ends)[0] for ids in sequences]
-
-
-@contextmanager
-def _plain_generation(loaded: LoadedModel, rules: GreedyRules) -> Iterator[None]:
-    """`generate` fills gaps in its settings from the model's own config, so that one is replaced meanwhile."""
-    model, own = loaded.model, loaded.model.generation_config
+    own = model.generation_config  # `generate` fills gaps in its settings from it, so it is replaced meanwhile
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -265,16 +255,10 @@ def _plain_generation(loaded: LoadedModel, rules: GreedyRules) -> Iterator[None]
         decoder_start_token_id=loaded.decoder_start_token_id,
     )
     try:
-        yield
+        sequences = model.generate(**{name: ids.to(model.device) for name, ids in inputs.items()}).tolist()
     finally:
         model.generation_config = own
-
-
-def _first_difference(ids: Sequence[int], other: Sequence[int]) -> int | None:
-    if ids == other:
-        return None
-    pairs = enumerate(zip(ids, other, strict=False))
-    return next((place for place, (ours, theirs) in pairs if ours != theirs), min(len(ids), len(other)))
+    return [up_to_end(ids[1 + len(rules.prefix) :], rules.ends)[0] for ids in sequences]
 
 
 @torch.no_grad()

@@ -42,16 +42,8 @@ MODULES = {
     "diptych.finetune.training.packed_trainer": ("PackedSeq2SeqTrainer",),
     "diptych.data_prep.command_line.errors": ("UserError",),
     "diptych.modeling": (
-        "SIZES",
-        "DiptychConfig",
-        "DiptychDecoder",
-        "DiptychEncoder",
-        "DiptychEncoderModel",
-        "DiptychForConditionalGeneration",
-        "DiptychModel",
-        "DiptychPanelConfig",
-        "DiptychPreTrainedModel",
-        "named_config",
+        *("SIZES", "DiptychConfig", "DiptychDecoder", "DiptychEncoder", "DiptychEncoderModel", "DiptychModel"),
+        *("DiptychForConditionalGeneration", "DiptychPanelConfig", "DiptychPreTrainedModel", "named_config"),
     ),
 }
 """Where each name is defined."""

@@ -25,9 +25,8 @@ from diptych.data_prep.prepare import Prepared
 from diptych.data_prep.prepare import prepare as prepare_by_settings
 from diptych.finetune.commands.exit_codes import Stopped
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
-from diptych.finetune.evaluating.evaluate_split import load_splits
+from diptych.finetune.evaluating.evaluate_split import load_splits, predictions_file, report_file
 from diptych.finetune.evaluating.evaluate_split import run as evaluate_by_settings
-from diptych.finetune.evaluating.evaluation_report import predictions_file, report_file
 from diptych.finetune.run_files.run_folder import last_training, read_status
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe
@@ -168,7 +167,16 @@ def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) 
         names = list(load_splits(asked.data, asked.split))
         with printed_to(say):
             evaluate_by_settings(asked)
-        reports = {name: _read_report(report_file(asked.out, name, len(names))) for name in names}
+        reports = {}
+        for name in names:
+            file = report_file(asked.out, name, len(names))
+            report = json.loads(file.read_text(encoding="utf-8"))
+            reports[name] = Report(
+                report["figures"],
+                {figure: tuple(interval) for figure, interval in report["intervals"].items()},
+                report["directions"],
+                _read_lines(predictions_file(file)) if "predictions_sha256" in report else [],
+            )
     return reports if len(reports) > 1 else reports[names[0]]
 
 
@@ -181,17 +189,6 @@ def _place_of(value: Any) -> Any:
     if isinstance(value, TextModel):
         return value.name
     return str(value.folder) if isinstance(value, Prepared) else value
-
-
-def _read_report(file: Path) -> Report:
-    report = json.loads(file.read_text(encoding="utf-8"))
-    predictions = predictions_file(file)
-    return Report(
-        report["figures"],
-        {name: tuple(interval) for name, interval in report["intervals"].items()},
-        report["directions"],
-        _read_lines(predictions) if "predictions_sha256" in report else [],
-    )
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -24,11 +24,12 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
+from diptych.finetune.batches.padded_rows import pad_sources
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_command import resolve_limits
 from diptych.finetune.inference.generate_settings import GenerateSettings
-from diptych.finetune.inference.generation import pad_sources
 from diptych.finetune.inference.generation_config import check_generation_names
+from diptych.finetune.inference.outputs import map_by_length
 from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of, template_for
 from diptych.finetune.inference.scoring import chosen_outputs, log_probabilities
 from diptych.finetune.inference.target_tokens import given_tokens, target_ids
@@ -150,17 +151,16 @@ class TextModel:
         """
         asked = self._settings(settings)
         source_ids, _ = _encoded(self._prompter(asked), _list_of(rows), asked)
-        longest_first = sorted(range(len(source_ids)), key=lambda place: -len(source_ids[place]))
-        encoder, means = self.model.get_encoder(), [np.zeros(0, np.float32)] * len(source_ids)
-        for first in range(0, len(longest_first), asked.batch_size):
-            places = longest_first[first : first + asked.batch_size]
+        encoder = self.model.get_encoder()
+
+        def means_of(places: list[int]) -> np.ndarray:
             batch = pad_sources([source_ids[place] for place in places], self.loaded.pad_token_id)
             batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
             states = encoder(**batch).last_hidden_state.float()  # (B, S, D)
             mask = batch["attention_mask"][:, :, None]
-            mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
-            for place, row in zip(places, mean.cpu().numpy(), strict=True):
-                means[place] = row
+            return ((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
+
+        means = map_by_length(means_of, list(map(len, source_ids)), asked.batch_size)
         return np.stack(means) if means else np.zeros((0, encoder.config.hidden_size), np.float32)
 
     def __repr__(self) -> str:
@@ -211,22 +211,17 @@ def _list_of(rows: Any) -> list[str | Mapping[str, Any]]:
 
 
 def _encoded(prompter: Prompter, rows: Rows, asked: GenerateSettings) -> tuple[list[list[int]], list[Languages]]:
-    """Of each row the token ids of its source, and its languages as the tokenizer calls them."""
+    """Of each row the token ids of its source, and its languages as the tokenizer calls them. A text is the input of
+    an instruction or of languages, where these are given, and else an instruction."""
+    text_is_input = asked.instruction or any(asked.languages) or codes_of(prompter.tokenizer).is_around_texts
     rendered = []
     for place, row in enumerate(rows, start=1):
         try:
-            rendered.append(prompter.render(_prompt(row, asked, prompter.tokenizer)))
+            asks = {"instruction": asked.instruction, "input": row} if text_is_input else {"instruction": row}
+            prompt = Prompt(**asks, system=asked.system) if isinstance(row, str) else prompt_of(dict(row))
+            rendered.append(prompter.render(prompt))
         except (UserError, Fault) as error:
             raise UserError(f"row {place}: {error}") from None
     languages = [of_row for _, of_row in rendered]
     source_ids, _ = prompter.encode([text for text, _ in rendered], languages)
     return source_ids, languages
-
-
-def _prompt(row: str | Mapping[str, Any], asked: GenerateSettings, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """A text is the input of an instruction or of languages, where these are given, and else an instruction."""
-    if not isinstance(row, str):
-        return prompt_of(dict(row))
-    if asked.instruction or any(asked.languages) or codes_of(tokenizer).is_around_texts:
-        return Prompt(asked.instruction, row, system=asked.system)
-    return Prompt(row, system=asked.system)

@@ -9,12 +9,11 @@ cli.py has the table of engines: it names the `load_engine` function of each.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
-from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompts import template_for
@@ -29,43 +28,22 @@ class EncodedPrompt(NamedTuple):
     """Tokens that the decoder starts with (`targets.given_tokens`)."""
 
 
-class InferenceEngine(Protocol):
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
-    decoder_start_token_id: int
-    generation_config: GenerationConfig
-    device: torch.device
-    max_source_tokens: int | None
-    """Positions of the encoder; None if there is no limit."""
-    max_target_tokens: int | None
-    can_stream: bool
-    """Whether `generate` takes a `streamer`, which gets the tokens of a single prompt as they are written."""
-
-    def check(self, settings: GenerateSettings) -> None:
-        """UserError for settings that this engine does not have."""
-
-    def generate(
-        self, prompts: Sequence[EncodedPrompt], settings: GenerateSettings, seed: int, bar: GenerationBar | None = None
-    ) -> list[Output]:
-        """`settings.num_return_sequences` outputs for each prompt, in their order."""
-
-    def identity(self) -> dict[str, Any]:
-        """Hashes and versions that decide its outputs, apart from prompts and settings."""
-
-
 class TorchEngine:
+    """The torch model. Other engines have the same attributes and methods."""
+
     can_stream = True
+    """Whether `generate` takes a `streamer`, which gets the tokens of a single prompt as they are written."""
 
     def __init__(self, loaded: LoadedModel):
         self.loaded = loaded
         self.tokenizer, self.template, self.device = loaded.tokenizer, loaded.template, loaded.device
         self.decoder_start_token_id = loaded.decoder_start_token_id
         self.generation_config = loaded.model.generation_config
-        self.max_source_tokens = position_limit(loaded.model, of_source=True)
+        self.max_source_tokens = position_limit(loaded.model, of_source=True)  # None if there is no limit
         self.max_target_tokens = position_limit(loaded.model)
 
     def check(self, settings: GenerateSettings) -> None:
-        """transformers checks them."""
+        """UserError for settings that this engine does not have; here transformers checks them."""
 
     def generate(
         self,
@@ -75,6 +53,7 @@ class TorchEngine:
         bar: GenerationBar | None = None,
         streamer: TextStreamer | None = None,
     ) -> list[Output]:
+        """`settings.num_return_sequences` outputs for each prompt, in their order."""
         watching = {} if streamer is None else {"streamer": streamer}
         return chosen_outputs(
             self.loaded,
@@ -89,10 +68,11 @@ class TorchEngine:
         )
 
     def identity(self) -> dict[str, Any]:
+        """Hashes and versions that decide its outputs, apart from prompts and settings."""
         return {"weights_sha256": weights_sha256(self.loaded.model), "torch": torch.__version__}
 
 
-def load_engine(name: str, dtype: str, device: torch.device, template: str) -> InferenceEngine:
+def load_engine(name: str, dtype: str, device: torch.device, template: str) -> TorchEngine:
     """`template` is the name or file of a template that replaces the tokenizer's own, or ""."""
     loaded = load_checkpoint(name, dtype, device, template)
     return TorchEngine(replace(loaded, template=loaded.template or template_for("", loaded.tokenizer)))

@@ -33,14 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 from diptych.modeling import DiptychForConditionalGeneration
-from diptych.modeling.modeling_diptych import (
-    CACHE_NAME,
-    DiptychAttention,
-    DiptychDecoderLayer,
-    DiptychMLP,
-    rotate,
-    source_ends,
-)
+from diptych.modeling.modeling_diptych import CACHE_NAME, DiptychAttention, DiptychDecoderLayer, rotate, source_ends
 
 ROOM = 64
 """Tokens that a cache grows by, at least."""
@@ -67,7 +60,9 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
     if config.prompt_lookup_num_tokens and not config.do_sample and config.num_beams in (None, 1):
         mode = GenerationMode.GREEDY_SEARCH
     return (
-        all(_is_plain(layer) for layer in model.get_decoder().layers)
+        # Layers are not called here, so weights that are loaded only for a call would be missing. FSDP2 changes a
+        # layer's class, accelerate's offloading its `forward`.
+        all(type(it) is DiptychDecoderLayer and "forward" not in vars(it) for it in model.get_decoder().layers)
         and decoder._attn_implementation in ("sdpa", "eager")
         and decoder.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # which change with the length
         and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -78,12 +73,6 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
         and not config.prefill_chunk_size
         and others.keys() <= {"streamer", "stopping_criteria", "logits_processor"}
     )
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Layers are not called here, so weights that are loaded only for a call would be missing. FSDP2 changes a
-    layer's class, accelerate's offloading its `forward`."""
-    return type(layer) is DiptychDecoderLayer and "forward" not in vars(layer)
 
 
 @torch.no_grad()
@@ -140,7 +129,10 @@ def fast_decode(
     if generation_config.prompt_lookup_num_tokens:
         rules = (logits_processor, stopping_criteria, generation_config)
         return _decode_by_lookup(step, logits, inputs_tensor, input_ids, *rules, writes_to)
-    (batch, length), pad = input_ids.shape, _pad_token(generation_config)
+    (batch, length), pad = input_ids.shape, generation_config.pad_token_id
+    if pad is None:  # as in transformers
+        ends = generation_config.eos_token_id
+        pad = ends[0] if isinstance(ends, list) else ends
     sequences = F.pad(input_ids, (0, generation_config.max_length - length), value=pad)
     unfinished = torch.ones(batch, dtype=torch.bool)
     rows = torch.arange(batch)  # row i of the step is row rows[i] of the batch
@@ -217,13 +209,6 @@ def look_up(ids: list[int], tokens: int, longest: int) -> list[int]:
             if ids[start : start + length] == end:
                 return ids[start + length : start + length + tokens]
     return []
-
-
-def _pad_token(config: GenerationConfig) -> int:
-    """As in transformers: an end token if there is no padding token."""
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    return config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
 
 
 class DecoderStep:
@@ -310,7 +295,9 @@ class DecoderStep:
                 attention, normed = layer.cross_attn, layer.cross_attention_layernorm(hidden)
                 query = attention.q_norm(self._heads(attention, attention.q_proj, normed, new))
                 hidden = hidden + self._attend(attention, query, self.cross[index], self.cross_mask)
-            hidden = hidden + self._feed_forward(layer.mlp, layer.post_attention_layernorm(hidden))
+            mlp, normed = layer.mlp, layer.post_attention_layernorm(hidden)
+            gated = mlp.act_fn(self._project(mlp.gate_proj, normed)) * self._project(mlp.up_proj, normed)
+            hidden = hidden + self._project(mlp.down_proj, gated)
         return self._project(self.lm_head, self.decoder.norm(hidden))
 
     def _write_and_attend(
@@ -353,10 +340,6 @@ class DecoderStep:
         attended = F.scaled_dot_product_attention(groups, *keys_and_values, attn_mask=mask, scale=attention.scaling)
         attended = attended.reshape(len(query), heads, new, -1).transpose(1, 2)
         return self._project(attention.o_proj, attended.reshape(len(query) * new, -1))
-
-    def _feed_forward(self, mlp: DiptychMLP, states: torch.Tensor) -> torch.Tensor:
-        gated = mlp.act_fn(self._project(mlp.gate_proj, states)) * self._project(mlp.up_proj, states)
-        return self._project(mlp.down_proj, gated)
 
     def _project(self, layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """(B × T, in) → (B × T, out)."""

@@ -4,7 +4,6 @@ A single answer is printed token by token where that is possible: with one beam,
 """
 
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,8 +15,8 @@ from diptych.data_prep.rows.language_names import languages_in
 from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands import cli
-from diptych.finetune.commands.ranks import join_ranks
-from diptych.finetune.inference.engine import EncodedPrompt, InferenceEngine
+from diptych.finetune.commands.ranks import several_ranks
+from diptych.finetune.inference.engine import EncodedPrompt, TorchEngine
 from diptych.finetune.inference.generate_file import generate_file
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, check_generation_names
@@ -35,12 +34,12 @@ def run(settings: GenerateSettings) -> int:
     # The file is read first, so that its mistakes show before a large model is loaded.
     asked = settings.instruction, settings.system, any(settings.languages)
     rows = read_prompts(settings.in_file, *asked) if settings.in_file else []
-    accelerator = join_ranks()
+    accelerator = several_ranks()
     if accelerator and not settings.in_file:
         raise UserError("one process answers a prompt, but several were launched. Launch one, or give --in_file.")
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
     load_engine = cli.imported(cli.ENGINES[settings.engine])
-    engine: InferenceEngine = load_engine(settings.model, settings.dtype, device, settings.template)
+    engine: TorchEngine = load_engine(settings.model, settings.dtype, device, settings.template)
     engine.check(settings)
     settings = resolve_limits(settings, engine)
     prompter = Prompter(engine.tokenizer, engine.template, settings.max_source_tokens, settings.languages)
@@ -60,7 +59,7 @@ def run(settings: GenerateSettings) -> int:
     return 0
 
 
-def resolve_limits(settings: GenerateSettings, engine: InferenceEngine) -> GenerateSettings:
+def resolve_limits(settings: GenerateSettings, engine: TorchEngine) -> GenerateSettings:
     """The settings with both token limits filled in; UserError for a limit beyond the model's positions."""
     limits = {"max_source_tokens": engine.max_source_tokens, "max_new_tokens": engine.max_target_tokens}
     for name, limit in limits.items():
@@ -75,9 +74,7 @@ def resolve_limits(settings: GenerateSettings, engine: InferenceEngine) -> Gener
     )
 
 
-def answer(
-    engine: InferenceEngine, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str
-) -> None:
+def answer(engine: TorchEngine, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str) -> None:
     """Prints the outputs of one prompt."""
     source, languages = prompter.render(Prompt(instruction, text, system=settings.system))
     (source_ids,), (was_cut,) = prompter.encode([source], [languages])
@@ -104,7 +101,7 @@ def _shown(output: Output) -> str:
     return f"{output.text}\t{output.log_probability:.4f} nats, {per_token:.4f} a token"
 
 
-def run_session(engine: InferenceEngine, prompter: Prompter, settings: GenerateSettings) -> None:
+def run_session(engine: TorchEngine, prompter: Prompter, settings: GenerateSettings) -> None:
     """Asks for an instruction and its input, answers, and asks again, until the end of input (Ctrl-D) or Ctrl-C.
 
     An empty instruction repeats the last one. With languages only inputs are asked for. Ctrl-C during an answer stops
@@ -124,7 +121,9 @@ def run_session(engine: InferenceEngine, prompter: Prompter, settings: GenerateS
             else:
                 last = f" [{instruction}]" if instruction else ""
                 instruction = input(f"instruction{last}> " if is_typed else "").strip() or instruction
-                text = _ask_input("input (Enter for none)> " if is_typed else "") if instruction else ""
+                text = ""
+                with suppress(EOFError):  # no input, so that the instruction before it is still answered
+                    text = input("input (Enter for none)> " if is_typed else "").strip() if instruction else ""
             if not instruction and not text:
                 continue
             try:
@@ -133,19 +132,3 @@ def run_session(engine: InferenceEngine, prompter: Prompter, settings: GenerateS
                 print("\n(stopped)", file=sys.stderr)
     except (EOFError, KeyboardInterrupt):
         print(end="\n" if is_typed else "")
-
-
-def _ask_input(prompt: str) -> str:
-    """The end of input counts as no input, so that the instruction before it is still answered."""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        return ""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("generate", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

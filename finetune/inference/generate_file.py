@@ -29,7 +29,7 @@ from transformers import set_seed
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.ranks import on_main_rank
-from diptych.finetune.inference.engine import EncodedPrompt, InferenceEngine
+from diptych.finetune.inference.engine import EncodedPrompt, TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompt_files import BLANK, PromptRow, render_prompts
@@ -41,7 +41,7 @@ CHUNK_BATCHES = 8
 
 
 def generate_file(
-    engine: InferenceEngine,
+    engine: TorchEngine,
     prompter: Prompter,
     settings: GenerateSettings,
     rows: list[PromptRow],
@@ -81,14 +81,24 @@ def generate_file(
             lines = [chunk_lines(start, bar) if start < len(rows) else ""]
             chunks = gather_object(lines) if ranks > 1 else lines
             if rank == 0:
-                _append(out_file, chunks)
+                with out_file.open("ab") as out:
+                    for of_chunk in chunks:
+                        out.write(of_chunk.encode("utf-8"))
+                        out.flush()
+                        os.fsync(out.fileno())
             bar.update(min(first + chunk_rows * ranks, len(rows)) - bar.n)  # it counted this rank's rows only
+    counts = {
+        "with an error in place of a prediction": sum(bool(row.error) for row in rows),
+        "blank, whose prediction is empty": rows.count(BLANK),
+        "whose prompt was cut (source_cut)": len(cut_rows),
+    }
     if rank == 0:
-        print(_summary(out_file, rows, len(cut_rows)), file=sys.stderr)
+        found = [f"{out_file}: {len(rows)} rows", *(f"{number} {what}" for what, number in counts.items() if number)]
+        print(", ".join(found), file=sys.stderr)
 
 
 def _encoded(
-    engine: InferenceEngine, prompter: Prompter, rendered: dict[int, tuple[str, Any]]
+    engine: TorchEngine, prompter: Prompter, rendered: dict[int, tuple[str, Any]]
 ) -> tuple[dict[int, EncodedPrompt], set[int]]:
     """The encoded prompt of each row number, and the rows whose prompt was cut."""
     languages = [of_row for _, of_row in rendered.values()]
@@ -98,45 +108,25 @@ def _encoded(
     return prompts, {row for row, cut in zip(rendered, was_cut, strict=True) if cut}
 
 
-def _append(out_file: Path, chunks: list[str]) -> None:
-    with out_file.open("ab") as out:
-        for lines in chunks:
-            out.write(lines.encode("utf-8"))
-            out.flush()
-            os.fsync(out.fileno())
-
-
 def _output_line(row: int, prompt: PromptRow, outputs: list[Output], was_cut: bool, settings: GenerateSettings) -> str:
     if prompt.error:
         ours = {"error": prompt.error}
     else:
-        found = [_output_fields(output, settings.scores) for output in outputs]
+        found = []
+        for output in outputs:
+            found.append({"prediction": output.text, "finished": output.finished})
+            if settings.scores:
+                nats, tokens = output.log_probability, max(1, len(output.ids))
+                found[-1]["log_probability"] = None if nats is None else round(nats, 6)
+                found[-1]["log_probability_per_token"] = None if nats is None else round(nats / tokens, 6)
         lists = {name: [of_one[name] for of_one in found] for name in found[0]}
         ours = (lists if len(found) > 1 else found[0]) | {"source_cut": was_cut}
     theirs = {name: value for name, value in prompt.fields.items() if name not in OUTPUT_FIELDS}
     return json.dumps({"row": row + 1} | ours | theirs, ensure_ascii=False) + "\n"
 
 
-def _output_fields(output: Output, scores: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {"prediction": output.text, "finished": output.finished}
-    if scores:
-        nats, tokens = output.log_probability, max(1, len(output.ids))
-        fields["log_probability"] = None if nats is None else round(nats, 6)
-        fields["log_probability_per_token"] = None if nats is None else round(nats / tokens, 6)
-    return fields
-
-
-def _summary(out_file: Path, rows: list[PromptRow], cut: int) -> str:
-    counts = {
-        "with an error in place of a prediction": sum(bool(row.error) for row in rows),
-        "blank, whose prediction is empty": rows.count(BLANK),
-        "whose prompt was cut (source_cut)": cut,
-    }
-    return ", ".join([f"{out_file}: {len(rows)} rows", *(f"{n} {what}" for what, n in counts.items() if n)])
-
-
 def run_identity(
-    engine: InferenceEngine,
+    engine: TorchEngine,
     settings: GenerateSettings,
     rows: list[PromptRow],
     prompts: list[EncodedPrompt],

@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -26,11 +27,11 @@ from transformers import (
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Template
-from diptych.finetune.inference.detokenize import text_of
+from diptych.finetune.batches.padded_rows import pad_sources
 from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode, read_fast
 from diptych.finetune.inference.generation_config import end_tokens, generation_config, search_settings_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
-from diptych.finetune.inference.target_tokens import given_tokens
+from diptych.finetune.inference.target_tokens import given_tokens, text_of
 from diptych.finetune.model.loaded_model import LoadedModel
 
 TOKENS_BEFORE_STOP = 16
@@ -78,21 +79,23 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model computes attention step by step, and afterwards as before."""
+    config = model.config
+    before = {part: getattr(config, part)._attn_implementation for part in config.sub_configs if getattr(config, part)}
+    before[""] = config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 def check_source_ids(source_ids: Sequence[Sequence[int]]) -> None:
     for row, ids in enumerate(source_ids):
         if not len(ids):
             raise UserError(f"source_ids[{row}] is empty; the encoder needs a token to read. Encode it with its eos.")
-
-
-def pad_sources(source_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """`[[5, 6, 1], [7, 1]]` -> input_ids `[[5, 6, 1], [7, 1, 0]]`, attention_mask `[[1, 1, 1], [1, 1, 0]]`, (B, S).
-
-    Always on the right, whatever the tokenizer's padding_side: BART counts positions from the row's start.
-    """
-    width = max(len(ids) for ids in source_ids)
-    padded = [[*ids, *[pad_token_id] * (width - len(ids))] for ids in source_ids]
-    mask = [[1] * len(ids) + [0] * (width - len(ids)) for ids in source_ids]
-    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
 
 
 def generate_batch(

@@ -77,8 +77,12 @@ class Text2TextPipeline(Pipeline):
     def __call__(self, inputs: Any, **settings: Any) -> Any:
         reading, generating, _ = self._sanitize_parameters(**settings)
         reading, generating = self._preprocess_params | reading, self._forward_params | generating
-        loaded = self._loaded(reading.pop("template", None))
-        is_single = isinstance(inputs, str | Mapping) or _is_conversation(inputs)
+        name, tokenizer = reading.pop("template", None) or "", self.tokenizer
+        template = template_for(name, tokenizer) if name or codes_of(tokenizer).tokens else None
+        loaded = LoadedModel.of(self.model, tokenizer, template)
+        is_single = isinstance(inputs, str | Mapping)
+        if isinstance(inputs, list | tuple) and inputs:  # a conversation is one input
+            is_single = all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in inputs)
         try:
             rows = [inputs] if is_single else list(inputs)
         except TypeError:
@@ -90,11 +94,6 @@ class Text2TextPipeline(Pipeline):
         if is_single:
             return found[0]
         return [outputs[0] if len(outputs) == 1 else outputs for outputs in found]
-
-    def _loaded(self, template: str | None) -> LoadedModel:
-        tokenizer = self.tokenizer
-        needs_one = template or codes_of(tokenizer).tokens
-        return LoadedModel.of(self.model, tokenizer, template_for(template or "", tokenizer) if needs_one else None)
 
     def preprocess(
         self, inputs: Any, loaded: LoadedModel, languages: Languages = NO_LANGUAGES
@@ -155,14 +154,6 @@ class TranslationPipeline(Text2TextPipeline):
 class SummarizationPipeline(Text2TextPipeline):
     task_name = "summarization"
     output_key = "summary_text"
-
-
-def _is_conversation(inputs: Any) -> bool:
-    return (
-        isinstance(inputs, list | tuple)
-        and bool(inputs)
-        and all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in inputs)
-    )
 
 
 def register_pipelines() -> None:

@@ -47,11 +47,19 @@ def read_prompts(
         UserError: the file is missing, empty, or has no line that is a prompt.
     """
     if in_file.endswith(TABLE_SUFFIXES):
-        rows = _table_rows(in_file)
+        from diptych.data_prep.reading.sources import open_sources  # here, because pyarrow takes long to import
+
+        read = [row for source in open_sources([in_file]) for chunk in source.chunks() for row in chunk.rows()]
+        rows = [_row_of(row.fields) if isinstance(row, Row) else PromptRow({}, error=row.reason) for row in read]
     else:
         lines = Path(in_file).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
         is_text = in_file.endswith(LINES_SUFFIX)
-        rows = [_text_row(it, instruction, system, has_languages) if is_text else _json_row(it) for it in lines]
+        rows = []
+        for line in lines:
+            try:
+                rows.append(_text_row(line, instruction, system, has_languages) if is_text else _json_row(line))
+            except UnicodeDecodeError as error:
+                rows.append(PromptRow({}, error=f"invalid UTF-8 at byte {error.start + 1} of the line"))
         if lines[-1] == b"":
             rows.pop()
     filled = [row for row in rows if row != BLANK]
@@ -64,18 +72,8 @@ def read_prompts(
     return rows
 
 
-def _table_rows(in_file: str) -> list[PromptRow]:
-    from diptych.data_prep.reading.sources import open_sources  # here, because pyarrow takes long to import
-
-    rows = [row for source in open_sources([in_file]) for chunk in source.chunks() for row in chunk.rows()]
-    return [_row_of(row.fields) if isinstance(row, Row) else PromptRow({}, error=row.reason) for row in rows]
-
-
 def _text_row(line: bytes, instruction: str, system: str, has_languages: bool) -> PromptRow:
-    try:
-        text = line.decode("utf-8").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        return PromptRow({}, error=_not_utf8(error))
+    text = line.decode("utf-8").removesuffix("\r")
     if not text.strip():
         return BLANK
     if instruction or has_languages:
@@ -89,8 +87,8 @@ def _json_row(line: bytes) -> PromptRow:
     try:
         fields = json.loads(line.decode("utf-8"))
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        return PromptRow({}, error=_not_utf8(error))
+    except UnicodeDecodeError:
+        raise
     except UnicodeEncodeError:
         return PromptRow({}, error="half of a surrogate pair (\\ud800 to \\udfff) is no text")
     except json.JSONDecodeError as error:
@@ -107,10 +105,6 @@ def _row_of(fields: dict[str, Any]) -> PromptRow:
         return PromptRow(fields, prompt_of(fields))
     except (UserError, Fault) as error:
         return PromptRow(fields, error=str(error))
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"invalid UTF-8 at byte {error.start + 1} of the line"
 
 
 def render_prompts(

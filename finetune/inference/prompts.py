@@ -113,7 +113,9 @@ def prompt_of(fields: dict[str, Any]) -> Prompt:
     if not isinstance(instruction, str) or not (instruction.strip() or text.strip()):
         raise UserError(f"'instruction' must be a string that is not empty, got {_short_json(fields['instruction'])}")
     history = fields.get("history") or []
-    if not _is_history(history):
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
+    ):
         raise UserError("'history' must be a list of [instruction, output] pairs of strings, oldest first")
     return Prompt(instruction, text, tuple(map(tuple, history)), fields.get("system") or "", languages_in(fields))
 
@@ -134,9 +136,3 @@ def _conversation_prompt(fields: dict[str, Any], name: str) -> Prompt:
 
 def _short_json(value: Any) -> str:
     return json.dumps(value)[:60]
-
-
-def _is_history(history: Any) -> bool:
-    return isinstance(history, list) and all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
-    )

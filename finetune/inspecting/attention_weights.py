@@ -9,14 +9,14 @@ code of the same model, whatever it runs on otherwise. Any AutoModelForSeq2SeqLM
 tokens, H heads, D width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.finetune.inference.generation import eager_attention, in_eval_mode
 
 LOCAL = ("led", "longt5", "pegasus_x")
 """Families whose encoder's tokens look at those nearby: their weights are bands and blocks."""
@@ -46,22 +46,17 @@ def recompute(model: PreTrainedModel, input_ids: torch.Tensor, decoder_input_ids
 
     UserError for a model whose weights of attention are no map of tokens to tokens.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with eager_attention(model):
-            outputs = model(
-                input_ids=input_ids.to(model.device),
-                attention_mask=torch.ones_like(input_ids, device=model.device),
-                decoder_input_ids=decoder_input_ids.to(model.device),
-                decoder_attention_mask=torch.ones_like(decoder_input_ids, device=model.device),  # also the start token
-                output_attentions=True,
-                output_hidden_states=True,
-                use_cache=False,
-                return_dict=True,
-            )
-    finally:
-        model.train(was_training)
+    with in_eval_mode(model), eager_attention(model):
+        outputs = model(
+            input_ids=input_ids.to(model.device),
+            attention_mask=torch.ones_like(input_ids, device=model.device),
+            decoder_input_ids=decoder_input_ids.to(model.device),
+            decoder_attention_mask=torch.ones_like(decoder_input_ids, device=model.device),  # also the start token
+            output_attentions=True,
+            output_hidden_states=True,
+            use_cache=False,
+            return_dict=True,
+        )
     kind, source, target = model.config.model_type, input_ids.shape[1], decoder_input_ids.shape[1]
     return Attentions(
         [] if kind in LOCAL else _maps(outputs.encoder_attentions, (source, source), kind),
@@ -81,19 +76,6 @@ def _maps(layers: Sequence[torch.Tensor], shape: tuple[int, int], kind: str) -> 
                 f"shown. `diptych generate` writes with it as with any other."
             )
     return [weights[0].float().cpu() for weights in layers]
-
-
-@contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model computes attention step by step, and afterwards as before."""
-    config = model.config
-    before = {part: getattr(config, part)._attn_implementation for part in config.sub_configs if getattr(config, part)}
-    before[""] = config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def mean_weights(layers: Sequence[torch.Tensor]) -> torch.Tensor:

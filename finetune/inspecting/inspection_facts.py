@@ -132,7 +132,9 @@ def attention_maps(passage: Passage, most_cells: int = MOST_CELLS) -> dict[str, 
     share = min(1.0, most_cells / cells)
     found = {}
     for kind, layers in kinds.items():
-        shown = _evenly(len(layers), max(1, int(len(layers) * share)))
+        last, kept = len(layers) - 1, max(1, int(len(layers) * share))
+        # the first and the last layer are among them; one alone is the last
+        shown = sorted({round(place * last / (kept - 1)) for place in range(kept)}) if kept > 1 else [last]
         mean = mean_weights(layers)
         found[kind] = {
             "layers": shown,
@@ -145,13 +147,6 @@ def attention_maps(passage: Passage, most_cells: int = MOST_CELLS) -> dict[str, 
         if kind != "cross":
             found[kind]["rollout"] = _as_bytes(rollout(layers))
     return found
-
-
-def _evenly(count: int, kept: int) -> list[int]:
-    """`kept` of `count` layers, the first and the last among them."""
-    if kept == 1:
-        return [count - 1]
-    return sorted({round(place * (count - 1) / (kept - 1)) for place in range(kept)})
 
 
 def _as_bytes(weights: torch.Tensor) -> str:

@@ -16,25 +16,21 @@ One difference is wanted: if a row holds the characters `</s>`, the LLM's own to
 here they stay text (encode.py).
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tokenizers import processors
+from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.text_to_ids.encode import encode_sources, split_targets
 from diptych.data_prep.text_to_ids.templates import Template, attach_template, golden_difference
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NAME = "donor"
 PADS = re.compile(r"<\|(finetune|reserved)[^|]*pad[^|]*\|>|<pad>|\[PAD\]|<\|pad\|>")
@@ -184,7 +180,11 @@ def donor_prompt(
             f" one beside its files: transformers.convert_slow_tokenizer.convert_slow_tokenizer(tokenizer).save(…)"
         )
     notes: list[str] = []
-    bare = _without_special_tokens(tokenizer)
+    bare = copy.deepcopy(tokenizer)  # which adds no special tokens by itself; those of the prompt are in the template
+    for setting in ("add_bos_token", "add_eos_token"):  # from which from_pretrained makes a post-processor
+        setattr(bare, setting, False)
+        bare.init_kwargs[setting] = False
+    bare.backend_tokenizer.post_processor = processors.Sequence([])
     if tokenizer.chat_template:
         chat = _ChatTemplate(tokenizer, name)
         frame = _frame_of(chat, notes)
@@ -196,7 +196,11 @@ def donor_prompt(
         frame = _base_frame(tokenizer, notes)
         _set_eos(bare, frame, eos_token_ids, name, notes)
         start, template = _base_start(bare, notes), Template(NAME, frame.source(""))
-    _set_pad(bare, pad_token_id, notes)
+    if bare.pad_token is None:
+        reserved = sorted(filter(PADS.fullmatch, bare.get_vocab()), key=bare.convert_tokens_to_ids)
+        token = _token(bare, pad_token_id) or next(iter(reserved), None)
+        bare.pad_token = token or bare.unk_token or bare.eos_token
+        notes.append(f"The LLM's tokenizer has no padding token; {bare.pad_token} is it now.")
     attach_template(bare, template)
     _check_saved(bare, template, name)
     return DonorPrompt(bare, template, start, notes)
@@ -270,11 +274,6 @@ def _frame_of(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
             notes.append(f"The chat template has no place for {kind}, and so ours has none.")
         elif getattr(frame, field) is None:
             notes.append(f"The chat template writes {kind} in a way of its own: ours has no place for them.")
-    _note_differences(chat, frame, notes)
-    return frame
-
-
-def _note_differences(chat: _ChatTemplate, frame: ChatFrame, notes: list[str]) -> None:
     for question in (Conversation("", (), QUESTION), Conversation(SYSTEM, (), QUESTION)):
         if chat.render(question) and not chat.render(question, strftime_now="no function"):
             notes.append(f"The chat template of {chat.name} writes today's date; ours keeps that of this day.")
@@ -282,6 +281,7 @@ def _note_differences(chat: _ChatTemplate, frame: ChatFrame, notes: list[str]) -
     kinds = {"system": "system prompts", "user": "questions", "assistant": "answers"}
     if trimmed := [kinds[role] for role in kinds if role in frame.trimmed]:
         notes.append(f"Blanks around {', '.join(trimmed)} are lost, as in the chat template.")
+    return frame
 
 
 def _probed(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
@@ -350,16 +350,6 @@ def _end(text: str) -> str:
 # The tokens
 
 
-def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that adds none by itself; those of the prompt are in the template."""
-    bare = copy.deepcopy(tokenizer)
-    for setting in ("add_bos_token", "add_eos_token"):  # from which from_pretrained makes a post-processor
-        setattr(bare, setting, False)
-        bare.init_kwargs[setting] = False
-    bare.backend_tokenizer.post_processor = processors.Sequence([])
-    return bare
-
-
 def _check_saved(tokenizer: PreTrainedTokenizerBase, template: Template, name: str) -> None:
     """UserError if the tokenizer differs once it is saved and loaded, or adds special tokens."""
     kind = f"the tokenizer of {name} ({type(tokenizer).__name__})"
@@ -379,15 +369,6 @@ def _check_saved(tokenizer: PreTrainedTokenizerBase, template: Template, name: s
         difference = f"end token, padding token and size were {saved} and are {loaded}"
     if difference:
         raise UserError(f"{kind} changes when it is saved: {difference}. {advice}")
-
-
-def _set_pad(tokenizer: PreTrainedTokenizerBase, pad_token_id: int | None, notes: list[str]) -> None:
-    if tokenizer.pad_token is not None:
-        return
-    reserved = sorted(filter(PADS.fullmatch, tokenizer.get_vocab()), key=tokenizer.convert_tokens_to_ids)
-    token = _token(tokenizer, pad_token_id) or next(iter(reserved), None)
-    tokenizer.pad_token = token or tokenizer.unk_token or tokenizer.eos_token
-    notes.append(f"The LLM's tokenizer has no padding token; {tokenizer.pad_token} is it now.")
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, token_id: int | None) -> str | None:

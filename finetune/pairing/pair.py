@@ -13,30 +13,66 @@ not there.
 """
 
 import json
-import sys
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
+import torch.nn.functional as F
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.dynamic_module_utils import custom_object_save
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands import cli
+from diptych.finetune.commands.exit_codes import StorageError
 from diptych.finetune.model.donor_llm import Donor, open_donor, tokenizers_differ
 from diptych.finetune.model.merge import new_folder
-from diptych.finetune.pairing import pair_report, paired_weights
+from diptych.finetune.pairing import paired_weights
 from diptych.finetune.pairing.donor_template import DonorPrompt, donor_prompt
-from diptych.finetune.pairing.pair_report import Pair
 from diptych.finetune.pairing.pair_settings import PairSettings
+from diptych.finetune.pairing.paired_weights import WeightOrigin, sliding_window, tied_names
 from diptych.finetune.run_files.atomic_folders import write_folder
-from diptych.modeling import DiptychForConditionalGeneration
+from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
 REPORT = "pair.json"
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+TOLERANCE = 1e-4
+"""Of logits in fp32 that are 10 or less; of larger ones in proportion, as rounding goes."""
+PROOF_TOKENS = 256
+PROOF_TEXT = """A diptych is a picture on two panels that are joined by a hinge. Closed, the panels protect each
+other; open, they are read together, the left one first. Painters used the form for journeys: a saint on one side,
+the donor who paid for it on the other, small and kneeling. The hinge had to be strong, since the panels were of oak,
+and light enough to be carried. 두 폭의 그림은 경첩으로 이어져 있다. 왼쪽을 먼저 읽고, 오른쪽을 나중에 읽는다.
+What the left panel shows, the right one answers: 3 windows there, 3 mirrors here; a closed gate, an open hand. Someone
+who sees only one of them sees a good picture. Someone who sees both understands why it was painted, and for whom, and
+what the painter thought that the two had to say to each other after the panels were shut again for the night."""
+
+
+class Pair(NamedTuple):
+    """What is made of which LLMs."""
+
+    settings: PairSettings
+    encoder: Donor
+    decoder: Donor
+    """The same object as `encoder` if one LLM is both."""
+    config: DiptychConfig
+    origins: Sequence[WeightOrigin]
+    kept: Sequence[int] | None
+    """The decoder's layers, if not all are kept."""
+
+    @property
+    def is_merged(self) -> bool:
+        return self.config.decoder.cross_attention == "merged"
 
 
 def pair(settings: PairSettings) -> dict[str, Any]:
@@ -50,22 +86,31 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     out = new_folder(settings.out)
     encoder = open_donor(settings.encoder)
     decoder = open_donor(settings.decoder) if settings.decoder else encoder
-    if decoder is not encoder:
-        _check_tokenizers(encoder, decoder)
+    # One model reads and writes one vocabulary.
+    if difference := tokenizers_differ(encoder.tokenizer.get_vocab(), decoder.tokenizer.get_vocab()):
+        raise UserError(
+            f"{encoder.name} and {decoder.name} have different tokenizers ({difference}). Take two LLMs of one family,"
+            f" or one for both panels."
+        )
     ends = _generation_config(decoder).eos_token_id
     ends = decoder.config.eos_token_id if ends is None else ends
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     prompt = donor_prompt(decoder.tokenizer, decoder.name, ends, decoder.config.pad_token_id)
     it = _plan(settings, encoder, decoder, prompt, ends)
-    if settings.proof:
-        pair_report.check_memory(it.origins)
-    report = pair_report.describe(it, prompt.notes)
-    print(pair_report.as_text(report), flush=True)
+    needed = 4 * sum(math.prod(origin.shape) for origin in it.origins)
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    if settings.proof and needed > free:
+        raise StorageError(
+            f"the proof takes {needed:,} bytes of memory, and {free:,} are left. Pair on a larger machine, or without"
+            f" it: --proof false"
+        )
+    report = describe(it, prompt.notes)
+    print(as_text(report), flush=True)
 
     def write(folder: Path) -> None:
         _write(folder, it, prompt)
         if settings.proof:
-            report["proof"] = pair_report.prove(folder, it, prompt.tokenizer)
+            report["proof"] = prove(folder, it, prompt.tokenizer)
         (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
 
     write_folder(out, write, sum(report["weights"]["bytes"].values()))
@@ -104,14 +149,6 @@ def _plan(settings: PairSettings, encoder: Donor, decoder: Donor, prompt: DonorP
     return Pair(settings, encoder, decoder, config, origins, kept)
 
 
-def _check_tokenizers(encoder: Donor, decoder: Donor) -> None:
-    if difference := tokenizers_differ(encoder.tokenizer.get_vocab(), decoder.tokenizer.get_vocab()):
-        raise UserError(
-            f"{encoder.name} and {decoder.name} have different tokenizers ({difference}). One model reads and writes"
-            f" one vocabulary: take two LLMs of one family, or one for both panels."
-        )
-
-
 def _generation_config(donor: Donor) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(donor.name)
@@ -122,14 +159,11 @@ def _generation_config(donor: Donor) -> GenerationConfig:
 def _write(folder: Path, it: Pair, prompt: DonorPrompt) -> None:
     with torch.device("meta"):
         model = DiptychForConditionalGeneration(it.config)
-    with tqdm(total=len(it.origins), unit="tensor", desc="writing", file=sys.stderr) as bar:
-        paired_weights.write_weights(
-            it.origins, folder, it.config.dtype, it.settings.seed, on_tensor=lambda origin: bar.update()
-        )
+    paired_weights.write_weights(it.origins, folder, it.config.dtype, it.settings.seed)
     it.config.save_pretrained(folder)
     custom_object_save(model, folder, config=it.config)  # the code, for where Diptych is not installed
     generation = _generation_config(it.decoder)
-    for name in pair_report.SPECIAL_TOKENS:
+    for name in SPECIAL_TOKENS:
         setattr(generation, name, getattr(it.config, name))
     generation.save_pretrained(folder)
     prompt.tokenizer.save_pretrained(folder)
@@ -138,15 +172,185 @@ def _write(folder: Path, it: Pair, prompt: DonorPrompt) -> None:
 def run(settings: PairSettings) -> int:
     report = pair(settings)
     if settings.proof:
-        print(pair_report.proof_as_text(report["proof"]))
+        print(proof_as_text(report["proof"]))
     print(f"{settings.out} is an encoder-decoder; every tensor's origin is in {settings.out}/{REPORT}.")
     print(f"Next: diptych prepare --tokenizer {settings.out} …, diptych train --model {settings.out} …")
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("pair", argv)
+def describe(it: Pair, notes: Sequence[str]) -> dict[str, Any]:
+    """All but the proof, before anything is written."""
+    config = it.config
+    tied = [{"name": name, "kind": "tied", "to": to} for name, to in tied_names(config).items()]
+    return {
+        "donors": {"encoder": it.encoder.name, "decoder": it.decoder.name},
+        "cross_attention": config.decoder.cross_attention,
+        "encoder_attention": it.settings.encoder_attention,
+        "layers": {
+            "encoder": config.encoder.num_hidden_layers,
+            "decoder": config.decoder.num_hidden_layers,
+            "decoder_kept": None if it.kept is None else list(it.kept),
+            "encoder_layer_map": config.decoder.encoder_layer_map,
+        },
+        "special_tokens": {name: getattr(config, name) for name in SPECIAL_TOKENS},
+        "weights": _weights(it, len(tied)),
+        "notes": [*notes, *_notes(it)],
+        "tensors": [
+            {"name": origin.name, "kind": origin.kind, "shape": list(origin.shape), "from": origin.donor_name}
+            | ({"donor": origin.panel} if origin.donor_name else {})
+            for origin in it.origins
+        ]
+        + tied,
+    }
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def _notes(it: Pair) -> list[str]:
+    notes = []
+    for donor in dict.fromkeys((it.encoder, it.decoder)):
+        if window := sliding_window(donor.config):
+            notes.append(f"{donor.name} attends to the last {window:,} tokens: matched up to there, not beyond.")
+    layers, depth = it.config.encoder.num_hidden_layers, it.encoder.config.num_hidden_layers
+    if layers < depth:
+        which = f"layer {layers}" if layers == depth - 1 else f"layers {layers} to {depth - 1}"
+        notes.append(f"The encoder has no {which} and no final norm: no decoder layer would read them.")
+    if it.kept is not None:
+        notes.append(
+            f"The decoder keeps {len(it.kept)} of {it.decoder.config.num_hidden_layers} layers."
+            " The loss on the proof's text, below, says what that costs before any training."
+        )
+    return notes
+
+
+def _weights(it: Pair, tied: int) -> dict[str, Any]:
+    sizes: Counter[str] = Counter()
+    for origin in it.origins:
+        sizes[origin.panel] += math.prod(origin.shape)
+    return {
+        "count": dict(sizes),
+        "bytes": {panel: size * it.config.dtype.itemsize for panel, size in sizes.items()},
+        "tensors": dict(Counter(origin.kind for origin in it.origins)) | {"tied": tied},
+        "fresh": [origin.name for origin in it.origins if origin.kind == "fresh"],
+        "reshaped": [origin.name for origin in it.origins if origin.kind == "reshaped"],
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """What is printed before the weights are written."""
+    weights, layers, fresh = report["weights"], report["layers"], report["weights"]["fresh"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in weights["tensors"].items() if count)
+    lines = [
+        f"donors    encoder {report['donors']['encoder']}, decoder {report['donors']['decoder']}",
+        f"hinge     {report['cross_attention']}, encoder {report['encoder_attention']}",
+        f"layers    {layers['encoder']} that read, {layers['decoder']} that write",
+        f"tensors   {kinds}",
+        f"weights   encoder {weights['count']['encoder']:,}, decoder {weights['count'].get('decoder', 0):,}"
+        + (" (tied tables count as the encoder's)" if weights["tensors"]["tied"] else ""),
+    ]
+    if fresh:
+        shown = ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
+        lines.append(f"fresh     {shown}: to be trained before use")
+    return "\n".join([*lines, *(f"note      {note}" for note in report["notes"])])
+
+
+@torch.no_grad()
+def prove(folder: Path, it: Pair, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Compares donor and result on the same tokens, in fp32; one of them is in memory at a time.
+
+    Raises:
+        UserError: what must agree differs; the folder is then not kept.
+    """
+    config, settings = it.config, it.settings
+    source, target = _halves(settings.text, tokenizer)
+    llm = _load(AutoModelForCausalLM, it.decoder.name, config.dtype)
+    continued = llm(torch.cat((source, target), dim=1)).logits[:, source.shape[1] :]
+    alone = llm(target).logits
+    if it.encoder is not it.decoder:
+        del llm
+        llm = _load(AutoModelForCausalLM, it.encoder.name, config.dtype)
+    depth = config.encoder.num_hidden_layers
+    read = llm(source, output_hidden_states=True).hidden_states[depth]  # the last of all has been through the norm
+    norm = llm.get_decoder().norm if depth == it.encoder.config.num_hidden_layers else torch.nn.Identity()
+    del llm
+
+    model = _load(AutoModelForSeq2SeqLM, str(folder), config.dtype)
+    inputs = {"input_ids": source, "decoder_input_ids": target}
+    losses = {"donor": _loss(continued, target), "paired": _loss(model(**inputs).logits, target)}
+    model.config.encoder.lookahead = 0
+    causal = model(**inputs).logits
+    losses["paired, causal encoder"] = _loss(causal, target)
+    states = model.get_encoder()(source).last_hidden_state
+    if it.is_merged:  # then the encoder has no norm of its own
+        states = norm(states)
+    proof: dict[str, Any] = {
+        "tokens": {"source": source.shape[1], "target": target.shape[1]},
+        "loss": losses,
+        "encoder_state_difference": _largest(states - read),
+        "logit_difference": _largest(causal - continued),
+        "largest_logit": _largest(continued),
+    }
+    _check("encoder_state_difference", proof, _largest(read))
+    is_whole = it.encoder is it.decoder and it.kept is None and settings.encoder_layer_map is None
+    if it.is_merged and is_whole:
+        proof["is_lossless"] = True
+        _check("logit_difference", proof, proof["largest_logit"])
+    if not it.is_merged and it.kept is None:
+        for layer in model.get_decoder().layers:
+            for parameter in layer.cross_attn.o_proj.parameters():
+                parameter.zero_()
+        proof["unread_source_logit_difference"] = _largest(model(**inputs).logits - alone)
+        _check("unread_source_logit_difference", proof, _largest(alone))
+    return proof
+
+
+def _halves(file: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first tokens of the text, (1, S) as source and (1, T) as target."""
+    text = PROOF_TEXT
+    if file:
+        try:
+            text = Path(file).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: invalid UTF-8 at byte {error.start}. Save it as UTF-8.") from None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:PROOF_TOKENS]
+    if len(ids) < 4:
+        raise UserError(f"{file or 'the text'} has {len(ids)} tokens; a proof needs 4 or more. Give more text.")
+    half = len(ids) // 2
+    return torch.tensor([ids[:half]]), torch.tensor([ids[half:]])
+
+
+def _load(auto_class: type, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """In fp32, with weights that are rounded to `dtype`."""
+    model = auto_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return model.eval()
+
+
+def _loss(logits: torch.Tensor, target: torch.Tensor) -> float:
+    """Nats per token, over all target tokens but the first."""
+    return F.cross_entropy(logits[0, :-1], target[0, 1:]).item()
+
+
+def _largest(values: torch.Tensor) -> float:
+    return values.abs().max().item()
+
+
+def _check(name: str, proof: dict[str, Any], size: float) -> None:
+    if not proof[name] <= TOLERANCE * max(1.0, size / 10):
+        raise UserError(
+            f"the result is not what its donor is: {name.replace('_', ' ')} {proof[name]:.2e}, where at most"
+            f" {TOLERANCE} is rounding. Nothing was written. Please report it, with the donor's config.json."
+        )
+
+
+def proof_as_text(proof: dict[str, Any]) -> str:
+    tokens = f"on {proof['tokens']['source']} source and {proof['tokens']['target']} target tokens, fp32"
+    states = proof["encoder_state_difference"]
+    lines = [f"proof     causal encoder: states differ from the donor's by at most {states:.1e}"]
+    if proof.get("is_lossless"):
+        lines.append(f"          causal encoder: logits by at most {proof['logit_difference']:.1e} {tokens}")
+    if "unread_source_logit_difference" in proof:
+        difference = proof["unread_source_logit_difference"]
+        lines.append(f"          cross-attention at zero: logits as the donor's without a source, to {difference:.1e}")
+    losses = ", ".join(f"{name} {loss:.3f}" for name, loss in proof["loss"].items())
+    lines.append(f"          loss {tokens}, nats/token: {losses}")
+    return "\n".join(lines)

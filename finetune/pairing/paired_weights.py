@@ -11,6 +11,7 @@ computes on source and target in one row; to initialise both panels from one LLM
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from diptych.finetune.model.donor_llm import DonorWeights
@@ -165,20 +167,16 @@ class WeightOrigin:
     def tensor(self, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
         """The values, in `dtype`. The generator draws what is fresh."""
         if self.donor_name is None:
-            return self._fresh(generator).to(dtype)
+            fresh = torch.full(self.shape, self.fill)
+            if len(self.shape) > 1 and self.fill:
+                fresh.normal_(0.0, self.fill, generator=generator)
+            return fresh.to(dtype)
         found = self.weights.tensor(self.donor_name)
         if self.kind == "reshaped":
             missing = self.shape[0] - found.shape[0]
             rows = found.float().mean(0, keepdim=True).to(found.dtype).expand(max(missing, 0), -1)
             found = torch.cat((found[: self.shape[0]], rows))
         return found.to(dtype).contiguous()
-
-    def _fresh(self, generator: torch.Generator) -> torch.Tensor:
-        if len(self.shape) == 1:
-            return torch.full(self.shape, self.fill)
-        if not self.fill:
-            return torch.zeros(self.shape)
-        return torch.empty(self.shape).normal_(0.0, self.fill, generator=generator)
 
 
 def weight_origins(
@@ -188,7 +186,7 @@ def weight_origins(
     decoder_layers: Sequence[int] | None = None,
     cross_attention_init: CrossAttentionInit = "copied",
 ) -> list[WeightOrigin]:
-    """One for each tensor that the Diptych stores; what is tied to another is none.
+    """One for each tensor that the Diptych stores, but not for what is tied to another (`tied_names`).
 
     Args:
         config: of the Diptych, from `paired_config`.
@@ -210,8 +208,24 @@ def weight_origins(
         if name in tied:
             continue
         panel = "encoder" if name.startswith("model.encoder.") else "decoder"
-        weights = encoder if panel == "encoder" else decoder
-        origins.append(_origin(name, tuple(weight.shape), panel, weights, kept, cross_attention_init, config))
+        weights, shape = encoder if panel == "encoder" else decoder, tuple(weight.shape)
+        donor_name = _donor_name(name, panel, kept, weights)
+        is_zeroed = cross_attention_init == "zeroed" and ".cross_attn.o_proj." in name
+        fill = 1.0 if name.endswith("norm.weight") else 0.0
+        if len(shape) > 1 and not is_zeroed:
+            fill = getattr(config, panel).initializer_range
+        is_fresh = ".cross_attn." in name and (cross_attention_init == "fresh" or weights.shape(donor_name) != shape)
+        if is_fresh or is_zeroed:
+            origins.append(WeightOrigin(name, shape, "fresh", panel, None, weights, fill))
+            continue
+        if donor_name not in weights:
+            raise ValueError(f"the donor of the {panel} has no {donor_name}, which {name} would be made of.")
+        found = weights.shape(donor_name)
+        is_table = name.endswith("embed_tokens.weight") or name == "lm_head.weight"
+        if found != shape and not (is_table and found[1:] == shape[1:]):
+            raise ValueError(f"{donor_name} of the {panel}'s donor has the shape {found}; its config says {shape}.")
+        kind = "copied" if found == shape else "reshaped"
+        origins.append(WeightOrigin(name, shape, kind, panel, donor_name, weights, fill))
     return origins
 
 
@@ -220,25 +234,6 @@ def tied_names(config: DiptychConfig) -> dict[str, str]:
     with torch.device("meta"):
         model = DiptychForConditionalGeneration(copy.deepcopy(config))
     return dict(model.all_tied_weights_keys)
-
-
-def _origin(name, shape, panel, weights, kept, cross_attention_init, config) -> WeightOrigin:
-    donor_name = _donor_name(name, panel, kept, weights)
-    is_cross, is_zeroed = ".cross_attn." in name, cross_attention_init == "zeroed" and ".cross_attn.o_proj." in name
-    fill = 1.0 if name.endswith("norm.weight") else 0.0
-    if len(shape) > 1 and not is_zeroed:
-        fill = getattr(config, panel).initializer_range
-    is_fresh = is_zeroed or (is_cross and (cross_attention_init == "fresh" or weights.shape(donor_name) != shape))
-    if is_fresh:
-        return WeightOrigin(name, shape, "fresh", panel, None, weights, fill)
-    if donor_name not in weights:
-        raise ValueError(f"the donor of the {panel} has no {donor_name}, which {name} would be made of.")
-    found = weights.shape(donor_name)
-    is_table = name.endswith("embed_tokens.weight") or name == "lm_head.weight"
-    if found != shape and not (is_table and found[1:] == shape[1:]):
-        raise ValueError(f"{donor_name} of the {panel}'s donor has the shape {found}; its config says {shape}.")
-    kind = "copied" if found == shape else "reshaped"
-    return WeightOrigin(name, shape, kind, panel, donor_name, weights, fill)
 
 
 def _donor_name(name: str, panel: str, kept: Sequence[int], weights: DonorWeights) -> str:
@@ -261,7 +256,6 @@ def write_weights(
     folder: Path,
     dtype: torch.dtype,
     seed: int = 0,
-    on_tensor: Callable[[WeightOrigin], Any] = lambda origin: None,
 ) -> None:
     """Writes model.safetensors, or its shards and their index. One shard at a time is in memory.
 
@@ -272,12 +266,13 @@ def write_weights(
     by_name = {origin.name: origin for origin in origins}
     shapes = {name: torch.empty(origin.shape, dtype=dtype, device="meta") for name, origin in by_name.items()}
     shards = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
-    for file, names in shards.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            tensors[name] = by_name[name].tensor(dtype, generator)
-            on_tensor(by_name[name])
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+    with tqdm(total=len(origins), unit="tensor", desc="writing", file=sys.stderr) as bar:
+        for file, names in shards.filename_to_tensors.items():
+            tensors = {}
+            for name in names:
+                tensors[name] = by_name[name].tensor(dtype, generator)
+                bar.update()
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

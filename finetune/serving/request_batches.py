@@ -25,11 +25,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import Template
-from diptych.finetune.inference.detokenize import UNKNOWN_ID, text_of
 from diptych.finetune.inference.generation import generate_batch
 from diptych.finetune.inference.generation_config import end_tokens, generation_config
 from diptych.finetune.inference.scoring import output_log_probabilities
-from diptych.finetune.inference.target_tokens import given_tokens
+from diptych.finetune.inference.target_tokens import UNKNOWN_ID, given_tokens, text_of
 from diptych.finetune.model.loaded_model import LoadedModel
 
 

@@ -22,19 +22,20 @@ from accelerate.utils import gather_object
 
 from diptych.finetune.batches.padded_rows import StepRows, padded_rows
 from diptych.finetune.commands.exit_codes import DONE, STOPPED, NotFiniteError
+from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import end_ranks
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
-from diptych.finetune.evaluating.metric_direction import is_improvement, selected_figure
+from diptych.finetune.evaluating.metrics import is_improvement, selected_figure
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.run_files.checkpoints import whole_tensor
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import Pace, selection_line, train_line, validation_line
-from diptych.finetune.training.gradual_unfreezing import open_encoder
-from diptych.finetune.training.recipe import TrainRecipe, split_names
+from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.run import Run
 from diptych.finetune.training.saving import save_checkpoint, write_final
 from diptych.finetune.training.set_up_run import set_up
+from diptych.finetune.training.starting_model import open_encoder
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import peak_memory, profiler
 
@@ -69,9 +70,11 @@ def train(run: Run) -> bool:
         with profiler(run.folder / "profile") if has_profile else nullcontext() as profile:
             while True:
                 open_encoder(run.model, progress.step, recipe.open_encoder_steps, run.order.lengths.source_tokens)
-                is_better = is_evaluation_due(run) and evaluate(run)
+                is_due_now = is_due(progress.step, recipe.eval_every or run.order.steps_per_epoch)
+                is_due_now = is_due_now or progress.step == run.total_steps
+                is_better = is_due_now and progress.evaluated_step != progress.step and evaluate(run)
                 is_last = progress.step >= run.total_steps or run.is_out_of_patience
-                if is_last or is_better or is_due(progress.step, run.save_every):
+                if is_last or is_better or is_due(progress.step, recipe.save_every or run.order.steps_per_epoch):
                     save_checkpoint(run)
                 if is_last:
                     break
@@ -91,12 +94,6 @@ def train(run: Run) -> bool:
 
 def is_due(step: int, every: int) -> bool:
     return step > 0 and step % every == 0
-
-
-def is_evaluation_due(run: Run) -> bool:
-    step = run.progress.step
-    is_now = is_due(step, run.eval_every) or step == run.total_steps
-    return is_now and run.progress.evaluated_step != step and bool(run.validation_splits)
 
 
 def take_step(run: Run, pace: Pace) -> None:
@@ -218,6 +215,8 @@ def evaluate(run: Run) -> bool:
     """Loss on each validation split, and metrics if the recipe has any. True if it is the best evaluation so far.
     Nothing is written before all of it is known: an evaluation that was stopped begins anew."""
     progress, recipe = run.progress, run.recipe
+    if not run.validation_splits:
+        return False
     figures: dict[str, dict[str, float]] = {}
     samples: list[dict[str, Any]] = []
     with torch.compiler.set_stance("force_eager"):  # padded rows have ever new shapes, and each would be compiled

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from diptych.data_prep.command_line.arguments import given_options, instead_of, parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, OUTPUT, PREPARED, START
+from diptych.finetune.commands.model_settings import split_names
 
 
 @dataclass(frozen=True)
@@ -256,11 +257,6 @@ FIXED_IN_A_RUN = (
 """A resumed run in which one of these is another value would be another run."""
 FREE_IN_A_RUN = "data out resume tokenizer trackers profile rank_timeout debug".split()
 """These do not change what is computed."""
-
-
-def split_names(names: str) -> list[str]:
-    """`"chrf, bleu"` -> `["chrf", "bleu"]`; no names give no list."""
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def parse_recipe(argv: Sequence[str]) -> TrainRecipe:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import BatchOrder, PreparedData
-from diptych.finetune.commands.exit_codes import CheckpointError, is_main_rank
+from diptych.finetune.commands.exit_codes import CheckpointError, say_once
 from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing
 from diptych.finetune.training.recipe import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
@@ -42,7 +42,7 @@ def choose_checkpoint(recipe: TrainRecipe, folder: Path) -> Path | None:
         return chosen
     found = checkpoints.latest_checkpoint(place)
     for fault in found.passed_over:
-        _say(f"passed over {fault}")
+        say_once(f"passed over {fault}")
     return found.path
 
 
@@ -89,7 +89,7 @@ def say_changes(recipe: TrainRecipe, folder: Path) -> None:
     """Prints the settings that may change in a run and have."""
     now = to_yaml(recipe)
     if changes := _changes(now | settings_of(folder), now, now.keys() - FREE_IN_A_RUN):
-        _say(f"changed for the rest of the run: {changes}")
+        say_once(f"changed for the rest of the run: {changes}")
 
 
 def facts_of(
@@ -150,7 +150,7 @@ def take_back(recipe: TrainRecipe, folder: Path, saved: Path) -> None:
     """Moves away checkpoints that are later than the one that was named: they would be taken for this run's."""
     moved = checkpoints.set_aside(folder / "checkpoints", checkpoints.checkpoint_step(saved))
     if moved and isinstance(recipe.resume, str):
-        _say(f"goes back to {saved.name}: {len(moved)} later checkpoints are in {moved[0].parent}")
+        say_once(f"goes back to {saved.name}: {len(moved)} later checkpoints are in {moved[0].parent}")
 
 
 def _check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any], names: Collection[str]) -> None:
@@ -165,8 +165,3 @@ def _check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any], na
 def _changes(before: dict[str, Any], now: dict[str, Any], names: Collection[str]) -> str:
     changed = [name for name in now if name in names and before[name] != now[name]]
     return ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in changed)
-
-
-def _say(line: str) -> None:
-    if is_main_rank():
-        print(line, flush=True)

@@ -103,14 +103,6 @@ class Run:
         return {weight: name for name, weight in self.model.named_parameters()}
 
     @property
-    def eval_every(self) -> int:
-        return self.recipe.eval_every or self.order.steps_per_epoch
-
-    @property
-    def save_every(self) -> int:
-        return self.recipe.save_every or self.order.steps_per_epoch
-
-    @property
     def is_out_of_patience(self) -> bool:
         return 0 < self.recipe.patience <= self.progress.evaluations_without_gain
 

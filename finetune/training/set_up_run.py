@@ -8,13 +8,15 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import accelerate
 import torch
 import transformers
 import yaml
-from accelerate.utils import set_seed
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +35,11 @@ from diptych.finetune.batches.padded_rows import (
     drop_repeated_start,
     load_prepared,
 )
-from diptych.finetune.commands.ranks import Ranks, on_main_rank
-from diptych.finetune.evaluating.metric_direction import selectable_figures
-from diptych.finetune.model.families import vocabulary_tables, without_adapter
+from diptych.finetune.commands.exit_codes import say_once
+from diptych.finetune.commands.model_settings import split_names
+from diptych.finetune.commands.ranks import Ranks, join_ranks, on_main_rank
+from diptych.finetune.evaluating.metrics import selectable_figures
+from diptych.finetune.model.families import family_of, vocabulary_tables, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
@@ -43,9 +47,7 @@ from diptych.finetune.run_files import atomic_folders
 from diptych.finetune.run_files.run_folder import CONFIG, Status
 from diptych.finetune.run_files.run_log import RunLog
 from diptych.finetune.training.distillation import DistilledObjective, load_teacher
-from diptych.finetune.training.gradual_unfreezing import close_encoder, train_cross_attention_alone
-from diptych.finetune.training.launch import meet
-from diptych.finetune.training.recipe import TrainRecipe, split_names
+from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import (
     choose_checkpoint,
     facts_of,
@@ -61,18 +63,12 @@ from diptych.finetune.training.sharding import spread
 from diptych.finetune.training.starting_model import starting_model
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import compile_layers, cost_per_token, matmul_peak
-from diptych.finetune.training.training_batches import (
-    DTYPES,
-    check_precision,
-    resolve_precision,
-    set_attention,
-    training_rows,
-)
+from diptych.finetune.training.training_batches import DTYPES, resolve_precision, set_attention, training_rows
 
 
 def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
     transformers.utils.logging.disable_progress_bar()  # training shows its own
-    accelerator = meet(recipe)
+    accelerator = join(recipe)
     ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
     with ranks.waiting_for("the start of the run", has_own_work=True):
         return make_run(recipe, stop, status, accelerator, ranks)
@@ -84,8 +80,8 @@ def make_run(
     recipe, warning = on_main_rank(
         accelerator, lambda: resolve_precision(with_its_precision(recipe), accelerator.device)
     )
-    if warning and accelerator.is_main_process:
-        print(warning, flush=True)
+    if warning:
+        say_once(warning)
     folder = Path(recipe.out)
     saved = choose_checkpoint(recipe, folder)
 
@@ -93,7 +89,7 @@ def make_run(
     tokenizer = load_run_tokenizer(recipe, prepared)
     check_best_metric(recipe, splits_of("validation", prepared.splits))
     set_seed(recipe.seed)
-    loaded = LoadedModel.of(load_model_to_train(recipe, tokenizer, saved), tokenizer)
+    loaded = LoadedModel.of(starting_model(recipe, tokenizer, saved / "model" if saved else None), tokenizer)
     prepared = prepared._replace(splits=splits_for_model(prepared, loaded))
     rows, why_padded = training_rows(recipe, prepared, loaded)
     order = make_order(recipe, rows, accelerator.num_processes)
@@ -111,7 +107,12 @@ def make_run(
         atomic_folders.check_own(folder / "final")  # which would be replaced at the end
     accelerator.wait_for_everyone()  # all ranks have looked at the folder; now it may change
     if accelerator.is_main_process:
-        begin_folder(recipe, folder, saved)
+        if (folder / CONFIG).is_file():
+            say_changes(recipe, folder)
+        # before any other file: even a run that was killed early can be told by it
+        atomic_folders.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+        if saved:
+            take_back(recipe, folder, saved)
     status.begin()
     status.update(step=state.progress.step, total_steps=total_steps)
     run = Run(
@@ -144,6 +145,40 @@ def make_run(
     return run
 
 
+def join(recipe: TrainRecipe) -> accelerate.Accelerator:
+    """All ranks that were launched. UserError if they would train in another way than the recipe says."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
+        # The recipe decides, not accelerate's configuration, which would silently become DDP on a CPU. If both ask for
+        # FSDP, accelerate's setting is removed: with it, transformers would load weights on the first rank alone.
+        if recipe.sharding != "full":
+            raise UserError(
+                "accelerate's configuration asks for FSDP. Here the recipe says how weights are spread: launch with"
+                " `torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE --sharding full`, which is"
+                " FSDP2, or drop it for DDP."
+            )
+        del os.environ["ACCELERATE_USE_FSDP"]
+        say_once("sharding: full, and accelerate's FSDP settings are not used")
+    trackers = split_names(recipe.trackers)
+    for name in trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"accelerate knows no tracker {name!r}. {choose_from(name, list(LOGGER_TYPE_TO_CLASS))}")
+        if name not in map(str, get_available_trackers()):
+            raise UserError(f"the tracker {name} is not installed. Install it: pip install {name}")
+    accelerator = join_ranks(
+        mixed_precision="no",  # the loop has its own autocast; a launcher's default must not add another
+        log_with=trackers or None,
+        project_dir=recipe.out,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.rank_timeout))],
+    )
+    if recipe.sharding == "full" and accelerator.num_processes == 1:
+        raise UserError(
+            "sharding is full, but one process was launched, and has nobody to share the model with. Launch several: "
+            "`torchrun --nproc_per_node=N -m diptych.finetune.train --config RECIPE`, or add --sharding none."
+        )
+    accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
+    return accelerator
+
+
 def load_run_tokenizer(recipe: TrainRecipe, prepared: PreparedData) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(str(prepared.tokenizer_folder))
     carried_template(tokenizer)  # UserError if it no longer renders what it rendered when the rows were made
@@ -170,17 +205,6 @@ def check_best_metric(recipe: TrainRecipe, validation_splits: Sequence[str]) -> 
     known += [f"{name}/{figure}" for name in sets for figure in known]
     if recipe.best_metric not in known:
         raise UserError(f"best_metric is {recipe.best_metric!r}. {choose_from(recipe.best_metric, known)}")
-
-
-def load_model_to_train(
-    recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None
-) -> PreTrainedModel:
-    model = starting_model(recipe, tokenizer, saved / "model" if saved else None)
-    if recipe.trainable == "cross_attention":
-        train_cross_attention_alone(model)
-    if recipe.open_encoder_steps:
-        close_encoder(model)
-    return model
 
 
 def splits_for_model(prepared: PreparedData, loaded: LoadedModel) -> dict[str, PaddedRows]:
@@ -210,27 +234,25 @@ def make_ready(
     recipe: TrainRecipe, model: PreTrainedModel, accelerator: accelerate.Accelerator, is_packed: bool
 ) -> None:
     """Gives the model the attention, the gradient checkpointing and the compilation that the recipe asks for."""
-    base = without_adapter(model)
-    check_precision(recipe, model)
+    base, family = without_adapter(model), family_of(model)
+    if recipe.precision == "fp16" and family and family.overflows_in_fp16:
+        raise UserError(
+            f"precision is fp16, but the activations of {model.config.model_type} checkpoints grow beyond 65,504, the "
+            f"largest number of fp16: the loss would become NaN. Set precision to bf16 or fp32."
+        )
     set_attention(base, recipe.attention, recipe.precision, accelerator.device, is_packed)
     if recipe.gradient_checkpointing:
         with warnings.catch_warnings():  # transformers 5.22 has another name for it, and warns of this one
             warnings.simplefilter("ignore", FutureWarning)
             base.gradient_checkpointing_enable({"use_reentrant": False})
-    if accelerator.num_processes > 1:
-        switch_off_layer_drop(base)
-    if recipe.compile:
-        compile_layers(model)
-
-
-def switch_off_layer_drop(model: PreTrainedModel) -> None:
-    """BART and its relatives skip whole layers at random. Each rank would skip others, and DDP would wait forever for
-    their gradients."""
-    for panel in (model.get_encoder(), model.get_decoder()):
+    # BART and its relatives skip whole layers at random. Each rank would skip others, and DDP would wait forever for
+    # their gradients.
+    for panel in (base.get_encoder(), base.get_decoder()) if accelerator.num_processes > 1 else ():
         if getattr(panel, "layerdrop", 0) > 0:
             panel.layerdrop = 0.0
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{type(panel).__name__}: layer drop is off, because ranks would drop different layers")
+            say_once(f"{type(panel).__name__}: layer drop is off, because ranks would drop different layers")
+    if recipe.compile:
+        compile_layers(model)
 
 
 def make_objective(recipe: TrainRecipe, loaded: LoadedModel, device: torch.device) -> nn.Module:
@@ -255,15 +277,6 @@ def make_optimizer(model: PreTrainedModel, recipe: TrainRecipe) -> torch.optim.A
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], recipe.learning_rate, recipe.betas, recipe.epsilon, fused=True
     )
-
-
-def begin_folder(recipe: TrainRecipe, folder: Path, saved: Path | None) -> None:
-    """Writes config.yaml before any other file: even a run that was killed early can be told by it."""
-    if (folder / CONFIG).is_file():
-        say_changes(recipe, folder)
-    atomic_folders.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
-    if saved:
-        take_back(recipe, folder, saved)
 
 
 def say_what_runs(run: Run, why_padded: str | None) -> None:

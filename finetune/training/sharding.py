@@ -36,7 +36,9 @@ def spread(objective: Seq2SeqObjective, sharding: str, accelerator: Accelerator)
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=objective.family is None)
         return accelerator.prepare(objective)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    hooks = _gradient_hooks(objective)
+    # of weights whose gradients are changed (adapters.py: only the new rows of a table are trained)
+    named = objective.named_parameters()
+    hooks = {name: list(weight._backward_hooks.values()) for name, weight in named if weight._backward_hooks}
     layers = [module for module in objective.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in reversed(layers):  # inner layers first
         fully_shard(layer, mesh=mesh)
@@ -46,7 +48,14 @@ def spread(objective: Seq2SeqObjective, sharding: str, accelerator: Accelerator)
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
     register_fsdp_forward_method(objective, "token_losses")
     _generate_in_a_pass(objective)
-    _hook_again(objective, hooks)
+
+    def register(*_: Any) -> None:  # on the whole weights that torch made instead, which exist from the first pass on
+        for name, of_weight in hooks.items():
+            for hook in of_weight:
+                objective.get_parameter(name).register_hook(hook)
+        first_pass.remove()
+
+    first_pass = objective.register_forward_pre_hook(register)
     return objective
 
 
@@ -61,21 +70,3 @@ def _generate_in_a_pass(objective: Seq2SeqObjective) -> None:
         return objective.in_a_pass(partial(generate, *inputs, **settings))
 
     objective.model.generate = generate_in_a_pass
-
-
-def _gradient_hooks(objective: nn.Module) -> dict[str, list]:
-    """The hooks of the objective's weights (adapters.py: only the new rows of a table are trained)."""
-    named = objective.named_parameters()
-    return {name: list(weight._backward_hooks.values()) for name, weight in named if weight._backward_hooks}
-
-
-def _hook_again(objective: nn.Module, hooks: dict[str, list]) -> None:
-    """Registers them on the whole weights that torch made instead, which exist from the first pass on."""
-
-    def register(*_: Any) -> None:
-        for name, of_weight in hooks.items():
-            for hook in of_weight:
-                objective.get_parameter(name).register_hook(hook)
-        first_pass.remove()
-
-    first_pass = objective.register_forward_pre_hook(register)

@@ -14,17 +14,15 @@ A stage is the recipe with its own settings over it, trained by the same loop wi
 own. When the run is resumed, stages that have ended are skipped, and the one that was cut is resumed, bit for bit.
 """
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from diptych.data_prep.command_line.arguments import instead_of, parse
+from diptych.data_prep.command_line.arguments import from_values, instead_of
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands.exit_codes import DONE, STOPPED, is_main_rank
+from diptych.finetune.commands.exit_codes import DONE, STOPPED, is_main_rank, say_once
 from diptych.finetune.run_files.run_folder import CONFIG, STAGES, Status, claimed, holds_nothing, read_status
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
@@ -70,8 +68,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
             check_settings(stage, folder)
             say_changes(stage, folder)
         else:
-            if is_main_rank():
-                print(f"stage {number} of {len(stages)}: {name}", flush=True)
+            say_once(f"stage {number} of {len(stages)}: {name}")
             stop.begin_stage(name)
             with claimed(folder, bool(stage.resume)) as own:
                 code = run(stage, stop, own, is_last=number == len(stages))
@@ -81,7 +78,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
         measured = settings_of(folder)["precision"] if is_auto else measured
     if is_main_rank():
         atomic_folders.copy_folder(folder / "final", out / "final")
-        print(f"final model: {out / 'final'}, of stage {name}", flush=True)
+        say_once(f"final model: {out / 'final'}, of stage {name}")
     return DONE
 
 
@@ -90,7 +87,14 @@ def stage_recipes(recipe: TrainRecipe) -> Iterator[tuple[str, TrainRecipe]]:
     common = asdict(recipe) | {"betas": list(recipe.betas), "stages": []}
     model, names = recipe.model, set()
     for number, changes in enumerate(recipe.stages, start=1):
-        name = _name(number, changes, names)
+        name = changes.get("name")
+        if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
+            raise UserError(f"stage {number} has the name {name!r}. Give it one of letters, digits, - and _: name: …")
+        if name in names:
+            raise UserError(f"two stages are called {name}. Give each a name of its own.")
+        names.add(name)
+        if taken := [key for key in OF_THE_WHOLE if key in changes]:
+            raise UserError(f"stage {name} has {taken[0]}, which is the whole run's. Take it out of the stage.")
         is_adapter = "lora" in (common["method"], changes.get("method"))
         if is_adapter and number < len(recipe.stages):
             raise UserError(f"stage {name} makes an adapter, and the next would need a model. Only the last may.")
@@ -101,31 +105,12 @@ def stage_recipes(recipe: TrainRecipe) -> Iterator[tuple[str, TrainRecipe]]:
         if number > 1:
             settings["model_overrides"] = {}
         del settings["name"]
-        yield name, _parsed(settings, name)
-        model = str(folder / "final")
-
-
-def _name(number: int, changes: dict[str, Any], names: set[str]) -> str:
-    name = changes.get("name")
-    if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
-        raise UserError(f"stage {number} has the name {name!r}. Give it one of letters, digits, - and _: name: …")
-    if name in names:
-        raise UserError(f"two stages are called {name}. Give each a name of its own.")
-    names.add(name)
-    if taken := [key for key in OF_THE_WHOLE if key in changes]:
-        raise UserError(f"stage {name} has {taken[0]}, which is the whole run's. Take it out of the stage.")
-    return name
-
-
-def _parsed(settings: dict[str, Any], name: str) -> TrainRecipe:
-    """Read from a file, so that a misspelt or impossible setting has the same message as in any recipe."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        yaml.safe_dump(settings, file)
-        file.flush()
-        try:
-            return parse(TrainRecipe, "diptych train", ["--config", file.name])
+        try:  # the messages that a misspelt or impossible setting has in any recipe
+            parsed = from_values(TrainRecipe, settings)
         except UserError as error:
-            raise UserError(f"stage {name}: {str(error).replace(file.name, 'its settings')}") from error
+            raise UserError(f"stage {name}: {error}") from error
+        yield name, parsed
+        model = str(folder / "final")
 
 
 def _has_ended(folder: Path) -> bool:

@@ -7,11 +7,17 @@
 
 A tokenizer may have more tokens than the checkpoint (`grow_vocabulary`). Rows of tokens that `diptych tokenizer
 extend` added start as the mean of the rows of their old pieces; those of other new tokens as transformers makes them.
+
+The training of a paired model may begin with its cross-attention alone, as in T5Gemma's report (arXiv 2504.06225) for
+1,000 steps, or with an encoder that is causal, as in the LLM that it was made of, and sees more tokens ahead at each
+step. How far it is open depends on the step only, so a resumed run continues exactly.
 """
 
 import importlib.util
 import os
+import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,9 +32,10 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import vocabulary_size
 from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens, check_one_vocabulary
+from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.inference.generation_config import model_settings
 from diptych.finetune.model.adapters import add_adapter, fill_rows_with_means, load_adapter, resize_embeddings
-from diptych.finetune.model.families import decoder_start_token
+from diptych.finetune.model.families import decoder_start_token, without_adapter
 from diptych.finetune.model.loading import (
     adapter_settings,
     check_folder,
@@ -37,8 +44,15 @@ from diptych.finetune.model.loading import (
     load_model,
     load_tokenizer,
 )
-from diptych.finetune.training.recipe import TrainRecipe, split_names
+from diptych.finetune.training.recipe import TrainRecipe
 from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
+
+CROSS_ATTENTION = re.compile(
+    r"\.(cross_attn|cross_attention_layernorm)\."  # Diptych
+    r"|\.(cross_attn|pre_cross_attn_layernorm|post_cross_attn_layernorm)\."  # T5Gemma
+    r"|\.(encoder_attn|encoder_attn_layer_norm)\."  # BART and its relatives
+    r"|decoder\.block\.\d+\.layer\.1\."  # T5
+)
 
 
 def starting_model(
@@ -62,6 +76,13 @@ def starting_model(
     if not is_new:
         _check_tokenizer(recipe, tokenizer)
     _write_decoder_start(model)
+    if recipe.trainable == "cross_attention":
+        train_cross_attention_alone(model)
+    if recipe.open_encoder_steps:
+        kind = model.config.model_type
+        if kind != "diptych":
+            raise UserError(f"open_encoder_steps is given, but the encoder of a {kind} is always open. Set it to 0.")
+        model.config.encoder.lookahead = 0
     return _with_adapter(recipe, model, new_rows, saved) if recipe.method == "lora" else model
 
 
@@ -119,17 +140,14 @@ def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
     lacking += [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
     if lacking:
         raise UserError(f"quantize is 4bit, and there is no {' and no '.join(lacking)} here. Set quantize: none.")
-    return load_model(recipe.model, torch.float32, in_4_bits())
-
-
-def in_4_bits() -> BitsAndBytesConfig:
-    """As QLoRA has it: normal floats, their scales quantized again, products in bf16. Embeddings and head stay."""
-    return BitsAndBytesConfig(
+    # As QLoRA has it: normal floats, their scales quantized again, products in bf16. Embeddings and head stay.
+    in_4_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    return load_model(recipe.model, torch.float32, in_4_bits)
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: TrainRecipe) -> int:
@@ -202,3 +220,21 @@ def _with_adapter(recipe: TrainRecipe, model: PreTrainedModel, new_rows: int, sa
     if saved is not None:
         load_adapter(model, saved)
     return model
+
+
+def train_cross_attention_alone(model: PreTrainedModel) -> None:
+    """UserError if the model has none."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(bool(CROSS_ATTENTION.search(name)))
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise UserError(
+            "trainable is cross_attention, and this model has no such layers: with the merged hinge, no weights are "
+            "new. Set trainable: all."
+        )
+
+
+def open_encoder(model: PreTrainedModel | PeftModel, step: int, steps: int, source_tokens: Sequence[int]) -> None:
+    """After `step` of `steps`; does nothing if `steps` is 0. `source_tokens`: of each row."""
+    if steps:
+        lookahead = None if step >= steps else int(max(source_tokens)) * step // steps
+        without_adapter(model).config.encoder.lookahead = lookahead

@@ -2,7 +2,6 @@
 
     recipe, warning = resolve_precision(recipe, device)           `auto` becomes the faster one here
     rows, why_padded = training_rows(recipe, prepared, loaded)    packed if recipe, model and folder allow it
-    check_precision(recipe, model)                                no fp16 for models that overflow in it
     set_attention(model, wanted, precision, device, is_packed)    the fastest that keeps examples apart
 
 A combination that cannot work is a UserError that says what can.
@@ -11,7 +10,6 @@ A combination that cannot work is a UserError that says what can.
 from dataclasses import replace
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
@@ -65,15 +63,6 @@ def resolve_precision(recipe: TrainRecipe, device: torch.device) -> tuple[TrainR
         f"precision is {asked}, which this machine computes {1 / times_faster:.0f} times slower than fp32. A new "
         f"run with precision auto takes the faster of bf16 and fp32."
     )
-
-
-def check_precision(recipe: TrainRecipe, model: PreTrainedModel | PeftModel) -> None:
-    family = family_of(model)
-    if recipe.precision == "fp16" and family and family.overflows_in_fp16:
-        raise UserError(
-            f"precision is fp16, but the activations of {model.config.model_type} checkpoints grow beyond 65,504, the "
-            f"largest number of fp16: the loss would become NaN. Set precision to bf16 or fp32."
-        )
 
 
 def set_attention(model: PreTrainedModel, wanted: str, precision: str, device: torch.device, is_packed: bool) -> None:

@@ -25,7 +25,9 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, attach_template
+from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.training.recipe import TrainRecipe
 
 torch.set_num_threads(1)  # on a machine with other work, threads that wait for each other made 60 s out of 3 s
 
@@ -136,14 +138,12 @@ def tiny_bart(vocab_size: int) -> BartForConditionalGeneration:
 
 def learn_by_heart(model, rows: list[dict], floor: float = 0.0) -> None:
     """The rows as one batch, padded on the right, until the loss is within 0.02 of what cannot be known."""
-    width, target_width = max(len(row["input_ids"]) for row in rows), max(len(row["labels"]) for row in rows)
-    input_ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
-    labels = torch.tensor([row["labels"] + [-100] * (target_width - len(row["labels"])) for row in rows])
+    batch = pad_batch(rows, 0, 0)
+    del batch["decoder_input_ids"]  # the model makes them of the labels
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     model.train()
     for _ in range(400):
-        loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -294,3 +294,16 @@ def checkpoint_of(tmp_path_factory, new_model):
         return folders[family]
 
     return folder
+
+
+@pytest.fixture
+def short_run(checkpoint_of, tmp_path):
+    """`short_run("t5", data=folder, learning_rate=…)`: the recipe of a short run of a tiny model into a new folder."""
+
+    def make(family: str = "t5", out: str = "run", **changes) -> TrainRecipe:
+        settings = {"model": str(checkpoint_of(family)), "out": str(tmp_path / out), "precision": "fp32"}
+        settings |= {"batch_size": 4, "learning_rate": 2e-3, "save_every": 1000, "logging_every": 2}
+        settings |= {} if "epochs" in changes else {"max_steps": 8}
+        return TrainRecipe(**(settings | changes))
+
+    return make

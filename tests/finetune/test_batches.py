@@ -12,7 +12,6 @@ from diptych.finetune.batches.padded_rows import (
     check_rows_fit,
     drop_repeated_start,
     load_prepared,
-    longest_first,
     pad_batch,
     row_lengths,
 )
@@ -108,12 +107,6 @@ def test_grouping_by_length_fills_batches():
 
     assert fill(order()) < 0.75
     assert fill(order(group_by_length=True)) > 0.85
-
-
-def test_evaluation_has_every_row_once_and_as_many_calls_on_each_rank():
-    batches = longest_first(LENGTHS, 8, 3)
-    assert sorted(int(row) for batch in batches for dealt in batch for row in dealt) == list(range(1003))
-    assert {len(batch) for batch in batches} == {3}
 
 
 def test_lengths_are_those_of_the_rows(training_folder, eight_prepared_rows):

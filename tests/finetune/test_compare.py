@@ -14,9 +14,9 @@ import yaml
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, attach_template
+from diptych.finetune.commands import cli
 from diptych.finetune.evaluating import compare_runs as compare
-from diptych.finetune.evaluating import evaluate_split as evaluation
-from diptych.finetune.evaluating.evaluation_report import predictions_file
+from diptych.finetune.evaluating.evaluate_split import predictions_file
 from diptych.finetune.evaluating.metrics import compute_metrics
 from diptych.finetune.training.recipe import TrainRecipe
 
@@ -39,7 +39,7 @@ def evaluated(t5_checkpoint, prepared_folder, tmp_path_factory):
 
 def evaluate(checkpoint: Path, data: Path, out: Path, *more: str) -> None:
     arguments = ["--data", str(data), "--metrics", "chrf,bleu,exact_match", "--device", "cpu", "--out", str(out)]
-    assert evaluation.main([str(checkpoint), *arguments, *more]) == 0
+    assert cli.run("evaluate", [str(checkpoint), *arguments, *more]) == 0
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def run_folder(folder: Path, losses: list[float], **settings) -> Path:
 def test_two_reports_are_tested_on_the_sources_that_they_share(reports, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "figures" / "both.json"
-    assert compare.main([*map(str, reports), "--trials", "500", "--out", str(out)]) == 0
+    assert cli.run("compare", [*map(str, reports), "--trials", "500", "--out", str(out)]) == 0
     split = json.loads(out.read_text())["splits"]["test"]
     assert split["sources"] == 8 and split["notes"] == []
     assert split["tests"].keys() == {"loss", "chrf", "bleu", "exact_match"}
@@ -84,7 +84,7 @@ def test_two_reports_are_tested_on_the_sources_that_they_share(reports, tmp_path
 
 
 def test_a_report_beside_itself_differs_by_nothing(reports, capsys):
-    assert compare.main([str(reports[0]), str(reports[0]), "--trials", "50"]) == 0
+    assert cli.run("compare", [str(reports[0]), str(reports[0]), "--trials", "50"]) == 0
     (chrf,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chrf")]
     assert chrf.endswith("0.000 [0.000, 0.000]  1.0000")
 
@@ -110,7 +110,7 @@ def test_runs_show_the_settings_that_differ_and_their_losses(reports, tmp_path, 
         shutil.copy(predictions_file(report), run / "test.predictions.jsonl")
     (a / "status.json").write_text('{"exit_code": 0}')  # other JSON of a run folder
     (b / "notes.json").write_text("no JSON")
-    assert compare.main([str(a), str(b), "--trials", "50"]) == 0
+    assert cli.run("compare", [str(a), str(b), "--trials", "50"]) == 0
     words = {tuple(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert ("learning_rate", "0.001", "0.0001") in words
     assert not [line for line in words if line[:1] in (("out",), ("seed",))], "these do not differ, or must"
@@ -125,7 +125,7 @@ def test_a_run_that_is_still_at_work_is_compared_as_far_as_it_is(tmp_path, monke
     a, b = run_folder(tmp_path / "a", [3.0, 2.0]), run_folder(tmp_path / "b", [3.0])
     with (a / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 30, "spl')
-    assert compare.main([str(a), str(b), "--out", str(tmp_path / "ab.json")]) == 0
+    assert cli.run("compare", [str(a), str(b), "--out", str(tmp_path / "ab.json")]) == 0
     assert json.loads((tmp_path / "ab.json").read_text())["training"]["a"]["steps"] == 20
 
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_paired_is_shown_and_not_tested(reports, spoil, reason, c
     report = json.loads(reports[1].read_text())
     spoil(report, predictions_file(reports[1]))
     reports[1].write_text(json.dumps(report))
-    assert compare.main([*map(str, reports), "--trials", "20"]) == 0
+    assert cli.run("compare", [*map(str, reports), "--trials", "20"]) == 0
     shown = capsys.readouterr().out
     assert "not tested: " in shown and reason in shown
     assert "approximate randomisation" not in shown and "\nchrf" in shown
@@ -173,7 +173,7 @@ def test_another_limit_leaves_out_the_sources_that_only_one_has(
     t5_checkpoint, prepared_folder, reports, tmp_path, capsys
 ):
     evaluate(t5_checkpoint, prepared_folder, tmp_path / "five.json", "--limit", "5")
-    assert compare.main([str(reports[1]), str(tmp_path / "five.json"), "--trials", "20"]) == 0
+    assert cli.run("compare", [str(reports[1]), str(tmp_path / "five.json"), "--trials", "20"]) == 0
     shown = capsys.readouterr().out
     assert "tested on the 5 sources that both have, of 8 and 5" in shown and "on 5 sources, two-sided" in shown
     (limit,) = [line.split() for line in shown.splitlines() if line.startswith("limit")]
@@ -195,7 +195,9 @@ def test_figures_that_cannot_be_compared_are_left_out_of_the_tests(
     report["predictions_sha256"] = hashlib.sha256(content).hexdigest()
     (tmp_path / "other.json").write_text(json.dumps(report))
     out = tmp_path / "both.json"
-    assert compare.main([str(reports[0]), str(tmp_path / "other.json"), "--trials", "20", "--out", str(out)]) == 0
+    assert (
+        cli.run("compare", [str(reports[0]), str(tmp_path / "other.json"), "--trials", "20", "--out", str(out)]) == 0
+    )
     split = json.loads(out.read_text())["splits"]["test"]
     assert split["tests"].keys() == {"chrf", "exact_match"}
     assert len(split["notes"]) == 2
@@ -210,7 +212,7 @@ def test_the_newest_report_of_a_split_is_taken_and_named(reports, tmp_path, caps
         shutil.copy(reports[0], a / f"{name}.json")
         changed = (a / f"{name}.json").stat().st_mtime - age
         os.utime(a / f"{name}.json", (changed, changed))
-    assert compare.main([str(a), str(reports[1]), "--trials", "20"]) == 0
+    assert cli.run("compare", [str(a), str(reports[1]), "--trials", "20"]) == 0
     shown = capsys.readouterr().out
     assert str(a / "newest.json") in shown and "oldest" not in shown and "middle" not in shown
 
@@ -224,17 +226,17 @@ def test_the_newest_report_of_a_split_is_taken_and_named(reports, tmp_path, caps
     ],
 )
 def test_what_is_no_run_and_no_report_is_a_users_error(reports, make, message, tmp_path, capsys):
-    assert compare.main([str(make(tmp_path)), str(reports[0])]) == 2
+    assert cli.run("compare", [str(make(tmp_path)), str(reports[0])]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
 
 def test_a_broken_line_and_two_things_that_share_nothing_are_users_errors(reports, tmp_path, capsys):
     a = run_folder(tmp_path / "a", [3.0])
-    assert compare.main([str(a), str(reports[0])]) == 2
+    assert cli.run("compare", [str(a), str(reports[0])]) == 2
     assert "nothing to compare" in capsys.readouterr().err
     (a / "metrics.jsonl").write_text('{"step": 1}\n{broken\n{"step": 2}\n')
-    assert compare.main([str(a), str(reports[0])]) == 2
+    assert cli.run("compare", [str(a), str(reports[0])]) == 2
     assert "metrics.jsonl line 2 is no JSON" in capsys.readouterr().err
 
 
@@ -249,7 +251,7 @@ def test_a_table_of_another_tokenizer_is_comparable_by_its_texts(
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
     evaluate(t5_checkpoint, folder, tmp_path / "again.json")
     capsys.readouterr()
-    assert compare.main([str(reports[0]), str(tmp_path / "again.json"), "--trials", "20"]) == 0
+    assert cli.run("compare", [str(reports[0]), str(tmp_path / "again.json"), "--trials", "20"]) == 0
     assert "not tested" not in capsys.readouterr().out
     good = [json.loads(line) for line in (tmp_path / "good.predictions.jsonl").read_text().splitlines()]
     texts = [row["prediction"] for row in good]
@@ -260,11 +262,11 @@ def test_a_file_that_is_no_report_is_not_overwritten(reports, prepared_folder, t
     mine = tmp_path / "notes.json"
     mine.write_text('["mine"]')
     arguments = [str(t5_checkpoint), "--data", str(prepared_folder), "--metrics", "", "--device", "cpu"]
-    assert evaluation.main([*arguments, "--out", str(mine)]) == 2
-    assert compare.main([*map(str, reports), "--out", str(mine)]) == 2
+    assert cli.run("evaluate", [*arguments, "--out", str(mine)]) == 2
+    assert cli.run("compare", [*map(str, reports), "--out", str(mine)]) == 2
     assert (
         capsys.readouterr().err.count(f"{mine} is there already, and is not") == 2 and mine.read_text() == '["mine"]'
     )
     a, b = run_folder(tmp_path / "a", [2.0, 1.5]), run_folder(tmp_path / "b", [2.5, 1.9])
     for _ in range(2):  # its own it replaces
-        assert compare.main([str(a), str(b), "--out", str(tmp_path / "ab.json")]) == 0
+        assert cli.run("compare", [str(a), str(b), "--out", str(tmp_path / "ab.json")]) == 0

@@ -12,10 +12,10 @@ from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.option_synonyms import HERE, other_name
 from diptych.finetune.commands import cli
-from diptych.finetune.train import main
+from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.training import recipe as config
 from diptych.finetune.training.loop import learning_rate
-from diptych.finetune.training.recipe import TrainRecipe, parse_recipe, split_names
+from diptych.finetune.training.recipe import TrainRecipe, parse_recipe
 
 NEEDED = {"model": "diptych-8m", "data": "prepared", "out": "run", "epochs": 1}
 RECIPES = sorted((Path(config.__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -79,13 +79,13 @@ def test_every_field_says_what_it_does(capsys):
 )
 def test_wrong_argument_ends_with_one_message_and_code_2(arguments, message, capsys):
     needed = ["--model", "diptych-8m", "--data", "d", "--out", "o", "--epochs", "1"]
-    assert main([*needed, *arguments]) == 2
+    assert cli.run("train", [*needed, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and error.startswith("diptych train: ")
 
 
 def test_a_path_that_leads_nowhere_is_said_before_what_is_missing(capsys):
-    assert main(["--model", "diptych-8m", "--data", "nowhere", "--out", "o"]) == 2
+    assert cli.run("train", ["--model", "diptych-8m", "--data", "nowhere", "--out", "o"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("diptych train: nowhere is no prepared dataset (there is no such folder).")
     assert "training lasts for epochs or for max_steps, but neither was given" in error
@@ -93,7 +93,10 @@ def test_a_path_that_leads_nowhere_is_said_before_what_is_missing(capsys):
 
 def test_rows_that_are_not_prepared_yet_are_called_a_file(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}")
-    assert main(["--model", "diptych-8m", "--data", f"{tmp_path}/rows.jsonl", "--out", "o", "--epochs", "1"]) == 2
+    assert (
+        cli.run("train", ["--model", "diptych-8m", "--data", f"{tmp_path}/rows.jsonl", "--out", "o", "--epochs", "1"])
+        == 2
+    )
     assert f"(it is a file). Make one with `diptych prepare --data {tmp_path}/rows.jsonl`" in capsys.readouterr().err
 
 
@@ -138,7 +141,7 @@ def test_what_the_command_line_says_goes_before_what_a_recipe_says_in_another_wa
 def test_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text("model: t5\nwarmup_step: 10\n")
-    assert main(["--config", str(file)]) == 2
+    assert cli.run("train", ["--config", str(file)]) == 2
     assert "Did you mean warmup_steps?" in capsys.readouterr().err
 
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.encode import encode_targets
-from diptych.finetune.inference.detokenize import UNKNOWN_ID, text_of
 from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.inference.target_tokens import UNKNOWN_ID, text_of
 from diptych.finetune.model.loaded_model import LoadedModel
 
 SENTENCES = ["I am a student.", "나는 학생이다.", "Hello , world !", "He is my friend, and a good one.", "가. 네."]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.pairing.paired_weights import paired_config, weight_origins
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.distillation import DistilledObjective, Teacher, load_teacher, one_text_each
-from diptych.finetune.training.recipe import TrainRecipe
 from diptych.modeling import DiptychForConditionalGeneration
 
 
@@ -132,13 +132,9 @@ def test_a_rank_without_rows_has_a_loss_of_nothing(new_model, llm, eight_prepare
 
 
 @pytest.fixture
-def recipe(packed_folder, checkpoint_of, llm_folder, tmp_path):
-    def make(family="diptych_merged", **changes) -> TrainRecipe:
-        settings = {"model": str(checkpoint_of(family)), "data": str(packed_folder(0)), "out": str(tmp_path / "run")}
-        settings |= {"teacher": str(llm_folder), "max_steps": 4, "batch_size": 1, "learning_rate": 5e-3}
-        return TrainRecipe(**(settings | {"logging_every": 1, "precision": "fp32"} | changes))
-
-    return make
+def recipe(short_run, packed_folder, llm_folder):
+    settings = {"max_steps": 4, "batch_size": 1, "learning_rate": 5e-3, "logging_every": 1, "save_every": None}
+    return partial(short_run, "diptych_merged", data=str(packed_folder(0)), teacher=str(llm_folder), **settings)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import TEXT_TOKENS_KEY
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, Template, attach_template
+from diptych.finetune.commands import cli
 from diptych.finetune.doctor import doctor, doctor_checks
 from diptych.finetune.doctor.doctor import DoctorSettings, admit, format_table
 from diptych.finetune.doctor.doctor_checks import CHECKS, CheckResult, examine
@@ -81,7 +82,7 @@ def test_of_a_t5_all_is_green_but_transformers_trainer(checkpoint, tmp_path, mon
     work.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(work))
     capsys.readouterr()  # the fixture's own progress bars
-    assert doctor.main(["--json", str(folder)]) == 1
+    assert cli.run("doctor", ["--json", str(folder)]) == 1
     shown = capsys.readouterr()
     report = json.loads(shown.out)
     assert shown.err == "" and not list(work.iterdir())  # no logs, no bars, no files left
@@ -101,7 +102,7 @@ def test_of_a_t5_all_is_green_but_transformers_trainer(checkpoint, tmp_path, mon
 def test_a_diptych_is_all_green_in_a_table_of_100_columns(checkpoint, training_folder, capsys):
     folder = checkpoint("diptych")
     capsys.readouterr()  # the fixture's own progress bars
-    assert doctor.main([str(folder), "--data", str(training_folder)]) == 0
+    assert cli.run("doctor", [str(folder), "--data", str(training_folder)]) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     assert max(map(len, lines)) <= 100 and shown.err == "" and "\033" not in shown.out
@@ -115,7 +116,7 @@ def test_a_diptych_is_all_green_in_a_table_of_100_columns(checkpoint, training_f
 def test_weights_that_are_not_finite_stop_what_would_be_computed_with_them(checkpoint, capsys):
     folder = checkpoint("t5")
     edit_weights(folder, lambda weights: weights["shared.weight"][5].fill_(torch.nan))
-    assert doctor.main([str(folder), "--json"]) == 1
+    assert cli.run("doctor", [str(folder), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     (red,) = [check for check in report["checks"] if check["status"] == "red"]
     assert red["name"] == "finite weights" and red["message"] == "shared.weight holds NaN or infinity"
@@ -127,7 +128,7 @@ def test_pickles_are_red_and_not_read(checkpoint, capsys):
     folder = checkpoint("t5")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     edit_json(folder / "config.json", dtype="float16")
-    assert doctor.main([str(folder)]) == 1
+    assert cli.run("doctor", [str(folder)]) == 1
     shown = capsys.readouterr().out
     assert "✗ safetensors                 0 safetensors, 1 pickled files" in shown
     assert "    A pickle can run code, and is not read." in shown
@@ -140,7 +141,7 @@ def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
     folder = checkpoint("t5")
     edit_json(folder / "config.json", decoder_start_token_id=None, bos_token_id=None)
     edit_json(folder / "generation_config.json", decoder_start_token_id=..., bos_token_id=...)
-    assert doctor.main([str(folder)]) == 1
+    assert cli.run("doctor", [str(folder)]) == 1
     shown = capsys.readouterr().out
     assert "✗ decoder start token         there is none, so the model cannot begin to write" in shown
     assert "– 2 ranks = 1 rank            not measured: there is no decoder start token" in shown
@@ -169,7 +170,7 @@ def test_mistakes_end_with_code_2_and_one_message(checkpoint, tmp_path, argument
     (tmp_path / "cut.json").write_text('[{"output": "2"\n  "input": ""}]')
     model = checkpoint("t5")
     capsys.readouterr()
-    assert doctor.main([word.format(folder=tmp_path, model=model) for word in arguments]) == 2
+    assert cli.run("doctor", [word.format(folder=tmp_path, model=model) for word in arguments]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.startswith("diptych doctor: ") and shown.out == ""
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.cli import main
-from diptych.finetune.exporting import export_graphs, export_onnx
-from diptych.finetune.exporting.export_graphs import (
+from diptych.finetune.exporting import export_onnx
+from diptych.finetune.exporting.export_onnx import (
     DECODER,
     ENCODER,
     WITH_PAST,
@@ -123,7 +123,7 @@ def test_masks_are_made_as_before_after_an_export(new_model):
     asked = {"input_ids": ids, "attention_mask": (ids != 0).long(), "decoder_input_ids": ids}
     with torch.no_grad():
         before = model(**asked).logits
-        with export_graphs.masks_without_vmap():
+        with export_onnx.masks_without_vmap():
             within = model(**asked).logits
         after = model(**asked).logits
     assert torch.equal(before, after)

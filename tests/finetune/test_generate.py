@@ -15,12 +15,13 @@ from transformers import GenerationConfig, pipeline
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template
+from diptych.finetune.batches.padded_rows import pad_sources
+from diptych.finetune.commands import cli
 from diptych.finetune.doctor.doctor_checks import Patient, cache
-from diptych.finetune.evaluating import evaluate_split as evaluation
 from diptych.finetune.inference import generate_command as generate
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
-from diptych.finetune.inference.generation import StopStrings, generate_outputs, pad_sources
+from diptych.finetune.inference.generation import StopStrings, generate_outputs
 from diptych.finetune.inference.generation_config import MODEL_SETTINGS, UNSUPPORTED_SETTINGS, warn_once
 from diptych.finetune.inference.outputs import GenerationBar
 from diptych.finetune.inference.pipelines import register_pipelines
@@ -177,9 +178,9 @@ def test_every_command_sets_them_aside(t5_checkpoint, prepared_folder, tiny_toke
     warn_once.cache_clear()
     prompt = {"instruction": "Translate English to Korean:", "input": "Yes."}
     options = [f"--{name}={value}" for name, value in prompt.items()]
-    assert generate.main([str(folder), *options]) == 0
+    assert cli.run("generate", [str(folder), *options]) == 0
     assert capsys.readouterr().out == "네.\n"
-    assert evaluation.main([str(folder), f"--data={prepared_folder}", "--metrics=exact_match"]) == 0
+    assert cli.run("evaluate", [str(folder), f"--data={prepared_folder}", "--metrics=exact_match"]) == 0
     assert re.search(r"exact_match +100\.00", capsys.readouterr().out)
     register_pipelines()
     assert pipeline("text2text-generation", model=str(folder))(prompt) == [{"generated_text": "네."}]
@@ -213,7 +214,7 @@ def test_a_checkpoint_whose_settings_contradict_each_other_can_be_trained_and_sa
 def test_settings_that_transformers_cannot_load_are_named_with_their_file(t5_checkpoint, tmp_path, capsys):
     folder = shutil.copytree(t5_checkpoint, tmp_path / "t5")
     (folder / "generation_config.json").write_text('{"num_return_sequences": 3}')
-    assert generate.main([str(folder), "--instruction", "x"]) == 2
+    assert cli.run("generate", [str(folder), "--instruction", "x"]) == 2
     assert re.search(r"refuses .*generation_config.json: .*num_return_sequences", capsys.readouterr().err)
 
 
@@ -249,15 +250,6 @@ def test_an_eos_that_the_cap_forced_does_not_count_as_finished(loaded, learned, 
     finally:
         learned.generation_config.forced_eos_token_id = None
     assert not any(output.finished for output in outputs)
-
-
-def test_training_mode_is_put_back(learned, tiny_tokenizer, source_ids):
-    learned.train()
-    try:
-        texts_of(learned, tiny_tokenizer, source_ids[:1])
-        assert learned.training
-    finally:
-        learned.eval()
 
 
 def test_settings_that_transformers_refuses_are_a_users_error(learned_t5, tiny_tokenizer, source_ids):
@@ -408,7 +400,7 @@ def test_settings_that_cannot_work_are_refused_with_what_to_do(settings, message
     ("name", "message"), [("lenght_penalty", "Did you mean length_penalty"), ("num_beams", "has an option of its own")]
 )
 def test_names_that_generation_does_not_take_are_refused_before_a_model_is_loaded(name, message, tmp_path, capsys):
-    assert generate.main([str(tmp_path), "--instruction", "x", f"--generation.{name}", "4"]) == 2
+    assert cli.run("generate", [str(tmp_path), "--instruction", "x", f"--generation.{name}", "4"]) == 2
     assert message in capsys.readouterr().err
 
 

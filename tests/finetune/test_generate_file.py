@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from diptych.finetune.inference import generate_command as generate
+from diptych.finetune.commands import cli
 from diptych.finetune.inference.generate_file import CHUNK_BATCHES
 from diptych.finetune.inference.prompt_files import read_prompts
 
@@ -41,14 +41,14 @@ def many_rows(tmp_path, eight_prepared_rows):
 @pytest.mark.parametrize("more", [[], ["--num_beams", "2", "--num_return_sequences", "2", "--scores", "true"]])
 def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, t5_checkpoint, many_rows, more):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    assert generate.main(command(t5_checkpoint, many_rows, whole, *more)) == 0
+    assert cli.run("generate", command(t5_checkpoint, many_rows, whole, *more)) == 0
 
     kill_after_lines(killed, 2 * CHUNK_BATCHES, command(t5_checkpoint, many_rows, killed, *more))
     first = killed.read_bytes()
     assert 0 < len(first) < len(whole.read_bytes())
     with killed.open("ab") as out:  # what a kill in the middle of a write leaves
         out.write(whole.read_bytes()[len(first) : len(first) + 700])
-    assert generate.main(command(t5_checkpoint, many_rows, killed, *more)) == 0
+    assert cli.run("generate", command(t5_checkpoint, many_rows, killed, *more)) == 0
     assert killed.read_bytes() == whole.read_bytes()
 
 
@@ -92,7 +92,7 @@ def test_two_ranks_write_the_bytes_of_one_and_go_on_where_it_was_cut(tmp_path, t
     for in_file in (many_rows, few):
         alone, shared = tmp_path / f"alone-{in_file.name}", tmp_path / f"shared-{in_file.name}"
         sampled = ["--temperature", "1.5", "--seed", "5"]
-        assert generate.main(command(t5_checkpoint, in_file, alone, *sampled)) == 0
+        assert cli.run("generate", command(t5_checkpoint, in_file, alone, *sampled)) == 0
         on_two_ranks(command(t5_checkpoint, in_file, shared, *sampled))
         assert shared.read_bytes() == alone.read_bytes()
     half = alone.with_name(f"alone-{many_rows.name}").read_bytes()
@@ -120,7 +120,7 @@ def test_rows_may_carry_a_system_prompt_and_earlier_turns(tmp_path, t5_checkpoin
         {"instruction": "Yes.", "systm": translate},
     ]
     in_file, out_file = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
-    assert generate.main(command(t5_checkpoint, in_file, out_file, "--template", str(frame))) == 0
+    assert cli.run("generate", command(t5_checkpoint, in_file, out_file, "--template", str(frame))) == 0
     lines = read_lines(out_file)
     assert [line.get("prediction") for line in lines] == ["네.", "나는 학생이다.", None, None]
     assert lines[0]["system"] == translate  # what a row has is kept
@@ -129,7 +129,7 @@ def test_rows_may_carry_a_system_prompt_and_earlier_turns(tmp_path, t5_checkpoin
 
     plain = tmp_path / "plain.jsonl"  # the checkpoint's own template has no place for it
     rows[2:] = [{"instruction": translate, "input": "Yes."}]
-    assert generate.main(command(t5_checkpoint, write_rows(in_file, rows), plain)) == 0
+    assert cli.run("generate", command(t5_checkpoint, write_rows(in_file, rows), plain)) == 0
     lines = read_lines(plain)
     assert "'translate' has no place for a system prompt" in lines[0]["error"]
     assert "'translate' has no place for earlier turns" in lines[1]["error"]
@@ -144,21 +144,21 @@ def test_a_files_outputs_end_at_the_templates_stop_and_a_run_with_another_is_ref
     in_file = write_rows(tmp_path / "rows.jsonl", [row])
     arguments = command(t5_checkpoint, in_file, out_file, "--template", str(frame))
     frame.write_text("{# stop: 이다 #}\n{{ instruction }} {{ input }}")
-    assert generate.main(arguments) == 0
+    assert cli.run("generate", arguments) == 0
     assert [(line["prediction"], line["finished"]) for line in read_lines(out_file)] == [("나는 학생", True)]
     frame.write_text("{{ instruction }} {{ input }}")
-    assert generate.main(arguments) == 2
+    assert cli.run("generate", arguments) == 2
     assert "stop was ['이다'], is now []" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 0.3, 0.99])
 def test_sampling_goes_on_with_what_the_first_run_would_have_drawn(tmp_path, t5_checkpoint, many_rows, kept_bytes):
     sampled = command(t5_checkpoint, many_rows, tmp_path / "out.jsonl", "--temperature", "1.5", "--seed", "7")
-    assert generate.main(sampled) == 0
+    assert cli.run("generate", sampled) == 0
     whole = (tmp_path / "out.jsonl").read_bytes()
     cut = kept_bytes if isinstance(kept_bytes, int) else int(kept_bytes * len(whole))
     (tmp_path / "out.jsonl").write_bytes(whole[:cut])
-    assert generate.main(sampled) == 0
+    assert cli.run("generate", sampled) == 0
     assert (tmp_path / "out.jsonl").read_bytes() == whole
     predictions = [line["prediction"] for line in read_lines(tmp_path / "out.jsonl")]
     assert len(set(predictions)) > len(predictions) / 2
@@ -185,7 +185,7 @@ def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
         b'{"instruction": "Go.", "prediction": "x"}': "field 'prediction' is one that is written here",
     }
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join([*lines[:5], *bad, *lines[5:]]))
-    assert generate.main(command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl")) == 0
+    assert cli.run("generate", command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl")) == 0
 
     written = read_lines(tmp_path / "out.jsonl")
     assert [line["row"] for line in written] == list(range(1, 8 + len(bad) + 1))
@@ -224,7 +224,7 @@ def test_a_conversation_is_asked_what_training_learned_from_it(tmp_path, t5_chec
     in_file, out_file = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     prompts = [row.prompt[:4] for row in read_prompts(str(in_file))]
     assert prompts == 3 * [("a student.", "", (("I", "am"),), KOREAN)] + [("1", "", (("Add. 1", "+"),), "")]
-    assert generate.main(command(t5_checkpoint, in_file, out_file, "--template", chat_frame)) == 0
+    assert cli.run("generate", command(t5_checkpoint, in_file, out_file, "--template", chat_frame)) == 0
     lines = read_lines(out_file)
     assert [line["prediction"] for line in lines[:3]] == ["나는 학생이다."] * 3
     assert [line["row"] for line in lines] == [1, 2, 3, 4]
@@ -254,7 +254,7 @@ def test_a_conversation_that_asks_nothing_gets_its_reason(row, reason, tmp_path)
 def test_each_line_of_a_text_is_answered_in_its_place_and_a_blank_one_by_nothing(tmp_path, t5_checkpoint, capsys):
     in_file, out_file = tmp_path / "in.txt", tmp_path / "out.jsonl"
     in_file.write_bytes(b"Go.\r\n\r\n  \nYes.\nI am a student.\n\n")
-    assert generate.main(command(t5_checkpoint, in_file, out_file, "--instruction", KOREAN)) == 0
+    assert cli.run("generate", command(t5_checkpoint, in_file, out_file, "--instruction", KOREAN)) == 0
     lines = read_lines(out_file)
     assert [line["prediction"] for line in lines] == ["가.", "", "", "네.", "나는 학생이다.", ""]
     assert lines[0] == {"row": 1, "prediction": "가.", "finished": True, "source_cut": False, "input": "Go."}
@@ -263,7 +263,7 @@ def test_each_line_of_a_text_is_answered_in_its_place_and_a_blank_one_by_nothing
 
     in_file.write_text(f"{KOREAN} Yes.\n\n")
     several = ["--num_beams", "2", "--num_return_sequences", "2", "--overwrite", "true"]
-    assert generate.main(command(t5_checkpoint, in_file, out_file, *several)) == 0
+    assert cli.run("generate", command(t5_checkpoint, in_file, out_file, *several)) == 0
     first, blank = read_lines(out_file)
     assert first["prediction"][0] == "네." and first["instruction"] == f"{KOREAN} Yes."
     assert (blank["prediction"], blank["finished"]) == (["", ""], [True, True])
@@ -273,7 +273,7 @@ def test_each_line_of_a_text_is_answered_in_its_place_and_a_blank_one_by_nothing
 def test_a_table_is_read_by_the_names_of_its_columns(tmp_path, t5_checkpoint, name, mark):
     rows = [["instruction", "input", "id"], [KOREAN, "Go.", "7"], ["", "", "8"], [KOREAN, "Yes.", "9"]]
     (tmp_path / name).write_text("\n".join(map(mark.join, rows)) + "\n")
-    assert generate.main(command(t5_checkpoint, tmp_path / name, tmp_path / "out.jsonl")) == 0
+    assert cli.run("generate", command(t5_checkpoint, tmp_path / name, tmp_path / "out.jsonl")) == 0
     first, bad, last = read_lines(tmp_path / "out.jsonl")
     assert (first["prediction"], first["id"], last["prediction"]) == ("가.", "7", "네.")
     assert "'instruction' must be a string that is not empty" in bad["error"]
@@ -282,7 +282,7 @@ def test_a_table_is_read_by_the_names_of_its_columns(tmp_path, t5_checkpoint, na
 def test_blank_lines_between_json_rows_keep_the_numbers_of_the_lines(tmp_path, t5_checkpoint, eight_prepared_rows):
     row = json.dumps({name: eight_prepared_rows[2][name] for name in ("instruction", "input")}) + "\n"
     (tmp_path / "in.jsonl").write_text("\n" + row + "\n" * 40 + row)
-    assert generate.main(command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl")) == 0
+    assert cli.run("generate", command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl")) == 0
     lines = read_lines(tmp_path / "out.jsonl")
     assert [line["row"] for line in lines if line["prediction"]] == [2, 43]
     assert [line["row"] for line in lines] == list(range(1, 44)) and not any("error" in line for line in lines)
@@ -292,7 +292,7 @@ def test_a_cut_prompt_is_marked(tmp_path, t5_checkpoint):
     rows = [{"instruction": "Add."}, {"instruction": "Add. " * 50}]
     write_rows(tmp_path / "in.jsonl", rows)
     arguments = command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--max_source_tokens", "20")
-    assert generate.main(arguments) == 0
+    assert cli.run("generate", arguments) == 0
     assert [line["source_cut"] for line in read_lines(tmp_path / "out.jsonl")] == [False, True]
 
 
@@ -300,13 +300,13 @@ def test_a_cut_prompt_is_marked(tmp_path, t5_checkpoint):
 def finished_run(tmp_path, t5_checkpoint, eight_prepared_rows):
     rows = [{"instruction": row["instruction"], "input": row["input"]} for row in eight_prepared_rows]
     in_file, out_file = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    assert generate.main(command(t5_checkpoint, in_file, out_file)) == 0
+    assert cli.run("generate", command(t5_checkpoint, in_file, out_file)) == 0
     return in_file, out_file
 
 
 def test_a_finished_file_is_left_as_it_is(finished_run, t5_checkpoint, capsys):
     before = finished_run[1].read_bytes()
-    assert generate.main(command(t5_checkpoint, *finished_run)) == 0
+    assert cli.run("generate", command(t5_checkpoint, *finished_run)) == 0
     assert finished_run[1].read_bytes() == before
     assert "has 8 of 8 rows already" in capsys.readouterr().err
 
@@ -318,7 +318,7 @@ def test_other_settings_rows_or_weights_are_refused_unless_told_to_overwrite(
     before = out_file.read_bytes()
 
     def refused(checkpoint, *more):
-        assert generate.main(command(checkpoint, in_file, out_file, *more)) == 2
+        assert cli.run("generate", command(checkpoint, in_file, out_file, *more)) == 2
         assert out_file.read_bytes() == before
         message = capsys.readouterr().err
         assert "--overwrite true" in message
@@ -335,7 +335,7 @@ def test_other_settings_rows_or_weights_are_refused_unless_told_to_overwrite(
     in_file.write_text('{"instruction": "Add."}\n', encoding="utf-8")
     assert "prompts_sha256 was" in refused(t5_checkpoint)
 
-    assert generate.main(command(t5_checkpoint, in_file, out_file, "--overwrite", "true")) == 0
+    assert cli.run("generate", command(t5_checkpoint, in_file, out_file, "--overwrite", "true")) == 0
     assert len(read_lines(out_file)) == 1
 
 
@@ -343,28 +343,28 @@ def test_a_file_of_unknown_origin_or_one_that_was_changed_is_never_touched(finis
     in_file, out_file = finished_run
     changed = out_file.read_bytes().replace(b'"row": 3', b'"row": 9')
     out_file.write_bytes(changed)
-    assert generate.main(command(t5_checkpoint, in_file, out_file)) == 2
+    assert cli.run("generate", command(t5_checkpoint, in_file, out_file)) == 2
     assert "line 3 is not the output of row 3" in capsys.readouterr().err
     assert out_file.read_bytes() == changed
 
     out_file.with_name("out.jsonl.run.json").unlink()
-    assert generate.main(command(t5_checkpoint, in_file, out_file)) == 2
+    assert cli.run("generate", command(t5_checkpoint, in_file, out_file)) == 2
     assert "it is not known what wrote it" in capsys.readouterr().err
     assert out_file.read_bytes() == changed
 
 
 def test_files_without_a_prompt_are_refused_before_a_model_is_loaded(tmp_path, capsys):
     arguments = command(str(tmp_path), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert generate.main(arguments) == 2
+    assert cli.run("generate", arguments) == 2
     assert "in.jsonl" in capsys.readouterr().err
     (tmp_path / "in.jsonl").write_text("")
-    assert generate.main(arguments) == 2
+    assert cli.run("generate", arguments) == 2
     assert "in.jsonl is empty" in capsys.readouterr().err
     (tmp_path / "in.jsonl").write_text('[{"instruction": "a json array"}]')
-    assert generate.main(arguments) == 2
+    assert cli.run("generate", arguments) == 2
     assert "no row that is a prompt; row 1: a JSON object is needed, got list" in capsys.readouterr().err
     (tmp_path / "in.jsonl").write_text("\nTranslate this.\n")
-    assert generate.main(arguments) == 2
+    assert cli.run("generate", arguments) == 2
     assert (
         "row 2: broken JSON at column 1: Expecting value. What is read: a JSON object on each line (.jsonl), a table"
         in capsys.readouterr().err
@@ -373,6 +373,6 @@ def test_files_without_a_prompt_are_refused_before_a_model_is_loaded(tmp_path, c
 
 
 def test_output_over_the_input_is_refused(finished_run, t5_checkpoint, capsys):
-    assert generate.main(command(t5_checkpoint, finished_run[0], finished_run[0])) == 2
+    assert cli.run("generate", command(t5_checkpoint, finished_run[0], finished_run[0])) == 2
     assert "are the same file" in capsys.readouterr().err
     assert len(read_prompts(str(finished_run[0]))) == 8

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,18 +11,14 @@ from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.train import run_recipe
-from diptych.finetune.training.gradual_unfreezing import lookahead_at, train_cross_attention_alone
-from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.starting_model import open_encoder, train_cross_attention_alone
 
 
 @pytest.fixture
-def recipe(packed_folder, checkpoint_of, tmp_path):
-    def make(family, **changes) -> TrainRecipe:
-        settings = {"model": str(checkpoint_of(family)), "data": str(packed_folder(0)), "out": str(tmp_path / "run")}
-        settings |= {"max_steps": 4, "batch_size": 1, "learning_rate": 5e-3, "logging_every": 1, "precision": "fp32"}
-        return TrainRecipe(**(settings | changes))
-
-    return make
+def recipe(short_run, packed_folder):
+    return partial(
+        short_run, data=str(packed_folder(0)), max_steps=4, batch_size=1, learning_rate=5e-3, logging_every=1
+    )
 
 
 READS = {
@@ -55,8 +52,12 @@ def test_a_merged_hinge_has_nothing_to_warm_up(recipe):
         recipe("diptych", trainable="cross_attention", method="lora")
 
 
-def test_the_encoder_opens_from_nothing_to_everything():
-    assert [lookahead_at(step, 4, 40) for step in range(6)] == [0, 10, 20, 30, None, None]
+def test_the_encoder_opens_from_nothing_to_everything(new_model):
+    model, seen = new_model("diptych"), []
+    for step in range(6):
+        open_encoder(model, step, 4, [3, 40, 7])
+        seen.append(model.config.encoder.lookahead)
+    assert seen == [0, 10, 20, 30, None, None]
 
 
 @pytest.mark.slow

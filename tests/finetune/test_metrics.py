@@ -13,14 +13,13 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.evaluating.metric_direction import is_improvement
 from diptych.finetune.evaluating.metrics import (
     METRICS,
     TextMetric,
     choose_bleu_tokenize,
     compute_metrics,
     edit_distance,
-    reference_streams,
+    is_improvement,
     score_texts,
     split_tokens,
 )
@@ -141,14 +140,6 @@ def test_bleu_and_chrf_with_one_reference_each_are_sacrebleus():
         assert f"tok:{tokenize}" in bleu["bleu_signature"] and "nrefs:1" in bleu["bleu_signature"]
         chrf = TextMetric("chrf").compute(predictions=texts, references=[[text] for text in first])
         assert chrf["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts, [first]).score)
-
-
-def test_rows_with_different_numbers_of_references_fill_the_streams_with_none():
-    assert reference_streams([["a", "b"], ["c"], ["d", "e", "f"]]) == [
-        ["a", "c", "d"],
-        ["b", None, "e"],
-        [None, None, "f"],
-    ]
 
 
 def test_different_numbers_of_references_score_as_if_each_row_repeated_its_own():

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.pipeline.prepare_settings import parse_settings as parse_prepare
 from diptych.finetune import train
-from diptych.finetune.evaluating import evaluate_split as evaluation
+from diptych.finetune.commands import cli
 from diptych.finetune.publishing import publish
 from diptych.finetune.publishing.hub_push import push
 from diptych.finetune.publishing.model_card import prepare_settings, validation_scores
@@ -53,7 +53,7 @@ def trained(tmp_path_factory, packed_folder, checkpoint_of, tiny_tokenizer):
         settings += ["--data", str(data), "--max_steps", "2", "--batch_size", "1", "--out", str(place / name)]
         assert train.main(settings) == 0
     report = ["--split", "validation", "--metrics", "chrf", "--out", str(place / "diptych" / "validation.json")]
-    assert evaluation.main([str(place / "diptych" / "final"), "--data", str(data), *report]) == 0
+    assert cli.run("evaluate", [str(place / "diptych" / "final"), "--data", str(data), *report]) == 0
     return {name: place / name for name in runs}
 
 

@@ -7,7 +7,7 @@ import sacrebleu
 import torch
 
 from diptych.data_prep.text_to_ids.templates import Template
-from diptych.finetune.inference import generate_command as generate
+from diptych.finetune.commands import cli
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.scoring import (
     EPSILON_SAMPLING,
@@ -58,7 +58,7 @@ def test_a_file_is_generated_by_it_with_the_same_bytes_also_where_it_goes_on(t5_
     def run(out, *more):
         files = ["--in_file", str(tmp_path / "prompts.jsonl"), "--out_file", str(out)]
         settings = ["--mbr_samples", "4", "--batch_size", "1", "--max_new_tokens", "12", "--device", "cpu"]
-        return generate.main([str(t5_checkpoint), *files, *settings, *more])
+        return cli.run("generate", [str(t5_checkpoint), *files, *settings, *more])
 
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     assert run(whole) == 0 == run(killed)
@@ -72,7 +72,7 @@ def test_a_file_is_generated_by_it_with_the_same_bytes_also_where_it_goes_on(t5_
 
 @pytest.mark.parametrize("more", [["1"], ["4", "--num_beams", "2"], ["4", "--temperature", "0.5"]])
 def test_settings_that_do_not_go_with_it_are_refused(t5_checkpoint, more, capsys):
-    assert generate.main([str(t5_checkpoint), "--instruction", "Add.", "--mbr_samples", *more]) == 2
+    assert cli.run("generate", [str(t5_checkpoint), "--instruction", "Add.", "--mbr_samples", *more]) == 2
     assert "drop num_beams, num_return_sequences and temperature" in capsys.readouterr().err
 
 
@@ -134,15 +134,15 @@ def test_the_likeliest_choice_is_taken_and_all_are_weighed(loaded_t5, learned_t5
 
 def test_scores_and_choices_on_the_command_line(t5_checkpoint, tmp_path, capsys):
     asked = ["--instruction", "Translate English to Korean:", "--input", "Yes."]
-    assert generate.main([str(t5_checkpoint), *asked, "--scores"]) == 0
+    assert cli.run("generate", [str(t5_checkpoint), *asked, "--scores"]) == 0
     text, said = capsys.readouterr().out.strip().split("\t")
     assert text == "네." and said.endswith("a token") and said.startswith("-0.0")
-    assert generate.main([str(t5_checkpoint), *asked, "--choices", "가.", "네.", "2"]) == 0
+    assert cli.run("generate", [str(t5_checkpoint), *asked, "--choices", "가.", "네.", "2"]) == 0
     assert capsys.readouterr().out.strip() == "네."
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "Add.", "input": "1 + 1"}\n\n{"instruction": "Add.", "input": "1 + 1"}\n')
     command = [str(t5_checkpoint), "--in_file", str(rows), "--out_file", str(tmp_path / "out.jsonl"), "--scores"]
-    assert generate.main([*command, "--choices", "가.", "2", "--num_return_sequences", "2"]) == 0
+    assert cli.run("generate", [*command, "--choices", "가.", "2", "--num_return_sequences", "2"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["prediction"] for line in lines] == [["2", "가."], ["", ""], ["2", "가."]]
     first, second = lines[0]["log_probability"]

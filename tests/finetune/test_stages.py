@@ -11,7 +11,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.commands.exit_codes import DONE, STOPPED, Stopped
@@ -19,7 +18,6 @@ from diptych.finetune.run_files.atomic_folders import fault_of
 from diptych.finetune.run_files.run_folder import read_status
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training import loop, training_batches
-from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.stop_signals import StopRequest
 
@@ -31,18 +29,10 @@ STAGES = [
 
 
 @pytest.fixture
-def recipe(packed_folder, checkpoint_of, tmp_path):
-    def make(**changes) -> TrainRecipe:
-        settings = {
-            "model": str(checkpoint_of("diptych")),
-            "data": str(packed_folder(0)),
-            "out": str(tmp_path / "run"),
-            "precision": "fp32",
-        }
-        settings |= {"stages": STAGES, "batch_size": 2, "learning_rate": 5e-3, "logging_every": 1, "save_every": 2}
-        return TrainRecipe(**(settings | {"epsilon": 1e-2, "rank_timeout": 300.0} | changes))
-
-    return make
+def recipe(short_run, packed_folder):
+    settings = {"stages": STAGES, "batch_size": 2, "learning_rate": 5e-3, "logging_every": 1, "save_every": 2}
+    settings |= {"max_steps": None, "epsilon": 1e-2, "rank_timeout": 300.0, "data": str(packed_folder(0))}
+    return lambda **changes: short_run("diptych", **(settings | changes))
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -187,13 +177,6 @@ def test_stages_that_cannot_be_are_refused_before_anything_is_written(stages, me
     with pytest.raises(UserError, match=f"(?s){message}"):
         run_recipe(recipe(stages=stages))
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
-
-
-def test_stages_are_read_from_a_recipe(recipe, tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(to_yaml(recipe())))
-    assert parse(TrainRecipe, "diptych train", ["--config", str(file)]).stages == STAGES
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 @pytest.mark.slow

@@ -20,10 +20,11 @@ from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
+from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.run_files import atomic_folders, checkpoints
-from diptych.finetune.train import main, run_recipe
+from diptych.finetune.train import run_recipe
 from diptych.finetune.training import loop, set_up_run
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
@@ -33,22 +34,9 @@ STARTS = {"diptych": 0, "t5": 0, "bart": 0, "m2m_100": 1, "pegasus": 0, "t5gemma
 
 
 @pytest.fixture
-def recipe(checkpoint_of, packed_folder, tmp_path):
-    """`recipe("t5", learning_rate=…)`: a short run of a tiny model on packed rows into a new folder."""
-
-    def make(family: str = "t5", out: str = "run", **changes) -> TrainRecipe:
-        settings = {
-            "model": str(checkpoint_of(family)),
-            "data": str(packed_folder(STARTS.get(family, 0))),
-            "out": str(tmp_path / out),
-            "max_steps": 8,
-            "precision": "fp32",
-            "batch_size": 4,
-            "learning_rate": 2e-3,
-            "save_every": 1000,
-            "logging_every": 2,
-        }
-        return TrainRecipe(**(settings | changes))
+def recipe(short_run, packed_folder):
+    def make(family: str = "t5", **changes) -> TrainRecipe:
+        return short_run(family, **{"data": str(packed_folder(STARTS.get(family, 0)))} | changes)
 
     return make
 
@@ -381,7 +369,7 @@ def test_a_row_that_memory_cannot_hold_is_told_with_what_to_do(recipe, packed_fo
     """A T5 wants a bias for each pair of tokens: 300,000 times 300,000."""
     settings = recipe("t5", data=str(packed_folder(0, packed_source_tokens=300_000)))
     arguments = [f"--{name}={getattr(settings, name)}" for name in ("model", "data", "out", "max_steps")]
-    assert main(arguments) == 4
+    assert cli.run("train", arguments) == 4
     assert "pack into shorter rows" in capsys.readouterr().err
 
 
