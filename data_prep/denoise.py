@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import parse
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
@@ -231,7 +231,7 @@ def denoise(settings: DenoiseSettings) -> Counter[str]:
         _write(writer, pairs)
     partial.rename(out / "pairs.parquet")
     if left_out := texts.left_out():
-        print(f"warning: {left_out}", file=sys.stderr)
+        print(message_line(f"warning: {left_out}"), file=sys.stderr)
     return counts
 
 

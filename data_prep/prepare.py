@@ -24,7 +24,7 @@ import numpy
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import UserError, counted
+from diptych.data_prep.command_line.errors import UserError, counted, message_line
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
 from diptych.data_prep.pipeline.dataset_tables import packed_table, plan_packing, split_tables
@@ -106,8 +106,10 @@ class Prepared:
         """The lines that the command prints."""
         if self.is_reused:
             said = f"Reused     {self.folder}: nothing has changed since it was prepared"
-            return "\n".join([said, splits_line(self.manifest), *packing_lines(self.manifest)])
-        return "\n".join(summary_lines(self.folder, self.manifest))
+            lines = [said, splits_line(self.manifest), *packing_lines(self.manifest)]
+        else:
+            lines = summary_lines(self.folder, self.manifest)
+        return "\n".join(map(message_line, lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +149,11 @@ def prepare(
     folder = Path(settings.out).expanduser().resolve()
     check_apart(folder, settings)
     inputs = open_inputs(settings, rows)
-    tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template, say)
+
+    def say_line(text: str) -> None:
+        say(message_line(text))
+
+    tokenizer, template = load_tokenizer_and_template(settings, inputs.default_template, say_line)
     fingerprint = fingerprint_of(settings, inputs, tokenizer, template)
     if (manifest := find_reusable(folder, fingerprint)) is not None:
         return Prepared(folder, manifest, is_reused=True)
@@ -155,7 +161,7 @@ def prepare(
         scratch = partial / "scratch"
         scratch.mkdir()
         with (partial / REJECTS).open("w", encoding="utf-8") as file:
-            stages = make_stages(settings, inputs, tokenizer, template, say)
+            stages = make_stages(settings, inputs, tokenizer, template, say_line)
             rejects = Rejects(file, settings.strict, fatal_kinds(settings))
             results = _make_tables(inputs, RowJob(inputs.sources, stages, fingerprint), rejects, partial)
         manifest = manifest_of(results)

@@ -24,14 +24,13 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, check_encoding, excerpt, nearest
 from diptych.data_prep.command_line.option_synonyms import other_name
 from diptych.data_prep.command_line.run_command import with_wrong_places
 
 Settings = TypeVar("Settings")
 
 NAMES_SHOWN = 12
-SHOWN_CHARACTERS = 80
 HELP_COLUMNS = 100
 ANSWERS = ("--help", "--print_config")
 """Options that print something and end the command."""
@@ -60,6 +59,8 @@ def parse(
     if "-h" in argv or "--help" in argv:
         print(help_text(settings_class, command, usage, sections))
         raise SystemExit(0)
+    for word in argv:
+        check_encoding(word)
     argv = [_with_underscores(word, settings_class) for word in argv]
     words, recipes = _without_recipes(_spell_out(settings_class, argv))
     contents = [_read_recipe(name, settings_class) for name in recipes]
@@ -102,8 +103,7 @@ def _instantiate(
     except UserError:
         raise
     except (ArgumentError, ValueError) as error:
-        message = _user_error_behind(error) or " ".join(str(error).split()).rstrip(".")[:300] + ". See --help."
-        raise UserError(message) from None
+        raise _user_error_behind(error) or UserError(f"{excerpt(error, 300).rstrip('.')}. See --help.") from None
 
 
 def choose_from(name: str, known: Sequence[str]) -> str:
@@ -160,13 +160,15 @@ def _spell_out(settings_class: type, argv: Sequence[str]) -> list[str]:
     for position, word in enumerate(argv):
         option, equals, value = word.partition("=")
         hint = hints.get(option[2:]) if option.startswith("--") else None
-        if kind_of_entry := _kind_of_entry(hint):
-            kind, entries = kind_of_entry, lists.setdefault(option, [])
+        if inner := [get_args(part)[0] for part in _kinds(hint) if get_origin(part) is list]:
+            kind, entries = inner[0], lists.setdefault(option, [])
             entries += [value if kind is str else _read(value)] if equals else []
         elif word.startswith("--"):
             entries = None
-            is_bare = not equals and not _is_value(argv[position + 1 : position + 2], hint)
-            others.append(f"{word}=true" if bool in (hint, *get_args(hint)) and is_bare else word)
+            following = argv[position + 1] if position + 1 < len(argv) else "--"
+            has_value = isinstance(_read(following), bool) if hint is bool else not _is_option(following)
+            is_bare = bool in (hint, *get_args(hint)) and not equals and not has_value
+            others.append(f"{word}=true" if is_bare else word)
         elif entries is None:
             others.append(word)
         else:
@@ -175,16 +177,6 @@ def _spell_out(settings_class: type, argv: Sequence[str]) -> list[str]:
         is_list = len(entries) == 1 and isinstance(entries[0], list)  # `--layers '[0, 1]'` and not `--layers 0 1`
         others.append(f"{option}={json.dumps(entries[0] if is_list else entries)}")
     return others
-
-
-def _kind_of_entry(hint: Any) -> Any:
-    """`list[int] | None` → int; None if it is no list."""
-    return next((get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) is list), None)
-
-
-def _is_value(following: Sequence[str], hint: Any) -> bool:
-    """Whether the next word, if there is one, is the value of a flag; a plain flag takes only true and false."""
-    return any(isinstance(_read(word), bool) if hint is bool else not _is_option(word) for word in following)
 
 
 def _without_recipes(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -231,7 +223,7 @@ def _check_words(words: Sequence[str], settings_class: type, command: str, in_re
         if fault := _fault(option, value, hint):
             faults.append(fault)
     if faults:
-        raise UserError("\n".join(faults))
+        raise UserError(*faults)
     if len(given) > len(due):
         raise UserError(f"{given[len(due)]!r} belongs to no option. See --help.")
     if missing := [name for name in due[len(given) :] if name not in in_recipes]:
@@ -300,7 +292,7 @@ def _checked(content: dict[str, Any], settings_class: type, before: str = "") ->
             content[key] = [value]
     each = (_fault_inside("", {key: value}, settings_class) for key, value in content.items())
     if faults := [fault for fault in each if fault]:
-        raise UserError(before + "\n".join(faults))
+        raise UserError(before + faults[0], *faults[1:])
     return content
 
 
@@ -410,8 +402,7 @@ def _advice(value: Any, hint: Any) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "empty"
-    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …"
+    return excerpt(repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _settings_in(hint: Any) -> type | None:
@@ -455,7 +446,8 @@ def _entries(settings_class: type, before: str = "") -> Iterator[tuple[str, str,
         name, text = f"{before}{setting.name}", docs[setting.name]
         default = setting.default
         if default not in (MISSING, None, ""):
-            text += f" (default: {_plain_default(default)})"
+            plain = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            text += f" (default: {plain.lower() if isinstance(default, bool) else plain})"
         head = setting.name.upper() if _is_positional(setting) else f"--{name} {_placeholder(hints[setting.name])}"
         yield name, head, text
         if inner := _settings_in(hints[setting.name]):
@@ -469,12 +461,6 @@ def _docs(settings_class: type) -> dict[str, str]:
     parsed = (docstring_parser.parse_from_object(it) for it in reversed(settings_class.__mro__) if is_dataclass(it))
     described = {it.arg_name: it.description for docs in parsed for it in docs.params}
     return {setting.name: described.get(setting.name) or "" for setting in fields(settings_class)}
-
-
-def _plain_default(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _placeholder(hint: Any) -> str:

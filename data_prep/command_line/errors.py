@@ -1,23 +1,68 @@
-"""The error for mistakes that a person can correct, and helpers for its message.
+"""The error for mistakes that a person can correct, and what a message is made of.
 
 raise UserError(f"{counted(3, 'row')} have no column 'output'. Did you mean {nearest('output', ['Output'])!r}?")
 
 with library_errors("config.json of t5 cannot be read", "Copy it again."):
     AutoConfig.from_pretrained("t5")      # UserError: config.json of t5 cannot be read: {its message} Copy it again.
+
+Names, texts and errors of libraries come from files of other people. A message shows control characters, line breaks
+and marks of the writing direction as Python spells them, so that none of them acts on a terminal:
+
+escaped("a\\nb")          → a, a backslash, n, b
+excerpt("a" * 1000, 5)     → aaaaa …
 """
 
 import contextlib
 import difflib
 import errno
+import re
 from collections.abc import Callable, Iterable, Iterator
+
+CONTROLS = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+"""Control characters, line breaks, marks that change the writing direction, bytes of file names that are no UTF-8; no
+letter of any script, and no emoji."""
+
+LONGEST_SHOWN = 200
+LONGEST_LINE, LONGEST_END = 1_600, 400
+"""Characters of a text in a message; of a line of a message, and of the end of a line that is too long."""
 
 
 class UserError(ValueError):
     """A mistake that a person can correct. Its message says what is wrong, what was found, what is allowed, what to
-    do."""
+    do. Each argument is a line of it."""
 
     exit_code = 2
     """What the command exits with; finetune/commands/exit_codes.py has the others."""
+
+    def __init__(self, *lines: object) -> None:
+        super().__init__(*map(message_line, lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+def escaped(text: str) -> str:
+    return re.sub(CONTROLS, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def excerpt(text: object, characters: int = LONGEST_SHOWN) -> str:
+    """The beginning of a text from outside, escaped; of an error, the words on all its lines."""
+    text = " ".join(str(text).split()) if isinstance(text, BaseException) else str(text)
+    return escaped(text if len(text) <= characters else text[:characters] + " …")
+
+
+def message_line(text: object) -> str:
+    """Escaped; of a line that is too long, the beginning and the end, which says what to do."""
+    text = str(text)
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE - LONGEST_END]} … {text[-LONGEST_END:]}"
+    return escaped(text)
+
+
+def check_encoding(name: str) -> None:
+    """UserError for the name of a file that is not UTF-8: neither YAML nor Arrow, which name it again, can hold it."""
+    if re.search("[\ud800-\udfff]", name):
+        raise UserError(f"{name} is not UTF-8. Rename it, or set the locale that it is written in: LC_ALL=C.UTF-8.")
 
 
 def counted(number: int, thing: str) -> str:
@@ -64,10 +109,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def in_short(error: BaseException, limit: int = 300) -> str:
     """The first line of a message, with the second where it ends with a colon, and with the type where it is one word,
-    as that of a KeyError. Characters that no terminal prints become spaces."""
+    as that of a KeyError."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    text = text if " " in text else f"{type(error).__name__} {text}".strip()
-    text = text if len(text) <= limit else f"{text[:limit]} …"
+    text = excerpt(text if " " in text else f"{type(error).__name__} {text}".strip(), limit)
     return text if text[-1] in ".!?…" else f"{text}."

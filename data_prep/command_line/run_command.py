@@ -10,13 +10,13 @@ If the reader of a pipe ends (`| head -1`), further output is dropped, and the w
 
 import io
 import os
-import stat
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
-from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError
+from diptych.data_prep.command_line.errors import CONTROLS, STORAGE_ERRORS, UserError, escaped
 
 Settings = TypeVar("Settings")
 
@@ -32,13 +32,15 @@ def run_command(
 ) -> int:
     """The exit code. A mistake that a person can correct is one message that begins with `command`."""
     asks_for_help = {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv)
-    survive_closed_pipes(is_said=not asks_for_help)
+    guard_streams(is_said=not asks_for_help)
     rank = os.environ.get("RANK", "0")
     sender = command if rank == "0" else f"{command}, rank {rank}"
     try:
         settings = parse_it(sys.argv[1:] if argv is None else argv)
         check_places(type(settings), vars(settings))
-        return work(settings)
+        code = work(settings)
+        sys.stdout.flush()
+        return code
     except (UserError, OSError) as error:
         print(f"{sender}: {message_of_file(error)}", file=sys.stderr)
         return exit_code(error)
@@ -56,9 +58,9 @@ def exit_code(error: UserError | OSError) -> int:
 def message_of_file(error: UserError | OSError) -> str:
     """For an error of a file or folder: the path, what is wrong and, if a right is missing, what to do."""
     if not isinstance(error, OSError) or error.filename is None:
-        return str(error)
+        return str(error) if isinstance(error, UserError) else escaped(str(error))
     remedy = ". Get yourself the right to it, or name another place" if isinstance(error, PermissionError) else ""
-    return f"{error.filename}: {error.strerror}{remedy}"
+    return escaped(f"{error.filename}: {error.strerror}{remedy}")
 
 
 # Settings that name a place
@@ -66,7 +68,11 @@ def message_of_file(error: UserError | OSError) -> str:
 
 def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
     """UserError if a setting names a file or folder that is not there. Only its `check` is called, no content is
-    read."""
+    read. Also if the working folder is gone."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the folder that this process works in was removed. Change to another one.") from None
     for setting in fields(settings_class):
         check, value = setting.metadata.get("check"), values[setting.name]
         given_as = setting.name if setting.default is setting.default_factory is MISSING else f"--{setting.name}"
@@ -80,32 +86,61 @@ def with_wrong_places(error: UserError, settings_class: type, values: Mapping[st
     try:
         check_places(settings_class, values)
     except UserError as place:
-        return UserError(f"{place}\n{error}")
+        return UserError(*place.args, *error.args)
     return error
 
 
-# Pipes
+# What is printed
+
+BREAKS = r"[\n\t]"
+BARS = rf"{BREAKS}|\A\r|\A(?:\x1b\[A)+\Z"
+"""What tqdm draws bars with: each comes in a call of its own, or begins one."""
 
 
-def survive_closed_pipes(is_said: bool = True) -> None:
-    """From now on, this process does not end if the reader of its stdout or stderr does; a note says so on stderr."""
-    for name in ("stdout", "stderr"):
+def printable(text: str, kept: str = BREAKS) -> str:
+    """Control characters escaped, but those of the pattern `kept`."""
+    return re.sub(f"({kept})|{CONTROLS}", lambda found: found[1] or escaped(found[0]), text)
+
+
+class Printed(io.TextIOWrapper):
+    """A stream for a person: whatever we or a library print, no control character of it reaches a terminal.
+    Characters that the encoding lacks are escaped, too."""
+
+    kept: str | None = BREAKS
+    """None where another program reads: texts stay as they are."""
+
+    def write(self, text: str) -> int:
+        super().write(text if self.kept is None else printable(text, self.kept))
+        return len(text)
+
+
+def guard_streams(is_said: bool = True) -> None:
+    """From now on, what this process prints is `printable`; and it does not end if the reader of its stdout or stderr
+    does: a note says so on stderr. What is closed at the start is /dev/null, so that no file of ours takes its place.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(0, encoding="utf-8")
+    for descriptor, name in enumerate(("stdout", "stderr"), start=1):
         stream = getattr(sys, name)
-        if stream is None or stream is not getattr(sys, f"__{name}__") or not _is_pipe(stream.fileno()):
-            continue
-        stream.flush()
-        pipe = io.BufferedWriter(_Pipe(stream.fileno(), is_said and name == "stdout"))
-        lines = stream.line_buffering or stream.write_through
-        setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=lines))
+        if stream is getattr(sys, f"__{name}__"):
+            if stream is not None:
+                stream.flush()
+            raw = io.BufferedWriter(_Descriptor(descriptor, is_said and name == "stdout"))
+            lines = stream is None or stream.line_buffering or stream.write_through
+            encoding = stream.encoding if stream else "utf-8"
+            stream = Printed(raw, encoding, "backslashreplace", line_buffering=lines)
+            setattr(sys, name, stream)
+        if isinstance(stream, Printed):
+            stream.kept = BARS if name == "stderr" else BREAKS
 
 
-def _is_pipe(descriptor: int) -> bool:
-    mode = os.fstat(descriptor).st_mode
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-class _Pipe(io.FileIO):
-    """Once its reader has ended, the descriptor points to /dev/null, also for other libraries and processes."""
+class _Descriptor(io.FileIO):
+    """If it cannot be written to, it points to /dev/null from then on, also for other libraries and processes. That is
+    no error if the reader of a pipe has ended."""
 
     def __init__(self, descriptor: int, is_said: bool):
         super().__init__(descriptor, "w", closefd=False)
@@ -114,10 +149,12 @@ class _Pipe(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
+        except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                raise OSError(error.errno, error.strerror, ("", "stdout", "stderr")[self.fileno()]) from None
             if self.is_said:
                 print("note: nobody reads what is printed any more; the work goes on.", file=sys.stderr)
             return len(data)

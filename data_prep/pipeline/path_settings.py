@@ -53,10 +53,6 @@ def _check_source(name: str, option: str) -> None:
         check_entry(name)
 
 
-def _check_held_out(name: str, option: str) -> None:
-    _check_source(named(name)[1], option)
-
-
 def _check_output(name: str, option: str) -> None:
     """UserError where nothing can be written: before the work, which may take hours."""
     place = Path(name).absolute()
@@ -77,5 +73,5 @@ EXISTING = {"check": _check_exists}
 TEMPLATE = {"check": _check_template}
 SOURCE = {"check": _check_source}
 """What `diptych prepare` reads."""
-NAMED_SOURCE = {"check": _check_held_out}
+NAMED_SOURCE = {"check": lambda name, option: _check_source(named(name)[1], option)}
 """The same, perhaps with a name before it: news=a.jsonl."""

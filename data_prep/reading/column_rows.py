@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.reading.find_files import File, Limits, OwnBytes
 from diptych.data_prep.reading.json_rows import STRICT_JSON, is_too_deep, json_fault
 from diptych.data_prep.reading.row_chunks import (
@@ -210,8 +210,7 @@ def _faults_named(file: File, format: str) -> Iterator[None]:
         yield
     except FAULTS as error:
         file.check_content()
-        what = " ".join(str(error).split())[:300].rstrip(".")
-        raise UserError(f"{file.name} cannot be read as {format}: {what}.") from None
+        raise UserError(f"{file.name} cannot be read as {format}: {excerpt(error).rstrip('.')}.") from None
     file.check_content()
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import pyarrow
 import xxhash
 
-from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, check_encoding, nearest
 from diptych.data_prep.rows.language_names import languages_of_files
 from diptych.data_prep.rows.valid_text import listed
 
@@ -158,6 +158,7 @@ def changed(name: str) -> str:
 
 def identify(found: Found, any_text: bool = False) -> File:
     """Open, check and digest a file. With `any_text`, any suffix is allowed except those of archives."""
+    check_encoding(found.name)
     suffix, packed = suffixes(found.name)
     if suffix in REFUSED_SUFFIXES:
         raise UserError(

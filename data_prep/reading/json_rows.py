@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from diptych.data_prep.command_line.errors import excerpt
 from diptych.data_prep.reading.find_files import BLOCK_BYTES, Content, File, Limits
 from diptych.data_prep.reading.lines import BYTE_ORDER_MARK
 from diptych.data_prep.reading.row_chunks import (
@@ -97,7 +98,8 @@ def checked_row(value: Any, raw: str, origin: Origin, limits: Limits) -> Row | R
     """A decoded value as a row, if it is an object that is not nested too deeply."""
     if not isinstance(value, dict):
         what = JSON_TYPE_NAMES.get(type(value), type(value).__name__)
-        return Reject(origin, None, "not an object", f"the row is {what} ({raw[:60]}); an object {{…}} is due.", raw)
+        reason = f"the row is {what} ({excerpt(raw, 60)}); an object {{…}} is due."
+        return Reject(origin, None, "not an object", reason, raw)
     if is_too_deep(value, raw, limits):
         reason = f"lists and objects are nested deeper than {limits.max_depth}."
         return Reject(origin, None, "nested too deeply", reason, raw)

@@ -33,7 +33,7 @@ from typing import Any
 
 import xxhash
 
-from diptych.data_prep.command_line.errors import UserError, counted
+from diptych.data_prep.command_line.errors import UserError, counted, excerpt
 from diptych.data_prep.reading.column_rows import hub_chunks
 from diptych.data_prep.reading.file_layout import reader_of
 from diptych.data_prep.reading.find_files import (
@@ -414,7 +414,7 @@ def _open_hub(entry: str, limits: Limits) -> list[Source]:
     try:
         found = datasets.load_dataset(name, split=split or None)
     except faults as error:
-        raise UserError(f"{entry} could not be loaded from the Hub: {error}") from error
+        raise UserError(f"{entry} could not be loaded from the Hub: {excerpt(error)}") from error
     if split:
         return [hub_source(found, entry, entry, limits)]
     kinds, notes = _kinds_of(entry, list(found), f"{entry}:{next(iter(found), 'train')}")

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.reading.find_files import Content, File, Limits
 from diptych.data_prep.reading.lines import (
     BYTE_ORDER_MARK,
@@ -88,7 +88,7 @@ def check_header(header: Header, text: str, name: str, offset: int | None) -> No
     if what is None and len(set(header.names)) < len(header.names):
         what = "it names a column twice"
     if what is not None:
-        raise UserError(f"{name}: the header {text.strip()[:200]!r} is wrong: {what.rstrip('.')}.")
+        raise UserError(f"{name}: the header '{excerpt(text.strip())}' is wrong: {what.rstrip('.')}.")
 
 
 # A row a line
@@ -209,7 +209,7 @@ def _csv_rows(lines: _CsvLines, name: str, limits: Limits, delimiter: str, numbe
     for record in _csv_records(lines, name, limits, delimiter):
         if isinstance(record, Reject):
             if header is None and not numbered:
-                raise UserError(f"{name}: the header {record.raw.strip()[:200]!r} is wrong: {record.reason}")
+                raise UserError(f"{name}: the header '{excerpt(record.raw.strip())}' is wrong: {record.reason}")
             yield record
             continue
         values, number, text, offset = record

@@ -15,12 +15,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import counted
+from diptych.data_prep.command_line.errors import counted, excerpt
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import CONFLICTS, REJECTS
 from diptych.data_prep.pipeline.row_stages import Counts
 from diptych.data_prep.rows.records import CUT_OFF, Rejects
-from diptych.data_prep.rows.valid_text import shown_name
 from diptych.data_prep.text_to_ids.templates import Template
 
 NEXT_TO_ALONE = 1.05
@@ -201,7 +200,7 @@ def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, count
     """What was given and is not used, or is used in an unexpected way."""
     if counts.unused_fields:
         names = [name for name, _ in counts.unused_fields.most_common()]
-        shown = [shown_name(name) or "(without a name)" for name in names[:FIELDS_SHOWN]]
+        shown = [excerpt(name) or "(without a name)" for name in names[:FIELDS_SHOWN]]
         more = f" and {len(names) - FIELDS_SHOWN:,} more" if len(names) > FIELDS_SHOWN else ""
         yield f"fields that are not used: {', '.join(shown)}{more}."
         if thoughts := [name for name in names if name.rpartition(".")[2] in THOUGHTS and "." in name]:

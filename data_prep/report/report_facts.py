@@ -14,6 +14,7 @@ import transformers
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line.errors import excerpt, message_line
 from diptych.data_prep.pipeline.dataset_tables import PackingPlan, direction_counts, token_counts
 from diptych.data_prep.pipeline.gather_rows import Gathered
 from diptych.data_prep.pipeline.prepare_inputs import Inputs
@@ -26,7 +27,7 @@ from diptych.data_prep.report.printed_summary import (
     packing_warnings,
     usage_warnings,
 )
-from diptych.data_prep.report.visible_text import token_chips
+from diptych.data_prep.report.visible_text import shortened, token_chips
 from diptych.data_prep.rows.named_splits import KINDS
 from diptych.data_prep.rows.records import Rejects
 from diptych.data_prep.text_to_ids.decoder_start import split_start
@@ -39,7 +40,6 @@ PADDED_BATCH = 32
 """Rows of the batches whose padding packing is compared with."""
 SENSITIVE_SHOWN = 5
 CATEGORIES_SHOWN = 30
-SHOWN_CHARACTERS = 2_000
 REASON_CHARACTERS = 120
 
 BINS = 40
@@ -137,7 +137,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         "rows": {"read": counts.rows, "examples": examples_read, "kept": selection.kept, "rejected": rejects.count},
         "rejected_by_kind": dict(rejects.kinds.most_common()),
         "first_rejected": {
-            kind: f"{examples[0].origin}: {shortened(examples[0].reason, REASON_CHARACTERS)}"
+            kind: f"{examples[0].origin}: {excerpt(examples[0].reason, REASON_CHARACTERS)}"
             for kind, examples in rejects.examples.items()
         },
         "splits": {name: len(table) for name, table in results.tables.items()},
@@ -152,7 +152,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         "template": asdict(results.stages.template),
         "tokenizer": _tokenizer_facts(results),
         "settings": asdict(settings),
-        "warnings": warnings,
+        "warnings": list(map(message_line, warnings)),
         "code": code_version(),
         "versions": {"datasets": datasets.__version__, "transformers": transformers.__version__},
     }
@@ -254,7 +254,3 @@ def _samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: i
             "label_tokens": token_chips(target_side(tokenizer), labels),
             "decoder_input_tokens": token_chips(target_side(tokenizer), [start, *labels[:-1]]),
         }
-
-
-def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:
-    return text if len(text) <= characters else text[:characters] + " …"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
 from diptych.data_prep.rows.conversations import key_of_turns
 from diptych.data_prep.rows.convert_rows import (
     LANGUAGE_COLUMNS,
@@ -32,7 +32,6 @@ from diptych.data_prep.rows.valid_text import (
     listed,
     mapped,
     path_to_text,
-    shown_name,
     text,
     unparsed,
 )
@@ -204,7 +203,7 @@ def _check_mapped_columns(rows: Sequence[Row], source: str, mapping: Mapping[str
         held = [(path, value) for row in rows for path, value in row.fields.items()]
         inside = (f"{path}.{name}" for path, value in held if isinstance(value, Mapping) for name in value)
         near = nearest(column, dict.fromkeys([*(path for path, _ in held), *inside]))
-        hint = f" Did you mean '{name}={shown_name(near)}'?" if near else ""
+        hint = f" Did you mean '{name}={excerpt(near)}'?" if near else ""
         raise UserError(
             f"{source}: --map {name}={column}: there is no column '{column}' in its first rows; columns there are"
             f" {_columns_of(rows)}.{hint}"
@@ -237,7 +236,7 @@ def _recognise(
             return _winner(fitting, source, name is not None)
     needs = "; ".join(f"{name}: {format.needs}" for name, format in candidates.items())
     what = "no known format" if name is None else f"not {name}, as --format says"
-    advice = (unparsed(value, f"'{shown_name(column)}'", column) for column, value in views[0].items())
+    advice = (unparsed(value, f"'{excerpt(column)}'", column) for column, value in views[0].items())
     raise UserError(
         f"{source}: {what}, to judge by its first rows. Columns there are {_columns_of(rows)}."
         f"{next(filter(None, advice), None) or _suggestion(views, candidates)} What the columns have to be: {needs}."
@@ -294,7 +293,7 @@ def _suggestion(views: Sequence[View], candidates: Mapping[str, Format]) -> str:
             " instruction=1 output=2."
         )
     _, name, renamed = best
-    pairs = [(known, shown_name(column)) for known, column in renamed.items()]
+    pairs = [(known, excerpt(column)) for known, column in renamed.items()]
     (known, column), *others = pairs
     meant = f"'{column}' is the {known}" + "".join(f", '{column}' the {known}" for known, column in others)
     options = " ".join(mapped(known, column) for known, column in pairs)

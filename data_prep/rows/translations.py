@@ -8,10 +8,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
 from diptych.data_prep.rows.language_names import is_same_language, names_language
 from diptych.data_prep.rows.records import Languages, Row
-from diptych.data_prep.rows.valid_text import Fault, from_json_text, listed, shown_name
+from diptych.data_prep.rows.valid_text import Fault, from_json_text, listed
 
 UNIT_KEYS = {"language", "translation"}
 
@@ -80,12 +80,12 @@ def sides_of_units(units: Iterable[Any], source: str, column: str, languages: Se
         for language in languages:
             if not variants(language, dict.fromkeys(found, "")):
                 near = nearest(language, found)
-                hint = f" Did you mean '{shown_name(near)}'?" if near else ""
+                hint = f" Did you mean '{excerpt(near)}'?" if near else ""
                 raise UserError(f"{source} has no language '{language}'; languages there are {listed(found)}.{hint}")
     elif len(found) != 2:
         bases = list(dict.fromkeys(_tag(name).split("-")[0] for name in found))
         have_regions = 1 < len(bases) < len(found)
-        shown = " ".join(map(shown_name, (bases if have_regions else found)[:2]))
+        shown = " ".join(map(excerpt, (bases if have_regions else found)[:2]))
         regions = " (en stands for en-GB and en-US as well)" if have_regions else ""
         raise UserError(
             f"{source} has text in {listed(found)}, and pairs are of two languages. Say which are the first and the"

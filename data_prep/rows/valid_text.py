@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from diptych.data_prep.command_line.errors import nearest
+from diptych.data_prep.command_line.errors import excerpt, message_line, nearest
 from diptych.data_prep.rows.records import broken_character, character_at
 
 JSON_TYPE_NAMES = {
@@ -54,8 +54,9 @@ class Fault(ValueError):
     """What is wrong with a row. `of_shape` means that its structure is wrong, and not a text in it."""
 
     def __init__(self, field: str, kind: str, reason: str, of_shape: bool = False) -> None:
+        reason = message_line(reason)
         super().__init__(reason)
-        self.field, self.kind, self.reason, self.of_shape = field, kind, reason, of_shape
+        self.field, self.kind, self.reason, self.of_shape = field, excerpt(kind), reason, of_shape
 
 
 def text(value: Any, name: str, may_be_empty: bool = False, what: str | None = None) -> str:
@@ -97,7 +98,7 @@ def not_a_string(value: Any, name: str, known: str | None = None) -> Fault:
     elif not (path := path_to_text(value)):
         how = "Write a string, or leave the row out."
     elif known is None:
-        how = f"Write the string that is inside of it, at {shown_name('.'.join(path))}{several}."
+        how = f"Write the string that is inside of it, at {excerpt('.'.join(path))}{several}."
     else:
         how = f"--map {mapped(known, '.'.join([name, *path]))} takes the string in it{several}."
     reason = f"'{name}' is {described(value)}, not a string. {how}"
@@ -144,7 +145,7 @@ def missing(
     near = _nearest_unknown(column, tuple(fields), tuple(known), 0.75 if is_optional else 0.6)
     place, inside = (f"{where}.{column}", f"in '{where}', ") if where else (column, "")
     if near is not None:
-        near = shown_name(near)
+        near = excerpt(near)
         in_all = f"; if it is called so in all rows, --map {mapped(field, near)} reads it" if field else ""
         reason = f"{inside}'{column}' is missing; is '{near}' meant? Rename it to '{column}'{in_all}."
         return Fault(place, f"misspelt field '{near}'", reason)
@@ -217,7 +218,7 @@ def unread(value: Any, path: str, names: Mapping[str, Any]) -> Iterator[str]:
         for key, inner in value.items():
             if key not in names:
                 if has_value(inner):
-                    yield f"{path}.{shown_name(str(key))}"
+                    yield f"{path}.{excerpt(key)}"
             elif names[key]:
                 yield from unread(inner, f"{path}.{key}", names[key])
     elif isinstance(value, list | tuple):
@@ -259,28 +260,21 @@ def described(value: Any) -> str:
     if value is None:
         return name
     try:
-        shown = SHORT.repr(value)
+        return f"{name} ({excerpt(SHORT.repr(value), 60)})"
     except ValueError:  # a number of more digits than Python writes
         return f"{name} (of very many digits)"
-    return f"{name} ({shown if len(shown) <= 60 else shown[:60] + ' …'})"
 
 
 def listed(names: Iterable[str]) -> str:
     """`'a', 'b'`, shortened where a row has very many."""
     names = list(names)
     more = f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(f"'{shown_name(name)}'" for name in names[:NAMES_SHOWN]) + more
+    return ", ".join(f"'{excerpt(name, 60)}'" for name in names[:NAMES_SHOWN]) + more
 
 
 def mapped(field: str, column: str) -> str:
     """`output=answer`, as it is written after --map in a shell."""
-    return shlex.quote(f"{field}={shown_name(column)}")
-
-
-def shown_name(name: str) -> str:
-    """A name from the data, shortened, and with nothing that cannot be encoded."""
-    name = name if len(name) <= 60 else name[:60] + " …"
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return shlex.quote(f"{field}={excerpt(column)}")
 
 
 def without_index(name: str) -> str:

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 
 ADVICE = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small"
 
@@ -63,7 +63,7 @@ def _is_cached(name: str) -> bool:
     except RevisionResolutionError:
         return False
     except HFValidationError as error:
-        raise UserError(f"there is no folder {name}, and no Hub id looks so: {error} {ADVICE}.") from None
+        raise UserError(f"there is no folder {name}, and no Hub id looks so: {excerpt(error)} {ADVICE}.") from None
     return True
 
 
@@ -89,7 +89,7 @@ def _ask_hub(name: str) -> None:
         if not isinstance(error.__cause__, HfHubHTTPError):
             raise UserError(
                 f"there is no folder {name}, nothing was downloaded under this name, and the Hub cannot be reached"
-                f" ({error.__cause__}). Check the spelling and the network. {ADVICE}."
+                f" ({excerpt(error.__cause__)}). Check the spelling and the network. {ADVICE}."
             ) from error
 
 
@@ -105,7 +105,7 @@ def check_config(name: str) -> None:
     except OSError:  # there is none, or it cannot be read: what needs it reports that
         return
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"config.json of {name} is no config: {error}. Copy the checkpoint again.") from error
+        raise UserError(f"config.json of {name} is no config: {excerpt(error)}. Copy the checkpoint again.") from error
     for part in config_parts(config):
         _check_part(part, config, name)
 
@@ -115,8 +115,8 @@ def check_chat_templates(templates: str | Mapping[str, str] | None, name: str) -
     for template in templates if isinstance(templates, Mapping) else []:
         if Path(template).name != template or template == "..":
             raise UserError(
-                f"the tokenizer of {name} has a chat template named {template[:80]!r}, which is no file's name. Take"
-                f" it out of tokenizer_config.json."
+                f"the tokenizer of {name} has a chat template named '{excerpt(template)}', which is no file's name."
+                f" Take it out of tokenizer_config.json."
             )
 
 
@@ -134,8 +134,8 @@ def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -
         is_size = isinstance(value, int) and not isinstance(value, bool) and value >= (0 if key in LAYERS else 1)
         if value is not None and not is_size:
             raise UserError(
-                f"config.json of {name} says that {key} is {str(value)[:40]!r}, which is no size: a whole number from"
-                f" 1 on is due. Mend it, or take another checkpoint."
+                f"config.json of {name} says that {key} is '{excerpt(value, 40)}', which is no size: a whole number"
+                f" from 1 on is due. Mend it, or take another checkpoint."
             )
         if key in LAYERS and value is not None and value > MOST_LAYERS:
             raise UserError(
@@ -147,7 +147,7 @@ def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -
         choice = part.get(key)
         if any(entry not in SHIPPED_CODE for entry in (choice.values() if isinstance(choice, dict) else [choice])):
             raise UserError(
-                f"config.json of {name} says that {key} is {str(choice)[:80]!r}, which would load code. Which code"
+                f"config.json of {name} says that {key} is '{excerpt(choice)}', which would load code. Which code"
                 f" runs is not for a checkpoint to say: take the line out."
             )
 
@@ -170,4 +170,4 @@ def why_not_loaded(error: Exception) -> str:
     """The error's message; without sentencepiece, transformers takes a sentencepiece model for one of tiktoken."""
     if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:
         return "its vocabulary is a sentencepiece model. Install what reads it: pip install 'diptych[sentencepiece]'."
-    return str(error)
+    return excerpt(error)

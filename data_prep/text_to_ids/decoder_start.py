@@ -14,7 +14,7 @@ from __future__ import annotations
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, in_short
 from diptych.data_prep.text_to_ids.languages import codes_of
 
 STARTS = {"mbart": "eos_token_id", "plbart": "eos_token_id", "fsmt": "eos_token_id", "diptych": "pad_token_id"}
@@ -67,4 +67,4 @@ def _model_config(name: str) -> PreTrainedConfig | None:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"config.json of '{name}' is not valid: {error}. Mend it, or give --packing false.") from error
+        raise UserError(f"config.json of '{name}' is not valid: {in_short(error)} Or give --packing false.") from error

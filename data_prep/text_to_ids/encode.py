@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 
-from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
 from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import Languages, codes_of, own_languages
 from diptych.data_prep.text_to_ids.rendered_text import FRAME_MARK, UNSPELLABLE, Rendered, check_characters, pieces
@@ -313,7 +313,7 @@ def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     for text in texts:
         check_characters(text)
         if broken := broken_character(text):
-            raise UserError(f"a text holds {broken} Take it out. The text: {text[:200]!r}")
+            raise UserError(f"a text holds {broken} Take it out. The text: {excerpt(text)}")
     control = _control_tokens(tokenizer)
     pattern = _pattern(tuple(control))
     if not tokenizer.is_fast:

@@ -10,7 +10,7 @@ Where the template's own piece spells a control token, it is that token; where t
 
 from __future__ import annotations
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 
 FRAME_MARK = "\U0010fffe"
 """Stands before and after each piece of a rendered text that is the template's own, in `Rendered.marked`."""
@@ -57,5 +57,5 @@ def check_characters(text: str) -> None:
     """UserError where the text has one of the two characters that are used as marks."""
     if FRAME_MARK in text or UNSPELLABLE in text:
         raise UserError(
-            f"a text holds U+10FFFE or U+10FFFF, which are no characters. Remove them. The text: {text[:200]!r}"
+            f"a text holds U+10FFFE or U+10FFFF, which are no characters. Remove them. The text: {excerpt(text)}"
         )

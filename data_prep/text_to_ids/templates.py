@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from jinja2 import meta, nodes
 
-from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
 from diptych.data_prep.rows.records import Record
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
 from diptych.data_prep.text_to_ids.rendered_text import FRAME_MARK, Rendered, check_characters
@@ -206,7 +206,7 @@ def golden_difference(tokenizer: PreTrainedTokenizerBase, template: Template) ->
             if name in ("input_ids", "labels") and then["languages"] != now["languages"]:
                 before, after = before[1], after[1]
             if before != after:
-                was, now_is = (f"{text[:200]} …" if len(text) > 200 else text for text in (repr(before), repr(after)))
+                was, now_is = excerpt(repr(before)), excerpt(repr(after))
                 return f"the {what} of example {number} was {was} and is {now_is}"
     return ""
 
@@ -327,7 +327,7 @@ def _render(name: str, text: str, first_line: int, values: dict[str, Any], texts
     except RENDER_ERRORS as error:
         line = _line_of(error)
         where = f", line {line + first_line - 1}" if line else ""
-        raise UserError(f"template {name}{where}: {error}. Change the template or this row.") from error
+        raise UserError(f"template {name}{where}: {excerpt(error)}. Change the template or this row.") from error
     return Rendered(rendered) if FRAME_MARK in rendered else rendered
 
 

@@ -21,7 +21,7 @@ import transformers
 from transformers.utils import cached_file
 
 from diptych.data_prep.cleaning.filters import script_of
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
@@ -180,7 +180,7 @@ def _new_folder(name: str) -> Path:
 
 def _warn_of_rejects(texts: Texts) -> None:
     if left_out := texts.left_out():
-        print(f"warning: {left_out}", file=sys.stderr)
+        print(message_line(f"warning: {left_out}"), file=sys.stderr)
 
 
 def _write_report(found: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.data_prep.pipeline.gather_rows import first_rows
 from diptych.data_prep.reading.find_files import KNOWN_SUFFIXES, PACKED_SUFFIXES
 from diptych.data_prep.reading.sources import SAMPLES, TRAIN, Source, open_plain, open_sources
@@ -80,13 +80,13 @@ def open_texts(entries: Sequence[str], text_fields: Sequence[str] = ()) -> Texts
         others += [entry] * is_more
     sources = [(open_plain(path), functools.partial(_columns, (TEXT_COLUMN,))) for path in dict.fromkeys(plain)]
     for source, _ in sources:
-        print(f"Format     {source.name}: a text a line")
+        print(message_line(f"Format     {source.name}: a text a line"))
     for source in open_sources(others, columns=text_fields):
         if source.split != TRAIN:
             continue
         for note in source.notes:
             if not note.startswith(tuple(f"{path} " for path in plain)):  # left out there, and read here
-                print(f"Note       {note}")
+                print(message_line(f"Note       {note}"))
         sources.append((source, _texts_of_rows(source, text_fields)))
     return Texts(sources)
 
@@ -115,7 +115,7 @@ def _texts_of_rows(source: Source, text_fields: Sequence[str]) -> TextsOfRow:
     rows = first_rows(source)
     if text_fields:
         _check_columns(rows, source.name, text_fields)
-        print(f"Format     {source.name}: its columns {', '.join(text_fields)}")
+        print(message_line(f"Format     {source.name}: its columns {', '.join(text_fields)}"))
         return functools.partial(_columns, tuple(text_fields))
     if not rows:  # every row is a reject
         return functools.partial(_columns, (TEXT_COLUMN,))
@@ -124,11 +124,11 @@ def _texts_of_rows(source: Source, text_fields: Sequence[str]) -> TextsOfRow:
     except UserError as error:
         if not any(isinstance(row.fields.get(TEXT_COLUMN), str) for row in rows):
             raise UserError(_name_columns(rows, source.name, error)) from None
-        print(f"Format     {source.name}: no other that is known, so its column {TEXT_COLUMN}")
+        print(message_line(f"Format     {source.name}: no other that is known, so its column {TEXT_COLUMN}"))
         return functools.partial(_columns, (TEXT_COLUMN,))
     if converter.format.name == "tokenised":
         raise UserError(f"{source.name} holds token ids, and a tokenizer needs the texts. Name a file with these.")
-    print(f"Format     {source.name}: {converter.format.name}, recognised")
+    print(message_line(f"Format     {source.name}: {converter.format.name}, recognised"))
     return functools.partial(_record_texts, converter)
 
 
@@ -175,21 +175,16 @@ def _check_columns(rows: Sequence[Row], name: str, text_fields: Sequence[str]) -
 
 def _name_columns(rows: Sequence[Row], name: str, error: UserError) -> str:
     """A message that lists the columns to name; `error` where no column has a text."""
-    texts = dict.fromkeys(column for row in rows for column, value in _paths(row.fields) if isinstance(value, str))
+    held = [(path, value) for row in rows for path, value in row.fields.items()]
+    inside = [(path, *it) for path, value in held if isinstance(value, Mapping) for it in value.items()]
+    held += [(f"{path}.{name}", value) for path, name, value in inside]
+    texts = dict.fromkeys(path for path, value in held if isinstance(value, str))
     if not texts:
         return str(error)
     return (
         f"{name}: its first rows do not tell which columns are text, because they fit no format, or more than one."
         f" Name those that are, out of these: --text_fields {' '.join(texts)}"
     )
-
-
-def _paths(fields: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}.{inner}", inside) for inner, inside in value.items())
-        else:
-            yield name, value
 
 
 _BY_PATH = Converter(named("alpaca"))

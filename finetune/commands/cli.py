@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from diptych.data_prep.command_line.arguments import choose_from, parse
-from diptych.data_prep.command_line.run_command import run_command, survive_closed_pipes
+from diptych.data_prep.command_line.run_command import guard_streams, run_command
 
 USAGE = """usage: diptych COMMAND ...
 
@@ -35,7 +35,7 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
-        survive_closed_pipes(is_said=False)
+        guard_streams(is_said=False)
         commands = "\n".join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())
         print(USAGE.format(commands=commands), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2

@@ -11,7 +11,7 @@ torchrun and `accelerate launch` exit with 1 for all of them, so a run also writ
 
 import os
 
-from diptych.data_prep.command_line.errors import UserError, is_out_of_memory
+from diptych.data_prep.command_line.errors import UserError, is_out_of_memory, message_line
 from diptych.data_prep.command_line.run_command import DONE, INTERRUPTED, STORAGE, USER, exit_code, message_of_file
 
 __all__ = ["DONE", "INTERRUPTED", "STORAGE", "USER"]  # those that data preparation has, too
@@ -31,7 +31,7 @@ def is_main_rank() -> bool:
 def say_once(line: str) -> None:
     """Prints a line, from the main rank alone."""
     if is_main_rank():
-        print(line, flush=True)
+        print(message_line(line), flush=True)
 
 
 class CheckpointError(UserError):

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, in_short
 from diptych.finetune.commands.exit_codes import RANKS, RankError
 
 PATIENCE = 1.5
@@ -48,8 +48,7 @@ def join_ranks(**settings: Any) -> Accelerator:
     except RuntimeError as error:
         if launched == 1:
             raise
-        why = str(error).splitlines()[0][:300]
-        raise RankError(f"the {launched} ranks of this run did not meet: {why}") from error
+        raise RankError(f"the {launched} ranks of this run did not meet: {in_short(error)}") from error
     if accelerator.num_processes != launched:
         raise UserError(
             f"{launched} processes were launched, but accelerate joined {accelerator.num_processes}: each would work "
@@ -99,19 +98,19 @@ class Ranks:
             words = ("gloo", "Connection closed by peer", "NCCL", "Timed out")
             if not isinstance(error, torch.distributed.DistError) and not any(word in str(error) for word in words):
                 raise
-            raise RankError(self._message(what, str(error).splitlines()[0])) from error
+            raise self._lost(what, str(error).splitlines()[0]) from error
         finally:
             timer.cancel()
 
-    def _message(self, what: str, why: str) -> str:
-        return (
+    def _lost(self, what: str, why: str) -> RankError:
+        return RankError(
             f"rank {self.number} waited for the others with {what}, and one of {self.count} ranks has ended or does "
-            f"not answer: {why[-300:]}\n"
-            f"See what the other ranks say; then go on from the last checkpoint: --resume true."
+            f"not answer: {why[-300:]}",
+            "See what the other ranks say; then go on from the last checkpoint: --resume true.",
         )
 
     def _give_up(self, what: str) -> None:
-        message = self._message(what, f"no answer in {PATIENCE * self.timeout:.0f} s (rank_timeout).")
+        message = str(self._lost(what, f"no answer in {PATIENCE * self.timeout:.0f} s (rank_timeout)."))
         self.on_timeout(RANKS, message)
         print(f"diptych train: {message}", file=sys.stderr, flush=True)
         os._exit(RANKS)  # the main thread is inside a collective that nobody will end

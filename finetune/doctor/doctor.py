@@ -118,10 +118,8 @@ def count(results: Mapping[str, CheckResult], status: str) -> int:
 def to_json(patient: Patient, results: Mapping[str, CheckResult], seconds: float) -> str:
     checks = []
     for name, result in results.items():
-        measured = {  # JSON has neither NaN nor infinity
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in result.measured.items()
-        }
+        is_lost = {key for key, it in result.measured.items() if isinstance(it, float) and not math.isfinite(it)}
+        measured = result.measured | dict.fromkeys(is_lost)  # JSON has neither NaN nor infinity
         checks.append({"name": name} | result._asdict() | {"measured": measured})
     report = {"model": patient.name, "examined": describe(patient), "model_type": patient.config.model_type}
     report |= {"checks": checks, "seconds": round(seconds, 1)}

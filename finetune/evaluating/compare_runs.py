@@ -194,8 +194,7 @@ def _statistics(
         tokenize = None
         if name == "bleu":
             signatures = [report.content["signatures"]["bleu"] for report in (a, b)]
-            # `nrefs:1|case:mixed|eff:no|tok:13a|…` -> `13a`
-            tokenize, other = (re.search(r"tok:([^|]+)", signature)[1] for signature in signatures)
+            tokenize, other = (re.search(r"tok:([^|]+)", it)[1] for it in signatures)  # `nrefs:1|…|tok:13a|…`
             if tokenize != other:
                 notes.append(f"bleu not tested: {signatures[0]} is not {signatures[1]}")
                 continue

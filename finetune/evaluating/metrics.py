@@ -33,7 +33,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.rows.named_splits import name_in
 
 # Hangul, Han and kana are tokens of one character: Korean joins particles and endings to the word, Chinese and
@@ -89,7 +89,7 @@ def check_pairs(predictions: Sequence[str], references: References) -> None:
         if isinstance(row_references, str):
             raise UserError(f"references[{row}] must be a list of strings, got a string. Wrap it: [reference].")
         if not row_references or not all(isinstance(reference, str) for reference in row_references):
-            raise UserError(f"references[{row}] must hold one string or more, got {row_references!r}.")
+            raise UserError(f"references[{row}] must hold one string or more, got {excerpt(row_references)}.")
 
 
 class Statistics(NamedTuple):
@@ -216,7 +216,7 @@ def count_bleu(predictions: Sequence[str], references: References, tokenize: str
         # force: no warning about text that looks tokenised, which is for the outputs of shared tasks
         scorer = sacrebleu.BLEU(tokenize=tokenize, force=True)
     except (RuntimeError, OSError) as error:  # the tokenisation's package or model is missing
-        raise UserError(f"bleu with tokenize={tokenize!r} cannot start: {' '.join(str(error).split())}") from error
+        raise UserError(f"bleu with tokenize={tokenize!r} cannot start: {excerpt(error)}") from error
     return _sacrebleu_statistics("bleu", scorer, predictions, references)
 
 

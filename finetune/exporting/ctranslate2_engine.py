@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.text_to_ids.checkpoint_config import check_place
 from diptych.data_prep.text_to_ids.templates import Template, carried_template
 from diptych.finetune.exporting.export_proof import GreedyRules, Written
@@ -98,7 +98,7 @@ class CTranslate2Engine:
                 intra_threads=torch.get_num_threads(),
             )
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"CTranslate2 cannot run {self.folder} on {self.device}: {error}") from error
+            raise UserError(f"CTranslate2 cannot run {self.folder} on {self.device}: {excerpt(error)}") from error
 
     @property
     def computed_in(self) -> str:

@@ -6,6 +6,7 @@ with printed_to(say): …                    each line that the work prints beco
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -17,7 +18,7 @@ import transformers
 
 from diptych.data_prep.command_line.arguments import from_values
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.command_line.run_command import check_places
+from diptych.data_prep.command_line.run_command import check_places, printable
 
 Settings = TypeVar("Settings")
 Say = Callable[[str], None]
@@ -57,6 +58,18 @@ def plain(value: Any, name: str) -> Any:
 
 
 @contextmanager
+def keywords_in_messages() -> Iterator[None]:
+    """Inside, the message of a UserError names settings as keywords: `--lossy_text drop` → `lossy_text drop`. What is
+    to be typed into a shell (`diptych prepare --data …`) stays."""
+    try:
+        yield
+    except UserError as error:
+        lines = [line.replace("--help", "docs/settings.md") for line in error.args]
+        error.args = tuple(re.sub(r"(diptych [a-z]+ [^`]*)|(?<![\w-])--(?=[a-z])", r"\1", line) for line in lines)
+        raise
+
+
+@contextmanager
 def printed_to(say: Say | None) -> Iterator[None]:
     """Inside, what is printed on stdout and stderr goes to `say`, a line at a time, and nowhere without `say`.
     Progress bars and the remarks of transformers and datasets are left out."""
@@ -86,5 +99,5 @@ class _Lines(io.TextIOBase):
         for line in lines:
             if self.say and "\r" not in line:  # which progress bars are drawn with
                 with redirect_stdout(self.stdout):
-                    self.say(line)
+                    self.say(printable(line))
         return len(text)

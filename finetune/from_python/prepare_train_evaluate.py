@@ -31,7 +31,7 @@ from diptych.finetune.run_files.run_folder import last_training, read_status
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import SIGNALS, StopRequest
-from diptych.keywords import Say, printed_to, settings_of
+from diptych.keywords import Say, keywords_in_messages, printed_to, settings_of
 from diptych.text_model import TextModel, load
 
 
@@ -92,6 +92,7 @@ class Report:
     """Of each different source: source, references, prediction, finished, nats, target_tokens."""
 
 
+@keywords_in_messages()
 def prepare(data: Any = None, *, say: Say | None = None, **settings: Any) -> Prepared:
     """Rows to a checked, tokenised and packed dataset, as `diptych prepare` does it.
 
@@ -120,6 +121,7 @@ def prepare(data: Any = None, *, say: Say | None = None, **settings: Any) -> Pre
     return prepared
 
 
+@keywords_in_messages()
 def train(*, say: Say | None = None, **settings: Any) -> TrainedRun:
     """Train a checkpoint, or a new model, on prepared data, as `diptych train` does it, on this process alone.
 
@@ -142,6 +144,7 @@ def train(*, say: Say | None = None, **settings: Any) -> TrainedRun:
     return TrainedRun(Path(recipe.out))
 
 
+@keywords_in_messages()
 def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) -> Report | dict[str, Report]:
     """Loss and metrics with 95 % intervals, as `diptych evaluate` finds them.
 

@@ -35,7 +35,7 @@ from diptych.finetune.inference.scoring import chosen_outputs, log_probabilities
 from diptych.finetune.inference.target_tokens import given_tokens, target_ids
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, pick_device
-from diptych.keywords import printed_to
+from diptych.keywords import keywords_in_messages, printed_to
 
 OF_LOADING = ("model", "engine", "dtype", "device")
 OF_FILES = ("in_file", "out_file", "overwrite", "input")
@@ -76,6 +76,7 @@ class TextModel:
     def generate(self, rows: str | Mapping[str, Any], **settings: Any) -> str: ...
     @overload
     def generate(self, rows: Rows, **settings: Any) -> list[str]: ...
+    @keywords_in_messages()
     def generate(self, rows: str | Mapping[str, Any] | Rows, **settings: Any) -> Any:
         """What the model writes.
 
@@ -113,6 +114,7 @@ class TextModel:
             found = [found[first : first + each] for first in range(0, len(found), each)]
         return found[0] if isinstance(rows, str | Mapping) else found
 
+    @keywords_in_messages()
     def score(self, rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], **settings: Any) -> list[RowScore]:
         """How likely each row's `output` is: its log-probability given the source, by one pass with teacher forcing.
 
@@ -139,6 +141,7 @@ class TextModel:
         return [RowScore(math.fsum(of_row), len(of_row)) for of_row in nats]
 
     @torch.no_grad()
+    @keywords_in_messages()
     def embed(self, rows: Rows, **settings: Any) -> np.ndarray:
         """The mean of the encoder's states over a text's tokens, padding left out.
 
@@ -180,6 +183,7 @@ class TextModel:
         return Prompter(self.tokenizer, template, asked.max_source_tokens, asked.languages)
 
 
+@keywords_in_messages()
 def load(name: str | os.PathLike, dtype: str = "auto", device: str = "auto") -> TextModel:
     """A checkpoint, ready to write.
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from transformers import TextStreamer
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.command_line.run_command import Printed
 from diptych.data_prep.rows.language_names import languages_in
 from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
@@ -52,6 +53,8 @@ def run(settings: GenerateSettings) -> int:
             accelerator.end_training()
         return 0
     torch.manual_seed(settings.seed)
+    if isinstance(sys.stdout, Printed) and not sys.stdout.isatty():
+        sys.stdout.kept = None  # answers stay as the model wrote them
     if settings.instruction or settings.input:
         answer(engine, prompter, settings, settings.instruction, settings.input)
     else:
@@ -119,7 +122,7 @@ def run_session(engine: TorchEngine, prompter: Prompter, settings: GenerateSetti
             if has_languages:
                 text = input("input> " if is_typed else "").strip()
             else:
-                last = f" [{instruction}]" if instruction else ""
+                last = f" [{excerpt(instruction)}]" if instruction else ""
                 instruction = input(f"instruction{last}> " if is_typed else "").strip() or instruction
                 text = ""
                 with suppress(EOFError):  # no input, so that the instruction before it is still answered

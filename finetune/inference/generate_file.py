@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import set_seed
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.finetune.commands.ranks import on_main_rank
 from diptych.finetune.inference.engine import EncodedPrompt, TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
@@ -94,7 +94,7 @@ def generate_file(
     }
     if rank == 0:
         found = [f"{out_file}: {len(rows)} rows", *(f"{number} {what}" for what, number in counts.items() if number)]
-        print(", ".join(found), file=sys.stderr)
+        print(message_line(", ".join(found)), file=sys.stderr)
 
 
 def _encoded(

@@ -25,7 +25,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Template
 from diptych.finetune.batches.padded_rows import pad_sources
 from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode, read_fast
@@ -137,7 +137,7 @@ def _generate(
     except UserError:
         raise
     except ValueError as error:  # transformers refuses some settings only here
-        raise UserError(f"transformers' generate refuses this: {error}") from error
+        raise UserError(f"transformers' generate refuses this: {excerpt(error)}") from error
     except torch.OutOfMemoryError as error:
         rows = len(inputs["input_ids"])
         raise UserError(f"{rows} rows do not fit into memory together. Lower batch_size.") from error

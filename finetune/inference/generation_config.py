@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, excerpt, message_line, nearest
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands.exit_codes import is_main_rank
 from diptych.finetune.model.families import without_adapter
@@ -59,8 +59,8 @@ def model_settings(config: GenerationConfig) -> GenerationConfig:
     for name, value in kept.items():
         if not _is_numeric(value):
             raise UserError(
-                f"{name} is {value!r} in the checkpoint's generation_config.json, but it must be a number or a list "
-                f"of numbers. Correct it there."
+                f"{name} is {excerpt(value)} in the checkpoint's generation_config.json, but it must be a number or a "
+                f"list of numbers. Correct it there."
             )
     return GenerationConfig(**kept)
 
@@ -101,7 +101,7 @@ def warn_of_ignored(config: GenerationConfig, name: str) -> None:
 def warn_once(text: str) -> None:
     """On stderr, from the first rank only, above a progress bar if there is one."""
     if is_main_rank():
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(message_line(text), file=sys.stderr)
 
 
 def end_tokens(config: GenerationConfig) -> list[int | None]:

@@ -9,7 +9,6 @@ A row may be a conversation (`messages` as in training): the prompt then asks fo
 an answer, for that answer again.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.conversations import ROLES, SHAREGPT_ROLES, open_question, turns_of
 from diptych.data_prep.rows.language_names import languages_in
 from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.rows.valid_text import described, listed
 from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import codes_of, resolved
 from diptych.data_prep.text_to_ids.templates import (
@@ -103,19 +103,18 @@ def prompt_of(fields: dict[str, Any]) -> Prompt:
             raise UserError(f"{name!r} is missing, and there is {near!r}. Rename it to {name!r}")
     for name in ("input", "system"):
         if not isinstance(fields.get(name) or "", str):
-            raise UserError(f"{name!r} must be a string, got {_short_json(fields[name])}")
+            raise UserError(f"{name!r} must be a string, got {described(fields[name])}")
     if conversation := next((name for name in CONVERSATION_FIELDS if name in fields), None):
         return _conversation_prompt(fields, conversation)
     text, instruction = fields.get("input") or "", fields.get("instruction")
     if "instruction" not in fields and not text.strip():
-        raise UserError(f"'instruction' is missing; the row has {', '.join(map(repr, fields)) or 'no fields'}")
+        raise UserError(f"'instruction' is missing; the row has {listed(fields) or 'no fields'}")
     instruction = "" if instruction in (None, "") and text.strip() else instruction
     if not isinstance(instruction, str) or not (instruction.strip() or text.strip()):
-        raise UserError(f"'instruction' must be a string that is not empty, got {_short_json(fields['instruction'])}")
+        raise UserError(f"'instruction' must be a string that is not empty, got {described(instruction)}")
     history = fields.get("history") or []
-    if not isinstance(history, list) or not all(
-        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in history
-    ):
+    turns = history if isinstance(history, list) else [None]
+    if any(not isinstance(turn, list) or list(map(type, turn)) != [str, str] for turn in turns):
         raise UserError("'history' must be a list of [instruction, output] pairs of strings, oldest first")
     return Prompt(instruction, text, tuple(map(tuple, history)), fields.get("system") or "", languages_in(fields))
 
@@ -132,7 +131,3 @@ def _conversation_prompt(fields: dict[str, Any], name: str) -> Prompt:
     messages, question = open_question(turns_of(turns, name, *form, may_be_empty=True), name)
     system = "\n".join(text for text in (fields.get("system"), *messages) if text)
     return Prompt(question.instruction, history=question.history, system=system, languages=languages_in(fields))
-
-
-def _short_json(value: Any) -> str:
-    return json.dumps(value)[:60]

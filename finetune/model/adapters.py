@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.families import family_of, input_and_output_tables, vocabulary_tables, without_adapter
 
@@ -160,7 +160,7 @@ def adapter_config(
     try:
         return config_class(task_type=TaskType.SEQ_2_SEQ_LM, target_modules=layers, **given)
     except (TypeError, ValueError) as error:
-        raise UserError(f"peft takes no such {config_class.__name__}: {error}") from error
+        raise UserError(f"peft takes no such {config_class.__name__}: {excerpt(error)}") from error
 
 
 def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
@@ -209,7 +209,7 @@ def add_adapter(
         with without_warnings_of_peft():
             adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"no adapter could be added: {error}") from error
+        raise UserError(f"no adapter could be added: {excerpt(error)}") from error
     adapted.peft_config["default"].base_model_name_or_path = base_name
     if new_rows or train_embeddings:
         for table in tables:

@@ -35,7 +35,7 @@ from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositi
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, in_short
 from diptych.data_prep.text_to_ids.checkpoint_config import (
     check_chat_templates,
     check_config,
@@ -107,7 +107,7 @@ def pick_device(device: str = "auto") -> torch.device:
     try:
         return torch.empty(0, device=device).device  # torch.device("cuda:9") alone would raise nothing
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
-        reason = _in_short(error).split(". ")[0]
+        reason = in_short(error).split(". ")[0].rstrip(".")
         raise UserError(f"device {device!r} cannot be used: {reason}. Leave it at auto.") from error
 
 
@@ -191,7 +191,7 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
     remedy = f"Save one there with tokenizer.save_pretrained({name!r})."
     if isinstance(reason, ImportError):
         remedy = "Install that package."
-    raise UserError(f"no tokenizer could be loaded from {name}: {_in_short(reason)} {remedy}") from reason
+    raise UserError(f"no tokenizer could be loaded from {name}: {in_short(reason)} {remedy}") from reason
 
 
 def load_model(
@@ -210,7 +210,7 @@ def load_model(
             name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings, **_NO_CODE
         )
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that do not fit the config
-        raise UserError(f"the weights of {name} could not be read: {_in_short(error)}") from error
+        raise UserError(f"the weights of {name} could not be read: {in_short(error)}") from error
     except (ValueError, TypeError) as error:
         raise _refused_generation_config(name, error) from error
     if info["missing_keys"]:
@@ -241,7 +241,7 @@ def load_config(name: str) -> PreTrainedConfig:
         advice = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
         if Path(name).is_dir():
             advice = "Copy its config.json again, or name another checkpoint."
-        raise UserError(f"the config of {name} could not be read: {_in_short(error)} {advice}") from error
+        raise UserError(f"the config of {name} could not be read: {in_short(error)} {advice}") from error
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(
@@ -285,7 +285,7 @@ def _load_adapted(
     try:
         model = merge_adapter(load_for_inference(base.float(), name, files[0], tokens if rows < tokens else None))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the adapter {name} does not fit its base {base_name}: {_in_short(error)}") from error
+        raise UserError(f"the adapter {name} does not fit its base {base_name}: {in_short(error)}") from error
     for weight, tensor in _tensors(model):
         tensor.data = tensor.data.to(dtypes[weight])
     if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes one where the base has none
@@ -301,7 +301,7 @@ def load_generation_config(folder: str | Path) -> GenerationConfig:
 
 
 def _refused_generation_config(name: str | Path, error: Exception) -> UserError:
-    return UserError(f"transformers refuses {name}/{GENERATION_CONFIG_NAME}: {_in_short(error)} Take it out there.")
+    return UserError(f"transformers refuses {name}/{GENERATION_CONFIG_NAME}: {in_short(error)} Take it out there.")
 
 
 def lacking_most(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -334,9 +334,3 @@ def check_embedding_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             f"tokenizer that the model was trained with, or resize the model and train the new rows: "
             f"model.resize_token_embeddings({tokens})."
         )
-
-
-def _in_short(error: BaseException) -> str:
-    """The first line of a message; the second, too, where the first one ends with a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

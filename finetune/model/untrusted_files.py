@@ -33,7 +33,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.text_to_ids.checkpoint_config import LAYERS, config_parts, least_weights
 from diptych.finetune.commands.exit_codes import StorageError
 
@@ -83,7 +83,7 @@ def _file(name: str, file: str) -> Path | None:
     try:
         found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise UserError(f"{file} of {name} could not be downloaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} of {name} could not be downloaded: {excerpt(error)}") from error
     return Path(found) if found else None
 
 

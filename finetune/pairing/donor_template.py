@@ -27,7 +27,7 @@ from typing import NamedTuple
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.text_to_ids.encode import encode_sources, split_targets
 from diptych.data_prep.text_to_ids.templates import Template, attach_template, golden_difference
@@ -290,7 +290,7 @@ def _probed(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
     try:
         prompt = chat.render_or_raise(question)
     except Exception as error:  # templates raise errors of any type
-        raise chat.refuse(f"fails on a question: {error}") from error
+        raise chat.refuse(f"fails on a question: {excerpt(error)}") from error
     parts = chat.between(question, [QUESTION])
     if parts is None or not parts[1]:
         raise chat.refuse(f"does not render a question and the beginning of an answer, but {_end(prompt)}")

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.finetune.commands.exit_codes import HubError
 
 ADVICE = {
@@ -144,14 +144,10 @@ def hub_error(repo: str, error: Exception) -> HubError:
     if type(error) is RuntimeError and isinstance(behind, Exception):  # which only names the file of an upload
         error = behind
     if not isinstance(error, HfHubHTTPError):
-        return HubError(f"{repo}: {_one_line(error) or type(error).__name__}. Run the same command again.")
+        return HubError(f"{repo}: {excerpt(error).rstrip('.') or type(error).__name__}. Run the same command again.")
     response, status = error.response, error.response.status_code
     request = f"{response.request.method} {response.request.url.host}{response.request.url.path}"
-    reason = _one_line(error.server_message or response.reason_phrase)
+    reason = excerpt(" ".join((error.server_message or response.reason_phrase).split())).rstrip(".")
     return HubError(
         f"{repo}: {request} was answered by {status} {reason}. {ADVICE.get(status, 'Run the same command again.')}"
     )
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split()).rstrip(".")[:300]

@@ -21,7 +21,7 @@ import yaml
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.utils.sha import sha_fileobj
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.exit_codes import CheckpointError, HubError
 from diptych.finetune.inference.pipelines import TRAVELLING_CODE, travelling_pipeline
@@ -235,9 +235,9 @@ def run(settings: PublishSettings) -> int:
         print(f"nothing to do: it is there already, file by file: {where}")
         return 0
     for name in pushed.removed:
-        print(f"removed there, from before: {name}")
+        print(message_line(f"removed there, from before: {name}"))
     if others := [name for name in pushed.others if name != ".gitattributes"]:
-        print(f"left alone there: {', '.join(others)}")
+        print(message_line(f"left alone there: {', '.join(others)}"))
     print(f"published, {'public' if settings.public else 'private'}, and read back: {where}")
     return 0
 

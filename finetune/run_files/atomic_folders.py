@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
-from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError
+from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError, in_short
 from diptych.finetune.commands.exit_codes import StorageError
 
 MANIFEST = "manifest.json"
@@ -55,7 +55,8 @@ def write_folder(
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         shutil.rmtree(partial, ignore_errors=True)
         if _is_of_storage(error):
-            raise _no_room(folder, bytes_needed, f"it ended after {written:,} bytes: {error}", remedy) from error
+            why = f"it ended after {written:,} bytes: {in_short(error)}"
+            raise _no_room(folder, bytes_needed, why, remedy) from error
         raise
     previous = partial_of(folder.with_name(f"{folder.name}.previous"))
     shutil.rmtree(previous, ignore_errors=True)
@@ -69,7 +70,7 @@ def write_folder(
 
 
 def _no_room(folder: Path, bytes_needed: int, why: str, remedy: str) -> StorageError:
-    return StorageError(f"{folder} needs {bytes_needed:,} bytes, and there is no room: {why}\n{remedy}")
+    return StorageError(f"{folder} needs {bytes_needed:,} bytes, and there is no room: {why}", remedy)
 
 
 def _is_of_storage(error: Exception) -> bool:

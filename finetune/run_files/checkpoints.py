@@ -88,8 +88,8 @@ def latest_checkpoint(folder: Path) -> LatestCheckpoint:
         passed_over.append(f"{path.name}: {fault}")
     if passed_over:
         raise CheckpointError(
-            f"no checkpoint in {folder} is sound: {'; '.join(passed_over)}.\nBring one back from a copy, or begin anew"
-            f" with another `out`."
+            f"no checkpoint in {folder} is sound: {'; '.join(passed_over)}.",
+            "Bring one back from a copy, or begin anew with another `out`.",
         )
     return LatestCheckpoint(None, [])
 

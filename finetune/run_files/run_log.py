@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, message_line
 
 
 class RunLog:
@@ -40,7 +40,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            tqdm.write(message_line(text))
             sys.stdout.flush()
 
     def add_figures(self, entry: dict[str, Any]) -> None:

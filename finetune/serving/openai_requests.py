@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from diptych.data_prep.command_line.errors import excerpt
 from diptych.data_prep.rows.conversations import MARKS, MARKS_NOT_READ
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.finetune.serving.request_batches import Answer, Decoding
@@ -64,8 +65,8 @@ class RequestError(Exception):
     """What a client did wrong, or the server cannot do now: an HTTP status, OpenAI's kind of error, and the field."""
 
     def __init__(self, status: int, message: str, param: str | None = None, kind: str = "invalid_request_error"):
-        super().__init__(shorten(message, LONGEST_MESSAGE))
-        self.status, self.param, self.kind = status, param and shorten(param), kind
+        super().__init__(excerpt(message, LONGEST_MESSAGE))
+        self.status, self.param, self.kind = status, param and excerpt(param, 60), kind
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": None}}
@@ -159,11 +160,7 @@ def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: i
 
 def check_model(name: str, model: str) -> None:
     if name != model:
-        raise RequestError(404, f"there is no model '{shorten(name)}' here; this is {model!r}.", "model")
-
-
-def shorten(text: str, characters: int = 60) -> str:
-    return text if len(text) <= characters else f"{text[:characters]} …"
+        raise RequestError(404, f"there is no model '{excerpt(name, 60)}' here; this is {model!r}.", "model")
 
 
 def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +172,7 @@ def _check_fields(fields: dict[str, Any], known: set[str], path: str = "") -> No
         harmless = HARMLESS.get(f"{path}{name}", ())
         if name not in known | IGNORED and value not in harmless:
             alternative = f", or give {' or '.join(map(json.dumps, harmless))}" if harmless else ""
-            message = f"'{path}{shorten(name)}' asks for something that is not done here. Leave it out{alternative}."
+            message = f"'{path}{excerpt(name, 60)}' asks for something not done here. Leave it out{alternative}."
             raise RequestError(400, message, f"{path}{name}")
 
 
@@ -186,7 +183,7 @@ def _field(body: dict[str, Any], name: str, kind: type | tuple[type, ...], defau
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(one.__name__ for one in kinds)
-        raise RequestError(400, f"{name!r} is {shorten(json.dumps(value))}; it must be of type {expected}.", name)
+        raise RequestError(400, f"{name!r} is {excerpt(json.dumps(value), 60)}; it must be of type {expected}.", name)
     return value
 
 

@@ -176,10 +176,10 @@ def check_finite(
     kind = "packed/" if run.rows.row_tokens else "train"
     raise NotFiniteError(
         f"at step {run.progress.step + 1} the loss is {loss} and the gradient's length {gradient_norm}, at a learning "
-        f"rate of {rate:.1e}\n"
-        f"in {where} of {kind} in {run.recipe.data}, counted from 0\n"
-        f"Training stops before the weights change; earlier checkpoints are sound. Lower learning_rate or "
-        f"max_grad_norm, or raise warmup_steps; if it comes at step 1, try precision: fp32, and look at these rows."
+        f"rate of {rate:.1e}",
+        f"in {where} of {kind} in {run.recipe.data}, counted from 0",
+        "Training stops before the weights change; earlier checkpoints are sound. Lower learning_rate or "
+        "max_grad_norm, or raise warmup_steps; if it comes at step 1, try precision: fp32, and look at these rows.",
     )
 
 

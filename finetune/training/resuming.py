@@ -17,7 +17,7 @@ import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.finetune.batches.padded_rows import BatchOrder, PreparedData
 from diptych.finetune.commands.exit_codes import CheckpointError, say_once
 from diptych.finetune.run_files import atomic_folders, checkpoints
@@ -65,7 +65,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is not the recipe of a run: {' '.join(str(error).split())}") from error
+        raise UserError(f"{config} is not the recipe of a run: {excerpt(error)}") from error
     if not isinstance(found, dict) or not {"model", "data", "seed"} <= found.keys():
         raise UserError(f"{config} is not the recipe of a run. Give `out` the folder of a run, or a new one.")
     return found
@@ -156,9 +156,10 @@ def take_back(recipe: TrainRecipe, folder: Path, saved: Path) -> None:
 def _check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any], names: Collection[str]) -> None:
     if changes := _changes(before, now, names):
         raise UserError(
-            f"this is not the run in {where}:\n{changes}\n"
-            f"A run goes on as it began: set this back, or begin anew in another folder. (The number of ranks may "
-            f"change if batch_size changes with it.)"
+            f"this is not the run in {where}:",
+            changes,
+            "A run goes on as it began: set this back, or begin anew in another folder. (The number of ranks may "
+            "change if batch_size changes with it.)",
         )
 
 

@@ -108,7 +108,7 @@ def stage_recipes(recipe: TrainRecipe) -> Iterator[tuple[str, TrainRecipe]]:
         try:  # the messages that a misspelt or impossible setting has in any recipe
             parsed = from_values(TrainRecipe, settings)
         except UserError as error:
-            raise UserError(f"stage {name}: {error}") from error
+            raise UserError(*(f"stage {name}: {line}" for line in error.args)) from error
         yield name, parsed
         model = str(folder / "final")
 

@@ -28,7 +28,7 @@ from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.text_to_ids.encode import vocabulary_size
 from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens, check_one_vocabulary
@@ -106,7 +106,7 @@ def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTr
     try:
         config = named_config(recipe.model, **(settings | recipe.model_overrides))
     except (ValueError, TypeError, StrictDataclassError) as error:  # also what the config says of wrong overrides
-        raise UserError(f"{recipe.model} cannot be made: {error}") from error
+        raise UserError(f"{recipe.model} cannot be made: {excerpt(error)}") from error
     return AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # which its config then says, too
 
 

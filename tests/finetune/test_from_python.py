@@ -45,6 +45,22 @@ def test_python_dash_m_is_the_command():
     assert found.returncode == 2 and "Did you mean train?" in found.stderr
 
 
+def test_messages_name_settings_as_keywords(t5_checkpoint, tmp_path):
+    def message(function, *rows, **settings):
+        with pytest.raises(UserError) as error:
+            function(*rows, **settings)
+        return str(error.value)
+
+    there = {"tokenizer": t5_checkpoint, "out": tmp_path / "prepared"}
+    said = message(diptych.prepare, [*ROWS, {"instruction": "", "output": "a"}], **there, strict=True)
+    assert said.endswith("(strict stops at the first row that cannot be kept.)")
+    assert message(diptych.prepare, ROWS, zzz=1) == "there is no setting zzz. docs/settings.md lists them all."
+    assert ": map output=answer" in message(diptych.prepare, [{"q": "a", "a": "b"}] * 4, **there)
+    (tmp_path / "rows.jsonl").write_text("")
+    said = message(diptych.train, model="diptych-8m", data=tmp_path / "rows.jsonl", out=tmp_path / "run", epochs=1)
+    assert said.endswith(f"Make one with `diptych prepare --data {tmp_path / 'rows.jsonl'}`.")
+
+
 def test_rows_become_data_a_run_figures_and_answers(made, capfd):
     data, run = made
     assert sum(data.splits.values()) == 40 and not data.rejected

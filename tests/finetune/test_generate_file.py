@@ -124,7 +124,7 @@ def test_rows_may_carry_a_system_prompt_and_earlier_turns(tmp_path, t5_checkpoin
     lines = read_lines(out_file)
     assert [line.get("prediction") for line in lines] == ["네.", "나는 학생이다.", None, None]
     assert lines[0]["system"] == translate  # what a row has is kept
-    assert lines[2]["error"] == "'system' must be a string, got 7"
+    assert lines[2]["error"] == "'system' must be a string, got a number (7)"
     assert "there is 'systm'" in lines[3]["error"]
 
     plain = tmp_path / "plain.jsonl"  # the checkpoint's own template has no place for it
@@ -179,7 +179,7 @@ def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
         b'{"instruction": "Go.", "inptu": "x"}': "there is 'inptu'. Rename it to 'input'",
         b'{"text": "Go."}': "'instruction' is missing; the row has 'text'",
         b'{"instruction": "  "}': "must be a string that is not empty",
-        b'{"instruction": "Go.", "input": 5}': "'input' must be a string, got 5",
+        b'{"instruction": "Go.", "input": 5}': "'input' must be a string, got a number (5)",
         b'{"instruction": "Go.", "history": "x"}': "'history' must be a list of",
         b'{"instruction": "Go.", "history": [["a", "b"]]}': "has no place for earlier turns",
         b'{"instruction": "Go.", "prediction": "x"}': "field 'prediction' is one that is written here",
