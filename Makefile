@@ -33,8 +33,8 @@ test-slow: install  ## the long tests alone: README's and the docs' commands, la
 
 test-all: test test-slow  ## everything
 
-torture: install  ## kill training 100 times on one rank and 50 on two: about twenty minutes
-	OMP_NUM_THREADS=1 $(BIN)/python tests/finetune/torture.py --kills 100 --kills_on_two_ranks 50
+torture: install  ## kill training 100 times on one rank and 75 on two: about half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/finetune/torture.py --kills 100 --kills_on_two_ranks 75
 
 lint: install  ## ruff check and ruff format --check
 	$(BIN)/ruff check .

@@ -23,11 +23,12 @@ from diptych.finetune.commands.exit_codes import (
     INTERRUPTED,
     RANKS,
     STOPPED,
+    STORAGE,
     exit_code_of,
     is_main_rank,
     message_of,
 )
-from diptych.finetune.run_files.run_folder import claimed
+from diptych.finetune.run_files.run_folder import CONFIG, claimed
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
 
@@ -57,12 +58,12 @@ def run(recipe: TrainRecipe) -> int:
         code = exit_code_of(error)
         if code == BUG:
             raise
-        if is_main_rank() or code == RANKS:  # all ranks fail alike, except when one has lost another
+        if is_main_rank() or code in (RANKS, STORAGE):  # in all else, all ranks fail alike
             message = "interrupted; the checkpoints are kept" if code == INTERRUPTED else message_of(error)
             print(f"diptych train: {message}", file=sys.stderr)
         if recipe.debug:
             traceback.print_exception(error)
-    if code == STOPPED and is_main_rank():
+    if code in (STOPPED, STORAGE) and is_main_rank() and (Path(recipe.out) / CONFIG).is_file():
         print(f"diptych train: go on with: {resume_command(recipe)}", file=sys.stderr)
     return code
 

@@ -77,8 +77,22 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return spelled[matches[0]] if matches else None
 
 
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""Of the disk, whatever was read or written."""
+DISK_FAILS = "This disk, or the connection to it, fails: see the system's log, or name another disk."
+STORAGE_ERRORS = {
+    errno.ENOSPC: "Make room on this disk, or name another.",
+    errno.EDQUOT: "Make room in your quota, or name another disk.",
+    errno.EFBIG: "A file may not be as large there: raise `ulimit -f`, or name another disk.",
+    errno.EROFS: "This disk can only be read: name another.",
+    errno.EXDEV: "The folder lies on two disks: name one that lies on one disk.",
+    errno.EIO: DISK_FAILS,
+    errno.ESTALE: DISK_FAILS,  # NFS
+    errno.ENOTCONN: DISK_FAILS,  # FUSE
+}
+"""Of the disk, whatever was read or written; and what to do."""
+OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "bad_alloc", "Out of memory"),
+    *("Cannot allocate memory", "failed to map segment"),  # as the C library says it for a file and for a library
+)
 
 
 @contextlib.contextmanager
@@ -95,16 +109,30 @@ def library_errors(said: str, remedy: str, where: Callable[[], str] = str) -> It
         raise
     except BaseException as error:
         is_panic = type(error).__name__ == "PanicException"  # of Rust, which is no Exception
-        is_of_machine = is_out_of_memory(error) or getattr(error, "errno", None) in STORAGE_ERRORS
+        is_of_machine = is_out_of_memory(error) or storage_errno(error) is not None
         if is_of_machine or not (isinstance(error, Exception) or is_panic):
             raise
         raise UserError(f"{said}{where()}: {in_short(error)} {remedy}") from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on a CPU."""
-    is_of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or is_of_torch
+def storage_errno(error: BaseException | None) -> int | None:
+    """The key of STORAGE_ERRORS, if the disk is at fault, or is the cause of the error. Libraries in Rust give the
+    number in words only."""
+    if error is None:
+        return None
+    in_words = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(in_words[1]) if in_words else getattr(error, "errno", None)
+    return number if number in STORAGE_ERRORS else storage_errno(error.__cause__)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also if that is only the cause of the error. torch raises OutOfMemoryError on a GPU, and a plain RuntimeError on
+    a CPU. What a UserError says may be a user's own words, so only its cause counts."""
+    if error is None:
+        return False
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    is_in_words = not isinstance(error, UserError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return is_named or is_in_words or is_out_of_memory(error.__cause__)
 
 
 def in_short(error: BaseException, limit: int = 300) -> str:

@@ -22,7 +22,7 @@ def take_lock(path: Path, busy: Callable[[str], str]) -> int:
     UserError with `busy(holder)` if another process has the lock; and if the file is a link or is not a lock.
     """
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         holder = os.pread(lock, 200, 0).decode("utf-8", "replace")
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ESPIPE, errno.ENXIO):

@@ -16,12 +16,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
-from diptych.data_prep.command_line.errors import CONTROLS, STORAGE_ERRORS, UserError, escaped
+from diptych.data_prep.command_line.errors import (
+    CONTROLS,
+    STORAGE_ERRORS,
+    UserError,
+    escaped,
+    in_short,
+    is_out_of_memory,
+    storage_errno,
+)
 
 Settings = TypeVar("Settings")
 
 DONE, USER, STORAGE, INTERRUPTED = 0, 2, 4, 130
 """Exit codes; finetune/commands/exit_codes.py has the others."""
+NO_MEMORY = (
+    "Use a machine with more, or lower batch_size; in training, raise gradient_accumulation_steps by as much, set"
+    " gradient_checkpointing, or pack into shorter rows (prepare's --packed_source_tokens, --packed_target_tokens)."
+)
 
 
 def run_command(
@@ -41,26 +53,41 @@ def run_command(
         code = work(settings)
         sys.stdout.flush()
         return code
-    except (UserError, OSError) as error:
-        print(f"{sender}: {message_of_file(error)}", file=sys.stderr)
-        return exit_code(error)
     except KeyboardInterrupt:
         print(f"\n{sender}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:  # what is none of a user, a file or the machine is raised again
+        if (code := exit_code(error)) is None:
+            raise
+        print(f"{sender}: {message_of(error)}", file=sys.stderr)
+        return code
 
 
-def exit_code(error: UserError | OSError) -> int:
-    if isinstance(error, UserError):
+def exit_code(error: BaseException) -> int | None:
+    """None for an error of another kind: it is a mistake of Diptych's own."""
+    if is_out_of_memory(error):
+        return STORAGE
+    if isinstance(error, UserError) and error.exit_code != USER:
         return error.exit_code
-    return STORAGE if error.errno in STORAGE_ERRORS else USER
+    if storage_errno(error) is not None:
+        return STORAGE
+    return USER if isinstance(error, UserError | OSError) else None
 
 
-def message_of_file(error: UserError | OSError) -> str:
-    """For an error of a file or folder: the path, what is wrong and, if a right is missing, what to do."""
-    if not isinstance(error, OSError) or error.filename is None:
-        return str(error) if isinstance(error, UserError) else escaped(str(error))
-    remedy = ". Get yourself the right to it, or name another place" if isinstance(error, PermissionError) else ""
-    return escaped(f"{error.filename}: {error.strerror}{remedy}")
+def message_of(error: BaseException) -> str:
+    """What was wrong, and what to do; for an error of a file or folder, which one."""
+    if is_out_of_memory(error):
+        return f"out of memory: {in_short(error)} {NO_MEMORY}"
+    if isinstance(error, UserError):
+        return str(error)
+    remedy = STORAGE_ERRORS.get(storage_errno(error), "")
+    if isinstance(error, PermissionError):
+        remedy = "Get yourself the right to it, or name another place"
+    what = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        places = [str(place) for place in (error.filename, error.filename2) if place is not None]
+        what = f"{' -> '.join(places)}: {error.strerror}" if places else error.strerror
+    return escaped(f"{what}. {remedy}" if remedy else what)
 
 
 # Settings that name a place

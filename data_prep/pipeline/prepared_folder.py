@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.overwrite_checks import take_lock
-from diptych.data_prep.command_line.run_command import message_of_file
+from diptych.data_prep.command_line.run_command import message_of
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.reading.find_files import fixed_part
 from diptych.data_prep.rows.named_splits import named
@@ -113,7 +113,7 @@ def beside(folder: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{folder} could not be written: {message_of_file(error)}") from error
+        raise UserError(f"{folder} could not be written: {message_of(error)}") from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from diptych.data_prep.command_line.arguments import choose_from, parse
 from diptych.data_prep.command_line.run_command import guard_streams, run_command
+from diptych.finetune.commands.exit_codes import RankError, is_of_another_rank, lost_rank
 
 USAGE = """usage: diptych COMMAND ...
 
@@ -54,7 +55,15 @@ def run(name: str, argv: Sequence[str] | None) -> int:
         settings = imported(command.settings)
         return parse(settings, f"diptych {name}", words) if isinstance(settings, type) else settings(words)
 
-    return run_command(f"diptych {name}", parse_settings, lambda settings: imported(command.work)(settings), argv)
+    def work(settings: Any) -> int:
+        try:
+            return imported(command.work)(settings)
+        except RuntimeError as error:
+            if not is_of_another_rank(error):
+                raise
+            raise RankError(f"another rank has ended or does not answer: {lost_rank(error)}") from error
+
+    return run_command(f"diptych {name}", parse_settings, work, argv)
 
 
 def imported(place: str) -> Any:

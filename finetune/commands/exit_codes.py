@@ -11,16 +11,11 @@ torchrun and `accelerate launch` exit with 1 for all of them, so a run also writ
 
 import os
 
-from diptych.data_prep.command_line.errors import UserError, is_out_of_memory, message_line
-from diptych.data_prep.command_line.run_command import DONE, INTERRUPTED, STORAGE, USER, exit_code, message_of_file
+from diptych.data_prep.command_line.errors import UserError, message_line
+from diptych.data_prep.command_line.run_command import DONE, INTERRUPTED, STORAGE, USER, exit_code, message_of
 
-__all__ = ["DONE", "INTERRUPTED", "STORAGE", "USER"]  # those that data preparation has, too
+__all__ = ["DONE", "INTERRUPTED", "STORAGE", "USER", "message_of"]  # those that data preparation has, too
 BUG, CHECKPOINT, NOT_FINITE, RANKS, HUB, STOPPED = 1, 3, 5, 6, 7, 75
-
-NO_MEMORY = (
-    "Lower batch_size and raise gradient_accumulation_steps by as much, set gradient_checkpointing, or pack into"
-    " shorter rows (prepare's --packed_source_tokens, --packed_target_tokens)."
-)
 
 
 def is_main_rank() -> bool:
@@ -69,24 +64,24 @@ class Stopped(BaseException):
     where exceptions of a loader are taken for a broken file."""
 
 
+def is_of_another_rank(error: BaseException) -> bool:
+    """torch's DistError; and gloo's errors, plain RuntimeErrors that name its source files."""
+    words = ("gloo", "Connection closed by peer", "NCCL", "Timed out")
+    is_its_own = type(error).__name__.startswith("Dist") or any(word in str(error) for word in words)
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and isinstance(error, RuntimeError) and is_its_own
+
+
+def lost_rank(error: BaseException) -> str:
+    """One line, without gloo's advice for its developers."""
+    return str(error).splitlines()[0].split(" This is typically")[0][-300:]
+
+
 def exit_code_of(error: BaseException) -> int:
     """1 for an unexpected error, whose traceback should be shown."""
-    if isinstance(error, UserError | OSError) and not is_out_of_memory(error):
-        return exit_code(error)
+    if is_of_another_rank(error):
+        return RANKS
     if isinstance(error, Stopped):
         return STOPPED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if is_out_of_memory(error):
-        return STORAGE
-    return BUG
-
-
-def message_of(error: BaseException) -> str:
-    """What a person is told of an error that has one of the codes above."""
-    if is_out_of_memory(error):
-        return f"out of memory: {(str(error).splitlines() or [''])[0]} {NO_MEMORY}"
-    if isinstance(error, OSError) and exit_code_of(error) == STORAGE:
-        room = "Make room on this disk, then go on from what was committed: --resume true."
-        return f"{message_of_file(error)}. {room}"
-    return message_of_file(error)
+    return exit_code(error) or BUG

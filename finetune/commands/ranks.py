@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from diptych.data_prep.command_line.errors import UserError, in_short
-from diptych.finetune.commands.exit_codes import RANKS, RankError
+from diptych.finetune.commands.exit_codes import RANKS, RankError, is_of_another_rank, lost_rank
 
 PATIENCE = 1.5
 """Times the timeout: then the thread ends a process that torch has not ended."""
@@ -80,6 +79,8 @@ class Ranks:
         self.count, self.number, self.timeout = accelerator.num_processes, accelerator.process_index, timeout
         self.on_timeout = on_timeout
         """Called with exit code and message before the process ends."""
+        self.steps_lost: Callable[[], list[str]] = list
+        """A sentence: which steps are lost, once the loop has set it."""
 
     @contextmanager
     def waiting_for(self, what: str, has_own_work: bool = False) -> Iterator[None]:
@@ -94,18 +95,17 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            # gloo's errors are plain RuntimeErrors that name its source files
-            words = ("gloo", "Connection closed by peer", "NCCL", "Timed out")
-            if not isinstance(error, torch.distributed.DistError) and not any(word in str(error) for word in words):
+            if not is_of_another_rank(error):
                 raise
-            raise self._lost(what, str(error).splitlines()[0]) from error
+            raise self._lost(what, lost_rank(error)) from error
         finally:
             timer.cancel()
 
     def _lost(self, what: str, why: str) -> RankError:
         return RankError(
             f"rank {self.number} waited for the others with {what}, and one of {self.count} ranks has ended or does "
-            f"not answer: {why[-300:]}",
+            f"not answer: {why}",
+            *self.steps_lost(),
             "See what the other ranks say; then go on from the last checkpoint: --resume true.",
         )
 

@@ -14,70 +14,60 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from safetensors import SafetensorError
 
-from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError, in_short
-from diptych.finetune.commands.exit_codes import StorageError
+from diptych.data_prep.command_line.errors import UserError, storage_errno
+from diptych.finetune.commands.exit_codes import StorageError, message_of
 
 MANIFEST = "manifest.json"
 PARTIAL = ".diptych-partial"
-NO_ROOM_WORDS = [os.strerror(number) for number in STORAGE_ERRORS if number != errno.EIO]
 
 
-def write_folder(
-    folder: Path,
-    write: Callable[[Path], Any],
-    bytes_needed: int = 0,
-    remedy: str = "Make room, or name another disk.",
-) -> None:
+def write_folder(folder: Path, write: Callable[[Path], Any], bytes_needed: int = 0, left: Sequence[str] = ()) -> None:
     """`write(partial)` fills a folder beside, which then replaces `folder`, whatever is in it.
 
-    StorageError, and nothing new left, where the disk has less than `bytes_needed`, runs full nevertheless, or gives
-    back something else than was written.
+    StorageError, and what was there before, where the disk has less than `bytes_needed`, runs full nevertheless,
+    fails, or gives back something else than was written. `left` are further lines of its message.
     """
-    partial = partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, previous = partial_of(folder), partial_of(folder.with_name(f"{folder.name}.previous"))
+    _put_back(previous, folder)
+    for leftover in (partial, previous):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         if free < bytes_needed:
-            raise _no_room(folder, bytes_needed, f"{free:,} bytes are free", remedy)
+            raise OSError(errno.ENOSPC, f"{free:,} bytes are free")
         write(partial)
         write_manifest(partial)
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
+        if folder.exists():
+            os.rename(folder, previous)
+        os.rename(partial, folder)
+        _flush(folder.parent)
     except Exception as error:  # of any type: it is raised again, after the half-written folder is removed
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_of_storage(error):
-            why = f"it ended after {written:,} bytes: {in_short(error)}"
-            raise _no_room(folder, bytes_needed, why, remedy) from error
-        raise
-    previous = partial_of(folder.with_name(f"{folder.name}.previous"))
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, previous)
-    os.rename(partial, folder)
-    _flush(folder.parent)
+        _put_back(previous, folder)
+        if storage_errno(error) is None:
+            raise
+        raise StorageError(
+            f"{folder} could not be written ({written:,} of {bytes_needed:,} bytes were): {message_of(error)}", *left
+        ) from error
     shutil.rmtree(previous, ignore_errors=True)
     if fault := fault_of(folder):
         raise StorageError(f"{folder} was written, and is not what is read back: {fault}. Look after this disk.")
 
 
-def _no_room(folder: Path, bytes_needed: int, why: str, remedy: str) -> StorageError:
-    return StorageError(f"{folder} needs {bytes_needed:,} bytes, and there is no room: {why}", remedy)
-
-
-def _is_of_storage(error: Exception) -> bool:
-    """safetensors tells an OSError's number in words alone."""
-    if isinstance(error, SafetensorError):
-        return any(words in str(error) for words in NO_ROOM_WORDS)
-    return getattr(error, "errno", None) in STORAGE_ERRORS
+def _put_back(previous: Path, folder: Path) -> None:
+    """What was moved out of the way, where nothing came in its place."""
+    if previous.exists() and not os.path.lexists(folder):
+        os.rename(previous, folder)
 
 
 def partial_of(folder: Path) -> Path:
@@ -107,6 +97,8 @@ def fault_of(path: Path, read: bool = True) -> str:
         expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in entries.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
+    except PermissionError:
+        raise
     except (ValueError, AttributeError, KeyError, TypeError, OSError):
         return f"its {MANIFEST} cannot be read"
     for name, (size, digest) in expected.items():
@@ -115,8 +107,13 @@ def fault_of(path: Path, read: bool = True) -> str:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
-        if read and _hash(file) != digest:
-            return f"{name} is not what was written"
+        try:
+            if read and _hash(file) != digest:
+                return f"{name} is not what was written"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return f"{name} cannot be read: {error.strerror}"
     return ""
 
 
@@ -188,5 +185,7 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)

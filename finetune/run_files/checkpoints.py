@@ -48,23 +48,51 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def write_checkpoint(path: Path, write: Callable[[Path], Any], bytes_needed: int = 0) -> None:
     """`write_folder`, whose StorageError says what is left to go on from."""
-    shutil.rmtree(path, ignore_errors=True)  # it is damaged: a whole one is never written again
+    if not _why_no_checkpoint(path):
+        _remove(path)  # it is damaged: a whole one is never written again
+    elif os.path.lexists(path):
+        _move_aside(path)
     older = checkpoint_steps(path.parent)
     left = f"That of step {older[-1]} is untouched" if older else "There is no earlier one"
-    remedy = f"{left}. Make room, or have fewer kept (keep_last), and go on: --resume true."
-    write_folder(path, write, bytes_needed, remedy)
+    write_folder(path, write, bytes_needed, [f"{left}. (keep_last says how many are kept.)"])
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Those whose files are all there in full size, the oldest first."""
     paths = (checkpoint_path(folder, step) for step in checkpoint_steps(folder))
-    return [path for path in paths if not fault_of(path, read=False)]
+    return [path for path in paths if not checkpoint_fault(path, read=False)]
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Of all checkpoints, also damaged ones."""
-    names = (path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir())
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(checkpoint_step(path) for path in _called_like_one(folder) if not _why_no_checkpoint(path))
+
+
+def _called_like_one(folder: Path) -> list[Path]:
+    """`step-` and a number, the largest last."""
+    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(paths, key=checkpoint_step)
+
+
+def _why_no_checkpoint(path: Path) -> str:
+    """ "" for a folder that training may have written."""
+    number = path.name.removeprefix("step-")
+    name = checkpoint_path(path.parent, int(number)).name if number.isdecimal() else "step-000200"
+    if path.is_symlink() or not path.is_dir():
+        return "it is a link" if path.is_symlink() else "it is no folder"
+    return "" if path.name == name else f"training would call it {name}"
+
+
+def checkpoint_fault(path: Path, read: bool = True) -> str:
+    """As `fault_of`; also, what is no folder of training's, and a copy of the checkpoint of another step."""
+    fault = _why_no_checkpoint(path) or fault_of(path, read)
+    if fault:
+        return fault
+    try:
+        step = read_json(path / "state.json")["progress"]["step"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        return f"its state.json is not the state of a run: {error!r}"
+    return "" if step == checkpoint_step(path) else f"it is that of step {step}"
 
 
 def checkpoint_step(path: Path) -> int:
@@ -80,9 +108,8 @@ class LatestCheckpoint(NamedTuple):
 def latest_checkpoint(folder: Path) -> LatestCheckpoint:
     """The newest undamaged checkpoint, None where there are none yet. CheckpointError where all are damaged."""
     passed_over = []
-    for step in reversed(checkpoint_steps(folder)):
-        path = checkpoint_path(folder, step)
-        fault = fault_of(path)
+    for path in reversed(_called_like_one(folder)):
+        fault = checkpoint_fault(path)
         if not fault:
             return LatestCheckpoint(path, passed_over)
         passed_over.append(f"{path.name}: {fault}")
@@ -96,44 +123,46 @@ def latest_checkpoint(folder: Path) -> LatestCheckpoint:
 
 def check_checkpoint(path: Path) -> None:
     """CheckpointError where it is missing, incomplete or damaged."""
-    fault = "there is no such folder" if not path.is_dir() else fault_of(path)
+    fault = checkpoint_fault(path) if path.is_dir() else "there is no such folder"
     if fault:
         raise CheckpointError(f"{path} cannot be used: {fault}. Name another one, or `--resume true` for the newest.")
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
-    """Moves checkpoints of later steps into a folder that no run reads; nothing is deleted."""
-    moved = []
-    for step in checkpoint_steps(folder):
-        if step <= after:
-            continue
-        (folder / ASIDE).mkdir(exist_ok=True)
-        number = 1
-        while (target := folder / ASIDE / f"step-{step:06d}-{number}").exists():
-            number += 1
-        os.rename(checkpoint_path(folder, step), target)
-        moved.append(target)
-    return moved
+    """Moves checkpoints of later steps, and what is only called like one, into a folder that no run reads; nothing is
+    deleted."""
+    paths = [path for path in _called_like_one(folder) if checkpoint_step(path) > after or _why_no_checkpoint(path)]
+    return [_move_aside(path) for path in paths]
+
+
+def _move_aside(path: Path) -> Path:
+    (path.parent / ASIDE).mkdir(exist_ok=True)
+    number = 1
+    while os.path.lexists(target := path.parent / ASIDE / f"{path.name}-{number}"):
+        number += 1
+    return path.rename(target)
 
 
 def mark_best(folder: Path, step: int, metric: str, value: float) -> None:
     write_json(folder / BEST, {"checkpoint": checkpoint_path(folder, step).name, "metric": metric, "value": value})
 
 
-def best_checkpoint(folder: Path) -> Path | None:
-    marker = folder / BEST
-    return folder / read_json(marker)["checkpoint"] if marker.is_file() else None
-
-
-def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` and the best, and partial folders of killed runs. Damaged checkpoints do
-    not count, and stay."""
-    best = best_checkpoint(folder)
-    for path in complete_checkpoints(folder)[:-keep_last]:
-        if path != best:
+def prune_checkpoints(folder: Path, keep_last: int, newest: int, best: int | None) -> None:
+    """Deletes all but the newest `keep_last` and that of step `best`, and partial folders of killed runs. Damaged
+    checkpoints, and those of a later step than the run has come to, do not count, and stay."""
+    own = [path for path in complete_checkpoints(folder) if checkpoint_step(path) <= newest]
+    for path in own[:-keep_last]:
+        if checkpoint_step(path) != best:
             os.rename(path, partial_of(path))  # first, so that a half-deleted one is never seen
     for path in folder.glob(f".step-*{PARTIAL}"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
         shutil.rmtree(path)
+    except OSError as error:  # it names the file alone, without its folder
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def optimizer_tensors(

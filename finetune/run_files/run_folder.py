@@ -15,6 +15,7 @@ torch is not imported here, so that a folder in use is refused at once.
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,12 +67,15 @@ class Status:
         """A rank that lost another one writes only where that other one has not written why."""
         state = {DONE: "done", STOPPED: "stopped"}.get(code, "failed")
         self.facts |= {"state": state, "exit_code": code, "message": message, "ended": _now()}
-        if is_main_rank() and code != RANKS or self._nobody_said_more():
-            self._write()
+        try:
+            if is_main_rank() and code != RANKS or self._nobody_said_more():
+                self._write()
+        except OSError as error:  # why the run ended is not to be hidden by this
+            print(f"{self.folder / STATUS} does not say how the run ended: {message_of(error)}", file=sys.stderr)
 
     def _nobody_said_more(self) -> bool:
         said = read_status(self.folder)
-        return said is None or said["exit_code"] in (None, RANKS)
+        return said is None or said.get("exit_code") in (None, RANKS)
 
     def _write(self) -> None:
         if not self.has_begun:
@@ -83,8 +87,12 @@ class Status:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    file = folder / STATUS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """None if there is none, or if it is damaged."""
+    try:
+        found = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def holds_nothing(folder: Path) -> bool:
@@ -102,6 +110,8 @@ def claimed(folder: Path, resumes: bool) -> Iterator[Status]:
     try:
         yield status
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(folder)  # a write or a close does not say which file it was
         code = exit_code_of(error)
         status.end(code, repr(error) if code == BUG else message_of(error) or type(error).__name__)
         raise

@@ -27,7 +27,7 @@ from diptych.finetune.commands.ranks import end_ranks
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
 from diptych.finetune.evaluating.metrics import is_improvement, selected_figure
 from diptych.finetune.model.device_speed import keep_memory
-from diptych.finetune.run_files.checkpoints import whole_tensor
+from diptych.finetune.run_files.checkpoints import checkpoint_step, complete_checkpoints, whole_tensor
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import Pace, selection_line, train_line, validation_line
@@ -51,6 +51,7 @@ def run(recipe: TrainRecipe, stop: StopRequest, status: Status, is_last: bool = 
     keep_memory()
     run = set_up(recipe, stop, status)
     stop.defer()
+    run.ranks.steps_lost = partial(steps_lost, run)
     is_stopped = not train(run)
     if not is_stopped:
         write_final(run)
@@ -58,6 +59,14 @@ def run(recipe: TrainRecipe, stop: StopRequest, status: Status, is_last: bool = 
     del run
     end_ranks(accelerator, for_good=is_last or is_stopped)
     return STOPPED if is_stopped else DONE
+
+
+def steps_lost(run: Run) -> list[str]:
+    """What is lost if the run ends now. Of several ranks, one alone knows what it has saved, so the disk is asked."""
+    saved = max(map(checkpoint_step, complete_checkpoints(run.checkpoints)), default=0)
+    run.status.facts["step"] = saved
+    since = f"the checkpoint of step {saved}" if saved else "the beginning (there is no checkpoint yet)"
+    return [f"Steps since {since}, which are lost: {max(run.progress.step - saved, 0)}."]
 
 
 def train(run: Run) -> bool:

@@ -36,9 +36,9 @@ def choose_checkpoint(recipe: TrainRecipe, folder: Path) -> Path | None:
     place = folder / "checkpoints"
     if isinstance(recipe.resume, str):
         chosen = Path(recipe.resume)
-        checkpoints.check_checkpoint(chosen)
-        if chosen.resolve().parent != place.resolve():
+        if chosen.absolute().parent.resolve() != place.resolve():
             raise UserError(f"{chosen} is no checkpoint of the run in {folder}. Name one of {place}.")
+        checkpoints.check_checkpoint(chosen)
         return chosen
     found = checkpoints.latest_checkpoint(place)
     for fault in found.passed_over:
@@ -147,10 +147,12 @@ def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) 
 
 
 def take_back(recipe: TrainRecipe, folder: Path, saved: Path) -> None:
-    """Moves away checkpoints that are later than the one that was named: they would be taken for this run's."""
+    """Moves away checkpoints that are later than the one that is resumed: they would be taken for this run's."""
     moved = checkpoints.set_aside(folder / "checkpoints", checkpoints.checkpoint_step(saved))
     if moved and isinstance(recipe.resume, str):
         say_once(f"goes back to {saved.name}: {len(moved)} later checkpoints are in {moved[0].parent}")
+    elif moved:
+        say_once(f"moved what was passed over: {', '.join(map(str, moved))}")
 
 
 def _check_unchanged(where: str, before: dict[str, Any], now: dict[str, Any], names: Collection[str]) -> None:

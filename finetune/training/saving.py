@@ -49,12 +49,12 @@ def save_checkpoint(run: Run) -> None:
             atomic_folders.write_json(partial / "state.json", state)
 
         if is_writer:
-            if not path.is_dir() or atomic_folders.fault_of(path):
+            if checkpoints.checkpoint_fault(path):
                 bytes_needed = int(ROOM * (_bytes(weights) + _bytes(states))) + SMALL_FILES
                 checkpoints.write_checkpoint(path, write, bytes_needed)
             if progress.best_step is not None:
                 checkpoints.mark_best(folder, progress.best_step, run.recipe.best_metric, progress.best)
-            checkpoints.prune_checkpoints(folder, run.recipe.keep_last)
+            checkpoints.prune_checkpoints(folder, run.recipe.keep_last, progress.step, progress.best_step)
             run.status.update(step=progress.step)
         run.accelerator.wait_for_everyone()
 
@@ -107,13 +107,12 @@ def save_model(
 
 def write_final(run: Run) -> None:
     best_step = run.progress.best_step if run.recipe.final == "best" else None
-    best = None if best_step is None else checkpoints.checkpoint_path(run.checkpoints, best_step)
-    chosen = best or checkpoints.complete_checkpoints(run.checkpoints)[-1]
+    chosen = checkpoints.checkpoint_path(run.checkpoints, run.progress.step if best_step is None else best_step)
     with run.ranks.waiting_for("the final model"):
         if run.accelerator.is_main_process:
             checkpoints.check_checkpoint(chosen)
             atomic_folders.copy_folder(chosen / "model", run.folder / "final")
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
         run.accelerator.wait_for_everyone()
-    which = f"the best by {run.recipe.best_metric}" if best else "the last"
+    which = "the last" if best_step is None else f"the best by {run.recipe.best_metric}"
     run.log.say(f"final model: {run.folder / 'final'} ({chosen.name}, {which}) | {run.folder / 'loss.png'}")

@@ -5,6 +5,7 @@ seconds, before anything is written.
 """
 
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -111,6 +112,9 @@ def make_run(
             say_changes(recipe, folder)
         # before any other file: even a run that was killed early can be told by it
         atomic_folders.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder / "checkpoints"):  # the first checkpoint may be hours away
+            pass
         if saved:
             take_back(recipe, folder, saved)
     status.begin()

@@ -114,5 +114,5 @@ def stage_recipes(recipe: TrainRecipe) -> Iterator[tuple[str, TrainRecipe]]:
 
 
 def _has_ended(folder: Path) -> bool:
-    status = read_status(folder) if folder.is_dir() else None
-    return status is not None and status["exit_code"] == DONE and (folder / "final").is_dir()
+    status = read_status(folder)
+    return status is not None and status.get("exit_code") == DONE and (folder / "final").is_dir()

@@ -7,10 +7,12 @@
         assert nursery.run(["compare", "runs/a", "runs/b"], tmp_path / "log", folder=tmp_path).wait(60) == 0
 
 They are `diptych` in all that matters: real processes, in which nothing was used before the fork, with gloo between
-ranks as torchrun sets it up. `die_at=7` has the process kill itself before its seventh change to the disk.
+ranks as torchrun sets it up. `die_at=7` has the process kill itself before its seventh change to the disk;
+`fault=(7, "EIO")` has this change fail, and `fault=(7, "ESTALE", "on")` each one from there on.
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -59,23 +61,25 @@ class Nursery:
         log: Path | str,
         folder: Path | str = ".",
         die_at: int | None = None,
+        fault: Sequence | None = None,
         **environment: str,
     ) -> Process:
         """`diptych ARGUMENTS` in `folder`, on CPUs; what it says is appended to `log`."""
-        request = {"arguments": list(arguments), "log": str(log), "folder": str(folder), "die_at": die_at}
+        request = {"arguments": list(arguments), "log": str(log), "folder": str(folder)}
+        request |= {"fault": [die_at, None] if die_at else fault}
         return Process(self.ask(request | {"environment": {"ACCELERATE_USE_CPU": "true"} | environment}), self)
 
-    def train(self, arguments: Sequence[str], log: Path, ranks: int = 1, die_at: int | None = None) -> list[Process]:
-        return self.launch(["train", *arguments], log, ranks, die_at)
+    def train(self, arguments: Sequence[str], log: Path, ranks: int = 1, **faults: Any) -> list[Process]:
+        return self.launch(["train", *arguments], log, ranks, **faults)
 
-    def launch(self, arguments: Sequence[str], log: Path, ranks: int, die_at: int | None = None) -> list[Process]:
-        """As torchrun launches it; rank 1 writes to `LOG.1`, and rank 0 is the one that dies."""
+    def launch(self, arguments: Sequence[str], log: Path, ranks: int, **faults: Any) -> list[Process]:
+        """As torchrun launches it; rank 1 writes to `LOG.1`, and rank 0 is the one that dies, or whose disk fails."""
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         processes = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
             environment = meeting | own if ranks > 1 else {}
-            processes.append(self.run(arguments, f"{log}.{rank}", die_at=None if rank else die_at, **environment))
+            processes.append(self.run(arguments, f"{log}.{rank}", **({} if rank else faults), **environment))
         return processes
 
 
@@ -133,8 +137,8 @@ def _be_a_process(request: dict[str, Any]) -> None:
     for place, target in ((nowhere, 0), (log, 1), (log, 2)):
         os.dup2(place, target)
     os.setpgid(0, 0)  # Ctrl-C in the terminal of a test is for the test
-    if request["die_at"] is not None:
-        _die_at(request["die_at"])
+    if request["fault"]:
+        _fail_at(*request["fault"])
     code = 1
     try:
         code = main(request["arguments"])
@@ -149,16 +153,20 @@ def _be_a_process(request: dict[str, Any]) -> None:
     os._exit(code)
 
 
-def _die_at(number: int) -> None:
-    """Before the `number`-th call that changes what is on the disk, counted from 1."""
+def _fail_at(number: int, error: str | None, lasts: str = "") -> None:
+    """At the `number`-th call that changes what is on the disk, counted from 1: SIGKILL, or this error."""
     calls = 0
 
     def counted(call):
         def wrapper(*arguments, **settings):
             nonlocal calls
             calls += 1
-            if calls == number:
+            if calls == number and error is None:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if calls == number or (lasts and calls > number):
+                code = getattr(errno, error)
+                places = [] if isinstance(arguments[0], int) else [str(arguments[0])]
+                raise OSError(code, os.strerror(code), *places)
             return call(*arguments, **settings)
 
         return wrapper

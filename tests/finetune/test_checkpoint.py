@@ -20,7 +20,12 @@ from diptych.finetune.run_files import atomic_folders, checkpoints
 
 def write(folder, step: int, text: str = "weights"):
     path = checkpoints.checkpoint_path(folder, step)
-    checkpoints.write_checkpoint(path, lambda partial: (partial / "weights").write_text(text))
+
+    def fill(partial):
+        (partial / "weights").write_text(text)
+        (partial / "state.json").write_text(f'{{"progress": {{"step": {step}}}}}')
+
+    checkpoints.write_checkpoint(path, fill)
     return path
 
 
@@ -93,8 +98,9 @@ def test_a_process_killed_while_writing_leaves_only_whole_checkpoints(tmp_path):
         "import sys; from pathlib import Path; from diptych.finetune.run_files import checkpoints as c\n"
         "for step in range(10**6):\n"
         "    c.write_checkpoint(c.checkpoint_path(Path(sys.argv[1]), step),\n"
-        "        lambda p: [(p / str(i)).write_bytes(bytes([step % 256]) * 300000) for i in range(5)])\n"
-        "    c.prune_checkpoints(Path(sys.argv[1]), 2)\n"
+        "        lambda p: [(p / str(i)).write_bytes(bytes([step % 256]) * 300000) for i in range(5)]\n"
+        "        + [(p / 'state.json').write_text('{\"progress\": {\"step\": %d}}' % step)])\n"
+        "    c.prune_checkpoints(Path(sys.argv[1]), 2, step, None)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", endless, str(tmp_path)])
     # any later one will do: each is pruned soon, and on a busy machine this loop may come too late to see the third
@@ -112,10 +118,62 @@ def test_a_process_killed_while_writing_leaves_only_whole_checkpoints(tmp_path):
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
-    checkpoints.mark_best(tmp_path, 2, "loss", 1.5)
-    checkpoints.prune_checkpoints(tmp_path, keep_last=1)
+    checkpoints.prune_checkpoints(tmp_path, keep_last=1, newest=4, best=2)
     assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["step-000002", "step-000004"]
-    assert checkpoints.best_checkpoint(tmp_path).name == "step-000002"
+
+
+def aliens_in(folder, sound) -> dict[str, str]:
+    """What is called like a checkpoint and is none, and what is wrong with each."""
+    (folder / "step-000900").write_text("mine")
+    (folder / "step-000901").symlink_to(shutil.copytree(sound, folder / "elsewhere"))
+    (folder / "step-000902").symlink_to(folder / "nowhere")
+    (folder / "step-90").mkdir()
+    (folder / "step-²").mkdir()
+    shutil.copytree(sound, folder / "step-999999999")
+    return {
+        "step-000900": "it is no folder",
+        "step-000901": "it is a link",
+        "step-000902": "it is a link",
+        "step-90": "training would call it step-000090",
+        "step-999999999": "it is that of step 3",
+    }
+
+
+def test_what_is_only_called_like_a_checkpoint_is_neither_resumed_nor_kept_for_one(tmp_path):
+    sound = write(tmp_path, 3)
+    aliens = aliens_in(tmp_path, sound)
+    path, passed_over = checkpoints.latest_checkpoint(tmp_path)
+    assert path == sound and sorted(passed_over) == [f"{name}: {why}" for name, why in aliens.items()]
+    later = write(tmp_path, 4)
+    checkpoints.prune_checkpoints(tmp_path, keep_last=1, newest=4, best=None)
+    assert later.is_dir() and not sound.exists() and all(os.path.lexists(tmp_path / name) for name in aliens)
+    shutil.rmtree(later)
+    with pytest.raises(
+        CheckpointError, match="no checkpoint in .* is sound: .*step-90: training would call it step-000090"
+    ):
+        checkpoints.latest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_a_step_that_the_run_has_not_come_to_takes_no_place(tmp_path):
+    """It came into the folder while the run went on."""
+    for step in (3, 4, 999_999_999):
+        write(tmp_path, step)
+    checkpoints.prune_checkpoints(tmp_path, keep_last=1, newest=4, best=None)
+    assert checkpoints.checkpoint_steps(tmp_path) == [4, 999_999_999]
+
+
+def test_what_lies_where_a_checkpoint_is_due_is_moved_and_kept(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for step, put in ((1, lambda path: path.write_text("mine")), (2, lambda path: path.symlink_to(tmp_path / "mine"))):
+        put(checkpoints.checkpoint_path(tmp_path, step))
+        assert not checkpoints.checkpoint_fault(write(tmp_path, step))
+    assert (tmp_path / "aside" / "step-000001-1").read_text() == "mine"
+    assert (tmp_path / "aside" / "step-000002-1").resolve() == tmp_path / "mine"
+    checkpoints.prune_checkpoints(tmp_path, keep_last=1, newest=2, best=None)
+    aliens = aliens_in(tmp_path, write(tmp_path, 3))
+    moved = checkpoints.set_aside(tmp_path, after=3)
+    assert sorted(path.name for path in moved) == [f"{name}-1" for name in aliens]
+    assert checkpoints.checkpoint_steps(tmp_path) == [2, 3]
 
 
 def test_random_states_go_on_after_json(tmp_path):

@@ -1,5 +1,6 @@
 """Signals, lost ranks, full disks, second starts: real processes, and what they leave behind."""
 
+import errno
 import json
 import os
 import resource
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from torture import DEADLINE, Case, Torture, differences_of
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError
 from diptych.data_prep.pipeline.prepared_folder import beside
 from diptych.finetune.commands.exit_codes import StorageError
 from diptych.finetune.run_files import atomic_folders, checkpoints
@@ -157,9 +158,13 @@ def test_a_lost_rank_ends_the_others(torturer, undisturbed, tmp_path):
     until(has_saved(out))
     os.kill(processes[1].pid, signal.SIGKILL)
     assert processes[0].wait(10) == 6, torturer.log("lost")
-    said = torturer.log("lost")
+    said, status = torturer.log("lost"), read_status(out)
     assert "rank 0 waited for the others with the " in said and "one of 2 ranks has ended" in said
-    assert read_status(out)["exit_code"] == 6
+    assert "Traceback" not in said and "This is typically" not in said
+    taken = [line for line in said.splitlines() if line.startswith("step ") and "loss" in line and "valid" not in line]
+    lost = len(taken) - status["step"]
+    assert f"Steps since the checkpoint of step {status['step']}, which are lost: {lost}.\n" in status["message"]
+    assert status["exit_code"] == 6
     ends_alike(torturer, undisturbed, TOGETHER, recipe)
 
 
@@ -237,11 +242,50 @@ def test_a_disk_that_runs_full_leaves_the_older_checkpoint(torturer, undisturbed
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300_000, 300_000))
     assert process.wait(DEADLINE) == 4, torturer.log("full")
     said = torturer.log("full")
-    assert " bytes, and there is no room: it ended after " in said and "is untouched. Make room" in said
+    assert " bytes were): Error while serializing: I/O error: File too large" in said and "`ulimit -f`" in said
+    assert "is untouched." in said and f"go on with: diptych train --config {out / 'config.yaml'}" in said
     assert "Traceback" not in said and read_status(out)["exit_code"] == 4
     (left,) = (out / "checkpoints").glob("step-*")
     assert not atomic_folders.fault_of(left)
     ends_alike(torturer, undisturbed, ALONE, recipe)
+
+
+FAULTS = [
+    (30, "EIO"),  # a file of a checkpoint
+    (66, "ESTALE", "on"),  # its rename, and all that comes after it
+    (109, "EROFS"),  # the removal of an old one
+    *[
+        pytest.param((at, error, *on), marks=pytest.mark.slow)
+        for at, error, *on in (
+            (8, "ENOTCONN", "on"),
+            (35, "EXDEV"),
+            (54, "ENOSPC", "on"),
+            (66, "EXDEV"),
+            (98, "EIO"),
+            (115, "EIO"),
+            (127, "EROFS", "on"),
+            (136, "EDQUOT"),
+            (140, "ESTALE"),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: " ".join(map(str, fault)))
+def test_a_disk_that_fails_is_one_message_and_the_run_goes_on_with_the_same_bits(fault, torturer, tmp_path):
+    out = tmp_path / "failing"
+    recipe, name = torturer.recipe(ALONE, out), "failing-" + "-".join(map(str, fault))
+    said = run_alone(torturer, recipe, name, 4, fault=fault)
+    assert "Traceback" not in said and said.count("diptych train: ") == 2
+    why = said[said.index("diptych train: ") :]
+    assert (
+        f"{out}" in why
+        and os.strerror(getattr(errno, fault[1])) in why
+        and STORAGE_ERRORS[getattr(errno, fault[1])] in why
+    )
+    assert not any(map(checkpoints.checkpoint_fault, (out / "checkpoints").glob("step-*")))
+    run_alone(torturer, recipe, name, 0)
+    assert not differences_of(torturer.reference(ALONE)[0], out)
 
 
 def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path):
@@ -250,7 +294,8 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path):
 
     checkpoints.write_checkpoint(checkpoints.checkpoint_path(tmp_path, 1), write)
     with pytest.raises(
-        StorageError, match=r"step-000002 needs 1,000,000,000,000,000,000 bytes.* free\nThat of step 1"
+        StorageError,
+        match=r"step-000002 could not be written \(0 of 1,000,000,000,000,000,000 bytes .* free. Make .*\nThat of",
     ):
         checkpoints.write_checkpoint(checkpoints.checkpoint_path(tmp_path, 2), write, bytes_needed=10**18)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]

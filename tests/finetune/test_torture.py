@@ -27,7 +27,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(ca
     while not tally.kills:
         torturer.run(case, 2, tally)
     assert tally.identical == tally.runs
-    assert f"{case!s:28}{tally.kills:>7}" in table({case: tally})
+    assert f"{case!s:32}{tally.kills:>7}" in table({case: tally})
 
 
 CASE = Case(1, "full", packed=True)

@@ -1,12 +1,12 @@
 """Runs that are killed again and again, and must end as if nothing had happened.
 
-    python tests/finetune/torture.py --kills 100 --kills_on_two_ranks 50        what `make torture` does
+    python tests/finetune/torture.py --kills 100 --kills_on_two_ranks 75        what `make torture` does
 
 Each run is killed several times, at a random moment or before a change to the disk that is counted out, and goes on
 each time from what is there. After each kill, whatever is visible as a checkpoint must be whole, and none may be gone
 that was there before without a newer one. In the end weights, optimizer, random states, figures, samples, plot and
-final model must be those of a run that nobody disturbed, to the bit. On two ranks one of them is killed, and the other
-must end by itself, with exit code 6.
+final model must be those of a run that nobody disturbed, to the bit. On two ranks (each with the whole model, or with
+its share of a sharded one) one of them is killed, and the other must end by itself, with exit code 6.
 """
 
 import argparse
@@ -49,12 +49,15 @@ class Case(NamedTuple):
     ranks: int
     method: str
     packed: bool
+    sharding: str = "none"
 
     def __str__(self) -> str:
-        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {self.method}, {'packed' if self.packed else 'padded'}"
+        kind = f"{self.method}, {'packed' if self.packed else 'padded'}{', sharded' * (self.sharding == 'full')}"
+        return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {kind}"
 
 
 CASES = [Case(ranks, method, packed) for ranks in (1, 2) for method in ("full", "lora") for packed in (True, False)]
+CASES += [Case(2, "full", packed=True, sharding="full"), Case(2, "lora", packed=False, sharding="full")]
 
 
 @dataclass
@@ -109,6 +112,7 @@ class Torture:
             "method": case.method,
             "lora_dropout": 0.1 if case.method == "lora" else 0.0,
             "packed": case.packed,
+            "sharding": case.sharding,
             "batch_size": 4 // case.ranks,
             "max_steps": 9,
             "precision": "fp32",
@@ -124,12 +128,12 @@ class Torture:
         }
 
     def start(
-        self, case: Case, recipe: dict, name: str, die_at: int | None = None, resume: str = "true"
+        self, case: Case, recipe: dict, name: str, die_at: int | None = None, resume: str = "true", **faults
     ) -> list[Process]:
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(recipe))
         arguments = ["--config", str(file), "--resume", resume]
-        return self.nursery.train(arguments, self.folder / f"{name}.log", case.ranks, die_at)
+        return self.nursery.train(arguments, self.folder / f"{name}.log", case.ranks, die_at=die_at, **faults)
 
     def log(self, name: str) -> str:
         return "\n".join(file.read_text() for file in sorted(self.folder.glob(f"{name}.log.*")))
@@ -170,8 +174,8 @@ class Torture:
             ]
             assert not any(faults), faults
             assert max(steps, default=0) >= newest, f"{newest} was committed, and there is {steps}"
-            best = checkpoints.best_checkpoint(out / "checkpoints")
-            assert best is None or best.is_dir()
+            marker = out / "checkpoints" / checkpoints.BEST
+            assert not marker.is_file() or (marker.parent / json.loads(marker.read_text())["checkpoint"]).is_dir()
             newest = max(steps, default=0)
         processes = self.start(case, recipe, name)
         codes = [process.wait(DEADLINE) for process in processes]
@@ -224,16 +228,16 @@ def torture(kills: dict[int, int], folder: Path, seed: int, cases: list[Case]) -
 
 
 def table(tallies: dict[Case, Tally]) -> str:
-    lines = [f"{'case':28}{'kills':>7}{'in a save':>11}{'runs':>6}{'identical':>11}"]
+    lines = [f"{'case':32}{'kills':>7}{'in a save':>11}{'runs':>6}{'identical':>11}"]
     for case, tally in tallies.items():
-        lines.append(f"{case!s:28}{tally.kills:>7}{tally.inside_a_save:>11}{tally.runs:>6}{tally.identical:>11}")
+        lines.append(f"{case!s:32}{tally.kills:>7}{tally.inside_a_save:>11}{tally.runs:>6}{tally.identical:>11}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--kills_on_two_ranks", type=int, default=50)
+    parser.add_argument("--kills_on_two_ranks", type=int, default=75)
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args()
     started = time.time()
