@@ -1,22 +1,25 @@
-"""Checks of a checkpoint's name and config, before anything is loaded.
+"""Checks of a checkpoint's name and configs, before anything is loaded.
 
     check_place("google-t5/t5-small")    → nothing, if it is cached or the Hub has it
     check_place("t5-smal")               → UserError: there is no folder t5-smal, and …
     check_config("google-t5/t5-small")   → nothing; UserError where it says num_layers: 10**9, with the bytes
+    read_generation_config("google-t5/t5-small")  → GenerationConfig(…), or None where it has none
 
 On a name that is not cached, `from_pretrained` waits 1, 2, 4, 8 and 8 s in between for each file that it looks for
 (huggingface_hub's `http_backoff`), so that a misspelt name took 47 s without a network. Here it is one request.
 
-transformers makes lists as long as a config has layers, and imports the kernels of the Hub that a config names for
-attention, where the package `kernels` is installed. Both are refused here.
+transformers makes lists as long as a config has layers or labels, and imports the kernels of the Hub that a config
+names for attention, where the package `kernels` is installed. Both are refused here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import (
@@ -27,19 +30,28 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.command_line.errors import UserError, excerpt, in_short, library_errors
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 ADVICE = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small"
 
 WIDTHS = ("d_model", "hidden_size")
 INNER_WIDTHS = ("d_ff", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim")
 LAYERS = ("num_layers", "num_decoder_layers", "num_hidden_layers", "encoder_layers", "decoder_layers")
-OTHER_SIZES = ("vocab_size", "max_position_embeddings", "d_kv", "head_dim", "num_heads", "num_attention_heads")
+POSITIONS = "max_position_embeddings"
+OTHER_SIZES = ("vocab_size", POSITIONS, "d_kv", "head_dim", "num_heads", "num_attention_heads")
 MOST_LAYERS = 1000
-"""The deepest published encoder-decoder has some fifty."""
+"""Also of experts in a layer. The deepest published encoder-decoder has some fifty layers."""
+MOST_LABELS = 100_000
+"""A config makes a name for each label, and a tokenizer for each of its extra ids."""
+MOST_BYTES = 32 * 2**20
+"""Of a JSON file: the index of the largest published checkpoints has 9 MB."""
 CODE_CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 SHIPPED_CODE = ("eager", "sdpa", None)
 FP32_BYTES = 4
+GENERATION_CONFIG = "generation_config.json"
 
 
 def check_place(name: str) -> None:
@@ -52,19 +64,12 @@ def check_place(name: str) -> None:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and place.parent.is_dir()):
         # what is left, a name or owner/name whose owner is no folder here, may be a Hub id
         raise UserError(f"there is no folder {name}. {ADVICE}.")
-    if not _is_cached(name):
-        _ask_hub(name)
-
-
-def _is_cached(name: str) -> bool:
-    """Whether files of it were downloaded before. No connection is made."""
-    try:
+    try:  # whether it was downloaded before; no connection is made
         HfApi().resolve_revision(name, local_files_only=True)
     except RevisionResolutionError:
-        return False
+        _ask_hub(name)
     except HFValidationError as error:
         raise UserError(f"there is no folder {name}, and no Hub id looks so: {excerpt(error)} {ADVICE}.") from None
-    return True
 
 
 def _ask_hub(name: str) -> None:
@@ -98,16 +103,58 @@ def check_config(name: str) -> None:
     or names code. A folder without a config (a tokenizer's) is allowed."""
     from transformers import PreTrainedConfig  # seconds, which a misspelt name should not wait for
 
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
+    for file in Path(name).glob("config*.json"):  # one may name others, for other versions of transformers
+        check_bytes(file)
+    with library_errors(f"config.json of {name} is no config", "Copy the checkpoint again."):
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(name)
+        except OSError:  # there is none, or it cannot be read: what needs it reports that
+            return
         if not isinstance(config, dict):
             raise TypeError(f"it holds a {type(config).__name__}, where settings by name are due")
-    except OSError:  # there is none, or it cannot be read: what needs it reports that
-        return
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"config.json of {name} is no config: {excerpt(error)}. Copy the checkpoint again.") from error
     for part in config_parts(config):
         _check_part(part, config, name)
+
+
+def check_bytes(file: Path) -> None:
+    if file.stat().st_size > MOST_BYTES:
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes, and {MOST_BYTES:,} are the most that are read.")
+
+
+def file_of(name: str | Path, file: str) -> Path | None:
+    """In a folder, or of the Hub, from where it is downloaded; None where there is none."""
+    from transformers.utils import cached_file
+
+    if Path(name).is_dir():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    try:
+        found = cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise UserError(f"{file} of {name} could not be downloaded: {in_short(error)}") from error
+    return Path(found) if found else None
+
+
+def read_generation_config(name: str | Path) -> GenerationConfig | None:
+    """None where there is no generation_config.json: transformers makes it from config.json then."""
+    from transformers import GenerationConfig
+
+    file, values = file_of(name, GENERATION_CONFIG), {}
+    if file is None:
+        return None
+    check_bytes(file)
+    said = f"transformers refuses {name}/{GENERATION_CONFIG}"
+    with library_errors(said, "Take it out there.", lambda: first_wrong(values, GenerationConfig.from_dict)):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return GenerationConfig.from_dict(values)
+
+
+def first_wrong(values: Mapping[str, Any], read: Callable[[dict], Any]) -> str:
+    """ " (top_k)", the first key without which `read` takes the values; "" where there is none."""
+    for key in list(values)[:MOST_LAYERS]:
+        with contextlib.suppress(Exception):  # it was another key
+            read({other: value for other, value in values.items() if other != key})
+            return f" ({key[:80]!r})"
+    return ""
 
 
 def check_chat_templates(templates: str | Mapping[str, str] | None, name: str) -> None:
@@ -143,6 +190,14 @@ def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -
                 f" {FP32_BYTES * least_weights(config):,} bytes of weights in fp32. {MOST_LAYERS:,} are the most that"
                 f" are tried. Mend it, or take another checkpoint."
             )
+    for key, value in part.items():
+        most = MOST_LABELS if key in ("num_labels", "extra_ids") else MOST_LAYERS
+        is_count = key.endswith(("layers", "experts", "ngram")) or most == MOST_LABELS
+        if is_count and isinstance(value, int | float) and not value <= most:
+            raise UserError(
+                f"config.json of {name} says that {key} is {str(value)[:40]}. {most:,} are the most that are tried."
+                f" Mend it, or take another checkpoint."
+            )
     for key in CODE_CHOICES:
         choice = part.get(key)
         if any(entry not in SHIPPED_CODE for entry in (choice.values() if isinstance(choice, dict) else [choice])):
@@ -161,7 +216,10 @@ def least_weights(config: Mapping[str, Any]) -> int:
             return [part[key] for key in keys if isinstance(part.get(key), int)]
 
         width, inner_width = min(sizes(*WIDTHS), default=1), min(sizes(*INNER_WIDTHS), default=1)
-        return width * (max(sizes("vocab_size"), default=1) + max(sizes(*LAYERS), default=0) * inner_width)
+        rows = max(sizes("vocab_size"), default=1)
+        if "d_model" in part:  # these have a table of positions; others compute theirs when they need them
+            rows = max(rows, *sizes(POSITIONS), 0)
+        return width * (rows + max(sizes(*LAYERS), default=0) * inner_width)
 
     return max(map(of_part, config_parts(config)))
 

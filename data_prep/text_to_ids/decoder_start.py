@@ -11,10 +11,12 @@ tokenizers, each row starts with the code of its target's language instead (mBAR
 
 from __future__ import annotations
 
-from huggingface_hub.errors import StrictDataclassError
+from typing import Any
+
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import UserError, in_short
+from diptych.data_prep.command_line.errors import UserError, library_errors
+from diptych.data_prep.text_to_ids.checkpoint_config import read_generation_config
 from diptych.data_prep.text_to_ids.languages import codes_of
 
 STARTS = {"mbart": "eos_token_id", "plbart": "eos_token_id", "fsmt": "eos_token_id", "diptych": "pad_token_id"}
@@ -22,14 +24,24 @@ STARTS = {"mbart": "eos_token_id", "plbart": "eos_token_id", "fsmt": "eos_token_
 
 
 def named_start(config: PreTrainedConfig, generation: GenerationConfig) -> tuple[int, str] | None:
-    """The token, and where it comes from: "model config", or the field that replaces it; None where there is none."""
+    """The token, and where it comes from: "model config", or the field that replaces it; None where there is none.
+    UserError for what is no token id."""
     configured = getattr(config, "decoder_start_token_id", None)  # T5Gemma's config has no such field
     for token in (generation.decoder_start_token_id, configured):
         if token is not None:
-            return token, "model config"
+            return _checked(token, "decoder_start_token_id"), "model config"
     name = STARTS.get(config.model_type, "bos_token_id")
     token = getattr(config if config.model_type in STARTS else generation, name)
-    return None if token is None else (token, name)
+    return None if token is None else (_checked(token, name), name)
+
+
+def _checked(token: Any, name: str) -> int:
+    if type(token) is not int or token < 0:
+        raise UserError(
+            f"{name} is {str(token)[:40]!r} in the checkpoint's config, and a decoder starts with a token id: a whole"
+            f" number from 0 on. Correct it there."
+        )
+    return token
 
 
 def decoder_start_of(checkpoint: str | None, given: int | None = None) -> tuple[int, str] | None:
@@ -39,10 +51,7 @@ def decoder_start_of(checkpoint: str | None, given: int | None = None) -> tuple[
     config = _model_config(checkpoint) if checkpoint else None
     if config is None or not getattr(config, "is_encoder_decoder", True):
         return None
-    try:
-        generation = GenerationConfig.from_pretrained(checkpoint)
-    except OSError:  # without a file of its own, a model makes it from its config
-        generation = GenerationConfig.from_model_config(config)
+    generation = read_generation_config(checkpoint) or GenerationConfig.from_model_config(config)
     return named_start(config, generation)
 
 
@@ -64,7 +73,5 @@ def _model_config(name: str) -> PreTrainedConfig | None:
     if written["model_type"] not in CONFIG_MAPPING:  # its parts, such as panels, would stay dicts
         values = {key: value for key, value in written.items() if not isinstance(value, dict)}
         return PreTrainedConfig.from_dict(values)
-    try:
+    with library_errors(f"config.json of '{name}' is not valid", "Mend it, or give --packing false."):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"config.json of '{name}' is not valid: {in_short(error)} Or give --packing false.") from error

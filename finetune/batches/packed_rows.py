@@ -177,6 +177,7 @@ def _faults(
         yield ((source > 0) != (columns["attention_mask"] > 0)).any(1), "segment_ids do not match attention_mask"
     is_target = labels != IGNORE_INDEX
     yield ((target == 0) & is_target).any(1), "a label stands in a padding slot"
+    yield ~is_target.any(1), "no label is a target, so there is nothing to learn"
     unknown = f"labels hold a token that is none of the {vocabularies[1]} that the model has"
     yield (is_target & ((labels < 0) | (labels >= vocabularies[1]))).any(1), unknown
     starts = [packing.decoder_start_token_id, *packing.language_starts]

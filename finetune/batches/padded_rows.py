@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow.compute
+import pyarrow.compute as pc
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -135,7 +135,7 @@ def drop_repeated_start(
     `decoder_start` has the start of each row.
     """
     labels = split.select_columns("labels").with_format("arrow")[:]["labels"]
-    first_labels = pyarrow.compute.list_element(labels, 0).to_numpy()
+    first_labels = pc.list_element(labels, 0).to_numpy()
     repeats = repeated_start(first_labels, decoder_start_token_id, language_starts)
     if not repeats.any():
         return split
@@ -159,7 +159,7 @@ def row_lengths(split: datasets.Dataset) -> RowLengths:
     columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
     for table in split.with_format("arrow").iter(batch_size=10_000):
         for name, parts in columns.items():
-            parts.append(pyarrow.compute.list_value_length(table[name]).to_numpy())
+            parts.append(pc.list_value_length(table[name]).to_numpy())
     return RowLengths(np.concatenate(columns["input_ids"]), np.concatenate(columns["labels"]))
 
 
@@ -231,14 +231,31 @@ class BatchOrder:
         return StepRows(batches, int(source_tokens[rows].sum()), int(target_tokens[rows].sum()), padded)
 
 
+def check_targets(splits: Mapping[str, datasets.Dataset]) -> None:
+    """UserError that names the first row whose labels are empty, or left out of the loss throughout."""
+    for name, split in splits.items():
+        first = 0
+        for table in split.select_columns("labels").with_format("arrow").iter(batch_size=10_000):
+            rows, labels = (call(table["labels"]) for call in (pc.list_parent_indices, pc.list_flatten))
+            targets = np.bincount(rows.to_numpy()[labels.to_numpy() != IGNORE_INDEX], minlength=len(table))
+            if not targets.all():
+                raise UserError(
+                    f"split {name}, row {first + np.argmin(targets)}: its labels hold no target, so there is nothing"
+                    f" to learn. Take the row out, and run `diptych prepare` again."
+                )
+            first += len(table)
+
+
 def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset]) -> None:
-    """UserError for rows that this model cannot read: unknown token ids, or more tokens than it has positions."""
+    """UserError for rows that this model cannot read: unknown token ids, or more tokens than it has positions; and for
+    rows without a target."""
+    check_targets(splits)
     rows_of = dict(zip(("input_ids", "labels"), embedding_rows(model), strict=True))
     tables = table_positions(model)
     for name, split in splits.items():
         for column, rows in rows_of.items():
             largest = max(
-                pyarrow.compute.max(pyarrow.compute.list_flatten(table[column])).as_py() or 0
+                pc.max(pc.list_flatten(table[column])).as_py() or 0
                 for table in split.with_format("arrow").iter(batch_size=10_000)
             )
             if largest >= rows:

@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError, excerpt
-from diptych.data_prep.text_to_ids.checkpoint_config import check_place
+from diptych.data_prep.text_to_ids.checkpoint_config import check_place, read_generation_config
 from diptych.data_prep.text_to_ids.templates import Template, carried_template
 from diptych.finetune.exporting.export_proof import GreedyRules, Written
 from diptych.finetune.inference.engine import EncodedPrompt
@@ -32,7 +32,7 @@ from diptych.finetune.inference.generation_config import end_tokens, model_setti
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.prompts import template_for
 from diptych.finetune.inference.target_tokens import text_of
-from diptych.finetune.model.loading import EXPORT_FILE, export_kind, load_generation_config, load_tokenizer
+from diptych.finetune.model.loading import EXPORT_FILE, export_kind, load_tokenizer
 from diptych.finetune.run_files.atomic_folders import read_json
 
 INSTALL = "CTranslate2 is not installed. Install it: pip install 'diptych[ctranslate2]'"
@@ -79,7 +79,7 @@ class CTranslate2Engine:
         facts = read_json(folder / EXPORT_FILE)
         self.decoder_start_token_id: int = facts["decoder_start_token_id"]
         self.max_source_tokens = self.max_target_tokens = facts["position_limit"]
-        self.generation_config = load_generation_config(folder)
+        self.generation_config = read_generation_config(folder) or GenerationConfig()
         self.vocabularies = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
         tokens = [json.loads(file.read_text(encoding="utf-8")) for file in self.vocabularies]
         self.source_tokens: list[str] = tokens[0]

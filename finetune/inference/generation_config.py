@@ -8,6 +8,7 @@ checkpoints are comparable.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +18,15 @@ from typing import Any
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from diptych.data_prep.command_line.errors import UserError, excerpt, message_line, nearest
+from diptych.data_prep.command_line.errors import UserError, message_line, nearest
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands.exit_codes import is_main_rank
 from diptych.finetune.model.families import without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.untrusted_files import TOKEN_SETTINGS, check_token_settings
 
 DEFAULT_NEW_TOKENS = 256
-MODEL_SETTINGS = frozenset(
-    ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
-    + ("forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "min_length")
-    + ("min_new_tokens",)
-)
+MODEL_SETTINGS = frozenset(TOKEN_SETTINGS)
 """Used from a checkpoint's generation config: its special tokens, its forbidden tokens, its shortest output. Settings
 that a later transformers adds are not used."""
 OWN_SETTINGS = {"num_beams", "num_return_sequences", "temperature", "do_sample", "max_new_tokens", "max_length"}
@@ -54,19 +52,9 @@ def generation_config(loaded: LoadedModel, settings: dict[str, Any]) -> tuple[Ge
 
 
 def model_settings(config: GenerationConfig) -> GenerationConfig:
-    """A new config with the MODEL_SETTINGS of this one; UserError if one is not a number or a list of numbers."""
-    kept = {name: value for name in sorted(MODEL_SETTINGS) if (value := getattr(config, name, None)) is not None}
-    for name, value in kept.items():
-        if not _is_numeric(value):
-            raise UserError(
-                f"{name} is {excerpt(value)} in the checkpoint's generation_config.json, but it must be a number or a "
-                f"list of numbers. Correct it there."
-            )
-    return GenerationConfig(**kept)
-
-
-def _is_numeric(value: Any) -> bool:
-    return type(value) is int or (isinstance(value, list) and all(map(_is_numeric, value)))
+    """A new config with the MODEL_SETTINGS of this one. UserError for one that is no token or number of them."""
+    check_token_settings(config, math.inf, "the checkpoint")
+    return GenerationConfig(**{name: getattr(config, name, None) for name in sorted(MODEL_SETTINGS)})
 
 
 @contextmanager
@@ -93,7 +81,7 @@ def warn_of_ignored(config: GenerationConfig, name: str) -> None:
         and value != defaults.get(setting)
     }
     if ignored:
-        shown = ", ".join(f"{setting} {json.dumps(value, default=str)}" for setting, value in ignored.items())
+        shown = ", ".join(f"{setting} {json.dumps(value, default=str)[:80]}" for setting, value in ignored.items())
         warn_once(f"(search settings of {name} are ignored: {shown}. Search is greedy unless options say otherwise.)")
 
 

@@ -8,13 +8,11 @@ A saved adapter loads with peft alone (`AutoPeftModelForSeq2SeqLM`), several ont
 every family.
 
 Embedding tables that are trained too (new tokens, or `lora_embeddings`) are trained in place and saved under their own
-names, which peft loads back. peft's own two ways fail for encoder-decoders (0.21, tried on nine families):
-`modules_to_save` with a table that encoder, decoder and head share turns the embedding into a linear layer, and
-`trainable_token_indices` misses Marian's head and merges wrongly where only decoder and head are tied. The price: peft
-keeps one set of tables for a base, that of the adapter loaded last, so two adapters with tables cannot share a base:
-merge them (`diptych merge`). And where a model's head is not the input table although its config says so (Flan-T5,
-mT5), only `diptych` loads an adapter with new tokens: AutoPeftModel grows the base as transformers does, which loses
-the head.
+names, which peft loads back. peft's own two ways fail for encoder-decoders (0.21, tried on nine families): a shared
+table in `modules_to_save` becomes a linear layer, and `trainable_token_indices` misses Marian's head and merges wrong
+where only decoder and head are tied. The price: a base has one set of tables, of the adapter loaded last, so merge
+such adapters (`diptych merge`). And where the head is no input table although the config says so (Flan-T5, mT5), only
+`diptych` loads an adapter with new tokens: AutoPeftModel grows the base as transformers does, which loses the head.
 """
 
 import contextlib
@@ -36,14 +34,14 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.command_line.errors import UserError, excerpt, library_errors
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.families import family_of, input_and_output_tables, vocabulary_tables, without_adapter
+from diptych.finetune.model.untrusted_files import METHODS, check_tensors, tensor_shapes
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -52,10 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},  # arXiv 2312.03732
     "dora": {"use_dora": True},  # arXiv 2402.09353
 }
-METHODS = ["LORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "VERA"]
-"""Those of peft's methods that need a config and nothing else. Left out: AdaLoRA has to be called after each step;
-prompts need peft's own forward pass, which packed rows do not use; BOFT builds a CUDA extension; Lily and BEFT cannot
-be merged everywhere; FourierFT and FRoD are off by more than 1e-5."""
 WRAPPERS = ("base_layer", "token_adapter", "original_module")
 """Names that peft puts between a layer's name and the layer."""
 NOISE = 3e-5
@@ -191,12 +185,7 @@ def without_warnings_of_peft() -> Iterator[None]:
 
 
 def add_adapter(
-    model: PreTrainedModel,
-    base_name: str,
-    *,
-    new_rows: int = 0,
-    train_embeddings: bool = False,
-    **adapter: Any,
+    model: PreTrainedModel, base_name: str, *, new_rows: int = 0, train_embeddings: bool = False, **adapter: Any
 ) -> PeftModel:
     """Freezes `model` and puts an adapter into each target layer; `adapter` are the settings of `adapter_config`.
 
@@ -214,15 +203,10 @@ def add_adapter(
     if new_rows or train_embeddings:
         for table in tables:
             table.requires_grad_(True)
-            if not train_embeddings:
-                _train_last_rows_only(table, new_rows)
+            if not train_embeddings:  # AdamW does not change a weight without gradient and decay
+                is_new = torch.arange(table.shape[0]).unsqueeze(1) >= table.shape[0] - new_rows
+                table.register_hook(lambda gradient, is_new=is_new: gradient * is_new.to(gradient.device))
     return adapted
-
-
-def _train_last_rows_only(table: torch.nn.Parameter, new_rows: int) -> None:
-    """The gradients of all other rows become zero. AdamW does not change a weight without gradient and decay."""
-    is_new = torch.arange(table.shape[0]).unsqueeze(1) >= table.shape[0] - new_rows
-    table.register_hook(lambda gradient: gradient * is_new.to(gradient.device))
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -262,6 +246,7 @@ def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int
     """The adapter `name`, a folder or a Hub id, on its base. The base is resized to the rows of the tables in the
     adapter's `file`, or else to `tokens`, which is given where the tokenizer has more than the base. UserError where a
     tensor of the file belongs nowhere, or one is missing."""
+    check_tensors(len(tensor_shapes(file)), len(base.state_dict()), name)
     rows, missing = _rows_in(file, base)
     if tokens and missing:
         old = base.get_input_embeddings().weight.shape[0]
@@ -272,12 +257,10 @@ def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int
         )
     if rows := rows or tokens:
         resize_embeddings(base, rows)
-    try:
-        with without_warnings_of_peft():
-            model = PeftModel.from_pretrained(base, name, is_trainable=False)
-            found = model.load_adapter(name, "default")  # a second time: only this call reports what did not fit
-    except KeyError as error:
-        raise UserError(f"{file} lacks {error}, which peft looks for. Use it where it was trained.") from error
+    said = f"{file.parent} does not fit its base: peft says of adapter_config.json or {file.name}"
+    with library_errors(said, "Use it where it was trained."), without_warnings_of_peft():
+        model = PeftModel.from_pretrained(base, name, is_trainable=False)
+        found = model.load_adapter(name, "default")  # a second time: only this call reports what did not fit
     if found.missing_keys:
         raise UserError(f"{file} lacks {found.missing_keys[0]}, which adapter_config.json asks for. Copy it again.")
     # other unexpected keys are whole tables, which peft saves a second time where the vocabulary was resized
@@ -297,16 +280,14 @@ def _rows_in(file: Path, base: PreTrainedModel) -> tuple[int | None, list[str]]:
         name: layer.weight for name, layer in base.named_modules() if id(getattr(layer, "weight", None)) in tables
     }
     found = set()
-    with safe_open(file, framework="numpy") as tensors:
-        for key in tensors.keys():
-            layer, _, kind = _without_peft(key.removeprefix("base_model.model.")).partition(".lora_")
-            if layer.endswith("trainable_tokens_delta"):
-                tables.clear()
-            table = layers.get(layer.removesuffix(".weight"))
-            if table is not None and kind in ("", "B.weight", "embedding_A"):
-                rows = tensors.get_slice(key).get_shape()[kind == "embedding_A"]
-                found |= {rows} - {table.shape[0]}
-                tables -= {id(table)} if kind == "" else set()
+    for key, shape in tensor_shapes(file).items():
+        layer, _, kind = _without_peft(key.removeprefix("base_model.model.")).partition(".lora_")
+        if layer.endswith("trainable_tokens_delta"):
+            tables.clear()
+        table = layers.get(layer.removesuffix(".weight"))
+        if table is not None and kind in ("", "B.weight", "embedding_A") and len(shape) == 2:
+            found |= {shape[kind == "embedding_A"]} - {table.shape[0]}
+            tables -= {id(table)} if kind == "" else set()
     missing = [name for name, weight in layers.items() if id(weight) in tables]
     return found.pop() if len(found) == 1 else None, missing
 
@@ -331,7 +312,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
     for module in base.modules():
         if isinstance(module, BaseTunerLayer) and id(module.get_base_layer().weight) in ties:
             _copy_weight(module.get_base_layer())
-    with without_warnings_of_peft():
+    with library_errors("peft cannot merge it", "Use it unmerged, or take another."), without_warnings_of_peft():
         merged = model.merge_and_unload(safe_merge=True)  # safe: raises for NaN
     if tied is not None:
         merged.config.tie_word_embeddings = tied  # peft sets it to False for T5Gemma, whose panels have one table each

@@ -207,10 +207,6 @@ def _t5_scale(model: PreTrainedModel) -> float:
     return model.model_dim**-0.5 if scales else 1.0
 
 
-def _with_bias(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
-    return logits + model.final_logits_bias
-
-
 def _with_softcap(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     cap = model.get_decoder().config.final_logit_softcapping
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -221,7 +217,13 @@ BART_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 t5 = partial(Family, T5_LAYERS, final_norm="final_layer_norm", gpu_varlen=False, overflows_in_fp16=True)
-bart = partial(Family, BART_LAYERS, _in_table, logits=_with_bias, final_norm="layer_norm")
+bart = partial(
+    Family,
+    BART_LAYERS,
+    _in_table,
+    logits=lambda model, logits: logits + model.final_logits_bias,
+    final_norm="layer_norm",
+)
 
 FAMILIES = {
     "diptych": Family(LLAMA_LAYERS, _as_argument),

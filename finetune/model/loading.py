@@ -8,15 +8,15 @@ Any `AutoModelForSeq2SeqLM` checkpoint. An adapter is merged into its base, so t
 Weights are read from safetensors only, and code in a checkpoint is never run.
 """
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Iterator
+from logging import Filter
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -25,30 +25,26 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 from transformers.models.pegasus.modeling_pegasus import PegasusSinusoidalPositionalEmbedding
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import logging
 
 import diptych.modeling  # noqa: F401  registers Diptych with the Auto classes
-from diptych.data_prep.command_line.errors import UserError, in_short
-from diptych.data_prep.text_to_ids.checkpoint_config import (
-    check_chat_templates,
-    check_config,
-    check_place,
-    why_not_loaded,
-)
+from diptych.data_prep.command_line.errors import UserError, counted, in_short, library_errors
+from diptych.data_prep.text_to_ids import checkpoint_config
+from diptych.data_prep.text_to_ids.checkpoint_config import check_bytes, check_config, check_place, file_of
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.templates import load_template
 from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
+from diptych.finetune.model import untrusted_files as untrusted
 from diptych.finetune.model.device_speed import training_pace
 from diptych.finetune.model.families import embedding_rows, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, check_adapter, check_sizes, weight_files
+from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -67,6 +63,7 @@ def load_checkpoint(
     """
     name = os.path.expanduser(path)
     model, tokenizer = load_parts(name, dtype)
+    untrusted.check_model(model, name)
     loaded = LoadedModel.of(model.eval(), tokenizer, load_template(template) if template else None)
     say_if_slow(name, model.dtype, torch.device(device))
     model.to(device)
@@ -143,20 +140,12 @@ def export_kind(name: str) -> str:
 
 def adapter_settings(name: str) -> dict:
     """adapter_config.json of a local adapter or of a Hub repository that has one; {} where the model is whole."""
-    file = Path(name) / ADAPTER_CONFIG
-    if not Path(name).is_dir():
-        from transformers.utils import find_adapter_config_file
-
-        found = find_adapter_config_file(name)
-        if found is None:
-            return {}
-        file = Path(found)
-    if not file.is_file():
+    file = file_of(name, ADAPTER_CONFIG)
+    if file is None:
         return {}
-    try:
+    check_bytes(file)
+    with library_errors(f"{file} is no JSON", "Copy the adapter again."):
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}. Copy the adapter again.") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("base_model_name_or_path"), str | None):
         raise UserError(f"{file} holds no settings of an adapter. Copy the adapter again.")
     if not settings.get("base_model_name_or_path"):
@@ -181,11 +170,15 @@ def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenize
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = type(error)(why_not_loaded(error)) if isinstance(error, ValueError | ImportError) else error
+            reason = (
+                type(error)(checkpoint_config.why_not_loaded(error))
+                if isinstance(error, ValueError | ImportError)
+                else error
+            )
             if "backend tokenizer" in str(error):  # followed by many lines on what might be there
                 reason = FileNotFoundError("neither tokenizer.json nor another vocabulary is there.")
             continue
-        check_chat_templates(tokenizer.chat_template, place)
+        checkpoint_config.check_chat_templates(tokenizer.chat_template, place)
         name_end_token(tokenizer)
         return tokenizer
     remedy = f"Save one there with tokenizer.save_pretrained({name!r})."
@@ -204,15 +197,21 @@ def load_model(
     _check_seq2seq(config, name)
     files = weight_files(name, MODEL_WEIGHTS)
     if quantization is None:  # else it takes a quarter, of the GPU's memory
-        check_sizes(config, files, dtype, name)
-    try:
+        untrusted.check_sizes(config, files, dtype, name)
+    checkpoint_config.read_generation_config(
+        name
+    )  # where it is broken, transformers would not use it, or not name the file
+    with library_errors(f"the weights of {name} could not be read", "Copy it again."), without_load_report():
         model, info = AutoModelForSeq2SeqLM.from_pretrained(
-            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings, **_NO_CODE
+            name, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **settings, **_NO_CODE,
+        )  # fmt: skip
+    if wrong := sorted(info["mismatched_keys"]):
+        key, found, expected = wrong[0]
+        raise UserError(
+            f"{counted(len(wrong), 'weight')} of {name} have other shapes than its config.json says: {key} is"
+            f" {list(found)}, where {list(expected)} is due. Copy it again, with all its files."
         )
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: shapes that do not fit the config
-        raise UserError(f"the weights of {name} could not be read: {in_short(error)}") from error
-    except (ValueError, TypeError) as error:
-        raise _refused_generation_config(name, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -220,8 +219,27 @@ def load_model(
             f"{', '.join(config.architectures or ['an unnamed class'])}. Name a checkpoint that has both the encoder "
             f"and the decoder: random weights in their place would answer nonsense."
         )
+    if unknown := sorted(info["unexpected_keys"]):
+        print(
+            f"{name}: {counted(len(unknown), 'weight')} of its files are of no layer of {type(model).__name__}, and"
+            f" not used: {unknown[0]}{', …' * (len(unknown) > 1)}",
+            file=sys.stderr,
+        )
+    untrusted.check_token_settings(model.generation_config, max(embedding_rows(model)), name)
     _freeze_sinusoids(model)
     return model
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """transformers' table of keys that are missing or left over: in its place stand messages of our own."""
+    logger = logging.get_logger("transformers.modeling_utils")
+    nothing = Filter("no logger's name")  # a level of its own would make transformers (5.24) warn of other things
+    logger.addFilter(nothing)
+    try:
+        yield
+    finally:
+        logger.removeFilter(nothing)
 
 
 def _freeze_sinusoids(model: PreTrainedModel) -> None:
@@ -235,13 +253,12 @@ def _freeze_sinusoids(model: PreTrainedModel) -> None:
 def load_config(name: str) -> PreTrainedConfig:
     """UserError for a config that cannot be read, that would load code, or whose weights are quantized."""
     check_config(name)
-    try:
+    advice = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
+    if Path(name).is_dir():
+        advice = "Copy its config.json again, or name another checkpoint."
+    with library_errors(f"the config of {name} could not be read", advice):
         config = AutoConfig.from_pretrained(name, **_NO_CODE)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        advice = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small (the Hub must be reachable for it)."
-        if Path(name).is_dir():
-            advice = "Copy its config.json again, or name another checkpoint."
-        raise UserError(f"the config of {name} could not be read: {in_short(error)} {advice}") from error
+        config.return_dict = True  # outputs have names
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(
@@ -273,7 +290,7 @@ def _load_adapted(
     from diptych.finetune.model.adapters import ADAPTER_WEIGHTS, load_for_inference, merge_adapter
 
     files = weight_files(name, ADAPTER_WEIGHTS)
-    check_adapter(adapter, files, name)
+    untrusted.check_adapter(adapter, files, name)
     base_name = os.path.expanduser(adapter["base_model_name_or_path"])
     try:
         check_folder(base_name)
@@ -282,26 +299,18 @@ def _load_adapted(
         raise UserError(f"{name} is an adapter, and its base model cannot be used: {error}") from error
     tokens, rows = lacking_most(base, tokenizer)
     dtypes = {weight: tensor.dtype for weight, tensor in _tensors(base)}
+    untrusted.check_patterns(adapter, [layer for layer, _ in base.named_modules()], name)
     try:
         model = merge_adapter(load_for_inference(base.float(), name, files[0], tokens if rows < tokens else None))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the adapter {name} does not fit its base {base_name}: {in_short(error)}") from error
+    except UserError as error:
+        raise UserError(f"the adapter {name} cannot be put on its base {base_name}: {error}") from error
     for weight, tensor in _tensors(model):
         tensor.data = tensor.data.to(dtypes[weight])
-    if (Path(name) / GENERATION_CONFIG_NAME).is_file():  # training writes one where the base has none
-        model.generation_config = load_generation_config(name)
+    model.generation_config = (
+        checkpoint_config.read_generation_config(name) or model.generation_config
+    )  # training writes one
+    untrusted.check_token_settings(model.generation_config, max(embedding_rows(model)), name)
     return model
-
-
-def load_generation_config(folder: str | Path) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise _refused_generation_config(folder, error) from error
-
-
-def _refused_generation_config(name: str | Path, error: Exception) -> UserError:
-    return UserError(f"transformers refuses {name}/{GENERATION_CONFIG_NAME}: {in_short(error)} Take it out there.")
 
 
 def lacking_most(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:

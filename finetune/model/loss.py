@@ -110,7 +110,8 @@ class Seq2SeqObjective(nn.Module):
             return self.family.logits(model, functional_call(model.lm_head, weights, (chunk,)))
 
         states = self.family.states(model, inputs)[is_target]
-        tokens_at_once = self.tokens_at_once or default_chunk(model.get_output_embeddings().weight.shape[0])
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        tokens_at_once = self.tokens_at_once or max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
         return states, labels, Head(dict(model.lm_head.named_parameters()), logits_of, tokens_at_once)
 
 
@@ -121,11 +122,6 @@ def left_out_of_loss(config: PreTrainedConfig, label_smoothing: float) -> str:
     if config.model_type == "prophetnet" and config.eps not in (0, label_smoothing):
         return f"eps: {config.eps:g} of its config, which is label_smoothing here ({label_smoothing:g})"
     return ""
-
-
-def default_chunk(vocabulary: int) -> int:
-    """Target tokens whose logits are held at once."""
-    return max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
 
 
 class Head(NamedTuple):
@@ -157,7 +153,8 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, labels, head: Head, criterion: Criterion, is_training: bool, *weights):
-        dtype = _compute_dtype(states)
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
         wants = [is_training and tensor.requires_grad for tensor in (states, *weights)]
         given = {name: weight.detach().to(dtype) for name, weight in head.weights.items()}
         trained = [weight.requires_grad_() for weight, want in zip(given.values(), wants[1:], strict=True) if want]
@@ -225,11 +222,6 @@ def _loss_and_gradient_(logits: torch.Tensor, labels: torch.Tensor, extras: Extr
         gradient.sub_(extras.label_smoothing / logits.shape[-1])
     gradient.scatter_add_(1, labels[:, None], torch.full_like(targets, extras.label_smoothing - 1))
     return (norms - targets + extras.z_loss * norms.square())[:, 0]
-
-
-def _compute_dtype(states: torch.Tensor) -> torch.dtype:
-    device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

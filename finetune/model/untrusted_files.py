@@ -2,16 +2,16 @@
 
     weights = weight_files("google-t5/t5-small", "model.safetensors")  # [Path(…/model.safetensors)], or its shards
     check_sizes(config, weights, torch.float32, "google-t5/t5-small")  # nothing, or UserError with the bytes
+    check_model(model, "google-t5/t5-small")                           # nothing, or CheckpointError for a NaN
     check_adapter(settings, weight_files(…, "adapter_model.safetensors"), "me/adapter")
     splits = open_prepared("prepared")                                 # rows of numbers and texts, and nothing else
 
 Weights are safetensors, because opening a pickle can run code. The files that an index names must lie beside it. The
 sizes that a config asks for are compared with the headers of the files, on torch's meta device, before any weight is
-allocated.
+allocated. What an adapter asks peft to compute, and the patterns by which it names layers, are bounded as well.
 
 Without these checks transformers (5.23) and peft (0.21) follow an index to a `.bin` or out of the folder, unpickle an
-adapter that has no safetensors, load what a conversion service answers for a Hub repository of pickles, and allocate a
-width of a billion before they compare it.
+adapter, load what a conversion service answers for a Hub repository of pickles, and allocate a width of a billion.
 """
 
 import copy
@@ -19,7 +19,9 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,13 @@ import psutil
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from datasets.features.features import require_decoding
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForSeq2SeqLM, PreTrainedConfig
+from safetensors import safe_open
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import cached_file
 
-from diptych.data_prep.command_line.errors import UserError, excerpt
-from diptych.data_prep.text_to_ids.checkpoint_config import LAYERS, config_parts, least_weights
-from diptych.finetune.commands.exit_codes import StorageError
+from diptych.data_prep.command_line.errors import UserError, counted, library_errors
+from diptych.data_prep.text_to_ids.checkpoint_config import LAYERS, check_bytes, config_parts, file_of, least_weights
+from diptych.finetune.commands.exit_codes import CheckpointError, StorageError
 
 MODEL_WEIGHTS = "model.safetensors"
 INDEX = ".index.json"
@@ -45,60 +45,50 @@ FOLDS = 4
 SLACK = 2**20
 """… and so many weights more: for small models, a message about missing weights is clearer than one about sizes."""
 
-_FAULTS_OF_CONFIGS = (
-    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, ImportError),
-    StrictDataclassError,
-)
-"""What transformers raises for a config with values that it did not expect."""
+METHODS = ["LORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "VERA"]
+"""Those of peft's methods that need a config and nothing else. Left out: AdaLoRA has to be called after each step;
+prompts need peft's own forward pass, which packed rows do not use; BOFT builds a CUDA extension; Lily and BEFT cannot
+be merged everywhere; FourierFT and FRoD are off by more than 1e-5."""
+MOST_HEADER_BYTES = 8 * 2**20
+"""Of a safetensors file: 60,000 tensors. Published shards have a few thousand."""
+MOST_NUMBER, MOST_TERMS = 10_000, 100
+"""In an adapter_config.json, where not the largest side of its tensors is more; and of a series that it names."""
+PATTERN_SECONDS = 1
+TOKEN_SETTINGS = {
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id"), 0),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"), 1),
+    **{"bad_words_ids": 2, "min_length": 0, "min_new_tokens": 0},
+}
+"""Of a generation config, what is used of a checkpoint: 0 a number, 1 a list of them, 2 a list of such lists."""
 
 
 def weight_files(name: str, wanted: str) -> list[Path]:
     """The file `wanted` (model.safetensors or adapter_model.safetensors), or the shards that its index names, of a
     folder or of the Hub, from where they are downloaded. UserError where there are none, or the index names others."""
-    if file := _file(name, wanted):
+    if file := file_of(name, wanted):
         return [file]
-    index = _file(name, wanted + INDEX) if wanted == MODEL_WEIGHTS else None
+    index = file_of(name, wanted + INDEX) if wanted == MODEL_WEIGHTS else None
     if index is None:
-        raise UserError(_no_safetensors(name, wanted))
-    try:
+        pickles = sorted(file.name for pattern in PICKLES for file in Path(name).glob(pattern))
+        others = sorted(file.name for file in Path(name).glob("*.safetensors"))
+        found = f", only {pickles[0]}" if pickles else f" (it has {others[0]})" if others else ""
+        raise UserError(
+            f"{name} has no {wanted if others else '*.safetensors file'}{found}. Weights are read from safetensors"
+            f" alone, because a pickle can run code. If you trust it, convert it: {conversion(name, wanted)}"
+        )
+    check_bytes(index)
+    with library_errors(f"{wanted + INDEX} of {name} is no index of weights", "Copy it again."):
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{wanted + INDEX} of {name} is no index of weights: {error!r}. Copy it again.") from None
     for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\]+\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise UserError(
-                f"{wanted + INDEX} of {name} names {shard!r}. Only *.safetensors files beside it are read; take the"
-                f" checkpoint from somewhere else."
+                f"{wanted + INDEX} of {name} names {repr(shard)[:80]}. Only *.safetensors files beside it are read:"
+                f" take the checkpoint from somewhere else."
             )
-    found = {shard: _file(name, shard) for shard in shards}
+    found = {shard: file_of(name, shard) for shard in shards}
     if missing := [shard for shard, file in found.items() if file is None]:
         raise UserError(f"{name} lacks {missing[0]}, which its index names. Copy it again, with all its files.")
     return list(found.values())
-
-
-def _file(name: str, file: str) -> Path | None:
-    if Path(name).is_dir():
-        path = Path(name) / file
-        return path if path.is_file() else None
-    try:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise UserError(f"{file} of {name} could not be downloaded: {excerpt(error)}") from error
-    return Path(found) if found else None
-
-
-def _no_safetensors(name: str, wanted: str) -> str:
-    pickles = sorted(file.name for pattern in PICKLES for file in Path(name).glob(pattern))
-    others = sorted(file.name for file in Path(name).glob("*.safetensors"))
-    what, found = wanted if others else "*.safetensors file", ""
-    if pickles:
-        found = f", only {pickles[0]}"
-    elif others:
-        found = f" (it has {others[0]})"
-    return (
-        f"{name} has no {what}{found}. Weights are read from safetensors alone, because a pickle can run code. If you"
-        f" trust it, convert it: {conversion(name, wanted)}"
-    )
 
 
 def conversion(name: str, wanted: str = MODEL_WEIGHTS) -> str:
@@ -128,16 +118,24 @@ def check_sizes(
 ) -> None:
     """UserError where the config asks for a far larger model than the files hold; StorageError where it is larger than
     the free memory of this machine. Nothing is allocated."""
-    shapes = [shape for file in files for shape in _shapes(file)]
+    shapes = [shape for file in files for shape in tensor_shapes(file).values()]
     held = sum(map(math.prod, shapes))
     written = config.to_dict()
     layers = max((part.get(key) or 0 for part in config_parts(written) for key in LAYERS), default=0)
     if layers > len(shapes) or _is_absurd(least_weights(written), held):
         raise UserError(_absurd(name, f"{layers:,} layers and at least", least_weights(written), held, len(shapes)))
-    weights = _count(config, name, auto_class)
+    with library_errors(f"config.json of {name} is not one that a model can be made of", "Mend it."):
+        with torch.device("meta"), no_init_weights():
+            model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
+        model.tie_weights()
+    sizes = [weight.numel() for weight in model.parameters()]
+    weights = sum(sizes)
     if _is_absurd(weights, held):
         raise UserError(_absurd(name, "weights of", weights, held, len(shapes)))
-    size = _bytes_each(config.dtype if dtype == "auto" else dtype)
+    check_tensors(len(shapes), len(sizes), name)
+    dtype = config.dtype if dtype == "auto" else dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    size = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
     memory = psutil.virtual_memory().available + psutil.swap_memory().free
     if weights * size > memory:
         raise StorageError(
@@ -157,60 +155,137 @@ def _absurd(name: str, what: str, weights: int, held: int, tensors: int) -> str:
     )
 
 
-def _shapes(file: Path) -> Iterator[list[int]]:
-    """Of all tensors in a file, from its header, which safetensors checks."""
-    try:
-        with safe_open(file, framework="numpy") as tensors:  # torch would map the file as memory of its own
-            for key in tensors.keys():
-                yield tensors.get_slice(key).get_shape()
-    except (SafetensorError, OSError) as error:
+def check_tensors(found: int, expected: int, name: str) -> None:
+    """transformers and peft need some 0.1 ms for each that they do not know."""
+    if found > FOLDS * expected + 1000:
         raise UserError(
-            f"the weights of {file.parent} could not be read: {file.name} is damaged, or no safetensors ({error})."
-            f" Copy it again."
-        ) from error
+            f"the weights of {name} are {found:,} tensors, and those that its config asks for are {expected:,}: it is"
+            f" not theirs. Copy the checkpoint again, or take another."
+        )
 
 
-def _count(config: PreTrainedConfig, name: str, auto_class: type) -> int:
-    try:
-        with torch.device("meta"), no_init_weights():
-            model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
-        model.tie_weights()
-    except _FAULTS_OF_CONFIGS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"config.json of {name} is not one that a model can be made of: {reason} Mend it.") from error
-    return sum(weight.numel() for weight in model.parameters())
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """By name, from the header of the file. UserError where it is none, or a very long one."""
+    damaged = f"the weights of {file.parent} could not be read: {file.name} is damaged, or no safetensors"
+    with library_errors(damaged, "Copy it again."):
+        with file.open("rb") as start:
+            size = int.from_bytes(start.read(8), "little")
+        if MOST_HEADER_BYTES < size < file.stat().st_size:
+            raise UserError(
+                f"{file} has a header of {size:,} bytes, and {MOST_HEADER_BYTES:,} are the most that are read."
+            )
+        with safe_open(file, framework="numpy") as tensors:  # torch would map the file as memory of its own
+            return {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}
 
 
-def _bytes_each(dtype: str | torch.dtype | None) -> int:
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else torch.float32.itemsize
+def check_model(model: PreTrainedModel, name: str) -> None:
+    """CheckpointError where a weight is infinite or no number: 0.1 s for 100 million of fp32 on one core."""
+    for key, weight in model.named_parameters():
+        if weight.numel() and weight.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(weight))):
+            count = int((~torch.isfinite(weight)).sum())
+            raise CheckpointError(
+                f"{key} of {name} has {counted(count, 'value')} that are infinite or no number (NaN): it writes"
+                f" nonsense, and cannot be trained. Take a checkpoint from before it went wrong."
+            )
+
+
+def check_token_settings(config: GenerationConfig, rows: float, name: str) -> None:
+    """UserError where a token of the generation config is none of the first `rows`, which may be inf, or its shortest
+    length is no number."""
+
+    def is_right(value: Any, depth: int) -> bool:
+        if depth == 0 or depth == 1 and type(value) is int:
+            return type(value) is int and 0 <= value < most
+        is_list = isinstance(value, list) and len(value) <= MOST_NUMBER
+        return is_list and all(isinstance(it, list) == (depth == 2) and is_right(it, depth - 1) for it in value)
+
+    for key, depth in TOKEN_SETTINGS.items():
+        value, most = getattr(config, key, None), 2**31 if key.startswith("min_") else rows
+        if value is not None and not is_right(value, depth):
+            allowed = f"{('one', 'a list', 'a list of lists')[depth]} of the whole numbers from 0 to {most - 1:,.0f}"
+            raise UserError(
+                f"{key} is {str(value)[:40]!r} in {name}'s generation_config.json, and must be {allowed}. Correct it."
+            )
 
 
 def check_adapter(settings: Mapping[str, Any], files: Sequence[Path], name: str) -> None:
     """UserError where adapter_config.json asks for a method that does more than read weights (BOFT compiles, prompts
-    load a tokenizer), for code, or for ranks larger than any tensor of the files."""
-    from diptych.finetune.model.adapters import METHODS  # peft takes seconds to import
-
-    method = settings.get("peft_type")
-    if method not in METHODS:
-        raise UserError(
-            f"adapter_config.json of {name} has the peft_type {method!r}. Adapters of {', '.join(METHODS)} are loaded."
-        )
+    load a tokenizer), for code, for copies of layers, for long computations, or for ranks larger than its weights'."""
+    said, method = f"adapter_config.json of {name}", settings.get("peft_type")
+    if not isinstance(method, str) or method not in METHODS:
+        raise UserError(f"{said} has the peft_type {str(method)[:40]!r}. Adapters of {', '.join(METHODS)} are loaded.")
     if settings.get("megatron_config"):
         raise UserError(
-            f"adapter_config.json of {name} has a megatron_config, which would import"
-            f" {settings.get('megatron_core')!r}. Which code runs is not for an adapter to say: take the lines out."
+            f"{said} has a megatron_config, which would import {str(settings.get('megatron_core'))[:80]!r}. Which code"
+            f" runs is not for an adapter to say: take the lines out."
         )
-    largest = max((size for file in files for shape in _shapes(file) for size in shape), default=0)
+    if settings.get("layer_replication"):
+        raise UserError(f"{said} has a layer_replication, which no encoder-decoder has. Take it out there.")
+    shapes = [shape for file in files for shape in tensor_shapes(file).values()]
+    largest = max((size for shape in shapes for size in shape), default=0)
+    # A rank is the shorter side of its tensors, unless it is larger than a layer, which only small layers can afford.
+    shorter = max((min(shape) for shape in shapes if shape), default=0)
     pattern = settings.get("rank_pattern")
-    ranks = [settings.get("r"), *(pattern.values() if isinstance(pattern, dict) else [])]
-    for rank in ranks:
-        if rank is not None and (not isinstance(rank, int) or not 0 <= rank <= largest):
-            asked = f": {4 * rank * largest:,} bytes or more a layer" if isinstance(rank, int) and rank > 0 else ""
+    for rank in [settings.get("r"), *(pattern.values() if isinstance(pattern, dict) else [])]:
+        is_rank = type(rank) is int and 0 <= rank <= largest
+        if rank is not None and not (is_rank and (rank <= shorter or 4 * rank * largest * len(shapes) < 64 * SLACK)):
+            asked = f": {4 * rank * largest:,} bytes or more a layer" if type(rank) is int and rank > 0 else ""
             raise UserError(
-                f"adapter_config.json of {name} has the rank {str(rank)[:40]}{asked}, and no tensor of its weights has"
-                f" a side of more than {largest:,}. Copy the adapter again, or take another."
+                f"{said} has the rank {str(rank)[:40]}{asked}, and no tensor of its weights is so large: {shorter:,}"
+                f" is the longest shorter side. Copy the adapter again, or take another."
             )
+    start = str(settings.get("init_lora_weights"))
+    if not re.fullmatch(r"None|True|False|gaussian|eva|orthogonal|olora|mica|pissa(_niter_\d\d?)?", start):
+        raise UserError(
+            f"{said} has the init_lora_weights {start[:40]!r}, by which peft would compute the base's weights anew."
+            f" pissa and pissa_niter_1 to 99 are loaded. If the adapter's weights hold all of it, write true there."
+        )
+    for key, value in settings.items():
+        most = MOST_TERMS if key == "num_cayley_neumann_terms" else max(MOST_NUMBER, largest)
+        if isinstance(value, int | float) and value > most and key != "projection_prng_key":  # a seed
+            raise UserError(f"{said} has {str(value)[:40]} in {key}. {most:,} are the most that are tried.")
+
+
+_TRY = """
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
+names, patterns = json.load(sys.stdin)
+for key, how, pattern in patterns:
+    print(key)
+    for name in names:
+        getattr(re, how)(pattern, name)
+"""
+_AROUND = (
+    ("rank_pattern", r"(.*\.)?(", ")$"),
+    ("alpha_pattern", r"(.*\.)?(", ")$"),
+    ("modules_to_save", r"(^|.*\.)", r"($|\..*)"),
+    ("layers_pattern", r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\."),
+)
+"""What peft puts before and behind a pattern."""
+
+
+def check_patterns(settings: Mapping[str, Any], names: Sequence[str], name: str) -> None:
+    """UserError where a pattern of adapter_config.json is none, or takes more than a second for the names of the
+    base's layers. peft has no limit of time, nor has `re`, so they are tried in a process of their own."""
+    whole = [key for key in ("target_modules", "exclude_modules", "feedforward_modules") if settings.get(key)]
+    patterns = [(key, "fullmatch", settings[key]) for key in whole if isinstance(settings[key], str)]
+    for key, before, behind in _AROUND:
+        value = settings.get(key)
+        texts = [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []
+        patterns += [(key, "match", before + text + behind) for text in texts if isinstance(text, str)]
+    if not patterns:
+        return
+    tried = subprocess.run(
+        [sys.executable, "-I", "-S", "-u", "-c", _TRY.format(seconds=PATTERN_SECONDS)],
+        input=json.dumps([names, patterns]), capture_output=True, text=True,
+    )  # fmt: skip
+    if tried.returncode:
+        key = (tried.stdout.split() or ["target_modules"])[-1]
+        reason = tried.stderr.strip().splitlines()[-1:] if tried.returncode > 0 else []
+        raise UserError(
+            f"adapter_config.json of {name} has a pattern in {key} that cannot be used:"
+            f" {(reason or [f'it takes more than {PATTERN_SECONDS} s'])[0][:200]}. Name the layers there in a list."
+        )
 
 
 def open_prepared(folder: str | Path) -> DatasetDict | Dataset:

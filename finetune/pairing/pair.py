@@ -34,6 +34,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.text_to_ids.checkpoint_config import read_generation_config
 from diptych.finetune.commands.exit_codes import StorageError
 from diptych.finetune.model.donor_llm import Donor, open_donor, tokenizers_differ
 from diptych.finetune.model.merge import new_folder
@@ -150,10 +151,7 @@ def _plan(settings: PairSettings, encoder: Donor, decoder: Donor, prompt: DonorP
 
 
 def _generation_config(donor: Donor) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(donor.name)
-    except OSError:  # there is no generation_config.json
-        return GenerationConfig.from_model_config(donor.config)
+    return read_generation_config(donor.name) or GenerationConfig.from_model_config(donor.config)
 
 
 def _write(folder: Path, it: Pair, prompt: DonorPrompt) -> None:

@@ -21,13 +21,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
 from diptych.finetune.model.donor_llm import open_donor, tokenizers_differ
 from diptych.finetune.model.families import decoder_start_token
 from diptych.finetune.model.loading import load_config, load_model, load_tokenizer
 from diptych.finetune.model.loss import Criterion, Seq2SeqObjective, cross_entropy
+from diptych.finetune.model.untrusted_files import check_model
 
 Batch = dict[str, torch.Tensor]
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]
@@ -48,9 +49,13 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.de
     is_decoder_only = not load_config(name).is_encoder_decoder
     if is_decoder_only:
         open_donor(name)  # checks that it is safetensors, and no larger than this machine
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        with library_errors(f"the weights of {name} could not be read", "Copy it again."):
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
     else:
         model = load_model(name, dtype)
+    check_model(model, name)
     return Teacher(model.to(device).eval().requires_grad_(False), is_decoder_only)
 
 

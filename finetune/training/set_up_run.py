@@ -33,6 +33,7 @@ from diptych.finetune.batches.padded_rows import (
     PaddedRows,
     PreparedData,
     check_rows_fit,
+    check_targets,
     drop_repeated_start,
     load_prepared,
 )
@@ -213,11 +214,10 @@ def check_best_metric(recipe: TrainRecipe, validation_splits: Sequence[str]) -> 
 
 def splits_for_model(prepared: PreparedData, loaded: LoadedModel) -> dict[str, PaddedRows]:
     """The training and validation rows as this model reads them."""
-    splits = {
-        name: drop_repeated_start(split, loaded.decoder_start_token_id, loaded.language_codes.starts)
-        for name, split in prepared.splits.items()
-        if kind_of(name) in ("train", "validation")
-    }
+    splits = {name: split for name, split in prepared.splits.items() if kind_of(name) in ("train", "validation")}
+    check_targets(splits)
+    starts = loaded.decoder_start_token_id, loaded.language_codes.starts
+    splits = {name: drop_repeated_start(split, *starts) for name, split in splits.items()}
     check_rows_fit(without_adapter(loaded.model), splits)
     return splits
 

@@ -44,6 +44,7 @@ from diptych.finetune.model.loading import (
     load_model,
     load_tokenizer,
 )
+from diptych.finetune.model.untrusted_files import check_model
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
 
@@ -74,6 +75,7 @@ def starting_model(
         model = _load_checkpoint(recipe)
         new_rows = _fit_vocabulary(model, tokenizer, recipe)
     if not is_new:
+        check_model(model, recipe.model)
         _check_tokenizer(recipe, tokenizer)
     _write_decoder_start(model)
     if recipe.trainable == "cross_attention":

@@ -89,7 +89,7 @@ class Fuzzer:
         asked.flush()
         what = json.loads(answers.readline() or b'"it could not be made"')
         process = psutil.Process(pid)
-        (started, base), found, waits_until = usage(process), "", time.monotonic() + 12 * SECONDS
+        (started, base), found, waits_until = usage(process), "", time.monotonic() + 40 * SECONDS
         seconds = memory = 0.0
         while not found and not select.select([answers], [], [], 0.02)[0]:
             ended, now = usage(process)
