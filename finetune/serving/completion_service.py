@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -24,6 +25,7 @@ from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.inference.prompts import Prompt, prompt_of
+from diptych.finetune.serving.guarded_server import ARRIVAL_SECONDS
 from diptych.finetune.serving.openai_requests import (
     CompletionRequest,
     RequestError,
@@ -31,14 +33,14 @@ from diptych.finetune.serving.openai_requests import (
     finish_reason,
     read_request,
 )
-from diptych.finetune.serving.request_batches import Answer, Ended, Engine, Failed, Job, Piece, QueueFull, show_place
+from diptych.finetune.serving.request_batches import Answer, Ended, Engine, Failed, Job, Piece, show_place
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import Encoded, ServedModel
 from diptych.finetune.serving.web_address import TOKEN_VARIABLE, is_asked_here
 
-LARGEST_BODY = 4_000_000
-"""Bytes."""
-ERROR_HEADERS = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+LARGEST_BODY, SMALL_BODY, MOST_ARRIVING = 4_000_000, 65_536, 64_000_000
+"""Bytes of one request, of one that is always read, and of all that arrive at the same time."""
+ERROR_HEADERS = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}}
 
 
 class ServerMetrics:
@@ -69,6 +71,7 @@ class Service:
     def __init__(self, settings: ServeSettings, served: ServedModel, engine: Engine, token: str | None = None):
         self.settings, self.served, self.engine, self.token = settings, served, engine, token
         self.name, self.is_closing = settings.model_name, False
+        self.encoder, self.encoding, self.arriving = ThreadPoolExecutor(1, "encoder"), 0, 0
         self.metrics = ServerMetrics(engine)
 
     # The paths
@@ -80,8 +83,9 @@ class Service:
             raise RequestError(503, "the server is about to end. Come again.", kind="overloaded")
         path, jobs = request.scope["path"], []
         try:
-            asked = read_request(await read_body(request), "chat" in path, self.name, self.served.most_tokens)
-            jobs, events = self.submit(asked)
+            body = await self.read_body(request)
+            asked = read_request(body, "chat" in path, self.name, self.served.most_tokens)
+            jobs, events = await self.submit(asked)
             if asked.stream:
                 return StreamingResponse(self.stream(path, asked, jobs, events), media_type="text/event-stream")
             answer = await while_connected(request, self.whole_answer(asked, jobs, events))
@@ -111,6 +115,28 @@ class Service:
 
     # The steps of an answer
 
+    async def read_body(self, request: Request) -> dict[str, Any]:
+        """RequestError if it comes too slowly, is too large, or is no JSON object."""
+        data = bytearray()
+
+        async def read() -> None:
+            async for part in request.stream():
+                self.arriving += len(part)
+                data.extend(part)
+                if len(data) > LARGEST_BODY:
+                    raise RequestError(413, f"the request has more than {LARGEST_BODY:,} bytes. Send less at once.")
+                if len(data) > SMALL_BODY and self.arriving > MOST_ARRIVING:
+                    raise RequestError(503, "too many large requests arrive at once. Come again.", kind="overloaded")
+
+        try:
+            await asyncio.wait_for(read(), ARRIVAL_SECONDS)
+        except asyncio.TimeoutError:
+            message = f"the request did not arrive within {ARRIVAL_SECONDS:g} seconds. Send it faster."
+            raise RequestError(408, message, kind="timeout") from None
+        finally:
+            self.arriving -= len(data)
+        return json_object(bytes(data))
+
     def admit(self, request: Request, needs_token: bool = True) -> None:
         """RequestError unless the request has the token or, if none is set, comes from this machine itself and not
         from a page of another site that a browser here shows."""
@@ -127,13 +153,19 @@ class Service:
             message = f"a token is needed: Authorization: Bearer …, as in {TOKEN_VARIABLE} of the server."
             raise RequestError(401, message, kind="authentication_error")
 
-    def submit(self, asked: CompletionRequest) -> tuple[list[Job], asyncio.Queue]:
+    async def submit(self, asked: CompletionRequest) -> tuple[list[Job], asyncio.Queue]:
         """Queues the prompts. Returns their jobs, and a queue of (index of the job, event)."""
         loop, events, most = asyncio.get_running_loop(), asyncio.Queue(), self.settings.queue
-        sources = self.encode(asked.rows)
-        if len(sources) > most:
-            message = f"the request has {len(sources)} prompts, but only {most} can wait. Send fewer at once."
+        if len(asked.rows) > most:
+            message = f"the request has {len(asked.rows)} prompts, but only {most} can wait. Send fewer at once."
             raise RequestError(400, message, "prompt")
+        if self.engine.waiting + self.encoding + len(asked.rows) > most:
+            raise RequestError(503, f"up to {most} prompts wait already. Come again.", kind="overloaded")
+        self.encoding += len(asked.rows)
+        try:  # in a thread, because four megabytes take seconds
+            sources = await loop.run_in_executor(self.encoder, self.encode, asked)
+        finally:
+            self.encoding -= len(asked.rows)
 
         def to_queue(place: int):
             return lambda event: loop.call_soon_threadsafe(events.put_nowait, (place, event))
@@ -142,24 +174,23 @@ class Service:
             Job(source.source_ids, asked.decoding, to_queue(place), asked.stream, given=source.given)
             for place, source in enumerate(sources)
         ]
-        try:
-            self.engine.submit(jobs)
-        except QueueFull:
-            raise RequestError(503, f"up to {most} prompts wait already. Come again.", kind="overloaded") from None
+        self.engine.submit(jobs)
         asked.prompt_tokens = sum(len(source.source_ids) for source in sources)
         self.metrics.read.inc(asked.prompt_tokens)
         return jobs, events
 
-    def encode(self, rows: list[dict[str, Any]]) -> list[Encoded]:
-        """The prompts' token ids, by the template as `diptych generate` does it."""
-        column = "messages" if "messages" in rows[0] else "prompt"
+    def encode(self, asked: CompletionRequest) -> list[Encoded]:
+        """The prompts' token ids, by the template as `diptych generate` does it. RequestError if one is too long."""
+        column = "messages" if asked.is_chat else "prompt"
+        sources = []
         try:
-            sources = [self.served.encode(self.as_asked(prompt_of(row))) for row in rows]
+            for row in asked.rows:
+                sources.append(source := self.served.encode(self.as_asked(prompt_of(row))))
+                if source.tokens > (most := len(source.source_ids)):
+                    raise UserError(f"the prompt has {source.tokens} tokens, and {most} are read. Send a shorter one.")
+                self.served.budget.check(source.tokens, asked.decoding)
         except (UserError, Fault) as error:
             raise RequestError(400, str(error), error.field if isinstance(error, Fault) else column) from None
-        if any(source.is_cut for source in sources):
-            limit = self.served.prompter.max_source_tokens
-            raise RequestError(400, f"the prompt has more than {limit} tokens, which is all that is read.", column)
         return sources
 
     def as_asked(self, prompt: Prompt) -> Prompt:
@@ -241,12 +272,7 @@ class Service:
         self.is_closing = True
 
 
-async def read_body(request: Request) -> dict[str, Any]:
-    data = b""
-    async for part in request.stream():
-        data += part
-        if len(data) > LARGEST_BODY:
-            raise RequestError(413, f"the request has more than {LARGEST_BODY:,} bytes. Send less at once.")
+def json_object(data: bytes) -> dict[str, Any]:
     try:
         body = json.loads(data)
     except RecursionError:

@@ -54,6 +54,11 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "stream_options.include_obfuscation": (False,),
 }
 """Values of further fields that ask for nothing, and are accepted."""
+LOGPROBS = {
+    True: "In a chat, 'logprobs' is true or false. true gives the log-probability of each token of the answer.",
+    False: "In a completion, 'logprobs' can be 0 only: the log-probability of each token of the answer.",
+}
+"""By `is_chat`: what is said of another value."""
 LEAST_TEMPERATURE = 1e-5
 """Below it the likeliest token is taken: logits that are divided by less can overflow float32."""
 LARGEST_INTEGER = 2**63 - 1
@@ -142,7 +147,11 @@ def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: i
     """RequestError for the first field that is wrong or asks for what is not done here."""
     body = _without_nulls(body)
     # A chat asks for each token's log-probability by true; a completion by 0, the number of alternatives beside it.
-    has_scores = body.get("logprobs") is True if is_chat else type(body.get("logprobs")) is int
+    logprobs = body.get("logprobs", False)
+    has_scores = logprobs is True if is_chat else type(logprobs) is int
+    if logprobs not in HARMLESS["logprobs"] and not (is_chat and has_scores):
+        message = f"{LOGPROBS[is_chat]} Those of other tokens (top_logprobs) are not supported."
+        raise RequestError(400, message, "logprobs")
     own = {"messages"} if is_chat else {"prompt", "input", "system"}
     _check_fields(body, KNOWN | own | ({"logprobs"} if is_chat and has_scores else set()))
     check_model(_field(body, "model", str, model), model)

@@ -10,7 +10,7 @@ the other rows. A dropped job's row ends at the next step; a batch ends when no 
 """
 
 import itertools
-import sys
+import logging
 import threading
 import time
 import traceback
@@ -30,6 +30,8 @@ from diptych.finetune.inference.generation_config import end_tokens, generation_
 from diptych.finetune.inference.scoring import output_log_probabilities
 from diptych.finetune.inference.target_tokens import UNKNOWN_ID, given_tokens, text_of
 from diptych.finetune.model.loaded_model import LoadedModel
+
+LOG = logging.getLogger("diptych.serving")
 
 
 class Decoding(NamedTuple):
@@ -92,7 +94,7 @@ class Failed(NamedTuple):
     error: Exception
 
 
-class QueueFull(Exception):
+class QueueFull(UserError):
     pass
 
 
@@ -119,6 +121,8 @@ class Engine:
         self.running: list[Job] = []
         self.on_batch: Callable[[int], None] = lambda rows: None
         """Called with the number of jobs when a batch begins."""
+        self.fits: Callable[[Sequence[Job]], bool] = lambda jobs: True
+        """Whether the memory suffices for a batch of these jobs."""
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -133,15 +137,17 @@ class Engine:
         """Queues all of them or, if there is no room for all (QueueFull), none."""
         with self._changed:
             if self.waiting + sum(not job.is_dropped for job in jobs) > self.queue_size:
-                raise QueueFull
+                raise QueueFull(f"up to {self.queue_size} prompts wait already. Come again.")
             self._waiting.extend(jobs)
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends the thread after the batch under way; jobs that still wait are not begun."""
+        """Ends the thread after the next step of the batch under way, and drops all jobs: nobody waits for them."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
+        for job in self.running:
+            job.is_dropped = True
         self._thread.join()
 
     def _work(self) -> None:
@@ -170,11 +176,11 @@ class Engine:
                     self._changed.wait(left)
                 if not self._drop_waiting():
                     continue
-                first = self._waiting[0]
-                alike = (it for it in self._waiting if it is first or first.decoding.can_share_batch(it.decoding))
-                jobs = list(itertools.islice(alike, self.batch_size))
-                for job in jobs:
-                    self._waiting.remove(job)
+                jobs = [self._waiting.popleft()]
+                for job in [it for it in self._waiting if jobs[0].decoding.can_share_batch(it.decoding)]:
+                    if len(jobs) < self.batch_size and self.fits([*jobs, job]):
+                        jobs.append(job)
+                        self._waiting.remove(job)
                 return jobs
             return []
 
@@ -219,10 +225,10 @@ class Engine:
 
 
 def show_place(error: Exception) -> None:
-    """Prints where an error of our own arose, without its message, which may quote a client."""
+    """Logs where an error of our own arose, without its message, which may quote a client."""
     if not isinstance(error, UserError):
-        traceback.print_tb(error.__traceback__)
-        print(f"{type(error).__name__} while answering: please report it.", file=sys.stderr, flush=True)
+        place = "".join(traceback.format_tb(error.__traceback__))
+        LOG.error("%s while answering: please report it.\n%s", type(error).__name__, place)
 
 
 class DroppedRows(StoppingCriteria):

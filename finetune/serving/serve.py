@@ -23,16 +23,16 @@ from diptych.finetune.commands import cli
 from diptych.finetune.serving.request_batches import Engine
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import load_served
-from diptych.finetune.serving.web_address import TOKEN_VARIABLE, address, listen, need_secret, run_until_signal
+from diptych.finetune.serving.web_address import TOKEN_VARIABLE, address, listen, need_secret
 
 INSTALL = "pip install 'diptych[serve]'"
 
 
 def run(settings: ServeSettings) -> int:
     try:
-        import uvicorn  # noqa: F401
-
-        from diptych.finetune.serving.completion_service import Service, build_app  # which needs the extra `serve`
+        # These need the extra `serve`.
+        from diptych.finetune.serving.completion_service import Service, build_app
+        from diptych.finetune.serving.guarded_server import run_until_signal
     except ImportError as error:
         raise UserError(f"{error.name} is not installed. `diptych serve` needs it: {INSTALL}") from error
     token = os.environ.get(TOKEN_VARIABLE) or None
@@ -41,6 +41,7 @@ def run(settings: ServeSettings) -> int:
     served = load_served(settings, settings.model, settings.max_source_tokens)
     limits = {"queue_size": settings.queue, "batch_wait_ms": settings.batch_wait_ms}
     engine = Engine(served.loaded, batch_size=settings.batch_size, **limits)
+    engine.fits = served.budget.fits
     service = Service(settings, served, engine, token)
     message = f"{settings.model_name} on {served.loaded.device}: {address(listener)}/v1"
     run_until_signal(build_app(service), listener, message, settings.timeout, on_signal=service.close)

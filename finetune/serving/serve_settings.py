@@ -48,7 +48,7 @@ class ServeSettings(PromptSettings):
     timeout: float = 120.0
     """Maximum seconds for a request, with waiting; then it gets a 504."""
     max_source_tokens: int | None = None
-    """Longer prompts are an error. Default: the model's own limit."""
+    """Longer prompts get a 400. Default: the model's own limit, or what a third of the free memory allows."""
     max_new_tokens: int | None = None
     """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
 

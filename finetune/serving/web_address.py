@@ -1,24 +1,20 @@
-"""What `diptych serve` and `diptych demo` share: where they listen, who may ask, and how they end.
+"""What `diptych serve` and `diptych demo` share: where they listen, and who may ask.
 
 Unless told otherwise a server listens at the loopback, where only this machine can ask; requests that a page of
 another site makes in a browser on this machine are refused by their headers. Beyond the loopback a secret is needed.
-On a signal the server finishes the requests under way, and the process ends with 0.
 """
 
 import contextlib
 import ipaddress
 import re
-import signal
 import socket
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
 
 TOKEN_VARIABLE, PASSWORD_VARIABLE = "DIPTYCH_TOKEN", "DIPTYCH_PASSWORD"
 """In the environment, the secrets of `serve` and of `demo`."""
-HERE = re.compile(r"(https?://)?(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?", re.IGNORECASE)
+HERE = re.compile(r"(https?://)?(localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(:[0-9]+)?", re.IGNORECASE)
 
 
 def is_asked_here(headers: Any) -> bool:
@@ -53,25 +49,3 @@ def listen(host: str, port: int) -> socket.socket:
 def address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def run_until_signal(
-    app: Any, listener: socket.socket, message: str, seconds: float, on_signal: Callable[[], None] = lambda: None
-) -> None:
-    """Prints `message`, then serves an ASGI application until SIGTERM or Ctrl-C. Requests under way then have up to
-    `seconds` to finish."""
-    import uvicorn  # here, because it is an extra
-
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            on_signal()
-            super().handle_exit(sig, frame)
-
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
-    config.timeout_graceful_shutdown = int(seconds) + 1
-    server = Server(config)
-    # A signal may come before uvicorn handles them; and uvicorn raises it once more at its end.
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, server.handle_exit)
-    print(f"{message} (Ctrl-C ends)", file=sys.stderr, flush=True)
-    server.run(sockets=[listener])

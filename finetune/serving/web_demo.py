@@ -124,15 +124,17 @@ def answer_all(contestants: Sequence[Contestant], asked: Asked) -> Iterator[list
     jobs: dict[int, Job] = {}
     for place, contestant in enumerate(contestants):
         try:
-            source_ids, is_cut, given = contestant.served.encode(asked.prompt())
+            source_ids, tokens, given = contestant.served.encode(asked.prompt())
             decoding = asked.decoding(contestant.served.most_tokens)
+            contestant.served.budget.check(len(source_ids), decoding)
             to_queue = lambda event, place=place: events.put((place, event))  # noqa: E731
             job = Job(source_ids, decoding, to_queue, wants_pieces=True, given=given)
             contestant.engine.submit([job])
         except UserError as error:
             shown[place][1] = _note(str(error))
             continue
-        shown[place][1] = _note(f"The prompt was cut to {len(source_ids)} tokens.") if is_cut else ""
+        is_cut = tokens > len(source_ids)
+        shown[place][1] = _note(f"The prompt has {tokens} tokens and was cut to {len(source_ids)}.") if is_cut else ""
         jobs[place] = job
     yield sum(shown, [])
     try:
@@ -266,6 +268,8 @@ def _serve(settings: DemoSettings) -> int:
     try:
         import fastapi
         import gradio
+
+        from diptych.finetune.serving.guarded_server import run_until_signal
     except ImportError as error:
         raise UserError(f"{error.name} is not installed. `diptych demo` needs it: {INSTALL}") from error
     password = os.environ.get(web_address.PASSWORD_VARIABLE) or None
@@ -277,6 +281,7 @@ def _serve(settings: DemoSettings) -> int:
     for name in filter(None, [settings.model, settings.beside]):
         served = load_served(settings, name)
         engine = Engine(served.loaded, batch_size=8, queue_size=64, batch_wait_ms=5)
+        engine.fits = served.budget.fits
         is_taken = any(Path(name).name == other.name for other in contestants)
         contestants.append(Contestant(name if is_taken else Path(name).name, served, engine))
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -293,7 +298,7 @@ def _serve(settings: DemoSettings) -> int:
         show_error=False,
     )
     message = f"{', '.join(it.name for it in contestants)}: {web_address.address(listener)}"
-    web_address.run_until_signal(Guard(app, only_loopback=password is None), listener, message, seconds=5)
+    run_until_signal(Guard(app, only_loopback=password is None), listener, message, seconds=5)
     for contestant in contestants:
         contestant.engine.close()
     return 0

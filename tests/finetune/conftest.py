@@ -44,8 +44,7 @@ EIGHT_ROWS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -62,6 +61,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     attach_template(tokenizer, TEMPLATES["translate"])
     return tokenizer
+
+
+tiny_tokenizer = pytest.fixture(scope="session", name="tiny_tokenizer")(byte_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 
 @contextlib.contextmanager
-def listening(command: Sequence[str], log: Path, **environment: str) -> Iterator[SimpleNamespace]:
-    """On a free port, from when it says so until the block ends; `log` is what it says."""
+def listening(command: Sequence[str], log: Path, before: str = "", **environment: str) -> Iterator[SimpleNamespace]:
+    """On a free port, from when it says so until the block ends; `log` is what it says. The process runs the Python
+    code `before` first."""
+    code = f"{before}\nfrom diptych.finetune.commands.cli import main\nraise SystemExit(main())"
     with log.open("w+b") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "diptych.finetune.commands.cli", *command, "--port", "0"],
+            [sys.executable, "-c", code, *command, "--port", "0"],
             stderr=said,
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
         )

@@ -25,6 +25,7 @@ from diptych.finetune.inference.scoring import chosen_outputs
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.serving.completion_service import Service, build_app
+from diptych.finetune.serving.memory_budget import measured_budget
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.serving.serve import main
 from diptych.finetune.serving.serve_settings import ServeSettings
@@ -226,7 +227,6 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
         ({"prompt": "Go.", "stop": ["", "x"]}, 400, "stop"),
         ({"prompt": "Go.", "stop": "\ud800"}, 400, None),
         ({"prompt": "\ud800", "stream": True}, 400, None),
-        ({"prompt": "Go.", "logprobs": 5}, 400, "logprobs"),
         ({"prompt": "Go.", "tools": [{}]}, 400, "tools"),
         ({"prompt": "Go.", "temprature": 1}, 400, "temprature"),
         ({"messages": ["Go."]}, 400, "messages[0]"),
@@ -367,6 +367,8 @@ def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path, capsys):
 def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, served, monkeypatch, capsys):
     assert main([str(t5_checkpoint), "--port", str(served.port)]) == 2
     assert "cannot be listened at" in capsys.readouterr().err
+    for name in ("completion_service", "guarded_server"):
+        monkeypatch.delitem(sys.modules, f"diptych.finetune.serving.{name}")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main([str(t5_checkpoint)]) == 2
     assert "pip install 'diptych[serve]'" in capsys.readouterr().err
@@ -409,7 +411,8 @@ def test_a_batch_that_breaks_says_so_and_the_next_one_goes_on(engine, tiny_token
 def test_a_failure_of_our_own_is_counted_as_one(engine, tiny_tokenizer, monkeypatch, capsys):
     """Not as a client that has gone; and what broke is not written down."""
     settings = ServeSettings(model="t5")
-    served = ServedModel(engine.loaded, Prompter(tiny_tokenizer, engine.loaded.template, None), 8)
+    prompter = Prompter(tiny_tokenizer, engine.loaded.template, 512)
+    served = ServedModel(engine.loaded, prompter, 8, measured_budget(engine.loaded), 20)
     service = Service(settings, served, engine)
     client = TestClient(build_app(service), base_url="http://localhost")
 

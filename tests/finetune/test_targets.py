@@ -74,7 +74,7 @@ def test_inspect_and_demo_look_at_what_was_written(putting_bos):
     passage = Reader(loaded, prompter, 8).passage("Yes.", Languages())
     steps = facts.steps(loaded, passage)
     assert [step["rank"] for step in steps] == [1] * len(steps) and passage.given == 1
-    contestant = Contestant("bart", ServedModel(loaded, prompter, 8), None)
+    contestant = Contestant("bart", ServedModel(loaded, prompter, 8, None, 20), None)
     html = contestant.attention(passage.source_ids, [1], Answer("", True, tuple(passage.decoder_ids[1:])))
     shown = [float(share) for share in re.findall(r'title="([\d.]+) %"', html)]
     assert shown == pytest.approx((100 * mean_weights(passage.seen.cross)).flatten().tolist(), abs=0.051)
