@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow test-all torture docs lint format release audit clean
+.PHONY: help install demo test test-slow test-all torture soak docs lint format release audit clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -35,6 +35,9 @@ test-all: test test-slow  ## everything
 
 torture: install  ## kill training 100 times on one rank and 75 on two: about half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/finetune/torture.py --kills 100 --kills_on_two_ranks 75
+
+soak: install  ## half an hour of good, slow, hostile and vanishing clients of one server
+	OMP_NUM_THREADS=1 $(BIN)/python tests/finetune/serving_soak.py --minutes $(or $(MINUTES),30)
 
 lint: install  ## ruff check and ruff format --check
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.finetune.serving.request_batches import LOG
 
 ARRIVAL_SECONDS, SECONDS_FOR_A_408 = 30.0, 2.0
 ACCEPTED_AT_ONCE = 8
@@ -144,7 +145,7 @@ def run_until_signal(
     config.ws = "none"  # a WebSocket would leave the limits
     config.loop, config.backlog, config.limit_concurrency = "asyncio", ACCEPTED_AT_ONCE, limit + 1
     config.timeout_graceful_shutdown = int(seconds) + 1
-    for name in ("asyncio", "uvicorn.error", "diptych.serving"):
+    for name in ("asyncio", "uvicorn.error", LOG.name):
         logging.getLogger(name).addFilter(OncePerMinute())
     server = Server(config)
     # A signal may come before uvicorn handles them; and uvicorn raises it once more at its end.

@@ -1,8 +1,8 @@
 """How much memory a batch of prompts takes, measured when a checkpoint is served, and how much it may take.
 
     budget = measured_budget(loaded)      MemoryBudget(bytes=2_300_000_000, per_token=24_576.0, per_square=96.0, …)
-    budget.cost(512, Decoding(256), prompts=16)                       bytes that such a batch takes
-    budget.most_source_tokens(Decoding(256))                          the longest prompt that may be read
+    budget.cost(512, Decoding(256), prompts=16)      bytes of such a batch
+    budget.most_source_tokens(Decoding(256))         the longest prompt that may be read
 
 The encoder's memory for S source tokens is a S + b S²: attention with a bias (T5) makes tensors (B, H, S, S). The
 decoder's grows with rows and tokens. Both are measured by reading two short prompts: families differ too much for a
@@ -96,16 +96,13 @@ class MemoryMeter(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-                self._count(tensor.untyped_storage())
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive.add(storage._cdata)
+                    self._now += storage.nbytes()
+                    weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
         self.most_writing = max(self.most_writing, self._now)
         return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address not in self._alive:
-            self._alive.add(address)
-            self._now += size
-            weakref.finalize(storage, self._forget, address, size)
 
     def _forget(self, address: int, size: int) -> None:
         self._alive.discard(address)
@@ -119,18 +116,15 @@ def measured_budget(loaded: LoadedModel) -> MemoryBudget:
     """By reading a prompt of 512 tokens (or of as many as the model has positions for) and one of half the length."""
     long = min(MEASURED_TOKENS, position_limit(loaded.model, of_source=True) or MEASURED_TOKENS)
     half = long // 2
-    (half_reading, _), (reading, writing) = (_peaks(loaded, tokens) for tokens in (half, long))
+    peaks = []
+    for tokens in (half, long):
+        with MemoryMeter(loaded.model) as meter:
+            generate_batch(loaded, [[loaded.tokenizer.eos_token_id] * tokens], 2, {})
+        peaks.append(meter.most_reading)
     # a half + b half² and a long + b long², solved for b, and for a with what does not depend on the length in it
-    per_square = max(0.0, (reading - long / half * half_reading) / (long**2 - long * half))
-    per_token = reading / long - per_square * long
-    return MemoryBudget(SHARE * free_memory(loaded.device), long, per_token, per_square, writing / (long + 2))
-
-
-def _peaks(loaded: LoadedModel, tokens: int) -> tuple[int, int]:
-    """Bytes in the encoder, and after it."""
-    with MemoryMeter(loaded.model) as meter:
-        generate_batch(loaded, [[loaded.tokenizer.eos_token_id] * tokens], 2, {})
-    return meter.most_reading, meter.most_writing
+    per_square = max(0.0, (peaks[1] - long / half * peaks[0]) / (long**2 - long * half))
+    per_token = peaks[1] / long - per_square * long
+    return MemoryBudget(SHARE * free_memory(loaded.device), long, per_token, per_square, meter.most_writing / long)
 
 
 def free_memory(device: torch.device) -> int:
