@@ -65,6 +65,20 @@ class ServerMetrics:
         self.dropped.inc(status in (499, 504))
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events. Its jobs are dropped at its end, even if the client left before the first event."""
+
+    def __init__(self, events: AsyncIterator[str], jobs: list[Job]):
+        super().__init__(events, media_type="text/event-stream")
+        self.jobs = jobs
+
+    async def __call__(self, *connection: Any) -> None:
+        try:
+            await super().__call__(*connection)
+        finally:
+            drop(self.jobs)
+
+
 class Service:
     """The model, its queue, and a method for each path."""
 
@@ -87,7 +101,7 @@ class Service:
             asked = read_request(body, "chat" in path, self.name, self.served.most_tokens)
             jobs, events = await self.submit(asked)
             if asked.stream:
-                return StreamingResponse(self.stream(path, asked, jobs, events), media_type="text/event-stream")
+                return EventStream(self.stream(path, asked, jobs, events), jobs)
             answer = await while_connected(request, self.whole_answer(asked, jobs, events))
         except Exception as error:  # of any type: the jobs are dropped, and the client gets a status
             drop(jobs)
@@ -249,7 +263,6 @@ class Service:
             status = refused.status
             yield f"data: {json.dumps(refused.body())}\n\n"
         finally:
-            drop(jobs)
             self.metrics.count(path, status)
 
     def count_answers(self, jobs: list[Job], answers: Sequence[Answer]) -> None:

@@ -45,8 +45,7 @@ class Connection(H11Protocol):
         self.since, self.seen, self.heard = self.loop.time(), None, 0
         if len(self.connections) < self.limit_concurrency:
             return
-        waiting = [other for other in self.connections if other is not self and other.waits_for_request()]
-        if waiting:
+        if waiting := [other for other in self.connections - {self} if other.waits_for_request()]:
             min(waiting, key=lambda other: (other.heard, other.since)).drop()
 
     def data_received(self, data: bytes) -> None:
@@ -97,32 +96,21 @@ class OncePerMinute(logging.Filter):
 
 
 def connection_limit() -> int:
-    """How many connections the process can have, besides the files that are open now.
-
-    Raises:
-        UserError: there are descriptors for less than eight.
-    """
+    """How many connections the process can have besides its open files; UserError if these are less than eight."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_unlimited = descriptors == resource.RLIM_INFINITY
-    open_now = len(list(Path("/dev/fd").iterdir()))
-    limit = MOST_CONNECTIONS if is_unlimited else min(MOST_CONNECTIONS, descriptors - open_now - SPARE_DESCRIPTORS)
-    if limit < 8:
-        raise UserError(
-            f"this process may open {descriptors} files, and {open_now} are open: that is too few for a server. Raise "
-            f"the limit: ulimit -n {open_now + SPARE_DESCRIPTORS + 64}"
-        )
-    return limit
+    taken = len(list(Path("/dev/fd").iterdir())) + SPARE_DESCRIPTORS
+    if descriptors == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    if descriptors < taken + 8:
+        raise UserError(f"this process may open {descriptors} files only. Raise the limit: ulimit -n {taken + 64}")
+    return min(MOST_CONNECTIONS, descriptors - taken)
 
 
 def run_until_signal(
     app: Any, listener: socket.socket, message: str, seconds: float, on_signal: Callable[[], None] = lambda: None
 ) -> None:
     """Prints `message`, then serves an ASGI application until SIGTERM or Ctrl-C. Requests under way then have up to
-    `seconds` to finish.
-
-    Raises:
-        UserError: the process may open too few files.
-    """
+    `seconds` to finish. UserError if the process may open too few files."""
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

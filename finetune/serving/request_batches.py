@@ -145,14 +145,13 @@ class Engine:
         """Ends the thread after the next step of the batch under way, and drops all jobs: nobody waits for them."""
         with self._changed:
             self._is_closed = True
+            for job in [*self._waiting, *self.running]:
+                job.is_dropped = True
             self._changed.notify()
-        for job in self.running:
-            job.is_dropped = True
         self._thread.join()
 
     def _work(self) -> None:
         while jobs := self._next_batch():
-            self.running = jobs
             self.on_batch(len(jobs))
             try:
                 events = [Ended(answers) for answers in self._generate(jobs)]
@@ -172,22 +171,22 @@ class Engine:
                     self._changed.wait()
                     continue
                 until = time.monotonic() + self.batch_wait_ms / 1000
-                while len(self._waiting) < self.batch_size and (left := until - time.monotonic()) > 0:
+                while 0 < self._drop_waiting() < self.batch_size and (left := until - time.monotonic()) > 0:
                     self._changed.wait(left)
                 if not self._drop_waiting():
                     continue
-                jobs = [self._waiting.popleft()]
-                for job in [it for it in self._waiting if jobs[0].decoding.can_share_batch(it.decoding)]:
-                    if len(jobs) < self.batch_size and self.fits([*jobs, job]):
-                        jobs.append(job)
-                        self._waiting.remove(job)
+                jobs, others = [self._waiting.popleft()], deque()
+                for job in self._waiting:
+                    is_alike = jobs[0].decoding.can_share_batch(job.decoding)
+                    can_join = is_alike and len(jobs) < self.batch_size and self.fits([*jobs, job])
+                    (jobs if can_join else others).append(job)
+                self._waiting, self.running = others, jobs
                 return jobs
             return []
 
     def _drop_waiting(self) -> int:
         """Removes dropped jobs from the queue; how many still wait."""
-        for job in [job for job in self._waiting if job.is_dropped]:
-            self._waiting.remove(job)
+        self._waiting = deque(job for job in self._waiting if not job.is_dropped)
         return len(self._waiting)
 
     def _generate(self, jobs: list[Job]) -> list[list[Answer]]:

@@ -24,9 +24,8 @@ class DemoSettings(PromptSettings):
     """Maximum length of outputs in tokens. Default: 256, or the model's own limit if that is lower."""
 
     def __post_init__(self):
+        check_positive(self, "max_new_tokens")
         check_port(self.port)
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
 
 
 @dataclass(frozen=True)

@@ -66,20 +66,14 @@ def load_served(
     most_tokens = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)
     longest, budget = Decoding(most_tokens), measured_budget(loaded)
     most = max_source_tokens or min(budget.most_source_tokens(longest), source_limit or MOST_TOKENS)
-    needed = budget.cost(most, longest)
+    needed, third = budget.cost(most, longest), f"{budget.bytes / 1e9:.1f} GB, a third of the free memory"
     if needed > budget.bytes:
         print(
-            f"warning: one prompt of {most:,} tokens with an answer of {most_tokens:,} can take"
-            f" {needed / 1e9:.1f} GB, more than a third of the free memory.",
-            file=sys.stderr,
+            f"warning: a prompt of {most:,} tokens can take {needed / 1e9:.1f} GB, more than {third}", file=sys.stderr
         )
         budget = budget._replace(bytes=needed)
     elif most != (max_source_tokens or source_limit):
-        print(
-            f"(prompts of up to {most:,} tokens: a longer one could take more than {budget.bytes / 1e9:.1f} GB, a"
-            f" third of the free memory)",
-            file=sys.stderr,
-        )
+        print(f"(prompts of up to {most:,} tokens: a longer one could take more than {third})", file=sys.stderr)
     prompter = Prompter(loaded.tokenizer, loaded.template, most, languages)
     longest_token = max(map(len, source_side(loaded.tokenizer).get_vocab()))
     return ServedModel(loaded, prompter, most_tokens, budget, longest_token)

@@ -1,5 +1,6 @@
 """`diptych serve` and clients that are slow, many, or ask for too much: real processes, real sockets."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -213,6 +214,30 @@ def test_a_batch_and_a_request_stay_within_the_budget(loaded_t5, tiny_tokenizer)
     refused = client.post("/v1/completions", json=asked | {"n": 16})
     assert refused.status_code == 400 and "16 answers" in refused.json()["error"]["message"]
     assert f"may take {budget.bytes / 1e6:,.0f}" in refused.json()["error"]["message"]
+    engine.close()
+
+
+def test_a_client_that_leaves_before_the_first_event_leaves_no_work(loaded_t5, tiny_tokenizer):
+    engine = Engine(loaded_t5, batch_size=4, queue_size=8, batch_wait_ms=60_000)
+    served = ServedModel(
+        loaded_t5, Prompter(tiny_tokenizer, loaded_t5.template, 512), 8, measured_budget(loaded_t5), 20
+    )
+    app = build_app(Service(ServeSettings(model="t5"), served, engine))
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": "/v1/completions"}
+    scope |= {"headers": [(b"host", b"localhost")], "query_string": b""}
+    body = json.dumps({"prompt": "Go.", "stream": True}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
+    begun = []
+
+    async def receive() -> dict:
+        return messages.pop(0)
+
+    async def send(message: dict) -> None:
+        begun.append((message["type"], engine.waiting))
+        await asyncio.sleep(60)
+
+    asyncio.run(app(scope, receive, send))
+    assert begun == [("http.response.start", 1)] and engine.waiting == 0
     engine.close()
 
 
