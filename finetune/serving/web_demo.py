@@ -136,8 +136,8 @@ def answer_all(contestants: Sequence[Contestant], asked: Asked) -> Iterator[list
         is_cut = tokens > len(source_ids)
         shown[place][1] = _note(f"The prompt has {tokens} tokens and was cut to {len(source_ids)}.") if is_cut else ""
         jobs[place] = job
-    yield sum(shown, [])
     try:
+        yield sum(shown, [])
         open_jobs = len(jobs)
         while open_jobs:
             place, event = events.get()
