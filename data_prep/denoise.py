@@ -265,7 +265,3 @@ def run(settings: DenoiseSettings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_command("diptych denoise", lambda words: parse(DenoiseSettings, "diptych denoise", words), run, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,7 +8,7 @@ duplicates, split, mix (select_rows.py); pack; write the tables, the report and 
 trained here learns from the train split, so encoding is then a pass of its own. A second run with the same inputs,
 settings and code finds its result and ends.
 
-Exit codes: 0 when a dataset was written or is used again; 2 with one message when a person has to mend something.
+Exit codes: 0 when a dataset was written or is used again; 2 with one message when a person has to correct something.
 """
 
 import functools
@@ -100,7 +100,9 @@ class Prepared:
 
     @property
     def warnings(self) -> list[str]:
-        return self.manifest["warnings"]
+        """What to look at, and how many rows were rejected, which the command prints among its figures."""
+        rejected = [f"{counted(self.rejected, 'row')} not kept; why: {self.rejects_file}"] if self.rejected else []
+        return self.manifest["warnings"] + rejected
 
     def __str__(self) -> str:
         """The lines that the command prints."""
@@ -121,7 +123,7 @@ def run(settings: PrepareSettings) -> int:
     transformers.logging.set_verbosity_error()
     prepared = prepare(settings)
     print(prepared)
-    for warning in prepared.warnings:
+    for warning in prepared.manifest["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     return 0
 
@@ -140,10 +142,10 @@ def prepare(
         say: is given each line that is said while the work goes on, such as which format was recognised;
             `lambda line: None` for silence. The summary is `str(prepared)`.
         rows: rows in memory, read beside what `settings.data` names: a list of dicts, a `datasets.Dataset`, a pandas
-            frame, or a dict or DatasetDict that has such rows for each split.
+            frame, a dict of columns, or a dict or DatasetDict that has such rows for each split.
 
     Raises:
-        UserError: what a person has to mend, in the settings or in the data.
+        UserError: what a person has to correct, in the settings or in the data.
     """
     check_settings(settings, has_rows=rows is not None)
     folder = Path(settings.out).expanduser().resolve()
@@ -238,8 +240,8 @@ def _need_rows(rows: int, rejects: Rejects, settings: PrepareSettings, split: st
     if split:
         what = f"nothing is left for {split}: {counted(rejects.count, 'row')} cannot be kept"
     raise UserError(
-        f"{what} ({kinds}). The first, {first.origin}: {first.reason} Mend the rows or the settings, and prepare them"
-        f" again. All of them: {keep_rejects(rejects, Path(settings.out).expanduser().resolve())}"
+        f"{what} ({kinds}). The first, {first.origin}: {first.reason} Correct the rows or the settings, and prepare"
+        f" them again. All of them: {keep_rejects(rejects, Path(settings.out).expanduser().resolve())}"
     )
 
 

@@ -197,14 +197,14 @@ class DiptychConfig(PreTrainedConfig):
         encoder, decoder = self.encoder, self.decoder
         if encoder.hidden_size != decoder.hidden_size:
             raise ValueError(
-                f"The merged hinge projects encoder states with the decoder's weights, but hidden_size is "
+                f"Merged cross-attention projects encoder states with the decoder's weights, but hidden_size is "
                 f"{encoder.hidden_size} in the encoder and {decoder.hidden_size} in the decoder: use "
                 f"cross_attention='separate'."
             )
         if decoder.rope_parameters["rope_type"] == "dynamic":
             raise ValueError(
                 "rope_type 'dynamic' changes with the length, also for the source's keys that are cached already: the "
-                "merged hinge cannot carry it. Use 'yarn' or 'linear', or cross_attention='separate'."
+                "merged cross-attention cannot use it. Use 'yarn' or 'linear', or cross_attention='separate'."
             )
         layer_map, depth = decoder.encoder_layer_map, encoder.num_hidden_layers
         if len(layer_map) != decoder.num_hidden_layers or not all(0 <= m <= depth for m in layer_map):
@@ -244,8 +244,8 @@ def default_layer_map(encoder_depth: int, decoder_depth: int) -> list[int]:
     lowest = encoder_depth - decoder_depth + 1
     if lowest < 0:
         raise ValueError(
-            f"The merged hinge lets each of {decoder_depth} decoder layers read another depth of the encoder, which "
-            f"has {encoder_depth} layers: say in encoder_layer_map which one reads after how many layers."
+            f"Merged cross-attention lets each of {decoder_depth} decoder layers read another depth of the encoder, "
+            f"which has {encoder_depth} layers: say in encoder_layer_map which one reads after how many layers."
         )
     return list(range(lowest, encoder_depth + 1))
 

@@ -726,13 +726,15 @@ class DiptychDecoder(DiptychPreTrainedModel):
         """Raises ValueError if the encoder's output is of no merged model, or the attention or a mask does not fit."""
         if encoder_states.ndim != 4 or encoder_position_ids is None:
             raise ValueError(
-                "The merged hinge reads what each encoder layer read: give encoder_outputs as the encoder returned "
-                "them (a DiptychEncoderOutput with layer_inputs and position_ids)."
+                "Merged cross-attention reads what each encoder layer read: give encoder_outputs as the encoder "
+                "returned them (a DiptychEncoderOutput with layer_inputs and position_ids)."
             )
         check_takes_mask(self.config, "cross_attention='merged'")
         for name, given in {"attention_mask": encoder_mask, "decoder_attention_mask": mask}.items():
             if given is not None and given.ndim != 2:
-                raise ValueError(f"The merged hinge takes masks of padding, (B, L), not {name} {tuple(given.shape)}.")
+                raise ValueError(
+                    f"Merged cross-attention takes masks of padding, (B, L), not {name} {tuple(given.shape)}."
+                )
 
     def _merged_mask(self, hidden_states, encoder_states, mask, encoder_mask, segments, own_cache):
         """→ one mask over the source's keys and, after them, the target's."""

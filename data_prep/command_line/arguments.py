@@ -276,7 +276,7 @@ def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{name}{where}: no YAML ({getattr(error, 'problem', error)}). Mend it there.") from None
+        raise UserError(f"{name}{where}: no YAML ({getattr(error, 'problem', error)}). Correct it there.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -285,11 +285,15 @@ def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
 
 
 def _checked(content: dict[str, Any], settings_class: type, before: str = "") -> dict[str, Any]:
-    """Values by name, each of which fits its setting; one text where a list is due is a list of one."""
+    """Values by name, each of which fits its setting. One text where a list is due is a list of one;
+    metadata `written` turns the other forms of a setting into its own."""
     hints = get_type_hints(settings_class)
+    other_forms = {setting.name: setting.metadata.get("written") for setting in fields(settings_class)}
     for key, value in content.items():
         if isinstance(value, str) and get_origin(hints.get(key)) is list:
             content[key] = [value]
+        elif written := other_forms.get(key):
+            content[key] = written(value)
     each = (_fault_inside("", {key: value}, settings_class) for key, value in content.items())
     if faults := [fault for fault in each if fault]:
         raise UserError(before + faults[0], *faults[1:])

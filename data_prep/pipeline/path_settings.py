@@ -5,6 +5,7 @@ model: str = field(metadata=CHECKPOINT)
 
 import os
 from pathlib import Path
+from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.named_splits import named
@@ -62,6 +63,12 @@ def _check_output(name: str, option: str) -> None:
         raise UserError(f"{option} {name}: nothing can be made in {above}: {why}. Choose another place.")
 
 
+def _entries_of_dict(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return [f"{name}={it}" for name, its in value.items() for it in (its if isinstance(its, list) else [its])]
+
+
 OUTPUT = {"check": _check_output}
 """A file or folder that will be written."""
 CHECKPOINT = {"check": _check_checkpoint}
@@ -73,5 +80,9 @@ EXISTING = {"check": _check_exists}
 TEMPLATE = {"check": _check_template}
 SOURCE = {"check": _check_source}
 """What `diptych prepare` reads."""
-NAMED_SOURCE = {"check": lambda name, option: _check_source(named(name)[1], option)}
+NAMED = {"written": _entries_of_dict}
+"""A list whose entries are name=value, which may be a dict: {"output": "answer"} is ["output=answer"]."""
+NAMES = {"written": lambda value: ",".join(map(str, value)) if isinstance(value, list) else value}
+"""A text of names between commas, which may be a list."""
+NAMED_SOURCE = NAMED | {"check": lambda name, option: _check_source(named(name)[1], option)}
 """The same, perhaps with a name before it: news=a.jsonl."""

@@ -14,7 +14,7 @@ from diptych.data_prep.cleaning.filters import LengthFilter
 from diptych.data_prep.cleaning.mixture import Mixture
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMED_SOURCE, OUTPUT, SOURCE, TEMPLATE
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMED, NAMED_SOURCE, OUTPUT, SOURCE, TEMPLATE
 from diptych.data_prep.rows.convert_rows import SUMMARY_INSTRUCTION
 from diptych.data_prep.rows.named_splits import HELD_OUT
 from diptych.data_prep.text_to_ids.train_tokenizer import MINIMUM_VOCAB_SIZE
@@ -79,7 +79,7 @@ class PrepareSettings:
     """Format of the rows: alpaca, dolly, prompt_completion, messages, sharegpt, natural_instructions, self_instruct,
     parallel, summarisation, tokenised. Default: recognised from the first rows of each source, and printed."""
 
-    map: list[str] = field(default_factory=list)
+    map: list[str] = field(default_factory=list, metadata=NAMED)
     """Names of your columns, after the names that the format has: `--map output=answer instruction=q.text`. If all are
     numbers, csv and tsv files have no header: `--map instruction=1 output=2`."""
 

@@ -7,9 +7,11 @@ The origin of the seventh row is "rows:7", or "rows:test:7" in a split.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy
 import xxhash
 from datasets import Dataset
 
@@ -21,7 +23,8 @@ from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name
 from diptych.data_prep.rows.records import Origin, Row
 
 RowsInMemory = Sequence[Mapping[str, Any]] | Dataset | Any | Mapping[str, Any]
-"""A list of dicts, a Dataset, a pandas frame; or these by the names of their splits, as a DatasetDict has them."""
+"""A list of dicts, a dict of columns, a Dataset, a pandas frame; or these by the names of their splits, as a
+DatasetDict has them."""
 
 NAME = "rows"
 
@@ -32,13 +35,23 @@ def open_rows(rows: RowsInMemory, limits: Limits) -> list[Source]:
     Raises:
         UserError: the name of a split is neither of train nor of validation nor of test, or a row is no dict.
     """
-    if not isinstance(rows, Mapping):
+    if not isinstance(rows, Mapping) or (_are_columns(rows) and not any(kind_in_name(name) in KINDS for name in rows)):
         return [_source(rows, NAME, TRAIN, limits)]
     for name in rows:
         if kind_in_name(name) not in KINDS:
-            raise UserError(f"rows has the split '{name}'. Name each split train, validation or test.")
+            raise UserError(
+                f"rows has the split '{name}'. Name each split train, validation or test, or give rows as"
+                " [{'instruction': 'Add.', 'output': '2'}, …] or columns as {'instruction': ['Add.', …], 'output': …}."
+            )
     order = sorted(rows, key=lambda name: KINDS.index(kind_in_name(name)))
     return [_source(rows[name], f"{NAME}:{name}", _split_of(name, order), limits) for name in order]
+
+
+def _are_columns(rows: Any) -> bool:
+    """{"instruction": ["Add.", …], "output": ["2", …]}: a dict of lists, not of rows."""
+    columns = rows.values() if isinstance(rows, Mapping) else ()
+    is_list = [isinstance(it, list | tuple | numpy.ndarray) and not isinstance([*it, 0][0], Mapping) for it in columns]
+    return bool(is_list) and all(is_list)
 
 
 def _split_of(name: str, names: Iterable[str]) -> str:
@@ -53,6 +66,13 @@ def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:
         rows = Dataset.from_pandas(rows, preserve_index=False)
     if isinstance(rows, Dataset):
         return hub_source(rows, name, NAME, limits, split)
+    if isinstance(rows, str | os.PathLike):
+        raise UserError(f'{name} is a path. Files have settings of their own: data="train.jsonl", test="test.jsonl".')
+    if _are_columns(rows):
+        lengths = {column: len(values) for column, values in rows.items()}
+        if len(set(lengths.values())) > 1:
+            raise UserError(f"{name} has columns of different lengths, {lengths}. Give a value for each row.")
+        rows = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     rows = list(rows)
     for place, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):

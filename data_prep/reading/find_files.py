@@ -240,7 +240,7 @@ def _why_not(path: str, name: str, error: Exception) -> str:
         loops = isinstance(error, OSError) and error.errno == errno.ELOOP
         what = "goes round in a circle" if loops else f"points to '{os.readlink(path)}', which is not there"
         if loops or isinstance(error, FileNotFoundError):
-            return f"{name} is a symbolic link that {what}. Mend the link, or name the file itself."
+            return f"{name} is a symbolic link that {what}. Correct the link, or name the file itself."
     reason = error.strerror if isinstance(error, OSError) else str(error)
     return f"{name} cannot be read: {reason}. Check the path and your rights to it (ls -l)."
 

@@ -107,7 +107,7 @@ def _members(window: Window, name: str) -> Iterator[str]:
             due = " or ".join(repr(character) for character in characters)
             raise UserError(
                 f"{name}: broken JSON, {window.place(window.at)}: {shown} stands where {due} is due, outside of any"
-                " row, so that the file cannot be read. Mend it there."
+                " row, so that the file cannot be read. Correct it there."
             )
         return found
 
@@ -120,7 +120,9 @@ def _members(window: Window, name: str) -> Iterator[str]:
         try:
             key, window.at = LENIENT_JSON.raw_decode(window.text, window.at)
         except json.JSONDecodeError as error:
-            raise UserError(f"{name}: broken JSON: {error.msg}, {window.place(error.pos)}. Mend it there.") from None
+            raise UserError(
+                f"{name}: broken JSON: {error.msg}, {window.place(error.pos)}. Correct it there."
+            ) from None
         expect(":")
         window.at += 1
         first = window.next_character() or expect("{[")

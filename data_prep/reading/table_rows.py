@@ -126,7 +126,7 @@ def aligned_chunks(files: list[File], marks: list[int], limits: Limits) -> Itera
         if counts[0] != counts[1]:
             raise UserError(
                 f"{files[0].name} has {counts[0]:,} lines and {files[1].name} has {counts[1]:,}, so that line N no"
-                " longer belongs to line N. Mend the files: a pair may be empty, a line may not be missing."
+                " longer belongs to line N. Correct the files: a pair may be empty, a line may not be missing."
             )
 
     yield from in_chunks(rows(), lambda: sum(done))

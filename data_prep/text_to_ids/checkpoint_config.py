@@ -182,13 +182,13 @@ def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -
         if value is not None and not is_size:
             raise UserError(
                 f"config.json of {name} says that {key} is '{excerpt(value, 40)}', which is no size: a whole number"
-                f" from 1 on is due. Mend it, or take another checkpoint."
+                f" from 1 on is due. Correct it, or take another checkpoint."
             )
         if key in LAYERS and value is not None and value > MOST_LAYERS:
             raise UserError(
                 f"config.json of {name} asks for {value:,} layers ({key}): at least"
                 f" {FP32_BYTES * least_weights(config):,} bytes of weights in fp32. {MOST_LAYERS:,} are the most that"
-                f" are tried. Mend it, or take another checkpoint."
+                f" are tried. Correct it, or take another checkpoint."
             )
     for key, value in part.items():
         most = MOST_LABELS if key in ("num_labels", "extra_ids") else MOST_LAYERS

@@ -297,7 +297,7 @@ def _unquoted(name: str, line: int, value: str) -> str:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise UserError(f"{name}, line {line}: {value} is no JSON string ({error}). Mend the quotes.") from None
+        raise UserError(f"{name}, line {line}: {value} is no JSON string ({error}). Correct the quotes.") from None
 
 
 def _check(name: str, text: str, allowed: tuple[str, ...], first_line: int) -> None:
@@ -307,7 +307,7 @@ def _check(name: str, text: str, allowed: tuple[str, ...], first_line: int) -> N
     except jinja2.TemplateSyntaxError as error:
         known = f" Here are {', '.join(FILTERS)}." if "No filter named" in error.message else ""
         message = error.message.rstrip(".")
-        raise UserError(f"{name}, line {error.lineno + first_line - 1}: {message}.{known} Mend it there.") from None
+        raise UserError(f"{name}, line {error.lineno + first_line - 1}: {message}.{known} Correct it there.") from None
     except RENDER_ERRORS as error:
         raise UserError(f"{name} cannot be compiled: {error}. Make it simpler.") from None
     for unknown in sorted(meta.find_undeclared_variables(tree) - set(allowed) - set(_environment().globals)):

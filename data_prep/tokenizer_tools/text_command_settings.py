@@ -141,7 +141,7 @@ class DenoiseSettings:
             if not getattr(self, name):
                 raise UserError(f"{name} is not set. Name {example}: --{name} …")
         if not 0 < self.noise_density < 1 or self.mean_noise_span_length < 1:
-            raise UserError("noise_density is a share between 0 and 1, and a span has 1 token or more. Mend them.")
+            raise UserError("noise_density must be between 0 and 1, and a span must have 1 token or more.")
         if not 0 < self.minimum_prefix <= 0.5:
             raise UserError(f"minimum_prefix is {self.minimum_prefix}; it is a share, above 0 and at most 0.5.")
         if self.mode_tokens and (self.objective != "ul2" or len(self.mode_tokens) != 3):

@@ -5,7 +5,7 @@
     diptych tokenizer extend my-checkpoint --data my.ko.txt --tokens 2000 --out my-checkpoint-ko
 
 Data are what `diptych prepare` reads, plain text (a text a line), and folders that it wrote (the texts of the train
-split): see tokenizer_texts.py. Exit codes: 0 done, 2 with one message about a mistake that a person can mend.
+split): see tokenizer_texts.py. Exit codes: 0 done, 2 with one message about a mistake that a person can correct.
 """
 
 import json
@@ -195,6 +195,3 @@ def _is_report(content: bytes) -> bool:
 
 
 ACTIONS = {TrainTokenizerSettings: train, ReportTokenizerSettings: report, ExtendTokenizerSettings: extend}
-
-if __name__ == "__main__":
-    sys.exit(main())

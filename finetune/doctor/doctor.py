@@ -5,11 +5,12 @@
 
     ✓ 8 micro-batches = 1 batch   loss × 1.000000, gradient × 1.000000, cosine 1.000000
     ✓ 2 ranks = 1 rank            loss × 1.000000, gradient × 1.000000, cosine 1.000000
-    ✗ HF Trainer: 8 = 1           loss × 8.081, gradient × 8.512, cosine 0.896
+    ! HF Trainer: 8 = 1           loss × 8.081, gradient × 8.512, cosine 0.896
         Train with `diptych train`, which is right (above), or put diptych.finetune.training.packed_trainer's …
-    18 green, 2 red, 0 do not apply, in 10 s
+    18 green, 0 red, 2 notes, 0 do not apply, in 10 s
 
-The exit code is 0 where all is green, 1 where something is red, 2 for a mistake such as a folder that is not there.
+The exit code is 1 if something is red, 2 for a mistake such as a folder that is not there, and else 0. A note is about
+transformers' own Trainer, which is wrong for many families; it says nothing against the checkpoint.
 Nothing is written, nothing is changed, and no code from the checkpoint is run. The checks with two processes or with a
 Trainer are made on the CPU whatever --device says.
 """
@@ -51,7 +52,7 @@ from diptych.finetune.model.loading import (
 
 COLUMNS = 100
 NAME_COLUMNS = max(map(len, CHECKS)) + 2
-MARKS = {"green": "✓", "red": "✗", "not_applicable": "–"}
+MARKS = {"green": "✓", "red": "✗", "note": "!", "not_applicable": "–"}
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def admit(settings: DoctorSettings, folder: Path) -> Patient:
 
 
 def format_table(results: Mapping[str, CheckResult]) -> str:
-    """One line for each check, within 100 columns, and below each red one what to do."""
+    """One line for each check, within 100 columns, and below each red one and each note what to do."""
     lines = []
     for name, result in results.items():
         first, *others = textwrap.wrap(result.message, COLUMNS - NAME_COLUMNS - 2)
@@ -153,6 +154,6 @@ def run(settings: DoctorSettings) -> int:
         else:
             print(*textwrap.wrap(describe(patient), COLUMNS), "", sep="\n")
             print(format_table(results))
-            green, red, other = (count(results, status) for status in MARKS)
-            print(f"\n{green} green, {red} red, {other} do not apply, in {seconds:.0f} s")
+            green, red, notes, other = (count(results, status) for status in MARKS)
+            print(f"\n{green} green, {red} red, {notes} notes, {other} do not apply, in {seconds:.0f} s")
     return 1 if count(results, "red") else 0

@@ -1,4 +1,4 @@
-"""The checks of `diptych doctor`: a loaded checkpoint in; each check is green, red with a remedy, or does not apply.
+"""The checks of `diptych doctor`: a loaded checkpoint in; each is green, red with a remedy, a note, or does not apply.
 
     examine("batched = alone", patient)
     ->  CheckResult("green", "largest difference of a row 2.4e-07 nats/token", {"difference": 2.4e-07}, "")
@@ -62,7 +62,8 @@ mT5, transformers does not tie it."""
 
 
 class CheckResult(NamedTuple):
-    status: Literal["green", "red", "not_applicable"]
+    status: Literal["green", "red", "note", "not_applicable"]
+    """note: what is wrong is not the checkpoint."""
     message: str
     measured: dict[str, Any] = {}
     remedy: str = ""
@@ -198,6 +199,11 @@ def _compared(figures: dict[str, float], remedy: str) -> CheckResult:
     return _judge(agree(figures), f"loss × {loss}, gradient × {gradient}, cosine {cosine}", remedy, figures)
 
 
+def _of_the_trainer(figures: dict[str, float], remedy: str) -> CheckResult:
+    result = _compared(figures, remedy)
+    return result._replace(status="note") if result.status == "red" else result
+
+
 # How a step is divided
 
 
@@ -222,7 +228,7 @@ def stock_trainer(patient: Patient) -> CheckResult:
         one, many = (trainer_step(model.cpu(), step, count, folder) for count in (1, MICRO_BATCHES))
     finally:
         model.to(device)
-    return _compared(
+    return _of_the_trainer(
         compare(one, many),
         "Train with `diptych train`, which is right (above), or put diptych.finetune.training.packed_trainer's "
         "PackedSeq2SeqTrainer in the Trainer's place. In the stock Trainer: give it compute_loss_func, summed "
@@ -233,7 +239,7 @@ def stock_trainer(patient: Patient) -> CheckResult:
 
 def stock_trainer_ranks(patient: Patient) -> CheckResult:
     figures = compare_ranks("trainer", patient.saved, patient.step, patient.folder)
-    return _compared(figures, "As above: the Trainer takes the mean of each rank's mean, or a multiple of it.")
+    return _of_the_trainer(figures, "As above: the Trainer takes the mean of each rank's mean, or a multiple of it.")
 
 
 def packed(patient: Patient) -> CheckResult:
@@ -490,7 +496,7 @@ def gradients(patient: Patient) -> CheckResult:
         not without,
         f"{without[0]} gets none" if without else f"all {len(trained)} tensors",
         f"Without a gradient nothing is learned, and several ranks wait for it. Without: {len(without)} of "
-        f"{len(trained)}. Freeze them (requires_grad = False), or mend the model.",
+        f"{len(trained)}. Freeze them (requires_grad = False), or change the model.",
         {"tensors": len(trained), "without": without},
     )
 

@@ -39,11 +39,7 @@ SENTENCES = [
     ("Say it shorter.", "At this point in time it is the case that it rains, and it rains a lot.", "It pours."),
     ("Explain rain.", "", "Warm air rises and cools, its vapour gathers in drops, and heavy drops fall."),
     ("Count to twenty.", "", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20"),
-    (
-        "Why is the sky blue, and why is it red in the evening?",
-        "",
-        "Air scatters blue light most. In the evening " * 2,
-    ),
+    ("Why is the sky blue, and red in the evening?", "", "Air scatters blue light most. In the evening " * 2),
 ]
 
 Row = dict[str, Any]
@@ -149,5 +145,5 @@ def _texts_of(row: RawRow | Reject) -> tuple[str, str, str, str]:
         if all(isinstance(text, str) for text in texts) and (texts[0] or texts[1]) and "output" in row.fields:
             return (*texts, str(row.origin))
     raise UserError(
-        f"{row.origin}: {fault}. Mend the row, or let `diptych prepare` sort out what is sound, and name its folder."
+        f"{row.origin}: {fault}. Correct the row, or let `diptych prepare` leave it out, and name its folder."
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.path_settings import EXISTING, OUTPUT, PREPARED
+from diptych.data_prep.pipeline.path_settings import EXISTING, NAMES, OUTPUT, PREPARED
 from diptych.finetune.commands.model_settings import ModelSettings, check_positive
 
 
@@ -17,7 +17,7 @@ class EvaluateSettings(ModelSettings):
     split: str = "test"
     """The split to evaluate: test, validation, train; or test/news for one of several test sets with names. test means
     all test sets, one after the other."""
-    metrics: str = "exact_match,token_f1,rouge,bleu,chrf"
+    metrics: str = field(default="exact_match,token_f1,rouge,bleu,chrf", metadata=NAMES)
     """Names, separated by commas; an empty string computes only the loss, which is much faster."""
     out: str = field(default="", metadata=OUTPUT)
     """JSON file for the report; the predictions are in *.predictions.jsonl in the same folder. Default: print only.

@@ -7,8 +7,8 @@
     report = diptych.evaluate(run, data)
     run.load().generate(["Name the capital of France."])
 
-Keywords are the settings of the commands (`diptych train --help` describes them). What a person can mend is raised as
-a UserError with the words of the command line. Nothing is printed unless a function is called with `say=print`.
+Keywords are the settings of the commands (`diptych train --help` describes them). Mistakes of yours are raised
+as a UserError with the words of the command line. Nothing is printed unless a function is called with `say=print`.
 
 `import diptych` imports neither torch nor transformers; the first use of a name does.
 """

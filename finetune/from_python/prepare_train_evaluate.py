@@ -97,9 +97,9 @@ def prepare(data: Any = None, *, say: Say | None = None, **settings: Any) -> Pre
     """Rows to a checked, tokenised and packed dataset, as `diptych prepare` does it.
 
     Args:
-        data: rows in memory, which are a list of dicts, a `datasets.Dataset` or a pandas frame, or a dict (or
-            DatasetDict) of these by the names of their splits, `{"train": rows, "test": others}`; or one or several
-            paths, globs or Hub ids (`hf:user/name`). The format is recognised from the first rows.
+        data: rows in memory, which are a list of dicts, a dict of columns, a `datasets.Dataset` or a pandas frame, or
+            a dict (or DatasetDict) of these by the names of their splits, `{"train": rows, "test": others}`; or one or
+            several paths, globs or Hub ids (`hf:user/name`). The format is recognised from the first rows.
         say: is called with each line that the command would print, such as `print`.
         settings: those of `diptych prepare` (PrepareSettings): tokenizer, out, template, max_source_tokens …
 
@@ -117,7 +117,7 @@ def prepare(data: Any = None, *, say: Say | None = None, **settings: Any) -> Pre
     with printed_to(say):
         prepared = prepare_by_settings(asked, print, rows)
         print(prepared)
-        print("".join(f"warning: {warning}\n" for warning in prepared.warnings), end="")
+        print("".join(f"warning: {warning}\n" for warning in prepared.manifest["warnings"]), end="")
     return prepared
 
 

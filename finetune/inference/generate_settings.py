@@ -93,7 +93,7 @@ class GenerateSettings(PromptSettings):
         if self.engine != "torch" and (self.choices or self.scores):
             raise UserError("scores and choices are of torch: drop them, or --engine ctranslate2.")
         if self.choices and not len(set(self.choices)) == len(self.choices) >= self.num_return_sequences:
-            raise UserError("choices are texts that differ, no fewer than num_return_sequences. Mend them.")
+            raise UserError("choices must be different texts, and at least num_return_sequences.")
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
 

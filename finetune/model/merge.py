@@ -11,14 +11,12 @@ on the head or an input table: these become separate weights, and config.json sa
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, OUTPUT
-from diptych.finetune.commands import cli
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,3 @@ def run(settings: MergeSettings) -> int:
     out = merge(settings)
     print(f"{settings.adapter}, merged into its base, is in {out} ({settings.dtype})")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("merge", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

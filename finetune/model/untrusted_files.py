@@ -124,7 +124,7 @@ def check_sizes(
     layers = max((part.get(key) or 0 for part in config_parts(written) for key in LAYERS), default=0)
     if layers > len(shapes) or _is_absurd(least_weights(written), held):
         raise UserError(_absurd(name, f"{layers:,} layers and at least", least_weights(written), held, len(shapes)))
-    with library_errors(f"config.json of {name} is not one that a model can be made of", "Mend it."):
+    with library_errors(f"config.json of {name} is not one that a model can be made of", "Correct it."):
         with torch.device("meta"), no_init_weights():
             model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
         model.tie_weights()

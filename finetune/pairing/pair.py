@@ -237,8 +237,8 @@ def as_text(report: dict[str, Any]) -> str:
     weights, layers, fresh = report["weights"], report["layers"], report["weights"]["fresh"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in weights["tensors"].items() if count)
     lines = [
-        f"donors    encoder {report['donors']['encoder']}, decoder {report['donors']['decoder']}",
-        f"hinge     {report['cross_attention']}, encoder {report['encoder_attention']}",
+        f"LLMs      encoder {report['donors']['encoder']}, decoder {report['donors']['decoder']}",
+        f"attention cross-attention {report['cross_attention']}, encoder {report['encoder_attention']}",
         f"layers    {layers['encoder']} that read, {layers['decoder']} that write",
         f"tensors   {kinds}",
         f"weights   encoder {weights['count']['encoder']:,}, decoder {weights['count'].get('decoder', 0):,}"
@@ -335,20 +335,20 @@ def _largest(values: torch.Tensor) -> float:
 def _check(name: str, proof: dict[str, Any], size: float) -> None:
     if not proof[name] <= TOLERANCE * max(1.0, size / 10):
         raise UserError(
-            f"the result is not what its donor is: {name.replace('_', ' ')} {proof[name]:.2e}, where at most"
-            f" {TOLERANCE} is rounding. Nothing was written. Please report it, with the donor's config.json."
+            f"the result does not compute what the LLM does: {name.replace('_', ' ')} {proof[name]:.2e}, where at most"
+            f" {TOLERANCE} is rounding. Nothing was written. Please report it, with the LLM's config.json."
         )
 
 
 def proof_as_text(proof: dict[str, Any]) -> str:
     tokens = f"on {proof['tokens']['source']} source and {proof['tokens']['target']} target tokens, fp32"
     states = proof["encoder_state_difference"]
-    lines = [f"proof     causal encoder: states differ from the donor's by at most {states:.1e}"]
+    lines = [f"proof     causal encoder: states differ from the LLM's by at most {states:.1e}"]
     if proof.get("is_lossless"):
         lines.append(f"          causal encoder: logits by at most {proof['logit_difference']:.1e} {tokens}")
     if "unread_source_logit_difference" in proof:
         difference = proof["unread_source_logit_difference"]
-        lines.append(f"          cross-attention at zero: logits as the donor's without a source, to {difference:.1e}")
+        lines.append(f"          cross-attention at zero: logits as the LLM's without a source, to {difference:.1e}")
     losses = ", ".join(f"{name} {loss:.3f}" for name, loss in proof["loss"].items())
     lines.append(f"          loss {tokens}, nats/token: {losses}")
     return "\n".join(lines)

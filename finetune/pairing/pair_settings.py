@@ -49,12 +49,12 @@ class PairSettings:
             raise UserError("out is not set. Name a new folder for the encoder-decoder: --out …")
         if self.cross_attention == "merged" and self.cross_attention_init != "copied":
             raise UserError(
-                "the merged hinge has no cross-attention to begin with anything. Drop cross_attention_init, or take"
+                "merged cross-attention has no weights of its own. Drop cross_attention_init, or take"
                 " --cross_attention separate."
             )
         if self.cross_attention == "separate" and self.encoder_layer_map:
             raise UserError(
-                "encoder_layer_map belongs to the merged hinge. Drop it, or take --cross_attention merged."
+                "encoder_layer_map needs merged cross-attention. Drop it, or take --cross_attention merged."
             )
 
 

@@ -123,9 +123,9 @@ def paired_config(
         depths = reads["num_hidden_layers"], writes["num_hidden_layers"]
         if encoder_layer_map is None and depths[0] != depths[1]:
             raise ValueError(
-                f"The merged hinge pairs layer with layer, and the encoder has {depths[0]}, the decoder {depths[1]}. "
-                "Say in encoder_layer_map at which depth of the encoder each decoder layer reads, or take the "
-                "separate hinge."
+                f"Merged cross-attention pairs layer with layer, but the encoder has {depths[0]}, the decoder"
+                f" {depths[1]}. Say in encoder_layer_map at which depth of the encoder each decoder layer reads, or"
+                " take --cross_attention separate."
             )
         encoder_layer_map = kept if encoder_layer_map is None else list(encoder_layer_map)
         reads["num_hidden_layers"] = min(max(encoder_layer_map), depths[0])  # what is never read is left out

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from httpx2 import Client, HTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._http import default_client_factory
 from huggingface_hub.utils.sha import git_hash
 
 from diptych.data_prep.command_line.errors import UserError, excerpt
@@ -27,6 +28,10 @@ ADVICE = {
     404: "Check the owner in --to, and that your token may see the repository.",
 }
 """What to do, by the status that the Hub answers with."""
+
+
+SECONDS_WITHOUT_AN_ANSWER = 60.0
+"""Then a request has failed. huggingface_hub repeats most of them, up to five times."""
 
 
 class Pushed(NamedTuple):
@@ -55,10 +60,19 @@ def push(
         UserError: the repository exists and is public but should be private, or the other way round.
         HubError: the Hub refuses, cannot be reached, or keeps something else than was sent.
     """
+    set_client_factory(_client)
     try:
         return _push(api, repo, files, is_public, is_ours)
     except (HTTPError, RuntimeError, ConnectionError) as error:
         raise hub_error(repo, error) from error
+
+
+def _client() -> Client:
+    """huggingface_hub's own, which waits without end for a Hub that does not answer: most calls give no timeout."""
+    client = default_client_factory()
+    limits = dict.fromkeys(("connect", "read", "write", "pool"), SECONDS_WITHOUT_AN_ANSWER)
+    client.event_hooks["request"].append(lambda request: request.extensions.update(timeout=limits))
+    return client
 
 
 def _push(
@@ -99,6 +113,7 @@ def _push(
 
 def remote_hashes(api: HfApi, repo: str) -> dict[str, str]:
     """{name: SHA-256} of the large files in a repository. HubError if it cannot be read."""
+    set_client_factory(_client)
     try:
         return {name: file.lfs.sha256 for name, file in _files_in(api, repo).items() if file.lfs is not None}
     except HTTPError as error:

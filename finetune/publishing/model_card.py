@@ -165,9 +165,7 @@ def report_scores(run: Path) -> list[CardScore]:
         try:
             report = atomic_folders.read_json(file)
         except ValueError as error:
-            raise UserError(
-                f"{file} may be a report, and is no JSON: {error}. Mend it or move it elsewhere."
-            ) from None
+            raise UserError(f"{file} may be a report, and is no JSON: {error}. Move it elsewhere.") from None
         if not isinstance(report, dict) or not {"figures", "settings"} <= report.keys():
             continue  # status.json, and whatever else lies there
         settings, figures = report["settings"], report["figures"]

@@ -272,7 +272,3 @@ def file_list(plan: Publication) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run("publish", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.path_settings import EXISTING
+from diptych.data_prep.pipeline.path_settings import EXISTING, NAMES
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]")
 
@@ -24,7 +24,7 @@ class PublishSettings:
     with those in the folder."""
     license: str = ""
     """Licence for the card, with the Hub's name (apache-2.0, cc-by-4.0 …). Default: none."""
-    language: str = ""
+    language: str = field(default="", metadata=NAMES)
     """Languages for the card, separated by commas (en,ko). Default: those that `diptych prepare` filtered by."""
     pipeline: bool = False
     """Also publish code for transformers' pipeline("text2text-generation"), which works where Diptych is not

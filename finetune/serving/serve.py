@@ -51,7 +51,3 @@ def run(settings: ServeSettings) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run("serve", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

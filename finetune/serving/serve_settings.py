@@ -55,7 +55,7 @@ class ServeSettings(PromptSettings):
         check_positive(self, "batch_size", "queue", "max_source_tokens", "max_new_tokens")
         check_port(self.port)
         if self.timeout <= 0 or self.batch_wait_ms < 0:
-            raise UserError("timeout is above 0 seconds, and batch_wait_ms 0 or more. Mend them.")
+            raise UserError("timeout must be above 0 (seconds), and batch_wait_ms 0 or more.")
 
     @property
     def model_name(self) -> str:

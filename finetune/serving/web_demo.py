@@ -24,7 +24,6 @@ from diptych.data_prep.report.visible_text import token_markup
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
-from diptych.finetune.commands import cli
 from diptych.finetune.inference.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt
 from diptych.finetune.inspecting import inspection_facts as facts
@@ -302,11 +301,3 @@ def _serve(settings: DemoSettings) -> int:
     for contestant in contestants:
         contestant.engine.close()
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("demo", argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from diptych.data_prep.command_line.arguments import given_options, instead_of, parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.path_settings import CHECKPOINT, OUTPUT, PREPARED, START
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMES, OUTPUT, PREPARED, START
 from diptych.finetune.commands.model_settings import split_names
 
 
@@ -122,7 +122,7 @@ class TrainRecipe:
     """Scale: the adapter's output is multiplied by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
     """Probability of dropping an input of an adapter."""
-    lora_targets: str = ""
+    lora_targets: str = field(default="", metadata=NAMES)
     """Names of the layers that get an adapter, separated by commas. Default: all linear layers of the family."""
     peft_config: dict[str, Any] = field(default_factory=dict)
     """Another method of peft, with its settings: {peft_type: IA3, feedforward_modules: [wo]}; or HRA, LOHA, LOKR,
@@ -138,7 +138,7 @@ class TrainRecipe:
     """Steps between evaluations on the validation sets. Default: once per epoch. There is always one at the end."""
     eval_batch_size: int = 16
     """Examples per batch in evaluation on each rank, padded."""
-    metrics: str = ""
+    metrics: str = field(default="", metadata=NAMES)
     """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf,
     superni_rougeL, token_error_rate (of words or phonemes between spaces). The outputs are saved in samples.jsonl."""
     metrics_limit: int = 100
@@ -167,7 +167,7 @@ class TrainRecipe:
     """Print the traceback below an error message."""
     profile: bool = False
     """Record three steps with torch.profiler: profile/trace.json (a chrome trace) and profile/table.txt."""
-    trackers: str = ""
+    trackers: str = field(default="", metadata=NAMES)
     """Experiment trackers of accelerate, separated by commas; they must be installed (tensorboard …)."""
 
     def __post_init__(self):
@@ -217,9 +217,11 @@ class TrainRecipe:
         def changed(*names: str) -> list[str]:
             return [name for name in names if getattr(self, name) != getattr(TrainRecipe, name, {})]
 
-        given = changed("lora_variant", "peft_config", "quantize")
-        if self.method == "full" and given:
-            raise UserError(f"{given[0]} is given, but method is full. Set method: lora, or leave it out.")
+        for needed, (names, off) in NEEDED.items():
+            is_off = getattr(self, needed) == off and not any(needed in stage for stage in self.stages)
+            if is_off and (given := changed(*names.split())):
+                remedy = f"Set {needed}{': lora' if needed == 'method' else ''}, or leave it out."
+                raise UserError(f"{given[0]} is given, but {needed} is {off or 'not set'}. {remedy}")
         method = self.peft_config.get("peft_type", "LORA")
         given = changed("lora_rank", "lora_alpha", "lora_dropout", "lora_variant")
         if method != "LORA" and given:
@@ -248,6 +250,13 @@ RANGES = {
     "0 or more and below 1": (lambda value: 0 <= value < 1, "warmup_ratio label_smoothing lora_dropout"),
     "0 to 1": (lambda value: 0 <= value <= 1, "distill_weight"),
 }
+
+OF_LORA = "lora_variant lora_rank lora_alpha lora_dropout lora_targets lora_embeddings peft_config quantize"
+NEEDED: dict[str, tuple[str, Any]] = {
+    "method": (OF_LORA, "full"),
+    "teacher": ("distill_weight distill_temperature", None),
+}
+"""Settings that have no effect while another one has this value."""
 
 FIXED_IN_A_RUN = (
     "model model_overrides grow_vocabulary seed packed group_by_length precision method lora_variant lora_rank "

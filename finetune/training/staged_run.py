@@ -24,7 +24,7 @@ from diptych.data_prep.command_line.arguments import from_values, instead_of
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exit_codes import DONE, STOPPED, is_main_rank, say_once
 from diptych.finetune.run_files.run_folder import CONFIG, STAGES, Status, claimed, holds_nothing, read_status
-from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.recipe import NEEDED, TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
 
 OF_THE_WHOLE = ("out", "resume", "stages", "model", "model_overrides", "debug")
@@ -102,6 +102,9 @@ def stage_recipes(recipe: TrainRecipe) -> Iterator[tuple[str, TrainRecipe]]:
         folder = Path(recipe.out) / STAGES / f"{number}-{name}"
         settings = {key: value for key, value in common.items() if key not in replaced} | changes
         settings |= {"model": model, "out": str(folder), "resume": folder.exists()}
+        for needed, (without_effect, off) in NEEDED.items():  # they are for another stage
+            inherited = without_effect.split() if settings[needed] == off else []
+            settings = {key: value for key, value in settings.items() if key in changes or key not in inherited}
         if number > 1:
             settings["model_overrides"] = {}
         del settings["name"]

@@ -230,8 +230,8 @@ def train_cross_attention_alone(model: PreTrainedModel) -> None:
         weight.requires_grad_(bool(CROSS_ATTENTION.search(name)))
     if not any(weight.requires_grad for weight in model.parameters()):
         raise UserError(
-            "trainable is cross_attention, and this model has no such layers: with the merged hinge, no weights are "
-            "new. Set trainable: all."
+            "trainable is cross_attention, and this model has no such layers: with merged cross-attention, "
+            "no weights are new. Set trainable: all."
         )
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from diptych.data_prep.cleaning.filters import LengthFilter
 from diptych.data_prep.cleaning.mixture import Mixture
-from diptych.data_prep.command_line.arguments import help_text, parse
+from diptych.data_prep.command_line.arguments import from_values, help_text, parse
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,15 @@ def test_a_recipe_that_is_not_there_is_told_with_the_nearest(recipe):
 def test_one_text_where_a_list_is_due_is_a_list_of_one(recipe):
     assert recipe("data: rows [1], {all}.json").data == ["rows [1], {all}.json"]
     assert recipe("data: [a, b]").data == ["a", "b"]
+
+
+def test_a_list_of_entries_with_names_may_be_a_dict(tmp_path):
+    sets = {"news": "a.jsonl", "web": ["b.jsonl", "c.jsonl"]}
+    found = from_values(PrepareSettings, {"map": {"output": "answer", "input": 2}, "validation": sets})
+    assert found.map == ["output=answer", "input=2"]
+    assert found.validation == ["news=a.jsonl", "web=b.jsonl", "web=c.jsonl"]
+    (tmp_path / "r.yaml").write_text("map: {output: answer}")
+    assert parse(PrepareSettings, "prepare", ["--config", str(tmp_path / "r.yaml")]).map == ["output=answer"]
 
 
 def test_the_command_line_goes_before_the_recipe_wherever_it_stands(recipe):

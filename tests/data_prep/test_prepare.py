@@ -646,12 +646,10 @@ def test_when_no_row_can_be_kept_the_reasons_are_the_error_and_a_file(prepare, w
     assert not (tmp_path / "prepared").exists()
     assert len((tmp_path / "prepared.rejects.jsonl").read_text(encoding="utf-8").splitlines()) == 4
     assert error.endswith(
-        f"Mend the rows or the settings, and prepare them again. All of them: {tmp_path}/prepared.rejects.jsonl\n"
+        f"Correct the rows or the settings, and prepare them again. All of them: {tmp_path}/prepared.rejects.jsonl\n"
     )
     broken = b'[\n {"instruction": "a" "output": "b"}\n]'
-    words = (
-        f"The first, {tmp_path}/broken.json:1: broken JSON: Expecting ',' delimiter, line 2, column 22. Mend the rows"
-    )
+    words = f"The first, {tmp_path}/broken.json:1: broken JSON: Expecting ',' delimiter, line 2, column 22. Correct"
     assert words in prepare("--data", write_rows("broken.json", broken))[2]
     words = "object.json, line 1, column 1: a JSON object stands here, and a list of rows is due"
     assert words in prepare("--data", write_rows("object.json", b'{"rows": {}}'))[2]

@@ -17,7 +17,13 @@ def test_rows_in_memory_are_prepared_as_those_of_a_file_are(bpe_folder, write_ro
     settings = {"tokenizer": str(bpe_folder), "template": "plain"}
     path = write_rows("rows.jsonl", [*ROWS, {"instruction": "Say nothing.", "output": ""}])
     rows = [json.loads(line) for line in open(path, encoding="utf-8")]
-    kinds = {"list": rows, "dataset": datasets.Dataset.from_list(rows), "frame": pandas.DataFrame(rows)}
+    columns = {name: [row.get(name, "") for row in rows] for name in ROWS[0]}
+    kinds = {
+        "list": rows,
+        "columns": columns,
+        "dataset": datasets.Dataset.from_list(rows),
+        "frame": pandas.DataFrame(rows),
+    }
     prepare(PrepareSettings(data=[path], out=str(tmp_path / "file"), **settings), say=len)
     expected = [row["source"] for row in datasets.load_from_disk(tmp_path / "file")["train"]]
     for name, given in kinds.items():
@@ -27,7 +33,9 @@ def test_rows_in_memory_are_prepared_as_those_of_a_file_are(bpe_folder, write_ro
         assert said == ["Format     rows: alpaca, recognised"]
         assert json.loads(prepared.rejects_file.read_text())["file"] == "rows"
         assert [row["source"] for row in datasets.load_from_disk(prepared.folder)["train"]] == expected
-        assert "40 kept, 1 rejected" in str(prepared) and prepared.warnings == []
+        assert "40 kept, 1 rejected" in str(prepared) and prepared.warnings == [
+            f"1 row not kept; why: {prepared.rejects_file}"
+        ]
         again = prepare(PrepareSettings(out=str(tmp_path / name), **settings), said.append, given)
         assert again.is_reused and again.manifest == json.loads(json.dumps(prepared.manifest))
     assert capsys.readouterr().out == ""
@@ -44,6 +52,12 @@ def test_rows_in_memory_have_their_splits_and_stand_beside_files(bpe_folder, wri
         "no dict": (["Go."], "rows:1 is a str, and each row is a dict"),
         "no split": ({"all": ROWS}, "rows has the split 'all'"),
         "no rows": ([], "there are no rows in what was read"),
+        "a path": ({"train": "rows.jsonl"}, 'rows:train is a path.* data="train.jsonl", test='),
+        "unequal": (
+            {"instruction": ["a", "b"], "output": ["c"]},
+            "different lengths, {'instruction': 2, 'output': 1}",
+        ),
+        "one row": ({"instruction": "Add.", "output": "2"}, "give rows as"),
     }.values():
         with pytest.raises(UserError, match=fault):
             prepare(PrepareSettings(**settings), len, rows)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diptych.data_prep.command_line.arguments import parse
+from diptych.data_prep.command_line.arguments import from_values, parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.option_synonyms import HERE, other_name
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.model_settings import split_names
+from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.training import recipe as config
 from diptych.finetune.training.loop import learning_rate
 from diptych.finetune.training.recipe import TrainRecipe, parse_recipe
@@ -145,6 +146,13 @@ def test_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
     assert "Did you mean warmup_steps?" in capsys.readouterr().err
 
 
+def test_names_between_commas_may_be_a_list():
+    given = {"model": "m", "data": "d", "out": "o", "epochs": 1, "method": "lora"}
+    found = from_values(TrainRecipe, given | {"lora_targets": ["q", "v"], "metrics": ["chrf", "bleu"]})
+    assert (found.lora_targets, found.metrics) == ("q,v", "chrf,bleu")
+    assert from_values(EvaluateSettings, {"model": "m", "data": "d", "metrics": ["chrf"]}).metric_names() == ["chrf"]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -160,6 +168,9 @@ def test_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "both given. Keep one"),
         ({"metrics": "chrff"}, "chrff.*Did you mean chrf"),
         ({"best_metric": "chrf"}, "best_metric is chrf, but no metrics are computed"),
+        ({"lora_rank": 8}, "lora_rank is given, but method is full. Set method: lora, or leave it out"),
+        ({"lora_embeddings": True}, "lora_embeddings is given, but method is full"),
+        ({"distill_weight": 0.2}, "distill_weight is given, but teacher is not set. Set teacher, or leave it out"),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(changes, message):

@@ -82,14 +82,17 @@ def test_of_a_t5_all_is_green_but_transformers_trainer(checkpoint, tmp_path, mon
     work.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(work))
     capsys.readouterr()  # the fixture's own progress bars
-    assert cli.run("doctor", ["--json", str(folder)]) == 1
+    assert cli.run("doctor", ["--json", str(folder)]) == 0  # notes do not count
     shown = capsys.readouterr()
     report = json.loads(shown.out)
     assert shown.err == "" and not list(work.iterdir())  # no logs, no bars, no files left
-    assert (report["model_type"], report["green"], report["red"], report["not_applicable"]) == ("t5", 18, 2, 0)
+    assert [report[it] for it in ("green", "red", "note", "not_applicable")] == [18, 0, 2, 0]
     checks = {check["name"]: check for check in report["checks"]}
     assert list(checks) == list(CHECKS)
-    assert [name for name, check in checks.items() if check["status"] == "red"] == [TRAINER, "HF Trainer: 2 ranks = 1"]
+    assert [name for name, check in checks.items() if check["status"] == "note"] == [
+        TRAINER,
+        "HF Trainer: 2 ranks = 1",
+    ]
     measured = checks[TRAINER]["measured"]
     assert 7.5 < measured["loss_ratio"] < 8.5 and measured["cosine"] < 0.9
     assert "compute_loss_func" in checks[TRAINER]["remedy"]
@@ -106,10 +109,10 @@ def test_a_diptych_is_all_green_in_a_table_of_100_columns(checkpoint, training_f
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
     assert max(map(len, lines)) <= 100 and shown.err == "" and "\033" not in shown.out
-    marked = [line for line in lines if line[:1] in "✓✗–" and line]
+    marked = [line for line in lines if line[:1] in "✓✗!–" and line]
     assert [line.split("  ")[0][2:] for line in marked] == list(CHECKS)
     assert all(line.startswith("✓") for line in marked)
-    assert lines[-1].startswith("20 green, 0 red, 0 do not apply, in ")
+    assert lines[-1].startswith("20 green, 0 red, 0 notes, 0 do not apply, in ")
     assert "split train, on cpu" in " ".join(lines[:3])
 
 
@@ -196,7 +199,7 @@ def test_a_check_that_fails_is_a_red_line_and_no_crash(monkeypatch, examined, ch
 @pytest.mark.parametrize("family", ["bart", "m2m_100"])
 def test_the_trainers_logged_loss_is_eight_times_too_large(family, checkpoint, examined):
     finding = examined(checkpoint(family), TRAINER)
-    assert finding.status == "red"
+    assert finding.status == "note" and doctor.MARKS["note"] in doctor.format_table({TRAINER: finding})
     assert 7.5 < finding.measured["loss_ratio"] < 8.5 and finding.measured["cosine"] < 0.9
 
 

@@ -46,7 +46,7 @@ def test_cross_attention_is_trained_alone(family, recipe, packed_folder, checkpo
 
 
 def test_a_merged_hinge_has_nothing_to_warm_up(recipe):
-    with pytest.raises(UserError, match="with the merged hinge, no weights are new. Set trainable: all"):
+    with pytest.raises(UserError, match="with merged cross-attention, no weights are new. Set trainable: all"):
         run_recipe(recipe("diptych_merged", trainable="cross_attention"))
     with pytest.raises(UserError, match="but method is lora"):
         recipe("diptych", trainable="cross_attention", method="lora")

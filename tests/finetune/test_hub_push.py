@@ -15,6 +15,7 @@ from huggingface_hub.utils import _http
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exit_codes import HubError
+from diptych.finetune.publishing import hub_push
 from diptych.finetune.publishing.hub_push import push, remote_hashes
 
 REPO = "me/translate"
@@ -109,9 +110,20 @@ def test_where_the_hub_goes_away_it_keeps_the_old_or_the_new_and_a_rerun_ends_it
     assert pushed.is_new == (not was_committed)
 
 
+@pytest.mark.parametrize("request_name", ["create", "look", "list", "preupload", "commit"])
+def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(old, api, request_name, monkeypatch):
+    monkeypatch.setattr(hub_push, "SECONDS_WITHOUT_AN_ANSWER", 0.2)
+    old.fail(at=REQUESTS.index(request_name), how="hang")
+    with pytest.raises(HubError, match="timed out.*un the same command again"):
+        push(api, REPO, NEW, is_ours=is_ours)
+    assert published(old) == OLD
+    old.heal()
+
+
 KILLED = """
 import sys
 from huggingface_hub import HfApi
+from diptych.finetune.publishing import hub_push
 from diptych.finetune.publishing.hub_push import push
 url, token, repo, files = sys.argv[1:]
 push(HfApi(endpoint=url, token=token), repo, {name: text.encode() for name, text in eval(files).items()})

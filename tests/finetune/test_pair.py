@@ -224,11 +224,17 @@ def test_the_weights_keep_their_dtype_and_shards_have_an_index(donor, paired, tm
 REFUSED = {
     "another block": (["gemma"], "Gemma norms after each sub-layer too"),
     "another vocabulary": (["qwen3", "other"], "have different tokenizers ('new' is"),
-    "unequal depth, merged": (["deep", "qwen3"], "The merged hinge pairs layer with layer, and the encoder has 5"),
+    "unequal depth, merged": (
+        ["deep", "qwen3"],
+        "Merged cross-attention pairs layer with layer, but the encoder has 5",
+    ),
     "unequal width, merged": (["wide", "qwen3"], "use cross_attention='separate'"),
     "an encoder-decoder": (["t5"], "is no decoder-only LLM (model_type t5)"),
     "too few layers": (["qwen3", "--decoder_layers", "1"], "of 4 layers, 2 to 4 can be kept, not 1"),
-    "an init of nothing": (["qwen3", "--cross_attention_init", "fresh"], "the merged hinge has no cross-attention"),
+    "an init of nothing": (
+        ["qwen3", "--cross_attention_init", "fresh"],
+        "merged cross-attention has no weights of its own",
+    ),
 }
 
 

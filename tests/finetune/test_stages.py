@@ -155,8 +155,10 @@ def test_a_run_of_stages_is_compared_and_published_like_any_other(recipe, tmp_pa
 
 
 def test_an_adapter_may_be_the_last_stage(recipe, tmp_path):
-    run_recipe(recipe(stages=[STAGES[1], {"name": "adapt", "method": "lora", "max_steps": 2}]))
+    """The rank is the recipe's; it means nothing for the first stage, and is no error there."""
+    run_recipe(recipe(lora_rank=2, stages=[STAGES[1], {"name": "adapt", "method": "lora", "max_steps": 2}]))
     settings = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
+    assert settings["r"] == 2
     assert settings["base_model_name_or_path"] == str((tmp_path / "run/stages/1-heal/final").resolve())
 
 
@@ -170,6 +172,7 @@ def test_an_adapter_may_be_the_last_stage(recipe, tmp_path):
         ([{"name": "a", "max_step": 3}], "stage a: .*max_step.*max_steps"),
         ([{"name": "a", "max_steps": "many"}], "stage a: .*max_steps"),
         ([{"name": "a"}], "stage a: .*neither was given"),
+        ([{"name": "a", "lora_rank": 2, "max_steps": 1}], "stage a: lora_rank is given, but method is full"),
         ([{"name": "a", "method": "lora", "max_steps": 1}, STAGES[1]], "makes an adapter, and the next would need"),
     ],
 )
