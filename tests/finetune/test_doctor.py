@@ -137,7 +137,7 @@ def test_pickles_are_red_and_not_read(checkpoint, capsys):
     assert "    A pickle can run code, and is not read." in shown
     assert "✗ dtype                       saved as float16" in shown
     assert "– finite weights              the weights were not read" in shown
-    assert "2 green, 2 red, 16 do not apply" in shown
+    assert "2 green, 2 red, 0 notes, 16 do not apply" in shown
 
 
 def test_without_a_start_token_nothing_is_trained(checkpoint, capsys):
