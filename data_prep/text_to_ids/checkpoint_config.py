@@ -196,7 +196,7 @@ def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -
         if is_count and isinstance(value, int | float) and not value <= most:
             raise UserError(
                 f"config.json of {name} says that {key} is {str(value)[:40]}. {most:,} are the most that are tried."
-                f" Mend it, or take another checkpoint."
+                f" Correct it, or take another checkpoint."
             )
     for key in CODE_CHOICES:
         choice = part.get(key)

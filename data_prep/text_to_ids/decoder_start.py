@@ -73,5 +73,5 @@ def _model_config(name: str) -> PreTrainedConfig | None:
     if written["model_type"] not in CONFIG_MAPPING:  # its parts, such as panels, would stay dicts
         values = {key: value for key, value in written.items() if not isinstance(value, dict)}
         return PreTrainedConfig.from_dict(values)
-    with library_errors(f"config.json of '{name}' is not valid", "Mend it, or give --packing false."):
+    with library_errors(f"config.json of '{name}' is not valid", "Correct it, or give --packing false."):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
