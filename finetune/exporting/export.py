@@ -30,13 +30,13 @@ from diptych.finetune.exporting import export_ctranslate2, export_onnx
 from diptych.finetune.exporting.export_proof import ExportComparison, compare_export, greedy_rules, proof_rows
 from diptych.finetune.exporting.export_settings import ExportSettings
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.loading import EXPORT_FILE, adapter_settings, load_checkpoint, pick_device, position_limit
+from diptych.finetune.model.loading import EXPORT_FILE, adapter_settings, load_checkpoint, pick_device
 from diptych.finetune.model.merge import new_folder
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
 from diptych.finetune.run_files.atomic_folders import write_folder, write_json
 
 TARGETS: dict[str, ModuleType] = {"ctranslate2": export_ctranslate2, "onnx": export_onnx}
-"""Each has `check(model)`, `write(loaded, folder, precision)` and `open_export(folder, loaded)`."""
+"""Each has `check(model)`, `token_limit(model)`, `write(loaded, folder, precision)`, `open_export(folder, loaded)`."""
 
 
 class NotTheSameError(UserError):
@@ -63,8 +63,10 @@ def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
     name = os.path.expanduser(settings.model)
     is_adapter = bool(adapter_settings(name))  # whose weights are merged, in float32
     files = [] if is_adapter else weight_files(name, MODEL_WEIGHTS)
-    rows, described, languages = proof_rows(settings.rows, loaded)
-    rules = greedy_rules(loaded, settings.max_new_tokens, settings.batch_size, languages)
+    limit = target.token_limit(model)
+    rows, described, languages = proof_rows(settings.rows, loaded, limit)
+    tokens = min(settings.max_new_tokens, limit or settings.max_new_tokens)
+    rules = greedy_rules(loaded, tokens, settings.batch_size, languages)
     facts = {
         "to": settings.to,
         "precision": settings.precision,
@@ -72,7 +74,7 @@ def _write(folder: Path, settings: ExportSettings, loaded: LoadedModel) -> None:
         "model_type": model.config.model_type,
         "weights": sum(weight.numel() for weight in model.parameters()),
         "decoder_start_token_id": loaded.decoder_start_token_id,
-        "position_limit": position_limit(model),
+        "position_limit": limit,
         "rows": described,
         "batch_size": rules.batch_size,
         "torch_bytes": _weight_bytes(model) if is_adapter else sum(file.stat().st_size for file in files),

@@ -31,6 +31,7 @@ from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_s
 from diptych.finetune.exporting.ctranslate2_engine import CTranslate2Engine, import_ctranslate2
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, embedding_rows
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.loading import position_limit
 
 NO_ROTATION = np.float32(1e38)
 """A frequency divided by this rotates nothing, at any position."""
@@ -77,13 +78,22 @@ def diptych_faults(config: Any) -> list[str]:
     return faults
 
 
+def token_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that a source or a target may have. T5Gemma 2's sliding windows are not CTranslate2's, so all its layers
+    are written with full attention, which is the same for texts that fit in half of the encoder's window."""
+    limits = [position_limit(model)]
+    if model.config.model_type == "t5gemma2" and "sliding_attention" in model.config.encoder.text_config.layer_types:
+        limits.append((model.config.encoder.text_config.sliding_window + 1) // 2)
+    return min(filter(None, limits), default=None)
+
+
 def write(loaded: LoadedModel, folder: Path, precision: str) -> None:
     """Writes the files above. `precision` is CTranslate2's name of the type that weights are stored in; int8 is for
     matrices, with a scale per row. UserError for what cannot be expressed."""
     model = loaded.model
     check(model)
-    if precision.startswith("int8") or model.device.type != "cpu":
-        model = copy.deepcopy(model).cpu()  # CTranslate2 rounds to int8 in place
+    if precision.startswith("int8") or model.device.type != "cpu" or model.config.model_type == "t5gemma2":
+        model = copy.deepcopy(model).cpu()  # CTranslate2 rounds to int8 in place, and takes T5Gemma 2's layers apart
     with torch.no_grad():
         spec = _spec(model, loaded.tokenizer)
         spec.validate()
@@ -171,6 +181,12 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> Any:
             table = panel.embed_positions
             starts_with_padding = side is spec.decoder and decoder_start_token(model) == table.padding_idx
             side.position_encodings.encodings = table.weights[table.padding_idx + (not starts_with_padding) :]
+    if kind == "t5gemma2":
+        for side, panel in ((spec.encoder, model.config.encoder.text_config), (spec.decoder, model.config.decoder)):
+            for layer in side.layer:
+                layer.self_attention.sliding_window = np.int32(0)
+                layer.self_attention.queries_scale = float(panel.query_pre_attn_scalar) ** -0.5
+        spec.decoder.projection.weight = model.lm_head.out_proj.weight  # the loader takes the embeddings, tied or not
     return spec
 
 
@@ -304,6 +320,7 @@ LOADERS = {
     "m2m_100": ("M2M100Loader", {"normalize_before": True, "normalize_embedding": False}),
     "marian": ("BartLoader", {"normalize_before": False, "normalize_embedding": False}),
     "pegasus": ("PegasusLoader", {"normalize_before": True, "normalize_embedding": False}),
+    "t5gemma2": ("T5Gemma2Loader", {}),
 }
 REFUSED = {
     "t5gemma": "t5gemma caps its attention scores (attn_logit_softcapping), and CTranslate2's attention does not",

@@ -39,6 +39,7 @@ from diptych.finetune.exporting.export_proof import GreedyRules, Written
 from diptych.finetune.inference.generation import eager_attention
 from diptych.finetune.model.families import FAMILIES, family_of
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.loading import position_limit
 from diptych.modeling.modeling_diptych import CACHE_NAME
 
 INSTALL = "ONNX export needs onnx, onnxscript and onnxruntime. Install them: pip install 'diptych[onnx]'"
@@ -238,6 +239,9 @@ def check(model: PreTrainedModel) -> None:
             f"onnx export knows {', '.join(sorted(FAMILIES.keys() - {'diptych_merged'}))}, but not what a "
             f"{model.config.model_type} computes after its decoder."
         )
+
+
+token_limit = position_limit
 
 
 def write(loaded: LoadedModel, folder: Path, precision: str) -> None:

@@ -123,14 +123,13 @@ class ExportComparison:
         return ""
 
 
-def proof_rows(file: str, loaded: LoadedModel) -> tuple[list[ProofRow], str, Languages]:
+def proof_rows(file: str, loaded: LoadedModel, max_source_tokens: int | None) -> tuple[list[ProofRow], str, Languages]:
     """Rows to compare on, their description, and their languages (one direction, because the rules are for one).
 
     With a JSONL file these are its prompts, with `output` or `outputs` as references; otherwise SENTENCES and the
     golden examples that travel with the template.
     """
     tokenizer, template = loaded.tokenizer, loaded.template
-    max_source_tokens = position_limit(loaded.model, of_source=True)
     if not file:
         texts = [template.render_source(*it) if template else " ".join(it).strip() for it in SENTENCES]
         golden = stored_golden(tokenizer) if TOKENIZER_KEY in tokenizer.init_kwargs else []

@@ -40,7 +40,13 @@ from transformers import PreTrainedModel
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError, excerpt, library_errors
 from diptych.finetune.commands.exit_codes import CheckpointError
-from diptych.finetune.model.families import family_of, input_and_output_tables, vocabulary_tables, without_adapter
+from diptych.finetune.model.families import (
+    family_of,
+    input_and_output_tables,
+    text_modules,
+    vocabulary_tables,
+    without_adapter,
+)
 from diptych.finetune.model.untrusted_files import METHODS, check_tensors, tensor_shapes
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -151,6 +157,8 @@ def adapter_config(
     if method == "LORA":
         given |= {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout} | VARIANTS[variant]
     layers = _targets(model, targets)
+    if "feedforward_modules" in given:  # of IA3, which wants them among the targets
+        given["feedforward_modules"] = _targets(model, given["feedforward_modules"])
     try:
         return config_class(task_type=TaskType.SEQ_2_SEQ_LM, target_modules=layers, **given)
     except (TypeError, ValueError) as error:
@@ -158,18 +166,22 @@ def adapter_config(
 
 
 def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
-    if not names:
-        family = family_of(model)
-        return list(family.lora_targets) if family else "all-linear"
-    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    family = family_of(model)
+    if not names and family is None:
+        return "all-linear"
+    linear = [name for name, module in text_modules(model) if isinstance(module, torch.nn.Linear)]
     for target in names:  # peft is content if one of them fits, and silently leaves out the others
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise UserError(
                 f"no adapter could be added: lora_targets names {target}, and no linear layer is called so. "
                 f"{choose_from(target, known)}"
             )
-    return list(names)
+    names = list(names or family.lora_targets)
+    if family is None or not family.no_text_part:
+        return names
+    ends = tuple(f".{name}" for name in names)  # by these alone, peft would adapt the vision tower, too
+    return [name for name in linear if f".{name}".endswith(ends)]
 
 
 @contextlib.contextmanager

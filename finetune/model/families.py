@@ -4,8 +4,8 @@
 
 A batch goes through the model's own encoder and decoder. Packed rows need two things more: masks that keep examples
 apart (packed_attention.py), and positions that restart in each example. T5 has only distances, which restart by
-themselves; Diptych and T5Gemma take `position_ids`; BART and the like look positions up in a table, and a hook on the
-table picks the rows. A Diptych with merged cross-attention makes its masks itself.
+themselves; Diptych and the T5Gemmas take `position_ids`; BART and the like look positions up in a table, and a hook on
+the table picks the rows. A Diptych with merged cross-attention makes its masks itself.
 
 A model that is not in the table trains too: padded, with full logits, and with LoRA on every linear layer. The entries
 were read in the model files of transformers 5.23; the tests compare them with what the models compute.
@@ -22,10 +22,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import sliding_window_bidirectional_mask_function
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.decoder_start import STARTS, named_start
-from diptych.finetune.model.packed_attention import VARLEN, site_masks
+from diptych.finetune.model.packed_attention import VARLEN, Windows, site_masks
 
 Batch = dict[str, torch.Tensor]
 POSITION_TABLES = ("embed_positions", "position_embeddings", "wpe")
@@ -56,14 +57,16 @@ class Family:
     """Whether the flash kernel computes this family's attention: it knows no position bias."""
     overflows_in_fp16: bool = False
     """Whether activations of its checkpoints exceed the range of fp16."""
-    has_sliding_windows: bool = False
-    """Whether masks are given by layer type."""
+    windows: Windows = None
+    """The window of the encoder's sliding layers, where masks are given by layer type."""
+    no_text_part: tuple[str, ...] = ()
+    """Names of modules that text never reaches, such as T5Gemma 2's vision tower: frozen, without adapters, saved."""
 
     def states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
         """A batch without its labels -> what the head reads, (B, T, D)."""
         encoder, decoder = model.get_encoder(), model.get_decoder()
         if "segment_ids" in batch:
-            masks = site_masks(model, batch, self.has_sliding_windows)
+            masks = site_masks(model, batch, self.windows)
             encoder_positions = self.positions(encoder, batch["position_ids"])
             decoder_positions = self.positions(decoder, batch["decoder_position_ids"])
         else:
@@ -154,6 +157,13 @@ def table_positions(model: PreTrainedModel) -> tuple[int | None, int | None]:
     return source, target
 
 
+def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without those that text never reaches."""
+    family = family_of(model)
+    unread = set(family.no_text_part if family else ())
+    return ((name, module) for name, module in model.named_modules() if unread.isdisjoint(name.split(".")))
+
+
 def _as_argument(panel: nn.Module, positions: torch.Tensor) -> AbstractContextManager[dict]:
     return nullcontext({"position_ids": positions})
 
@@ -212,6 +222,13 @@ def _with_softcap(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def _uneven_window(size: int) -> Callable:
+    """T5Gemma 2's: itself and (size - 1) // 2 tokens before it, and size // 2 behind it."""
+    return lambda batch_idx, head_idx, q_idx, kv_idx: (
+        (q_idx - kv_idx < (size + 1) // 2) & (kv_idx - q_idx < size // 2 + 1)
+    )
+
+
 T5_LAYERS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
 BART_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -224,6 +241,7 @@ bart = partial(
     logits=lambda model, logits: logits + model.final_logits_bias,
     final_norm="layer_norm",
 )
+t5gemma = partial(Family, LLAMA_LAYERS, _as_argument, logits=_with_softcap, overflows_in_fp16=True)
 
 FAMILIES = {
     "diptych": Family(LLAMA_LAYERS, _as_argument),
@@ -237,12 +255,16 @@ FAMILIES = {
     "m2m_100": Family(BART_LAYERS, _in_sinusoids, final_norm="layer_norm"),
     "marian": bart(final_norm=None),
     "pegasus": bart(),
-    "t5gemma": Family(
-        LLAMA_LAYERS,
-        _as_argument,
-        logits=_with_softcap,
-        attentions=("eager", "flex_attention"),  # its scores are capped, which the others cannot do
-        overflows_in_fp16=True,
-        has_sliding_windows=True,
+    "blenderbot": bart(),
+    "blenderbot-small": bart(final_norm=None),
+    "plbart": bart(final_norm=None),
+    "mvp": bart(final_norm=None, attentions=("eager",)),
+    # Its scores are capped, which the other implementations cannot do.
+    "t5gemma": t5gemma(attentions=("eager", "flex_attention"), windows=sliding_window_bidirectional_mask_function),
+    # One softmax goes over target and source, whose masks are joined: only dense ones can be.
+    "t5gemma2": t5gemma(
+        attentions=("sdpa", "eager"),
+        windows=_uneven_window,
+        no_text_part=("vision_tower", "multi_modal_projector"),
     ),
 }

@@ -42,7 +42,7 @@ from diptych.data_prep.text_to_ids.templates import load_template
 from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
 from diptych.finetune.model import untrusted_files as untrusted
 from diptych.finetune.model.device_speed import training_pace
-from diptych.finetune.model.families import embedding_rows, table_positions
+from diptych.finetune.model.families import embedding_rows, family_of, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
 
@@ -226,7 +226,7 @@ def load_model(
             file=sys.stderr,
         )
     untrusted.check_token_settings(model.generation_config, max(embedding_rows(model)), name)
-    _freeze_sinusoids(model)
+    _freeze(model)
     return model
 
 
@@ -242,12 +242,15 @@ def without_load_report() -> Iterator[None]:
         logger.removeFilter(nothing)
 
 
-def _freeze_sinusoids(model: PreTrainedModel) -> None:
-    """Marian and Pegasus freeze their tables of sinusoids when they are made, but not when they are loaded
-    (transformers 5.23). They never get a gradient, for which DDP would wait."""
-    for module in model.modules():
-        if isinstance(module, MarianSinusoidalPositionalEmbedding | PegasusSinusoidalPositionalEmbedding):
-            module.weight.requires_grad_(False)
+def _freeze(model: PreTrainedModel) -> None:
+    """What gets no gradient, for which DDP would wait. (Marian and Pegasus freeze their tables of sinusoids when they
+    are made, but not when they are loaded: transformers 5.24.)"""
+    family = family_of(model)
+    unread = family.no_text_part if family else ()
+    for name, module in model.named_modules():
+        is_table = isinstance(module, MarianSinusoidalPositionalEmbedding | PegasusSinusoidalPositionalEmbedding)
+        if is_table or name.rpartition(".")[2] in unread:
+            module.requires_grad_(False)
 
 
 def load_config(name: str) -> PreTrainedConfig:

@@ -20,6 +20,7 @@ B rows, S source tokens, T target tokens, H heads, E head size, n segments.
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
+    and_masks,
     create_bidirectional_mask,
-    create_bidirectional_sliding_window_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
     sdpa_mask,
@@ -41,6 +42,8 @@ from diptych.modeling.modeling_diptych import CACHE_NAME, same_segment
 
 VARLEN = "varlen"
 Mask = torch.Tensor | BlockMask
+Windows = Callable[[int], Callable] | None
+"""From the size of the encoder's sliding window to the rule "within it" for `masking_utils`."""
 BLOCK_TOKENS = 128
 """On a CPU, short segments are computed together up to so many tokens: the smallest product costs 50 µs."""
 
@@ -53,22 +56,25 @@ class SiteMasks(NamedTuple):
     cross: Mask | dict[str, Mask]
 
 
-def site_masks(model: PreTrainedModel, batch: dict[str, torch.Tensor], by_layer_type: bool = False) -> SiteMasks:
+def site_masks(model: PreTrainedModel, batch: dict[str, torch.Tensor], windows: Windows = None) -> SiteMasks:
     """`segment_ids` (B, S), `decoder_segment_ids` (B, T) and, where sources are shared, `cross_segment_ids` (B, T)."""
     source, target = batch["segment_ids"], batch["decoder_segment_ids"]
     cross = batch.get("cross_segment_ids", target)
     if model.config._attn_implementation == VARLEN:
         return SiteMasks(boundaries(source, source), boundaries(target, target), boundaries(cross, source))
     source_states, target_states = (ids.new_empty((*ids.shape, 0), dtype=model.dtype) for ids in (source, target))
-    encoder = {"config": model.get_encoder().config, "inputs_embeds": source_states, "attention_mask": None}
+    config = model.get_encoder().config
+    config = getattr(config, "text_config", config)  # T5Gemma 2's encoder reads images, too
+    encoder = {"config": config, "inputs_embeds": source_states, "attention_mask": None}
     encoder["and_mask_function"] = same_segment(source, source)
     decoder = {"config": model.get_decoder().config, "inputs_embeds": target_states, "attention_mask": None}
     itself = decoder | {"and_mask_function": same_segment(target, target), CACHE_NAME: None}
     crossing = decoder | {"and_mask_function": same_segment(cross, source), "encoder_hidden_states": source_states}
     masks = create_bidirectional_mask(**encoder), create_causal_mask(**itself), create_bidirectional_mask(**crossing)
-    if not by_layer_type:
+    if windows is None:
         return SiteMasks(*masks)
-    sliding = create_bidirectional_sliding_window_mask(**encoder), create_sliding_window_causal_mask(**itself)
+    encoder["and_mask_function"] = and_masks(encoder["and_mask_function"], windows(config.sliding_window))
+    sliding = create_bidirectional_mask(**encoder), create_sliding_window_causal_mask(**itself)
     return SiteMasks(
         {"full_attention": masks[0], "sliding_attention": sliding[0]},
         {"full_attention": masks[1], "sliding_attention": sliding[1]},

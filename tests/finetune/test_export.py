@@ -563,3 +563,13 @@ def test_outputs_are_in_the_order_of_the_sources_and_none_is_refused(
     assert outputs_of(exported, [], max_new_tokens=32) == []
     with pytest.raises(UserError, match=r"source_ids\[1\] is empty"):
         outputs_of(exported, [[5, 1], []], max_new_tokens=32)
+
+
+def test_windows_of_t5gemma2_bound_what_its_export_reads(new_model, tiny_tokenizer, tmp_path):
+    """CTranslate2's windows differ, so the export has none: it is right for texts that fit in half a window."""
+    model = new_model("t5gemma2")
+    for panel in (model.config.encoder.text_config, model.config.decoder):
+        panel.sliding_window = 7
+    assert export_ctranslate2.token_limit(model) == 4
+    model.config.encoder.text_config.layer_types = ["full_attention"] * 2
+    assert export_ctranslate2.token_limit(model) == model.config.decoder.max_position_embeddings
