@@ -34,8 +34,8 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.data_prep.command_line.run_command import run_command
-from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
+from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
 from diptych.data_prep.tokenizer_tools.text_command_settings import DenoiseSettings
 from diptych.data_prep.tokenizer_tools.tokenizer_texts import open_texts

@@ -147,9 +147,8 @@ def test_the_model_leans_on_torch_transformers_and_its_neighbours_only():
     for name in FILES:
         if below(name, "modeling"):
             assert name.count("/") == 1  # the Hub takes files of one folder
-            extra = ("jinja2", "threading", "time") if "pipeline_diptych" in name else ()
             modules = {module for module in imported(name) if not module.startswith(".")}
-            assert not {module for module in modules if not is_within(module, *allowed, *extra)}, name
+            assert not {module for module in modules if not is_within(module, *allowed)}, name
 
 
 @pytest.mark.parametrize("file", TRAVELLING)

@@ -1,6 +1,5 @@
-"""The tokenizer of the checkpoint that will be fine-tuned, and its template, loaded from its files.
+"""The tokenizer of the checkpoint that will be fine-tuned, its template, and its languages.
 
-    open_tokenizer("google-t5/t5-small")             → the tokenizer, or one message that says why there is none
     load_tokenizer_and_template(settings, "alpaca")  → the tokenizer (None where it is to be trained) and the template
 
 No model code is run, and no code that comes with a checkpoint.
@@ -9,19 +8,12 @@ No model code is run, and no code that comes with a checkpoint.
 from collections.abc import Callable
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.rows.language_names import is_same_language
 from diptych.data_prep.rows.records import Languages
-from diptych.data_prep.text_to_ids.checkpoint_config import (
-    check_chat_templates,
-    check_config,
-    check_place,
-    why_not_loaded,
-)
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.languages import check_spells_no_code, codes_of, set_languages
 from diptych.data_prep.text_to_ids.templates import (
@@ -32,27 +24,7 @@ from diptych.data_prep.text_to_ids.templates import (
     load_template,
     template_of,
 )
-from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
-
-
-def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a folder or of a Hub id. Raises UserError where it cannot be loaded."""
-    check_place(name)
-    check_config(name)
-    try:
-        # False has to be given: without it, transformers asks on the terminal whether to run the checkpoint's code.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        StrictDataclassError,
-    ) as error:
-        raise UserError(f"the tokenizer '{name}' could not be loaded: {why_not_loaded(error)}") from error
-    check_chat_templates(tokenizer.chat_template, name)
-    name_end_token(tokenizer)
-    return tokenizer
+from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
 
 
 def load_tokenizer_and_template(

@@ -15,7 +15,6 @@ names for attention, where the package `kernels` is installed. Both are refused 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -116,9 +115,9 @@ def check_config(name: str) -> None:
         _check_part(part, config, name)
 
 
-def check_bytes(file: Path) -> None:
-    if file.stat().st_size > MOST_BYTES:
-        raise UserError(f"{file} has {file.stat().st_size:,} bytes, and {MOST_BYTES:,} are the most that are read.")
+def check_bytes(file: Path, most: int = MOST_BYTES) -> None:
+    if file.stat().st_size > most:
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes, and {most:,} are the most that are read.")
 
 
 def file_of(name: str | Path, file: str) -> Path | None:
@@ -155,16 +154,6 @@ def first_wrong(values: Mapping[str, Any], read: Callable[[dict], Any]) -> str:
             read({other: value for other, value in values.items() if other != key})
             return f" ({key[:80]!r})"
     return ""
-
-
-def check_chat_templates(templates: str | Mapping[str, str] | None, name: str) -> None:
-    """UserError where the name of a chat template is a path: each is saved as a file of its name."""
-    for template in templates if isinstance(templates, Mapping) else []:
-        if Path(template).name != template or template == "..":
-            raise UserError(
-                f"the tokenizer of {name} has a chat template named '{excerpt(template)}', which is no file's name."
-                f" Take it out of tokenizer_config.json."
-            )
 
 
 def config_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -222,10 +211,3 @@ def least_weights(config: Mapping[str, Any]) -> int:
         return width * (rows + max(sizes(*LAYERS), default=0) * inner_width)
 
     return max(map(of_part, config_parts(config)))
-
-
-def why_not_loaded(error: Exception) -> str:
-    """The error's message; without sentencepiece, transformers takes a sentencepiece model for one of tiktoken."""
-    if "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:
-        return "its vocabulary is a sentencepiece model. Install what reads it: pip install 'diptych[sentencepiece]'."
-    return excerpt(error)

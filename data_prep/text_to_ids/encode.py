@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 
-from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
+from diptych.data_prep.command_line.errors import UserError, excerpt, library_errors, nearest
 from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import Languages, codes_of, own_languages
 from diptych.data_prep.text_to_ids.rendered_text import FRAME_MARK, UNSPELLABLE, Rendered, check_characters, pieces
@@ -319,15 +319,14 @@ def _contents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     if not tokenizer.is_fast:
         return _python_contents(tokenizer, texts, control, pattern)
     renamed, spelled = _renamed(tokenizer, tuple(control.items())), [_spell(text, pattern) for text in texts]
-    try:
+
+    def added() -> str:
+        found = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if not token.special})
+        return f" (its added tokens are no words of text: {', '.join(map(repr, found[:20])) or 'there are none'})"
+
+    remedy = f"If an added token is to be a word of text, list it in tokenizer_config.json under {TEXT_TOKENS_KEY}."
+    with library_errors(f"the tokenizer cannot write one of {len(texts):,} texts", remedy, added):
         return [encoding.ids for encoding in renamed.encode_batch_fast(spelled, add_special_tokens=False)]
-    except Exception as error:  # the type of all that tokenizers raises
-        added = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if not token.special})
-        raise UserError(
-            f"the tokenizer cannot write one of {len(texts):,} texts: {error}. Its added tokens are no words of text"
-            f" ({', '.join(map(repr, added[:20])) or 'there are none'}); if one of them is to be one, list it in"
-            f" tokenizer_config.json under {TEXT_TOKENS_KEY}."
-        ) from error
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,8 +9,7 @@ memory. So a template is limited to what prompts need: `if`, `for` and `set`, `~
 the methods of TEXT_METHODS. What makes a value pays for its characters, and each turn of a loop pays 1. It pays before
 a large value is made. The budget is WORK and 16 for each character of the row, in SECONDS of processor time.
 
-modeling/pipeline_diptych.py travels with checkpoints and cannot import this file, so it has the same code once more; a
-test compares them.
+It imports only jinja2, because its code travels with checkpoints, in pipeline_diptych.py.
 """
 
 from __future__ import annotations
@@ -57,7 +56,8 @@ def spend(work: int) -> None:
     _left.work -= work
     if _left.work < 0:
         raise SecurityError(f"it makes more than {WORK:,} characters, or its loops take more than {WORK:,} turns")
-    if _left.work % 16 == 0 and time.thread_time() > _left.deadline:  # the clock takes longer than a turn
+    is_due = _left.work // 16 != (_left.work + work) // 16  # the clock takes longer than a turn
+    if is_due and time.thread_time() > _left.deadline:
         raise SecurityError(f"it takes more than {SECONDS} seconds")
 
 
@@ -69,7 +69,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(undefined=jinja2.StrictUndefined)
         self.filters = {name: _paid(self.filters[name]) for name in FILTERS}
-        self.filters |= {"join": _joined, "replace": _replaced, "_turns": _turns}
+        self.filters |= {"join": _joined, "replace": _replaced, "_turns": _turns, "_read": _read}
+        self.tests = {name: _paid(test) for name, test in self.tests.items()}
         self.globals = {"range": self.globals["range"]}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -95,7 +96,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return None
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        spend(1)
+        _read(getattr(obj, "__self__", ""))
         if getattr(obj, "__name__", "") == "replace":
             return _replaced(obj.__self__, *args, **kwargs)
         result = super().call(context, obj, *args, **kwargs)
@@ -108,7 +109,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _limited(node: nodes.Node) -> nodes.Node:
-    """The syntax tree in which each loop counts its turns, and `~` is the filter `join`, which pays first."""
+    """The syntax tree in which each loop counts its turns, `~` is the filter `join`, which pays first, and what is
+    compared or cut is paid for."""
     kind = type(node).__name__
     if kind not in NODES or getattr(node, "recursive", False) or (kind == "Tuple" and node.ctx == "load"):
         what = "a recursive loop" if kind == "For" else f"Jinja's {kind}"
@@ -120,20 +122,29 @@ def _limited(node: nodes.Node) -> nodes.Node:
             setattr(node, name, [_limited(it) if isinstance(it, nodes.Node) else it for it in value])
     if kind == "For":
         node.iter = nodes.Filter(node.iter, "_turns", [], [], None, None, lineno=node.lineno)
+    if kind in ("Compare", "Operand"):
+        node.expr = _seen(node.expr)
+    if kind == "Getitem" and isinstance(node.arg, nodes.Slice):
+        node.node = _seen(node.node)
     if kind == "Concat":
         parts = nodes.List(node.nodes, lineno=node.lineno)
         return nodes.Filter(parts, "join", [], [], None, None, lineno=node.lineno)
     return node
 
 
+def _seen(node: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, "_read", [], [], None, None, lineno=node.lineno)
+
+
 def _paid(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, which pays for what it has made. None of FILTERS makes much more than it was given."""
+    """The filter or test, which pays for what it reads and makes. None of FILTERS makes much more than it is given."""
 
     @functools.wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:
-        spend(1)
+        for value in args:
+            _read(value)
         result = function(*args, **kwargs)
-        result = list(result) if isinstance(result, Iterator) else result
+        result = list(_turns(result)) if isinstance(result, Iterator) else result
         spend(_size(result))
         return result
 
@@ -151,6 +162,12 @@ def _turns(items: Iterable[Any]) -> Iterator[Any]:
     for item in items:
         spend(1)
         yield item
+
+
+def _read(value: Any) -> Any:
+    """Pays for a look at a value: 1 for each item, or for 64 characters."""
+    spend(1 + (len(value) // 64 if isinstance(value, str) else len(value) if isinstance(value, list | tuple) else 0))
+    return value
 
 
 def _joined(items: Iterable[Any], separator: str = "") -> str:

@@ -31,14 +31,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import meta, nodes
 
-from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
+from diptych.data_prep.command_line.errors import UserError, excerpt, library_errors, nearest
 from diptych.data_prep.rows.records import Record
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
 from diptych.data_prep.text_to_ids.rendered_text import FRAME_MARK, Rendered, check_characters
@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 TOKENIZER_KEY = "diptych_template"
 """The key in tokenizer_config.json. (A name that ends in `_token` would be taken for a special token.)"""
 
+LONGEST_STORED = 2_000_000
+"""Of the template in tokenizer_config.json with its examples, as JSON."""
 BARE_TEMPLATE = "translate"
 """It adds nothing to a text, for models that language codes tell what to do."""
 TARGET_MARK = re.compile(r"\{#-?\s*target\s*-?#\}")
@@ -156,14 +158,17 @@ def template_of(tokenizer: PreTrainedTokenizerBase, check: bool = True) -> Templ
             f"the tokenizer carries no template, so it is not known how its model's prompts look. Name the template:"
             f" one of {', '.join(TEMPLATES)}, or a Jinja file."
         )
-    stored = {name: value for name, value in stored.items() if name != "golden"}
-    try:
-        template = Template(**stored | {name: tuple(stored.get(name, ())) for name in SETTINGS})
-    except TypeError as error:
-        raise UserError(
-            f"the template in tokenizer_config.json is not one ({error}). Name one with --template."
-        ) from None
-    if check and (difference := golden_difference(tokenizer, template)):
+    with library_errors("the template in tokenizer_config.json is not one", "Name one with --template."):
+        if len(json.dumps(stored)) > LONGEST_STORED:
+            raise ValueError(f"it has more than {LONGEST_STORED:,} characters")
+        values = {name: tuple(it) if name in SETTINGS else it for name, it in stored.items() if name != "golden"}
+        template = Template(**values)
+        for field in fields(template):
+            value, kind = getattr(template, field.name), {"str": str, "int": int}.get(field.type, tuple)
+            if not isinstance(value, kind) or (kind is tuple and not all(isinstance(it, str) for it in value)):
+                raise TypeError(f"its {field.name} is {value!r:.80}")
+        difference = golden_difference(tokenizer, template) if check else ""
+    if difference:
         raise UserError(
             f"template '{template.name}' and this tokenizer do not give what they gave when they were saved:"
             f" {difference}. A model that was trained on the one would be asked the other. Put the tokenizer's files"

@@ -24,8 +24,8 @@ from diptych.data_prep.cleaning.filters import script_of
 from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.command_line.run_command import run_command
-from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
+from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
 from diptych.data_prep.text_to_ids.train_tokenizer import (
     CurvePoint,
     curve_vocab_size,

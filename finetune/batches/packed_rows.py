@@ -10,6 +10,7 @@ checked before the first step.
 R rows, S source tokens, T target tokens; S and T are the same in every row.
 """
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.packing.packed_row import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.batches.padded_rows import RowLengths
@@ -54,7 +55,11 @@ class Packing(NamedTuple):
 
     @classmethod
     def from_manifest(cls, entry: Mapping[str, Any]) -> "Packing":
-        return cls(**{name: entry[name] for name in cls._fields if name in entry or name not in cls._field_defaults})
+        with library_errors("packing in manifest.json is not what was written", "Run `diptych prepare` again."):
+            packing = cls(**{it: entry[it] for it in cls._fields if it in entry or it not in cls._field_defaults})
+            for value in (*packing[:7], *packing.language_starts, packing.target_vocabulary):
+                operator.index(value)  # TypeError for what is no whole number
+        return packing
 
 
 def load_packed(folder: Path) -> datasets.Dataset:

@@ -25,7 +25,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.packing.packed_row import repeated_start
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.model.families import embedding_rows, table_positions
@@ -122,7 +122,8 @@ def load_prepared(folder: str) -> PreparedData:
     if not manifest.is_file():
         raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")
     content = manifest.read_bytes()
-    packing = json.loads(content).get("packing")
+    with library_errors(f"{manifest} cannot be read", "Run `diptych prepare` again."):
+        packing = json.loads(content).get("packing")
     return PreparedData(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), packing)
 
 
@@ -156,11 +157,13 @@ class RowLengths(NamedTuple):
 
 
 def row_lengths(split: datasets.Dataset) -> RowLengths:
-    columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
+    source_tokens, target_tokens = [], []
     for table in split.with_format("arrow").iter(batch_size=10_000):
-        for name, parts in columns.items():
-            parts.append(pc.list_value_length(table[name]).to_numpy())
-    return RowLengths(np.concatenate(columns["input_ids"]), np.concatenate(columns["labels"]))
+        source_tokens.append(pc.list_value_length(table["input_ids"]).to_numpy())
+        tokens = pc.list_value_length(table["labels"]).to_numpy()
+        is_target = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
+        target_tokens.append(np.add.reduceat(is_target, tokens.cumsum() - tokens, dtype=np.int64))
+    return RowLengths(np.concatenate(source_tokens), np.concatenate(target_tokens))
 
 
 class StepRows(NamedTuple):
@@ -254,14 +257,14 @@ def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset
     tables = table_positions(model)
     for name, split in splits.items():
         for column, rows in rows_of.items():
-            largest = max(
-                pc.max(pc.list_flatten(table[column])).as_py() or 0
-                for table in split.with_format("arrow").iter(batch_size=10_000)
-            )
-            if largest >= rows:
+            for table in split.with_format("arrow").iter(batch_size=10_000):
+                ids = pc.list_flatten(table[column]).to_numpy()
+                unknown = ids[(ids >= rows) | ((ids < 0) & ((ids != IGNORE_INDEX) | (column == "input_ids")))]
+                if not len(unknown):
+                    continue
                 raise UserError(
-                    f"split {name} holds token id {largest}, but the model has {rows} embedding rows for {column}. "
-                    f"Prepare the data with the model's own tokenizer."
+                    f"split {name} holds token id {unknown.max()}, but the model has {rows} embedding rows for"
+                    f" {column}. Prepare the data with the model's own tokenizer."
                 )
         for column, positions, tokens in zip(rows_of, tables, row_lengths(split), strict=True):
             if positions is not None and tokens.max() > positions:

@@ -21,8 +21,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import splits_of
@@ -31,7 +29,8 @@ from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, Pair
 from diptych.finetune.evaluating.evaluate_settings import CompareSettings
 from diptych.finetune.evaluating.evaluate_split import REPORT_KEYS, has_keys, predictions_file
 from diptych.finetune.evaluating.metrics import METRICS, Statistics, count_texts, is_improvement, ratio
-from diptych.finetune.run_files.run_folder import last_training
+from diptych.finetune.run_files.atomic_folders import read_json_lines
+from diptych.finetune.run_files.run_folder import last_training, settings_of
 
 
 class EvaluationReport(NamedTuple):
@@ -73,10 +72,11 @@ def load_side(name: str) -> Side:
         if not metrics.is_file() or not config.is_file():
             missing = metrics.name if config.is_file() else config.name
             raise UserError(f"{name} is no run folder (it has no {missing}). Name the `out` of a run, or a report.")
-        recipe = yaml.safe_load(config.read_text(encoding="utf-8"))
         found = [report for file in path.glob("*.json") if (report := _report(file))]
         newest_last = sorted(found, key=lambda report: report.path.stat().st_mtime)
-        return Side(name, recipe, _entries(metrics), {report.split: report for report in newest_last})
+        return Side(
+            name, settings_of(last), read_json_lines(metrics), {report.split: report for report in newest_last}
+        )
     if not path.is_file():
         raise UserError(f"there is no {name}. Name a run folder, or a report of `diptych evaluate --out`.")
     report = _report(path)
@@ -89,18 +89,6 @@ def _report(path: Path) -> EvaluationReport | None:
     """None for other JSON, which a run folder has, too."""
     content = path.read_bytes()
     return EvaluationReport(path, json.loads(content)) if has_keys(content, REPORT_KEYS) else None
-
-
-def _entries(metrics: Path) -> list[dict[str, Any]]:
-    """All whole lines. The last line of a running training may be incomplete."""
-    *lines, _ = metrics.read_text(encoding="utf-8").split("\n")
-    entries = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{metrics} line {number} is no JSON: {error}. Remove or restore the line.") from error
-    return entries
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:

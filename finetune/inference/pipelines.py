@@ -24,25 +24,27 @@ import transformers.pipelines
 from transformers import AutoModelForSeq2SeqLM, Pipeline, PreTrainedTokenizerBase
 from transformers.pipelines import PIPELINE_REGISTRY
 
-import diptych.modeling
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS, languages_in
 from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids import template_sandbox
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import carried_template, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
+from diptych.finetune.inference import pipeline_diptych
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
 from diptych.finetune.inference.outputs import Output
+from diptych.finetune.inference.pipeline_diptych import DiptychPipeline
 from diptych.finetune.inference.prompts import Prompter, prompt_of, template_for
 from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import position_limit
-from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 NO_LANGUAGES = Languages()
 TRAVELLING_CODE = "pipeline_diptych.py"
+SANDBOX_IMPORT = "from diptych.data_prep.text_to_ids.template_sandbox import LimitedEnvironment, start_budget\n"
 TRAVELLING_ENTRY = {
     "text2text-generation": {
         "impl": "pipeline_diptych.DiptychPipeline",
@@ -169,7 +171,7 @@ def register_pipelines() -> None:
 
 def travelling_pipeline(config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], bytes]:
     """What a checkpoint needs to bring its own pipeline: its config with one more entry, and the code of the file
-    TRAVELLING_CODE (modeling/pipeline_diptych.py).
+    TRAVELLING_CODE, in which that of template_sandbox.py stands in place of its import.
 
     Raises:
         UserError: the tokenizer has no template, or the code does not render and encode as data_prep does.
@@ -195,5 +197,7 @@ def travelling_pipeline(config: Mapping[str, Any], tokenizer: PreTrainedTokenize
             is_proven = True
     if not is_proven:
         raise UserError(f"template '{template.name}' cannot travel: {TRAVELLING_CODE} renders none of its examples.")
-    code = Path(diptych.modeling.__file__).with_name(TRAVELLING_CODE).read_bytes()
-    return dict(config) | {"custom_pipelines": TRAVELLING_ENTRY}, code
+    files = (pipeline_diptych, template_sandbox)
+    code, sandbox = (Path(file.__file__).read_text(encoding="utf-8") for file in files)
+    code = code.replace(SANDBOX_IMPORT, sandbox.partition("annotations\n\n")[2])
+    return dict(config) | {"custom_pipelines": TRAVELLING_ENTRY}, code.encode()

@@ -23,7 +23,6 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -39,14 +38,13 @@ from diptych.data_prep.text_to_ids import checkpoint_config
 from diptych.data_prep.text_to_ids.checkpoint_config import check_bytes, check_config, check_place, file_of
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.templates import load_template
-from diptych.data_prep.text_to_ids.two_vocabularies import name_end_token
+from diptych.data_prep.text_to_ids.tokenizer_files import has_tokenizer, open_tokenizer
 from diptych.finetune.model import untrusted_files as untrusted
 from diptych.finetune.model.device_speed import training_pace
 from diptych.finetune.model.families import embedding_rows, family_of, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "*.spm", "vocab.*")
 ADAPTER_CONFIG = "adapter_config.json"
 EXPORT_FILE = "export.json"
 """`diptych export` writes it into its folders."""
@@ -153,38 +151,14 @@ def adapter_settings(name: str) -> dict:
     return settings
 
 
-def has_tokenizer(name: str) -> bool:
-    """False for a folder without tokenizer files; a Hub id is assumed to have one."""
-    folder = Path(name)
-    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
-
-
 def load_tokenizer(name: str, fallback: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in `name`, or in `fallback` (an adapter's base) where `name` has none."""
-    reason: Exception = FileNotFoundError("it has no tokenizer files.")
-    for place in filter(None, (name, fallback)):
-        check_place(place)
-        if not has_tokenizer(place):
-            continue  # here transformers 5 would invent a T5 tokenizer of 104 tokens
-        check_config(place)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, **_NO_CODE)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = (
-                type(error)(checkpoint_config.why_not_loaded(error))
-                if isinstance(error, ValueError | ImportError)
-                else error
-            )
-            if "backend tokenizer" in str(error):  # followed by many lines on what might be there
-                reason = FileNotFoundError("neither tokenizer.json nor another vocabulary is there.")
-            continue
-        checkpoint_config.check_chat_templates(tokenizer.chat_template, place)
-        name_end_token(tokenizer)
-        return tokenizer
-    remedy = f"Save one there with tokenizer.save_pretrained({name!r})."
-    if isinstance(reason, ImportError):
-        remedy = "Install that package."
-    raise UserError(f"no tokenizer could be loaded from {name}: {in_short(reason)} {remedy}") from reason
+    try:
+        return open_tokenizer(name)
+    except UserError:
+        if fallback is None or (Path(name).is_dir() and has_tokenizer(name)):
+            raise
+        return open_tokenizer(os.path.expanduser(fallback))
 
 
 def load_model(

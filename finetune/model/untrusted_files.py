@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.compute
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from datasets.features.features import require_decoding
@@ -37,6 +38,8 @@ from diptych.data_prep.command_line.errors import UserError, counted, library_er
 from diptych.data_prep.text_to_ids.checkpoint_config import LAYERS, check_bytes, config_parts, file_of, least_weights
 from diptych.finetune.commands.exit_codes import CheckpointError, StorageError
 
+AGAIN = "Run `diptych prepare` again."
+TOKEN_COLUMN = re.compile(r"labels|\w+_ids")
 MODEL_WEIGHTS = "model.safetensors"
 INDEX = ".index.json"
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
@@ -289,19 +292,53 @@ def check_patterns(settings: Mapping[str, Any], names: Sequence[str], name: str)
 
 
 def open_prepared(folder: str | Path) -> DatasetDict | Dataset:
-    """A dataset that `save_to_disk` wrote. UserError where it cannot be read, or a column has pictures, sounds or
-    documents: reading such a row would open whatever file or address it names."""
-    try:
+    """A dataset that `save_to_disk` wrote, whose `input_ids` and `labels` are lists of whole numbers, none empty.
+
+    UserError where it cannot be read, has other columns, or one of pictures, sounds or documents: reading such a row
+    would open whatever file or address it names.
+    """
+    with library_errors(f"{folder} cannot be read as a prepared dataset", AGAIN):
+        _check_parts(Path(folder))
         found = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder} cannot be read as a prepared dataset ({error!r}). Run `diptych prepare` again."
-        ) from error
-    for split in found.values() if isinstance(found, DatasetDict) else [found]:
+    splits = found if isinstance(found, DatasetDict) else {Path(folder).name: found}
+    for name, split in splits.items():
         for column, feature in split.features.items():
             if require_decoding(feature, ignore_decode_attribute=True):
                 raise UserError(
                     f"{folder} has a column {column} of type {type(feature).__name__}, and `diptych prepare` writes"
                     f" numbers and texts alone. Prepare the data here."
                 )
+        for column in dict.fromkeys(["input_ids", "labels", *filter(TOKEN_COLUMN.fullmatch, split.features)]):
+            _check_ids(split, column, f"split {name} of {folder}")
     return found
+
+
+def _check_parts(folder: Path) -> None:
+    """Splits and files must lie in the folder; `datasets` would read any place that is named."""
+    names = ["."]
+    if (listed := folder / "dataset_dict.json").is_file():
+        names = json.loads(listed.read_text(encoding="utf-8"))["splits"]
+        if len(set(names)) < len(names) or not all(map(_is_inside, names)):
+            raise ValueError(f"dataset_dict.json has the splits {str(names)[:80]}")
+    for name in names:
+        files = json.loads((folder / name / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        if wrong := [file for file in files if not _is_inside(file["filename"])]:
+            raise ValueError(f"state.json of {name} has the file {str(wrong[0])[:80]}")
+
+
+def _is_inside(name: str) -> bool:
+    return "\\" not in name and all(part.strip(".") for part in name.split("/"))
+
+
+def _check_ids(split: Dataset, column: str, where: str) -> None:
+    kind = str(getattr(getattr(split.features.get(column), "feature", None), "dtype", ""))
+    if not kind.startswith(("int", "uint")):
+        raise UserError(f"{where} has no lists of whole numbers as column {column}. {AGAIN}")
+    start, flat = 0, pyarrow.compute.list_flatten
+    for table in split.with_format("arrow").select_columns(column).iter(batch_size=10_000):
+        lengths = pyarrow.compute.list_value_length(table[column])
+        if not pyarrow.compute.min(lengths).as_py() or lengths.null_count or flat(table[column]).null_count:
+            rows = table[column].to_pylist()
+            wrong = next(place for place, row in enumerate(rows) if not row or None in row)
+            raise UserError(f"{where}, row {start + wrong}: {column} is {str(rows[wrong])[:80]}. {AGAIN}")
+        start += len(lengths)

@@ -18,21 +18,26 @@ here they stay text (encode.py).
 
 import copy
 import json
+import os
 import re
+import resource
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import psutil
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import UserError, excerpt
-from diptych.data_prep.pipeline.checkpoint_tokenizer import open_tokenizer
+from diptych.data_prep.command_line.errors import UserError, excerpt, in_short
 from diptych.data_prep.text_to_ids.encode import encode_sources, split_targets
 from diptych.data_prep.text_to_ids.templates import Template, attach_template, golden_difference
+from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
 
 NAME = "donor"
+SECONDS, MEMORY, LONGEST_CHAT = 5, 2**30, 1_000_000
+"""For one conversation, rendered by the LLM's chat template."""
 PADS = re.compile(r"<\|(finetune|reserved)[^|]*pad[^|]*\|>|<pad>|\[PAD\]|<\|pad\|>")
 """Tokens that LLMs without a padding token reserve for it."""
 JINJA_MARKS = re.compile(r"\{[{%#]|[}%#]\}|\{\Z|\r")
@@ -219,14 +224,40 @@ class _ChatTemplate:
         the beginning of one is written."""
         try:
             return self.render_or_raise(conversation, answer, **variables)
+        except UserError:
+            raise
         except Exception:  # raise_exception() in a template, or any error of its code
             return None
 
     def render_or_raise(self, conversation: Conversation, answer: str = "", **variables) -> str:
-        messages = conversation.messages(answer)
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not answer, **variables
-        )
+        """In a process of its own: nothing else stops a template of loops in loops, or one that fills memory. It has
+        SECONDS of processor time and MEMORY; UserError where they are not enough."""
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+                resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY,) * 2)
+                text = self.tokenizer.apply_chat_template(
+                    conversation.messages(answer), tokenize=False, add_generation_prompt=not answer, **variables
+                )
+                said = {"text": text} if len(text) <= LONGEST_CHAT else {}
+            except MemoryError:
+                said = {}
+            except BaseException as error:  # raise_exception() in a template, or any error of its code
+                said = {"error": in_short(error)}
+            with open(write, "w", encoding="utf-8") as pipe:
+                json.dump(said, pipe)
+            os._exit(0)
+        os.close(write)
+        with open(read, encoding="utf-8") as pipe:
+            said = json.loads(pipe.read() or "{}")
+        os.waitpid(child, 0)
+        if "error" in said:
+            raise ValueError(said["error"])
+        if "text" not in said:
+            raise self.refuse(f"takes more than {SECONDS} s, {MEMORY:,} bytes or {LONGEST_CHAT:,} characters")
+        return said["text"]
 
     def between(self, conversation: Conversation, markers: Sequence[str], answer: str = "") -> list[str] | None:
         """What the text has before, between and behind the markers; None if they are not in it in this order, once
@@ -289,6 +320,8 @@ def _probed(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
     question = Conversation("", (), QUESTION)
     try:
         prompt = chat.render_or_raise(question)
+    except UserError:
+        raise
     except Exception as error:  # templates raise errors of any type
         raise chat.refuse(f"fails on a question: {excerpt(error)}") from error
     parts = chat.between(question, [QUESTION])

@@ -22,12 +22,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.rows.named_splits import kind_of
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.run_files import atomic_folders, checkpoints
-from diptych.finetune.run_files.run_folder import last_training
+from diptych.finetune.run_files.run_folder import last_training, settings_of
 from diptych.finetune.training.starting_model import is_named_size
 
 CARD_TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
@@ -71,7 +71,8 @@ class Facts:
 
 def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license: str = "", language: str = "") -> str:
     """`files` are those that are published with it, by name."""
-    facts = read_facts(run, files)
+    with library_errors(f"{run} is not as training wrote it", "Move what was changed elsewhere, or restore it."):
+        facts = read_facts(run, files)
     manifest, recipe = facts.manifest, facts.recipe
     template = read_config(files, "tokenizer_config.json").get("diptych_template", {})
     golden = template.get("golden", [])
@@ -104,7 +105,7 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
 
 def read_facts(run: Path, files: Mapping[str, Path | bytes]) -> Facts:
     last = last_training(run)
-    settings, recipe = (yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) for folder in (run, last))
+    settings, recipe = settings_of(run), settings_of(last)
     step, hashes = trained_steps(last)
     manifest, fingerprint = prepared_manifest(recipe["data"], hashes, run)
     adapter = read_config(files, "adapter_config.json")
@@ -142,8 +143,8 @@ def prepared_manifest(data: str, hashes: list[Any], run: Path) -> tuple[dict[str
 
 
 def validation_scores(run: Path, step: int | None, recipe: Mapping[str, Any]) -> list[CardScore]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if kind_of(row["split"]) == "validation" and row["step"] == step]
+    rows = atomic_folders.read_json_lines(run / "metrics.jsonl")
+    rows = [row for row in rows if kind_of(row["split"]) == "validation" and row["step"] == step]
     of_step = {row["split"]: row for row in rows}  # the last of each
     dataset, sample = last_part(recipe["data"]), f"in training, on up to {recipe['metrics_limit']:,} rows"
     return [

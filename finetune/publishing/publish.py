@@ -17,7 +17,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.utils.sha import sha_fileobj
 
@@ -30,6 +29,7 @@ from diptych.finetune.publishing.hub_push import push, remote_hashes
 from diptych.finetune.publishing.model_card import model_card, read_config
 from diptych.finetune.publishing.publish_settings import PublishSettings
 from diptych.finetune.run_files import atomic_folders
+from diptych.finetune.run_files.run_folder import settings_of
 
 ALLOWED = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
@@ -195,7 +195,7 @@ def check_private(files: Mapping[str, Path | bytes], run: Path) -> None:
 
 def local_places(run: Path) -> list[str]:
     """Paths that no published file may hold: of the run, of what went into it, and of the home and working folder."""
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    recipe = settings_of(run)
     recipes = [recipe, *(recipe.get("stages") or ())]
     named = [Path(it[name]) for it in recipes for name in PATHS if it.get(name)]
     folders = [str(place.resolve()) for place in (run, *named) if place.is_absolute() or place.exists()]

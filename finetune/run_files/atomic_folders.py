@@ -20,10 +20,12 @@ from typing import Any
 
 import xxhash
 
-from diptych.data_prep.command_line.errors import UserError, storage_errno
+from diptych.data_prep.command_line.errors import UserError, library_errors, storage_errno
 from diptych.finetune.commands.exit_codes import StorageError, message_of
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 2**26
+"""Of a file of JSON."""
 PARTIAL = ".diptych-partial"
 
 
@@ -94,17 +96,18 @@ def fault_of(path: Path, read: bool = True) -> str:
     """What differs from the manifest, in words; "" where nothing does. Without `read`, only sizes are compared."""
     try:
         entries = read_json(path / MANIFEST)
-        expected = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in entries.items()}
+        expected = {name: (int(entry["bytes"]), entry["xxh3_128"]) for name, entry in entries.items()}
+        missing = next((name for name in expected if not (path / name).is_file()), None)
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except PermissionError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError, OSError):
         return f"its {MANIFEST} cannot be read"
+    if missing:
+        return f"{missing} is missing"
     for name, (size, digest) in expected.items():
         file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes instead of {size:,}"
         try:
@@ -169,7 +172,22 @@ def write_text(file: Path, text: str) -> None:
 
 
 def read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    """ValueError for what is no JSON, or larger or deeper nested than what training writes."""
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """All whole lines; a running training may be at the last one. UserError names a line that is damaged."""
+    entries = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        with library_errors(f"{file} line {number} is no entry of a log", "Remove the line, or restore it."):
+            entries.append(dict(json.loads(line)))
+    return entries
 
 
 def _hash(file: Path) -> str:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -187,7 +188,10 @@ def whole_tensor(tensor: torch.Tensor, keep: bool = True) -> torch.Tensor:
 
 def load_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> None:
     """CheckpointError where the file has other entries than the state of these weights."""
-    tensors = load_file(file)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Name another checkpoint.") from error
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
     expected = {f"{names[weight]}/{key}" for weight in trained for key in ("step", "exp_avg", "exp_avg_sq")}
     if different := sorted(expected ^ tensors.keys()):

@@ -1,14 +1,14 @@
 """metrics.jsonl of a run in; loss.png out: training and validation loss over steps, and the learning rate below."""
 
-import json
 import os
 from pathlib import Path
 
 from diptych.data_prep.rows.named_splits import splits_of
+from diptych.finetune.run_files.atomic_folders import read_json_lines
 
 
 def plot_loss(metrics_file: Path, picture: Path) -> None:
-    entries = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    entries = read_json_lines(metrics_file)
     if not entries:  # they were lost; an older picture may show them
         return
     import matplotlib

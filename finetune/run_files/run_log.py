@@ -76,7 +76,7 @@ def _cut_back(file: Path, size: int) -> int:
         for number, line in enumerate(lines, start=1):
             try:
                 json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{file} line {number} is no JSON ({error}). Bring the file back from a copy, or move it away: the"
                     f" run then goes on without its earlier lines."

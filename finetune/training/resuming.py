@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
-import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import BatchOrder, PreparedData
 from diptych.finetune.commands.exit_codes import CheckpointError, say_once
 from diptych.finetune.run_files import atomic_folders, checkpoints
-from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing
+from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing, settings_of
 from diptych.finetune.training.recipe import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
 from diptych.finetune.training.run import Progress
 
@@ -57,18 +56,6 @@ def check_resumes(recipe: TrainRecipe, folder: Path) -> None:
 def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
     """The recipe as config.yaml has it: as of the beginning, however often the run was resumed."""
     return asdict(recipe) | {"betas": list(recipe.betas), "resume": False}
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    """The recipe in config.yaml of a run's folder, with nothing left at auto. UserError if it is no recipe."""
-    config = folder / CONFIG
-    try:
-        found = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is not the recipe of a run: {excerpt(error)}") from error
-    if not isinstance(found, dict) or not {"model", "data", "seed"} <= found.keys():
-        raise UserError(f"{config} is not the recipe of a run. Give `out` the folder of a run, or a new one.")
-    return found
 
 
 def with_its_precision(recipe: TrainRecipe) -> TrainRecipe:
@@ -133,6 +120,10 @@ def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) 
         state = atomic_folders.read_json(file)
         before, written, scaler = dict(state["run"]), dict(state["written"]), dict(state["scaler"])
         progress = Progress(**state["progress"])
+        for name, value in asdict(Progress()).items():
+            found, kinds = getattr(progress, name), int if isinstance(value, int) else int | float | None
+            if not isinstance(found, kinds) or (kinds is int and found < 0):
+                raise TypeError(f"its {name} is {found!r}")
         if missing := asdict(progress).keys() - state["progress"].keys():
             raise KeyError(*missing)
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -68,12 +68,12 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
 def restore(run: Run, saved: Path) -> None:
     """Optimizer and random states."""
     checkpoints.load_optimizer(saved / "optimizer.safetensors", run.optimizer, run.weight_names)
-    random_states = atomic_folders.read_json(saved / "rng.json")
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     try:
+        random_states = list(atomic_folders.read_json(saved / "rng.json"))
         if rank < len(random_states):
             checkpoints.restore_random_states(random_states[rank])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{saved / 'rng.json'} holds no random states of rank {rank}: {error!r}") from error
     if ranks != len(random_states):
         run.log.say(f"{len(random_states)} ranks before, {ranks} now: dropout will differ")

@@ -23,7 +23,15 @@ import yaml
 from diptych.data_prep.command_line.arguments import from_values, instead_of
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exit_codes import DONE, STOPPED, is_main_rank, say_once
-from diptych.finetune.run_files.run_folder import CONFIG, STAGES, Status, claimed, holds_nothing, read_status
+from diptych.finetune.run_files.run_folder import (
+    CONFIG,
+    STAGES,
+    Status,
+    claimed,
+    holds_nothing,
+    read_status,
+    settings_of,
+)
 from diptych.finetune.training.recipe import NEEDED, TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
 
@@ -45,7 +53,6 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
         check_resumes,
         check_settings,
         say_changes,
-        settings_of,
         to_yaml,
         with_its_precision,
     )

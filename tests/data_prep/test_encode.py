@@ -379,7 +379,7 @@ def test_a_letter_that_is_a_control_token_and_cannot_be_written_otherwise_is_nam
     tokenizers_by_family["diptych-unigram"].save_pretrained(tmp_path)
     grown = AutoTokenizer.from_pretrained(tmp_path)
     grown.add_tokens(["I"])
-    with pytest.raises(UserError, match="added tokens are no words of text .*'I'.*diptych_text_tokens"):
+    with pytest.raises(UserError, match="added tokens are no words of text: .*'I'.*diptych_text_tokens"):
         split_sources(grown, ["I am a student."])
     grown.init_kwargs[TEXT_TOKENS_KEY] = ["I"]
     assert grown.convert_tokens_to_ids("I") in split_sources(grown, ["I am a student."])[0].content

@@ -11,7 +11,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.prepare import main
 from diptych.data_prep.rows.language_names import is_swapped
 from diptych.data_prep.rows.records import Languages
-from diptych.data_prep.text_to_ids.checkpoint_config import why_not_loaded
+from diptych.data_prep.text_to_ids import tokenizer_files
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.languages import codes_of, languages_note, resolved
 
@@ -338,8 +338,11 @@ def test_a_template_that_does_not_fit_the_languages_is_refused(language_folders,
         assert code == 2 and message in said
 
 
-def test_a_sentencepiece_model_without_its_package_names_the_package(monkeypatch):
+def test_a_sentencepiece_model_without_its_package_names_the_package(monkeypatch, language_folders):
+    def refuse(*_, **__):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
+
+    monkeypatch.setattr(tokenizer_files.AutoTokenizer, "from_pretrained", refuse)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    error = ValueError("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.")
-    assert why_not_loaded(error).endswith("pip install 'diptych[sentencepiece]'.")
-    assert why_not_loaded(ValueError("broken")) == "broken"
+    with pytest.raises(UserError, match=r"that is missing: pip install 'diptych\[sentencepiece\]'"):
+        tokenizer_files.open_tokenizer(str(language_folders / "nllb"))

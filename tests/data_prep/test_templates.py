@@ -5,14 +5,12 @@ import multiprocessing
 import resource
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.records import Origin, Record
-from diptych.data_prep.text_to_ids import template_sandbox as sandbox
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, learn_new_tokens
 from diptych.data_prep.text_to_ids.rendered_text import Rendered
 from diptych.data_prep.text_to_ids.templates import (
@@ -213,6 +211,23 @@ def test_a_stranger_s_template_is_held_in_the_sandbox(text):
         Template("stranger", text).render_source("a")
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        "{% for i in range(9999) %}" + "{% if l == l %}{% endif %}" * 1000 + "{% endfor %}",
+        "{{ range(99999)|reject('in', l)|list|length }}",
+        "{% for i in range(9999) %}" + "{% set a = l[::-1] %}" * 1000 + "{% endfor %}",
+        "{% for i in range(62000) %}" + "{% if 'ab' in text %}{% endif %}" * 99 + "{% endfor %}",
+    ],
+)
+def test_a_template_pays_for_what_it_compares_tests_and_cuts(work):
+    text = "{% set l = range(50000)|list %}{% set text = range(50000)|join %}" + work
+    began = time.process_time()
+    with pytest.raises(UserError, match="it makes more than|it takes more than"):
+        Template("stranger", text).render_source("a")
+    assert time.process_time() - began < 5
+
+
 def test_an_unknown_name_names_the_nearest():
     with pytest.raises(UserError, match="neither one of alpaca, plain, translate, chat nor .* Did you mean 'alpaca'"):
         load_template("alpcaa")
@@ -313,14 +328,6 @@ def test_what_templates_are_made_of_works_within_the_limits():
     )
     source = Template("all", text).render_source("do it", "input", (("q", "r"), ("s", "t")))
     assert source == "1qr,2st in. False q, s ut 1 Do It s"
-
-
-def test_the_pipeline_that_travels_has_the_same_limits():
-    """It cannot import data_prep, so the same code stands in both files."""
-    marker, here = "WORK = ", Path(sandbox.__file__)
-    travelling = here.parents[2] / "modeling" / "pipeline_diptych.py"
-    ours, theirs = (path.read_text(encoding="utf-8").partition(marker)[2] for path in (here, travelling))
-    assert ours and ours.replace("LimitedEnvironment", "TravellingEnvironment") == theirs
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrain
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.templates import template_of
+from diptych.finetune.pairing import donor_template
 from diptych.finetune.pairing.donor_template import CHECKED, donor_prompt
 
 TEXTS = [
@@ -389,9 +390,14 @@ def test_without_a_token_for_line_ends_a_base_model_starts_with_bos():
         ("{{ messages[0].content }}: {{ 1 / 0 }}", "fails on a question: division by zero"),
         ("{% for m in messages %}{{ m.content }}", "fails on a question: Unexpected end of template"),
         ({"rag": TURN + BEGIN}, "fails on a question"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "llm takes more than 1 s"),
+        ("{% set a = 'aaaaaaaaaa' * 10 ** 8 %}{{ a ~ a }}", "llm takes more than .* 1,073,741,824 bytes"),
+        ("{{ 'a' * 10 ** 7 }}", "llm takes more than .* 1,000,000 characters"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails on a question: maximum recursion depth"),
     ],
 )
-def test_what_is_no_frame_is_refused(template, said, plain):
+def test_what_is_no_frame_is_refused(template, said, plain, monkeypatch):
+    monkeypatch.setattr(donor_template, "SECONDS", 1)
     with pytest.raises(UserError, match=said):
         donor_prompt(with_template(plain, template), "llm")
 

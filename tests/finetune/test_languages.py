@@ -31,6 +31,7 @@ from diptych.finetune.doctor.doctor_checks import CHECKS, Patient
 from diptych.finetune.doctor.doctor_rows import rows_from
 from diptych.finetune.evaluating.evaluate_rows import DIRECTION_COLUMNS
 from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.inference.pipeline_diptych import DiptychPipeline
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.inference.target_tokens import given_tokens
@@ -41,7 +42,6 @@ from diptych.finetune.serving.request_batches import Engine
 from diptych.finetune.serving.serve_settings import DemoSettings
 from diptych.finetune.serving.served_model import load_served
 from diptych.finetune.serving.web_demo import Asked, Contestant, answer_all, build_page
-from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 PAIRS = [
     ("Go.", "가.", "eng_Latn", "kor_Hang"),

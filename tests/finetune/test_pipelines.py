@@ -1,5 +1,6 @@
 """transformers' pipelines for text to text, as `diptych generate` writes."""
 
+import inspect
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TextIteratorStreamer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
+from diptych.data_prep.text_to_ids import template_sandbox
 from diptych.data_prep.text_to_ids.templates import Template, attach_template
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.inference.pipelines import (
@@ -185,6 +187,7 @@ def test_a_pipeline_travels_to_where_diptych_is_not_installed(kind, t5_checkpoin
         json.loads((folder / "config.json").read_text()), AutoTokenizer.from_pretrained(folder)
     )
     (folder / "config.json").write_text(json.dumps(config))
+    assert b"from diptych" not in code and inspect.getsource(template_sandbox.LimitedEnvironment).encode() in code
     (folder / TRAVELLING_CODE).write_bytes(code)
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

@@ -34,6 +34,7 @@ from diptych.finetune.doctor.doctor_checks import CHECKS, examine
 from diptych.finetune.doctor.doctor_settings import DoctorSettings
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.inference.pipeline_diptych import DiptychPipeline
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.inspecting import inspection_facts
@@ -41,7 +42,6 @@ from diptych.finetune.inspecting.inspection import Reader
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer
 from diptych.finetune.publishing.publish import ALLOWED
-from diptych.modeling.pipeline_diptych import DiptychPipeline
 
 PAIRS = [
     ("Go.", "가."),

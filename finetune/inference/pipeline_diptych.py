@@ -8,23 +8,17 @@ An input is a text, which is an instruction, a row of instruction (and input, hi
 Models with language codes (NLLB, M2M100, mBART, MADLAD) take `src_lang` and `tgt_lang`, or `source_language` and
 `target_language` in rows: codes as the tokenizer has them. What is not given is as the tokenizer says. Greedy unless
 told otherwise. A text in which a control token is spelled is refused: here, unlike in Diptych, it would become one.
-This file imports only torch, transformers and what they need. Its last part, from WORK on, is the same as in
-data_prep/text_to_ids/template_sandbox.py, which says why: what a stranger's template can do is limited.
+Where it travels, the code of template_sandbox.py stands in place of its import, so that it imports only torch,
+transformers and what they need.
 """
 
-import functools
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import torch
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError, TemplateSyntaxError
-from jinja2.runtime import Context, LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import Pipeline
+
+from diptych.data_prep.text_to_ids.template_sandbox import LimitedEnvironment, start_budget
 
 TEMPLATE_KEY = "diptych_template"
 """Under which the template stands in tokenizer_config.json."""
@@ -58,7 +52,7 @@ class DiptychPipeline(Pipeline):
         template = self.tokenizer.init_kwargs[TEMPLATE_KEY]
         instruction, text, system = (value or "" for value in texts)
         start_budget(sum(map(len, [instruction, text, system, *(text for turn in history for text in turn)])))
-        prompt = TravellingEnvironment().from_string(template["source"])
+        prompt = LimitedEnvironment().from_string(template["source"])
         prompt = prompt.render(instruction=instruction, input=text, history=history, system=system)
         given, target = forced_prefix(template), row.get("target_language")
         if hasattr(self.tokenizer, "src_lang") and type(self.tokenizer).__name__ != "FSMTTokenizer":  # of one pair
@@ -134,140 +128,3 @@ def fields_of(inputs: Any) -> dict[str, Any]:
         raise ValueError("messages take turns, user and assistant, and end with the user's")
     pairs = list(zip(turns[0:-1:2], turns[1::2], strict=True))
     return {"instruction": turns[-1], "history": pairs, "system": system}
-
-
-WORK = 1_000_000
-"""What one rendering may do: characters made, and turns of loops."""
-SECONDS = 1.0
-LONGEST_TEMPLATE = 30_000
-NODES = frozenset(
-    "Template Output TemplateData If For Assign Name Const Concat Add Sub Neg Compare Operand And Or Not CondExpr"
-    " Getattr Getitem Slice Filter Test Call Keyword Tuple".split()
-)
-FILTERS = (
-    "capitalize default first int join last length list lower map reject replace reverse select sort string title trim"
-    " unique upper wordcount"
-).split()
-TEXT_METHODS = frozenset(
-    "capitalize count endswith find isalnum isalpha isdigit islower isnumeric isspace isupper lower lstrip partition"
-    " removeprefix removesuffix replace rfind rpartition rsplit rstrip split splitlines startswith strip title"
-    " upper".split()
-)
-_left = threading.local()
-
-
-def start_budget(row_characters: int = 0) -> None:
-    """Called before a template is compiled, because constants are computed then, and before each rendering."""
-    _left.work = WORK + 16 * row_characters
-    _left.deadline = time.thread_time() + SECONDS
-
-
-def spend(work: int) -> None:
-    _left.work -= work
-    if _left.work < 0:
-        raise SecurityError(f"it makes more than {WORK:,} characters, or its loops take more than {WORK:,} turns")
-    if _left.work % 16 == 0 and time.thread_time() > _left.deadline:  # the clock takes longer than a turn
-        raise SecurityError(f"it takes more than {SECONDS} seconds")
-
-
-class TravellingEnvironment(ImmutableSandboxedEnvironment):
-    """`from_string` and `render` as in Jinja, within the budget that `start_budget` opened in this thread."""
-
-    intercepted_binops = frozenset("+")
-
-    def __init__(self) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined)
-        self.filters = {name: _paid(self.filters[name]) for name in FILTERS}
-        self.filters |= {"join": _joined, "replace": _replaced, "_turns": _turns}
-        self.globals = {"range": self.globals["range"]}
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        if len(source) > LONGEST_TEMPLATE:
-            raise SecurityError(f"it has {len(source):,} characters, and {LONGEST_TEMPLATE:,} are allowed")
-        return _limited(super()._parse(source, name, filename))
-
-    @staticmethod
-    def concat(pieces: Iterable[str]) -> str:
-        kept = []
-        for piece in pieces:
-            spend(len(piece))
-            kept.append(piece)
-        return "".join(kept)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str):
-            return attr in TEXT_METHODS
-        return isinstance(obj, LoopContext) and super().is_safe_attribute(obj, attr, value)
-
-    def wrap_str_format(self, value: Any) -> None:
-        """So that `str.format` is not found: `~` does the same."""
-        return None
-
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        spend(1)
-        if getattr(obj, "__name__", "") == "replace":
-            return _replaced(obj.__self__, *args, **kwargs)
-        result = super().call(context, obj, *args, **kwargs)
-        spend(_size(result))
-        return result
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        spend(_size(left) + _size(right))
-        return super().call_binop(context, operator, left, right)
-
-
-def _limited(node: nodes.Node) -> nodes.Node:
-    """The syntax tree in which each loop counts its turns, and `~` is the filter `join`, which pays first."""
-    kind = type(node).__name__
-    if kind not in NODES or getattr(node, "recursive", False) or (kind == "Tuple" and node.ctx == "load"):
-        what = "a recursive loop" if kind == "For" else f"Jinja's {kind}"
-        raise TemplateSyntaxError(f"{what} is not allowed in a template, which has if, for, set, ~ and +", node.lineno)
-    for name, value in node.iter_fields():
-        if isinstance(value, nodes.Node):
-            setattr(node, name, _limited(value))
-        elif isinstance(value, list):
-            setattr(node, name, [_limited(it) if isinstance(it, nodes.Node) else it for it in value])
-    if kind == "For":
-        node.iter = nodes.Filter(node.iter, "_turns", [], [], None, None, lineno=node.lineno)
-    if kind == "Concat":
-        parts = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(parts, "join", [], [], None, None, lineno=node.lineno)
-    return node
-
-
-def _paid(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, which pays for what it has made. None of FILTERS makes much more than it was given."""
-
-    @functools.wraps(function)
-    def paid(*args: Any, **kwargs: Any) -> Any:
-        spend(1)
-        result = function(*args, **kwargs)
-        result = list(result) if isinstance(result, Iterator) else result
-        spend(_size(result))
-        return result
-
-    return paid
-
-
-def _size(value: Any) -> int:
-    """Characters of a text; a place in a list takes 8 bytes and counts as 8."""
-    if isinstance(value, str):
-        return len(value)
-    return sum(8 + _size(it) for it in value) if isinstance(value, list | tuple) else 1
-
-
-def _turns(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        spend(1)
-        yield item
-
-
-def _joined(items: Iterable[Any], separator: str = "") -> str:
-    texts = [str(item) for item in items]
-    spend(_size(texts) + len(separator) * len(texts))
-    return separator.join(texts)
-
-
-def _replaced(text: str, old: str, new: str, count: int = -1) -> str:
-    spend(len(text) + text.count(old) * len(new))
-    return text.replace(old, new, count)
