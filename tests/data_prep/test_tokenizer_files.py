@@ -71,7 +71,7 @@ def refusal(bpe_folder, tmp_path):
         (BACKEND, split(r"(\w+\s?)+:$|x"), r"'(\\w+\\s?)+:$|x', which may search for years"),
         (BACKEND, split(r"[^x]*[^x]*x"), "which may search for years"),
         (BACKEND, split(r"((a{1000}){1000}){1000}"), "which may search for years"),
-        (BACKEND, split("((a"), "pre_tokenizer has the regular expression '((a', in which a ( has no )"),
+        (BACKEND, split("((a"), "pre_tokenizer has the regular expression '((a', in which something is not"),
         (BACKEND, {"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "(tokenizer.json: pre_tokenizer)"),
         (BACKEND, {"decoder": 1}, "(tokenizer.json: decoder)"),
         (BACKEND, added(30_000), "added_tokens has 30,000 tokens; 20,000 are allowed"),
@@ -123,6 +123,6 @@ def test_regular_expressions_of_published_tokenizers_are_allowed(pattern):
 def test_the_cost_of_a_regular_expression_is_its_runs_before_what_can_fail():
     assert [regex_cost(it).tries for it in ("a+b", "a+b*", "a*b*c", "(?:a|b){2}c")] == [RUN, 1, RUN**2, 4]
     assert regex_cost(r"(?:ab){2,3}[^\]c]\p{L}?").least == 5
-    for unknown in (r"(a)\1", "(?#x)", "(?x)a", r"\g<0>", "a)", "[a", "[]a]", "*", "(" * 40 + ")" * 40, "a(?i)b|c"):
+    for unknown in (r"(a)\1", "(?#x)", "(?x)a", r"\g<0>", "a)", "[a", "[]a]", "*", "a(?i)b|c"):
         with pytest.raises(ValueError):
             regex_cost(unknown)
