@@ -77,6 +77,7 @@ def spoil_bytes(file: str) -> Callable[[Path, random.Random], str]:
 
 
 def make_manifest(folder: Path) -> None:
+    folder.mkdir(parents=True)
     write(folder / "state.json", b"{}")
     atomic_folders.write_manifest(folder)
 
