@@ -162,9 +162,10 @@ def test_a_wrong_logprobs_says_what_there_is(hurried, path, value, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments, most", [((), 10), (("--timeout", "1", "--max_new_tokens", "100000"), 20)])
-def test_sigterm_does_not_wait_for_clients_that_dawdle(t5_checkpoint, tmp_path, arguments, most):
-    """It waits for no request that has not arrived, nor for one with a long answer after --timeout."""
+@pytest.mark.parametrize("arguments", [(), ("--timeout", "1", "--max_new_tokens", "100000")])
+def test_sigterm_does_not_wait_for_clients_that_dawdle(t5_checkpoint, tmp_path, arguments):
+    """It waits for no request that has not arrived (with them it would be --timeout, 120 seconds), nor for one with a
+    long answer after --timeout."""
     before = HURRIED.format(descriptors=1024, arrival=600)
     with listening(["serve", str(t5_checkpoint), *arguments], tmp_path / "log", before) as served:
         body = json.dumps({"prompt": "Go." * 40, "temperature": 2, "n": 16}).encode()
@@ -173,10 +174,8 @@ def test_sigterm_does_not_wait_for_clients_that_dawdle(t5_checkpoint, tmp_path, 
             for start in sent:
                 held.enter_context(connect(served, start))
             assert is_answered(served) or arguments
-            started = time.monotonic()
             served.process.send_signal(signal.SIGTERM)
-            assert served.process.wait(60) == 0
-            assert time.monotonic() - started < most
+            assert served.process.wait(100) == 0
 
 
 def test_the_budget_is_what_batches_take(loaded):
