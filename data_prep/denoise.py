@@ -18,8 +18,7 @@ import itertools
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import datasets
@@ -32,7 +31,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import parse
-from diptych.data_prep.command_line.errors import UserError, message_line
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.overwrite_checks import new_folder
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
 from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
@@ -148,7 +148,11 @@ def pairs_of(
     tokens: Sequence[int], settings: DenoiseSettings, special: SpecialTokens, key: int
 ) -> tuple[list[tuple[list[int], list[int]]], int]:
     """(input_ids, labels) of each window of a document, and how many tokens are left over at its end."""
-    mixture = denoisers(settings)
+    mixture = {
+        "ul2": UL2_MIXTURE,
+        "prefix_lm": (Denoiser("S", settings.minimum_prefix),),
+        "span_corruption": (Denoiser("R", settings.noise_density, settings.mean_noise_span_length),),
+    }[settings.objective]
     pairs, place = [], 0
     while True:
         generator = numpy.random.default_rng([settings.seed, key, len(pairs)])
@@ -166,14 +170,6 @@ def pairs_of(
         mode = [special.modes[denoiser.mode]] if special.modes else []
         input_ids = [*special.before_source, *mode, *source, *special.after_source]
         pairs.append((input_ids, [*special.before_target, *target, *special.after_target]))
-
-
-def denoisers(settings: DenoiseSettings) -> tuple[Denoiser, ...]:
-    if settings.objective == "ul2":
-        return UL2_MIXTURE
-    if settings.objective == "prefix_lm":
-        return (Denoiser("S", settings.minimum_prefix),)
-    return (Denoiser("R", settings.noise_density, settings.mean_noise_span_length),)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, settings: DenoiseSettings) -> SpecialTokens:
@@ -201,22 +197,22 @@ def denoise(settings: DenoiseSettings) -> Counter[str]:
     tokenizer = open_tokenizer(settings.tokenizer)
     what = "both sides of these pairs are of one text. Take a checkpoint with one vocabulary."
     check_one_vocabulary(tokenizer, settings.tokenizer, what)
-    out = Path(settings.out).expanduser()
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{settings.out} has something in it, which will not be overwritten. Choose another --out.")
+    out = new_folder(settings.out)
     if settings.add_sentinels:
         names = [f"<extra_id_{number}>" for number in range(settings.add_sentinels)]
         tokenizer.add_tokens([AddedToken(name, special=True) for name in names], special_tokens=True)
     special = special_tokens(tokenizer, settings)
     texts = open_texts(settings.data, settings.text_fields)
-    out.mkdir(parents=True, exist_ok=True)
     if settings.add_sentinels:
         tokenizer.save_pretrained(out / "tokenizer")
     counts: Counter[str] = Counter()
     partial = out / "pairs.parquet.partial"
     with pyarrow.parquet.ParquetWriter(partial, SCHEMA) as writer, tqdm(unit=" documents", file=sys.stderr) as bar:
         pairs: list[tuple] = []
-        stream = _documents(texts, settings.documents)
+        stream = texts()
+        if settings.documents == "file":
+            files = itertools.groupby(texts.pairs(), key=lambda pair: pair[0])
+            stream = ("\n".join(text for _, text in lines) for _, lines in files)
         while documents := list(itertools.islice(stream, DOCUMENTS_AT_ONCE)):
             for text, encoding in zip(documents, split_sources(tokenizer, documents), strict=True):
                 counts["documents"] += 1
@@ -230,17 +226,8 @@ def denoise(settings: DenoiseSettings) -> Counter[str]:
                 _write(writer, pairs)
         _write(writer, pairs)
     partial.rename(out / "pairs.parquet")
-    if left_out := texts.left_out():
-        print(message_line(f"warning: {left_out}"), file=sys.stderr)
+    texts.warn_of_rejects()
     return counts
-
-
-def _documents(texts, kind: str) -> Iterator[str]:
-    if kind == "line":
-        yield from texts()
-        return
-    for _, lines in itertools.groupby(texts.pairs(), key=lambda pair: pair[0]):
-        yield "\n".join(text for _, text in lines)
 
 
 def _write(writer: pyarrow.parquet.ParquetWriter, pairs: list[tuple]) -> None:

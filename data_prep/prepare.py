@@ -22,7 +22,6 @@ from typing import Any
 import datasets
 import numpy
 import transformers
-from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError, counted, message_line
 from diptych.data_prep.command_line.run_command import run_command
@@ -44,7 +43,7 @@ from diptych.data_prep.pipeline.prepared_folder import (
     parts_folder,
     put_in_place,
     remove_kept_rejects,
-    save_quietly,
+    without_bars,
 )
 from diptych.data_prep.pipeline.rows_in_memory import RowsInMemory
 from diptych.data_prep.pipeline.select_rows import REMOVED, Selection, mixed_train, select, write_conflicts
@@ -167,9 +166,11 @@ def prepare(
             rejects = Rejects(file, settings.strict, fatal_kinds(settings))
             results = _make_tables(inputs, RowJob(inputs.sources, stages, fingerprint), rejects, partial)
         manifest = manifest_of(results)
-        save_quietly(results.tables, partial)
-        if results.plan is not None:
-            save_quietly(packed_table(results.plan, scratch), partial / PACKED)
+        packed = packed_table(results.plan, scratch) if results.plan is not None else None
+        with without_bars():
+            results.tables.save_to_disk(partial)
+            if packed is not None:
+                packed.save_to_disk(partial / PACKED)
         results.stages.tokenizer.save_pretrained(partial / TOKENIZER)
         write_report(partial, report_facts(results, manifest))
         shutil.rmtree(scratch)
@@ -190,8 +191,11 @@ def _make_tables(inputs: Inputs, job: RowJob, rejects: Rejects, partial: Path) -
     write_conflicts(partial / CONFLICTS, gathered, selection)
     too_few_tokens = None
     if stages.tokenizer is None:
-        texts = functools.partial(_train_texts, gathered, selection)
-        tokenizer, too_few_tokens = _trained_tokenizer(settings, texts)
+        texts, tokens = functools.partial(_train_texts, gathered, selection), settings.vocab_size
+        if tokens == "auto":
+            tokens, _ = curve_vocab_size(settings.train_tokenizer, texts)
+        tokenizer = train_tokenizer(settings.train_tokenizer, texts(), tokens)
+        too_few_tokens = why_fewer(tokenizer, tokens) if tokens == settings.vocab_size else None
         attach_template(tokenizer, stages.template)
         check_decoder_start(settings, tokenizer)  # little text gives fewer tokens than were asked for
         stages = replace(stages, tokenizer=tokenizer)
@@ -243,17 +247,6 @@ def _need_rows(rows: int, rejects: Rejects, settings: PrepareSettings, split: st
         f"{what} ({kinds}). The first, {first.origin}: {first.reason} Correct the rows or the settings, and prepare"
         f" them again. All of them: {keep_rejects(rejects, Path(settings.out).expanduser().resolve())}"
     )
-
-
-def _trained_tokenizer(
-    settings: PrepareSettings, texts: Callable[[], Iterator[str]]
-) -> tuple[PreTrainedTokenizerBase, str | None]:
-    """The tokenizer; and, if it has fewer tokens than the settings ask for, a warning that says why."""
-    kind, tokens = settings.train_tokenizer, settings.vocab_size
-    if tokens == "auto":
-        tokens, _ = curve_vocab_size(kind, texts)
-    trained = train_tokenizer(kind, texts(), tokens)
-    return trained, why_fewer(trained, tokens) if tokens == settings.vocab_size else None
 
 
 def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:

@@ -61,10 +61,23 @@ def parse(
         raise SystemExit(0)
     for word in argv:
         check_encoding(word)
-    argv = [_with_underscores(word, settings_class) for word in argv]
-    words, recipes = _without_recipes(_spell_out(settings_class, argv))
+    words, recipes = [], []
+    left = iter(_spell_out(settings_class, [_with_underscores(word, settings_class) for word in argv]))
+    for word in left:
+        option, equals, value = word.partition("=")
+        if option != CONFIG:
+            words.append(word)
+            continue
+        value = value if equals else next(left, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{CONFIG} has no value; it has to be a YAML file.")
+        recipes.append(value)
     contents = [_read_recipe(name, settings_class) for name in recipes]
-    _drop_alternatives(contents, given_options(words), settings_class)
+    given = given_options(words)
+    for content in reversed(contents):  # `--max_steps 100` drops a recipe's `epochs: 3`, and so does a later recipe
+        for other in (other for name in given for other in instead_of(settings_class, name) if other not in given):
+            content.pop(other, None)
+        given = given | {name for name, value in content.items() if value is not None}
     if not any(word.split("=")[0] in ANSWERS for word in words):
         _check_words(words, settings_class, command, {name for content in contents for name in content})
     return _instantiate(settings_class, command, contents, words)
@@ -103,7 +116,10 @@ def _instantiate(
     except UserError:
         raise
     except (ArgumentError, ValueError) as error:
-        raise _user_error_behind(error) or UserError(f"{excerpt(error, 300).rstrip('.')}. See --help.") from None
+        behind: BaseException | None = error
+        while behind is not None and not isinstance(behind, UserError):  # which a dataclass raised
+            behind = behind.__cause__ or behind.__context__
+        raise behind or UserError(f"{excerpt(error, 300).rstrip('.')}. See --help.") from None
 
 
 def choose_from(name: str, known: Sequence[str]) -> str:
@@ -141,17 +157,6 @@ def _with_underscores(word: str, settings_class: type) -> str:
     return f"--{'.'.join(parts)}{equals}{value}"
 
 
-def _drop_alternatives(contents: Sequence[dict[str, Any]], given: set[str], settings_class: type) -> None:
-    """A setting on the command line also overrides the recipe's alternatives to it: with `--max_steps 100`, a recipe's
-    `epochs: 3` is dropped."""
-    for content in reversed(contents):
-        for name in given:
-            for other in instead_of(settings_class, name):
-                if other not in given:
-                    content.pop(other, None)
-        given = given | {name for name, value in content.items() if value is not None}
-
-
 def _spell_out(settings_class: type, argv: Sequence[str]) -> list[str]:
     """What people type, as jsonargparse reads it: `--data a b --strict` → `--strict=true --data=["a", "b"]`."""
     hints = get_type_hints(settings_class)
@@ -177,21 +182,6 @@ def _spell_out(settings_class: type, argv: Sequence[str]) -> list[str]:
         is_list = len(entries) == 1 and isinstance(entries[0], list)  # `--layers '[0, 1]'` and not `--layers 0 1`
         others.append(f"{option}={json.dumps(entries[0] if is_list else entries)}")
     return others
-
-
-def _without_recipes(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words without each `--config FILE`, and the files."""
-    others, files, left = [], [], iter(words)
-    for word in left:
-        option, equals, value = word.partition("=")
-        if option != CONFIG:
-            others.append(word)
-            continue
-        value = value if equals else next(left, "")
-        if not value or value.startswith("--"):
-            raise UserError(f"{CONFIG} has no value; it has to be a YAML file.")
-        files.append(value)
-    return others, files
 
 
 def _check_words(words: Sequence[str], settings_class: type, command: str, in_recipes: set[str]) -> None:
@@ -326,7 +316,13 @@ def _fault(where: str, value: Any, hint: Any) -> str | None:
         return next((fault for part in parts if (fault := _fault(*part))), None)
     if any(_fits(value, kind) for kind in _kinds(hint)):
         return None
-    return f"{where} is {_shown(value)}; it {_expected(hint)}.{_advice(value, hint)}"
+    hints, advice = (hint, *get_args(hint)), ""
+    choices = [choice for part in hints if get_origin(part) is Literal for choice in get_args(part)]
+    if str in hints and not isinstance(value, str | list | dict | None):
+        advice = " Put it in quotes."
+    elif near := nearest(value, choices) if isinstance(value, str) else None:
+        advice = f" Did you mean {near}?"
+    return f"{where} is {_shown(value)}; it {_expected(hint)}.{advice}"
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -375,32 +371,21 @@ def _read(value: Any) -> Any:
 
 def _expected(hint: Any) -> str:
     """`has to be a number`, `can be auto, bf16 or fp32`."""
-    parts = _kinds(hint)
-    kinds = [words for part in parts if part is not NoneType for words in _kind(part)]
+    kinds, is_choice = [], False
+    for kind in (kind for kind in _kinds(hint) if kind is not NoneType):
+        origin, parts = get_origin(kind), get_args(kind)
+        is_choice |= origin is Literal
+        if origin is Literal:
+            kinds += parts
+        elif origin is tuple:
+            kinds.append(f"a list of {len(parts)} values")
+        elif origin is dict or is_dataclass(kind):
+            name = "name" if origin else fields(kind)[0].name
+            kinds.append(f"values by name, as in {{{name}: …}}")
+        else:
+            kinds.append(KINDS[origin or kind])
     listed = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
-    return f"{'can' if any(get_origin(part) is Literal for part in parts) else 'has to'} be {listed}"
-
-
-def _kind(hint: Any) -> tuple[str, ...]:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return parts
-    if origin is tuple:
-        return (f"a list of {len(parts)} values",)
-    if origin is dict or is_dataclass(hint):
-        names = [inner.name for inner in fields(hint)][:1] if origin is None else ["name"]
-        return (f"values by name, as in {{{names[0]}: …}}",)
-    return (KINDS[origin or hint],)
-
-
-def _advice(value: Any, hint: Any) -> str:
-    """What to do next, if the message alone does not say it."""
-    hints = (hint, *get_args(hint))
-    if str in hints and not isinstance(value, str | list | dict | None):
-        return " Put it in quotes."
-    choices = [choice for part in hints if get_origin(part) is Literal for choice in get_args(part)]
-    near = nearest(value, choices) if isinstance(value, str) else None
-    return f" Did you mean {near}?" if near else ""
+    return f"{'can' if is_choice else 'has to'} be {listed}"
 
 
 def _shown(value: Any) -> str:
@@ -412,13 +397,6 @@ def _shown(value: Any) -> str:
 def _settings_in(hint: Any) -> type | None:
     """The dataclass that a setting is made of, if it is: `Mixture | None` → Mixture."""
     return next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
-
-
-def _user_error_behind(error: BaseException | None) -> UserError | None:
-    """The UserError that a dataclass raised, which jsonargparse wraps in an error about types."""
-    while error is not None and not isinstance(error, UserError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 # The help

@@ -42,6 +42,15 @@ def take_lock(path: Path, busy: Callable[[str], str]) -> int:
     return lock
 
 
+def new_folder(name: str) -> Path:
+    """The folder that --out names, made if it is not there. UserError if it has something in it."""
+    folder = Path(name).expanduser()
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError(f"{name} has something in it, which will not be overwritten. Choose another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def check_overwrite(path: Path, is_own: Callable[[bytes], bool], what: str, given_as: str = "--out") -> None:
     """UserError if `path` exists and its content is not what this command writes."""
     if path.is_dir():

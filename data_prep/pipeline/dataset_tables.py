@@ -113,7 +113,11 @@ def plan_packing(train: Dataset, tokenizer: PreTrainedTokenizerBase, settings: P
     first_labels = pyarrow.compute.list_element(table["labels"], 0).to_numpy()
     repeats_start = repeated_start(first_labels, start_id, starts)
     lengths = (source_tokens, target_tokens - repeats_start)
-    groups = _numbers_of_sources(table["input_ids"]) if settings.share_sources else None
+    groups = None
+    if settings.share_sources:  # (examples,) a number for each different source
+        number_of: dict[bytes, int] = {}
+        sources = (ids.tobytes() for chunk in table["input_ids"].chunks for ids in _id_arrays(chunk))
+        groups = numpy.array([number_of.setdefault(source, len(number_of)) for source in sources])
     given = (settings.packed_source_tokens, settings.packed_target_tokens)
     budget = choose_budget(*lengths, *given, groups=groups, names=train["origin"])
     rows = list(_rows(lengths, budget, settings.seed, groups))
@@ -154,13 +158,6 @@ def plan_packing(train: Dataset, tokenizer: PreTrainedTokenizerBase, settings: P
     return PackingPlan(train.select_columns(["input_ids", "labels"]), rows, budget, repeats_start, entry)
 
 
-def _numbers_of_sources(column: pyarrow.ChunkedArray) -> numpy.ndarray:
-    """(examples,) a number for each different source."""
-    number_of: dict[bytes, int] = {}
-    sources = (ids.tobytes() for chunk in column.chunks for ids in _id_arrays(chunk))
-    return numpy.array([number_of.setdefault(source, len(number_of)) for source in sources])
-
-
 def _rows(
     lengths: Sequence[numpy.ndarray], budget: Budget, seed: int, groups: numpy.ndarray | None
 ) -> Iterator[numpy.ndarray]:
@@ -184,8 +181,20 @@ def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
     with without_bars(), tqdm(total=len(plan.rows), unit=" rows", desc="Packing train") as bar:
 
         def assembled(batch: dict[str, list[list[int]]]) -> dict[str, numpy.ndarray]:
+            """The columns of some packed rows, each (rows, S) or (rows, T)."""
             bar.update(len(batch["examples"]))
-            return _assembled_rows(batch["examples"], plan)
+            places = numpy.concatenate(batch["examples"])
+            table = plan.ids.with_format("arrow")[places]
+            sources, labels = (_id_arrays(table[name].combine_chunks()) for name in ("input_ids", "labels"))
+            examples = iter(
+                {"input_ids": source, "labels": target[1:], "decoder_start": target[0]}
+                if repeats
+                else {"input_ids": source, "labels": target}
+                for source, target, repeats in zip(sources, labels, plan.repeats_start[places], strict=True)
+            )
+            settings = [plan.entry[name] for name in ("pad_token_id", "decoder_start_token_id", "share_sources")]
+            rows = [assemble_row([next(examples) for _ in row], plan.budget, *settings) for row in batch["examples"]]
+            return {name: numpy.stack([row[name] for row in rows]) for name in rows[0]}
 
         return Dataset.from_dict({"examples": plan.rows}, features=examples).map(
             assembled,
@@ -196,22 +205,6 @@ def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
             cache_file_name=str(scratch / "rows.arrow"),
             new_fingerprint="packed-train",
         )
-
-
-def _assembled_rows(places_of_rows: list[list[int]], plan: PackingPlan) -> dict[str, numpy.ndarray]:
-    """The columns of some packed rows, each (rows, S) or (rows, T)."""
-    places = numpy.concatenate(places_of_rows)
-    table = plan.ids.with_format("arrow")[places]
-    sources, labels = (_id_arrays(table[name].combine_chunks()) for name in ("input_ids", "labels"))
-    examples = iter(
-        {"input_ids": source, "labels": target[1:], "decoder_start": target[0]}
-        if repeats
-        else {"input_ids": source, "labels": target}
-        for source, target, repeats in zip(sources, labels, plan.repeats_start[places], strict=True)
-    )
-    settings = [plan.entry[name] for name in ("pad_token_id", "decoder_start_token_id", "share_sources")]
-    rows = [assemble_row([next(examples) for _ in row], plan.budget, *settings) for row in places_of_rows]
-    return {name: numpy.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _id_arrays(ids: pyarrow.ListArray) -> list[numpy.ndarray]:

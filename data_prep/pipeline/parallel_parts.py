@@ -77,7 +77,10 @@ def write_part(job: RowJob, folder: Path, task: int, tasks: int) -> Iterator[Bat
             with pyarrow.ipc.new_stream(file, schema.with_metadata({FINGERPRINT: job.fingerprint})) as stream:
                 for source, number, chunk in job.chunks_of(task, tasks, found):
                     batch = job.stages.run(chunk, source)
-                    stream.write_batch(batch.examples, {CHUNK: _as_json(number, batch)})
+                    # In ASCII, because raw text of rejects may have lone surrogates, which UTF-8 cannot hold.
+                    facts = {name: getattr(batch, name) for name in ("source_number", "bytes_done")}
+                    facts |= {"rejects": [asdict(reject) for reject in batch.rejects], "counts": vars(batch.counts)}
+                    stream.write_batch(batch.examples, {CHUNK: json.dumps({"number": number, **facts})})
                     yield batch
                 end = json.dumps(sorted(found.items()))
                 stream.write_batch(pyarrow.RecordBatch.from_pylist([], schema), {END: end})
@@ -126,7 +129,11 @@ def _numbered_batches(path: Path, job: RowJob, ends: list) -> Iterator[tuple[int
         if END in beside:
             ends += json.loads(beside[END])
             return
-        yield _from_json(beside[CHUNK], examples.replace_schema_metadata(None))
+        facts = json.loads(beside[CHUNK])
+        rejects = [Reject(**reject | {"origin": Origin(**reject["origin"])}) for reject in facts["rejects"]]
+        counts = Counts(**{name: Counter(it) if isinstance(it, dict) else it for name, it in facts["counts"].items()})
+        examples = examples.replace_schema_metadata(None)
+        yield facts["number"], Batch(facts["source_number"], facts["bytes_done"], examples, rejects, counts)
 
 
 def _part_paths(folder: Path) -> list[Path]:
@@ -148,17 +155,3 @@ def _part_paths(folder: Path) -> list[Path]:
 def _again(path: Path) -> str:
     task = PART_NAME.fullmatch(path.name)[1]
     return f"Run task {int(task)} again; if datatrove skips it, remove completions/{task} in its logging_dir first."
-
-
-def _as_json(number: int, batch: Batch) -> str:
-    """In ASCII, because raw text of rejects may have lone surrogates, which UTF-8 cannot hold."""
-    rejects = [asdict(reject) for reject in batch.rejects]
-    facts = {"source_number": batch.source_number, "bytes_done": batch.bytes_done, "counts": vars(batch.counts)}
-    return json.dumps({"number": number, "rejects": rejects, **facts})
-
-
-def _from_json(text: bytes, examples: pyarrow.RecordBatch) -> tuple[int, Batch]:
-    facts = json.loads(text)
-    rejects = [Reject(**reject | {"origin": Origin(**reject["origin"])}) for reject in facts["rejects"]]
-    counts = {name: Counter(it) if isinstance(it, dict) else it for name, it in facts["counts"].items()}
-    return facts["number"], Batch(facts["source_number"], facts["bytes_done"], examples, rejects, Counts(**counts))

@@ -18,11 +18,6 @@ def _check_checkpoint(name: str, option: str) -> None:
         check_place(name)
 
 
-def _check_start(name: str, option: str) -> None:
-    if not name.startswith("diptych-"):  # a named size
-        _check_checkpoint(name, option)
-
-
 def _check_prepared(name: str, option: str) -> None:
     if (Path(name) / "dataset_dict.json").is_file():
         return
@@ -73,7 +68,7 @@ OUTPUT = {"check": _check_output}
 """A file or folder that will be written."""
 CHECKPOINT = {"check": _check_checkpoint}
 """A folder that exists, or a Hub id."""
-START = {"check": _check_start}
+START = {"check": lambda name, option: name.startswith("diptych-") or _check_checkpoint(name, option)}
 """The same, or a named size."""
 PREPARED = {"check": _check_prepared}
 EXISTING = {"check": _check_exists}

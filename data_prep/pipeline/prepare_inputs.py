@@ -9,7 +9,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,15 @@ def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> 
         mixed = [source.entry or source.name for source in sources if source.split == TRAIN]
         check_mixture(settings.mixture, list(dict.fromkeys(mixed)))
     evaluation = open_evaluation(settings.decontaminate, limits)
-    converters = [make_converter(settings, source) for source in sources]
-    inputs = Inputs(sources, evaluation, converters, list(_suspicious_names(sources)))
+    converters, warnings = [make_converter(settings, source) for source in sources], []
+    for source in sources:
+        name = f"{Path(source.entry).name}/{Path(source.name).name}"
+        if source.name.startswith(HUB_PREFIX):  # of its name, only a split says something
+            name = source.name.removeprefix(HUB_PREFIX).partition(":")[2]
+        if source.split == TRAIN and (kind := kind_in_name(name)) in HELD_OUT:
+            why = f"is trained on, as --data says, and its name says {kind}. --{kind} holds it out."
+            warnings.append(f"{source.name} {why}")
+    inputs = Inputs(sources, evaluation, converters, warnings)
     for kind in HELD_OUT:
         if splits_of(kind, inputs.splits) and getattr(settings, f"{kind}_fraction"):
             own = next(source.name for source in sources if kind_of(source.split) == kind)
@@ -101,18 +108,6 @@ def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> 
                 f" train on {own} as well, name it in --data itself."
             )
     return inputs
-
-
-def _suspicious_names(sources: Sequence[Source]) -> Iterator[str]:
-    """A warning for each source that is trained on and whose name says that it is held out."""
-    for source in sources:
-        if source.split != TRAIN:
-            continue
-        name = f"{Path(source.entry).name}/{Path(source.name).name}"
-        if source.name.startswith(HUB_PREFIX):  # of its name, only a split says something
-            name = source.name.removeprefix(HUB_PREFIX).partition(":")[2]
-        if (kind := kind_in_name(name)) in HELD_OUT:
-            yield f"{source.name} is trained on, as --data says, and its name says {kind}. --{kind} holds it out."
 
 
 def make_stages(
@@ -176,14 +171,25 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
     if not rows:
         return Converter(named(settings.format)) if settings.format else FORMAT_UNKNOWN
     mapping = parse_mapping(settings.map)
-    _check_pairs(rows, source.name, mapping)
+    third = [row.fields["column 3"] for row in rows if row.fields.keys() >= {"first", "second", "column 3"}]
+    if not mapping and any(third) and not all(text.startswith("CC") for text in third):  # which is no licence
+        shown = ", ".join(f"'{text[:40]}'" for text in rows[0].fields.values())
+        raise UserError(
+            f"{source.name} has {len(rows[0].fields)} columns and no header, so that nothing says which two are the"
+            f" pair; its first row is {shown}. Say it by their numbers, for example --map first=1 second=2."
+        )
+    given = Languages(settings.source_language or "", settings.target_language or "")
+    directions = Directions(settings.forward, settings.backward, given)
+    if directions.are_none:  # a shipped sample brings its own
+        sample = (source.forward, source.backward)
+        directions = Directions(*(sample[::-1] if is_swapped(Languages(*source.languages), given) else sample), given)
     try:
         return converter_for(
             rows,
             source.name,
             settings.format,
             mapping,
-            directions_for(settings, source),
+            directions,
             settings.languages,
             settings.summary_instruction,
             settings.positive_examples,
@@ -195,28 +201,6 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
             raise
         others = "To leave it out, name the files to train on themselves in --data."
         raise UserError(f"{error} By its name it is taken for {source.split}. {others}") from None
-
-
-def _check_pairs(rows: Sequence[Row], name: str, mapping: Mapping[str, str]) -> None:
-    """UserError where a table without a header has a third column that is no licence: the pair may be others than the
-    first two."""
-    third = [row.fields["column 3"] for row in rows if row.fields.keys() >= {"first", "second", "column 3"}]
-    if not mapping and any(third) and not all(text.startswith("CC") for text in third):
-        shown = ", ".join(f"'{text[:40]}'" for text in rows[0].fields.values())
-        raise UserError(
-            f"{name} has {len(rows[0].fields)} columns and no header, so that nothing says which two are the pair; its"
-            f" first row is {shown}. Say it by their numbers, for example --map first=1 second=2."
-        )
-
-
-def directions_for(settings: PrepareSettings, source: Source) -> Directions:
-    """Those of the settings; where they have none, the instructions that a shipped sample brings."""
-    given = Languages(settings.source_language or "", settings.target_language or "")
-    if settings.forward is not None or settings.backward is not None:
-        return Directions(settings.forward, settings.backward, given)
-    if is_swapped(Languages(*source.languages), given):
-        return Directions(source.backward, source.forward, given)
-    return Directions(source.forward, source.backward, given)
 
 
 def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
@@ -234,25 +218,24 @@ def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[R
         rows = first_rows(source)
         if not rows:
             raise UserError(f"{source.name} has no row that training could be compared with.")
-        records = _plain_text
+        converter, bad = None, []
         if not is_plain(source.name):
             both = Directions("Translate:", "Translate:")  # so that both sides of a pair are looked at
-            records = converter_for(rows, source.name, directions=both, languages=settings.languages).records
-        bad: list[Reject] = []
-        for result in (result for row in source.rows() for result in records(row)):
-            if isinstance(result, Record | PlainText):
-                yield result
-            elif isinstance(result, Reject):
-                bad.append(result)
+            converter = converter_for(rows, source.name, directions=both, languages=settings.languages)
+        for row in source.rows():
+            if converter is None and isinstance(row, Row):
+                yield PlainText(row.fields["text"], row.origin)
+                continue
+            for result in [row] if converter is None else converter.records(row):
+                if isinstance(result, Record):
+                    yield result
+                elif isinstance(result, Reject):
+                    bad.append(result)
         if bad:
             inputs.warnings.append(
                 f"training is not compared with {counted(len(bad), 'row')} of {source.name}, which cannot be read; the"
                 f" first, {bad[0].origin}: {bad[0].reason}"
             )
-
-
-def _plain_text(row: Row | Reject) -> list[PlainText | Reject]:
-    return [row if isinstance(row, Reject) else PlainText(row.fields["text"], row.origin)]
 
 
 def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:

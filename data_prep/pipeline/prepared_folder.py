@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
@@ -90,7 +89,9 @@ def check_replaceable(folder: Path) -> None:
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder} has other things in it, which will not be overwritten. Choose another --out.")
-    if foreign := sorted(_foreign(folder, manifest)):
+    written = manifest["files"]  # a table of another size is damaged, and not somebody else's
+    changed = {name for name, _ in _file_sizes(folder).items() - written.items()}
+    if foreign := sorted(name for name in changed if name not in written or not name.endswith(".arrow")):
         raise UserError(
             f"{folder} holds a prepared dataset, and {', '.join(foreign[:3])}, which was not written with it, and"
             " would go when it is replaced. Move that away, or choose another --out."
@@ -105,8 +106,15 @@ def beside(folder: Path) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            _restore_previous(folder)
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            previous = _previous(folder)  # of a run that was killed between the two renames or after them
+            if previous.exists() and read_manifest(previous) is None:
+                raise UserError(
+                    f"{previous} is in the way, and no prepared dataset. Move it away, or choose another --out."
+                )
+            if previous.exists() and not folder.exists():
+                previous.rename(folder)
+            shutil.rmtree(previous, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir()
                 yield partial
@@ -148,19 +156,6 @@ def put_in_place(partial: Path, folder: Path, manifest: dict[str, Any]) -> dict[
     partial.rename(folder)
     shutil.rmtree(_previous(folder), ignore_errors=True)
     return manifest
-
-
-def _restore_previous(folder: Path) -> None:
-    """Brings back, or removes, what a run left that was killed between the two renames or after them."""
-    previous = _previous(folder)
-    if not previous.exists():
-        return
-    if read_manifest(previous) is None:
-        raise UserError(f"{previous} is in the way, and no prepared dataset. Move it away, or choose another --out.")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-    else:
-        previous.rename(folder)
 
 
 def _previous(folder: Path) -> Path:
@@ -220,15 +215,9 @@ def _is_rejects(path: Path) -> bool:
         return False
 
 
-def save_quietly(tables: DatasetDict | Dataset, folder: Path) -> None:
-    """Saves tables without a progress bar for each split, as it takes no time."""
-    with without_bars():
-        tables.save_to_disk(folder)
-
-
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Turns off the progress bars of `datasets`, which call everything examples."""
+    """Turns off the progress bars of `datasets`, which call everything examples, and count what takes no time."""
     bars_were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -243,10 +232,3 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     paths = sorted(path for path in found if not CACHE_FILE.fullmatch(path.name))
     sizes = {path.relative_to(folder).as_posix(): path.lstat().st_size for path in paths}
     return {name: size for name, size in sizes.items() if name != MANIFEST}
-
-
-def _foreign(folder: Path, manifest: dict[str, Any]) -> set[str]:
-    """Files that somebody has added or changed. A table of another size is not among them: it is damaged."""
-    written = manifest["files"]
-    changed = {name for name, _ in _file_sizes(folder).items() - written.items()}
-    return {name for name in changed if name not in written or not name.endswith(".arrow")}

@@ -36,7 +36,7 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.reading.sources import Chunk
 from diptych.data_prep.rows.convert_rows import Converter
 from diptych.data_prep.rows.language_names import UnknownLanguage
-from diptych.data_prep.rows.records import RAW_CHARACTERS_KEPT, Languages, Origin, Record, Reject, Row, Tokenised
+from diptych.data_prep.rows.records import Languages, Origin, Record, Reject, Row, Tokenised, shortened_raw
 from diptych.data_prep.text_to_ids.encode import (
     Encoding,
     shortened,
@@ -48,7 +48,7 @@ from diptych.data_prep.text_to_ids.encode import (
 from diptych.data_prep.text_to_ids.languages import codes_of, resolved
 from diptych.data_prep.text_to_ids.rendered_text import from_marked, marked
 from diptych.data_prep.text_to_ids.templates import Template
-from diptych.data_prep.text_to_ids.tokenizer_losses import Loss, source_losses, target_losses
+from diptych.data_prep.text_to_ids.tokenizer_losses import source_losses, target_losses
 
 SENSITIVE_EXAMPLES = 5
 """Of each kind in a batch, for the report."""
@@ -270,7 +270,7 @@ class Stages:
             "instruction": [getattr(record, "instruction", "") for record in records],
             "input": [getattr(record, "input", "") for record in records],
             "origin": [str(record.origin) for record in records],
-            "raw": [_writable(row.raw) for row in rows],
+            "raw": [shortened_raw(row.raw) for row in rows],
             "source_number": numpy.full(len(rows), source_number),
             **dict(zip(KEY_FIELDS, keys, strict=True)),
             **{name: [it.languages[side] for it in records] for side, name in enumerate(LANGUAGE_FIELDS)},
@@ -305,14 +305,25 @@ class Stages:
         for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
             lost = {"source": unknown.get(place), "target": losses.get(place)}
             row, fault = self._fitted(fitting[place], target)
-            if fault is None:
-                fault = _unknown_token(row, sizes) if place in given else self._too_lossy(lost)
+            if fault is None and place in given:  # these may be of another tokenizer
+                above = [(max(ids), size) for ids, size in zip(row, sizes, strict=True) if max(ids) >= size]
+                for token, size in above[:1]:
+                    what = f"it holds the token {token}, and the ids of the tokenizer end at {size - 1}."
+                    fault = ("unknown token", what)
+            for side, loss in lost.items() if fault is None and settings.lossy_text != "keep" else ():
+                if loss and fault is None:
+                    what = f"the tokenizer loses {' and '.join(loss.kinds)} of the {side}: {loss.example}."
+                    fault = (LOSSY, what)
             if fault is not None:
                 batch.reject(origin_of(examples, place), *fault, examples["raw"][place].as_py())
                 continue
             kept.append(place)
             ids.append((*row, source.token_count, target.token_count))
-            _count_lost(lost, examples["origin"][place].as_py(), batch.counts)
+            for name, loss in ((f"{kind} of the {side}", it) for side, it in lost.items() if it for kind in it.kinds):
+                batch.counts.lost[name] += 1
+                if batch.counts.lost[name] == 1:
+                    example = {"kind": name, "origin": examples["origin"][place].as_py(), "example": loss.example}
+                    batch.counts.lost_examples.append(example)
         batch.counts.looked_at.update(source=len(set(places) & set(kept)), target=len(losses.keys() & kept))
         columns = dict(zip(examples.schema.names, examples.columns, strict=True))
         columns |= {side: pyarrow.array(map(str, texts[side]), pyarrow.string()) for side in SIDES}  # without marks
@@ -346,29 +357,6 @@ class Stages:
             found.append(encoding.ids(limit, settings.end_cut_targets))
         return tuple(found), None
 
-    def _too_lossy(self, lost: Mapping[str, Loss | None]) -> KindAndReason | None:
-        for side, loss in lost.items():
-            if loss and self.settings.lossy_text != "keep":
-                return LOSSY, f"the tokenizer loses {' and '.join(loss.kinds)} of the {side}: {loss.example}."
-        return None
-
-
-def _unknown_token(row: Sequence[Sequence[int]], sizes: Sequence[int]) -> KindAndReason | None:
-    """Rows that came as token ids may be of another tokenizer. `sizes` are those of each side's vocabulary."""
-    for ids, size in zip(row, sizes, strict=True):
-        if max(ids) >= size:
-            return "unknown token", f"it holds the token {max(ids)}, and the ids of the tokenizer end at {size - 1}."
-    return None
-
-
-def _count_lost(lost: Mapping[str, Loss | None], origin: str, counts: Counts) -> None:
-    for side, loss in lost.items():
-        for kind in loss.kinds if loss else ():
-            name = f"{kind} of the {side}"
-            counts.lost[name] += 1
-            if counts.lost[name] == 1:
-                counts.lost_examples.append({"kind": name, "origin": origin, "example": loss.example})
-
 
 def _keys(row: RenderedRow) -> tuple[int, ...]:
     """KEY_FIELDS."""
@@ -379,12 +367,6 @@ def _keys(row: RenderedRow) -> tuple[int, ...]:
     of_direction = f"\0{record.languages.target}" if record.languages.target else ""
     exact = exact_key(row.source + of_direction), exact_key(row.target)
     return *exact, *record_keys(record), text_key(row.source)
-
-
-def _writable(raw: str) -> str:
-    """The row as rejects.jsonl will have it: shortened, and what is no valid character as an escape."""
-    raw = raw[:RAW_CHARACTERS_KEPT]
-    return raw if raw.isascii() else raw.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def origin_of(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> Origin:

@@ -8,7 +8,7 @@ The origin of the seventh row is "rows:7", or "rows:test:7" in a split.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -43,8 +43,13 @@ def open_rows(rows: RowsInMemory, limits: Limits) -> list[Source]:
                 f"rows has the split '{name}'. Name each split train, validation or test, or give rows as"
                 " [{'instruction': 'Add.', 'output': '2'}, …] or columns as {'instruction': ['Add.', …], 'output': …}."
             )
-    order = sorted(rows, key=lambda name: KINDS.index(kind_in_name(name)))
-    return [_source(rows[name], f"{NAME}:{name}", _split_of(name, order), limits) for name in order]
+    kinds = [kind_in_name(name) for name in rows]
+    sources = []
+    for kind, name in sorted(zip(kinds, rows, strict=True), key=lambda pair: KINDS.index(pair[0])):
+        # Several sets to validate or to test keep their names: test_news beside test_web is test/test_news.
+        split = f"{kind}/{name.rpartition('/')[2]}" if kind in HELD_OUT and kinds.count(kind) > 1 else kind
+        sources.append(_source(rows[name], f"{NAME}:{name}", split, limits))
+    return sources
 
 
 def _are_columns(rows: Any) -> bool:
@@ -52,13 +57,6 @@ def _are_columns(rows: Any) -> bool:
     columns = rows.values() if isinstance(rows, Mapping) else ()
     is_list = [isinstance(it, list | tuple | numpy.ndarray) and not isinstance([*it, 0][0], Mapping) for it in columns]
     return bool(is_list) and all(is_list)
-
-
-def _split_of(name: str, names: Iterable[str]) -> str:
-    """Several sets to validate or to test keep their names: test_news beside test_web is test/test_news."""
-    kind = kind_in_name(name)
-    is_alone = sum(kind_in_name(other) == kind for other in names) == 1
-    return kind if kind not in HELD_OUT or is_alone else f"{kind}/{name.rpartition('/')[2]}"
 
 
 def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:

@@ -80,7 +80,10 @@ def select(gathered: Gathered, splits: Sequence[str], settings: PrepareSettings,
     rows = numpy.flatnonzero(train.stays)
     conflicting = [rows[group].tolist() for group in conflicts(*train.exact_keys[rows].T)]
     duplicates["conflicts"] = len(conflicting)
-    duplicates["conflict_examples"] = [_conflict_shown(gathered, group) for group in conflicting[:EXAMPLES_SHOWN]]
+    duplicates["conflict_examples"] = []
+    for example in (_conflict(gathered, group) for group in conflicting[:EXAMPLES_SHOWN]):
+        targets = [row["target"][:SHOWN_CHARACTERS] for row in example["rows"]]
+        duplicates["conflict_examples"].append({"source": example["source"][:SHOWN_CHARACTERS], "targets": targets})
     fractions = [fraction_of(settings, kind, has_own_sets=bool(own)) for kind in HELD_OUT]
     split_of_row[train.is_train & ~train.stays] = REMOVED
     groups, warnings = None, []
@@ -202,11 +205,11 @@ class _Train:
         rows = self.remove(repeats, kind, lambda other: f"{why} {self.origin(other)}, which stays.")
         facts[what] = len(rows)
         for row in rows[:EXAMPLES_SHOWN]:
-            pair = {"kept": int(repeats[row]), "removed": row}
-            facts["examples"].append(
-                {name: self.origin(it) for name, it in pair.items()}
-                | {f"{name}_text": _both_sides(self.gathered, it) for name, it in pair.items()}
-            )
+            example = {}
+            for name, it in {"kept": int(repeats[row]), "removed": row}.items():
+                both = " → ".join(_side(self.gathered, side, it) for side in ("source", "target"))
+                example |= {name: self.origin(it), f"{name}_text": both[:SHOWN_CHARACTERS]}
+            facts["examples"].append(example)
 
     def _compared_text(self, row: int) -> str:
         instruction, text, target = (_side(self.gathered, name, row) for name in ("instruction", "input", "target"))
@@ -239,17 +242,7 @@ def _conflict(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
     return {"source": _side(gathered, "source", group[0]), "rows": rows}
 
 
-def _conflict_shown(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
-    shown = _conflict(gathered, group)
-    targets = [row["target"][:SHOWN_CHARACTERS] for row in shown["rows"]]
-    return {"source": shown["source"][:SHOWN_CHARACTERS], "targets": targets}
-
-
 def _side(gathered: Gathered, side: str, row: int) -> str:
     """A text as a person reads it: sources and targets that are not encoded yet still have the template's marks."""
     text = gathered.examples[side][row].as_py()
     return str(from_marked(text)) if side in ("source", "target") else text
-
-
-def _both_sides(gathered: Gathered, row: int) -> str:
-    return f"{_side(gathered, 'source', row)} → {_side(gathered, 'target', row)}"[:SHOWN_CHARACTERS]

@@ -64,12 +64,12 @@ def _begin(function: Callable[..., Any]) -> None:
     gc.freeze()  # objects of the parent are never garbage here: collections skip them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core, and the threads do not survive a fork
-    threading.Thread(target=_end_with_parent, daemon=True).start()
 
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _run(task: tuple) -> Any:

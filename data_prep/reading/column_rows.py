@@ -13,6 +13,7 @@ followed to any place in memory.
 
 import contextlib
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -218,17 +219,12 @@ def parquet_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
     """Row group by row group, some rows at a time; the fewer, the larger the group is."""
     with _faults_named(file, "parquet"), OwnBytes(file) as raw, pyarrow.parquet.ParquetFile(raw) as parquet:
         _check_columns(parquet.schema_arrow, file.name)
-        groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
-        _check_unpacked(sum(group.total_byte_size for group in groups), "it", file, limits)
-        yield from _chunks(_parquet_batches(parquet), file.name, raw.tell, limits)
-
-
-def _parquet_batches(parquet: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
-    for group in range(parquet.metadata.num_row_groups):
-        # Of the whole group: to ask for one column of a broken file ends the process (pyarrow 26, C++ terminate).
-        size = parquet.metadata.row_group(group).total_byte_size
-        rows = min(ROWS_IN_CHUNK, max(FEWEST_ROWS, MOST_BATCH_BYTES // max(1, size)))
-        yield from parquet.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
+        # Sizes are of whole groups: to ask for one column of a broken file ends the process (pyarrow 26).
+        sizes = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
+        _check_unpacked(sum(sizes), "it", file, limits)
+        rows = [min(ROWS_IN_CHUNK, max(FEWEST_ROWS, MOST_BATCH_BYTES // max(1, size))) for size in sizes]
+        batches = (parquet.iter_batches(it, [group], use_threads=False) for group, it in enumerate(rows))
+        yield from _chunks(itertools.chain.from_iterable(batches), file.name, raw.tell, limits)
 
 
 def arrow_chunks(file: File, limits: Limits) -> Iterator[Chunk]:
@@ -247,7 +243,13 @@ def _sound_batches(
 ) -> Iterator[pyarrow.RecordBatch]:
     for number, batch in enumerate(batches, start=1):
         for column in batch.columns:  # before anything else is asked of it, its size included
-            _check_column(column)
+            try:
+                column.validate(full=True)  # Arrow does not check offsets when it reads
+            except pyarrow.ArrowInvalid as error:  # text that is no UTF-8 is a reject later
+                if "UTF8" not in str(error) or column.type not in TEXT_TYPES[:2]:
+                    raise
+                binary = pyarrow.binary() if column.type == TEXT_TYPES[0] else pyarrow.large_binary()
+                column.view(binary).validate(full=True)
         _check_unpacked(batch.nbytes, f"its batch {number}", file, limits)
         yield batch
 
@@ -258,18 +260,6 @@ def _check_unpacked(size: int, what: str, file: File, limits: Limits) -> None:
             f"{file.name} has {file.bytes:,} bytes, and {what} unpacks to {size:,}; at most {most:,} may come of it."
             " If you trust it, raise max_unpacked_ratio."
         )
-
-
-def _check_column(column: pyarrow.Array) -> None:
-    """Arrow does not check offsets when it reads. Text that is no UTF-8 is not an error here, but a reject later."""
-    try:
-        column.validate(full=True)
-    except pyarrow.ArrowInvalid as error:
-        is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
-        if not is_text or "UTF8" not in str(error):
-            raise
-        binary = pyarrow.binary() if pyarrow.types.is_string(column.type) else pyarrow.large_binary()
-        column.view(binary).validate(full=True)
 
 
 def hub_chunks(dataset: Any, name: str, limits: Limits) -> Iterator[Chunk]:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.reading.column_rows import arrow_chunks, parquet_chunks
 from diptych.data_prep.reading.find_files import HEAD_BYTES, Content, File, Limits, shell_command
-from diptych.data_prep.reading.json_objects import object_reader
-from diptych.data_prep.reading.json_rows import array_chunks, json_row
+from diptych.data_prep.reading.json_rows import array_chunks, json_row, object_reader
 from diptych.data_prep.reading.lines import line_chunks
 from diptych.data_prep.reading.row_chunks import KNOWN_COLUMNS, Chunk
 from diptych.data_prep.reading.table_rows import SEPARATOR_LINE, Header, check_header, csv_chunks, tsv_row

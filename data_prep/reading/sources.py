@@ -299,7 +299,7 @@ def _open_entry(entry: str, limits: Limits, columns: Collection[str], empty: lis
     if pair := _aligned_pair(entry):
         return [replace(_open_aligned(pair, limits), entry=entry)]
     found, notes = find_files(entry, SAMPLES)
-    sources: list[Source] = []
+    sources = []
     for file in found:
         try:
             sources.append(replace(_open_file(identify(file), limits, columns), split=kind_in_name(file.inside)))

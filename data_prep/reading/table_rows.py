@@ -147,33 +147,22 @@ class _CsvLines:
     """Lines for csv.reader, which takes as many as a record has. Those that it took can be given back."""
 
     def __init__(self, blocks: Iterator[Lines | LongLine], most: int) -> None:
-        self._lines, self._most, self._waiting = _each_line(blocks), most, deque()
+        self._lines, self._most, self.waiting = _each_line(blocks), most, deque()
         self.taken: list[Line] = []
+        self.characters = 0
+        """Of the record at hand, like `taken`."""
 
     def __iter__(self) -> "_CsvLines":
         return self
 
     def __next__(self) -> str:
-        line = self._waiting.popleft() if self._waiting else next(self._lines)
-        if isinstance(line, LongLine) or (self.taken and self._characters + len(line[1]) > self._most):
-            self._waiting.appendleft(line)
+        line = self.waiting.popleft() if self.waiting else next(self._lines)
+        if isinstance(line, LongLine) or (self.taken and self.characters + len(line[1]) > self._most):
+            self.waiting.appendleft(line)
             raise _RecordTooLarge
-        self._characters += len(line[1])
+        self.characters += len(line[1])
         self.taken.append(line)
         return line[1].removeprefix(BYTE_ORDER_MARK)
-
-    def begin(self) -> None:
-        self.taken, self._characters = [], 0
-
-    def long_line(self) -> LongLine | None:
-        """What stopped a record before it began, taken away."""
-        if not self.taken and self._waiting and isinstance(self._waiting[0], LongLine):
-            return self._waiting.popleft()
-        return None
-
-    def give_back_all_but_first(self) -> None:
-        self._waiting.extendleft(reversed(self.taken[1:]))
-        del self.taken[1:]
 
 
 def _each_line(blocks: Iterator[Lines | LongLine]) -> Iterator[Line | LongLine]:
@@ -198,31 +187,31 @@ def _each_line(blocks: Iterator[Lines | LongLine]) -> Iterator[Line | LongLine]:
 def csv_chunks(file: File, limits: Limits, mark: int, delimiter: str, numbered: bool = False) -> Iterator[Chunk]:
     """A header, then records. A record's row is the line that it starts on. With `numbered` there is no header: the
     columns are "1", "2" and so on, as many as the first record has."""
+    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than some documents have
+
+    def rows(lines: _CsvLines, name: str) -> Rows:
+        header: Header | None = None
+        for record in _csv_records(lines, name, limits, delimiter):
+            if isinstance(record, Reject):
+                if header is None and not numbered:
+                    raise UserError(f"{name}: the header '{excerpt(record.raw.strip())}' is wrong: {record.reason}")
+                yield record
+                continue
+            values, number, text, offset = record
+            is_blank = not any(value.strip(" \t\r\n") for value in values)
+            if is_blank or (number == 1 and SEPARATOR_LINE.fullmatch(text)):  # Excel's
+                continue
+            if header is None and not numbered:
+                header = Header.of_cells(values, number)
+                check_header(header, text, name, offset)
+                continue
+            header = header or Header.numbered(len(values))
+            origin = Origin(name, number)
+            yield line_fault(text, origin, offset, limits) or header.row(values, origin, text)
+
     with Content(file, limits) as content:
         lines = _CsvLines(line_blocks(content, mark, limits), limits.max_row_bytes)
-        yield from in_chunks(_csv_rows(lines, file.name, limits, delimiter, numbered), lambda: content.position)
-
-
-def _csv_rows(lines: _CsvLines, name: str, limits: Limits, delimiter: str, numbered: bool) -> Rows:
-    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters is less than some documents have
-    header: Header | None = None
-    for record in _csv_records(lines, name, limits, delimiter):
-        if isinstance(record, Reject):
-            if header is None and not numbered:
-                raise UserError(f"{name}: the header '{excerpt(record.raw.strip())}' is wrong: {record.reason}")
-            yield record
-            continue
-        values, number, text, offset = record
-        is_blank = not any(value.strip(" \t\r\n") for value in values)
-        if is_blank or (number == 1 and SEPARATOR_LINE.fullmatch(text)):  # Excel's
-            continue
-        if header is None and not numbered:
-            header = Header.of_cells(values, number)
-            check_header(header, text, name, offset)
-            continue
-        header = header or Header.numbered(len(values))
-        origin = Origin(name, number)
-        yield line_fault(text, origin, offset, limits) or header.row(values, origin, text)
+        yield from in_chunks(rows(lines, file.name), lambda: content.position)
 
 
 def _csv_records(
@@ -234,19 +223,19 @@ def _csv_records(
     """
     reader = csv.reader(lines, strict=True, delimiter=delimiter)
     while True:
-        lines.begin()
+        lines.taken, lines.characters = [], 0
         try:
             values = next(reader)
         except StopIteration:
             return
         except (csv.Error, _RecordTooLarge) as error:
             reader = csv.reader(lines, strict=True, delimiter=delimiter)
-            if longest := lines.long_line():
-                yield long_line(longest, name, limits)
+            if not lines.taken and lines.waiting and isinstance(lines.waiting[0], LongLine):
+                yield long_line(lines.waiting.popleft(), name, limits)
                 continue
             fault = f"broken csv: {error}." if isinstance(error, csv.Error) else "broken csv: a quote is never closed."
-            lines.give_back_all_but_first()
-            [(number, text, offset)] = lines.taken
+            (number, text, offset), *others = lines.taken
+            lines.waiting.extendleft(reversed(others))
             yield unreadable(Origin(name, number), text, offset, fault)
         else:
             text = "".join(line for _, line, _ in lines.taken)

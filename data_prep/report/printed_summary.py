@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from diptych.data_prep.command_line.errors import counted, excerpt
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import CONFLICTS, REJECTS
@@ -73,7 +71,12 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     if conflicts := manifest["conflicts"]:
         yield f"Conflicts  {conflicts:,} × one source with different targets, which stay: {CONFLICTS} lists them"
     for side, tokens in manifest["tokens"].items():
-        yield f"{side.capitalize()}     {_lengths(tokens)}"
+        over = "none" if not tokens["dropped"] else f"{tokens['dropped']:,} dropped,"
+        cut = f"{tokens['cut']:,} cut at" if tokens["cut"] else f"{over} over"
+        yield (
+            f"{side.capitalize()}     in all splits: median {tokens['p50']:,} tokens, 90 % up to {tokens['p90']:,},"
+            f" 99 % up to {tokens['p99']:,}, longest {tokens['p100']:,} | {cut} {tokens['limit']:,}"
+        )
     yield from packing_lines(manifest)
     yield f"Template   {manifest['template']['name']}, saved with the tokenizer"
     vocabularies = (f"{tokenizer[name]:,}" for name in ("tokens", "target_tokens") if name in tokenizer)
@@ -112,19 +115,6 @@ def _own_sets_lines(own: dict[str, Any], has_train: bool) -> Iterator[str]:
         if found["repeated"]:
             rows = counted(found["rows"], "row")
             yield f"Repeated   {name}: {found['repeated']:,} of its {rows} repeat others of it, and stay"
-
-
-def _lengths(tokens: dict[str, int]) -> str:
-    limit = f"{tokens['limit']:,}"
-    cut = f"none over {limit}"
-    if tokens["cut"]:
-        cut = f"{tokens['cut']:,} cut at {limit}"
-    elif tokens["dropped"]:
-        cut = f"{tokens['dropped']:,} dropped, over {limit}"
-    return (
-        f"in all splits: median {tokens['p50']:,} tokens, 90 % up to {tokens['p90']:,}, 99 % up to {tokens['p99']:,},"
-        f" longest {tokens['p100']:,} | {cut}"
-    )
 
 
 def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
@@ -196,7 +186,7 @@ def cut_off_warnings(rejects: Rejects) -> Iterator[str]:
         yield f"{counted(more, 'more file')} CUT OFF: rejects.jsonl has each, by its kind, '{CUT_OFF}'."
 
 
-def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> Iterator[str]:
+def usage_warnings(template: Template, counts: Counts) -> Iterator[str]:
     """What was given and is not used, or is used in an unexpected way."""
     if counts.unused_fields:
         names = [name for name, _ in counts.unused_fields.most_common()]
@@ -219,21 +209,6 @@ def usage_warnings(template: Template, tokenizer: PreTrainedTokenizerBase, count
             f"texts hold {tokens}, which the tokenizer has as added tokens. They are encoded as characters, since"
             " control tokens come from templates alone."
         )
-    yield from _lossy_warnings(counts)
-    if counts.decomposed:
-        files = ", ".join(name for name, _ in counts.decomposed.most_common(NAMES_SHOWN))
-        yield (
-            "text that is not in Unicode's form NFC, such as Hangul in single jamo, stands in"
-            f" {counted(counts.decomposed.total(), 'example')} of {files}. It is kept as it is, and a tokenizer that"
-            " does not compose it makes more tokens of it, and others. No setting changes texts: if it is not meant,"
-            " compose them before, as Python's unicodedata.normalize('NFC', text) does."
-        )
-    if "output" not in template.target_variables():
-        yield f"template {template.name} leaves out the output: every target is the same."
-
-
-def _lossy_warnings(counts: Counts) -> Iterator[str]:
-    """Of each kind of text that the tokenizer loses: how often, and an example."""
     examples = {it["kind"]: f"{it['origin']}: {it['example']}" for it in counts.lost_examples}
     for kind, rows in counts.lost.most_common():
         looked_at = counts.looked_at[kind.rpartition(" ")[2]]
@@ -246,3 +221,13 @@ def _lossy_warnings(counts: Counts) -> Iterator[str]:
             "a model cannot learn what the tokenizer loses. --lossy_text drop leaves such rows out, and --lossy_text"
             " error stops at the first; a tokenizer that writes bytes, as --train_tokenizer bpe makes one, loses none."
         )
+    if counts.decomposed:
+        files = ", ".join(name for name, _ in counts.decomposed.most_common(NAMES_SHOWN))
+        yield (
+            "text that is not in Unicode's form NFC, such as Hangul in single jamo, stands in"
+            f" {counted(counts.decomposed.total(), 'example')} of {files}. It is kept as it is, and a tokenizer that"
+            " does not compose it makes more tokens of it, and others. No setting changes texts: if it is not meant,"
+            " compose them before, as Python's unicodedata.normalize('NFC', text) does."
+        )
+    if "output" not in template.target_variables():
+        yield f"template {template.name} leaves out the output: every target is the same."

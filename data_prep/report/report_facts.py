@@ -3,7 +3,7 @@
 Texts are shortened here, so that a report of a million rows is as light as one of a hundred.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from diptych.data_prep.pipeline.dataset_tables import PackingPlan, direction_cou
 from diptych.data_prep.pipeline.gather_rows import Gathered
 from diptych.data_prep.pipeline.prepare_inputs import Inputs
 from diptych.data_prep.pipeline.prepared_folder import code_version
-from diptych.data_prep.pipeline.row_stages import Counts, Stages
+from diptych.data_prep.pipeline.row_stages import Stages
 from diptych.data_prep.pipeline.select_rows import ALSO_HELD_OUT, REMOVED, Selection
 from diptych.data_prep.report.printed_summary import (
     cut_off_warnings,
@@ -103,29 +103,15 @@ def _input_facts(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _tokenizer_facts(results: Results) -> dict[str, Any]:
-    tokenizer, settings, counts = results.stages.tokenizer, results.stages.settings, results.gathered.counts
-    lost = {
-        it["kind"]: {"examples": counts.lost[it["kind"]], "such as": f"{it['origin']}: {it['example']}"}
-        for it in counts.lost_examples
-    }
-    return {
-        "from": settings.tokenizer or f"{settings.train_tokenizer} trained on the train split",
-        "class": type(tokenizer).__name__,
-        "tokens": len(tokenizer),
-        **({"target_tokens": len(target_side(tokenizer))} if has_two_vocabularies(tokenizer) else {}),
-        "lost": lost,
-    }
-
-
 def manifest_of(results: Results) -> dict[str, Any]:
     """What manifest.json says; the fingerprint, the format and the sizes of the files are added when it is written."""
     settings, selection, rejects = results.stages.settings, results.selection, results.rejects
     counts, examples_read = results.gathered.counts, sum(results.gathered.examples_read)
     assert selection.kept + rejects.count == examples_read, (selection.kept, rejects.count, examples_read)
     inputs, packing = _input_facts(results), results.plan.entry if results.plan else None
+    tokenizer = results.stages.tokenizer
     warnings = [
-        *usage_warnings(results.stages.template, results.stages.tokenizer, counts),
+        *usage_warnings(results.stages.template, counts),
         *results.inputs.warnings,
         *selection.warnings,
         *own_sets_warnings(selection.own_sets, inputs),
@@ -150,7 +136,16 @@ def manifest_of(results: Results) -> dict[str, Any]:
         "packing": packing,
         "inputs": inputs,
         "template": asdict(results.stages.template),
-        "tokenizer": _tokenizer_facts(results),
+        "tokenizer": {
+            "from": settings.tokenizer or f"{settings.train_tokenizer} trained on the train split",
+            "class": type(tokenizer).__name__,
+            "tokens": len(tokenizer),
+            **({"target_tokens": len(target_side(tokenizer))} if has_two_vocabularies(tokenizer) else {}),
+            "lost": {
+                it["kind"]: {"examples": counts.lost[it["kind"]], "such as": f"{it['origin']}: {it['example']}"}
+                for it in counts.lost_examples
+            },
+        },
         "settings": asdict(settings),
         "warnings": list(map(message_line, warnings)),
         "code": code_version(),
@@ -163,6 +158,16 @@ def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
     settings, gathered, rejects = results.stages.settings, results.gathered, results.rejects
     counts, tokenizer, plan = gathered.counts, results.stages.tokenizer, results.plan
     start = plan.entry["decoder_start_token_id"] if plan else target_side(tokenizer).pad_token_id
+    overlaps = [{"origin": str(it.origin), "ngram": it.reason} for it in rejects.examples.get(CONTAMINATED, ())]
+    contamination = {"removed": rejects.kinds[CONTAMINATED], "against": settings.decontaminate, "examples": overlaps}
+    sensitive = []
+    for kind, _ in counts.sensitive.most_common():
+        sensitive += [it for it in counts.sensitive_examples if it["kind"] == kind][:SENSITIVE_SHOWN]
+    lengths, all_rows = {}, numpy.concatenate(list(results.places.values()))
+    for side, tokens in manifest["tokens"].items():
+        bins = histogram(gathered.column(f"{side}_tokens")[all_rows], tokens["limit"])
+        over = {"over_limit": tokens["cut"] + tokens["dropped"], "treatment": settings.too_long}
+        lengths[side] = {**bins, **tokens, **over}
     padded_fills = {
         f"padded_{side}_fill": padded_fill(results.of_train(f"{side}_tokens"), settings.seed)
         for side in (("source", "target") if plan else ())
@@ -172,11 +177,11 @@ def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
         "name": Path(settings.out).name,
         "golden": [f"{it['source']}  →  {it['target']}" for it in golden_examples(tokenizer, results.stages.template)],
         "removed": _removed(rejects),
-        "lengths": {side: _lengths(results, side, tokens) for side, tokens in manifest["tokens"].items()},
+        "lengths": lengths,
         "packing": plan and {**plan.entry, **padded_fills, "batch_size": PADDED_BATCH},
         "duplicates": results.selection.duplicates,
-        "contamination": _contamination(rejects, settings.decontaminate),
-        "sensitive": _sensitive(counts) if settings.sensitive else None,
+        "contamination": contamination if settings.decontaminate else None,
+        "sensitive": {"counts": manifest["sensitive"], "examples": sensitive} if settings.sensitive else None,
         "scripts": {
             "source": dict(counts.source_scripts.most_common()),
             "target": dict(counts.target_scripts.most_common()),
@@ -204,13 +209,6 @@ def _removed(rejects: Rejects) -> list[dict[str, Any]]:
     return sorted(found, key=lambda removed: STAGES.index(removed["stage"]))
 
 
-def _lengths(results: Results, side: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest says of a side, and a histogram of all splits."""
-    lengths = results.gathered.column(f"{side}_tokens")[numpy.concatenate(list(results.places.values()))]
-    over = {"over_limit": tokens["cut"] + tokens["dropped"], "treatment": results.stages.settings.too_long}
-    return {**histogram(lengths, tokens["limit"]), **tokens, **over}
-
-
 def histogram(lengths: numpy.ndarray, limit: int) -> dict[str, list[int]]:
     """`counts[i]` lengths are at least `edges[i]` and below `edges[i + 1]`, which grow by some per cent; no bin has
     lengths on both sides of the limit. [1, 1, 2, 9] → {"edges": [1, 2, 3, …, 9, 10], "counts": [2, 1, 0, …, 1]}."""
@@ -226,19 +224,6 @@ def padded_fill(lengths: numpy.ndarray, seed: int, batch_size: int = PADDED_BATC
     starts = numpy.arange(0, len(shuffled), batch_size)
     rows = numpy.diff([*starts, len(shuffled)])
     return float(shuffled.sum() / (numpy.maximum.reduceat(shuffled, starts) * rows).sum())
-
-
-def _contamination(rejects: Rejects, against: Sequence[str]) -> dict[str, Any] | None:
-    if not against:
-        return None
-    examples = [{"origin": str(it.origin), "ngram": it.reason} for it in rejects.examples.get(CONTAMINATED, ())]
-    return {"removed": rejects.kinds[CONTAMINATED], "against": list(against), "examples": examples}
-
-
-def _sensitive(counts: Counts) -> dict[str, Any]:
-    kinds = dict(counts.sensitive.most_common())
-    examples = [[it for it in counts.sensitive_examples if it["kind"] == kind][:SENSITIVE_SHOWN] for kind in kinds]
-    return {"counts": kinds, "examples": [example for of_kind in examples for example in of_kind]}
 
 
 def _samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: int) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,6 @@ prose("a\\u202eb")               Markup("a<s>U+202E</s>b"), escaped, and shorten
 token_markup(" Go")              Markup("<u>␣</u>Go")
 """
 
-import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TEMPLATES = Path(__file__).parent / "templates"
 """Templates of pages; all use page.css."""
@@ -47,31 +47,19 @@ def token_chips(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     is_byte_level = tokenizer.is_fast and '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
+    # Byte-level tokenizers write each byte as one printable character.
+    bytes_of = {character: byte for byte, character in bytes_to_unicode().items()}
     chips = []
     for token_id in map(int, ids):
         token = tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else ""
         text = str(token or "")
-        if token_id not in special:
-            text = _byte_level_text(text) if is_byte_level else text.replace("\u2581", " ")
+        if token_id not in special and not is_byte_level:
+            text = text.replace("\u2581", " ")
+        elif token_id not in special and all(character in bytes_of for character in text):  # else an added token
+            raw = bytes(bytes_of[character] for character in text).decode("utf-8", "surrogateescape")
+            text = "".join(f"\\x{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in raw)
         chips.append({"id": token_id, "text": text, "special": token_id in special})
     return chips
-
-
-def _byte_level_text(token: str) -> str:
-    """ĠGo → " Go". Byte-level tokenizers write each byte as one printable character (GPT-2's `bytes_to_unicode`)."""
-    bytes_of = _byte_alphabet()
-    if not all(character in bytes_of for character in token):  # an added token stands as its own text
-        return token
-    raw = bytes(bytes_of[character] for character in token)
-    text = raw.decode("utf-8", "surrogateescape")
-    return "".join(f"\\x{ord(c) - 0xDC00:02X}" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def visible(text: str) -> str:

@@ -116,27 +116,19 @@ def _is_learned_from(turn: Mapping[str, Any], where: str) -> bool:
     if name := next((name for name in MARKS_NOT_READ if has_value(turn.get(name))), None):
         reason = f"'{where}.{name}' {MARKS_NOT_READ[name]}"
         raise Fault(f"{where}.{name}", "mark of a turn that is not read", reason)
-    marks = {name: _mark(turn[name], name, where) for name in MARKS if not is_missing(turn.get(name))}
+    marks: dict[str, bool] = {}
+    for name, value in ((name, turn[name]) for name in MARKS if not is_missing(turn.get(name))):
+        written = str(value).strip().lower() if isinstance(value, str | int | float) else ""
+        if written not in YES_OR_NO:
+            due = "1 or true is due for a turn that is learned from, 0 or false for one that is not"
+            reason = f"'{where}.{name}' is {described(value)}; {due}, since every target token counts the same."
+            raise Fault(f"{where}.{name}", f"'{without_index(where)}.{name}' is neither 0 nor 1", reason)
+        marks[name] = YES_OR_NO[written] is MARKS[name]
     if len(set(marks.values())) > 1:
         names = " and ".join(f"'{name}'" for name in marks)
         reason = f"{names} of '{where}' contradict each other on whether it is learned from. Drop one."
         raise Fault(f"{where}.{next(iter(marks))}", "marks of a turn that contradict each other", reason)
     return all(marks.values())
-
-
-def _mark(value: Any, name: str, where: str) -> bool:
-    """Whether the turn is learned from."""
-    written = str(value).strip().lower() if isinstance(value, str | int | float) else ""
-    if written in YES_OR_NO:
-        return YES_OR_NO[written] is MARKS[name]
-    try:
-        float(written)
-    except ValueError:
-        due = "1 or true is due for a turn that is learned from, 0 or false for one that is not."
-    else:
-        due = "it is 0 or 1, since every target token counts the same. Round it."
-    reason = f"'{where}.{name}' is {described(value)}; {due}"
-    raise Fault(f"{where}.{name}", f"'{without_index(where)}.{name}' is neither 0 nor 1", reason)
 
 
 def unused_in_turns(turns: Any, name: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Iterator[str]:
@@ -190,11 +182,11 @@ def answers(turns: Sequence[Turn], name: str) -> tuple[list[str], list[ChatExamp
     if sum(turn.role == "assistant" for turn in turns) > MAX_TURNS:
         raise Fault(name, "too many turns", f"'{name}' has more than {MAX_TURNS:,} assistant turns. Divide it.")
     system, exchanges, asked = _exchanges(turns)
-    history = [(exchange.instruction, exchange.answer.text) for exchange in exchanges]
+    history = [(question, answer.text) for question, answer in exchanges]
     examples = [
-        ChatExample(exchange.instruction, tuple(history[:place]), exchange.answer.text)
-        for place, exchange in enumerate(exchanges)
-        if exchange.answer.is_target
+        ChatExample(question, tuple(history[:place]), answer.text)
+        for place, (question, answer) in enumerate(exchanges)
+        if answer.is_target
     ]
     if not examples:
         marked = " that is not marked as history" if exchanges else ""
@@ -207,31 +199,24 @@ def open_question(turns: Sequence[Turn], name: str) -> tuple[list[str], ChatExam
     is a target is left out: the model is asked the question that it was trained on."""
     system, exchanges, asked = _exchanges(turns)
     if asked:
-        instruction = _joined(asked)
-    elif exchanges and exchanges[-1].answer.is_target:
-        instruction = exchanges.pop().instruction
+        instruction = "\n".join(turn.text for turn in asked)
+    elif exchanges and exchanges[-1][1].is_target:
+        instruction, _ = exchanges.pop()
     elif exchanges:
-        where = exchanges[-1].answer.where
+        where = exchanges[-1][1].where
         reason = f"'{where}' is marked as history, and no user turn after it asks anything. Add one."
         raise Fault(where, "no user turn at the end", reason)
     else:
         raise Fault(name, "no user turn", f"'{name}' has no user turn, so nothing is asked. Add one.")
     if BLANK.fullmatch(instruction):
         raise Fault(name, "empty user turn", f"the last user turn of '{name}' is empty, so nothing is asked. Fill it.")
-    history = tuple((exchange.instruction, exchange.answer.text) for exchange in exchanges)
+    history = tuple((question, answer.text) for question, answer in exchanges)
     return system, ChatExample(instruction, history, "")
 
 
-class _Exchange(NamedTuple):
-    instruction: str
-    answer: Turn
-
-
-def _exchanges(turns: Sequence[Turn]) -> tuple[list[str], list[_Exchange], list[Turn]]:
-    """The system prompts, each answer with its question, and the user turns at the end that have no answer."""
-    system: list[str] = []
-    exchanges: list[_Exchange] = []
-    asked: list[Turn] = []
+def _exchanges(turns: Sequence[Turn]) -> tuple[list[str], list[tuple[str, Turn]], list[Turn]]:
+    """The system prompts, each question with its answer, and the user turns at the end that have no answer."""
+    system, exchanges, asked = [], [], []
     for turn in turns:
         if turn.role == "system":
             if asked or exchanges:
@@ -242,13 +227,9 @@ def _exchanges(turns: Sequence[Turn]) -> tuple[list[str], list[_Exchange], list[
         elif not asked:
             raise _bad_order(turn, "an assistant turn with no user turn before it")
         else:
-            exchanges.append(_Exchange(_joined(asked), turn))
+            exchanges.append(("\n".join(turn.text for turn in asked), turn))
             asked = []
     return system, exchanges, asked
-
-
-def _joined(asked: Sequence[Turn]) -> str:
-    return "\n".join(turn.text for turn in asked)
 
 
 def _bad_order(turn: Turn, what: str) -> Fault:

@@ -196,20 +196,6 @@ def _check_mapped_names(mapping: Mapping[str, str], formats: Mapping[str, Format
             raise UserError(f"--map {name}={column}: '{name}' is no field of {where}. {hint}{swapped}")
 
 
-def _check_mapped_columns(rows: Sequence[Row], source: str, mapping: Mapping[str, str]) -> None:
-    for name, column in mapping.items():
-        if any(value_at(row.fields, column) is not MISSING for row in rows):
-            continue
-        held = [(path, value) for row in rows for path, value in row.fields.items()]
-        inside = (f"{path}.{name}" for path, value in held if isinstance(value, Mapping) for name in value)
-        near = nearest(column, dict.fromkeys([*(path for path, _ in held), *inside]))
-        hint = f" Did you mean '{name}={excerpt(near)}'?" if near else ""
-        raise UserError(
-            f"{source}: --map {name}={column}: there is no column '{column}' in its first rows; columns there are"
-            f" {_columns_of(rows)}.{hint}"
-        )
-
-
 def _columns_of(rows: Sequence[Row]) -> str:
     return listed(dict.fromkeys(name for row in rows for name in row.fields)) or "none"
 
@@ -227,7 +213,16 @@ def _recognise(
         raise UserError(f"{source}: there is no row by which to recognise a format.")
     candidates = FORMATS if name is None else {name: named(name)}
     _check_mapped_names(mapping, candidates)
-    _check_mapped_columns(rows, source, mapping)
+    for mapped_name, column in mapping.items():
+        if all(value_at(row.fields, column) is MISSING for row in rows):
+            held = [(path, value) for row in rows for path, value in row.fields.items()]
+            inside = (f"{path}.{step}" for path, value in held if isinstance(value, Mapping) for step in value)
+            near = nearest(column, dict.fromkeys([*(path for path, _ in held), *inside]))
+            hint = f" Did you mean '{mapped_name}={excerpt(near)}'?" if near else ""
+            raise UserError(
+                f"{source}: --map {mapped_name}={column}: there is no column '{column}' in its first rows; columns"
+                f" there are {_columns_of(rows)}.{hint}"
+            )
     views = _views(rows, mapping)
     filled = [{column: value for column, value in view.items() if value is not None} for view in views]
     for looked_at in (filled, views):  # a table may have columns for two formats, of which one is null throughout
@@ -294,8 +289,7 @@ def _suggestion(views: Sequence[View], candidates: Mapping[str, Format]) -> str:
         )
     _, name, renamed = best
     pairs = [(known, excerpt(column)) for known, column in renamed.items()]
-    (known, column), *others = pairs
-    meant = f"'{column}' is the {known}" + "".join(f", '{column}' the {known}" for known, column in others)
+    meant = ", ".join(f"'{column}' is the {known}" for known, column in pairs)
     options = " ".join(mapped(known, column) for known, column in pairs)
     return f" If {meant}, --map {options} makes it {name}."
 

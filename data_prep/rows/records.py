@@ -106,7 +106,6 @@ class Reject:
     raw: str
 
     def as_json(self) -> dict[str, Any]:
-        raw = self.raw if len(self.raw) <= RAW_CHARACTERS_KEPT else self.raw[:RAW_CHARACTERS_KEPT] + " …"
         return {
             "file": self.origin.file,
             "row": self.origin.row,
@@ -114,8 +113,14 @@ class Reject:
             "field": self.field,
             "kind": self.kind,
             "reason": self.reason,
-            "raw": raw.encode("utf-8", "backslashreplace").decode("utf-8"),  # bytes that are no UTF-8 stay readable
+            "raw": shortened_raw(self.raw),
         }
+
+
+def shortened_raw(raw: str) -> str:
+    """A row as rejects.jsonl has it: bytes that are no UTF-8, and halves of symbols, stay readable as escapes."""
+    raw = raw if len(raw) <= RAW_CHARACTERS_KEPT else raw[:RAW_CHARACTERS_KEPT] + " …"
+    return raw if raw.isascii() else raw.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class Rejects:

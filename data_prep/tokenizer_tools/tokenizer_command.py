@@ -21,13 +21,12 @@ import transformers
 from transformers.utils import cached_file
 
 from diptych.data_prep.cleaning.filters import script_of
-from diptych.data_prep.command_line.errors import UserError, message_line
-from diptych.data_prep.command_line.overwrite_checks import check_overwrite
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.overwrite_checks import check_overwrite, new_folder
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
 from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
 from diptych.data_prep.text_to_ids.train_tokenizer import (
-    CurvePoint,
     curve_vocab_size,
     is_held_out,
     train_tokenizer,
@@ -41,7 +40,7 @@ from diptych.data_prep.tokenizer_tools.text_command_settings import (
     parse_tokenizer_settings,
 )
 from diptych.data_prep.tokenizer_tools.tokenizer_report import table_of, tokenizer_report
-from diptych.data_prep.tokenizer_tools.tokenizer_texts import Texts, open_texts
+from diptych.data_prep.tokenizer_tools.tokenizer_texts import open_texts
 
 REPORT = "tokenizer_report.json"
 MODEL_CONFIGS = ("config.json", "generation_config.json")
@@ -61,16 +60,22 @@ def run(settings: TrainTokenizerSettings | ReportTokenizerSettings | ExtendToken
 
 
 def train(settings: TrainTokenizerSettings) -> None:
-    out = _new_folder(settings.out)
+    out = new_folder(settings.out)
     texts = open_texts(settings.data, settings.text_fields)
     size, curve = settings.vocab_size, []
     if size == "auto":
         size, curve = curve_vocab_size(settings.kind, texts, settings.least_saving)
-        print(_curve_lines(curve, size))
+        print("vocabulary  tokens/word  bytes/token  saves")
+        for point in curve:
+            saving = "" if point.saving is None else f"{point.saving:.1%}"
+            chosen = "  chosen" if point.vocab_size == size else ""
+            figures = f"{point.vocab_size:10,}  {point.tokens_per_word:11.2f}  {point.bytes_per_token:11.2f}"
+            print(f"{figures}  {saving:>5}{chosen}".rstrip())
+        print()
     tokenizer = train_tokenizer(settings.kind, texts(), size)
     tokenizer.name_or_path = settings.out
     report = tokenizer_report(tokenizer, ((script_of(text), text) for text in texts()))
-    _warn_of_rejects(texts)
+    texts.warn_of_rejects()
     if fewer := why_fewer(tokenizer, size):
         print(f"warning: {fewer}", file=sys.stderr)
     if curve:
@@ -78,16 +83,6 @@ def train(settings: TrainTokenizerSettings) -> None:
     tokenizer.save_pretrained(out)
     _write_report(report, out / REPORT)
     print(table_of(report))
-
-
-def _curve_lines(curve: Sequence[CurvePoint], size: int) -> str:
-    lines = ["vocabulary  tokens/word  bytes/token  saves"]
-    for point in curve:
-        saving = "" if point.saving is None else f"{point.saving:.1%}"
-        chosen = "  chosen" if point.vocab_size == size else ""
-        figures = f"{point.vocab_size:10,}  {point.tokens_per_word:11.2f}  {point.bytes_per_token:11.2f}"
-        lines.append(f"{figures}  {saving:>5}{chosen}".rstrip())
-    return "\n".join([*lines, ""])
 
 
 def report(settings: ReportTokenizerSettings) -> None:
@@ -100,7 +95,7 @@ def report(settings: ReportTokenizerSettings) -> None:
     label = {"script": script_of, "language": _guess_language, "file": None}[settings.by]
     texts = open_texts(settings.data, settings.text_fields)
     found = tokenizer_report(tokenizer, ((label(text) if label else file, text) for file, text in texts.pairs()))
-    _warn_of_rejects(texts)
+    texts.warn_of_rejects()
     print(table_of(found))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +113,7 @@ def _guess_language(text: str) -> str:
 def extend(settings: ExtendTokenizerSettings) -> None:
     if settings.tokens < 1:
         raise UserError(f"tokens is {settings.tokens}; at least 1 token is added.")
-    out = _new_folder(settings.out)
+    out = new_folder(settings.out)
     tokenizer = open_tokenizer(settings.checkpoint)
     check_extensible(tokenizer)
     texts = open_texts(settings.data, settings.text_fields)
@@ -128,7 +123,7 @@ def extend(settings: ExtendTokenizerSettings) -> None:
         settings.tokens,
         settings.minimum_frequency,
     )
-    _warn_of_rejects(texts)
+    texts.warn_of_rejects()
     if not new.pieces:
         raise UserError(
             f"no new token stands {settings.minimum_frequency} times in the data. Give more text, or a lower"
@@ -141,7 +136,10 @@ def extend(settings: ExtendTokenizerSettings) -> None:
         for when, which in (("before", tokenizer), ("after", extended))
     }
     extended.save_pretrained(out)
-    _copy_configs(settings.checkpoint, out)
+    for name in MODEL_CONFIGS:  # `diptych prepare` reads in them which token decoders start with
+        missing = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        if (path := cached_file(settings.checkpoint, name, **missing)) is not None:
+            (out / name).write_bytes(Path(path).read_bytes())
     _write_report({"new_tokens": len(new.pieces), **reports}, out / REPORT)
     print(_gain_lines(reports, len(new.pieces), settings))
 
@@ -155,32 +153,6 @@ def _gain_lines(reports: dict[str, Any], added: int, settings: ExtendTokenizerSe
         lines.append(f"{when:{width}}{cells}  {total['unknown_rate'] or 0:7.2%}  {total['exact_rate'] or 0:9.1%}")
     lines += ["", "Next:", f"      diptych prepare --tokenizer {settings.out} …"]
     return "\n".join([*lines, f"      diptych train --model {settings.checkpoint} --grow_vocabulary true …"])
-
-
-def _copy_configs(checkpoint: str, out: Path) -> None:
-    """`diptych prepare` reads in them which token decoders start with."""
-    for name in MODEL_CONFIGS:
-        path = cached_file(
-            checkpoint,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if path is not None:
-            (out / name).write_bytes(Path(path).read_bytes())
-
-
-def _new_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise UserError(f"{name} has something in it, which will not be overwritten. Choose another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _warn_of_rejects(texts: Texts) -> None:
-    if left_out := texts.left_out():
-        print(message_line(f"warning: {left_out}"), file=sys.stderr)
 
 
 def _write_report(found: dict[str, Any], path: Path) -> None:

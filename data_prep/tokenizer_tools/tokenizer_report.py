@@ -42,7 +42,9 @@ LANGUAGES_SHOWN = 12
 def tokenizer_report(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Of (language, text) pairs, which may come from an iterator: 1,000 are in memory at a time."""
     used: set[int] = set()
-    unknown_ids = _unknown_ids(tokenizer)
+    # Mostly one; where a vocabulary holds `<unk>` twice, the model may give the one that the tokenizer does not.
+    tokens = enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    unknown_ids = {it for it, token in tokens if token == tokenizer.unk_token} | {tokenizer.unk_token_id}
     counts: defaultdict[str, Counter] = defaultdict(Counter)
     pairs = iter(pairs)
     while batch := list(islice(pairs, BATCH)):
@@ -57,6 +59,12 @@ def tokenizer_report(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[s
                 unknown=sum(map(unknown_ids.__contains__, ids)),
                 exact=_decode(tokenizer, ids) == text,
             )
+    hard_texts = []
+    for name, text in HARD_TEXTS.items():
+        (ids,) = _encode(tokenizer, [text])
+        decoded, unknown = _decode(tokenizer, ids), sum(map(unknown_ids.__contains__, ids))
+        found = {"name": name, "text": text, "tokens": len(ids), "unknown": unknown, "decoded": decoded}
+        hard_texts.append(found | {"exact": decoded == text})
     return {
         "tokenizer": {
             "name": tokenizer.name_or_path,
@@ -67,7 +75,7 @@ def tokenizer_report(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[s
         "languages": {language: _figures(count) for language, count in counts.items()},
         "total": _figures(sum(counts.values(), Counter())),
         "vocabulary_used": {"tokens": len(used), "share": len(used) / len(tokenizer)},
-        "hard_texts": [_hard_text(tokenizer, name, text, unknown_ids) for name, text in HARD_TEXTS.items()],
+        "hard_texts": hard_texts,
     }
 
 
@@ -83,20 +91,6 @@ def _figures(count: Mapping[str, int]) -> dict[str, Any]:
     ):
         figures[name] = count[above] / count[below] if count[below] else None
     return figures
-
-
-def _hard_text(tokenizer: PreTrainedTokenizerBase, name: str, text: str, unknown_ids: set[int]) -> dict[str, Any]:
-    (ids,) = _encode(tokenizer, [text])
-    decoded, unknown = _decode(tokenizer, ids), sum(map(unknown_ids.__contains__, ids))
-    found = {"name": name, "text": text, "tokens": len(ids), "unknown": unknown, "decoded": decoded}
-    return found | {"exact": decoded == text}
-
-
-def _unknown_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Mostly one; where a vocabulary holds `<unk>` twice, the model may give the one that the tokenizer does not."""
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    named = {token_id for token_id, token in enumerate(tokens) if token == tokenizer.unk_token}
-    return (named | {tokenizer.unk_token_id}) - {None}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -12,6 +12,7 @@ globs give those that are called .txt. Of what has splits, such as a prepared fo
 
 import functools
 import glob
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.data_prep.pipeline.gather_rows import first_rows
 from diptych.data_prep.reading.find_files import KNOWN_SUFFIXES, PACKED_SUFFIXES
 from diptych.data_prep.reading.sources import SAMPLES, TRAIN, Source, open_plain, open_sources
-from diptych.data_prep.rows.convert_rows import MISSING, Converter, Directions
-from diptych.data_prep.rows.recognise_format import converter_for, named
+from diptych.data_prep.rows.convert_rows import MISSING, Converter, Directions, value_at
+from diptych.data_prep.rows.recognise_format import converter_for
 from diptych.data_prep.rows.records import Record, Reject, Rejects, Row
 from diptych.data_prep.rows.valid_text import Fault, listed, text
 
@@ -64,6 +65,10 @@ class Texts:
         kinds = "; ".join(f"{count:,} × {kind}" for kind, count in self.rejects.kinds.most_common())
         first = next(iter(self.rejects.examples.values()))[0]
         return f"rows left out: {self.rejects.count:,} ({kinds}). The first, {first.origin}: {first.reason}"
+
+    def warn_of_rejects(self) -> None:
+        if left_out := self.left_out():
+            print(message_line(f"warning: {left_out}"), file=sys.stderr)
 
 
 def open_texts(entries: Sequence[str], text_fields: Sequence[str] = ()) -> Texts:
@@ -114,31 +119,38 @@ def _texts_of_rows(source: Source, text_fields: Sequence[str]) -> TextsOfRow:
     """The function that gives a row's texts, chosen by the source's first rows."""
     rows = first_rows(source)
     if text_fields:
-        _check_columns(rows, source.name, text_fields)
+        if rows and all(value_at(row.fields, column) is MISSING for row in rows for column in text_fields):
+            found = dict.fromkeys(column for row in rows for column in row.fields)
+            raise UserError(
+                f"{source.name} has none of the columns {', '.join(text_fields)}. Columns there are {listed(found)}."
+                " Name those that are text with --text_fields."
+            )
         print(message_line(f"Format     {source.name}: its columns {', '.join(text_fields)}"))
         return functools.partial(_columns, tuple(text_fields))
     if not rows:  # every row is a reject
         return functools.partial(_columns, (TEXT_COLUMN,))
+    is_prepared = {"source", "target", "input_ids", "labels"} <= rows[0].fields.keys()  # fits two formats
     try:
-        converter = _converter(rows, source.name)
+        asked = Directions("needed to be there")
+        converter = converter_for(rows, source.name, "parallel" if is_prepared else None, directions=asked)
     except UserError as error:
         if not any(isinstance(row.fields.get(TEXT_COLUMN), str) for row in rows):
-            raise UserError(_name_columns(rows, source.name, error)) from None
+            held = [(name, value) for row in rows for name, value in row.fields.items()]
+            inside = ((f"{a}.{b}", it) for a, value in held if isinstance(value, Mapping) for b, it in value.items())
+            texts = dict.fromkeys(name for name, value in (*held, *inside) if isinstance(value, str))
+            if not texts:
+                raise
+            raise UserError(
+                f"{source.name}: its first rows do not tell which columns are text, because they fit no format, or"
+                f" more than one. Name those that are, out of these: --text_fields {' '.join(texts)}"
+            ) from error
         print(message_line(f"Format     {source.name}: no other that is known, so its column {TEXT_COLUMN}"))
         return functools.partial(_columns, (TEXT_COLUMN,))
     if converter.format.name == "tokenised":
         raise UserError(f"{source.name} holds token ids, and a tokenizer needs the texts. Name a file with these.")
     print(message_line(f"Format     {source.name}: {converter.format.name}, recognised"))
-    return functools.partial(_record_texts, converter)
-
-
-def _converter(rows: Sequence[Row], name: str) -> Converter:
-    """As for `prepare`, but without the settings' instructions, which are no text of the data. Rows that `prepare`
-    wrote have token ids as well as texts, so they would fit two formats."""
-    is_prepared = {"source", "target", "input_ids", "labels"} <= rows[0].fields.keys()
-    asked = Directions("needed to be there")
-    converter = converter_for(rows, name, "parallel" if is_prepared else None, directions=asked)
-    return replace(converter, directions=Directions(), summary_instruction="")
+    # Without the settings' instructions, which are no text of the data.
+    return functools.partial(_record_texts, replace(converter, directions=Directions(), summary_instruction=""))
 
 
 def _record_texts(converter: Converter, row: Row) -> Iterator[str | Reject]:
@@ -155,37 +167,10 @@ def _record_texts(converter: Converter, row: Row) -> Iterator[str | Reject]:
 def _columns(names: tuple[str, ...], row: Row) -> Iterator[str | Reject]:
     """The texts of these columns. Null and a missing column are left out; a row with none of the columns is a
     reject."""
-    values = {name: value for name in names if (value := _BY_PATH.value(row.fields, name)) is not MISSING}
+    values = {name: value for name in names if (value := value_at(row.fields, name)) is not MISSING}
     try:
         if not values:
             raise Fault(names[0], "no text column", f"it has none of the columns {', '.join(names)}.")
         yield from [text(value, name, may_be_empty=True) for name, value in values.items() if value is not None]
     except Fault as fault:
         yield Reject(row.origin, fault.field, fault.kind, fault.reason, row.raw)
-
-
-def _check_columns(rows: Sequence[Row], name: str, text_fields: Sequence[str]) -> None:
-    found = list(dict.fromkeys(column for row in rows for column in row.fields))
-    if rows and all(_BY_PATH.value(row.fields, column) is MISSING for row in rows for column in text_fields):
-        raise UserError(
-            f"{name} has none of the columns {', '.join(text_fields)}. Columns there are {listed(found)}. Name those"
-            " that are text with --text_fields."
-        )
-
-
-def _name_columns(rows: Sequence[Row], name: str, error: UserError) -> str:
-    """A message that lists the columns to name; `error` where no column has a text."""
-    held = [(path, value) for row in rows for path, value in row.fields.items()]
-    inside = [(path, *it) for path, value in held if isinstance(value, Mapping) for it in value.items()]
-    held += [(f"{path}.{name}", value) for path, name, value in inside]
-    texts = dict.fromkeys(path for path, value in held if isinstance(value, str))
-    if not texts:
-        return str(error)
-    return (
-        f"{name}: its first rows do not tell which columns are text, because they fit no format, or more than one."
-        f" Name those that are, out of these: --text_fields {' '.join(texts)}"
-    )
-
-
-_BY_PATH = Converter(named("alpaca"))
-"""Used for `value` alone, which finds `answers.text` in a row."""

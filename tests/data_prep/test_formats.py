@@ -548,9 +548,9 @@ def test_an_answer_that_is_marked_as_not_learned_from_is_history_only(no, yes):
     [
         (
             {"weight": 0.5},
-            "'messages[1].weight' is a number (0.5); it is 0 or 1, since every target token counts the same.",
+            "'messages[1].weight' is a number (0.5); 1 or true is due",
         ),
-        ({"loss_weight": "2"}, "'messages[1].loss_weight' is a string ('2'); it is 0 or 1"),
+        ({"loss_weight": "2"}, "'messages[1].loss_weight' is a string ('2'); 1 or true is due"),
         ({"train": "maybe"}, "'messages[1].train' is a string ('maybe'); 1 or true is due"),
         ({"masked": []}, "'messages[1].masked' is a list ([])"),
         ({"mask": 1}, "'messages[1].mask' can mean that the turn is learned from, or that it is not. Call it"),
