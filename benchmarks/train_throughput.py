@@ -164,7 +164,7 @@ def run_trainer(model: Path, data: Path, way: str, batch: int, tokens: int) -> l
 
 def run_packed(model: Path, data: Path, batch: int, tokens: int) -> list[tuple[int, int, float, float]]:
     """`diptych train`. For each step the same four figures, from its own log."""
-    from diptych.finetune.train import main
+    from diptych.finetune.commands.cli import run
 
     packing, rows = packing_of(data), packed_rows_of(data, batch)
     real = (
@@ -176,7 +176,7 @@ def run_packed(model: Path, data: Path, batch: int, tokens: int) -> list[tuple[i
         "precision": "bf16", "learning_rate": LEARNING_RATE, "schedule": "constant", "logging_every": 1,
         "eval_every": 10**6, "save_every": 10**6, "final": "last",
     }  # fmt: skip
-    code = main([word for name, value in settings.items() for word in (f"--{name}", str(value))])
+    code = run("train", [word for name, value in settings.items() for word in (f"--{name}", str(value))])
     assert code == 0
     steps, before = [], 0
     for entry in map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):

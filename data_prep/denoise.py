@@ -30,10 +30,8 @@ import xxhash
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.overwrite_checks import new_folder
-from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.text_to_ids.encode import split_sources, split_targets
 from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
@@ -248,7 +246,3 @@ def run(settings: DenoiseSettings) -> int:
     )
     print(f"Next: diptych prepare --data {settings.out}/pairs.parquet --tokenizer {tokenizer} --out prepared")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_command("diptych denoise", lambda words: parse(DenoiseSettings, "diptych denoise", words), run, argv)

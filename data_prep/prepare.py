@@ -257,7 +257,3 @@ def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:
         start += batch.num_rows
         for pair in zip(*(column.to_pylist() for column in batch.filter(is_train).columns), strict=True):
             yield from (str(from_marked(text)) for text in pair)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

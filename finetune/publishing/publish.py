@@ -21,7 +21,6 @@ from huggingface_hub import HfApi, get_token, is_offline_mode
 from huggingface_hub.utils.sha import sha_fileobj
 
 from diptych.data_prep.command_line.errors import UserError, message_line
-from diptych.finetune.commands import cli
 from diptych.finetune.commands.exit_codes import CheckpointError, HubError
 from diptych.finetune.inference.pipelines import TRAVELLING_CODE, travelling_pipeline
 from diptych.finetune.model.loading import load_tokenizer
@@ -268,7 +267,3 @@ def file_list(plan: Publication) -> str:
     if plan.left_out:
         lines.append(f"not published: {', '.join(plan.left_out)}")
     return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("publish", argv)

@@ -16,10 +16,8 @@ from the environment: DIPTYCH_TOKEN. No text of a request is written anywhere.
 """
 
 import os
-from collections.abc import Sequence
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.commands import cli
 from diptych.finetune.serving.request_batches import Engine
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import load_served
@@ -47,7 +45,3 @@ def run(settings: ServeSettings) -> int:
     run_until_signal(build_app(service), listener, message, settings.timeout, on_signal=service.close)
     engine.close()
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run("serve", argv)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from diptych.data_prep import denoise as denoising
 from diptych.data_prep.denoise import (
     MINIMUM,
     UL2_MIXTURE,
@@ -197,12 +196,12 @@ def test_the_same_text_gives_the_same_pairs_in_any_order(tokenizer_folder, tmp_p
 )
 def test_what_cannot_be_is_told_in_a_sentence(more, message, tokenizer_folder, corpus, tmp_path, capsys):
     command = ["--data", str(corpus), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
-    assert denoising.main([*command, *more]) == 2
+    assert main(["denoise", *command, *more]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said, flags=re.DOTALL) and "Traceback" not in said
 
 
 def test_a_file_may_be_one_document(tokenizer_folder, corpus, tmp_path, capsys):
     command = ["--data", str(corpus), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out")]
-    assert denoising.main([*command, "--documents", "file"]) == 0
+    assert main(["denoise", *command, "--documents", "file"]) == 0
     assert " of 1 documents" in capsys.readouterr().out

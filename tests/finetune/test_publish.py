@@ -15,7 +15,6 @@ from huggingface_hub import HfApi, ModelCard, constants
 
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.pipeline.prepare_settings import parse_settings as parse_prepare
-from diptych.finetune import train
 from diptych.finetune.commands import cli
 from diptych.finetune.publishing import publish
 from diptych.finetune.publishing.hub_push import push
@@ -51,7 +50,7 @@ def trained(tmp_path_factory, packed_folder, checkpoint_of, tiny_tokenizer):
     runs["lora"] = ["--model", str(checkpoint_of("t5")), "--method", "lora"]
     for name, settings in runs.items():
         settings += ["--data", str(data), "--max_steps", "2", "--batch_size", "1", "--out", str(place / name)]
-        assert train.main(settings) == 0
+        assert cli.run("train", settings) == 0
     report = ["--split", "validation", "--metrics", "chrf", "--out", str(place / "diptych" / "validation.json")]
     assert cli.run("evaluate", [str(place / "diptych" / "final"), "--data", str(data), *report]) == 0
     return {name: place / name for name in runs}
@@ -133,7 +132,7 @@ def test_a_published_run_is_the_allow_list_byte_by_byte_and_strangers_can_load_i
 @pytest.mark.slow
 def test_an_adapter_is_published_with_a_base_that_everybody_has(hub, lora, checkpoint_of, tmp_path, capfd):
     base = checkpoint_of("t5")
-    assert publish.main([str(lora), "--to", REPO]) == 2
+    assert cli.run("publish", [str(lora), "--to", REPO]) == 2
     said = capfd.readouterr().err
     assert str(base) in said and "--base owner/name" in said and not hub.requests
 
@@ -141,11 +140,11 @@ def test_an_adapter_is_published_with_a_base_that_everybody_has(hub, lora, check
     files = {file.name: file for file in base.iterdir()}
     push(api, "me/other", files | {"model.safetensors": b"other weights"})
     commits = len(hub.repos)
-    assert publish.main([str(lora), "--to", REPO, "--base", "me/other"]) == 2
+    assert cli.run("publish", [str(lora), "--to", REPO, "--base", "me/other"]) == 2
     assert "has not the model.safetensors" in capfd.readouterr().err and len(hub.repos) == commits
 
     push(api, "me/base", files)
-    assert publish.main([str(lora), "--to", REPO, "--base", "me/base"]) == 0
+    assert cli.run("publish", [str(lora), "--to", REPO, "--base", "me/base"]) == 0
     assert json.loads(remote(hub)["adapter_config.json"])["base_model_name_or_path"] == "me/base"
     card = ModelCard(remote(hub)["README.md"].decode())
     assert card.data.base_model == "me/base" and card.data.library_name == "peft"
@@ -163,13 +162,13 @@ def test_a_base_that_is_not_asked_for_is_refused(hub, run, lora, capfd):
         lora / "final", "adapter_config.json", lambda it: it.update(base_model_name_or_path="google-t5/t5-small")
     )
     for folder, said in {run: "is a whole model", lora: "names its base, google-t5/t5-small"}.items():
-        assert publish.main([str(folder), "--to", REPO, "--base", "me/base"]) == 2
+        assert cli.run("publish", [str(folder), "--to", REPO, "--base", "me/base"]) == 2
         assert said in capfd.readouterr().err and not hub.requests
 
 
 def test_a_broken_json_among_the_reports_is_named(hub, run, capfd):
     (run / "test.json").write_text('{"figures": ')
-    assert publish.main([str(run), "--to", REPO]) == 2
+    assert cli.run("publish", [str(run), "--to", REPO]) == 2
     assert "test.json may be a report, and is no JSON" in capfd.readouterr().err and not hub.requests
 
 
@@ -190,7 +189,7 @@ def test_the_card_has_the_scores_of_each_validation_set_and_names_sets_without_t
 
 
 def test_the_card_tells_of_the_run_and_its_yaml_is_the_run_again(hub, run, trained, tmp_path):
-    assert publish.main([str(run), "--to", REPO, "--license", "apache-2.0", "--language", "en, ko"]) == 0
+    assert cli.run("publish", [str(run), "--to", REPO, "--license", "apache-2.0", "--language", "en, ko"]) == 0
     text = remote(hub)["README.md"].decode()
     card = ModelCard(text)
     assert card.data.license == "apache-2.0" and card.data.language == ["en", "ko"]
@@ -235,7 +234,7 @@ def test_data_are_found_from_the_folders_that_the_run_lies_in(hub, run, tmp_path
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": "prepared/eight"}))
     (tmp_path / "far").mkdir()
     monkeypatch.chdir(tmp_path / "far")
-    assert publish.main([str(run), "--to", REPO]) == 0
+    assert cli.run("publish", [str(run), "--to", REPO]) == 0
     text = remote(hub)["README.md"].decode()
     assert "prepare.yaml" in text and "nothing else is known" not in text
 
@@ -245,14 +244,14 @@ def test_data_that_were_prepared_anew_are_not_described(hub, run, tmp_path):
     data = shutil.copytree(config["data"], tmp_path / "elsewhere")
     (data / "manifest.json").write_text((data / "manifest.json").read_text().replace("eight", "nine"))
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": str(data)}))
-    assert publish.main([str(run), "--to", REPO]) == 0
+    assert cli.run("publish", [str(run), "--to", REPO]) == 0
     text = remote(hub)["README.md"].decode()
     assert "nothing else is known" in text and "nine" not in text and "prepare.yaml" not in text
 
 
 def test_a_report_on_another_model_does_not_come_into_the_card(hub, run, capfd):
     rewritten(run / "final", "generation_config.json", lambda config: config.update(max_length=21))
-    assert publish.main([str(run), "--to", REPO]) == 2
+    assert cli.run("publish", [str(run), "--to", REPO]) == 2
     assert "validation.json is a report on" in capfd.readouterr().err and not hub.requests
 
 
@@ -280,7 +279,7 @@ DAMAGE = {
 def test_what_training_did_not_write_is_not_published(hub, run, capfd, case):
     damage, said = DAMAGE[case]
     damage(run / "final")
-    assert publish.main([str(run), "--to", REPO]) == 3
+    assert cli.run("publish", [str(run), "--to", REPO]) == 3
     assert said in capfd.readouterr().err and not hub.requests
 
 
@@ -290,7 +289,7 @@ def test_a_local_path_in_a_config_is_published_as_its_last_part(hub, run, capfd)
 
     rewritten(run / "final", "tokenizer_config.json", name_a_place)
     (run / "validation.json").unlink()
-    assert publish.main([str(run), "--to", REPO]) == 0
+    assert cli.run("publish", [str(run), "--to", REPO]) == 0
     assert "tokenizer_config.json: local paths are reduced" in capfd.readouterr().out
     published = json.loads(remote(hub)["tokenizer_config.json"])
     assert published["diptych_template"]["name"] == "my.jinja"
@@ -302,14 +301,14 @@ def test_a_template_that_tells_of_this_machine_is_refused(hub, run, capfd, priva
     text = private.format(run=run, token=hub_server.TOKEN) + " {{ instruction }}"
     rewritten(run / "final", "tokenizer_config.json", lambda config: config["diptych_template"].update(source=text))
     (run / "validation.json").unlink()
-    assert publish.main([str(run), "--to", REPO]) == 2
+    assert cli.run("publish", [str(run), "--to", REPO]) == 2
     said = capfd.readouterr().err
     assert said.startswith("diptych publish: tokenizer_config.json") and not hub.requests
     assert hub_server.TOKEN not in said and "hf_ABC" not in said
 
 
 def test_a_dry_run_shows_files_and_card_and_connects_to_nothing(hub, run, capfd):
-    assert publish.main([str(run), "--to", REPO, "--dry_run", "true"]) == 0
+    assert cli.run("publish", [str(run), "--to", REPO, "--dry_run", "true"]) == 0
     said = capfd.readouterr().out
     size = (run / "final" / "model.safetensors").stat().st_size
     assert f"{size:,} bytes  model.safetensors" in said and "model-index:" in said and "not published: " in said
@@ -319,25 +318,25 @@ def test_a_dry_run_shows_files_and_card_and_connects_to_nothing(hub, run, capfd)
 def test_without_a_token_or_offline_no_connection_is_made(hub, run, monkeypatch, tmp_path, capfd):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    assert publish.main([str(run), "--to", REPO]) == 7 and "hf auth login" in capfd.readouterr().err
+    assert cli.run("publish", [str(run), "--to", REPO]) == 7 and "hf auth login" in capfd.readouterr().err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert publish.main([str(run), "--to", REPO]) == 7 and "HF_HUB_OFFLINE is set" in capfd.readouterr().err
+    assert cli.run("publish", [str(run), "--to", REPO]) == 7 and "HF_HUB_OFFLINE is set" in capfd.readouterr().err
     assert not hub.requests
 
 
 def test_what_is_no_finished_run_is_told_apart(run, tmp_path, capfd):
     cases = {tmp_path: "no config.yaml", run / "final": f"publish {run}", run / "checkpoints": "no config.yaml"}
     for folder, said in cases.items():
-        assert publish.main([str(folder), "--to", REPO]) == 2
+        assert cli.run("publish", [str(folder), "--to", REPO]) == 2
         assert said in capfd.readouterr().err
     shutil.rmtree(run / "final")
-    assert publish.main([str(run), "--to", REPO]) == 2
+    assert cli.run("publish", [str(run), "--to", REPO]) == 2
     assert "--resume true" in capfd.readouterr().err
 
 
 def test_where_to_is_owner_and_name(run, capfd):
     for to in ("", "translate", "me/translate/final", "../me/x", "me/", "https://hub/me/x"):
-        assert publish.main([str(run), "--to", to]) == 2 and "--to" in capfd.readouterr().err
+        assert cli.run("publish", [str(run), "--to", to]) == 2 and "--to" in capfd.readouterr().err
 
 
 def test_no_pattern_of_the_allow_list_lets_in_what_it_should_not():

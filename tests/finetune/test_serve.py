@@ -19,6 +19,7 @@ from listening import listening
 from starlette.testclient import TestClient
 
 from diptych.data_prep.text_to_ids.templates import attach_template, load_template, template_of
+from diptych.finetune.commands import cli
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.scoring import chosen_outputs
@@ -27,7 +28,6 @@ from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.serving.completion_service import Service, build_app
 from diptych.finetune.serving.memory_budget import measured_budget
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
-from diptych.finetune.serving.serve import main
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import ServedModel
 
@@ -346,7 +346,9 @@ def test_sigterm_lets_end_what_was_begun(t5_checkpoint, tmp_path, alone):
 
 
 def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path, capsys):
-    assert main([str(t5_checkpoint), "--host", "0.0.0.0"]) == 2 and "DIPTYCH_TOKEN" in capsys.readouterr().err
+    assert (
+        cli.run("serve", [str(t5_checkpoint), "--host", "0.0.0.0"]) == 2 and "DIPTYCH_TOKEN" in capsys.readouterr().err
+    )
     with server(t5_checkpoint, tmp_path / "log", "--host", "0.0.0.0", DIPTYCH_TOKEN=SECRET) as started:
         assert ask(started, EIGHT_ROWS[0][1]).choices[0].text == "가."
         stranger = openai.OpenAI(base_url=f"{started.url}/v1", api_key="another", max_retries=0)
@@ -365,12 +367,12 @@ def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path, capsys):
 
 
 def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, served, monkeypatch, capsys):
-    assert main([str(t5_checkpoint), "--port", str(served.port)]) == 2
+    assert cli.run("serve", [str(t5_checkpoint), "--port", str(served.port)]) == 2
     assert "cannot be listened at" in capsys.readouterr().err
     for name in ("completion_service", "guarded_server"):
         monkeypatch.delitem(sys.modules, f"diptych.finetune.serving.{name}")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert main([str(t5_checkpoint)]) == 2
+    assert cli.run("serve", [str(t5_checkpoint)]) == 2
     assert "pip install 'diptych[serve]'" in capsys.readouterr().err
 
 
