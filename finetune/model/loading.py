@@ -235,7 +235,8 @@ def load_config(name: str) -> PreTrainedConfig:
         advice = "Copy its config.json again, or name another checkpoint."
     with library_errors(f"the config of {name} could not be read", advice):
         config = AutoConfig.from_pretrained(name, **_NO_CODE)
-        config.return_dict = True  # outputs have names
+        # What a call gives is for the caller to say.
+        config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(
