@@ -223,7 +223,7 @@ def denoise(settings: DenoiseSettings) -> Counter[str]:
             if len(pairs) >= PAIRS_AT_ONCE:
                 _write(writer, pairs)
         _write(writer, pairs)
-    partial.rename(out / "pairs.parquet")
+    partial.replace(out / "pairs.parquet")
     texts.warn_of_rejects()
     return counts
 

@@ -62,7 +62,7 @@ def message_line(text: object) -> str:
 def check_encoding(name: str) -> None:
     """UserError for the name of a file that is not UTF-8: neither YAML nor Arrow, which name it again, can hold it."""
     if re.search("[\ud800-\udfff]", name):
-        raise UserError(f"{name} is not UTF-8. Rename it, or set the locale that it is written in: LC_ALL=C.UTF-8.")
+        raise UserError(f"{name} is not UTF-8. Rename the file, or set another locale: LC_ALL=C.UTF-8.")
 
 
 def counted(number: int, thing: str) -> str:

@@ -121,7 +121,9 @@ def with_wrong_places(error: UserError, settings_class: type, values: Mapping[st
 
 BREAKS = r"[\n\t]"
 BARS = rf"{BREAKS}|\A\r|\A(?:\x1b\[A)+\Z"
-"""What tqdm draws bars with: each comes in a call of its own, or begins one."""
+"""On stderr, what tqdm draws bars with: each comes in a call of its own, or begins one."""
+COLOURS = r"\x1b\[[\d;]*m"
+"""Libraries print these even into files. On stderr they are left out."""
 
 
 def printable(text: str, kept: str = BREAKS) -> str:
@@ -137,7 +139,8 @@ class Printed(io.TextIOWrapper):
     """None where another program reads: texts stay as they are."""
 
     def write(self, text: str) -> int:
-        super().write(text if self.kept is None else printable(text, self.kept))
+        plain = re.sub(COLOURS, "", text) if self.kept == BARS else text
+        super().write(text if self.kept is None else printable(plain, self.kept))
         return len(text)
 
 

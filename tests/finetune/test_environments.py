@@ -123,7 +123,10 @@ def test_the_name_of_a_file_that_is_not_utf_8_is_one_message(nursery, tmp_path):
     for data in ("rows", "rows/\udcff.jsonl"):
         words = ["prepare", "--data", data, "--train_tokenizer", "bpe"]
         said = said_by(words, tmp_path / "log", nursery, tmp_path, 2)
-        assert said.startswith("diptych prepare: rows/\\udcff.jsonl is not UTF-8. Rename it") and said.count("\n") == 1
+        assert (
+            said.startswith("diptych prepare: rows/\\udcff.jsonl is not UTF-8. Rename the file")
+            and said.count("\n") == 1
+        )
 
 
 def test_a_working_folder_that_is_gone_is_one_message(tmp_path):
@@ -138,6 +141,18 @@ def test_a_working_folder_that_is_gone_is_one_message(tmp_path):
 def test_a_full_disk_behind_stdout_is_one_message(tmp_path):
     shown = ended("diptych train --help >/dev/full", tmp_path)
     assert (shown.returncode, shown.stderr) == (4, b"diptych train: stdout: No space left on device\n")
+
+
+def test_bars_stay_and_colours_of_libraries_go(tmp_path):
+    code = (
+        "import sys; from diptych.data_prep.command_line.run_command import guard_streams; guard_streams();"
+        r" [sys.stderr.write(it) for it in ('\x1b[1mREPORT\x1b[0m of \x1b[2J\n', '\r 50%', '\x1b[A', 'a\r\x1b[A')];"
+        r" print('\x1b[1mname\x1b[0m')"
+    )
+    (tmp_path / "code.py").write_text(code)
+    shown = ended('"$0" code.py', tmp_path)
+    assert shown.stderr == rb"REPORT of \x1b[2J" + b"\n\r 50%\x1b[A" + rb"a\r\x1b[A"
+    assert shown.stdout == rb"\x1b[1mname\x1b[0m" + b"\n"
 
 
 def test_closed_streams_are_taken_by_no_file_of_ours(tmp_path):
