@@ -190,15 +190,22 @@ def compare_export(
     theirs, exported_speed = _timed(
         lambda batch: [written.ids for written in exported.write_greedily(batch, rules)], sources, rules
     )
-    places = []  # of the first differences
-    for ids, other in zip(ours, theirs, strict=True):
+    places, faults = [], []  # of the first differences, and those in words that are no tie
+    for row, (source, ids, other) in enumerate(zip(sources, ours, theirs, strict=True), start=1):
         unlike = (place for place, pair in enumerate(zip_longest(ids, other)) if pair[0] != pair[1])
-        places.append(next(unlike, None))
-    gaps = [
-        "" if place is None else _gap(loaded, source, ids, other, place, rules)
-        for source, ids, other, place in zip(sources, ours, theirs, places, strict=True)
-    ]
-    faults = [f"row {row + 1} parts at token {places[row] + 1}: {gap}" for row, gap in enumerate(gaps) if gap]
+        places.append(place := next(unlike, None))
+        if place is None:
+            continue
+        fault = f"one of them ends there, torch with {len(ids)} tokens, the export with {len(other)}"
+        if place < min(len(ids), len(other)):
+            logits = _torch_logits(loaded, source, ids[: place + 1], rules)[-1]
+            gap = (logits[ids[place]] - logits[other[place]]).item()
+            if abs(gap) <= TOLERANCE * max(1.0, logits.abs().max().item()):
+                continue
+            fault = (
+                f"torch writes token {ids[place]}, whose logit is {gap:.3g} above that of {other[place]}, the export's"
+            )
+        faults.append(f"row {row} parts at token {place + 1}: {fault}")
     difference, largest = _logit_difference(loaded, exported, sources[:ROWS_WITH_LOGITS], rules)
     texts, exported_texts = (
         [text_of(loaded.tokenizer, [token for token in ids if token not in rules.ends]) for ids in side]
@@ -269,19 +276,6 @@ def _torch_logits(loaded: LoadedModel, source: Sequence[int], ids: Sequence[int]
         decoder_input_ids=torch.tensor([before], device=loaded.device),
     )
     return outputs.logits[0, len(rules.prefix) :].float().cpu()
-
-
-def _gap(
-    loaded: LoadedModel, source: Sequence[int], ids: list[int], other: list[int], place: int, rules: GreedyRules
-) -> str:
-    """How much torch prefers its own token at the first difference, in words; "" for a tie."""
-    if place >= min(len(ids), len(other)):
-        return f"one of them ends there, torch with {len(ids)} tokens, the export with {len(other)}"
-    logits = _torch_logits(loaded, source, ids[: place + 1], rules)[-1]
-    gap = (logits[ids[place]] - logits[other[place]]).item()
-    if abs(gap) <= TOLERANCE * max(1.0, logits.abs().max().item()):
-        return ""
-    return f"torch writes token {ids[place]}, whose logit is {gap:.3g} above that of {other[place]}, the export's"
 
 
 def _logit_difference(

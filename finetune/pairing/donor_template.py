@@ -196,7 +196,13 @@ def donor_prompt(
         closing = _set_eos(bare, frame, eos_token_ids, name, notes)
         start, shown = _divided(bare, frame, name)
         template = Template(NAME, frame.source(shown), _matching_target(chat, bare, frame, closing, notes))
-        _compare_tokens(chat, bare, frame, template, start, notes)
+        for conversation in filter(frame.takes, CHECKED):  # a note for the first one whose tokens are not the LLM's
+            system, history, instruction = conversation
+            theirs = chat.tokenizer(chat.render(conversation), add_special_tokens=False)["input_ids"]
+            (source,) = encode_sources(bare, [template.render_source(instruction, "", history, system)])
+            if [*source, start] != theirs:
+                notes.append(f"Prompts are cut into other tokens than the LLM's, such as that of {instruction!r}.")
+                break
     else:
         frame = _base_frame(tokenizer, notes)
         _set_eos(bare, frame, eos_token_ids, name, notes)
@@ -496,21 +502,3 @@ def _matching_target(
     if before:
         notes.append(f"Targets begin with {before!r}, as the LLM's answers do in training.")
     return frame.target(before, closing)
-
-
-def _compare_tokens(
-    chat: _ChatTemplate,
-    bare: PreTrainedTokenizerBase,
-    frame: ChatFrame,
-    template: Template,
-    start: int,
-    notes: list[str],
-) -> None:
-    """A note for the first conversation whose tokens are not the LLM's."""
-    for conversation in filter(frame.takes, CHECKED):
-        system, history, instruction = conversation
-        theirs = chat.tokenizer(chat.render(conversation), add_special_tokens=False)["input_ids"]
-        (source,) = encode_sources(bare, [template.render_source(instruction, "", history, system)])
-        if [*source, start] != theirs:
-            notes.append(f"Prompts are cut into other tokens than the LLM's, such as that of {instruction!r}.")
-            return

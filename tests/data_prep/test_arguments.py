@@ -182,6 +182,8 @@ def test_words_are_taken_as_people_type_them():
     assert parse(Settings, "bake", ["--template=-x"]).template == "-x"
     assert parse(Settings, "bake", ["--template", "- x"]).template == "- x"
     assert parse(Positional, "look", ["--json", "here"]) == Positional("here", json=True)
+    for text in ("null", "true", "12", "[1, 2]", "{a: 1}", "a: b", "1e3"):  # a text stays one
+        assert parse(Positional, "look", [text]).model == text
 
 
 def test_a_list_of_numbers_that_may_be_none_is_taken_as_words_and_as_a_list(tmp_path):

@@ -219,6 +219,16 @@ def t5_checkpoint(tmp_path_factory, learned_t5, tiny_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def bare_checkpoint(tmp_path_factory, learned_t5, tiny_tokenizer):
+    """The same with a tokenizer that carries no template."""
+    folder = tmp_path_factory.mktemp("bare")
+    learned_t5.save_pretrained(folder)
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, **tokens).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def prepared_folder(tmp_path_factory, eight_prepared_rows, tiny_tokenizer):
     """A prepared dataset with the eight rows as its test split."""
     folder = tmp_path_factory.mktemp("data") / "prepared"

@@ -6,12 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 
 import pytest
 
-from diptych.data_prep.command_line.arguments import parse
-from diptych.data_prep.command_line.run_command import run_command
 from diptych.finetune.commands import cli
 
 DIPTYCH = [sys.executable, "-m", "diptych.finetune.commands.cli"]
@@ -138,34 +135,6 @@ def test_an_interrupted_command_ends_with_130(t5_checkpoint, tmp_path):
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     assert errors.endswith("diptych generate: interrupted\n") and "Traceback" not in errors
-
-
-@dataclass(frozen=True)
-class SomeSettings:
-    """What this command does."""
-
-    model: str
-    """The checkpoint."""
-    batch_size: int = 16
-    """Rows together."""
-    text: str = ""
-    """Any text."""
-
-
-def parsed(*arguments):
-    return parse(SomeSettings, "diptych some", list(arguments))
-
-
-def test_a_text_stays_text_whatever_it_looks_like():
-    for text in ("null", "true", "12", "[1, 2]", "{a: 1}", "a: b", "- x", "1e3"):
-        assert parsed("here", "--text", text).text == text
-
-
-def test_settings_that_cannot_be_parsed_end_with_code_2_and_one_line(capsys):
-    words = ["here", "--bach_size", "2"]
-    assert run_command("diptych some", lambda argv: parsed(*argv), lambda settings: 0, words) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("diptych some: there is no option --bach_size. Did you mean") and shown.count("\n") == 1
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys):

@@ -83,12 +83,6 @@ def test_two_reports_are_tested_on_the_sources_that_they_share(reports, tmp_path
     assert {"unfinished", "max_new_tokens", "exact_match_rows"} <= table.keys()
 
 
-def test_a_report_beside_itself_differs_by_nothing(reports, capsys):
-    assert cli.run("compare", [str(reports[0]), str(reports[0]), "--trials", "50"]) == 0
-    (chrf,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chrf")]
-    assert chrf.endswith("0.000 [0.000, 0.000]  1.0000")
-
-
 def test_each_validation_set_of_a_run_is_compared(tmp_path):
     run = run_folder(tmp_path / "a", [3.0, 2.0], metrics="chrf", best_metric="news/chrf")
     text = (run / "metrics.jsonl").read_text()

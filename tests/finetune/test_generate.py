@@ -14,8 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, pipeline
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template
-from diptych.finetune.batches.padded_rows import pad_sources
+from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template, template_of
 from diptych.finetune.commands import cli
 from diptych.finetune.doctor.doctor_checks import Patient, cache
 from diptych.finetune.inference import generate_command as generate
@@ -73,12 +72,6 @@ def test_padding_side_of_the_tokenizer_changes_nothing(learned, tiny_tokenizer, 
         assert texts_of(learned, tiny_tokenizer, source_ids) == [row["target"] for row in eight_prepared_rows]
     finally:
         tiny_tokenizer.padding_side = "right"
-
-
-def test_sources_are_padded_on_the_right_as_in_the_docstring():
-    batch = pad_sources([[5, 6, 1], [7, 1]], pad_token_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 1, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 @pytest.fixture
@@ -339,8 +332,6 @@ def test_a_system_prompt_reaches_the_template_or_is_refused(learned_t5, prompter
 
 @pytest.fixture
 def prompter(tiny_tokenizer):
-    from diptych.data_prep.text_to_ids.templates import template_of
-
     return Prompter(tiny_tokenizer, template_of(tiny_tokenizer), max_source_tokens=None)
 
 

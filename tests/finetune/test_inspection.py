@@ -24,8 +24,8 @@ HOSTILE = '</script><script>window.ran = true</script><img src=x onerror="window
 
 
 @pytest.fixture
-def loaded(learned_t5, tiny_tokenizer):
-    return LoadedModel.of(learned_t5, tiny_tokenizer)
+def loaded(loaded_t5):
+    return loaded_t5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -291,13 +291,8 @@ def test_another_file_is_not_overwritten(t5_checkpoint, tmp_path, capsys):
     assert diptych(command) == diptych(command) == 0  # one's own page is replaced
 
 
-def test_a_checkpoint_without_template_is_asked_for_one(tmp_path, learned_t5, tiny_tokenizer, capsys):
-    learned_t5.save_pretrained(tmp_path / "bare")
-    bare = type(tiny_tokenizer)(
-        tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>"
-    )
-    bare.save_pretrained(tmp_path / "bare")
-    command = ["inspect", str(tmp_path / "bare"), "--out", str(tmp_path / "page.html")]
+def test_a_checkpoint_without_template_is_asked_for_one(bare_checkpoint, tmp_path, capsys):
+    command = ["inspect", str(bare_checkpoint), "--out", str(tmp_path / "page.html")]
     assert diptych([*command, "--instruction", "Go."]) == 2
     assert "carries no template" in capsys.readouterr().err
     assert diptych([*command, "--source", "Go."]) == 0

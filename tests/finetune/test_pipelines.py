@@ -114,30 +114,18 @@ def test_every_family_writes(family, tiny_tokenizer, tmp_path):
     assert [set(row) for row in found] == [{"summary_text"}] * 2
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory, learned_t5, tiny_tokenizer):
-    """A checkpoint whose tokenizer carries no template, and whose config has T5's prefixes."""
-    folder = tmp_path_factory.mktemp("bare")
-    learned_t5.save_pretrained(folder)
-    tokenizer = type(tiny_tokenizer)(
-        tokenizer_object=tiny_tokenizer.backend_tokenizer, pad_token="<pad>", eos_token="</s>", bos_token="<s>"
-    )
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_without_a_template_text_is_read_as_it_is(bare):
+def test_without_a_template_text_is_read_as_it_is(bare_checkpoint):
     register_pipelines()
-    write = pipeline("text2text-generation", model=str(bare))
+    write = pipeline("text2text-generation", model=str(bare_checkpoint))
     assert write(f"{TO_KOREAN} Yes.") == [{"generated_text": "네."}]
     assert write(ROWS[4], template="translate") == [{"generated_text": "네."}]
     with pytest.raises(ValueError, match="carries no template"):
         write(ROWS[4])
 
 
-def test_a_t5_config_says_how_its_tasks_begin(bare):
+def test_a_t5_config_says_how_its_tasks_begin(bare_checkpoint):
     register_pipelines()
-    translate = pipeline("translation", model=str(bare))
+    translate = pipeline("translation", model=str(bare_checkpoint))
     translate.model.config.task_specific_params = {
         "translation_en_to_ko": {"prefix": f"{TO_KOREAN} "},
         "summarization": {"prefix": f"{TO_KOREAN} "},
@@ -145,11 +133,6 @@ def test_a_t5_config_says_how_its_tasks_begin(bare):
     assert translate("Yes.", src_lang="en", tgt_lang="ko") == [{"translation_text": "네."}]
     summarize = SummarizationPipeline(model=translate.model, tokenizer=translate.tokenizer)
     assert summarize(["Yes.", "Go."]) == [{"summary_text": "네."}, {"summary_text": "가."}]
-
-
-def test_a_saved_tokenizer_is_the_same_as_the_one_in_memory(t5_checkpoint, write):
-    again = Text2TextPipeline(model=write.model, tokenizer=AutoTokenizer.from_pretrained(t5_checkpoint))
-    assert again(ROWS) == write(ROWS)
 
 
 WITHOUT_DIPTYCH = """
