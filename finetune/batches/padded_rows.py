@@ -23,11 +23,12 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.packing.packed_row import repeated_start
 from diptych.data_prep.rows.records import IGNORE_INDEX
+from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
 from diptych.finetune.model.families import embedding_rows, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.untrusted_files import open_prepared
@@ -125,6 +126,20 @@ def load_prepared(folder: str) -> PreparedData:
     with library_errors(f"{manifest} cannot be read", "Run `diptych prepare` again."):
         packing = json.loads(content).get("packing")
     return PreparedData(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), packing)
+
+
+def check_same_tokenizer(
+    data: str, prepared: PreTrainedTokenizerBase, name: str, other: PreTrainedTokenizerBase, may_grow: bool = False
+) -> None:
+    """UserError if the rows of `data`, which are token ids, would be other words to `other`, the tokenizer of `name`.
+    With `may_grow` the rows may also have tokens that were added to it."""
+    ours, theirs = all_tokens(prepared), all_tokens(other)
+    if ours != theirs and not (may_grow and theirs.items() <= ours.items()):
+        raise UserError(
+            f"{data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {name} ({len(other)} "
+            f"tokens). Prepare the data again with --tokenizer {name}; or, if it is the same with tokens added, train "
+            f"with grow_vocabulary."
+        )
 
 
 def drop_repeated_start(

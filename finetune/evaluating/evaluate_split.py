@@ -25,8 +25,7 @@ from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.templates import carried_template
-from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
-from diptych.finetune.batches.padded_rows import check_rows_fit, drop_repeated_start, open_splits
+from diptych.finetune.batches.padded_rows import check_rows_fit, check_same_tokenizer, drop_repeated_start, open_splits
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import several_ranks
 from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
@@ -59,12 +58,7 @@ def run(settings: EvaluateSettings) -> int:
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
     loaded = load_checkpoint(settings.model, settings.dtype, device)
     prepared = load_tokenizer(str(Path(settings.data) / "tokenizer"))
-    if all_tokens(prepared) != all_tokens(loaded.tokenizer):  # rows are token ids, which would be other words
-        raise UserError(
-            f"{settings.data} was prepared with another tokenizer ({len(prepared)} tokens) than that of "
-            f"{settings.model} ({len(loaded.tokenizer)} tokens). Prepare the data again with --tokenizer "
-            f"{settings.model}."
-        )
+    check_same_tokenizer(settings.data, prepared, settings.model, loaded.tokenizer)
     # rendered and cut by the template that made the rows
     loaded = replace(loaded, template=carried_template(prepared, check=False) or loaded.template)
     splits = {name: of_languages(name, split, settings, loaded) for name, split in splits.items()}

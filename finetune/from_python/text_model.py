@@ -25,13 +25,13 @@ from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.batches.padded_rows import pad_sources
-from diptych.finetune.inference.engine import TorchEngine
+from diptych.finetune.inference.engine import EncodedPrompt, TorchEngine
 from diptych.finetune.inference.generate_command import resolve_limits
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import check_generation_names
 from diptych.finetune.inference.outputs import map_by_length
 from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of, template_for
-from diptych.finetune.inference.scoring import chosen_outputs, log_probabilities
+from diptych.finetune.inference.scoring import log_probabilities
 from diptych.finetune.inference.target_tokens import given_tokens, target_ids
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, pick_device
@@ -99,15 +99,8 @@ class TextModel:
         source_ids, languages = _encoded(prompter, _list_of(rows), asked)
         set_seed(asked.seed)
         loaded = replace(self.loaded, template=prompter.template)
-        outputs = chosen_outputs(
-            loaded,
-            source_ids,
-            given=[given_tokens(loaded, it) for it in languages],
-            seed=asked.seed,
-            batch_size=asked.batch_size,
-            max_new_tokens=asked.max_new_tokens,
-            **asked.generation_kwargs(),
-        )
+        given = [given_tokens(loaded, it) for it in languages]
+        outputs = TorchEngine(loaded).generate(list(map(EncodedPrompt, source_ids, given)), asked, asked.seed)
         found: list[Any] = outputs if asked.scores else [output.text for output in outputs]
         each = asked.num_return_sequences
         if each > 1:

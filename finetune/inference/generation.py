@@ -119,7 +119,16 @@ def generate_batch(
     settings = generation_kwargs | {"stopping_criteria": criteria, "max_new_tokens": max_new_tokens}
     inputs = {name: ids.to(loaded.device) for name, ids in inputs.items()}
     config, sequences = _generate(loaded, inputs, settings)
-    return [_output(ids, len(given[0]), loaded.tokenizer, template, config) for ids in sequences]
+    outputs = []
+    for sequence in sequences:
+        ids, finished = up_to_end(sequence[len(given[0]) :], end_tokens(config))
+        if finished and config.forced_eos_token_id is not None and len(ids) == config.max_new_tokens:
+            ids, finished = ids[:-1], False  # the limit forced this eos (BART's generation configs ask for it)
+        text, is_stopped = cut_at_stop(text_of(loaded.tokenizer, ids[: len(ids) - finished]), template)
+        while is_stopped and ids and ids[-1] == config.pad_token_id:  # rows that end before others are padded
+            ids = ids[:-1]
+        outputs.append(Output(text, finished or is_stopped, tuple(ids)))
+    return outputs
 
 
 def _generate(
@@ -141,25 +150,6 @@ def _generate(
     except torch.OutOfMemoryError as error:
         rows = len(inputs["input_ids"])
         raise UserError(f"{rows} rows do not fit into memory together. Lower batch_size.") from error
-
-
-def _output(
-    sequence: list[int],
-    given: int,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template | None,
-    config: GenerationConfig,
-) -> Output:
-    """Of a generated row (T,), whose first `given` tokens were forced."""
-    ids, finished = up_to_end(sequence[given:], end_tokens(config))
-    if finished and config.forced_eos_token_id is not None and len(ids) == config.max_new_tokens:
-        ids, finished = ids[:-1], False  # the limit forced this eos (BART's generation configs ask for it)
-    text, is_stopped = cut_at_stop(text_of(tokenizer, ids[: len(ids) - finished]), template)
-    if is_stopped:
-        finished = True
-        while ids and ids[-1] == config.pad_token_id:  # rows that end before others are padded
-            ids = ids[:-1]
-    return Output(text, finished, tuple(ids))
 
 
 def up_to_end(ids: list[int], ends: list[int | None]) -> tuple[list[int], bool]:

@@ -27,13 +27,13 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.templates import carried_template
-from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
 from diptych.finetune.batches.packed_rows import PackedRows
 from diptych.finetune.batches.padded_rows import (
     BatchOrder,
     PaddedRows,
     PreparedData,
     check_rows_fit,
+    check_same_tokenizer,
     check_targets,
     drop_repeated_start,
     load_prepared,
@@ -190,11 +190,7 @@ def load_run_tokenizer(recipe: TrainRecipe, prepared: PreparedData) -> PreTraine
     carried_template(tokenizer)  # UserError if it no longer renders what it rendered when the rows were made
     if recipe.tokenizer is not None:
         other = load_tokenizer(recipe.tokenizer)
-        if all_tokens(other) != all_tokens(tokenizer):
-            raise UserError(
-                f"tokenizer {recipe.tokenizer} ({len(other)} tokens) has another vocabulary than the one that "
-                f"{recipe.data} was prepared with ({len(tokenizer)} tokens). Prepare the data again with it."
-            )
+        check_same_tokenizer(recipe.data, tokenizer, recipe.tokenizer, other)
         tokenizer = other
     for name in ("pad_token", "eos_token"):
         if getattr(tokenizer, name) is None:

@@ -31,7 +31,8 @@ from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.text_to_ids.encode import vocabulary_size
 from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
-from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens, check_one_vocabulary
+from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
+from diptych.finetune.batches.padded_rows import check_same_tokenizer
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.inference.generation_config import model_settings
 from diptych.finetune.model.adapters import add_adapter, fill_rows_with_means, load_adapter, resize_embeddings
@@ -76,7 +77,9 @@ def starting_model(
         new_rows = _fit_vocabulary(model, tokenizer, recipe)
     if not is_new:
         check_model(model, recipe.model)
-        _check_tokenizer(recipe, tokenizer)
+    if not is_new and has_tokenizer(recipe.model):
+        own = load_tokenizer(recipe.model)
+        check_same_tokenizer(recipe.data, tokenizer, recipe.model, own, recipe.grow_vocabulary)
     _write_decoder_start(model)
     if recipe.trainable == "cross_attention":
         train_cross_attention_alone(model)
@@ -179,19 +182,6 @@ def _pieces_to_learn(tokenizer: PreTrainedTokenizerBase, name: str, is_grown: bo
         words = dict(zip(pieces, tokenizer.convert_ids_to_tokens(list(pieces)), strict=True))
         return {token: old for token, old in pieces.items() if (words[token], token) not in known}
     return pieces if is_grown else {}
-
-
-def _check_tokenizer(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Rows are token ids. To a model with another vocabulary they are other words, and training would ruin it."""
-    if not has_tokenizer(recipe.model):
-        return
-    own, prepared = all_tokens(load_tokenizer(recipe.model)), all_tokens(tokenizer)
-    if own != prepared and not (recipe.grow_vocabulary and own.items() <= prepared.items()):
-        raise UserError(
-            f"{recipe.data} was prepared with another tokenizer ({len(prepared)} tokens) than that of {recipe.model} "
-            f"({len(own)} tokens). Prepare the data again with --tokenizer {recipe.model}; if it is the same with "
-            f"tokens added, set grow_vocabulary."
-        )
 
 
 def _write_decoder_start(model: PreTrainedModel) -> None:

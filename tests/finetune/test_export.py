@@ -344,19 +344,20 @@ def test_an_adapter_is_merged_and_its_export_writes_what_it_writes(t5_checkpoint
     assert comparison(base, exported, exported.tokenizer).fault()
 
 
-def says(arguments, code, *messages, capsys):
-    try:
-        ended = main([*map(str, arguments)])
-    except SystemExit as end:
-        ended = end.code
-    error = capsys.readouterr().err
-    assert ended == code, error
-    assert "Traceback" not in error
-    for message in messages:
-        assert message in error
+@pytest.fixture
+def says(capsys):
+    """`says(arguments, code, …)`: the command ends with this code, and these messages."""
+
+    def check(arguments, code, *messages):
+        capsys.readouterr()
+        assert main([*map(str, arguments)]) == code
+        error = capsys.readouterr().err
+        assert "Traceback" not in error and all(message in error for message in messages), error
+
+    return check
 
 
-def test_an_export_that_writes_something_else_ends_with_1_and_leaves_nothing(t5_checkpoint, tmp_path, capsys):
+def test_an_export_that_writes_something_else_ends_with_1_and_leaves_nothing(t5_checkpoint, tmp_path, says):
     """A weight that is no number: each engine goes on in its own way."""
     broken = shutil.copytree(t5_checkpoint, tmp_path / "broken")
     model = AutoModelForSeq2SeqLM.from_pretrained(broken)
@@ -369,32 +370,28 @@ def test_an_export_that_writes_something_else_ends_with_1_and_leaves_nothing(t5_
         1,
         "does not write the same in float32: ",
         "Nothing was kept",
-        capsys=capsys,
     )
     assert not list(out.parent.iterdir())
 
 
-def test_mistakes_are_told(t5_checkpoint, checkpoint_of, exported_folder, tiny_tokenizer, tmp_path, capsys):
+def test_mistakes_are_told(t5_checkpoint, checkpoint_of, exported_folder, tiny_tokenizer, tmp_path, says):
     out = ["--out", tmp_path / "new"]
-    says(["export", t5_checkpoint], 2, "out is not set", capsys=capsys)
-    says(["export", t5_checkpoint, "--out", exported_folder], 2, "is there already", capsys=capsys)
+    says(["export", t5_checkpoint], 2, "out is not set")
+    says(["export", t5_checkpoint, "--out", exported_folder], 2, "is there already")
     says(
         ["export", t5_checkpoint, "--precision", "int3", *out],
         2,
         "precision is 'int3'; for ctranslate2 there is float32, bfloat16",
-        capsys=capsys,
     )
-    says(["export", exported_folder, *out], 2, "is an export to ctranslate2", "name the checkpoint", capsys=capsys)
+    says(["export", exported_folder, *out], 2, "is an export to ctranslate2", "name the checkpoint")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "Go.", "output": "x"}\n{"instrction": "Go."}\n')
-    says(
-        ["export", t5_checkpoint, "--rows", rows, *out], 2, "rows.jsonl row 2: 'instruction' is missing", capsys=capsys
-    )
+    says(["export", t5_checkpoint, "--rows", rows, *out], 2, "rows.jsonl row 2: 'instruction' is missing")
     rows.write_text('{"instruction": "Go.", "output": 7}\n')
-    says(["export", t5_checkpoint, "--rows", rows, *out], 2, "row 1: output must be a text", capsys=capsys)
+    says(["export", t5_checkpoint, "--rows", rows, *out], 2, "row 1: output must be a text")
     merged = shutil.copytree(checkpoint_of("diptych_merged"), tmp_path / "merged")
     tiny_tokenizer.save_pretrained(merged)
-    says(["export", merged, *out], 2, "cross_attention is 'merged'", capsys=capsys)
+    says(["export", merged, *out], 2, "cross_attention is 'merged'")
     assert not (tmp_path / "new").exists()
 
 
@@ -435,12 +432,12 @@ def test_a_file_that_was_cut_ends_with_the_bytes_of_a_whole_one(exported_folder,
 
 
 def test_a_file_has_the_predictions_that_torch_writes_and_neither_engine_goes_on_with_the_others(
-    exported_folder, t5_checkpoint, rows_file, tmp_path, capsys
+    exported_folder, t5_checkpoint, rows_file, tmp_path, says
 ):
     files = ["--in_file", str(rows_file), "--out_file", str(tmp_path / "out.jsonl")]
     assert main(["generate", str(exported_folder), *files, *BY_CTRANSLATE2]) == 0
     by_ctranslate2 = (tmp_path / "out.jsonl").read_bytes()
-    says(["generate", t5_checkpoint, *files, "--device", "cpu"], 2, "was started by a run that differs", capsys=capsys)
+    says(["generate", t5_checkpoint, *files, "--device", "cpu"], 2, "was started by a run that differs")
     assert main(["generate", str(t5_checkpoint), *files, "--device", "cpu", "--overwrite", "true"]) == 0
     assert (tmp_path / "out.jsonl").read_bytes() == by_ctranslate2
 
@@ -531,20 +528,19 @@ def test_samples_come_again_with_their_seed_and_differ_with_another(exported_fol
         (["--device", "mps"], "mps"),
     ],
 )
-def test_what_the_engine_cannot_do_is_refused_by_name(exported_folder, more, message, capsys):
-    says(["generate", exported_folder, *ASK, "--engine", "ctranslate2", *more], 2, message, capsys=capsys)
+def test_what_the_engine_cannot_do_is_refused_by_name(exported_folder, more, message, says):
+    says(["generate", exported_folder, *ASK, "--engine", "ctranslate2", *more], 2, message)
 
 
-def test_each_engine_says_what_to_do_with_the_others_folder(exported_folder, t5_checkpoint, capsys):
-    says(["generate", exported_folder, *ASK], 2, "is an export to ctranslate2", "--engine ctranslate2", capsys=capsys)
+def test_each_engine_says_what_to_do_with_the_others_folder(exported_folder, t5_checkpoint, says):
+    says(["generate", exported_folder, *ASK], 2, "is an export to ctranslate2", "--engine ctranslate2")
     says(
         ["generate", t5_checkpoint, *ASK, *BY_CTRANSLATE2],
         2,
         "is a checkpoint",
         "diptych export MODEL --to ctranslate2",
-        capsys=capsys,
     )
-    says(["doctor", exported_folder], 2, "is an export to ctranslate2", capsys=capsys)
+    says(["doctor", exported_folder], 2, "is an export to ctranslate2")
 
 
 def test_a_template_that_is_given_is_saved_in_the_export(t5_checkpoint, tmp_path):

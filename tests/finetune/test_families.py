@@ -4,7 +4,7 @@ refused by name. docs/families.md has what is found here, and is compared with i
     DIPTYCH_FAMILIES=write pytest tests/finetune/test_families.py    writes the table anew
     DIPTYCH_FAMILIES=all pytest tests/finetune/test_families.py      the same, with every export and check: minutes
 
-Unless all is asked for, families are only asked whether they can be exported to ONNX (test_export_graphs.py exports
+Unless all is asked for, families are only asked whether they can be exported to ONNX (test_export_onnx.py exports
 some), and doctor leaves out its checks on two ranks and with a Trainer.
 """
 

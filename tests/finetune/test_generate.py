@@ -395,15 +395,8 @@ def test_names_that_generation_does_not_take_are_refused_before_a_model_is_loade
     assert message in capsys.readouterr().err
 
 
-def test_limits_come_from_the_model_and_may_not_exceed_its_positions(tiny_tokenizer):
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    config = BartConfig(
-        vocab_size=50, d_model=8, encoder_layers=1, decoder_layers=1, max_position_embeddings=64,
-        encoder_attention_heads=1, decoder_attention_heads=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
-    )  # fmt: skip
-    bart = BartForConditionalGeneration(config)
-    engine = TorchEngine(LoadedModel.of(bart, tiny_tokenizer))
+def test_limits_come_from_the_model_and_may_not_exceed_its_positions(new_model, tiny_tokenizer):
+    engine = TorchEngine(LoadedModel.of(new_model("bart", max_position_embeddings=64), tiny_tokenizer))
     resolved = generate.resolve_limits(GenerateSettings("model"), engine)
     assert (resolved.max_source_tokens, resolved.max_new_tokens) == (64, 64)
     with pytest.raises(UserError, match="max_new_tokens is 65, but model was built for 64 positions"):

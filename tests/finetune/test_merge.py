@@ -23,13 +23,8 @@ from diptych.finetune.training.throughput import compile_layers
 
 
 @pytest.fixture
-def recipe(training_folder, checkpoint_of, tmp_path):
-    def make(family: str = "t5", **changes) -> TrainRecipe:
-        settings = {"model": str(checkpoint_of(family)), "data": str(training_folder), "out": str(tmp_path / "run")}
-        settings |= {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"}
-        return TrainRecipe(**(settings | changes))
-
-    return make
+def recipe(short_run, training_folder):
+    return partial(short_run, data=str(training_folder), max_steps=3, learning_rate=1e-2)
 
 
 @torch.no_grad()

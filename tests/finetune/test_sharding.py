@@ -18,7 +18,6 @@ from transformers import AutoModelForSeq2SeqLM
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import run_recipe
-from diptych.finetune.training.recipe import TrainRecipe
 
 STEPS, SUMS_IN_ANOTHER_ORDER = 8, 1e-5
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -216,14 +215,11 @@ def test_launches_that_cannot_share_are_refused_with_what_can(train, tmp_path):
 
 @pytest.mark.parametrize("engine, said", [("FSDP", "asks for FSDP"), ("DEEPSPEED", "DeepSpeed, which does not run")])
 def test_what_accelerate_is_asked_for_and_the_recipe_is_not_is_refused(
-    engine, said, training_folder, checkpoint_of, tmp_path, monkeypatch
+    engine, said, short_run, training_folder, monkeypatch
 ):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    recipe = TrainRecipe(
-        model=str(checkpoint_of("t5")), data=str(training_folder), out=str(tmp_path / "run"), max_steps=1
-    )
     with pytest.raises(UserError, match=f"{said}.*torchrun .*--sharding full"):
-        run_recipe(recipe)
+        run_recipe(short_run(data=str(training_folder)))
 
 
 @pytest.mark.slow
