@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -10,14 +11,17 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from torture import DEADLINE, Case, Torture, differences_of
 
 from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError
+from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.pipeline.prepared_folder import beside
 from diptych.finetune.commands.exit_codes import StorageError
 from diptych.finetune.run_files import atomic_folders, checkpoints
@@ -451,3 +455,124 @@ def test_training_goes_on_when_nobody_reads_what_it_says(torturer, tmp_path):
     command = f"{sys.executable} -m diptych.finetune.train --config {file} 2>&1 | true; exit ${{PIPESTATUS[0]}}"
     assert subprocess.run(["bash", "-c", command], timeout=DEADLINE).returncode == 0
     assert read_status(out)["state"] == "done" and (out / "final" / "config.json").is_file()
+
+
+def lost_in_a_loader():
+    try:
+        torch.empty(2**48)
+    except RuntimeError as error:
+        raise UserError("the weights could not be read") from error
+
+
+def written_to_a_full_disk():
+    with open("/dev/full", "w") as file:
+        file.write("text")
+
+
+def lost_in_a_folder():
+    try:
+        written_to_a_full_disk()
+    except OSError as error:
+        raise UserError("the folder could not be written") from error
+
+
+@dataclass
+class Nothing:
+    pass
+
+
+ENDED = {
+    "an allocation of torch": (lambda: torch.empty(2**48), "out of memory: "),
+    "an allocation of Python": (lambda: bytearray(2**60), "out of memory: MemoryError. Use a machine with more"),
+    "a map of the system": (lambda: mmap.mmap(-1, 2**60), "out of memory: "),
+    "behind a loader's message": (lost_in_a_loader, "out of memory: the weights could not be read. Use a machine"),
+    "a disk": (written_to_a_full_disk, "No space left on device. Make room on this disk, or name another."),
+    "a disk behind a message": (lost_in_a_folder, "the folder could not be written"),
+}
+
+
+@pytest.mark.parametrize("work, said", ENDED.values(), ids=ENDED)
+def test_whatever_has_no_memory_or_no_disk_is_one_message_and_code_4(work, said, capsys):
+    assert run_command("diptych generate", lambda argv: Nothing(), lambda settings: work(), []) == 4
+    assert capsys.readouterr().err.startswith(f"diptych generate: {said}")
+
+
+WITHOUT_ROOTS_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", "--inh-caps=-all"]
+IN_A_NAMESPACE = ["unshare", "--mount", "sh", "-c"]
+
+
+def train_as(prefix: list[str], recipe: dict, file: Path) -> tuple[int, str]:
+    """Exit code and messages of a process of its own; the words are put before the command."""
+    file.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "diptych.finetune.train", "--config", str(file), "--resume", "true"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*prefix, *command], capture_output=True, text=True, env=environment, timeout=DEADLINE)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "place, mode",
+    [
+        (".lock", 0o444),
+        *(
+            pytest.param(*rest, marks=pytest.mark.slow)
+            for rest in [("status.json", 0o000), (".", 0o555), ("checkpoints", 0o555)]
+        ),
+    ],
+)
+def test_a_run_of_another_user_is_one_message_and_is_left_as_it_is(place, mode, finished, torturer, tmp_path):
+    """Who may not write to `checkpoints` is told at the start, not at the first checkpoint."""
+    recipe, folder = finished
+    out = folder.parent
+    status = read_status(out) | {"state": "stopped", "exit_code": 75}
+    (out / "status.json").write_text(json.dumps(status))
+    (out / place).chmod(mode)
+    prefix = WITHOUT_ROOTS_RIGHTS if os.geteuid() == 0 else []
+    code, said = train_as(prefix, recipe | {"max_steps": 40}, tmp_path / "other.yaml")
+    (out / place).chmod(0o755)
+    assert (
+        code == 2 and f"diptych train: {out / place}" in said and "Permission denied. Get yourself the right" in said
+    )
+    assert checkpoints.checkpoint_steps(folder)[-1] == 15 and "step 16/" not in said
+    assert read_status(out)["step"] == 15
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+@pytest.mark.parametrize(
+    "mount, said",
+    [
+        (
+            "mount --bind {out} {out} && mount -o remount,ro,bind {out}",
+            ".lock: Read-only file system. This disk can only",
+        ),
+        ("mount -t tmpfs -o size=60k none {out}", "No space left on device. Make room"),
+        ("mount -t tmpfs -o size=9m none {out}", "step-000005 could not be written (0 of 18,"),
+    ],
+)
+def test_a_small_disk_or_a_read_only_one_is_one_message(mount, said, torturer, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    prefix = [*IN_A_NAMESPACE, f'{mount.format(out=out)} && exec "$@"', "sh"]
+    code, log = train_as(prefix, long(torturer, ALONE, out, eval_every=5), tmp_path / "small.yaml")
+    assert code == 4 and said in log, log
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_status_that_is_damaged_is_written_anew(content, tmp_path):
+    (tmp_path / "status.json").write_text(content)
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    with pytest.raises(UserError, match="mine"), claimed(tmp_path, resumes=True):
+        raise UserError("mine")
+    assert read_status(tmp_path)["message"] == "mine" and read_status(tmp_path)["exit_code"] == 2
+
+
+def test_a_status_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    (tmp_path / "status.json.0.partial").mkdir(parents=True)
+    with pytest.raises(UserError, match="mine"), claimed(tmp_path / "run", resumes=True) as status:
+        status.folder = tmp_path
+        status.has_begun = True
+        raise UserError("mine")
+    assert "status.json does not say how the run ended" in capsys.readouterr().err
