@@ -321,7 +321,10 @@ def _check_parts(folder: Path) -> None:
         if len(set(names)) < len(names) or not all(map(_is_inside, names)):
             raise ValueError(f"dataset_dict.json has the splits {str(names)[:80]}")
     for name in names:
-        files = json.loads((folder / name / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        state = json.loads((folder / name / "state.json").read_text(encoding="utf-8"))
+        if state.get("_format_kwargs"):
+            raise ValueError(f"state.json of {name} has _format_kwargs, which `diptych prepare` does not write")
+        files = state["_data_files"]
         if wrong := [file for file in files if not _is_inside(file["filename"])]:
             raise ValueError(f"state.json of {name} has the file {str(wrong[0])[:80]}")
 

@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
-from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.finetune.batches.packed_rows import PackedRows
 from diptych.finetune.batches.padded_rows import (
@@ -220,11 +219,8 @@ def splits_for_model(prepared: PreparedData, loaded: LoadedModel) -> dict[str, P
 
 
 def make_order(recipe: TrainRecipe, rows: PaddedRows | PackedRows, ranks: int) -> BatchOrder:
-    lengths = rows.lengths
-    if not lengths.target_tokens.any():
-        raise UserError(f"no row of {recipe.data} has a target: all labels are {IGNORE_INDEX}. Prepare it again.")
     return BatchOrder(
-        lengths,
+        rows.lengths,
         recipe.batch_size,
         ranks,
         recipe.gradient_accumulation_steps,
@@ -306,8 +302,6 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
             f"target {target_tokens.mean() / shape.max_target_tokens:.1%} | attention: "
             f"{run.model.config._attn_implementation}"
         )
-    if count := (empty := run.order.lengths.target_tokens == 0).sum():
-        say(f"{count:,} of {len(empty):,} {kind} rows have no target to learn; the first is row {empty.argmax()}")
     sets = run.validation_splits
     if not sets:
         say(f"{recipe.data} has no validation split: no evaluation, and the last checkpoint becomes final")

@@ -231,7 +231,7 @@ def test_a_broken_line_and_two_things_that_share_nothing_are_users_errors(report
     assert "nothing to compare" in capsys.readouterr().err
     (a / "metrics.jsonl").write_text('{"step": 1}\n{broken\n{"step": 2}\n')
     assert cli.run("compare", [str(a), str(reports[0])]) == 2
-    assert "metrics.jsonl line 2 is no JSON" in capsys.readouterr().err
+    assert "metrics.jsonl line 2 is no entry of a log" in capsys.readouterr().err
 
 
 def test_a_table_of_another_tokenizer_is_comparable_by_its_texts(
