@@ -5,7 +5,8 @@
 The server is a process of `diptych serve` with a small random model and 256 descriptors. Each good and each slow
 client must get the answer that its prompt had before the others came; a 503 may be asked again. Hostile clients must
 get a refusal, or a closed connection, and never a 500. After a warm-up of a fifth of the time, at least a minute,
-memory must stay within 2 %, and in the end as many descriptors must be open as in the beginning. The exit code is 1 if one of these fails.
+memory must stay within 2 %, and in the end as many descriptors must be open as in the beginning. The exit code is 1 if
+one of these fails.
 """
 
 import argparse
