@@ -535,7 +535,7 @@ def test_a_run_of_another_user_is_one_message_and_is_left_as_it_is(place, mode, 
         code == 2 and f"diptych train: {out / place}" in said and "Permission denied. Get yourself the right" in said
     )
     assert checkpoints.checkpoint_steps(folder)[-1] == 15 and "step 16/" not in said
-    assert read_status(out)["step"] == 15
+    assert place == "checkpoints" or read_status(out)["step"] == 15  # who may write there says how it ended
 
 
 @pytest.mark.slow
