@@ -49,6 +49,8 @@ MOST_BYTES = 32 * 2**20
 """Of a JSON file: the index of the largest published checkpoints has 9 MB."""
 CODE_CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 SHIPPED_CODE = ("eager", "sdpa", None)
+OF_THE_CLASS = ("attribute_map", "sub_configs", "base_config_key")
+"""What a config.json would set in transformers' class of configs, beside the methods."""
 FP32_BYTES = 4
 GENERATION_CONFIG = "generation_config.json"
 
@@ -112,6 +114,10 @@ def check_config(name: str) -> None:
         if not isinstance(config, dict):
             raise TypeError(f"it holds a {type(config).__name__}, where settings by name are due")
     for part in config_parts(config):
+        if taken := [key for key in part if key in OF_THE_CLASS or callable(getattr(PreTrainedConfig, key, None))]:
+            raise UserError(
+                f"config.json of {name} names {taken[0]}, which is none of its settings. Take it out there."
+            )
         _check_part(part, config, name)
 
 

@@ -157,6 +157,8 @@ def test_a_generation_config_that_is_none_is_said_and_not_passed_over(copy):
         ({"model_type": "marian", "max_position_embeddings": 10**9, "d_model": 48}, "asks for"),
         ({"rope_parameters": ["x"]}, "config"),
         ({"feed_forward_proj": "no-such"}, "config"),
+        ({"attribute_map": ["a"]}, "names attribute_map, which is none of its settings"),
+        ({"to_dict": 1}, "names to_dict, which is none of its settings"),
     ],
 )
 def test_what_a_config_asks_for_is_bounded(copy, changes, said):
