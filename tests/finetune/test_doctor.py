@@ -253,7 +253,8 @@ def test_a_start_token_that_training_and_generation_disagree_about(checkpoint, e
     finding = examined(folder, "decoder start token")
     assert (finding.status, finding.message) == ("red", "0 in config.json, but generation starts with 2")
     edit_json(folder / "generation_config.json", decoder_start_token_id=5000)
-    assert "ids end at" in examined(folder, "decoder start token").message
+    with pytest.raises(UserError, match="decoder_start_token_id is '5000' in .*generation_config.json, and must be"):
+        examined(folder, "decoder start token")
 
 
 def test_labels_that_begin_with_the_start_token(checkpoint, examined, tmp_path):
