@@ -11,6 +11,7 @@ some), and doctor leaves out its checks on two ranks and with a Trainer.
 import gc
 import json
 import os
+import queue
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from diptych.finetune.doctor.doctor_checks import CHECKS
 from diptych.finetune.exporting import export_onnx
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.serving.request_batches import Decoding, Engine, Job
+from diptych.finetune.serving.request_batches import Decoding, Engine, Job, Piece
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 WANTED = os.environ.get("DIPTYCH_FAMILIES", "")
@@ -175,17 +176,18 @@ def generated(model, tokenizer, ran) -> str:
 
 def served(model, tokenizer, ran) -> str:
     """By the engine behind the HTTP interface: the pieces are the text."""
-    events = []
+    events = queue.SimpleQueue()
     settings = {"batch_size": 2, "queue_size": 4, "batch_wait_ms": 0}
     engine = Engine(LoadedModel.of(model, tokenizer, TEMPLATES["translate"]), **settings)
     source = tokenizer(TEMPLATES["translate"].render_source(ASKED[1], ASKED[3])).input_ids
     try:
-        engine.submit([Job(source, Decoding(NEW_TOKENS), events.append, wants_pieces=True)])
-        while not engine.running and not events:
-            pass
+        engine.submit([Job(source, Decoding(NEW_TOKENS), events.put, wants_pieces=True)])
+        found = [events.get(timeout=60)]
+        while isinstance(found[-1], Piece):
+            found.append(events.get(timeout=60))
     finally:
         engine.close()
-    *pieces, ended = events
+    *pieces, ended = found
     assert "".join(piece.text for piece in pieces) == ended.answers[0].text == text_of(model, tokenizer)
     return "✓"
 
