@@ -124,7 +124,7 @@ def is_merged(model: PreTrainedModel) -> bool:
 def state_sizes(model: PreTrainedModel) -> tuple[int | None, ...]:
     """The sizes of encoder_hidden_states without the rows; None for the source's length."""
     config = model.get_encoder().config
-    width = config.hidden_size
+    width = getattr(config, "text_config", config).hidden_size
     return (model.config.decoder.num_hidden_layers, None, width) if is_merged(model) else (None, width)
 
 
