@@ -157,8 +157,9 @@ def adapter_config(
     if method == "LORA":
         given |= {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout} | VARIANTS[variant]
     layers = _targets(model, targets)
-    if "feedforward_modules" in given:  # of IA3, which wants them among the targets
-        given["feedforward_modules"] = _targets(model, given["feedforward_modules"])
+    if "feedforward_modules" in given and (family := family_of(model)) and family.no_text_part:
+        ends = tuple(f".{name}" for name in given["feedforward_modules"])  # which IA3 wants among the targets
+        given["feedforward_modules"] = [name for name in layers if f".{name}".endswith(ends)]
     try:
         return config_class(task_type=TaskType.SEQ_2_SEQ_LM, target_modules=layers, **given)
     except (TypeError, ValueError) as error:

@@ -27,7 +27,7 @@ from diptych.data_prep.text_to_ids.templates import TEMPLATES, load_template, te
 
 ROWS = [{"instruction": f"Say {n}.", "input": f"number {n}", "output": f"It is {n}."} for n in range(40)]
 LONG_ROW = {"instruction": "Count.", "output": "one two three " * 20}
-COMMAND = [sys.executable, "-m", "diptych.data_prep.prepare"]
+COMMAND = [sys.executable, "-m", "diptych", "prepare"]
 SAMPLE = ["--data", "tatoeba", "--train_tokenizer", "bpe"]
 GOOD = '{"instruction": "a", "output": "b"}'
 
@@ -1117,7 +1117,7 @@ def test_what_is_given_and_not_used_is_said(prepare, write_rows, tmp_path):
 def test_tokenizers_that_cannot_serve_are_refused(prepare, path, tokenizers_by_family, tmp_path):
     assert "there is no folder" in prepare("--data", path, tokenizer=tmp_path / "nowhere")[2]
     (tmp_path / "hollow").mkdir()
-    assert "could not be loaded" in prepare("--data", path, tokenizer=tmp_path / "hollow")[2]
+    assert "hollow has no tokenizer" in prepare("--data", path, tokenizer=tmp_path / "hollow")[2]
     without_pad = AutoTokenizer.from_pretrained(_saved(tokenizers_by_family["bart"], tmp_path / "bart"))
     without_pad.pad_token = None
     assert "has no pad_token" in prepare("--data", path, tokenizer=_saved(without_pad, tmp_path / "no_pad"))[2]

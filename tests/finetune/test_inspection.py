@@ -256,7 +256,7 @@ def _attention(html: str) -> dict:
 
 
 def test_a_family_without_a_known_norm_has_no_lens(tiny_tokenizer):
-    model = AutoModelForSeq2SeqLM.from_config(family_configs(len(tiny_tokenizer))["blenderbot"])
+    model = AutoModelForSeq2SeqLM.from_config(family_configs(len(tiny_tokenizer))["switch_transformers"])
     loaded = LoadedModel.of(model, tiny_tokenizer)
     assert facts.lens(loaded, facts.read_and_write(loaded, [5, 6, 1], [0, 9, 1])) is None
 

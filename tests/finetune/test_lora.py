@@ -367,7 +367,7 @@ KEPT = ("t5, own headhead", "t5, own headsaved head")
 def test_a_merge_that_changes_the_logits_is_refused(checkpoint_of, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(lora, "_copy_weight", lambda layer: None)  # as if a tie were not seen
     save_with_peft(checkpoint_of("t5"), ON_TABLES["head"], tiny_tokenizer, tmp_path)
-    with pytest.raises(UserError, match="does not fit its base .*: merging changes logits by .*peft.AutoPeft"):
+    with pytest.raises(UserError, match="merging changes logits by .*peft.AutoPeft"):
         load_checkpoint(tmp_path)
 
 

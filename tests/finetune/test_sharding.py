@@ -52,7 +52,7 @@ def train(nursery, training_folder, checkpoint_of, tmp_path):
         file.write_text(yaml.safe_dump(settings | changes))
         for earlier in tmp_path.glob(f"{log.name}.*"):
             earlier.unlink()
-        processes = nursery.train(["--config", str(file), "--resume", "true"], log, ranks, die_at)
+        processes = nursery.train(["--config", str(file), "--resume", "true"], log, ranks, die_at=die_at)
         ended = [process.wait(DEADLINE) for process in processes]
         said = "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(ranks))
         assert ended == list(codes[:ranks]), said
@@ -110,7 +110,7 @@ CHANGES = {
     "checkpointed": {"gradient_checkpointing": True},
     "embeddings": {"method": "lora", "lora_embeddings": True},
     "dora": {"method": "lora", "lora_variant": "dora"},
-    "not in families.py": {"family": "blenderbot"},
+    "not in families.py": {"family": "longt5"},
 }
 
 

@@ -327,7 +327,7 @@ def test_packing_figures_are_compared_with_the_model(new_model):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"family": "blenderbot"}, "how packed rows are fed to a blenderbot is not known"),
+        ({"family": "longt5"}, "how packed rows are fed to a longt5 is not known"),
         ({"packed": False}, "the recipe has packed: false"),
         ({"data": "training_folder"}, "has no packed rows; `diptych prepare` makes them"),
     ],

@@ -614,11 +614,11 @@ def test_a_config_that_is_none_is_refused(copy, content):
 
 def test_a_chat_template_with_a_path_for_a_name_is_refused_before_anything_is_saved(copy, tmp_path, capsys):
     edit(copy / "tokenizer_config.json", chat_template=[{"name": "../../escaped", "template": "{{ 1 }}"}])
-    assert "has a chat template named '../../escaped'" in refusal(copy, load_tokenizer)
+    assert "chat_template has one named '../../escaped'" in refusal(copy, load_tokenizer)
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     data = ["--data", str(tmp_path / "rows.jsonl")]
     assert cli.main(["prepare", *data, "--tokenizer", str(copy), "--out", str(tmp_path / "out")]) == 2
-    assert "has a chat template named" in capsys.readouterr().err
+    assert "chat_template has one named" in capsys.readouterr().err
     assert not list(tmp_path.rglob("escaped*"))
 
 
@@ -649,7 +649,8 @@ def test_a_pickle_in_an_arrow_file_stays_one(tmp_path):
     shard = next((tmp_path / "data" / "train").glob("*.arrow"))
     with pyarrow.OSFile(str(shard), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
         writer.write_table(table)
-    open_prepared(tmp_path / "data")
+    with pytest.raises(UserError, match="no lists of whole numbers as column input_ids"):
+        open_prepared(tmp_path / "data")
     cli.main(["prepare", "--data", str(shard), "--train_tokenizer", "bpe", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "ran").exists()
 
