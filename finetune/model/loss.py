@@ -18,6 +18,7 @@ B rows, T target tokens, D width, V vocabulary, N target tokens picked from B ×
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.model.families import family_of, without_adapter
+from diptych.finetune.model.neftune import noisy_embeddings
 
 LOGITS_AT_ONCE, TOKENS_AT_ONCE = 2**24, 256
 """64 MiB in fp32, but no fewer tokens than these: each chunk reads the head and its gradient once."""
@@ -54,9 +56,11 @@ class Seq2SeqObjective(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         tokens_at_once: int | None = None,
+        neftune: float = 0.0,
     ):
         super().__init__()
         self.model = model
+        self.neftune = neftune
         self.extras = Extras(label_smoothing, z_loss)
         self.tokens_at_once = tokens_at_once
         self.family = family_of(model)
@@ -64,7 +68,10 @@ class Seq2SeqObjective(nn.Module):
     def forward(self, batch: dict[str, torch.Tensor], num_items_in_batch: int) -> torch.Tensor:
         """`batch` padded or packed, labels (B, T) with IGNORE_INDEX where there is no target -> a scalar. A batch
         without targets gives a zero that still has a gradient, which is what a rank without rows contributes."""
-        states, labels, head = self._states_labels_and_head(batch)
+        is_noisy = self.training and self.neftune
+        noise = noisy_embeddings(without_adapter(self.model), batch, self.neftune) if is_noisy else nullcontext()
+        with noise:
+            states, labels, head = self._states_labels_and_head(batch)
         criterion = self._criterion(batch) if self.training else cross_entropy(Extras())
         weights = list(head.weights.values())
         total = _SummedLoss.apply(states, labels, head, criterion, torch.is_grad_enabled(), *weights)

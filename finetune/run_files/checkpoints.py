@@ -1,7 +1,7 @@
 """The checkpoints of a run: which there are, which is the newest whole one, and the state of training in them.
 
     run/checkpoints/step-000200/  model/                 as save_pretrained writes it: weights, config, tokenizer
-                                  optimizer.safetensors  AdamW's two means of every weight, by name
+                                  optimizer.safetensors  what the optimizer keeps of each weight, by name
                                   state.json             step, place in the data, sums since the last log line
                                   rng.json               random states of python, numpy and torch, of every rank
                                   manifest.json          size and hash of each file above: see atomic_folders.py
@@ -25,9 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.run_files.atomic_folders import (
@@ -166,49 +164,12 @@ def _remove(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], keep: bool = True
-) -> dict[str, torch.Tensor]:
-    """Every tensor of the optimizer's state on the CPU, as `name/exp_avg`; the same for any number of ranks, all of
-    which must call this. `keep`: see `whole_tensor`."""
-    return {
-        f"{names[parameter]}/{key}": whole_tensor(value, keep)
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
 def whole_tensor(tensor: torch.Tensor, keep: bool = True) -> torch.Tensor:
     """On the CPU; a tensor that is spread over ranks is gathered, for which all of them must call this. Ranks with
     keep=False get an empty tensor, so that a machine of eight ranks does not hold everything eight times."""
     tensor = tensor.detach()
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.cpu().contiguous() if keep else torch.empty(0)
-
-
-def load_optimizer(file: Path, optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]) -> None:
-    """CheckpointError where the file has other entries than the state of these weights."""
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Name another checkpoint.") from error
-    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    expected = {f"{names[weight]}/{key}" for weight in trained for key in ("step", "exp_avg", "exp_avg_sq")}
-    if different := sorted(expected ^ tensors.keys()):
-        is_missing = different[0] in expected
-        raise CheckpointError(
-            f"{file} {'lacks' if is_missing else 'holds'} {different[0]}{'' if is_missing else ', which is unknown'}:"
-            f" {len(expected)} entries were expected, {len(tensors)} found. Name another checkpoint."
-        )
-    for weight in trained:
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = tensors[f"{names[weight]}/{key}"]
-            # `step` stays where AdamW made it: on the CPU unless it is fused on a GPU
-            if value.ndim or optimizer.defaults["fused"]:
-                value = value.to(weight.device)
-            if value.ndim and isinstance(weight, DTensor):
-                value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            optimizer.state[weight][key] = value
 
 
 def random_states() -> dict[str, Any]:

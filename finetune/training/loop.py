@@ -11,6 +11,7 @@ what the run has done, so a run that was killed between the two does what is lef
 """
 
 import math
+import statistics
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -115,17 +116,23 @@ def take_step(run: Run, pace: Pace) -> None:
         run.scaler.unscale_(run.optimizer)
         clipped_from = run.accelerator.clip_grad_norm_(list(run.weight_names), recipe.max_grad_norm or math.inf)
         gradient_norm = float(whole_tensor(clipped_from))
-    rate = learning_rate(progress.step, run.total_steps, recipe)
+    rate = run.rates(progress.step)
     # A scale that was too large shows as an infinite gradient: the scaler leaves that step out, and halves the scale.
     if not (run.scaler.is_enabled() and math.isfinite(loss) and run.scaler.get_scale() > 1):
         check_finite(run, step, shares, loss, gradient_norm, rate)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
+    if progress.is_spike(gradient_norm, recipe.skip_spikes):
+        run.log.say(
+            f"step {progress.step + 1} is skipped: its gradient norm is {gradient_norm:.3g}, and the median of the "
+            f"last {len(progress.norms)} is {statistics.median(progress.norms):.3g}"
+        )
+        progress.skipped += 1
+    else:
+        run.optimizer.set_rate(rate)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
     run.optimizer.zero_grad()
 
-    progress.add(step, loss)
+    progress.add(step, loss, gradient_norm if recipe.skip_spikes else None)
     work = step.source_tokens * run.work.source + step.target_tokens * run.work.target
     pace.advance(loss, step.source_tokens + step.target_tokens, work, time.perf_counter() - started)
     if is_due(progress.step, recipe.logging_every) or progress.step == run.total_steps:
@@ -156,16 +163,6 @@ def add_up_gradients(run: Run, step: StepRows) -> tuple[float, list[torch.Tensor
     with run.ranks.waiting_for(f"the loss of step {run.progress.step + 1}"):
         loss, asked = accelerator.reduce(torch.stack((torch.stack(shares).sum(), asked)), reduction="sum").tolist()
     return loss, shares, asked > 0
-
-
-def learning_rate(step: int, total_steps: int, recipe: TrainRecipe) -> float:
-    """Of the step that comes after `step` others. It depends on nothing else: there is no scheduler to save."""
-    warmup_steps = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * total_steps)
-    if step < warmup_steps:
-        return recipe.learning_rate * (step + 1) / warmup_steps
-    passed = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    left = {"constant": 1.0, "linear": 1 - passed, "cosine": 0.5 + 0.5 * math.cos(math.pi * passed)}
-    return recipe.learning_rate * left[recipe.schedule]
 
 
 def check_finite(
@@ -213,7 +210,7 @@ def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> Non
         "tokens_per_second": tokens_per_second,
         "mfu": work_per_second / run.peak / run.accelerator.num_processes,
         "memory_bytes": peak_memory(run.accelerator.device),
-    }
+    } | ({"skipped_steps": progress.skipped} if run.recipe.skip_spikes else {})
     progress.nats, progress.logged_target_tokens = 0.0, 0
     progress.logged_tokens, progress.logged_padded_tokens = 0, 0
     run.log.add_figures(entry)
@@ -228,7 +225,8 @@ def evaluate(run: Run) -> bool:
         return False
     figures: dict[str, dict[str, float]] = {}
     samples: list[dict[str, Any]] = []
-    with torch.compiler.set_stance("force_eager"):  # padded rows have ever new shapes, and each would be compiled
+    # padded rows have ever new shapes, and each would be compiled
+    with torch.compiler.set_stance("force_eager"), run.optimizer.evaluated_weights():
         for split in run.validation_splits:
             figures[split] = {"loss": validation_loss(run, split)}
             if recipe.metrics:

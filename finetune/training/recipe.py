@@ -61,12 +61,40 @@ class TrainRecipe:
 
     learning_rate: float = 3e-4
     """Peak learning rate. From scratch 3e-4 to 1e-3; full fine-tuning 3e-5 to 1e-4; LoRA 1e-4 to 1e-3."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate after warm-up: cosine or linear decay to zero, or constant."""
+    schedule: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "polynomial",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """Learning rate after warm-up, by transformers' names: cosine and linear decay to zero. With optimizer
+    schedule_free it must be constant."""
+    schedule_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the schedule in transformers: {num_decay_steps: 200} of warmup_stable_decay, {power: 2.0, lr_end:
+    1e-6} of polynomial, {num_cycles: 3} of cosine_with_restarts, {min_lr_rate: 0.1} of cosine_with_min_lr."""
     warmup_steps: int = field(default=0, metadata={"instead_of": ("warmup_ratio",)})
     """Steps in which the learning rate rises linearly from zero. Give this or warmup_ratio."""
     warmup_ratio: float = field(default=0.0, metadata={"instead_of": ("warmup_steps",)})
     """The same as a share of all steps, 0 to 1."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "muon", "schedule_free"] = "adamw"
+    """adamw_8bit: AdamW's means in 8 bits, 2 bytes per weight instead of 8 (pip install bitsandbytes). adafactor:
+    T5's, which keeps almost nothing; learning rates of about 1e-3. muon: orthogonal updates of matrices, and AdamW for
+    all other weights, with AdamW's learning rates. schedule_free: AdamW that needs no decay of the learning rate, and
+    can end at any step (pip install schedulefree)."""
+    optimizer_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the optimizer's class: {momentum: 0.9} of muon, {scale_parameter: true} of adafactor, {r: 0.5} of
+    schedule_free. Of muon they are for the matrices."""
+    ema: float = 0.0
+    """Decay of a running average of the weights, such as 0.999: the average is evaluated and saved. 0: no average."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """bf16: weights, gradients and AdamW's means take 10 bytes per weight instead of 16. What is lost when an update
+    is rounded is kept and added later: Kahan summation (pip install torch-optimi). With LoRA: the base in bf16."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW: decay rates of the running means of the gradient and of its square. From scratch, 0.95 to 0.98 is more
     stable for the second."""
@@ -76,6 +104,12 @@ class TrainRecipe:
     """AdamW: each weight is reduced by this part times the learning rate per step; not norms and biases."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm; 0 does not scale."""
+    skip_spikes: float = 0.0
+    """A step whose gradient norm is more than so many times the median of the last 100 steps is skipped, and this is
+    printed; 0: none is. At least 20 steps come before."""
+    neftune: float = 0.0
+    """NEFTune (arXiv 2310.05914): uniform noise is added to embeddings in training, of this size divided by the root
+    of length × width; 5 to 15. 0: no noise."""
     label_smoothing: float = 0.0
     """Part of the target probability that is distributed over all tokens in training, not in validation."""
     z_loss: float = 0.0
@@ -156,8 +190,9 @@ class TrainRecipe:
     """Steps between checkpoints. Default: once per epoch. A new best one and the last one are always saved."""
     keep_last: int = 2
     """How many of the newest checkpoints to keep. The best one is always kept, too."""
-    final: Literal["best", "last"] = "best"
-    """Which checkpoint is saved as `final/`. Without a validation split it is the last."""
+    final: Literal["best", "last", "average"] = "best"
+    """Which checkpoint is saved as `final/`; average: the mean weights of the newest `keep_last`. Without a validation
+    split, best is the last."""
     logging_every: int = 10
     """Steps between log lines."""
     rank_timeout: float = 1800.0
@@ -168,7 +203,12 @@ class TrainRecipe:
     profile: bool = False
     """Record three steps with torch.profiler: profile/trace.json (a chrome trace) and profile/table.txt."""
     trackers: str = field(default="", metadata=NAMES)
-    """Experiment trackers of accelerate, separated by commas; they must be installed (tensorboard …)."""
+    """Experiment trackers of accelerate, separated by commas; they must be installed (tensorboard, wandb, mlflow,
+    trackio …)."""
+    project: str = "diptych"
+    """Name of the project in the trackers."""
+    run_name: str | None = None
+    """Name of the run in wandb, mlflow, trackio, swanlab and clearml. Default: the name of the folder `out`."""
 
     def __post_init__(self):
         for name in ("model", "data", "out", "tokenizer", "teacher"):
@@ -194,6 +234,7 @@ class TrainRecipe:
         if self.warmup_steps and self.warmup_ratio:
             raise UserError("warmup_steps and warmup_ratio are both given. Keep one of them.")
         self._check_adapter()
+        self._check_optimizer()
         if self.teacher and self.label_smoothing:
             raise UserError(
                 "label_smoothing is given beside a teacher, whose predictions smooth the targets already. Drop one."
@@ -211,12 +252,37 @@ class TrainRecipe:
                 f"Name them in `metrics`, or choose by loss."
             )
 
+    def _changed(self, *names: str) -> list[str]:
+        """Those that are not at their default."""
+        return [name for name in names if getattr(self, name) != getattr(TrainRecipe, name, {})]
+
+    def _check_optimizer(self) -> None:
+        """UserError for settings of the optimizer that would have no effect, or that contradict each other."""
+        free, bf16 = self.optimizer == "schedule_free", self.weights == "bf16"
+        in_bf16 = bf16 and self.method == "full"
+        for contradicts, reason in (
+            (self.optimizer == "adafactor" and self._changed("betas", "epsilon"), "it has no betas and epsilon"),
+            (
+                self.optimizer == "adamw" and self.optimizer_settings,
+                "it has no other settings: drop optimizer_settings",
+            ),
+            (free and not self.schedule.startswith("constant"), "it needs no decay: set schedule: constant"),
+            (free and self.ema, "it averages the weights itself: drop ema"),
+            (in_bf16 and self.optimizer != "adamw", "weights in bf16 are trained with adamw"),
+            (in_bf16 and self.ema, "bf16 cannot hold what an average changes by: drop ema, or set weights: fp32"),
+            (bf16 and self.precision not in ("auto", "bf16"), "weights in bf16 are computed with in bf16"),
+            (bf16 and self.quantize != "none", "weights in 4 bits are not also in bf16: drop weights"),
+            (self.method == "lora" and self.final == "average", "adapters are not averaged: set final: best"),
+        ):
+            if contradicts:
+                raise UserError(
+                    f"optimizer is {self.optimizer}, schedule {self.schedule}, weights {self.weights}, precision "
+                    f"{self.precision}, method {self.method}: {reason}."
+                )
+
     def _check_adapter(self) -> None:
         """UserError for a setting of an adapter that would have no effect, or that contradicts another."""
-
-        def changed(*names: str) -> list[str]:
-            return [name for name in names if getattr(self, name) != getattr(TrainRecipe, name, {})]
-
+        changed = self._changed
         for needed, (names, off) in NEEDED.items():
             is_off = getattr(self, needed) == off and not any(needed in stage for stage in self.stages)
             if is_off and (given := changed(*names.split())):
@@ -244,10 +310,11 @@ RANGES = {
     ),
     "0 or more": (  # NaN is not
         lambda value: value >= 0,
-        "seed warmup_steps weight_decay max_grad_norm lora_alpha patience z_loss open_encoder_steps",
+        "seed warmup_steps weight_decay max_grad_norm lora_alpha patience z_loss open_encoder_steps neftune",
     ),
     "above 0": (lambda value: value > 0, "learning_rate epsilon rank_timeout distill_temperature"),
-    "0 or more and below 1": (lambda value: 0 <= value < 1, "warmup_ratio label_smoothing lora_dropout"),
+    "0 or more and below 1": (lambda value: 0 <= value < 1, "warmup_ratio label_smoothing lora_dropout ema"),
+    "0, or above 1": (lambda value: value == 0 or value > 1, "skip_spikes"),
     "0 to 1": (lambda value: 0 <= value <= 1, "distill_weight"),
 }
 
@@ -261,10 +328,10 @@ NEEDED: dict[str, tuple[str, Any]] = {
 FIXED_IN_A_RUN = (
     "model model_overrides grow_vocabulary seed packed group_by_length precision method lora_variant lora_rank "
     "lora_alpha lora_targets lora_embeddings peft_config quantize trainable open_encoder_steps teacher distill_weight "
-    "distill_temperature best_metric"
+    "distill_temperature best_metric optimizer optimizer_settings ema weights"
 ).split()
 """A resumed run in which one of these is another value would be another run."""
-FREE_IN_A_RUN = "data out resume tokenizer trackers profile rank_timeout debug".split()
+FREE_IN_A_RUN = "data out resume tokenizer trackers project run_name profile rank_timeout debug".split()
 """These do not change what is computed."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import xxhash
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -98,7 +99,7 @@ def frozen_hash(model: PeftModel) -> str:
     frozen = [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
     for name, weight in sorted(frozen):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -108,20 +109,23 @@ class SavedState(NamedTuple):
     progress: Progress
     written: dict[str, int]
     scaler: dict[str, Any]
+    optimizer: dict[str, Any]
 
 
 def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) -> SavedState:
     """Of the checkpoint to resume from, or of a run that begins. CheckpointError if state.json holds something else;
     UserError if it is of a run with other facts."""
     if saved is None:
-        return SavedState(Progress(), {}, {})
+        return SavedState(Progress(), {}, {}, {})
     file = saved / "state.json"
     try:
         state = atomic_folders.read_json(file)
-        before, written, scaler = dict(state["run"]), dict(state["written"]), dict(state["scaler"])
+        before, written, scaler, optimizer = (dict(state[key]) for key in ("run", "written", "scaler", "optimizer"))
         progress = Progress(**state["progress"])
         for name, value in asdict(Progress()).items():
             found, kinds = getattr(progress, name), int if isinstance(value, int) else int | float | None
+            if name == "norms":
+                found, kinds = float(sum(found)), float
             if not isinstance(found, kinds) or (kinds is int and found < 0):
                 raise TypeError(f"its {name} is {found!r}")
         if missing := asdict(progress).keys() - state["progress"].keys():
@@ -134,7 +138,7 @@ def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) 
             f"with the version that wrote it."
         )
     _check_unchanged(f"{saved}, with {recipe.data}", before, facts, facts)
-    return SavedState(progress, written, scaler)
+    return SavedState(progress, written, scaler, optimizer)
 
 
 def take_back(recipe: TrainRecipe, folder: Path, saved: Path) -> None:

@@ -1,5 +1,6 @@
 """What the training loop works with: one value, made by set_up_run.py, that travels whole."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,13 @@ from diptych.finetune.commands.ranks import Ranks
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import RunLog
+from diptych.finetune.training.optimizers import LearningRates, RunOptimizer
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import TokenCost
 from diptych.finetune.training.training_batches import DTYPES
+
+NORMS_KEPT, NORMS_NEEDED = 100, 20
 
 
 @dataclass
@@ -44,9 +48,17 @@ class Progress:
     evaluations_without_gain: int = 0
     evaluated_step: int = 0
     """The step of the last evaluation."""
+    norms: list[float] = field(default_factory=list)
+    """Lengths of the last gradients, where spikes are skipped, and how many steps were."""
+    skipped: int = 0
 
-    def add(self, step: StepRows, loss: float) -> None:
+    def is_spike(self, norm: float, times: float) -> bool:
+        """Whether it is more than so many times the median of those before."""
+        return bool(times) and len(self.norms) >= NORMS_NEEDED and norm > times * statistics.median(self.norms)
+
+    def add(self, step: StepRows, loss: float, norm: float | None = None) -> None:
         """Counts one optimizer step; `loss` is in nats per target token."""
+        self.norms = [*self.norms, norm][-NORMS_KEPT:] if norm is not None else []
         tokens = step.source_tokens + step.target_tokens
         self.step += 1
         self.tokens += tokens
@@ -68,7 +80,8 @@ class Run:
     loaded: LoadedModel
     objective: nn.Module
     """Model and loss in one module, wrapped for several ranks."""
-    optimizer: torch.optim.Optimizer
+    optimizer: RunOptimizer
+    rates: LearningRates
     scaler: torch.amp.GradScaler
     """Scales the loss in fp16, whose smallest numbers are too large for gradients; otherwise it does nothing."""
     order: BatchOrder

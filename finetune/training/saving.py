@@ -5,19 +5,21 @@ restore(run, saved)       optimizer and random states of a checkpoint, whose wei
 write_final(run)          run/final, a copy of the best checkpoint's model, or of the last one's
 """
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.adapters import adapter_weights, save_adapter
 from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.loss_plot import plot_loss
+from diptych.finetune.training.resuming import SavedState
 from diptych.finetune.training.run import Run
 
 ROOM = 1.05
@@ -30,11 +32,12 @@ def save_checkpoint(run: Run) -> None:
     weights are the same."""
     progress, folder = run.progress, run.checkpoints
     path = checkpoints.checkpoint_path(folder, progress.step)
-    with run.ranks.waiting_for(f"the checkpoint of step {progress.step}"):
+    waiting = run.ranks.waiting_for(f"the checkpoint of step {progress.step}")
+    with waiting, run.optimizer.evaluated_weights() as trained:
         random_states = gather_object([checkpoints.random_states()])
         is_writer = run.accelerator.is_main_process
         weights = model_tensors(run.model, keep=is_writer)
-        states = checkpoints.optimizer_tensors(run.optimizer, run.weight_names, keep=is_writer)
+        states = run.optimizer.tensors(trained, keep=is_writer)
 
         def write(partial: Path) -> None:
             save_model(run.model, run.loaded.tokenizer, partial / "model", weights)
@@ -45,6 +48,7 @@ def save_checkpoint(run: Run) -> None:
                 "run": run.facts,
                 "written": run.log.bytes_written(),
                 "scaler": run.scaler.state_dict(),
+                "optimizer": run.optimizer.counters(),
             }
             atomic_folders.write_json(partial / "state.json", state)
 
@@ -65,9 +69,10 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
     return sum(sizes.values())
 
 
-def restore(run: Run, saved: Path) -> None:
-    """Optimizer and random states."""
-    checkpoints.load_optimizer(saved / "optimizer.safetensors", run.optimizer, run.weight_names)
+def restore(run: Run, saved: Path, state: SavedState) -> None:
+    """Optimizer, scaler of the loss and random states."""
+    run.optimizer.load(saved / "optimizer.safetensors", state.optimizer)
+    run.scaler.load_state_dict(state.scaler)
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     try:
         random_states = list(atomic_folders.read_json(saved / "rng.json"))
@@ -106,13 +111,41 @@ def save_model(
 
 
 def write_final(run: Run) -> None:
-    best_step = run.progress.best_step if run.recipe.final == "best" else None
-    chosen = checkpoints.checkpoint_path(run.checkpoints, run.progress.step if best_step is None else best_step)
+    best_step, final = run.progress.best_step if run.recipe.final == "best" else None, run.folder / "final"
+    chosen = [checkpoints.checkpoint_path(run.checkpoints, run.progress.step if best_step is None else best_step)]
+    which = "the last" if best_step is None else f"the best by {run.recipe.best_metric}"
+    if run.recipe.final == "average":
+        chosen = checkpoints.complete_checkpoints(run.checkpoints)[-run.recipe.keep_last :]
+        which = "the mean of their weights, of which no loss was measured: diptych evaluate"
     with run.ranks.waiting_for("the final model"):
         if run.accelerator.is_main_process:
-            checkpoints.check_checkpoint(chosen)
-            atomic_folders.copy_folder(chosen / "model", run.folder / "final")
+            for path in chosen:
+                checkpoints.check_checkpoint(path)
+            if len(chosen) == 1:
+                atomic_folders.copy_folder(chosen[0] / "model", final)
+            else:
+                write_mean([path / "model" for path in chosen], final)
             plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
         run.accelerator.wait_for_everyone()
-    which = "the last" if best_step is None else f"the best by {run.recipe.best_metric}"
-    run.log.say(f"final model: {run.folder / 'final'} ({chosen.name}, {which}) | {run.folder / 'loss.png'}")
+    names = ", ".join(path.name for path in chosen)
+    run.log.say(f"final model: {final} ({names}, {which}) | {run.folder / 'loss.png'}")
+
+
+def write_mean(models: list[Path], target: Path) -> None:
+    """The last one's folder, with the mean of all their weights."""
+    atomic_folders.check_own(target)
+
+    def write(partial: Path) -> None:
+        shutil.copytree(models[-1], partial, dirs_exist_ok=True)
+        for file in partial.glob("*.safetensors"):
+            total = load_file(file)
+            for model in models[:-1]:
+                for name, weight in load_file(model / file.name).items():
+                    total[name] = total[name].to(torch.float64).add_(weight) if weight.is_floating_point() else weight
+            mean = {
+                name: (value / len(models)).to(torch.float32) if value.is_floating_point() else value
+                for name, value in total.items()
+            }
+            save_file(mean, file, {"format": "pt"})
+
+    atomic_folders.write_folder(target, write, sum(file.stat().st_size for file in models[-1].rglob("*")))

@@ -41,7 +41,7 @@ from diptych.finetune.commands.exit_codes import say_once
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import Ranks, join_ranks, on_main_rank
 from diptych.finetune.evaluating.metrics import selectable_figures
-from diptych.finetune.model.families import family_of, vocabulary_tables, without_adapter
+from diptych.finetune.model.families import family_of, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
@@ -49,6 +49,7 @@ from diptych.finetune.run_files import atomic_folders
 from diptych.finetune.run_files.run_folder import CONFIG, Status
 from diptych.finetune.run_files.run_log import RunLog
 from diptych.finetune.training.distillation import DistilledObjective, load_teacher
+from diptych.finetune.training.optimizers import LearningRates, check_optimizer, make_optimizer
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import (
     choose_checkpoint,
@@ -67,6 +68,15 @@ from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import compile_layers, cost_per_token, matmul_peak
 from diptych.finetune.training.training_batches import DTYPES, resolve_precision, set_attention, training_rows
 
+NAME_OF_RUN = {
+    "wandb": "name",
+    "trackio": "name",
+    "mlflow": "run_name",
+    "swanlab": "experiment_name",
+    "clearml": "task_name",
+}
+"""What the trackers call it."""
+
 
 def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
     transformers.utils.logging.disable_progress_bar()  # training shows its own
@@ -84,6 +94,7 @@ def make_run(
     )
     if warning:
         say_once(warning)
+    check_optimizer(recipe)
     folder = Path(recipe.out)
     saved = choose_checkpoint(recipe, folder)
 
@@ -129,6 +140,7 @@ def make_run(
         loaded=loaded,
         objective=objective,
         optimizer=optimizer,
+        rates=LearningRates(recipe, total_steps),
         scaler=scaler,
         order=order,
         work=cost_per_token(loaded.model),
@@ -142,11 +154,15 @@ def make_run(
         status=status,
         facts=facts,
     )
-    accelerator.init_trackers("diptych", config={name: str(value) for name, value in asdict(recipe).items()})
+    name = recipe.run_name or folder.resolve().name
+    accelerator.init_trackers(
+        recipe.project,
+        {name: str(value) for name, value in asdict(recipe).items()},
+        {tracker: {argument: name} for tracker, argument in NAME_OF_RUN.items()},
+    )
     say_what_runs(run, why_padded)
     if saved:
-        restore(run, saved)
-        scaler.load_state_dict(state.scaler)
+        restore(run, saved, state)
     return run
 
 
@@ -257,26 +273,10 @@ def make_ready(
 
 def make_objective(recipe: TrainRecipe, loaded: LoadedModel, device: torch.device) -> nn.Module:
     if not recipe.teacher:
-        return Seq2SeqObjective(loaded.model, recipe.label_smoothing, recipe.z_loss)
+        return Seq2SeqObjective(loaded.model, recipe.label_smoothing, recipe.z_loss, neftune=recipe.neftune)
     teacher = load_teacher(recipe.teacher, loaded.tokenizer, device, DTYPES[recipe.precision])
     shares = recipe.distill_weight, recipe.distill_temperature
-    return DistilledObjective(loaded.model, teacher, *shares, z_loss=recipe.z_loss)
-
-
-def make_optimizer(model: PreTrainedModel, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """Weight decay for matrices; none for norms and biases, nor for tables that LoRA trains, whose old rows must not
-    change."""
-    tables = vocabulary_tables(without_adapter(model)).values() if recipe.method == "lora" else []
-    spared = {id(table) for table in tables}
-    decayed, undecayed = [], []
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            is_spared = weight.ndim < 2 or "bias" in name or id(weight) in spared
-            (undecayed if is_spared else decayed).append(weight)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], recipe.learning_rate, recipe.betas, recipe.epsilon, fused=True
-    )
+    return DistilledObjective(loaded.model, teacher, *shares, z_loss=recipe.z_loss, neftune=recipe.neftune)
 
 
 def say_what_runs(run: Run, why_padded: str | None) -> None:

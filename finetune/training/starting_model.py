@@ -1,4 +1,4 @@
-"""The model that training starts from, or is resumed with: fp32, on the CPU.
+"""The model that training starts from, or is resumed with: fp32 unless the recipe says bf16, on the CPU.
 
     diptych-8m                       new random weights, as many embedding rows as the tokenizer has tokens
     google-t5/t5-small, ./folder     a checkpoint; with method=lora, frozen and with adapters in it
@@ -56,6 +56,8 @@ CROSS_ATTENTION = re.compile(
     r"|decoder\.block\.\d+\.layer\.1\."  # T5
 )
 
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 def starting_model(
     recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase, saved: Path | None
@@ -69,7 +71,7 @@ def starting_model(
             f"Use method: full, or name a checkpoint."
         )
     if recipe.method == "full" and saved is not None:
-        model = load_model(str(saved), torch.float32)
+        model = load_model(str(saved), WEIGHTS[recipe.weights])
     elif is_new:
         model = _new_model(recipe, tokenizer)
     else:
@@ -112,7 +114,7 @@ def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTr
         config = named_config(recipe.model, **(settings | recipe.model_overrides))
     except (ValueError, TypeError, StrictDataclassError) as error:  # also what the config says of wrong overrides
         raise UserError(f"{recipe.model} cannot be made: {excerpt(error)}") from error
-    return AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)  # which its config then says, too
+    return AutoModelForSeq2SeqLM.from_config(config, dtype=WEIGHTS[recipe.weights])  # which its config then says, too
 
 
 def _check_overrides(overrides: dict[str, Any], where: str = "model_overrides") -> None:
@@ -140,7 +142,7 @@ def _load_checkpoint(recipe: TrainRecipe) -> PreTrainedModel:
             f"diptych merge {shlex.quote(recipe.model)} --out merged, then train --model merged."
         )
     if recipe.quantize == "none":
-        return load_model(recipe.model, torch.float32)
+        return load_model(recipe.model, WEIGHTS[recipe.weights])
     lacking = [] if torch.cuda.is_available() else ["CUDA GPU"]
     lacking += [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
     if lacking:

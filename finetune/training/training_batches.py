@@ -51,6 +51,8 @@ def training_rows(
 def resolve_precision(recipe: TrainRecipe, device: torch.device) -> tuple[TrainRecipe, str | None]:
     """The recipe with bf16 or fp32 in place of `auto`, whichever trains faster here, measured in 50 ms; and a warning
     where it asks for a precision that is slower than half of fp32, as bf16 is on most CPUs (AMD Zen 3: 14 times)."""
+    if recipe.weights == "bf16":
+        return replace(recipe, precision="bf16"), None
     if recipe.precision == "fp32" or device.type not in ("cpu", "cuda"):
         return replace(recipe, precision="fp32" if recipe.precision == "auto" else recipe.precision), None
     asked = "bf16" if recipe.precision == "auto" else recipe.precision
