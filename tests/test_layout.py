@@ -23,7 +23,7 @@ DATA_ROOMS = ("command_line", "rows", "reading cleaning", "text_to_ids", "packin
 TRAIN_ROOMS = ("commands", "run_files", "model", "batches", "inference", "evaluating", "training")
 WINGS = {
     *("data_prep/tokenizer_tools", "data_prep/denoise.py"),
-    *(f"finetune/{name}" for name in ("doctor", "inspecting", "serving", "exporting", "pairing", "publishing")),
+    *(f"finetune/{name}" for name in ("inspecting", "serving", "exporting", "pairing", "publishing")),
     "finetune/from_python",
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_CHILDREN = 620, 80, 16

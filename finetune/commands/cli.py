@@ -120,8 +120,8 @@ COMMANDS = {
     ),
     "doctor": Command(
         "a checkpoint -> checks of its training, and advice",
-        "finetune.doctor.doctor_settings:DoctorSettings",
-        "finetune.doctor.doctor:run",
+        "finetune.inspecting.doctor_settings:DoctorSettings",
+        "finetune.inspecting.doctor:run",
     ),
     "publish": Command(
         "a run folder -> its final model on the Hub, with a card",

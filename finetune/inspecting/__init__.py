@@ -1,1 +1,1 @@
-"""The command `diptych inspect`."""
+"""The commands `diptych inspect` and `diptych doctor`."""

@@ -19,11 +19,11 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import TEXT_TOKENS_KEY
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, Template, attach_template
 from diptych.finetune.commands import cli
-from diptych.finetune.doctor import doctor, doctor_checks
-from diptych.finetune.doctor.doctor import DoctorSettings, admit
-from diptych.finetune.doctor.doctor_checks import CHECKS, CheckResult, examine
-from diptych.finetune.doctor.doctor_rows import built_in_rows, eight_of, rows_from
-from diptych.finetune.doctor.doctor_steps import (
+from diptych.finetune.inspecting import doctor, doctor_checks
+from diptych.finetune.inspecting.doctor import DoctorSettings, admit
+from diptych.finetune.inspecting.doctor_checks import CHECKS, CheckResult, examine
+from diptych.finetune.inspecting.doctor_rows import built_in_rows, eight_of, rows_from
+from diptych.finetune.inspecting.doctor_steps import (
     ExaminedRows,
     LossAndGradients,
     agree,

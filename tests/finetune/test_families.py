@@ -25,8 +25,8 @@ from transformers import AutoModelForSeq2SeqLM
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TEMPLATES
 from diptych.finetune.commands.cli import main
-from diptych.finetune.doctor.doctor_checks import CHECKS
 from diptych.finetune.exporting import export_onnx
+from diptych.finetune.inspecting.doctor_checks import CHECKS
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.serving.request_batches import Decoding, Engine, Job, Piece

@@ -16,7 +16,6 @@ from transformers import GenerationConfig, pipeline
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template, template_of
 from diptych.finetune.commands import cli
-from diptych.finetune.doctor.doctor_checks import Patient, cache
 from diptych.finetune.inference import generate_command as generate
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
@@ -25,6 +24,7 @@ from diptych.finetune.inference.generation_config import MODEL_SETTINGS, UNSUPPO
 from diptych.finetune.inference.outputs import GenerationBar
 from diptych.finetune.inference.pipelines import register_pipelines
 from diptych.finetune.inference.prompts import Prompt, Prompter
+from diptych.finetune.inspecting.doctor_checks import Patient, cache
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer
 from diptych.finetune.serving.request_batches import Decoding, Engine, Job

@@ -27,14 +27,14 @@ from transformers import (
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.commands.cli import main as diptych
-from diptych.finetune.doctor.doctor_checks import CHECKS, Patient
-from diptych.finetune.doctor.doctor_rows import rows_from
 from diptych.finetune.evaluating.evaluate_rows import DIRECTION_COLUMNS
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipeline_diptych import DiptychPipeline
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.inference.target_tokens import given_tokens
+from diptych.finetune.inspecting.doctor_checks import CHECKS, Patient
+from diptych.finetune.inspecting.doctor_rows import rows_from
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.publishing.model_card import model_card

@@ -29,15 +29,14 @@ from diptych.data_prep.reading.sources import SAMPLES_FOLDER
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands.cli import main as diptych
-from diptych.finetune.doctor import doctor
-from diptych.finetune.doctor.doctor_checks import CHECKS, examine
-from diptych.finetune.doctor.doctor_settings import DoctorSettings
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipeline_diptych import DiptychPipeline
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
-from diptych.finetune.inspecting import inspection_facts
+from diptych.finetune.inspecting import doctor, inspection_facts
+from diptych.finetune.inspecting.doctor_checks import CHECKS, examine
+from diptych.finetune.inspecting.doctor_settings import DoctorSettings
 from diptych.finetune.inspecting.inspection import Reader
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer

@@ -36,9 +36,9 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.doctor.doctor_checks import CHECKS, CheckResult, Patient, examine
-from diptych.finetune.doctor.doctor_rows import rows_from
-from diptych.finetune.doctor.doctor_settings import DoctorSettings
+from diptych.finetune.inspecting.doctor_checks import CHECKS, CheckResult, Patient, examine
+from diptych.finetune.inspecting.doctor_rows import rows_from
+from diptych.finetune.inspecting.doctor_settings import DoctorSettings
 from diptych.finetune.model.loading import (
     ADAPTER_CONFIG,
     check_folder,

@@ -27,8 +27,10 @@ from diptych.data_prep.text_to_ids.templates import carried_template, golden_dif
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id, target_side
 from diptych.finetune.batches.packed_rows import pack_examples
 from diptych.finetune.batches.padded_rows import pad_sources
-from diptych.finetune.doctor.doctor_rows import Row, Rows, built_in_rows, eight_of, random_rows
-from diptych.finetune.doctor.doctor_steps import (
+from diptych.finetune.inference.generation import eager_attention
+from diptych.finetune.inference.generation_config import search_settings_ignored
+from diptych.finetune.inspecting.doctor_rows import Row, Rows, built_in_rows, eight_of, random_rows
+from diptych.finetune.inspecting.doctor_steps import (
     LOSS_TOLERANCE,
     Batch,
     ExaminedRows,
@@ -39,8 +41,6 @@ from diptych.finetune.doctor.doctor_steps import (
     objective_step,
     trainer_step,
 )
-from diptych.finetune.inference.generation import eager_attention
-from diptych.finetune.inference.generation_config import search_settings_ignored
 from diptych.finetune.model.families import (
     FAMILIES,
     decoder_start_token,
