@@ -207,7 +207,7 @@ def _make_tables(inputs: Inputs, job: RowJob, rejects: Rejects, partial: Path) -
         _need_rows(len(places.get(split, ())), rejects, settings, split if len(inputs.splits) > 1 else "")
     if settings.mixture is not None:
         places[TRAIN] = mixed_train(gathered, places[TRAIN], inputs.entries, settings.mixture, settings.seed)
-    tables = split_tables(gathered, places, scratch)
+    tables = split_tables(gathered, places, scratch, settings.kept)
     plan = plan_packing(tables[TRAIN], stages.tokenizer, settings) if settings.packing and TRAIN in tables else None
     return Results(inputs, stages, gathered, selection, places, tables, plan, rejects, too_few_tokens)
 

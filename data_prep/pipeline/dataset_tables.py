@@ -9,7 +9,7 @@ train.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,14 @@ POORLY_FILLED = 0.5
 """If a budget that was given is filled less than this, a warning names the one that would have been chosen."""
 
 
-def split_tables(gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path) -> DatasetDict:
-    """FINAL_COLUMNS of the rows of each split, written to a file in `scratch` and mapped from there. The columns of
-    languages are left out where no row has one."""
+def split_tables(
+    gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path, kept: Iterable[str] = ()
+) -> DatasetDict:
+    """FINAL_COLUMNS of the rows of each split, and those to keep, written to a file in `scratch` and mapped from there.
+    The columns of languages are left out where no row has one."""
     tables = DatasetDict()
     empty = [name for name in LANGUAGE_FIELDS if pyarrow.compute.unique(gathered.examples[name]).to_pylist() == [""]]
-    columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty]
+    columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty] + [*kept]
     for name, rows in places.items():
         path = scratch / f"{name.replace('/', '.')}.arrow"
         selected = gathered.examples.select(columns)

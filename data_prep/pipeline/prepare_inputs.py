@@ -24,7 +24,7 @@ from diptych.data_prep.command_line.errors import UserError, counted
 from diptych.data_prep.pipeline.gather_rows import first_rows
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import code_version, tokenizer_digest
-from diptych.data_prep.pipeline.row_stages import LOSSY, Check, Stages
+from diptych.data_prep.pipeline.row_stages import LOSSY, OWN_COLUMNS, Check, Stages
 from diptych.data_prep.pipeline.rows_in_memory import RowsInMemory, open_rows
 from diptych.data_prep.reading.sources import (
     HUB_PREFIX,
@@ -82,6 +82,11 @@ class Inputs:
 def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> Inputs:
     max_row_bytes = int(settings.max_row_megabytes * 1_000_000)
     limits = Limits(max_row_bytes=max_row_bytes, max_unpacked_ratio=settings.max_unpacked_ratio)
+    for name in OWN_COLUMNS.intersection(settings.kept):
+        raise UserError(
+            f"keep_columns {name}: a prepared dataset has a column {name} of its own. Give yours another name: "
+            f"--keep_columns my_{name}={settings.kept[name]}"
+        )
     columns = tuple(parse_mapping(settings.map).values()) or tuple(settings.languages)
     held_out = {kind: getattr(settings, kind) for kind in HELD_OUT}
     sources = open_sources(settings.data, settings.aligned, limits, columns, held_out)

@@ -83,6 +83,10 @@ class PrepareSettings:
     """Names of your columns, after the names that the format has: `--map output=answer instruction=q.text`. If all are
     numbers, csv and tsv files have no header: `--map instruction=1 output=2`."""
 
+    keep_columns: list[str] = field(default_factory=list, metadata=NAMED)
+    """More columns of your rows to store as text in the prepared dataset, such as `task`, by which `diptych evaluate --by
+    task` groups figures. `domain=meta.source` stores your column `meta.source` under the name `domain`."""
+
     forward: str | None = None
     """Instruction for parallel text from the first side to the second, such as 'Translate English to Korean:'; '' for
     models with language codes, which need none. Without it, there are no rows in this direction. Included samples have
@@ -250,6 +254,12 @@ class PrepareSettings:
 
     strict: bool = False
     """Stop at the first row that cannot be kept, with exit code 2."""
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """`keep_columns`: its name in the prepared dataset → the column of the rows."""
+        entries = [entry.partition("=") for entry in self.keep_columns]
+        return {name: column or name for name, _, column in entries}
 
 
 def parse_settings(argv: Sequence[str]) -> PrepareSettings:

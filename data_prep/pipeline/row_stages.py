@@ -8,6 +8,7 @@
     input_ids, labels       token ids, cut to the limits if so told           source_tokens, target_tokens  before that
     source_key, target_key  64-bit hashes of the rendered texts, by which exact duplicates are found
     source_language, target_language   codes, as the tokenizer has them; "" where there are none
+    any of keep_columns     what the row has there, as text; "" where it has nothing
     input_key, output_key   64-bit hashes of what splits.py compares, so that no text is in two splits;
     row_key                 the same for the whole source
     signature               MinHash of source and target, where near duplicates are sought
@@ -17,6 +18,7 @@ another engine.
 """
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,9 +36,10 @@ from diptych.data_prep.cleaning.splits import record_keys, text_key
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.reading.sources import Chunk
-from diptych.data_prep.rows.convert_rows import Converter
+from diptych.data_prep.rows.convert_rows import MISSING, Converter, value_at
 from diptych.data_prep.rows.language_names import UnknownLanguage
 from diptych.data_prep.rows.records import Languages, Origin, Record, Reject, Row, Tokenised, shortened_raw
+from diptych.data_prep.rows.valid_text import is_missing
 from diptych.data_prep.text_to_ids.encode import (
     Encoding,
     shortened,
@@ -68,6 +71,8 @@ ID_FIELDS = [
 ]
 SIDES = ("source", "target")
 LOSSY = "text that the tokenizer cannot write"
+OWN_COLUMNS = frozenset(it.name for it in (*TEXT_FIELDS, *ID_FIELDS, SIGNATURE_FIELD)) | {"place", "decoder_start"}
+"""Names that keep_columns cannot give."""
 FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin", *LANGUAGE_FIELDS)
 
 
@@ -85,7 +90,7 @@ class RenderedRow(NamedTuple):
     """A record, the row that it is from, and what the template made of it."""
 
     record: Record | Tokenised
-    raw: str
+    row: Row
     source: str
     target: str
 
@@ -171,7 +176,8 @@ class Stages:
 
     @property
     def text_fields(self) -> list[pyarrow.Field]:
-        return [*TEXT_FIELDS, *([SIGNATURE_FIELD] if self.has_signatures else [])]
+        kept = [pyarrow.field(name, pyarrow.string()) for name in self.settings.kept]
+        return [*TEXT_FIELDS, *kept, *([SIGNATURE_FIELD] if self.has_signatures else [])]
 
     def run(self, chunk: Chunk, source_number: int) -> Batch:
         batch = Batch(source_number, chunk.bytes_done)
@@ -192,8 +198,9 @@ class Stages:
 
     # From rows to texts
 
-    def _records(self, rows: Iterable[Row | Reject], batch: Batch) -> Iterator[tuple[Record | Tokenised, str]]:
+    def _records(self, rows: Iterable[Row | Reject], batch: Batch) -> Iterator[tuple[Record | Tokenised, Row]]:
         """Yields each record that passes the checks, with its row as it was read."""
+        kept = {column.partition(".")[0] for column in self.settings.kept.values()}
         converter = self.converters[batch.source_number]
         checks = self.checks if self.checked[batch.source_number] else ()
         for row in rows:
@@ -201,7 +208,7 @@ class Stages:
             if isinstance(row, Reject):
                 batch.rejects.append(row)
                 continue
-            batch.counts.unused_fields.update(converter.unused_fields(row))
+            batch.counts.unused_fields.update(name for name in converter.unused_fields(row) if name not in kept)
             for record in converter.records(row):
                 if isinstance(record, Reject):
                     batch.rejects.append(record)
@@ -210,20 +217,20 @@ class Stages:
                 if fault := next(filter(None, faults), None):
                     batch.reject(record.origin, *fault, row.raw)
                 else:
-                    yield record, row.raw
+                    yield record, row
 
-    def _render(self, records: Iterable[tuple[Record | Tokenised, str]], batch: Batch) -> list[RenderedRow]:
+    def _render(self, records: Iterable[tuple[Record | Tokenised, Row]], batch: Batch) -> list[RenderedRow]:
         """Renders source and target. Rejects rows that the template cannot render or renders empty, and rows in
         languages that the tokenizer does not know."""
         codes, template = codes_of(self.tokenizer), self.template
         resolve = functools.cache(lambda languages: resolved(self.tokenizer, languages, template.decoder_prefix))
         rows = []
-        for record, raw in records:
+        for record, row in records:
             if isinstance(record, Tokenised):
                 if codes.tokens:
                     labels = codes.start_first(record.labels)
                     record = replace(record, labels=labels, languages=codes.read_from(record.input_ids, labels))
-                rows.append(RenderedRow(record, raw, "", ""))
+                rows.append(RenderedRow(record, row, "", ""))
                 continue
             try:
                 languages = resolve(record.languages)
@@ -232,16 +239,16 @@ class Stages:
                     record = replace(record, languages=languages, instruction=instruction)
                 source, target = template.render(record)
             except UnknownLanguage as error:
-                batch.reject(record.origin, "unknown language", error.fault, raw)
+                batch.reject(record.origin, "unknown language", error.fault, row.raw)
             except UserError as error:
-                batch.reject(record.origin, "template failed", str(error), raw)
+                batch.reject(record.origin, "template failed", str(error), row.raw)
             else:
                 if source.strip() and target.strip():
-                    rows.append(RenderedRow(record, raw, source, target))
+                    rows.append(RenderedRow(record, row, source, target))
                 else:
                     side = "target" if source.strip() else "source"
                     reason = f"template {template.name} makes an empty {side} of it."
-                    batch.reject(record.origin, "template empty", reason, raw)
+                    batch.reject(record.origin, "template empty", reason, row.raw)
         return rows
 
     def _count(self, record: Record | Tokenised, counts: Counts) -> None:
@@ -270,10 +277,11 @@ class Stages:
             "instruction": [getattr(record, "instruction", "") for record in records],
             "input": [getattr(record, "input", "") for record in records],
             "origin": [str(record.origin) for record in records],
-            "raw": [shortened_raw(row.raw) for row in rows],
+            "raw": [shortened_raw(row.row.raw) for row in rows],
             "source_number": numpy.full(len(rows), source_number),
             **dict(zip(KEY_FIELDS, keys, strict=True)),
             **{name: [it.languages[side] for it in records] for side, name in enumerate(LANGUAGE_FIELDS)},
+            **{name: [_kept(row.row, column) for row in rows] for name, column in self.settings.kept.items()},
         }
         if self.has_signatures:
             texts = ["" if isinstance(record, Tokenised) else compared_text(record) for record in records]
@@ -356,6 +364,15 @@ class Stages:
                 return (), (f"{side} over the limit", reason)
             found.append(encoding.ids(limit, settings.end_cut_targets))
         return tuple(found), None
+
+
+def _kept(row: Row, column: str) -> str:
+    """Numbers, lists and objects as JSON writes them."""
+    value = value_at(row.fields, column)
+    if value is MISSING or is_missing(value):
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return shortened_raw(text)
 
 
 def _keys(row: RenderedRow) -> tuple[int, ...]:

@@ -9,11 +9,13 @@
 The lines are made from the manifest. The warnings become part of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from diptych.data_prep.command_line.errors import counted, excerpt
+import pyarrow.compute
+
+from diptych.data_prep.command_line.errors import counted, excerpt, nearest
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import CONFLICTS, REJECTS
 from diptych.data_prep.pipeline.row_stages import Counts
@@ -184,6 +186,14 @@ def cut_off_warnings(rejects: Rejects) -> Iterator[str]:
         )
     if more := rejects.kinds[CUT_OFF] - len(shown):
         yield f"{counted(more, 'more file')} CUT OFF: rejects.jsonl has each, by its kind, '{CUT_OFF}'."
+
+
+def kept_columns_warnings(kept: Iterable[str], examples: pyarrow.Table, unused: Iterable[str]) -> Iterator[str]:
+    """`kept`: what keep_columns stored in `examples`."""
+    for name in kept:
+        if set(pyarrow.compute.unique(examples[name]).to_pylist()) <= {""}:
+            near = nearest(name, unused)
+            yield f"keep_columns {name}: no row has a value there.{f' Did you mean {near}?' if near else ''}"
 
 
 def usage_warnings(template: Template, counts: Counts) -> Iterator[str]:

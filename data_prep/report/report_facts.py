@@ -23,6 +23,7 @@ from diptych.data_prep.pipeline.row_stages import Stages
 from diptych.data_prep.pipeline.select_rows import ALSO_HELD_OUT, REMOVED, Selection
 from diptych.data_prep.report.printed_summary import (
     cut_off_warnings,
+    kept_columns_warnings,
     own_sets_warnings,
     packing_warnings,
     usage_warnings,
@@ -112,6 +113,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
     tokenizer = results.stages.tokenizer
     warnings = [
         *usage_warnings(results.stages.template, counts),
+        *kept_columns_warnings(settings.kept, results.gathered.examples, counts.unused_fields),
         *results.inputs.warnings,
         *selection.warnings,
         *own_sets_warnings(selection.own_sets, inputs),

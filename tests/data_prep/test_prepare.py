@@ -1273,3 +1273,33 @@ def test_a_broken_row_inside_a_tmx_does_not_make_it_one_that_is_cut_off(prepare,
     (tmp_path / "broken.tmx").write_text(broken, encoding="utf-8")
     code, said, error = prepare("--data", tmp_path / "broken.tmx", "--forward", "Translate:")
     assert code == 0 and "broken XML" in said and "CUT OFF" not in error
+
+
+def test_columns_that_are_named_are_kept_as_text_with_each_example(prepare, write_rows, tmp_path):
+    """Also where a row makes several examples, and where a value is no text, or there is none."""
+    rows = [{"prompt": f"Say {n}.", "completion": f"It is {n}.", "task": f"task {n % 3}"} for n in range(12)]
+    rows[1] |= {"task": None, "meta": {"source": "wmt"}}
+    rows[2] |= {"task": 7, "meta": {"source": ["a", "ä"]}}
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+    chats = write_rows("chats.jsonl", [{"messages": turns, "task": "chat"}])
+    arguments = ["--data", write_rows("rows.jsonl", rows), chats, "--template", "chat", "--validation_fraction", "0.2"]
+    kept = ["--keep_columns", "task", "domain=meta.source", "missing"]
+    code, said, error = prepare(*arguments, *kept)
+    assert code == 0, error
+    tables = datasets.load_from_disk(tmp_path / "prepared")
+    found = {row["origin"].rpartition("/")[2]: (row["task"], row["domain"]) for table in tables.values() for row in table}
+    assert found["rows.jsonl:1"] == ("task 0", "") and found["rows.jsonl:2"] == ("", "wmt")
+    assert found["rows.jsonl:3"] == ("7", '["a", "ä"]')
+    assert found["chats.jsonl:1.1"] == found["chats.jsonl:1.2"] == ("chat", "")
+    assert len(found) == 14 and set(tables) == {"train", "validation", "test"}
+    warnings = manifest_of(tmp_path / "prepared")["warnings"]
+    assert "keep_columns missing: no row has a value there." in warnings
+    assert not [warning for warning in warnings if "not used" in warning], "task and meta are used"
+    assert prepare(*arguments, out="without")[0] == 0
+    assert "task" not in datasets.load_from_disk(tmp_path / "without")["train"].column_names
+    assert "fields that are not used: task, meta." in manifest_of(tmp_path / "without")["warnings"]
+
+
+def test_a_column_to_keep_may_not_take_the_name_of_another(prepare, path):
+    code, _, error = prepare("--data", path, "--keep_columns", "source")
+    assert code == 2 and "--keep_columns my_source=source" in error

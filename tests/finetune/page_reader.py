@@ -138,6 +138,8 @@ def make_files(folder: Path) -> None:
         write_lines(folder / name, lines)
     more = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(3, 40)]
     write_lines(folder / "more-rows.jsonl", [json.dumps(row) for row in more])
+    tasks = [row | {"task": row["instruction"].split()[0], "meta": {"source": "web"}} for row in rows]
+    write_lines(folder / "tasks.jsonl", [json.dumps(row) for row in tasks])
     for place, name in enumerate(("dev", "test", "dev-news", "dev-medical", "test-news", "test-medical")):
         own = [{"instruction": f"Spell {place * 10 + n}.", "output": f"{name} {n}"} for n in range(8)]
         write_lines(folder / f"{name}.jsonl", [json.dumps(row) for row in own])
