@@ -45,7 +45,7 @@ POORLY_FILLED = 0.5
 def split_tables(
     gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path, kept: Iterable[str] = ()
 ) -> DatasetDict:
-    """FINAL_COLUMNS of the rows of each split, and those to keep, written to a file in `scratch` and mapped from there.
+    """FINAL_COLUMNS of the rows of each split, and `kept` ones, written to a file in `scratch` and mapped from there.
     The columns of languages are left out where no row has one."""
     tables = DatasetDict()
     empty = [name for name in LANGUAGE_FIELDS if pyarrow.compute.unique(gathered.examples[name]).to_pylist() == [""]]

@@ -1287,7 +1287,8 @@ def test_columns_that_are_named_are_kept_as_text_with_each_example(prepare, writ
     code, said, error = prepare(*arguments, *kept)
     assert code == 0, error
     tables = datasets.load_from_disk(tmp_path / "prepared")
-    found = {row["origin"].rpartition("/")[2]: (row["task"], row["domain"]) for table in tables.values() for row in table}
+    examples = [row for table in tables.values() for row in table]
+    found = {row["origin"].rpartition("/")[2]: (row["task"], row["domain"]) for row in examples}
     assert found["rows.jsonl:1"] == ("task 0", "") and found["rows.jsonl:2"] == ("", "wmt")
     assert found["rows.jsonl:3"] == ("7", '["a", "ä"]')
     assert found["chats.jsonl:1.1"] == found["chats.jsonl:1.2"] == ("chat", "")
