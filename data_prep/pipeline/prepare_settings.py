@@ -84,7 +84,7 @@ class PrepareSettings:
     numbers, csv and tsv files have no header: `--map instruction=1 output=2`."""
 
     keep_columns: list[str] = field(default_factory=list, metadata=NAMED)
-    """More columns of your rows to store, as text, in the prepared dataset, such as `task`: `diptych evaluate --by task`
+    """More columns of your rows to store as text in the prepared dataset, such as `task`: `diptych evaluate --by task`
     groups figures by it. `domain=meta.source` stores your column `meta.source` under the name `domain`."""
 
     forward: str | None = None
