@@ -43,6 +43,10 @@ EXTRAS = {
     "serve": ["starlette>=1.0.1", "uvicorn>=0.40", "prometheus-client>=0.22"],
     # `diptych demo`.
     "gradio": ["gradio>=6.31"],
+    # BLEU over words of Korean and Japanese.
+    "mecab": ["sacrebleu[ja,ko]>=2.6"],
+    # The metric bertscore. (unbabel-comet needs transformers below 5, and cannot be installed beside Diptych.)
+    "bertscore": ["bert-score>=0.3.13"],
     # Export to CTranslate2, and generation with it.
     "ctranslate2": ["ctranslate2>=4.8.3"],
     # Export to ONNX, and its proof.

@@ -13,7 +13,6 @@ report has (another --limit) are left out and counted.
 
 import hashlib
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,11 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import splits_of
 from diptych.finetune.commands.model_settings import split_names
-from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, Paired, paired_tests
+from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, Paired, Scored, paired_tests, ratio
 from diptych.finetune.evaluating.evaluate_settings import CompareSettings
 from diptych.finetune.evaluating.evaluate_split import REPORT_KEYS, has_keys, predictions_file
-from diptych.finetune.evaluating.metrics import METRICS, Statistics, count_texts, is_improvement, ratio
+from diptych.finetune.evaluating.metrics import bleu_tokenize_in, count_texts, is_improvement
+from diptych.finetune.evaluating.own_metrics import parse_metric_name
 from diptych.finetune.run_files.atomic_folders import read_json_lines
 from diptych.finetune.run_files.run_folder import last_training, settings_of
 
@@ -104,12 +104,13 @@ def run_figures(side: Side) -> dict[str, Any]:
         figures |= {"steps": train[-1]["step"], "epochs": train[-1]["epoch"], "tokens": train[-1]["tokens"]}
         figures["last training loss"] = train[-1]["loss"]
     names = dict.fromkeys(["loss", side.recipe.get("best_metric", "loss").rpartition("/")[2]])
+    metrics = split_names(side.recipe.get("metrics", ""))
     for split in splits_of("validation", dict.fromkeys(entry["split"] for entry in side.entries)):
         for name in names:
             best = None
             for entry in side.entries:
                 is_of_it = entry["split"] == split and name in entry
-                if is_of_it and is_improvement(name, entry[name], best and best[name]):
+                if is_of_it and is_improvement(name, entry[name], best and best[name], metrics):
                     best = entry
             if best:
                 figures |= {f"best {split} {name}": best[name], f"… {split} {name} at step": best["step"]}
@@ -137,7 +138,8 @@ def compare_reports(a: EvaluationReport, b: EvaluationReport, trials: int, seed:
     except _NotComparable as reason:
         return SplitComparison(a, b, {}, 0, [f"not tested: {reason}"])
     statistics, more = _statistics(a, b, *([side[source] for source in shared] for side in (ours, theirs)))
-    return SplitComparison(a, b, paired_tests(*statistics, trials, seed), len(shared), notes + more)
+    notes += more
+    return SplitComparison(a, b, paired_tests(*statistics, trials, seed, notes), len(shared), notes)
 
 
 class _NotComparable(Exception):
@@ -165,10 +167,10 @@ def _predictions(report: EvaluationReport) -> dict[tuple[str, int], dict[str, An
 
 def _statistics(
     a: EvaluationReport, b: EvaluationReport, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
-) -> tuple[list[dict[str, Statistics]], list[str]]:
+) -> tuple[list[dict[str, Scored]], list[str]]:
     """The counts of both sides for all metrics that both have and that are comparable; notes on the others."""
     notes = []
-    sides: list[dict[str, Statistics]] = [{}, {}]
+    sides: list[dict[str, Scored]] = [{}, {}]
     tokens = [[row["target_tokens"] for row in rows] for rows in (ours, theirs)]
     if tokens[0] == tokens[1]:
         for side, rows in zip(sides, (ours, theirs), strict=True):
@@ -176,20 +178,41 @@ def _statistics(
     else:
         notes.append("loss not tested: it is per token, and the two tokenizers make other tokens of the targets")
     asked = [split_names(report.content["settings"]["metrics"]) for report in (a, b)]
-    for name in METRICS:
-        if not all(name in names for names in asked):
+    for name in [name for name in asked[0] if name in asked[1]]:
+        own = parse_metric_name(name)
+        known = [_signature(report, own.figure if own else name) for report in (a, b)]
+        settings = {}
+        try:
+            if name == "bleu":
+                tokenize = [bleu_tokenize_in(signature) for signature in known]
+                settings, known = {"bleu": {"tokenize": tokenize[0]}}, known if tokenize[0] != tokenize[1] else []
+            elif own:
+                given = a.content["settings"].get("metric_settings", {})
+                settings = {key: it for key, it in given.items() if key in (name, own.figure)}
+            else:
+                known = []
+            if known and known[0] != known[1]:
+                raise UserError(f"{known[0] or 'a missing figure'} is not {known[1] or 'a missing figure'}")
+            counted = [
+                count_texts(
+                    [name], *([row[key] for row in rows] for key in ("prediction", "references", "source")), settings
+                )
+                for rows in (ours, theirs)
+            ]
+            if known and known[0] != counted[0][name].signature:
+                raise UserError(f"it has changed since: {known[0]} is not {counted[0][name].signature}")
+        except UserError as reason:
+            notes.append(f"{name} not tested: {reason}")
             continue
-        tokenize = None
-        if name == "bleu":
-            signatures = [report.content["signatures"]["bleu"] for report in (a, b)]
-            tokenize, other = (re.search(r"tok:([^|]+)", it)[1] for it in signatures)  # `nrefs:1|…|tok:13a|…`
-            if tokenize != other:
-                notes.append(f"bleu not tested: {signatures[0]} is not {signatures[1]}")
-                continue
-        for side, rows in zip(sides, (ours, theirs), strict=True):
-            predictions = [row["prediction"] for row in rows]
-            side |= count_texts([name], predictions, [row["references"] for row in rows], tokenize)
+        for side, of_side in zip(sides, counted, strict=True):
+            side |= of_side
     return sides, notes
+
+
+def _signature(report: EvaluationReport, figure: str) -> str:
+    """Of a metric: that of its first figure; "" if the report has none."""
+    found = report.content["signatures"].items()
+    return next((it for name, it in found if f"{name}.".startswith(f"{figure}.")), "")
 
 
 def format_tables(a: Side, b: Side, comparisons: Mapping[str, SplitComparison]) -> str:

@@ -30,13 +30,9 @@ from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
 from diptych.finetune.batches.padded_rows import PaddedRows, padded_rows
 from diptych.finetune.commands.exit_codes import NotFiniteError
-from diptych.finetune.evaluating.metrics import (
-    Statistics,
-    check_metric_names,
-    count_texts,
-    figures_and_signatures,
-    ratio,
-)
+from diptych.finetune.commands.ranks import on_main_rank
+from diptych.finetune.evaluating.confidence_intervals import MetricFault, Scored, ratio
+from diptych.finetune.evaluating.metrics import count_texts, figures_and_signatures, find_metrics
 from diptych.finetune.inference.generation import cut_at_stop, in_eval_mode
 from diptych.finetune.inference.generation_config import warn_once
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
@@ -72,16 +68,25 @@ class Prediction(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "direction" or value}
 
 
+class Group(NamedTuple):
+    """The rows that have one value in a column. A source whose rows are in several groups counts in each."""
+
+    rows: int
+    statistics: dict[str, Scored]
+
+
 class Evaluation(NamedTuple):
     figures: dict[str, float]
     signatures: dict[str, str]
     """sacrebleu's description of how a figure was computed. Figures with different signatures are not comparable."""
     predictions: list[Prediction]
     """One for each different source, in the order of their first rows; empty without metrics."""
-    statistics: dict[str, Statistics]
-    """Counts per source, from which confidence_intervals.py makes intervals."""
-    directions: dict[str, dict[str, float]] = {}
-    """The figures of each direction if rows have several: one BLEU over two languages says little."""
+    statistics: dict[str, Scored]
+    """Counts per source, from which confidence_intervals.py makes intervals. Metrics are counted by the main rank."""
+    groups: dict[str, dict[str, Group]] = {}
+    """By column and value."""
+    faults: dict[str, str] = {}
+    """Why a metric of the user's own has no figure."""
 
 
 class Sources:
@@ -92,11 +97,19 @@ class Sources:
         self.ids: dict[SourceKey, list[int]] = dict(zip(keys, rows["input_ids"], strict=True))
         places = {key: place for place, key in enumerate(self.ids)}
         self.of_row = np.array([places[key] for key in keys])
-        self.directions = [languages.direction for _, languages in self.ids]
+        self.by_row: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
+        """Figures that are counted by row: dividend and divisor of each (R,), and a scale."""
 
-    def sums(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Values of the rows (R,) summed per source (N,)."""
-        return np.bincount(self.of_row, weights=values)
+    def statistics(self, chosen: np.ndarray) -> dict[str, Scored]:
+        """Of the rows that are `chosen` (R,), summed for each source that has one of them."""
+        places = np.unique(self.of_row[chosen])
+
+        def sums(values: np.ndarray) -> np.ndarray:
+            return np.bincount(self.of_row, weights=values * chosen)[places]
+
+        return {
+            name: ratio(name, sums(top), sums(bottom), scale) for name, (top, bottom, scale) in self.by_row.items()
+        }
 
 
 def evaluate_rows(
@@ -108,7 +121,8 @@ def evaluate_rows(
     max_new_tokens: int | None = None,
     limit: int | None = None,
     progress: bool = False,
-    bleu_tokenize: str | None = None,
+    metric_settings: Mapping[str, Mapping[str, Any]] | None = None,
+    by: Sequence[str] = (),
     accelerator: Accelerator | None = None,
     before_each: Callable[[], None] | None = None,
     objective: Seq2SeqObjective | None = None,
@@ -119,25 +133,26 @@ def evaluate_rows(
     `max_new_tokens` comes from the longest target by default. References come from the whole split. With an
     `accelerator` all its ranks must call this; they share the work, and each returns the same. All ranks call
     `before_each` before each of their batches, equally often; what it raises ends the evaluation. A sharded model
-    must come with its `objective`, because it has full weights only inside `forward`. `generation` are settings of
-    `chosen_outputs` (mbr_samples, seed, num_beams …).
+    must come with its `objective`, because it has full weights only inside `forward`. `by` are columns, or direction,
+    of which each value is a group. `generation` are settings of `chosen_outputs` (mbr_samples, seed, num_beams …).
 
     Raises:
         UserError: there are no rows, or a metric is unknown.
         NotFiniteError: the loss of a row is infinite or NaN.
     """
-    check_metric_names(metrics)
+    find_metrics(metrics, metric_settings)
     rows = dataset if limit is None else draw(dataset, limit)
     if not len(rows):
         raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
     sources = Sources(rows)
     objective = objective or Seq2SeqObjective(loaded.model)
     losses = row_losses(objective, padded_rows(loaded, rows), batch_size, accelerator, before_each)
-    nats, target_tokens = (sources.sums(column) for column in losses.T)
-    statistics = {"loss": ratio("loss", nats, target_tokens)}
-    figures = {"rows": len(rows)} | statistics["loss"].figures() | {"target_tokens": int(target_tokens.sum())}
+    sources.by_row["loss"] = (*losses.T, 1.0)
+    all_rows = np.ones(len(rows), dtype=bool)
+    statistics = sources.statistics(all_rows)
+    figures = {"rows": len(rows)} | statistics["loss"].figures() | {"target_tokens": int(losses[:, 1].sum())}
     if not metrics:
-        return Evaluation(figures, {}, [], statistics, _figures_by_direction(sources, statistics))
+        return Evaluation(figures, {}, [], statistics, _groups(by, rows, sources))
     cap = max_new_tokens or cap_from_targets(rows, position_limit(loaded.model))
     _warn_of_longer_minimum(loaded, rows, generation)
     shared = {"batch_size": batch_size, "accelerator": accelerator, "before_each": before_each}
@@ -149,48 +164,74 @@ def evaluate_rows(
             references[source].append(cut_at_stop(target, loaded.template)[0])
     predictions = [
         Prediction(source, targets, output.text, output.finished, float(of_source), int(tokens), languages.direction)
-        for ((source, languages), targets), output, of_source, tokens in zip(
-            references.items(), outputs, nats, target_tokens, strict=True
+        for ((source, languages), targets), output, (of_source, tokens) in zip(
+            references.items(), outputs, statistics["loss"].counts, strict=True
         )
     ]
-    counted = _counts(metrics, predictions, bleu_tokenize)
-    scores, signatures = figures_and_signatures(list(counted.values()))
     hits = [  # rows whose own target was generated
         predictions[source].prediction == cut_at_stop(target, loaded.template)[0]
         for source, target in zip(sources.of_row, rows["target"], strict=True)
     ]
-    own_targets = ratio("exact_match_rows", sources.sums(hits), np.bincount(sources.of_row), scale=100)
-    statistics |= counted | {"exact_match_rows": own_targets}
-    figures |= {"sources": len(predictions)} | scores | statistics["exact_match_rows"].figures()
+    sources.by_row["exact_match_rows"] = (np.array(hits), all_rows, 100.0)
+    settings, counted = metric_settings or {}, {}
+
+    def scores() -> tuple[dict[str, float], dict[str, str], dict[str, str]]:
+        counted.update(_counts(metrics, predictions, settings, faults := {}))
+        return *figures_and_signatures(counted.values()), faults
+
+    # on one rank, since a function of the user's own may return something else on each
+    found, signatures, faults = on_main_rank(accelerator, scores)
+    statistics |= counted | sources.statistics(all_rows)
+    figures |= {"sources": len(predictions)} | found | statistics["exact_match_rows"].figures()
     figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
-    directions = _figures_by_direction(sources, statistics, predictions, bleu_tokenize)
-    return Evaluation(figures, signatures, predictions, statistics, directions)
+    groups = _groups(by, rows, sources, counted, predictions, settings)
+    return Evaluation(figures, signatures, predictions, statistics, groups, faults)
 
 
 def _counts(
-    metrics: Sequence[str], predictions: Sequence[Prediction], bleu_tokenize: str | None
-) -> dict[str, Statistics]:
-    texts, references = [row.prediction for row in predictions], [row.references for row in predictions]
-    return count_texts(metrics, texts, references, bleu_tokenize)
+    metrics: Sequence[str],
+    predictions: Sequence[Prediction],
+    settings: Mapping[str, Any],
+    faults: dict[str, str] | None = None,
+) -> dict[str, Scored]:
+    texts, references, sources = (
+        [getattr(row, name) for row in predictions] for name in ("prediction", "references", "source")
+    )
+    return count_texts(metrics, texts, references, sources, settings, faults)
 
 
-def _figures_by_direction(
+def _groups(
+    by: Sequence[str],
+    rows: Dataset,
     sources: Sources,
-    statistics: Mapping[str, Statistics],
+    counted: Mapping[str, Scored] | None = None,
     predictions: Sequence[Prediction] = (),
-    bleu_tokenize: str | None = None,
-) -> dict[str, dict[str, float]]:
-    """The figures of each direction if there are several. BLEU is counted anew: its tokens depend on the script."""
-    found: dict[str, dict[str, float]] = {}
-    rows_of_source = np.bincount(sources.of_row)
-    for direction in dict.fromkeys(sources.directions) if len(set(sources.directions)) > 1 else ():
-        places = np.flatnonzero(np.array(sources.directions) == direction)
-        counted = {name: it._replace(counts=it.counts[places]) for name, it in statistics.items()}
-        if "bleu" in counted:
-            counted |= _counts(["bleu"], [predictions[place] for place in places], bleu_tokenize)
-        figures, _ = figures_and_signatures(list(counted.values()))
-        found[direction or "none"] = {"rows": int(rows_of_source[places].sum())} | figures
-    return found
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Group]]:
+    """By column and value. BLEU is counted anew: its tokens depend on the script."""
+    groups: dict[str, dict[str, Group]] = {}
+    for column in by:
+        values = column_values(rows, column)
+        for value in dict.fromkeys(values.tolist()):
+            chosen = values == value
+            places, of_rows = np.unique(sources.of_row[chosen]), sources.statistics(chosen)
+            statistics = {"loss": of_rows["loss"]}
+            for name, scored in (counted or {}).items():
+                try:
+                    statistics[name] = scored.at(places)
+                    if name == "bleu":
+                        of_bleu = {"bleu": settings["bleu"]} if "bleu" in settings else {}
+                        statistics |= _counts(["bleu"], [predictions[place] for place in places], of_bleu)
+                except MetricFault as fault:
+                    warn_once(f"({column} {value} has no {name}: {fault})")
+            groups.setdefault(column, {})[value] = Group(int(chosen.sum()), statistics | of_rows)
+    return groups
+
+
+def column_values(rows: Dataset, column: str) -> np.ndarray:
+    """Of each row as text, (R,); "none" where there is none. The direction of its languages counts as a column."""
+    found = [languages.direction for _, languages in source_keys(rows)] if column == "direction" else rows[column]
+    return np.array(["none" if value in (None, "") else str(value) for value in found])
 
 
 def source_keys(rows: Dataset) -> list[SourceKey]:

@@ -18,7 +18,14 @@ class EvaluateSettings(ModelSettings):
     """The split to evaluate: test, validation, train; or test/news for one of several test sets with names. test means
     all test sets, one after the other."""
     metrics: str = field(default="exact_match,token_f1,rouge,bleu,chrf", metadata=NAMES)
-    """Names, separated by commas; an empty string computes only the loss, which is much faster."""
+    """Names, separated by commas; an empty string computes only the loss, which is much faster. Built in: exact_match,
+    token_f1, token_error_rate, rouge, bleu, chrf, superni_rougeL. A function of yours: my_module:function; add :min if
+    lower is better. Of the library evaluate: evaluate:NAME, or the path of a script. Also comet and bertscore."""
+    metric_settings: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of metrics: '{bertscore: {model: PATH, layers: 17}, my_function: {threshold: 3}}'."""
+    by: str = field(default="", metadata=NAMES)
+    """Columns of the prepared rows, separated by commas: all figures are also given for each value of the column, such
+    as task (see `diptych prepare --keep_columns`), target_language or direction."""
     out: str = field(default="", metadata=OUTPUT)
     """JSON file for the report; the predictions are in *.predictions.jsonl in the same folder. Default: print only.
     With several sets, each has its own file: report.news.json, report.medical.json."""
@@ -43,6 +50,11 @@ class EvaluateSettings(ModelSettings):
     """Any other argument of transformers' generate: `--generation.length_penalty 2`."""
     bleu_tokenize: str = ""
     """Tokenisation of sacrebleu (13a, intl, char, ko-mecab …). Default: chosen by the script of the targets."""
+
+    @property
+    def all_metric_settings(self) -> dict[str, Any]:
+        given = {"bleu": {"tokenize": self.bleu_tokenize}} if self.bleu_tokenize else {}
+        return self.metric_settings | given
 
     def __post_init__(self):
         if not self.data:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.rows.records import Languages
@@ -29,9 +29,9 @@ from diptych.finetune.batches.padded_rows import check_rows_fit, check_same_toke
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import several_ranks
 from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
-from diptych.finetune.evaluating.evaluate_rows import Evaluation, evaluate_rows, source_keys
+from diptych.finetune.evaluating.evaluate_rows import Evaluation, Group, column_values, evaluate_rows, source_keys
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
-from diptych.finetune.evaluating.metrics import check_metric_names
+from diptych.finetune.evaluating.metrics import figures_and_signatures, find_metrics
 from diptych.finetune.inference.generation_config import check_generation_names
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -41,13 +41,16 @@ from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json
 Intervals = Mapping[str, tuple[float, float]]
 COUNTS = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
 """Figures that are not scores."""
+MOST_GROUPS = 200
+FEW_SOURCES = 30
+"""A group with fewer is marked."""
 REPORT_KEYS = {"figures", "signatures", "settings"}
 """By which a file is known to be a report."""
 
 
 def run(settings: EvaluateSettings) -> int:
-    metrics = split_names(settings.metrics)
-    check_metric_names(metrics)
+    metrics, metric_settings = split_names(settings.metrics), settings.all_metric_settings
+    find_metrics(metrics, metric_settings)
     check_generation_names(settings.generation)
     keep_memory()
     splits = load_splits(settings.data, settings.split)
@@ -63,6 +66,8 @@ def run(settings: EvaluateSettings) -> int:
     loaded = replace(loaded, template=carried_template(prepared, check=False) or loaded.template)
     splits = {name: of_languages(name, split, settings, loaded) for name, split in splits.items()}
     check_rows_fit(loaded.model, splits)
+    by = {name: group_columns(name, split, split_names(settings.by)) for name, split in splits.items()}
+    faults: dict[str, str] = {}
     for name, split in splits.items():
         if is_main:
             print(f"{settings.model} on {settings.data}, split {name}", file=sys.stderr)
@@ -74,23 +79,31 @@ def run(settings: EvaluateSettings) -> int:
             max_new_tokens=settings.max_new_tokens,
             limit=settings.limit,
             progress=True,
-            bleu_tokenize=settings.bleu_tokenize or None,
+            metric_settings=metric_settings,
+            by=by[name],
             accelerator=accelerator,
             mbr_samples=settings.mbr_samples,
             seed=settings.seed,
             num_beams=settings.num_beams,
             **settings.generation,
         )
+        faults |= evaluation.faults
         if is_main:
             intervals = bootstrap_intervals(evaluation.statistics, seed=settings.seed)
-            table = format_table(evaluation, intervals)
+            groups = {
+                column: {value: facts_of(group, evaluation, settings.seed) for value, group in of_column.items()}
+                for column, of_column in evaluation.groups.items()
+            }
+            table = format_table(evaluation, intervals, groups)
             print(table if len(splits) == 1 else f"{name}\n{table}\n")
             if settings.out:
                 of_split = replace(settings, split=name, out=str(report_file(settings.out, name, len(splits))))
-                write_report(of_split, evaluation, intervals, split)
+                write_report(of_split, evaluation, intervals, groups, split)
     if accelerator:
         accelerator.end_training()
-    return 0
+    if faults and is_main:
+        raise UserError(*faults.values())
+    return UserError.exit_code if faults else 0
 
 
 def load_splits(data: str, split: str) -> dict[str, Dataset]:
@@ -123,8 +136,44 @@ def of_languages(name: str, split: Dataset, settings: EvaluateSettings, loaded: 
     return split.select(places)
 
 
-def format_table(evaluation: Evaluation, intervals: Intervals) -> str:
-    """A line per figure: its value, its interval, its unit."""
+def group_columns(name: str, split: Dataset, by: list[str]) -> list[str]:
+    """The columns by which figures are grouped: also the direction if there are several, since one BLEU over two
+    languages says little."""
+    known = [column for column, feature in split.features.items() if isinstance(feature, Value)]
+    for column in by:
+        if column not in (*known, "direction"):
+            raise UserError(
+                f"by is {column!r}, and split {name} has no such column. {choose_from(column, ['direction', *known])} "
+                f"`diptych prepare --keep_columns {column}` stores a column of your rows."
+            )
+        if (groups := len(set(column_values(split, column)))) > MOST_GROUPS:
+            raise UserError(
+                f"by is {column!r}, of which split {name} has {groups:,} values. At most {MOST_GROUPS} are allowed."
+            )
+    has_directions = len(set(column_values(split, "direction"))) > 1
+    return list(dict.fromkeys(["direction"] * has_directions + by))
+
+
+def facts_of(group: Group, evaluation: Evaluation, seed: int) -> dict[str, Any]:
+    """What the report says of a group. Its signatures are there where they are not those of all rows."""
+    figures, signatures = figures_and_signatures(group.statistics.values())
+    intervals = bootstrap_intervals(group.statistics, seed=seed)
+    sources = group.statistics["loss"].sources
+    return {
+        "rows": group.rows,
+        "sources": sources,
+        "has_few_sources": sources < FEW_SOURCES,
+        "figures": figures,
+        "intervals": {name: list(interval) for name, interval in intervals.items()},
+        "signatures": {name: it for name, it in signatures.items() if it != evaluation.signatures.get(name)},
+    }
+
+
+def format_table(
+    evaluation: Evaluation, intervals: Intervals, groups: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None
+) -> str:
+    """A line per figure: its value, its interval, its unit. Of each group the values in a line, and the intervals
+    below."""
     figures = evaluation.figures
 
     def line(name: str, note: str, form: str = ",") -> str:
@@ -133,33 +182,61 @@ def format_table(evaluation: Evaluation, intervals: Intervals) -> str:
 
     lines = [line("rows", "")]
     if evaluation.predictions:
-        lines.append(line("sources", "different; scores are 0 to 100 over these"))
+        lines.append(line("sources", "different; scores are over these, and built-in ones are 0 to 100"))
     lines.append(line("loss", f"nats/token over {figures['target_tokens']:,} target tokens", ".3f"))
     if evaluation.predictions:
         for name in [name for name in figures if name not in COUNTS]:
             note = "of rows gave their own target" if name == "exact_match_rows" else ""
-            lines.append(line(name, note or evaluation.signatures.get(name, ""), ".2f"))
+            lines.append(line(name, note or excerpt(evaluation.signatures.get(name, "")), ".2f"))
+        lines += [f"{name:20}  missing" for name in evaluation.faults]
         lines.append(line("unfinished", f"outputs never ended and were stopped at {figures['max_new_tokens']} tokens"))
     if intervals:
         lines.append(
             f"[low, high]: {LEVEL_PERCENT} % intervals over other sources ({RESAMPLES:,} bootstrap resamples)"
         )
-    if evaluation.directions:  # a line per direction, a column per figure
-        names = list(next(iter(evaluation.directions.values())))
-        forms = {name: ",d" if name == "rows" else ".3f" if name == "loss" else ".2f" for name in names}
-        widths = {name: max(9, len(name) + 2) for name in names}
-        lines += ["", f"{'direction':20}" + "".join(f"{name:>{widths[name]}}" for name in names)]
-        for direction, of_it in evaluation.directions.items():
-            lines.append(f"{direction:20}" + "".join(f"{of_it[name]:>{widths[name]}{forms[name]}}" for name in names))
+    for column, facts in (groups or {}).items():
+        lines += ["", *group_lines(column, facts)]
     return "\n".join(lines)
 
 
-def write_report(settings: EvaluateSettings, evaluation: Evaluation, intervals: Intervals, split: Dataset) -> None:
+def group_lines(column: str, groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A column for each figure, and two lines for each group."""
+    names = list(dict.fromkeys(name for facts in groups.values() for name in facts["figures"]))
+    width = max(20, *(len(excerpt(value, 60)) + 3 for value in groups))
+    rows = [[column, "rows", *names]]
+    for value, facts in groups.items():
+        digits = {name: 3 if name == "loss" else 2 for name in names}
+        figures, bounds = facts["figures"], facts["intervals"]
+        cells = [f"{figures[name]:.{digits[name]}f}" if name in figures else "missing" for name in names]
+        rows.append([excerpt(value, 60) + " *" * facts["has_few_sources"], f"{facts['rows']:,}", *cells])
+        if bounds:
+            spread = ["..".join(f"{it:.{digits[name] - 1}f}" for it in bounds.get(name, ())) for name in names]
+            rows.append(["", "", *spread])
+    widths = [max(len(row[place]) for row in rows) + 2 for place in range(1, len(names) + 2)]
+    lines = [
+        f"{row[0]:{width}}" + "".join(f"{cell:>{it}}" for cell, it in zip(row[1:], widths, strict=True))
+        for row in rows
+    ]
+    if any(facts["has_few_sources"] for facts in groups.values()):
+        lines.append(
+            f"* fewer than {FEW_SOURCES} different sources: these figures are uncertain, and so are their intervals"
+        )
+    return [line.rstrip() for line in lines]
+
+
+def write_report(
+    settings: EvaluateSettings,
+    evaluation: Evaluation,
+    intervals: Intervals,
+    groups: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    split: Dataset,
+) -> None:
     """Writes settings.out, after the predictions beside it, whose hash it holds."""
     out, manifest = Path(settings.out), Path(settings.model).expanduser() / MANIFEST
     report = {
         "figures": evaluation.figures,
-        "directions": evaluation.directions,
+        "groups": groups,
+        "faults": evaluation.faults,
         "intervals": {name: list(interval) for name, interval in intervals.items()},
         "confidence": {"level_percent": LEVEL_PERCENT, "resamples": RESAMPLES, "seed": settings.seed},
         "signatures": evaluation.signatures,

@@ -13,17 +13,19 @@ word. `superni_rougeL` alone keeps the defaults, so that it is comparable with p
 Super-NaturalInstructions.
 
 A metric first counts per prediction (`Statistics`), and its figures follow from the sums. So confidence_intervals.py
-computes the figures of a thousand resamples without reading a text again.
+computes the figures of a thousand resamples without reading a text again. Other metrics than these: own_metrics.py.
 """
 
+import functools
 import math
+import os
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any
 
 import datasets
 import evaluate
@@ -31,10 +33,15 @@ import numpy as np
 import regex
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
+from sacrebleu.utils import SACREBLEU_DIR
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.command_line.errors import UserError, excerpt, in_short
 from diptych.data_prep.rows.named_splits import name_in
+from diptych.finetune.evaluating.confidence_intervals import MetricFault, Scored, Statistics, means, ratio
+from diptych.finetune.evaluating.own_metrics import BRIDGES, check_arguments, load_metric, parse_metric_name
+from diptych.finetune.inference.generation_config import warn_once
 
 # Hangul, Han and kana are tokens of one character: Korean joins particles and endings to the word, Chinese and
 # Japanese write no spaces. KorQuAD's official F1 counts syllables, too. Thai, Lao, Khmer and Burmese (Complex_Context:
@@ -42,8 +49,18 @@ from diptych.data_prep.rows.named_splits import name_in
 # marks its syllables, which are tokens here; BLEU's 13a does not split at these marks, so BLEU uses characters for it.
 _CHARACTER_SCRIPTS = r"\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=Complex_Context}"
 _TOKEN = regex.compile(rf"(?=[{_CHARACTER_SCRIPTS}])\X|[[\p{{L}}\p{{M}}\p{{N}}]--[{_CHARACTER_SCRIPTS}]]+", regex.V1)
-_LETTER = regex.compile(r"\p{L}")
-_CHARACTER_SCRIPT_LETTER = regex.compile(rf"[[{_CHARACTER_SCRIPTS}\p{{Tibetan}}]&&\p{{L}}]", regex.V1)
+_LETTERS = {
+    name: regex.compile(rf"[[{scripts}]&&\p{{L}}]", regex.V1)
+    for name, scripts in {
+        "": r"\p{L}",
+        "ko-mecab": r"\p{Hangul}",
+        "ja-mecab": r"\p{Hiragana}\p{Katakana}",
+        "zh": r"\p{Han}",
+        "flores200": r"\p{Line_Break=Complex_Context}\p{Tibetan}",
+    }.items()
+}
+"""The letters for which sacrebleu has a tokenisation of its own: words of Korean and Japanese, by MeCab; characters of
+Chinese; SentencePiece over 200 languages, which is all that it has for Thai, Lao, Khmer, Burmese and Tibetan."""
 _ENGLISH_ARTICLES = {"a", "an", "the"}
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -62,16 +79,48 @@ def split_tokens(text: str) -> list[str]:
 
 
 def choose_bleu_tokenize(references: References) -> str:
-    """sacrebleu's `char` if at least a tenth of the references' letters are in a script without spaces or in Hangul;
-    otherwise `13a`, the default of WMT.
+    """sacrebleu's tokenisation for the script that at least a tenth of the references' letters are in, `13a` (the
+    default of WMT) if none of _LETTERS is, and `char` if several are, or if the package or model of the one is
+    missing, which is printed.
 
-    `13a` leaves Korean words whole, so short sentences rarely share four of them in a row; `ko-mecab` needs a
-    dictionary that is not installed. A tenth, so that a split with both directions of English-Korean uses characters,
-    and an English text with a Korean city name does not. The signature says which one was used.
+    A tenth, so that a split with both directions of English-Korean uses that for Korean, and an English text with a
+    Korean city name does not. `13a` leaves Korean words whole, so short sentences rarely share four of them in a row.
+    The signature says which one was used.
     """
     text = "".join(reference for row in references for reference in row)
-    letters = len(_LETTER.findall(text))
-    return "char" if letters and len(_CHARACTER_SCRIPT_LETTER.findall(text)) >= letters / 10 else "13a"
+    letters = {name: len(of_script.findall(text)) for name, of_script in _LETTERS.items()}
+    least = letters.pop("") / 10
+    if letters["ja-mecab"] >= letters["zh"] / 10:  # Han beside kana is Japanese
+        letters["ja-mecab"] += letters.pop("zh")
+    if not sum(letters.values()) or sum(letters.values()) < least:
+        return "13a"
+    found = [name for name, count in letters.items() if count and count >= least]
+    if len(found) != 1:
+        return "char"
+    if not (missing := _missing_for(found[0])):
+        return found[0]
+    warn_once(f"(bleu is computed over characters: for {found[0]}, sacrebleu's tokens for this script, {missing})")
+    return "char"
+
+
+@functools.cache
+def _missing_for(tokenize: str) -> str:
+    """What the tokenisation needs and is not there; "" if nothing. Nothing is downloaded."""
+    if tokenize == "flores200":
+        model = os.path.join(SACREBLEU_DIR, "models", os.path.basename(SPM_MODELS[tokenize]["url"]))
+        if not os.path.exists(model):
+            return f"its model has to be in {model}; --bleu_tokenize flores200 loads it from the network once"
+    try:
+        sacrebleu.BLEU(tokenize=tokenize)
+    except (RuntimeError, OSError, ImportError) as error:
+        return f"install its packages: pip install 'diptych[mecab]' ({in_short(error)})"
+    return ""
+
+
+def bleu_tokenize_in(signature: str) -> str:
+    """`nrefs:1|…|tok:ko-mecab-0.996/ko-0.9.2-KO|…` -> `ko-mecab`."""
+    written = regex.search(r"tok:([^|]+)", signature)[1]
+    return next((it for it in sacrebleu.BLEU.TOKENIZERS if written.startswith(f"{it}-")), written)
 
 
 def check_pairs(predictions: Sequence[str], references: References) -> None:
@@ -92,41 +141,10 @@ def check_pairs(predictions: Sequence[str], references: References) -> None:
             raise UserError(f"references[{row}] must hold one string or more, got {excerpt(row_references)}.")
 
 
-class Statistics(NamedTuple):
-    """Counts of each of N predictions, K numbers each, and the figures that their sums give."""
-
-    counts: np.ndarray
-    """(N, K), float64."""
-    figures_of: Callable[[np.ndarray], dict[str, float]]
-    """Sums over any selection of predictions (K,) -> the figures by name."""
-    signature: str = ""
-    """How it was computed, if there is a choice. Figures with different signatures are not comparable."""
-
-    def figures(self) -> dict[str, float]:
-        """Of all predictions. The sum is exact, so their order does not matter."""
-        return self.figures_of(np.array([math.fsum(column) for column in self.counts.T]))
-
-
-def mean_percentages(names: Sequence[str], scores: Sequence[Sequence[float]]) -> Statistics:
-    """Scores between 0 and 1, (N, names) -> the mean of each name, times 100."""
-    counts = np.column_stack([np.array(scores, dtype=np.float64), np.ones(len(scores))])
-
-    def figures_of(sums: np.ndarray) -> dict[str, float]:
-        return {name: 100 * float(total) / float(sums[-1]) for name, total in zip(names, sums[:-1], strict=True)}
-
-    return Statistics(counts, figures_of)
-
-
-def ratio(name: str, parts: Sequence[float], wholes: Sequence[float], scale: float = 1.0) -> Statistics:
-    """Sum of the parts ÷ sum of the wholes: `ratio("loss", nats, target_tokens)`."""
-    counts = np.column_stack([np.array(parts, dtype=np.float64), np.array(wholes, dtype=np.float64)])
-    return Statistics(counts, lambda sums: {name: scale * float(sums[0]) / float(sums[1])})
-
-
 def count_exact_match(predictions: Sequence[str], references: References) -> Statistics:
     """Percentage of predictions that equal one of their references, character by character."""
     hits = [[prediction in row] for prediction, row in zip(predictions, references, strict=True)]
-    return mean_percentages(["exact_match"], hits)
+    return means(["exact_match"], hits)
 
 
 def count_token_f1(predictions: Sequence[str], references: References) -> Statistics:
@@ -143,7 +161,7 @@ def count_token_f1(predictions: Sequence[str], references: References) -> Statis
 
     pairs = zip(predictions, references, strict=True)
     scores = [[max(f1(words_of(guess), words_of(reference)) for reference in row)] for guess, row in pairs]
-    return mean_percentages(["token_f1"], scores)
+    return means(["token_f1"], scores)
 
 
 def count_token_error_rate(predictions: Sequence[str], references: References) -> Statistics:
@@ -180,7 +198,7 @@ def count_rouge(predictions: Sequence[str], references: References) -> Statistic
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, tokenizer=_RougeTokens())
     rows = [scorer.score_multi(row, guess) for guess, row in zip(predictions, references, strict=True)]
-    return mean_percentages(names, [[row[name].fmeasure for name in names] for row in rows])
+    return means(names, [[row[name].fmeasure for name in names] for row in rows])
 
 
 def count_superni(predictions: Sequence[str], references: References) -> Statistics:
@@ -200,7 +218,7 @@ def count_superni(predictions: Sequence[str], references: References) -> Statist
     signature = "tok:rouge-score|stem:porter"
     if unseen:
         signature += f"|{unseen} of {len(scores)} score 0 whatever they say: their references have no letter a-z"
-    return mean_percentages(["superni_rougeL", "superni_exact_match"], scores)._replace(signature=signature)
+    return means(["superni_rougeL", "superni_exact_match"], scores)._replace(signature=signature)
 
 
 def _superni_normalised(text: str) -> str:
@@ -215,7 +233,7 @@ def count_bleu(predictions: Sequence[str], references: References, tokenize: str
     try:
         # force: no warning about text that looks tokenised, which is for the outputs of shared tasks
         scorer = sacrebleu.BLEU(tokenize=tokenize, force=True)
-    except (RuntimeError, OSError) as error:  # the tokenisation's package or model is missing
+    except (RuntimeError, OSError, ImportError) as error:  # the tokenisation's package or model is missing
         raise UserError(f"bleu with tokenize={tokenize!r} cannot start: {excerpt(error)}") from error
     return _sacrebleu_statistics("bleu", scorer, predictions, references)
 
@@ -241,68 +259,141 @@ def _sacrebleu_statistics(
     return Statistics(np.array(counts, dtype=np.float64), figures_of, str(scorer.get_signature()))
 
 
-def check_metric_names(names: Sequence[str]) -> None:
-    """UserError that names the nearest metric, so that a typing error is found before hours of generation."""
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f"there is no metric {name!r}. {choose_from(name, list(METRICS))}")
+def find_metrics(
+    names: Iterable[str], settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Callable[..., Scored]]:
+    """For each name what counts `(predictions, references, sources)`. `settings`: further arguments, by metric.
+
+    UserError for a name or an argument that is not known, and for two metrics whose figures have one name: it is
+    found before hours of generation.
+    """
+    found, figures, unused = {}, {}, dict(settings or {})
+    for written in dict.fromkeys(names):
+        name = parse_metric_name(written)
+        own = unused.pop(written, {}) | (unused.pop(name.figure, {}) if name else {})
+        if written in METRICS:
+            check_arguments(METRICS[written], 2, written, own)
+            found[written] = functools.partial(_count_built_in, METRICS[written], own)
+            continue
+        if name is None or name.place in METRICS:
+            known = [*METRICS, *BRIDGES]
+            raise UserError(
+                f"there is no metric {written!r}. {choose_from(written.partition(':')[0], known)} A function of yours "
+                f"is module:function, and a metric of the library evaluate evaluate:NAME or ./script.py."
+            )
+        if (other := figures.setdefault(name.figure, written)) != written or name.figure in FIGURES:
+            other = f"that of {other}" if other != written else "a built-in one"
+            raise UserError(f"metric {written}: its figure {name.figure!r} would be called as {other}. Rename it.")
+        found[written] = load_metric(name, own)
+    if unused:
+        listed = ", ".join(found) or "none"
+        raise UserError(f"metric_settings are given for {', '.join(unused)}, and the metrics are: {listed}.")
+    return found
+
+
+def _count_built_in(
+    count: Callable[..., Statistics],
+    settings: Mapping[str, Any],
+    predictions: Sequence[str],
+    references: References,
+    sources: Sequence[str],
+) -> Statistics:
+    return count(predictions, references, **settings)
 
 
 def count_texts(
-    names: Sequence[str], predictions: list[str], references: list[list[str]], bleu_tokenize: str | None = None
-) -> dict[str, Statistics]:
-    """The counts of each named metric."""
-    check_metric_names(names)
+    names: Iterable[str],
+    predictions: list[str],
+    references: list[list[str]],
+    sources: Sequence[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    faults: dict[str, str] | None = None,
+) -> dict[str, Scored]:
+    """The counts of each named metric. `faults` gets the message of each metric that fails; without it, MetricFault
+    is raised. Only metrics that are not built in read `sources`."""
+    metrics, counted = find_metrics(names, settings), {}
     check_pairs(predictions, references)
-    settings = {"bleu": {"tokenize": bleu_tokenize}}
-    return {name: METRICS[name](predictions, references, **settings.get(name, {})) for name in dict.fromkeys(names)}
+    for name, count in metrics.items():
+        try:
+            counted[name] = count(predictions, references, sources or [""] * len(predictions))
+        except MetricFault as fault:
+            if faults is None:
+                raise
+            faults[name] = str(fault)
+    return counted
 
 
-def figures_and_signatures(counted: Sequence[Statistics]) -> tuple[dict[str, float], dict[str, str]]:
+def figures_and_signatures(counted: Iterable[Scored]) -> tuple[dict[str, float], dict[str, str]]:
     """All figures of the statistics, and the signatures of those that have one."""
     figures, signatures = {}, {}
-    for statistics in counted:
-        found = statistics.figures()
+    for scored in counted:
+        found = scored.figures()
         figures |= found
-        if statistics.signature:
-            signatures |= dict.fromkeys(found, statistics.signature)
+        if scored.signature:
+            signatures |= dict.fromkeys(found, scored.signature)
     return figures, signatures
 
 
 def score_texts(
-    names: Sequence[str], predictions: list[str], references: list[list[str]]
+    names: Sequence[str], predictions: list[str], references: list[list[str]], sources: Sequence[str] | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The figures of the named metrics, and their signatures."""
-    return figures_and_signatures(list(count_texts(names, predictions, references).values()))
+    return figures_and_signatures(count_texts(names, predictions, references, sources).values())
 
 
-def compute_metrics(names: Sequence[str], predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+def compute_metrics(
+    names: Sequence[str], predictions: list[str], references: list[list[str]], sources: Sequence[str] | None = None
+) -> dict[str, float]:
     """`["rouge", "chrf"]` -> `{"rouge1": …, "rouge2": …, "rougeL": …, "chrf": …}`."""
-    return score_texts(names, predictions, references)[0]
+    return score_texts(names, predictions, references, sources)[0]
 
 
-LOWER_IS_BETTER = frozenset({"loss", "unfinished", "token_error_rate"})
+FIGURES = frozenset(
+    "loss rows sources target_tokens unfinished max_new_tokens exact_match_rows exact_match token_f1 token_error_rate "
+    "rouge rouge1 rouge2 rougeL bleu chrf superni_rougeL superni_exact_match".split()
+)
+"""Names that no metric of a user's own can have."""
+LOWER_IS_BETTER = frozenset("loss unfinished error errors error_rate wer cer ter perplexity distance".split())
+"""Figures with one of these names, or one that ends in it (token_error_rate, judge.loss)."""
 
 
-def selectable_figures(metrics: Sequence[str]) -> list[str]:
-    """The figures that an evaluation with these metrics has and a checkpoint can be selected by."""
+def lower_is_better(figure: str, metrics: Iterable[str] = ()) -> bool:
+    """`metrics` may say it: my_metrics:misses:min."""
+    figure = figure.rpartition("/")[2]
+    for name in filter(None, map(parse_metric_name, metrics)):
+        if name.lower_is_better is not None and f"{figure}.".startswith(f"{name.figure}."):
+            return name.lower_is_better
+    return any(f"_{figure}".endswith((f"_{known}", f".{known}")) for known in LOWER_IS_BETTER)
+
+
+def selectable_figures(
+    metrics: Sequence[str],
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    texts: Sequence[str] = ("a",),
+    sources: Sequence[str] = ("a",),
+    faults: dict[str, str] | None = None,
+) -> list[str]:
+    """The figures that an evaluation with these metrics has and a checkpoint can be selected by. Metrics are tried on
+    outputs that equal their references, `texts`; `faults` as in `count_texts`."""
     if not metrics:
         return ["loss"]
-    return ["loss", *score_texts(metrics, ["a"], [["a"]])[0], "exact_match_rows", "unfinished"]
+    counted = count_texts(metrics, list(texts), [[text] for text in texts], sources, settings, faults)
+    return ["loss", *figures_and_signatures(counted.values())[0], "exact_match_rows", "unfinished"]
 
 
 def selected_figure(best_metric: str, figures: Mapping[str, Mapping[str, float]]) -> float:
     """The value of `best_metric` in the figures of each validation split: `medical/chrf` is that of
-    validation/medical, `chrf` is the mean over the splits."""
+    validation/medical, `chrf` is the mean over the splits. NaN if it is missing in one."""
     name, _, figure = best_metric.rpartition("/")
-    return fmean(of_split[figure] for split, of_split in figures.items() if not name or name_in(split) == name)
+    chosen = [of_split for split, of_split in figures.items() if not name or name_in(split) == name]
+    return fmean(of_split.get(figure, math.nan) for of_split in chosen)
 
 
-def is_improvement(figure: str, value: float, best: float | None) -> bool:
+def is_improvement(figure: str, value: float, best: float | None, metrics: Iterable[str] = ()) -> bool:
     """Whether `value` is better than the best so far. NaN never is."""
     if math.isnan(value):
         return False
-    return best is None or (value < best if figure.rpartition("/")[2] in LOWER_IS_BETTER else value > best)
+    return best is None or (value < best if lower_is_better(figure, metrics) else value > best)
 
 
 METRICS: dict[str, Callable[..., Statistics]] = {

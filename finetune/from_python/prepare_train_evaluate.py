@@ -21,9 +21,11 @@ from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
+from diptych.data_prep.pipeline.row_stages import OWN_COLUMNS
 from diptych.data_prep.prepare import Prepared
 from diptych.data_prep.prepare import prepare as prepare_by_settings
 from diptych.finetune.commands.exit_codes import Stopped
+from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.evaluating.evaluate_split import load_splits, predictions_file, report_file
 from diptych.finetune.evaluating.evaluate_split import run as evaluate_by_settings
@@ -86,8 +88,9 @@ class Report:
     """loss (nats per target token), metrics (0 to 100), and counts."""
     intervals: dict[str, tuple[float, float]]
     """Of each figure the lowest and highest value of its 95 % interval."""
-    directions: dict[str, dict[str, float]]
-    """The figures of each direction of translation, where rows have several."""
+    groups: dict[str, dict[str, dict[str, Any]]]
+    """By column of `by` and its value: rows, sources, figures, intervals. Also by direction of translation, where rows
+    have several."""
     predictions: list[dict[str, Any]] = field(repr=False)
     """Of each different source: source, references, prediction, finished, nats, target_tokens."""
 
@@ -164,7 +167,9 @@ def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) 
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, data = _place_of(model), _place_of(data)
         if not isinstance(data, str | os.PathLike):
-            data = prepare({"test": data}, tokenizer=checkpoint, out=Path(scratch) / "prepared", strict=True).folder
+            kept = sorted(set(split_names(settings.get("by", ""))) - OWN_COLUMNS - {"direction"})
+            more = {"out": Path(scratch) / "prepared", "strict": True, "keep_columns": kept}
+            data = prepare({"test": data}, tokenizer=checkpoint, **more).folder
         out = {"out": str(Path(scratch) / "report.json")}
         asked = settings_of(EvaluateSettings, out | settings | {"model": checkpoint, "data": data})
         names = list(load_splits(asked.data, asked.split))
@@ -177,7 +182,7 @@ def evaluate(model: Any, data: Any, *, say: Say | None = None, **settings: Any) 
             reports[name] = Report(
                 report["figures"],
                 {figure: tuple(interval) for figure, interval in report["intervals"].items()},
-                report["directions"],
+                report["groups"],
                 _read_lines(predictions_file(file)) if "predictions_sha256" in report else [],
             )
     return reports if len(reports) > 1 else reports[names[0]]

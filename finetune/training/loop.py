@@ -232,8 +232,12 @@ def evaluate(run: Run) -> bool:
             if recipe.metrics:
                 figures[split] |= generation_figures(run, split, samples)
     value = selected_figure(recipe.best_metric, figures)
-    is_better = is_improvement(recipe.best_metric, value, progress.best)
-    progress.evaluations_without_gain = 0 if is_better else progress.evaluations_without_gain + 1
+    is_better = is_improvement(recipe.best_metric, value, progress.best, split_names(recipe.metrics))
+    if math.isnan(value):
+        what = "this evaluation selects no checkpoint, and does not count for patience"
+        run.log.say(f"step {progress.step}/{run.total_steps} | {recipe.best_metric} is missing: {what}")
+    else:
+        progress.evaluations_without_gain = 0 if is_better else progress.evaluations_without_gain + 1
     progress.evaluated_step = progress.step
     if is_better:
         progress.best, progress.best_step = value, progress.step
@@ -268,6 +272,7 @@ def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> d
             run.loaded,
             run.prepared.splits[split],
             metrics=split_names(recipe.metrics),
+            metric_settings=recipe.metric_settings,
             batch_size=recipe.eval_batch_size,
             max_new_tokens=recipe.max_new_tokens,
             limit=recipe.metrics_limit,
@@ -275,6 +280,8 @@ def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> d
             before_each=partial(check_stop, run),
             objective=run.accelerator.unwrap_model(run.objective),
         )
+    for fault in evaluation.faults.values():
+        run.log.say(f"step {run.progress.step}/{run.total_steps} | {split}: a figure is missing: {fault}")
     samples += [{"step": run.progress.step, "split": split} | row.as_json() for row in evaluation.predictions]
     of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
     return {name: value for name, value in evaluation.figures.items() if name not in of_the_loss}

@@ -174,7 +174,10 @@ class TrainRecipe:
     """Examples per batch in evaluation on each rank, padded."""
     metrics: str = field(default="", metadata=NAMES)
     """Metrics of generated text at each evaluation, separated by commas: exact_match, token_f1, rouge, bleu, chrf,
-    superni_rougeL, token_error_rate (of words or phonemes between spaces). The outputs are saved in samples.jsonl."""
+    superni_rougeL, token_error_rate (of words or phonemes between spaces). The outputs are saved in samples.jsonl.
+    A function of yours: my_module:function, with :min at the end if lower is better; see docs/evaluating.md."""
+    metric_settings: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of metrics: {my_function: {threshold: 3}, bleu: {tokenize: intl}}."""
     metrics_limit: int = 100
     """Rows of each validation set for which text is generated, the same ones each time."""
     max_new_tokens: int | None = None
@@ -243,9 +246,9 @@ class TrainRecipe:
             raise UserError(f"trainable is {self.trainable}, but method is {self.method}. Set method: full.")
         if self.metrics:
             # imported here, since the libraries of metrics take seconds
-            from diptych.finetune.evaluating.metrics import check_metric_names
+            from diptych.finetune.evaluating.metrics import find_metrics
 
-            check_metric_names(split_names(self.metrics))
+            find_metrics(split_names(self.metrics), self.metric_settings)
         if self.best_metric.rpartition("/")[2] != "loss" and not self.metrics:
             raise UserError(
                 f"best_metric is {self.best_metric}, but no metrics are computed. "

@@ -7,7 +7,6 @@ seconds, before anything is written.
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -100,7 +99,7 @@ def make_run(
 
     prepared = load_prepared(recipe.data)
     tokenizer = load_run_tokenizer(recipe, prepared)
-    check_best_metric(recipe, splits_of("validation", prepared.splits))
+    on_main_rank(accelerator, lambda: check_best_metric(recipe, prepared))
     set_seed(recipe.seed)
     loaded = LoadedModel.of(starting_model(recipe, tokenizer, saved / "model" if saved else None), tokenizer)
     prepared = prepared._replace(splits=splits_for_model(prepared, loaded))
@@ -213,15 +212,19 @@ def load_run_tokenizer(recipe: TrainRecipe, prepared: PreparedData) -> PreTraine
     return tokenizer
 
 
-def check_best_metric(recipe: TrainRecipe, validation_splits: Sequence[str]) -> None:
-    """Here, since the first evaluation may be hours away."""
+def check_best_metric(recipe: TrainRecipe, prepared: PreparedData) -> None:
+    """Here, since the first evaluation may be hours away. Metrics are tried on two rows of a validation set."""
     if recipe.best_metric == "loss":
         return
-    known = selectable_figures(split_names(recipe.metrics))
-    sets = [name_in(split) for split in validation_splits if split != "validation"]
+    splits, faults = splits_of("validation", prepared.splits), {}
+    rows = prepared.splits[splits[0]][:2] if splits else {"target": ["a"], "source": ["a"]}
+    metrics = split_names(recipe.metrics)
+    known = selectable_figures(metrics, recipe.metric_settings, rows["target"], rows["source"], faults)
+    sets = [name_in(split) for split in splits if split != "validation"]
     known += [f"{name}/{figure}" for name in sets for figure in known]
     if recipe.best_metric not in known:
-        raise UserError(f"best_metric is {recipe.best_metric!r}. {choose_from(recipe.best_metric, known)}")
+        remedy = choose_from(recipe.best_metric, known)
+        raise UserError(f"best_metric is {recipe.best_metric!r}. {remedy}", *faults.values())
 
 
 def splits_for_model(prepared: PreparedData, loaded: LoadedModel) -> dict[str, PaddedRows]:

@@ -26,6 +26,7 @@ from diptych.data_prep.prepare import prepare
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, attach_template
 from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.evaluating import metrics
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.training.recipe import TrainRecipe
 
@@ -235,6 +236,12 @@ def prepared_folder(tmp_path_factory, eight_prepared_rows, tiny_tokenizer):
     datasets.DatasetDict({"test": datasets.Dataset.from_list(eight_prepared_rows)}).save_to_disk(folder)
     tiny_tokenizer.save_pretrained(folder / "tokenizer")
     return folder
+
+
+@pytest.fixture
+def no_mecab(monkeypatch):
+    """BLEU's tokens of Korean and Japanese as where MeCab is not installed: characters."""
+    monkeypatch.setattr(metrics, "_missing_for", lambda tokenize: "" if tokenize == "zh" else "as if it were missing")
 
 
 # What the tests of training start from: the same eight rows as a prepared folder, and a small random model per family.

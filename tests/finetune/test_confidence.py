@@ -10,7 +10,7 @@ import sacrebleu
 from sacrebleu.significance import PairedTest
 
 from diptych.finetune.evaluating.confidence_intervals import bootstrap_intervals, paired_tests
-from diptych.finetune.evaluating.metrics import METRICS, count_texts, mean_percentages, score_texts
+from diptych.finetune.evaluating.metrics import METRICS, count_texts, means, score_texts
 
 WORDS = "the a cat dog house student good bad sits runs on in at school mat".split()
 
@@ -43,7 +43,7 @@ def test_intervals_are_percentiles_of_the_figures_of_resampled_texts():
 
 
 def test_the_interval_of_a_share_is_as_wide_as_its_standard_error_says():
-    statistics = mean_percentages(["share"], [[float(source < 120)] for source in range(400)])
+    statistics = means(["share"], [[float(source < 120)] for source in range(400)])
     low, high = bootstrap_intervals({"share": statistics})["share"]
     error = 100 * math.sqrt(0.3 * 0.7 / 400)
     assert (low, high) == pytest.approx((30 - 1.96 * error, 30 + 1.96 * error), abs=0.5)
@@ -63,7 +63,7 @@ def test_the_p_value_is_the_share_of_all_exchanges_that_differ_as_much():
     differences = np.array(b) - np.array(a)
     exchanged = [abs(np.dot(signs, differences)) for signs in itertools.product((-1, 1), repeat=7)]
     exact = np.mean(np.array(exchanged) >= abs(differences.sum()) - 1e-9)
-    ours, theirs = (mean_percentages(["score"], [[value] for value in values]) for values in (a, b))
+    ours, theirs = (means(["score"], [[value] for value in values]) for values in (a, b))
     test = paired_tests({"score": ours}, {"score": theirs})["score"]
     assert test.p == pytest.approx(exact, abs=0.01)
     assert test.b - test.a == pytest.approx(100 * differences.mean())
@@ -96,6 +96,6 @@ def test_of_equal_models_one_in_ten_is_found_to_differ_at_ten_percent():
     generator = np.random.default_rng(3)
     found = 0
     for _ in range(200):
-        a, b = (mean_percentages(["score"], generator.random((25, 1)).tolist()) for _ in range(2))
+        a, b = (means(["score"], generator.random((25, 1)).tolist()) for _ in range(2))
         found += paired_tests({"score": a}, {"score": b}, trials=200)["score"].p <= 0.1
     assert 8 <= found <= 34  # 20 expected; beyond this once in a thousand times

@@ -23,6 +23,8 @@ from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loss import Seq2SeqObjective
 
+pytestmark = pytest.mark.usefixtures("no_mecab")
+
 METRIC_NAMES = ["exact_match", "token_f1", "rouge", "bleu", "chrf"]
 
 

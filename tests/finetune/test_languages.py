@@ -267,10 +267,10 @@ def test_evaluate_has_the_figures_of_each_direction(nllb, tmp_path, capsys):
     command = ["evaluate", str(nllb), "--data", str(nllb.parents[1] / "prepared"), "--split", "train"]
     assert diptych([*command, "--metrics", "chrf,bleu", "--out", str(report)]) == 0
     table = capsys.readouterr().out
-    directions = json.loads(report.read_text())["directions"]
+    directions = json.loads(report.read_text())["groups"]["direction"]
     assert list(directions) == ["eng_Latn-kor_Hang", "kor_Hang-eng_Latn", "eng_Latn-fra_Latn", "fra_Latn-eng_Latn"]
     assert [found["rows"] for found in directions.values()] == [4, 4, 2, 2]
-    assert all(found["chrf"] == found["exact_match_rows"] == 100 for found in directions.values())
+    assert all(it["figures"]["chrf"] == it["figures"]["exact_match_rows"] == 100 for it in directions.values())
     assert "direction" in table and "eng_Latn-fra_Latn" in table
     predictions = [json.loads(line) for line in (tmp_path / "report.predictions.jsonl").read_text().splitlines()]
     assert {"eng_Latn-kor_Hang": "가.", "eng_Latn-fra_Latn": "Va !"} == {

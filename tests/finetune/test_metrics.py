@@ -24,6 +24,8 @@ from diptych.finetune.evaluating.metrics import (
     split_tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("no_mecab")
+
 ENGLISH = ["I am a student at the old school.", "The cat sat on the mat!", "He bought two dogs, and a cat."]
 ENGLISH_REFERENCES = [
     ["I am a student of the old school.", "I study at an old school."],
