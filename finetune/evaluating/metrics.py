@@ -268,12 +268,16 @@ def find_metrics(
     found before hours of generation.
     """
     found, figures, unused = {}, {}, dict(settings or {})
+    if wrong := [name for name, own in unused.items() if not isinstance(own, Mapping)]:
+        raise UserError(f"metric_settings.{wrong[0]} has to be values by name, as in {{{wrong[0]}: {{model: PATH}}}}.")
     for written in dict.fromkeys(names):
         name = parse_metric_name(written)
         own = unused.pop(written, {}) | (unused.pop(name.figure, {}) if name else {})
         if written in METRICS:
             check_arguments(METRICS[written], 2, written, own)
-            found[written] = functools.partial(_count_built_in, METRICS[written], own)
+            found[written] = lambda texts, references, _, count=METRICS[written], own=own: count(
+                texts, references, **own
+            )
             continue
         if name is None or name.place in METRICS:
             known = [*METRICS, *BRIDGES]
@@ -289,16 +293,6 @@ def find_metrics(
         listed = ", ".join(found) or "none"
         raise UserError(f"metric_settings are given for {', '.join(unused)}, and the metrics are: {listed}.")
     return found
-
-
-def _count_built_in(
-    count: Callable[..., Statistics],
-    settings: Mapping[str, Any],
-    predictions: Sequence[str],
-    references: References,
-    sources: Sequence[str],
-) -> Statistics:
-    return count(predictions, references, **settings)
 
 
 def count_texts(

@@ -309,12 +309,14 @@ with open(sys.argv[2], "w", encoding="utf-8") as file:
 """
 
 
-def comet(predictions, references, sources, *, model: str, python: str = sys.executable, batch_size=8, gpus=0):
+def comet(predictions, references, sources, *, model: str, python=sys.executable, prefix="", batch_size=8, gpus=0):
     """COMET (Rei et al. 2020, arXiv 2009.09025), times 100, by the best reference. `model`: the path of a checkpoint
     (….ckpt). unbabel-comet needs older versions of libraries than Diptych, so it is run by `python`, the interpreter
-    of an environment of its own."""
+    of an environment of its own. `prefix`: what the template puts before each source, which COMET is not to read."""
     rows = zip(sources, predictions, references, strict=True)
-    asked = [{"src": source, "mt": text, "ref": it} for source, text, of_row in rows for it in of_row]
+    asked = [
+        {"src": source.removeprefix(prefix), "mt": text, "ref": it} for source, text, of_row in rows for it in of_row
+    ]
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "asked.json", Path(folder) / "scores.json"
         content = {"model": str(Path(model).expanduser()), "rows": asked, "batch_size": batch_size, "gpus": gpus}

@@ -72,14 +72,16 @@ class Nursery:
     def train(self, arguments: Sequence[str], log: Path, ranks: int = 1, **faults: Any) -> list[Process]:
         return self.launch(["train", *arguments], log, ranks, **faults)
 
-    def launch(self, arguments: Sequence[str], log: Path, ranks: int, **faults: Any) -> list[Process]:
+    def launch(
+        self, arguments: Sequence[str], log: Path, ranks: int, folder: Path | str = ".", **faults: Any
+    ) -> list[Process]:
         """As torchrun launches it; rank 1 writes to `LOG.1`, and rank 0 is the one that dies, or whose disk fails."""
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         processes = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
             environment = meeting | own if ranks > 1 else {}
-            processes.append(self.run(arguments, f"{log}.{rank}", **({} if rank else faults), **environment))
+            processes.append(self.run(arguments, f"{log}.{rank}", folder, **({} if rank else faults), **environment))
         return processes
 
 

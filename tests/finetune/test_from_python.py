@@ -102,6 +102,9 @@ def test_sets_with_names_each_have_a_report(made, tmp_path, t5_checkpoint):
     reports = diptych.evaluate(t5_checkpoint, data, metrics="")
     assert {name: report.figures["rows"] for name, report in reports.items()} == {"test/small": 3, "test/large": 6}
     of_rows = diptych.evaluate(t5_checkpoint, ROWS[:3], metrics="")
+    of_tasks = diptych.evaluate(t5_checkpoint, [row | {"task": "a"} for row in ROWS[:3]], metrics="", by="task,origin")
+    assert of_tasks.groups["task"]["a"]["figures"]["loss"] == pytest.approx(of_rows.figures["loss"])
+    assert len(of_tasks.groups["origin"]) == 3
     assert of_rows.figures["loss"] == reports["test/small"].figures["loss"]
 
 

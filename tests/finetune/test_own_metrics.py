@@ -13,6 +13,7 @@ import evaluate
 import numpy as np
 import pytest
 import sacrebleu
+import yaml
 from test_confidence import made_texts
 
 from diptych.data_prep.command_line.errors import UserError
@@ -33,6 +34,7 @@ from diptych.finetune.evaluating.metrics import (
 )
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training.resuming import to_yaml
 
 OWN = """
 import sacrebleu
@@ -171,6 +173,7 @@ def test_a_function_stands_beside_built_in_metrics_and_gets_predictions_referenc
             "metric_settings.comet.python: ./no cannot be run",
         ),
         ("comet", {"comet": {"model": "share.py"}}, "metric comet needs the package comet, which .* does not have"),
+        ("bleu", {"bleu": "13a"}, "metric_settings.bleu has to be values by name"),
         ("bleu", {"bleu": {"tokenise": "13a"}}, "metric bleu cannot be called: .*'tokenise'"),
     ],
 )
@@ -300,6 +303,55 @@ def test_compare_tests_own_metrics_whose_function_is_unchanged(own, evaluated, t
     found = json.loads((tmp_path / "ab.json").read_text())["splits"]["test"]
     assert "bleu_of_mine" not in found["tests"] and "chrf" in found["tests"]
     assert re.search(f"{name} not tested: it has changed since", "".join(found["notes"]))
+
+
+RANKS = """
+import os
+
+
+def rank(predictions, references, sources):
+    return float(os.environ["RANK"])
+
+
+def fails_on_the_other(predictions, references, sources):
+    assert os.environ["RANK"] == "0"
+    return 1.0
+
+
+def fails(predictions, references, sources):
+    raise ValueError("the judge does not answer")
+"""
+
+
+def test_of_two_ranks_the_first_one_computes_own_metrics_for_both(t5_checkpoint, prepared_folder, nursery, tmp_path):
+    (tmp_path / "by_rank.py").write_text(RANKS)
+    arguments = ["evaluate", str(t5_checkpoint), "--data", str(prepared_folder), "--device", "cpu"]
+    for names, code in (("by_rank:rank,by_rank:fails_on_the_other", 0), ("chrf,by_rank:fails", 2)):
+        out = ["--metrics", names, "--out", str(tmp_path / f"{code}.json")]
+        processes = nursery.launch([*arguments, *out], tmp_path / f"log{code}", ranks=2, folder=tmp_path)
+        ended = [process.wait(100) for process in processes]
+        said = [(tmp_path / f"log{code}.{rank}").read_text() for rank in range(2)]
+        assert ended == [code, code], said
+    assert said[0].count("the judge does not answer") == 1 and "judge" not in said[1]
+    found = json.loads((tmp_path / "0.json").read_text())
+    assert (found["figures"]["rank"], found["figures"]["fails_on_the_other"], found["faults"]) == (0, 1, {})
+
+
+@pytest.mark.slow
+def test_two_ranks_choose_the_same_checkpoint_by_an_own_metric(short_run, training_folder, nursery, tmp_path):
+    (tmp_path / "by_rank.py").write_text(RANKS)
+    changes = {"metrics": "by_rank:rank,by_rank:fails", "best_metric": "loss", "eval_every": 2}
+    settings = to_yaml(short_run("t5", data=str(training_folder), out="ranks", batch_size=2)) | changes
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    for best_metric in ("loss", "rank"):
+        asked = ["train", "--config", "recipe.yaml", "--best_metric", best_metric, "--out", f"ranks-{best_metric}"]
+        processes = nursery.launch(asked, tmp_path / best_metric, ranks=2, folder=tmp_path)
+        ended = [process.wait(200) for process in processes]
+        said = [(tmp_path / f"{best_metric}.{rank}").read_text() for rank in range(2)]
+        assert ended == [0, 0], said
+        assert said[0].count("a figure is missing: metric by_rank:fails raised ValueError") == 4
+        lines = map(json.loads, (tmp_path / f"ranks-{best_metric}" / "metrics.jsonl").read_text().splitlines())
+        assert [it["rank"] for it in lines if it["split"] == "validation"] == [0, 0, 0, 0]
 
 
 @pytest.fixture
