@@ -51,12 +51,16 @@ EXTRAS = {
     "ctranslate2": ["ctranslate2>=4.8.3"],
     # Export to ONNX, and its proof.
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
+    # The recipe's `optimizer` and `weights`.
+    "optimizers": ["bitsandbytes>=0.50", "schedulefree>=1.4.1", "torch-optimi>=0.3.3"],
+    # `diptych sweep`.
+    "sweep": ["optuna>=5.0"],
     # Preparation on many machines.
     "datatrove": ["datatrove>=0.10"],
     # The site of docs/: `make docs`.
     "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove,serve,gradio,ctranslate2,onnx]",
+        "diptych[sentencepiece,demo,clean,datatrove,serve,gradio,ctranslate2,onnx,optimizers,sweep]",
         "openai>=3.0",  # the client that serve is tested with
         "pytest>=9.2",
         "pytest-xdist>=3.8",

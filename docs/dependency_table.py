@@ -14,7 +14,10 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 PAGE = Path(__file__).with_name("dependencies.md")
-EXTRAS = ("", "sentencepiece", "clean", "serve", "gradio", "ctranslate2", "onnx", "datatrove", "demo", "test")
+EXTRAS = (
+    *("", "sentencepiece", "clean", "serve", "gradio", "ctranslate2", "onnx", "optimizers", "sweep", "datatrove"),
+    *("demo", "test"),
+)
 """Of setup.py, without docs, which builds the pages only. A package is listed with the first that needs it."""
 OF_CUDA = ("nvidia-", "cuda-", "triton")
 """What torch needs on Linux with a GPU, and not on the machine that wrote the table."""

@@ -88,6 +88,11 @@ COMMANDS = {
         "finetune.training.recipe:parse_recipe",
         "finetune.train:run",
     ),
+    "sweep": Command(
+        "a recipe and the settings that vary -> many runs, and the best values",
+        "finetune.sweeping.sweep_settings:SweepSettings",
+        "finetune.sweeping.sweep:run",
+    ),
     "evaluate": Command(
         "a checkpoint and a prepared split -> loss and metrics",
         "finetune.evaluating.evaluate_settings:EvaluateSettings",

@@ -271,6 +271,10 @@ class TrainRecipe:
             ),
             (free and not self.schedule.startswith("constant"), "it needs no decay: set schedule: constant"),
             (free and self.ema, "it averages the weights itself: drop ema"),
+            (
+                self.sharding == "full" and self.optimizer in ("adafactor", "adamw_8bit"),
+                "it cannot update weights that are spread over ranks: set sharding: none",
+            ),
             (in_bf16 and self.optimizer != "adamw", "weights in bf16 are trained with adamw"),
             (in_bf16 and self.ema, "bf16 cannot hold what an average changes by: drop ema, or set weights: fp32"),
             (bf16 and self.precision not in ("auto", "bf16"), "weights in bf16 are computed with in bf16"),

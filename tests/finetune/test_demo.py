@@ -63,6 +63,15 @@ def wait_for_note(page, place: int, text: str) -> None:
     page.wait_for_function(f"text => document.querySelector('#note-{place}').innerText.includes(text)", arg=text)
 
 
+def wait_until_it_rests(page) -> None:
+    """A press of Stop has come through: the answer has not grown in a second."""
+    lengths = [-2, -1]
+    while lengths[-1] != lengths[-2]:
+        page.wait_for_timeout(1000)
+        lengths.append(len(page.input_value("#answer-1 textarea")))
+        assert len(lengths) < 60
+
+
 def set_slider(page, label: str, value: str) -> None:
     """Until it stays: Gradio gives a box that was just shown its first value somewhat later."""
     if not page.locator(f'input[aria-label*="{label}"]').first.is_visible():
@@ -119,6 +128,7 @@ def test_it_streams_and_stops(page, shown):
     page.wait_for_function(f"({length})() > 20")
     page.wait_for_function("before => document.querySelector('#answer-1 textarea').value.length > before", arg=60)
     page.click("#stop")
+    wait_until_it_rests(page)
     ask(page, TO_KOREAN, "Yes.")  # its row has ended, so that this one's turn comes
     page.wait_for_function("document.querySelector('#answer-0 textarea').value === '네.'")
     page.click("#stop")

@@ -232,6 +232,7 @@ REFUSED = {
     "precision": ({"weights": "bf16", "precision": "fp32"}, "weights in bf16 are computed with in bf16"),
     "no settings": ({"optimizer_settings": {"amsgrad": True}}, "drop optimizer_settings"),
     "adapters": ({"method": "lora", "final": "average"}, "adapters are not averaged"),
+    "sharded": ({"optimizer": "adafactor", "sharding": "full"}, "it cannot update weights that are spread over ranks"),
     "spikes": ({"skip_spikes": 0.5}, "skip_spikes is 0.5; it must be 0, or above 1"),
     "ema": ({"ema": 1.0}, "ema is 1.0"),
     "a name": ({"optimizer": "muon", "optimizer_settings": {"momentun": 0.9}}, "Did you mean momentum"),

@@ -109,6 +109,8 @@ CHANGES = {
     "accumulated": {"gradient_accumulation_steps": 3, "batch_size": 2},
     "checkpointed": {"gradient_checkpointing": True},
     "embeddings": {"method": "lora", "lora_embeddings": True},
+    "schedule_free": {"optimizer": "schedule_free", "schedule": "constant"},
+    "ema": {"ema": 0.9},
     "dora": {"method": "lora", "lora_variant": "dora"},
     "not in families.py": {"family": "longt5"},
 }
@@ -121,6 +123,15 @@ def test_whatever_is_trained_is_the_same_sharded(changes, train):
     assert_same_run(
         train("alone", 1, **{"family": "bart"} | changes), train("shared", 2, **{"family": "bart"} | shared)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"weights": "bf16", "precision": "bf16"}], ids=str)
+def test_what_is_rounded_to_bf16_is_nearly_the_same_sharded(changes, train):
+    """Muon makes its updates in bf16, too. Sums in another order round to other numbers of it."""
+    alone, shared = (train(name, ranks, **changes) for name, ranks in (("alone", 1), ("shared", 2)))
+    for values, expected in zip(figures(shared, "loss"), figures(alone, "loss"), strict=True):
+        assert values == pytest.approx(expected, rel=2e-2)
 
 
 def test_packed_rows_are_the_same_sharded(train, packed_folder):

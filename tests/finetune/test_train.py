@@ -29,9 +29,9 @@ from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training import loop, training_batches
+from diptych.finetune.training.optimizers import make_optimizer
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import to_yaml
-from diptych.finetune.training.set_up_run import make_optimizer
 
 FAMILIES = ["diptych", "t5", "mt5", "bart", "m2m_100", "t5gemma"]
 

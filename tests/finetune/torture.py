@@ -50,14 +50,26 @@ class Case(NamedTuple):
     method: str
     packed: bool
     sharding: str = "none"
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
         kind = f"{self.method}, {'packed' if self.packed else 'padded'}{', sharded' * (self.sharding == 'full')}"
+        kind += "" if self.optimizer == "adamw" else f", {self.optimizer}"
         return f"{self.ranks} rank{'s' * (self.ranks > 1)}, {kind}"
 
 
 CASES = [Case(ranks, method, packed) for ranks in (1, 2) for method in ("full", "lora") for packed in (True, False)]
 CASES += [Case(2, "full", packed=True, sharding="full"), Case(2, "lora", packed=False, sharding="full")]
+OPTIMIZERS = {
+    "adamw": {},
+    "schedule_free": {"optimizer": "schedule_free", "schedule": "constant"},
+    "muon": {"optimizer": "muon", "ema": 0.9, "neftune": 5.0, "skip_spikes": 100.0},
+    "adafactor": {"optimizer": "adafactor", "final": "average"},
+    "adamw_8bit": {"optimizer": "adamw_8bit", "schedule": "inverse_sqrt"},
+    "bf16": {"weights": "bf16", "precision": "bf16"},
+}
+"""With what else resumes by numbers of its own."""
+CASES += [Case(1, "full", True, optimizer=name) for name in OPTIMIZERS if name != "adamw"]
 
 
 @dataclass
@@ -106,26 +118,30 @@ class Torture:
             if case.method == "full"
             else {"model": str(self.folder / "base/final")}
         )
-        return model | {
-            "data": str(self.data),
-            "out": str(out),
-            "method": case.method,
-            "lora_dropout": 0.1 if case.method == "lora" else 0.0,
-            "packed": case.packed,
-            "sharding": case.sharding,
-            "batch_size": 4 // case.ranks,
-            "max_steps": 9,
-            "precision": "fp32",
-            "save_every": 2,
-            "eval_every": 3,
-            "logging_every": 1,
-            "metrics": "exact_match",
-            "metrics_limit": 2,
-            "max_new_tokens": 4,
-            "keep_last": 2,
-            "learning_rate": 1e-2,
-            "rank_timeout": 30.0,
-        }
+        return (
+            model
+            | {
+                "data": str(self.data),
+                "out": str(out),
+                "method": case.method,
+                "lora_dropout": 0.1 if case.method == "lora" else 0.0,
+                "packed": case.packed,
+                "sharding": case.sharding,
+                "batch_size": 4 // case.ranks,
+                "max_steps": 9,
+                "precision": "fp32",
+                "save_every": 2,
+                "eval_every": 3,
+                "logging_every": 1,
+                "metrics": "exact_match",
+                "metrics_limit": 2,
+                "max_new_tokens": 4,
+                "keep_last": 2,
+                "learning_rate": 1e-2,
+                "rank_timeout": 30.0,
+            }
+            | OPTIMIZERS[case.optimizer]
+        )
 
     def start(
         self, case: Case, recipe: dict, name: str, die_at: int | None = None, resume: str = "true", **faults

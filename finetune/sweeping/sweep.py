@@ -1,0 +1,250 @@
+"""`diptych sweep`: one recipe, trained many times with other settings, each in a run folder of its own.
+
+    diptych sweep recipe.yaml --out sweep --trials 20
+    trial 3 of 20 | learning_rate 3.1e-04 | loss 1.873 | best so far
+
+    sweep/  trial-000/, trial-000.yaml, trial-000.log   a run, its recipe, and what it printed
+            study.log     Optuna's journal, from which a stopped sweep goes on
+            trials.csv    values and figures of all trials        best.yaml   the recipe with the best values
+            sweep.png     the figure over each setting that varies
+
+A trial is a process of its own: `diptych train`, or what `launcher` says. Optuna's TPE sampler proposes the values.
+Its seed depends on the number of earlier trials, so a sweep that was stopped tries what an undisturbed one would.
+"""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas
+import yaml
+
+from diptych.data_prep.command_line.arguments import from_values, instead_of
+from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.overwrite_checks import take_lock
+from diptych.data_prep.rows.named_splits import kind_of
+from diptych.finetune.commands.exit_codes import DONE, NOT_FINITE, STOPPED
+from diptych.finetune.evaluating.metrics import is_improvement, selected_figure
+from diptych.finetune.run_files.atomic_folders import write_text
+from diptych.finetune.run_files.run_folder import last_training, read_status
+from diptych.finetune.sweeping.sweep_settings import SweepSettings
+from diptych.finetune.training.recipe import TrainRecipe
+
+State = optuna.trial.TrialState
+SECONDS_BETWEEN_LOOKS = 0.5
+LAST_LINES = 4
+Values = dict[str, Any]
+
+
+def run(settings: SweepSettings) -> int:
+    """DONE, STOPPED by a signal, or the exit code of a trial that failed. UserError for ranges that cannot be."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    out, recipe = Path(settings.out), read_recipe(settings)
+    ranges = {name: as_distribution(name, given) for name, given in settings.search.items()}
+    metric = check_values(recipe, ranges, out)
+    out.mkdir(parents=True, exist_ok=True)
+    take_lock(out / ".lock", lambda holder: f"{out} is in use by {holder}. Wait for it, or name another folder.")
+    study = open_study(settings, recipe, ranges, metric)
+    stop: list[str] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
+    for trial in due_trials(study, settings, ranges):
+        code = carry_out(trial, settings, recipe, metric, stop)
+        if code != DONE:
+            return code
+        write_results(study, settings, recipe)
+    print(f"\n{table(study).to_string(index=False)}")
+    print(f"\nbest recipe: {out / 'best.yaml'} | {out / 'sweep.png'}")
+    return DONE
+
+
+def read_recipe(settings: SweepSettings) -> Values:
+    try:
+        recipe = yaml.safe_load(Path(settings.recipe).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{settings.recipe} cannot be read as YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{settings.recipe} holds no settings. Name a recipe of `diptych train`.")
+    varied = {other for name in settings.search for other in (name, *instead_of(TrainRecipe, name))}
+    return {name: value for name, value in recipe.items() if name not in varied or name in settings.search}
+
+
+def as_distribution(name: str, given: Any) -> optuna.distributions.BaseDistribution:
+    """UserError for what is neither a list of values nor a range."""
+    try:
+        if isinstance(given, list):
+            return optuna.distributions.CategoricalDistribution(given)
+        kinds = optuna.distributions.IntDistribution, optuna.distributions.FloatDistribution
+        is_whole = all(isinstance(given[end], int) for end in ("low", "high"))
+        return kinds[not is_whole](**given)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"search.{name} is {given}: {error}. Give a list of values, or a range: {{low: 1, high: 8, step: 1}} or "
+            f"{{low: 1e-5, high: 1e-3, log: true}}."
+        ) from error
+
+
+def check_values(recipe: Values, ranges: dict[str, Any], out: Path) -> str:
+    """The metric by which trials are compared. UserError where the recipe would be refused with an end of a range."""
+    checked = None
+    for end in ("low", "high"):
+        values = {name: getattr(it, end, None) for name, it in ranges.items()}
+        for name, it in ranges.items():
+            for value in getattr(it, "choices", (values[name],)):
+                checked = from_values(TrainRecipe, recipe | values_of(values, ranges) | {name: value, "out": str(out)})
+    return checked.best_metric
+
+
+def values_of(values: Values, ranges: dict[str, Any]) -> Values:
+    return {name: it.choices[0] if hasattr(it, "choices") else values[name] for name, it in ranges.items()}
+
+
+def open_study(settings: SweepSettings, recipe: Values, ranges: dict[str, Any], metric: str) -> optuna.Study:
+    """A new one, or the one that is in the folder. UserError if that is of other settings."""
+    journal = Path(settings.out) / "study.log"
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
+        study_name="sweep",
+        direction="minimize" if is_improvement(metric, 0.0, 1.0) else "maximize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4) if settings.prune else optuna.pruners.NopPruner(),
+        load_if_exists=True,
+    )
+    fixed = {"recipe": recipe, "search": settings.search, "seed": settings.seed}
+    before = study.user_attrs.get("fixed")
+    if before is None:
+        study.set_user_attr("fixed", fixed)
+        study.set_user_attr("metric", metric)
+        own = {name: recipe[name] for name, it in ranges.items() if name in recipe and _is_within(recipe[name], it)}
+        if own:
+            study.enqueue_trial(own)
+    elif before != json.loads(json.dumps(fixed)):
+        changed = [name for name in fixed if before.get(name) != json.loads(json.dumps(fixed[name]))]
+        raise UserError(
+            f"the sweep in {settings.out} was begun with another {' and another '.join(changed)}. Set it back to go "
+            f"on, or begin anew in another folder. (The number of trials may change.)"
+        )
+    return study
+
+
+def _is_within(value: Any, of: Any) -> bool:
+    try:
+        return of._contains(of.to_internal_repr(value))
+    except (ValueError, TypeError):
+        return False
+
+
+def due_trials(study: optuna.Study, settings: SweepSettings, ranges: dict[str, Any]) -> Iterator[optuna.Trial]:
+    """First those that were cut, then new ones."""
+    for frozen in study.get_trials(deepcopy=False, states=[State.RUNNING]):
+        if frozen.params.keys() == ranges.keys():
+            yield optuna.Trial(study, frozen._trial_id)
+        else:  # it was cut before it had its values
+            study.tell(frozen.number, state=State.FAIL)
+    while sum(trial.state.is_finished() for trial in study.trials) < settings.trials:
+        study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
+        yield study.ask(ranges)
+
+
+def carry_out(trial: optuna.Trial, settings: SweepSettings, recipe: Values, metric: str, stop: list[str]) -> int:
+    """Trains with the trial's values and tells the study how it went. Another code than DONE: the sweep cannot go on,
+    and the trial is carried on when it does."""
+    folder = Path(settings.out) / f"trial-{trial.number:03d}"
+    file, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
+    write_text(file, yaml.safe_dump(recipe | trial.params | {"out": str(folder)}, sort_keys=False))
+    launcher = shlex.split(settings.launcher) or [sys.executable, "-m", "diptych.finetune.train"]
+    shown = ", ".join(f"{name} {_shown(value)}" for name, value in trial.params.items())
+    with log.open("a", encoding="utf-8") as stream:
+        process = subprocess.Popen([*launcher, "--config", file, "--resume", "true"], stdout=stream, stderr=stream)
+    is_pruned = False
+    seen: dict[int, float] = {}
+    while True:
+        code = process.poll()
+        for step, value in evaluations(folder, metric).items():
+            if step not in seen:
+                seen[step] = value
+                trial.report(value, step)
+                if code is None and not is_pruned and trial.should_prune():
+                    is_pruned = True
+                    process.terminate()
+        if code is not None:
+            break
+        if stop:
+            process.terminate()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    code = (read_status(folder) or {}).get("exit_code", code)  # a launcher says 1, whatever happened
+    what = f"trial {trial.number + 1} of {settings.trials} | {shown}"
+    if code == NOT_FINITE or (is_pruned and code == STOPPED and not stop):
+        trial.study.tell(trial, state=State.PRUNED)
+        last = f"stopped after step {max(seen)}: {metric} {seen[max(seen)]:.4g}" if is_pruned else "no finite loss"
+        print(f"{what} | {last}", flush=True)
+        return DONE
+    if code != DONE:
+        if stop:
+            print(f"diptych sweep: stopped by {stop[0]}. Run the same command to go on.", file=sys.stderr)
+            return STOPPED
+        said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+        print(f"diptych sweep: {what} ended with exit code {code}; {log} ends with:\n{said}", file=sys.stderr)
+        return code
+    if not seen:
+        raise UserError(f"{folder} has no evaluations: prepare the data with a validation split, by which to choose.")
+    best = None
+    for value in seen.values():
+        best = value if is_improvement(metric, value, best) else best
+    earlier = [it.value for it in trial.study.get_trials(states=[State.COMPLETE])]
+    trial.study.tell(trial, best)
+    is_best = all(is_improvement(metric, best, value) for value in earlier)
+    print(f"{what} | {metric} {best:.4g}{' | best so far' * is_best}", flush=True)
+    return DONE
+
+
+def evaluations(folder: Path, metric: str) -> dict[int, float]:
+    """Step -> the figure, of the whole lines of metrics.jsonl."""
+    file = last_training(folder) / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    by_step: dict[int, dict[str, Values]] = {}
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        entry = json.loads(line)
+        if kind_of(entry["split"]) == "validation":
+            by_step.setdefault(entry["step"], {})[entry["split"]] = entry
+    splits = max(map(len, by_step.values()), default=0)
+    return {step: selected_figure(metric, of) for step, of in by_step.items() if len(of) == splits}
+
+
+def write_results(study: optuna.Study, settings: SweepSettings, recipe: Values) -> None:
+    """Of the trials that have ended."""
+    out = Path(settings.out)
+    table(study).to_csv(out / "trials.csv", index=False)
+    if not (complete := study.get_trials(states=[State.COMPLETE])):
+        return
+    write_text(out / "best.yaml", yaml.safe_dump(recipe | study.best_params, sort_keys=False))
+    with warnings.catch_warnings():  # that this is an experimental function of Optuna
+        warnings.simplefilter("ignore")
+        axes = optuna.visualization.matplotlib.plot_slice(study, target_name=study.user_attrs["metric"])
+    axes = axes if len(complete[0].params) == 1 else axes[0]
+    axes.figure.savefig(out / "sweep.png", dpi=120, bbox_inches="tight")
+    for it in study.trials if not settings.keep else ():
+        if it.state.is_finished() and it.number != study.best_trial.number:
+            for name in ("checkpoints", "final", "stages"):
+                shutil.rmtree(out / f"trial-{it.number:03d}" / name, ignore_errors=True)
+
+
+def table(study: optuna.Study) -> pandas.DataFrame:
+    """The best trial first; those that were stopped last."""
+    found = study.trials_dataframe(attrs=("number", "value", "params", "state"))
+    found = found.rename(columns={"number": "trial", "value": study.user_attrs["metric"]})
+    found.columns = found.columns.str.removeprefix("params_")
+    is_lower = study.direction == optuna.study.StudyDirection.MINIMIZE
+    return found.sort_values(study.user_attrs["metric"], ascending=is_lower)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

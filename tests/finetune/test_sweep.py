@@ -1,0 +1,94 @@
+"""`diptych sweep` on real runs: it finds the better values, stops the worse ones, and goes on where it was stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas
+import pytest
+import yaml
+from test_train import figures, final_weights
+
+from diptych.data_prep.command_line.errors import UserError
+from diptych.finetune.sweeping.sweep import run
+from diptych.finetune.sweeping.sweep_settings import SweepSettings
+
+SEARCH = {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "schedule": ["constant", "cosine"]}
+
+
+@pytest.fixture
+def recipe_file(checkpoint_of, training_folder, tmp_path) -> Path:
+    settings = {"model": str(checkpoint_of("t5")), "data": str(training_folder), "precision": "fp32"}
+    settings |= {"max_steps": 12, "batch_size": 4, "learning_rate": 2e-5, "eval_every": 4}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def trials_of(out: Path) -> pandas.DataFrame:
+    return pandas.read_csv(out / "trials.csv").sort_values("trial", ignore_index=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(recipe_file, tmp_path, capsys):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert run(SweepSettings(str(recipe_file), str(whole), SEARCH, trials=6)) == 0
+    command = [sys.executable, "-m", "diptych.finetune.commands.cli", "sweep", str(recipe_file), "--out", str(parted)]
+    command += ["--search", json.dumps(SEARCH), "--trials", "6"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (parted / "trial-001" / "metrics.jsonl").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75 and "stopped by SIGTERM. Run the same command to go on" in process.stderr.read()
+    assert len(trials_of(parted)) == 2  # and one that was cut
+    assert subprocess.run(command).returncode == 0
+
+    trials = trials_of(whole)
+    assert trials.learning_rate[0] == 2e-5 and trials.learning_rate.nunique() == 6  # the first is the recipe's own
+    same = ["trial", "learning_rate", "schedule"]
+    pandas.testing.assert_frame_equal(trials_of(parted)[same], trials[same])
+    best = trials.loc[trials.loss.idxmin()]
+    assert best.loss < trials.loss[0]
+    found = yaml.safe_load((whole / "best.yaml").read_text())
+    assert (found["learning_rate"], found["schedule"]) == (best.learning_rate, best.schedule)
+    folder = whole / f"trial-{best.trial:03d}"
+    assert best.loss == min(entry["loss"] for entry in figures(str(folder), "validation"))
+    assert final_weights(str(folder))
+    assert [path.parent.name for path in whole.glob("trial-*/final")] == [folder.name]
+    assert (whole / "sweep.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert "trial 1 of 6 | learning_rate 2e-05, schedule" in out and "best recipe: " in out
+
+
+REFUSED = {
+    "an unknown setting": ({"learning_rat": [1e-3]}, "Did you mean learning_rate"),
+    "a range without an end": ({"learning_rate": {"low": 1e-5}}, "search.learning_rate is .*Give a list of values"),
+    "the wrong way round": ({"learning_rate": {"low": 1e-3, "high": 1e-5}}, "search.learning_rate"),
+    "a value that a recipe refuses": ({"label_smoothing": {"low": 0.0, "high": 1.5}}, "label_smoothing is 1.5"),
+}
+
+
+@pytest.mark.parametrize("search, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_varied_is_refused_before_a_trial(search, message, recipe_file, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(SweepSettings(str(recipe_file), str(tmp_path / "sweep"), search))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_trial_that_fails_ends_the_sweep_with_what_it_said(recipe_file, tmp_path):
+    recipe_file.write_text(recipe_file.read_text().replace("max_steps: 12", "max_steps: 1\nattention: flex_attention"))
+    out = tmp_path / "sweep"
+    command = [sys.executable, "-m", "diptych.finetune.commands.cli", "sweep", str(recipe_file), "--out", str(out)]
+    failed = subprocess.run([*command, "--trials", "2"], capture_output=True, text=True)
+    error = failed.stderr
+    assert (
+        failed.returncode == 2
+        and "trial 1 of 2 | learning_rate" in error
+        and "attention is flex_attention, which cannot compute" in error
+    )
+    with pytest.raises(UserError, match="was begun with another search. Set it back to go on"):
+        run(SweepSettings(str(recipe_file), str(out), {"learning_rate": [1e-3, 1e-4]}))
