@@ -25,6 +25,7 @@ import transformers
 
 from diptych.data_prep.command_line.errors import UserError, counted, message_line
 from diptych.data_prep.command_line.run_command import run_command
+from diptych.data_prep.packing.unpacked_families import why_not_packed
 from diptych.data_prep.pipeline.checkpoint_tokenizer import check_decoder_start, load_tokenizer_and_template
 from diptych.data_prep.pipeline.dataset_tables import packed_table, plan_packing, split_tables
 from diptych.data_prep.pipeline.gather_rows import Gathered, collect, encode, gather
@@ -208,7 +209,8 @@ def _make_tables(inputs: Inputs, job: RowJob, rejects: Rejects, partial: Path) -
     if settings.mixture is not None:
         places[TRAIN] = mixed_train(gathered, places[TRAIN], inputs.entries, settings.mixture, settings.seed)
     tables = split_tables(gathered, places, scratch, settings.kept)
-    plan = plan_packing(tables[TRAIN], stages.tokenizer, settings) if settings.packing and TRAIN in tables else None
+    is_packed = settings.packing and TRAIN in tables and not why_not_packed(settings.tokenizer)
+    plan = plan_packing(tables[TRAIN], stages.tokenizer, settings) if is_packed else None
     return Results(inputs, stages, gathered, selection, places, tables, plan, rejects, too_few_tokens)
 
 

@@ -21,6 +21,7 @@ from diptych.data_prep.cleaning.filters import LanguageFilter
 from diptych.data_prep.cleaning.mixture import check_mixture
 from diptych.data_prep.cleaning.sensitive import secret_detectors
 from diptych.data_prep.command_line.errors import UserError, counted
+from diptych.data_prep.packing.unpacked_families import why_not_packed
 from diptych.data_prep.pipeline.gather_rows import first_rows
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import code_version, tokenizer_digest
@@ -265,6 +266,7 @@ def fingerprint_of(
         "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
         "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
         "decoder_start": start,
+        "not_packed": why_not_packed(settings.tokenizer) if settings.packing else "",
         "code": code_version(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

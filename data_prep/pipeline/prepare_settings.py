@@ -189,7 +189,7 @@ class PrepareSettings:
 
     packing: bool = True
     """Also write the train split as packed rows, each with several examples, which need no padding. false writes only
-    separate examples."""
+    separate examples. So does true with the tokenizer of a family that is not packed (docs/families.md)."""
 
     packed_source_tokens: int | None = None
     """Source tokens of a packed row, at least those of the longest source. Default: chosen together with

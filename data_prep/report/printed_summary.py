@@ -125,7 +125,8 @@ def packing_lines(manifest: dict[str, Any]) -> Iterator[str]:
         yield "Packing    none: there are no rows to train on, only to evaluate"
         return
     if packing is None:
-        yield "Packing    none: every row of a batch will be one example, padded to the longest"
+        why = f" ({manifest['not_packed']})" if manifest["not_packed"] else ""
+        yield f"Packing    none: every row of a batch will be one example, padded to the longest{why}"
         return
     per_row = packing["examples"] / packing["rows"]
     sources = "each source encoded for itself"

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import excerpt, message_line
+from diptych.data_prep.packing.unpacked_families import why_not_packed
 from diptych.data_prep.pipeline.dataset_tables import PackingPlan, direction_counts, token_counts
 from diptych.data_prep.pipeline.gather_rows import Gathered
 from diptych.data_prep.pipeline.prepare_inputs import Inputs
@@ -136,6 +137,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         "sensitive": dict(counts.sensitive.most_common()) if settings.sensitive else None,
         "tokens": token_counts(results.gathered, results.places, settings, rejects),
         "packing": packing,
+        "not_packed": why_not_packed(settings.tokenizer) if settings.packing else "",
         "inputs": inputs,
         "template": asdict(results.stages.template),
         "tokenizer": {

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -33,6 +35,7 @@ from diptych.finetune.inference.generation_config import end_tokens, generation_
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.target_tokens import given_tokens, text_of
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.modeling.modeling_diptych import CACHE_NAME
 
 TOKENS_BEFORE_STOP = 16
 """Stop strings are searched in the last tokens only: these, and as many as the longest stop string has bytes."""
@@ -92,6 +95,14 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def own_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """An argument for `model.generate` where the cache that it would make does not fit: for a Switch Transformer, it
+    makes one of as many layers as the encoder has, and fails if the decoder has more (transformers 5.24)."""
+    if model.config.model_type != "switch_transformers":
+        return {}
+    return {CACHE_NAME: EncoderDecoderCache(DynamicCache(), DynamicCache())}
+
+
 def check_source_ids(source_ids: Sequence[Sequence[int]]) -> None:
     for row, ids in enumerate(source_ids):
         if not len(ids):
@@ -138,6 +149,8 @@ def _generate(
     model = loaded.model
     try:
         config, others = generation_config(loaded, settings)
+        if config.use_cache is not False:
+            others |= own_cache(model)
         if can_decode_fast(model, config, others):
             others |= {"custom_generate": fast_decode, "writes_to": others.pop("streamer", None)}
             others |= {"encoder_outputs": read_fast(model, inputs["input_ids"], inputs["attention_mask"])}

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from diptych.data_prep.command_line.errors import UserError, message_line, nearest
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands.exit_codes import is_main_rank
-from diptych.finetune.model.families import without_adapter
+from diptych.finetune.model.families import GLOBAL_TOKENS, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.untrusted_files import TOKEN_SETTINGS, check_token_settings
 
@@ -76,7 +76,7 @@ def warn_of_ignored(config: GenerationConfig, name: str) -> None:
         setting: value
         for setting, value in config.to_diff_dict().items()
         if setting[0] != "_"
-        and setting not in MODEL_SETTINGS | {"transformers_version"}
+        and setting not in MODEL_SETTINGS | {"transformers_version", GLOBAL_TOKENS}
         and value is not False
         and value != defaults.get(setting)
     }

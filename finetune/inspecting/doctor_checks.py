@@ -21,13 +21,14 @@ from accelerate.utils import find_tied_parameters
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.packing.unpacked_families import reason_not_packed
 from diptych.data_prep.text_to_ids.decoder_start import split_start
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.templates import carried_template, golden_difference, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id, target_side
 from diptych.finetune.batches.packed_rows import pack_examples
 from diptych.finetune.batches.padded_rows import pad_sources
-from diptych.finetune.inference.generation import eager_attention
+from diptych.finetune.inference.generation import eager_attention, own_cache
 from diptych.finetune.inference.generation_config import search_settings_ignored
 from diptych.finetune.inspecting.doctor_rows import Row, Rows, built_in_rows, eight_of, random_rows
 from diptych.finetune.inspecting.doctor_steps import (
@@ -244,8 +245,9 @@ def stock_trainer_ranks(patient: Patient) -> CheckResult:
 
 def packed(patient: Patient) -> CheckResult:
     model, family = patient.sound, family_of(patient.sound)
-    if family is None:
-        raise DoesNotApply(f"{model.config.model_type} is padded: it is not in families.py")
+    if not (family and family.attentions):
+        kind = model.config.model_type
+        raise DoesNotApply(reason_not_packed(kind) or f"{kind} is padded: it is not in families.py")
     row = patient.on_device(pack_examples(*patient.step))
     can_pack = model.config._attn_implementation in family.attentions
     with nullcontext() if can_pack else eager_attention(model):  # which each family has
@@ -311,7 +313,8 @@ def cache(patient: Patient) -> CheckResult:
     settings |= {"output_logits": True, "return_dict_in_generate": True, "decoder_start_token_id": patient.start_token}
     settings |= patient.on_device(sources)
     with search_settings_ignored(model):
-        cached, uncached = (model.generate(**settings, use_cache=use_cache) for use_cache in (True, False))
+        cached = model.generate(**settings, **own_cache(model), use_cache=True)
+        uncached = model.generate(**settings, use_cache=False)
     is_same = torch.equal(cached.sequences, uncached.sequences)
     logits, expected = (torch.stack(output.logits) for output in (cached, uncached))
     difference = (logits - expected).abs().max().item()

@@ -235,7 +235,7 @@ def run_rank(rank: int, way: str, model_folder: str, step: tuple[Any, ...], fold
 def _ddp_step(objective: Seq2SeqObjective, step: ExaminedRows, rank: int) -> LossAndGradients:
     """Half of the rows, uneven in tokens. The loss is multiplied by the ranks, since DDP takes the mean (loop.py)."""
     torch.distributed.init_process_group("gloo")
-    joined = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=objective.family is None)
+    joined = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=not objective.uses_all_weights)
     half = len(step.rows) // RANKS
     loss = joined(step.batch(step.rows[half * rank : half * (rank + 1)]), step.target_tokens)
     (loss * RANKS).backward()

@@ -91,7 +91,7 @@ def steps(loaded: LoadedModel, passage: Passage) -> list[dict[str, Any]]:
 def lens(loaded: LoadedModel, passage: Passage) -> list[list[dict[str, Any]]] | None:
     """The likeliest token after each decoder layer (nostalgebraist's logit lens, 2020), layer by layer and step by
     step; None for a family whose final norm is not known."""
-    if loaded.family is None:
+    if loaded.family is None or loaded.family.final_norm == "":
         return None
     *between, _ = passage.seen.decoder_states
     found = []

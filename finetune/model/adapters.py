@@ -36,14 +36,17 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError, excerpt, library_errors
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.families import (
+    embedding_rows,
     family_of,
     input_and_output_tables,
     text_modules,
+    unread_names,
     vocabulary_tables,
     without_adapter,
 )
@@ -90,7 +93,13 @@ def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
             f"its decoder have one each. Prepare the data with the model's own tokenizer."
         )
     resized = {id(table): torch.nn.Parameter(_with_rows(table, rows), table.requires_grad) for table in tables}
+    heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and id(layer.weight) in resized]
+    biases = {id(head.bias): head.bias for head in heads if head.bias is not None}
+    for key, bias in biases.items():
+        biases[key] = torch.nn.Parameter(torch.nn.functional.pad(bias, (0, rows - old)), bias.requires_grad)
     for module in model.modules():
+        if id(getattr(module, "bias", None)) in biases:  # BERT's head has it in two places
+            module.bias = biases[id(module.bias)]
         if isinstance(module, torch.nn.Embedding | torch.nn.Linear) and id(module.weight) in resized:
             module.weight = resized[id(module.weight)]
             if isinstance(module, torch.nn.Embedding):
@@ -157,7 +166,7 @@ def adapter_config(
     if method == "LORA":
         given |= {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout} | VARIANTS[variant]
     layers = _targets(model, targets)
-    if "feedforward_modules" in given and (family := family_of(model)) and family.no_text_part:
+    if "feedforward_modules" in given and isinstance(layers, list) and unread_names(model):
         ends = tuple(f".{name}" for name in given["feedforward_modules"])  # which IA3 wants among the targets
         given["feedforward_modules"] = [name for name in layers if f".{name}".endswith(ends)]
     try:
@@ -170,7 +179,7 @@ def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
     family = family_of(model)
     if not names and family is None:
         return "all-linear"
-    linear = [name for name, module in text_modules(model) if isinstance(module, torch.nn.Linear)]
+    linear = [name for name, module in text_modules(model) if isinstance(module, torch.nn.Linear | Conv1D)]
     for target in names:  # peft is content if one of them fits, and silently leaves out the others
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
@@ -179,7 +188,7 @@ def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
                 f"{choose_from(target, known)}"
             )
     names = list(names or family.lora_targets)
-    if family is None or not family.no_text_part:
+    if not unread_names(model):
         return names
     ends = tuple(f".{name}" for name in names)  # by these alone, peft would adapt the vision tower, too
     return [name for name in linear if f".{name}".endswith(ends)]
@@ -343,8 +352,7 @@ def merge_adapter(model: PeftModel) -> PreTrainedModel:
 
 def _logits_on_some_tokens(model: PreTrainedModel | PeftModel) -> torch.Tensor:
     """On the last tokens of each vocabulary, which may be new, and on random ones."""
-    base = without_adapter(model)
-    rows = [panel.get_input_embeddings().weight.shape[0] for panel in (base.get_encoder(), base.get_decoder())]
+    rows = embedding_rows(without_adapter(model))
     others = torch.randint(min(rows), (2, 12), generator=torch.Generator().manual_seed(0))
     source, target = (torch.cat([others, torch.arange(end - 8, end).view(2, 4)], dim=1) for end in rows)
     return model(input_ids=source, decoder_input_ids=target).logits
@@ -398,9 +406,9 @@ def _tie_again(model: PreTrainedModel, names: Sequence[str]) -> None:
         _copy_weight(layer)
     model.all_tied_weights_keys = {}
     family = family_of(model)
-    if family is None:
+    if family is None or not hasattr(model.config, "tie_word_embeddings"):  # two models have a config each
         return
+    model.get_output_embeddings().weight.mul_(family.scale(model))
     if hasattr(model.config, "scale_decoder_outputs"):
-        model.get_output_embeddings().weight.mul_(family.scale(model))
         model.config.scale_decoder_outputs = False
     model.config.tie_word_embeddings = False

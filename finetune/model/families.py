@@ -1,14 +1,16 @@
 """What training must know about a model family: one entry for each `model_type` in the table at the end.
 
     family_of(model)  ->  Family(lora_targets=("q", "k", …), positions=…, logits=…)       or None: not in the table
+    family_of(model).states(model, batch)  ->  what the head reads, (B, T, D), and the routers' part of the loss
 
 A batch goes through the model's own encoder and decoder. Packed rows need two things more: masks that keep examples
 apart (packed_attention.py), and positions that restart in each example. T5 has only distances, which restart by
 themselves; Diptych and the T5Gemmas take `position_ids`; BART and the like look positions up in a table, and a hook on
 the table picks the rows. A Diptych with merged cross-attention makes its masks itself.
 
-A model that is not in the table trains too: padded, with full logits, and with LoRA on every linear layer. The entries
-were read in the model files of transformers 5.23; the tests compare them with what the models compute.
+Families without `attentions` are not packed; unpacked_families.py says why. A model that is not in the table trains,
+too: padded, with full logits, and with LoRA on every linear layer. The entries were read in the model files of
+transformers 5.24; the tests compare them with what the models compute.
 
 B rows, S source tokens, T target tokens, D width, V vocabulary, N target tokens picked from B × T.
 """
@@ -29,6 +31,10 @@ from diptych.data_prep.text_to_ids.decoder_start import STARTS, named_start
 from diptych.finetune.model.packed_attention import VARLEN, Windows, site_masks
 
 Batch = dict[str, torch.Tensor]
+Routed = tuple[torch.Tensor, ...] | None
+"""The logits of each router, by experts."""
+GLOBAL_TOKENS, GLOBAL_LAYERS = "global_attention_tokens", {"query_global", "key_global", "value_global"}
+"""Of a LED's encoder: see global_attention.py."""
 POSITION_TABLES = ("embed_positions", "position_embeddings", "wpe")
 """Their names in BART and the like, BERT and ProphetNet, and GPT-2."""
 
@@ -50,9 +56,21 @@ class Family:
     logits: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, logits: logits
     """Model and the head's output (N, V) -> logits (N, V)."""
     final_norm: str | None = "norm"
-    """Name of the norm after the decoder's last layer, if there is one."""
+    """Name of the norm after the decoder's last layer; None if there is none, "" if states between layers are other
+    than what the head reads (ProphetNet's are of a stream that predicts nothing)."""
+    head: Callable[[PreTrainedModel], nn.Module | None] = lambda model: model.lm_head
+    """From states to logits; None if the decoder itself applies it, so that there are only full logits."""
+    decoder: Callable[[PreTrainedModel], nn.Module] = lambda model: model.get_decoder()
+    """The decoder without the head."""
+    bridge: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor] = lambda model, source: source
+    """From the encoder's states to what the decoder reads."""
+    router_loss: Callable[[PreTrainedModel, Batch, Routed, Routed], torch.Tensor] | None = None
+    """The model, a batch, and the logits of all routers of the encoder and of the decoder -> what the model itself
+    adds to its loss, a mean over the batch."""
+    uses_all_weights: bool = True
+    """Whether each step gives each weight a gradient; an expert may be left without a token."""
     attentions: tuple[str, ...] = ("eager", "sdpa", "flex_attention", VARLEN)
-    """Implementations of attention that can keep packed examples apart."""
+    """Implementations of attention that can keep packed examples apart; none in a family that is not packed."""
     gpu_varlen: bool = True
     """Whether the flash kernel computes this family's attention: it knows no position bias."""
     overflows_in_fp16: bool = False
@@ -62,9 +80,10 @@ class Family:
     no_text_part: tuple[str, ...] = ()
     """Names of modules that text never reaches, such as T5Gemma 2's vision tower: frozen, without adapters, saved."""
 
-    def states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        """A batch without its labels -> what the head reads, (B, T, D)."""
-        encoder, decoder = model.get_encoder(), model.get_decoder()
+    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """A batch without its labels -> what the head reads, (B, T, D), and the routers' part of the loss."""
+        encoder, decoder = model.get_encoder(), self.decoder(model)
+        more = {"output_router_logits": True} if self.router_loss else {}
         if "segment_ids" in batch:
             masks = site_masks(model, batch, self.windows)
             encoder_positions = self.positions(encoder, batch["position_ids"])
@@ -73,29 +92,60 @@ class Family:
             masks = batch["attention_mask"], None, batch["attention_mask"]
             encoder_positions = decoder_positions = nullcontext({})
         with encoder_positions as arguments:
-            source = encoder(input_ids=batch["input_ids"], attention_mask=masks[0], **arguments).last_hidden_state
+            source = encoder(input_ids=batch["input_ids"], attention_mask=masks[0], **more, **arguments)
         with decoder_positions as arguments:
             target = decoder(
                 input_ids=batch["decoder_input_ids"],
                 attention_mask=masks[1],
-                encoder_hidden_states=source,
+                encoder_hidden_states=self.bridge(model, source.last_hidden_state),
                 encoder_attention_mask=masks[2],
                 use_cache=False,
+                **more,
                 **arguments,
-            ).last_hidden_state
-        return target * self.scale(model)
+            )
+        states = target.last_hidden_state * self.scale(model)
+        if self.router_loss is None:
+            return states, 0.0
+        return states, self.router_loss(model, batch, source.router_logits, target.router_logits)
 
 
 @dataclass(frozen=True)
 class OwnMasks(Family):
     """The model takes segment ids and makes its masks itself: they span both sides, or look a little ahead."""
 
-    def states(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-        return model.model(**batch, use_cache=False).last_hidden_state
+    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, float]:
+        return model.model(**batch, use_cache=False).last_hidden_state, 0.0
+
+
+@dataclass(frozen=True)
+class Streams(Family):
+    """ProphetNet: each target is predicted by several streams, from ever fewer of the tokens before it."""
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, float]:
+        """Of all streams, (B, T, streams, D)."""
+        states = model.prophetnet(**batch, use_cache=False).last_hidden_state_ngram  # (B, streams × T, D)
+        return states.unflatten(1, (model.config.ngram, -1)).transpose(1, 2), 0.0
+
+
+@dataclass(frozen=True)
+class UnlimitedExperts(Family):
+    """NLLB-MoE: in training, an expert takes no more than `expert_capacity` tokens of a batch, for which the rows of a
+    batch would compete, so that two ranks compute what one does not. (And in transformers 5.24 the limit of the last
+    evaluation stays.) Here an expert takes all tokens that are routed to it, as in transformers' evaluation."""
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
+        most = batch["input_ids"].numel() + batch["decoder_input_ids"].numel()
+        for module in model.modules():
+            if hasattr(module, "expert_capacity"):
+                module.expert_capacity = most
+        return super().states(model, batch)
 
 
 def family_of(model: PreTrainedModel | PeftModel) -> Family | None:
     config = model.config
+    if config.model_type == "encoder-decoder":
+        panels = {config.encoder.model_type, config.decoder.model_type}
+        return FAMILIES["encoder-decoder"] if panels <= BERTS | {"gpt2"} else None
     if config.model_type == "diptych":
         is_plain = config.decoder.cross_attention == "separate" and config.encoder.lookahead is None
         return FAMILIES["diptych" if is_plain else "diptych_merged"]
@@ -142,11 +192,12 @@ def input_and_output_tables(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 def table_positions(model: PreTrainedModel) -> tuple[int | None, int | None]:
     """How many tokens the tables of positions are for, the encoder's and the decoder's; None where there is no table
-    (T5, rotary positions), or one that grows (M2M100)."""
+    (T5, rotary positions), or one that grows (M2M100, FSMT)."""
 
     def of(panel: nn.Module) -> int | None:
         for name, table in panel.named_modules():
-            if name.rpartition(".")[2] in POSITION_TABLES and isinstance(table, nn.Embedding):
+            is_fixed = isinstance(table, nn.Embedding) and not hasattr(table, "make_weight")
+            if name.rpartition(".")[2] in POSITION_TABLES and is_fixed:
                 unused = table.padding_idx + 1 if table.padding_idx is not None else getattr(table, "offset", 0)
                 return table.num_embeddings - unused
         return None
@@ -157,10 +208,17 @@ def table_positions(model: PreTrainedModel) -> tuple[int | None, int | None]:
     return source, target
 
 
-def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` without those that text never reaches."""
+def unread_names(model: PreTrainedModel) -> set[str]:
+    """Names of modules that text never reaches, which get no gradient: the family's, and those for global attention in
+    a LED that has none."""
     family = family_of(model)
     unread = set(family.no_text_part if family else ())
+    return unread | (GLOBAL_LAYERS if getattr(model.get_encoder(), GLOBAL_TOKENS, None) == 0 else set())
+
+
+def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` without those that text never reaches."""
+    unread = unread_names(model)
     return ((name, module) for name, module in model.named_modules() if unread.isdisjoint(name.split(".")))
 
 
@@ -229,15 +287,50 @@ def _uneven_window(size: int) -> Callable:
     )
 
 
+def _switch_router_loss(model: PreTrainedModel, batch: Batch, encoder: Routed, decoder: Routed) -> torch.Tensor:
+    """As SwitchTransformersForConditionalGeneration.forward has it, which also counts padding."""
+    from transformers.models.switch_transformers import modeling_switch_transformers as switch
+
+    config, total = model.config, torch.zeros((), device=model.device)
+    for routed, sparse_step in ((encoder, config.encoder_sparse_step), (decoder, config.decoder_sparse_step)):
+        if routed and sparse_step > 1:
+            logits = torch.cat(routed, dim=1)  # (B, layers × tokens, experts)
+            balance = switch.load_balancing_loss_func(logits.softmax(dim=-1), logits.argmax(dim=-1))
+            total = total + config.router_z_loss_coef * switch.router_z_loss_func(logits)
+            total = total + config.router_aux_loss_coef * balance
+    return total
+
+
+def _nllb_moe_router_loss(model: PreTrainedModel, batch: Batch, encoder: Routed, decoder: Routed) -> torch.Tensor:
+    """As NllbMoeForConditionalGeneration.forward has it, which has no z-loss."""
+    from transformers.models.nllb_moe.modeling_nllb_moe import load_balancing_loss_func
+
+    total = torch.zeros((), device=model.device)
+    for routed, mask in ((encoder, batch["attention_mask"]), (decoder, None)):
+        if routed:
+            total = total + load_balancing_loss_func(routed, model.config.num_experts, top_k=2, attention_mask=mask)
+    return model.config.router_aux_loss_coef * total
+
+
+def _project(model: PreTrainedModel, source: torch.Tensor) -> torch.Tensor:
+    """Two models of different widths have a projection between them."""
+    return model.enc_to_dec_proj(source) if hasattr(model, "enc_to_dec_proj") else source
+
+
 T5_LAYERS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
 BART_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LONGFORMER_LAYERS = (*BART_LAYERS, "query", "key", "value", "output")
+PROPHETNET_LAYERS = ("query_proj", "key_proj", "value_proj", "out_proj", "intermediate", "output")
+BERTS = {"bert", "roberta", "xlm-roberta", "bert-generation"}
+BERT_LAYERS = ("query", "key", "value", "output.dense", "intermediate.dense")
+GPT2_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 t5 = partial(Family, T5_LAYERS, final_norm="final_layer_norm", gpu_varlen=False, overflows_in_fp16=True)
 bart = partial(
     Family,
-    BART_LAYERS,
-    _in_table,
+    lora_targets=BART_LAYERS,
+    positions=_in_table,
     logits=lambda model, logits: logits + model.final_logits_bias,
     final_norm="layer_norm",
 )
@@ -266,5 +359,35 @@ FAMILIES = {
         attentions=("sdpa", "eager"),
         windows=_uneven_window,
         no_text_part=("vision_tower", "multi_modal_projector"),
+    ),
+    # Those that are not packed:
+    "longt5": t5(scale=_t5_scale, attentions=()),
+    "led": bart(
+        final_norm=None,
+        attentions=(),
+        lora_targets=(*LONGFORMER_LAYERS, *sorted(GLOBAL_LAYERS)),
+        uses_all_weights=False,  # a batch without rows has no token that attends globally
+    ),
+    "bigbird_pegasus": bart(final_norm="layernorm_embedding", attentions=(), lora_targets=LONGFORMER_LAYERS),
+    "pegasus_x": Family(BART_LAYERS, final_norm="layer_norm", attentions=()),
+    "prophetnet": Streams(PROPHETNET_LAYERS, final_norm="", attentions=()),
+    "fsmt": Family(BART_LAYERS, final_norm="", attentions=(), head=lambda model: None),
+    # Their routers get no adapter.
+    "switch_transformers": t5(scale=_t5_scale, attentions=(), router_loss=_switch_router_loss, uses_all_weights=False),
+    "nllb-moe": UnlimitedExperts(
+        BART_LAYERS,
+        final_norm="layer_norm",
+        attentions=(),
+        router_loss=_nllb_moe_router_loss,
+        uses_all_weights=False,
+    ),
+    "encoder-decoder": Family(
+        (*BERT_LAYERS, *GPT2_LAYERS),
+        final_norm="",
+        attentions=(),
+        head=lambda model: model.decoder.cls if hasattr(model.decoder, "cls") else model.decoder.lm_head,
+        decoder=lambda model: model.decoder.base_model,
+        bridge=_project,
+        no_text_part=("pooler",),
     ),
 }

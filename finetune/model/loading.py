@@ -41,7 +41,8 @@ from diptych.data_prep.text_to_ids.templates import load_template
 from diptych.data_prep.text_to_ids.tokenizer_files import has_tokenizer, open_tokenizer
 from diptych.finetune.model import untrusted_files as untrusted
 from diptych.finetune.model.device_speed import training_pace
-from diptych.finetune.model.families import embedding_rows, family_of, table_positions
+from diptych.finetune.model.families import embedding_rows, table_positions, unread_names
+from diptych.finetune.model.global_attention import attend_globally
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.untrusted_files import MODEL_WEIGHTS, weight_files
 
@@ -201,6 +202,7 @@ def load_model(
         )
     untrusted.check_token_settings(model.generation_config, max(embedding_rows(model)), name)
     _freeze(model)
+    attend_globally(model)
     return model
 
 
@@ -219,8 +221,7 @@ def without_load_report() -> Iterator[None]:
 def _freeze(model: PreTrainedModel) -> None:
     """What gets no gradient, for which DDP would wait. (Marian and Pegasus freeze their tables of sinusoids when they
     are made, but not when they are loaded: transformers 5.24.)"""
-    family = family_of(model)
-    unread = family.no_text_part if family else ()
+    unread = unread_names(model)
     for name, module in model.named_modules():
         is_table = isinstance(module, MarianSinusoidalPositionalEmbedding | PegasusSinusoidalPositionalEmbedding)
         if is_table or name.rpartition(".")[2] in unread:
@@ -287,6 +288,7 @@ def _load_adapted(
     model.generation_config = (
         checkpoint_config.read_generation_config(name) or model.generation_config
     )  # training writes one
+    attend_globally(model)
     untrusted.check_token_settings(model.generation_config, max(embedding_rows(model)), name)
     return model
 

@@ -45,7 +45,8 @@ class Extras(NamedTuple):
 
 
 class Seq2SeqObjective(nn.Module):
-    """A model with its loss. Extras are for training only: validation is plain cross-entropy in nats."""
+    """A model with its loss. Extras and what routers add are for training only: validation is plain cross-entropy in
+    nats."""
 
     has_all_streams = True
     """Whether a ProphetNet is trained on all its streams, or only on the first, with which it generates."""
@@ -71,11 +72,18 @@ class Seq2SeqObjective(nn.Module):
         is_noisy = self.training and self.neftune
         noise = noisy_embeddings(without_adapter(self.model), batch, self.neftune) if is_noisy else nullcontext()
         with noise:
-            states, labels, head = self._states_labels_and_head(batch)
+            states, labels, head, routed = self._states_labels_and_head(batch)
         criterion = self._criterion(batch) if self.training else cross_entropy(Extras())
         weights = list(head.weights.values())
         total = _SummedLoss.apply(states, labels, head, criterion, torch.is_grad_enabled(), *weights)
-        return total / (num_items_in_batch * self._streams)
+        loss = total / (num_items_in_batch * self._streams)
+        # A mean over this batch, weighted by its share of the step's targets: over a step, these are one mean.
+        return loss + routed * (batch["labels"] != IGNORE_INDEX).sum() / num_items_in_batch if self.training else loss
+
+    @property
+    def uses_all_weights(self) -> bool:
+        """Whether each step gives each weight a gradient, so that DDP need not look for others."""
+        return self.family is not None and self.family.uses_all_weights
 
     @property
     def _streams(self) -> int:
@@ -92,7 +100,7 @@ class Seq2SeqObjective(nn.Module):
     @torch.no_grad()
     def token_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Nats of each target token, (B, T), zero where there is none: what `forward` adds up in evaluation."""
-        states, labels, head = self._states_labels_and_head(batch)
+        states, labels, head, _ = self._states_labels_and_head(batch)
         losses = states.new_zeros(len(labels), dtype=_at_least_fp32(states.dtype))
         for rows in head.chunks(len(labels)):
             losses[rows] = _loss_and_gradient_(
@@ -101,31 +109,36 @@ class Seq2SeqObjective(nn.Module):
         placed = losses.new_zeros(batch["labels"].shape)
         return placed.masked_scatter(batch["labels"] != IGNORE_INDEX, losses)
 
-    def _states_labels_and_head(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, "Head"]:
-        """The decoder's states where there are targets (N, D), these targets (N,), and what makes logits of states."""
+    def _states_labels_and_head(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, "Head", torch.Tensor | float]:
+        """The decoder's states where there are targets (N, D), these targets (N,), what makes logits of states, and
+        the routers' part of the loss."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         is_target = batch["labels"] != IGNORE_INDEX
         labels = batch["labels"][is_target]
-        if self.family is None:  # its logits are there already, all of them
-            output = self.model(**inputs, use_cache=False)
-            streams = [output.logits, *(output.logits_ngram.unbind(1) if self._streams > 1 else ())]
-            logits, labels = torch.cat([stream[is_target] for stream in streams]), labels.repeat(len(streams))
-            return logits, labels, Head({}, lambda chunk, weights: chunk, max(1, len(labels)))
         model = without_adapter(self.model)
+        head = self.family and self.family.head(model)
+        if head is None:  # its logits are there already, all of them
+            logits = self.model(**inputs, use_cache=False).logits[is_target]
+            return logits, labels, Head({}, lambda chunk, weights: chunk, max(1, len(labels))), 0.0
 
         def logits_of(chunk: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-            return self.family.logits(model, functional_call(model.lm_head, weights, (chunk,)))
+            return self.family.logits(model, functional_call(head, weights, (chunk,)))
 
-        states = self.family.states(model, inputs)[is_target]
+        states, routed = self.family.states(model, inputs)
+        states = states[is_target]
+        if states.ndim == 3:  # of all streams, (N, streams, D)
+            states = states[:, : self._streams].transpose(0, 1).flatten(0, 1)
+            labels = labels.repeat(self._streams)
         vocabulary = model.get_output_embeddings().weight.shape[0]
         tokens_at_once = self.tokens_at_once or max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
-        return states, labels, Head(dict(model.lm_head.named_parameters()), logits_of, tokens_at_once)
+        return states, labels, Head(dict(head.named_parameters()), logits_of, tokens_at_once), routed
 
 
 def left_out_of_loss(config: PreTrainedConfig, label_smoothing: float) -> str:
-    """A part of the model's own loss that is missing in training here; "" if there is none."""
-    if hasattr(config, "router_aux_loss_coef"):
-        return "the routers' auxiliary loss (router_aux_loss_coef), which keeps the experts equally busy"
+    """A part of the model's own loss that is missing in training here; "" if there is none. (What routers add to it is
+    part of the objective in training, as if output_router_logits were set, but not of validation.)"""
     if config.model_type == "prophetnet" and config.eps not in (0, label_smoothing):
         return f"eps: {config.eps:g} of its config, which is label_smoothing here ({label_smoothing:g})"
     return ""

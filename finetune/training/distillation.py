@@ -106,7 +106,7 @@ def _divergence(student: torch.Tensor, teacher: torch.Tensor, temperature: float
 
 def _read_source_and_target(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LogitsOf]:
     """An encoder-decoder's states at the targets (N, D), and what makes logits of a chunk of them."""
-    states, _, head = Seq2SeqObjective(model).eval()._states_labels_and_head(batch)
+    states, _, head, _ = Seq2SeqObjective(model).eval()._states_labels_and_head(batch)
     return _like_the_head(states, model), lambda chunk: head.logits_of(chunk, head.weights)
 
 

@@ -38,6 +38,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing.budgets import choose_budget
 from diptych.data_prep.packing.fill_rows import pack
 from diptych.data_prep.packing.packed_row import assemble_row
+from diptych.data_prep.packing.unpacked_families import reason_not_packed
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.two_vocabularies import padding_id
@@ -50,6 +51,7 @@ from diptych.finetune.batches.padded_rows import (
     row_lengths,
 )
 from diptych.finetune.model.families import decoder_start_token, family_of, without_adapter
+from diptych.finetune.model.global_attention import attend_globally
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.training.training_batches import set_attention
 
@@ -125,9 +127,12 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
 
     def _make_ready(self, model: nn.Module) -> None:
         base = without_adapter(model)
-        if self._is_packed and family_of(base) is None:
-            logger.warning(f"How packed rows are fed to a {base.config.model_type} is not known: rows are padded.")
+        family, kind = family_of(base), base.config.model_type
+        if self._is_packed and not (family and family.attentions):
+            why = reason_not_packed(kind) or f"how packed rows are fed to a {kind} is not known"
+            logger.warning(f"Rows are padded: {why}.")
             self._is_packed = False
+        attend_globally(base)
         precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "fp32"
         set_attention(base, "auto", precision, self.args.device, self._is_packed)
         compute_loss_in_forward(model, self.args.label_smoothing_factor)

@@ -49,7 +49,8 @@ class TrainRecipe:
     """Optimizer steps. Give this or epochs."""
     packed: bool = True
     """Train on packed rows, which contain several examples each: the same loss and gradients, several times as fast.
-    If the model's family or the prepared folder does not support it, padded rows are used, and this is printed."""
+    If the model's family is not packed, or the prepared folder has no packed rows, padded rows are used, and the
+    reason is printed."""
     batch_size: int = 4
     """Rows per batch on each rank (a packed row has several examples). More is faster until memory is full. An
     optimizer step has batch_size × gradient_accumulation_steps × ranks rows."""
@@ -136,6 +137,9 @@ class TrainRecipe:
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "varlen"] = "auto"
     """Implementation of attention. `varlen` computes nothing between examples of a packed row: flash attention on a
     GPU, segment by segment on a CPU. `auto` uses it if family and device support it, else the model's default."""
+    global_attention: str = "auto"
+    """LED only: which tokens at the start of a source attend to all others: first, none, or how many. It is saved in
+    generation_config.json, and used in evaluation and generation, too. auto: as saved there, or else first."""
     sharding: Literal["none", "full"] = "none"
     """With several ranks: none: each rank has the whole model, which is fastest if it fits. full: each rank has a part
     of weights, gradients and optimizer states (FSDP2): 16 bytes per weight, divided by the ranks."""
@@ -335,7 +339,7 @@ NEEDED: dict[str, tuple[str, Any]] = {
 FIXED_IN_A_RUN = (
     "model model_overrides grow_vocabulary seed packed group_by_length precision method lora_variant lora_rank "
     "lora_alpha lora_targets lora_embeddings peft_config quantize trainable open_encoder_steps teacher distill_weight "
-    "distill_temperature best_metric optimizer optimizer_settings ema weights"
+    "distill_temperature best_metric global_attention optimizer optimizer_settings ema weights"
 ).split()
 """A resumed run in which one of these is another value would be another run."""
 FREE_IN_A_RUN = "data out resume tokenizer trackers project run_name profile rank_timeout debug".split()

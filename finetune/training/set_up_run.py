@@ -313,8 +313,9 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
             f"the best checkpoint has the best mean {recipe.best_metric} over {len(sets)} validation sets, each "
             f"counting the same; to choose by one: best_metric: {name_in(sets[0])}/{recipe.best_metric}"
         )
-    if run.loaded.family is None:
-        say(f"{model_type} is not in families.py: its logits are held in full, which takes memory")
+    family = run.loaded.family
+    if family is None or family.head(without_adapter(run.model)) is None:
+        say(f"the head of {model_type} is not known apart: its logits are held in full, which takes memory")
     if left_out := left_out_of_loss(run.model.config, recipe.label_smoothing):
         say(f"the loss leaves out {left_out}")
     if run.progress.step:

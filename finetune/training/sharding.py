@@ -31,9 +31,9 @@ from diptych.finetune.model.loss import Seq2SeqObjective
 def spread(objective: Seq2SeqObjective, sharding: str, accelerator: Accelerator) -> nn.Module:
     """The objective on this rank's device. Its weights may be other objects than before."""
     if sharding == "none":
-        # A model that is not in families.py may have weights without a gradient, always (the pooler of a BERT) or in
-        # some steps (an expert). DDP must look for them, or it waits forever.
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=objective.family is None)
+        # A weight may have no gradient in some steps (an expert's), or, in a model that is not in families.py, in all.
+        # DDP must look for them, or it waits forever.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=not objective.uses_all_weights)
         return accelerator.prepare(objective)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # of weights whose gradients are changed (adapters.py: only the new rows of a table are trained)

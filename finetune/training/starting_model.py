@@ -37,6 +37,7 @@ from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.inference.generation_config import model_settings
 from diptych.finetune.model.adapters import add_adapter, fill_rows_with_means, load_adapter, resize_embeddings
 from diptych.finetune.model.families import decoder_start_token, without_adapter
+from diptych.finetune.model.global_attention import attend_globally
 from diptych.finetune.model.loading import (
     adapter_settings,
     check_folder,
@@ -83,6 +84,7 @@ def starting_model(
         own = load_tokenizer(recipe.model)
         check_same_tokenizer(recipe.data, tokenizer, recipe.model, own, recipe.grow_vocabulary)
     _write_decoder_start(model)
+    attend_globally(model, recipe.global_attention)
     if recipe.trainable == "cross_attention":
         train_cross_attention_alone(model)
     if recipe.open_encoder_steps:

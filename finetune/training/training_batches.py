@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.packing.unpacked_families import reason_not_packed
 from diptych.finetune.batches.packed_rows import (
     PackedRows,
     Packing,
@@ -38,8 +39,9 @@ def training_rows(
     padded = padded_rows(loaded, prepared.splits["train"])
     if not recipe.packed:
         return padded, "the recipe has packed: false"
-    if loaded.family is None:
-        return padded, f"how packed rows are fed to a {model.config.model_type} is not known (see families.py)"
+    if not (loaded.family and loaded.family.attentions):
+        kind = model.config.model_type
+        return padded, reason_not_packed(kind) or f"how packed rows are fed to a {kind} is not known (see families.py)"
     if prepared.packing is None:
         return padded, f"{recipe.data} has no packed rows; `diptych prepare` makes them unless it gets --packing false"
     packing, packed = Packing.from_manifest(prepared.packing), load_packed(prepared.folder)

@@ -6,6 +6,9 @@ Two layers, 64 wide, no dropout. Weights start large, so that LoRA on a frozen r
 from transformers import AutoConfig, PreTrainedConfig
 
 import diptych.modeling  # noqa: F401  registers Diptych with AutoConfig
+from diptych.finetune.model.families import FAMILIES
+
+PACKED = [family for family, entry in FAMILIES.items() if entry.attentions]
 
 TOKEN_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0}
 WITHOUT_START = {name: TOKEN_IDS[name] for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
@@ -32,6 +35,8 @@ MOE = BART | {"encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dro
 LED = {name: value for name, value in BART.items() if name != "max_position_embeddings"} | {"attention_window": 4}
 LED |= {"max_encoder_position_embeddings": 512, "max_decoder_position_embeddings": 128}
 GEMMA2_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.25, "model_type": "gpt2"}
+GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CROSS = {"add_cross_attention": True}
 
 
@@ -55,11 +60,11 @@ def family_configs(vocab_size: int) -> dict[str, PreTrainedConfig]:
         "marian": BART | own,
         "pegasus": BART | own,
         "t5gemma": gemma | {"encoder": panel, "decoder": panel},
-        # Those that are not in families.py:
         "blenderbot": BART | own,
         "blenderbot-small": BART | own,
         "mvp": BART | own,
         "plbart": BART | own,
+        # Those that are not packed:
         "longt5": T5 | own | {"local_radius": 4},
         "led": LED | own,
         "bigbird_pegasus": BART | own | {"block_size": 4, "num_random_blocks": 1},
@@ -68,7 +73,16 @@ def family_configs(vocab_size: int) -> dict[str, PreTrainedConfig]:
         "switch_transformers": SWITCH | own | {"num_experts": 2, "router_jitter_noise": 0.0},
         "nllb-moe": MOE | own | {"num_experts": 2, "decoder_start_token_id": 1},
         "encoder-decoder": TOKEN_IDS | {"encoder": bert, "decoder": bert | {"is_decoder": True} | CROSS},
+        "bert_gpt2": TOKEN_IDS | {"encoder": bert, "decoder": GPT2 | own | CROSS},
+        "fsmt": BART
+        | TOKEN_IDS
+        | {
+            "decoder_start_token_id": 1,
+            "langs": ["en", "ko"],
+            "src_vocab_size": vocab_size,
+            "tgt_vocab_size": vocab_size,
+        },
         "t5gemma2": gemma | {"encoder": gemma2_encoder, "decoder": panel},
     }
-    model_types = {"diptych_merged": "diptych", "flan_t5": "t5"}
+    model_types = {"diptych_merged": "diptych", "flan_t5": "t5", "bert_gpt2": "encoder-decoder"}
     return {name: AutoConfig.for_model(model_types.get(name, name), **given) for name, given in settings.items()}

@@ -9,6 +9,7 @@ import torch
 from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, UMT5Config
+from transformers.pytorch_utils import Conv1D
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import pad_batch
@@ -43,6 +44,11 @@ SMALL = {"rank": 4, "alpha": 8}
 # As little as a method takes on layers of 64 and 128.
 FIELDS = {"OFT": {"oft_block_size": 4}, "VERA": {"r": 16}}
 KINDS = [*VARIANTS, *METHODS[1:]]
+ROUNDING = ("led", "fsmt")
+"""These compute the same to the last digits but one when they are loaded a second time."""
+ADAPTED = [family for family in FAMILIES if family not in ROUNDING]
+WITHOUT_ADAPTER = ("vision_tower", "pooler", "cls.predictions", "router.classifier", "relative_pos_embeddings")
+"""Linear layers that are neither attention nor feed-forward network, or that text does not reach."""
 
 
 def settings_of(kind: str, family: str) -> dict:
@@ -93,7 +99,7 @@ def merged_and_loaded(model: PeftModel, trained: torch.Tensor, folder):
 
 
 @pytest.mark.parametrize("vocabulary", ["as it is", "grown", "trained"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ADAPTED)
 def test_saved_adapter_loads_exactly_and_merges(family, vocabulary, new_model, tmp_path):
     new_model(family).save_pretrained(tmp_path / "base")
 
@@ -122,14 +128,16 @@ def test_saved_adapter_loads_exactly_and_merges(family, vocabulary, new_model, t
     merged_and_loaded(loaded, trained, tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*ADAPTED, "led"])
 def test_every_linear_layer_of_both_panels_gets_an_adapter(family, new_model):
     model = new_model(family)
     tables = {id(weight) for weight in vocabulary_tables(model).values()}
     linear = {
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module.weight) not in tables and "vision_tower" not in name
+        if isinstance(module, torch.nn.Linear)
+        and id(module.weight) not in tables
+        and not any(part in name for part in WITHOUT_ADAPTER)
     }
     adapted = add_adapter(model, "base", rank=2, alpha=4)
     found = {
@@ -138,25 +146,28 @@ def test_every_linear_layer_of_both_panels_gets_an_adapter(family, new_model):
         if weight.requires_grad and "lora_A" in name
     }
     assert found == linear
-    assert {name.rsplit(".", 1)[-1] for name in found} <= set(FAMILIES[family].lora_targets)
+    assert all(f".{name}".endswith(tuple(f".{end}" for end in FAMILIES[family].lora_targets)) for name in found)
     for panel in ("encoder", "decoder"):
         assert any(f".{panel}." in f".{name}" for name in found)
-    crossing = {name for name in found if any(cross in name for cross in ("EncDec", "encoder_attn", "cross_attn"))}
+    crosses = ("EncDec", "encoder_attn", "cross_attn", "crossattention", "cross_attention")
+    crossing = {name for name in found if any(cross in name for cross in crosses)}
     is_merged = family in ("diptych_merged", "t5gemma2")  # whose cross-attention is self-attention
     hinges = 0 if is_merged else 4  # query, key, value and output
     assert len(crossing) == 2 * hinges
 
 
 def test_every_target_of_the_table_is_a_layer_of_some_model_of_its_kind(new_model):
-    """T5 has one way in (`wi`) or two."""
-    found = {family: set() for family in FAMILIES}
-    for family in FAMILIES:
-        for name, module in new_model(family).named_modules():
-            if isinstance(module, torch.nn.Linear):
-                found[family].add(name.rsplit(".", 1)[-1])
-    t5_layers = found["t5"] | found["mt5"]
-    for family, layers in found.items():
-        assert set(FAMILIES[family].lora_targets) <= (t5_layers if family.endswith("t5") else layers), family
+    """T5 has one way in (`wi`) or two; two models are of BERT's kind or GPT-2."""
+    others = {"t5": "mt5", "longt5": "mt5", "umt5": "t5", "mt5": "t5", "switch_transformers": "mt5"}
+    others |= {"encoder-decoder": "bert_gpt2"}
+    for family, entry in FAMILIES.items():
+        names = [
+            f".{name}"
+            for kind in (family, others.get(family, family))
+            for name, module in new_model(kind).named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D)
+        ]
+        assert all(any(name.endswith(f".{end}") for name in names) for end in entry.lora_targets), family
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "t5gemma", "diptych"])
@@ -172,7 +183,7 @@ def test_only_the_new_rows_of_a_grown_vocabulary_move(family, new_model):
         assert not torch.equal(table[NEW_TOKEN:], before[name][NEW_TOKEN:]), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ADAPTED)
 def test_grown_checkpoint_loads_again(family, new_model, tmp_path):
     model = new_model(family).eval()
     resize_embeddings(model, GROWN)
@@ -188,8 +199,10 @@ def which_are_one(model) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ADAPTED)
 def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of, tmp_path):
+    if (family, kind) == ("prophetnet", "OFT"):
+        pytest.skip("peft 0.21's OFT fails on an empty tensor that ProphetNet's attention makes")
     base, settings = checkpoint_of(family), settings_of(kind, family)
     torch.manual_seed(1)
     model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **settings)
@@ -210,6 +223,21 @@ def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of
     ties = which_are_one(loaded.get_base_model())
     again = merged_and_loaded(loaded, trained, tmp_path)
     assert which_are_one(again) == ties == which_are_one(AutoModelForSeq2SeqLM.from_pretrained(base))
+
+
+@pytest.mark.parametrize("family", [*ROUNDING, "bert_gpt2"])
+def test_an_adapter_loads_with_peft_alone_and_merges_to_rounding(family, checkpoint_of, tmp_path):
+    base = checkpoint_of(family)
+    model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **SMALL)
+    before = logits(model.eval())
+    train(model, 3)
+    trained = logits(model)
+    assert (trained - before).abs().max() > 0.01
+    save_adapter(model, tmp_path / "adapter")
+    loaded = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").eval()
+    assert_close(logits(loaded), trained)
+    merge_adapter(loaded).save_pretrained(tmp_path / "merged")
+    assert_close(logits(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()), trained)
 
 
 def add_words(tokenizer, folder):
@@ -237,7 +265,7 @@ def with_own_head(checkpoint_of, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ADAPTED)
 def test_a_vocabulary_grows_under_a_head_of_its_own(family, with_own_head, tmp_path):
     base = with_own_head(family)
 
@@ -266,7 +294,7 @@ def test_a_vocabulary_grows_under_a_head_of_its_own(family, with_own_head, tmp_p
     assert which_are_one(merged_and_loaded(loaded, trained, tmp_path)) == ties
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ADAPTED)
 def test_a_head_of_its_own_is_trained_in_full_and_saved(family, with_own_head, tiny_tokenizer, tmp_path):
     tokenizer = add_words(tiny_tokenizer, tmp_path)
     recipe = {"model": str(with_own_head(family)), "data": "d", "out": "o", "epochs": 1, "grow_vocabulary": True}
@@ -279,7 +307,7 @@ def test_a_head_of_its_own_is_trained_in_full_and_saved(family, with_own_head, t
     assert torch.equal(logits(again), logits(model))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ADAPTED)
 def test_an_untied_vocabulary_grows_and_loads_again(family, new_model, tmp_path):
     """BART's three tables are apart then, and Marian has a fourth that nothing reads."""
     model = new_model(family, tie_word_embeddings=False).eval()
@@ -294,7 +322,8 @@ def test_an_untied_vocabulary_grows_and_loads_again(family, new_model, tmp_path)
     assert torch.equal(logits(again), logits(model)) and which_are_one(again) == ties
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# (transformers resizes no EncoderDecoderModel.)
+@pytest.mark.parametrize("family", [family for family in ADAPTED if family != "encoder-decoder"])
 def test_new_tokens_come_with_the_adapter_for_peft_alone(family, checkpoint_of, tiny_tokenizer, tmp_path):
     base = checkpoint_of(family)
     tokenizer = add_words(tiny_tokenizer, tmp_path)
@@ -411,7 +440,7 @@ def test_an_adapter_without_the_rows_of_its_new_tokens_is_refused(new_model, tin
         load_checkpoint(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ADAPTED)
 def test_adapters_of_several_kinds_share_a_base(family, checkpoint_of, tmp_path):
     base, expected = checkpoint_of(family), {}
     for kind in ("lora", "rslora", "dora"):

@@ -7,6 +7,7 @@ Each family stands in for its relatives (t5 for Flan-T5, m2m_100 for NLLB). flex
 import numpy as np
 import pytest
 import torch
+from small_families import PACKED
 
 from diptych.data_prep.packing.packed_row import Budget, assemble_row
 from diptych.finetune.batches.packed_rows import pack_examples, packed_batch
@@ -18,8 +19,8 @@ from diptych.finetune.model.packed_attention import VARLEN, boundaries, register
 
 CASES = [
     (family, attention)
-    for family, entry in FAMILIES.items()
-    for attention in entry.attentions
+    for family in PACKED
+    for attention in FAMILIES[family].attentions
     if attention != "flex_attention"
 ]
 
@@ -76,7 +77,7 @@ def test_packed_rows_match_separate_rows_in_loss_and_every_gradient(family, atte
     assert_packed_is_separate(model, eight_prepared_rows)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PACKED)
 def test_what_is_left_between_them_is_rounding(family, new_model, eight_prepared_rows):
     """In float64 a difference of 1e-10 is one of arithmetic. (The T5Gemmas' norms compute in float32 all the same.)"""
     model = new_model(family).double()
@@ -110,7 +111,7 @@ def test_packed_rows_match_separate_rows_through_an_adapter(family, new_model, e
     assert_packed_is_separate(model, eight_prepared_rows)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "flex_attention" in FAMILIES[name].attentions])
+@pytest.mark.parametrize("family", [name for name in PACKED if "flex_attention" in FAMILIES[name].attentions])
 def test_flex_attention_keeps_examples_apart(family, new_model, eight_prepared_rows):
     model = new_model(family).eval()
     model.set_attn_implementation("flex_attention")
@@ -123,7 +124,7 @@ def test_flex_attention_keeps_examples_apart(family, new_model, eight_prepared_r
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PACKED)
 def test_rows_with_padding_in_batches_lose_what_their_examples_lose(family, new_model, eight_prepared_rows):
     """Two rows of one shape, cut differently, with padding on either side, as the prepared folder has them."""
     model = new_model(family).eval()
