@@ -22,9 +22,17 @@ REMOTE_CODE = {
 }
 
 
+def gathered(tp_plan: dict[str, str]) -> dict[str, str]:
+    """A tensor-parallel plan for joint_qk_norm, which needs all heads at once: as transformers has it for OLMo 2."""
+    styles = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
+    plan = {rule: styles.get(style, style) if "attn." in rule else style for rule, style in tp_plan.items()}
+    return {rule: style for rule, style in plan.items() if not rule.endswith(("q_norm", "k_norm"))}
+
+
 @strict
 class DiptychPanelConfig(PreTrainedConfig):
-    r"""One panel: a stack of pre-norm transformer blocks with the parts of Llama, Mistral, Qwen2 and Qwen3.
+    r"""One panel: a stack of transformer blocks. By default they are Llama's; the switches add the parts of Mistral,
+    Qwen2 and Qwen3, Gemma, OLMo 2 and 3, Granite and Phi-3.
 
     Args:
         vocab_size: rows of the embedding table. Both panels of a model have the same.
@@ -37,13 +45,27 @@ class DiptychPanelConfig(PreTrainedConfig):
         hidden_act: activation of the gate.
         max_position_embeddings: tokens that the rotary positions are scaled for; not a hard limit.
         rms_norm_eps: epsilon of every RMSNorm (arXiv 1910.07467).
+        norm_offset: what every RMSNorm adds to its weight; Gemma: 1.
+        norm_placement: "before" each sub-layer (Llama), "after" it (OLMo 2), or "around" it (both; Gemma 2).
         initializer_range: standard deviation of fresh weights.
         rope_parameters: rotary positions (arXiv 2104.09864) as transformers 5 writes them: `rope_type` (default,
-            linear, dynamic, yarn, longrope, llama3), `rope_theta` and what the type needs.
+            linear, dynamic, yarn, longrope, llama3), `rope_theta` and what the type needs. With a
+            `partial_rotary_factor` below 1, only so much of each head is turned (Phi-4-mini).
         attention_bias: bias on the query, key and value projections (Qwen2).
         attention_output_bias: bias on the attention's output projection.
         mlp_bias: bias on the feed-forward projections.
         qk_norm: RMSNorm on each query and key head (Qwen3).
+        joint_qk_norm: for qk_norm, one norm over all heads at once (OLMo 2).
+        attention_multiplier: factor on the attention scores; 1 / √head_dim if None.
+        attention_softcap: attention scores s become cap · tanh(s / cap), if given (Gemma 2). Needs eager or flex
+            attention.
+        attention_window: how many tokens a token of a windowed layer sees of those before it, itself included. In a
+            bidirectional encoder as many after it.
+        windowed_layers: layers whose self-attention has the window.
+        window_rope_theta: base of the rotary positions in windowed layers, which are then of the type default, over
+            whole heads (Gemma 3, OLMo 3); rope_parameters if None.
+        embedding_multiplier: factor on the embeddings of tokens, rounded to their dtype (Gemma, Granite).
+        residual_multiplier: factor on what each sub-layer adds to the residual stream (Granite).
         attention_dropout: probability of dropping an attention weight in training. flex attention refuses it.
         residual_dropout: probability of dropping what is added to the residual stream, and the embeddings.
         use_cache: whether the decoder keeps keys and values when it is not training.
@@ -84,12 +106,22 @@ class DiptychPanelConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    norm_placement: str = "before"
     initializer_range: float = 0.02
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False
+    attention_multiplier: float | None = None
+    attention_softcap: float | None = None
+    attention_window: int | None = None
+    windowed_layers: list[int] | None = None
+    window_rope_theta: float | None = None
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
     use_cache: bool = True
@@ -105,6 +137,7 @@ class DiptychPanelConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        self.base_model_tp_plan = gathered(self.base_model_tp_plan) if self.joint_qk_norm else self.base_model_tp_plan
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -114,20 +147,36 @@ class DiptychPanelConfig(PreTrainedConfig):
                 f"num_key_value_heads is {self.num_key_value_heads}, which does not divide num_attention_heads "
                 f"({self.num_attention_heads}). Each serves an equal group of query heads: choose a divisor."
             )
-        if self.head_dim % 2:
+        if self.rotary_size % 2 or not self.rotary_size:
             raise ValueError(
-                f"head_dim is {self.head_dim}; rotary positions turn pairs of numbers: choose an even one."
+                f"head_dim is {self.head_dim}, of which rotary positions turn {self.rotary_size} numbers in pairs: "
+                f"choose an even one."
             )
+        if self.norm_placement not in ("before", "after", "around"):
+            raise ValueError(f"norm_placement is {self.norm_placement!r}; there are 'before', 'after' and 'around'.")
+        if self.joint_qk_norm and not self.qk_norm:
+            raise ValueError("joint_qk_norm says how qk_norm is computed: set qk_norm, too.")
+        if self.windowed_layers and (self.attention_window or 0) < 1:
+            raise ValueError(f"attention_window is {self.attention_window}; windowed_layers need one of 1 or more.")
         if self.cross_attention not in ("separate", "merged"):
             raise ValueError(f"cross_attention is {self.cross_attention!r}; there are 'separate' and 'merged'.")
         if self.lookahead is not None and self.lookahead < 0:
             raise ValueError(f"lookahead is {self.lookahead}; it counts tokens: 0 is causal, None sees everything.")
-        outside = [i for i in self.layers_without_rope or [] if not 0 <= i < self.num_hidden_layers]
-        if outside:
-            raise ValueError(f"layers_without_rope has {outside}, but layers are 0 to {self.num_hidden_layers - 1}.")
+        for name in ("layers_without_rope", "windowed_layers"):
+            outside = [i for i in getattr(self, name) or [] if not 0 <= i < self.num_hidden_layers]
+            if outside:
+                raise ValueError(f"{name} has {outside}, but layers are 0 to {self.num_hidden_layers - 1}.")
+
+    @property
+    def rotary_size(self) -> int:
+        """How many numbers of each head the rotary positions turn."""
+        return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
 
-PANELS_OWN_FIELDS = {"is_decoder", "cross_attention_hidden_size", "lookahead", "layers_without_rope"}
+PANELS_OWN_FIELDS = {
+    *("is_decoder", "cross_attention_hidden_size"),
+    *("lookahead", "layers_without_rope", "windowed_layers"),
+}
 # Given flat to `DiptychConfig`, these hold for both panels.
 SHARED_FIELDS = frozenset(DiptychPanelConfig.__annotations__) - PANELS_OWN_FIELDS
 
@@ -136,8 +185,8 @@ SHARED_FIELDS = frozenset(DiptychPanelConfig.__annotations__) - PANELS_OWN_FIELD
 class DiptychConfig(PreTrainedConfig):
     r"""An encoder panel and a decoder panel. Any field of `DiptychPanelConfig` may be given flat and then holds for
     both panels, unless a panel has its own value. Set flat later (`config.use_cache = False`), it changes both. Read
-    flat, it is the decoder's (except `rope_parameters`: ask the panel). `lookahead` and `layers_without_rope` are a
-    panel's own.
+    flat, it is the decoder's (except `rope_parameters`: ask the panel). `lookahead`, `layers_without_rope` and
+    `windowed_layers` are a panel's own.
 
     Args:
         encoder: the panel that reads; `DiptychPanelConfig`, dict or None.
@@ -145,6 +194,8 @@ class DiptychConfig(PreTrainedConfig):
         vocab_size: rows of every embedding table.
         tie_word_embeddings: one table for the decoder's input, the head, and, where the panels are equally wide, the
             encoder's input. False: a table for each.
+        logits_divisor: what the head's output is divided by (Granite).
+        logits_softcap: logits l become cap · tanh(l / cap), if given (Gemma 2).
         pad_token_id: fills rows; never attended to, never a target.
         decoder_start_token_id: the first decoder input; the padding token if None (as T5 does it).
     """
@@ -158,6 +209,8 @@ class DiptychConfig(PreTrainedConfig):
     vocab_size: int | None = None
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
+    logits_divisor: float | int = 1.0
+    logits_softcap: float | None = None
     pad_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     bos_token_id: int | None = None
@@ -187,6 +240,9 @@ class DiptychConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict` validation: ValueError unless the panels fit together."""
+        for name, value in {"logits_divisor": self.logits_divisor, "logits_softcap": self.logits_softcap}.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; logits are divided by it: give a number above 0.")
         sizes = {"model": self.vocab_size, "encoder": self.encoder.vocab_size, "decoder": self.decoder.vocab_size}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"vocab_size differs ({sizes}); the panels share one tokenizer: give it once, flat.")

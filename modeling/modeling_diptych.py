@@ -18,8 +18,9 @@ mask, and no token sees another example (names as in seqio and T5X):
     segment_ids    1  1  1  1 |  2  2  2 |  0      decoder_input_ids    0 31 40 |  0 22 |    0
     position_ids   0  1  2  3 |  0  1  2 |  0      decoder_segment_ids  1  1  1 |  2  2 |    0
 
-Weights are named as in Llama, so that those of Llama, Mistral, Qwen2 and Qwen3 fit by name. Every saved checkpoint
-carries a copy of this file: it imports torch, transformers and configuration_diptych.py only.
+Weights are named as in Llama, so that those of Llama, Mistral, Qwen2 and Qwen3 fit by name. By `norm_placement` a norm
+may also, or only, stand after a sub-layer, before the residual is added. Every saved checkpoint carries a copy of this
+file: it imports torch, transformers and configuration_diptych.py only.
 """
 
 import copy
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
@@ -53,7 +55,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_diptych import DiptychConfig, DiptychPanelConfig
+from .configuration_diptych import DiptychConfig, DiptychPanelConfig, gathered
 
 # transformers 5.24 calls the cache `cache`, in its outputs and as an argument. Our `forward` takes both names.
 CACHE_NAME = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
@@ -65,22 +67,48 @@ RotaryAngles = tuple[torch.Tensor, torch.Tensor]
 class DiptychRMSNorm(nn.Module):
     """Root mean square norm (arXiv 1910.07467), computed in float32 or better, returned in the input's dtype."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, config: DiptychPanelConfig, size: int | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.offset = config.norm_offset
+        self.weight = nn.Parameter(torch.full((size or config.hidden_size,), 1.0 - self.offset))
+        self.eps = config.rms_norm_eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        weight = self.weight.to(dtype) + self.offset if self.offset else self.weight.to(dtype)
+        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, weight, self.eps)
         return normed.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
+def input_norm(config: DiptychPanelConfig) -> nn.Module:
+    """The norm before a sub-layer."""
+    return nn.Identity() if config.norm_placement == "after" else DiptychRMSNorm(config)
+
+
+def output_norm(config: DiptychPanelConfig) -> nn.Module:
+    """The norm after a sub-layer, before the residual is added."""
+    return nn.Identity() if config.norm_placement == "before" else DiptychRMSNorm(config)
+
+
+class DiptychEmbedding(nn.Embedding):
+    """Tokens (B, L) → (B, L, D), times a factor."""
+
+    def __init__(self, config: DiptychPanelConfig):
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.embed_scale = config.embedding_multiplier  # peft looks for this name
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        embedded = super().forward(input_ids)
+        # Gemma was trained with a factor that is rounded to the dtype: √3072 is 55.5 in bfloat16.
+        return embedded if self.embed_scale == 1 else embedded * embedded.new_full((), self.embed_scale)
+
+
 class DiptychRotaryEmbedding(nn.Module):
-    """Rotary positions (arXiv 2104.09864), also scaled: position_ids (B, L) → cos, sin (B, L, E)."""
+    """Rotary positions (arXiv 2104.09864), also scaled: position_ids (B, L) → cos, sin (B, L, E), or of fewer numbers
+    if only a part of each head is turned."""
 
     def __init__(self, config: DiptychPanelConfig):
         super().__init__()
@@ -95,8 +123,9 @@ class DiptychRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: DiptychPanelConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Unscaled frequencies (E / 2,) and the factor on cos and sin, which is 1. transformers calls it by name."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        """Unscaled frequencies, one for each pair that is turned, and the factor on cos and sin, which is 1.
+        transformers calls it by name."""
+        exponents = torch.arange(0, config.rotary_size, 2, dtype=torch.float) / config.rotary_size
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
     @torch.no_grad()
@@ -108,8 +137,21 @@ class DiptychRotaryEmbedding(nn.Module):
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
+def rotary_embeddings(config: DiptychPanelConfig) -> tuple[nn.Module, nn.Module | None]:
+    """The rotary positions of a panel, and those of its windowed layers if they have their own."""
+    if not config.windowed_layers or config.window_rope_theta is None:
+        return DiptychRotaryEmbedding(config), None
+    windowed = copy.deepcopy(config)
+    windowed.rope_parameters = {"rope_type": "default", "rope_theta": config.window_rope_theta}
+    return DiptychRotaryEmbedding(config), DiptychRotaryEmbedding(windowed)
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns each pair (i, i + E/2) of a head by its position's angle: states (B, H, L, E); cos, sin (B, L, E)."""
+    """Turns each pair (i, i + R/2) of a head's first R numbers by its position's angle: states (B, H, L, E); cos, sin
+    (B, L, R). The others stay."""
+    if cos.shape[-1] < states.shape[-1]:
+        turned, rest = states.tensor_split([cos.shape[-1]], dim=-1)
+        return torch.cat((rotate(turned, cos, sin), rest), dim=-1)
     first, second = states.chunk(2, dim=-1)
     return states * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
@@ -136,6 +178,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as in the paper (arXiv 1706.03762): query (B, H, T, E), key and value (B, K, S, E), an additive mask
@@ -143,6 +186,8 @@ def eager_attention_forward(
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
@@ -159,31 +204,37 @@ class DiptychAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        scaling = config.attention_multiplier
+        self.scaling = config.head_dim**-0.5 if scaling is None else scaling
         self.is_causal = is_causal  # sdpa and flash attention read it when there is no mask
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(key_value_size, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(key_value_size, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = DiptychRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = DiptychRMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.is_jointly_normed = config.joint_qk_norm
+        normed = (queries, keys) if config.joint_qk_norm else (self.head_dim, self.head_dim)
+        self.q_norm, self.k_norm = (DiptychRMSNorm(config, n) if config.qk_norm else nn.Identity() for n in normed)
         self.has_rope = layer_idx not in (config.layers_without_rope or ())
 
     def heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, L, heads × E) → (B, L, heads, E). The head count is inferred: tensor parallelism splits it."""
         return projected.view(*projected.shape[:-1], -1, self.head_dim)
 
+    def normed_heads(self, norm: nn.Module, projected: torch.Tensor) -> torch.Tensor:
+        """Queries or keys (B, L, heads × E) → (B, L, heads, E), normed all together or head by head."""
+        return self.heads(norm(projected)) if self.is_jointly_normed else norm(self.heads(projected))
+
     def queries(self, states: torch.Tensor, position_embeddings: RotaryAngles | None) -> torch.Tensor:
         """(B, T, D) → (B, H, T, E), rotated unless position_embeddings is None."""
-        query = self.q_norm(self.heads(self.q_proj(states))).transpose(1, 2)
+        query = self.normed_heads(self.q_norm, self.q_proj(states)).transpose(1, 2)
         return rotate(query, *position_embeddings) if position_embeddings and self.has_rope else query
 
     def keys_and_values(
         self, states: torch.Tensor, position_embeddings: RotaryAngles | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) → keys, rotated unless position_embeddings is None, and values, (B, K, L, E) each."""
-        key = self.k_norm(self.heads(self.k_proj(states))).transpose(1, 2)
+        key = self.normed_heads(self.k_norm, self.k_proj(states)).transpose(1, 2)
         value = self.heads(self.v_proj(states)).transpose(1, 2)
         return rotate(key, *position_embeddings) if position_embeddings and self.has_rope else key, value
 
@@ -207,7 +258,15 @@ class DiptychAttention(nn.Module):
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = kernel(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, is_causal=self.is_causal
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=dropout,
+            softcap=self.config.attention_softcap,
+            is_causal=self.is_causal,
         )
         return self.o_proj(output.flatten(2)), weights
 
@@ -284,26 +343,44 @@ class DiptychMergedAttention(DiptychSelfAttention):
         return output, on_target, on_source
 
 
-class DiptychEncoderLayer(GradientCheckpointingLayer):
+class DiptychLayer(GradientCheckpointingLayer):
+    """What encoder and decoder layers have in common. Norms are identities where `norm_placement` has none."""
+
+    def __init__(self, config: DiptychPanelConfig, **attentions: DiptychAttention):
+        super().__init__()
+        for name, attention in attentions.items():  # first: fresh weights are drawn in the order of the modules
+            self.add_module(name, attention)
+        self.mlp = DiptychMLP(config)
+        self.input_layernorm = input_norm(config)
+        self.attention_output_layernorm = output_norm(config)
+        self.post_attention_layernorm = input_norm(config)  # Llama's name of the one before the feed-forward network
+        self.mlp_output_layernorm = output_norm(config)
+        self.dropout = nn.Dropout(config.residual_dropout)
+        self.residual_multiplier = config.residual_multiplier
+
+    def add(self, hidden_states: torch.Tensor, output: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """The residual stream and a sub-layer's output, (B, L, D) each → their sum."""
+        return torch.add(hidden_states, self.dropout(norm(output)), alpha=self.residual_multiplier)
+
+    def add_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return self.add(hidden_states, output, self.mlp_output_layernorm)
+
+
+class DiptychEncoderLayer(DiptychLayer):
     """hidden_states (B, S, D) → (B, S, D)."""
 
     def __init__(self, config: DiptychPanelConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = DiptychSelfAttention(config, layer_idx)
-        self.mlp = DiptychMLP(config)
-        self.input_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        super().__init__(config, self_attn=DiptychSelfAttention(config, layer_idx))
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: RotaryAngles, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_embeddings, attention_mask)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return self.add_mlp(self.add(hidden_states, attended, self.attention_output_layernorm))
 
 
-class DiptychDecoderLayer(GradientCheckpointingLayer):
+class DiptychDecoderLayer(DiptychLayer):
     """hidden_states (B, T, D) and encoder_hidden_states (B, S, D of the encoder) → (B, T, D).
 
     Separate hinge: encoder_hidden_states are the encoder's final states, which cross_attn reads, and
@@ -312,18 +389,15 @@ class DiptychDecoderLayer(GradientCheckpointingLayer):
     """
 
     def __init__(self, config: DiptychPanelConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.is_merged = config.cross_attention == "merged"
-        self.self_attn = (DiptychMergedAttention if self.is_merged else DiptychSelfAttention)(config, layer_idx)
-        if not self.is_merged:
-            self.cross_attn = DiptychCrossAttention(config, layer_idx)
-        self.mlp = DiptychMLP(config)
-        self.input_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not self.is_merged:
-            self.cross_attention_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.dropout = nn.Dropout(config.residual_dropout)
+        is_merged = config.cross_attention == "merged"
+        attentions = {"self_attn": (DiptychMergedAttention if is_merged else DiptychSelfAttention)(config, layer_idx)}
+        if not is_merged:
+            attentions["cross_attn"] = DiptychCrossAttention(config, layer_idx)
+        super().__init__(config, **attentions)
+        self.layer_idx, self.is_merged = layer_idx, is_merged
+        if not is_merged:
+            self.cross_attention_layernorm = input_norm(config)
+            self.cross_attention_output_layernorm = output_norm(config)
 
     def forward(
         self,
@@ -342,14 +416,14 @@ class DiptychDecoderLayer(GradientCheckpointingLayer):
             attended, _, _ = self.self_attn(
                 normed, source, position_embeddings, encoder_position_embeddings, attention_mask, cache
             )
-            hidden_states = hidden_states + self.dropout(attended)
+            hidden_states = self.add(hidden_states, attended, self.attention_output_layernorm)
         else:
             attended, _ = self.self_attn(normed, position_embeddings, attention_mask, cache)
-            hidden_states = hidden_states + self.dropout(attended)
+            hidden_states = self.add(hidden_states, attended, self.attention_output_layernorm)
             normed = self.cross_attention_layernorm(hidden_states)
             attended, _ = self.cross_attn(normed, encoder_hidden_states, encoder_attention_mask, cache)
-            hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+            hidden_states = self.add(hidden_states, attended, self.cross_attention_output_layernorm)
+        return self.add_mlp(hidden_states)
 
 
 class DiptychPreTrainedModel(PreTrainedModel):
@@ -361,10 +435,20 @@ class DiptychPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DiptychEncoderLayer", "DiptychDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
-    _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @property
+    def _supports_sdpa(self) -> bool:  # which cannot cap its scores; transformers then takes eager attention
+        config = self.config
+        panels = (config.encoder, config.decoder) if isinstance(config, DiptychConfig) else (config,)
+        return all(panel.attention_softcap is None for panel in panels)
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, DiptychRMSNorm):
+            init.constant_(module.weight, 1.0 - module.offset)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Teacher forcing: labels (B, T), one example a row → the same tokens one place later, after the start token.
@@ -442,6 +526,16 @@ def within_lookahead(lookahead: int) -> Callable:
     return lambda batch_idx, head_idx, q_idx, kv_idx: kv_idx <= q_idx + lookahead
 
 
+def within_window(window: int, is_causal: bool) -> Callable:
+    """The rule "fewer than so many tokens away" for `masking_utils`, backwards alone where the mask is causal."""
+
+    def rule(batch_idx, head_idx, q_idx, kv_idx):
+        is_near = q_idx - kv_idx < window
+        return is_near if is_causal else is_near & (kv_idx - q_idx < window)
+
+    return rule
+
+
 def source_then_target(
     source_length: int,
     offset: int | torch.Tensor,
@@ -465,6 +559,22 @@ def source_then_target(
     return rule
 
 
+def within_merged_window(
+    window: int, offset: int | torch.Tensor, position_ids: torch.Tensor, encoder_position_ids: torch.Tensor
+) -> Callable:
+    """`within_window` for the keys of `source_then_target`: of the source's by their positions (B, S), which padding
+    may part from those of the target's queries (B, T); of the target's by their order."""
+    source_length = encoder_position_ids.shape[1]
+
+    def rule(batch_idx, head_idx, q_idx, kv_idx):
+        source_position = encoder_position_ids[batch_idx, kv_idx.clamp(max=source_length - 1)]
+        from_source = position_ids[batch_idx, q_idx] - source_position
+        from_target = offset + q_idx - (kv_idx - source_length)
+        return torch.where(kv_idx < source_length, from_source, from_target) < window
+
+    return rule
+
+
 def check_takes_mask(config: DiptychPanelConfig, name: str):
     """Raises ValueError if the attention implementation would ignore the mask that `name` needs."""
     if config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
@@ -484,6 +594,22 @@ def check_segments(config: DiptychPanelConfig, segment_ids: torch.Tensor | None,
             "give one segment number per token."
         )
     check_takes_mask(config, name)
+
+
+def windowed_layers(config: DiptychPanelConfig, *masks: torch.Tensor | None) -> list[bool]:
+    """Whether each layer of a panel has a window. ValueError if so, and it could not be joined to one of the masks."""
+    if config.windowed_layers:
+        check_takes_mask(config, "attention_window")
+        for mask in masks:
+            if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+                raise ValueError("A model with attention_window makes its own masks: give masks of padding, (B, L).")
+    return [layer in (config.windowed_layers or ()) for layer in range(config.num_hidden_layers)]
+
+
+def rotary_angles(panel: nn.Module, states: torch.Tensor, position_ids: torch.Tensor) -> dict[bool, RotaryAngles]:
+    """Cosines and sines for windowed layers (True) and for the others."""
+    angles, windowed = panel.rotary_emb(states, position_ids), panel.window_rotary_emb
+    return {False: angles, True: angles if windowed is None else windowed(states, position_ids)}
 
 
 @dataclass
@@ -511,12 +637,12 @@ class DiptychEncoder(DiptychPreTrainedModel):
 
     def __init__(self, config: DiptychPanelConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = DiptychEmbedding(config)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.layers = nn.ModuleList([DiptychEncoderLayer(config, i) for i in range(config.num_hidden_layers)])
         has_norm = config.cross_attention == "separate"  # else each decoder layer norms what it reads
-        self.norm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps) if has_norm else nn.Identity()
-        self.rotary_emb = DiptychRotaryEmbedding(config)
+        self.norm = DiptychRMSNorm(config) if has_norm else nn.Identity()
+        self.rotary_emb, self.window_rotary_emb = rotary_embeddings(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -541,19 +667,22 @@ class DiptychEncoder(DiptychPreTrainedModel):
         if self.config.lookahead is not None:
             check_takes_mask(self.config, f"lookahead={self.config.lookahead}")
             rules.append(within_lookahead(self.config.lookahead))
-        attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            and_mask_function=and_masks(*rules) if rules else None,
-        )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        masks = {}  # of windowed layers, and of others
+        for is_windowed in set(windowed_layers(self.config, attention_mask)):
+            window = [within_window(self.config.attention_window, is_causal=False)] * is_windowed
+            masks[is_windowed] = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                and_mask_function=and_masks(*rules, *window) if rules or window else None,
+            )
+        angles = rotary_angles(self, hidden_states, position_ids)
 
         hidden_states = self.dropout(hidden_states)
         after_layers = [hidden_states]  # after_layers[m]: the states after m layers
-        for layer in self.layers:
+        for layer, is_windowed in zip(self.layers, windowed_layers(self.config), strict=True):
             hidden_states = layer(
-                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask
+                hidden_states, position_embeddings=angles[is_windowed], attention_mask=masks[is_windowed]
             )
             after_layers.append(hidden_states)
         last_hidden_state = self.norm(hidden_states)
@@ -593,13 +722,15 @@ class DiptychDecoder(DiptychPreTrainedModel):
 
     def __init__(self, config: DiptychPanelConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = DiptychEmbedding(config)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.layers = nn.ModuleList([DiptychDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = DiptychRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = DiptychRotaryEmbedding(config)
+        self.norm = DiptychRMSNorm(config)
+        self.rotary_emb, self.window_rotary_emb = rotary_embeddings(config)
         self.gradient_checkpointing = False
         self.post_init()
+        if config.joint_qk_norm:
+            self._tp_plan = gathered(self._tp_plan)
         if config.cross_attention == "merged":  # transformers warns of a plan for layers that do not exist
             self._tp_plan = {rule: style for rule, style in self._tp_plan.items() if ".cross_attn." not in rule}
 
@@ -642,6 +773,7 @@ class DiptychDecoder(DiptychPreTrainedModel):
             position_ids = self._default_positions(hidden_states, attention_mask, segment_ids, own_cache)
 
         masks = (attention_mask, encoder_attention_mask)
+        windowed = windowed_layers(self.config, attention_mask)
         segments = (segment_ids, cross_segment_ids, encoder_segment_ids)
         if self.config.cross_attention == "merged":
             self._check_merged_inputs(encoder_hidden_states, encoder_position_ids, *masks)
@@ -649,28 +781,35 @@ class DiptychDecoder(DiptychPreTrainedModel):
                 encoder_position_ids, encoder_attention_mask, encoder_segment_ids, cross_segment_ids
             )
             # Source and target at once, since frequencies may depend on the longest position.
-            cos, sin = self.rotary_emb(hidden_states, torch.cat((encoder_position_ids, position_ids), dim=1))
+            angles = rotary_angles(self, hidden_states, torch.cat((encoder_position_ids, position_ids), dim=1))
             source_length = encoder_position_ids.shape[1]
-            encoder_position_embeddings = cos[:, :source_length], sin[:, :source_length]
-            position_embeddings = cos[:, source_length:], sin[:, source_length:]
-            attention_mask = self._merged_mask(hidden_states, encoder_hidden_states, *masks, segments, own_cache)
+            encoder_angles = {kind: tuple(part[:, :source_length] for part in both) for kind, both in angles.items()}
+            angles = {kind: tuple(part[:, source_length:] for part in both) for kind, both in angles.items()}
+            states = hidden_states, encoder_hidden_states
+            positions = {False: None, True: (position_ids, encoder_position_ids)}
+            self_masks = {
+                is_windowed: self._merged_mask(*states, *masks, segments, own_cache, positions[is_windowed])
+                for is_windowed in set(windowed)
+            }
             encoder_attention_mask = None
             encoder_states_of_layers = encoder_hidden_states.unbind(1)
         else:
-            position_embeddings, encoder_position_embeddings = self.rotary_emb(hidden_states, position_ids), None
-            attention_mask, encoder_attention_mask = self._separate_masks(
-                hidden_states, encoder_hidden_states, *masks, segments, own_cache
-            )
+            angles, encoder_angles = rotary_angles(self, hidden_states, position_ids), {False: None, True: None}
+            self_masks = {
+                is_windowed: self._own_mask(hidden_states, attention_mask, segment_ids, own_cache, is_windowed)
+                for is_windowed in set(windowed)
+            }
+            encoder_attention_mask = self._cross_mask(hidden_states, encoder_hidden_states, masks[1], segments)
             encoder_states_of_layers = [encoder_hidden_states] * len(self.layers)
 
         hidden_states = self.dropout(hidden_states)
-        for layer, encoder_states in zip(self.layers, encoder_states_of_layers, strict=True):
+        for layer, encoder_states, is_windowed in zip(self.layers, encoder_states_of_layers, windowed, strict=True):
             hidden_states = layer(
                 hidden_states,
                 encoder_states,
-                position_embeddings=position_embeddings,
-                encoder_position_embeddings=encoder_position_embeddings,
-                attention_mask=attention_mask,
+                position_embeddings=angles[is_windowed],
+                encoder_position_embeddings=encoder_angles[is_windowed],
+                attention_mask=self_masks[is_windowed],
                 encoder_attention_mask=encoder_attention_mask,
                 cache=cache,
             )
@@ -703,24 +842,28 @@ class DiptychDecoder(DiptychPreTrainedModel):
         offset = own_cache.get_seq_length() if own_cache is not None else 0
         return default_positions(hidden_states, segment_ids) + offset
 
-    def _separate_masks(self, hidden_states, encoder_states, mask, encoder_mask, segments, own_cache):
-        """→ the masks of self-attention and of cross-attention."""
-        own, cross, encoder = segments
-        self_mask = create_causal_mask(
+    def _own_mask(self, hidden_states, mask, segment_ids, own_cache, is_windowed):
+        """→ the mask of self-attention, with the separate hinge."""
+        rules = [] if segment_ids is None else [same_segment(segment_ids, segment_ids)]
+        rules += [within_window(self.config.attention_window, is_causal=True)] if is_windowed else []
+        return create_causal_mask(
             self.config,
             hidden_states,
             mask,
             own_cache,  # by position: its name depends on the version of transformers
-            and_mask_function=None if own is None else same_segment(own, own),
+            and_mask_function=and_masks(*rules) if rules else None,
         )
-        cross_mask = create_bidirectional_mask(
+
+    def _cross_mask(self, hidden_states, encoder_states, encoder_mask, segments):
+        """→ the mask of cross-attention."""
+        own, cross, encoder = segments
+        return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=encoder_mask,
             encoder_hidden_states=encoder_states,
             and_mask_function=None if own is None else same_segment(cross, encoder),
         )
-        return self_mask, cross_mask
 
     def _check_merged_inputs(self, encoder_states, encoder_position_ids, mask, encoder_mask):
         """Raises ValueError if the encoder's output is of no merged model, or the attention or a mask does not fit."""
@@ -736,8 +879,8 @@ class DiptychDecoder(DiptychPreTrainedModel):
                     f"Merged cross-attention takes masks of padding, (B, L), not {name} {tuple(given.shape)}."
                 )
 
-    def _merged_mask(self, hidden_states, encoder_states, mask, encoder_mask, segments, own_cache):
-        """→ one mask over the source's keys and, after them, the target's."""
+    def _merged_mask(self, hidden_states, encoder_states, mask, encoder_mask, segments, own_cache, positions):
+        """→ one mask over the source's keys and, after them, the target's; with a window if there are positions."""
         (batch, length), source_length = hidden_states.shape[:2], encoder_states.shape[2]
         offset, own_length = 0, length
         if own_cache is not None:
@@ -745,12 +888,15 @@ class DiptychDecoder(DiptychPreTrainedModel):
         ones = hidden_states.new_ones(batch, source_length + own_length, dtype=torch.bool)
         source_mask = ones[:, :source_length] if encoder_mask is None else encoder_mask.bool()
         own_mask = ones[:, source_length:] if mask is None else F.pad(mask.bool(), (0, own_length - mask.shape[1]))
+        rules = [source_then_target(source_length, offset, *segments)]
+        if positions is not None:
+            rules.append(within_merged_window(self.config.attention_window, offset, *positions))
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=torch.cat((source_mask, own_mask), dim=1),
             encoder_hidden_states=hidden_states.new_empty(*ones.shape, 0),  # read for shape and dtype
-            and_mask_function=source_then_target(source_length, offset, *segments),
+            and_mask_function=and_masks(*rules),
         )
 
 
@@ -886,11 +1032,18 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask, **kwargs):
-        """The decoder_attention_mask that `generate` gives to compiled decoding. The merged hinge needs the padding
-        only: its decoder masks source and target together."""
-        if config.decoder.cross_attention == "merged":
+        """The decoder_attention_mask that `generate` gives to compiled decoding. A merged or a windowed decoder needs
+        the padding only: it makes its masks itself."""
+        if config.decoder.cross_attention == "merged" or config.decoder.windowed_layers:
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+    def finished_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """The head's output (…, V) → logits (…, V), divided and capped as the config says."""
+        if self.config.logits_divisor != 1:
+            logits = logits / self.config.logits_divisor
+        cap = self.config.logits_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @can_return_tuple
     def forward(
@@ -950,7 +1103,7 @@ class DiptychForConditionalGeneration(DiptychPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.finished_logits(self.lm_head(outputs.last_hidden_state[:, kept]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)

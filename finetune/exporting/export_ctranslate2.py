@@ -32,7 +32,13 @@ from diptych.finetune.exporting.ctranslate2_engine import CTranslate2Engine, imp
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, embedding_rows
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import position_limit
+from diptych.modeling import DiptychPanelConfig
 
+NOT_EXPRESSED = (
+    *("norm_offset", "norm_placement", "joint_qk_norm", "attention_softcap", "windowed_layers"),
+    *("embedding_multiplier", "residual_multiplier"),
+)
+"""Settings of a panel that are not translated."""
 NO_ROTATION = np.float32(1e38)
 """A frequency divided by this rotates nothing, at any position."""
 
@@ -67,7 +73,15 @@ def diptych_faults(config: Any) -> list[str]:
             f"rms_norm_eps is {encoder.rms_norm_eps} in the encoder and {decoder.rms_norm_eps} in the decoder, but it "
             f"has one for all norms"
         )
+    for name, plain in (("logits_divisor", 1.0), ("logits_softcap", None)):
+        if getattr(config, name) != plain:
+            faults.append(f"{name} is {getattr(config, name)}, but its logits are those of the head")
     for side, panel in (("encoder", encoder), ("decoder", decoder)):
+        for name in NOT_EXPRESSED:
+            if getattr(panel, name) != getattr(DiptychPanelConfig, name):
+                faults.append(f"{side}.{name} is {getattr(panel, name)}, which is not translated")
+        if panel.rotary_size < panel.head_dim:
+            faults.append(f"{side}.rope_parameters turn a part of each head, which is not translated")
         rope_type = panel.rope_parameters["rope_type"]
         if rope_type in ("dynamic", "longrope"):
             faults.append(f"{side}.rope_parameters are {rope_type!r}, whose frequencies change with the text's length")

@@ -64,6 +64,8 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
         # layer's class, accelerate's offloading its `forward`.
         all(type(it) is DiptychDecoderLayer and "forward" not in vars(it) for it in model.get_decoder().layers)
         and decoder._attn_implementation in ("sdpa", "eager")
+        and not decoder.windowed_layers  # the masks here are the same in all layers
+        and decoder.attention_softcap is None  # which sdpa has not
         and decoder.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # which change with the length
         and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         and config.eos_token_id is not None
@@ -227,7 +229,7 @@ class DecoderStep:
         encoder_mask: torch.Tensor | None,
         decoder_mask: torch.Tensor | None,
     ):
-        self.decoder, self.lm_head = model.get_decoder(), model.lm_head
+        self.decoder, self.lm_head, self.finished_logits = model.get_decoder(), model.lm_head, model.finished_logits
         self.is_merged = model.config.decoder.cross_attention == "merged"
         target, source = (
             [torch.stack((layer.keys, layer.values)) for layer in side.layers]
@@ -290,15 +292,17 @@ class DecoderStep:
         hidden = self.decoder.embed_tokens(tokens.flatten())
         for index, layer in enumerate(self.decoder.layers):
             normed = layer.input_layernorm(hidden)
-            hidden = hidden + self._write_and_attend(index, layer.self_attn, normed, rotation, own_mask)
+            attended = self._write_and_attend(index, layer.self_attn, normed, rotation, own_mask)
+            hidden = layer.add(hidden, attended, layer.attention_output_layernorm)
             if not self.is_merged:
                 attention, normed = layer.cross_attn, layer.cross_attention_layernorm(hidden)
-                query = attention.q_norm(self._heads(attention, attention.q_proj, normed, new))
-                hidden = hidden + self._attend(attention, query, self.cross[index], self.cross_mask)
+                query = self._heads(attention, attention.q_proj, normed, new, attention.q_norm)
+                attended = self._attend(attention, query, self.cross[index], self.cross_mask)
+                hidden = layer.add(hidden, attended, layer.cross_attention_output_layernorm)
             mlp, normed = layer.mlp, layer.post_attention_layernorm(hidden)
             gated = mlp.act_fn(self._project(mlp.gate_proj, normed)) * self._project(mlp.up_proj, normed)
-            hidden = hidden + self._project(mlp.down_proj, gated)
-        return self._project(self.lm_head, self.decoder.norm(hidden))
+            hidden = layer.add(hidden, self._project(mlp.down_proj, gated), layer.mlp_output_layernorm)
+        return self.finished_logits(self._project(self.lm_head, self.decoder.norm(hidden)))
 
     def _write_and_attend(
         self,
@@ -309,8 +313,8 @@ class DecoderStep:
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         new = rotation[0].shape[1]
-        query = attention.q_norm(self._heads(attention, attention.q_proj, normed, new))
-        key = attention.k_norm(self._heads(attention, attention.k_proj, normed, new))
+        query = self._heads(attention, attention.q_proj, normed, new, attention.q_norm)
+        key = self._heads(attention, attention.k_proj, normed, new, attention.k_norm)
         if attention.has_rope:
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         own = self.own[index]
@@ -322,10 +326,18 @@ class DecoderStep:
             mask = ahead if mask is None else mask + ahead
         return self._attend(attention, query, own[:, :, :, : self.length], mask)
 
-    def _heads(self, attention: DiptychAttention, layer: nn.Module, states: torch.Tensor, new: int) -> torch.Tensor:
+    def _heads(
+        self,
+        attention: DiptychAttention,
+        layer: nn.Module,
+        states: torch.Tensor,
+        new: int,
+        norm: nn.Module | None = None,
+    ) -> torch.Tensor:
         """(B × T, D) → (B, heads, T, E)."""
         projected = self._project(layer, states)
-        return projected.unflatten(-1, (-1, attention.head_dim)).unflatten(0, (-1, new)).transpose(1, 2)
+        heads = attention.heads(projected) if norm is None else attention.normed_heads(norm, projected)
+        return heads.unflatten(0, (-1, new)).transpose(1, 2)
 
     def _attend(
         self,

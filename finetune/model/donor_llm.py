@@ -17,6 +17,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -70,6 +71,18 @@ def open_donor(name: str) -> Donor:
     files = weight_files(name, MODEL_WEIGHTS)
     check_sizes(config, files, config.dtype or torch.float32, name, AutoModelForCausalLM)
     return Donor(name, config, DonorWeights(files))
+
+
+def divisor_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """What an LLM's logits are divided by (Granite), and what they are capped at (Gemma 2), if at all."""
+    return getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
+
+
+def llm_logits(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    """What the decoder of an LLM returns (…, D) → logits (…, V)."""
+    divisor, cap = divisor_and_cap(model.config)
+    logits = model.get_output_embeddings()(states) / divisor
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def tokenizers_differ(one: Mapping[str, int], other: Mapping[str, int]) -> str:

@@ -17,7 +17,7 @@ B rows, S source tokens, T target tokens, D width, V vocabulary, N target tokens
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -111,7 +111,7 @@ class Family:
 
 @dataclass(frozen=True)
 class OwnMasks(Family):
-    """The model takes segment ids and makes its masks itself: they span both sides, or look a little ahead."""
+    """The model takes segment ids and makes its masks itself: they span both sides, look a little ahead, or slide."""
 
     def states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, float]:
         return model.model(**batch, use_cache=False).last_hidden_state, 0.0
@@ -147,7 +147,11 @@ def family_of(model: PreTrainedModel | PeftModel) -> Family | None:
         panels = {config.encoder.model_type, config.decoder.model_type}
         return FAMILIES["encoder-decoder"] if panels <= BERTS | {"gpt2"} else None
     if config.model_type == "diptych":
+        panels = config.encoder, config.decoder
+        if any(panel.attention_softcap is not None for panel in panels):
+            return replace(FAMILIES["diptych_merged"], attentions=("eager", "flex_attention"))
         is_plain = config.decoder.cross_attention == "separate" and config.encoder.lookahead is None
+        is_plain = is_plain and not any(panel.windowed_layers for panel in panels)
         return FAMILIES["diptych" if is_plain else "diptych_merged"]
     return FAMILIES.get(config.model_type)
 
@@ -275,6 +279,10 @@ def _t5_scale(model: PreTrainedModel) -> float:
     return model.model_dim**-0.5 if scales else 1.0
 
 
+def _finished(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    return model.finished_logits(logits)
+
+
 def _with_softcap(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
     cap = model.get_decoder().config.final_logit_softcapping
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -337,8 +345,8 @@ bart = partial(
 t5gemma = partial(Family, LLAMA_LAYERS, _as_argument, logits=_with_softcap, overflows_in_fp16=True)
 
 FAMILIES = {
-    "diptych": Family(LLAMA_LAYERS, _as_argument),
-    "diptych_merged": OwnMasks(LLAMA_LAYERS, attentions=("sdpa", "flex_attention", "eager")),
+    "diptych": Family(LLAMA_LAYERS, _as_argument, logits=_finished),
+    "diptych_merged": OwnMasks(LLAMA_LAYERS, logits=_finished, attentions=("sdpa", "flex_attention", "eager")),
     "t5": t5(scale=_t5_scale),
     "mt5": t5(),
     "umt5": t5(scale=_t5_scale),

@@ -41,7 +41,7 @@ from diptych.finetune.model.merge import new_folder
 from diptych.finetune.pairing import paired_weights
 from diptych.finetune.pairing.donor_template import DonorPrompt, donor_prompt
 from diptych.finetune.pairing.pair_settings import PairSettings
-from diptych.finetune.pairing.paired_weights import WeightOrigin, sliding_window, tied_names
+from diptych.finetune.pairing.paired_weights import WeightOrigin, tied_names
 from diptych.finetune.run_files.atomic_folders import write_folder
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
@@ -87,6 +87,9 @@ def pair(settings: PairSettings) -> dict[str, Any]:
     out = new_folder(settings.out)
     encoder = open_donor(settings.encoder)
     decoder = open_donor(settings.decoder) if settings.decoder else encoder
+    for donor in (encoder, decoder):
+        if fault := paired_weights.kind_fault(donor.config):
+            raise UserError(f"{donor.name}: {fault}")
     # One model reads and writes one vocabulary.
     if difference := tokenizers_differ(encoder.tokenizer.get_vocab(), decoder.tokenizer.get_vocab()):
         raise UserError(
@@ -196,6 +199,7 @@ def describe(it: Pair, notes: Sequence[str]) -> dict[str, Any]:
         "tensors": [
             {"name": origin.name, "kind": origin.kind, "shape": list(origin.shape), "from": origin.donor_name}
             | ({"donor": origin.panel} if origin.donor_name else {})
+            | ({"rows": [origin.rows.start, origin.rows.stop]} if origin.rows != slice(None) else {})
             for origin in it.origins
         ]
         + tied,
@@ -204,9 +208,18 @@ def describe(it: Pair, notes: Sequence[str]) -> dict[str, Any]:
 
 def _notes(it: Pair) -> list[str]:
     notes = []
-    for donor in dict.fromkeys((it.encoder, it.decoder)):
-        if window := sliding_window(donor.config):
-            notes.append(f"{donor.name} attends to the last {window:,} tokens: matched up to there, not beyond.")
+    panel = it.config.encoder
+    if panel.windowed_layers and panel.lookahead is None:
+        notes.append(
+            f"In {len(panel.windowed_layers)} layers of the encoder a token attends to {panel.attention_window - 1:,}"
+            f" tokens before it, as in the LLM, and to as many behind it."
+        )
+    rope = it.config.decoder.rope_parameters
+    if rope["rope_type"] == "longrope":
+        notes.append(
+            f"Positions are longrope: matched while source and target together have at most"
+            f" {rope['original_max_position_embeddings']:,} tokens, or the source alone has more."
+        )
     layers, depth = it.config.encoder.num_hidden_layers, it.encoder.config.num_hidden_layers
     if layers < depth:
         which = f"layer {layers}" if layers == depth - 1 else f"layers {layers} to {depth - 1}"

@@ -11,8 +11,8 @@ from diptych.data_prep.pipeline.path_settings import CHECKPOINT, EXISTING, OUTPU
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Make an encoder-decoder of a decoder-only LLM (Llama, Mistral, Qwen2, Qwen3, SmolLM3 and their kin), or of two
-    with one tokenizer."""
+    """Make an encoder-decoder of a decoder-only LLM (Llama, Mistral, Qwen, SmolLM, Gemma, OLMo 2 and 3, Granite, Phi-3
+    and 4), or of two with one tokenizer."""
 
     encoder: str = field(metadata=CHECKPOINT)
     """Folder or Hub id of the LLM for the encoder, and for the decoder if no second LLM is given."""

@@ -15,6 +15,7 @@ B rows, S source tokens, T target tokens, N target tokens picked from B × T, n 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
-from diptych.finetune.model.donor_llm import open_donor, tokenizers_differ
+from diptych.finetune.model.donor_llm import llm_logits, open_donor, tokenizers_differ
 from diptych.finetune.model.families import decoder_start_token
 from diptych.finetune.model.loading import load_config, load_model, load_tokenizer
 from diptych.finetune.model.loss import Criterion, Seq2SeqObjective, cross_entropy
@@ -56,7 +57,16 @@ def load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, device: torch.de
     else:
         model = load_model(name, dtype)
     check_model(model, name)
-    return Teacher(model.to(device).eval().requires_grad_(False), is_decoder_only)
+    model = model.to(device).eval().requires_grad_(False)
+    if is_decoder_only:
+        ids = torch.arange(3, device=device)[None]
+        of_states = llm_logits(model, model.get_decoder()(ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(of_states, model(ids, use_cache=False).logits, rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"the teacher {name} ({model.config.model_type}) does more with the output of its head than Diptych"
+                f" knows, so its predictions would be wrong. Take another teacher."
+            )
+    return Teacher(model, is_decoder_only)
 
 
 class DistilledObjective(Seq2SeqObjective):
@@ -113,7 +123,7 @@ def _read_source_and_target(model: PreTrainedModel, batch: Batch) -> tuple[torch
 def _read_as_one_text(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, LogitsOf]:
     """The same of a decoder-only LLM: each example's source and decoder input are one right-padded row."""
     texts, places = one_text_each(batch)
-    head = model.get_output_embeddings()
+    head = partial(llm_logits, model)
     if not texts:  # a rank without rows
         return places.new_empty(0, 0), head
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)

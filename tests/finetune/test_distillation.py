@@ -8,12 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Qwen3Config,
+)
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import pack_examples
 from diptych.finetune.batches.padded_rows import pad_batch
-from diptych.finetune.model.donor_llm import DonorWeights
+from diptych.finetune.model.donor_llm import DonorWeights, llm_logits
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.pairing.paired_weights import paired_config, weight_origins
 from diptych.finetune.train import run_recipe
@@ -194,3 +201,32 @@ def test_final_is_a_model_of_its_own(recipe, tmp_path):
     run_recipe(recipe(max_steps=2))
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "final")
     assert model.config.decoder.cross_attention == "merged"
+
+
+SMALL_LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_LLM |= {"num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.3}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config_class, fields", [(Gemma2Config, {"head_dim": 8}), (GraniteConfig, {"logits_scaling": 3.0})]
+)
+def test_a_teachers_logits_are_divided_and_capped_as_it_does_it(config_class, fields, tiny_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = config_class(**SMALL_LLM, **fields, vocab_size=len(tiny_tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    model = load_teacher(str(tmp_path), tiny_tokenizer, torch.device("cpu"), torch.float32).model
+    ids = torch.arange(3, 14)[None]
+    states, expected = model.get_decoder()(ids).last_hidden_state, model(ids).logits
+    torch.testing.assert_close(llm_logits(model, states), expected)
+    assert not torch.allclose(model.get_output_embeddings()(states), expected, atol=1e-2)
+
+
+def test_a_teacher_whose_logits_are_made_in_another_way_is_refused(tiny_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = CohereConfig(**SMALL_LLM, logit_scale=0.0625, vocab_size=len(tiny_tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does more with the output of its head"):
+        load_teacher(str(tmp_path), tiny_tokenizer, torch.device("cpu"), torch.float32)

@@ -28,9 +28,14 @@ IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "decoder_start_t
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "initializer_range": 0.25}
 SHALLOW = {"t5": {"num_layers": 1, "num_decoder_layers": 1}, "bart": {"encoder_layers": 1, "decoder_layers": 1}}
+GEMMA = {"norm_placement": "around", "norm_offset": 1.0, "embedding_multiplier": 3.0, "qk_norm": True}
+GEMMA |= {"attention_window": 3, "attention_softcap": 5.0, "logits_softcap": 4.0}
+GEMMA |= {panel: {"windowed_layers": [0]} for panel in ("encoder", "decoder")}
 DIPTYCHS = {
     "diptych": {"qk_norm": True, "encoder": {"lookahead": 2, "hidden_size": 48}},
     "diptych_merged": {"cross_attention": "merged"},
+    "diptych, as Gemma": GEMMA,
+    "diptych_merged, as Gemma": GEMMA | {"cross_attention": "merged", "window_rope_theta": 10.0},
 }
 STATES = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")
 INPUTS = {
@@ -57,7 +62,7 @@ def checkpoint(new_model, tiny_tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["diptych_merged", "diptych", "t5"])
+@pytest.mark.parametrize("kind", [*DIPTYCHS, "t5"])
 def test_three_graphs_write_what_torch_writes(kind, checkpoint, tmp_path, capfd):
     out = tmp_path / "export"
     assert main(["export", str(checkpoint(kind)), "--to", "onnx", "--max_new_tokens", "12", "--out", str(out)]) == 0

@@ -48,6 +48,23 @@ CONFIGS = {
     "unequal panels": {"encoder": {"num_hidden_layers": 4, "hidden_size": 48}, "decoder": {"num_hidden_layers": 2}},
     "layers without positions": {"layers_without_rope": [1]},
     "merged, layers without positions": {"cross_attention": "merged", "layers_without_rope": [0]},
+    "norms around": {
+        "norm_placement": "around",
+        "norm_offset": 1.0,
+        "embedding_multiplier": 3.0,
+        "logits_softcap": 9.0,
+    },
+    "joint norms after": {"norm_placement": "after", "qk_norm": True, "joint_qk_norm": True},
+    "merged, joint norms after": {
+        "cross_attention": "merged",
+        "norm_placement": "after",
+        "qk_norm": True,
+        "joint_qk_norm": True,
+    },
+    "multipliers": {"attention_multiplier": 0.4, "residual_multiplier": 0.5, "logits_divisor": 2.0},
+    "a part of each head turns": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    },
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
 }
 
@@ -234,6 +251,9 @@ def test_what_it_cannot_do_is_left_to_generate():
     assert not can_decode_fast(copy.deepcopy(model).train(), config, {})
     dynamic = make({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}})
     assert not can_decode_fast(dynamic, config, {})
+    assert not can_decode_fast(make({"attention_softcap": 5.0}), config, {})
+    windowed = {"num_hidden_layers": 3, "windowed_layers": [0]}
+    assert not can_decode_fast(make({"attention_window": 3, "decoder": windowed}), config, {})
     add_hook_to_module(model.get_decoder().layers[0], ModelHook())  # as accelerate does for what it offloads
     assert not can_decode_fast(model, config, {})
 

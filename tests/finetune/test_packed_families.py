@@ -13,7 +13,7 @@ from diptych.data_prep.packing.packed_row import Budget, assemble_row
 from diptych.finetune.batches.packed_rows import pack_examples, packed_batch
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.model.adapters import add_adapter
-from diptych.finetune.model.families import FAMILIES, decoder_start_token
+from diptych.finetune.model.families import FAMILIES, decoder_start_token, family_of
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.model.packed_attention import VARLEN, boundaries, register_varlen
 
@@ -83,6 +83,38 @@ def test_what_is_left_between_them_is_rounding(family, new_model, eight_prepared
     model = new_model(family).double()
     model.set_attn_implementation(fastest(family))
     assert_packed_is_separate(model, eight_prepared_rows, tolerance=1e-6 if "t5gemma" in family else 1e-10)
+
+
+GEMMA = {"norm_placement": "around", "norm_offset": 1.0, "embedding_multiplier": 3.0, "qk_norm": True}
+GEMMA |= {"attention_window": 3, "attention_softcap": 5.0, "logits_softcap": 4.0}
+GEMMA |= {panel: {"windowed_layers": [0]} for panel in ("encoder", "decoder")}
+GRANITE = {"attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_divisor": 3.0}
+OLMO = {"norm_placement": "after", "qk_norm": True, "joint_qk_norm": True}
+
+
+@pytest.mark.parametrize("family", ["diptych", "diptych_merged"])
+@pytest.mark.parametrize(
+    "blocks, attentions",
+    [
+        (GEMMA, {"eager"}),
+        (GEMMA | {"attention_softcap": None}, {"eager", "sdpa"}),
+        (GRANITE, {"eager", "sdpa", VARLEN}),
+        (OLMO, {"eager", "sdpa", VARLEN}),
+    ],
+    ids=["gemma", "gemma without caps", "granite", "olmo"],
+)
+def test_a_diptych_with_blocks_of_other_llms_trains_on_packed_rows(
+    family, blocks, attentions, new_model, eight_prepared_rows
+):
+    model = new_model(family, **blocks)
+    usable = set(family_of(model).attentions) - {"flex_attention"}
+    assert usable == attentions - ({VARLEN} if family == "diptych_merged" else set())
+    for attention in sorted(usable):
+        model.set_attn_implementation(attention)
+        assert_packed_is_separate(model, eight_prepared_rows)
+    batch = pad_batch(eight_prepared_rows, 0, decoder_start_token(model))
+    expected = model.eval()(**batch, num_items_in_batch=1).loss
+    torch.testing.assert_close(Seq2SeqObjective(model).eval()(batch, 1), expected)
 
 
 def rows_that_share(rows: list[dict]) -> list[dict]:

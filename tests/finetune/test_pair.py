@@ -3,6 +3,7 @@
 Donors are small and random, of every family, written in shards by transformers itself.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -15,8 +16,18 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -36,6 +47,14 @@ SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "nu
 SHAPE |= {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA = {"head_dim": 16, **SLIDING}
+MULTIPLIED = {"residual_multiplier": 0.5, "logits_scaling": 2.0, "attention_multiplier": 0.3}
+BY_KIND = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e3}, "full_attention": YARN}
+PHI4 = {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1}
+PHI4 |= {"original_max_position_embeddings": 8, "max_position_embeddings": 512}
+PHI4["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+PHI4["rope_parameters"] |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
 DONORS = {
     "llama": (LlamaConfig, {}),
     "llama, biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -45,6 +64,20 @@ DONORS = {
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
     "smollm3": (SmolLM3Config, {}),
+    "mistral, sliding": (MistralConfig, {"head_dim": 16, "sliding_window": 5}),
+    "gemma": (GemmaConfig, {"head_dim": 16}),
+    "gemma 2": (
+        Gemma2Config,
+        GEMMA | {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma 3": (Gemma3TextConfig, GEMMA | {"query_pre_attn_scalar": 20, "final_logit_softcapping": 3.0}),
+    "olmo 2": (Olmo2Config, {}),
+    "olmo 3": (Olmo3Config, SLIDING | {"rope_parameters": BY_KIND}),
+    "granite": (GraniteConfig, {"embedding_multiplier": 3.0} | MULTIPLIED),
+    "granite, tied": (GraniteConfig, {"tie_word_embeddings": True} | MULTIPLIED),
+    "phi 3": (Phi3Config, {"sliding_window": 5}),
+    "phi 4": (Phi3Config, PHI4),
+    "phi 4, short": (Phi3Config, PHI4 | {"original_max_position_embeddings": 256}),
 }
 
 
@@ -73,6 +106,8 @@ def donor(chat_tokenizer, tmp_path_factory):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.25) if parameter.ndim > 1 else parameter.data.uniform_(0.5, 1.5)
+            # Scaled and tied, a wide table would repeat the last token.
+            model.get_input_embeddings().weight.data.mul_(0.4 if "gemma" in name else 1)
             made[key] = tmp_path_factory.mktemp("donors") / name.replace(" ", "")
             model.save_pretrained(made[key], max_shard_size="60KB")
             chat_tokenizer.save_pretrained(made[key])
@@ -179,6 +214,16 @@ def test_bidirectional_reads_more_and_is_what_is_saved(donor, paired):
     assert report["proof"]["is_lossless"], "the proof is of the causal one in either case"
 
 
+def test_what_a_donor_does_otherwise_is_told(donor, paired):
+    _, report = paired(donor("phi 4"))
+    (key,) = (it for it in report["tensors"] if it["name"] == "model.decoder.layers.2.self_attn.k_proj.weight")
+    assert key["from"] == "model.layers.2.self_attn.qkv_proj.weight" and key["rows"] == [48, 64]
+    assert any("source and target together have at most 8 tokens" in note for note in report["notes"])
+    _, report = paired(donor("gemma 2"))
+    told = "In 2 layers of the encoder a token attends to 4 tokens before it, as in the LLM, and to as many behind it."
+    assert told in report["notes"]
+
+
 def test_unequal_llms_are_joined_by_the_separate_hinge(donor, paired):
     large = donor("qwen3", seed=1, hidden_size=64, num_hidden_layers=5)
     out, report = paired(large, donor("qwen3"), "--cross_attention", "separate")
@@ -221,8 +266,22 @@ def test_the_weights_keep_their_dtype_and_shards_have_an_index(donor, paired, tm
     assert report["proof"]["logit_difference"] < 1e-3
 
 
+FOREIGN = {
+    "neox": GPTNeoXConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4),
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=2),
+    "gemma3": Gemma3Config(
+        text_config=SHAPE | {"head_dim": 12},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    ),
+    "gemma3 encoder": Gemma3TextConfig(**SHAPE, head_dim=12, use_bidirectional_attention=True),
+    "gptj": GPTJConfig(n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
+}
 REFUSED = {
-    "another block": (["gemma"], "Gemma norms after each sub-layer too"),
+    "another residual": (["neox"], "a gpt_neox cannot be paired because of its parallel residual, LayerNorm and"),
+    "experts": (["mixtral"], "a mixtral cannot be paired because of its mixture of experts"),
+    "images": (["gemma3"], "a gemma3 cannot be paired because of its vision tower"),
+    "an encoder": (["gemma3 encoder"], "has use_bidirectional_attention"),
+    "an unknown block": (["gptj"], "gptj is an unknown kind of LLM. These model types can be: llama, mistral"),
     "another vocabulary": (["qwen3", "other"], "have different tokenizers ('new' is"),
     "unequal depth, merged": (
         ["deep", "qwen3"],
@@ -252,11 +311,11 @@ def test_what_cannot_be_paired_is_refused_before_anything_is_written(
         tokenizer = AutoTokenizer.from_pretrained(donor("qwen3"))
         tokenizer.add_tokens(["new"])
         tokenizer.save_pretrained(folders["other"])
-    if "gemma" in arguments:
-        folders["gemma"] = tmp_path / "gemma"
-        config = Gemma2Config(**SHAPE, vocab_size=len(chat_tokenizer), head_dim=12)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folders["gemma"])
-        chat_tokenizer.save_pretrained(folders["gemma"])
+    for name in FOREIGN.keys() & set(arguments):
+        folders[name], config = tmp_path / name, copy.deepcopy(FOREIGN[name])
+        config.get_text_config().vocab_size = len(chat_tokenizer)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+        chat_tokenizer.save_pretrained(folders[name])
     command = ["pair", *(str(folders.get(word, word)) for word in arguments), "--out", str(tmp_path / "out")]
     capsys.readouterr()
     assert main(command) == 2 and not (tmp_path / "out").exists()

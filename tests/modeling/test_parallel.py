@@ -17,6 +17,7 @@ SHAPES = {
         "mlp_bias": True,
         "qk_norm": True,
     },
+    "joint norms after": {"norm_placement": "after", "qk_norm": True, "joint_qk_norm": True},
     "untied, unequal": {"encoder": {"hidden_size": 48, "num_hidden_layers": 1}, "decoder": {"num_hidden_layers": 2}},
 }
 
@@ -67,6 +68,7 @@ def test_the_plan_names_every_matrix_and_nothing_that_is_not_there(shape, build_
     with torch.device("meta"):
         model = build_model(**SHAPES[shape])
     norms = [name for name in model.state_dict() if "q_norm" in name or "k_norm" in name]
+    norms = [] if model.config.joint_qk_norm else norms  # whole on every rank, as OLMo 2's
     matrices = [name for name, weight in model.state_dict().items() if weight.ndim == 2]
     plan = {rule: style for rule, style in model.tp_plan.items() if norms or "_norm" not in rule}
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
