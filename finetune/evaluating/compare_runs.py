@@ -117,7 +117,7 @@ def run_figures(side: Side) -> dict[str, Any]:
     return figures
 
 
-def compare_reports(a: EvaluationReport, b: EvaluationReport, trials: int, seed: int) -> SplitComparison:
+def compare_reports(a: EvaluationReport, b: EvaluationReport, settings: CompareSettings) -> SplitComparison:
     """The tests of two reports of one split, as far as they are possible."""
     try:
         for report in (a, b):
@@ -137,9 +137,11 @@ def compare_reports(a: EvaluationReport, b: EvaluationReport, trials: int, seed:
             raise _NotComparable("the references of some sources differ, because other stop strings cut them")
     except _NotComparable as reason:
         return SplitComparison(a, b, {}, 0, [f"not tested: {reason}"])
-    statistics, more = _statistics(a, b, *([side[source] for source in shared] for side in (ours, theirs)))
+    sides = ([side[source] for source in shared] for side in (ours, theirs))
+    statistics, more = _statistics(a, b, *sides, settings)
     notes += more
-    return SplitComparison(a, b, paired_tests(*statistics, trials, seed, notes), len(shared), notes)
+    tests = paired_tests(*statistics, settings.trials, settings.seed, notes)
+    return SplitComparison(a, b, tests, len(shared), notes)
 
 
 class _NotComparable(Exception):
@@ -166,7 +168,11 @@ def _predictions(report: EvaluationReport) -> dict[tuple[str, int], dict[str, An
 
 
 def _statistics(
-    a: EvaluationReport, b: EvaluationReport, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
+    a: EvaluationReport,
+    b: EvaluationReport,
+    ours: list[dict[str, Any]],
+    theirs: list[dict[str, Any]],
+    allowed: CompareSettings,
 ) -> tuple[list[dict[str, Scored]], list[str]]:
     """The counts of both sides for all metrics that both have and that are comparable; notes on the others."""
     notes = []
@@ -187,8 +193,9 @@ def _statistics(
                 tokenize = [bleu_tokenize_in(signature) for signature in known]
                 settings, known = {"bleu": {"tokenize": tokenize[0]}}, known if tokenize[0] != tokenize[1] else []
             elif own:
-                given = a.content["settings"].get("metric_settings", {})
-                settings = {key: it for key, it in given.items() if key in (name, own.figure)}
+                if name not in split_names(allowed.metrics):
+                    raise UserError(f"it would run code. If you trust this code, allow it: --metrics {name}")
+                settings = {key: it for key, it in allowed.metric_settings.items() if key in (name, own.figure)}
             else:
                 known = []
             if known and known[0] != known[1]:
@@ -283,9 +290,7 @@ def run(settings: CompareSettings) -> int:
     if settings.out:
         keys = {"a", "b", "training", "splits"}
         check_overwrite(Path(settings.out), lambda it: has_keys(it, keys), "a comparison of `diptych compare`")
-    comparisons = {
-        split: compare_reports(a.reports[split], b.reports[split], settings.trials, settings.seed) for split in shared
-    }
+    comparisons = {split: compare_reports(a.reports[split], b.reports[split], settings) for split in shared}
     print(format_tables(a, b, comparisons))
     if settings.out:
         out = Path(settings.out)

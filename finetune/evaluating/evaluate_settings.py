@@ -79,6 +79,11 @@ class CompareSettings:
     """JSON file for all figures. Printed only unless given."""
     trials: int = 10_000
     """Random permutations for each p-value. The smallest possible p-value is 1 / (trials + 1)."""
+    metrics: str = field(default="", metadata=NAMES)
+    """Metrics of the reports that are not built in and are to be tested, too, separated by commas. They run code, so
+    they are not taken from the reports."""
+    metric_settings: dict[str, Any] = field(default_factory=dict)
+    """Their further arguments, which have to be those of the reports."""
     seed: int = 0
     """Seed of the tests."""
 

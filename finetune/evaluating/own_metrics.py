@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import datasets
 import evaluate
 import numpy as np
+from huggingface_hub import constants
 
 from diptych.data_prep.command_line.errors import UserError, excerpt, in_short, is_out_of_memory, library_errors
 from diptych.finetune.evaluating.confidence_intervals import MetricFault, Scored, means
@@ -210,15 +211,15 @@ def load_metric(name: MetricName, settings: Mapping[str, Any]) -> OwnMetric:
     place = name.place
     if place in BRIDGES:
         function, signature = BRIDGES[place], place
-        check_arguments(function, 3, place, settings)
-        _check_bridge(place, **settings)
     elif place.startswith("evaluate:") or place.endswith(".py") or "/" in place:
         function, signature = _of_evaluate(place.removeprefix("evaluate:"))
     else:
         function, signature = _of_module(place)
+    check_arguments(function, 3, place, settings)
+    if place in BRIDGES:
+        _check_bridge(place, **settings)
     if settings:
         signature += f"|{json.dumps(settings, ensure_ascii=False, default=str)}"
-    check_arguments(function, 3, place, settings)
     return OwnMetric(name, function, signature, settings)
 
 
@@ -249,13 +250,15 @@ def _of_module(place: str) -> tuple[Callable[..., Any], str]:
         names = ", ".join(key for key, it in vars(found).items() if inspect.isfunction(it)) or "none"
         file = getattr(found, "__file__", module)
         raise UserError(f"metric {place}: {file} has no function {name!r}. Its functions are: {names}.")
-    return function, f"{place}|sha256:{_hash_of(function)}"
+    return function, f"{place}|sha256:{_hash_of(place, function)}"
 
 
-def _hash_of(it: Any) -> str:
-    """Of the file in which it stands; "" where there is none."""
+def _hash_of(place: str, it: Any) -> str:
+    """Of the file in which it stands, which is told; "" where there is none."""
     try:
-        return hashlib.sha256(Path(inspect.getfile(it)).read_bytes()).hexdigest()[:12]
+        file = Path(inspect.getfile(it))
+        warn_once(f"(metric {place} runs code of {file})")
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
     except (TypeError, OSError):
         return ""
 
@@ -266,9 +269,10 @@ def _hash_of(it: Any) -> str:
 @functools.cache
 def _of_evaluate(place: str) -> tuple[Callable[..., Any], str]:
     """A metric by its name on the Hub (loaded, or in the cache), or by the path of its script, whose code runs."""
+    evaluate.config.HF_EVALUATE_OFFLINE |= constants.HF_HUB_OFFLINE  # by which the library asks no network
     with library_errors(
         f"the library evaluate cannot load the metric {place}",
-        "Without a network, it has to be in the cache of evaluate, or name the path of its script: ./my_metric.py.",
+        "Without a network, it has to be in the cache of evaluate. Or give the path of a script: ./my_metric.py.",
     ):
         metric = evaluate.load(place, keep_in_memory=True)
     features = metric.info.features
@@ -292,7 +296,7 @@ def _of_evaluate(place: str) -> tuple[Callable[..., Any], str]:
             warn_once(f"({place} of evaluate also returns {left_out}, which is no number and is left out)")
         return figures
 
-    return compute, f"evaluate {evaluate.__version__}:{Path(place).stem}|sha256:{_hash_of(type(metric))}"
+    return compute, f"evaluate {evaluate.__version__}:{Path(place).stem}|sha256:{_hash_of(place, type(metric))}"
 
 
 # Metrics by large models, whose packages are not needed otherwise

@@ -294,6 +294,12 @@ def test_compare_tests_own_metrics_whose_function_is_unchanged(own, evaluated, t
     for out in ("a.json", "b.json"):
         assert evaluated("--metrics", f"chrf,{name}", out=out)[0] == 0
     compare = ["a.json", "b.json", "--trials", "20", "--out", "ab.json"]
+    calls = len(own.CALLS)
+    assert cli.run("compare", compare) == 0
+    assert len(own.CALLS) == calls, "a report does not run code"
+    notes = json.loads((tmp_path / "ab.json").read_text())["splits"]["test"]["notes"]
+    assert notes == [f"{name} not tested: it would run code. If you trust this code, allow it: --metrics {name}"]
+    compare += ["--metrics", name]
     assert cli.run("compare", compare) == 0
     found = json.loads((tmp_path / "ab.json").read_text())["splits"]["test"]
     assert found["tests"]["bleu_of_mine"]["p"] == 1 and not found["notes"]
@@ -415,16 +421,19 @@ def test_a_script_of_the_library_evaluate_gives_its_own_figures(own, capfd):
     assert list(bootstrap_intervals(counted)) == ["share"]
 
 
-def test_a_metric_of_the_hub_that_cannot_be_loaded_is_one_message(monkeypatch, tmp_path):
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route")
+def test_a_metric_of_the_hub_that_is_not_in_the_cache_is_one_message_without_a_network(monkeypatch):
+    def asked(*args, **kwargs):
+        raise AssertionError("no network may be asked")
 
-    monkeypatch.setattr(evaluate.loading.HubEvaluationModuleFactory, "get_module", unreachable)
+    monkeypatch.setattr("socket.getaddrinfo", asked)
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as caught:
         compute_metrics(["evaluate:there_is_no_such_metric"], ["a"], [["a"]])
     assert str(caught.value).count("\n") == 0
     assert "cannot load the metric there_is_no_such_metric" in str(caught.value)
-    assert "it has to be in the cache of evaluate, or name the path of its script" in str(caught.value)
+    assert "it has to be in the cache of evaluate. Or give the path of a script" in str(caught.value)
+    assert "no network may be asked" not in str(caught.value) and evaluate.config.HF_EVALUATE_OFFLINE
 
 
 def test_comet_asks_the_package_in_another_interpreter_for_the_best_reference(tmp_path, monkeypatch):
