@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -186,17 +187,10 @@ def edit_distance(predicted: Sequence[str], expected: Sequence[str]) -> int:
     return int(row[-1])
 
 
-class _RougeTokens:
-    """The tokenizer object that RougeScorer needs."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return split_tokens(text)
-
-
 def count_rouge(predictions: Sequence[str], references: References) -> Statistics:
     """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L over `split_tokens`, without stemming."""
     names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, tokenizer=_RougeTokens())
+    scorer = RougeScorer(names, tokenizer=SimpleNamespace(tokenize=split_tokens))
     rows = [scorer.score_multi(row, guess) for guess, row in zip(predictions, references, strict=True)]
     return means(names, [[row[name].fmeasure for name in names] for row in rows])
 
@@ -275,9 +269,8 @@ def find_metrics(
         own = unused.pop(written, {}) | (unused.pop(name.figure, {}) if name else {})
         if written in METRICS:
             check_arguments(METRICS[written], 2, written, own)
-            found[written] = lambda texts, references, _, count=METRICS[written], own=own: count(
-                texts, references, **own
-            )
+            count = functools.partial(METRICS[written], **own)
+            found[written] = lambda texts, references, _, count=count: count(texts, references)
             continue
         if name is None or name.place in METRICS:
             known = [*METRICS, *BRIDGES]

@@ -114,18 +114,24 @@ class OwnMetric:
         return {key: _numbers(key, value, len(rows)) for key, value in named.items()} or _numbers(figure, {}, 1)
 
     def _row_at_fault(self, rows: Sequence[Row]) -> str:
-        started = time.monotonic()
+        """The first row with which it fails alone, where it does not with each."""
+        started, at_fault, is_ever_right = time.monotonic(), 0, False
         for number, row in enumerate(rows, start=1):
-            if time.monotonic() - started > MOST_SECONDS:
+            if (at_fault and is_ever_right) or time.monotonic() - started > MOST_SECONDS:
                 break
             try:
                 self.apply([row])
+                is_ever_right = True
             except MetricFault:
-                prediction, _, source = (excerpt(repr(text), 60) for text in row)
-                return (
-                    f" Row {number} of the predictions alone makes it fail: source {source}, prediction {prediction}."
-                )
-        return " No row alone makes it fail."
+                at_fault = at_fault or number
+        if not at_fault:
+            return " It fails with none of the rows alone."
+        if not is_ever_right:
+            return " It also fails with each row alone."
+        prediction, _, source = (excerpt(repr(text), 60) for text in rows[at_fault - 1])
+        return (
+            f" It also fails with row {at_fault} of the predictions alone: source {source}, prediction {prediction}."
+        )
 
 
 def _numbers(name: str, value: Any, rows: int) -> np.ndarray:
