@@ -21,11 +21,11 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.packed_rows import Packing, check_packing_fits, load_packed
 from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
-from diptych.finetune.model.loading import load_checkpoint
+from diptych.finetune.model.loading import load_checkpoint, load_model
 from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training import loop, set_up_run
-from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.recipe import TrainRecipe, parse_recipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.throughput import compile_layers
 
@@ -176,7 +176,7 @@ from transformers import AutoModelForSeq2SeqLM
 from diptych.data_prep.packing.fill_rows import pack
 from diptych.data_prep.packing.packed_row import Budget, assemble_row
 from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows
-from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.recipe import TrainRecipe, parse_recipe
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.batches.packed_rows import PackedRows, Packing
 from diptych.finetune.training.set_up_run import set_up
@@ -450,3 +450,24 @@ def test_only_the_first_step_compiles(family, recipe, packed_folder, monkeypatch
         losses.append([entry["loss"] for entry in figures(settings.out)])
     assert compiled_after and set(compiled_after) == {0}
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_recipe_of_t5gemma2_trains_its_text_weights_alone(checkpoint_of, packed_folder, tmp_path, capsys):
+    """On a small model: its vision tower is saved as it was."""
+    file = Path(loop.__file__).parents[1] / "recipes" / "t5gemma2.yaml"
+    places = [
+        "--model",
+        str(checkpoint_of("t5gemma2")),
+        "--data",
+        str(packed_folder(2)),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert run_recipe(parse_recipe(["--config", str(file), *places, "--max_steps", "2", "--metrics_limit", "1"])) == 0
+    assert "steps of 16 packed rows" in capsys.readouterr().out
+    before = dict(load_model(str(checkpoint_of("t5gemma2"))).named_parameters())
+    changed = {
+        name for name, weight in final_weights(tmp_path / "run").items() if not torch.equal(weight, before[name])
+    }
+    assert changed and not [name for name in changed if "vision" in name or "multi_modal" in name]
+    assert {name for name in before if "layers" in name and "vision" not in name} <= changed
