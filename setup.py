@@ -60,7 +60,9 @@ EXTRAS = {
     # The site of docs/: `make docs`.
     "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove,serve,gradio,ctranslate2,onnx,optimizers,sweep]",
+        "diptych[sentencepiece,demo,clean,datatrove,serve,gradio,ctranslate2,onnx,sweep]",
+        # optimizers without bitsandbytes, which prints a line wherever peft is imported; .ci/run tests it by itself
+        *("schedulefree>=1.4.1", "torch-optimi>=0.3.3"),
         "openai>=3.0",  # the client that serve is tested with
         "pytest>=9.2",
         "pytest-xdist>=3.8",

@@ -180,7 +180,8 @@ def carry_out(trial: optuna.Trial, settings: SweepSettings, recipe: Values, metr
         if stop:
             process.terminate()
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    code = (read_status(folder) or {}).get("exit_code", code)  # a launcher says 1, whatever happened
+    if code not in (DONE, STOPPED):  # a launcher says 1, whatever happened; a killed run could not say anything
+        code = (read_status(folder) or {}).get("exit_code") or code
     what = f"trial {trial.number + 1} of {settings.trials} | {shown}"
     if code == NOT_FINITE or (is_pruned and code == STOPPED and not stop):
         trial.study.tell(trial, state=State.PRUNED)

@@ -10,6 +10,7 @@ its share of a sharded one) one of them is killed, and the other must end by its
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -69,6 +70,8 @@ OPTIMIZERS = {
     "bf16": {"weights": "bf16", "precision": "bf16"},
 }
 """With what else resumes by numbers of its own."""
+if importlib.util.find_spec("bitsandbytes") is None:
+    del OPTIMIZERS["adamw_8bit"]
 CASES += [Case(1, "full", True, optimizer=name) for name in OPTIMIZERS if name != "adamw"]
 
 
