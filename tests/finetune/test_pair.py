@@ -247,6 +247,13 @@ def test_fewer_decoder_layers_are_evenly_spaced_and_their_price_is_said(donor, p
     assert losses["paired"] != losses["donor"] and "is_lossless" not in report["proof"]
 
 
+def test_the_layers_that_are_kept_keep_their_windows(donor, paired):
+    out, report = paired(donor("gemma 3"), "--decoder_layers", "3")
+    config = AutoModelForSeq2SeqLM.from_pretrained(out).config
+    assert report["layers"]["decoder_kept"] == [0, 2, 3]
+    assert (config.encoder.windowed_layers, config.decoder.windowed_layers) == ([0, 2], [0, 1])
+
+
 def test_tables_of_other_lengths_are_cut_or_filled(donor, paired, chat_tokenizer):
     longer = donor("qwen3", seed=1, vocab_size=len(chat_tokenizer) + 16)
     out, report = paired(longer, donor("qwen3"))
@@ -256,10 +263,12 @@ def test_tables_of_other_lengths_are_cut_or_filled(donor, paired, chat_tokenizer
     assert not model.config.tie_word_embeddings, "two donors have two tables worth keeping"
 
 
-def test_the_weights_keep_their_dtype_and_shards_have_an_index(donor, paired, tmp_path):
-    llm = AutoModelForCausalLM.from_pretrained(donor("llama"), dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["llama", "gemma 3", "granite", "phi 4"])
+def test_the_weights_keep_their_dtype_and_shards_have_an_index(name, donor, paired, tmp_path):
+    """No factor is multiplied into weights, which bfloat16 would round."""
+    llm = AutoModelForCausalLM.from_pretrained(donor(name), dtype=torch.bfloat16)
     llm.save_pretrained(tmp_path / "half")
-    AutoTokenizer.from_pretrained(donor("llama")).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(donor(name)).save_pretrained(tmp_path / "half")
     out, report = paired(tmp_path / "half", "--encoder_attention", "causal")
     model = AutoModelForSeq2SeqLM.from_pretrained(out)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

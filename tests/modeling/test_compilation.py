@@ -8,7 +8,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import EncoderDecoderCache, StaticCache
 
-SHALLOW = {"encoder": {"num_hidden_layers": 1}, "decoder": {"num_hidden_layers": 1}, "initializer_range": 0.2}
+ONE = {"num_hidden_layers": 1}
+SHALLOW = {"encoder": ONE, "decoder": ONE, "initializer_range": 0.2}
+GEMMA = {"norm_placement": "around", "norm_offset": 1.0, "embedding_multiplier": 3.0, "attention_softcap": 5.0}
+GEMMA |= {"attention_window": 3, "window_rope_theta": 10.0, "logits_softcap": 9.0, "initializer_range": 0.2}
+GEMMA |= {"encoder": ONE | {"windowed_layers": [0]}, "decoder": ONE | {"windowed_layers": [0]}}
+
+
+@pytest.fixture(params=[SHALLOW, GEMMA], ids=["plain", "gemma"])
+def shape(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +44,8 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def test_compiled_training_step_is_one_graph_and_matches_eager(build_model, batch, draw_tokens):
-    model = build_model(**SHALLOW).train()
+def test_compiled_training_step_is_one_graph_and_matches_eager(build_model, shape, batch, draw_tokens):
+    model = build_model(**shape).train()
     expected = model(**batch)
     expected.loss.backward()
     expected_gradients = gradients(model)
@@ -53,8 +62,8 @@ def test_compiled_training_step_is_one_graph_and_matches_eager(build_model, batc
 
 
 @torch.no_grad()
-def test_compiled_decoding_step_with_a_static_cache_is_one_graph_and_matches_eager(build_model, draw_tokens):
-    model = build_model(**SHALLOW)
+def test_compiled_decoding_step_with_a_static_cache_is_one_graph_and_matches_eager(build_model, shape, draw_tokens):
+    model = build_model(**shape)
     config, target = model.config.decoder, draw_tokens(2, 5, seed=1)
     encoded = model.get_encoder()(input_ids=draw_tokens(2, 7))
     expected = model(encoder_outputs=encoded, decoder_input_ids=target, use_cache=False).logits
@@ -75,8 +84,8 @@ def test_compiled_decoding_step_with_a_static_cache_is_one_graph_and_matches_eag
 
 
 @torch.no_grad()
-def test_exported_forward_matches_eager_for_other_batches_and_lengths(build_model, draw_tokens):
-    model = build_model(**SHALLOW)
+def test_exported_forward_matches_eager_for_other_batches_and_lengths(build_model, shape, draw_tokens):
+    model = build_model(**shape)
 
     def inputs(rows, source_tokens, target_tokens):
         mask = torch.ones(rows, source_tokens, dtype=torch.long)

@@ -67,6 +67,13 @@ def test_saved_and_loaded_is_the_same(model, batch, tmp_path):
 
 
 @torch.no_grad()
+def test_more_tokens_leave_the_tables_as_they_were(model, batch):
+    before = model(**batch).logits
+    model.resize_token_embeddings(60)
+    torch.testing.assert_close(model(**batch).logits[..., :53], before)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
 def test_other_kernels_compute_what_eager_attention_computes(
     implementation, build_model, block, batch, uncompiled_flex
