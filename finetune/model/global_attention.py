@@ -38,6 +38,7 @@ def attend_globally(model: PreTrainedModel | PeftModel, wanted: str | int = "aut
         where = f"{GLOBAL_TOKENS} in generation_config.json" if wanted == "auto" else "global_attention"
         raise UserError(f"{where} is {tokens!r}. Set it to first, none, or a number of tokens.")
     setattr(model.generation_config, GLOBAL_TOKENS, tokens)
+    model.generation_config._from_model_config = False  # else transformers would not read the number from the file
     if before is None:
         encoder.register_forward_pre_hook(_with_mask, with_kwargs=True)
     setattr(encoder, GLOBAL_TOKENS, tokens)

@@ -316,6 +316,8 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
     family = run.loaded.family
     if family is None or family.head(without_adapter(run.model)) is None:
         say(f"the head of {model_type} is not known apart: its logits are held in full, which takes memory")
+    if model_type == "nllb-moe" and run.model.config.num_experts > 2:
+        say("transformers 5.24 sends no token beyond the first two experts of an NLLB-MoE: see docs/families.md")
     if left_out := left_out_of_loss(run.model.config, recipe.label_smoothing):
         say(f"the loss leaves out {left_out}")
     if run.progress.step:

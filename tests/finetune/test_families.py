@@ -28,7 +28,7 @@ from diptych.data_prep.text_to_ids.templates import TEMPLATES
 from diptych.finetune.commands.cli import main
 from diptych.finetune.exporting import export_onnx
 from diptych.finetune.inspecting.doctor_checks import CHECKS
-from diptych.finetune.model.families import decoder_start_token, table_positions
+from diptych.finetune.model.families import FAMILIES, decoder_start_token, table_positions
 from diptych.finetune.model.global_attention import attend_globally
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.serving.request_batches import Decoding, Engine, Job, Piece
@@ -277,5 +277,9 @@ def test_tables_of_positions_are_as_long_as_is_said(family, new_model):
 
 def test_the_table_has_every_family_once_and_every_command():
     text = PAGE.read_text(encoding="utf-8")
-    assert re.findall(r"^\| `(\S+)` \|", text, re.MULTILINE) == list(family_configs(400))
+    first = text.partition("## Families that are not packed")[0]
+    assert re.findall(r"^\| `(\S+)` \|", first, re.MULTILINE) == list(family_configs(400))
     assert f"| family | {' | '.join(COLUMNS)} |" in text
+    assert NOT_PACKED.keys() == FAMILIES.keys() - set(PACKED)
+    for family, reason in NOT_PACKED.items():
+        assert f"| `{family}` | {reason} |" in text
