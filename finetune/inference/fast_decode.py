@@ -33,7 +33,15 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 from diptych.modeling import DiptychForConditionalGeneration
-from diptych.modeling.modeling_diptych import CACHE_NAME, DiptychAttention, DiptychDecoderLayer, rotate, source_ends
+from diptych.modeling.modeling_diptych import (
+    CACHE_NAME,
+    DiptychAttention,
+    DiptychDecoderLayer,
+    rotary_angles,
+    rotate,
+    source_ends,
+    windowed_layers,
+)
 
 ROOM = 64
 """Tokens that a cache grows by, at least."""
@@ -64,7 +72,6 @@ def can_decode_fast(model: PreTrainedModel, config: GenerationConfig, others: di
         # layer's class, accelerate's offloading its `forward`.
         all(type(it) is DiptychDecoderLayer and "forward" not in vars(it) for it in model.get_decoder().layers)
         and decoder._attn_implementation in ("sdpa", "eager")
-        and not decoder.windowed_layers  # the masks here are the same in all layers
         and decoder.attention_softcap is None  # which sdpa has not
         and decoder.rope_parameters["rope_type"] not in ("dynamic", "longrope")  # which change with the length
         and mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -230,7 +237,10 @@ class DecoderStep:
         decoder_mask: torch.Tensor | None,
     ):
         self.decoder, self.lm_head, self.finished_logits = model.get_decoder(), model.lm_head, model.finished_logits
-        self.is_merged = model.config.decoder.cross_attention == "merged"
+        config = model.config.decoder
+        self.is_merged = config.cross_attention == "merged"
+        self.window, self.windowed = config.attention_window, windowed_layers(config)
+        self.source_positions = encoder_outputs.position_ids if self.is_merged else None
         target, source = (
             [torch.stack((layer.keys, layer.values)) for layer in side.layers]
             for side in (cache.self_attention_cache, cache.cross_attention_cache)
@@ -255,13 +265,14 @@ class DecoderStep:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Doubles the room for the target, and makes cos and sin of its positions, (B or 1, L, E)."""
+        """Doubles the room for the target, and makes cos and sin of its positions, (B or 1, L, E), for windowed layers
+        and for others."""
         more = max(ROOM, self.length)
         self.own = [F.pad(each, (0, 0, 0, more)) for each in self.own]
         if self.own_mask is not None:
             self.own_mask = F.pad(self.own_mask, (0, more))
         new = torch.arange(self.own[0].shape[3] - self.first)
-        self.cos, self.sin = self.decoder.rotary_emb(self.own[0], self.position + new)
+        self.angles = rotary_angles(self.decoder, self.own[0], self.position + new)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all other rows."""
@@ -270,8 +281,11 @@ class DecoderStep:
             self.own_mask = self.own_mask[rows]
         if self.cross_mask is not None:
             self.cross_mask = self.cross_mask[rows]
+        if self.is_merged:
+            self.source_positions = self.source_positions[rows]
         if len(self.position) > 1:
-            self.position, self.cos, self.sin = self.position[rows], self.cos[rows], self.sin[rows]
+            self.position = self.position[rows]
+            self.angles = {kind: tuple(part[rows] for part in both) for kind, both in self.angles.items()}
 
     def forget(self, tokens: int) -> None:
         """Drops the last tokens, which were guessed wrong."""
@@ -286,13 +300,14 @@ class DecoderStep:
         if self.steps == PACKED_AFTER and tokens.numel() >= PACKED_FROM.get(self.own[0].dtype, math.inf):
             self._pack()
         place = self.length - self.first
-        rotation = self.cos[:, place : place + new], self.sin[:, place : place + new]
         self.length += new
-        own_mask = None if self.own_mask is None else self.own_mask[..., : self.length]
+        kinds = set(self.windowed)
+        rotations = {kind: tuple(part[:, place : place + new] for part in self.angles[kind]) for kind in kinds}
+        masks = {kind: self._mask(new, kind) for kind in kinds}
         hidden = self.decoder.embed_tokens(tokens.flatten())
-        for index, layer in enumerate(self.decoder.layers):
+        for index, (layer, kind) in enumerate(zip(self.decoder.layers, self.windowed, strict=True)):
             normed = layer.input_layernorm(hidden)
-            attended = self._write_and_attend(index, layer.self_attn, normed, rotation, own_mask)
+            attended = self._write_and_attend(index, layer.self_attn, normed, rotations[kind], masks[kind])
             hidden = layer.add(hidden, attended, layer.attention_output_layernorm)
             if not self.is_merged:
                 attention, normed = layer.cross_attn, layer.cross_attention_layernorm(hidden)
@@ -303,6 +318,26 @@ class DecoderStep:
             gated = mlp.act_fn(self._project(mlp.gate_proj, normed)) * self._project(mlp.up_proj, normed)
             hidden = layer.add(hidden, self._project(mlp.down_proj, gated), layer.mlp_output_layernorm)
         return self.finished_logits(self._project(self.lm_head, self.decoder.norm(hidden)))
+
+    def _mask(self, new: int, is_windowed: bool) -> torch.Tensor | None:
+        """What is added to the scores of the next tokens, (…, 1 or G × T, L); None if they see all keys so far."""
+        padding = None if self.own_mask is None else self.own_mask[..., : self.length]
+        if new == 1 and not is_windowed:
+            return padding
+        places = torch.arange(self.length)
+        away = places[-new:, None] - places  # (T, L)
+        if is_windowed and self.is_merged:  # by positions, since padding may stand between source and target
+            positions = self.position + places[-new:] - self.first
+            source = positions[:, :, None] - self.source_positions[:, None]
+            own = away[:, source.shape[2] :].expand(len(source), -1, -1)
+            away = torch.cat((source, own), dim=2)[:, None]  # (B, 1, T, L)
+        forbidden = away < 0
+        if is_windowed:
+            forbidden = forbidden | (away >= self.window)
+        mask = torch.zeros(away.shape, dtype=self.own[0].dtype).masked_fill(forbidden, -torch.inf)
+        if new > 1:  # for each query head of a key head
+            mask = torch.cat([mask] * self.decoder.layers[0].self_attn.num_key_value_groups, dim=-2)
+        return mask if padding is None else mask + padding
 
     def _write_and_attend(
         self,
@@ -320,10 +355,6 @@ class DecoderStep:
         own = self.own[index]
         own[0, :, :, self.length - new : self.length] = key
         own[1, :, :, self.length - new : self.length] = self._heads(attention, attention.v_proj, normed, new)
-        if new > 1:  # causal among the new tokens, for each query head of a key head
-            ahead = torch.full((new, self.length), -torch.inf, dtype=normed.dtype).triu(self.length - new + 1)
-            ahead = ahead.repeat(attention.num_key_value_groups, 1)
-            mask = ahead if mask is None else mask + ahead
         return self._attend(attention, query, own[:, :, :, : self.length], mask)
 
     def _heads(

@@ -77,6 +77,7 @@ def set_attention(model: PreTrainedModel, wanted: str, precision: str, device: t
         can_varlen = can_varlen and family.gpu_varlen and precision != "fp32" and not model.config.attention_dropout
     usable = set(family.attentions if family and is_packed else ("eager", "sdpa", "flex_attention", VARLEN))
     usable -= set() if can_varlen else {VARLEN}
+    usable -= set() if model._supports_sdpa else {"sdpa"}  # such as models whose scores are capped
     usable -= {"flex_attention"} if device.type == "cpu" else set()  # torch 2.13 has no backward pass of it there
     if wanted not in ("auto", *usable):
         raise UserError(

@@ -61,6 +61,13 @@ CONFIGS = {
         "qk_norm": True,
         "joint_qk_norm": True,
     },
+    "windows": {"attention_window": 4, "decoder": {"num_hidden_layers": 3, "windowed_layers": [0, 2]}},
+    "merged, windows with positions of their own": {
+        "cross_attention": "merged",
+        "attention_window": 4,
+        "window_rope_theta": 10.0,
+        "decoder": {"num_hidden_layers": 3, "windowed_layers": [0, 2]},
+    },
     "multipliers": {"attention_multiplier": 0.4, "residual_multiplier": 0.5, "logits_divisor": 2.0},
     "a part of each head turns": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
@@ -252,8 +259,6 @@ def test_what_it_cannot_do_is_left_to_generate():
     dynamic = make({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}})
     assert not can_decode_fast(dynamic, config, {})
     assert not can_decode_fast(make({"attention_softcap": 5.0}), config, {})
-    windowed = {"num_hidden_layers": 3, "windowed_layers": [0]}
-    assert not can_decode_fast(make({"attention_window": 3, "decoder": windowed}), config, {})
     add_hook_to_module(model.get_decoder().layers[0], ModelHook())  # as accelerate does for what it offloads
     assert not can_decode_fast(model, config, {})
 

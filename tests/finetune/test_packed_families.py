@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_families import PACKED
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing.packed_row import Budget, assemble_row
 from diptych.finetune.batches.packed_rows import pack_examples, packed_batch
 from diptych.finetune.batches.padded_rows import pad_batch
@@ -16,6 +17,7 @@ from diptych.finetune.model.adapters import add_adapter
 from diptych.finetune.model.families import FAMILIES, decoder_start_token, family_of
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.model.packed_attention import VARLEN, boundaries, register_varlen
+from diptych.finetune.training.training_batches import set_attention
 
 CASES = [
     (family, attention)
@@ -115,6 +117,15 @@ def test_a_diptych_with_blocks_of_other_llms_trains_on_packed_rows(
     batch = pad_batch(eight_prepared_rows, 0, decoder_start_token(model))
     expected = model.eval()(**batch, num_items_in_batch=1).loss
     torch.testing.assert_close(Seq2SeqObjective(model).eval()(batch, 1), expected)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_attention_that_cannot_cap_scores_is_refused_for_a_model_that_does(is_packed, new_model):
+    model = new_model("diptych", attention_softcap=5.0)
+    with pytest.raises(UserError, match="attention is sdpa, which cannot compute .* choose from: eager"):
+        set_attention(model, "sdpa", "fp32", torch.device("cpu"), is_packed)
+    set_attention(model, "auto", "fp32", torch.device("cpu"), is_packed)
+    assert model.config._attn_implementation == "eager"
 
 
 def rows_that_share(rows: list[dict]) -> list[dict]:
