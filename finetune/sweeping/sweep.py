@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import pandas
@@ -161,50 +161,66 @@ def carry_out(trial: optuna.Trial, settings: SweepSettings, recipe: Values, metr
     file, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     write_text(file, yaml.safe_dump(recipe | trial.params | {"out": str(folder)}, sort_keys=False))
     launcher = shlex.split(settings.launcher) or [sys.executable, "-m", "diptych.finetune.train"]
-    shown = ", ".join(f"{name} {_shown(value)}" for name, value in trial.params.items())
     with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen([*launcher, "--config", file, "--resume", "true"], stdout=stream, stderr=stream)
-    is_pruned = False
-    seen: dict[int, float] = {}
-    while True:
-        code = process.poll()
-        for step, value in evaluations(folder, metric).items():
-            if step not in seen:
-                seen[step] = value
-                trial.report(value, step)
-                if code is None and not is_pruned and trial.should_prune():
-                    is_pruned = True
-                    process.terminate()
-        if code is not None:
-            break
-        if stop:
-            process.terminate()
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-    if code not in (DONE, STOPPED):  # a launcher says 1, whatever happened; a killed run could not say anything
-        code = (read_status(folder) or {}).get("exit_code") or code
-    what = f"trial {trial.number + 1} of {settings.trials} | {shown}"
-    if code == NOT_FINITE or (is_pruned and code == STOPPED and not stop):
+    watched = watch(process, trial, folder, metric, stop)
+    code, figures = watched.exit_code, watched.figures
+    what = f"trial {trial.number + 1} of {settings.trials} | "
+    what += ", ".join(f"{name} {_shown(value)}" for name, value in trial.params.items())
+    if code == NOT_FINITE or (watched.is_pruned and code == STOPPED and not stop):
         trial.study.tell(trial, state=State.PRUNED)
-        last = f"stopped after step {max(seen)}: {metric} {seen[max(seen)]:.4g}" if is_pruned else "no finite loss"
+        last = f"stopped early at {metric} {figures[max(figures)]:.4g}" if watched.is_pruned else "no finite loss"
         print(f"{what} | {last}", flush=True)
         return DONE
+    if code != DONE and stop:
+        print(f"diptych sweep: stopped by {stop[0]}. Run the same command to go on.", file=sys.stderr)
+        return STOPPED
     if code != DONE:
-        if stop:
-            print(f"diptych sweep: stopped by {stop[0]}. Run the same command to go on.", file=sys.stderr)
-            return STOPPED
         said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
         print(f"diptych sweep: {what} ended with exit code {code}; {log} ends with:\n{said}", file=sys.stderr)
         return code
-    if not seen:
+    if not figures:
         raise UserError(f"{folder} has no evaluations: prepare the data with a validation split, by which to choose.")
     best = None
-    for value in seen.values():
+    for value in figures.values():
         best = value if is_improvement(metric, value, best) else best
     earlier = [it.value for it in trial.study.get_trials(states=[State.COMPLETE])]
     trial.study.tell(trial, best)
     is_best = all(is_improvement(metric, best, value) for value in earlier)
     print(f"{what} | {metric} {best:.4g}{' | best so far' * is_best}", flush=True)
     return DONE
+
+
+class Watched(NamedTuple):
+    """How the process of a trial ended."""
+
+    exit_code: int
+    figures: dict[int, float]
+    """Step -> the figure of its evaluation."""
+    is_pruned: bool
+    """Whether it was told to stop because others were better."""
+
+
+def watch(process: subprocess.Popen, trial: optuna.Trial, folder: Path, metric: str, stop: list[str]) -> Watched:
+    """Reports each evaluation to the study. Tells the process to stop if the study, or a signal, says so."""
+    figures: dict[int, float] = {}
+    is_pruned, code = False, None
+    while code is None:
+        code = process.poll()
+        for step, value in evaluations(folder, metric).items():
+            if step not in figures:
+                figures[step] = value
+                trial.report(value, step)
+                if code is None and not is_pruned and trial.should_prune():
+                    is_pruned = True
+                    process.terminate()
+        if code is None:
+            if stop:
+                process.terminate()
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    if code not in (DONE, STOPPED):  # a launcher says 1, whatever happened; a killed run could not say anything
+        code = (read_status(folder) or {}).get("exit_code") or code
+    return Watched(code, figures, is_pruned)
 
 
 def evaluations(folder: Path, metric: str) -> dict[int, float]:

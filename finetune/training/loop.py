@@ -157,7 +157,8 @@ def add_up_gradients(run: Run, step: StepRows) -> tuple[float, list[torch.Tensor
             with run.autocast():
                 share = run.objective(tensors, step.target_tokens)
             # The shares of all ranks add up to the loss, but DDP and FSDP take the mean over the ranks.
-            accelerator.backward(run.scaler.scale(share * accelerator.num_processes))
+            if share.requires_grad:  # not where layer drop left out all layers that have adapters
+                accelerator.backward(run.scaler.scale(share * accelerator.num_processes))
         shares.append(share.detach())
     asked = shares[0].new_tensor(float(bool(run.stop.reason)))
     with run.ranks.waiting_for(f"the loss of step {run.progress.step + 1}"):

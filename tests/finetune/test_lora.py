@@ -562,3 +562,12 @@ def test_ranks_by_layer_and_left_out_modules_are_kept(checkpoint_of, tmp_path):
     assert saved["r"] == 4 and saved["rank_pattern"] == {"fc1": 6}
     assert not any("fc2" in name for name in load_file(tmp_path / ADAPTER_WEIGHTS))
     assert_close(logits(AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path).eval()), logits(model))
+
+
+def test_a_step_without_a_layer_that_is_trained_changes_nothing(short_run, training_folder, new_model, tmp_path):
+    """M2M100 leaves out layers at random; with these rates always all of them."""
+    new_model("m2m_100", encoder_layerdrop=1.0, decoder_layerdrop=1.0).save_pretrained(tmp_path / "base")
+    settings = short_run(data=str(training_folder), model=str(tmp_path / "base"), method="lora", max_steps=2)
+    assert run_recipe(settings) == 0
+    trained = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    assert all(not weight.any() for name, weight in trained.items() if "lora_B" in name)
