@@ -374,7 +374,6 @@ FAMILIES = {
         final_norm=None,
         attentions=(),
         lora_targets=(*LONGFORMER_LAYERS, *sorted(GLOBAL_LAYERS)),
-        uses_all_weights=False,  # a batch without rows has no token that attends globally
     ),
     "bigbird_pegasus": bart(final_norm="layernorm_embedding", attentions=(), lora_targets=LONGFORMER_LAYERS),
     "pegasus_x": Family(BART_LAYERS, final_norm="layer_norm", attentions=()),

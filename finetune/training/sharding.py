@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.model.loss import Seq2SeqObjective
 
 
@@ -35,6 +36,11 @@ def spread(objective: Seq2SeqObjective, sharding: str, accelerator: Accelerator)
         # DDP must look for them, or it waits forever.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=not objective.uses_all_weights)
         return accelerator.prepare(objective)
+    if objective.family is not None and not objective.family.uses_all_weights:
+        raise UserError(
+            f"sharding is full, but torch's FSDP2 needs a gradient of every weight on each rank, and the experts of a "
+            f"{objective.model.config.model_type} may get no token there. Set sharding: none."
+        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # of weights whose gradients are changed (adapters.py: only the new rows of a table are trained)
     named = objective.named_parameters()

@@ -90,3 +90,21 @@ def test_a_decoder_that_is_deeper_than_its_encoder_generates(new_model, tiny_tok
             torch.tensor(sources), max_new_tokens=6, do_sample=False, use_cache=False, **settings
         )
         assert list(found.ids) == expected[0, 1:].tolist()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_checkpointed_layers_give_the_same_gradients(family, new_model, eight_prepared_rows):
+    """The routers' logits come out of layers that are computed twice."""
+    found = []
+    for is_checkpointed in (False, True):
+        model = new_model(family, router_aux_loss_coef=0.5).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = Seq2SeqObjective(model).train()(pad_batch(eight_prepared_rows, 0, decoder_start_token(model)), 50)
+        loss.backward()
+        found.append((loss, {name: weight.grad for name, weight in model.named_parameters()}))
+    (loss, gradients), (other, others) = found
+    torch.testing.assert_close(other, loss)
+    assert sum("router" in name and gradient is not None for name, gradient in gradients.items()) == 2
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)

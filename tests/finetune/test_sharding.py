@@ -29,7 +29,7 @@ def train(nursery, training_folder, checkpoint_of, tmp_path):
     """`train("run", ranks, …)`: a short run, sharded if there are several ranks; its folder. The epsilon is one with
     which a step is in proportion to its gradient, so that sums in another order stay together (test_train.py)."""
 
-    def start(name: str, ranks: int, family="t5", die_at=None, codes=(0, 0), **changes) -> Path:
+    def start(name: str, ranks: int, family="t5", die_at=None, codes=(0, 0), is_sharded=True, **changes) -> Path:
         settings = {
             "model": str(checkpoint_of(family)),
             "data": str(training_folder),
@@ -56,7 +56,7 @@ def train(nursery, training_folder, checkpoint_of, tmp_path):
         ended = [process.wait(DEADLINE) for process in processes]
         said = "\n".join(Path(f"{log}.{rank}").read_text() for rank in range(ranks))
         assert ended == list(codes[:ranks]), said
-        assert (", sharded |" in said) == (ranks > 1), said
+        assert (", sharded |" in said) == (ranks > 1 and is_sharded), said
         return tmp_path / name
 
     return start
@@ -112,7 +112,8 @@ CHANGES = {
     "schedule_free": {"optimizer": "schedule_free", "schedule": "constant"},
     "ema": {"ema": 0.9},
     "dora": {"method": "lora", "lora_variant": "dora"},
-    "not in families.py": {"family": "longt5"},
+    "padded": {"family": "longt5"},
+    "global attention": {"family": "led"},
 }
 
 
@@ -132,6 +133,12 @@ def test_what_is_rounded_to_bf16_is_nearly_the_same_sharded(changes, train):
     alone, shared = (train(name, ranks, **changes) for name, ranks in (("alone", 1), ("shared", 2)))
     for values, expected in zip(figures(shared, "loss"), figures(alone, "loss"), strict=True):
         assert values == pytest.approx(expected, rel=2e-2)
+
+
+def test_experts_are_not_sharded(train, tmp_path):
+    """torch's FSDP2 would exchange gradients of other sizes on each rank, and die or hang."""
+    train("shared", 2, family="switch_transformers", codes=(2, 2), is_sharded=False)
+    assert "experts of a switch_transformers may get no token" in (tmp_path / "shared.log.0").read_text()
 
 
 def test_packed_rows_are_the_same_sharded(train, packed_folder):
