@@ -22,7 +22,14 @@ HERE = {
     "betas": "adam_beta1 adam_beta2 adam_betas beta1 beta2",
     "epsilon": "adam_epsilon adam_eps eps",
     "weight_decay": "wd",
-    "schedule": "lr_scheduler_type lr_scheduler scheduler scheduler_type lr_scheduler_kwargs",
+    "schedule": "lr_scheduler_type lr_scheduler scheduler scheduler_type",
+    "schedule_settings": "lr_scheduler_kwargs",
+    "optimizer": "optim",
+    "optimizer_settings": "optim_args",
+    "neftune": "neftune_noise_alpha",
+    "ema": "ema_decay use_ema",
+    "run_name": "wandb_run_name",
+    "project": "wandb_project trackio_*",
     "warmup_steps warmup_ratio": "num_warmup_steps lr_warmup_steps warmup",
     "max_grad_norm": "max_norm clip_grad_norm gradient_clipping grad_clip gradient_clip_val",
     "label_smoothing": "label_smoothing_factor",
@@ -35,7 +42,7 @@ HERE = {
     "compile": "torch_compile torch_compile_backend torch_compile_mode",
     "packed packing": "packing eval_packing packing_strategy pack group_texts padding_free",
     "group_by_length": "train_sampling_strategy length_column_name sortish_sampler",
-    "trackers": "report_to log_with tracker wandb use_wandb run_name project trackio_*",
+    "trackers": "report_to log_with tracker wandb use_wandb",
     "logging_every": "logging_steps log_steps log_every log_interval logging_strategy logging_first_step",
     "eval_every": "eval_steps eval_strategy evaluation_strategy eval_interval eval_delay eval_on_start",
     "save_every": "save_steps save_strategy checkpointing_steps save_interval",
@@ -104,8 +111,7 @@ OTHERWISE = {
     f"{PREPARED} under splits.": "validation_file eval_file dev_file eval_dataset dataset_test_split test_file "
     "test_data test_size validation_split_percentage val_set_size validation_split eval_split max_train_samples "
     "max_eval_samples max_predict_samples max_samples",
-    "The optimizer is AdamW; betas, epsilon and weight_decay are its settings.": "optim optimizer optim_args "
-    "optim_target_modules",
+    "Which weights are trained is said by method, trainable and lora_targets.": "optim_target_modules",
     "Validation is greedy; `diptych evaluate` takes num_beams.": "generation_num_beams beams beam_size",
     "`diptych generate` takes any argument of transformers' generate: --generation.NAME.": "generation_config "
     "generate_kwargs top_p top_k repetition_penalty length_penalty no_repeat_ngram_size",
@@ -127,7 +133,7 @@ OTHERWISE = {
     "A run always says the same, and writes it to metrics.jsonl; nothing is to be set.": "log_level "
     "log_level_replica log_on_each_node logging_nan_inf_filter disable_tqdm skip_memory_metrics verbose "
     "include_num_input_tokens_seen include_tokens_per_second",
-    "Diptych has nothing of the kind.": "neftune_noise_alpha use_liger_kernel liger_kernel_config loss_type use_cache "
+    "Diptych has nothing of the kind.": "use_liger_kernel liger_kernel_config loss_type use_cache "
     "activation_offloading",
     "Code in a checkpoint is never run, and what concerns the Hub is huggingface_hub's (HF_TOKEN, HF_HOME).": ""
     "trust_remote_code token use_auth_token cache_dir model_revision revision use_fast_tokenizer",

@@ -84,10 +84,10 @@ class TrainRecipe:
     warmup_ratio: float = field(default=0.0, metadata={"instead_of": ("warmup_steps",)})
     """The same as a share of all steps, 0 to 1."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "muon", "schedule_free"] = "adamw"
-    """adamw_8bit: AdamW's means in 8 bits, 2 bytes per weight instead of 8 (pip install bitsandbytes). adafactor:
-    T5's, which keeps almost nothing; learning rates of about 1e-3. muon: orthogonal updates of matrices, and AdamW for
-    all other weights, with AdamW's learning rates. schedule_free: AdamW that needs no decay of the learning rate, and
-    can end at any step (pip install schedulefree)."""
+    """How weights are updated. adamw_8bit: AdamW's means in 8 bits, 2 bytes per weight instead of 8 (pip install
+    bitsandbytes). adafactor: T5's, which keeps almost nothing; learning rates of about 1e-3. muon: orthogonal updates
+    of matrices, AdamW for all other weights, with AdamW's learning rates. schedule_free: AdamW that needs no decay of
+    the learning rate, and can end at any step (pip install schedulefree)."""
     optimizer_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the optimizer's class: {momentum: 0.9} of muon, {scale_parameter: true} of adafactor, {r: 0.5} of
     schedule_free. Of muon they are for the matrices."""

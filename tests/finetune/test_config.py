@@ -62,7 +62,7 @@ def test_every_field_says_what_it_does(capsys):
         (["--num_train_epochs", "1"], "Here it is --epochs: "),
         (["--per-device-train-batch-size", "8"], "Here it is --batch_size: "),
         (["--gradient_accumulation", "8"], "Here it is --gradient_accumulation_steps: "),
-        (["--optim", "adamw_torch"], "The optimizer is AdamW; betas, epsilon and weight_decay"),
+        (["--optim", "adamw_torch"], "Here it is --optimizer: How weights are updated"),
         (["--report_to", "wandb"], "Here it is --trackers: "),
         (["--output_dir", "o"], "Here it is --out: "),
         (["--bf16"], "Here it is --precision bf16: "),
