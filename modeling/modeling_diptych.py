@@ -348,13 +348,16 @@ class DiptychLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DiptychPanelConfig, **attentions: DiptychAttention):
         super().__init__()
-        for name, attention in attentions.items():  # first: fresh weights are drawn in the order of the modules
+        # Fresh weights are drawn, and optimizers' states are numbered, in this order.
+        for name, attention in attentions.items():
             self.add_module(name, attention)
         self.mlp = DiptychMLP(config)
         self.input_layernorm = input_norm(config)
-        self.attention_output_layernorm = output_norm(config)
+        if "cross_attn" in attentions:
+            self.cross_attention_layernorm = input_norm(config)
+            self.cross_attention_output_layernorm = output_norm(config)
         self.post_attention_layernorm = input_norm(config)  # Llama's name of the one before the feed-forward network
-        self.mlp_output_layernorm = output_norm(config)
+        self.attention_output_layernorm, self.mlp_output_layernorm = output_norm(config), output_norm(config)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.residual_multiplier = config.residual_multiplier
 
@@ -395,9 +398,6 @@ class DiptychDecoderLayer(DiptychLayer):
             attentions["cross_attn"] = DiptychCrossAttention(config, layer_idx)
         super().__init__(config, **attentions)
         self.layer_idx, self.is_merged = layer_idx, is_merged
-        if not is_merged:
-            self.cross_attention_layernorm = input_norm(config)
-            self.cross_attention_output_layernorm = output_norm(config)
 
     def forward(
         self,

@@ -5,8 +5,8 @@
     write_weights(origins, folder, torch.bfloat16)                        # one shard at a time is in memory
 
 Diptych's blocks are Llama's, with switches for what other LLMs have more (DONORS), and with Llama's weight names. With
-merged cross-attention and a causal encoder the result computes what the donor
-computes on source and target in one row; to initialise both panels from one LLM is T5Gemma's idea (arXiv 2504.06225).
+merged cross-attention and a causal encoder the result computes what the donor computes on source and target in a row;
+to initialise both panels from one LLM is T5Gemma's idea (arXiv 2504.06225).
 """
 
 import copy

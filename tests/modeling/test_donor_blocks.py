@@ -59,6 +59,13 @@ def test_each_block_changes_what_is_computed(model, block, batch, build_model):
     assert not torch.allclose(plain(**batch).logits, model(**batch).logits, atol=1e-2)
 
 
+def test_weights_of_a_plain_layer_stand_in_the_order_that_saved_optimizer_states_have(build_model, hinge):
+    names = [name.split(".")[0] for name, _ in build_model().get_decoder().layers[0].named_parameters()]
+    expected = ["self_attn", "cross_attn", "mlp", "input_layernorm", "cross_attention_layernorm"]
+    expected = [name for name in expected if hinge == "separate" or "cross" not in name]
+    assert list(dict.fromkeys(names)) == [*expected, "post_attention_layernorm"]
+
+
 @torch.no_grad()
 def test_saved_and_loaded_is_the_same(model, batch, tmp_path):
     model.save_pretrained(tmp_path)
