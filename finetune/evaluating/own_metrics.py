@@ -101,7 +101,7 @@ class OwnMetric:
             result = self.function(predictions, [[*row] for row in references], sources, **self.settings)
         except MetricFault:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if is_out_of_memory(error):
                 raise
             last = traceback.extract_tb(error.__traceback__)[-1]
@@ -140,14 +140,14 @@ def _numbers(name: str, value: Any, rows: int) -> np.ndarray:
         if value is None or isinstance(value, str | bytes) or "/" in name:
             raise TypeError
         numbers = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise MetricFault(f"returned no number for {name}: {excerpt(repr(value), 60)}.") from None
     if numbers.shape not in ((), (rows,)):
         raise MetricFault(
             f"returned {numbers.shape} numbers for {name}; it must be one, or one for each of {rows} rows."
         )
-    if not np.isfinite(numbers).all():
-        raise MetricFault(f"returned no number for {name}: {numbers[~np.isfinite(numbers)].flat[0]}.")
+    if not np.isfinite(numbers.sum(initial=0.0) * 1e6):  # also what is too large to be added up
+        raise MetricFault(f"returned no number for {name}: {numbers.flat[np.abs(numbers).argmax()]}.")
     return numbers
 
 

@@ -12,7 +12,9 @@ A trial is a process of its own: `diptych train`, or what `launcher` says. Optun
 Its seed depends on the number of earlier trials, so a sweep that was stopped tries what an undisturbed one would.
 """
 
+import itertools
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -29,10 +31,11 @@ import pandas
 import yaml
 
 from diptych.data_prep.command_line.arguments import from_values, instead_of
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.data_prep.command_line.overwrite_checks import take_lock
 from diptych.data_prep.rows.named_splits import kind_of
 from diptych.finetune.commands.exit_codes import DONE, NOT_FINITE, STOPPED
+from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.metrics import is_improvement, selected_figure
 from diptych.finetune.run_files.atomic_folders import write_text
 from diptych.finetune.run_files.run_folder import last_training, read_status
@@ -41,6 +44,7 @@ from diptych.finetune.training.recipe import TrainRecipe
 
 State = optuna.trial.TrialState
 SECONDS_BETWEEN_LOOKS = 0.5
+THE_SAME = "out resume stages metrics metric_settings metrics_limit best_metric trackers debug".split()
 LAST_LINES = 4
 Values = dict[str, Any]
 
@@ -63,6 +67,8 @@ def run(settings: SweepSettings) -> int:
             return code
         write_results(study, settings, recipe)
     print(f"\n{table(study).to_string(index=False)}")
+    if not study.get_trials(states=[State.COMPLETE]):
+        raise UserError(f"no trial has come to its end: each was not possible, or diverged. See {out}/trial-*.log.")
     print(f"\nbest recipe: {out / 'best.yaml'} | {out / 'sweep.png'}")
     return DONE
 
@@ -79,12 +85,15 @@ def read_recipe(settings: SweepSettings) -> Values:
 
 
 def as_distribution(name: str, given: Any) -> optuna.distributions.BaseDistribution:
-    """UserError for what is neither a list of values nor a range."""
+    """UserError for what is neither a list of values nor a range, and for a setting that must be the same in all."""
+    if name in THE_SAME:
+        raise UserError(f"search names {name}, which has to be the same in all trials. Set it in the recipe.")
     try:
         if isinstance(given, list):
             return optuna.distributions.CategoricalDistribution(given)
         kinds = optuna.distributions.IntDistribution, optuna.distributions.FloatDistribution
-        is_whole = all(isinstance(given[end], int) for end in ("low", "high"))
+        is_real = isinstance(getattr(TrainRecipe, name, None), float)
+        is_whole = not is_real and all(isinstance(given[end], int) for end in ("low", "high"))
         return kinds[not is_whole](**given)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
@@ -94,18 +103,23 @@ def as_distribution(name: str, given: Any) -> optuna.distributions.BaseDistribut
 
 
 def check_values(recipe: Values, ranges: dict[str, Any], out: Path) -> str:
-    """The metric by which trials are compared. UserError where the recipe would be refused with an end of a range."""
-    checked = None
-    for end in ("low", "high"):
-        values = {name: getattr(it, end, None) for name, it in ranges.items()}
-        for name, it in ranges.items():
-            for value in getattr(it, "choices", (values[name],)):
-                checked = from_values(TrainRecipe, recipe | values_of(values, ranges) | {name: value, "out": str(out)})
+    """The metric by which trials are compared. UserError where the recipe would be refused with an end of a range, or
+    with all values of a list; what is not possible together is left out later."""
+    first = {name: it.choices[0] if hasattr(it, "choices") else it.low for name, it in ranges.items()}
+    checked, refused = None, None
+    for name, it in ranges.items():
+        is_possible = False
+        for value in getattr(it, "choices", None) or (it.low, it.high):
+            try:
+                checked = from_values(TrainRecipe, recipe | first | {name: value, "out": str(out)})
+                is_possible = True
+            except UserError as error:
+                if not hasattr(it, "choices"):
+                    raise
+                refused = error
+        if not is_possible:
+            raise refused
     return checked.best_metric
-
-
-def values_of(values: Values, ranges: dict[str, Any]) -> Values:
-    return {name: it.choices[0] if hasattr(it, "choices") else values[name] for name, it in ranges.items()}
 
 
 def open_study(settings: SweepSettings, recipe: Values, ranges: dict[str, Any], metric: str) -> optuna.Study:
@@ -114,7 +128,7 @@ def open_study(settings: SweepSettings, recipe: Values, ranges: dict[str, Any], 
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
         study_name="sweep",
-        direction="minimize" if is_improvement(metric, 0.0, 1.0) else "maximize",
+        direction="minimize" if is_better(recipe, metric, 0.0, 1.0) else "maximize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4) if settings.prune else optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
@@ -126,6 +140,8 @@ def open_study(settings: SweepSettings, recipe: Values, ranges: dict[str, Any], 
         own = {name: recipe[name] for name, it in ranges.items() if name in recipe and _is_within(recipe[name], it)}
         if own:
             study.enqueue_trial(own)
+        for values in grid(ranges):
+            study.enqueue_trial(values, skip_if_exists=True)
     elif before != json.loads(json.dumps(fixed)):
         changed = [name for name in fixed if before.get(name) != json.loads(json.dumps(fixed[name]))]
         raise UserError(
@@ -142,6 +158,15 @@ def _is_within(value: Any, of: Any) -> bool:
         return False
 
 
+def grid(ranges: dict[str, Any]) -> list[Values]:
+    """All combinations, if only lists of values are given: each is tried once. Otherwise none."""
+    if not all(hasattr(it, "choices") for it in ranges.values()):
+        return []
+    return [
+        dict(zip(ranges, values, strict=True)) for values in itertools.product(*(it.choices for it in ranges.values()))
+    ]
+
+
 def due_trials(study: optuna.Study, settings: SweepSettings, ranges: dict[str, Any]) -> Iterator[optuna.Trial]:
     """First those that were cut, then new ones."""
     for frozen in study.get_trials(deepcopy=False, states=[State.RUNNING]):
@@ -149,7 +174,8 @@ def due_trials(study: optuna.Study, settings: SweepSettings, ranges: dict[str, A
             yield optuna.Trial(study, frozen._trial_id)
         else:  # it was cut before it had its values
             study.tell(frozen.number, state=State.FAIL)
-    while sum(trial.state.is_finished() for trial in study.trials) < settings.trials:
+    most = min(settings.trials, len(grid(ranges)) or settings.trials)
+    while sum(trial.state.is_finished() for trial in study.trials) < most:
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
         yield study.ask(ranges)
 
@@ -160,13 +186,19 @@ def carry_out(trial: optuna.Trial, settings: SweepSettings, recipe: Values, metr
     folder = Path(settings.out) / f"trial-{trial.number:03d}"
     file, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     write_text(file, yaml.safe_dump(recipe | trial.params | {"out": str(folder)}, sort_keys=False))
+    what = f"trial {trial.number + 1} of {settings.trials} | "
+    what += ", ".join(f"{name} {_shown(value)}" for name, value in trial.params.items())
+    try:
+        from_values(TrainRecipe, recipe | trial.params | {"out": str(folder)})
+    except UserError as error:  # each value alone is allowed, and they are not together
+        trial.study.tell(trial, state=State.FAIL)
+        print(f"{what} | not possible: {message_line(error)}", flush=True)
+        return DONE
     launcher = shlex.split(settings.launcher) or [sys.executable, "-m", "diptych.finetune.train"]
     with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen([*launcher, "--config", file, "--resume", "true"], stdout=stream, stderr=stream)
     watched = watch(process, trial, folder, metric, stop)
     code, figures = watched.exit_code, watched.figures
-    what = f"trial {trial.number + 1} of {settings.trials} | "
-    what += ", ".join(f"{name} {_shown(value)}" for name, value in trial.params.items())
     if code == NOT_FINITE or (watched.is_pruned and code == STOPPED and not stop):
         trial.study.tell(trial, state=State.PRUNED)
         last = f"stopped early at {metric} {figures[max(figures)]:.4g}" if watched.is_pruned else "no finite loss"
@@ -180,15 +212,22 @@ def carry_out(trial: optuna.Trial, settings: SweepSettings, recipe: Values, metr
         print(f"diptych sweep: {what} ended with exit code {code}; {log} ends with:\n{said}", file=sys.stderr)
         return code
     if not figures:
-        raise UserError(f"{folder} has no evaluations: prepare the data with a validation split, by which to choose.")
+        raise UserError(
+            f"{folder} has no {metric} in its evaluations, by which to choose. Prepare the data with a validation "
+            f"split; if it has one, {log} says why the figure is missing."
+        )
     best = None
     for value in figures.values():
-        best = value if is_improvement(metric, value, best) else best
+        best = value if is_better(recipe, metric, value, best) else best
     earlier = [it.value for it in trial.study.get_trials(states=[State.COMPLETE])]
     trial.study.tell(trial, best)
-    is_best = all(is_improvement(metric, best, value) for value in earlier)
+    is_best = all(is_better(recipe, metric, best, value) for value in earlier)
     print(f"{what} | {metric} {best:.4g}{' | best so far' * is_best}", flush=True)
     return DONE
+
+
+def is_better(recipe: Values, metric: str, value: float, best: float | None) -> bool:
+    return is_improvement(metric, value, best, split_names(recipe.get("metrics", "")))
 
 
 class Watched(NamedTuple):
@@ -233,7 +272,8 @@ def evaluations(folder: Path, metric: str) -> dict[int, float]:
         if kind_of(entry["split"]) == "validation":
             by_step.setdefault(entry["step"], {})[entry["split"]] = entry
     splits = max(map(len, by_step.values()), default=0)
-    return {step: selected_figure(metric, of) for step, of in by_step.items() if len(of) == splits}
+    found = {step: selected_figure(metric, of) for step, of in by_step.items() if len(of) == splits}
+    return {step: value for step, value in found.items() if not math.isnan(value)}  # a metric of one's own may fail
 
 
 def write_results(study: optuna.Study, settings: SweepSettings, recipe: Values) -> None:

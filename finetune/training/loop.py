@@ -129,7 +129,7 @@ def take_step(run: Run, pace: Pace) -> None:
     else:
         run.optimizer.set_rate(rate)
         run.scaler.step(run.optimizer)
-        run.scaler.update()
+    run.scaler.update()
     run.optimizer.zero_grad()
 
     progress.add(step, loss, gradient_norm if recipe.skip_spikes else None)

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, get_scheduler
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, in_short
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.families import vocabulary_tables, without_adapter
 from diptych.finetune.run_files.checkpoints import whole_tensor
@@ -104,12 +104,22 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
 def check_optimizer(recipe: TrainRecipe) -> None:
     """UserError before anything is loaded."""
     name = recipe.optimizer
-    own = optimizer_class("adamw_kahan" if recipe.weights == "bf16" and name == "adamw" else name)
+    own_name = "adamw_kahan" if recipe.weights == "bf16" and recipe.method == "full" else name
+    own = optimizer_class(own_name)
     known = inspect.signature(own).parameters.keys() - SET_BY_RECIPE | ({"eps"} if name == "adafactor" else set())
     for setting in recipe.optimizer_settings:
         if setting not in known:
             raise UserError(f"optimizer_settings names {setting!r} for {name}. {choose_from(setting, sorted(known))}")
-    LearningRates(recipe, 1000)
+    weight = nn.Parameter(torch.ones(2, 2))  # some values are refused at the first step only
+    weight.grad = torch.ones(2, 2)
+    try:
+        optimizer = own([weight], lr=1e-3, **OWN_SETTINGS.get(own_name, {}) | recipe.optimizer_settings)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        optimizer.step()
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"optimizer {name} with {recipe.optimizer_settings}: {in_short(error)}") from error
+    LearningRates(recipe, recipe.max_steps or 10**9)
 
 
 class LearningRates:
@@ -123,8 +133,17 @@ class LearningRates:
             self.shape: Callable[[int], float] = get_scheduler(
                 recipe.schedule, holder, self.warmup_steps, total_steps, recipe.schedule_settings or None
             ).lr_lambdas[0]
-        except (TypeError, ValueError) as error:
+            shares = [self.shape(step) for step in (self.warmup_steps, (self.warmup_steps + total_steps) // 2)]
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"schedule {recipe.schedule} with {recipe.schedule_settings}: {error}") from error
+        decay = recipe.schedule_settings.get("num_decay_steps", 0)
+        if not 0 <= decay <= total_steps - self.warmup_steps or not all(
+            -1e-6 <= share <= 1.0 + 1e-6 for share in shares
+        ):
+            raise UserError(
+                f"schedule {recipe.schedule} with {recipe.schedule_settings} does not fit into {total_steps} steps, "
+                f"of which {self.warmup_steps} are warm-up: the learning rate would leave 0 to {self.peak:g}."
+            )
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:  # from transformers' schedules the first step would have a rate of 0

@@ -102,7 +102,7 @@ EXPRESSED = {
         "decoder": {"num_hidden_layers": 1, "intermediate_size": 50, "head_dim": 8},
     },
     "gelu": {"hidden_act": "gelu"},
-    "attention_multiplier": {"attention_multiplier": 0.5},
+    "attention_multiplier": {"attention_multiplier": 0.15},
     "a large epsilon": {"rms_norm_eps": 1e-2},
     "rope_theta": rope("default", rope_theta=300.0),
     "linear": rope("linear", factor=4.0),

@@ -239,6 +239,15 @@ REFUSED = {
     "ema": ({"ema": 1.0}, "ema is 1.0"),
     "a name": ({"optimizer": "muon", "optimizer_settings": {"momentun": 0.9}}, "Did you mean momentum"),
     "a value": ({"optimizer": "muon", "optimizer_settings": {"momentum": -1}}, "momentum should be >= 0"),
+    "a kind": ({"optimizer": "muon", "optimizer_settings": {"momentum": "nan"}}, "optimizer muon with"),
+    "a value at the first step": (
+        {"optimizer": "muon", "optimizer_settings": {"ns_steps": 1000}},
+        "optimizer muon with",
+    ),
+    "too long a decay": (
+        {"schedule": "warmup_stable_decay", "schedule_settings": {"num_decay_steps": 20}},
+        "does not fit into 8 steps",
+    ),
     "a schedule": ({"schedule": "warmup_stable_decay"}, "num_decay_steps"),
     "its settings": ({"schedule_settings": {"cycles": 3}}, "cycles"),
 }

@@ -68,6 +68,7 @@ REFUSED = {
     "an unknown setting": ({"learning_rat": [1e-3]}, "Did you mean learning_rate"),
     "a range without an end": ({"learning_rate": {"low": 1e-5}}, "search.learning_rate is .*Give a list of values"),
     "the wrong way round": ({"learning_rate": {"low": 1e-3, "high": 1e-5}}, "search.learning_rate"),
+    "what must be the same": ({"best_metric": ["loss", "chrf"]}, "has to be the same in all trials"),
     "a value that a recipe refuses": ({"label_smoothing": {"low": 0.0, "high": 1.5}}, "label_smoothing is 1.5"),
 }
 
@@ -92,3 +93,42 @@ def test_a_trial_that_fails_ends_the_sweep_with_what_it_said(recipe_file, tmp_pa
     )
     with pytest.raises(UserError, match="was begun with another search. Set it back to go on"):
         run(SweepSettings(str(recipe_file), str(out), {"learning_rate": [1e-3, 1e-4]}))
+
+
+def fake_launcher(tmp_path: Path, figures: str) -> str:
+    """A program in place of training: the figure misses is 1 / learning_rate; `figures` may name another one."""
+    program = tmp_path / "launcher.py"
+    program.write_text(
+        "import json, pathlib, sys, yaml\n"
+        "recipe = yaml.safe_load(open(sys.argv[sys.argv.index('--config') + 1]))\n"
+        "out = pathlib.Path(recipe['out']); out.mkdir()\n"
+        f"entry = {{'step': 1, 'split': 'validation', 'loss': 1.0, {figures!r}: 1 / recipe['learning_rate']}}\n"
+        "(out / 'metrics.jsonl').write_text(json.dumps(entry) + '\\n')\n"
+    )
+    return f"{sys.executable} {program}"
+
+
+def test_a_metric_of_ones_own_says_which_way_is_better_and_lists_are_tried_once(recipe_file, tmp_path, monkeypatch):
+    (tmp_path / "my_metric.py").write_text("def misses(predictions, references, sources): return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe_file.write_text(recipe_file.read_text() + "metrics: my_metric:misses:min\nbest_metric: misses\n")
+    search = {"learning_rate": [1e-3, 1e-2, 1e-4], "weight_decay": [0.0]}
+    launcher = fake_launcher(tmp_path, "misses")
+    assert run(SweepSettings(str(recipe_file), str(tmp_path / "sweep"), search, launcher=launcher)) == 0
+    assert yaml.safe_load((tmp_path / "sweep" / "best.yaml").read_text())["learning_rate"] == 1e-2
+    assert sorted(trials_of(tmp_path / "sweep").learning_rate) == [1e-4, 1e-3, 1e-2]
+    launcher = fake_launcher(tmp_path, "chrf")
+    with pytest.raises(UserError, match="trial-000 has no misses in its evaluations"):
+        run(SweepSettings(str(recipe_file), str(tmp_path / "other"), search, launcher=launcher))
+
+
+def test_values_that_are_not_possible_together_are_told_and_left_out(recipe_file, tmp_path, capsys):
+    search = {"optimizer": ["adamw", "schedule_free"], "schedule": ["linear"], "weight_decay": {"low": 0, "high": 1}}
+    settings = SweepSettings(
+        str(recipe_file), str(tmp_path / "sweep"), search, 8, launcher=fake_launcher(tmp_path, "x")
+    )
+    assert run(settings) == 0
+    assert "not possible: optimizer is schedule_free" in capsys.readouterr().out
+    trials = trials_of(tmp_path / "sweep")
+    assert set(trials.state[trials.optimizer == "schedule_free"]) == {"FAIL"} and (trials.state == "COMPLETE").any()
+    assert ((trials.weight_decay % 1) != 0).any()  # a setting that is no whole number takes values between
