@@ -15,6 +15,7 @@ Its seed depends on the number of earlier trials, so a sweep that was stopped tr
 import itertools
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -196,7 +197,12 @@ def carry_out(trial: optuna.Trial, settings: SweepSettings, recipe: Values, metr
         return DONE
     launcher = shlex.split(settings.launcher) or [sys.executable, "-m", "diptych.finetune.train"]
     with log.open("a", encoding="utf-8") as stream:
-        process = subprocess.Popen([*launcher, "--config", file, "--resume", "true"], stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            [*launcher, "--config", file, "--resume", "true"],
+            stdout=stream,
+            stderr=stream,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # as `diptych train`, which imports nothing from this folder
+        )
     watched = watch(process, trial, folder, metric, stop)
     code, figures = watched.exit_code, watched.figures
     if code == NOT_FINITE or (watched.is_pruned and code == STOPPED and not stop):

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torture import DEADLINE, Case, Torture, differences_of
 
 from diptych.data_prep.command_line.errors import STORAGE_ERRORS, UserError
@@ -387,7 +388,7 @@ def test_two_ranks_go_on_as_one_and_one_as_two(torturer, tmp_path):
             recipe = long(torturer, case, out, **quiet) | {"schedule": "constant", "max_steps": steps}
             processes = torturer.start(case, recipe, f"{name}-{steps}")
             assert {process.wait(DEADLINE) for process in processes} == {0}, torturer.log(f"{name}-{steps}")
-        weights[name] = checkpoints.load_file(out / "final" / "model.safetensors")
+        weights[name] = load_file(out / "final" / "model.safetensors")
         losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert name == "alone" or losses == pytest.approx(expected, abs=1e-5)
         expected = losses

@@ -25,6 +25,7 @@ from diptych.finetune.model.loading import load_checkpoint, load_model
 from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.train import run_recipe
 from diptych.finetune.training import loop, set_up_run
+from diptych.finetune.training.optimizers import LearningRates
 from diptych.finetune.training.recipe import TrainRecipe, parse_recipe
 from diptych.finetune.training.resuming import to_yaml
 from diptych.finetune.training.throughput import compile_layers
@@ -117,15 +118,15 @@ def test_an_interrupted_packed_run_goes_on_with_the_same_bits(cut, recipe, monke
     """With one row a step and dropout, both the order of rows and random states matter; in fp16 the scale does."""
     whole, stopped = recipe(out="whole", **cut), recipe(out="stopped", **cut)
     run_recipe(whole)
-    original = loop.learning_rate
+    original = LearningRates.__call__
 
-    def interrupt_in_step_6(step, *rest):
+    def interrupt_in_step_6(rates, step):
         if step == 5:
             raise KeyboardInterrupt
-        return original(step, *rest)
+        return original(rates, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", interrupt_in_step_6)
+        patch.setattr(LearningRates, "__call__", interrupt_in_step_6)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(stopped)
     if "precision" in cut:
@@ -327,7 +328,7 @@ def test_packing_figures_are_compared_with_the_model(new_model):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"family": "longt5"}, "how packed rows are fed to a longt5 is not known"),
+        ({"family": "longt5"}, "a longt5 is not packed"),
         ({"packed": False}, "the recipe has packed: false"),
         ({"data": "training_folder"}, "has no packed rows; `diptych prepare` makes them"),
     ],

@@ -22,6 +22,7 @@ import pyarrow
 import pytest
 import torch
 import xxhash
+import yaml
 from nursery import free_port
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, T5ForConditionalGeneration
@@ -280,6 +281,7 @@ def aftermath(tmp_path_factory, t5_checkpoint, new_listener):
         auto_mapping={"base_model_class": "Any", "parent_library": "canary_library"},
     )  # fmt: skip
     before |= {f"adapter/{name}": digest for name, digest in contents(adapter).items()}
+    (place / "recipe.yaml").write_text(yaml.safe_dump({"model": model, "data": f"{out}/prepared", "max_steps": 1}))
     spend(
         ["evaluate", model, "--data", f"{out}/prepared", "--split", "validation", "--out", f"{out}/report.json"],
         ["generate", model, "--in_file", str(place / "prompts.jsonl"), "--out_file", f"{out}/answers.jsonl"],
@@ -289,6 +291,7 @@ def aftermath(tmp_path_factory, t5_checkpoint, new_listener):
         ["export", model, "--out", f"{out}/exported"],
         ["generate", f"{out}/exported", "--engine", "ctranslate2", "--instruction", "Add.", "--input", "1 + 1"],
         ["compare", f"{out}/full", f"{out}/lora", "--out", f"{out}/compared.png"],
+        ["sweep", str(place / "recipe.yaml"), "--trials", "1", "--out", f"{out}/sweep"],
         ["pair", str(theirs / "llm"), "--out", f"{out}/paired"],
         ["denoise", "--data", str(theirs / "data" / "rows.jsonl"), "--tokenizer", model, "--out", f"{out}/raw"],
         ["demo", str(adapter), "--port", str(free_port())],
