@@ -136,10 +136,9 @@ class LearningRates:
             shares = [self.shape(step) for step in (self.warmup_steps, (self.warmup_steps + total_steps) // 2)]
         except (TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"schedule {recipe.schedule} with {recipe.schedule_settings}: {error}") from error
-        decay = recipe.schedule_settings.get("num_decay_steps", 0)
-        if not 0 <= decay <= total_steps - self.warmup_steps or not all(
-            -1e-6 <= share <= 1.0 + 1e-6 for share in shares
-        ):
+        room = max(0, total_steps - self.warmup_steps)  # warm-up may be longer than a short run
+        is_decay_wrong = not 0 <= recipe.schedule_settings.get("num_decay_steps", 0) <= room
+        if is_decay_wrong or not all(-1e-6 <= share <= 1.0 + 1e-6 for share in shares):
             raise UserError(
                 f"schedule {recipe.schedule} with {recipe.schedule_settings} does not fit into {total_steps} steps, "
                 f"of which {self.warmup_steps} are warm-up: the learning rate would leave 0 to {self.peak:g}."

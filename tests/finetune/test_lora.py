@@ -200,9 +200,9 @@ def which_are_one(model) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ADAPTED)
-def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of, tmp_path):
-    if (family, kind) == ("prophetnet", "OFT"):
-        pytest.skip("peft 0.21's OFT fails on an empty tensor that ProphetNet's attention makes")
+def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of, tmp_path, request):
+    if (family, kind) == ("prophetnet", "OFT"):  # peft 0.21: an empty tensor that ProphetNet's attention makes
+        request.applymarker(pytest.mark.xfail(strict=True))
     base, settings = checkpoint_of(family), settings_of(kind, family)
     torch.manual_seed(1)
     model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **settings)

@@ -227,6 +227,12 @@ def test_after_warm_up_the_rate_is_that_of_transformers(name, recipe):
     assert [rates(step) for step in range(3)] == pytest.approx([0.5 / 3, 1 / 3, 0.5])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "inverse_sqrt", "polynomial"])
+def test_warm_up_may_be_longer_than_a_run(schedule, recipe):
+    rates = LearningRates(recipe(learning_rate=1.0, schedule=schedule, warmup_steps=100), 8)
+    assert [rates(step) for step in range(8)] == pytest.approx([(step + 1) / 100 for step in range(8)])
+
+
 REFUSED = {
     "betas": ({"optimizer": "adafactor", "betas": (0.8, 0.9)}, "it has no betas"),
     "schedule": ({"optimizer": "schedule_free"}, "set schedule: constant"),
