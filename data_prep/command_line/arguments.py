@@ -24,6 +24,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from diptych.data_prep.command_line.bounded_yaml import read_yaml, text_of
 from diptych.data_prep.command_line.errors import UserError, check_encoding, excerpt, nearest
 from diptych.data_prep.command_line.option_synonyms import other_name
 from diptych.data_prep.command_line.run_command import with_wrong_places
@@ -100,9 +101,11 @@ def _instantiate(
 ) -> Settings:
     """Recipes, and the words of a command line over them, as settings."""
     import jsonargparse  # here, so that --help need not wait for it
+    import yaml
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=command, exit_on_error=False)
+    jsonargparse.set_loader("bounded", read_yaml, exceptions=(yaml.YAMLError,))
+    parser = jsonargparse.ArgumentParser(prog=command, exit_on_error=False, parser_mode="bounded")
     parser.add_argument(CONFIG, action="config")
     parser.add_class_arguments(settings_class, as_positional=True)
     first = [f"{CONFIG}={json.dumps(content)}" for content in contents if content]
@@ -253,10 +256,10 @@ def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
 
     path = Path(name).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = _yaml(text)
+        text = text_of(path)
+        content = read_yaml(text)
         if isinstance(content, str):  # a lone `seed:`, which is a text on a command line only
-            content = _yaml(f"{text}\n#")
+            content = read_yaml(f"{text}\n#")
     except FileNotFoundError:
         near = nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
         hint = f" Did you mean {path.with_name(near)}?" if near else ""
@@ -266,7 +269,9 @@ def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{name}{where}: no YAML ({getattr(error, 'problem', error)}). Correct it there.") from None
+        raise UserError(
+            f"{name}{where}: no YAML ({getattr(error, 'problem', excerpt(error))}). Correct it there."
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -288,13 +293,6 @@ def _checked(content: dict[str, Any], settings_class: type, before: str = "") ->
     if faults := [fault for fault in each if fault]:
         raise UserError(before + faults[0], *faults[1:])
     return content
-
-
-def _yaml(text: str) -> Any:
-    """As jsonargparse reads YAML: 1e-4 is a number, and 2024-01-01 a text."""
-    from jsonargparse import get_loader
-
-    return get_loader("yaml")(text)
 
 
 # What is wrong with a value
@@ -364,8 +362,8 @@ def _read(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return _yaml(value)
-    except (yaml.YAMLError, ValueError):
+        return read_yaml(value)
+    except yaml.YAMLError:
         return value
 
 

@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diptych.data_prep.command_line.bounded_yaml import read_yaml, text_of
 from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.command_line.overwrite_checks import take_lock
 from diptych.finetune.commands.exit_codes import BUG, DONE, RANKS, STOPPED, exit_code_of, is_main_rank, message_of
@@ -102,12 +101,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """The recipe in config.yaml of a run's folder, with nothing left at auto. UserError if it is no recipe."""
     config = folder / CONFIG
     with library_errors(f"{config} is not the recipe of a run", "Give the folder of a run, or a new one."):
-        text = config.read_text(encoding="utf-8")
-        if len(text) > 10**6 or sum(map(text.count, "[{")) > 1_000:  # for each, yaml looks at all that are open
-            raise ValueError("it is larger, or has more brackets, than what training writes")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has an alias, which training does not write")  # a few lines may stand for gigabytes
-        found = yaml.safe_load(text)
+        found = read_yaml(text_of(config))
         if not isinstance(found, dict) or not {"model", "data", "seed"} <= found.keys():
             raise ValueError("it lacks model, data or seed")
     return found

@@ -32,6 +32,7 @@ import pandas
 import yaml
 
 from diptych.data_prep.command_line.arguments import from_values, instead_of
+from diptych.data_prep.command_line.bounded_yaml import read_yaml, text_of
 from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.data_prep.command_line.overwrite_checks import take_lock
 from diptych.data_prep.rows.named_splits import kind_of
@@ -76,9 +77,9 @@ def run(settings: SweepSettings) -> int:
 
 def read_recipe(settings: SweepSettings) -> Values:
     try:
-        recipe = yaml.safe_load(Path(settings.recipe).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{settings.recipe} cannot be read as YAML: {error}") from error
+        recipe = read_yaml(text_of(Path(settings.recipe)))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{settings.recipe} cannot be read as YAML: {error}. Correct it there.") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{settings.recipe} holds no settings. Name a recipe of `diptych train`.")
     varied = {other for name in settings.search for other in (name, *instead_of(TrainRecipe, name))}

@@ -1,5 +1,6 @@
 """Command lines and recipes as people mistype them: what they are told, and what is taken as it was meant."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -115,6 +116,17 @@ def test_a_mistyped_word_is_told_with_what_is_expected(words, message):
         ("split_by: sorce", "r.yaml: split_by is 'sorce'; it can be both or source. Did you mean source?"),
         ("lengths: {minimum_source: 5, maximum_source: 3}", "minimum_source is 5, above maximum_source, 3"),
         ("- a", 'r.yaml holds ["a"]; settings are due, one a line'),
+        ("seed: " + "[" * 10**5, "r.yaml: no YAML (it is nested deeper than 20 levels). Correct it there."),
+        ("- " * 3000, "r.yaml: no YAML (it is nested deeper"),
+        ("seed: 1\n" * 200_000, "r.yaml: no YAML (it has more than 1,000,000 characters)"),
+        (
+            "".join(f"k{n}: &k{n} [*k{n - 1}, *k{n - 1}]\n" for n in range(1, 30)).replace("*k0", "1"),
+            "r.yaml: no YAML (it has",
+        ),
+        ("seed: &a [*a]", "r.yaml: no YAML (ValueError: Circular reference detected)"),
+        ("seed: " + "9" * 5000, "r.yaml: no YAML (ValueError: Exceeds the limit"),
+        ("seed: !!timestamp x", "r.yaml: no YAML (AttributeError: "),
+        ("overrides: {a: !!binary eA==}", "r.yaml: no YAML (TypeError: Object of type bytes"),
         ("seed: 1\n fraction: 2", "r.yaml, line 2, column 10: no YAML (mapping values are not allowed"),
     ],
 )
@@ -122,6 +134,13 @@ def test_a_mistake_in_a_recipe_is_told_with_file_setting_and_value(text, message
     with pytest.raises(UserError) as error:
         recipe(text)
     assert said(error).startswith(message)
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, "{{" * 3000, "- " * 3000, "x: !!timestamp y", "9" * 5000])
+def test_a_text_on_the_command_line_that_is_no_yaml_stays_a_text(text):
+    started = time.process_time()
+    assert parse(Settings, "bake", ["--template", text]).template == text
+    assert time.process_time() - started < 5
 
 
 def test_all_that_is_mistyped_is_told_at_once(recipe):

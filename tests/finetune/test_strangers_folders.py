@@ -15,6 +15,7 @@ from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.untrusted_files import open_prepared
 from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.run_folder import read_status, settings_of
+from diptych.finetune.sweeping import sweep
 from diptych.finetune.training.resuming import saved_state
 
 DEEP = "[" * 10**5
@@ -111,13 +112,15 @@ def test_a_state_with_other_values_is_an_error_of_the_checkpoint(tmp_path, progr
     "text",
     [
         *("!!python/object/apply:os.system ['touch ran']", DEEP, "[]", "", "model: a\n", "\ud800"),
-        "a: &a [x]\nmodel: *a\ndata: b\nseed: 1\n",
+        "a: &a [*a]\nmodel: *a\ndata: b\nseed: 1\n",
     ],
 )
 def test_a_config_yaml_that_is_no_recipe_is_refused(tmp_path, text):
     (tmp_path / "config.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match="config.yaml is not the recipe of a run"):
         settings_of(tmp_path)
+    with pytest.raises(UserError, match="config.yaml|data"):  # as a recipe
+        sweep.run(sweep.SweepSettings(str(tmp_path / "config.yaml"), str(tmp_path / "out"), {"seed": [1, 2]}))
 
 
 @pytest.mark.parametrize("text", [DEEP, "[]", ""])
