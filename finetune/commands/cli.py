@@ -7,10 +7,13 @@ good, so that --help and mistakes are answered in a fraction of a second. Exit c
 """
 
 import importlib
+import platform
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
+from diptych import __version__
 from diptych.data_prep.command_line.arguments import choose_from, parse
 from diptych.data_prep.command_line.run_command import guard_streams, run_command
 from diptych.finetune.commands.exit_codes import RankError, is_of_another_rank, lost_rank
@@ -21,8 +24,10 @@ Fine-tuning for encoder-decoders.
 
 {commands}
 
-`diptych COMMAND --help` says what a command takes. `diptych train` runs in this process; on several GPUs or machines,
+`diptych COMMAND --help` says what a command takes, and `diptych --version` what is installed. `diptych train` runs in this process; on several GPUs or machines,
 launch the same loop with: accelerate launch -m diptych.finetune.train --config recipe.yaml"""
+
+REPORTED = ("torch", "transformers", "peft", "accelerate")
 
 
 class Command(NamedTuple):
@@ -35,16 +40,23 @@ class Command(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "--version"):
         guard_streams(is_said=False)
         commands = "\n".join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())
-        print(USAGE.format(commands=commands), file=sys.stdout if argv else sys.stderr)
+        is_version = argv == ["--version"]
+        print(_versions() if is_version else USAGE.format(commands=commands), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     name, *words = argv
     if name not in COMMANDS:
         print(f"diptych: there is no command {name!r}. {choose_from(name, list(COMMANDS))}", file=sys.stderr)
         return 2
     return run(name, words)
+
+
+def _versions() -> str:
+    installed = {it.name: it.version for it in metadata.distributions()}
+    others = {it: installed.get(it, "is not installed") for it in REPORTED}
+    return "\n".join(map(" ".join, {"diptych": __version__, "python": platform.python_version(), **others}.items()))
 
 
 def run(name: str, argv: Sequence[str] | None) -> int:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
+import diptych
 from diptych.finetune.commands import cli
 
 DIPTYCH = [sys.executable, "-m", "diptych.finetune.commands.cli"]
@@ -17,7 +19,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 def test_help_names_every_command_and_imports_nothing_heavy():
     code = (
-        "import sys; from diptych.finetune.commands import cli; cli.main(['--help'])\n"
+        "import sys; from diptych.finetune.commands import cli; cli.main(['--help']); cli.main(['--version'])\n"
         "heavy = {'torch', 'transformers', 'datasets', 'evaluate', 'jsonargparse'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -25,6 +27,8 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     for command in cli.COMMANDS:
         assert f"\n  {command} " in shown
     assert "accelerate launch -m diptych.finetune.train" in shown
+    ours, *others = [line.split() for line in shown.splitlines()[-6:]]
+    assert ours == ["diptych", diptych.__version__] and others[1:] == [[it, version(it)] for it in cli.REPORTED]
 
 
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "evaluate", "matplotlib"}
