@@ -10,7 +10,7 @@ learning rate of each is the best of three by validation loss with the first see
 
 Printed for each task: validation loss at the end (mean over the seeds ± half their range), metrics of the test split
 with their intervals (first seed), and the tokens and seconds until the loss that T5 ends with, as shares of T5's own.
-Seconds are those of one core beside another that does the same. Finished runs in --out are not repeated.
+Seconds are those of one core. Finished runs in --out are not repeated.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def train(job: tuple[str, float, int], task: Task, data: Path, out: Path, steps:
     ]
     found = {"model": kind, "rate": rate, "seed": seed, "weights": weights_of(config), "curve": curve}
     if seed == SEEDS[0]:
-        report = diptych.evaluate(run, data, metrics=task.metrics, batch_size=64, limit=25 * steps)
+        report = diptych.evaluate(run, data, metrics=task.metrics, batch_size=64, limit=2000)
         found |= {"figures": dict(report.figures), "intervals": dict(report.intervals)}
     kept.write_text(json.dumps(found))
     return found
@@ -217,10 +217,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--codealpaca", type=Path, help="Alpaca rows, JSON")
     parser.add_argument("--tasks", nargs="*", help="some of them")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at the same time, a core each")
     parser.add_argument("--smoke", action="store_true", help="every part, small: its figures mean nothing")
     settings = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
         for name, task in tasks(settings.codealpaca).items():
             if settings.tasks and name not in settings.tasks:
                 continue

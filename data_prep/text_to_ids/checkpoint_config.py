@@ -47,6 +47,8 @@ MOST_LABELS = 100_000
 """A config makes a name for each label, and a tokenizer for each of its extra ids."""
 MOST_BYTES = 32 * 2**20
 """Of a JSON file: the index of the largest published checkpoints has 9 MB."""
+MOST_NESTED = 20
+"""Lists and objects in each other in a config, which transformers copies several times. Published ones have four."""
 CODE_CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 SHIPPED_CODE = ("eager", "sdpa", None)
 OF_THE_CLASS = ("attribute_map", "sub_configs", "base_config_key")
@@ -113,12 +115,23 @@ def check_config(name: str) -> None:
             return
         if not isinstance(config, dict):
             raise TypeError(f"it holds a {type(config).__name__}, where settings by name are due")
+        for key, value in config.items():
+            if _is_nested(value):
+                raise ValueError(f"{key[:80]!r} has lists and objects in each other more than {MOST_NESTED} deep")
     for part in config_parts(config):
         if taken := [key for key in part if key in OF_THE_CLASS or callable(getattr(PreTrainedConfig, key, None))]:
             raise UserError(
                 f"config.json of {name} names {taken[0]}, which is none of its settings. Take it out there."
             )
         _check_part(part, config, name)
+
+
+def _is_nested(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_NESTED + 1):
+        containers = [it for it in level if isinstance(it, dict | list)]
+        level = [it for part in containers for it in (part.values() if isinstance(part, dict) else part)]
+    return bool(level)
 
 
 def check_bytes(file: Path, most: int = MOST_BYTES) -> None:

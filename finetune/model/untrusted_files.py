@@ -57,12 +57,14 @@ MOST_HEADER_BYTES = 8 * 2**20
 MOST_NUMBER, MOST_TERMS = 10_000, 100
 """In an adapter_config.json, where not the largest side of its tensors is more; and of a series that it names."""
 PATTERN_SECONDS = 1
+ENDS = ("eos_token_id", "forced_eos_token_id")
 TOKEN_SETTINGS = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id"), 0),
-    **dict.fromkeys(("eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"), 1),
+    **dict.fromkeys((*ENDS, "suppress_tokens", "begin_suppress_tokens"), 1),
     **{"bad_words_ids": 2, "min_length": 0, "min_new_tokens": 0},
 }
-"""Of a generation config, what is used of a checkpoint: 0 a number, 1 a list of them, 2 a list of such lists."""
+"""Of a generation config, what is used of a checkpoint: 0 a number, 1 a list of them, 2 a list of such lists. ENDS may
+also be one number."""
 
 
 def weight_files(name: str, wanted: str) -> list[Path]:
@@ -197,14 +199,14 @@ def check_token_settings(config: GenerationConfig, rows: float, name: str) -> No
     length is no number."""
 
     def is_right(value: Any, depth: int) -> bool:
-        if depth == 0 or depth == 1 and type(value) is int:
+        if depth == 0:
             return type(value) is int and 0 <= value < most
         is_list = isinstance(value, list) and len(value) <= MOST_NUMBER
         return is_list and all(isinstance(it, list) == (depth == 2) and is_right(it, depth - 1) for it in value)
 
     for key, depth in TOKEN_SETTINGS.items():
         value, most = getattr(config, key, None), 2**31 if key.startswith("min_") else rows
-        if value is not None and not is_right(value, depth):
+        if value is not None and not is_right(value, depth) and not (key in ENDS and is_right(value, 0)):
             allowed = f"{('one', 'a list', 'a list of lists')[depth]} of the whole numbers from 0 to {most - 1:,.0f}"
             raise UserError(
                 f"{key} is {str(value)[:40]!r} in {name}'s generation_config.json, and must be {allowed}. Correct it."

@@ -3,6 +3,7 @@
 A share of what fuzz_checkpoints.py does by the thousand; and, by name, what was a hang, a traceback, or nonsense.
 """
 
+import functools
 import json
 import shutil
 import struct
@@ -125,7 +126,7 @@ def test_patterns_that_adapters_have_still_work(adapter):
         *(("eos_token_id", value) for value in ("x", {}, [[1]], 10**9, -1, 1.5, True, [1, 10**9])),
         *(("decoder_start_token_id", value) for value in ("x" * 10**6, [0], 10**9, 1e30)),
         *(("bad_words_ids", value) for value in ([1], [[10**9]], [[3]] * 10**5, [[[3]]])),
-        *(("suppress_tokens", value) for value in ([10**9], {"a": 1}, [None])),
+        *(("suppress_tokens", value) for value in ([10**9], {"a": 1}, [None], 3)),
         *(("min_length", value) for value in ("5", -1, 10**30, [1])),
         *(("forced_bos_token_id", value) for value in (10**9, [2])),
         *((key, "x") for key in ("max_new_tokens", "watermarking_config", "early_stopping", "pad_token_id")),
@@ -158,6 +159,10 @@ def test_a_generation_config_that_is_none_is_said_and_not_passed_over(copy):
         ({"rope_parameters": ["x"]}, "config"),
         ({"feed_forward_proj": "no-such"}, "config"),
         ({"attribute_map": ["a"]}, "names attribute_map, which is none of its settings"),
+        (
+            {"decoder_sparse_step": functools.reduce(lambda inner, _: {"a": [inner]}, range(11), 0)},
+            "more than 20 deep",
+        ),
         ({"to_dict": 1}, "names to_dict, which is none of its settings"),
     ],
 )
