@@ -25,7 +25,8 @@ Fine-tuning for encoder-decoders.
 {commands}
 
 `diptych COMMAND --help` says what a command takes, and `diptych --version` what is installed. `diptych train`
-runs in this process; on several GPUs or machines, launch the same loop with: accelerate launch -m diptych.finetune.train --config recipe.yaml"""
+runs in this process; on several GPUs or machines, launch the same loop with:
+accelerate launch -m diptych.finetune.train --config recipe.yaml"""
 
 REPORTED = ("torch", "transformers", "peft", "accelerate")
 
