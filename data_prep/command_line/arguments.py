@@ -16,6 +16,7 @@ Dashes in an option are underscores: --learning-rate is --learning_rate.
 
 import json
 import shutil
+import sys
 import textwrap
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
@@ -351,7 +352,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is tuple:
         return isinstance(value, list) and len(value) == len(parts) and all(map(_fits, value, parts))
     if kind in (int, float):
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max
     return isinstance(value, kind) if kind in (bool, NoneType) else False
 
 
@@ -359,7 +361,7 @@ def _read(value: Any) -> Any:
     """What a text says as YAML: "0.1" → 0.1; any other value, and what is no YAML, as it is."""
     import yaml
 
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.strip():
         return value
     try:
         return read_yaml(value)

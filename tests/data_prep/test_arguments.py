@@ -117,6 +117,15 @@ def test_a_mistyped_word_is_told_with_what_is_expected(words, message):
         ("lengths: {minimum_source: 5, maximum_source: 3}", "minimum_source is 5, above maximum_source, 3"),
         ("- a", 'r.yaml holds ["a"]; settings are due, one a line'),
         ("seed: " + "[" * 10**5, "r.yaml: no YAML (it is nested deeper than 20 levels). Correct it there."),
+        ("overrides: " + "[" * 10**5 + "]" * 10**5, "r.yaml: no YAML (it is nested deeper"),
+        ('{"overrides": {"a": ' + "[" * 400 + "]" * 400 + "}}", "r.yaml: no YAML (it is nested deeper"),
+        ("seed: 1\ndata: a\nseed: 2", "r.yaml, line 3, column 1: no YAML (seed is given twice). Correct it there."),
+        ("overrides: {a: [{b: 1, b: 1}]}", "r.yaml, line 1, column 24: no YAML (b is given twice)"),
+        ("seed: 012", "r.yaml, line 1, column 7: no YAML (012, with a leading 0 or a colon, is another number"),
+        ("fraction: 12:30:45.5", "r.yaml, line 1, column 11: no YAML (12:30:45.5, with"),
+        ("fraction: .inf", "r.yaml: fraction is Infinity; it has to be a number."),
+        ("betas: [.nan, 0]", "r.yaml: betas is [NaN, 0]; it has to be a list of 2 values."),
+        ("seed: ''", "r.yaml: seed is ''; it has to be a whole number."),
         ("- " * 3000, "r.yaml: no YAML (it is nested deeper"),
         ("seed: 1\n" * 200_000, "r.yaml: no YAML (it has more than 1,000,000 characters)"),
         (
@@ -136,7 +145,9 @@ def test_a_mistake_in_a_recipe_is_told_with_file_setting_and_value(text, message
     assert said(error).startswith(message)
 
 
-@pytest.mark.parametrize("text", ["[" * 10**5, "{{" * 3000, "- " * 3000, "x: !!timestamp y", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, "[" * 10**5 + "]" * 10**5, "012", "{{" * 3000, "- " * 3000, "x: !!timestamp y", "9" * 5000]
+)
 def test_a_text_on_the_command_line_that_is_no_yaml_stays_a_text(text):
     started = time.process_time()
     assert parse(Settings, "bake", ["--template", text]).template == text
