@@ -34,6 +34,7 @@ from diptych.data_prep.command_line.errors import UserError, excerpt, in_short, 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+READ = (".json", ".safetensors", ".jinja", ".model", ".spm")
 ADVICE = "Name a checkpoint folder, or a Hub id such as google-t5/t5-small"
 
 WIDTHS = ("d_model", "hidden_size")
@@ -58,9 +59,13 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def check_place(name: str) -> None:
-    """UserError where `name` is neither a folder nor a Hub repository that is cached or can be reached."""
+    """UserError where `name` is neither a folder nor a Hub repository that is cached or can be reached; and for a
+    folder in which something has the name of a checkpoint's file and is none, which libraries would pass over."""
     place = Path(name)
     if place.is_dir():
+        for file in place.iterdir():
+            if file.suffix in READ and not file.is_file():
+                raise UserError(f"{file} is no file that can be read (a pipe, a device, a folder or a broken link).")
         return
     if place.exists():
         raise UserError(f"{name} is a file; a checkpoint is a folder. Name the folder it lies in.")

@@ -109,8 +109,8 @@ def _check_files(name: str) -> None:
         if backend := _read(name, file):
             needed = {key: 0 for key in ("added_tokens", "model") if backend.get(key) is None}
             _check_values(name, file, backend | needed, BACKEND_CHECKS)
-    for path in Path(name).glob("*"):
-        if any(path.match(pattern) for pattern in TOKENIZER_FILES):
+    for path in [*Path(name).glob("*"), *Path(name).glob("additional_chat_templates/*")]:
+        if any(path.match(pattern) for pattern in (*TOKENIZER_FILES, "*.jinja")):
             check_bytes(path, MOST_BYTES)
 
 

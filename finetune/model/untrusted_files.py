@@ -21,7 +21,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ TOKEN_COLUMN = re.compile(r"labels|\w+_ids")
 MODEL_WEIGHTS = "model.safetensors"
 INDEX = ".index.json"
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
+WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
 FOLDS = 4
 """A model may have so many times the weights that its files hold: three tied tables are stored as one."""
 SLACK = 2**20
@@ -83,7 +84,9 @@ def weight_files(name: str, wanted: str) -> list[Path]:
         )
     check_bytes(index)
     with library_errors(f"{wanted + INDEX} of {name} is no index of weights", "Copy it again."):
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        listed["metadata"]  # which transformers reads
+        shards = sorted(set(listed["weight_map"].values()))
     for shard in shards:
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
             raise UserError(
@@ -121,9 +124,15 @@ def check_sizes(
     name: str,
     auto_class: type = AutoModelForSeq2SeqLM,
 ) -> None:
-    """UserError where the config asks for a far larger model than the files hold; StorageError where it is larger than
-    the free memory of this machine. Nothing is allocated."""
-    shapes = [shape for file in files for shape in tensor_shapes(file).values()]
+    """UserError where the config asks for a far larger model than the files hold, two files hold the same weight, or a
+    weight is of whole numbers; StorageError where the model is larger than the free memory of this machine. Nothing is
+    allocated."""
+    tensors = [tensor_shapes(file) for file in files]
+    shapes, where = [shape for one in tensors for shape in one.values()], {}
+    for file, keys in zip(files, tensors, strict=True):
+        for key in keys:
+            if (other := where.setdefault(key, file)) != file:
+                raise UserError(f"{other.name} and {file.name} of {name} both hold {key}. Copy the checkpoint again.")
     held = sum(map(math.prod, shapes))
     written = config.to_dict()
     layers = max((part.get(key) or 0 for part in config_parts(written) for key in LAYERS), default=0)
@@ -133,6 +142,7 @@ def check_sizes(
         with torch.device("meta"), no_init_weights():
             model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
         model.tie_weights()
+    _check_types(files, {key for key, _ in model.named_parameters(remove_duplicate=False)}, name)
     sizes = [weight.numel() for weight in model.parameters()]
     weights = sum(sizes)
     if _is_absurd(weights, held):
@@ -147,6 +157,19 @@ def check_sizes(
             f"{name} takes {weights * size:,} bytes ({weights:,} weights of {size}), and this machine has {memory:,}"
             f" bytes of memory left. Take a smaller checkpoint, or a machine with more."
         )
+
+
+def _check_types(files: Sequence[Path], parameters: Set[str], name: str) -> None:
+    """UserError for a weight that is no floating-point number of 16 bits or more: of a quantized checkpoint whose
+    config does not say so, of which transformers would make wrong numbers."""
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            for key in parameters & set(tensors.keys()):
+                if (kind := tensors.get_slice(key).get_dtype()) not in WEIGHT_TYPES:
+                    raise UserError(
+                        f"{key} of {name} is stored as {kind}, and weights are {', '.join(WEIGHT_TYPES)}. Take the "
+                        f"checkpoint that is not quantized."
+                    )
 
 
 def _is_absurd(weights: int, held: int) -> bool:

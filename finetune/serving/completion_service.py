@@ -131,14 +131,17 @@ class Service:
 
     async def read_body(self, request: Request) -> dict[str, Any]:
         """RequestError if it comes too slowly, is too large, or is no JSON object."""
-        data = bytearray()
+        data, too_large = bytearray(), f"the request has more than {LARGEST_BODY:,} bytes. Send less at once."
+        # (A little more is read: a client that still sends when the connection is closed does not see the answer.)
+        if int(request.headers.get("content-length", 0)) > 2 * LARGEST_BODY:
+            raise RequestError(413, too_large)
 
         async def read() -> None:
             async for part in request.stream():
                 self.arriving += len(part)
                 data.extend(part)
                 if len(data) > LARGEST_BODY:
-                    raise RequestError(413, f"the request has more than {LARGEST_BODY:,} bytes. Send less at once.")
+                    raise RequestError(413, too_large)
                 if len(data) > SMALL_BODY and self.arriving > MOST_ARRIVING:
                     raise RequestError(503, "too many large requests arrive at once. Come again.", kind="overloaded")
 
@@ -211,7 +214,10 @@ class Service:
         """For a T5 with languages, `translate English to Korean:` is the instruction, and the prompt is its input."""
         prompter = self.served.prompter
         has_words = codes_of(prompter.tokenizer).layout == "words"
-        if prompt.input or not has_words or not prompt.languages.filled_from(prompter.languages).direction:
+        direction = prompt.languages.filled_from(prompter.languages).direction
+        if has_words and any(prompt.languages) and not direction:
+            raise UserError("one language alone is not used by this model. Give source and target, or neither.")
+        if prompt.input or not has_words or not direction:
             return prompt
         return prompt._replace(instruction="", input=prompt.instruction)
 

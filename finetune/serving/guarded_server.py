@@ -62,6 +62,9 @@ class Connection(H11Protocol):
         self.since = self.loop.time()
         super().pause_writing()
 
+    def _should_upgrade(self) -> bool:
+        return False  # the request is answered as one without `Upgrade`; uvicorn would advise to install a library
+
     def waits_for_request(self) -> bool:
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 

@@ -163,7 +163,7 @@ def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: i
         raise RequestError(400, "'logprobs' are known when all is written. Ask for them without 'stream'.", "logprobs")
     decoding = _decoding(body, most_tokens)._replace(scores=has_scores)
     rows = _chat_rows(body) if is_chat else _completion_rows(body)
-    languages = {name: _field(body, name, str, "") for name in LANGUAGES if body.get(name)}
+    languages = {name: _field(body, name, str, "") for name in LANGUAGES if body.get(name) is not None}
     return CompletionRequest(is_chat, model, [row | languages for row in rows], decoding, stream, include_usage)
 
 
@@ -179,7 +179,8 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
 def _check_fields(fields: dict[str, Any], known: set[str], path: str = "") -> None:
     for name, value in fields.items():
         harmless = HARMLESS.get(f"{path}{name}", ())
-        if name not in known | IGNORED and value not in harmless:
+        is_harmless = any(value == it and isinstance(value, bool) == isinstance(it, bool) for it in harmless)
+        if name not in known | IGNORED and not is_harmless:
             alternative = f", or give {' or '.join(map(json.dumps, harmless))}" if harmless else ""
             message = f"'{path}{excerpt(name, 60)}' asks for something not done here. Leave it out{alternative}."
             raise RequestError(400, message, f"{path}{name}")

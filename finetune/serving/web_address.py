@@ -26,7 +26,9 @@ def is_asked_here(headers: Any) -> bool:
 
 
 def need_secret(host: str, secret: str | None, variable: str) -> None:
-    """UserError if other machines could ask and no secret is set."""
+    """UserError if other machines could ask and no secret is set, or one that no header can carry."""
+    if secret and (not secret.strip() or secret != secret.strip()):
+        raise UserError(f"{variable} begins or ends with blanks, which are lost on the way. Set it without them.")
     is_loopback = host == "localhost"
     with contextlib.suppress(ValueError):
         is_loopback = ipaddress.ip_address(host).is_loopback

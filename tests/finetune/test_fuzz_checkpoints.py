@@ -5,6 +5,7 @@ A share of what fuzz_checkpoints.py does by the thousand; and, by name, what was
 
 import functools
 import json
+import os
 import shutil
 import struct
 import time
@@ -18,6 +19,7 @@ from spoiled_model_files import load_and_write, make_adapter
 
 from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
+from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
 from diptych.finetune.batches.padded_rows import check_rows_fit, check_targets
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.exit_codes import CheckpointError
@@ -174,6 +176,17 @@ def test_what_a_config_asks_for_is_bounded(copy, changes, said):
 def test_a_long_file_is_not_read(copy):
     (copy / "config.json").write_text("{}" + " " * 40_000_000)
     assert "has 40,000,002 bytes" in refusal(copy)
+    (copy / "config.json").unlink()
+    with (copy / "chat_template.jinja").open("wb") as sparse:
+        sparse.truncate(2**33)
+    assert "chat_template.jinja has 8,589,934,592 bytes" in refusal(copy, lambda folder: open_tokenizer(str(folder)))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "generation_config.json", "tokenizer_config.json"])
+def test_what_has_the_name_of_a_file_and_is_none_is_not_passed_over(copy, file):
+    (copy / file).unlink(missing_ok=True)
+    os.mkfifo(copy / file)
+    assert f"{file} is no file that can be read (a pipe" in refusal(copy)
 
 
 # Weights
@@ -212,6 +225,17 @@ def test_other_shapes_and_weights_that_nothing_reads_are_one_line(copy, capsys):
     assert "50 weights of its files are of no layer of T5ForConditionalGeneration" in capsys.readouterr().err
     save_file(weights | {"shared.weight": torch.ones(3, 3)}, copy / "model.safetensors")
     assert "1 weight of" in (said := refusal(copy)) and "shared.weight is [3, 3], where" in said
+
+
+def test_weights_of_whole_numbers_and_weights_in_two_files_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    save_file(weights | {"shared.weight": weights["shared.weight"].to(torch.int8)}, copy / "model.safetensors")
+    assert "shared.weight of" in (said := refusal(copy)) and "is stored as I8" in said
+    (copy / "model.safetensors").rename(copy / "model-1.safetensors")
+    save_file(weights, copy / "model-2.safetensors", {"format": "pt"})
+    index = {key: f"model-{1 + place % 2}.safetensors" for place, key in enumerate(weights)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert "model-1.safetensors and model-2.safetensors of" in refusal(copy)
 
 
 # Rows

@@ -18,6 +18,7 @@ from conftest import EIGHT_ROWS, TO_KOREAN, tiny_t5
 from listening import listening
 from starlette.testclient import TestClient
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import attach_template, load_template, template_of
 from diptych.finetune.commands import cli
 from diptych.finetune.inference.generation import generate_outputs
@@ -30,6 +31,7 @@ from diptych.finetune.serving.memory_budget import measured_budget
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import ServedModel
+from diptych.finetune.serving.web_address import need_secret
 
 SECRET = "the-token-of-this-test"
 
@@ -228,6 +230,9 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
         ({"prompt": "Go.", "stop": "\ud800"}, 400, None),
         ({"prompt": "\ud800", "stream": True}, 400, None),
         ({"prompt": "Go.", "tools": [{}]}, 400, "tools"),
+        ({"prompt": "Go.", "presence_penalty": False}, 400, "presence_penalty"),
+        ({"prompt": "Go.", "source_language": False}, 400, "source_language"),
+        ({"prompt": "Go.", "source_language": "x"}, 400, "prompt"),
         ({"prompt": "Go.", "temprature": 1}, 400, "temprature"),
         ({"messages": ["Go."]}, 400, "messages[0]"),
     ],
@@ -349,6 +354,8 @@ def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path, capsys):
     assert (
         cli.run("serve", [str(t5_checkpoint), "--host", "0.0.0.0"]) == 2 and "DIPTYCH_TOKEN" in capsys.readouterr().err
     )
+    with pytest.raises(UserError, match="DIPTYCH_TOKEN begins or ends with blanks"):
+        need_secret("127.0.0.1", " secret", "DIPTYCH_TOKEN")
     with server(t5_checkpoint, tmp_path / "log", "--host", "0.0.0.0", DIPTYCH_TOKEN=SECRET) as started:
         assert ask(started, EIGHT_ROWS[0][1]).choices[0].text == "가."
         stranger = openai.OpenAI(base_url=f"{started.url}/v1", api_key="another", max_retries=0)

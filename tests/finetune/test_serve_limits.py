@@ -108,6 +108,16 @@ def test_a_request_must_arrive_in_time(hurried):
             time.sleep(0.01)
 
 
+def test_a_body_that_will_be_too_large_and_an_upgrade_are_answered_at_once(hurried):
+    head = ASK.replace(b"\r\nHost", b"\r\nExpect: 100-continue\r\nHost", 1)
+    with connect(hurried, head % (10**10, b"")) as large:
+        assert received(large).startswith(b"HTTP/1.1 413")
+    upgrade = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    with connect(hurried, upgrade) as other:
+        assert other.recv(1000).startswith(b"HTTP/1.1 200")
+    assert "WebSocket" not in hurried.log.read_text()
+
+
 def test_an_answer_must_be_read_in_time(hurried):
     """A client that asks on and on, and reads nothing."""
     process = psutil.Process(hurried.process.pid)
