@@ -52,8 +52,8 @@ def new_folder(name: str) -> Path:
 
 
 def check_overwrite(path: Path, is_own: Callable[[bytes], bool], what: str, given_as: str = "--out") -> None:
-    """UserError if `path` exists and its content is not what this command writes."""
+    """UserError if `path` is a file whose content is not what this command writes. A pipe or device is written to."""
     if path.is_dir():
         raise UserError(f"{given_as} {path} is a folder, and a file is due. Name a file in it.")
-    if path.exists() and not is_own(path.read_bytes()):
+    if path.is_file() and not is_own(path.read_bytes()):
         raise UserError(f"{path} is there already, and is not {what}: it is not overwritten. Name another {given_as}.")

@@ -29,7 +29,7 @@ from diptych.finetune.evaluating.evaluate_settings import CompareSettings
 from diptych.finetune.evaluating.evaluate_split import REPORT_KEYS, has_keys, predictions_file
 from diptych.finetune.evaluating.metrics import bleu_tokenize_in, count_texts, is_improvement
 from diptych.finetune.evaluating.own_metrics import parse_metric_name
-from diptych.finetune.run_files.atomic_folders import read_json_lines
+from diptych.finetune.run_files.atomic_folders import read_json_lines, write_text
 from diptych.finetune.run_files.run_folder import last_training, settings_of
 
 
@@ -295,7 +295,7 @@ def run(settings: CompareSettings) -> int:
     if settings.out:
         out = Path(settings.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(to_json(a, b, comparisons), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(to_json(a, b, comparisons), indent=1, ensure_ascii=False) + "\n")
         print(f"written: {out}")
     if not shared:
         print("no split was evaluated for both, so there is nothing to test; see --help", file=sys.stderr)

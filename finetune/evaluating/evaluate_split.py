@@ -36,7 +36,7 @@ from diptych.finetune.inference.generation_config import check_generation_names
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
-from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json
+from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json, write_text
 
 Intervals = Mapping[str, tuple[float, float]]
 COUNTS = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
@@ -253,7 +253,7 @@ def write_report(
         beside.write_bytes(content.encode("utf-8"))
         report["predictions_sha256"] = hashlib.sha256(content.encode("utf-8")).hexdigest()
         written += f" and {beside}"
-    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(out, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"written: {written}")
 
 

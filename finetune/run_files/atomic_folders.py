@@ -164,11 +164,16 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replaces the file in one move."""
-    beside = file.with_name(f"{file.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    _flush(beside)
-    os.replace(beside, file)
+    """Replaces the file in one move. Into a pipe or a device, such as /dev/stdout, the text is written."""
+    is_replaced = file.is_file() or not file.exists()
+    beside = file.with_name(f"{file.name}.partial") if is_replaced else file
+    try:
+        beside.write_text(text, encoding="utf-8")
+    except OSError as error:  # the system does not say which file
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    if is_replaced:
+        _flush(beside)
+        os.replace(beside, file)
 
 
 def read_json(file: Path) -> Any:
@@ -186,7 +191,9 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
         with library_errors(f"{file} line {number} is no entry of a log", "Remove the line, or restore it."):
-            entries.append(dict(json.loads(line)))
+            if not isinstance(entry := json.loads(line), dict):
+                raise TypeError(f"it is a {type(entry).__name__}, and an object is due")
+            entries.append(entry)
     return entries
 
 

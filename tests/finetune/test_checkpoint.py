@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -221,3 +222,15 @@ def test_a_folder_of_the_users_beside_a_new_one_is_left_alone(tmp_path):
     atomic_folders.write_folder(tmp_path / "merged", lambda folder: (folder / "weights").write_text("a"), 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.partial"]
     assert (tmp_path / "merged.partial" / "mine").read_text() == "mine"
+
+
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "out.html")
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit((tmp_path / "out.html").read_text)
+        atomic_folders.write_text(tmp_path / "out.html", "a page")
+        assert read.result() == "a page"
+    assert (tmp_path / "out.html").is_fifo() and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "full.html").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*full.html'"):
+        atomic_folders.write_text(tmp_path / "full.html", "a page")

@@ -130,6 +130,7 @@ def test_a_damaged_status_counts_as_none(tmp_path, text):
 
 
 def test_a_line_of_a_log_that_is_none_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + DEEP + "\n")
-    with pytest.raises(UserError, match="metrics.jsonl line 2 is no entry of a log"):
-        atomic_folders.read_json_lines(tmp_path / "metrics.jsonl")
+    for line, said in ((DEEP, ""), ("[]", ": it is a list, and an object is due")):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
+        with pytest.raises(UserError, match=f"metrics.jsonl line 2 is no entry of a log{said}"):
+            atomic_folders.read_json_lines(tmp_path / "metrics.jsonl")
