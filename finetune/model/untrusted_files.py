@@ -88,7 +88,7 @@ def weight_files(name: str, wanted: str) -> list[Path]:
         listed["metadata"]  # which transformers reads
         shards = sorted(set(listed["weight_map"].values()))
     for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]{1,200}\.safetensors", shard):
             raise UserError(
                 f"{wanted + INDEX} of {name} names {repr(shard)[:80]}. Only *.safetensors files beside it are read:"
                 f" take the checkpoint from somewhere else."
