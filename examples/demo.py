@@ -35,7 +35,7 @@ LEARNED = 20.0  # per cent: the highest phoneme error rate with which the demo s
 FEW_PAIRS = """\
 Six thousand short sentences teach a model these sentences, not Korean: one that knew all of them by heart translated
 0.7 % of unseen ones exactly. Spelling has few rules, and each stands in thousands of words; translation takes millions
-of pairs, or a checkpoint that has read them (README: Your own data, your own checkpoint)."""
+of pairs, or a checkpoint that has read them (README: From your rows to answers)."""
 # Errors, per cent: of phonemes and of words with stress marks, then of both without them.
 PUBLISHED = {
     "Phonetisaurus, 8-grams [1]": (None, 32.5, None, 24.8),
