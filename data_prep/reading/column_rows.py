@@ -199,6 +199,10 @@ def _chunks(
 
 
 def _check_columns(schema: pyarrow.Schema, name: str) -> None:
+    inside = list(schema)
+    while inside:  # decoding a name, also of a field in a field, raises one of FAULTS
+        kind = inside.pop().type
+        inside += [kind.field(place) for place in range(kind.num_fields) if kind.field(place).name is not None]
     twice = [column for column, count in Counter(schema.names).items() if count > 1]
     if twice:
         raise UserError(f"{name} has the column '{twice[0]}' twice. Rename or drop one.")

@@ -15,8 +15,9 @@ names for attention, where the package `kernels` is installed. Both are refused 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,9 @@ MOST_LABELS = 100_000
 """A config makes a name for each label, and a tokenizer for each of its extra ids."""
 MOST_BYTES = 32 * 2**20
 """Of a JSON file: the index of the largest published checkpoints has 9 MB."""
-MOST_NESTED = 20
-"""Lists and objects in each other in a config, which transformers copies several times. Published ones have four."""
+MOST_NESTED, LONGEST_TEXT = 20, 1000
+"""Lists and objects in each other in a config, which transformers copies several times (published ones have four);
+characters of a text, which it may print."""
 CODE_CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 SHIPPED_CODE = ("eager", "sdpa", None)
 OF_THE_CLASS = ("attribute_map", "sub_configs", "base_config_key")
@@ -120,9 +122,9 @@ def check_config(name: str) -> None:
             return
         if not isinstance(config, dict):
             raise TypeError(f"it holds a {type(config).__name__}, where settings by name are due")
-        for key, value in config.items():
-            if _is_nested(value):
-                raise ValueError(f"{key[:80]!r} has lists and objects in each other more than {MOST_NESTED} deep")
+        check_values(config)
+        if not all(isinstance(kind, str) for kind in config.get("architectures") or ()):
+            raise TypeError("architectures is no list of texts")
     for part in config_parts(config):
         if taken := [key for key in part if key in OF_THE_CLASS or callable(getattr(PreTrainedConfig, key, None))]:
             raise UserError(
@@ -131,12 +133,24 @@ def check_config(name: str) -> None:
         _check_part(part, config, name)
 
 
-def _is_nested(value: Any) -> bool:
-    level = [value]
-    for _ in range(MOST_NESTED + 1):
-        containers = [it for it in level if isinstance(it, dict | list)]
-        level = [it for part in containers for it in (part.values() if isinstance(part, dict) else part)]
-    return bool(level)
+def check_values(values: Mapping[str, Any]) -> None:
+    """ValueError for a key whose values are nested too deeply, or with a text that is too long."""
+    for key, value in values.items():
+        level = [key, value]
+        for depth in itertools.count():
+            if long := [it for it in level if isinstance(it, str) and len(it) > LONGEST_TEXT]:
+                raise ValueError(
+                    f"{key[:80]!r} has a text of {len(long[0]):,} characters; {LONGEST_TEXT:,} are allowed"
+                )
+            level = [it for part in level for it in _inside(part)]
+            if not level:
+                break
+            if depth == MOST_NESTED:
+                raise ValueError(f"{key[:80]!r} has lists and objects in each other more than {MOST_NESTED} deep")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def check_bytes(file: Path, most: int = MOST_BYTES) -> None:

@@ -102,7 +102,7 @@ def fault_of(path: Path, read: bool = True) -> str:
         return f"it has no {MANIFEST}"
     except PermissionError:
         raise
-    except (ValueError, AttributeError, KeyError, TypeError, OSError):
+    except (ValueError, OverflowError, AttributeError, KeyError, TypeError, OSError):
         return f"its {MANIFEST} cannot be read"
     if missing:
         return f"{missing} is missing"

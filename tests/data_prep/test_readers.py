@@ -1023,6 +1023,13 @@ def test_columns_of_one_name_are_refused(tmp_path):
     assert "has the column 'a' twice" in refused(str(tmp_path / "a.arrow"))
 
 
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_a_field_in_a_field_whose_name_is_no_utf8_is_an_error(name, tmp_path):
+    path = Path(write_columns(tmp_path, name, {"a": [{"qqqq": "x"}]}))
+    path.write_bytes(path.read_bytes().replace(b"qqqq", b"\xea\xeaqq"))
+    assert f"{name} cannot be read as" in refused(str(path))
+
+
 # Properties
 
 

@@ -62,7 +62,7 @@ def changed(value: Any, dice: random.Random) -> Any:
         return dice.choice([not value, 0, 1, "true", [value], None])
     if isinstance(value, int | float):
         by = dice.choice([-1, 0, 0.5, 2, 3, 10, 1000, 10**6, 10**12])
-        return dice.choice([value * by, value + 1, value - 1, float(value), str(value), [value], [value] * 1000])
+        return dice.choice([value * by, value + 1, value - 1, float(str(value)), str(value), [value], [value] * 1000])
     if isinstance(value, str):
         pattern = dice.choice(BACKTRACKING)
         return dice.choice([value[:-1], value.upper(), value * 1000, [value], value + "\x00", {value: value}, pattern])

@@ -88,7 +88,14 @@ def test_a_packing_that_is_none_is_refused(packing):
 @pytest.mark.parametrize(
     "manifest",
     [
-        *(DEEP, "[]", "7", '{"state.json": 5}', '{"state.json": {"bytes": "x", "xxh3_128": []}}'),
+        *(
+            DEEP,
+            "[]",
+            "7",
+            '{"state.json": {"bytes": 1e999, "xxh3_128": "x"}}',
+            '{"state.json": 5}',
+            '{"state.json": {"bytes": "x", "xxh3_128": []}}',
+        ),
         json.dumps({"a" * 5000: {"bytes": 5, "xxh3_128": "x"}}),
         json.dumps({"/etc/passwd": {"bytes": 5, "xxh3_128": "x"}}),
     ],
