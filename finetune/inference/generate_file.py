@@ -15,6 +15,7 @@ and the settings; a run that does not match them is refused. With several ranks 
 the bytes are those of one rank.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -75,16 +76,17 @@ def generate_file(
             _output_line(row, rows[row], by_row.get(row, nothing), row in cut_rows, settings) for row in chunk
         )
 
-    with GenerationBar(len(rows), done, shown=rank == 0) as bar:
+    written = out_file.open("ab") if rank == 0 else contextlib.nullcontext()
+    with written as out, GenerationBar(len(rows), done, shown=rank == 0) as bar:
         for first in range(done, len(rows), chunk_rows * ranks):
             start = first + rank * chunk_rows
             lines = [chunk_lines(start, bar) if start < len(rows) else ""]
             chunks = gather_object(lines) if ranks > 1 else lines
             if rank == 0:
-                with out_file.open("ab") as out:
-                    for of_chunk in chunks:
-                        out.write(of_chunk.encode("utf-8"))
-                        out.flush()
+                for of_chunk in chunks:
+                    out.write(of_chunk.encode("utf-8"))
+                    out.flush()
+                    if out_file.is_file():  # a pipe or a device has no disk
                         os.fsync(out.fileno())
             bar.update(min(first + chunk_rows * ranks, len(rows)) - bar.n)  # it counted this rank's rows only
     counts = {
@@ -146,12 +148,15 @@ def run_identity(
 
 
 def open_run(out_file: Path, identity: dict[str, Any], chunk_rows: int, rows: int, overwrite: bool) -> int:
-    """Prepares out_file and its .run.json; returns how many rows out_file keeps, a whole number of chunks.
+    """Prepares out_file and its .run.json; returns how many rows out_file keeps, a whole number of chunks. A pipe or
+    device is written to, and keeps none.
 
     Raises:
         UserError: out_file exists and another run wrote it, or it was changed since.
     """
     run_file = out_file.with_name(out_file.name + ".run.json")
+    if out_file.exists() and not out_file.is_file() and not out_file.is_dir():
+        return 0
     if out_file.exists() and not overwrite:
         if not run_file.exists():
             raise UserError(

@@ -5,12 +5,17 @@ rows.csv, rows.tsv  a table, read as `diptych prepare` reads it
 rows.txt            a text per line: an instruction, or the input of the instruction that is given for all lines
 """
 
-import codecs
+import contextlib
+import io
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.reading.find_files import HEAD_BYTES, EmptyFile
+from diptych.data_prep.reading.text_encoding import check_text
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.language_names import UnknownLanguage
 from diptych.data_prep.rows.records import Languages, Row
@@ -33,6 +38,7 @@ class PromptRow(NamedTuple):
     error: str = ""
 
 
+MOST_LINE_BYTES = 10_000_000
 BLANK = PromptRow({})
 """An empty line. It keeps its place in the output."""
 
@@ -52,16 +58,13 @@ def read_prompts(
         read = [row for source in open_sources([in_file]) for chunk in source.chunks() for row in chunk.rows()]
         rows = [_row_of(row.fields) if isinstance(row, Row) else PromptRow({}, error=row.reason) for row in read]
     else:
-        lines = Path(in_file).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
         is_text = in_file.endswith(LINES_SUFFIX)
         rows = []
-        for line in lines:
+        for line in _lines(in_file):
             try:
                 rows.append(_text_row(line, instruction, system, has_languages) if is_text else _json_row(line))
             except UnicodeDecodeError as error:
                 rows.append(PromptRow({}, error=f"invalid UTF-8 at byte {error.start + 1} of the line"))
-        if lines[-1] == b"":
-            rows.pop()
     filled = [row for row in rows if row != BLANK]
     if not filled:
         raise UserError(f"{in_file} is empty. {FORMATS}")
@@ -70,6 +73,27 @@ def read_prompts(
         first = rows.index(filled[0])
         raise UserError(f"{in_file} has no row that is a prompt; row {first + 1}: {rows[first].error}{hint}")
     return rows
+
+
+def _lines(in_file: str) -> Iterator[bytes]:
+    """Without their ends. UserError for a file in another encoding, and for a line that is too long to be a prompt."""
+    if Path(in_file).is_dir():
+        raise UserError(f"{in_file} is a folder, and a file is needed. {FORMATS}")
+    with open(in_file, "rb") as file, contextlib.suppress(EmptyFile):
+        head = file.read(HEAD_BYTES)
+        head = head[check_text(head, in_file) :] + file.readline(MOST_LINE_BYTES)  # the rest of its last line
+        rest = iter(lambda: file.readline(MOST_LINE_BYTES), b"")
+        for number, line in enumerate(itertools.chain(io.BytesIO(head), rest), start=1):
+            if len(line) >= MOST_LINE_BYTES:
+                raise UserError(f"{in_file} line {number} has {MOST_LINE_BYTES:,} bytes or more. Split it. {FORMATS}")
+            yield line.removesuffix(b"\n")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(fields := dict(pairs)) < len(pairs):
+        twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
+        raise ValueError(f"'{excerpt(twice)}' occurs twice in one object; keep the right one")
+    return fields
 
 
 def _text_row(line: bytes, instruction: str, system: str, has_languages: bool) -> PromptRow:
@@ -85,7 +109,7 @@ def _json_row(line: bytes) -> PromptRow:
     if not line.strip():
         return BLANK
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError:
         raise

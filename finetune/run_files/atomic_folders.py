@@ -170,6 +170,8 @@ def write_text(file: Path, text: str) -> None:
     try:
         beside.write_text(text, encoding="utf-8")
     except OSError as error:  # the system does not say which file
+        if is_replaced:
+            beside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from error
     if is_replaced:
         _flush(beside)

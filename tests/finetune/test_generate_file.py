@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -178,6 +179,7 @@ def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
         b'{"instrution": "Go."}': "there is 'instrution'. Rename it to 'instruction'",
         b'{"instruction": "Go.", "inptu": "x"}': "there is 'inptu'. Rename it to 'input'",
         b'{"text": "Go."}': "'instruction' is missing; the row has 'text'",
+        b'{"instruction": "a", "instruction": "b"}': "'instruction' occurs twice in one object",
         b'{"instruction": "  "}': "must be a string that is not empty",
         b'{"instruction": "Go.", "input": 5}': "'input' must be a string, got a number (5)",
         b'{"instruction": "Go.", "history": "x"}': "'history' must be a list of",
@@ -194,7 +196,7 @@ def test_each_row_gets_one_line_in_its_place_and_a_bad_one_its_reason(
     assert answered[2] == {"row": 3, "prediction": "나는 학생이다.", "finished": True, "source_cut": False} | good[2]
     for line, reason in zip(written[5 : 5 + len(bad)], bad.values(), strict=True):
         assert reason in line["error"] and "prediction" not in line
-    assert f"21 rows, {len(bad)} with an error in place of a prediction" in capsys.readouterr().err
+    assert f"22 rows, {len(bad)} with an error in place of a prediction" in capsys.readouterr().err
 
 
 KOREAN = "Translate English to Korean:"
@@ -370,6 +372,23 @@ def test_files_without_a_prompt_are_refused_before_a_model_is_loaded(tmp_path, c
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out.jsonl").exists()
+    for content, said in (("가".encode("utf-16"), "is UTF-16, and"), (b"\n" + b" " * 10**7, "line 2 has 10,000,000")):
+        (tmp_path / "in.jsonl").write_bytes(content)
+        assert cli.run("generate", arguments) == 2
+        assert said in capsys.readouterr().err
+    arguments[arguments.index(str(tmp_path / "in.jsonl"))] = str(tmp_path)
+    assert cli.run("generate", arguments) == 2
+    assert "is a folder, and a file is needed" in capsys.readouterr().err
+
+
+def test_a_pipe_gets_the_lines_of_a_file_and_stays_one(finished_run, t5_checkpoint, tmp_path):
+    in_file, out_file = finished_run
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as reader:
+        read = reader.submit((tmp_path / "pipe").read_bytes)
+        assert cli.run("generate", command(t5_checkpoint, in_file, tmp_path / "pipe", "--overwrite", "true")) == 0
+        assert read.result() == out_file.read_bytes()
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_output_over_the_input_is_refused(finished_run, t5_checkpoint, capsys):
