@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.run_files.atomic_folders import (
     PARTIAL,
@@ -135,7 +136,10 @@ def set_aside(folder: Path, after: int) -> list[Path]:
 
 
 def _move_aside(path: Path) -> Path:
-    (path.parent / ASIDE).mkdir(exist_ok=True)
+    aside = path.parent / ASIDE
+    if aside.is_symlink():
+        raise UserError(f"{aside} is a link: what is moved into it would leave the run. Remove the link.")
+    aside.mkdir(exist_ok=True)
     number = 1
     while os.path.lexists(target := path.parent / ASIDE / f"{path.name}-{number}"):
         number += 1

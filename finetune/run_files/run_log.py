@@ -28,7 +28,6 @@ class RunLog:
         self.files = {name: folder / name for name in ("metrics.jsonl", "samples.jsonl")}
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            self.files["metrics.jsonl"].touch()
             for name, file in self.files.items():
                 size = written.get(name, 0)
                 kept = _cut_back(file, size)
@@ -37,6 +36,7 @@ class RunLog:
                         f"{file} has {kept:,} of the {size:,} bytes that it had at this checkpoint. What is missing is"
                         f" not written again, and loss.png and `diptych compare` lack it; the run goes on."
                     )
+            self.files["metrics.jsonl"].touch()
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -67,8 +67,10 @@ class RunLog:
 def _cut_back(file: Path, size: int) -> int:
     """Cuts a log to its first `size` bytes, and to whole lines; returns how many bytes are left. UserError for what is
     no log."""
-    if not file.exists():
+    if not os.path.lexists(file):
         return 0
+    if file.is_symlink() or not file.is_file():
+        raise UserError(f"{file} is a link or no file, and a run cuts and continues it. Put the file itself there.")
     with file.open("r+b") as stream:
         lines = stream.read(size).splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):

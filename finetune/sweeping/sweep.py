@@ -40,12 +40,13 @@ from diptych.finetune.commands.exit_codes import DONE, NOT_FINITE, STOPPED
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.metrics import is_improvement, selected_figure
 from diptych.finetune.run_files.atomic_folders import write_text
-from diptych.finetune.run_files.run_folder import last_training, read_status
+from diptych.finetune.run_files.run_folder import holds_nothing, last_training, read_status
 from diptych.finetune.sweeping.sweep_settings import SweepSettings
 from diptych.finetune.training.recipe import TrainRecipe
 
 State = optuna.trial.TrialState
 SECONDS_BETWEEN_LOOKS = 0.5
+JOURNAL = "study.log"
 THE_SAME = "out resume stages metrics metric_settings metrics_limit best_metric trackers debug".split()
 LAST_LINES = 4
 Values = dict[str, Any]
@@ -57,6 +58,8 @@ def run(settings: SweepSettings) -> int:
     out, recipe = Path(settings.out), read_recipe(settings)
     ranges = {name: as_distribution(name, given) for name, given in settings.search.items()}
     metric = check_values(recipe, ranges, out)
+    if not (out / JOURNAL).exists() and not holds_nothing(out):
+        raise UserError(f"{out} is there already, and holds no sweep. Name another folder: --out FOLDER")
     out.mkdir(parents=True, exist_ok=True)
     take_lock(out / ".lock", lambda holder: f"{out} is in use by {holder}. Wait for it, or name another folder.")
     study = open_study(settings, recipe, ranges, metric)
@@ -126,7 +129,7 @@ def check_values(recipe: Values, ranges: dict[str, Any], out: Path) -> str:
 
 def open_study(settings: SweepSettings, recipe: Values, ranges: dict[str, Any], metric: str) -> optuna.Study:
     """A new one, or the one that is in the folder. UserError if that is of other settings."""
-    journal = Path(settings.out) / "study.log"
+    journal = Path(settings.out) / JOURNAL
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
         study_name="sweep",

@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.run_files import atomic_folders, checkpoints
+from diptych.finetune.run_files.run_log import RunLog
 
 
 def write(folder, step: int, text: str = "weights"):
@@ -172,6 +174,12 @@ def test_what_lies_where_a_checkpoint_is_due_is_moved_and_kept(tmp_path):
     assert (tmp_path / "aside" / "step-000002-1").resolve() == tmp_path / "mine"
     checkpoints.prune_checkpoints(tmp_path, keep_last=1, newest=2, best=None)
     aliens = aliens_in(tmp_path, write(tmp_path, 3))
+    (tmp_path / "aside").rename(tmp_path / "other place")
+    (tmp_path / "aside").symlink_to(tmp_path / "other place")
+    with pytest.raises(UserError, match="aside is a link"):
+        checkpoints.set_aside(tmp_path, after=3)
+    (tmp_path / "aside").unlink()
+    (tmp_path / "other place").rename(tmp_path / "aside")
     moved = checkpoints.set_aside(tmp_path, after=3)
     assert sorted(path.name for path in moved) == [f"{name}-1" for name in aliens]
     assert checkpoints.checkpoint_steps(tmp_path) == [2, 3]
@@ -222,6 +230,16 @@ def test_a_folder_of_the_users_beside_a_new_one_is_left_alone(tmp_path):
     atomic_folders.write_folder(tmp_path / "merged", lambda folder: (folder / "weights").write_text("a"), 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.partial"]
     assert (tmp_path / "merged.partial" / "mine").read_text() == "mine"
+
+
+def test_a_log_that_is_a_link_or_a_pipe_is_neither_cut_nor_continued(tmp_path):
+    (tmp_path / "mine").write_text("precious\n")
+    for put in (lambda log: log.symlink_to(tmp_path / "mine"), os.mkfifo):
+        put(tmp_path / "samples.jsonl")
+        with pytest.raises(UserError, match="samples.jsonl is a link or no file"):
+            RunLog(tmp_path, Accelerator(cpu=True), {})
+        (tmp_path / "samples.jsonl").unlink()
+    assert (tmp_path / "mine").read_text() == "precious\n"
 
 
 def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):

@@ -80,6 +80,11 @@ def test_what_cannot_be_varied_is_refused_before_a_trial(search, message, recipe
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_folder_that_holds_no_sweep_is_not_written_into(recipe_file, tmp_path):
+    with pytest.raises(UserError, match="holds no sweep"):
+        run(SweepSettings(str(recipe_file), str(recipe_file.parent)))
+
+
 def test_a_trial_that_fails_ends_the_sweep_with_what_it_said(recipe_file, tmp_path):
     recipe_file.write_text(recipe_file.read_text().replace("max_steps: 12", "max_steps: 1\nattention: flex_attention"))
     out = tmp_path / "sweep"
