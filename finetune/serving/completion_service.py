@@ -36,9 +36,9 @@ from diptych.finetune.serving.openai_requests import (
 from diptych.finetune.serving.request_batches import Answer, Ended, Engine, Failed, Job, Piece, show_place
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import Encoded, ServedModel
-from diptych.finetune.serving.web_address import TOKEN_VARIABLE, is_asked_here
+from diptych.finetune.serving.web_address import LARGEST_BODY, TOKEN_VARIABLE, is_asked_here
 
-LARGEST_BODY, SMALL_BODY, MOST_ARRIVING = 4_000_000, 65_536, 64_000_000
+SMALL_BODY, MOST_ARRIVING = 65_536, 64_000_000
 """Bytes of one request, of one that is always read, and of all that arrive at the same time."""
 ERROR_HEADERS = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}}
 

@@ -14,6 +14,7 @@ from diptych.data_prep.command_line.errors import UserError
 
 TOKEN_VARIABLE, PASSWORD_VARIABLE = "DIPTYCH_TOKEN", "DIPTYCH_PASSWORD"
 """In the environment, the secrets of `serve` and of `demo`."""
+LARGEST_BODY = 4_000_000
 HERE = re.compile(r"(https?://)?(localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(:[0-9]+)?", re.IGNORECASE)
 
 

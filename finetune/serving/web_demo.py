@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, in_short
 from diptych.data_prep.report.visible_text import token_markup
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import own_languages
@@ -29,7 +29,7 @@ from diptych.finetune.inference.prompts import Prompt
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.attention_weights import mean_weights
 from diptych.finetune.serving import web_address
-from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece
+from diptych.finetune.serving.request_batches import LOG, Answer, Decoding, Ended, Engine, Failed, Job, Piece
 from diptych.finetune.serving.serve_settings import DemoSettings
 from diptych.finetune.serving.served_model import ServedModel, load_served
 
@@ -229,8 +229,8 @@ def _input_boxes(gradio: Any, models: Sequence[ServedModel]) -> tuple[list[Any],
 
 
 class Guard:
-    """ASGI: checks who asks (web_address.py), refuses uploads, and adds a policy by which a browser asks no other
-    host."""
+    """ASGI: checks who asks (web_address.py), refuses uploads and large requests, and adds a policy by which a browser
+    asks no other host. What Gradio raises for a request that its page does not make is a line of the log."""
 
     def __init__(self, app: Any, only_loopback: bool):
         self.app, self.only_loopback = app, only_loopback
@@ -254,7 +254,20 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        await self.app(scope, receive, send_with_policy)
+        size = 0
+
+        async def receive_little() -> dict[str, Any]:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > web_address.LARGEST_BODY:
+                raise ValueError(f"it has more than {web_address.LARGEST_BODY:,} bytes")
+            return message
+
+        try:
+            await self.app(scope, receive_little, send_with_policy)
+        except Exception as error:  # of any type; the client has its status
+            LOG.warning("a request to the page failed: %s", in_short(error))
 
 
 def run(settings: DemoSettings) -> int:

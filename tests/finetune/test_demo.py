@@ -162,6 +162,15 @@ def test_it_fits_a_phone(browser, shown):
 
 
 def test_no_files_no_strangers(shown):
+    for path, body in (
+        ("queue/join", b'{"data":[],"fn_index":99999,"session_hash":"h"}'),
+        ("queue/join", b" " * 5_000_000),
+    ):
+        request = urllib.request.Request(f"{shown.url}/gradio_api/{path}", body, {"Content-Type": "application/json"})
+        with pytest.raises(OSError):
+            urllib.request.urlopen(request)
+    log = shown.log.read_text()
+    assert "a request to the page failed: KeyError 99999" in log and "Traceback" not in log
     for path in ("gradio_api/upload", "upload", "gradio_api/proxy=http://example.org/"):
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{shown.url}/{path}", b"x")
