@@ -156,12 +156,12 @@ def validation_scores(run: Path, step: int | None, recipe: Mapping[str, Any]) ->
 
 
 def report_scores(run: Path) -> list[CardScore]:
-    """Of every report in the run folder.
+    """Of every report in the run folder; once, if several say the same.
 
     Raises:
         UserError: a file is broken JSON, or a report on another model or on an earlier one of this run.
     """
-    scores = []
+    scores = {}
     for file in sorted(run.glob("*.json")):
         try:
             report = atomic_folders.read_json(file)
@@ -180,8 +180,8 @@ def report_scores(run: Path) -> list[CardScore]:
         for metric in (name for name in figures if name not in NO_SCORES):
             bounds, signature = (report.get(kind, {}).get(metric) for kind in ("intervals", "signatures"))
             note = f"{rows}, {signature}" if signature else rows
-            scores.append(CardScore(split, data, metric, figures[metric], bounds, note))
-    return scores
+            scores[split, data, metric, note] = CardScore(split, data, metric, figures[metric], bounds, note)
+    return list(scores.values())
 
 
 def read_config(files: Mapping[str, Path | bytes], name: str) -> dict[str, Any]:

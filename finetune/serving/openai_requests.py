@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diptych.data_prep.command_line.errors import excerpt
+from diptych.data_prep.command_line.errors import excerpt, nearest
 from diptych.data_prep.rows.conversations import MARKS, MARKS_NOT_READ
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.finetune.serving.request_batches import Answer, Decoding
@@ -182,7 +182,9 @@ def _check_fields(fields: dict[str, Any], known: set[str], path: str = "") -> No
         is_harmless = any(value == it and isinstance(value, bool) == isinstance(it, bool) for it in harmless)
         if name not in known | IGNORED and not is_harmless:
             alternative = f", or give {' or '.join(map(json.dumps, harmless))}" if harmless else ""
-            message = f"'{path}{excerpt(name, 60)}' asks for something not done here. Leave it out{alternative}."
+            near = nearest(name, known)
+            alternative += f". Did you mean '{path}{near}'?" if near else "."
+            message = f"'{path}{excerpt(name, 60)}' asks for something not done here. Leave it out{alternative}"
             raise RequestError(400, message, f"{path}{name}")
 
 

@@ -189,6 +189,7 @@ def test_the_card_has_the_scores_of_each_validation_set_and_names_sets_without_t
 
 
 def test_the_card_tells_of_the_run_and_its_yaml_is_the_run_again(hub, run, trained, tmp_path):
+    shutil.copy(run / "validation.json", run / "again.json")  # says the same, and is in the card once
     assert cli.run("publish", [str(run), "--to", REPO, "--license", "apache-2.0", "--language", "en, ko"]) == 0
     text = remote(hub)["README.md"].decode()
     card = ModelCard(text)
@@ -197,6 +198,7 @@ def test_the_card_tells_of_the_run_and_its_yaml_is_the_run_again(hub, run, train
 
     report = json.loads((run / "validation.json").read_text())
     results = {(it.dataset_split, it.metric_type, bool(it.metric_args)): it for it in card.data.eval_results}
+    assert len(results) == len(card.data.eval_results)
     evaluated = results["validation", "chrf", True]
     assert evaluated.metric_value == report["figures"]["chrf"]
     assert evaluated.metric_args == {"interval": report["intervals"]["chrf"]}

@@ -234,6 +234,7 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
         ({"prompt": "Go.", "source_language": False}, 400, "source_language"),
         ({"prompt": "Go.", "source_language": "x"}, 400, "prompt"),
         ({"prompt": "Go.", "temprature": 1}, 400, "temprature"),
+        ({"promt": "Go."}, 400, "promt"),
         ({"messages": ["Go."]}, 400, "messages[0]"),
     ],
 )
