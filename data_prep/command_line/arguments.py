@@ -113,6 +113,8 @@ def _instantiate(
     try:
         found = parser.instantiate(parser.parse_args([*first, *words]))
         values = {setting.name: found[setting.name] for setting in fields(settings_class)}
+        if not 0 <= values.get("seed", 0) < 2**32:  # as numpy has them
+            raise UserError(f"seed is {excerpt(values['seed'], 40)}; it has to be a number from 0 to {2**32 - 1}.")
         try:
             return settings_class(**values)
         except UserError as error:

@@ -104,6 +104,8 @@ def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
         check, value = setting.metadata.get("check"), values[setting.name]
         given_as = setting.name if setting.default is setting.default_factory is MISSING else f"--{setting.name}"
         for name in value if isinstance(value, list) else [value]:
+            if check is not None and name and "\0" in name:
+                raise UserError(f"{given_as} {name} has a NUL in it, which no name of a file has.")
             if check is not None and name:
                 check(os.path.expanduser(name), given_as)
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.command_line.errors import UserError, escaped, nearest
 from diptych.data_prep.rows.named_splits import named
 
 
@@ -52,6 +52,8 @@ def _check_source(name: str, option: str) -> None:
 def _check_output(name: str, option: str) -> None:
     """UserError where nothing can be written: before the work, which may take hours."""
     place = Path(name).absolute()
+    if escaped(name) != name:
+        raise UserError(f"{option} {name} has a line break or another control character. Choose another name.")
     above = next(folder for folder in place.parents if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
         why = "you may not write there" if above.is_dir() else "this is a file"

@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,8 +188,9 @@ def read_generation_config(name: str | Path) -> GenerationConfig | None:
 
 
 def first_wrong(values: Mapping[str, Any], read: Callable[[dict], Any]) -> str:
-    """ " (top_k)", the first key without which `read` takes the values; "" where there is none."""
-    for key in list(values)[:MOST_LAYERS]:
+    """ " (top_k)", the first key without which `read` takes the values; "" where none is found in two seconds."""
+    until = time.process_time() + 2
+    for key in itertools.takewhile(lambda key: time.process_time() < until, values):
         with contextlib.suppress(Exception):  # it was another key
             read({other: value for other, value in values.items() if other != key})
             return f" ({key[:80]!r})"
@@ -205,7 +208,7 @@ def config_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -> None:
     for key in (*WIDTHS, *INNER_WIDTHS, *LAYERS, *OTHER_SIZES):
         value = part.get(key)
-        is_size = isinstance(value, int) and not isinstance(value, bool) and value >= (0 if key in LAYERS else 1)
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if value is not None and not is_size:
             raise UserError(
                 f"config.json of {name} says that {key} is '{excerpt(value, 40)}', which is no size: a whole number"
@@ -218,6 +221,11 @@ def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -
                 f" are tried. Correct it, or take another checkpoint."
             )
     for key, value in part.items():
+        is_wrong = isinstance(value, float) and not math.isfinite(value)
+        if is_wrong or key.endswith(("_eps", "_epsilon")) and isinstance(value, int | float) and value < 0:
+            raise UserError(
+                f"config.json of {name} says that {key} is {value}. Correct it, or take another checkpoint."
+            )
         most = MOST_LABELS if key in ("num_labels", "extra_ids") else MOST_LAYERS
         is_count = key.endswith(("layers", "experts", "ngram")) or most == MOST_LABELS
         if is_count and isinstance(value, int | float) and not value <= most:

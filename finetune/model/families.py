@@ -164,6 +164,12 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def decoder_start_token(model: PreTrainedModel) -> int:
     """The first decoder input, by the rule of decoder_start.py, as in `diptych prepare`. UserError for none."""
     named = named_start(model.config, model.generation_config)
+    rows = embedding_rows(model)[1]
+    if named is not None and named[0] >= rows:
+        raise UserError(
+            f"the decoder starts with token {named[0]} ({named[1]}) in config.json or generation_config.json, and this"
+            f" {model.config.model_type} has {rows} embedding rows. Correct it there."
+        )
     if named is not None:
         return named[0]
     raise UserError(

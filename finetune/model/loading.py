@@ -194,6 +194,8 @@ def load_model(
             f"{', '.join(config.architectures or ['an unnamed class'])}. Name a checkpoint that has both the encoder "
             f"and the decoder: random weights in their place would answer nonsense."
         )
+    if config.is_encoder_decoder is not True:  # as in the config of an encoder alone
+        raise UserError(f"config.json of {name} says that is_encoder_decoder is not true. Correct it there.")
     if unknown := sorted(info["unexpected_keys"]):
         print(
             f"{name}: {counted(len(unknown), 'weight')} of its files are of no layer of {type(model).__name__}, and"

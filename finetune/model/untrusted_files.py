@@ -16,6 +16,7 @@ adapter, load what a conversion service answers for a Hub repository of pickles,
 
 import copy
 import json
+import logging
 import math
 import re
 import shlex
@@ -31,11 +32,19 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from datasets.features.features import require_decoding
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from diptych.data_prep.command_line.errors import UserError, counted, library_errors
-from diptych.data_prep.text_to_ids.checkpoint_config import LAYERS, check_bytes, config_parts, file_of, least_weights
+from diptych.data_prep.text_to_ids.checkpoint_config import (
+    LAYERS,
+    check_bytes,
+    config_parts,
+    file_of,
+    first_wrong,
+    least_weights,
+)
 from diptych.finetune.commands.exit_codes import CheckpointError, StorageError
 
 AGAIN = "Run `diptych prepare` again."
@@ -138,9 +147,20 @@ def check_sizes(
     layers = max((part.get(key) or 0 for part in config_parts(written) for key in LAYERS), default=0)
     if layers > len(shapes) or _is_absurd(least_weights(written), held):
         raise UserError(_absurd(name, f"{layers:,} layers and at least", least_weights(written), held, len(shapes)))
-    with library_errors(f"config.json of {name} is not one that a model can be made of", "Correct it."):
+
+    def tried(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"), no_init_weights():
             model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
+        if auto_class is AutoModelForSeq2SeqLM:
+            _pass_without_values(model)
+        return model
+
+    def where() -> str:
+        return first_wrong(config.to_diff_dict(), lambda values: tried(type(config).from_dict(values)))
+
+    said = f"config.json of {name} is not one that a model can be made of"
+    with library_errors(said, "Correct it there, or take another checkpoint.", where):
+        model = tried(config)
         model.tie_weights()
     _check_types(files, {key for key, _ in model.named_parameters(remove_duplicate=False)}, name)
     sizes = [weight.numel() for weight in model.parameters()]
@@ -170,6 +190,21 @@ def _check_types(files: Sequence[Path], parameters: Set[str], name: str) -> None
                         f"{key} of {name} is stored as {kind}, and weights are {', '.join(WEIGHT_TYPES)}. Take the "
                         f"checkpoint that is not quantized."
                     )
+
+
+def _pass_without_values(model: PreTrainedModel) -> None:
+    """Some values of a config are looked at in a pass only, and some of these only in training. Here tensors have
+    shapes alone. Of a model that asks for values meanwhile (experts, windows), the rest is not tried."""
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of a source that is shorter than a window
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            ids = torch.ones(1, 2, dtype=torch.long, device="meta")
+            model.train()(input_ids=ids, decoder_input_ids=ids)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        pass
+    finally:
+        logging.disable(logged)
 
 
 def _is_absurd(weights: int, held: int) -> bool:
@@ -232,7 +267,8 @@ def check_token_settings(config: GenerationConfig, rows: float, name: str) -> No
         if value is not None and not is_right(value, depth) and not (key in ENDS and is_right(value, 0)):
             allowed = f"{('one', 'a list', 'a list of lists')[depth]} of the whole numbers from 0 to {most - 1:,.0f}"
             raise UserError(
-                f"{key} is {str(value)[:40]!r} in {name}'s generation_config.json, and must be {allowed}. Correct it."
+                f"{key} is {str(value)[:40]!r} in {name}'s generation_config.json (or, where there is none, in its"
+                f" config.json), and must be {allowed}. Correct it."
             )
 
 

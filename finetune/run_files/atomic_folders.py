@@ -80,12 +80,13 @@ def partial_of(folder: Path) -> Path:
 
 def write_manifest(folder: Path) -> None:
     """Size and hash of every file in the folder, in a file beside them. XXH3 finds damage, not forgery."""
-    write_json(folder / MANIFEST, _manifest_of(folder))
+    write_json(folder / MANIFEST, manifest_of(folder))
     for file in folder.rglob("*.safetensors"):  # safetensors makes its files with mode 0600, whatever the umask says
         file.chmod((folder / MANIFEST).stat().st_mode)
 
 
-def _manifest_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Size and hash of each file in it."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
     return {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "xxh3_128": _hash(file)} for file in files
@@ -123,7 +124,7 @@ def fault_of(path: Path, read: bool = True) -> str:
 def copy_folder(source: Path, target: Path) -> None:
     """A whole copy with a manifest. A target that has these files already stays as it is, whatever else lies in it.
     UserError where the target holds what was not written here."""
-    entries = _manifest_of(source)
+    entries = manifest_of(source)
     if entries == _entries_of(target) and not fault_of(target):
         return
     check_own(target)

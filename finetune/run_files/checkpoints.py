@@ -2,7 +2,8 @@
 
     run/checkpoints/step-000200/  model/                 as save_pretrained writes it: weights, config, tokenizer
                                   optimizer.safetensors  what the optimizer keeps of each weight, by name
-                                  state.json             step, place in the data, sums since the last log line
+                                  state.json             step, place in the data, sums since the last log line; what
+                                                         the manifest says of all other files
                                   rng.json               random states of python, numpy and torch, of every rank
                                   manifest.json          size and hash of each file above: see atomic_folders.py
     run/checkpoints/best.json     which one is the best, by what
@@ -30,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.run_files.atomic_folders import (
+    MANIFEST,
     PARTIAL,
     fault_of,
     partial_of,
@@ -39,6 +41,8 @@ from diptych.finetune.run_files.atomic_folders import (
 )
 
 BEST = "best.json"
+FILES = "files"
+"""In state.json: what the manifest says of all other files. One of another run is found by it."""
 ASIDE = "aside"
 
 
@@ -89,9 +93,13 @@ def checkpoint_fault(path: Path, read: bool = True) -> str:
     if fault:
         return fault
     try:
-        step = read_json(path / "state.json")["progress"]["step"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        state, written = read_json(path / "state.json"), read_json(path / MANIFEST)
+        step = state["progress"]["step"]
+        strange = [name for name, entry in state.get(FILES, {}).items() if entry != written.get(name)]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its state.json is not the state of a run: {error!r}"
+    if strange:
+        return f"its {strange[0]} was not written with its state.json"
     return "" if step == checkpoint_step(path) else f"it is that of step {step}"
 
 
@@ -105,11 +113,11 @@ class LatestCheckpoint(NamedTuple):
     """Newer ones, and what is wrong with each."""
 
 
-def latest_checkpoint(folder: Path) -> LatestCheckpoint:
+def latest_checkpoint(folder: Path, fault_in: Callable[[Path], str] = checkpoint_fault) -> LatestCheckpoint:
     """The newest undamaged checkpoint, None where there are none yet. CheckpointError where all are damaged."""
     passed_over = []
     for path in reversed(_called_like_one(folder)):
-        fault = checkpoint_fault(path)
+        fault = fault_in(path)
         if not fault:
             return LatestCheckpoint(path, passed_over)
         passed_over.append(f"{path.name}: {fault}")
@@ -121,9 +129,9 @@ def latest_checkpoint(folder: Path) -> LatestCheckpoint:
     return LatestCheckpoint(None, [])
 
 
-def check_checkpoint(path: Path) -> None:
+def check_checkpoint(path: Path, fault_in: Callable[[Path], str] = checkpoint_fault) -> None:
     """CheckpointError where it is missing, incomplete or damaged."""
-    fault = checkpoint_fault(path) if path.is_dir() else "there is no such folder"
+    fault = fault_in(path) if path.is_dir() else "there is no such folder"
     if fault:
         raise CheckpointError(f"{path} cannot be used: {fault}. Name another one, or `--resume true` for the newest.")
 
@@ -191,13 +199,19 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
+    """Errors of many types where they are none."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, cached = states["numpy"]
+    if position not in range(len(keys) + 1):
+        raise ValueError(f"the state of numpy has the position {position!r}")
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_decode(states["torch"]))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(states["cuda"]))
+    now = random_states()
+    if wrong := [kind for kind in now.keys() & states.keys() if now[kind] != states[kind]]:
+        raise ValueError(f"the state of {wrong[0]} is none")
 
 
 def _encode(state: torch.Tensor) -> str:

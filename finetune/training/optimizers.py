@@ -235,8 +235,10 @@ class RunOptimizer:
                     if name in group:
                         kind = type(group[name])
                         value = float(saved[name])
+                        if not math.isfinite(value):
+                            raise ValueError(f"{name} is {value}")
                         group[name] = torch.full_like(group[name], value) if kind is torch.Tensor else kind(value)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             where = file.parent / "state.json"
             raise CheckpointError(f"{where} holds other counts than this optimizer's: {error!r}.") from error
         places = self._places(untouched)
@@ -287,13 +289,18 @@ def _kept(state: dict[str, Any]) -> list[str]:
 
 def _as_before(kept: Any, saved: torch.Tensor, where: str) -> Any:
     """What was saved, as what is kept in its place: a number, or a tensor there."""
+    expected = torch.as_tensor(kept)
+    if saved.shape != expected.shape or saved.dtype != expected.dtype:
+        raise CheckpointError(
+            f"{where} is {tuple(saved.shape)}, {saved.dtype}, and {tuple(expected.shape)}, {expected.dtype} was "
+            f"expected. Name another checkpoint."
+        )
+    if saved.is_floating_point() and saved.numel():
+        least, most = torch.aminmax(saved)
+        if not (torch.isfinite(least) and torch.isfinite(most)) or (least < 0 and "_sq" in where.split("/")[-1]):
+            raise CheckpointError(f"{where} has values that no training leaves. Name another checkpoint.")
     if not isinstance(kept, torch.Tensor):
         return type(kept)(saved.item())
-    if saved.shape != kept.shape or saved.dtype != kept.dtype:
-        raise CheckpointError(
-            f"{where} is {tuple(saved.shape)}, {saved.dtype}, and {tuple(kept.shape)}, {kept.dtype} was expected. "
-            f"Name another checkpoint."
-        )
     saved = saved.to(kept.device)
     if isinstance(kept, DTensor):
         saved = distribute_tensor(saved, kept.device_mesh, kept.placements)

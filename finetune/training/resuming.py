@@ -7,6 +7,7 @@ A run is the same run if the settings of its config.yaml that are FIXED_IN_A_RUN
 state.json, are as they were. Otherwise it is refused, and each difference is named.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,12 +39,20 @@ def choose_checkpoint(recipe: TrainRecipe, folder: Path) -> Path | None:
         chosen = Path(recipe.resume)
         if chosen.absolute().parent.resolve() != place.resolve():
             raise UserError(f"{chosen} is no checkpoint of the run in {folder}. Name one of {place}.")
-        checkpoints.check_checkpoint(chosen)
+        checkpoints.check_checkpoint(chosen, _fault_in)
         return chosen
-    found = checkpoints.latest_checkpoint(place)
+    found = checkpoints.latest_checkpoint(place, _fault_in)
     for fault in found.passed_over:
         say_once(f"passed over {fault}")
     return found.path
+
+
+def _fault_in(path: Path) -> str:
+    """Also where the state has other values than training writes."""
+    try:
+        return checkpoints.checkpoint_fault(path) or _read_state(path / "state.json") and ""
+    except CheckpointError as error:
+        return str(error)
 
 
 def check_resumes(recipe: TrainRecipe, folder: Path) -> None:
@@ -89,6 +98,7 @@ def facts_of(
         "rows in a step (batch_size × ranks × gradient_accumulation_steps)": order.rows_per_step,
         "rows together (batch_size × ranks)": order.rows_per_batch * order.ranks if order.group_by_length else None,
         "packed rows": order.row_tokens is not None,
+        "seed": order.seed,
         "weights of the base model": frozen_hash(model) if isinstance(model, PeftModel) else "",
     }
 
@@ -110,6 +120,7 @@ class SavedState(NamedTuple):
     written: dict[str, int]
     scaler: dict[str, Any]
     optimizer: dict[str, Any]
+    facts: dict[str, Any] = {}
 
 
 def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) -> SavedState:
@@ -117,28 +128,38 @@ def saved_state(recipe: TrainRecipe, saved: Path | None, facts: dict[str, Any]) 
     UserError if it is of a run with other facts."""
     if saved is None:
         return SavedState(Progress(), {}, {}, {})
-    file = saved / "state.json"
+    state = _read_state(saved / "state.json")
+    state.facts.setdefault("seed", facts.get("seed"))  # which older checkpoints do not name
+    if state.facts.keys() != facts.keys():
+        raise CheckpointError(
+            f"{saved / 'state.json'} is of another version of Diptych: it says {sorted(map(str, state.facts))[:3]} …"
+            f" of its run. Go on with the version that wrote it."
+        )
+    _check_unchanged(f"{saved}, with {recipe.data}", state.facts, facts, facts)
+    return state
+
+
+def _read_state(file: Path) -> SavedState:
+    """CheckpointError where a value has another type or sign than those that training writes."""
     try:
         state = atomic_folders.read_json(file)
-        before, written, scaler, optimizer = (dict(state[key]) for key in ("run", "written", "scaler", "optimizer"))
-        progress = Progress(**state["progress"])
-        for name, value in asdict(Progress()).items():
-            found, kinds = getattr(progress, name), int if isinstance(value, int) else int | float | None
-            if name == "norms":
-                found, kinds = float(sum(found)), float
-            if not isinstance(found, kinds) or (kinds is int and found < 0):
-                raise TypeError(f"its {name} is {found!r}")
-        if missing := asdict(progress).keys() - state["progress"].keys():
-            raise KeyError(*missing)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{file} is not the state of a run: {error!r}") from error
-    if before.keys() != facts.keys():
-        raise CheckpointError(
-            f"{file} is of another version of Diptych: it says {sorted(map(str, before))[:3]} … of its run. Go on "
-            f"with the version that wrote it."
-        )
-    _check_unchanged(f"{saved}, with {recipe.data}", before, facts, facts)
-    return SavedState(progress, written, scaler, optimizer)
+        facts, written, scaler, optimizer = (dict(state[key]) for key in ("run", "written", "scaler", "optimizer"))
+        given, known = dict(state["progress"]), asdict(Progress())
+        if different := known.keys() ^ given.keys():
+            raise KeyError(*different)
+        for name, value in (given | {f"bytes of {name}": size for name, size in written.items()}).items():
+            default = known.get(name, 0)
+            is_count = isinstance(default, int) or name == "best_step"
+            for number in value if default == [] else [value]:
+                if number is None and default is None:
+                    continue
+                if isinstance(number, bool) or not (isinstance(number, int) if is_count else math.isfinite(number)):
+                    raise TypeError(f"its {name} is {str(value)[:80]!r}")
+                if is_count and not 0 <= number < 2**63:
+                    raise ValueError(f"its {name} is {str(value)[:80]!r}")
+    except (ValueError, KeyError, TypeError, ArithmeticError, OSError) as error:
+        raise CheckpointError(f"{file} is not the state of a run: {error!r}.") from error
+    return SavedState(Progress(**given), written, scaler, optimizer, facts)
 
 
 def take_back(recipe: TrainRecipe, folder: Path, saved: Path) -> None:

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line.errors import excerpt
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.adapters import adapter_weights, save_adapter
 from diptych.finetune.run_files import atomic_folders, checkpoints
@@ -49,6 +50,7 @@ def save_checkpoint(run: Run) -> None:
                 "written": run.log.bytes_written(),
                 "scaler": run.scaler.state_dict(),
                 "optimizer": run.optimizer.counters(),
+                checkpoints.FILES: atomic_folders.manifest_of(partial),
             }
             atomic_folders.write_json(partial / "state.json", state)
 
@@ -72,14 +74,17 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
 def restore(run: Run, saved: Path, state: SavedState) -> None:
     """Optimizer, scaler of the loss and random states."""
     run.optimizer.load(saved / "optimizer.safetensors", state.optimizer)
-    run.scaler.load_state_dict(state.scaler)
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     try:
+        run.scaler.load_state_dict(state.scaler)
         random_states = list(atomic_folders.read_json(saved / "rng.json"))
         if rank < len(random_states):
             checkpoints.restore_random_states(random_states[rank])
-    except (LookupError, ValueError, TypeError, RuntimeError, OSError) as error:
-        raise CheckpointError(f"{saved / 'rng.json'} holds no random states of rank {rank}: {error!r}") from error
+    except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{saved / 'rng.json'} holds no random states of rank {rank}, or state.json no state of a scaler:"
+            f" {excerpt(error)}. Name another checkpoint."
+        ) from error
     if ranks != len(random_states):
         run.log.say(f"{len(random_states)} ranks before, {ranks} now: dropout will differ")
 

@@ -125,6 +125,8 @@ def test_a_mistyped_word_is_told_with_what_is_expected(words, message):
         ("fraction: 12:30:45.5", "r.yaml, line 1, column 11: no YAML (12:30:45.5, with"),
         ("fraction: .inf", "r.yaml: fraction is Infinity; it has to be a number."),
         ("betas: [.nan, 0]", "r.yaml: betas is [NaN, 0]; it has to be a list of 2 values."),
+        ("seed: 18446744073709551616", "seed is 18446744073709551616; it has to be a number from 0 to 4294967295."),
+        ("seed: -1", "seed is -1; it has to be a number from 0"),
         ("seed: ''", "r.yaml: seed is ''; it has to be a whole number."),
         ("- " * 3000, "r.yaml: no YAML (it is nested deeper"),
         ("seed: 1\n" * 200_000, "r.yaml: no YAML (it has more than 1,000,000 characters)"),
@@ -203,8 +205,8 @@ def test_the_command_line_goes_before_the_recipe_wherever_it_stands(recipe):
 
 
 def test_words_are_taken_as_people_type_them():
-    found = parse(Settings, "bake", ["--strict", "--data", "a", "b", "--seed", "-1", "--data", "c", "--size=auto"])
-    assert (found.data, found.strict, found.seed, found.size) == (["a", "b", "c"], True, -1, "auto")
+    found = parse(Settings, "bake", ["--strict", "--data", "a", "b", "--fraction", "-1", "--data", "c", "--size=auto"])
+    assert (found.data, found.strict, found.fraction, found.size) == (["a", "b", "c"], True, -1, "auto")
     assert parse(Settings, "bake", ["--strict", "no"]).strict is False
     for words, resume in ([], True), (["--seed", "1"], True), (["no"], False), (["folder"], "folder"):
         assert parse(Settings, "bake", ["--resume", *words]).resume == resume

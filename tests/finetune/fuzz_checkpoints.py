@@ -35,13 +35,14 @@ from typing import Any, NamedTuple
 
 import psutil
 from spoiled_model_files import OF_THE_MODEL
+from spoiled_run_files import OF_THE_RUN
 from spoiled_tokenizer_files import OF_THE_TOKENIZER
 
 from diptych.data_prep.command_line.errors import UserError
 
 SECONDS, BYTES, CHARACTERS = 5.0, 2**30, 2_000
 CASES_OF_A_WORKER = 200
-KINDS = {**OF_THE_MODEL, **OF_THE_TOKENIZER}
+KINDS = {**OF_THE_MODEL, **OF_THE_TOKENIZER, **OF_THE_RUN}
 
 
 # Cases in a process of their own

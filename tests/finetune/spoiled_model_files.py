@@ -62,8 +62,11 @@ def load_and_write(folder: Path) -> None:
 # Weights
 
 
-def spoil_weights(folder: Path, dice: random.Random) -> str:
-    file = next(folder.glob("*model.safetensors"))
+def spoil_tensors(pattern: str) -> Callable[[Path, random.Random], str]:
+    return lambda folder, dice: spoil_weights(next(folder.glob(pattern)), dice)
+
+
+def spoil_weights(file: Path, dice: random.Random) -> str:
     weights = load_file(file)
     name = dice.choice(sorted(weights))
     how = dice.choice(["missing", "shape", "type", "value", "more", "many", "name", "header", "bytes", "index"])
@@ -103,7 +106,7 @@ def spoil_weights(folder: Path, dice: random.Random) -> str:
             how += f" {said}"
         elif how == "index":
             file.unlink()
-            save_file(weights, folder / "other.safetensors")
+            save_file(weights, file.parent / "other.safetensors")
             index, said = spoil_value({"weight_map": dict.fromkeys(weights, "other.safetensors")}, dice, {})
             with without_digit_limit():
                 write(Path(f"{file}.index.json"), json.dumps(index).encode())
@@ -173,6 +176,6 @@ OF_THE_MODEL = {
     **{f"config.json of {family}": of_config(family) for family in FAMILIES},
     "generation_config.json": Kind(make_model("t5"), spoil_json("generation_config.json", GENERATION), load_and_write),
     "adapter_config.json": Kind(make_adapter, spoil_json("adapter_config.json", ADAPTER), load_and_write),
-    "safetensors": Kind(make_model("bart"), spoil_weights, load_and_write),
-    "safetensors of an adapter": Kind(make_adapter, spoil_weights, load_and_write),
+    "safetensors": Kind(make_model("bart"), spoil_tensors("*model.safetensors"), load_and_write),
+    "safetensors of an adapter": Kind(make_adapter, spoil_tensors("*model.safetensors"), load_and_write),
 }

@@ -13,6 +13,7 @@ import unicodedata
 import pytest
 
 from diptych.data_prep.command_line.errors import CONTROLS, LONGEST_LINE, UserError, escaped, excerpt
+from diptych.finetune.commands import cli
 
 DIPTYCH = [sys.executable, "-m", "diptych.finetune.commands.cli"]
 EVIL = "x\x1b[2J\x9b5m\u202e\r\nFORGED: done\u2028\x07"
@@ -142,6 +143,12 @@ def test_a_full_disk_behind_stdout_is_one_message(tmp_path):
     shown = ended("diptych train --help >/dev/full", tmp_path)
     assert shown.returncode == 4 and shown.stderr.count(b"\n") == 1
     assert shown.stderr.startswith(b"diptych train: stdout: No space left on device")
+
+
+def test_a_name_with_a_line_break_is_given_to_no_new_file(tmp_path, capsys):
+    words = ["prepare", "--data", "tatoeba", "--train_tokenizer", "bpe", "--out", str(tmp_path / "a\nb")]
+    assert cli.main(words) == 2 and "a\\nb has a line break" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_bars_stay_and_colours_of_libraries_go(tmp_path):

@@ -168,6 +168,11 @@ def test_a_generation_config_that_is_none_is_said_and_not_passed_over(copy):
         ({"architectures": [7]}, "architectures is no list of texts"),
         ({"rope_type": "default" * 200}, "'rope_type' has a text of 1,400 characters"),
         ({"to_dict": 1}, "names to_dict, which is none of its settings"),
+        ({"num_layers": 0}, "num_layers is '0', which is no size"),
+        ({"is_encoder_decoder": False}, "is_encoder_decoder is not true"),
+        ({"layer_norm_epsilon": -1.0}, "layer_norm_epsilon is -1.0"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon is nan"),
+        ({"relative_attention_max_distance": 0}, "can be made of ('relative_attention_max_distance'): math domain"),
     ],
 )
 def test_what_a_config_asks_for_is_bounded(copy, changes, said):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from functools import partial
 
 import datasets
@@ -17,6 +18,7 @@ from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.run_folder import read_status, settings_of
 from diptych.finetune.sweeping import sweep
 from diptych.finetune.training.resuming import saved_state
+from diptych.finetune.training.run import Progress
 
 DEEP = "[" * 10**5
 PACKING = dict.fromkeys(Packing._fields, 1) | {"language_starts": []}
@@ -108,11 +110,24 @@ def test_a_checkpoint_whose_manifest_cannot_be_read_is_passed_over(tmp_path, man
     assert path.name == "step-000002" and len(passed_over) == 1
 
 
-@pytest.mark.parametrize("progress", [5, {"step": "x"}, {"step": -5}, {"best": "x"}, {"nats": []}, {"unknown": 1}])
-def test_a_state_with_other_values_is_an_error_of_the_checkpoint(tmp_path, progress):
-    (tmp_path / "state.json").write_text(json.dumps({"run": {}, "written": {}, "scaler": {}, "progress": progress}))
-    with pytest.raises(CheckpointError, match="state.json is not the state of a run"):
-        saved_state(None, tmp_path, {})
+STATE = {"run": {}, "written": {}, "scaler": {}, "optimizer": {}, "progress": asdict(Progress())}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"step": value} for value in ("x", -5, None, True, 1.5, 10**30)),
+        *({"nats": value} for value in ([], None, float("nan"), 10**400)),
+        *({"norms": value} for value in (5, ["x"], [None])),
+        *({"best": "x"}, {"best_step": 1.5}, {"unknown": 1}, "5", []),
+    ],
+)
+def test_a_state_with_other_values_is_an_error_of_the_checkpoint(tmp_path, changes):
+    progress = STATE["progress"] | changes if isinstance(changes, dict) else changes
+    for state in (STATE | {"progress": progress}, STATE | {"written": {"metrics.jsonl": changes}}):
+        (tmp_path / "state.json").write_text(json.dumps(state))
+        with pytest.raises(CheckpointError, match="state.json is not the state of a run"):
+            saved_state(None, tmp_path, {})
 
 
 @pytest.mark.parametrize(
