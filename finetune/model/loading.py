@@ -238,8 +238,9 @@ def load_config(name: str) -> PreTrainedConfig:
         advice = "Copy its config.json again, or name another checkpoint."
     with library_errors(f"the config of {name} could not be read", advice):
         config = AutoConfig.from_pretrained(name, **_NO_CODE)
-        # What a call gives is for the caller to say.
-        config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+        for part in [config, *filter(None, (getattr(config, name) for name in config.sub_configs))]:
+            # What a call gives is for the caller to say.
+            part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
     for key in ("quantization_config", "transformers_weights"):
         if getattr(config, key, None) is not None:
             raise UserError(

@@ -50,8 +50,8 @@ def make_run(folder: Path) -> None:
 
 def forge(saved: Path) -> None:
     """All that says which files belong together, written anew."""
-    state = json.loads((saved / "state.json").read_text())
-    if isinstance(state, dict):
+    has_state = (saved / "state.json").is_file()
+    if has_state and isinstance(state := json.loads((saved / "state.json").read_text()), dict):
         (saved / "state.json").write_text(json.dumps(state | {checkpoints.FILES: {}}))
     atomic_folders.write_manifest(saved)
 

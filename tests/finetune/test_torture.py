@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spoiled_run_files import forge
 from torture import CASES, DEADLINE, Case, Tally, Torture, differences_of, table
 
 from diptych.finetune.run_files import atomic_folders, checkpoints
@@ -117,10 +118,14 @@ TAKEN_AWAY = {
 def test_nothing_that_a_checkpoint_holds_can_be_missing(what, torturer, halfway):
     """With a manifest that was written anew to fit, so that only what is read can tell."""
     reference, out, saved, recipe = halfway
+    state = (saved / "state.json").read_bytes()
     if what != "nothing":
         TAKEN_AWAY[what](saved)
         assert atomic_folders.fault_of(saved)
     atomic_folders.write_manifest(saved)
+    if (saved / "state.json").exists() and (saved / "state.json").read_bytes() == state:
+        assert bool(checkpoints.checkpoint_fault(saved)) == (what != "nothing")  # as if it were another run's
+    forge(saved)
     name = f"resumed-{out.parent.name}"
     code = torturer.start(CASE, recipe, name, resume=str(saved))[0].wait(DEADLINE)
     log = torturer.log(name)
