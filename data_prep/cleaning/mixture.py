@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from diptych.data_prep.command_line.arguments import check_numbers
 from diptych.data_prep.command_line.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -42,15 +43,16 @@ class Mixture:
     rows: int | None = None
     """Rows of the mixed train split; rows of small sources may be repeated. Default: as many as possible without."""
 
+    def __post_init__(self) -> None:
+        ranges = {
+            "above 0": (lambda value: value > 0, "temperature"),
+            "1 or more": (lambda value: value >= 1, "cap rows"),
+        }
+        check_numbers(self, ranges, "mixture.")
+
 
 def check_mixture(mixture: Mixture, sources: Sequence[str]) -> None:
     """`sources` are the names that weights may use."""
-    if mixture.temperature <= 0:
-        raise UserError(f"mixture.temperature is {mixture.temperature}; it is above 0, and 1 is proportional.")
-    for name in ("cap", "rows"):
-        value = getattr(mixture, name)
-        if value is not None and value < 1:
-            raise UserError(f"mixture.{name} is {value}; it is a number of rows, from 1 on.")
     for name, weight in mixture.weights.items():
         if name not in sources:
             near = nearest(name, sources)

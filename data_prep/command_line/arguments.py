@@ -15,11 +15,12 @@ Dashes in an option are underscores: --learning-rate is --learning_rate.
 """
 
 import json
+import math
 import shutil
 import sys
 import textwrap
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -116,7 +117,9 @@ def _instantiate(
         if not 0 <= values.get("seed", 0) < 2**32:  # as numpy has them
             raise UserError(f"seed is {excerpt(values['seed'], 40)}; it has to be a number from 0 to {2**32 - 1}.")
         try:
-            return settings_class(**values)
+            settings = settings_class(**values)
+            check_numbers(settings)
+            return settings
         except UserError as error:
             raise with_wrong_places(error, settings_class, values) from None
     except UserError:
@@ -126,6 +129,25 @@ def _instantiate(
         while behind is not None and not isinstance(behind, UserError):  # which a dataclass raised
             behind = behind.__cause__ or behind.__context__
         raise behind or UserError(f"{excerpt(error, 300).rstrip('.')}. See --help.") from None
+
+
+def check_numbers(
+    settings: Any, ranges: Mapping[str, tuple[Callable[[float], bool], str]] | None = None, before: str = ""
+) -> None:
+    """UserError for a number that is not finite, that is outside of its range, or, if it is in no range, below 0.
+
+    check_numbers(recipe, {"above 0": (lambda value: value > 0, "learning_rate epsilon")})
+    """
+    allowed = {name: (words, fits) for words, (fits, names) in (ranges or {}).items() for name in names.split()}
+    for setting in fields(settings):
+        name, value = setting.name, getattr(settings, setting.name)
+        if is_dataclass(value):
+            check_numbers(value, None, f"{before}{name}.")
+        words, fits = allowed.get(name, ("0 or more", lambda number: number >= 0))
+        for number in value if isinstance(value, tuple) else [value]:
+            is_finite = not isinstance(number, float) or math.isfinite(number)
+            if isinstance(number, int | float) and not (is_finite and fits(number)):
+                raise UserError(f"{before}{name} is {value}; it must be {words}{'' if is_finite else ', and finite'}.")
 
 
 def choose_from(name: str, known: Sequence[str]) -> str:
@@ -303,15 +325,20 @@ def _checked(content: dict[str, Any], settings_class: type, before: str = "") ->
 
 def _fault(where: str, value: Any, hint: Any) -> str | None:
     """What is wrong with a value, or with the first part of it that does not fit; "0.1" fits where 0.1 does."""
-    found = value if hint is str else _read(value)
+    found = value if str in _kinds(hint) else _read(value)
+    if isinstance(found, float) and not math.isfinite(found):
+        return f"{where} is {_shown(value)}; it has to be a finite number."
     for kind in _kinds(hint):
         origin, inner = get_origin(kind), get_args(kind)
+        if kind is Any:
+            origin, inner = type(found), (Any, Any)
         if is_dataclass(kind) and isinstance(found, dict):
             return _fault_inside(f"{where}.", found, kind)
         if origin is dict and isinstance(found, dict):
             parts = ((f"{where}.{key}", part, inner[1]) for key, part in found.items())
-        elif origin is list and isinstance(found, list):
-            parts = ((f"{where}, entry {place},", part, inner[0]) for place, part in enumerate(found, start=1))
+        elif isinstance(found, list) and (origin is list or origin is tuple and len(found) == len(inner)):
+            each = zip(found, inner if origin is tuple else inner[:1] * len(found), strict=True)
+            parts = ((f"{where}, entry {place},", *part) for place, part in enumerate(each, start=1))
         else:
             continue
         return next((fault for part in parts if (fault := _fault(*part))), None)
@@ -344,15 +371,13 @@ def _fault_inside(where: str, values: dict[Any, Any], settings_class: type) -> s
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether it fits a kind that holds no others; a tuple holds plain ones."""
+    """Whether it fits a kind that holds no others."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in parts
     if kind is Any or kind is str:
         return kind is Any or isinstance(value, str)
     value = _read(value)
-    if origin is tuple:
-        return isinstance(value, list) and len(value) == len(parts) and all(map(_fits, value, parts))
     if kind in (int, float):
         is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
         return is_number and abs(value) <= sys.float_info.max

@@ -16,6 +16,7 @@ HERE = {
     "epochs": "num_train_epochs num_epochs n_epochs epoch train_epochs",
     "max_steps": "steps num_steps train_steps max_train_steps num_train_steps",
     "batch_size": "per_device_train_batch_size train_batch_size per_gpu_train_batch_size micro_batch_size bs",
+    "batch_tokens=auto": "auto_find_batch_size",
     "eval_batch_size batch_size": "per_device_eval_batch_size per_gpu_eval_batch_size eval_accumulation_steps",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps accumulate_grad_batches",
     "out out_file": "output_dir out_dir output save_dir logging_dir output_file output_path",
@@ -123,7 +124,7 @@ OTHERWISE = {
     "ddp_* local_rank num_processes num_gpus n_gpu nproc_per_node accelerator_config",
     "Rows come from the prepared tables as fast as they are needed; nothing is to be set.": "dataloader_* "
     "streaming preprocessing_num_workers dataset_num_proc num_proc num_workers overwrite_cache remove_unused_columns "
-    "label_names dataset_kwargs auto_find_batch_size torch_empty_cache_steps",
+    "label_names dataset_kwargs torch_empty_cache_steps",
     "`diptych train` also evaluates on the validation split; `diptych evaluate` does it alone.": "do_train do_eval "
     "do_predict prediction_loss_only batch_eval_metrics eval_do_concat_batches eval_use_gather_object",
     "The loss is of targets alone, over all target tokens of a step and all ranks; nothing is to be set.": ""

@@ -6,13 +6,13 @@ diptych prepare --config prepare.yaml --data a.json b.json --strict
 Nothing heavy is imported here, so that --help and mistakes are answered at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from diptych.data_prep.cleaning.filters import LengthFilter
 from diptych.data_prep.cleaning.mixture import Mixture
-from diptych.data_prep.command_line.arguments import parse
+from diptych.data_prep.command_line.arguments import check_numbers, parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMED, NAMED_SOURCE, OUTPUT, SOURCE, TEMPLATE
 from diptych.data_prep.rows.convert_rows import SUMMARY_INSTRUCTION
@@ -40,26 +40,19 @@ OF_TRAIN_ALONE = (
 )
 """Settings that have no effect without rows to train on."""
 
-RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("seed", "workers", "positive_examples", "negative_examples"), lambda value: value >= 0, "it is 0 or more."),
-    (("decoder_start_token_id",), lambda value: value >= 0, "token ids begin with 0."),
-    (
-        ("max_source_tokens", "max_target_tokens", "packed_source_tokens", "packed_target_tokens"),
+RANGES = {
+    "2 or more (a token of text and eos)": (
         lambda value: value >= 2,
-        "at least 2: one token of text and eos.",
+        "max_source_tokens max_target_tokens packed_source_tokens packed_target_tokens",
     ),
-    (("near_duplicates",), lambda value: 0 < value < 1, "it is a similarity between 0 and 1, such as 0.8."),
-    (
-        ("validation_fraction", "test_fraction"),
-        lambda value: 0 <= value < 1,
-        "it is a part of all rows, from 0 to below 1.",
-    ),
-    (("tasks",), lambda value: 0 <= value <= 99_999, "it is a number up to 99,999, 0 for four a worker."),
-    (("max_row_megabytes",), lambda value: value > 0, "it is above 0."),
-    (("shingle_size",), lambda value: value >= 1, "it is a number of characters, from 1 on."),
-    (("max_unpacked_ratio",), lambda value: value >= 1, "it is at least 1."),
-)
-"""Settings, which values they may have, and the end of the message for other values."""
+    "a similarity between 0 and 1, such as 0.8": (lambda value: 0 < value < 1, "near_duplicates"),
+    "a part of all rows, from 0 to below 1": (lambda value: 0 <= value < 1, "validation_fraction test_fraction"),
+    "a number up to 99,999, 0 for four a worker": (lambda value: 0 <= value <= 99_999, "tasks"),
+    "above 0": (lambda value: value > 0, "max_row_megabytes"),
+    "1 or more": (lambda value: value >= 1, "shingle_size decontaminate_ngram max_unpacked_ratio vocab_size"),
+    "0 to 1": (lambda value: 0 <= value <= 1, "language_confidence"),
+}
+"""Which values numbers may have; of all others, 0 or more."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +248,9 @@ class PrepareSettings:
     strict: bool = False
     """Stop at the first row that cannot be kept, with exit code 2."""
 
+    def __post_init__(self) -> None:
+        check_numbers(self, RANGES)
+
     @property
     def kept(self) -> dict[str, str]:
         """`keep_columns`: its name in the prepared dataset → the column of the rows."""
@@ -289,10 +285,6 @@ def check_settings(settings: PrepareSettings, has_rows: bool = False) -> None:
         raise UserError("give either --tokenizer FOLDER_OR_HUB_ID or --train_tokenizer bpe (or unigram).")
     if not settings.out.strip():
         raise UserError("out is empty; it names the folder to write.")
-    for names, allowed, what in RANGES:
-        for name in names:
-            if (value := getattr(settings, name)) is not None and not allowed(value):
-                raise UserError(f"{name} is {value}; {what}")
     if sum(fraction_of(settings, kind, has_own_sets=False) for kind in HELD_OUT) >= 1:
         raise UserError("validation_fraction and test_fraction together leave no rows to train on. Lower them.")
     _check_together(settings, has_train_rows)

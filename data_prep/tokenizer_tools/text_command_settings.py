@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diptych.data_prep.command_line.arguments import choose_from, parse
+from diptych.data_prep.command_line.arguments import check_numbers, choose_from, parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, OUTPUT, SOURCE
 from diptych.data_prep.text_to_ids.train_tokenizer import LEAST_SAVING
@@ -102,6 +102,13 @@ def parse_tokenizer_settings(
     return parse(settings, f"diptych tokenizer {action}", words)
 
 
+NOISE_RANGES = {
+    "above 0 and below 1": (lambda value: 0 < value < 1, "noise_density"),
+    "above 0 and at most 0.5": (lambda value: 0 < value <= 0.5, "minimum_prefix"),
+    "1 or more": (lambda value: value >= 1, "mean_noise_span_length"),
+}
+
+
 @dataclass(frozen=True)
 class DenoiseSettings:
     """Make pairs of source and target out of raw text, as rows of token ids that `diptych prepare` packs."""
@@ -140,9 +147,6 @@ class DenoiseSettings:
         for name, example in {"tokenizer": "a checkpoint", "out": "a new folder"}.items():
             if not getattr(self, name):
                 raise UserError(f"{name} is not set. Name {example}: --{name} …")
-        if not 0 < self.noise_density < 1 or self.mean_noise_span_length < 1:
-            raise UserError("noise_density must be between 0 and 1, and a span must have 1 token or more.")
-        if not 0 < self.minimum_prefix <= 0.5:
-            raise UserError(f"minimum_prefix is {self.minimum_prefix}; it is a share, above 0 and at most 0.5.")
+        check_numbers(self, NOISE_RANGES)
         if self.mode_tokens and (self.objective != "ul2" or len(self.mode_tokens) != 3):
             raise UserError("mode_tokens are three, for R, S and X, of objective ul2. Give them so, or none.")

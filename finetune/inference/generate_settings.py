@@ -94,8 +94,6 @@ class GenerateSettings(PromptSettings):
             raise UserError("scores and choices are of torch: drop them, or --engine ctranslate2.")
         if self.choices and not len(set(self.choices)) == len(self.choices) >= self.num_return_sequences:
             raise UserError("choices must be different texts, and at least num_return_sequences.")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; it must be 0 (no sampling) or more.")
 
     def generation_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `scoring.chosen_outputs`."""

@@ -218,7 +218,7 @@ def run_rank(rank: int, way: str, model_folder: str, step: tuple[Any, ...], fold
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     step = ExaminedRows(*step)
-    objective = Seq2SeqObjective(load_model(model_folder, torch.float32).eval())
+    objective = Seq2SeqObjective(load_model(model_folder, torch.float32)).eval()  # without what routers add
     # Before DDP, and with all rows as one batch, which the Trainer scales rightly, too.
     alone = objective_step(objective, [step.batch(step.rows)], step.target_tokens)
     if way == "ours":

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError, excerpt, library_errors
+from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.families import (
     embedding_rows,
@@ -65,6 +65,8 @@ NOISE = 3e-5
 """Of new rows, in standard deviations of the old ones: enough that no two rows are equal."""
 LORA_FIELDS = ["rank_pattern", "alpha_pattern", "exclude_modules"]
 """Fields of LoraConfig that `peft_config` may have; our own settings stand for the others."""
+FAILING = {("OFT", "prophetnet"): "its attention computes with an empty tensor, which peft 0.21 cannot rotate"}
+"""(Method, model_type) → why not. It would show in the first step only."""
 COMMON_FIELDS = {field.name for field in dataclasses.fields(PeftConfig)} | {
     "target_modules",
     "modules_to_save",
@@ -136,6 +138,25 @@ def fill_rows_with_means(model: PreTrainedModel, pieces: Mapping[int, Sequence[i
             table[token] = table[list(old_tokens)].mean(dim=0)
 
 
+def check_method(model_type: str, peft_config: Mapping[str, Any]) -> str:
+    """The method, LORA by default. UserError for an unknown method or field, and for a method that fails on this
+    family; nothing need be loaded to tell."""
+    method = peft_config.get("peft_type", "LORA")
+    if method not in METHODS:
+        raise UserError(f"peft_config.peft_type is {method!r}. {choose_from(str(method), METHODS)}")
+    if reason := FAILING.get((method, model_type)):
+        others = ", ".join(other for other in METHODS if (other, model_type) not in FAILING)
+        raise UserError(f"peft's {method} does not work on a {model_type}: {reason}. Choose from: {others}.")
+    fields = [field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[method])]
+    known = LORA_FIELDS if method == "LORA" else [name for name in fields if name not in COMMON_FIELDS]
+    for name in peft_config.keys() - {"peft_type"}:
+        if name not in known:
+            raise UserError(
+                f"peft_config has {name!r}, which is not to be set for {method}. {choose_from(name, known)}"
+            )
+    return method
+
+
 def adapter_config(
     model: PreTrainedModel,
     *,
@@ -152,27 +173,17 @@ def adapter_config(
     UserError for an unknown method, field or value, and for targets that the model does not have.
     """
     given = dict(peft_config or {})
-    method = given.pop("peft_type", "LORA")
-    if method not in METHODS:
-        raise UserError(f"peft_config.peft_type is {method!r}. {choose_from(str(method), METHODS)}")
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
-    known = [field.name for field in dataclasses.fields(config_class) if field.name not in COMMON_FIELDS]
-    known = LORA_FIELDS if method == "LORA" else known
-    for name in given:
-        if name not in known:
-            raise UserError(
-                f"peft_config has {name!r}, which is not to be set for {method}. {choose_from(name, known)}"
-            )
+    method = check_method(model.config.model_type, given)
+    given.pop("peft_type", None)
     if method == "LORA":
         given |= {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout} | VARIANTS[variant]
     layers = _targets(model, targets)
     if "feedforward_modules" in given and isinstance(layers, list) and unread_names(model):
         ends = tuple(f".{name}" for name in given["feedforward_modules"])  # which IA3 wants among the targets
         given["feedforward_modules"] = [name for name in layers if f".{name}".endswith(ends)]
-    try:
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[method]
+    with library_errors(f"peft takes no such {config_class.__name__}", "Change peft_config or the settings of LoRA."):
         return config_class(task_type=TaskType.SEQ_2_SEQ_LM, target_modules=layers, **given)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"peft takes no such {config_class.__name__}: {excerpt(error)}") from error
 
 
 def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
@@ -216,11 +227,9 @@ def add_adapter(
     """
     config = adapter_config(model, **adapter)
     tables = list(vocabulary_tables(model).values())
-    try:
-        with without_warnings_of_peft():
-            adapted = get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"no adapter could be added: {excerpt(error)}") from error
+    remedy = "Change peft_config or lora_targets, or train LoRA."
+    with library_errors("no adapter could be added", remedy), without_warnings_of_peft():
+        adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     if new_rows or train_embeddings:
         for table in tables:

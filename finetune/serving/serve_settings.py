@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diptych.data_prep.command_line.arguments import check_numbers
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, EXISTING
 from diptych.finetune.commands.model_settings import PromptSettings, check_positive
@@ -54,8 +55,7 @@ class ServeSettings(PromptSettings):
     def __post_init__(self):
         check_positive(self, "batch_size", "queue", "max_source_tokens", "max_new_tokens")
         check_port(self.port)
-        if self.timeout <= 0 or self.batch_wait_ms < 0:
-            raise UserError("timeout must be above 0 (seconds), and batch_wait_ms 0 or more.")
+        check_numbers(self, {"above 0 (seconds)": (lambda value: value > 0, "timeout")})
 
     @property
     def model_name(self) -> str:

@@ -1,7 +1,8 @@
 """`diptych sweep`: one recipe, trained many times with other settings, each in a run folder of its own.
 
     diptych sweep recipe.yaml --out sweep --trials 20
-    trial 3 of 20 | learning_rate 3.1e-04 | loss 1.873 | best so far
+    20 trials: sweep/trial-000 to trial-019
+    trial-003 | learning_rate 3.1e-04 | loss 1.873 | best so far
 
     sweep/  trial-000/, trial-000.yaml, trial-000.log   a run, its recipe, and what it printed
             study.log     Optuna's journal, from which a stopped sweep goes on
@@ -66,7 +67,9 @@ def run(settings: SweepSettings) -> int:
     stop: list[str] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
-    for trial in due_trials(study, settings, ranges):
+    most = min(settings.trials, len(grid(ranges)) or settings.trials)
+    print(f"{most} trials: {out}/trial-000 to trial-{most - 1:03d}", flush=True)
+    for trial in due_trials(study, settings, ranges, most):
         code = carry_out(trial, settings, recipe, metric, stop)
         if code != DONE:
             return code
@@ -172,14 +175,15 @@ def grid(ranges: dict[str, Any]) -> list[Values]:
     ]
 
 
-def due_trials(study: optuna.Study, settings: SweepSettings, ranges: dict[str, Any]) -> Iterator[optuna.Trial]:
+def due_trials(
+    study: optuna.Study, settings: SweepSettings, ranges: dict[str, Any], most: int
+) -> Iterator[optuna.Trial]:
     """First those that were cut, then new ones."""
     for frozen in study.get_trials(deepcopy=False, states=[State.RUNNING]):
         if frozen.params.keys() == ranges.keys():
             yield optuna.Trial(study, frozen._trial_id)
         else:  # it was cut before it had its values
             study.tell(frozen.number, state=State.FAIL)
-    most = min(settings.trials, len(grid(ranges)) or settings.trials)
     while sum(trial.state.is_finished() for trial in study.trials) < most:
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
         yield study.ask(ranges)
@@ -191,8 +195,7 @@ def carry_out(trial: optuna.Trial, settings: SweepSettings, recipe: Values, metr
     folder = Path(settings.out) / f"trial-{trial.number:03d}"
     file, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     write_text(file, yaml.safe_dump(recipe | trial.params | {"out": str(folder)}, sort_keys=False))
-    what = f"trial {trial.number + 1} of {settings.trials} | "
-    what += ", ".join(f"{name} {_shown(value)}" for name, value in trial.params.items())
+    what = f"{folder.name} | " + ", ".join(f"{name} {_shown(value)}" for name, value in trial.params.items())
     try:
         from_values(TrainRecipe, recipe | trial.params | {"out": str(folder)})
     except UserError as error:  # each value alone is allowed, and they are not together

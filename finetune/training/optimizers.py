@@ -226,7 +226,7 @@ class RunOptimizer:
             tensors = load_file(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}. Name another checkpoint.") from error
-        self._make_state()
+        self.make_state()
         try:
             untouched = set(map(str, counters["without_state"]))
             self.steps = int(counters["steps"])
@@ -267,7 +267,7 @@ class RunOptimizer:
             places |= {f"{name}/weight": ({"weight": weight}, "weight") for weight, name in self.names.items()}
         return places
 
-    def _make_state(self) -> None:
+    def make_state(self) -> None:
         """As after a first step, so that each entry has its kind, place and sharding; with a rate of 0, no weight
         changes (torch.distributed.checkpoint does the same)."""
         before = [dict(group) for group in self.param_groups]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from diptych.data_prep.command_line.arguments import given_options, instead_of, parse
+from diptych.data_prep.command_line.arguments import check_numbers, given_options, instead_of, parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMES, OUTPUT, PREPARED, START
 from diptych.finetune.commands.model_settings import split_names
@@ -51,9 +51,14 @@ class TrainRecipe:
     """Train on packed rows, which contain several examples each: the same loss and gradients, several times as fast.
     If the model's family is not packed, or the prepared folder has no packed rows, padded rows are used, and the
     reason is printed."""
-    batch_size: int = 4
-    """Rows per batch on each rank (a packed row has several examples). More is faster until memory is full. An
-    optimizer step has batch_size × gradient_accumulation_steps × ranks rows."""
+    batch_size: int | None = field(default=None, metadata={"instead_of": ("batch_tokens",)})
+    """Rows per batch on each rank (a packed row has several examples), 4 by default. More is faster until memory is
+    full. An optimizer step has batch_size × gradient_accumulation_steps × ranks rows."""
+    batch_tokens: int | Literal["auto"] | None = field(default=None, metadata={"instead_of": ("batch_size",)})
+    """Instead of batch_size: at most so many tokens per batch on each rank, source, target and padding. batch_size is
+    then batch_tokens divided by the tokens of a packed row; for padded rows, by those of the longest source and target
+    together, so most batches have fewer. auto: what fits into the memory of a CUDA GPU in training; evaluation has its
+    own eval_batch_size. config.yaml has the batch_size that was found, and a resumed run keeps it."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up before an optimizer step: a larger batch without more memory."""
     group_by_length: bool = True
@@ -231,13 +236,11 @@ class TrainRecipe:
         if not self.stages and (self.epochs is None) == (self.max_steps is None):
             given = "neither was" if self.epochs is None else "both were"
             raise UserError(f"training lasts for epochs or for max_steps, but {given} given. Give one of them.")
-        for allowed, (is_allowed, names) in RANGES.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not is_allowed(value):
-                    raise UserError(f"{name} is {value}; it must be {allowed}.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"betas are {list(self.betas)}; both must be 0 or more and below 1.")
+        if self.batch_size is not None and self.batch_tokens is not None:
+            raise UserError("batch_size and batch_tokens are both given. Keep one of them.")
+        if self.batch_size is None and self.batch_tokens is None:
+            object.__setattr__(self, "batch_size", 4)
+        check_numbers(self, RANGES)
         if self.warmup_steps and self.warmup_ratio:
             raise UserError("warmup_steps and warmup_ratio are both given. Keep one of them.")
         self._check_adapter()
@@ -316,18 +319,15 @@ class TrainRecipe:
 RANGES = {
     "1 or more": (
         lambda value: value >= 1,
-        "epochs max_steps batch_size gradient_accumulation_steps lora_rank eval_every eval_batch_size metrics_limit "
-        "max_new_tokens save_every keep_last logging_every",
-    ),
-    "0 or more": (  # NaN is not
-        lambda value: value >= 0,
-        "seed warmup_steps weight_decay max_grad_norm lora_alpha patience z_loss open_encoder_steps neftune",
+        "epochs max_steps batch_size batch_tokens gradient_accumulation_steps lora_rank eval_every eval_batch_size "
+        "metrics_limit max_new_tokens save_every keep_last logging_every",
     ),
     "above 0": (lambda value: value > 0, "learning_rate epsilon rank_timeout distill_temperature"),
-    "0 or more and below 1": (lambda value: 0 <= value < 1, "warmup_ratio label_smoothing lora_dropout ema"),
+    "0 or more and below 1": (lambda value: 0 <= value < 1, "warmup_ratio label_smoothing lora_dropout ema betas"),
     "0, or above 1": (lambda value: value == 0 or value > 1, "skip_spikes"),
     "0 to 1": (lambda value: 0 <= value <= 1, "distill_weight"),
 }
+"""Of all other numbers: 0 or more."""
 
 OF_LORA = "lora_variant lora_rank lora_alpha lora_dropout lora_targets lora_embeddings peft_config quantize"
 NEEDED: dict[str, tuple[str, Any]] = {

@@ -68,12 +68,16 @@ def to_yaml(recipe: TrainRecipe) -> dict[str, Any]:
     return asdict(recipe) | {"betas": list(recipe.betas), "resume": False}
 
 
-def with_its_precision(recipe: TrainRecipe) -> TrainRecipe:
-    """If the recipe resumes a run, `auto` becomes the precision that this run began with, on whatever machine."""
-    folder = Path(recipe.out)
-    if recipe.precision != "auto" or not recipe.resume or not (folder / CONFIG).is_file():
+def as_it_began(recipe: TrainRecipe) -> TrainRecipe:
+    """If the recipe resumes a run: with the precision in place of `auto`, and the batch_size in place of batch_tokens,
+    that this run began with, on whatever machine."""
+    if not recipe.resume or not (Path(recipe.out) / CONFIG).is_file():
         return recipe
-    return replace(recipe, precision=settings_of(folder).get("precision", "auto"))
+    begun = settings_of(Path(recipe.out))
+    if recipe.precision == "auto":
+        recipe = replace(recipe, precision=begun.get("precision", "auto"))
+    has_rows = recipe.batch_tokens is not None and begun.get("batch_size") is not None
+    return replace(recipe, batch_size=begun["batch_size"], batch_tokens=None) if has_rows else recipe
 
 
 def check_settings(recipe: TrainRecipe, folder: Path) -> None:

@@ -7,7 +7,7 @@ seconds, before anything is written.
 import os
 import tempfile
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.finetune.batches.packed_rows import PackedRows
@@ -40,9 +40,10 @@ from diptych.finetune.commands.exit_codes import say_once
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import Ranks, join_ranks, on_main_rank
 from diptych.finetune.evaluating.metrics import selectable_figures
+from diptych.finetune.model.adapters import check_method
 from diptych.finetune.model.families import family_of, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.loading import load_tokenizer
+from diptych.finetune.model.loading import load_config, load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
 from diptych.finetune.run_files import atomic_folders
 from diptych.finetune.run_files.run_folder import CONFIG, Status
@@ -51,21 +52,28 @@ from diptych.finetune.training.distillation import DistilledObjective, load_teac
 from diptych.finetune.training.optimizers import LearningRates, check_optimizer, make_optimizer
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.resuming import (
+    as_it_began,
     choose_checkpoint,
     facts_of,
     saved_state,
     say_changes,
     take_back,
     to_yaml,
-    with_its_precision,
 )
 from diptych.finetune.training.run import Run
 from diptych.finetune.training.saving import restore
 from diptych.finetune.training.sharding import spread
-from diptych.finetune.training.starting_model import starting_model
+from diptych.finetune.training.starting_model import is_named_size, starting_model
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import compile_layers, cost_per_token, matmul_peak
-from diptych.finetune.training.training_batches import DTYPES, resolve_precision, set_attention, training_rows
+from diptych.finetune.training.training_batches import (
+    DTYPES,
+    check_batch_tokens,
+    resolve_precision,
+    set_attention,
+    training_rows,
+    with_batch_size,
+)
 
 NAME_OF_RUN = {
     "wandb": "name",
@@ -88,12 +96,13 @@ def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
 def make_run(
     recipe: TrainRecipe, stop: StopRequest, status: Status, accelerator: accelerate.Accelerator, ranks: Ranks
 ) -> Run:
-    recipe, warning = on_main_rank(
-        accelerator, lambda: resolve_precision(with_its_precision(recipe), accelerator.device)
-    )
+    recipe, warning = on_main_rank(accelerator, lambda: resolve_precision(as_it_began(recipe), accelerator.device))
     if warning:
         say_once(warning)
+    check_batch_tokens(recipe, accelerator.device.type)
     check_optimizer(recipe)
+    if recipe.peft_config and not is_named_size(recipe.model):
+        check_method(load_config(recipe.model).model_type, recipe.peft_config)
     folder = Path(recipe.out)
     saved = choose_checkpoint(recipe, folder)
 
@@ -104,11 +113,15 @@ def make_run(
     loaded = LoadedModel.of(starting_model(recipe, tokenizer, saved / "model" if saved else None), tokenizer)
     prepared = prepared._replace(splits=splits_for_model(prepared, loaded))
     rows, why_padded = training_rows(recipe, prepared, loaded)
+    make_ready(recipe, loaded.model, accelerator, is_packed=why_padded is None)
+    objective = make_objective(recipe, loaded, accelerator.device)
+    recipe = with_batch_size(recipe, rows, objective, accelerator)
+    if recipe.compile and why_padded is None:
+        rows = replace(rows, rows_at_least=recipe.batch_size)
     order = make_order(recipe, rows, accelerator.num_processes)
     facts = facts_of(prepared, order, loaded.model)
 
-    make_ready(recipe, loaded.model, accelerator, is_packed=why_padded is None)
-    objective = spread(make_objective(recipe, loaded, accelerator.device), recipe.sharding, accelerator)
+    objective = spread(objective, recipe.sharding, accelerator)
     optimizer = make_optimizer(loaded.model, recipe)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=recipe.precision == "fp16")
     set_seed(recipe.seed, device_specific=True)  # from here on each rank has dropout of its own
@@ -154,11 +167,12 @@ def make_run(
         facts=facts,
     )
     name = recipe.run_name or folder.resolve().name
-    accelerator.init_trackers(
-        recipe.project,
-        {name: str(value) for name, value in asdict(recipe).items()},
-        {tracker: {argument: name} for tracker, argument in NAME_OF_RUN.items()},
-    )
+    with library_errors(f"the tracker ({recipe.trackers}) did not start", "Set it up, or leave it out of trackers."):
+        accelerator.init_trackers(
+            recipe.project,
+            {name: str(value) for name, value in asdict(recipe).items()},
+            {tracker: {argument: name} for tracker, argument in NAME_OF_RUN.items()},
+        )
     say_what_runs(run, why_padded)
     if saved:
         restore(run, saved, state)

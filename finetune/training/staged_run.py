@@ -50,11 +50,11 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
     from diptych.finetune.run_files import atomic_folders
     from diptych.finetune.training.loop import run
     from diptych.finetune.training.resuming import (
+        as_it_began,
         check_resumes,
         check_settings,
         say_changes,
         to_yaml,
-        with_its_precision,
     )
 
     out = Path(recipe.out)
@@ -70,7 +70,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
         status.update(stage=name)
         folder, is_auto = Path(stage.out), stage.precision == "auto"
         if is_auto:
-            stage = with_its_precision(replace(stage, precision=measured))
+            stage = as_it_began(replace(stage, precision=measured))
         if _has_ended(folder):
             check_settings(stage, folder)
             say_changes(stage, folder)

@@ -2,18 +2,22 @@
 
     recipe, warning = resolve_precision(recipe, device)           `auto` becomes the faster one here
     rows, why_padded = training_rows(recipe, prepared, loaded)    packed if recipe, model and folder allow it
+    recipe = with_batch_size(recipe, rows, objective, accelerator)      batch_tokens becomes a number of rows
     set_attention(model, wanted, precision, device, is_packed)    the fastest that keeps examples apart
 
 A combination that cannot work is a UserError that says what can.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing.unpacked_families import reason_not_packed
+from diptych.finetune.batches.batch_tokens import largest_batch, longest_rows, rows_in_batch
 from diptych.finetune.batches.packed_rows import (
     PackedRows,
     Packing,
@@ -22,10 +26,13 @@ from diptych.finetune.batches.packed_rows import (
     load_packed,
 )
 from diptych.finetune.batches.padded_rows import PaddedRows, PreparedData, padded_rows
+from diptych.finetune.commands.exit_codes import say_once
 from diptych.finetune.model.device_speed import training_pace
 from diptych.finetune.model.families import family_of, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.model.packed_attention import VARLEN, register_varlen
+from diptych.finetune.training.optimizers import make_optimizer
 from diptych.finetune.training.recipe import TrainRecipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,7 +54,58 @@ def training_rows(
     packing, packed = Packing.from_manifest(prepared.packing), load_packed(prepared.folder)
     check_packing_fits(model, packing, recipe.data)
     check_packed_rows(packed, packing, model, recipe.data)
-    return PackedRows(packed, packing, recipe.batch_size if recipe.compile else 1), None
+    return PackedRows(packed, packing), None
+
+
+def check_batch_tokens(recipe: TrainRecipe, device: str) -> None:
+    """UserError where `auto` could find nothing."""
+    if recipe.batch_tokens == "auto" and (device != "cuda" or recipe.sharding != "none"):
+        why = "ranks that share a model cannot try apart" if device == "cuda" else f"this run is on a {device}"
+        raise UserError(
+            f"batch_tokens is auto, which tries what fits into the memory of a CUDA GPU, and {why}. Give a number of "
+            f"tokens, such as batch_tokens: 4096, or batch_size."
+        )
+
+
+def with_batch_size(
+    recipe: TrainRecipe, rows: PaddedRows | PackedRows, objective: Seq2SeqObjective, accelerator: Accelerator
+) -> TrainRecipe:
+    """The recipe with a batch_size in place of batch_tokens, the same on all ranks."""
+    if recipe.batch_tokens is None:
+        return recipe
+    if recipe.batch_tokens != "auto":
+        size = rows_in_batch(recipe.batch_tokens, rows)
+    else:
+        trial = step_in_memory(recipe, rows, objective, accelerator)
+        most = -(-len(rows.lengths.source_tokens) // accelerator.num_processes)
+        found = torch.tensor([largest_batch(trial, most)], device=accelerator.device)
+        size = int(accelerator.gather(found).min())
+    say_once(f"batch_tokens {recipe.batch_tokens}: batch_size is {size}")
+    return replace(recipe, batch_size=size, batch_tokens=None)
+
+
+def step_in_memory(
+    recipe: TrainRecipe, rows: PaddedRows | PackedRows, objective: Seq2SeqObjective, accelerator: Accelerator
+) -> Callable[[int], None]:
+    """A trial for `largest_batch`: has in memory what a training step on the longest rows has. No weight changes."""
+    device, dtype, lengths = accelerator.device, DTYPES[recipe.precision], rows.lengths
+    weights = [weight for weight in objective.to(device).train().parameters() if weight.requires_grad]
+
+    def trial(batch_size: int) -> None:
+        optimizer = make_optimizer(objective.model, recipe)
+        optimizer.make_state()
+        buckets = [torch.empty_like(weight) for weight in weights if accelerator.num_processes > 1]  # DDP's
+        numbers = longest_rows(lengths, batch_size)
+        try:
+            with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, dtype, dtype != torch.float32):
+                for _ in range(2):  # the second micro-batch has the gradients of the first one beside it
+                    batch = {name: tensor.to(device) for name, tensor in rows.tensors(numbers).items()}
+                    objective(batch, batch["labels"].numel()).backward()
+        finally:
+            objective.zero_grad()
+            del buckets
+
+    return trial
 
 
 def resolve_precision(recipe: TrainRecipe, device: torch.device) -> tuple[TrainRecipe, str | None]:

@@ -72,6 +72,8 @@ def said(error) -> str:
     [
         (["--fraction", "abc"], "--fraction is 'abc'; it has to be a number."),
         (["--seed", "1.5"], "--seed is '1.5'; it has to be a whole number."),
+        (["--seed", "-1"], "seed is -1; it must be 0 or more."),
+        (["--fraction", ".nan"], "--fraction is '.nan'; it has to be a finite number."),
         (["--seed=null"], "--seed is 'null'; it has to be a whole number."),
         (["--sed", "1"], "there is no option --sed. Did you mean --seed? Choose from: --data, --strict, --seed,"),
         (["--see", "1"], "there is no option --see. Did you mean --seed?"),  # no guess at what was begun
@@ -205,8 +207,8 @@ def test_the_command_line_goes_before_the_recipe_wherever_it_stands(recipe):
 
 
 def test_words_are_taken_as_people_type_them():
-    found = parse(Settings, "bake", ["--strict", "--data", "a", "b", "--fraction", "-1", "--data", "c", "--size=auto"])
-    assert (found.data, found.strict, found.fraction, found.size) == (["a", "b", "c"], True, -1, "auto")
+    found = parse(Settings, "bake", ["--strict", "--data", "a", "b", "--seed", "7", "--data", "c", "--size=auto"])
+    assert (found.data, found.strict, found.seed, found.size) == (["a", "b", "c"], True, 7, "auto")
     assert parse(Settings, "bake", ["--strict", "no"]).strict is False
     for words, resume in ([], True), (["--seed", "1"], True), (["no"], False), (["folder"], "folder"):
         assert parse(Settings, "bake", ["--resume", *words]).resume == resume

@@ -188,7 +188,7 @@ def test_the_same_text_gives_the_same_pairs_in_any_order(tokenizer_folder, tmp_p
     "more, message",
     [
         (["--objective", "ul2"], "has no sentinels .* --add_sentinels 100.* Or take prefix_lm"),
-        (["--noise_density", "1.5"], "noise_density must be between 0 and 1"),
+        (["--noise_density", "1.5"], "noise_density is 1.5; it must be above 0 and below 1"),
         (["--mode_tokens", "[R]", "[S]", "[X]"], "mode_tokens are three, .* of objective ul2"),
         (["--max_source_tokens", "2", "--max_target_tokens", "2"], "leave no room for text"),
         (["--out", ""], "out is not set"),

@@ -50,16 +50,16 @@ def test_every_row_once_is_what_no_setting_means():
 
 
 @pytest.mark.parametrize(
-    "mixture, words",
+    "settings, words",
     [
-        (Mixture(temperature=0), "temperature is 0"),
-        (Mixture(cap=0), "cap is 0; it is a number of rows"),
-        (Mixture(weights={"a.json": 2}), "'a.json', which is no source. Did you mean 'a.jsonl'?"),
-        (Mixture(weights={"b.jsonl": -1}), "a weight is 0 or more"),
-        (Mixture(weights={"a.jsonl": 0, "b.jsonl": 0}), "leaves no row"),
+        ({"temperature": 0}, "temperature is 0"),
+        ({"cap": 0}, "mixture.cap is 0; it must be 1 or more"),
+        ({"weights": {"a.json": 2}}, "'a.json', which is no source. Did you mean 'a.jsonl'?"),
+        ({"weights": {"b.jsonl": -1}}, "a weight is 0 or more"),
+        ({"weights": {"a.jsonl": 0, "b.jsonl": 0}}, "leaves no row"),
     ],
 )
-def test_what_makes_no_sense_is_said(mixture, words):
+def test_what_makes_no_sense_is_said(settings, words):
     with pytest.raises(UserError) as error:
-        check_mixture(mixture, list(ROWS))
+        check_mixture(Mixture(**settings), list(ROWS))
     assert words in str(error.value)

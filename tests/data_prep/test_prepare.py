@@ -1150,10 +1150,10 @@ def _saved(tokenizer, folder):
         (["--data", "no.jsonl", "--train_tokenizer", "bpe"], "no.jsonl: there is no such file"),
         (["--aligned", "a", "--train_tokenizer", "bpe"], "--aligned takes two files, and got 1"),
         (["--config", "no.yaml"], "no.yaml"),
-        ([*SAMPLE, "--packed_source_tokens", "1"], "packed_source_tokens is 1; at least 2"),
+        ([*SAMPLE, "--packed_source_tokens", "1"], "packed_source_tokens is 1; it must be 2 or more"),
         ([*SAMPLE, "--packing", "false", "--share_sources"], "share_sources says how to pack, and packing is false"),
         ([*SAMPLE, "--packing=false", "--packed_target_tokens=9"], "packed_target_tokens says how to pack"),
-        ([*SAMPLE, "--decoder_start_token_id", "-1"], "decoder_start_token_id is -1; token ids begin with 0"),
+        ([*SAMPLE, "--decoder_start_token_id", "-1"], "decoder_start_token_id is -1; it must be 0 or more"),
     ],
 )
 def test_a_user_s_mistake_is_one_message_and_exit_code_2(arguments, words, capsys, tmp_path):

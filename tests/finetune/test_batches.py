@@ -4,10 +4,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.finetune.batches.batch_tokens import largest_batch, rows_in_batch
 from diptych.finetune.batches.padded_rows import (
     BatchOrder,
+    PaddedRows,
     RowLengths,
     check_rows_fit,
     drop_repeated_start,
@@ -16,6 +19,8 @@ from diptych.finetune.batches.padded_rows import (
     row_lengths,
 )
 from diptych.finetune.model.loss import Seq2SeqObjective
+from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.training_batches import with_batch_size
 
 GENERATOR = np.random.default_rng(0)
 SOURCE_TOKENS = GENERATOR.integers(3, 60, 1003)
@@ -63,6 +68,54 @@ def test_every_row_comes_once_in_an_epoch(ranks, batches_per_step, group_by_leng
         rows = [row for step in rows_of_steps(of, epoch) for row in step]
         assert sorted(rows) == list(range(1003))
     assert rows_of_steps(of, 0) != rows_of_steps(of, 1)
+
+
+SPLIT = datasets.Dataset.from_dict(
+    {
+        "input_ids": [[5] * tokens for tokens in range(2, 42)],
+        "labels": [[7] * (45 - tokens) for tokens in range(2, 42)],
+    }
+)
+"""40 padded rows: the longest source has 41 tokens, the longest target 43."""
+
+
+def test_batch_tokens_are_divided_by_the_longest_source_and_target():
+    rows = PaddedRows(SPLIT, 0, 0)
+    assert [rows_in_batch(tokens, rows) for tokens in (84, 167, 168, 1000)] == [1, 1, 2, 11]
+    with pytest.raises(UserError, match=r"batch_tokens is 83, but the longest source and target, \[41, 43\], have 84"):
+        rows_in_batch(83, rows)
+
+
+@pytest.mark.parametrize("optimizer, fits", [("adamw", 1), ("muon", 11), ("adafactor", 40)])
+def test_auto_finds_the_batch_that_fits_and_changes_no_weight(fits, optimizer, new_model):
+    objective = Seq2SeqObjective(new_model("t5"))
+    before = {name: weight.clone() for name, weight in objective.named_parameters()}
+    widths = set()  # of batches of one row, and of all larger ones
+
+    def run_out_of_memory(module, given):
+        if len(given[0]["labels"]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        widths.add(given[0]["input_ids"].shape[1] + given[0]["labels"].shape[1])
+
+    objective.register_forward_pre_hook(run_out_of_memory)
+    recipe = TrainRecipe(
+        "t5", data="d", out="o", max_steps=1, precision="fp32", batch_tokens="auto", optimizer=optimizer
+    )
+    found = with_batch_size(recipe, PaddedRows(SPLIT, 0, 0), objective, Accelerator())
+    assert widths == ({45} if fits == 1 else {45, 84})
+    assert found.batch_tokens is None and fits * 0.9 - 1 < found.batch_size <= fits
+    for name, weight in objective.named_parameters():
+        assert torch.equal(weight, before[name]) and weight.grad is None
+
+
+def test_auto_says_that_not_one_row_fits_and_passes_other_errors_on():
+    def trial(rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with pytest.raises(UserError, match="not even one row fits"):
+        largest_batch(trial, 8)
+    with pytest.raises(RuntimeError, match="shapes"):
+        largest_batch(lambda rows: torch.ones(2) @ torch.ones(3, 3), 8)
 
 
 def test_order_depends_on_seed_and_epoch_alone():

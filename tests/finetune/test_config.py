@@ -4,6 +4,7 @@ import importlib
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ import yaml
 from diptych.data_prep.command_line.arguments import from_values, parse
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.option_synonyms import HERE, other_name
+from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
@@ -61,6 +63,7 @@ def test_every_field_says_what_it_does(capsys):
         (["--lr", "1e-4"], "there is no option --lr. Here it is --learning_rate: Peak learning rate."),
         (["--num_train_epochs", "1"], "Here it is --epochs: "),
         (["--per-device-train-batch-size", "8"], "Here it is --batch_size: "),
+        (["--auto_find_batch_size", "true"], "Here it is --batch_tokens auto: "),
         (["--gradient_accumulation", "8"], "Here it is --gradient_accumulation_steps: "),
         (["--optim", "adamw_torch"], "Here it is --optimizer: How weights are updated"),
         (["--report_to", "wandb"], "Here it is --trackers: "),
@@ -116,9 +119,7 @@ def test_every_setting_of_a_seq2seq_trainer_and_of_sft_is_answered():
     theirs = [setting.name for setting in fields(Seq2SeqTrainingArguments)] + of_trl.split()
     unanswered = [name for name in theirs if name not in ours and not other_name(name, ours)]
     assert not unanswered
-    modules = {importlib.import_module(f"diptych.{it.settings.split(':')[0]}") for it in cli.COMMANDS.values()}
-    every = [it for module in modules for it in vars(module).values() if is_dataclass(it)]
-    known = {setting.name for settings_class in every for setting in fields(settings_class)}
+    known = {setting.name for settings_class in settings_classes() for setting in fields(settings_class)}
     assert {name for names in HERE for name in re.sub("=[^ ]+|[+]", "", names).split()} <= known
 
 
@@ -146,6 +147,47 @@ def test_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
     assert "Did you mean warmup_steps?" in capsys.readouterr().err
 
 
+def settings_classes() -> set[type]:
+    modules = {importlib.import_module(f"diptych.{it.settings.split(':')[0]}") for it in cli.COMMANDS.values()}
+    return {it for module in modules for it in vars(module).values() if is_dataclass(it)}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
+def test_every_number_of_every_command_is_refused_by_name_if_it_is_none_or_below_0(value):
+    base = {"model": "diptych-8m", "data": "d", "out": "o", "tokenizer": "t", "max_steps": 3, "instruction": "x"}
+    numbers = 0
+    for settings_class in settings_classes():
+        hints, own = get_type_hints(settings_class), fields(settings_class)
+        given = {it.name: base.get(it.name, "x") for it in own if it.name in base or it.default is it.default_factory}
+        for name in (it.name for it in own if {int, float} & {hints[it.name], *get_args(hints[it.name])}):
+            needed = {"method": "lora"} if name.startswith("lora") else {}
+            needed |= {"max_steps": None} if name == "epochs" else {}
+            needed |= {"teacher": "t"} if name.startswith("distill") else {}
+            value_of_it = [value, value] if name == "betas" else value
+            with pytest.raises(UserError, match=rf"(?m)^(mixture\.)?{name}\b") as refusal:
+                from_values(settings_class, given | needed | {name: value_of_it})
+            assert re.search(
+                r"(has to|must) be|it takes|it has|above|between|number", str(refusal.value), re.IGNORECASE
+            )
+            numbers += 1
+    assert numbers > 60
+
+
+def test_what_is_no_number_is_refused_where_it_stands(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    for line, message in {
+        "learning_rate: .nan": "learning_rate is NaN; it has to be a finite number",
+        "max_grad_norm: -.inf": "max_grad_norm is -Infinity; it has to be a finite number",
+        "schedule_settings: {power: .inf}": "schedule_settings.power is Infinity; it has to be a finite number",
+        "stages: [{name: a, epochs: 1, betas: [0.9, .nan]}]": "betas, entry 2, is NaN; it has to be a finite number",
+    }.items():
+        file.write_text(f"{{model: t5, data: d, out: o, epochs: 1, {line}}}")
+        with pytest.raises(UserError, match=message):
+            parse_recipe(["--config", str(file)])
+    with pytest.raises(UserError, match="mixture.cap is 0; it must be 1 or more"):
+        from_values(PrepareSettings, {"mixture": {"cap": 0}})
+
+
 def test_names_between_commas_may_be_a_list():
     given = {"model": "m", "data": "d", "out": "o", "epochs": 1, "method": "lora"}
     found = from_values(TrainRecipe, given | {"lora_targets": ["q", "v"], "metrics": ["chrf", "bleu"]})
@@ -160,11 +202,13 @@ def test_names_between_commas_may_be_a_list():
         ({"data": ""}, "data is not set"),
         ({"epochs": None}, "neither was given. Give one of them"),
         ({"max_steps": 5}, "both were given. Give one of them"),
+        ({"batch_size": 8, "batch_tokens": 8192}, "batch_size and batch_tokens are both given. Keep one"),
+        ({"batch_tokens": 0}, "batch_tokens is 0; it must be 1 or more"),
         ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; it must be 0 or more"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be 0 or more and below 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
-        ({"betas": (0.9, 1.0)}, r"betas are \[0.9, 1.0\]"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\); it must be 0 or more and below 1"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "both given. Keep one"),
         ({"metrics": "chrff"}, "chrff.*Did you mean chrf"),
         ({"best_metric": "chrf"}, "best_metric is chrf, but no metrics are computed"),

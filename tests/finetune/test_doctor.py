@@ -372,6 +372,12 @@ def test_tables_that_are_never_trained_are_not_waited_for(checkpoint, examined):
     assert examined(folder, "2 ranks = 1 rank").status == "green"
 
 
+@pytest.mark.slow
+def test_two_ranks_are_compared_without_what_routers_add(checkpoint, examined):
+    """It is a mean over a batch, not a sum over tokens."""
+    assert examined(checkpoint("switch_transformers"), "2 ranks = 1 rank").status == "green"
+
+
 def test_a_family_that_is_padded_is_not_packed(checkpoint, examined):
     finding = examined(checkpoint("longt5"), "packed = separate")
     assert finding.status == "not_applicable" and "a longt5 is not packed: its encoder" in finding.message

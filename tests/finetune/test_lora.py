@@ -18,6 +18,7 @@ from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model import adapters as lora
 from diptych.finetune.model.adapters import (
     ADAPTER_WEIGHTS,
+    FAILING,
     METHODS,
     VARIANTS,
     add_adapter,
@@ -206,10 +207,31 @@ def which_are_one(model) -> list[int]:
     return [next(place for place, other in enumerate(tables) if other is table) for table in tables]
 
 
+def test_a_method_that_fails_on_a_family_is_refused_before_anything_is_loaded(checkpoint_of, tmp_path):
+    settings = {"model": str(checkpoint_of("prophetnet")), "data": str(tmp_path / "absent"), "out": str(tmp_path)}
+    with pytest.raises(UserError, match="peft's OFT does not work on a prophetnet: .*Choose from: LORA, HRA, .*VERA"):
+        run_recipe(TrainRecipe(**settings, max_steps=1, method="lora", peft_config={"peft_type": "OFT"}))
+
+
+def test_whatever_peft_raises_when_it_adds_an_adapter_is_one_message(new_model, monkeypatch):
+    def fail(layer, *_, **settings):
+        raise RuntimeError("shape '[3]' is invalid")
+
+    monkeypatch.setattr("peft.tuners.hra.layer.HRALayer.update_layer", fail)
+    with pytest.raises(UserError, match="no adapter could be added: shape .* is invalid. Change peft_config"):
+        add_adapter(new_model("t5"), "base", peft_config={"peft_type": "HRA"})
+
+
 @pytest.mark.parametrize(("family", "kind"), PAIRS)
-def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of, tmp_path, request):
-    if (family, kind) == ("prophetnet", "OFT"):  # peft 0.21: an empty tensor that ProphetNet's attention makes
-        request.applymarker(pytest.mark.xfail(strict=True))
+def test_every_kind_loads_with_peft_alone_and_merges(family, kind, checkpoint_of, tmp_path, monkeypatch):
+    if (kind, family) in FAILING:
+        monkeypatch.setattr(lora, "FAILING", {})
+        adapted = add_adapter(
+            AutoModelForSeq2SeqLM.from_pretrained(checkpoint_of(family)), "", **settings_of(kind, family)
+        )
+        with pytest.raises(RuntimeError):  # if it trains, take it out of the table
+            train(adapted, 1)
+        return
     base, settings = checkpoint_of(family), settings_of(kind, family)
     torch.manual_seed(1)
     model = add_adapter(AutoModelForSeq2SeqLM.from_pretrained(base), str(base), **settings)

@@ -289,3 +289,14 @@ def test_another_optimizer_is_another_run_and_a_count_that_is_gone_is_told(recip
 def test_runs_have_the_name_and_project_that_trackers_show(recipe, tmp_path):
     assert run_recipe(recipe("t5", trackers="tensorboard", project="translations", run_name="first")) == 0
     assert list(tmp_path.rglob("translations/events.*"))
+
+
+def test_a_tracker_that_does_not_start_is_one_message(recipe, monkeypatch):
+    """As wandb without a login, or mlflow without a server."""
+
+    def start(tracker):
+        raise RuntimeError("no API key is configured")
+
+    monkeypatch.setattr("accelerate.tracking.TensorBoardTracker.start", start)
+    with pytest.raises(UserError, match="the tracker .tensorboard. did not start: no API key is configured. Set it"):
+        run_recipe(recipe("t5", trackers="tensorboard"))

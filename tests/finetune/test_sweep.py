@@ -61,7 +61,7 @@ def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(recipe_file, tmp_path
     assert [path.parent.name for path in whole.glob("trial-*/final")] == [folder.name]
     assert (whole / "sweep.png").stat().st_size > 10_000
     out = capsys.readouterr().out
-    assert "trial 1 of 6 | learning_rate 2e-05, schedule" in out and "best recipe: " in out
+    assert "trial-000 | learning_rate 2e-05, schedule" in out and "best recipe: " in out
 
 
 REFUSED = {
@@ -93,7 +93,7 @@ def test_a_trial_that_fails_ends_the_sweep_with_what_it_said(recipe_file, tmp_pa
     error = failed.stderr
     assert (
         failed.returncode == 2
-        and "trial 1 of 2 | learning_rate" in error
+        and "trial-000 | learning_rate" in error
         and "attention is flex_attention, which cannot compute" in error
     )
     with pytest.raises(UserError, match="was begun with another search. Set it back to go on"):
@@ -133,7 +133,12 @@ def test_values_that_are_not_possible_together_are_told_and_left_out(recipe_file
         str(recipe_file), str(tmp_path / "sweep"), search, 8, launcher=fake_launcher(tmp_path, "x")
     )
     assert run(settings) == 0
-    assert "not possible: optimizer is schedule_free" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not possible: optimizer is schedule_free" in said
     trials = trials_of(tmp_path / "sweep")
+    assert said.startswith(f"8 trials: {tmp_path}/sweep/trial-000 to trial-007\n")
+    printed = [int(line[6:9]) for line in said.splitlines() if line.startswith("trial-")]
+    folders = [int(file.stem[6:]) for file in sorted((tmp_path / "sweep").glob("trial-*.yaml"))]
+    assert printed == folders == list(trials.trial)  # one number for what is printed, the folder, and the table
     assert set(trials.state[trials.optimizer == "schedule_free"]) == {"FAIL"} and (trials.state == "COMPLETE").any()
     assert ((trials.weight_decay % 1) != 0).any()  # a setting that is no whole number takes values between

@@ -140,6 +140,38 @@ def test_an_interrupted_packed_run_goes_on_with_the_same_bits(cut, recipe, monke
         run_recipe(replace(stopped, resume=True, packed=False))
 
 
+def test_batch_tokens_are_a_number_of_rows_that_a_resumed_run_keeps(recipe, capsys):
+    """A packed row has 32 + 16 tokens."""
+    rows = recipe(out="rows", batch_size=2)
+    tokens = recipe(out="tokens", batch_size=None, batch_tokens=100, save_every=4)
+    for settings in (rows, tokens):
+        run_recipe(settings)
+    assert "batch_tokens 100: batch_size is 2" in capsys.readouterr().out
+    begun = yaml.safe_load((Path(tokens.out) / "config.yaml").read_text())
+    assert (begun["batch_size"], begun["batch_tokens"]) == (2, None)
+    checkpoint = str(Path(tokens.out) / "checkpoints" / "step-000004")
+    run_recipe(replace(tokens, batch_tokens=50, resume=checkpoint))
+    expected = final_weights(rows.out)
+    assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(tokens.out).items())
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        (40, "batch_tokens is 40, but a packed row has 48 tokens. Give 48 or more"),
+        (
+            "auto",
+            "batch_tokens is auto, which tries what fits into the memory of a CUDA GPU, and this run is on a cpu",
+        ),
+    ],
+)
+def test_batch_tokens_that_cannot_be_are_refused_before_a_step(tokens, message, recipe):
+    settings = recipe(batch_size=None, batch_tokens=tokens)
+    with pytest.raises(UserError, match=message):
+        run_recipe(settings)
+    assert not (Path(settings.out) / "config.yaml").exists()
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("family", ["diptych", "t5", "bart"])
 def test_the_reported_loss_is_that_of_the_checkpoint_recomputed_offline(family, packed, recipe, packed_folder):
