@@ -216,7 +216,7 @@ class TrainRecipe:
     """Record three steps with torch.profiler: profile/trace.json (a chrome trace) and profile/table.txt."""
     trackers: str = field(default="", metadata=NAMES)
     """Experiment trackers of accelerate, separated by commas; they must be installed (tensorboard, wandb, mlflow,
-    trackio …)."""
+    trackio …), and are set up by their own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR)."""
     project: str = "diptych"
     """Name of the project in the trackers."""
     run_name: str | None = None

@@ -166,13 +166,7 @@ def make_run(
         status=status,
         facts=facts,
     )
-    name = recipe.run_name or folder.resolve().name
-    with library_errors(f"the tracker ({recipe.trackers}) did not start", "Set it up, or leave it out of trackers."):
-        accelerator.init_trackers(
-            recipe.project,
-            {name: str(value) for name, value in asdict(recipe).items()},
-            {tracker: {argument: name} for tracker, argument in NAME_OF_RUN.items()},
-        )
+    start_trackers(recipe, accelerator)
     say_what_runs(run, why_padded)
     if saved:
         restore(run, saved, state)
@@ -211,6 +205,16 @@ def join(recipe: TrainRecipe) -> accelerate.Accelerator:
         )
     accelerator.gradient_accumulation_steps = 1  # likewise: accelerate would divide the loss once more
     return accelerator
+
+
+def start_trackers(recipe: TrainRecipe, accelerator: accelerate.Accelerator) -> None:
+    name = recipe.run_name or Path(recipe.out).resolve().name
+    with library_errors(f"the tracker ({recipe.trackers}) did not start", "Set it up, or leave it out of trackers."):
+        accelerator.init_trackers(
+            recipe.project,
+            {name: str(value) for name, value in asdict(recipe).items()},
+            {tracker: {argument: name} for tracker, argument in NAME_OF_RUN.items()},
+        )
 
 
 def load_run_tokenizer(recipe: TrainRecipe, prepared: PreparedData) -> PreTrainedTokenizerBase:
