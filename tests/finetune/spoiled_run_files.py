@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -65,10 +66,12 @@ def resume(folder: Path) -> None:
     command(*TRAIN, "--out", "again", "--max_steps", "3", "--resume", str(saved))
 
 
-OF_THE_RUN = {
-    **{
-        f"{file} of a run": Kind(make_run, spoil_json(f"{SAVED}/{file}", {}), resume)
-        for file in ("state.json", "rng.json")
-    },
-    "optimizer of a run": Kind(make_run, spoil_tensors(f"{SAVED}/optimizer.safetensors"), resume),
-}
+PARTS = [spoil_json(f"{SAVED}/{file}", {}) for file in ("state.json", "rng.json")]
+PARTS += [spoil_tensors(f"{SAVED}/optimizer.safetensors")]
+
+
+def spoil_part(folder: Path, dice: random.Random) -> str:
+    return dice.choice(PARTS)(folder, dice)
+
+
+OF_THE_RUN = {"checkpoint of a run": Kind(make_run, spoil_part, resume)}
