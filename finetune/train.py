@@ -28,7 +28,7 @@ from diptych.finetune.commands.exit_codes import (
     is_main_rank,
     message_of,
 )
-from diptych.finetune.run_files.run_folder import CONFIG, claimed
+from diptych.finetune.run_files.run_folder import CONFIG, check_new, claimed
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.stop_signals import StopRequest
 
@@ -37,7 +37,9 @@ def run_recipe(recipe: TrainRecipe, stop: StopRequest | None = None) -> int:
     """DONE, or STOPPED if `stop` asked for it; anything else that ends a run is raised."""
     stop = stop or StopRequest()
     with claimed(Path(recipe.out), bool(recipe.resume)) as status:
-        # imported here, since torch takes seconds: that another run holds the folder is told before
+        # imported here, since torch takes seconds: what is wrong with the folder is told before
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # else another rank may have written into it already
+            check_new(Path(recipe.out), bool(recipe.resume))
         if recipe.stages:
             from diptych.finetune.training.staged_run import run_stages as carry_out
         else:

@@ -112,6 +112,12 @@ def holds_nothing(folder: Path) -> bool:
     return not folder.exists() or all(path.name == LOCK or path.suffix == ".partial" for path in folder.iterdir())
 
 
+def check_new(folder: Path, resumes: bool) -> None:
+    """UserError for a folder that holds something, unless the run in it is to go on."""
+    if not resumes and not holds_nothing(folder):
+        raise UserError(f"{folder} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
+
+
 @contextmanager
 def claimed(folder: Path, resumes: bool) -> Iterator[Status]:
     """Locks the folder, and writes into status.json how the block ended (for a finished run, only after it has begun

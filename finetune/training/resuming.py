@@ -22,7 +22,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.batches.padded_rows import BatchOrder, PreparedData
 from diptych.finetune.commands.exit_codes import CheckpointError, say_once
 from diptych.finetune.run_files import atomic_folders, checkpoints
-from diptych.finetune.run_files.run_folder import CONFIG, holds_nothing, settings_of
+from diptych.finetune.run_files.run_folder import CONFIG, check_new, holds_nothing, settings_of
 from diptych.finetune.training.recipe import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
 from diptych.finetune.training.run import Progress
 
@@ -57,8 +57,7 @@ def _fault_in(path: Path) -> str:
 
 def check_resumes(recipe: TrainRecipe, folder: Path) -> None:
     """UserError unless the folder, which is not empty, has a run, and the recipe resumes it."""
-    if not recipe.resume:
-        raise UserError(f"{folder} is not empty. Give `out` a new folder, or go on with the run in it: --resume true")
+    check_new(folder, bool(recipe.resume))
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} has no config.yaml, so there is no run to resume. Give `out` the folder of a run.")
 
