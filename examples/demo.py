@@ -1,4 +1,4 @@
-"""The whole chain on real data, command by command, as anyone could type it: four minutes on two cores.
+"""The whole chain on real data, command by command, as anyone could type it: four to ten minutes on two cores.
 
 Main act: a model that pronounces English words. Prepares CMU's pronouncing dictionary as instruction rows, trains a
 tokenizer and a small Diptych from scratch, evaluates it on words that were held out, copies the finished folder

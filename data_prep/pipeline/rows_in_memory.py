@@ -74,7 +74,7 @@ def _source(rows: Any, name: str, split: str, limits: Limits) -> Source:
     rows = list(rows)
     for place, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
-            raise UserError(f"{name}:{place} is a {type(row).__name__}, and each row is a dict of its fields.")
+            raise UserError(f"{name}:{place} is of type {type(row).__name__}, and each row is a dict of its fields.")
     raws = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
     digest = xxhash.xxh3_128_hexdigest("\n".join(raws).encode("utf-8", "surrogatepass"))
 

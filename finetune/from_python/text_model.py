@@ -202,7 +202,7 @@ def _list_of(rows: Any) -> list[str | Mapping[str, Any]]:
     for place, row in enumerate(found, start=1):
         if not isinstance(row, str | Mapping):
             raise UserError(
-                f"row {place} is a {type(row).__name__}; give texts, or dicts such as {{'instruction': …}}."
+                f"row {place} is of type {type(row).__name__}; give texts, or dicts such as {{'instruction': …}}."
             )
     return found
 

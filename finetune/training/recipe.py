@@ -136,9 +136,9 @@ class TrainRecipe:
     """With a teacher: temperature of both predictions; above 1, unlikely tokens have a larger weight."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Data type of the forward pass; weights and optimizer are always fp32. `auto` measures for 50 ms and uses the
-    faster of bf16 and fp32; a resumed run keeps it. fp16, with loss scaling, is for GPUs without bf16; it is an error
-    for T5 and its relatives (mT5, UMT5, LongT5, Switch, T5Gemma), which overflow in it."""
+    """Data type of the forward pass; weights and optimizer are fp32, unless `weights` is bf16. `auto` measures for
+    50 ms and uses the faster of bf16 and fp32; a resumed run keeps it. fp16, with loss scaling, is for GPUs without
+    bf16; it is an error for T5 and its relatives (mT5, UMT5, LongT5, Switch, T5Gemma), which overflow in it."""
     attention: Literal["auto", "eager", "sdpa", "flex_attention", "varlen"] = "auto"
     """Implementation of attention. `varlen` computes nothing between examples of a packed row: flash attention on a
     GPU, segment by segment on a CPU. `auto` uses it if family and device support it, else the model's default."""

@@ -145,7 +145,7 @@ def test_mistakes_are_exceptions_with_the_words_of_the_command_line(tmp_path, ma
         diptych.train(model=run, data=Dataset.from_list(ROWS), out=tmp_path / "run", epochs=1)
     with pytest.raises(UserError, match="is no prepared dataset"):
         diptych.train(model=run, data=tmp_path / "nowhere", out=tmp_path / "run", epochs=1)
-    with pytest.raises(UserError, match="rows:1 is a int, and each row is a dict"):
+    with pytest.raises(UserError, match="rows:1 is of type int, and each row is a dict"):
         diptych.prepare([3], tokenizer=run.final, out=tmp_path / "prepared")
     with pytest.raises(UserError, match="tokenizer"):
         diptych.prepare(ROWS, out=tmp_path / "prepared")
