@@ -51,8 +51,8 @@ def plain(value: Any, name: str) -> Any:
         return value.item()
     if not isinstance(value, str | int | float | None):
         raise UserError(
-            f"{name} is of type {type(value).__name__}. Settings are texts, numbers, True or False, lists and dicts; save a"
-            f" model or tokenizer into a folder and name the folder, and give rows to diptych.prepare."
+            f"{name} is of type {type(value).__name__}. Settings are texts, numbers, True or False, lists and dicts;"
+            f" save a model or tokenizer into a folder and name the folder, and give rows to diptych.prepare."
         )
     return value
 

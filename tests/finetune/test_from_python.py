@@ -117,7 +117,7 @@ def test_one_row_a_list_a_frame_and_a_dataset_are_read_alike(t5_checkpoint):
     assert model.embed("Say 7.").shape == model.embed(rows[0]).shape == model.embed(["Say 7."]).shape
     assert len(model.embed(frame)) == 2 and len(model.embed([])) == 0 and model.generate([]) == []
     for wrong in (7, None, [["a", "b"]]):
-        with pytest.raises(diptych.UserError, match="row 1 is a (int|NoneType|list); give texts"):
+        with pytest.raises(diptych.UserError, match="row 1 is of type (int|NoneType|list); give texts"):
             model.generate(wrong)
     assert len(repr(model)) < 200
 
@@ -141,7 +141,7 @@ def test_mistakes_are_exceptions_with_the_words_of_the_command_line(tmp_path, ma
             diptych.train(model=run, data=data, out=tmp_path / "run", epochs=1, **{wrong: "fast"})
     with pytest.raises(UserError, match=r"Prepare it first: data=diptych.prepare"):
         diptych.train(model=run, data=ROWS, out=tmp_path / "run", epochs=1)
-    with pytest.raises(UserError, match="data is a Dataset.*give rows to diptych.prepare"):
+    with pytest.raises(UserError, match="data is of type Dataset.*give rows to diptych.prepare"):
         diptych.train(model=run, data=Dataset.from_list(ROWS), out=tmp_path / "run", epochs=1)
     with pytest.raises(UserError, match="is no prepared dataset"):
         diptych.train(model=run, data=tmp_path / "nowhere", out=tmp_path / "run", epochs=1)
