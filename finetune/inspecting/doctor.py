@@ -6,7 +6,7 @@
     ✓ 8 micro-batches = 1 batch   loss × 1.000000, gradient × 1.000000, cosine 1.000000
     ✓ 2 ranks = 1 rank            loss × 1.000000, gradient × 1.000000, cosine 1.000000
     ! HF Trainer: 8 = 1           loss × 8.081, gradient × 8.512, cosine 0.896
-        Train with `diptych train`, which is right (above), or put diptych.finetune.training.packed_trainer's …
+        Train with `diptych train`, which is right (above), or put diptych.PackedSeq2SeqTrainer …
     18 green, 0 red, 2 notes, 0 do not apply, in 10 s
 
 The exit code is 1 if something is red, 2 for a mistake such as a folder that is not there, and else 0. A note is about

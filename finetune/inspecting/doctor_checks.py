@@ -231,8 +231,8 @@ def stock_trainer(patient: Patient) -> CheckResult:
         model.to(device)
     return _of_the_trainer(
         compare(one, many),
-        "Train with `diptych train`, which is right (above), or put diptych.finetune.training.packed_trainer's "
-        "PackedSeq2SeqTrainer in the Trainer's place. In the stock Trainer: give it compute_loss_func, summed "
+        "Train with `diptych train`, which is right (above), or put "
+        "diptych.PackedSeq2SeqTrainer in the Trainer's place. In the stock Trainer: give it compute_loss_func, summed "
         "cross-entropy / num_items_in_batch, and in each batch decoder_input_ids, by DataCollatorForSeq2Seq(model="
         "model). (model_accepts_loss_kwargs = False mends the size of the loss only, not the gradient's direction.)",
     )
