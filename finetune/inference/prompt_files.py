@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diptych.data_prep.command_line.errors import UserError, excerpt
-from diptych.data_prep.reading.find_files import HEAD_BYTES, EmptyFile
-from diptych.data_prep.reading.text_encoding import check_text
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.language_names import UnknownLanguage
 from diptych.data_prep.rows.records import Languages, Row
@@ -77,6 +75,9 @@ def read_prompts(
 
 def _lines(in_file: str) -> Iterator[bytes]:
     """Without their ends. UserError for a file in another encoding, and for a line that is too long to be a prompt."""
+    from diptych.data_prep.reading.find_files import HEAD_BYTES, EmptyFile  # here, because of pyarrow, as above
+    from diptych.data_prep.reading.text_encoding import check_text
+
     if Path(in_file).is_dir():
         raise UserError(f"{in_file} is a folder, and a file is needed. {FORMATS}")
     with open(in_file, "rb") as file, contextlib.suppress(EmptyFile):
