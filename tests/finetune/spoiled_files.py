@@ -21,6 +21,8 @@ class Kind(NamedTuple):
     spoil: Callable[[Path, random.Random], str]
     """Changes one or several things in a copy of it; returns what."""
     load: Callable[[Path], None]
+    seconds: float = 5.0
+    """Of computing, in which it loads or is refused."""
 
 
 # Values that nobody expects

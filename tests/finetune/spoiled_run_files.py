@@ -74,4 +74,4 @@ def spoil_part(folder: Path, dice: random.Random) -> str:
     return dice.choice(PARTS)(folder, dice)
 
 
-OF_THE_RUN = {"checkpoint of a run": Kind(make_run, spoil_part, resume)}
+OF_THE_RUN = {"checkpoint of a run": Kind(make_run, spoil_part, resume, 15.0)}
