@@ -5,8 +5,9 @@
     python tests/finetune/fuzz_checkpoints.py --kinds adapter_config.json --only 17 --keep /tmp/case
 
 A case is made from its seed, kind and number alone, so `--only` makes it again. It is loaded in a forked process that
-may compute for 5 s (15 s where it is resumed), and take 1 GB more than before. Whatever is neither "loaded" nor "refused" (a UserError) is a
-finding: another exception, a hang, too much memory, or more than 2,000 characters of warnings.
+may compute for 5 s (15 s where it is resumed), and take 1 GB more than before. Whatever is neither "loaded" nor
+"refused" (a UserError) is a finding: another exception, a hang, too much memory, or more than 2,000 characters of
+warnings.
 
 A new kind of file is a `Kind` (spoiled_files.py): a function that makes a valid folder, once; one that spoils a copy
 of it with a `random.Random` and returns in a few words what it did; and one that loads it. `spoil_json` spoils any
