@@ -18,13 +18,17 @@ here they stay text (encode.py).
 
 import copy
 import json
-import os
+import math
 import re
 import resource
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 import psutil
 from tokenizers import processors
@@ -191,18 +195,8 @@ def donor_prompt(
         bare.init_kwargs[setting] = False
     bare.backend_tokenizer.post_processor = processors.Sequence([])
     if tokenizer.chat_template:
-        chat = _ChatTemplate(tokenizer, name)
-        frame = _frame_of(chat, notes)
-        closing = _set_eos(bare, frame, eos_token_ids, name, notes)
-        start, shown = _divided(bare, frame, name)
-        template = Template(NAME, frame.source(shown), _matching_target(chat, bare, frame, closing, notes))
-        for conversation in filter(frame.takes, CHECKED):  # a note for the first one whose tokens are not the LLM's
-            system, history, instruction = conversation
-            theirs = chat.tokenizer(chat.render(conversation), add_special_tokens=False)["input_ids"]
-            (source,) = encode_sources(bare, [template.render_source(instruction, "", history, system)])
-            if [*source, start] != theirs:
-                notes.append(f"Prompts are cut into other tokens than the LLM's, such as that of {instruction!r}.")
-                break
+        with closing(_ChatTemplate(tokenizer, name)) as chat:
+            start, template = _start_and_template(chat, bare, eos_token_ids, notes)
     else:
         frame = _base_frame(tokenizer, notes)
         _set_eos(bare, frame, eos_token_ids, name, notes)
@@ -217,13 +211,57 @@ def donor_prompt(
     return DonorPrompt(bare, template, start, notes)
 
 
+def _start_and_template(
+    chat: "_ChatTemplate", bare: PreTrainedTokenizerBase, eos_token_ids: Sequence[int], notes: list[str]
+) -> tuple[int, Template]:
+    frame = _frame_of(chat, notes)
+    end = _set_eos(bare, frame, eos_token_ids, chat.name, notes)
+    start, shown = _divided(bare, frame, chat.name)
+    template = Template(NAME, frame.source(shown), _matching_target(chat, bare, frame, end, notes))
+    for conversation in filter(frame.takes, CHECKED):  # a note for the first one whose tokens are not the LLM's
+        system, history, instruction = conversation
+        theirs = chat.tokenizer(chat.render(conversation), add_special_tokens=False)["input_ids"]
+        (source,) = encode_sources(bare, [template.render_source(instruction, "", history, system)])
+        if [*source, start] != theirs:
+            notes.append(f"Prompts are cut into other tokens than the LLM's, such as that of {instruction!r}.")
+            break
+    return start, template
+
+
 # The frame
+
+
+_TOKENIZER: list[PreTrainedTokenizerBase] = []
+"""Of the process that renders."""
+
+
+def _limit_memory(tokenizer: PreTrainedTokenizerBase) -> None:
+    _TOKENIZER.append(tokenizer)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY,) * 2)
+
+
+def _rendered(messages: list[dict[str, str]], variables: dict[str, Any]) -> str:
+    """ValueError for whatever a template raises, since not all errors can be sent to another process."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used) + SECONDS, resource.RLIM_INFINITY))
+    is_open = messages[-1]["role"] == "user"
+    try:
+        text = _TOKENIZER[0].apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open, **variables)
+    except MemoryError:
+        raise
+    except BaseException as error:  # raise_exception() in a template, or any error of its code
+        raise ValueError(in_short(error)) from None
+    if len(text) > LONGEST_CHAT:
+        raise MemoryError
+    return text
 
 
 @dataclass(frozen=True)
 class _ChatTemplate:
     tokenizer: PreTrainedTokenizerBase
     name: str
+    process: list[ProcessPoolExecutor] = field(default_factory=list)
+    """One, from the first conversation on."""
 
     def render(self, conversation: Conversation, answer: str = "", **variables) -> str | None:
         """None if the template refuses this kind of conversation, which it does by any exception. Without an answer,
@@ -237,33 +275,21 @@ class _ChatTemplate:
 
     def render_or_raise(self, conversation: Conversation, answer: str = "", **variables) -> str:
         """In a process of its own: nothing else stops a template of loops in loops, or one that fills memory. It has
-        SECONDS of processor time and MEMORY; UserError where they are not enough."""
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-                resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MEMORY,) * 2)
-                text = self.tokenizer.apply_chat_template(
-                    conversation.messages(answer), tokenize=False, add_generation_prompt=not answer, **variables
-                )
-                said = {"text": text} if len(text) <= LONGEST_CHAT else {}
-            except MemoryError:
-                said = {}
-            except BaseException as error:  # raise_exception() in a template, or any error of its code
-                said = {"error": in_short(error)}
-            with open(write, "w", encoding="utf-8") as pipe:
-                json.dump(said, pipe)
-            os._exit(0)
-        os.close(write)
-        with open(read, encoding="utf-8") as pipe:
-            said = json.loads(pipe.read() or "{}")
-        os.waitpid(child, 0)
-        if "error" in said:
-            raise ValueError(said["error"])
-        if "text" not in said:
-            raise self.refuse(f"takes more than {SECONDS} s, {MEMORY:,} bytes or {LONGEST_CHAT:,} characters")
-        return said["text"]
+        SECONDS of processor time and MEMORY; UserError where they are not enough, ValueError with what a template
+        raises."""
+        if not self.process:
+            self.process.append(ProcessPoolExecutor(1, get_context("fork"), _limit_memory, (self.tokenizer,)))
+        try:
+            return self.process[0].submit(_rendered, conversation.messages(answer), variables).result()
+        except (BrokenProcessPool, MemoryError):
+            self.close()
+            raise self.refuse(
+                f"takes more than {SECONDS} s, {MEMORY:,} bytes or {LONGEST_CHAT:,} characters"
+            ) from None
+
+    def close(self) -> None:
+        while self.process:
+            self.process.pop().shutdown()
 
     def between(self, conversation: Conversation, markers: Sequence[str], answer: str = "") -> list[str] | None:
         """What the text has before, between and behind the markers; None if they are not in it in this order, once
@@ -306,10 +332,10 @@ def _frame_of(chat: _ChatTemplate, notes: list[str]) -> ChatFrame:
         raise chat.refuse(
             f"cannot be written as a frame around texts: it gives {_end(theirs)}, and a frame gives {_end(ours)}"
         )
-    for field, kind in (("system_head", "system prompts"), ("to_answer", "earlier turns")):
-        if getattr(full, field) is None:
+    for place, kind in (("system_head", "system prompts"), ("to_answer", "earlier turns")):
+        if getattr(full, place) is None:
             notes.append(f"The chat template has no place for {kind}, and so ours has none.")
-        elif getattr(frame, field) is None:
+        elif getattr(frame, place) is None:
             notes.append(f"The chat template writes {kind} in a way of its own: ours has no place for them.")
     for question in (Conversation("", (), QUESTION), Conversation(SYSTEM, (), QUESTION)):
         if chat.render(question) and not chat.render(question, strftime_now="no function"):
