@@ -121,7 +121,8 @@ def end_ranks(accelerator: Accelerator, for_good: bool = True) -> None:
     join its threads while this one holds the interpreter's lock, for which one of them may wait: one run of thirty on
     two ranks never ended, and one of fifty was aborted."""
     accelerator.free_memory()
-    gc.collect()  # wrapped modules are in reference cycles, and accelerate collects before it drops its own
+    if accelerator.num_processes > 1:
+        gc.collect()  # wrapped modules are in reference cycles, and accelerate collects before it drops its own
     if for_good:
         accelerator.end_training()
         return
