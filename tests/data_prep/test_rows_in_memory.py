@@ -49,7 +49,7 @@ def test_rows_in_memory_have_their_splits_and_stand_beside_files(bpe_folder, wri
     assert prepare(beside_files, len, splits).splits == {"train": 43, "test": 1}
     assert prepare(PrepareSettings(**settings), len, {"validation": ROWS}).splits == {"validation": 40}
     for rows, fault in {
-        "no dict": (["Go."], "rows:1 is a str, and each row is a dict"),
+        "no dict": (["Go."], "rows:1 is of type str, and each row is a dict"),
         "no split": ({"all": ROWS}, "rows has the split 'all'"),
         "no rows": ([], "there are no rows in what was read"),
         "a path": ({"train": "rows.jsonl"}, 'rows:train is a path.* data="train.jsonl", test='),

@@ -379,7 +379,6 @@ def test_a_session_on_a_pipe_answers_pairs_of_lines_until_the_end(learned_t5, pr
         ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
         ({"num_return_sequences": 3}, "Give --num_beams 3"),
         ({"num_beams": 2, "generation": {"prompt_lookup_num_tokens": 4}}, "is for greedy writing"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_what_to_do(settings, message):

@@ -113,7 +113,8 @@ def test_a_diptych_with_blocks_of_other_llms_trains_on_packed_rows(
     assert usable == attentions - ({VARLEN} if family == "diptych_merged" else set())
     for attention in sorted(usable):
         model.set_attn_implementation(attention)
-        assert_packed_is_separate(model, eight_prepared_rows)
+        # (OLMo's gradients differ by 1.1e-5 on AMD's Zen 5, and by 1e-14 in float64.)
+        assert_packed_is_separate(model, eight_prepared_rows, tolerance=2e-5)
     batch = pad_batch(eight_prepared_rows, 0, decoder_start_token(model))
     expected = model.eval()(**batch, num_items_in_batch=1).loss
     torch.testing.assert_close(Seq2SeqObjective(model).eval()(batch, 1), expected)
