@@ -202,7 +202,8 @@ def load_model(
             f" not used: {unknown[0]}{', …' * (len(unknown) > 1)}",
             file=sys.stderr,
         )
-    untrusted.check_token_settings(model.generation_config, max(embedding_rows(model)), name)
+    for said in (model.config, model.generation_config):
+        untrusted.check_token_settings(said, max(embedding_rows(model)), name)
     _freeze(model)
     attend_globally(model)
     return model

@@ -165,6 +165,7 @@ def test_a_generation_config_that_is_none_is_said_and_not_passed_over(copy):
             {"decoder_sparse_step": functools.reduce(lambda inner, _: {"a": [inner]}, range(11), 0)},
             "more than 20 deep",
         ),
+        ({"pad_token_id": -1}, "pad_token_id is '-1' in"),
         ({"architectures": [7]}, "architectures is no list of texts"),
         ({"rope_type": "default" * 200}, "'rope_type' has a text of 1,400 characters"),
         ({"to_dict": 1}, "names to_dict, which is none of its settings"),
