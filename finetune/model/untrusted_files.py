@@ -267,8 +267,8 @@ def check_token_settings(config: GenerationConfig, rows: float, name: str) -> No
         if value is not None and not is_right(value, depth) and not (key in ENDS and is_right(value, 0)):
             allowed = f"{('one', 'a list', 'a list of lists')[depth]} of the whole numbers from 0 to {most - 1:,.0f}"
             raise UserError(
-                f"{key} is {str(value)[:40]!r} in {name}'s generation_config.json (or, where there is none, in its"
-                f" config.json), and must be {allowed}. Correct it."
+                f"{key} is {str(value)[:40]!r} in {name}'s generation_config.json or config.json, and must be"
+                f" {allowed}. Correct it."
             )
 
 
