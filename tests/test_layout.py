@@ -134,7 +134,7 @@ def test_data_preparation_knows_no_model_and_no_loop():
 def test_training_takes_of_data_preparation_what_inference_needs():
     """So prompts are rendered, and rows laid out, by the code that made the training rows."""
     rooms = [f"data_prep/{room}" for room in ("command_line", "rows", "text_to_ids", "packing")]
-    files = [f"reading/{file}" for file in ("sources", "find_files", "text_encoding")]
+    files = [f"reading/{file}" for file in ("sources", "find_files", "text_encoding", "json_rows")]
     files += ["pipeline/path_settings", "pipeline/checkpoint_tokenizer", "report/visible_text"]
     allowed = [*rooms, *(f"data_prep/{file}.py" for file in files)]
     rest = [name for name in FILES if below(name, "finetune") and not below(name, "finetune/from_python")]

@@ -68,7 +68,7 @@ class JsonFault(ValueError):
         self.kind, self.field = kind, field
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Plain JSON readers silently keep the last of two values for one key."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
@@ -82,7 +82,7 @@ def _no_number(name: str) -> None:
     raise JsonFault("NaN or Infinity", f"{name} is no JSON; write null, a number, or a string")
 
 
-STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=unrepeated, parse_constant=_no_number)
 LENIENT_JSON = json.JSONDecoder(parse_int=str)
 """Finds the end of what STRICT_JSON refuses for its meaning."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.language_names import UnknownLanguage
 from diptych.data_prep.rows.records import Languages, Row
@@ -90,13 +90,6 @@ def _lines(in_file: str) -> Iterator[bytes]:
             yield line.removesuffix(b"\n")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(fields := dict(pairs)) < len(pairs):
-        twice = next(name for place, (name, _) in enumerate(pairs) if name in dict(pairs[:place]))
-        raise ValueError(f"'{excerpt(twice)}' occurs twice in one object; keep the right one")
-    return fields
-
-
 def _text_row(line: bytes, instruction: str, system: str, has_languages: bool) -> PromptRow:
     text = line.decode("utf-8").removesuffix("\r")
     if not text.strip():
@@ -107,10 +100,12 @@ def _text_row(line: bytes, instruction: str, system: str, has_languages: bool) -
 
 
 def _json_row(line: bytes) -> PromptRow:
+    from diptych.data_prep.reading.json_rows import unrepeated  # here, because of pyarrow, as above
+
     if not line.strip():
         return BLANK
     try:
-        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+        fields = json.loads(line.decode("utf-8"), object_pairs_hook=unrepeated)
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError:
         raise

@@ -266,7 +266,7 @@ class Guard:
 
         try:
             await self.app(scope, receive_little, send_with_policy)
-        except Exception as error:  # of any type; the client has its status
+        except Exception as error:  # Gradio raises errors of any type here; starlette has sent a status 500 before
             LOG.warning("a request to the page failed: %s", in_short(error))
 
 
