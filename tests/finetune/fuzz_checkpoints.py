@@ -110,9 +110,12 @@ class Fuzzer:
         pid = os.fork()
         if pid == 0:
             os.close(write_asked), os.close(read_answers)
-            with open(read_asked) as asked, open(write_answers, "w") as answers:
-                self._work(asked, answers)
-            os._exit(0)
+            try:  # a mistake of the fuzzer must not go on as a second parent, which would remove the folder
+                with open(read_asked) as asked, open(write_answers, "w") as answers:
+                    self._work(asked, answers)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
         os.close(read_asked), os.close(write_answers)
         return pid, open(write_asked, "w"), open(read_answers, "rb", buffering=0)
 

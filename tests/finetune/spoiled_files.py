@@ -85,7 +85,7 @@ def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 def spoil_value(value: Any, dice: random.Random, known: dict[str, Any]) -> tuple[Any, str]:
     """One change; `known` are keys that the file may have, with a valid value of each."""
-    value, paths = copy.deepcopy(value), list(places(value))
+    value, known, paths = copy.deepcopy(value), copy.deepcopy(known), list(places(value))
     how = dice.choice(["change", "change", "add", "add", "remove", "rename"])
     if how == "add" and isinstance(value, dict):
         key = dice.choice(sorted(known) or ["new"]) if dice.random() < 0.95 else dice.choice(TEXTS)[:100]
@@ -146,10 +146,10 @@ def spoil_json(name: str, known: dict[str, Any]) -> Callable[[Path, random.Rando
             write(file, content)
             return said
         value, all_said = json.loads(file.read_text(encoding="utf-8")), []
-        for _ in range(dice.choice([1, 1, 1, 2, 3])):
-            value, said = spoil_value(value, dice, known)
-            all_said.append(said)
-        with without_digit_limit():
+        with without_limits():
+            for _ in range(dice.choice([1, 1, 1, 2, 3])):
+                value, said = spoil_value(value, dice, known)
+                all_said.append(said)
             write(file, json.dumps(value).encode())
         return "; ".join(all_said)
 
@@ -157,10 +157,11 @@ def spoil_json(name: str, known: dict[str, Any]) -> Callable[[Path, random.Rando
 
 
 @contextlib.contextmanager
-def without_digit_limit() -> Iterator[None]:
-    limit = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)
+def without_limits() -> Iterator[None]:
+    """On digits, and on lists in lists: three changes can nest 1,200 of them."""
+    digits, depth = sys.get_int_max_str_digits(), sys.getrecursionlimit()
+    sys.set_int_max_str_digits(0), sys.setrecursionlimit(10_000)
     try:
         yield
     finally:
-        sys.set_int_max_str_digits(limit)
+        sys.set_int_max_str_digits(digits), sys.setrecursionlimit(depth)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save, save_file
 from small_families import family_configs
-from spoiled_files import TEXTS, Kind, shown, spoil_json, spoil_text, spoil_value, without_digit_limit, write
+from spoiled_files import TEXTS, Kind, shown, spoil_json, spoil_text, spoil_value, without_limits, write
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -97,7 +97,7 @@ def spoil_weights(file: Path, dice: random.Random) -> str:
             write(file, with_header(json.dumps(header).encode(), content))
         elif how == "header":
             header, said = spoil_value(header, dice, {"__metadata__": {"format": "pt"}, "new": header[name]})
-            with without_digit_limit():
+            with without_limits():
                 write(file, with_header(json.dumps(header).encode(), content))
             how += f" {said}"
         elif how == "bytes":
@@ -108,7 +108,7 @@ def spoil_weights(file: Path, dice: random.Random) -> str:
             file.unlink()
             save_file(weights, file.parent / "other.safetensors")
             index, said = spoil_value({"weight_map": dict.fromkeys(weights, "other.safetensors")}, dice, {})
-            with without_digit_limit():
+            with without_limits():
                 write(Path(f"{file}.index.json"), json.dumps(index).encode())
             how += f" {said}"
         return f"{name}: {how}"
