@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError, in_short
@@ -49,6 +50,7 @@ OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "muon": {"adjust_lr_fn": "match_rms_adamw"},  # so that it takes AdamW's learning rates
 }
 SET_BY_RECIPE = {"params", "lr", "betas", "eps", "weight_decay", "foreach", "fused", "triton", "gradient_release"}
+SET_BY_RECIPE |= {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 COUNTERS = ("step", "k", "weight_sum", "lr_max")
 """What optimi and schedulefree count for all weights together."""
 
@@ -135,7 +137,11 @@ class LearningRates:
             ).lr_lambdas[0]
             shares = [self.shape(step) for step in (self.warmup_steps, (self.warmup_steps + total_steps) // 2)]
         except (TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(f"schedule {recipe.schedule} with {recipe.schedule_settings}: {error}") from error
+            takes = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(recipe.schedule)]).parameters
+            raise UserError(
+                f"schedule {recipe.schedule} with schedule_settings {recipe.schedule_settings}: {error}. "
+                f"They can be: {', '.join(sorted(takes.keys() - SET_BY_RECIPE)) or 'none'}."
+            ) from error
         room = max(0, total_steps - self.warmup_steps)  # warm-up may be longer than a short run
         is_decay_wrong = not 0 <= recipe.schedule_settings.get("num_decay_steps", 0) <= room
         if is_decay_wrong or not all(-1e-6 <= share <= 1.0 + 1e-6 for share in shares):

@@ -268,31 +268,37 @@ class TrainRecipe:
 
     def _check_optimizer(self) -> None:
         """UserError for settings of the optimizer that would have no effect, or that contradict each other."""
-        free, bf16 = self.optimizer == "schedule_free", self.weights == "bf16"
-        in_bf16 = bf16 and self.method == "full"
+        optimizer, bf16 = self.optimizer, self.weights == "bf16"
+        free, in_bf16 = optimizer == "schedule_free", bf16 and self.method == "full"
         for contradicts, reason in (
-            (self.optimizer == "adafactor" and self._changed("betas", "epsilon"), "it has no betas and epsilon"),
             (
-                self.optimizer == "adamw" and self.optimizer_settings,
-                "it has no other settings: drop optimizer_settings",
+                optimizer == "adafactor" and self._changed("betas", "epsilon"),
+                "adafactor has no betas and epsilon: drop them",
             ),
-            (free and not self.schedule.startswith("constant"), "it needs no decay: set schedule: constant"),
-            (free and self.ema, "it averages the weights itself: drop ema"),
+            (optimizer == "adamw" and self.optimizer_settings, "adamw has no other settings: drop optimizer_settings"),
             (
-                self.sharding == "full" and self.optimizer in ("adafactor", "adamw_8bit"),
-                "it cannot update weights that are spread over ranks: set sharding: none",
+                free and not self.schedule.startswith("constant"),
+                f"schedule is {self.schedule}, but schedule_free needs no decay: set schedule: constant",
             ),
-            (in_bf16 and self.optimizer != "adamw", "weights in bf16 are trained with adamw"),
+            (free and self.ema, "schedule_free averages the weights itself: drop ema"),
+            (
+                self.sharding == "full" and optimizer in ("adafactor", "adamw_8bit"),
+                f"{optimizer} cannot update weights that are spread over ranks: set sharding: none",
+            ),
+            (
+                in_bf16 and optimizer != "adamw",
+                f"optimizer is {optimizer}, but weights in bf16 are trained with adamw: set weights: fp32",
+            ),
             (in_bf16 and self.ema, "bf16 cannot hold what an average changes by: drop ema, or set weights: fp32"),
-            (bf16 and self.precision not in ("auto", "bf16"), "weights in bf16 are computed with in bf16"),
+            (
+                bf16 and self.precision not in ("auto", "bf16"),
+                f"precision is {self.precision}, but weights in bf16 are computed with in bf16: set precision: bf16",
+            ),
             (bf16 and self.quantize != "none", "weights in 4 bits are not also in bf16: drop weights"),
             (self.method == "lora" and self.final == "average", "adapters are not averaged: set final: best"),
         ):
             if contradicts:
-                raise UserError(
-                    f"optimizer is {self.optimizer}, schedule {self.schedule}, weights {self.weights}, precision "
-                    f"{self.precision}, method {self.method}: {reason}."
-                )
+                raise UserError(f"{reason}.")
 
     def _check_adapter(self) -> None:
         """UserError for a setting of an adapter that would have no effect, or that contradicts another."""

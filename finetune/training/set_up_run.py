@@ -198,6 +198,11 @@ def join(recipe: TrainRecipe) -> accelerate.Accelerator:
         project_dir=recipe.out,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.rank_timeout))],
     )
+    if accelerator.num_processes == 1 and {"MASTER_PORT", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys():
+        say_once(
+            "warning: this is a run of one process: without GPUs, `accelerate launch` starts one, whatever "
+            "--num_processes is. For several: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node=N -m …`"
+        )
     if recipe.sharding == "full" and accelerator.num_processes == 1:
         raise UserError(
             "sharding is full, but one process was launched, and has nobody to share the model with. Launch several: "

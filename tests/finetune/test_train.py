@@ -490,6 +490,14 @@ def test_processes_that_were_not_joined_are_refused(recipe, monkeypatch):
         run_recipe(recipe())
 
 
+def test_one_process_of_an_accelerate_launch_that_asked_for_several_is_warned_of(recipe, monkeypatch, capsys):
+    """Without GPUs, `accelerate launch --num_processes 2` starts one process, and sets these variables in it."""
+    for name, value in {"MASTER_PORT": "29500", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    run_recipe(recipe(max_steps=1))
+    assert "warning: this is a run of one process" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_larger_vocabulary_is_refused_or_grown_as_asked(recipe, checkpoint_of, tmp_path, new_model, training_folder):
     new_model("bart", vocab_size=360).save_pretrained(tmp_path / "small")
