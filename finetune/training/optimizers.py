@@ -50,7 +50,7 @@ OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "muon": {"adjust_lr_fn": "match_rms_adamw"},  # so that it takes AdamW's learning rates
 }
 SET_BY_RECIPE = {"params", "lr", "betas", "eps", "weight_decay", "foreach", "fused", "triton", "gradient_release"}
-SET_BY_RECIPE |= {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+SCHEDULE_SET_BY_RECIPE = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 COUNTERS = ("step", "k", "weight_sum", "lr_max")
 """What optimi and schedulefree count for all weights together."""
 
@@ -140,7 +140,7 @@ class LearningRates:
             takes = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(recipe.schedule)]).parameters
             raise UserError(
                 f"schedule {recipe.schedule} with schedule_settings {recipe.schedule_settings}: {error}. "
-                f"They can be: {', '.join(sorted(takes.keys() - SET_BY_RECIPE)) or 'none'}."
+                f"They can be: {', '.join(sorted(takes.keys() - SCHEDULE_SET_BY_RECIPE)) or 'none'}."
             ) from error
         room = max(0, total_steps - self.warmup_steps)  # warm-up may be longer than a short run
         is_decay_wrong = not 0 <= recipe.schedule_settings.get("num_decay_steps", 0) <= room
