@@ -53,9 +53,11 @@ SYNONYMS = {
 }
 """Names that may mean the same, for suggestions."""
 
+COMPARED = 200
+"""So many columns are compared with the names that are known; of a table with more, a suggestion would be chance."""
+
 View = dict[str, Any]
 """A row with its columns renamed as --map says."""
-
 
 NO_DIRECTIONS = Directions()
 
@@ -297,7 +299,7 @@ def _suggestion(views: Sequence[View], candidates: Mapping[str, Format]) -> str:
 def _renamings(views: Sequence[View], format: Format, shape: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """What `--map` could say, so that the rows have this shape: names that are alike, or mean the same; then, of
     columns that hold lists or objects, the first text in them."""
-    columns = list(dict.fromkeys(name for view in views for name in view))
+    columns = list(dict.fromkeys(name for view in views for name in view))[:COMPARED]
     renamed: dict[str, str] = {}
     for name, column in {**shape, **{name: name for name in format.optional}}.items():
         others = [other for other in columns if other not in shape.values() and other not in renamed.values()]

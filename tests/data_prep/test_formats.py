@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shlex
+import time
 from dataclasses import replace
 
 import pandas
@@ -286,6 +287,13 @@ def test_rows_of_no_format_name_what_was_found_and_what_would_mend_it(fields, wo
         recognise(rows(fields), "f")
     assert words in str(error.value)
     assert "dolly: instruction, context, response;" in str(error.value)
+
+
+def test_a_table_of_very_many_columns_is_refused_soon():
+    began = time.process_time()
+    with pytest.raises(UserError, match="'c11' and 99,988 more"):
+        recognise(rows({f"c{number}": "a" for number in range(100_000)}), "f")
+    assert time.process_time() - began < 5  # comparing each name with each takes 15 s
 
 
 def test_a_format_that_was_named_has_to_be_there():
