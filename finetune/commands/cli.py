@@ -121,6 +121,16 @@ COMMANDS = {
         "finetune.inference.generate_settings:GenerateSettings",
         "finetune.inference.generate_command:run",
     ),
+    "sample": Command(
+        "a file of prompts -> several answers to each",
+        "finetune.preferences.preference_settings:parse_sample",
+        "finetune.inference.generate_command:run",
+    ),
+    "rank": Command(
+        "several answers to each prompt and a metric -> pairs of a better and a worse one",
+        "finetune.preferences.preference_settings:RankSettings",
+        "finetune.preferences.rank:run",
+    ),
     "inspect": Command(
         "a checkpoint and an input -> a page that shows all steps of the computation",
         "finetune.inspecting.inspect_settings:InspectSettings",

@@ -4,7 +4,7 @@ It prints a table of figures with their intervals (confidence_intervals.py) and 
 the predictions in report.predictions.jsonl beside it, from which `diptych compare` computes its tests. The report
 holds their hash, and what identifies the model and the split. Every row counts once, in order: the same model, data
 and machine give the same figures.
-Several ranks: `torchrun … -m diptych.finetune.evaluation` (on CPUs with ACCELERATE_USE_CPU=true).
+Several ranks: `torchrun … -m diptych.finetune.evaluating` (on CPUs with ACCELERATE_USE_CPU=true).
 """
 
 import hashlib

@@ -219,14 +219,17 @@ def _superni_normalised(text: str) -> str:
     return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
 
 
-def count_bleu(predictions: Sequence[str], references: References, tokenize: str | None = None) -> Statistics:
-    """Corpus BLEU of sacrebleu; the references' script decides `tokenize` unless it is given."""
+def count_bleu(
+    predictions: Sequence[str], references: References, tokenize: str | None = None, effective_order: bool = False
+) -> Statistics:
+    """Corpus BLEU of sacrebleu; the references' script decides `tokenize` unless it is given. With effective_order,
+    n-grams longer than a text do not count: BLEU of single sentences."""
     tokenize, known = tokenize or choose_bleu_tokenize(references), sorted(sacrebleu.BLEU.TOKENIZERS)
     if tokenize not in known:
         raise UserError(f"bleu has no tokenisation {tokenize!r}. {choose_from(tokenize, known)}")
     try:
         # force: no warning about text that looks tokenised, which is for the outputs of shared tasks
-        scorer = sacrebleu.BLEU(tokenize=tokenize, force=True)
+        scorer = sacrebleu.BLEU(tokenize=tokenize, force=True, effective_order=effective_order)
     except (RuntimeError, OSError, ImportError) as error:  # the tokenisation's package or model is missing
         raise UserError(f"bleu with tokenize={tokenize!r} cannot start: {excerpt(error)}") from error
     return _sacrebleu_statistics("bleu", scorer, predictions, references)

@@ -58,7 +58,7 @@ def read_prompts(
     else:
         is_text = in_file.endswith(LINES_SUFFIX)
         rows = []
-        for line in _lines(in_file):
+        for line in lines_of(in_file):
             try:
                 rows.append(_text_row(line, instruction, system, has_languages) if is_text else _json_row(line))
             except UnicodeDecodeError as error:
@@ -73,7 +73,7 @@ def read_prompts(
     return rows
 
 
-def _lines(in_file: str) -> Iterator[bytes]:
+def lines_of(in_file: str) -> Iterator[bytes]:
     """Without their ends. UserError for a file in another encoding, and for a line that is too long to be a prompt."""
     from diptych.data_prep.reading.find_files import HEAD_BYTES, EmptyFile  # here, because of pyarrow, as above
     from diptych.data_prep.reading.text_encoding import check_text
@@ -100,24 +100,34 @@ def _text_row(line: bytes, instruction: str, system: str, has_languages: bool) -
 
 
 def _json_row(line: bytes) -> PromptRow:
-    from diptych.data_prep.reading.json_rows import unrepeated  # here, because of pyarrow, as above
-
     if not line.strip():
         return BLANK
+    try:
+        return _row_of(json_object(line))
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        return PromptRow({}, error=str(error))
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """ValueError says what is wrong with a line that is no JSON object of texts in UTF-8."""
+    from diptych.data_prep.reading.json_rows import unrepeated  # here, because of pyarrow, as above
+
     try:
         fields = json.loads(line.decode("utf-8"), object_pairs_hook=unrepeated)
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError:
         raise
     except UnicodeEncodeError:
-        return PromptRow({}, error="half of a surrogate pair (\\ud800 to \\udfff) is no text")
+        raise ValueError("half of a surrogate pair (\\ud800 to \\udfff) is no text") from None
     except json.JSONDecodeError as error:
-        return PromptRow({}, error=f"broken JSON at column {error.colno}: {error.msg}")
+        raise ValueError(f"broken JSON at column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 1000 nested brackets
-        return PromptRow({}, error=f"JSON that cannot be read: {error}")
+        raise ValueError(f"JSON that cannot be read: {error}") from None
     if not isinstance(fields, dict):
-        return PromptRow({}, error=f"a JSON object is needed, got {type(fields).__name__}")
-    return _row_of(fields)
+        raise ValueError(f"a JSON object is needed, got {type(fields).__name__}")
+    return fields
 
 
 def _row_of(fields: dict[str, Any]) -> PromptRow:

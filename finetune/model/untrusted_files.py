@@ -196,7 +196,7 @@ def _pass_without_values(model: PreTrainedModel) -> None:
     """Some values of a config are looked at in a pass only, and some of these only in training. Here tensors have
     shapes alone. Of a model that asks for values meanwhile (experts, windows), the rest is not tried."""
     logged = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of a source that is shorter than a window
+    logging.disable(logging.ERROR)  # of a source shorter than a window; torch prints a traceback, too
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.random.fork_rng(devices=[]):
             ids = torch.ones(1, 2, dtype=torch.long, device="meta")

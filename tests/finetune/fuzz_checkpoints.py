@@ -193,11 +193,12 @@ def main() -> int:
             fuzzer = Fuzzer(folder, settings.seed, settings.kinds)
             results = [fuzzer.run(kind, settings.only) for kind in settings.kinds]
             fuzzer.close()
-        for result in results:
-            tally[result.kind, result.outcome] += 1
-            if result.is_finding or settings.only is not None:
-                print(f"{result.kind} {result.number} {result.outcome} after {result.seconds:.1f} s", flush=True)
-                print(f"    {result.what}\n    {result.said}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # what was counted until then is told
+            for result in results:
+                tally[result.kind, result.outcome] += 1
+                if result.is_finding or settings.only is not None:
+                    print(f"{result.kind} {result.number} {result.outcome} after {result.seconds:.1f} s", flush=True)
+                    print(f"    {result.what}\n    {result.said}", flush=True)
         if settings.keep:
             shutil.copytree(folder / "case", settings.keep)
     for (kind, outcome), count in sorted(tally.items()):

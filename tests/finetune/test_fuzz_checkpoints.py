@@ -15,7 +15,7 @@ import pytest
 import torch
 from fuzz_checkpoints import KINDS, fuzz
 from safetensors.torch import load_file, save_file
-from spoiled_model_files import load_and_write, make_adapter
+from spoiled_model_files import load_and_write, make_adapter, make_model
 
 from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
@@ -117,6 +117,16 @@ def test_patterns_that_adapters_have_still_work(adapter):
     pattern = r"(?:.*?(?:encoder|decoder).*?(?:SelfAttention|EncDecAttention)\.(?:q|v))|(?:\bmodel\.q)"
     edit(adapter / "adapter_config.json", target_modules=pattern, rank_pattern={r"block\.1.*q": 4})
     load_and_write(adapter)
+
+
+def test_torch_prints_no_traceback_of_its_own_beside_the_refusal(tmp_path, nursery):
+    """A ProphetNet whose table of positions is too short for any pass."""
+    make_model("prophetnet")(tmp_path / "model")
+    edit(tmp_path / "model" / "config.json", max_position_embeddings=3)
+    words = ["generate", str(tmp_path / "model"), "--instruction", "Go.", "--device", "cpu"]
+    assert nursery.run(words, tmp_path / "log").wait(120) == 2
+    said = (tmp_path / "log").read_text()
+    assert said.count("\n") == 1 and "config.json" in said, said
 
 
 # Generation configs

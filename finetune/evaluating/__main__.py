@@ -1,4 +1,4 @@
-"""`torchrun -m diptych.finetune.evaluation`: `diptych evaluate` under the name that launchers call."""
+"""`torchrun -m diptych.finetune.evaluating`: `diptych evaluate` under the name that launchers call."""
 
 from diptych.finetune.commands import cli
 
