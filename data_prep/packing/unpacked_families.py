@@ -1,6 +1,6 @@
 """Families of encoder-decoders whose rows are not packed, and why: `prepare` packs none for them, and training pads.
 
-why_not_packed("google/long-t5-local-base")    → "a longt5 is not packed: …"
+why_not_packed("google/long-t5-local-base")    → "longt5 is not packed: …"
 why_not_packed("google-t5/t5-small")           → "": it is packed, or it is not known which model it is for
 """
 
@@ -23,7 +23,7 @@ NOT_PACKED = {
 
 def reason_not_packed(model_type: str) -> str:
     """A clause that names the family; "" where it is packed, or not known."""
-    return f"a {model_type} is not packed: {NOT_PACKED[model_type]}" if model_type in NOT_PACKED else ""
+    return f"{model_type} is not packed: {NOT_PACKED[model_type]}" if model_type in NOT_PACKED else ""
 
 
 def why_not_packed(checkpoint: str | None) -> str:

@@ -37,8 +37,11 @@ def load_tokenizer_and_template(
     tokenizer = open_tokenizer(settings.tokenizer)
     for token in ("eos_token", "pad_token"):
         if getattr(tokenizer, token) is None:
-            name = settings.tokenizer
-            raise UserError(f"'{name}' has no {token}. Set tokenizer.{token}, save it, and use that folder.")
+            value = "tokenizer.sep_token" if token == "eos_token" and tokenizer.sep_token else "'…'"
+            raise UserError(
+                f"'{settings.tokenizer}' has no {token}. In Python, set tokenizer.{token} = {value}, write "
+                f"tokenizer.save_pretrained('FOLDER'), and prepare with --tokenizer FOLDER."
+            )
     check_decoder_start(settings, tokenizer)
     if settings.template is None and TOKENIZER_KEY in tokenizer.init_kwargs:
         template = template_of(tokenizer)

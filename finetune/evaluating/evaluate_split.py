@@ -188,7 +188,7 @@ def format_table(
         for name in [name for name in figures if name not in COUNTS]:
             note = "of rows gave their own target" if name == "exact_match_rows" else ""
             lines.append(line(name, note or excerpt(evaluation.signatures.get(name, "")), ".2f"))
-        lines += [f"{name:20}  missing" for name in evaluation.faults]
+        lines += [f"{name:20}{'missing':>9}" for name in evaluation.faults]
         lines.append(line("unfinished", f"outputs never ended and were stopped at {figures['max_new_tokens']} tokens"))
     if intervals:
         lines.append(

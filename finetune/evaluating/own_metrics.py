@@ -144,7 +144,7 @@ def _numbers(name: str, value: Any, rows: int) -> np.ndarray:
         raise MetricFault(f"returned no number for {name}: {excerpt(repr(value), 60)}.") from None
     if numbers.shape not in ((), (rows,)):
         raise MetricFault(
-            f"returned {numbers.shape} numbers for {name}; it must be one, or one for each of {rows} rows."
+            f"returned numbers of shape {numbers.shape} for {name}; it must be one, or one for each of {rows} rows."
         )
     if not np.isfinite(numbers.sum(initial=0.0) * 1e6):  # also what is too large to be added up
         raise MetricFault(f"returned no number for {name}: {numbers.flat[np.abs(numbers).argmax()]}.")

@@ -175,7 +175,7 @@ def decoder_start_token(model: PreTrainedModel) -> int:
     raise UserError(
         f"neither config.json nor generation_config.json of this {model.config.model_type} names a "
         f"decoder_start_token_id or a {STARTS.get(model.config.model_type, 'bos_token_id')}, so it cannot begin to "
-        f"write. Set one there."
+        f"write. Set one there, such as the id of the tokenizer's cls_token (BERT) or bos_token."
     )
 
 

@@ -313,7 +313,8 @@ def position_limit(model: PreTrainedModel, of_source: bool = False) -> int | Non
     None for relative positions (T5). Where panels differ (an LED reads 16,384 tokens and writes 1,024), that of the
     smaller one; with `of_source` the encoder's."""
     config = model.config.to_dict()
-    panels = [config, config.get("encoder") or {}, config.get("decoder") or {}]
+    encoder = config.get("encoder") or {}
+    panels = [config, encoder | (encoder.get("text_config") or {}), config.get("decoder") or {}]  # T5Gemma 2: nested
     panels, tables = panels[: 3 - of_source], table_positions(model)[: 2 - of_source]
     limits = [panel["max_position_embeddings"] for panel in panels if "max_position_embeddings" in panel]
     return min([*limits, *filter(None, tables)], default=None)

@@ -105,8 +105,8 @@ def as_distribution(name: str, given: Any) -> optuna.distributions.BaseDistribut
         return kinds[not is_whole](**given)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"search.{name} is {given}: {error}. Give a list of values, or a range: {{low: 1, high: 8, step: 1}} or "
-            f"{{low: 1e-5, high: 1e-3, log: true}}."
+            f"search.{name} is {given}: {str(error).rstrip('.')}. Give a list of values, or a range: "
+            f"{{low: 1, high: 8, step: 1}} or {{low: 1e-5, high: 1e-3, log: true}}."
         ) from error
 
 
@@ -145,8 +145,8 @@ def open_study(settings: SweepSettings, recipe: Values, ranges: dict[str, Any], 
     if before is None:
         study.set_user_attr("fixed", fixed)
         study.set_user_attr("metric", metric)
-        own = {name: recipe[name] for name, it in ranges.items() if name in recipe and _is_within(recipe[name], it)}
-        if own:
+        own = {name: recipe.get(name, getattr(TrainRecipe, name, None)) for name in ranges}
+        if own := {name: value for name, value in own.items() if _is_within(value, ranges[name])}:
             study.enqueue_trial(own)
         for values in grid(ranges):
             study.enqueue_trial(values, skip_if_exists=True)

@@ -271,10 +271,7 @@ class TrainRecipe:
         optimizer, bf16 = self.optimizer, self.weights == "bf16"
         free, in_bf16 = optimizer == "schedule_free", bf16 and self.method == "full"
         for contradicts, reason in (
-            (
-                optimizer == "adafactor" and self._changed("betas", "epsilon"),
-                "adafactor has no betas and epsilon: drop them",
-            ),
+            (optimizer == "adafactor" and self._changed("betas", "epsilon"), "adafactor has no betas and epsilon"),
             (optimizer == "adamw" and self.optimizer_settings, "adamw has no other settings: drop optimizer_settings"),
             (
                 free and not self.schedule.startswith("constant"),
@@ -285,15 +282,9 @@ class TrainRecipe:
                 self.sharding == "full" and optimizer in ("adafactor", "adamw_8bit"),
                 f"{optimizer} cannot update weights that are spread over ranks: set sharding: none",
             ),
-            (
-                in_bf16 and optimizer != "adamw",
-                f"optimizer is {optimizer}, but weights in bf16 are trained with adamw: set weights: fp32",
-            ),
+            (in_bf16 and optimizer != "adamw", f"{optimizer} does not train weights in bf16: set weights: fp32"),
             (in_bf16 and self.ema, "bf16 cannot hold what an average changes by: drop ema, or set weights: fp32"),
-            (
-                bf16 and self.precision not in ("auto", "bf16"),
-                f"precision is {self.precision}, but weights in bf16 are computed with in bf16: set precision: bf16",
-            ),
+            (bf16 and self.precision not in ("auto", "bf16"), "weights in bf16 need precision: bf16 (or auto)"),
             (bf16 and self.quantize != "none", "weights in 4 bits are not also in bf16: drop weights"),
             (self.method == "lora" and self.final == "average", "adapters are not averaged: set final: best"),
         ):

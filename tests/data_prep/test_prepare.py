@@ -1,5 +1,6 @@
 """`diptych prepare` from end to end, in this process and as a command: what it writes, reuses, refuses and says."""
 
+import copy
 import gzip
 import itertools
 import json
@@ -723,6 +724,16 @@ def test_a_row_of_which_the_tokenizer_keeps_nothing_is_a_reject(prepare, write_r
     assert code == 0
     [reject] = rejects_of(tmp_path / "prepared")
     assert (reject["row"], reject["reason"]) == (41, "the tokenizer makes no token of the target.")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_with_the_lines_that_give_it_one(
+    prepare, write_rows, tokenizers_by_family, tmp_path
+):
+    bert = copy.deepcopy(tokenizers_by_family["bert"])  # as published, BERT's have a sep_token and no eos_token
+    bert.eos_token = None
+    bert.save_pretrained(tmp_path / "bert")
+    code, _, error = prepare("--data", write_rows("rows.jsonl", ROWS), tokenizer=tmp_path / "bert")
+    assert code == 2 and "has no eos_token. In Python, set tokenizer.eos_token = tokenizer.sep_token, write " in error
 
 
 # Packed rows

@@ -26,7 +26,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, template_of
 from diptych.finetune.model.families import FAMILIES
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
+from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device, position_limit
 from diptych.modeling import DiptychForConditionalGeneration, named_config
 
 LORA = LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"], init_lora_weights=False)
@@ -53,6 +53,14 @@ def test_a_saved_checkpoint_loads_with_the_same_logits_and_its_template(t5_check
     model, tokenizer = loaded.model, loaded.tokenizer
     assert torch.equal(logits_of(model), logits_of(learned_t5))
     assert not model.training and template_of(tokenizer).name == "translate"
+
+
+def test_the_limit_of_a_t5gemma2_is_that_of_its_encoders_text_and_of_its_decoder(new_model):
+    model = new_model("t5gemma2")
+    model.config.encoder.text_config.max_position_embeddings, model.config.decoder.max_position_embeddings = 48, 64
+    assert (position_limit(model, of_source=True), position_limit(model)) == (48, 48)
+    model.config.encoder.text_config.max_position_embeddings = 96
+    assert (position_limit(model, of_source=True), position_limit(model)) == (96, 64)
 
 
 def test_a_loaded_model_has_what_follows_from_model_and_tokenizer(t5_checkpoint):

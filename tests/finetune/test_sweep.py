@@ -127,6 +127,14 @@ def test_a_metric_of_ones_own_says_which_way_is_better_and_lists_are_tried_once(
         run(SweepSettings(str(recipe_file), str(tmp_path / "other"), search, launcher=launcher))
 
 
+def test_the_first_trial_has_the_values_of_the_recipe_also_where_they_are_the_defaults(recipe_file, tmp_path):
+    search = {"epsilon": {"low": 1e-9, "high": 1.0}, "schedule": ["linear", "cosine"]}  # the recipe names neither
+    launcher = fake_launcher(tmp_path, "x")
+    assert run(SweepSettings(str(recipe_file), str(tmp_path / "sweep"), search, trials=1, launcher=launcher)) == 0
+    trials = trials_of(tmp_path / "sweep")
+    assert (trials.epsilon[0], trials.schedule[0]) == (1e-8, "cosine")
+
+
 def test_values_that_are_not_possible_together_are_told_and_left_out(recipe_file, tmp_path, capsys):
     search = {"optimizer": ["adamw", "schedule_free"], "schedule": ["linear"], "weight_decay": {"low": 0, "high": 1}}
     settings = SweepSettings(
@@ -134,7 +142,7 @@ def test_values_that_are_not_possible_together_are_told_and_left_out(recipe_file
     )
     assert run(settings) == 0
     said = capsys.readouterr().out
-    assert "not possible: optimizer is schedule_free" in said
+    assert "not possible: schedule is linear, but schedule_free needs no decay" in said
     trials = trials_of(tmp_path / "sweep")
     assert said.startswith(f"8 trials: {tmp_path}/sweep/trial-000 to trial-007\n")
     printed = [int(line[6:9]) for line in said.splitlines() if line.startswith("trial-")]

@@ -360,7 +360,7 @@ def test_packing_figures_are_compared_with_the_model(new_model):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"family": "longt5"}, "a longt5 is not packed"),
+        ({"family": "longt5"}, "longt5 is not packed"),
         ({"packed": False}, "the recipe has packed: false"),
         ({"data": "training_folder"}, "has no packed rows; `diptych prepare` makes them"),
     ],
