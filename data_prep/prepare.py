@@ -56,11 +56,7 @@ from diptych.data_prep.rows.named_splits import KINDS
 from diptych.data_prep.rows.records import Rejects
 from diptych.data_prep.text_to_ids.rendered_text import from_marked
 from diptych.data_prep.text_to_ids.templates import attach_template
-from diptych.data_prep.text_to_ids.train_tokenizer import (
-    curve_vocab_size,
-    train_tokenizer,
-    why_fewer,
-)
+from diptych.data_prep.text_to_ids.train_tokenizer import curve_vocab_size, train_tokenizer, why_fewer
 
 TRAIN = KINDS[0]
 

@@ -30,11 +30,8 @@ NAME = "rows"
 
 
 def open_rows(rows: RowsInMemory, limits: Limits) -> list[Source]:
-    """One source, to train on; or one for each split of a dict or DatasetDict.
-
-    Raises:
-        UserError: the name of a split is neither of train nor of validation nor of test, or a row is no dict.
-    """
+    """One source, to train on; or one for each split of a dict or DatasetDict. UserError where the name of a split is
+    neither of train nor of validation nor of test, or a row is no dict."""
     if not isinstance(rows, Mapping) or (_are_columns(rows) and not any(kind_in_name(name) in KINDS for name in rows)):
         return [_source(rows, NAME, TRAIN, limits)]
     for name in rows:

@@ -33,11 +33,8 @@ Read = Callable[..., Iterator[Chunk]]
 
 
 def reader_of(file: File, limits: Limits, columns: Collection[str]) -> tuple[Read, list[str]]:
-    """What reads the file, and notes. `columns` are those that --map names.
-
-    Raises:
-        UserError: it is empty, in another encoding, or its beginning is not what its name says.
-    """
+    """What reads the file, and notes. `columns` are those that --map names. UserError where it is empty, in another
+    encoding, or its beginning is not what its name says."""
     if read := WITHOUT_TEXT_CHECK.get(file.suffix):
         return functools.partial(read, file, limits), []
     with Content(file, limits) as content:

@@ -416,10 +416,7 @@ def one_row_chunks(file: File, limits: Limits, mark: int) -> Iterator[Chunk]:
 
 def _members(window: Window, name: str) -> Iterator[str]:
     """The keys of the object. At each, the window stands at its value, which the caller may read; else it is skipped.
-
-    Raises:
-        UserError: the object is broken outside of the values that the caller reads.
-    """
+    UserError where the object is broken outside of the values that the caller reads."""
 
     def expect(characters: str) -> str:
         found = window.next_character()

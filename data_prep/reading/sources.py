@@ -188,11 +188,8 @@ def _open_held_out(kind: str, entries: Sequence[str], limits: Limits, columns: C
 
 
 def _by_splits(sources: list[Source]) -> list[Source]:
-    """What was named to train on: a part whose name does not mean that it is held out is train.
-
-    Raises:
-        UserError: a name may mean it or not.
-    """
+    """What was named to train on: a part whose name does not mean that it is held out is train. UserError: a name may
+    mean it or not."""
     for source in sources:
         if source.split == DOUBTFUL:
             raise UserError(

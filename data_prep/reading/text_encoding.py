@@ -28,12 +28,8 @@ WESTERN = re.compile(f"[{_SIGNS}]*(?:{_WORD}(?:[’\u00ad–—…«»\u00a0]+{_
 
 
 def check_text(head: bytes, name: str, needs_line_feeds: bool = True) -> int:
-    """Length of the UTF-8 mark at the beginning of a text.
-
-    Raises:
-        EmptyFile: only blanks are in it.
-        UserError: it is in another encoding, a tar archive, or (with `needs_line_feeds`) its lines end in CR alone.
-    """
+    """Length of the UTF-8 mark at the beginning of a text. EmptyFile: only blanks are in it; UserError where it is in
+    another encoding, a tar archive, or (with `needs_line_feeds`) its lines end in CR alone."""
     nuls = sorted(head[start:256:2].count(0) / max(1, len(head[start:256:2])) for start in (0, 1))
     if head.startswith(UTF16_MARKS) or (len(head) >= 4 and nuls[0] < 0.1 and nuls[1] > 0.4):
         raise UserError(f"{name} is UTF-16, and UTF-8 is due. Convert it: {_conversion(name, 'UTF-16')}")

@@ -201,12 +201,7 @@ def _removed(rejects: Rejects) -> list[dict[str, Any]]:
     for kind, count in rejects.kinds.most_common():
         stage = STAGE_OF.get(kind) or (CLEANING if kind.startswith(CLEANED) else CHECKS)
         examples = [
-            {
-                "origin": str(it.origin),
-                "field": it.field,
-                "reason": it.reason,
-                "raw": shortened(it.as_json()["raw"]),
-            }
+            {"origin": str(it.origin), "field": it.field, "reason": it.reason, "raw": shortened(it.as_json()["raw"])}
             for it in rejects.examples[kind]
         ]
         found.append({"stage": stage, "kind": kind, "count": count, "examples": examples})

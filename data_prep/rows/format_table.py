@@ -122,8 +122,7 @@ _ALL = (
     ),
     # {"document": "It rained all day.", "summary": "Rain."}
     Format(
-        "summarisation",
-        tuple({"document": names[0], "summary": names[1]} for names in product(DOCUMENTS, SUMMARIES)),
+        "summarisation", tuple({"document": names[0], "summary": names[1]} for names in product(DOCUMENTS, SUMMARIES))
     ),
     # {"input_ids": [12, 7, 1], "labels": [31, 40, 1]}
     Format("tokenised", (_same("input_ids", "labels"),)),

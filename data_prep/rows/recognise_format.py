@@ -27,14 +27,7 @@ from diptych.data_prep.rows.format_table import FORMATS, Format, fitting_formats
 from diptych.data_prep.rows.language_names import is_swapped, names_language
 from diptych.data_prep.rows.records import Languages, Origin, Reject, Row
 from diptych.data_prep.rows.translations import language_columns, languages_of_columns, sides_of_units
-from diptych.data_prep.rows.valid_text import (
-    Fault,
-    listed,
-    mapped,
-    path_to_text,
-    text,
-    unparsed,
-)
+from diptych.data_prep.rows.valid_text import Fault, listed, mapped, path_to_text, text, unparsed
 
 SYNONYMS = {
     "instruction": ("prompt", "question", "query", "task", "definition"),

@@ -45,10 +45,7 @@ def by_language(unit: Any) -> Any:
 
 def in_language(written: Any, column: str, language: str) -> Any:
     """The text in a language, or several, that the value of a translation column holds; None if it holds no unit.
-
-    Raises:
-        Fault: it has no text in this language, or languages and texts differ in number.
-    """
+    Fault: it has no text in this language, or languages and texts differ in number."""
     written = from_json_text(written)
     unit = by_language(written)
     if not isinstance(unit, Mapping):
@@ -68,10 +65,7 @@ def in_language(written: Any, column: str, language: str) -> Any:
 
 def sides_of_units(units: Iterable[Any], source: str, column: str, languages: Sequence[str]) -> dict[str, str]:
     """The columns of the two sides: `translation.en` and `translation.ko`. `languages` are those that were asked for.
-
-    Raises:
-        UserError: there are more than two, and none were asked for; or one that was is not there.
-    """
+    UserError where there are more than two, and none were asked for; or one that was is not there."""
     units = map(by_language, map(from_json_text, units))
     found = list(dict.fromkeys(name for unit in units if isinstance(unit, Mapping) for name in unit))
     if languages:

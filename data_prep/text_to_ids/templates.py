@@ -147,11 +147,8 @@ def attach_template(tokenizer: PreTrainedTokenizerBase, template: Template) -> N
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, check: bool = True) -> Template:
-    """The template that travels with the tokenizer.
-
-    Raises:
-        UserError: there is none, or it no longer renders its golden examples.
-    """
+    """The template that travels with the tokenizer. UserError where there is none, or it no longer renders its golden
+    examples."""
     stored = tokenizer.init_kwargs.get(TOKENIZER_KEY)
     if stored is None:
         raise UserError(

@@ -244,10 +244,7 @@ CONFIG_CHECKS = {
     "*_token": (f"a text of up to {LONGEST_TOKEN:,} characters", lambda it: isinstance(it, bool) or _is_token(it)),
     **dict.fromkeys(("additional_special_tokens", "extra_special_tokens"), _TOKENS),
     "added_tokens_decoder": (f"{_TOKENS[0]} by id", lambda it: _are_ids(map(_number, it)) and _are_tokens(it)),
-    **dict.fromkeys(
-        ("model_max_length", "max_len", "max_length"),
-        ("a number of tokens", lambda it: it > 0),
-    ),
+    **dict.fromkeys(("model_max_length", "max_len", "max_length"), ("a number of tokens", lambda it: it > 0)),
     **dict.fromkeys(
         ("extra_ids", "num_madeup_words", "offset"),
         (f"a whole number up to {MOST_ADDED:,}", lambda it: isinstance(it, int) and 0 <= it <= MOST_ADDED),

@@ -26,12 +26,7 @@ from diptych.data_prep.command_line.overwrite_checks import check_overwrite, new
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
 from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
-from diptych.data_prep.text_to_ids.train_tokenizer import (
-    curve_vocab_size,
-    is_held_out,
-    train_tokenizer,
-    why_fewer,
-)
+from diptych.data_prep.text_to_ids.train_tokenizer import curve_vocab_size, is_held_out, train_tokenizer, why_fewer
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
 from diptych.data_prep.tokenizer_tools.text_command_settings import (
     ExtendTokenizerSettings,

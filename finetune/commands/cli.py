@@ -87,9 +87,7 @@ def imported(place: str) -> Any:
 
 COMMANDS = {
     "prepare": Command(
-        "raw rows -> a prepared dataset",
-        "data_prep.pipeline.prepare_settings:parse_settings",
-        "data_prep.prepare:run",
+        "raw rows -> a prepared dataset", "data_prep.pipeline.prepare_settings:parse_settings", "data_prep.prepare:run"
     ),
     "denoise": Command(
         "raw text -> training rows for `prepare`: prefixes, spans, UL2's mixture",

@@ -157,12 +157,7 @@ def proof_rows(file: str, loaded: LoadedModel, max_source_tokens: int | None) ->
     return found, f"{counted(len(found), 'row')} of {Path(file).name}", languages[0]
 
 
-def greedy_rules(
-    loaded: LoadedModel,
-    tokens: int,
-    batch_size: int,
-    languages: Languages | None = None,
-) -> GreedyRules:
+def greedy_rules(loaded: LoadedModel, tokens: int, batch_size: int, languages: Languages | None = None) -> GreedyRules:
     """Prefix and end tokens as generation uses them for this model; `tokens` are cut to its positions."""
     model, config = loaded.model, loaded.model.generation_config
     start, *prefix = given_tokens(loaded, languages)
@@ -180,10 +175,7 @@ def greedy_rules(
 
 
 def compare_export(
-    loaded: LoadedModel,
-    exported: ExportedModel,
-    examples: Sequence[ProofRow],
-    rules: GreedyRules,
+    loaded: LoadedModel, exported: ExportedModel, examples: Sequence[ProofRow], rules: GreedyRules
 ) -> ExportComparison:
     sources = [example.source_ids for example in examples]
     ours, torch_speed = _timed(lambda batch: torch_greedy(loaded, batch, rules), sources, rules)

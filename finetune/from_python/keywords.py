@@ -25,22 +25,16 @@ Say = Callable[[str], None]
 
 
 def settings_of(settings_class: type[Settings], keywords: Mapping[str, Any]) -> Settings:
-    """The settings of a command, with the checks and the messages of its command line.
-
-    Raises:
-        UserError: a keyword is no setting, its value does not fit, or it names a place that is not there.
-    """
+    """The settings of a command, with the checks and the messages of its command line. UserError where a keyword is no
+    setting, its value does not fit, or it names a place that is not there."""
     settings = from_values(settings_class, {name: plain(value, name) for name, value in keywords.items()})
     check_places(settings_class, vars(settings))
     return settings
 
 
 def plain(value: Any, name: str) -> Any:
-    """What a recipe could hold: paths as texts, tuples as lists, numpy's numbers as Python's.
-
-    Raises:
-        UserError: the value of the keyword `name` is an object, such as a model or rows.
-    """
+    """What a recipe could hold: paths as texts, tuples as lists, numpy's numbers as Python's. UserError: the value of
+    the keyword `name` is an object, such as a model or rows."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):

@@ -128,10 +128,7 @@ def _output_line(row: int, prompt: PromptRow, outputs: list[Output], was_cut: bo
 
 
 def run_identity(
-    engine: TorchEngine,
-    settings: GenerateSettings,
-    rows: list[PromptRow],
-    prompts: list[EncodedPrompt],
+    engine: TorchEngine, settings: GenerateSettings, rows: list[PromptRow], prompts: list[EncodedPrompt]
 ) -> dict[str, Any]:
     """Everything that decides the bytes of out_file. Prompts are hashed as encoded, so template, tokenizer and
     languages are in the hash."""

@@ -100,11 +100,8 @@ class Text2TextPipeline(Pipeline):
     def preprocess(
         self, inputs: Any, loaded: LoadedModel, languages: Languages = NO_LANGUAGES
     ) -> tuple[list[int], list[int]]:
-        """One input -> the token ids of its source, and the decoder's forced tokens.
-
-        Raises:
-            ValueError: the input is no prompt, or the template has no place for a field.
-        """
+        """One input -> the token ids of its source, and the decoder's forced tokens. ValueError where the input is no
+        prompt, or the template has no place for a field."""
         prompter = Prompter(self.tokenizer, loaded.template, position_limit(self.model, of_source=True), languages)
         try:
             if loaded.template is None:

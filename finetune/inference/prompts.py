@@ -58,11 +58,8 @@ class Prompter(NamedTuple):
     """Languages of prompts that name none."""
 
     def render(self, prompt: Prompt) -> tuple[str, Languages]:
-        """The source text, and the languages as the tokenizer calls them.
-
-        Raises:
-            UserError: the template has no place for a field, or the tokenizer does not know a language.
-        """
+        """The source text, and the languages as the tokenizer calls them. UserError: the template has no place for a
+        field, or the tokenizer does not know a language."""
         instruction, text, history, system, own = prompt
         languages = resolved(self.tokenizer, own.filled_from(self.languages), self.template.decoder_prefix)
         instruction = codes_of(self.tokenizer).instruction(instruction, languages)
@@ -89,12 +86,8 @@ def template_for(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def prompt_of(fields: dict[str, Any]) -> Prompt:
-    """The prompt in a row's fields.
-
-    Raises:
-        UserError: says which field is missing or wrong.
-        Fault: the conversation in the row is wrong.
-    """
+    """The prompt in a row's fields. UserError: says which field is missing or wrong; Fault: the conversation in the
+    row is wrong."""
     if taken := [name for name in OUTPUT_FIELDS if name in fields]:
         raise UserError(f"field {taken[0]!r} is one that is written here; rename it")
     for name in PROMPT_FIELDS:

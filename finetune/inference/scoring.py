@@ -131,12 +131,7 @@ def choice_outputs(
 
 
 def mbr_outputs(
-    loaded: LoadedModel,
-    source_ids: Sequence[Sequence[int]],
-    *,
-    samples: int,
-    seed: int,
-    **settings: Any,
+    loaded: LoadedModel, source_ids: Sequence[Sequence[int]], *, samples: int, seed: int, **settings: Any
 ) -> list[Output]:
     """The best of `samples` outputs for each source; `settings` are those of `generate_outputs`.
 

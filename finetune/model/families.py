@@ -370,17 +370,11 @@ FAMILIES = {
     "t5gemma": t5gemma(attentions=("eager", "flex_attention"), windows=sliding_window_bidirectional_mask_function),
     # One softmax goes over target and source, whose masks are joined: only dense ones can be.
     "t5gemma2": t5gemma(
-        attentions=("sdpa", "eager"),
-        windows=_uneven_window,
-        no_text_part=("vision_tower", "multi_modal_projector"),
+        attentions=("sdpa", "eager"), windows=_uneven_window, no_text_part=("vision_tower", "multi_modal_projector")
     ),
     # Those that are not packed:
     "longt5": t5(scale=_t5_scale, attentions=()),
-    "led": bart(
-        final_norm=None,
-        attentions=(),
-        lora_targets=(*LONGFORMER_LAYERS, *sorted(GLOBAL_LAYERS)),
-    ),
+    "led": bart(final_norm=None, attentions=(), lora_targets=(*LONGFORMER_LAYERS, *sorted(GLOBAL_LAYERS))),
     "bigbird_pegasus": bart(final_norm="layernorm_embedding", attentions=(), lora_targets=LONGFORMER_LAYERS),
     "pegasus_x": Family(BART_LAYERS, final_norm="layer_norm", attentions=()),
     "prophetnet": Streams(PROPHETNET_LAYERS, final_norm="", attentions=()),
@@ -388,11 +382,7 @@ FAMILIES = {
     # Their routers get no adapter.
     "switch_transformers": t5(scale=_t5_scale, attentions=(), router_loss=_switch_router_loss, uses_all_weights=False),
     "nllb-moe": UnlimitedExperts(
-        BART_LAYERS,
-        final_norm="layer_norm",
-        attentions=(),
-        router_loss=_nllb_moe_router_loss,
-        uses_all_weights=False,
+        BART_LAYERS, final_norm="layer_norm", attentions=(), router_loss=_nllb_moe_router_loss, uses_all_weights=False
     ),
     "encoder-decoder": Family(
         (*BERT_LAYERS, *GPT2_LAYERS),

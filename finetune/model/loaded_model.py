@@ -34,10 +34,7 @@ class LoadedModel:
 
     @classmethod
     def of(
-        cls,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        template: Template | None = None,
+        cls, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, template: Template | None = None
     ) -> "LoadedModel":
         """With `template` in place of the tokenizer's own, which is then not looked at.
 

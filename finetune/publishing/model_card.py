@@ -156,11 +156,8 @@ def validation_scores(run: Path, step: int | None, recipe: Mapping[str, Any]) ->
 
 
 def report_scores(run: Path) -> list[CardScore]:
-    """Of every report in the run folder; once, if several say the same.
-
-    Raises:
-        UserError: a file is broken JSON, or a report on another model or on an earlier one of this run.
-    """
+    """Of every report in the run folder; once, if several say the same. UserError: a file is broken JSON, or a report
+    on another model or on an earlier one of this run."""
     scores = {}
     for file in sorted(run.glob("*.json")):
         try:

@@ -73,12 +73,8 @@ def is_allowed(name: str) -> bool:
 
 
 def publication(settings: PublishSettings) -> Publication:
-    """The files and the card.
-
-    Raises:
-        UserError: RUN is no finished run, or a file names a place on this machine.
-        CheckpointError: final/ is not what training wrote.
-    """
+    """The files and the card. UserError where RUN is no finished run, or a file names a place on this machine;
+    CheckpointError where final/ is not what training wrote."""
     run = Path(settings.run).expanduser()
     final = run / "final"
     check_run(run)

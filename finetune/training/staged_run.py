@@ -49,13 +49,7 @@ def run_stages(recipe: TrainRecipe, stop: StopRequest, status: Status) -> int:
     # torch takes seconds to import: mistakes in the stages are told before
     from diptych.finetune.run_files import atomic_folders
     from diptych.finetune.training.loop import run
-    from diptych.finetune.training.resuming import (
-        as_it_began,
-        check_resumes,
-        check_settings,
-        say_changes,
-        to_yaml,
-    )
+    from diptych.finetune.training.resuming import as_it_began, check_resumes, check_settings, say_changes, to_yaml
 
     out = Path(recipe.out)
     if is_main_rank():  # another rank may come so late that it finds what this one has written
