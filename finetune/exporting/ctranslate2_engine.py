@@ -28,11 +28,12 @@ from diptych.finetune.exporting.export_proof import GreedyRules, Written
 from diptych.finetune.inference.engine import EncodedPrompt
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import check_source_ids, cut_at_stop, with_stop_strings
-from diptych.finetune.inference.generation_config import end_tokens, model_settings, warn_of_ignored
+from diptych.finetune.inference.generation_config import end_tokens, warn_of_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.prompts import template_for
 from diptych.finetune.inference.target_tokens import text_of
 from diptych.finetune.model.loading import EXPORT_FILE, export_kind, load_tokenizer
+from diptych.finetune.model.untrusted_files import model_settings
 from diptych.finetune.run_files.atomic_folders import read_json
 
 INSTALL = "CTranslate2 is not installed. Install it: pip install 'diptych[ctranslate2]'"
@@ -118,11 +119,7 @@ class CTranslate2Engine:
         self._config(settings)
 
     def generate(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        settings: GenerateSettings,
-        seed: int,
-        bar: GenerationBar | None = None,
+        self, prompts: Sequence[EncodedPrompt], settings: GenerateSettings, seed: int, bar: GenerationBar | None = None
     ) -> list[Output]:
         check_source_ids([prompt.source_ids for prompt in prompts])
         config = self._config(settings)

@@ -8,7 +8,6 @@ checkpoints are comparable.
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +22,9 @@ from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands.exit_codes import is_main_rank
 from diptych.finetune.model.families import GLOBAL_TOKENS, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.untrusted_files import TOKEN_SETTINGS, check_token_settings
+from diptych.finetune.model.untrusted_files import MODEL_SETTINGS, model_settings
 
 DEFAULT_NEW_TOKENS = 256
-MODEL_SETTINGS = frozenset(TOKEN_SETTINGS)
-"""Used from a checkpoint's generation config: its special tokens, its forbidden tokens, its shortest output. Settings
-that a later transformers adds are not used."""
 OWN_SETTINGS = {"num_beams", "num_return_sequences", "temperature", "do_sample", "max_new_tokens", "max_length"}
 UNSUPPORTED_SETTINGS = frozenset(
     # transformers loads code from the Hub for these
@@ -49,12 +45,6 @@ def generation_config(loaded: LoadedModel, settings: dict[str, Any]) -> tuple[Ge
     if config.eos_token_id is None:
         config.eos_token_id = target.eos_token_id
     return config, others
-
-
-def model_settings(config: GenerationConfig) -> GenerationConfig:
-    """A new config with the MODEL_SETTINGS of this one. UserError for one that is no token or number of them."""
-    check_token_settings(config, math.inf, "the checkpoint")
-    return GenerationConfig(**{name: getattr(config, name, None) for name in sorted(MODEL_SETTINGS)})
 
 
 @contextmanager

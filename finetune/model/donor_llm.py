@@ -7,7 +7,7 @@ Only what is asked for is read from its files; the whole model is never in memor
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,12 @@ class DonorWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def keep(self, names: Set[str]) -> list[str]:
+        """Forgets all others, and returns their names."""
+        others = sorted(self._file_of.keys() - names)
+        self._file_of = {name: file for name, file in self._file_of.items() if name in names}
+        return others
+
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self._file_of[name], framework="pt") as tensors:
             return tuple(tensors.get_slice(name).get_shape())
@@ -52,6 +58,8 @@ class Donor:
     name: str
     config: PreTrainedConfig
     weights: DonorWeights
+    model: PreTrainedModel
+    """Its layers, without values."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -69,8 +77,37 @@ def open_donor(name: str) -> Donor:
             f" diptych train --model {name}"
         )
     files = weight_files(name, MODEL_WEIGHTS)
-    check_sizes(config, files, config.dtype or torch.float32, name, AutoModelForCausalLM)
-    return Donor(name, config, DonorWeights(files))
+    model = check_sizes(config, files, config.dtype or torch.float32, name, AutoModelForCausalLM)
+    return Donor(name, config, DonorWeights(files), model)
+
+
+def check_weights(donor: Donor) -> list[str]:
+    """From here on its weights are those of its layers alone; returned are the names of others in its files. UserError
+    where the files lack a weight, or have it twice, or in another shape."""
+    held, tied = set(), donor.model.all_tied_weights_keys
+    for key, weight in donor.model.state_dict().items():
+        names = dict.fromkeys((key, key.removeprefix(f"{donor.model.base_model_prefix}.")))  # of a base model alone
+        found = [name for name in names if name in donor.weights]
+        if len(found) != 1 and key not in tied:
+            how = f"lacks {key}" if not found else f"has {' and '.join(found)}, which are one weight"
+            raise UserError(f"{donor.name} {how}. Copy it again, with all its files.")
+        for name in found:
+            if (shape := donor.weights.shape(name)) != weight.shape:
+                raise UserError(
+                    f"{name} of {donor.name} has the shape {list(shape)}, and its config.json says"
+                    f" {list(weight.shape)}. Copy it again, with all its files."
+                )
+        held.update(found)
+        if found and key in tied and not _is_equal(donor.weights, found[0], tied[key]):
+            raise UserError(
+                f"config.json of {donor.name} says tie_word_embeddings, and {found[0]} in its files is no copy of"
+                f" {tied[key]}. Say false there if the LLM has both."
+            )
+    return donor.weights.keep(held)
+
+
+def _is_equal(weights: DonorWeights, one: str, other: str) -> bool:
+    return other not in weights or torch.equal(weights.tensor(one), weights.tensor(other))
 
 
 def divisor_and_cap(config: PreTrainedConfig) -> tuple[float, float | None]:

@@ -289,9 +289,8 @@ def _load_adapted(
         raise UserError(f"the adapter {name} cannot be put on its base {base_name}: {error}") from error
     for weight, tensor in _tensors(model):
         tensor.data = tensor.data.to(dtypes[weight])
-    model.generation_config = (
-        checkpoint_config.read_generation_config(name) or model.generation_config
-    )  # training writes one
+    own = checkpoint_config.read_generation_config(name)  # training writes one
+    model.generation_config = untrusted.savable(own or model.generation_config)
     attend_globally(model)
     untrusted.check_token_settings(model.generation_config, max(embedding_rows(model)), name)
     return model

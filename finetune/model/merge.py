@@ -40,6 +40,7 @@ def merge(settings: MergeSettings) -> Path:
     import torch  # seconds, that --help need not wait for
 
     from diptych.finetune.model.loading import adapter_settings, check_folder, load_checkpoint
+    from diptych.finetune.model.untrusted_files import rounded
     from diptych.finetune.run_files.atomic_folders import write_folder
 
     name, out = os.path.expanduser(settings.adapter), new_folder(settings.out)
@@ -48,7 +49,10 @@ def merge(settings: MergeSettings) -> Path:
         raise UserError(f"{name} is a whole model: there is no adapter to merge. Name a folder with an adapter.")
     loaded = load_checkpoint(name, dtype=torch.float32)
     model, tokenizer = loaded.model, loaded.tokenizer
-    model = model.to(getattr(torch, settings.dtype))
+    dtype = getattr(torch, settings.dtype)
+    for key, weight in model.named_parameters():
+        rounded(weight, dtype, key, name)
+    model = model.to(dtype)
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)

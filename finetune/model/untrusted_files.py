@@ -75,6 +75,9 @@ TOKEN_SETTINGS = {
 }
 """Of a generation config, what is used of a checkpoint: 0 a number, 1 a list of them, 2 a list of such lists. ENDS may
 also be one number."""
+MODEL_SETTINGS = frozenset(TOKEN_SETTINGS)
+"""Used from a checkpoint's generation config: its special tokens, its forbidden tokens, its shortest output. Settings
+that a later transformers adds are not used."""
 
 
 def weight_files(name: str, wanted: str) -> list[Path]:
@@ -132,10 +135,10 @@ def check_sizes(
     dtype: str | torch.dtype,
     name: str,
     auto_class: type = AutoModelForSeq2SeqLM,
-) -> None:
-    """UserError where the config asks for a far larger model than the files hold, two files hold the same weight, or a
-    weight is of whole numbers; StorageError where the model is larger than the free memory of this machine. Nothing is
-    allocated."""
+) -> PreTrainedModel:
+    """The model, on torch's meta device: nothing is allocated. UserError where the config asks for a far larger model
+    than the files hold, two files hold the same weight, or a weight is of whole numbers; StorageError where the model
+    is larger than the free memory of this machine."""
     tensors = [tensor_shapes(file) for file in files]
     shapes, where = [shape for one in tensors for shape in one.values()], {}
     for file, keys in zip(files, tensors, strict=True):
@@ -162,7 +165,8 @@ def check_sizes(
     with library_errors(said, "Correct it there, or take another checkpoint.", where):
         model = tried(config)
         model.tie_weights()
-    _check_types(files, {key for key, _ in model.named_parameters(remove_duplicate=False)}, name)
+    names = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    _check_types(files, names | {key.removeprefix(f"{model.base_model_prefix}.") for key in names}, name)
     sizes = [weight.numel() for weight in model.parameters()]
     weights = sum(sizes)
     if _is_absurd(weights, held):
@@ -177,6 +181,7 @@ def check_sizes(
             f"{name} takes {weights * size:,} bytes ({weights:,} weights of {size}), and this machine has {memory:,}"
             f" bytes of memory left. Take a smaller checkpoint, or a machine with more."
         )
+    return model
 
 
 def _check_types(files: Sequence[Path], parameters: Set[str], name: str) -> None:
@@ -244,12 +249,28 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 def check_model(model: PreTrainedModel, name: str) -> None:
     """CheckpointError where a weight is infinite or no number: 0.1 s for 100 million of fp32 on one core."""
     for key, weight in model.named_parameters():
-        if weight.numel() and weight.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(weight))):
-            count = int((~torch.isfinite(weight)).sum())
-            raise CheckpointError(
-                f"{key} of {name} has {counted(count, 'value')} that are infinite or no number (NaN): it writes"
-                f" nonsense, and cannot be trained. Take a checkpoint from before it went wrong."
-            )
+        check_finite(weight, key, name)
+
+
+def check_finite(weight: torch.Tensor, key: str, name: str) -> None:
+    if weight.numel() and weight.is_floating_point() and not all(map(torch.isfinite, torch.aminmax(weight))):
+        count = int((~torch.isfinite(weight)).sum())
+        raise CheckpointError(
+            f"{key} of {name} has {counted(count, 'value')} that are infinite or no number (NaN): it writes"
+            f" nonsense, and cannot be trained. Take a checkpoint from before it went wrong."
+        )
+
+
+def rounded(weight: torch.Tensor, dtype: torch.dtype, key: str, name: str) -> torch.Tensor:
+    """In `dtype`. UserError where a finite value has no such number: fp16 ends at 65,504."""
+    found = weight.to(dtype)
+    if dtype == torch.float16 and weight.numel() and not all(map(torch.isfinite, torch.aminmax(found))):
+        check_finite(weight, key, name)
+        raise UserError(
+            f"{key} of {name} has values up to {weight.abs().max():.3g}, and float16 ends at 65,504. Take bfloat16 or"
+            f" float32."
+        )
+    return found
 
 
 def check_token_settings(config: GenerationConfig, rows: float, name: str) -> None:
@@ -272,6 +293,21 @@ def check_token_settings(config: GenerationConfig, rows: float, name: str) -> No
             )
 
 
+def model_settings(config: GenerationConfig) -> GenerationConfig:
+    """A new config with the MODEL_SETTINGS of this one. UserError for one that is no token or number of them."""
+    check_token_settings(config, math.inf, "the checkpoint")
+    return GenerationConfig(**{name: getattr(config, name, None) for name in sorted(MODEL_SETTINGS)})
+
+
+def savable(config: GenerationConfig) -> GenerationConfig:
+    """The config; where transformers saves no such one (a temperature without sampling), its MODEL_SETTINGS."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return model_settings(config)
+    return config
+
+
 def check_adapter(settings: Mapping[str, Any], files: Sequence[Path], name: str) -> None:
     """UserError where adapter_config.json asks for a method that does more than read weights (BOFT compiles, prompts
     load a tokenizer), for code, for copies of layers, for long computations, or for ranks larger than its weights'."""
@@ -285,7 +321,9 @@ def check_adapter(settings: Mapping[str, Any], files: Sequence[Path], name: str)
         )
     if settings.get("layer_replication"):
         raise UserError(f"{said} has a layer_replication, which no encoder-decoder has. Take it out there.")
-    shapes = [shape for file in files for shape in tensor_shapes(file).values()]
+    keys = [tensor_shapes(file) for file in files]
+    _check_types(files, {key for one in keys for key in one}, name)
+    shapes = [shape for one in keys for shape in one.values()]
     largest = max((size for shape in shapes for size in shape), default=0)
     # A rank is the shorter side of its tensors, unless it is larger than a layer, which only small layers can afford.
     shorter = max((min(shape) for shape in shapes if shape), default=0)

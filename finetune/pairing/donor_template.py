@@ -172,17 +172,11 @@ def _whole(template: str) -> str:
 
 
 def donor_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    eos_token_ids: Sequence[int] = (),
-    pad_token_id: int | None = None,
+    tokenizer: PreTrainedTokenizerBase, name: str, eos_token_ids: Sequence[int] = (), pad_token_id: int | None = None
 ) -> DonorPrompt:
     """`eos_token_ids` and `pad_token_id` are those of the LLM's configs, which may name more than its tokenizer.
-
-    Raises:
-        UserError: its prompts cannot be divided into a source and a start token, or its tokenizer, once saved, adds
-            special tokens.
-    """
+    UserError where its prompts cannot be divided into a source and a start token, or its tokenizer, once saved, adds
+    special tokens."""
     if not tokenizer.is_fast:
         raise UserError(
             f"{name} has no tokenizer.json ({type(tokenizer).__name__}), and only such tokenizers can be kept. Write"

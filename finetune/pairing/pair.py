@@ -17,6 +17,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import psutil
@@ -33,11 +34,14 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, counted, excerpt, library_errors
 from diptych.data_prep.text_to_ids.checkpoint_config import read_generation_config
 from diptych.finetune.commands.exit_codes import StorageError
-from diptych.finetune.model.donor_llm import Donor, open_donor, tokenizers_differ
+from diptych.finetune.inference.generation_config import end_tokens
+from diptych.finetune.model.donor_llm import Donor, check_weights, open_donor, tokenizers_differ
+from diptych.finetune.model.loading import check_embedding_rows
 from diptych.finetune.model.merge import new_folder
+from diptych.finetune.model.untrusted_files import check_token_settings, savable
 from diptych.finetune.pairing import paired_weights
 from diptych.finetune.pairing.donor_template import DonorPrompt, donor_prompt
 from diptych.finetune.pairing.pair_settings import PairSettings
@@ -67,6 +71,7 @@ class Pair(NamedTuple):
     decoder: Donor
     """The same object as `encoder` if one LLM is both."""
     config: DiptychConfig
+    generation: GenerationConfig
     origins: Sequence[WeightOrigin]
     kept: Sequence[int] | None
     """The decoder's layers, if not all are kept."""
@@ -77,29 +82,35 @@ class Pair(NamedTuple):
 
 
 def pair(settings: PairSettings) -> dict[str, Any]:
-    """Writes the folder, and returns its report.
-
-    Raises:
-        UserError: these LLMs make no pair.
-        StorageError: disk or memory have no room.
-    """
+    """Writes the folder, and returns its report. UserError: these LLMs make no pair; StorageError: disk or memory have
+    no room."""
     transformers.utils.logging.disable_progress_bar()  # pair has one of its own
     out = new_folder(settings.out)
     encoder = open_donor(settings.encoder)
     decoder = open_donor(settings.decoder) if settings.decoder else encoder
-    for donor in (encoder, decoder):
+    unused = []
+    for donor in dict.fromkeys((encoder, decoder)):
         if fault := paired_weights.kind_fault(donor.config):
             raise UserError(f"{donor.name}: {fault}")
+        if others := [name for name in check_weights(donor) if not name.endswith("rotary_emb.inv_freq")]:
+            what = f"{counted(len(others), 'tensor')} of no layer that its config has: {excerpt(', '.join(others))}"
+            unused.append(f"Not used of {donor.name}: {what}")
     # One model reads and writes one vocabulary.
     if difference := tokenizers_differ(encoder.tokenizer.get_vocab(), decoder.tokenizer.get_vocab()):
         raise UserError(
             f"{encoder.name} and {decoder.name} have different tokenizers ({difference}). Take two LLMs of one family,"
             f" or one for both panels."
         )
-    ends = _generation_config(decoder).eos_token_id
-    ends = decoder.config.eos_token_id if ends is None else ends
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = end_tokens(_generation_config(decoder))
+    if wrong := [end for end in ends if type(end) not in (int, NoneType)]:
+        raise UserError(
+            f"eos_token_id in {decoder.name}'s generation_config.json has {excerpt(wrong[0], 40)!r}, and a token is a"
+            f" whole number. Correct it."
+        )
+    # Configs may say -1, or name a token beyond the vocabulary.
+    ends = [end for end in ends if end is not None and 0 <= end < len(decoder.tokenizer)]
     prompt = donor_prompt(decoder.tokenizer, decoder.name, ends, decoder.config.pad_token_id)
+    check_embedding_rows(decoder.model, prompt.tokenizer, decoder.name)
     it = _plan(settings, encoder, decoder, prompt, ends)
     needed = 4 * sum(math.prod(origin.shape) for origin in it.origins)
     free = psutil.virtual_memory().available + psutil.swap_memory().free
@@ -108,7 +119,7 @@ def pair(settings: PairSettings) -> dict[str, Any]:
             f"the proof takes {needed:,} bytes of memory, and {free:,} are left. Pair on a larger machine, or without"
             f" it: --proof false"
         )
-    report = describe(it, prompt.notes)
+    report = describe(it, [*unused, *prompt.notes])
     print(as_text(report), flush=True)
 
     def write(folder: Path) -> None:
@@ -150,11 +161,19 @@ def _plan(settings: PairSettings, encoder: Donor, decoder: Donor, prompt: DonorP
     own_dtype = decoder.config.dtype or torch.float32
     config.dtype = own_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     config.architectures = ["DiptychForConditionalGeneration"]
-    return Pair(settings, encoder, decoder, config, origins, kept)
+    generation = _generation_config(decoder)
+    for name in SPECIAL_TOKENS:
+        setattr(generation, name, getattr(config, name))
+    check_token_settings(generation, config.vocab_size, decoder.name)
+    return Pair(settings, encoder, decoder, config, savable(generation), origins, kept)
 
 
 def _generation_config(donor: Donor) -> GenerationConfig:
-    return read_generation_config(donor.name) or GenerationConfig.from_model_config(donor.config)
+    """With end tokens, if the LLM's configs name any."""
+    found = read_generation_config(donor.name) or GenerationConfig.from_model_config(donor.config)
+    if found.eos_token_id is None:
+        found.eos_token_id = donor.config.eos_token_id
+    return found
 
 
 def _write(folder: Path, it: Pair, prompt: DonorPrompt) -> None:
@@ -163,10 +182,7 @@ def _write(folder: Path, it: Pair, prompt: DonorPrompt) -> None:
     paired_weights.write_weights(it.origins, folder, it.config.dtype, it.settings.seed)
     it.config.save_pretrained(folder)
     custom_object_save(model, folder, config=it.config)  # the code, for where Diptych is not installed
-    generation = _generation_config(it.decoder)
-    for name in SPECIAL_TOKENS:
-        setattr(generation, name, getattr(it.config, name))
-    generation.save_pretrained(folder)
+    it.generation.save_pretrained(folder)
     prompt.tokenizer.save_pretrained(folder)
 
 
@@ -265,21 +281,19 @@ def as_text(report: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def prove(folder: Path, it: Pair, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Compares donor and result on the same tokens, in fp32; one of them is in memory at a time.
-
-    Raises:
-        UserError: what must agree differs; the folder is then not kept.
-    """
+    """Compares donor and result on the same tokens, in fp32; one of them is in memory at a time. UserError: what must
+    agree differs; the folder is then not kept."""
     config, settings = it.config, it.settings
     source, target = _halves(settings.text, tokenizer)
-    llm = _load(AutoModelForCausalLM, it.decoder.name, config.dtype)
-    continued = llm(torch.cat((source, target), dim=1)).logits[:, source.shape[1] :]
-    alone = llm(target).logits
-    if it.encoder is not it.decoder:
-        del llm
-        llm = _load(AutoModelForCausalLM, it.encoder.name, config.dtype)
     depth = config.encoder.num_hidden_layers
-    read = llm(source, output_hidden_states=True).hidden_states[depth]  # the last of all has been through the norm
+    with library_errors("the LLM itself cannot compute the proof", "Correct its config.json, or take another LLM."):
+        llm = _load(AutoModelForCausalLM, it.decoder.name, config.dtype)
+        continued = llm(torch.cat((source, target), dim=1)).logits[:, source.shape[1] :]
+        alone = llm(target).logits
+        if it.encoder is not it.decoder:
+            del llm
+            llm = _load(AutoModelForCausalLM, it.encoder.name, config.dtype)
+        read = llm(source, output_hidden_states=True).hidden_states[depth]  # the last one of all is normed
     norm = llm.get_decoder().norm if depth == it.encoder.config.num_hidden_layers else torch.nn.Identity()
     del llm
 

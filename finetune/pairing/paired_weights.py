@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from diptych.finetune.model.donor_llm import DonorWeights, divisor_and_cap
+from diptych.finetune.model.untrusted_files import check_finite, rounded
 from diptych.modeling.configuration_diptych import DiptychConfig, DiptychPanelConfig
 from diptych.modeling.modeling_diptych import DiptychForConditionalGeneration
 
@@ -123,11 +124,8 @@ def kind_fault(config: PreTrainedConfig) -> str:
 
 
 def donor_panel(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a `DiptychPanelConfig` that computes what this LLM's layers compute.
-
-    Raises:
-        ValueError: its blocks, or its positions, are others than a panel has.
-    """
+    """The fields of a `DiptychPanelConfig` that computes what this LLM's layers compute. ValueError: its blocks, or
+    its positions, are others than a panel has."""
     if fault := kind_fault(config):
         raise ValueError(fault)
     fields = {name: getattr(config, name) for name in COPIED_FIELDS}
@@ -139,8 +137,10 @@ def donor_panel(config: PreTrainedConfig) -> dict[str, Any]:
 
 def _positions_and_windows(config: PreTrainedConfig) -> dict[str, Any]:
     """rope_parameters, and which layers have a sliding window."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if kinds and "sliding_attention" in kinds and not window or window == 0:
+        raise ValueError(f"sliding_window is {window}, and layers of sliding attention need 1 or more.")
+    kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
     windowed = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"] if window else []
     fields: dict[str, Any] = {"rope_parameters": dict(config.rope_parameters)}
     if "rope_type" not in config.rope_parameters:  # by kind of layer
@@ -243,7 +243,8 @@ class WeightOrigin:
             missing = self.shape[0] - found.shape[0]
             rows = found.float().mean(0, keepdim=True).to(found.dtype).expand(max(missing, 0), -1)
             found = torch.cat((found[: self.shape[0]], rows))
-        return found.to(dtype).contiguous()
+        check_finite(found, self.donor_name, f"the {self.panel}'s LLM")
+        return rounded(found, dtype, self.donor_name, f"the {self.panel}'s LLM").contiguous()
 
 
 def weight_origins(
@@ -348,17 +349,9 @@ def _shape(weights: DonorWeights, name: str, rows: slice) -> tuple[int, ...] | N
     return (len(range(first)[rows]), *others)
 
 
-def write_weights(
-    origins: Sequence[WeightOrigin],
-    folder: Path,
-    dtype: torch.dtype,
-    seed: int = 0,
-) -> None:
-    """Writes model.safetensors, or its shards and their index. One shard at a time is in memory.
-
-    Raises:
-        OSError, safetensors.SafetensorError: the disk.
-    """
+def write_weights(origins: Sequence[WeightOrigin], folder: Path, dtype: torch.dtype, seed: int = 0) -> None:
+    """Writes model.safetensors, or its shards and their index. One shard at a time is in memory. OSError,
+    safetensors.SafetensorError where the disk."""
     generator = torch.Generator().manual_seed(seed)
     by_name = {origin.name: origin for origin in origins}
     shapes = {name: torch.empty(origin.shape, dtype=dtype, device="meta") for name, origin in by_name.items()}

@@ -34,7 +34,6 @@ from diptych.data_prep.text_to_ids.extend_tokenizer import pieces_of_new_tokens
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
 from diptych.finetune.batches.padded_rows import check_same_tokenizer
 from diptych.finetune.commands.model_settings import split_names
-from diptych.finetune.inference.generation_config import model_settings
 from diptych.finetune.model.adapters import add_adapter, fill_rows_with_means, load_adapter, resize_embeddings
 from diptych.finetune.model.families import decoder_start_token, without_adapter
 from diptych.finetune.model.global_attention import attend_globally
@@ -46,7 +45,7 @@ from diptych.finetune.model.loading import (
     load_model,
     load_tokenizer,
 )
-from diptych.finetune.model.untrusted_files import check_model
+from diptych.finetune.model.untrusted_files import check_model, savable
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
 
@@ -194,10 +193,7 @@ def _write_decoder_start(model: PreTrainedModel) -> None:
     generation = model.generation_config
     if generation.decoder_start_token_id != start:
         generation.decoder_start_token_id = start
-        try:
-            generation.validate(strict=True)
-        except ValueError:  # such as a temperature without sampling, with which transformers saves no changed config
-            model.generation_config = model_settings(generation)
+        model.generation_config = savable(generation)
 
 
 def _with_adapter(recipe: TrainRecipe, model: PreTrainedModel, new_rows: int, saved: Path | None) -> PeftModel:

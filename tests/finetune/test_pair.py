@@ -5,12 +5,15 @@ Donors are small and random, of every family, written in shards by transformers 
 
 import copy
 import json
+import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -102,7 +105,8 @@ def donor(chat_tokenizer, tmp_path_factory):
         key = (name, seed, *map(str, changes.items()))
         if key not in made:
             config_class, fields = DONORS[name]
-            config = config_class(**(SHAPE | {"vocab_size": len(chat_tokenizer)} | fields | changes))
+            rows = len(chat_tokenizer) + (config_class is Qwen2Config)  # whose tokenizer adds <|endoftext|>
+            config = config_class(**(SHAPE | {"vocab_size": rows} | fields | changes))
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for parameter in model.parameters():
@@ -332,6 +336,109 @@ def test_what_cannot_be_paired_is_refused_before_anything_is_written(
     assert main(command) == 2 and not (tmp_path / "out").exists()
     said = capsys.readouterr().err
     assert message in said and len(said.strip().splitlines()) <= 6 and "Traceback" not in said
+
+
+def without(*names):
+    def spoil(weights, folder):
+        for name in names:
+            del weights[name]
+
+    return spoil
+
+
+def with_values(name, value):
+    def spoil(weights, folder):
+        weights[name].view(-1)[3] = value
+
+    return spoil
+
+
+def with_tensor(name, make):
+    def spoil(weights, folder):
+        weights[name] = make(weights)
+
+    return spoil
+
+
+def edited(file="config.json", **changes):
+    def spoil(weights, folder):
+        content = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps(content))
+
+    return spoil
+
+
+def with_tokens(weights, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"new{number}" for number in range(9)])
+    tokenizer.save_pretrained(folder)
+
+
+TABLE, UP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
+DAMAGED = {
+    "NaN": ("llama", with_values(UP, math.nan), 3, f"{UP} of the encoder's LLM has 1 value that are infinite or no"),
+    "NaN in a row that no proof reads": (
+        "llama",
+        with_values(TABLE, math.nan),
+        3,
+        f"{TABLE} of the encoder's LLM has",
+    ),
+    "too large": ("llama", with_values(UP, 1e6), 2, "has values up to 1e+06, and float16 ends at 65,504. Take bf"),
+    "no head": ("llama", without("lm_head.weight"), 2, "lacks lm_head.weight. Copy it again"),
+    "a short table": ("llama", with_tensor(TABLE, lambda its: its[TABLE][:99]), 2, "has the shape [99, 48], and its"),
+    "a number": ("llama", with_tensor(UP, lambda its: torch.tensor(1.0)), 2, f"{UP} of"),
+    "twice": ("llama", with_tensor(UP[6:], lambda its: its[UP] + 1), 2, f"has {UP} and {UP[6:]}, which are one"),
+    "another head": ("llama", edited(tie_word_embeddings=True), 2, "says tie_word_embeddings, and lm_head.weight in"),
+    "more tokens": ("llama", with_tokens, 2, "has ids up to 377, but the model has 369 embedding rows"),
+    "no window": ("gemma 2", edited(sliding_window=None), 2, "sliding_window is None, and layers of sliding"),
+    "a window of nothing": ("mistral, sliding", edited(sliding_window=0), 2, "sliding_window is 0, and layers"),
+    "an end of text": (
+        "llama",
+        edited("generation_config.json", eos_token_id="x"),
+        2,
+        "generation_config.json has 'x'",
+    ),
+    "no tokens": ("llama", edited("generation_config.json", bad_words_ids=[[999]]), 2, "bad_words_ids is '[[999]]'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("proof", ["true", "false"])
+def test_a_damaged_llm_is_refused_with_and_without_proof(case, proof, donor, tmp_path, capsys):
+    kind, spoil, code, message = DAMAGED[case]
+    arguments = ["--dtype", "float16" if case == "too large" else "auto", "--proof", proof]
+    folder = damaged(donor(kind), spoil, tmp_path)
+    capsys.readouterr()
+    assert main(["pair", str(folder), "--out", str(tmp_path / "out"), *arguments]) == code
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and [it.name for it in tmp_path.iterdir()] == ["damaged"]
+
+
+def damaged(source, spoil, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "damaged")
+    weights = {}
+    for file in folder.glob("*.safetensors*"):
+        weights |= load_file(file) if file.suffix == ".safetensors" else {}
+        file.unlink()
+    spoil(weights, folder)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_weights_of_no_layer_are_told_and_used_nowhere(donor, paired, tmp_path):
+    """Phi-3 has one matrix for queries, keys and values."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    folder = damaged(donor("phi 3"), with_tensor(name, lambda its: torch.zeros(48, 48)), tmp_path)
+    out, report = paired(folder, "--encoder_attention", "causal")
+    assert report["proof"]["is_lossless"]
+    assert f"Not used of {folder}: 1 tensor of no layer that its config has: {name}" in report["notes"]
+
+
+def test_a_generation_config_that_transformers_saves_no_more_is_no_obstacle(donor, paired, tmp_path):
+    """Llama 2's has a temperature and does not sample; others name ends beyond the vocabulary."""
+    odd = edited("generation_config.json", do_sample=False, temperature=0.6, eos_token_id=[1, 999, -1])
+    out, report = paired(damaged(donor("llama"), odd, tmp_path))
+    assert load_checkpoint(out).model.generation_config.eos_token_id == report["special_tokens"]["eos_token_id"] == 1
 
 
 def test_a_paired_folder_computes_the_same_where_diptych_is_not_installed(donor, paired, tmp_path):
