@@ -34,7 +34,7 @@ import yaml
 
 from diptych.data_prep.command_line.arguments import from_values, instead_of
 from diptych.data_prep.command_line.bounded_yaml import read_yaml, text_of
-from diptych.data_prep.command_line.errors import UserError, message_line
+from diptych.data_prep.command_line.errors import UserError, library_errors, message_line
 from diptych.data_prep.command_line.overwrite_checks import take_lock
 from diptych.data_prep.rows.named_splits import kind_of
 from diptych.finetune.commands.exit_codes import DONE, NOT_FINITE, STOPPED
@@ -49,7 +49,7 @@ State = optuna.trial.TrialState
 SECONDS_BETWEEN_LOOKS = 0.5
 JOURNAL = "study.log"
 THE_SAME = "out resume stages metrics metric_settings metrics_limit best_metric trackers debug".split()
-LAST_LINES = 4
+LAST_LINES, CHECKED = 4, 20
 Values = dict[str, Any]
 
 
@@ -59,7 +59,7 @@ def run(settings: SweepSettings) -> int:
     out, recipe = Path(settings.out), read_recipe(settings)
     ranges = {name: as_distribution(name, given) for name, given in settings.search.items()}
     metric = check_values(recipe, ranges, out)
-    if not (out / JOURNAL).exists() and not holds_nothing(out):
+    if out.exists() and not out.is_dir() or not (out / JOURNAL).exists() and not holds_nothing(out):
         raise UserError(f"{out} is there already, and holds no sweep. Name another folder: --out FOLDER")
     out.mkdir(parents=True, exist_ok=True)
     take_lock(out / ".lock", lambda holder: f"{out} is in use by {holder}. Wait for it, or name another folder.")
@@ -67,7 +67,9 @@ def run(settings: SweepSettings) -> int:
     stop: list[str] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(signal.Signals(number).name))
-    most = min(settings.trials, len(grid(ranges)) or settings.trials)
+    most = min(
+        settings.trials, math.prod(len(getattr(it, "choices", range(settings.trials))) for it in ranges.values())
+    )
     print(f"{most} trials: {out}/trial-000 to trial-{most - 1:03d}", flush=True)
     for trial in due_trials(study, settings, ranges, most):
         code = carry_out(trial, settings, recipe, metric, stop)
@@ -112,17 +114,21 @@ def as_distribution(name: str, given: Any) -> optuna.distributions.BaseDistribut
 
 def check_values(recipe: Values, ranges: dict[str, Any], out: Path) -> str:
     """The metric by which trials are compared. UserError where the recipe would be refused with an end of a range, or
-    with all values of a list; what is not possible together is left out later."""
+    with all values of a list (of the first CHECKED, as each takes some ms); what is not possible together is left out
+    later."""
     first = {name: it.choices[0] if hasattr(it, "choices") else it.low for name, it in ranges.items()}
     checked, refused = None, None
     for name, it in ranges.items():
         is_possible = False
-        for value in getattr(it, "choices", None) or (it.low, it.high):
+        is_list = hasattr(it, "choices")
+        for value in it.choices[:CHECKED] if is_list else (it.low, it.high):
+            if is_list and is_possible:
+                break
             try:
                 checked = from_values(TrainRecipe, recipe | first | {name: value, "out": str(out)})
                 is_possible = True
             except UserError as error:
-                if not hasattr(it, "choices"):
+                if not is_list:
                     raise
                 refused = error
         if not is_possible:
@@ -133,24 +139,37 @@ def check_values(recipe: Values, ranges: dict[str, Any], out: Path) -> str:
 def open_study(settings: SweepSettings, recipe: Values, ranges: dict[str, Any], metric: str) -> optuna.Study:
     """A new one, or the one that is in the folder. UserError if that is of other settings."""
     journal = Path(settings.out) / JOURNAL
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
-        study_name="sweep",
-        direction="minimize" if is_better(recipe, metric, 0.0, 1.0) else "maximize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4) if settings.prune else optuna.pruners.NopPruner(),
-        load_if_exists=True,
-    )
+    direction = "minimize" if is_better(recipe, metric, 0.0, 1.0) else "maximize"
+    with library_errors(f"{journal} cannot be read", "Restore it, or begin anew in another folder: --out FOLDER."):
+        study = optuna.create_study(
+            storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal))),
+            study_name="sweep",
+            direction=direction,
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4) if settings.prune else optuna.pruners.NopPruner(),
+            load_if_exists=True,
+        )
+        own, trials = study.user_attrs, study.get_trials()
+        if own.keys() & {"fixed", "metric"} and (own.get("metric"), study.direction.name.lower()) != (
+            metric,
+            direction,
+        ):
+            raise ValueError("it is of another metric")
+        if any(it.value is not None and not math.isfinite(it.value) for it in trials):
+            raise ValueError("it has figures that are no numbers")
+        if not all(_is_within(value, it.distributions[name]) for it in trials for name, value in it.params.items()):
+            raise ValueError("it has values outside of their ranges")
+        if "fixed" not in own and any(journal.parent.glob("trial-*")):
+            raise ValueError("there are trials that it does not know")
     fixed = {"recipe": recipe, "search": settings.search, "seed": settings.seed}
-    before = study.user_attrs.get("fixed")
+    before = own.get("fixed")
     if before is None:
         study.set_user_attr("fixed", fixed)
         study.set_user_attr("metric", metric)
         own = {name: recipe.get(name, getattr(TrainRecipe, name, None)) for name in ranges}
         if own := {name: value for name, value in own.items() if _is_within(value, ranges[name])}:
             study.enqueue_trial(own)
-        for values in grid(ranges):
-            study.enqueue_trial(values, skip_if_exists=True)
     elif before != json.loads(json.dumps(fixed)):
+        before = before if isinstance(before, dict) else {}
         changed = [name for name in fixed if before.get(name) != json.loads(json.dumps(fixed[name]))]
         raise UserError(
             f"the sweep in {settings.out} was begun with another {' and another '.join(changed)}. Set it back to go "
@@ -166,13 +185,11 @@ def _is_within(value: Any, of: Any) -> bool:
         return False
 
 
-def grid(ranges: dict[str, Any]) -> list[Values]:
+def grid(ranges: dict[str, Any]) -> Iterator[Values]:
     """All combinations, if only lists of values are given: each is tried once. Otherwise none."""
-    if not all(hasattr(it, "choices") for it in ranges.values()):
-        return []
-    return [
-        dict(zip(ranges, values, strict=True)) for values in itertools.product(*(it.choices for it in ranges.values()))
-    ]
+    if all(hasattr(it, "choices") for it in ranges.values()):
+        for values in itertools.product(*(it.choices for it in ranges.values())):
+            yield dict(zip(ranges, values, strict=True))
 
 
 def due_trials(
@@ -185,6 +202,10 @@ def due_trials(
         else:  # it was cut before it had its values
             study.tell(frozen.number, state=State.FAIL)
     while sum(trial.state.is_finished() for trial in study.trials) < most:
+        tried = [it.system_attrs.get("fixed_params", it.params) for it in study.trials]
+        if not study.get_trials(states=[State.WAITING]):
+            for values in itertools.islice((it for it in grid(ranges) if it not in tried), 1):
+                study.enqueue_trial(values)
         study.sampler = optuna.samplers.TPESampler(seed=settings.seed + len(study.trials))
         yield study.ask(ranges)
 
@@ -221,9 +242,10 @@ def carry_out(trial: optuna.Trial, settings: SweepSettings, recipe: Values, metr
         print(f"diptych sweep: stopped by {stop[0]}. Run the same command to go on.", file=sys.stderr)
         return STOPPED
     if code != DONE:
-        said = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+        ended = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+        said = "\n".join(map(message_line, ended))
         print(f"diptych sweep: {what} ended with exit code {code}; {log} ends with:\n{said}", file=sys.stderr)
-        return code
+        return code if code > 0 else 128 - code  # as a shell says that a signal ended it
     if not figures:
         raise UserError(
             f"{folder} has no {metric} in its evaluations, by which to choose. Prepare the data with a validation "

@@ -1,6 +1,9 @@
 """What `diptych sweep` can be told."""
 
 import importlib.util
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +40,14 @@ class SweepSettings:
             raise UserError("diptych sweep needs Optuna. Install it: pip install 'diptych[sweep]'")
         if not self.out:
             raise UserError("out is not set. Name a folder for the sweep: --out FOLDER")
+        try:
+            program = next(iter(shlex.split(self.launcher)), sys.executable)
+        except ValueError as error:
+            raise UserError(f"launcher is {self.launcher!r}: {error}. Write it as in a shell.") from None
+        if not shutil.which(program):
+            raise UserError(
+                f"launcher is {self.launcher!r}, and there is no program {program}. Install it, or name another."
+            )
         if self.trials < 1:
             raise UserError(f"trials is {self.trials}; it must be 1 or more.")
         if not self.search:

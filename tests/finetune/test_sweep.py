@@ -1,6 +1,7 @@
 """`diptych sweep` on real runs: it finds the better values, stops the worse ones, and goes on where it was stopped."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -150,3 +151,71 @@ def test_values_that_are_not_possible_together_are_told_and_left_out(recipe_file
     assert printed == folders == list(trials.trial)  # one number for what is printed, the folder, and the table
     assert set(trials.state[trials.optimizer == "schedule_free"]) == {"FAIL"} and (trials.state == "COMPLETE").any()
     assert ((trials.weight_decay % 1) != 0).any()  # a setting that is no whole number takes values between
+
+
+def test_of_a_huge_grid_no_more_is_made_than_is_tried(recipe_file, tmp_path):
+    """Ten thousand million combinations; a second command goes on with those that are left."""
+    names = ("learning_rate", "weight_decay", "warmup_steps", "label_smoothing", "seed")
+    search = {
+        name: [number / 1000 if name[0] in "lw" and name != "warmup_steps" else number for number in range(1, 101)]
+        for name in names
+    }
+    launcher = fake_launcher(tmp_path, "x")
+    for trials in (3, 5):
+        (tmp_path / "sweep" / ".lock").unlink(missing_ok=True)  # held by this process
+        settings = SweepSettings(str(recipe_file), str(tmp_path / "sweep"), search, trials, launcher=launcher)
+        assert run(settings) == 0
+        assert list(trials_of(tmp_path / "sweep").seed) == list(range(1, trials + 1))
+
+
+@pytest.mark.parametrize(
+    "launcher, said", {"'": "Write it as in a shell", "no-such-program x": "there is no program no"}.items()
+)
+def test_a_launcher_that_cannot_be_started_is_refused(launcher, said, recipe_file, tmp_path):
+    with pytest.raises(UserError, match=said):
+        SweepSettings(str(recipe_file), str(tmp_path / "sweep"), launcher=launcher)
+
+
+def test_a_trial_that_is_killed_ends_the_sweep_as_in_a_shell(recipe_file, tmp_path, capsys):
+    launcher = "sh -c 'head -c 3000000 /dev/zero; kill -9 $$'"
+    assert run(SweepSettings(str(recipe_file), str(tmp_path / "sweep"), launcher=launcher)) == 128 + signal.SIGKILL
+    said = capsys.readouterr().err
+    assert "ended with exit code -9" in said and len(said) < 10_000 and "\0" not in said
+
+
+def edited(**changes):
+    """Of each line that has one of these keys, the value."""
+
+    def spoil(lines):
+        return [json.dumps(line | {name: changes[name] for name in changes.keys() & line.keys()}) for line in lines]
+
+    return spoil
+
+
+JOURNALS = {
+    "text": lambda lines: ["hello", *map(json.dumps, lines)],
+    "without its beginning": lambda lines: list(map(json.dumps, lines[1:])),
+    "a list": lambda lines: [*map(json.dumps, lines), "[1]"],
+    "nested": lambda lines: [*map(json.dumps, lines), "[" * 100_000],
+    "another direction": edited(directions=[2]),
+    "two directions": edited(directions=[1, 2]),
+    "another metric": edited(user_attr={"metric": "bleu"}),
+    "not finite": edited(values=[math.nan]),
+    "a text as figure": edited(values=["x"]),
+    "another distribution": edited(distribution=json.dumps({"name": "os.system", "attributes": {}})),
+    "a text as value": edited(param_value_internal="x"),
+}
+
+
+@pytest.mark.parametrize("case", JOURNALS)
+def test_a_journal_that_is_damaged_is_one_message(case, recipe_file, tmp_path):
+    settings = SweepSettings(
+        str(recipe_file), str(tmp_path / "sweep"), trials=2, launcher=fake_launcher(tmp_path, "x")
+    )
+    assert run(settings) == 0
+    journal = tmp_path / "sweep" / "study.log"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    (tmp_path / "sweep" / ".lock").unlink()
+    journal.write_text("\n".join(JOURNALS[case](lines)) + "\n")
+    with pytest.raises(UserError, match="study.log cannot be read.* Restore it, or begin anew"):
+        run(settings)
