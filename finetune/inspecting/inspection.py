@@ -61,23 +61,29 @@ class Reader(NamedTuple):
         """What the model writes to a rendered source; or, with a rendered target, how it predicts that one."""
         (source_ids,) = encode_sources(self.loaded.tokenizer, [source], languages=[languages])
         limit = min(LONGEST_SOURCE, position_limit(self.loaded.model, of_source=True) or LONGEST_SOURCE)
-        if len(source_ids) > limit:
-            raise UserError(f"the source has {len(source_ids)} tokens, but no more than {limit} can be shown. Cut it.")
+        self._check_length("source", source_ids, limit)
+        positions = position_limit(self.loaded.model)
         if target is not None:
             ((start, labels),) = target_ids(self.loaded, [target], languages)
+            self._check_length("target", labels, positions or len(labels))
             return facts.read_and_write(self.loaded, source_ids, [start, *labels], 1 + len(labels))
         given = given_tokens(self.loaded, languages)
-        (output,) = generate_batch(self.loaded, [source_ids], self.max_new_tokens, {}, [given])
+        most = min(self.max_new_tokens, positions - len(given) + 1) if positions else self.max_new_tokens
+        (output,) = generate_batch(self.loaded, [source_ids], most, {}, [given])
         if not output.ids:
             raise UserError("the model writes nothing within max_new_tokens, so there is no step to show. Raise it.")
         return facts.read_and_write(self.loaded, source_ids, [*given, *output.ids], len(given))
+
+    def _check_length(self, side: str, ids: Sequence[int], limit: int) -> None:
+        if len(ids) > limit:
+            raise UserError(f"the {side} has {len(ids)} tokens, but no more than {limit} can be shown. Cut it.")
 
     def text(self, passage: facts.Passage) -> str:
         return text_of(self.loaded.tokenizer, passage.decoder_ids[1:])
 
 
 def run(settings: InspectSettings) -> int:
-    out = Path(settings.out)
+    out = Path(settings.out).expanduser()
     if out.is_dir():
         raise UserError(f"--out {out} is a folder. Name a file in it, {out / 'inspect.html'}.")
     if out.is_file() and MARK not in out.read_text(encoding="utf-8", errors="replace")[:2000]:

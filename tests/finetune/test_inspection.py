@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -278,6 +279,16 @@ def test_what_cannot_be_shown_is_said(arguments, message, t5_checkpoint, tmp_pat
     assert diptych(["inspect", str(t5_checkpoint), *arguments, "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_targets_end_with_the_table_of_positions(checkpoint_of, tiny_tokenizer, tmp_path, capsys):
+    """BART's has 128 rows."""
+    folder = shutil.copytree(checkpoint_of("bart"), tmp_path / "bart")
+    tiny_tokenizer.save_pretrained(folder)
+    command = ["inspect", str(folder), "--source", "Go.", "--out", str(tmp_path / "page.html")]
+    assert diptych([*command, "--target", "Go. " * 200]) == 2
+    assert "the target has 601 tokens, but no more than 128 can be shown. Cut it." in capsys.readouterr().err
+    assert diptych([*command, "--max_new_tokens", "500"]) == 0
 
 
 def test_another_file_is_not_overwritten(t5_checkpoint, tmp_path, capsys):
