@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.exporting.ctranslate2_engine import CTranslate2Engine, import_ctranslate2
@@ -176,7 +176,8 @@ def _family_spec(model: PreTrainedModel, vocabulary: Vocabulary) -> Any:
     loader.set_vocabulary = lambda spec, tokens: None  # one for both sides
     vars(model.config).update(config_fields)  # transformers 5 removed them because its classes imply them
     try:
-        spec = loader(model, vocabulary)
+        with library_errors("CTranslate2 takes no such model", "Use it as it is, or export it --to onnx."):
+            spec = loader(model, vocabulary)
     finally:
         for name in config_fields:
             delattr(model.config, name)
@@ -337,5 +338,5 @@ LOADERS = {
     "t5gemma2": ("T5Gemma2Loader", {}),
 }
 REFUSED = {
-    "t5gemma": "t5gemma caps its attention scores (attn_logit_softcapping), and CTranslate2's attention does not",
+    "t5gemma": "t5gemma caps its attention scores (attn_logit_softcapping), and CTranslate2's attention does not"
 }

@@ -225,6 +225,12 @@ def test_other_families_are_refused_by_name(family, new_model):
         export_ctranslate2.check(new_model(family))
 
 
+def test_what_a_converter_does_not_know_is_refused_by_name(new_model, tiny_tokenizer, tmp_path):
+    model = new_model("bart", activation_function="mish")
+    with pytest.raises(UserError, match="CTranslate2 takes no such model: KeyError 'mish'. Use it as it is"):
+        export_of(model, tiny_tokenizer, tmp_path / "export")
+
+
 @pytest.mark.slow
 def test_t5gemma_is_refused_for_the_cap_on_its_attention_scores_and_for_nothing_else(
     new_model, tiny_tokenizer, tmp_path
