@@ -37,6 +37,7 @@ PAD, EOS, BOS = "<pad>", "</s>", "<s>"
 SPECIAL_TOKENS = [PAD, EOS, BOS]
 MINIMUM_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
+MOST_VOCAB_SIZE = 10_000_000
 CURVE_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000)
 CURVE_CHARACTERS = 10_000_000
 """Of more text than this, a part is used."""
@@ -61,6 +62,8 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> PreTrai
         raise UserError(f"train_tokenizer is '{kind}'; it can be {' or '.join(TRAINERS)}.")
     if vocab_size < MINIMUM_VOCAB_SIZE:
         raise UserError(f"vocab_size is {vocab_size}; bytes and special tokens alone are {MINIMUM_VOCAB_SIZE}.")
+    if vocab_size > MOST_VOCAB_SIZE:  # for which the trainers would take the memory at once
+        raise UserError(f"vocab_size is {vocab_size:,}; {MOST_VOCAB_SIZE:,} tokens are the most that are trained.")
     model, trainer = TRAINERS[kind](vocab_size)
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

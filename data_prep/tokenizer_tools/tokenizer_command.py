@@ -26,7 +26,13 @@ from diptych.data_prep.command_line.overwrite_checks import check_overwrite, new
 from diptych.data_prep.command_line.run_command import run_command
 from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
 from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
-from diptych.data_prep.text_to_ids.train_tokenizer import curve_vocab_size, is_held_out, train_tokenizer, why_fewer
+from diptych.data_prep.text_to_ids.train_tokenizer import (
+    MOST_VOCAB_SIZE,
+    curve_vocab_size,
+    is_held_out,
+    train_tokenizer,
+    why_fewer,
+)
 from diptych.data_prep.text_to_ids.two_vocabularies import check_one_vocabulary
 from diptych.data_prep.tokenizer_tools.text_command_settings import (
     ExtendTokenizerSettings,
@@ -106,8 +112,8 @@ def _guess_language(text: str) -> str:
 
 
 def extend(settings: ExtendTokenizerSettings) -> None:
-    if settings.tokens < 1:
-        raise UserError(f"tokens is {settings.tokens}; at least 1 token is added.")
+    if not 1 <= settings.tokens <= MOST_VOCAB_SIZE:
+        raise UserError(f"tokens is {settings.tokens:,}; 1 to {MOST_VOCAB_SIZE:,} tokens can be added.")
     out = new_folder(settings.out)
     tokenizer = open_tokenizer(settings.checkpoint)
     check_extensible(tokenizer)

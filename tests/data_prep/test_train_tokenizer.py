@@ -100,6 +100,8 @@ def test_every_byte_is_every_byte_that_utf8_has():
 def test_a_wrong_kind_or_size_is_a_user_error():
     with pytest.raises(UserError, match="'bpq'; it can be bpe or unigram"):
         train_tokenizer("bpq", ["a"], 1000)
+    with pytest.raises(UserError, match="vocab_size is 100,000,000,000; 10,000,000 tokens are the most"):
+        train_tokenizer("bpe", [], 10**11)
     with pytest.raises(UserError, match="vocab_size is 100; bytes and special tokens alone are 259"):
         train_tokenizer("bpe", ["a"], 100)
 
