@@ -107,7 +107,10 @@ def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
             if check is not None and name and "\0" in name:
                 raise UserError(f"{given_as} {name} has a NUL in it, which no name of a file has.")
             if check is not None and name:
-                check(os.path.expanduser(name), given_as)
+                place = os.path.expanduser(name)
+                if place.startswith("~") and not os.path.lexists(place):
+                    raise UserError(f"{given_as} {name}: there is no such user. Write ./{name} for a file here.")
+                check(place, given_as)
 
 
 def with_wrong_places(error: UserError, settings_class: type, values: Mapping[str, Any]) -> UserError:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diptych.data_prep.command_line.errors import UserError, escaped, nearest
+from diptych.data_prep.command_line.errors import UserError, escaped, in_short, nearest
 from diptych.data_prep.rows.named_splits import named
 
 
@@ -54,7 +54,11 @@ def _check_output(name: str, option: str) -> None:
     place = Path(name).absolute()
     if escaped(name) != name:
         raise UserError(f"{option} {name} has a line break or another control character. Choose another name.")
-    above = next(folder for folder in place.parents if folder.exists())
+    try:
+        place.resolve()
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise UserError(f"{option} {name}: {in_short(error)} Choose another place.") from None
+    above = next(folder for folder in (*place.parents, place) if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
         why = "you may not write there" if above.is_dir() else "this is a file"
         raise UserError(f"{option} {name}: nothing can be made in {above}: {why}. Choose another place.")

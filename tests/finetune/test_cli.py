@@ -148,3 +148,19 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys
     out = tmp_path / "file" / "report.json"
     assert cli.main(["evaluate", str(tmp_path), "--data", str(tmp_path / "prepared"), "--out", str(out)]) == 2
     assert "this is a file. Choose another place." in capsys.readouterr().err
+
+
+PLACES = {
+    "/": "is there already",
+    "~nobody-of-this-name/x": "there is no such user",
+    "a_link": "Choose another place.",
+}
+
+
+@pytest.mark.parametrize("out", PLACES)
+def test_a_place_that_is_none_is_one_message(out, t5_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_link").symlink_to("a_link")
+    assert cli.main(["merge", str(t5_checkpoint), "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert PLACES[out] in said and said.count("\n") == 1
