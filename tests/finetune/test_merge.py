@@ -8,10 +8,13 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from spoiled_model_files import make_adapter
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.finetune.commands.cli import main
+from diptych.finetune.model.adapters import ADAPTER_WEIGHTS
 from diptych.finetune.model.families import input_and_output_tables
 from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.run_files.atomic_folders import fault_of
@@ -172,3 +175,43 @@ def test_ranks_save_under_the_models_own_names(recipe, nursery, tmp_path):
         ranks = nursery.train(["--config", str(file)], log=tmp_path / "log", ranks=2)
         assert [rank.wait(120) for rank in ranks] == [0, 0], (tmp_path / "log.0").read_text()[-2000:]
         assert_names_are_the_models_own(run, settings)
+
+
+@pytest.fixture
+def adapter(tmp_path, monkeypatch):
+    """Untrained, beside its base."""
+    make_adapter(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_generation_config_that_transformers_saves_no_more_is_no_obstacle(adapter, tmp_path):
+    odd = {"do_sample": False, "temperature": 0.6, "eos_token_id": [1, 2], "decoder_start_token_id": 0}
+    (adapter / "generation_config.json").write_text(json.dumps(odd))
+    assert main(["merge", str(adapter), "--out", str(tmp_path / "merged")]) == 0
+    saved = load_checkpoint(tmp_path / "merged").model.generation_config
+    assert saved.eos_token_id == [1, 2] and not saved.temperature
+
+
+SPOILED = {
+    "whole numbers": (
+        lambda its: {name: it.mul(9).to(torch.int8) for name, it in its.items()},
+        "is stored as I8, and",
+    ),
+    "complex numbers": (
+        lambda its: {name: it.to(torch.complex64) for name, it in its.items()},
+        "is stored as C64, and",
+    ),
+    "too large for fp16": (
+        lambda its: {name: it * 3e3 for name, it in its.items()},
+        "and float16 ends at 65,504. Take b",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_weights_that_would_be_others_once_merged_are_refused(case, adapter, tmp_path, capsys):
+    spoil, said = SPOILED[case]
+    save_file(spoil(load_file(adapter / ADAPTER_WEIGHTS)), adapter / ADAPTER_WEIGHTS)
+    assert main(["merge", str(adapter), "--out", str(tmp_path / "merged"), "--dtype", "float16"]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "merged").exists()
