@@ -229,8 +229,8 @@ def languages_note(tokenizer: PreTrainedTokenizerBase, given: Languages) -> str:
     languages = codes.checked(given).filled_from(own if codes.is_around_texts else Languages())
     if languages == given or not languages.direction:
         return ""
-    whose = "" if all(given) else ", as the tokenizer says; --source_language and --target_language choose others"
-    return f"{languages.source} to {languages.target}{whose}"
+    left_out = " and ".join(f"--{side}_language" for side, code in given._asdict().items() if not code)
+    return f"{languages.source} to {languages.target}{left_out and f', as the tokenizer says without {left_out}'}"
 
 
 def set_languages(tokenizer: PreTrainedTokenizerBase, languages: Languages) -> None:

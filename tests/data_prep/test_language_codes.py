@@ -297,6 +297,11 @@ def test_languages_that_a_tokenizer_cannot_write_are_said_to_be_left_out(load, l
     assert "those given are not used" in languages_note(load("t5"), Languages("", "ko"))
     assert languages_note(load("t5"), Languages()) == ""
     assert languages_note(load("nllb"), Languages("eng_Latn", "kor_Hang")) == ""
+    nllb, says = load("nllb", src_lang="eng_Latn", tgt_lang="kor_Hang"), ", as the tokenizer says without "
+    assert languages_note(nllb, Languages("", "fr")) == f"eng_Latn to fra_Latn{says}--source_language"
+    both = "--source_language and --target_language"
+    assert languages_note(nllb, Languages()) == f"eng_Latn to kor_Hang{says}{both}"
+    assert languages_note(nllb, Languages("ko", "en")) == "kor_Hang to eng_Latn"
 
 
 def test_rows_of_token_ids_have_the_languages_of_their_codes(language_folders, write_rows, load, capsys, tmp_path):
