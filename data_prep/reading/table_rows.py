@@ -233,7 +233,8 @@ def _csv_records(
             if not lines.taken and lines.waiting and isinstance(lines.waiting[0], LongLine):
                 yield long_line(lines.waiting.popleft(), name, limits)
                 continue
-            fault = f"broken csv: {error}." if isinstance(error, csv.Error) else "broken csv: a quote is never closed."
+            is_open = isinstance(error, _RecordTooLarge) or "unexpected end" in str(error)
+            fault = f"broken csv: {'a quote is never closed' if is_open else error}."
             (number, text, offset), *others = lines.taken
             lines.waiting.extendleft(reversed(others))
             yield unreadable(Origin(name, number), text, offset, fault)

@@ -281,6 +281,7 @@ def test_a_numbered_table_loses_no_row_to_a_bad_one_and_a_header_is_not_taken_fo
     assert [row.fields["1"] for row in rows if isinstance(row, Row)] == ["a", "f"]
     bad = [row for row in rows if isinstance(row, Reject)]
     assert places(bad) == [(1, "broken csv"), (3, "wrong number of columns")]
+    assert bad[0].reason == "broken csv: a quote is never closed."
     assert bad[1].reason == "wrong number of columns: 3, and this table has 2."
     with pytest.raises(UserError, match="the first line here names them: instruction, output. Map these names"):
         open_sources([write_rows("b.csv", ["Instruction,output", "a,b"])], columns=("1", "2"))
