@@ -33,7 +33,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from datasets.features.features import require_decoding
 from safetensors import safe_open
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from diptych.data_prep.command_line.errors import UserError, counted, library_errors
@@ -156,6 +156,7 @@ def check_sizes(
             model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
         if auto_class is AutoModelForSeq2SeqLM:
             _pass_without_values(model)
+            DynamicCache(config=config.get_text_config(decoder=True))  # as generate makes it
         return model
 
     def where() -> str:

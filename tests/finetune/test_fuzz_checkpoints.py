@@ -129,6 +129,15 @@ def test_torch_prints_no_traceback_of_its_own_beside_the_refusal(tmp_path, nurse
     assert said.count("\n") == 1 and "config.json" in said, said
 
 
+@pytest.mark.parametrize("value", [0.5, ["full_attention"], {}])
+def test_a_text_model_in_a_config_that_is_none_is_refused_when_it_is_loaded(tmp_path, value):
+    """transformers asks it for layers when it makes a cache, in generating only."""
+    make_model("t5gemma")(tmp_path)
+    decoder = json.loads((tmp_path / "config.json").read_text())["decoder"]
+    edit(tmp_path / "config.json", decoder=decoder | {"text_config": value})
+    assert "config.json" in (said := refusal(tmp_path)) and "decoder" in said
+
+
 # Generation configs
 
 
