@@ -12,6 +12,7 @@ result, one after the other. The folder is written under another name, proven, f
 not there.
 """
 
+import codecs
 import json
 import math
 from collections import Counter
@@ -39,7 +40,7 @@ from diptych.data_prep.text_to_ids.checkpoint_config import read_generation_conf
 from diptych.finetune.commands.exit_codes import StorageError
 from diptych.finetune.inference.generation_config import end_tokens
 from diptych.finetune.model.donor_llm import Donor, check_weights, open_donor, tokenizers_differ
-from diptych.finetune.model.loading import check_embedding_rows
+from diptych.finetune.model.loading import check_embedding_rows, without_load_report
 from diptych.finetune.model.merge import new_folder
 from diptych.finetune.model.untrusted_files import check_token_settings, savable
 from diptych.finetune.pairing import paired_weights
@@ -53,7 +54,7 @@ REPORT = "pair.json"
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 TOLERANCE = 1e-4
 """Of logits in fp32 that are 10 or less; of larger ones in proportion, as rounding goes."""
-PROOF_TOKENS = 256
+PROOF_TOKENS, PROOF_BYTES = 256, 2**17
 PROOF_TEXT = """A diptych is a picture on two panels that are joined by a hinge. Closed, the panels protect each
 other; open, they are read together, the left one first. Painters used the form for journeys: a saint on one side,
 the donor who paid for it on the other, small and kneeling. The hinge had to be strong, since the panels were of oak,
@@ -332,7 +333,8 @@ def _halves(file: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[torch
     text = PROOF_TEXT
     if file:
         try:
-            text = Path(file).expanduser().read_text(encoding="utf-8")
+            with Path(file).expanduser().open("rb") as stream:
+                text = codecs.getincrementaldecoder("utf-8")().decode(stream.read(PROOF_BYTES))
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: invalid UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:PROOF_TOKENS]
@@ -344,7 +346,8 @@ def _halves(file: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[torch
 
 def _load(auto_class: type, name: str, dtype: torch.dtype) -> PreTrainedModel:
     """In fp32, with weights that are rounded to `dtype`."""
-    model = auto_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    with without_load_report():
+        model = auto_class.from_pretrained(name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
     return model.eval()

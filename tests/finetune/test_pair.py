@@ -6,6 +6,7 @@ Donors are small and random, of every family, written in shards by transformers 
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -439,6 +440,14 @@ def test_a_generation_config_that_transformers_saves_no_more_is_no_obstacle(dono
     odd = edited("generation_config.json", do_sample=False, temperature=0.6, eos_token_id=[1, 999, -1])
     out, report = paired(damaged(donor("llama"), odd, tmp_path))
     assert load_checkpoint(out).model.generation_config.eos_token_id == report["special_tokens"]["eos_token_id"] == 1
+
+
+def test_of_a_text_for_the_proof_the_beginning_is_read(donor, paired, tmp_path):
+    """This one has 16 GiB."""
+    (tmp_path / "text").write_bytes("가".encode() * 50_000)
+    os.truncate(tmp_path / "text", 2**34)
+    _, report = paired(donor("llama"), "--text", tmp_path / "text")
+    assert report["proof"]["tokens"] == {"source": 128, "target": 128}
 
 
 def test_a_paired_folder_computes_the_same_where_diptych_is_not_installed(donor, paired, tmp_path):
