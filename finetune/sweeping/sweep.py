@@ -139,6 +139,8 @@ def check_values(recipe: Values, ranges: dict[str, Any], out: Path) -> str:
 def open_study(settings: SweepSettings, recipe: Values, ranges: dict[str, Any], metric: str) -> optuna.Study:
     """A new one, or the one that is in the folder. UserError if that is of other settings."""
     journal = Path(settings.out) / JOURNAL
+    if journal.is_file() and not (written := journal.read_bytes()).endswith(b"\n"):
+        os.truncate(journal, written.rfind(b"\n") + 1)  # Optuna would write behind an entry that was cut
     direction = "minimize" if is_better(recipe, metric, 0.0, 1.0) else "maximize"
     with library_errors(f"{journal} cannot be read", "Restore it, or begin anew in another folder: --out FOLDER."):
         study = optuna.create_study(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,20 @@ def edited(**changes):
         return [json.dumps(line | {name: changes[name] for name in changes.keys() & line.keys()}) for line in lines]
 
     return spoil
+
+
+@pytest.mark.parametrize("lost", [1, 20])
+def test_a_journal_whose_last_entry_was_cut_goes_on(lost, recipe_file, tmp_path):
+    settings = SweepSettings(
+        str(recipe_file), str(tmp_path / "sweep"), trials=2, launcher=fake_launcher(tmp_path, "x")
+    )
+    assert run(settings) == 0
+    journal, trials = tmp_path / "sweep" / "study.log", trials_of(tmp_path / "sweep")
+    journal.write_bytes(journal.read_bytes()[:-lost])
+    (tmp_path / "sweep" / ".lock").unlink()
+    shutil.rmtree(tmp_path / "sweep" / "trial-001")  # for a launcher that resumes nothing
+    assert run(settings) == 0
+    pandas.testing.assert_frame_equal(trials_of(tmp_path / "sweep"), trials)
 
 
 JOURNALS = {
