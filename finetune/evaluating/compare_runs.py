@@ -298,7 +298,8 @@ def run(settings: CompareSettings) -> int:
         write_text(out, json.dumps(to_json(a, b, comparisons), indent=1, ensure_ascii=False) + "\n")
         print(f"written: {out}")
     if not shared:
-        print("no split was evaluated for both, so there is nothing to test; see --help", file=sys.stderr)
+        remedy = "For each: diptych evaluate RUN/final --data PREPARED --out RUN/test.json"
+        print(f"no split was evaluated for both, so there is nothing to test. {remedy}", file=sys.stderr)
     return 0
 
 

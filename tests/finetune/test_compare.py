@@ -225,6 +225,12 @@ def test_what_is_no_run_and_no_report_is_a_users_error(reports, make, message, t
     assert message in error and "Traceback" not in error
 
 
+def test_two_runs_that_were_not_evaluated_are_compared_and_the_command_that_evaluates_is_named(tmp_path, capsys):
+    folders = [str(run_folder(tmp_path / name, [3.0])) for name in "ab"]
+    assert cli.run("compare", folders) == 0
+    assert "For each: diptych evaluate RUN/final" in capsys.readouterr().err
+
+
 def test_a_broken_line_and_two_things_that_share_nothing_are_users_errors(reports, tmp_path, capsys):
     a = run_folder(tmp_path / "a", [3.0])
     assert cli.run("compare", [str(a), str(reports[0])]) == 2
