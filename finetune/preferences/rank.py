@@ -11,6 +11,7 @@ to one prompt, and in how many pairs the chosen one is longer.
 """
 
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -54,16 +55,16 @@ class BetterAndWorse(NamedTuple):
 
 
 def run(settings: RankSettings) -> int:
-    out = Path(settings.out)
-    report = out.with_name(f"{out.name}.report.json")
+    out = Path(settings.out).expanduser()
+    samples, report = os.path.expanduser(settings.samples), out.with_name(f"{out.name}.report.json")
+    if out.is_dir() or out.resolve() == Path(samples).resolve():
+        raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'the file of samples'}. Name another file.")
     if not settings.overwrite and (taken := next((it for it in (out, report) if it.is_file()), None)):
         raise UserError(f"{taken} is there already. Name another --out, or replace it with --overwrite true.")
-    if out.resolve() == Path(settings.samples).resolve():
-        raise UserError(f"--out is the file of samples, {out}. Name another one.")
     counts: Counter[str] = Counter()
-    rows = list(read_answers(settings, counts))
+    rows = list(read_answers(samples, settings, counts))
     if not rows:
-        raise UserError(f"{settings.samples} has no row with two different answers ({_said(counts)}). Sample more.")
+        raise UserError(f"{samples} has no row with two different answers ({_said(counts)}). Sample more.")
     scores = score(rows, settings)
     pairs = [
         pairs_of(row, of_row, settings, f"{settings.seed}/{place}")
@@ -80,17 +81,18 @@ def run(settings: RankSettings) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     found = facts(rows, scores, pairs, counts) | {"by": settings.by, "weights": settings.weights}
     write_text(out, "".join(lines))
-    write_json(report, found)
+    if out.is_file():  # beside a pipe or a device is no place for it
+        write_json(report, found)
     print("\n".join(_summary(out, found)))
     print(message_line(_said(counts)), file=sys.stderr)
     return 0
 
 
-def read_answers(settings: RankSettings, counts: Counter[str]) -> Iterator[Answers]:
+def read_answers(samples: str, settings: RankSettings, counts: Counter[str]) -> Iterator[Answers]:
     """Rows with two different answers or more; `counts` gets what was left out, and why."""
-    for number, line in enumerate(lines_of(settings.samples), start=1):
+    for number, line in enumerate(lines_of(samples), start=1):
         counts["rows"] += 1
-        where = f"{settings.samples} line {number}"
+        where = f"{samples} line {number}"
         try:
             fields = json_object(line)
         except ValueError as error:

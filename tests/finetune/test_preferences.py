@@ -195,6 +195,16 @@ def test_mistakes_are_one_message(rank, row, options, said):
     assert said in found and found.count("\n") == 1
 
 
+def test_a_place_that_cannot_be_written_to_is_told_and_a_pipe_gets_the_pairs(tmp_path, capsys):
+    samples = write_rows(tmp_path / "samples.jsonl", sampled(*ANSWERS))
+    before = samples.read_bytes()
+    for out, said in ((tmp_path, "is a folder"), (samples, "is the file of samples")):
+        assert cli.run("rank", [str(samples), "--out", str(out), "--overwrite", "true"]) == 2
+        assert said in capsys.readouterr().err and samples.read_bytes() == before
+    assert cli.run("rank", [str(samples), "--out", "/dev/null"]) == 0
+    assert not list(Path("/dev").glob("null.*"))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
