@@ -201,8 +201,12 @@ def config_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The config and those in it: of an encoder, a decoder, a text model."""
     yield config
     for key, value in config.items():
-        if isinstance(value, dict) and (key in ("encoder", "decoder") or key.endswith("_config")):
+        if isinstance(value, dict) and _is_part(key):
             yield from config_parts(value)
+
+
+def _is_part(key: str) -> bool:
+    return key in ("encoder", "decoder") or key.endswith("_config")
 
 
 def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -> None:
@@ -222,9 +226,11 @@ def _check_part(part: Mapping[str, Any], config: Mapping[str, Any], name: str) -
             )
     for key, value in part.items():
         is_wrong = isinstance(value, float) and not math.isfinite(value)
+        is_wrong = is_wrong or (_is_part(key) and not isinstance(value, dict | None))
         if is_wrong or key.endswith(("_eps", "_epsilon")) and isinstance(value, int | float) and value < 0:
             raise UserError(
-                f"config.json of {name} says that {key} is {value}. Correct it, or take another checkpoint."
+                f"config.json of {name} says that {key} is {excerpt(value, 40)}. Correct it, or take another"
+                f" checkpoint."
             )
         most = MOST_LABELS if key in ("num_labels", "extra_ids") else MOST_LAYERS
         is_count = key.endswith(("layers", "experts", "ngram")) or most == MOST_LABELS

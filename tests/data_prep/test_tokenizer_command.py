@@ -96,7 +96,10 @@ def test_no_warning_where_there_are_as_many_as_asked_for(korean, tmp_path, capsy
         (["extend", "{t5}", "--data", "{full}/none.jsonl", "--out", "{new}"], "--text_fields words"),
         (["extend", "{t5}", "--data", "{full}/latin.txt", "--out", "{new}"], "latin.txt:1: invalid UTF-8: byte 0xff"),
         (["extend", "{t5}", "--data", "{full}/few.txt", "--out", "{new}"], "no new token stands 5 times in the data"),
-        (["extend", "{t5}", "--data", "{full}/few.txt", "--tokens", "0"], "tokens is 0; at least 1"),
+        (
+            ["extend", "{t5}", "--data", "{full}/few.txt", "--tokens", "0"],
+            "tokens is 0; 1 to 10,000,000 tokens",
+        ),
         (["extend", "{t5}", "--data", "{full}/few.txt", "--out", "{full}"], "will not be overwritten"),
         (["extend", "{byt5}", "--data", "{full}/few.txt", "--out", "{new}"], "ByT5Tokenizer) is written in Python"),
     ],

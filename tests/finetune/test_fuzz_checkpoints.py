@@ -135,7 +135,7 @@ def test_a_text_model_in_a_config_that_is_none_is_refused_when_it_is_loaded(tmp_
     make_model("t5gemma")(tmp_path)
     decoder = json.loads((tmp_path / "config.json").read_text())["decoder"]
     edit(tmp_path / "config.json", decoder=decoder | {"text_config": value})
-    assert "config.json" in (said := refusal(tmp_path)) and "decoder" in said
+    assert "config.json" in (said := refusal(tmp_path)) and (value == {} or "text_config is" in said)
 
 
 # Generation configs
