@@ -196,6 +196,11 @@ def _is_part(part: Any) -> bool:
         raise ValueError(f"has more than {MOST_VALUES:,} values")
     if (longest := max((len(it) for it in values if isinstance(it, str)), default=0)) > LONGEST_VALUE:
         raise ValueError(f"holds a text of {longest:,} characters; {LONGEST_VALUE:,} are allowed")
+    for it in values:
+        if isinstance(it, dict) and it.get("type") == "TemplateProcessing":  # tokenizers panics at the first text
+            pieces = [piece for piece in (*it["single"], *it["pair"]) if "SpecialToken" in piece]
+            if unknown := {piece["SpecialToken"]["id"] for piece in pieces} - it["special_tokens"].keys():
+                raise ValueError(f"inserts {min(unknown)[:80]!r}, which is not in its special_tokens")
     growth = math.prod(_growth(it) for it in values if isinstance(it, dict))
     if growth > MOST_GROWTH:
         raise ValueError(f"makes texts {growth:,.0f} times longer; {MOST_GROWTH} times are allowed")

@@ -60,6 +60,10 @@ def refusal(bpe_folder, tmp_path):
     return of
 
 
+PIECE = {"SpecialToken": {"id": "</", "type_id": 0}}
+UNKNOWN_PIECE = {"type": "TemplateProcessing", "single": [PIECE], "pair": [], "special_tokens": {}}
+
+
 @pytest.mark.parametrize(
     "file, changes, said",
     [
@@ -74,6 +78,7 @@ def refusal(bpe_folder, tmp_path):
         (BACKEND, split("((a"), "pre_tokenizer has the regular expression '((a', in which something is not"),
         (BACKEND, {"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "(tokenizer.json: pre_tokenizer)"),
         (BACKEND, {"decoder": 1}, "(tokenizer.json: decoder)"),
+        (BACKEND, {"post_processor": UNKNOWN_PIECE}, "inserts '</', which is not in its special_tokens"),
         (BACKEND, added(30_000), "added_tokens has 30,000 tokens; 20,000 are allowed"),
         (BACKEND, added(1, id=2**32), "added_tokens holds the id 4294967296"),
         (BACKEND, added(1, content="x" * 9999), "of up to 1,000 characters each"),
