@@ -286,6 +286,9 @@ def aftermath(tmp_path_factory, t5_checkpoint, new_listener):
         ["evaluate", model, "--data", f"{out}/prepared", "--split", "validation", "--out", f"{out}/report.json"],
         ["generate", model, "--in_file", str(place / "prompts.jsonl"), "--out_file", f"{out}/answers.jsonl"],
         ["generate", str(adapter), "--instruction", "Add.", "--input", "1 + 1"],
+        ["sample", str(adapter), "--data", str(theirs / "data" / "rows.jsonl"), "--temperature", "2",
+         "--max_new_tokens", "6", "--out", f"{out}/samples.jsonl"],
+        ["rank", f"{out}/samples.jsonl", "--unfinished", "true", "--out", f"{out}/pairs.jsonl"],
         ["inspect", str(adapter), "--source", "1 + 1", "--out", f"{out}/inspect.html"],
         ["merge", str(adapter), "--out", f"{out}/merged"],
         ["export", model, "--out", f"{out}/exported"],
@@ -297,7 +300,7 @@ def aftermath(tmp_path_factory, t5_checkpoint, new_listener):
         ["demo", str(adapter), "--port", str(free_port())],
         ["serve", str(adapter), "--port", str(free_port())],
         ["doctor", model, "--data", str(theirs / "data" / "rows.jsonl")],
-    )
+    )  # fmt: skip
     noted = [tuple(line.split("\t", 1)) for line in (place / "log").read_text().splitlines()]
     return Aftermath(place, codes, output, sorted(os.listdir(marks)), noted, server.asked, before)
 
