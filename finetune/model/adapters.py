@@ -288,14 +288,20 @@ def load_for_inference(base: PreTrainedModel, name: str, file: Path, tokens: int
         )
     if rows := rows or tokens:
         resize_embeddings(base, rows)
+    head = base.get_output_embeddings()
+    tables = [layer for layer, it in base.named_modules() if isinstance(it, torch.nn.Embedding) or it is head]
     said = f"{file.parent} does not fit its base: peft says of adapter_config.json or {file.name}"
     with library_errors(said, "Use it where it was trained."), without_warnings_of_peft():
         model = PeftModel.from_pretrained(base, name, is_trainable=False)
         found = model.load_adapter(name, "default")  # a second time: only this call reports what did not fit
     if found.missing_keys:
         raise UserError(f"{file} lacks {found.missing_keys[0]}, which adapter_config.json asks for. Copy it again.")
-    # other unexpected keys are whole tables, which peft saves a second time where the vocabulary was resized
-    if left_over := [key for key in found.unexpected_keys if model.base_model.prefix in key]:
+    left_over = [key for key in found.unexpected_keys if model.base_model.prefix in key]
+    # whole tables are saved by peft a second time where the vocabulary was resized
+    others = [key for key in found.unexpected_keys if not any(f".{table}." in key for table in tables)]
+    if unknown := sorted(set(others) - set(left_over)):
+        raise UserError(f"{file} has {unknown[0]}, for which its base has no place. Copy it again.")
+    if left_over:
         raise UserError(
             f"{file} has {left_over[0]}, and target_modules in adapter_config.json does not name this layer (peft "
             f"takes tied layers out if ensure_weight_tying is set). Name it there."

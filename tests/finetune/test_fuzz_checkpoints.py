@@ -113,6 +113,12 @@ def test_what_an_adapter_asks_of_peft_is_bounded(adapter, changes, said):
         raise UserError(refusal(adapter))
 
 
+def test_a_tensor_of_an_adapter_that_belongs_nowhere_is_told(adapter):
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.nowhere.weight": torch.zeros(4)}, file)
+    assert "has base_model.model.nowhere.weight, for which its base has no place" in refusal(adapter)
+
+
 def test_patterns_that_adapters_have_still_work(adapter):
     pattern = r"(?:.*?(?:encoder|decoder).*?(?:SelfAttention|EncDecAttention)\.(?:q|v))|(?:\bmodel\.q)"
     edit(adapter / "adapter_config.json", target_modules=pattern, rank_pattern={r"block\.1.*q": 4})
