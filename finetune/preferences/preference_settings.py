@@ -37,7 +37,7 @@ class SampleSettings(PromptSettings):
     system: str = ""
     """A system prompt for each line of a .txt file."""
     batch_size: int = 16
-    """Prompts per batch; each stands there as often as it has answers, and is encoded once."""
+    """Prompts per batch; each stands there as often as it has answers."""
     max_source_tokens: int | None = None
     """Longer prompts are cut to this many tokens, with a notice. Default: the model's own limit."""
     max_new_tokens: int | None = None
