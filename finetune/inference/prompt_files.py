@@ -54,7 +54,7 @@ def read_prompts(
         from diptych.data_prep.reading.sources import open_sources  # here, because pyarrow takes long to import
 
         read = [row for source in open_sources([in_file]) for chunk in source.chunks() for row in chunk.rows()]
-        rows = [_row_of(row.fields) if isinstance(row, Row) else PromptRow({}, error=row.reason) for row in read]
+        rows = [row_of(row.fields) if isinstance(row, Row) else PromptRow({}, error=row.reason) for row in read]
     else:
         is_text = in_file.endswith(LINES_SUFFIX)
         rows = []
@@ -103,7 +103,7 @@ def _json_row(line: bytes) -> PromptRow:
     if not line.strip():
         return BLANK
     try:
-        return _row_of(json_object(line))
+        return row_of(json_object(line))
     except UnicodeDecodeError:
         raise
     except ValueError as error:
@@ -130,7 +130,7 @@ def json_object(line: bytes) -> dict[str, Any]:
     return fields
 
 
-def _row_of(fields: dict[str, Any]) -> PromptRow:
+def row_of(fields: dict[str, Any]) -> PromptRow:
     try:
         return PromptRow(fields, prompt_of(fields))
     except (UserError, Fault) as error:

@@ -351,7 +351,7 @@ def _shape(weights: DonorWeights, name: str, rows: slice) -> tuple[int, ...] | N
 
 def write_weights(origins: Sequence[WeightOrigin], folder: Path, dtype: torch.dtype, seed: int = 0) -> None:
     """Writes model.safetensors, or its shards and their index. One shard at a time is in memory. OSError,
-    safetensors.SafetensorError where the disk."""
+    safetensors.SafetensorError where the disk fails."""
     generator = torch.Generator().manual_seed(seed)
     by_name = {origin.name: origin for origin in origins}
     shapes = {name: torch.empty(origin.shape, dtype=dtype, device="meta") for name, origin in by_name.items()}

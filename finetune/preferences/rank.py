@@ -27,8 +27,8 @@ from scipy.stats import spearmanr
 from diptych.data_prep.command_line.errors import UserError, excerpt, message_line
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.metrics import METRICS, check_pairs, find_metrics, lower_is_better
-from diptych.finetune.inference.prompt_files import json_object, lines_of
-from diptych.finetune.inference.prompts import OUTPUT_FIELDS, prompt_of
+from diptych.finetune.inference.prompt_files import json_object, lines_of, row_of
+from diptych.finetune.inference.prompts import OUTPUT_FIELDS
 from diptych.finetune.preferences.preference_settings import RankSettings
 from diptych.finetune.run_files.atomic_folders import write_json, write_text
 
@@ -123,11 +123,10 @@ def read_answers(samples: str, settings: RankSettings, counts: Counter[str]) -> 
 
 
 def _source_of(fields: dict[str, Any], where: str) -> str:
-    try:
-        prompt = prompt_of(fields)
-    except UserError as error:
-        raise UserError(f"{where}: {error}.") from error
-    return "\n".join(filter(None, (prompt.instruction, prompt.input)))
+    row = row_of(fields)
+    if row.prompt is None:
+        raise UserError(f"{where}: {row.error}. Correct it, or write the samples again.")
+    return "\n".join(filter(None, (row.prompt.instruction, row.prompt.input)))
 
 
 def _references_of(fields: Mapping[str, Any], named: str, where: str) -> list[str]:

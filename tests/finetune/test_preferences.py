@@ -184,6 +184,7 @@ def test_what_cannot_be_ranked_is_left_out_and_counted(rank):
         ({"output": 3}, [], "line 1: field 'output' is 3; a text, or a list of texts, is due"),
         ({}, ["--reference", "gold"], "line 1: there is no reference; a text, or a list of texts, is due"),
         ({"chosen": "x"}, [], "line 1: field 'chosen' is one that is written here"),
+        ({"input": "", "messages": [{"role": "user"}]}, [], "line 1: "),  # no traceback for a broken conversation
         ({}, ["--by", "chfr"], "Did you mean chrf?"),
         ({}, ["--margin", "-1"], "margin is -1; it must be 0 or more"),
         ({}, ["--margin", "500"], "no two answers to a prompt differ by chrf enough"),
