@@ -204,9 +204,9 @@ def _make_tables(inputs: Inputs, job: RowJob, rejects: Rejects, partial: Path) -
         _need_rows(len(places.get(split, ())), rejects, settings, split if len(inputs.splits) > 1 else "")
     if settings.mixture is not None:
         places[TRAIN] = mixed_train(gathered, places[TRAIN], inputs.entries, settings.mixture, settings.seed)
-    tables = split_tables(gathered, places, scratch, settings.kept)
+    tables = split_tables(gathered, places, scratch, settings)
     is_packed = settings.packing and TRAIN in tables and not why_not_packed(settings.tokenizer)
-    plan = plan_packing(tables[TRAIN], stages.tokenizer, settings) if is_packed else None
+    plan = plan_packing(tables[TRAIN], stages.tokenizer, settings, stages.preferences) if is_packed else None
     return Results(inputs, stages, gathered, selection, places, tables, plan, rejects, too_few_tokens)
 
 
@@ -249,8 +249,8 @@ def _need_rows(rows: int, rejects: Rejects, settings: PrepareSettings, split: st
 
 def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:
     """Sources and targets of the train split alone, without the marks that the template sets around a row's texts."""
-    start = 0
-    for batch in gathered.examples.select(["source", "target"]).to_batches():
+    start, sides = 0, [it for it in ("source", "target", "rejected") if it in gathered.examples.schema.names]
+    for batch in gathered.examples.select(sides).to_batches():
         is_train = selection.split_of_row[start : start + batch.num_rows] == 0
         start += batch.num_rows
         for pair in zip(*(column.to_pylist() for column in batch.filter(is_train).columns), strict=True):

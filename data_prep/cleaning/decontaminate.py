@@ -94,7 +94,7 @@ class Decontaminate:
                 whole_texts = [[ALONE, *texts[0]]] if texts[0] else []
             else:
                 words = _RecordWords.of(record)
-                texts, whole_texts = [words.source, words.output], words.wholes()
+                texts, whole_texts = [words.source, words.output, words.rejected], words.wholes()
             keys = [key for words in whole_texts if (key := _whole_key(words))]
             wholes.append((row, numpy.array(keys, dtype=numpy.uint64)))
             for words in texts:
@@ -116,6 +116,7 @@ class Decontaminate:
             ("source is the same as", self.equal, [ALONE, *texts.source]),
             ("source shares a run of words with", self.shared_run, texts.source),
             ("target shares a run of words with", self.shared_run, texts.output),
+            ("rejected answer shares a run of words with", self.shared_run, texts.rejected),
             *(("history shares a run of words with", self.shared_run, words) for words in texts.history),
         ):
             if found := find(words):
@@ -144,11 +145,13 @@ class _RecordWords(NamedTuple):
     instruction: Words
     input: Words
     output: Words
+    rejected: Words
 
     @classmethod
     def of(cls, record: Record) -> "_RecordWords":
         history = [words_of(text) for turn in record.history for text in turn]
-        return cls(history, words_of(record.instruction), words_of(record.input), words_of(record.output))
+        texts = (record.instruction, record.input, record.output, record.rejected)
+        return cls(history, *map(words_of, texts))
 
     @property
     def source(self) -> Words:
@@ -157,8 +160,9 @@ class _RecordWords(NamedTuple):
     def wholes(self) -> list[Words]:
         """What makes two rows the same: history, instruction and input; or input and output, in either order."""
         found = [[*chain.from_iterable(self.history), *self.instruction, *self.input]]
-        if self.input and self.output and not self.history:
-            found.append([*chain.from_iterable(sorted((self.input, self.output)))])
+        for answer in (self.output, self.rejected):
+            if self.input and answer and not self.history:
+                found.append([*chain.from_iterable(sorted((self.input, answer)))])
         return found
 
 

@@ -89,8 +89,9 @@ def exact_key(text: str) -> int:
 
 def compared_text(record: Record) -> str:
     """The input (the instruction where there is none) and the output. An instruction that many rows share would make
-    all of them alike, and the history would make the later turns of a conversation duplicates of the earlier ones."""
-    return f"{source_text(record)}\n{record.output}"
+    all of them alike, and the history would make the later turns of a conversation duplicates of the earlier ones.
+    Both answers of a pair are compared."""
+    return f"{source_text(record)}\n{record.output}" + (f"\n{record.rejected}" if record.rejected else "")
 
 
 def exact_duplicates(keys: numpy.ndarray) -> numpy.ndarray:

@@ -87,7 +87,7 @@ def find_sensitive(text: str) -> list[SensitiveSpan]:
 def find_in_record(record: Record) -> list[tuple[str, SensitiveSpan]]:
     """`("output", SensitiveSpan(…))` for each span in a record's texts; the history's are "history 1" and so on."""
     texts = [("system", record.system), ("instruction", record.instruction), ("input", record.input)]
-    texts += [("output", record.output)]
+    texts += [("output", record.output), ("rejected", record.rejected)]
     earlier = [text for turn in record.history for text in turn]
     texts += [(f"history {number}", text) for number, text in enumerate(earlier, start=1)]
     return [(field, span) for field, text in texts if text for span in find_sensitive(text)]

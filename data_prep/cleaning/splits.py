@@ -50,18 +50,21 @@ def split_rows(
     seed: int,
     split_by: str,
     shown: Callable[[int, str], str],
+    rejected_keys: numpy.ndarray | None = None,
 ) -> Split:
     """Groups in an order drawn from `seed` fill test, then validation, while whole groups fit; the rest is train.
 
-    Keys are (rows,) uint64, from `text_key`; `shown(row, "input" or "output")` is the text, for messages.
+    Keys are (rows,) uint64, from `text_key`; `rejected_keys` are those of pairs of answers. `shown(row, "input",
+    "output" or "rejected")` is the text, for messages.
     """
     rows = len(input_keys)
-    keys = row_keys(None, input_keys, output_keys, split_by)
+    keys = row_keys(None, input_keys, output_keys, split_by, rejected_keys)
     texts, node = numpy.unique(numpy.concatenate(keys), return_inverse=True)
-    ends = node[:rows], node[len(node) - rows :]  # each row joins its two texts, which are the nodes of a graph
-    graph = coo_array((numpy.ones(rows, dtype=numpy.int8), ends), shape=(len(texts), len(texts)))
+    nodes = node.reshape(len(keys), rows)  # each row joins its texts, which are the nodes of a graph
+    ends = numpy.tile(nodes[0], len(keys)), nodes.ravel()
+    graph = coo_array((numpy.ones(nodes.size, dtype=numpy.int8), ends), shape=(len(texts), len(texts)))
     groups, group_of_text = connected_components(graph, directed=False)
-    group_of_row = group_of_text[ends[0]]
+    group_of_row = group_of_text[nodes[0]]
     smallest_keys = numpy.full(groups, numpy.iinfo(numpy.uint64).max, dtype=numpy.uint64)
     for side in keys:  # a key that stands for a group, whatever the order of its rows
         numpy.minimum.at(smallest_keys, group_of_row, side)
@@ -103,12 +106,17 @@ def record_keys(record: Record) -> tuple[int, int]:
 
 
 def row_keys(
-    source: numpy.ndarray | None, inputs: numpy.ndarray, outputs: numpy.ndarray, split_by: str | None
+    source: numpy.ndarray | None,
+    inputs: numpy.ndarray,
+    outputs: numpy.ndarray,
+    split_by: str | None,
+    rejected: numpy.ndarray | None = None,
 ) -> list[numpy.ndarray]:
     """Columns of keys, (rows,) uint64 each: two rows that may not stand in two splits have one in common. `source` is
     the key of the whole source, and is not used where `split_by` says which texts count."""
     if split_by is not None:
-        return [inputs] if split_by == "source" else [inputs, outputs]
+        answers = [outputs] if rejected is None else [outputs, rejected]
+        return [inputs] if split_by == "source" else [inputs, *answers]
     pair = numpy.minimum(inputs, outputs) * _FACTOR + numpy.maximum(inputs, outputs)  # in either direction
     return [source, pair]
 
@@ -144,18 +152,18 @@ def _warnings(
     found = []
     if len(largest) > max(20, LARGE_GROUP_FRACTION * rows) and any(wanted.values()):
         sides = [side[largest] for side in keys]
-        if len(sides) == 2:  # a row with the same text on both sides counts once
+        if len(sides) > 1:  # a row with the same text on both sides counts once
             sides[1] = sides[1][sides[1] != sides[0]]
         texts, counts = numpy.unique(numpy.concatenate(sides), return_counts=True)
         best = texts[counts.argmax()]
-        side = 0 if best in sides[0] else 1
-        text = shown(int(largest[keys[side][largest] == best][0]), ("input", "output")[side])
+        side = next(place for place, its in enumerate(sides) if best in its)
+        text = shown(int(largest[keys[side][largest] == best][0]), ("input", "output", "rejected")[side])
         found.append(
             f"{len(largest):,} of {rows:,} rows hang together by shared texts (the most shared,"
             f" '{text[:40]}{'…' * (len(text) > 40)}', is in {counts.max():,}), so all of them are train. For data with"
             " few different outputs, such as classification, --split_by source keeps only the inputs apart."
         )
-    can_be_smaller = len(keys) == 2 and len(largest) > 1 and not found
+    can_be_smaller = len(keys) > 1 and len(largest) > 1 and not found
     smaller = " --split_by source makes them smaller, by keeping only inputs apart." if can_be_smaller else ""
     for name, number in wanted.items():
         if taken[name] < 0.8 * number:

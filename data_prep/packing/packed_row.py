@@ -14,6 +14,17 @@ say which of them a target reads:
     segment_ids            1  1  1  1 |  0  0  0  0      decoder_segment_ids   1  1  1 |  2  2 |    0
                                                          cross_segment_ids     1  1  1 |  1  1 |    0
 
+With pairs of answers, every example is two decoder segments, 2k - 1 (`labels`, the chosen answer) and 2k
+(`other_labels`, the rejected one), that read the same source; sources are shared. `marks` tell them apart:
+
+    input_ids             12  7  9  1 |  5  8  1 |  0      labels               31 40  1 | 22  1 | 50  1 | 61  1 | -100
+    segment_ids            1  1  1  1 |  2  2  2 |  0      decoder_segment_ids   1  1  1 |  2  2 |  3  3 |  4  4 |    0
+                                                           cross_segment_ids     1  1  1 |  1  1 |  2  2 |  2  2 |    0
+                                                           marks                 1  1  1 | -1 -1 |  1  1 | -1 -1 |    0
+
+With marked answers, segment 2k - 1 has marks of 1 if the answer is liked and -1 if not; segment 2k is the answer to
+another source (`other_labels`), and its marks are 0.
+
 Names are those of seqio. S source tokens, T target tokens of a row.
 """
 
@@ -31,6 +42,8 @@ TARGET_COLUMNS = ("labels", "decoder_input_ids", "decoder_segment_ids", "decoder
 PACKED_COLUMNS = SOURCE_COLUMNS + TARGET_COLUMNS
 SHARED_COLUMN = "cross_segment_ids"
 """(T,), one column more where sources are shared."""
+MARKS_COLUMN = "marks"
+"""(T,), one more in data of preferences."""
 
 
 class Budget(NamedTuple):
@@ -48,17 +61,19 @@ def assemble_row(
     share_sources: bool = False,
 ) -> dict[str, np.ndarray]:
     """The examples of one row, each with `input_ids` and `labels`, as the int32 arrays shown above. An example may
-    have a `decoder_start` of its own."""
+    have a `decoder_start` of its own. All or none have a `mark`; both answers of an example of preferences are given,
+    one after the other."""
     sources = [np.asarray(example["input_ids"], dtype=np.int32) for example in examples]
     targets = [np.asarray(example["labels"], dtype=np.int32) for example in examples]
     starts = np.array([example.get("decoder_start", decoder_start_token_id) for example in examples])
+    marks = np.array([example.get("mark", 0) for example in examples])
     reads = np.arange(1, len(sources) + 1)
     if share_sources:
         segment_of: dict[bytes, int] = {}
         reads = np.array([segment_of.setdefault(source.tobytes(), len(segment_of) + 1) for source in sources])
         sources = [np.frombuffer(source, dtype=np.int32) for source in segment_of]
         order = np.argsort(reads, kind="stable")  # so that targets of one source stand next to each other
-        targets, reads, starts = [targets[place] for place in order], reads[order], starts[order]
+        targets, reads, starts, marks = [targets[place] for place in order], reads[order], starts[order], marks[order]
     source_lengths, target_lengths = [len(source) for source in sources], [len(target) for target in targets]
     assert sum(source_lengths) <= budget.source_tokens and sum(target_lengths) <= budget.target_tokens, budget
 
@@ -77,6 +92,8 @@ def assemble_row(
     }
     if share_sources:
         columns[SHARED_COLUMN] = (np.repeat(reads, target_lengths), 0)
+    if "mark" in examples[0]:
+        columns[MARKS_COLUMN] = (np.repeat(marks, target_lengths), 0)
     row = {}
     for name, (values, padding) in columns.items():
         row[name] = np.full(budget[name not in SOURCE_COLUMNS], padding, dtype=np.int32)

@@ -4,12 +4,16 @@
     target       "가."                                  labels     [632, 17, 1]      ends in eos; nothing is padded
     instruction  "Translate English to Korean:"         input "Go."                  origin "tatoeba_eng_kor.tsv:1"
 
+In data of preferences, `target` and `labels` are the chosen answer of a pair, `rejected` and `other_labels` the other.
+Marked answers have `mark` (1 or -1), and `other_labels` are the answer to another source of the same split, by which
+KTO estimates how far the model is from its reference.
+
 A packed row is one for each that fill_rows.py planned, its columns all of one length, and `examples`, their places in
 train.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +24,23 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing.budgets import choose_budget
 from diptych.data_prep.packing.fill_rows import pack
-from diptych.data_prep.packing.packed_row import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row, repeated_start
+from diptych.data_prep.packing.packed_row import (
+    MARKS_COLUMN,
+    PACKED_COLUMNS,
+    SHARED_COLUMN,
+    Budget,
+    assemble_row,
+    repeated_start,
+)
 from diptych.data_prep.pipeline.gather_rows import Gathered, taken, written
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import without_bars
-from diptych.data_prep.pipeline.row_stages import FINAL_COLUMNS, LANGUAGE_FIELDS
-from diptych.data_prep.rows.records import Languages, Rejects
+from diptych.data_prep.pipeline.row_stages import FINAL_COLUMNS, LANGUAGE_FIELDS, NAMES_OF_JUDGED
+from diptych.data_prep.rows.named_splits import HELD_OUT
+from diptych.data_prep.rows.records import Languages, Preferences, Rejects
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.encode import vocabulary_sizes
 from diptych.data_prep.text_to_ids.languages import codes_of
@@ -43,19 +56,65 @@ POORLY_FILLED = 0.5
 
 
 def split_tables(
-    gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path, kept: Iterable[str] = ()
+    gathered: Gathered, places: Mapping[str, numpy.ndarray], scratch: Path, settings: PrepareSettings
 ) -> DatasetDict:
-    """FINAL_COLUMNS of the rows of each split, and `kept` ones, written to a file in `scratch` and mapped from there.
-    The columns of languages are left out where no row has one."""
-    tables = DatasetDict()
-    empty = [name for name in LANGUAGE_FIELDS if pyarrow.compute.unique(gathered.examples[name]).to_pylist() == [""]]
-    columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty] + [*kept]
+    """FINAL_COLUMNS of the rows of each split, those of preferences, and those of `keep_columns`, written to a file in
+    `scratch` and mapped from there. The columns of languages are left out where no row has one."""
+    tables, examples = DatasetDict(), gathered.examples
+    empty = [name for name in LANGUAGE_FIELDS if pyarrow.compute.unique(examples[name]).to_pylist() == [""]]
+    columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty]
     for name, rows in places.items():
         path = scratch / f"{name.replace('/', '.')}.arrow"
-        selected = gathered.examples.select(columns)
-        written(taken(selected, rows), selected.schema, path)
+        kind = preferences_of(examples, rows)  # a test set may be plain
+        own = {"pairs": ["other_labels", "rejected"], "marks": ["mark"]}.get(kind, [])
+        selected = examples.select([*columns, *own, *settings.kept])
+        batches, schema = taken(selected, rows), selected.schema
+        if kind == "marks":
+            others = rows[_other_sources(gathered.column("source_key")[rows], name, settings.seed)]
+            labels = Dataset(examples.select(["labels"])).with_format("arrow")
+            batches = _with_other_labels(batches, labels, others)
+            schema = schema.append(schema.field("labels").with_name("other_labels"))
+        written(batches, schema, path)
         tables[name] = Dataset.from_file(str(path))
     return tables
+
+
+def preferences_of(examples: pyarrow.Table, rows: numpy.ndarray) -> Preferences | None:
+    """What the rows of a split say of their answers: all say the same."""
+    columns = {"pairs": "rejected", "marks": "mark"}
+    there = (kind for kind, column in columns.items() if column in examples.schema.names)
+    return next((kind for kind in there if examples[columns[kind]][int(rows[0])].as_py()), None)
+
+
+def _other_sources(source_keys: numpy.ndarray, split: str, seed: int) -> numpy.ndarray:
+    """(rows,) for each row the place of one with another source, drawn from `seed`: in a drawn order of all rows, the
+    next one that has another."""
+    order = numpy.random.default_rng(seed).permutation(len(source_keys))
+    keys = source_keys[order]
+    last_of_run = numpy.flatnonzero(keys != numpy.roll(keys, -1))
+    if not len(last_of_run):
+        raise UserError(
+            f"all rows of {split} have one source, and each marked answer is compared with the answer to another. Give"
+            f" more rows, hold out more (--{split}_fraction 0.2), or nothing (0)."
+            if split in HELD_OUT
+            else f"all rows of {split} have one source, and each marked answer is compared with the answer to another."
+            f" Give {split} rows with other sources."
+        )
+    run = numpy.searchsorted(last_of_run, numpy.arange(len(order))) % len(last_of_run)
+    others = numpy.empty_like(order)
+    others[order] = order[(last_of_run[run] + 1) % len(order)]
+    return others
+
+
+def _with_other_labels(
+    batches: Iterator[pyarrow.RecordBatch], labels: Dataset, others: numpy.ndarray
+) -> Iterator[pyarrow.RecordBatch]:
+    """The batches with one column more: `labels` at the places `others`."""
+    start = 0
+    for batch in batches:
+        found = labels[others[start : start + batch.num_rows]]["labels"].combine_chunks()
+        start += batch.num_rows
+        yield batch.append_column("other_labels", found)
 
 
 def direction_counts(tables: DatasetDict) -> dict[str, int]:
@@ -74,18 +133,24 @@ def direction_counts(tables: DatasetDict) -> dict[str, int]:
 def token_counts(
     gathered: Gathered, places: Mapping[str, numpy.ndarray], settings: PrepareSettings, rejects: Rejects
 ) -> dict[str, dict[str, Any]]:
-    """For source and target: percentiles of the lengths before cutting, and how many rows were over the limit."""
+    """For source and target, and the rejected answers of pairs: percentiles of the lengths before cutting, and how
+    many rows were over the limit."""
     rows = numpy.concatenate(list(places.values()))
+    sides = {"source": settings.max_source_tokens, "target": settings.max_target_tokens}
+    names = {"source": ("source",), "target": ("target", *NAMES_OF_JUDGED.values()), "rejected": ("rejected answer",)}
+    if "rejected_tokens" in gathered.examples.schema.names:
+        sides["rejected"] = settings.max_target_tokens
     counts = {}
-    for side, limit in (("source", settings.max_source_tokens), ("target", settings.max_target_tokens)):
+    for side, limit in sides.items():
         tokens = gathered.column(f"{side}_tokens")[rows]
+        tokens = tokens[tokens > 0]  # rows of a test set may be no pairs
         percentiles = {f"p{p}": int(numpy.percentile(tokens, p, method="higher")) for p in PERCENTILES}
         counts[side] = {
             **percentiles,
             "total": int(tokens.sum()),
             "limit": limit,
             "cut": int((tokens > limit).sum()),
-            "dropped": rejects.kinds[f"{side} over the limit"],
+            "dropped": sum(rejects.kinds[f"{name} over the limit"] for name in names[side]),
         }
     return counts
 
@@ -95,28 +160,53 @@ class PackingPlan:
     """What stands in each packed row of the train split, before any is written."""
 
     ids: Dataset
-    """`input_ids` and `labels` of the train split."""
+    """`input_ids` and `labels` of the train split, and what else says of its answers."""
     rows: list[numpy.ndarray]
     """For each packed row, the places of its examples in the train split."""
     budget: Budget
     repeats_start: numpy.ndarray
-    """(examples,) whether the first label is what the decoder starts with, which is then left out."""
+    """(examples, answers) whether the first label is what the decoder starts with, which is then left out. There is
+    one answer, or two in data of preferences."""
     entry: dict[str, Any]
     """What manifest.json says of it."""
 
+    @property
+    def answers(self) -> int:
+        """Of each example: that many decoder segments, one after the other."""
+        return self.repeats_start.shape[1]
 
-def plan_packing(train: Dataset, tokenizer: PreTrainedTokenizerBase, settings: PrepareSettings) -> PackingPlan:
+    def segments(self, table: pyarrow.Table, repeats_start: numpy.ndarray) -> Iterator[dict[str, Any]]:
+        """Each answer of some of `ids`, as `assemble_row` takes examples."""
+        names = ("input_ids", "labels", "other_labels")[: 1 + self.answers]
+        columns = (_id_arrays(table[name].combine_chunks()) for name in names)
+        marks = table["mark"].to_numpy() if "mark" in table.column_names else None
+        for place, (source, *answers) in enumerate(zip(*columns, strict=True)):
+            own = [1, -1] if marks is None else [int(marks[place]), 0]
+            for answer, mark, repeats in zip(answers, own, repeats_start[place], strict=False):
+                example = {"input_ids": source, "labels": answer[1:] if repeats else answer}
+                example |= {"decoder_start": answer[0]} if repeats else {}
+                yield example | ({"mark": mark} if self.answers > 1 else {})
+
+
+def plan_packing(
+    train: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PrepareSettings,
+    preferences: Preferences | None = None,
+) -> PackingPlan:
     table, pad_token_id, starts = train.data.table, padding_id(tokenizer), codes_of(tokenizer).starts
     decoder_start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id)
     start_id, start_from = decoder_start or (target_side(tokenizer).pad_token_id, "assumed")
-    source_tokens, target_tokens = (
-        pyarrow.compute.list_value_length(table[name]).to_numpy() for name in ("input_ids", "labels")
+    answers = ("labels", "other_labels") if preferences else ("labels",)
+    firsts = [pyarrow.compute.list_element(table[name], 0).to_numpy() for name in answers]
+    repeats_start = numpy.stack([repeated_start(first, start_id, starts) for first in firsts], axis=1)
+    source_tokens, *of_answers = (
+        pyarrow.compute.list_value_length(table[name]).to_numpy() for name in ("input_ids", *answers)
     )
-    first_labels = pyarrow.compute.list_element(table["labels"], 0).to_numpy()
-    repeats_start = repeated_start(first_labels, start_id, starts)
-    lengths = (source_tokens, target_tokens - repeats_start)
-    groups = None
-    if settings.share_sources:  # (examples,) a number for each different source
+    answer_tokens = numpy.stack(of_answers, axis=1) - repeats_start
+    lengths = (source_tokens, answer_tokens.sum(axis=1))
+    groups, share_sources = None, settings.share_sources or preferences is not None
+    if share_sources:  # (examples,) a number for each different source
         number_of: dict[bytes, int] = {}
         sources = (ids.tobytes() for chunk in table["input_ids"].chunks for ids in _id_arrays(chunk))
         groups = numpy.array([number_of.setdefault(source, len(number_of)) for source in sources])
@@ -133,7 +223,7 @@ def plan_packing(train: Dataset, tokenizer: PreTrainedTokenizerBase, settings: P
     vocabularies = vocabulary_sizes(tokenizer)
     largest = {
         name: pyarrow.compute.max(pyarrow.compute.list_flatten(table[name])).as_py()
-        for name in ("input_ids", "labels")
+        for name in ("input_ids", *answers)
     }
     entry = {
         "max_source_tokens": budget.source_tokens,
@@ -143,7 +233,7 @@ def plan_packing(train: Dataset, tokenizer: PreTrainedTokenizerBase, settings: P
         "source_fill": fills[0],
         "target_fill": fills[1],
         "better_budget": None if better == budget else better,
-        "share_sources": settings.share_sources,
+        "share_sources": share_sources,
         "shared": len(train) - len(encoded),
         "decoder_start_token_id": start_id,
         "decoder_start_from": start_from,
@@ -151,13 +241,14 @@ def plan_packing(train: Dataset, tokenizer: PreTrainedTokenizerBase, settings: P
         "vocabulary": vocabularies[0],
         "target_vocabulary": vocabularies[1],
         "largest_source_id": max(largest["input_ids"], pad_token_id),
-        "largest_target_id": max(largest["labels"], pad_token_id, start_id),
-        "positions": int(max(side.max() for side in lengths)),
+        "largest_target_id": max(pad_token_id, start_id, *(largest[name] for name in answers)),
+        "positions": int(max(source_tokens.max(), answer_tokens.max())),
         "seed": settings.seed,
     }
     if starts:
         entry["language_starts"] = sorted(starts)
-    return PackingPlan(train.select_columns(["input_ids", "labels"]), rows, budget, repeats_start, entry)
+    columns = ["input_ids", *answers, *(["mark"] if preferences == "marks" else [])]
+    return PackingPlan(train.select_columns(columns), rows, budget, repeats_start, entry)
 
 
 def _rows(
@@ -178,6 +269,8 @@ def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
     tokens |= dict.fromkeys(PACKED_COLUMNS[3:], plan.budget.target_tokens)
     if plan.entry["share_sources"]:
         tokens[SHARED_COLUMN] = plan.budget.target_tokens
+    if plan.answers > 1:
+        tokens[MARKS_COLUMN] = plan.budget.target_tokens
     features = {name: List(Value("int32"), length=length) for name, length in tokens.items()}
     examples = Features({"examples": List(Value("int32"))})
     with without_bars(), tqdm(total=len(plan.rows), unit=" rows", desc="Packing train") as bar:
@@ -187,15 +280,12 @@ def packed_table(plan: PackingPlan, scratch: Path) -> Dataset:
             bar.update(len(batch["examples"]))
             places = numpy.concatenate(batch["examples"])
             table = plan.ids.with_format("arrow")[places]
-            sources, labels = (_id_arrays(table[name].combine_chunks()) for name in ("input_ids", "labels"))
-            examples = iter(
-                {"input_ids": source, "labels": target[1:], "decoder_start": target[0]}
-                if repeats
-                else {"input_ids": source, "labels": target}
-                for source, target, repeats in zip(sources, labels, plan.repeats_start[places], strict=True)
-            )
             settings = [plan.entry[name] for name in ("pad_token_id", "decoder_start_token_id", "share_sources")]
-            rows = [assemble_row([next(examples) for _ in row], plan.budget, *settings) for row in batch["examples"]]
+            examples = plan.segments(table, plan.repeats_start[places])
+            rows = [
+                assemble_row([next(examples) for _ in range(len(row) * plan.answers)], plan.budget, *settings)
+                for row in batch["examples"]
+            ]
             return {name: numpy.stack([row[name] for row in rows]) for name in rows[0]}
 
         return Dataset.from_dict({"examples": plan.rows}, features=examples).map(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from diptych.data_prep.cleaning.duplicates import PERMUTATIONS
 from diptych.data_prep.command_line.errors import counted
-from diptych.data_prep.pipeline.row_stages import ID_FIELDS, Batch, Counts, Stages
+from diptych.data_prep.pipeline.row_stages import Batch, Counts, Stages
 from diptych.data_prep.pipeline.workers import in_order
 from diptych.data_prep.reading.sources import Source
 from diptych.data_prep.rows.records import Rejects, Row
@@ -109,7 +109,7 @@ def encode(
                 bar.update(batch.examples_read)
                 yield _counted(batch, gathered.counts, rejects)
 
-    schema = pyarrow.schema([*numbered.schema, *ID_FIELDS])
+    schema = pyarrow.schema([*numbered.schema, *stages.id_fields])
     return replace(gathered, examples=written(examples(), schema, scratch / "encoded.arrow"), signatures=None)
 
 

@@ -9,7 +9,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ from diptych.data_prep.packing.unpacked_families import why_not_packed
 from diptych.data_prep.pipeline.gather_rows import first_rows
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import code_version, tokenizer_digest
-from diptych.data_prep.pipeline.row_stages import LOSSY, OWN_COLUMNS, Check, Stages
+from diptych.data_prep.pipeline.row_stages import (
+    LOSSY,
+    OVER_THE_LIMIT,
+    OWN_COLUMNS,
+    PREFERENCE_COLUMNS,
+    Check,
+    Stages,
+)
 from diptych.data_prep.pipeline.rows_in_memory import RowsInMemory, open_rows
 from diptych.data_prep.reading.sources import (
     HUB_PREFIX,
@@ -40,7 +47,7 @@ from diptych.data_prep.rows.convert_rows import Converter, Directions
 from diptych.data_prep.rows.language_names import is_swapped
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name, kind_of, splits_of
 from diptych.data_prep.rows.recognise_format import converter_for, named, parse_mapping
-from diptych.data_prep.rows.records import Languages, Record, Reject, Row
+from diptych.data_prep.rows.records import Languages, Preferences, Record, Reject, Row
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, Template
@@ -83,11 +90,6 @@ class Inputs:
 def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> Inputs:
     max_row_bytes = int(settings.max_row_megabytes * 1_000_000)
     limits = Limits(max_row_bytes=max_row_bytes, max_unpacked_ratio=settings.max_unpacked_ratio)
-    for name in OWN_COLUMNS.intersection(settings.kept):
-        raise UserError(
-            f"keep_columns {name}: a prepared dataset has a column {name} of its own. Give yours another name: "
-            f"--keep_columns my_{name}={settings.kept[name]}"
-        )
     columns = tuple(parse_mapping(settings.map).values()) or tuple(settings.languages)
     held_out = {kind: getattr(settings, kind) for kind in HELD_OUT}
     sources = open_sources(settings.data, settings.aligned, limits, columns, held_out)
@@ -98,6 +100,12 @@ def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> 
         check_mixture(settings.mixture, list(dict.fromkeys(mixed)))
     evaluation = open_evaluation(settings.decontaminate, limits)
     converters, warnings = [make_converter(settings, source) for source in sources], []
+    own_columns = OWN_COLUMNS | (PREFERENCE_COLUMNS if _check_of_one_kind(sources, converters) else set())
+    for name in own_columns.intersection(settings.kept):
+        raise UserError(
+            f"keep_columns {name}: a prepared dataset has a column {name} of its own. Give yours another name: "
+            f"--keep_columns my_{name}={settings.kept[name]}"
+        )
     for source in sources:
         name = f"{Path(source.entry).name}/{Path(source.name).name}"
         if source.name.startswith(HUB_PREFIX):  # of its name, only a split says something
@@ -114,6 +122,29 @@ def open_inputs(settings: PrepareSettings, rows: RowsInMemory | None = None) -> 
                 f" train on {own} as well, name it in --data itself."
             )
     return inputs
+
+
+WHAT_ROWS_ARE = {None: "plain rows", "pairs": "pairs of answers", "marks": "marked answers"}
+
+
+def _check_of_one_kind(sources: Sequence[Source], converters: Sequence[Converter]) -> Preferences | None:
+    """What the data says of its answers. UserError where sources differ in that; a test set may be plain."""
+    kinds = [
+        (source, converter.format.preferences)
+        for source, converter in zip(sources, converters, strict=True)
+        if converter is not FORMAT_UNKNOWN
+    ]
+    named = {kind: source for source, kind in reversed(kinds) if kind or kind_of(source.split) != KINDS[-1]}
+    for split in {source.split for source, _ in kinds} if len(named) < 2 else ():  # and the sources of a split agree
+        of_split = {kind: source for source, kind in reversed(kinds) if source.split == split}
+        named = of_split if len(of_split) > 1 else named
+    if len(named) > 1:
+        shown = " and ".join(f"{source.name} has {WHAT_ROWS_ARE[kind]}" for kind, source in named.items())
+        raise UserError(
+            f"{shown}, and all that is trained on is of one kind. Prepare them one by one; or name the columns to read"
+            f" with --map or --format, which count for all of them."
+        )
+    return next(iter(named), None)
 
 
 def make_stages(
@@ -246,7 +277,7 @@ def _evaluation_records(settings: PrepareSettings, inputs: Inputs) -> Iterator[R
 
 def fatal_kinds(settings: PrepareSettings) -> tuple[str, ...]:
     """The kinds of rejects that end the run."""
-    too_long = ("source over the limit", "target over the limit") if settings.too_long == "error" else ()
+    too_long = OVER_THE_LIMIT if settings.too_long == "error" else ()
     return (*too_long, LOSSY) if settings.lossy_text == "error" else too_long
 
 

@@ -6,12 +6,16 @@
     origin                  "rows.jsonl:7"              source_number         which source it came from
     raw                     the row as it was read, for rejects.jsonl if it is left out later
     input_ids, labels       token ids, cut to the limits if so told           source_tokens, target_tokens  before that
-    source_key, target_key  64-bit hashes of the rendered texts, by which exact duplicates are found
+    source_key, target_key  64-bit hashes of the rendered texts, by which exact duplicates are found; the second one
+                            is of both answers of a pair, and of a mark
     source_language, target_language   codes, as the tokenizer has them; "" where there are none
     any of keep_columns     what the row has there, as text; "" where it has nothing
     input_key, output_key   64-bit hashes of what splits.py compares, so that no text is in two splits;
     row_key                 the same for the whole source
     signature               MinHash of source and target, where near duplicates are sought
+
+Pairs of answers have the chosen one in `target` and `labels`, and of the other `rejected`, `rejected_key` (for
+splits.py), `other_labels` and `rejected_tokens`; marked answers have `mark`, 1 or -1.
 
 `Stages` is plain data that can be sent to a worker. The same chunk gives the same batch on one core, in a pool, or in
 another engine.
@@ -38,7 +42,16 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.reading.sources import Chunk
 from diptych.data_prep.rows.convert_rows import MISSING, Converter, value_at
 from diptych.data_prep.rows.language_names import UnknownLanguage
-from diptych.data_prep.rows.records import Languages, Origin, Record, Reject, Row, Tokenised, shortened_raw
+from diptych.data_prep.rows.records import (
+    Languages,
+    Origin,
+    Preferences,
+    Record,
+    Reject,
+    Row,
+    Tokenised,
+    shortened_raw,
+)
 from diptych.data_prep.rows.valid_text import is_missing
 from diptych.data_prep.text_to_ids.encode import (
     Encoding,
@@ -70,9 +83,22 @@ ID_FIELDS = [
     *(pyarrow.field(name, pyarrow.int32()) for name in ("source_tokens", "target_tokens")),
 ]
 SIDES = ("source", "target")
+PAIR_TEXT_FIELDS = [pyarrow.field("rejected", pyarrow.string()), pyarrow.field("rejected_key", pyarrow.uint64())]
+PAIR_ID_FIELDS = [
+    pyarrow.field("other_labels", pyarrow.list_(pyarrow.int32())),
+    pyarrow.field("rejected_tokens", pyarrow.int32()),
+]
+MARK_FIELD = pyarrow.field("mark", pyarrow.int8())
+NAMES_OF_SIDES = {"source": "source", "target": "target", "rejected": "rejected answer"}
+NAMES_OF_JUDGED = {"pairs": "chosen answer", "marks": "marked answer"}
+"""Of the target, where it matters that it was judged. Both are for messages."""
+OVER_THE_LIMIT = tuple(f"{it} over the limit" for it in (*NAMES_OF_SIDES.values(), *NAMES_OF_JUDGED.values()))
+"""Kinds of rejects."""
 LOSSY = "text that the tokenizer cannot write"
 OWN_COLUMNS = frozenset(it.name for it in (*TEXT_FIELDS, *ID_FIELDS, SIGNATURE_FIELD)) | {"place", "decoder_start"}
 """Names that keep_columns cannot give."""
+PREFERENCE_COLUMNS = frozenset(it.name for it in (*PAIR_TEXT_FIELDS, *PAIR_ID_FIELDS, MARK_FIELD))
+"""Nor these, in data of preferences."""
 FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin", *LANGUAGE_FIELDS)
 
 
@@ -93,6 +119,7 @@ class RenderedRow(NamedTuple):
     row: Row
     source: str
     target: str
+    rejected: str = ""
 
 
 @dataclass
@@ -170,14 +197,24 @@ class Stages:
         return self.settings.near_duplicates is not None
 
     @property
+    def preferences(self) -> Preferences | None:
+        """What the data says of its answers; None where all rows are plain. Test sets may be plain in any case."""
+        return next((it.format.preferences for it in self.converters if it.format.preferences), None)
+
+    @property
     def schema(self) -> pyarrow.Schema:
         """Of the examples that `run` gives."""
-        return pyarrow.schema([*self.text_fields, *(ID_FIELDS if self.tokenizer is not None else ())])
+        return pyarrow.schema([*self.text_fields, *(self.id_fields if self.tokenizer is not None else ())])
 
     @property
     def text_fields(self) -> list[pyarrow.Field]:
         kept = [pyarrow.field(name, pyarrow.string()) for name in self.settings.kept]
-        return [*TEXT_FIELDS, *kept, *([SIGNATURE_FIELD] if self.has_signatures else [])]
+        of_preferences = {"pairs": PAIR_TEXT_FIELDS, "marks": [MARK_FIELD]}.get(self.preferences, [])
+        return [*TEXT_FIELDS, *of_preferences, *kept, *([SIGNATURE_FIELD] if self.has_signatures else [])]
+
+    @property
+    def id_fields(self) -> list[pyarrow.Field]:
+        return [*ID_FIELDS, *(PAIR_ID_FIELDS if self.preferences == "pairs" else ())]
 
     def run(self, chunk: Chunk, source_number: int) -> Batch:
         batch = Batch(source_number, chunk.bytes_done)
@@ -238,16 +275,18 @@ class Stages:
                 if (languages, instruction) != (record.languages, record.instruction):
                     record = replace(record, languages=languages, instruction=instruction)
                 source, target = template.render(record)
+                rejected = template.render_target(record.rejected) if record.rejected else ""
             except UnknownLanguage as error:
                 batch.reject(record.origin, "unknown language", error.fault, row.raw)
             except UserError as error:
                 batch.reject(record.origin, "template failed", str(error), row.raw)
             else:
-                if source.strip() and target.strip():
-                    rows.append(RenderedRow(record, row, source, target))
+                texts = {"source": source, "target": target, **({"rejected": rejected} if record.rejected else {})}
+                empty = next((NAMES_OF_SIDES[side] for side, text in texts.items() if not text.strip()), None)
+                if empty is None:
+                    rows.append(RenderedRow(record, row, **texts))
                 else:
-                    side = "target" if source.strip() else "source"
-                    reason = f"template {template.name} makes an empty {side} of it."
+                    reason = f"template {template.name} makes an empty {empty} of it."
                     batch.reject(record.origin, "template empty", reason, row.raw)
         return rows
 
@@ -283,6 +322,11 @@ class Stages:
             **{name: [it.languages[side] for it in records] for side, name in enumerate(LANGUAGE_FIELDS)},
             **{name: [_kept(row.row, column) for row in rows] for name, column in self.settings.kept.items()},
         }
+        if self.preferences == "pairs":
+            columns["rejected"] = [marked(row.rejected) for row in rows]
+            columns["rejected_key"] = [text_key(getattr(record, "rejected", "")) for record in records]
+        elif self.preferences == "marks":
+            columns["mark"] = [getattr(record, "mark", 0) for record in records]
         if self.has_signatures:
             texts = ["" if isinstance(record, Tokenised) else compared_text(record) for record in records]
             columns["signature"] = [row.tobytes() for row in signatures(texts, self.settings.shingle_size)]
@@ -291,11 +335,12 @@ class Stages:
     # From texts to token ids
 
     def _encode(self, batch: Batch, given: Mapping[int, Tokenised]) -> pyarrow.RecordBatch:
-        """The examples of the batch that are kept, with ID_FIELDS; the others become rejects. `given` are the rows
+        """The examples of the batch that are kept, with `id_fields`; the others become rejects. `given` are the rows
         that came as token ids, by place."""
         tokenizer, examples, settings = self.tokenizer, batch.examples, self.settings
-        texts = {side: [from_marked(text) for text in examples[side].to_pylist()] for side in SIDES}
-        batch.counts.spelled.update(spelled_added_tokens(tokenizer, [*texts["source"], *texts["target"]]))
+        sides = (*SIDES, "rejected") if self.preferences == "pairs" else SIDES
+        texts = {side: [from_marked(text) for text in examples[side].to_pylist()] for side in sides}
+        batch.counts.spelled.update(spelled_added_tokens(tokenizer, [text for side in sides for text in texts[side]]))
         languages = [Languages(*it) for it in zip(*(examples[it].to_pylist() for it in LANGUAGE_FIELDS), strict=True)]
         sources = split_sources(tokenizer, texts["source"], languages)
         targets = split_targets(tokenizer, texts["target"], self.template.decoder_prefix, languages)
@@ -306,15 +351,25 @@ class Stages:
             texts_and_languages = zip(sources, texts["source"], languages, strict=True)
             fitting = [self._cut(*it, place in given) for place, it in enumerate(texts_and_languages)]
         places = [place for place in range(len(targets)) if place not in given]
-        unknown = source_losses(tokenizer, texts["source"], sources, places)
-        losses = target_losses(tokenizer, texts["target"], targets, places, settings.lossy_text != "keep")
+        losses = {
+            "source": source_losses(tokenizer, texts["source"], sources, places),
+            "target": target_losses(tokenizer, texts["target"], targets, places, settings.lossy_text != "keep"),
+        }
+        others: list[Encoding | None] = [None] * len(targets)
+        if self.preferences == "pairs":
+            pairs = [place for place, text in enumerate(texts["rejected"]) if text]
+            rejected = split_targets(tokenizer, texts["rejected"], self.template.decoder_prefix, languages)
+            others = [it if text else None for it, text in zip(rejected, texts["rejected"], strict=True)]
+            of_pairs = (tokenizer, texts["rejected"], rejected, pairs, settings.lossy_text != "keep")
+            losses["rejected"] = target_losses(*of_pairs)
+        is_marked = [bool(mark) for mark in examples["mark"].to_pylist()] if self.preferences == "marks" else []
         sizes = vocabulary_sizes(tokenizer) if given else ()
         kept, ids = [], []
         for place, (source, target) in enumerate(zip(sources, targets, strict=True)):
-            lost = {"source": unknown.get(place), "target": losses.get(place)}
-            row, fault = self._fitted(fitting[place], target)
+            lost = {NAMES_OF_SIDES[side]: its.get(place) for side, its in losses.items()}
+            row, fault = self._fitted(fitting[place], target, others[place], any(is_marked[place : place + 1]))
             if fault is None and place in given:  # these may be of another tokenizer
-                above = [(max(ids), size) for ids, size in zip(row, sizes, strict=True) if max(ids) >= size]
+                above = [(max(ids), size) for ids, size in zip(row[:2], sizes, strict=True) if max(ids) >= size]
                 for token, size in above[:1]:
                     what = f"it holds the token {token}, and the ids of the tokenizer end at {size - 1}."
                     fault = ("unknown token", what)
@@ -326,18 +381,21 @@ class Stages:
                 batch.reject(origin_of(examples, place), *fault, examples["raw"][place].as_py())
                 continue
             kept.append(place)
-            ids.append((*row, source.token_count, target.token_count))
+            ids.append([*row[:2], source.token_count, target.token_count])
+            if self.preferences == "pairs":
+                ids[-1] += [*row[2:], others[place].token_count] if others[place] else [[], 0]
             for name, loss in ((f"{kind} of the {side}", it) for side, it in lost.items() if it for kind in it.kinds):
                 batch.counts.lost[name] += 1
                 if batch.counts.lost[name] == 1:
                     example = {"kind": name, "origin": examples["origin"][place].as_py(), "example": loss.example}
                     batch.counts.lost_examples.append(example)
-        batch.counts.looked_at.update(source=len(set(places) & set(kept)), target=len(losses.keys() & kept))
+        losses["source"] = dict.fromkeys(places)  # all of them were looked at
+        batch.counts.looked_at.update({NAMES_OF_SIDES[side]: len(its.keys() & kept) for side, its in losses.items()})
         columns = dict(zip(examples.schema.names, examples.columns, strict=True))
-        columns |= {side: pyarrow.array(map(str, texts[side]), pyarrow.string()) for side in SIDES}  # without marks
+        columns |= {side: pyarrow.array(map(str, texts[side]), pyarrow.string()) for side in sides}  # without marks
         columns = {name: column.take(pyarrow.array(kept, pyarrow.int64())) for name, column in columns.items()}
-        columns |= {it.name: [row[place] for row in ids] for place, it in enumerate(ID_FIELDS)}
-        return pyarrow.RecordBatch.from_pydict(columns, pyarrow.schema([*examples.schema, *ID_FIELDS]))
+        columns |= {it.name: [row[place] for row in ids] for place, it in enumerate(self.id_fields)}
+        return pyarrow.RecordBatch.from_pydict(columns, pyarrow.schema([*examples.schema, *self.id_fields]))
 
     def _cut(self, source: Encoding, text: str, languages: Languages, is_given: bool) -> Encoding:
         """Cuts a source to the limit: its fields get shorter, not the template's text. Ids that were given lose their
@@ -349,20 +407,29 @@ class Stages:
             return source._replace(content=source.content[:limit])
         return split_sources(self.tokenizer, [shortened(self.tokenizer, text, limit, languages)], [languages])[0]
 
-    def _fitted(self, source: Encoding, target: Encoding) -> tuple[tuple[list[int], ...], KindAndReason | None]:
-        """`input_ids` and `labels`; or none, and what is wrong with the row."""
-        settings, found = self.settings, []
+    def _fitted(
+        self, source: Encoding, target: Encoding, other: Encoding | None = None, is_marked: bool = False
+    ) -> tuple[tuple[list[int], ...], KindAndReason | None]:
+        """`input_ids`, `labels`, and the labels of the `other` answer of a pair; or none, and what is wrong with the
+        row. An answer that was judged is never cut: its beginning alone was not."""
+        settings, found, is_judged = self.settings, [], is_marked or other is not None
         is_cut = settings.too_long == "cut"  # to "error", rejects are raised where they are counted
-        for side, encoding in (("source", source), ("target", target)):
-            limit = getattr(settings, f"max_{side}_tokens")
+        sides = {"source": source, "target": target, **({"rejected": other} if other else {})}
+        for side, encoding in sides.items():
+            name = NAMES_OF_JUDGED[self.preferences] if side == "target" and is_judged else NAMES_OF_SIDES[side]
+            limit_name = "max_source_tokens" if side == "source" else "max_target_tokens"
+            limit = getattr(settings, limit_name)
             if not encoding.content:
-                return (), ("no tokens", f"the tokenizer makes no token of the {side}.")
+                return (), ("no tokens", f"the tokenizer makes no token of the {name}.")
             # Sources have been cut: one that is too long still has a template that is too long by itself.
-            if encoding.token_count > limit and not (is_cut and side == "target"):
-                what = "template's own text" if is_cut else side
-                reason = f"the {what} has {encoding.token_count:,} tokens, and max_{side}_tokens is {limit:,}."
-                return (), (f"{side} over the limit", reason)
+            if encoding.token_count > limit and (side == "source" or is_judged or not is_cut):
+                what = "template's own text" if is_cut and side == "source" else name
+                reason = f"the {what} has {encoding.token_count:,} tokens, and {limit_name} is {limit:,}."
+                whole = " An answer that was judged is not cut." if is_cut and side != "source" else ""
+                return (), (f"{name} over the limit", reason + whole)
             found.append(encoding.ids(limit, settings.end_cut_targets))
+        if other and found[1] == found[2]:
+            return (), ("same tokens in both answers", "the tokenizer makes the same tokens of both answers.")
         return tuple(found), None
 
 
@@ -382,7 +449,8 @@ def _keys(row: RenderedRow) -> tuple[int, ...]:
         source, target = (xxhash.xxh3_64_intdigest(str(ids).encode()) for ids in (record.input_ids, record.labels))
         return source, target, source, target, source
     of_direction = f"\0{record.languages.target}" if record.languages.target else ""
-    exact = exact_key(row.source + of_direction), exact_key(row.target)
+    judged = f"\0{row.rejected}{record.mark or ''}" if row.rejected or record.mark else ""
+    exact = exact_key(row.source + of_direction), exact_key(row.target + judged)
     return *exact, *record_keys(record), text_key(row.source)
 
 

@@ -31,8 +31,9 @@ ALSO_HELD_OUT = "also held out"
 EXAMPLES_SHOWN = 5
 SHOWN_CHARACTERS = 1_000
 REMOVED = -1
+SCATTER = numpy.uint64(0x9E3779B97F4A7C15)
 
-SIDES_SHOWN = {"input": ("input", "instruction"), "output": ("target",)}
+SIDES_SHOWN = {"input": ("input", "instruction"), "output": ("target",), "rejected": ("rejected",)}
 """Which columns tell a person what splits.py compares, the first that has a text."""
 
 
@@ -49,7 +50,8 @@ class Selection:
     duplicates: dict[str, Any]
     """Counts and examples for the report."""
     conflicting: list[list[int]]
-    """Groups of rows with one source and different targets."""
+    """Groups of rows with one source and different targets; in data of preferences, of rows that contradict each
+    other: one answer is preferred to another and the other way round, or liked and not liked."""
     warnings: list[str]
     own_sets: dict[str, Any] | None
     """Counts and examples of the user's own validation and test sets; None where there are none."""
@@ -78,7 +80,7 @@ def select(gathered: Gathered, splits: Sequence[str], settings: PrepareSettings,
     own_sets = train.remove_held_out(names, split_of_row) if own else None
     duplicates = train.remove_duplicates(has_own_sets=bool(own))
     rows = numpy.flatnonzero(train.stays)
-    conflicting = [rows[group].tolist() for group in conflicts(*train.exact_keys[rows].T)]
+    conflicting = [rows[group].tolist() for group in conflicts(*_judged_keys(gathered, rows))]
     duplicates["conflicts"] = len(conflicting)
     duplicates["conflict_examples"] = []
     for example in (_conflict(gathered, group) for group in conflicting[:EXAMPLES_SHOWN]):
@@ -94,7 +96,9 @@ def select(gathered: Gathered, splits: Sequence[str], settings: PrepareSettings,
             return next(filter(None, texts), "")
 
         keys = (gathered.column("input_key")[rows], gathered.column("output_key")[rows])
-        split = split_rows(*keys, *fractions, settings.seed, settings.split_by or "both", shown)
+        rejected = _rejected_keys(gathered)
+        rejected = None if rejected is None else rejected[rows]
+        split = split_rows(*keys, *fractions, settings.seed, settings.split_by or "both", shown, rejected)
         groups, warnings = split.groups, split.warnings
         place_of_kind = numpy.array([names.index(kind) if kind in names else 0 for kind in KINDS])
         split_of_row[rows] = place_of_kind[split.of_row]
@@ -150,7 +154,7 @@ class _Train:
         """(rows,) for each train row a held-out row that is the same, or -1; what is said of each set; and how many
         validation rows are in test."""
         columns = (self.gathered.column(f"{name}_key") for name in ("row", "input", "output"))
-        keys = row_keys(*columns, self.settings.split_by)
+        keys = row_keys(*columns, self.settings.split_by, _rejected_keys(self.gathered))
         train, *held_out = (numpy.flatnonzero(split_of_row == place) for place in range(len(names)))
 
         def same(rows: numpy.ndarray, others: numpy.ndarray) -> numpy.ndarray:
@@ -212,9 +216,10 @@ class _Train:
             facts["examples"].append(example)
 
     def _compared_text(self, row: int) -> str:
-        instruction, text, target = (_side(self.gathered, name, row) for name in ("instruction", "input", "target"))
-        origin = origin_of(self.gathered.examples, row)
-        return compared_text(Record(instruction=instruction, input=text, output=target, origin=origin))
+        fields = {"instruction": "instruction", "input": "input", "output": "target"}
+        fields |= {"rejected": "rejected"} if "rejected" in self.gathered.examples.schema.names else {}
+        texts = {name: _side(self.gathered, side, row) for name, side in fields.items()}
+        return compared_text(Record(**texts, origin=origin_of(self.gathered.examples, row)))
 
 
 def mixed_train(
@@ -245,4 +250,22 @@ def _conflict(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
 def _side(gathered: Gathered, side: str, row: int) -> str:
     """A text as a person reads it: sources and targets that are not encoded yet still have the template's marks."""
     text = gathered.examples[side][row].as_py()
-    return str(from_marked(text)) if side in ("source", "target") else text
+    return str(from_marked(text)) if side in ("source", "target", "rejected") else text
+
+
+def _rejected_keys(gathered: Gathered) -> numpy.ndarray | None:
+    return gathered.column("rejected_key") if "rejected_key" in gathered.examples.schema.names else None
+
+
+def _judged_keys(gathered: Gathered, rows: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Two keys of each of `rows`; those that agree in the first and not in the second contradict each other. Plain
+    rows do so by source and target, pairs by source with both answers and the preferred one, marked answers by source
+    with answer and the mark."""
+    source, target, output = (gathered.column(f"{name}_key")[rows] for name in ("source", "target", "output"))
+    rejected, names = _rejected_keys(gathered), gathered.examples.schema.names
+    if rejected is not None:
+        _, both = row_keys(None, output, rejected[rows], None)
+        return source * SCATTER + both, output
+    if "mark" in names:
+        return source * SCATTER + output, gathered.column("mark")[rows]
+    return source, target

@@ -222,7 +222,7 @@ def usage_warnings(template: Template, counts: Counts) -> Iterator[str]:
         )
     examples = {it["kind"]: f"{it['origin']}: {it['example']}" for it in counts.lost_examples}
     for kind, rows in counts.lost.most_common():
-        looked_at = counts.looked_at[kind.rpartition(" ")[2]]
+        looked_at = counts.looked_at[kind.rpartition(" of the ")[2]]
         yield (
             f"the tokenizer loses {kind} in {percent(rows / looked_at)} of examples ({rows:,} of {looked_at:,} looked"
             f" at), such as {examples[kind]}."

@@ -20,7 +20,7 @@ from diptych.data_prep.pipeline.dataset_tables import PackingPlan, direction_cou
 from diptych.data_prep.pipeline.gather_rows import Gathered
 from diptych.data_prep.pipeline.prepare_inputs import Inputs
 from diptych.data_prep.pipeline.prepared_folder import code_version
-from diptych.data_prep.pipeline.row_stages import Stages
+from diptych.data_prep.pipeline.row_stages import OVER_THE_LIMIT, Stages
 from diptych.data_prep.pipeline.select_rows import ALSO_HELD_OUT, REMOVED, Selection
 from diptych.data_prep.report.printed_summary import (
     cut_off_warnings,
@@ -50,7 +50,7 @@ STAGES = CHECKS, CLEANING, TEMPLATE, LENGTHS = ("checks", "cleaning", "template"
 """Where a row can be rejected, in order."""
 STAGE_OF = {
     **dict.fromkeys(("template failed", "template empty", "no tokens"), TEMPLATE),
-    **dict.fromkeys(("source over the limit", "target over the limit"), LENGTHS),
+    **dict.fromkeys(OVER_THE_LIMIT, LENGTHS),
 }
 CONTAMINATED = "overlaps the evaluation data"
 CLEANED = (ALSO_HELD_OUT, "exact duplicate", "near duplicate", CONTAMINATED, "source ", "target ")
@@ -137,6 +137,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         "sensitive": dict(counts.sensitive.most_common()) if settings.sensitive else None,
         "tokens": token_counts(results.gathered, results.places, settings, rejects),
         "packing": packing,
+        **({"preferences": results.stages.preferences} if results.stages.preferences else {}),
         "not_packed": why_not_packed(settings.tokenizer) if settings.packing else "",
         "inputs": inputs,
         "template": asdict(results.stages.template),

@@ -48,7 +48,7 @@ def render_page(facts: Mapping[str, Any]) -> str:
         "token": token_markup,
         "written": _written,
     }
-    bins = {side: _bins(**facts["lengths"][side]) for side in ("source", "target")}
+    bins = {side: _bins(**facts["lengths"][side]) for side in facts["lengths"]}
     return environment.get_template(PAGE).render(facts=facts, bins=bins, tokens_shown=TOKENS_SHOWN, zip=zip)
 
 

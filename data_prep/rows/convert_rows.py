@@ -22,7 +22,7 @@ from itertools import product
 from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.rows.conversations import MEDIA, Turn, answers, turns_of, unused_in_turns
+from diptych.data_prep.rows.conversations import MEDIA, YES_OR_NO, Turn, answers, turns_of, unused_in_turns
 from diptych.data_prep.rows.format_table import NEGATIVE, POSITIVE, Format, fitting_formats
 from diptych.data_prep.rows.language_names import (
     SOURCE_COLUMNS,
@@ -330,6 +330,35 @@ def _conversation(turns: Sequence[Turn], name: str, row: Row, converter: Convert
     return results
 
 
+def _preference(row: Row, converter: Converter) -> list[Result]:
+    """Two answers to one prompt, of which the first was preferred."""
+    fields = row.fields
+    chosen, rejected = (converter.text(fields, name) for name in ("chosen", "rejected"))
+    [record] = _three_texts(row, converter, ("prompt", "input", "chosen"))
+    _check_pair(chosen, rejected)
+    return [replace(record, rejected=rejected)]
+
+
+def _check_pair(chosen: str, rejected: str) -> None:
+    if chosen == rejected:
+        reason = "chosen and rejected answer are the same text: nothing is preferred to anything."
+        raise Fault("rejected", "same text in both answers", reason)
+
+
+def _marked(row: Row, converter: Converter) -> list[Result]:
+    """An answer, and whether it is liked."""
+    label = converter.needed(row.fields, "label")
+    written = str(label).strip().lower() if isinstance(label, str | int | float) else ""
+    if written not in YES_OR_NO:
+        column = converter.column("label")
+        reason = (
+            f"'{column}' is {described(label)}; true or 1 is due for an answer that is liked, false or 0 for one not."
+        )
+        raise Fault(column, f"'{column}' is neither true nor false", reason)
+    [record] = _three_texts(row, converter, ("prompt", "input", "completion"))
+    return [replace(record, mark=1 if YES_OR_NO[written] else -1)]
+
+
 def _self_instruct(row: Row, converter: Converter) -> list[Result]:
     instruction = converter.text(row.fields, "instruction")
     return _instances(row, converter, "instances", instruction, converter.shared(row.fields))
@@ -471,6 +500,8 @@ CONVERT: Mapping[str, Callable[[Row, Converter], list[Result]]] = {
     "self_instruct": _self_instruct,
     "parallel": _parallel,
     "summarisation": _summarisation,
+    "preference": _preference,
+    "marked": _marked,
     "tokenised": _tokenised,
 }
 """Each raises a Fault if the row as a whole is of no use."""

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from diptych.data_prep.rows.conversations import ROLES, SHAREGPT_ROLES, key_of_turns
+from diptych.data_prep.rows.records import Preferences
 from diptych.data_prep.rows.valid_text import from_json_text
 
 POSITIVE, NEGATIVE = "Positive Examples", "Negative Examples"
@@ -34,6 +35,7 @@ class Format:
     """Of a conversation: the keys of a turn that hold role and text, and what the roles mean."""
     looks: Callable[[Mapping[str, Any], Mapping[str, str]], bool] | None = None
     """Whether the values are those of this format, if columns alone do not tell."""
+    preferences: Preferences | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -53,8 +55,8 @@ def fitting_formats(
     view: Mapping[str, Any], candidates: Mapping[str, Format] | None = None, mapping: Mapping[str, str] | None = None
 ) -> list[tuple[str, int]]:
     """Name of the format and number of the shape, of all that a row fits. A field that --map names is looked for under
-    no other name."""
-    return [
+    no other name. A row that says what its answers are worth fits no plain format."""
+    found = [
         (name, number)
         for name, format in (candidates or FORMATS).items()
         for number, shape in enumerate(format.shapes)
@@ -62,6 +64,7 @@ def fitting_formats(
         and all(shape.get(mapped, mapped) == mapped for mapped in mapping or ())
         and (format.looks is None or format.looks(view, shape))
     ]
+    return [it for it in found if FORMATS[it[0]].preferences] or found
 
 
 def _holds_turns(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
@@ -123,6 +126,20 @@ _ALL = (
     # {"document": "It rained all day.", "summary": "Rain."}
     Format(
         "summarisation", tuple({"document": names[0], "summary": names[1]} for names in product(DOCUMENTS, SUMMARIES))
+    ),
+    # {"prompt": "Who?", "chosen": "Ann.", "rejected": "Bob."}
+    Format(
+        "preference",
+        (_same("prompt", "chosen", "rejected"), {"prompt": "instruction", **_same("chosen", "rejected")}),
+        optional=("input",),
+        preferences="pairs",
+    ),
+    # {"prompt": "Who?", "completion": "Ann.", "label": true}
+    Format(
+        "marked",
+        (_same("prompt", "completion", "label"), {"prompt": "instruction", **_same("completion", "label")}),
+        optional=("input",),
+        preferences="marks",
     ),
     # {"input_ids": [12, 7, 1], "labels": [31, 40, 1]}
     Format("tokenised", (_same("input_ids", "labels"),)),

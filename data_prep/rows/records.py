@@ -11,7 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from diptych.data_prep.command_line.errors import UserError
 
@@ -27,6 +27,10 @@ EXAMPLES_KEPT = 3
 
 CUT_OFF = "file cut off"
 """The kind of a reject for a file that ends too early. What is missing behind it is in no other reject."""
+
+
+Preferences = Literal["pairs", "marks"]
+"""What data says of its answers: which of two is preferred, or whether one is liked."""
 
 
 class Languages(NamedTuple):
@@ -73,7 +77,8 @@ class Row:
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One valid example. `history` holds earlier (instruction, output) turns, oldest first; `system` is the system
-    prompt of a chat, `category` the data's name for this kind of task, `languages` the codes of both sides."""
+    prompt of a chat, `category` the data's name for this kind of task, `languages` the codes of both sides. In pairs,
+    `output` was preferred to `rejected`; `mark` is 1 for an output that is liked, and -1 for one that is not."""
 
     instruction: str
     input: str
@@ -82,6 +87,8 @@ class Record:
     system: str = ""
     category: str = ""
     languages: Languages = Languages()
+    rejected: str = ""
+    mark: int = 0
     origin: Origin
 
 

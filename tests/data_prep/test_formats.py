@@ -136,6 +136,11 @@ LITERALS = {
         {"document": "It rained all day.", "summary": "Rain."},
         [record("Summarize the following text.", "It rained all day.", "Rain.")],
     ),
+    "preference": (
+        {"prompt": "Add.", "input": "1 + 1", "chosen": "2", "rejected": "3"},
+        [record("Add.", "1 + 1", "2", rejected="3")],
+    ),
+    "marked": ({"prompt": "Add 1 + 1.", "completion": "3", "label": False}, [record("Add 1 + 1.", "", "3", mark=-1)]),
     "tokenised": (
         {"input_ids": [12, 7, 0], "labels": [-100, 40, 1]},
         [Tokenised(input_ids=(12, 7, 0), labels=(-100, 40, 1), origin=Origin("rows.jsonl", 1))],
