@@ -45,6 +45,9 @@ SHARED_COLUMN = "cross_segment_ids"
 MARKS_COLUMN = "marks"
 """(T,), one more in data of preferences."""
 
+MARKS_COLUMN = "marks"
+"""(T,), one column more where rows have preferences."""
+
 
 class Budget(NamedTuple):
     """How many tokens fit into one row."""

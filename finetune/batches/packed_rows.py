@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError, library_errors
-from diptych.data_prep.packing.packed_row import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
+from diptych.data_prep.packing.packed_row import MARKS_COLUMN, PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.batches.padded_rows import RowLengths
 from diptych.finetune.model.families import decoder_start_token, embedding_rows, table_positions
@@ -30,7 +30,10 @@ from diptych.finetune.model.untrusted_files import open_prepared
 
 SOURCE_COLUMNS = ("input_ids", "segment_ids", "position_ids")
 DECODER_COLUMNS = ("decoder_input_ids", "decoder_segment_ids", "decoder_position_ids")
+FURTHER_COLUMNS = (SHARED_COLUMN, MARKS_COLUMN)
 TARGET_COLUMNS = tuple(name for name in PACKED_COLUMNS if name not in SOURCE_COLUMNS)
+REFERENCE = "reference"
+"""(answers of the row,): their log-probabilities by the reference model, where rows have preferences."""
 ROWS_AT_ONCE = 1000
 
 Columns = Mapping[str, np.ndarray]
@@ -65,7 +68,7 @@ class Packing(NamedTuple):
 def load_packed(folder: Path) -> datasets.Dataset:
     """`packed/` of a prepared folder, with columns as numpy arrays."""
     table = open_prepared(folder / "packed")
-    names = [name for name in (*PACKED_COLUMNS, SHARED_COLUMN, "attention_mask") if name in table.column_names]
+    names = [name for name in (*PACKED_COLUMNS, *FURTHER_COLUMNS, "attention_mask") if name in table.column_names]
     if missing := [name for name in PACKED_COLUMNS if name not in names]:
         raise UserError(f"{folder / 'packed'} has no column {missing[0]}. Run `diptych prepare` again.")
     return table.select_columns(names).with_format("numpy")
@@ -105,14 +108,16 @@ class PackedRows:
         empty["labels"].fill_(IGNORE_INDEX)
         for name in ("input_ids", "decoder_input_ids"):
             empty[name].fill_(shape.pad_token_id)
-        empty |= {SHARED_COLUMN: empty["decoder_segment_ids"]} if shape.share_sources else {}
-        return {name: torch.cat((batch[name], column)) if batch else column for name, column in empty.items()}
+        empty |= {name: empty["decoder_segment_ids"] for name in FURTHER_COLUMNS if name in self.packed.column_names}
+        whole = {name: torch.cat((batch[name], column)) if batch else column for name, column in empty.items()}
+        return batch | whole
 
 
 def packed_batch(rows: Columns) -> dict[str, torch.Tensor]:
     """Columns of some rows, (R, S) or (R, T) -> the same as tensors, int64."""
-    names = [name for name in (*PACKED_COLUMNS, SHARED_COLUMN) if name in rows]
-    return {name: torch.as_tensor(np.asarray(rows[name]), dtype=torch.long) for name in names}
+    names = [name for name in (*PACKED_COLUMNS, *FURTHER_COLUMNS) if name in rows]
+    batch = {name: torch.as_tensor(np.asarray(rows[name]), dtype=torch.long) for name in names}
+    return batch | ({REFERENCE: torch.as_tensor(np.concatenate(rows[REFERENCE]))} if REFERENCE in rows else {})
 
 
 def pack_examples(
@@ -166,7 +171,8 @@ def _faults(
 ) -> Iterator[tuple[np.ndarray, str]]:
     """What can be wrong with rows: (R,) whether it is, and how to say it. Later checks rely on the earlier ones."""
     sizes = packing.max_source_tokens, packing.max_target_tokens
-    length_of = dict.fromkeys(SOURCE_COLUMNS, sizes[0]) | dict.fromkeys((*TARGET_COLUMNS, SHARED_COLUMN), sizes[1])
+    length_of = dict.fromkeys(SOURCE_COLUMNS, sizes[0])
+    length_of |= dict.fromkeys((*TARGET_COLUMNS, *FURTHER_COLUMNS), sizes[1])
     wrong = [[len(row) != size for row in columns[name]] for name, size in length_of.items() if name in columns]
     yield np.any(wrong, axis=0), f"it is not {sizes[0]} + {sizes[1]} tokens long"
     for names, size, vocabulary in zip((SOURCE_COLUMNS, DECODER_COLUMNS), sizes, vocabularies, strict=True):
@@ -192,6 +198,15 @@ def _faults(
     goes_back = (np.maximum.accumulate(read, axis=1) > read) & (target > 0)
     misread = goes_back.any(1) | (read.max(1) > source.max(1)) | ((read > 0) != (target > 0)).any(1)
     yield misread, "decoder segments do not read the encoder segments one after another"
+    if MARKS_COLUMN in columns:
+        marks, is_second = columns[MARKS_COLUMN], (target > 0) & (target % 2 == 0)
+        yield (target.max(1) % 2 > 0), "its answers do not come in pairs"
+        first = np.where(_begins(target) & ~is_second, marks, 0)  # the mark of a pair's first answer
+        yield (np.abs(marks) > 1).any(1) | ((marks != 0) & ~is_target).any(1), "marks are not 1, 0 and -1 of answers"
+        same = (target[:, 1:] == target[:, :-1]) | _begins(target)[:, 1:] & ~is_second[:, 1:] | (target[:, 1:] == 0)
+        yield ((read[:, 1:] != read[:, :-1]) & ~same).any(1), "the answers of a pair do not read one source"
+        changed = (marks[:, 1:] != marks[:, :-1]) & (target[:, 1:] == target[:, :-1])
+        yield changed.any(1) | ((first == 0) & _begins(target) & ~is_second).any(1), "an answer has no mark of its own"
 
 
 def _begins(segments: np.ndarray) -> np.ndarray:

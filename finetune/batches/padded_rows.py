@@ -33,6 +33,8 @@ from diptych.finetune.model.families import embedding_rows, table_positions
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.untrusted_files import open_prepared
 
+OTHER_LABELS = "other_labels"
+"""The second answer of a row with preferences."""
 BATCHES_SORTED_TOGETHER = 50
 """Rows are sorted by length within so many batches: enough for little padding, and another mix each epoch."""
 
@@ -47,13 +49,20 @@ def pad_batch(
     targets.
     """
     rows = rows or [{"input_ids": [decoder_start_token_id], "labels": [IGNORE_INDEX]}]
+    targets = pad_targets(rows, pad_token_id, decoder_start_token_id)
+    return pad_sources([row["input_ids"] for row in rows], pad_token_id) | targets
+
+
+def pad_targets(
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, decoder_start_token_id: int
+) -> dict[str, torch.Tensor]:
+    """The decoder's half of `pad_batch`, (B, T)."""
     labels = [torch.as_tensor(row["labels"], dtype=torch.long) for row in rows]
     labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
     decoder_input_ids = labels.roll(1, dims=1)
     decoder_input_ids[:, 0] = torch.tensor([row.get("decoder_start", decoder_start_token_id) for row in rows])
     decoder_input_ids[decoder_input_ids == IGNORE_INDEX] = pad_token_id
-    sources = pad_sources([row["input_ids"] for row in rows], pad_token_id)
-    return sources | {"decoder_input_ids": decoder_input_ids, "labels": labels}
+    return {"decoder_input_ids": decoder_input_ids, "labels": labels}
 
 
 def pad_sources(source_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -150,18 +159,24 @@ def drop_repeated_start(
     (BART keeps its bos, since its decoder starts with eos.) With `language_starts` (mBART-cc25), the column
     `decoder_start` has the start of each row.
     """
-    labels = split.select_columns("labels").with_format("arrow")[:]["labels"]
-    first_labels = pc.list_element(labels, 0).to_numpy()
-    repeats = repeated_start(first_labels, decoder_start_token_id, language_starts)
-    if not repeats.any():
+    repeats = {}
+    for name in label_columns(split):
+        labels = split.select_columns(name).with_format("arrow")[:][name]
+        first_labels = pc.list_element(labels, 0).to_numpy()
+        repeats[name] = repeated_start(first_labels, decoder_start_token_id, language_starts)
+    if not any(of_column.any() for of_column in repeats.values()):
         return split
 
     def without_start(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-        first, others = row["labels"][0], row["labels"][int(repeats[place]) :]
-        start = {"decoder_start": first if repeats[place] else decoder_start_token_id} if language_starts else {}
-        return {"labels": others} | start
+        start = row["labels"][0] if repeats["labels"][place] else decoder_start_token_id
+        others = {name: row[name][int(repeats[name][place]) :] for name in repeats}
+        return others | ({"decoder_start": start} if language_starts else {})
 
     return split.map(without_start, with_indices=True, keep_in_memory=True, load_from_cache_file=False)
+
+
+def label_columns(split: datasets.Dataset) -> list[str]:
+    return [name for name in ("labels", OTHER_LABELS) if name in split.column_names]
 
 
 class RowLengths(NamedTuple):
@@ -171,14 +186,23 @@ class RowLengths(NamedTuple):
     target_tokens: np.ndarray
 
 
-def row_lengths(split: datasets.Dataset) -> RowLengths:
+def row_lengths(split: datasets.Dataset, labels: str = "labels") -> RowLengths:
+    """Target tokens are those of `labels`."""
     source_tokens, target_tokens = [], []
     for table in split.with_format("arrow").iter(batch_size=10_000):
         source_tokens.append(pc.list_value_length(table["input_ids"]).to_numpy())
-        tokens = pc.list_value_length(table["labels"]).to_numpy()
-        is_target = pc.list_flatten(table["labels"]).to_numpy() != IGNORE_INDEX
+        tokens = pc.list_value_length(table[labels]).to_numpy()
+        is_target = pc.list_flatten(table[labels]).to_numpy() != IGNORE_INDEX
         target_tokens.append(np.add.reduceat(is_target, tokens.cumsum() - tokens, dtype=np.int64))
     return RowLengths(np.concatenate(source_tokens), np.concatenate(target_tokens))
+
+
+class Items(NamedTuple):
+    """What losses of preferences are divided by: examples (pairs, or marked answers), and the target tokens of chosen
+    or liked answers. Of each row of a split, (rows,), or of an optimizer step."""
+
+    examples: Any
+    chosen_tokens: Any
 
 
 class StepRows(NamedTuple):
@@ -190,6 +214,17 @@ class StepRows(NamedTuple):
     target_tokens: int
     padded_tokens: int
     """Size of these rows as tensors: longest row × rows, source and target, over all batches."""
+    preferences: Items | None = None
+
+    @property
+    def num_items_in_batch(self) -> int | Items:
+        """What the step's losses are divided by."""
+        return self.preferences or self.target_tokens
+
+    @property
+    def weight(self) -> int:
+        """Of the step's loss in a mean over steps."""
+        return self.preferences.examples if self.preferences else self.target_tokens
 
 
 @dataclass(frozen=True)
@@ -206,6 +241,8 @@ class BatchOrder:
     group_by_length: bool = False
     row_tokens: int | None = None
     """Source and target tokens of each row as a tensor, where all have one length (packed rows)."""
+    preferences: Items | None = None
+    """Of each row, where rows have preferences."""
 
     @property
     def rows_per_step(self) -> int:
@@ -246,19 +283,21 @@ class BatchOrder:
             for dealt in batch
             if len(dealt)
         )
-        return StepRows(batches, int(source_tokens[rows].sum()), int(target_tokens[rows].sum()), padded)
+        counts = self.preferences and Items(*(int(of_rows[rows].sum()) for of_rows in self.preferences))
+        return StepRows(batches, int(source_tokens[rows].sum()), int(target_tokens[rows].sum()), padded, counts)
 
 
 def check_targets(splits: Mapping[str, datasets.Dataset]) -> None:
     """UserError that names the first row whose labels are empty, or left out of the loss throughout."""
-    for name, split in splits.items():
+    columns = [(name, split, column) for name, split in splits.items() for column in label_columns(split)]
+    for name, split, column in columns:
         first = 0
-        for table in split.select_columns("labels").with_format("arrow").iter(batch_size=10_000):
-            rows, labels = (call(table["labels"]) for call in (pc.list_parent_indices, pc.list_flatten))
+        for table in split.select_columns(column).with_format("arrow").iter(batch_size=10_000):
+            rows, labels = (call(table[column]) for call in (pc.list_parent_indices, pc.list_flatten))
             targets = np.bincount(rows.to_numpy()[labels.to_numpy() != IGNORE_INDEX], minlength=len(table))
             if not targets.all():
                 raise UserError(
-                    f"split {name}, row {first + np.argmin(targets)}: its labels hold no target, so there is nothing"
+                    f"split {name}, row {first + np.argmin(targets)}: its {column} hold no target, so there is nothing"
                     f" to learn. Take the row out, and run `diptych prepare` again."
                 )
             first += len(table)
@@ -268,10 +307,10 @@ def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset
     """UserError for rows that this model cannot read: unknown token ids, or more tokens than it has positions; and for
     rows without a target."""
     check_targets(splits)
-    rows_of = dict(zip(("input_ids", "labels"), embedding_rows(model), strict=True))
-    tables = table_positions(model)
+    (source_rows, target_rows), tables = embedding_rows(model), table_positions(model)
     for name, split in splits.items():
-        for column, rows in rows_of.items():
+        labels = label_columns(split)
+        for column, rows in {"input_ids": source_rows, **dict.fromkeys(labels, target_rows)}.items():
             for table in split.with_format("arrow").iter(batch_size=10_000):
                 ids = pc.list_flatten(table[column]).to_numpy()
                 unknown = ids[(ids >= rows) | ((ids < 0) & ((ids != IGNORE_INDEX) | (column == "input_ids")))]
@@ -281,7 +320,9 @@ def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset
                     f"split {name} holds token id {unknown.max()}, but the model has {rows} embedding rows for"
                     f" {column}. Prepare the data with the model's own tokenizer."
                 )
-        for column, positions, tokens in zip(rows_of, tables, row_lengths(split), strict=True):
+        lengths = [("input_ids", tables[0], row_lengths(split).source_tokens)]
+        lengths += [(column, tables[1], row_lengths(split, column).target_tokens) for column in labels]
+        for column, positions, tokens in lengths:
             if positions is not None and tokens.max() > positions:
                 limit = "max_source_tokens" if column == "input_ids" else "max_target_tokens"
                 raise UserError(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -35,6 +36,8 @@ Routed = tuple[torch.Tensor, ...] | None
 """The logits of each router, by experts."""
 GLOBAL_TOKENS, GLOBAL_LAYERS = "global_attention_tokens", {"query_global", "key_global", "value_global"}
 """Of a LED's encoder: see global_attention.py."""
+SOURCE_ROWS = "source_rows"
+"""In a padded batch in which several targets read one source: the row of input_ids of each row of labels."""
 POSITION_TABLES = ("embed_positions", "position_embeddings", "wpe")
 """Their names in BART and the like, BERT and ProphetNet, and GPT-2."""
 
@@ -93,12 +96,15 @@ class Family:
             encoder_positions = decoder_positions = nullcontext({})
         with encoder_positions as arguments:
             source = encoder(input_ids=batch["input_ids"], attention_mask=masks[0], **more, **arguments)
+        states, source_mask = source.last_hidden_state, masks[2]
+        if SOURCE_ROWS in batch:
+            states, source_mask = states[batch[SOURCE_ROWS]], source_mask[batch[SOURCE_ROWS]]
         with decoder_positions as arguments:
             target = decoder(
                 input_ids=batch["decoder_input_ids"],
                 attention_mask=masks[1],
-                encoder_hidden_states=self.bridge(model, source.last_hidden_state),
-                encoder_attention_mask=masks[2],
+                encoder_hidden_states=self.bridge(model, states),
+                encoder_attention_mask=source_mask,
                 use_cache=False,
                 **more,
                 **arguments,
@@ -114,7 +120,7 @@ class OwnMasks(Family):
     """The model takes segment ids and makes its masks itself: they span both sides, look a little ahead, or slide."""
 
     def states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, float]:
-        return model.model(**batch, use_cache=False).last_hidden_state, 0.0
+        return model.model(**with_shared_sources(model, batch), use_cache=False).last_hidden_state, 0.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,8 @@ class Streams(Family):
 
     def states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, float]:
         """Of all streams, (B, T, streams, D)."""
-        states = model.prophetnet(**batch, use_cache=False).last_hidden_state_ngram  # (B, streams × T, D)
+        read = with_shared_sources(model, batch)
+        states = model.prophetnet(**read, use_cache=False).last_hidden_state_ngram  # (B, streams × T, D)
         return states.unflatten(1, (model.config.ngram, -1)).transpose(1, 2), 0.0
 
 
@@ -154,6 +161,27 @@ def family_of(model: PreTrainedModel | PeftModel) -> Family | None:
         is_plain = is_plain and not any(panel.windowed_layers for panel in panels)
         return FAMILIES["diptych" if is_plain else "diptych_merged"]
     return FAMILIES.get(config.model_type)
+
+
+def with_shared_sources(model: PreTrainedModel | PeftModel, batch: Batch) -> dict[str, Any]:
+    """A batch with SOURCE_ROWS -> with the encoder's states for each target in place of input_ids; any other batch as
+    it is."""
+    if SOURCE_ROWS not in batch:
+        return batch
+    rows, mask = batch[SOURCE_ROWS], batch["attention_mask"]
+    read = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=mask)
+    read = type(read)(**{name: tensor[rows] for name, tensor in read.items()})
+    rest = {name: tensor for name, tensor in batch.items() if name not in (SOURCE_ROWS, "input_ids")}
+    return rest | {"encoder_outputs": read, "attention_mask": mask[rows]}
+
+
+def with_own_sources(batch: Batch) -> Batch:
+    """The same for a model that is called as a whole: each target gets a copy of its source, which is read again. (An
+    FSMT that is given encoder_outputs in place of input_ids has no causal mask in transformers 5.24.)"""
+    if SOURCE_ROWS not in batch:
+        return batch
+    rows, rest = batch[SOURCE_ROWS], {name: tensor for name, tensor in batch.items() if name != SOURCE_ROWS}
+    return rest | {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

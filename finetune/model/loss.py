@@ -28,7 +28,7 @@ from torch.func import functional_call
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from diptych.data_prep.rows.records import IGNORE_INDEX
-from diptych.finetune.model.families import family_of, without_adapter
+from diptych.finetune.model.families import family_of, with_own_sources, without_adapter
 from diptych.finetune.model.neftune import noisy_embeddings
 
 LOGITS_AT_ONCE, TOKENS_AT_ONCE = 2**24, 256
@@ -74,9 +74,7 @@ class Seq2SeqObjective(nn.Module):
         with noise:
             states, labels, head, routed = self._states_labels_and_head(batch)
         criterion = self._criterion(batch) if self.training else cross_entropy(Extras())
-        weights = list(head.weights.values())
-        total = _SummedLoss.apply(states, labels, head, criterion, torch.is_grad_enabled(), *weights)
-        loss = total / (num_items_in_batch * self._streams)
+        loss = summed_loss(states, labels, head, criterion) / (num_items_in_batch * self._streams)
         # A mean over this batch, weighted by its share of the step's targets: over a step, these are one mean.
         return loss + routed * (batch["labels"] != IGNORE_INDEX).sum() / num_items_in_batch if self.training else loss
 
@@ -120,7 +118,7 @@ class Seq2SeqObjective(nn.Module):
         model = without_adapter(self.model)
         head = self.family and self.family.head(model)
         if head is None:  # its logits are there already, all of them
-            logits = self.model(**inputs, use_cache=False).logits[is_target]
+            logits = self.model(**with_own_sources(inputs), use_cache=False).logits[is_target]
             return logits, labels, Head({}, lambda chunk, weights: chunk, max(1, len(labels))), 0.0
 
         def logits_of(chunk: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -166,6 +164,11 @@ place, the logits become the gradient of the losses' sum."""
 
 def cross_entropy(extras: Extras) -> Criterion:
     return lambda logits, labels, rows: _loss_and_gradient_(logits, labels, extras)
+
+
+def summed_loss(states: torch.Tensor, labels: torch.Tensor, head: Head, criterion: Criterion) -> torch.Tensor:
+    """States (N, D) and labels (N,) -> the sum of the criterion's losses, with gradients for states and head."""
+    return _SummedLoss.apply(states, labels, head, criterion, torch.is_grad_enabled(), *head.weights.values())
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -1,0 +1,180 @@
+"""The loss of preferences for a batch in which several answers read one source.
+
+    objective = PreferenceObjective(model, PreferenceLoss.of("dpo", {}))
+    loss = objective(batch, Items(examples=8, chosen_tokens=310))       counted over the whole optimizer step
+    objective.answer_log_probabilities(batch)                           (A,), without gradient
+
+The encoder runs once for each source. A padded batch has `source_rows` (A,), the row of input_ids that each row of
+labels reads, and `marks` (A,); in packed rows, several decoder segments read one encoder segment, and `marks` (R, T)
+has the mark of each target token.
+
+The head is applied twice. The first time without a gradient, for the log-probability p of each target token. The loss
+is a small function of these, and autograd gives its derivative by each p. The gradient of the loss by the weights is
+the sum of the gradients of all p times these derivatives, and this sum is computed the second time, as that of
+cross-entropy is (loss.py). All logits are never in memory.
+
+A answers, N target tokens, P examples (pairs, or marked answers), R packed rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel
+
+from diptych.data_prep.packing.packed_row import MARKS_COLUMN
+from diptych.data_prep.rows.records import IGNORE_INDEX
+from diptych.finetune.batches.packed_rows import REFERENCE
+from diptych.finetune.batches.padded_rows import Items
+from diptych.finetune.model.loss import Criterion, Extras, Seq2SeqObjective, cross_entropy, summed_loss
+from diptych.finetune.preferences.losses import Answers, PreferenceLoss
+
+Batch = dict[str, torch.Tensor]
+
+
+class TokenFigures(NamedTuple):
+    """Of each target token, (N,): log-probability, entropy of the prediction in nats, and the answer that it is of."""
+
+    log_probabilities: torch.Tensor
+    entropies: torch.Tensor
+    answer_of: torch.Tensor
+
+
+class PreferenceObjective(Seq2SeqObjective):
+    """A model with a loss of preferences. `figures` adds up what a run logs: sums and counts by name."""
+
+    has_all_streams = False  # each answer is predicted once
+    answers_of_an_example = 2
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, loss: PreferenceLoss | None, tokens_at_once: int | None = None
+    ):
+        super().__init__(model, tokens_at_once=tokens_at_once)
+        self.loss = loss
+        self.divergence = 0.0
+        """Of kto: the mean of π − ρ over the unrelated answers of the whole step."""
+        self.figures: dict[str, torch.Tensor] = {}
+
+    def forward(self, batch: Batch, num_items_in_batch: Items) -> torch.Tensor:
+        """A scalar. A batch without targets gives a zero that still has a gradient."""
+        states, labels, head, routed = self._states_labels_and_head(_without(batch))
+        tokens = self._token_figures(batch, states.detach(), labels, head)
+        with torch.enable_grad():
+            leaf = tokens.log_probabilities.requires_grad_()
+            loss = self.loss_of_tokens(tokens, batch, num_items_in_batch) if len(labels) else leaf.sum()
+            (factors,) = torch.autograd.grad(loss, leaf)
+        weighed = summed_loss(states, labels, head, _by_factors(-factors))
+        # routers' part is a mean over this batch, weighted by its share of the step's answers
+        share = _count(tokens.answer_of) / self.answers_of_an_example / num_items_in_batch.examples
+        return loss.detach() + weighed - weighed.detach() + routed * share
+
+    def loss_of_tokens(self, tokens: TokenFigures, batch: Batch, items: Items) -> torch.Tensor:
+        """A function of `tokens.log_probabilities`: the share of this batch in the step's loss."""
+        answers = self._answers(tokens, batch)
+        losses = self.loss.of_examples(answers, self.divergence)
+        self._add_figures(answers, tokens)
+        total = losses.sum() / items.examples
+        if self.loss.supervised_weight:
+            chosen = answers.log_probabilities[answers.marks > 0].sum()
+            total = total - self.loss.supervised_weight * chosen / items.chosen_tokens
+        return total
+
+    @torch.no_grad()
+    def answer_log_probabilities(self, batch: Batch) -> torch.Tensor:
+        """(A,), summed over the tokens of each answer."""
+        states, labels, head, _ = self._states_labels_and_head(_without(batch))
+        tokens = self._token_figures(batch, states, labels, head)
+        return _summed(tokens.log_probabilities, tokens.answer_of, _count(tokens.answer_of))
+
+    def take_figures(self) -> dict[str, torch.Tensor]:
+        """Sums and counts, (2,) each in fp64, since they were last taken."""
+        found, self.figures = self.figures, {}
+        return found
+
+    def _answers(self, tokens: TokenFigures, batch: Batch) -> Answers:
+        answer_of, log_probabilities = tokens.answer_of, tokens.log_probabilities
+        count = _count(answer_of)
+        marks = batch[MARKS_COLUMN]
+        marks = marks[:, None].expand_as(batch["labels"]) if marks.ndim == 1 else marks
+        of_tokens = marks[batch["labels"] != IGNORE_INDEX]
+        of_answers = of_tokens.new_zeros(count).scatter(0, answer_of, of_tokens)
+        reference = batch.get(REFERENCE)
+        return Answers(
+            _summed(log_probabilities, answer_of, count),
+            torch.bincount(answer_of, minlength=count).to(log_probabilities.dtype),
+            of_answers.to(log_probabilities.dtype),
+            reference if reference is None else reference.to(log_probabilities.dtype),
+        )
+
+    def _token_figures(self, batch: Batch, states: torch.Tensor, labels: torch.Tensor, head) -> TokenFigures:
+        log_probabilities, entropies = [], []
+        with torch.no_grad():
+            for rows in head.chunks(len(labels)):
+                logits = head.logits_of(states[rows], head.weights)
+                logits = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+                log_probabilities.append(logits.gather(1, labels[rows, None])[:, 0])
+                entropies.append(-(logits.exp() * logits).nan_to_num(0.0).sum(-1))  # a logit may be -inf
+        none = states.new_zeros(0, dtype=torch.promote_types(states.dtype, torch.float32))
+        return TokenFigures(torch.cat([*log_probabilities, none]), torch.cat([*entropies, none]), answers_of(batch))
+
+    def _add_figures(self, answers: Answers, tokens: TokenFigures) -> None:
+        for name, values in preference_figures(self.loss, answers, self.divergence).items():
+            self._add(name, values)
+        self._add("entropy", tokens.entropies)
+
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        values = values.detach().double()
+        found = torch.stack((values.sum(), values.new_tensor(len(values))))
+        self.figures[name] = self.figures[name] + found if name in self.figures else found
+
+
+def preference_figures(
+    loss: PreferenceLoss, answers: Answers, divergence: float | torch.Tensor = 0.0
+) -> dict[str, torch.Tensor]:
+    """Values whose means are logged. Rewards are those of the method; accuracy is the share of pairs whose chosen
+    answer has the larger one, or of marked answers that are on the right side; nats are per token."""
+    rewards, marks, nats = loss.rewards(answers), answers.marks, -answers.means
+    found = {"reward_chosen": rewards[marks > 0], "reward_rejected": rewards[marks < 0]}
+    if loss.is_marked:
+        least = loss.settings["beta"] * max(float(divergence), 0.0)
+        found["accuracy"] = ((rewards[0::2] - least) * marks[0::2] > 0).double()
+    else:
+        found["margin"] = rewards[0::2] - rewards[1::2]
+        found["accuracy"] = (found["margin"] > 0).double()
+    return found | {"nats_chosen": nats[marks > 0], "nats_rejected": nats[marks < 0]}
+
+
+def answers_of(batch: Batch) -> torch.Tensor:
+    """Which answer of the batch each target token is of, (N,): rows of labels, or decoder segments, counted on."""
+    is_target = batch["labels"] != IGNORE_INDEX
+    rows = torch.arange(len(is_target), device=is_target.device)[:, None].expand_as(is_target)
+    if "decoder_segment_ids" not in batch:
+        return rows[is_target]
+    segments = batch["decoder_segment_ids"]
+    before = segments.amax(dim=1).cumsum(0) - segments.amax(dim=1)
+    return (before[:, None] + segments - 1)[is_target]
+
+
+def _by_factors(factors: torch.Tensor) -> Criterion:
+    """Cross-entropy, times a factor for each target token."""
+    plain = cross_entropy(Extras())
+
+    def criterion(logits: torch.Tensor, labels: torch.Tensor, rows: slice) -> torch.Tensor:
+        losses = plain(logits, labels, rows)
+        logits.mul_(factors[rows, None])
+        return losses * factors[rows]
+
+    return criterion
+
+
+def _without(batch: Batch) -> Batch:
+    return {name: tensor for name, tensor in batch.items() if name not in (MARKS_COLUMN, REFERENCE)}
+
+
+def _count(answer_of: torch.Tensor) -> int:
+    return int(answer_of.max()) + 1 if len(answer_of) else 0
+
+
+def _summed(values: torch.Tensor, answer_of: torch.Tensor, count: int) -> torch.Tensor:
+    return values.new_zeros(count).index_add(0, answer_of, values)
