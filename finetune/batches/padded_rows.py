@@ -110,6 +110,8 @@ class PreparedData(NamedTuple):
     fingerprint: str
     packing: Mapping[str, Any] | None
     """What the manifest says of the packed rows, if there are any."""
+    preferences: str | None = None
+    """pairs, or marks, where rows have preferences."""
 
 
 def open_splits(folder: str | Path) -> Mapping[str, datasets.Dataset]:
@@ -133,8 +135,11 @@ def load_prepared(folder: str) -> PreparedData:
         raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")
     content = manifest.read_bytes()
     with library_errors(f"{manifest} cannot be read", "Run `diptych prepare` again."):
-        packing = json.loads(content).get("packing")
-    return PreparedData(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), packing)
+        entries = dict(json.loads(content))
+    fingerprint = hashlib.sha256(content).hexdigest()
+    return PreparedData(
+        place, splits, place / "tokenizer", fingerprint, entries.get("packing"), entries.get("preferences")
+    )
 
 
 def check_same_tokenizer(

@@ -58,15 +58,20 @@ class PairedRows(PaddedRows):
             for *pair, start in zip(columns["labels"], columns[OTHER_LABELS], starts, strict=True)
             for labels in pair
         ]
-        marks = torch.tensor([[mark, 0] for mark in columns[MARK]] if MARK in columns else [[1, -1]] * len(rows))
         batch = pad_sources(columns["input_ids"], self.pad_token_id)
         batch |= pad_targets(targets, self.pad_token_id, self.decoder_start_token_id)
-        batch |= {MARKS_COLUMN: marks.flatten(), SOURCE_ROWS: torch.arange(len(rows)).repeat_interleave(ANSWERS)}
+        batch |= {MARKS_COLUMN: self.marks(rows), SOURCE_ROWS: torch.arange(len(rows)).repeat_interleave(ANSWERS)}
         return batch | (
             {REFERENCE: torch.tensor(columns[REFERENCE], dtype=torch.float64).flatten()}
             if REFERENCE in columns
             else {}
         )
+
+    def marks(self, rows: Sequence[int]) -> torch.Tensor:
+        """Of both answers of each row, (2 · rows,)."""
+        if MARK in self.split.column_names:
+            return torch.tensor([[mark, 0] for mark in self.split[rows][MARK]]).flatten()
+        return torch.tensor([1, -1]).repeat(len(rows))
 
 
 def paired_rows(loaded: LoadedModel, split: datasets.Dataset) -> PairedRows:

@@ -50,6 +50,9 @@ class Seq2SeqObjective(nn.Module):
 
     has_all_streams = True
     """Whether a ProphetNet is trained on all its streams, or only on the first, with which it generates."""
+    figure_names: tuple[str, ...] = ()
+    """What a run logs beside the loss: see preferences/objective.py."""
+    needs_divergence = False
 
     def __init__(
         self,

@@ -16,7 +16,6 @@
 source: the chosen and the rejected one; with kto, the marked one and an answer to another source.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,20 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 
-from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError
-
-SHARED = {"supervised_weight": 0.0, "label_smoothing": 0.0}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "dpo": {"beta": 0.1, "loss": "sigmoid"} | SHARED,
-    "simpo": {"beta": 2.0, "gamma": 1.0} | SHARED,
-    "cpo": {"beta": 0.1} | SHARED | {"supervised_weight": 1.0},
-    "orpo": {"beta": 0.1, "supervised_weight": 1.0},
-    "kto": {"beta": 0.1, "liked_weight": 1.0, "not_liked_weight": 1.0, "supervised_weight": 0.0},
-}
-"""`supervised_weight`: of the cross-entropy of chosen or liked answers, a mean per token, in the loss.
-`label_smoothing`: the share of pairs that may be the wrong way round (conservative DPO)."""
-DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust")
+from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, checked_settings
 
 
 class Answers(NamedTuple):
@@ -68,11 +54,11 @@ class PreferenceLoss:
     @classmethod
     def of(cls, objective: str, given: Mapping[str, Any]) -> "PreferenceLoss":
         """UserError for a setting that this objective does not have, or a value that it cannot have."""
-        return cls(objective, checked_settings(objective, DEFAULTS[objective], given))
+        return cls(objective, checked_settings(objective, given))
 
     @property
     def needs_reference(self) -> bool:
-        return self.objective in ("dpo", "kto")
+        return self.objective in NEED_REFERENCE
 
     @property
     def is_marked(self) -> bool:
@@ -94,32 +80,6 @@ class PreferenceLoss:
         else:
             found = answers.log_probabilities if self.objective == "cpo" else answers.means
         return self.settings["beta"] * found
-
-
-def checked_settings(objective: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    for name, value in given.items():
-        where = f"objective_settings.{name}"
-        if name not in defaults:
-            raise UserError(f"{where}: {objective} has no such setting. {choose_from(name, list(defaults))}")
-        kind = type(defaults[name])
-        if name == "loss":
-            if value not in DPO_LOSSES:
-                raise UserError(f"{where} is {value!r}. {choose_from(str(value), list(DPO_LOSSES))}")
-        elif kind is bool or kind is str:
-            if not isinstance(value, kind):
-                raise UserError(f"{where} is {value!r}; {'true or false' if kind is bool else 'a text'} is due.")
-        elif isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-            raise UserError(f"{where} is {value!r}; a {'whole ' if kind is int else ''}number is due.")
-        elif not math.isfinite(value) or value < 0 or (value == 0 and name in ("beta", "temperature", "samples")):
-            raise UserError(f"{where} is {value!r}; it must be {'above 0' if value == 0 else '0 or more'}.")
-        elif name == "label_smoothing" and value >= 0.5:
-            raise UserError(f"{where} is {value:g}; it must be below 0.5, half of the pairs.")
-    settings = {**defaults, **given}
-    if settings.get("label_smoothing") and settings.get("loss") in ("hinge", "ipo"):
-        raise UserError(f"objective_settings.label_smoothing has no effect with loss {settings['loss']}. Drop it.")
-    if settings.get("loss") == "robust" and not settings["label_smoothing"]:
-        raise UserError("objective_settings.loss is robust, which needs label_smoothing, the share of wrong pairs.")
-    return settings
 
 
 def _smoothed(logits: torch.Tensor, share: float) -> torch.Tensor:

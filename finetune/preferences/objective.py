@@ -28,6 +28,7 @@ from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.batches.packed_rows import REFERENCE
 from diptych.finetune.batches.padded_rows import Items
 from diptych.finetune.model.loss import Criterion, Extras, Seq2SeqObjective, cross_entropy, summed_loss
+from diptych.finetune.preferences.figures import FIGURES, preference_figures
 from diptych.finetune.preferences.losses import Answers, PreferenceLoss
 
 Batch = dict[str, torch.Tensor]
@@ -42,19 +43,18 @@ class TokenFigures(NamedTuple):
 
 
 class PreferenceObjective(Seq2SeqObjective):
-    """A model with a loss of preferences. `figures` adds up what a run logs: sums and counts by name."""
+    """A model with a loss of preferences, which adds up the figures that a run logs."""
 
     has_all_streams = False  # each answer is predicted once
     answers_of_an_example = 2
 
-    def __init__(
-        self, model: PreTrainedModel | PeftModel, loss: PreferenceLoss | None, tokens_at_once: int | None = None
-    ):
+    def __init__(self, model: PreTrainedModel | PeftModel, loss: PreferenceLoss, tokens_at_once: int | None = None):
         super().__init__(model, tokens_at_once=tokens_at_once)
         self.loss = loss
         self.divergence = 0.0
         """Of kto: the mean of π − ρ over the unrelated answers of the whole step."""
-        self.figures: dict[str, torch.Tensor] = {}
+        self.figure_names = (*FIGURES, "entropy", *(() if loss.is_marked else ("margin",)))
+        self._figures: dict[str, torch.Tensor] = {}
 
     def forward(self, batch: Batch, num_items_in_batch: Items) -> torch.Tensor:
         """A scalar. A batch without targets gives a zero that still has a gradient."""
@@ -87,9 +87,23 @@ class PreferenceObjective(Seq2SeqObjective):
         tokens = self._token_figures(batch, states, labels, head)
         return _summed(tokens.log_probabilities, tokens.answer_of, _count(tokens.answer_of))
 
-    def take_figures(self) -> dict[str, torch.Tensor]:
-        """Sums and counts, (2,) each in fp64, since they were last taken."""
-        found, self.figures = self.figures, {}
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether `divergence` has to be set before each step."""
+        return self.loss.is_marked
+
+    @torch.no_grad()
+    def divergence_of(self, batch: Batch) -> torch.Tensor:
+        """Sum and count, (2,) in fp64, of π − ρ over the unrelated answers of a batch."""
+        states, labels, head, _ = self._states_labels_and_head(_without(batch))
+        answers = self._answers(self._token_figures(batch, states, labels, head), batch)
+        return _sum_and_count(answers.ratios[answers.marks == 0])
+
+    def take_figures(self) -> torch.Tensor:
+        """Sums and counts since they were last taken, (figures, 2) in fp64, by `figure_names`."""
+        none = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        found = torch.stack([self._figures.get(name, none) for name in self.figure_names])
+        self._figures = {}
         return found
 
     def _answers(self, tokens: TokenFigures, batch: Batch) -> Answers:
@@ -124,25 +138,8 @@ class PreferenceObjective(Seq2SeqObjective):
         self._add("entropy", tokens.entropies)
 
     def _add(self, name: str, values: torch.Tensor) -> None:
-        values = values.detach().double()
-        found = torch.stack((values.sum(), values.new_tensor(len(values))))
-        self.figures[name] = self.figures[name] + found if name in self.figures else found
-
-
-def preference_figures(
-    loss: PreferenceLoss, answers: Answers, divergence: float | torch.Tensor = 0.0
-) -> dict[str, torch.Tensor]:
-    """Values whose means are logged. Rewards are those of the method; accuracy is the share of pairs whose chosen
-    answer has the larger one, or of marked answers that are on the right side; nats are per token."""
-    rewards, marks, nats = loss.rewards(answers), answers.marks, -answers.means
-    found = {"reward_chosen": rewards[marks > 0], "reward_rejected": rewards[marks < 0]}
-    if loss.is_marked:
-        least = loss.settings["beta"] * max(float(divergence), 0.0)
-        found["accuracy"] = ((rewards[0::2] - least) * marks[0::2] > 0).double()
-    else:
-        found["margin"] = rewards[0::2] - rewards[1::2]
-        found["accuracy"] = (found["margin"] > 0).double()
-    return found | {"nats_chosen": nats[marks > 0], "nats_rejected": nats[marks < 0]}
+        found = _sum_and_count(values)
+        self._figures[name] = self._figures[name] + found if name in self._figures else found
 
 
 def answers_of(batch: Batch) -> torch.Tensor:
@@ -166,6 +163,11 @@ def _by_factors(factors: torch.Tensor) -> Criterion:
         return losses * factors[rows]
 
     return criterion
+
+
+def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
+    values = values.detach().double()
+    return torch.stack((values.sum(), values.new_tensor(len(values))))
 
 
 def _without(batch: Batch) -> Batch:

@@ -165,11 +165,15 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replaces the file in one move. Into a pipe or a device, such as /dev/stdout, the text is written."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Replaces the file in one move. Into a pipe or a device, such as /dev/stdout, the content is written."""
     is_replaced = file.is_file() or not file.exists()
     beside = file.with_name(f"{file.name}.partial") if is_replaced else file
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content)
     except OSError as error:  # the system does not say which file
         if is_replaced:
             beside.unlink(missing_ok=True)

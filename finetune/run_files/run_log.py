@@ -116,20 +116,25 @@ class Pace:
         return self.left * self.seconds / self.steps
 
 
-def train_line(entry: dict[str, Any], total_steps: int, seconds_left: float) -> str:
+def train_line(entry: dict[str, Any], total_steps: int, seconds_left: float, unit: str) -> str:
+    """`unit` of the loss. Of preferences, accuracy and margin follow it."""
     pace, left = tqdm.format_sizeof(entry["tokens_per_second"]), tqdm.format_interval(seconds_left)
+    shown = {"accuracy": "accuracy {:.0%} | ", "margin": "margin {:.2f} | "}
+    of_preferences = "".join(text.format(entry[name]) for name, text in shown.items() if name in entry)
     return (
-        f"step {entry['step']}/{total_steps} | loss {entry['loss']:.3f} nats/token | {pace} tokens/s | "
+        f"step {entry['step']}/{total_steps} | loss {entry['loss']:.3f}{unit} | {of_preferences}{pace} tokens/s | "
         f"fill {entry['fill']:.0%} | MFU {entry['mfu']:.0%} | {entry['memory_bytes'] / 1e9:.1f} GB | "
         f"lr {entry['learning_rate']:.1e} | {left} left"
     ).replace("e-0", "e-")
 
 
-def validation_line(entry: dict[str, Any], total_steps: int, is_best: bool) -> str:
+def validation_line(entry: dict[str, Any], total_steps: int, is_best: bool, unit: str) -> str:
     figures = {name: value for name, value in entry.items() if name not in ("step", "split", "loss")}
-    parts = [f"step {entry['step']}/{total_steps}", f"{entry['split']} loss {entry['loss']:.3f} nats/token"]
+    parts = [f"step {entry['step']}/{total_steps}", f"{entry['split']} loss {entry['loss']:.3f}{unit}"]
+    digits = 1 if unit else 2  # rewards are small
     parts += [
-        f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+        f"{name} {value:.{digits}f}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in figures.items()
     ]
     return " | ".join(parts + ["best so far"] * is_best)
 

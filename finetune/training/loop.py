@@ -22,12 +22,15 @@ import torch
 from accelerate.utils import gather_object
 
 from diptych.finetune.batches.padded_rows import StepRows, padded_rows
+from diptych.finetune.batches.preference_rows import paired_rows
 from diptych.finetune.commands.exit_codes import DONE, STOPPED, NotFiniteError
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import end_ranks
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
 from diptych.finetune.evaluating.metrics import is_improvement, selected_figure
 from diptych.finetune.model.device_speed import keep_memory
+from diptych.finetune.preferences.figures import drift, validation_figures
+from diptych.finetune.preferences.reference import answers_of_rows
 from diptych.finetune.run_files.checkpoints import checkpoint_step, complete_checkpoints, whole_tensor
 from diptych.finetune.run_files.loss_plot import plot_loss
 from diptych.finetune.run_files.run_folder import Status
@@ -111,6 +114,8 @@ def take_step(run: Run, pace: Pace) -> None:
     recipe, progress = run.recipe, run.progress
     started = time.perf_counter()
     step = run.step(progress.step)
+    if run.own_objective.needs_divergence:
+        set_divergence(run, step)
     loss, shares, is_asked_to_stop = add_up_gradients(run, step)
     with run.ranks.waiting_for(f"the gradient's length of step {progress.step + 1}"):  # each may hold a part of it
         run.scaler.unscale_(run.optimizer)
@@ -155,7 +160,7 @@ def add_up_gradients(run: Run, step: StepRows) -> tuple[float, list[torch.Tensor
         waits = run.ranks.waiting_for(f"the gradients of step {run.progress.step + 1}") if is_waited else nullcontext()
         with waits, nullcontext() if is_last else accelerator.no_sync(run.objective):
             with run.autocast():
-                share = run.objective(tensors, step.target_tokens)
+                share = run.objective(tensors, step.num_items_in_batch)
             # The shares of all ranks add up to the loss, but DDP and FSDP take the mean over the ranks.
             if share.requires_grad:  # not where layer drop left out all layers that have adapters
                 accelerator.backward(run.scaler.scale(share * accelerator.num_processes))
@@ -163,7 +168,21 @@ def add_up_gradients(run: Run, step: StepRows) -> tuple[float, list[torch.Tensor
     asked = shares[0].new_tensor(float(bool(run.stop.reason)))
     with run.ranks.waiting_for(f"the loss of step {run.progress.step + 1}"):
         loss, asked = accelerator.reduce(torch.stack((torch.stack(shares).sum(), asked)), reduction="sum").tolist()
+        if run.own_objective.figure_names:
+            found = accelerator.reduce(run.own_objective.take_figures(), reduction="sum").flatten().tolist()
+            before = run.progress.figures or [0.0] * len(found)
+            run.progress.figures = [sum(both) for both in zip(before, found, strict=True)]
     return loss, shares, asked > 0
+
+
+def set_divergence(run: Run, step: StepRows) -> None:
+    """Of kto: a mean over the unrelated answers of all micro-batches and ranks, which each loss of the step needs."""
+    own, rank = run.own_objective, run.accelerator.process_index
+    with run.autocast():
+        found = torch.stack([own.divergence_of(run.tensors(batch[rank])) for batch in step.batches]).sum(0)
+    with run.ranks.waiting_for(f"the divergence of step {run.progress.step + 1}"):
+        total, count = run.accelerator.reduce(found, reduction="sum").tolist()
+    own.divergence = total / count
 
 
 def check_finite(
@@ -212,10 +231,29 @@ def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> Non
         "mfu": work_per_second / run.peak / run.accelerator.num_processes,
         "memory_bytes": peak_memory(run.accelerator.device),
     } | ({"skipped_steps": progress.skipped} if run.recipe.skip_spikes else {})
+    means = mean_figures(run)
+    entry |= means
     progress.nats, progress.logged_target_tokens = 0.0, 0
     progress.logged_tokens, progress.logged_padded_tokens = 0, 0
     run.log.add_figures(entry)
-    run.log.say(train_line(entry, run.total_steps, pace.seconds_left()))
+    run.log.say(train_line(entry, run.total_steps, pace.seconds_left(), run.unit))
+    say_drift(run, means)
+
+
+def mean_figures(run: Run) -> dict[str, float]:
+    """The objective's figures since the last log line. There is no mean of nothing."""
+    sums, counts, run.progress.figures = run.progress.figures[0::2], run.progress.figures[1::2], []
+    named = zip(run.own_objective.figure_names, sums, counts, strict=True) if sums else ()
+    return {name: total / count for name, total, count in named if count}
+
+
+def say_drift(run: Run, figures: dict[str, float]) -> None:
+    """Compared with the first figures; after a word on one of them, with what it was then."""
+    usual = run.progress.usual_figures
+    for name, what in drift(usual, figures):
+        run.log.say(f"step {run.progress.step}/{run.total_steps} | warning: {what}")
+        usual[name] = figures[name]
+    run.progress.usual_figures = figures | usual
 
 
 def evaluate(run: Run) -> bool:
@@ -229,7 +267,8 @@ def evaluate(run: Run) -> bool:
     # padded rows have ever new shapes, and each would be compiled
     with torch.compiler.set_stance("force_eager"), run.optimizer.evaluated_weights():
         for split in run.validation_splits:
-            figures[split] = {"loss": validation_loss(run, split)}
+            is_supervised = run.recipe.objective == "supervised"
+            figures[split] = {"loss": validation_loss(run, split)} if is_supervised else of_preferences(run, split)
             if recipe.metrics:
                 figures[split] |= generation_figures(run, split, samples)
     value = selected_figure(recipe.best_metric, figures)
@@ -246,7 +285,7 @@ def evaluate(run: Run) -> bool:
     for split, of_split in figures.items():
         entry = {"step": progress.step, "split": split} | of_split
         run.log.add_figures(entry)
-        run.log.say(validation_line(entry, run.total_steps, is_better and len(figures) == 1))
+        run.log.say(validation_line(entry, run.total_steps, is_better and len(figures) == 1, run.unit))
     if len(figures) > 1:
         run.log.say(selection_line(progress.step, run.total_steps, recipe.best_metric, value, len(figures), is_better))
     if run.accelerator.is_main_process:
@@ -263,6 +302,15 @@ def validation_loss(run: Run, split: str) -> float:
         losses = row_losses(objective, rows, run.recipe.eval_batch_size, run.accelerator, partial(check_stop, run))
     nats, target_tokens = losses.sum(axis=0).tolist()
     return nats / target_tokens
+
+
+def of_preferences(run: Run, split: str) -> dict[str, float]:
+    """The loss of preferences over the whole split, rewards, margin and accuracy."""
+    rows, own = paired_rows(run.loaded, run.prepared.splits[split]), run.own_objective
+    what = f"the validation loss after step {run.progress.step}"
+    with run.autocast(), run.ranks.waiting_for(what, has_own_work=True):
+        answers = answers_of_rows(own, rows, run.recipe.eval_batch_size, run.accelerator, partial(check_stop, run))
+    return validation_figures(own.loss, answers)
 
 
 def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> dict[str, float]:
@@ -283,6 +331,11 @@ def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> d
         )
     for fault in evaluation.faults.values():
         run.log.say(f"step {run.progress.step}/{run.total_steps} | {split}: a figure is missing: {fault}")
+    if recipe.objective != "supervised":
+        lengths = [len(row.prediction) for row in evaluation.predictions]
+        evaluation.figures["output_characters"] = statistics.fmean(lengths)
+        unfinished = evaluation.figures["unfinished"] / len(lengths)
+        say_drift(run, {"output_characters": evaluation.figures["output_characters"], "unfinished": unfinished})
     samples += [{"step": run.progress.step, "split": split} | row.as_json() for row in evaluation.predictions]
     of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
     return {name: value for name, value in evaluation.figures.items() if name not in of_the_loss}

@@ -15,6 +15,7 @@ from diptych.data_prep.command_line.arguments import check_numbers, given_option
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMES, OUTPUT, PREPARED, START
 from diptych.finetune.commands.model_settings import split_names
+from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, OF_VALIDATION, checked_settings
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,14 @@ class TrainRecipe:
     group_by_length: bool = True
     """For padded rows: put rows of similar length into the same batch. This reduces padding; the order is a little
     less random. Packed rows all have the same length."""
+
+    objective: Literal["supervised", "dpo", "simpo", "cpo", "orpo", "kto"] = "supervised"
+    """What is learned: supervised: the targets. Of pairs of a chosen and a rejected answer: dpo, simpo, cpo, orpo; of
+    answers that are marked as liked or not: kto. See docs/preferences.md."""
+    objective_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the objective, such as {beta: 0.1, loss: ipo, label_smoothing: 0.1, supervised_weight: 0.2}."""
+    reference: str | None = field(default=None, metadata=CHECKPOINT)
+    """dpo and kto: the model whose log-probabilities answers are compared with. Default: the model as it starts."""
 
     learning_rate: float = 3e-4
     """Peak learning rate. From scratch 3e-4 to 1e-3; full fine-tuning 3e-5 to 1e-4; LoRA 1e-4 to 1e-3."""
@@ -223,7 +232,7 @@ class TrainRecipe:
     """Name of the run in wandb, mlflow, trackio, swanlab and clearml. Default: the name of the folder `out`."""
 
     def __post_init__(self):
-        for name in ("model", "data", "out", "tokenizer", "teacher"):
+        for name in ("model", "data", "out", "tokenizer", "teacher", "reference"):
             if (getattr(self, name) or "").startswith("~"):
                 object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
         for name, example in {
@@ -249,6 +258,14 @@ class TrainRecipe:
             raise UserError(
                 "label_smoothing is given beside a teacher, whose predictions smooth the targets already. Drop one."
             )
+        if self.objective != "supervised":
+            checked_settings(self.objective, self.objective_settings)
+            if given := self._changed("teacher", "label_smoothing", "z_loss", "neftune"):
+                raise UserError(
+                    f"{given[0]} is for objective supervised, and objective is {self.objective}. Drop one."
+                )
+            if self.reference and self.objective not in NEED_REFERENCE:
+                raise UserError(f"reference is given, but {self.objective} compares with none. Leave it out.")
         if self.trainable != "all" and self.method != "full":
             raise UserError(f"trainable is {self.trainable}, but method is {self.method}. Set method: full.")
         if self.metrics:
@@ -256,7 +273,8 @@ class TrainRecipe:
             from diptych.finetune.evaluating.metrics import find_metrics
 
             find_metrics(split_names(self.metrics), self.metric_settings)
-        if self.best_metric.rpartition("/")[2] != "loss" and not self.metrics:
+        own_figures = ["loss", *(OF_VALIDATION if self.objective != "supervised" else [])]
+        if self.best_metric.rpartition("/")[2] not in own_figures and not self.metrics:
             raise UserError(
                 f"best_metric is {self.best_metric}, but no metrics are computed. "
                 f"Name them in `metrics`, or choose by loss."
@@ -330,13 +348,14 @@ OF_LORA = "lora_variant lora_rank lora_alpha lora_dropout lora_targets lora_embe
 NEEDED: dict[str, tuple[str, Any]] = {
     "method": (OF_LORA, "full"),
     "teacher": ("distill_weight distill_temperature", None),
+    "objective": ("objective_settings reference", "supervised"),
 }
 """Settings that have no effect while another one has this value."""
 
 FIXED_IN_A_RUN = (
     "model model_overrides grow_vocabulary seed packed group_by_length precision method lora_variant lora_rank "
     "lora_alpha lora_targets lora_embeddings peft_config quantize trainable open_encoder_steps teacher distill_weight "
-    "distill_temperature best_metric global_attention optimizer optimizer_settings ema weights"
+    "distill_temperature objective objective_settings reference best_metric global_attention optimizer optimizer_settings ema weights"
 ).split()
 """A resumed run in which one of these is another value would be another run."""
 FREE_IN_A_RUN = "data out resume tokenizer trackers project run_name profile rank_timeout debug".split()

@@ -153,7 +153,8 @@ def _read_state(file: Path) -> SavedState:
         for name, value in (given | {f"bytes of {name}": size for name, size in written.items()}).items():
             default = known.get(name, 0)
             is_count = isinstance(default, int) or name == "best_step"
-            for number in value if default == [] else [value]:
+            several = list(value.values()) if isinstance(default, dict) else value
+            for number in several if isinstance(default, list | dict) else [value]:
                 if number is None and default is None:
                     continue
                 if isinstance(number, bool) or not (isinstance(number, int) if is_count else math.isfinite(number)):

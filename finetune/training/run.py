@@ -17,6 +17,7 @@ from diptych.finetune.batches.packed_rows import PackedRows
 from diptych.finetune.batches.padded_rows import BatchOrder, PaddedRows, PreparedData, StepRows
 from diptych.finetune.commands.ranks import Ranks
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.run_files.run_folder import Status
 from diptych.finetune.run_files.run_log import RunLog
 from diptych.finetune.training.optimizers import LearningRates, RunOptimizer
@@ -38,8 +39,9 @@ class Progress:
     """Source and target tokens trained on."""
     target_tokens: int = 0
     nats: float = 0.0
-    """Summed loss since the last log line. The next three count from there, too."""
+    """Summed loss since the last log line. The next three, and `figures`, count from there, too."""
     logged_target_tokens: int = 0
+    """With preferences: pairs, or marked answers."""
     logged_tokens: int = 0
     logged_padded_tokens: int = 0
     best: float | None = None
@@ -51,20 +53,24 @@ class Progress:
     norms: list[float] = field(default_factory=list)
     """Lengths of the last gradients, where spikes are skipped, and how many steps were."""
     skipped: int = 0
+    figures: list[float] = field(default_factory=list)
+    """Sum and count of each of the objective's figures, one after the other."""
+    usual_figures: dict[str, float] = field(default_factory=dict)
+    """Those of the first log lines, to which later ones are compared."""
 
     def is_spike(self, norm: float, times: float) -> bool:
         """Whether it is more than so many times the median of those before."""
         return bool(times) and len(self.norms) >= NORMS_NEEDED and norm > times * statistics.median(self.norms)
 
     def add(self, step: StepRows, loss: float, norm: float | None = None) -> None:
-        """Counts one optimizer step; `loss` is in nats per target token."""
+        """Counts one optimizer step; `loss` is in nats per target token, or a mean over pairs or marked answers."""
         self.norms = [*self.norms, norm][-NORMS_KEPT:] if norm is not None else []
         tokens = step.source_tokens + step.target_tokens
         self.step += 1
         self.tokens += tokens
         self.target_tokens += step.target_tokens
-        self.nats += loss * step.target_tokens
-        self.logged_target_tokens += step.target_tokens
+        self.nats += loss * step.weight
+        self.logged_target_tokens += step.weight
         self.logged_tokens += tokens
         self.logged_padded_tokens += step.padded_tokens
 
@@ -101,6 +107,16 @@ class Run:
     @property
     def model(self) -> PreTrainedModel | PeftModel:
         return self.loaded.model
+
+    @property
+    def own_objective(self) -> Seq2SeqObjective:
+        """Not wrapped."""
+        return self.accelerator.unwrap_model(self.objective)
+
+    @property
+    def unit(self) -> str:
+        """Of the loss."""
+        return " nats/token" if self.recipe.objective == "supervised" else ""
 
     @property
     def checkpoints(self) -> Path:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -36,6 +37,7 @@ from diptych.finetune.batches.padded_rows import (
     drop_repeated_start,
     load_prepared,
 )
+from diptych.finetune.batches.preference_rows import PairedRows, items_of, paired_rows
 from diptych.finetune.commands.exit_codes import say_once
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import Ranks, join_ranks, on_main_rank
@@ -43,8 +45,19 @@ from diptych.finetune.evaluating.metrics import selectable_figures
 from diptych.finetune.model.adapters import check_method
 from diptych.finetune.model.families import family_of, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.loading import load_config, load_tokenizer
+from diptych.finetune.model.loading import load_checkpoint, load_config, load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
+from diptych.finetune.preferences.losses import PreferenceLoss
+from diptych.finetune.preferences.objective import PreferenceObjective
+from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, OF_VALIDATION
+from diptych.finetune.preferences.reference import (
+    answer_log_probabilities,
+    hash_of,
+    say_if_far,
+    store_reference,
+    stored_reference,
+    with_reference,
+)
 from diptych.finetune.run_files import atomic_folders
 from diptych.finetune.run_files.run_folder import CONFIG, Status
 from diptych.finetune.run_files.run_log import RunLog
@@ -122,6 +135,16 @@ def make_run(
     facts = facts_of(prepared, order, loaded.model)
 
     objective = spread(objective, recipe.sharding, accelerator)
+    reference = {}
+    if recipe.objective in NEED_REFERENCE:
+        of_splits = {"train": rows} | {
+            name: paired_rows(loaded, split) for name, split in prepared.splits.items() if name != "train"
+        }
+        reference = find_reference(recipe, folder, saved, of_splits, loaded, objective, accelerator)
+        of_splits = {name: with_reference(of_split, reference[name]) for name, of_split in of_splits.items()}
+        rows, splits = of_splits["train"], {name: it.split for name, it in of_splits.items() if name != "train"}
+        prepared = prepared._replace(splits=prepared.splits | splits)
+        facts["log-probabilities by the reference"] = hash_of(reference)
     optimizer = make_optimizer(loaded.model, recipe)
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=recipe.precision == "fp16")
     set_seed(recipe.seed, device_specific=True)  # from here on each rank has dropout of its own
@@ -139,6 +162,8 @@ def make_run(
         (folder / "checkpoints").mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=folder / "checkpoints"):  # the first checkpoint may be hours away
             pass
+        if reference:
+            store_reference(folder, reference)
         if saved:
             take_back(recipe, folder, saved)
     status.begin()
@@ -171,6 +196,55 @@ def make_run(
     if saved:
         restore(run, saved, state)
     return run
+
+
+def find_reference(
+    recipe: TrainRecipe,
+    folder: Path,
+    saved: Path | None,
+    rows: dict[str, PairedRows | PackedRows],
+    loaded: LoadedModel,
+    objective: nn.Module,
+    accelerator: accelerate.Accelerator,
+) -> dict[str, np.ndarray]:
+    """Of the answers of each split, (answers,): as the run began with, or computed now."""
+    if saved and (stored := stored_reference(folder, rows)):
+        return stored
+    dtype, device = DTYPES[recipe.precision], accelerator.device
+    own = accelerator.unwrap_model(objective)
+
+    def of(answers_by: PreferenceObjective, who: str) -> dict[str, np.ndarray]:
+        with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, dtype, dtype != torch.float32):
+            return {
+                name: answer_log_probabilities(
+                    answers_by,
+                    it,
+                    recipe.batch_size if it.row_tokens else recipe.eval_batch_size,
+                    accelerator,
+                    f"{name} by the {who}",
+                )
+                for name, it in rows.items()
+            }
+
+    if recipe.reference is None and not saved:
+        return of(own, "reference")
+    name = recipe.reference or recipe.model
+    other = load_checkpoint(name, torch.float32, device)
+    check_same_tokenizer(recipe.data, loaded.tokenizer, name, other.tokenizer)
+    check_rows_fit(without_adapter(other.model), {name: it.split for name, it in rows.items() if not it.row_tokens})
+    if other.decoder_start_token_id != loaded.decoder_start_token_id:
+        raise UserError(
+            f"the decoder of the reference {name} starts with token {other.decoder_start_token_id}, and that of the"
+            f" model with {loaded.decoder_start_token_id}. Give a reference from which this model was tuned."
+        )
+    make_ready(
+        replace(recipe, compile=False), other.model, accelerator, is_packed=rows["train"].row_tokens is not None
+    )
+    reference = of(PreferenceObjective(other.model, own.loss), "reference")
+    if not saved:
+        tokens = {name: int(it.lengths.target_tokens.sum()) for name, it in rows.items()}
+        say_if_far(reference, of(own, "model"), tokens)
+    return reference
 
 
 def join(recipe: TrainRecipe) -> accelerate.Accelerator:
@@ -244,6 +318,7 @@ def check_best_metric(recipe: TrainRecipe, prepared: PreparedData) -> None:
     metrics = split_names(recipe.metrics)
     known = selectable_figures(metrics, recipe.metric_settings, rows["target"], rows["source"], faults)
     sets = [name_in(split) for split in splits if split != "validation"]
+    known += OF_VALIDATION if recipe.objective != "supervised" else []
     known += [f"{name}/{figure}" for name in sets for figure in known]
     if recipe.best_metric not in known:
         remedy = choose_from(recipe.best_metric, known)
@@ -269,6 +344,7 @@ def make_order(recipe: TrainRecipe, rows: PaddedRows | PackedRows, ranks: int) -
         recipe.seed,
         recipe.group_by_length and rows.row_tokens is None,
         rows.row_tokens,
+        items_of(rows) if recipe.objective != "supervised" else None,
     )
 
 
@@ -298,6 +374,8 @@ def make_ready(
 
 
 def make_objective(recipe: TrainRecipe, loaded: LoadedModel, device: torch.device) -> nn.Module:
+    if recipe.objective != "supervised":
+        return PreferenceObjective(loaded.model, PreferenceLoss.of(recipe.objective, recipe.objective_settings))
     if not recipe.teacher:
         return Seq2SeqObjective(loaded.model, recipe.label_smoothing, recipe.z_loss, neftune=recipe.neftune)
     teacher = load_teacher(recipe.teacher, loaded.tokenizer, device, DTYPES[recipe.precision])

@@ -52,7 +52,9 @@ def spread(objective: Seq2SeqObjective, sharding: str, accelerator: Accelerator)
     fully_shard(objective, mesh=mesh, reshard_after_forward=True)
     if objective.family is not None:  # T5's layers return their position bias as a view, which is never written to
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    register_fsdp_forward_method(objective, "token_losses")
+    for name in ("token_losses", "answer_log_probabilities", "divergence_of"):
+        if hasattr(objective, name):
+            register_fsdp_forward_method(objective, name)
     _generate_in_a_pass(objective)
 
     def register(*_: Any) -> None:  # on the whole weights that torch made instead, which exist from the first pass on

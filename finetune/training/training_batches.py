@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.packing.packed_row import MARKS_COLUMN
 from diptych.data_prep.packing.unpacked_families import reason_not_packed
 from diptych.finetune.batches.batch_tokens import largest_batch, longest_rows, rows_in_batch
 from diptych.finetune.batches.packed_rows import (
@@ -25,7 +26,8 @@ from diptych.finetune.batches.packed_rows import (
     check_packing_fits,
     load_packed,
 )
-from diptych.finetune.batches.padded_rows import PaddedRows, PreparedData, padded_rows
+from diptych.finetune.batches.padded_rows import Items, PaddedRows, PreparedData, padded_rows
+from diptych.finetune.batches.preference_rows import paired_rows
 from diptych.finetune.commands.exit_codes import say_once
 from diptych.finetune.model.device_speed import training_pace
 from diptych.finetune.model.families import family_of, without_adapter
@@ -43,7 +45,8 @@ def training_rows(
 ) -> tuple[PaddedRows | PackedRows, str | None]:
     """The rows to train on and, if they are padded, why."""
     model = without_adapter(loaded.model)
-    padded = padded_rows(loaded, prepared.splits["train"])
+    check_preferences(recipe, prepared)
+    padded = (paired_rows if prepared.preferences else padded_rows)(loaded, prepared.splits["train"])
     if not recipe.packed:
         return padded, "the recipe has packed: false"
     if not (loaded.family and loaded.family.attentions):
@@ -55,6 +58,26 @@ def training_rows(
     check_packing_fits(model, packing, recipe.data)
     check_packed_rows(packed, packing, model, recipe.data)
     return PackedRows(packed, packing), None
+
+
+def check_preferences(recipe: TrainRecipe, prepared: PreparedData) -> None:
+    """UserError where rows are of another kind than the objective."""
+    due = {"supervised": None, "kto": "marks"}.get(recipe.objective, "pairs")
+    if prepared.preferences == due:
+        return
+    said = {None: "one answer to each source", "pairs": "pairs of a chosen and a rejected answer"}
+    said["marks"] = "answers that are marked as liked or not"
+    remedy = {
+        None: "Name the objective: dpo, simpo, cpo or orpo for pairs, kto for marks. To train on chosen answers alone,"
+        " prepare with --map output=chosen.",
+        "pairs": "`diptych prepare` makes them of rows with `chosen` and `rejected`; see docs/preferences.md.",
+        "marks": "`diptych prepare` makes them of rows with `prompt`, `completion` and `label`; see"
+        " docs/preferences.md.",
+    }
+    raise UserError(
+        f"objective is {recipe.objective}, which trains on {said[due]}, and {recipe.data} has"
+        f" {said.get(prepared.preferences, prepared.preferences)}. {remedy[due]}"
+    )
 
 
 def check_batch_tokens(recipe: TrainRecipe, device: str) -> None:
@@ -84,6 +107,12 @@ def with_batch_size(
     return replace(recipe, batch_size=size, batch_tokens=None)
 
 
+def a_step_of(batch: dict[str, torch.Tensor]) -> int | Items:
+    """What losses are divided by, as if this batch were a step."""
+    tokens = batch["labels"].numel()
+    return Items(tokens, tokens) if MARKS_COLUMN in batch else tokens
+
+
 def step_in_memory(
     recipe: TrainRecipe, rows: PaddedRows | PackedRows, objective: Seq2SeqObjective, accelerator: Accelerator
 ) -> Callable[[int], None]:
@@ -100,7 +129,7 @@ def step_in_memory(
             with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, dtype, dtype != torch.float32):
                 for _ in range(2):  # the second micro-batch has the gradients of the first one beside it
                     batch = {name: tensor.to(device) for name, tensor in rows.tensors(numbers).items()}
-                    objective(batch, batch["labels"].numel()).backward()
+                    objective(batch, a_step_of(batch)).backward()
         finally:
             objective.zero_grad()
             del buckets
