@@ -45,24 +45,19 @@ def validation_figures(loss: PreferenceLoss, answers: Answers) -> dict[str, floa
 
 def drift(usual: Mapping[str, float], now: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """Name of a figure, and what is to be said of it, where it is far from its usual value."""
-    for name, value in now.items():
-        before = usual.get(name)
-        if before is None:
-            continue
+    for name in now.keys() & usual.keys():
+        before, value = usual[name], now[name]
         if name == "entropy" and value < COLLAPSED * before:
-            yield (
-                name,
-                f"the entropy fell from {before:.2f} to {value:.2f} nats: one answer becomes certain",
-            )
+            what = f"the entropy fell from {before:.2f} to {value:.2f} nats: one answer becomes certain"
         elif name == "nats_chosen" and value > before + MORE_NATS:
-            yield (
-                name,
-                (
-                    f"chosen answers became less likely, {before:.2f} -> {value:.2f} nats per token: a supervised_weight,"
-                    f" a larger beta or a lower learning_rate holds them"
-                ),
+            what = (
+                f"chosen answers became less likely, {before:.2f} -> {value:.2f} nats per token; a supervised_weight,"
+                f" a larger beta or a lower learning_rate holds them"
             )
         elif name == "output_characters" and value > DOUBLED * before > 0:
-            yield name, f"outputs grew from {before:.0f} to {value:.0f} characters"
+            what = f"outputs grew from {before:.0f} to {value:.0f} characters"
         elif name == "unfinished" and value > before + MORE_UNFINISHED:
-            yield name, f"outputs without an end grew from {before:.0%} to {value:.0%}"
+            what = f"outputs without an end grew from {before:.0%} to {value:.0%}"
+        else:
+            continue
+        yield name, what

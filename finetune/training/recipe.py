@@ -261,9 +261,7 @@ class TrainRecipe:
         if self.objective != "supervised":
             checked_settings(self.objective, self.objective_settings)
             if given := self._changed("teacher", "label_smoothing", "z_loss", "neftune"):
-                raise UserError(
-                    f"{given[0]} is for objective supervised, and objective is {self.objective}. Drop one."
-                )
+                raise UserError(f"{given[0]} is for supervised training, and objective is {self.objective}. Drop one.")
             if self.reference and self.objective not in NEED_REFERENCE:
                 raise UserError(f"reference is given, but {self.objective} compares with none. Leave it out.")
         if self.trainable != "all" and self.method != "full":
@@ -355,7 +353,8 @@ NEEDED: dict[str, tuple[str, Any]] = {
 FIXED_IN_A_RUN = (
     "model model_overrides grow_vocabulary seed packed group_by_length precision method lora_variant lora_rank "
     "lora_alpha lora_targets lora_embeddings peft_config quantize trainable open_encoder_steps teacher distill_weight "
-    "distill_temperature objective objective_settings reference best_metric global_attention optimizer optimizer_settings ema weights"
+    "distill_temperature objective objective_settings reference best_metric global_attention optimizer "
+    "optimizer_settings ema weights"
 ).split()
 """A resumed run in which one of these is another value would be another run."""
 FREE_IN_A_RUN = "data out resume tokenizer trackers project run_name profile rank_timeout debug".split()
