@@ -249,7 +249,7 @@ def _need_rows(rows: int, rejects: Rejects, settings: PrepareSettings, split: st
 
 def _train_texts(gathered: Gathered, selection: Selection) -> Iterator[str]:
     """Sources and targets of the train split alone, without the marks that the template sets around a row's texts."""
-    start, sides = 0, [it for it in ("source", "target", "rejected") if it in gathered.examples.schema.names]
+    start, sides = 0, ["source", "target", *(["rejected"] if gathered.preferences == "pairs" else [])]
     for batch in gathered.examples.select(sides).to_batches():
         is_train = selection.split_of_row[start : start + batch.num_rows] == 0
         start += batch.num_rows

@@ -65,7 +65,7 @@ def split_tables(
     columns = [name for name in FINAL_COLUMNS if len(empty) < len(LANGUAGE_FIELDS) or name not in empty]
     for name, rows in places.items():
         path = scratch / f"{name.replace('/', '.')}.arrow"
-        kind = preferences_of(examples, rows)  # a test set may be plain
+        kind = _preferences_of(gathered, rows)
         own = {"pairs": ["other_labels", "rejected"], "marks": ["mark"]}.get(kind, [])
         selected = examples.select([*columns, *own, *settings.kept])
         batches, schema = taken(selected, rows), selected.schema
@@ -79,11 +79,11 @@ def split_tables(
     return tables
 
 
-def preferences_of(examples: pyarrow.Table, rows: numpy.ndarray) -> Preferences | None:
-    """What the rows of a split say of their answers: all say the same."""
-    columns = {"pairs": "rejected", "marks": "mark"}
-    there = (kind for kind, column in columns.items() if column in examples.schema.names)
-    return next((kind for kind in there if examples[columns[kind]][int(rows[0])].as_py()), None)
+def _preferences_of(gathered: Gathered, rows: numpy.ndarray) -> Preferences | None:
+    """What the rows of a split say of their answers: all say the same, and a test set may say nothing."""
+    kind = gathered.preferences
+    column = {"pairs": "rejected", "marks": "mark"}.get(kind)
+    return kind if kind and gathered.examples[column][int(rows[0])].as_py() else None
 
 
 def _other_sources(source_keys: numpy.ndarray, split: str, seed: int) -> numpy.ndarray:
@@ -138,7 +138,7 @@ def token_counts(
     rows = numpy.concatenate(list(places.values()))
     sides = {"source": settings.max_source_tokens, "target": settings.max_target_tokens}
     names = {"source": ("source",), "target": ("target", *NAMES_OF_JUDGED.values()), "rejected": ("rejected answer",)}
-    if "rejected_tokens" in gathered.examples.schema.names:
+    if gathered.preferences == "pairs":
         sides["rejected"] = settings.max_target_tokens
     counts = {}
     for side, limit in sides.items():
@@ -153,6 +153,21 @@ def token_counts(
             "dropped": sum(rejects.kinds[f"{name} over the limit"] for name in names[side]),
         }
     return counts
+
+
+def judged_counts(gathered: Gathered, places: Mapping[str, numpy.ndarray]) -> dict[str, int] | None:
+    """Of all splits: how many pairs there are, and in how many of them each answer is the longer one; or how many
+    answers are liked, and how many are not. None for plain data."""
+    rows, kind = numpy.concatenate(list(places.values())), gathered.preferences
+    if kind == "marks":
+        marks = gathered.column("mark")[rows]
+        return {"liked": int((marks > 0).sum()), "not_liked": int((marks < 0).sum())}
+    if kind is None:
+        return None
+    chosen, rejected = (gathered.column(f"{side}_tokens")[rows] for side in ("target", "rejected"))
+    is_pair = rejected > 0
+    longer = {"chosen_longer": chosen > rejected, "rejected_longer": chosen < rejected}
+    return {"pairs": int(is_pair.sum()), **{name: int((is_pair & it).sum()) for name, it in longer.items()}}
 
 
 @dataclass(frozen=True)
@@ -211,6 +226,13 @@ def plan_packing(
         sources = (ids.tobytes() for chunk in table["input_ids"].chunks for ids in _id_arrays(chunk))
         groups = numpy.array([number_of.setdefault(source, len(number_of)) for source in sources])
     given = (settings.packed_source_tokens, settings.packed_target_tokens)
+    longest = int(lengths[1].argmax())
+    if preferences and given[1] and lengths[1][longest] > given[1]:
+        raise UserError(
+            f"{train['origin'][longest]}: its two answers have {lengths[1][longest]:,} tokens together, and a packed"
+            f" row has room for {given[1]:,}. Give packed_target_tokens >= {lengths[1][longest]}, or"
+            f" max_target_tokens <= {given[1] // 2} to leave out what is longer."
+        )
     budget = choose_budget(*lengths, *given, groups=groups, names=train["origin"])
     rows = list(_rows(lengths, budget, settings.seed, groups))
     encoded = numpy.concatenate(

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from diptych.data_prep.cleaning.duplicates import PERMUTATIONS
 from diptych.data_prep.command_line.errors import counted
-from diptych.data_prep.pipeline.row_stages import Batch, Counts, Stages
+from diptych.data_prep.pipeline.row_stages import MARK_FIELD, REJECTED_KEY_FIELD, Batch, Counts, Stages
 from diptych.data_prep.pipeline.workers import in_order
 from diptych.data_prep.reading.sources import Source
-from diptych.data_prep.rows.records import Rejects, Row
+from diptych.data_prep.rows.records import Preferences, Rejects, Row
 
 ROWS_TO_RECOGNISE = 100
 LINES_TO_RECOGNISE = 10_000
@@ -40,6 +40,12 @@ class Gathered:
     counts: Counts
     examples_read: list[int]
     """For each source, how many examples and rejects it gave. `counts.rows` counts the rows of all."""
+
+    @property
+    def preferences(self) -> Preferences | None:
+        """What the data says of its answers. Columns that a user keeps may have the same names, and are texts."""
+        columns = {"pairs": REJECTED_KEY_FIELD, "marks": MARK_FIELD}
+        return next((kind for kind, field in columns.items() if field in list(self.examples.schema)), None)
 
     def column(self, name: str) -> numpy.ndarray:
         """A column of numbers, (rows,)."""

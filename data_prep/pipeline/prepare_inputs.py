@@ -134,9 +134,12 @@ def _check_of_one_kind(sources: Sequence[Source], converters: Sequence[Converter
         for source, converter in zip(sources, converters, strict=True)
         if converter is not FORMAT_UNKNOWN
     ]
-    named = {kind: source for source, kind in reversed(kinds) if kind or kind_of(source.split) != KINDS[-1]}
+    named: dict[Preferences | None, Source] = {}
+    for source, kind in kinds:
+        if kind or kind_of(source.split) != KINDS[-1]:
+            named.setdefault(kind, source)
     for split in {source.split for source, _ in kinds} if len(named) < 2 else ():  # and the sources of a split agree
-        of_split = {kind: source for source, kind in reversed(kinds) if source.split == split}
+        of_split = {kind: source for source, kind in kinds if source.split == split}
         named = of_split if len(of_split) > 1 else named
     if len(named) > 1:
         shown = " and ".join(f"{source.name} has {WHAT_ROWS_ARE[kind]}" for kind, source in named.items())
@@ -167,6 +170,8 @@ def make_stages(
         if converter.is_swapped:
             side = f"its second side, which is in {converter.sides.source}, is the source"
             say(f"Note       {source.name}: {side}, as the settings say")
+        if converter.format.name == "edits" and settings.backward is not None:
+            say(f"Note       {source.name}: translations with corrections go forward alone; backward is not used")
     if settings.sensitive:
         secret_detectors()
     checks = tuple(_checks(settings, inputs))
@@ -232,6 +237,8 @@ def make_converter(settings: PrepareSettings, source: Source) -> Converter:
             settings.positive_examples,
             settings.negative_examples,
             source.languages,
+            settings.rated_pairs,
+            settings.rated_margin,
         )
     except UserError as error:
         if source.split == TRAIN or source.name == source.entry:

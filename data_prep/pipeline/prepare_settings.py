@@ -70,7 +70,8 @@ class PrepareSettings:
 
     format: str | None = None
     """Format of the rows: alpaca, dolly, prompt_completion, messages, sharegpt, natural_instructions, self_instruct,
-    parallel, summarisation, tokenised. Default: recognised from the first rows of each source, and printed."""
+    parallel, summarisation, tokenised; of answers that were judged: preference, marked, rated, edits. Default:
+    recognised from the first rows of each source, and printed."""
 
     map: list[str] = field(default_factory=list, metadata=NAMED)
     """Names of your columns, after the names that the format has: `--map output=answer instruction=q.text`. If all are
@@ -100,6 +101,13 @@ class PrepareSettings:
 
     negative_examples: int = 0
     """Number of wrong answers that are added to it."""
+
+    rated_pairs: Literal["best_worst", "all"] = "best_worst"
+    """Which of several rated answers to a prompt become pairs of a better and a worse one: the best and the worst, or
+    all. Ties never do."""
+
+    rated_margin: float = 0
+    """By how much the ratings of a pair differ at least."""
 
     mixture: Mixture | None = None
     """How several sources are mixed in the train split. Default: each row once."""

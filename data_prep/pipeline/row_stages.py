@@ -83,7 +83,8 @@ ID_FIELDS = [
     *(pyarrow.field(name, pyarrow.int32()) for name in ("source_tokens", "target_tokens")),
 ]
 SIDES = ("source", "target")
-PAIR_TEXT_FIELDS = [pyarrow.field("rejected", pyarrow.string()), pyarrow.field("rejected_key", pyarrow.uint64())]
+REJECTED_KEY_FIELD = pyarrow.field("rejected_key", pyarrow.uint64())
+PAIR_TEXT_FIELDS = [pyarrow.field("rejected", pyarrow.string()), REJECTED_KEY_FIELD]
 PAIR_ID_FIELDS = [
     pyarrow.field("other_labels", pyarrow.list_(pyarrow.int32())),
     pyarrow.field("rejected_tokens", pyarrow.int32()),

@@ -193,7 +193,8 @@ class _Train:
             repeats = numpy.full(len(self.stays), -1, dtype=numpy.int64)
             found = exact_duplicates(self.exact_keys[rows])
             repeats[rows[found >= 0]] = rows[found[found >= 0]]
-            self._remove_repeats(repeats, "exact", "the same source and target as", facts)
+            what = "target" if _rejected_keys(self.gathered) is None else "answers"
+            self._remove_repeats(repeats, "exact", f"the same source and {what} as", facts)
         if settings.near_duplicates is not None:
             held_out = ~self.is_train & (has_own_sets and settings.on_both_sides == "drop")
             # Rows that came as token ids have no text, by which all would be alike.
@@ -217,7 +218,7 @@ class _Train:
 
     def _compared_text(self, row: int) -> str:
         fields = {"instruction": "instruction", "input": "input", "output": "target"}
-        fields |= {"rejected": "rejected"} if "rejected" in self.gathered.examples.schema.names else {}
+        fields |= {"rejected": "rejected"} if self.gathered.preferences == "pairs" else {}
         texts = {name: _side(self.gathered, side, row) for name, side in fields.items()}
         return compared_text(Record(**texts, origin=origin_of(self.gathered.examples, row)))
 
@@ -241,9 +242,12 @@ def write_conflicts(path: Path, gathered: Gathered, selection: Selection) -> Non
 
 
 def _conflict(gathered: Gathered, group: Sequence[int]) -> dict[str, Any]:
-    """One source with its different targets, and where they stand."""
+    """One source with its different targets, and where they stand; or with the answers that are judged both ways."""
+    columns = ["target", *{"pairs": ["rejected"], "marks": ["mark"]}.get(gathered.preferences, [])]
     origins = gathered.examples["origin"]
-    rows = [{"origin": origins[row].as_py(), "target": _side(gathered, "target", row)} for row in group]
+    rows = [
+        {"origin": origins[row].as_py(), **{name: _side(gathered, name, row) for name in columns}} for row in group
+    ]
     return {"source": _side(gathered, "source", group[0]), "rows": rows}
 
 
@@ -254,7 +258,7 @@ def _side(gathered: Gathered, side: str, row: int) -> str:
 
 
 def _rejected_keys(gathered: Gathered) -> numpy.ndarray | None:
-    return gathered.column("rejected_key") if "rejected_key" in gathered.examples.schema.names else None
+    return gathered.column("rejected_key") if gathered.preferences == "pairs" else None
 
 
 def _judged_keys(gathered: Gathered, rows: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
@@ -262,10 +266,9 @@ def _judged_keys(gathered: Gathered, rows: numpy.ndarray) -> tuple[numpy.ndarray
     rows do so by source and target, pairs by source with both answers and the preferred one, marked answers by source
     with answer and the mark."""
     source, target, output = (gathered.column(f"{name}_key")[rows] for name in ("source", "target", "output"))
-    rejected, names = _rejected_keys(gathered), gathered.examples.schema.names
-    if rejected is not None:
-        _, both = row_keys(None, output, rejected[rows], None)
+    if gathered.preferences == "pairs":
+        _, both = row_keys(None, output, _rejected_keys(gathered)[rows], None)
         return source * SCATTER + both, output
-    if "mark" in names:
+    if gathered.preferences == "marks":
         return source * SCATTER + output, gathered.column("mark")[rows]
     return source, target

@@ -23,7 +23,7 @@ KNOWN_COLUMNS = frozenset(
     "instruction input output prompt completion context response source target text summary question answer answers"
     " system category id title document article dialogue query reply translation reference messages conversations"
     " instances history label language source_language target_language highlights src tgt chosen rejected score"
-    " input_ids labels attention_mask domain license attribution".split()
+    " input_ids labels attention_mask domain license attribution mt pe".split()
 )
 """Names that data sets give to columns. A header, and the rows of a JSON object, are recognised by them."""
 

@@ -22,9 +22,12 @@ from diptych.data_prep.pipeline.row_stages import Counts
 from diptych.data_prep.rows.records import CUT_OFF, Rejects
 from diptych.data_prep.text_to_ids.templates import Template
 
+LONG_TOO_OFTEN = 0.65
+"""If the chosen answer is the longer one in a larger share of pairs, length may be what a model learns of them."""
 NEXT_TO_ALONE = 1.05
 """Examples per packed row; with fewer, packing saves hardly any row."""
 
+JUDGED = ("chosen", "rejected")
 DIRECTIONS_SHOWN = 6
 NAMES_SHOWN = 4
 FIELDS_SHOWN = 40
@@ -71,12 +74,22 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     if manifest["own_sets"]:
         yield from _own_sets_lines(manifest["own_sets"], "train" in manifest["splits"])
     if conflicts := manifest["conflicts"]:
-        yield f"Conflicts  {conflicts:,} × one source with different targets, which stay: {CONFLICTS} lists them"
+        what = "one source with different targets, which"
+        if "judged" in manifest:
+            what = "one source with answers that are judged both ways; the rows"
+        yield f"Conflicts  {conflicts:,} × {what} stay: {CONFLICTS} lists them"
+    judged = manifest.get("judged", {})
+    if "pairs" in judged:
+        shares = [f"{side} answer longer in {percent(judged[f'{side}_longer'] / judged['pairs'])}" for side in JUDGED]
+        yield f"Pairs      {judged['pairs']:,} | {', '.join(shares)}"
+    elif judged:
+        yield f"Marks      {counted(judged['liked'], 'answer')} liked, {judged['not_liked']:,} not liked"
     for side, tokens in manifest["tokens"].items():
+        labels = {"source": "Source", "target": "Chosen" if "pairs" in judged else "Target", "rejected": "Not chosen"}
         over = "none" if not tokens["dropped"] else f"{tokens['dropped']:,} dropped,"
         cut = f"{tokens['cut']:,} cut at" if tokens["cut"] else f"{over} over"
         yield (
-            f"{side.capitalize()}     in all splits: median {tokens['p50']:,} tokens, 90 % up to {tokens['p90']:,},"
+            f"{labels[side]:<10} in all splits: median {tokens['p50']:,} tokens, 90 % up to {tokens['p90']:,},"
             f" 99 % up to {tokens['p99']:,}, longest {tokens['p100']:,} | {cut} {tokens['limit']:,}"
         )
     yield from packing_lines(manifest)
@@ -175,6 +188,18 @@ def packing_warnings(entry: dict[str, Any] | None, settings: PrepareSettings) ->
             f" {percent(entry['source_fill'])} and {percent(entry['target_fill'])}; the rest is padding, which costs"
             f" time and memory. Drop {' and '.join(given)}: rows of {source:,} + {target:,} tokens would be chosen."
         )
+
+
+def judged_warnings(judged: dict[str, int] | None) -> Iterator[str]:
+    """What a model may learn of judged answers beside what is meant."""
+    if judged and "pairs" in judged and judged["chosen_longer"] > LONG_TOO_OFTEN * judged["pairs"]:
+        yield (
+            f"in {percent(judged['chosen_longer'] / judged['pairs'])} of pairs the chosen answer is the longer one: a"
+            " model may learn to write long answers. Compare the lengths of its answers before and after training."
+        )
+    elif judged and not all(judged.get(name, 1) for name in ("liked", "not_liked")):
+        missing, there = ("not liked", "liked") if judged["liked"] else ("liked", "not liked")
+        yield f"all answers are {there}, and none is {missing}: there is nothing to tell them from."
 
 
 def cut_off_warnings(rejects: Rejects) -> Iterator[str]:

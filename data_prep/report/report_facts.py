@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import excerpt, message_line
 from diptych.data_prep.packing.unpacked_families import why_not_packed
-from diptych.data_prep.pipeline.dataset_tables import PackingPlan, direction_counts, token_counts
+from diptych.data_prep.pipeline.dataset_tables import PackingPlan, direction_counts, judged_counts, token_counts
 from diptych.data_prep.pipeline.gather_rows import Gathered
 from diptych.data_prep.pipeline.prepare_inputs import Inputs
 from diptych.data_prep.pipeline.prepared_folder import code_version
@@ -24,6 +24,7 @@ from diptych.data_prep.pipeline.row_stages import OVER_THE_LIMIT, Stages
 from diptych.data_prep.pipeline.select_rows import ALSO_HELD_OUT, REMOVED, Selection
 from diptych.data_prep.report.printed_summary import (
     cut_off_warnings,
+    judged_warnings,
     kept_columns_warnings,
     own_sets_warnings,
     packing_warnings,
@@ -111,7 +112,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
     counts, examples_read = results.gathered.counts, sum(results.gathered.examples_read)
     assert selection.kept + rejects.count == examples_read, (selection.kept, rejects.count, examples_read)
     inputs, packing = _input_facts(results), results.plan.entry if results.plan else None
-    tokenizer = results.stages.tokenizer
+    tokenizer, judged = results.stages.tokenizer, judged_counts(results.gathered, results.places)
     warnings = [
         *usage_warnings(results.stages.template, counts),
         *kept_columns_warnings(settings.kept, results.gathered.examples, counts.unused_fields),
@@ -119,6 +120,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         *selection.warnings,
         *own_sets_warnings(selection.own_sets, inputs),
         *packing_warnings(packing, settings),
+        *judged_warnings(judged),
         *cut_off_warnings(rejects),
         *filter(None, [results.too_few_tokens]),
     ]
@@ -137,7 +139,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         "sensitive": dict(counts.sensitive.most_common()) if settings.sensitive else None,
         "tokens": token_counts(results.gathered, results.places, settings, rejects),
         "packing": packing,
-        **({"preferences": results.stages.preferences} if results.stages.preferences else {}),
+        **({"preferences": results.stages.preferences, "judged": judged} if judged else {}),
         "not_packed": why_not_packed(settings.tokenizer) if settings.packing else "",
         "inputs": inputs,
         "template": asdict(results.stages.template),
@@ -170,7 +172,8 @@ def report_facts(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
         sensitive += [it for it in counts.sensitive_examples if it["kind"] == kind][:SENSITIVE_SHOWN]
     lengths, all_rows = {}, numpy.concatenate(list(results.places.values()))
     for side, tokens in manifest["tokens"].items():
-        bins = histogram(gathered.column(f"{side}_tokens")[all_rows], tokens["limit"])
+        of_side = gathered.column(f"{side}_tokens")[all_rows]
+        bins = histogram(of_side[of_side > 0], tokens["limit"])
         over = {"over_limit": tokens["cut"] + tokens["dropped"], "treatment": settings.too_long}
         lengths[side] = {**bins, **tokens, **over}
     padded_fills = {
@@ -235,6 +238,7 @@ def _samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, decoder_start: i
             "origin": row["origin"],
             "source": shortened(row["source"]),
             "target": shortened(row["target"]),
+            **{name: shortened(row[name]) for name in ("rejected", "mark") if name in row},
             "input_tokens": token_chips(source_side(tokenizer), row["input_ids"]),
             "label_tokens": token_chips(target_side(tokenizer), labels),
             "decoder_input_tokens": token_chips(target_side(tokenizer), [start, *labels[:-1]]),

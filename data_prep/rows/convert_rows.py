@@ -1,4 +1,4 @@
-"""From the fields of a row to records, in ten formats.
+"""From the fields of a row to records, in fourteen formats.
 
     {"instruction": "Add.", "input": "1 + 1", "output": "2"}                                        alpaca
     {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}  messages
@@ -22,8 +22,19 @@ from itertools import product
 from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.rows.conversations import MEDIA, YES_OR_NO, Turn, answers, turns_of, unused_in_turns
-from diptych.data_prep.rows.format_table import NEGATIVE, POSITIVE, Format, fitting_formats
+from diptych.data_prep.rows.conversations import MEDIA, Turn, answers, key_of_turns, turns_of, unused_in_turns
+from diptych.data_prep.rows.format_table import CONVERSATIONS, NEGATIVE, POSITIVE, Format, fitting_formats
+from diptych.data_prep.rows.judged_answers import (
+    FORMS,
+    apart,
+    check_pair,
+    check_prompt,
+    is_turns,
+    judged_turns,
+    mark_of,
+    pairs_of_rated,
+    rated_answers,
+)
 from diptych.data_prep.rows.language_names import (
     SOURCE_COLUMNS,
     TARGET_COLUMNS,
@@ -46,6 +57,7 @@ from diptych.data_prep.rows.valid_text import (
     listed,
     missing,
     not_a_string,
+    some_list,
     text,
     unread,
 )
@@ -96,10 +108,16 @@ class Converter:
     directions: Directions = Directions()
     conversational: bool = False
     """Whether its columns are lists of turns."""
+    prompt_field: str = ""
+    """Which of PROMPTS answers that were judged are answers to; "" if they are conversations that begin with it."""
     summary_instruction: str = SUMMARY_INSTRUCTION
     positive_examples: int = 0
     """How many of a Natural Instructions task's examples stand in the instruction."""
     negative_examples: int = 0
+    rated_pairs: str = "best_worst"
+    """Which of several rated answers make a pair: these two, or `all`."""
+    rated_margin: float = 0
+    """By how much their ratings differ at least."""
     was_given: bool = False
     """The format was named by --format, and not recognised."""
     has_language_columns: bool = False
@@ -151,7 +169,9 @@ class Converter:
                 names += unread(value, name, known)
         if self.conversational:
             for name in map(self.column, self.format.shapes[0]):
-                names += unused_in_turns(row.fields.get(name), name, *self.format.turns)
+                turns = row.fields.get(name)
+                form = FORMS[key_of_turns(turns)] if self.format.preferences else self.format.turns
+                names += unused_in_turns(turns, name, *form)
         return list(dict.fromkeys(names))
 
     @functools.cached_property
@@ -332,31 +352,84 @@ def _conversation(turns: Sequence[Turn], name: str, row: Row, converter: Convert
 
 def _preference(row: Row, converter: Converter) -> list[Result]:
     """Two answers to one prompt, of which the first was preferred."""
-    fields = row.fields
-    chosen, rejected = (converter.text(fields, name) for name in ("chosen", "rejected"))
-    [record] = _three_texts(row, converter, ("prompt", "input", "chosen"))
-    _check_pair(chosen, rejected)
+    record, (chosen, rejected) = _judged(row, converter, ("chosen", "rejected"))
+    check_pair(chosen, rejected, converter.column("rejected"))
     return [replace(record, rejected=rejected)]
-
-
-def _check_pair(chosen: str, rejected: str) -> None:
-    if chosen == rejected:
-        reason = "chosen and rejected answer are the same text: nothing is preferred to anything."
-        raise Fault("rejected", "same text in both answers", reason)
 
 
 def _marked(row: Row, converter: Converter) -> list[Result]:
     """An answer, and whether it is liked."""
-    label = converter.needed(row.fields, "label")
-    written = str(label).strip().lower() if isinstance(label, str | int | float) else ""
-    if written not in YES_OR_NO:
-        column = converter.column("label")
-        reason = (
-            f"'{column}' is {described(label)}; true or 1 is due for an answer that is liked, false or 0 for one not."
-        )
-        raise Fault(column, f"'{column}' is neither true nor false", reason)
-    [record] = _three_texts(row, converter, ("prompt", "input", "completion"))
-    return [replace(record, mark=1 if YES_OR_NO[written] else -1)]
+    mark = mark_of(converter.needed(row.fields, "label"), converter.column("label"))
+    record, _ = _judged(row, converter, ("completion",))
+    return [replace(record, mark=mark)]
+
+
+def _judged(row: Row, converter: Converter, names: Sequence[str]) -> tuple[Record, list[str]]:
+    """The record of the first answer, and the texts of all."""
+    fields, answers = row.fields, {}
+    for name in names:
+        value = converter.needed(fields, name)
+        if not is_turns(value):
+            converter.text(fields, name)  # which says best what is wrong with one
+        answers[converter.column(name)] = judged_turns(value, converter.column(name), converter.conversational)
+    shared, found = apart(answers)
+    name = converter.prompt_field
+    is_given = converter.value(fields, name) is not MISSING and has_value(converter.value(fields, name))
+    if shared and is_given and name != "input":
+        check_prompt(_prompt(fields, converter), shared, converter.column(name))
+    return _answered(row, converter, shared or _prompt(fields, converter), found[0]), [turn.text for turn in found]
+
+
+def _prompt(fields: Mapping[str, Any], converter: Converter) -> str | list[Turn]:
+    name = converter.prompt_field or "prompt"
+    value = converter.needed(fields, name)
+    if not is_turns(value) or (isinstance(value, str) and not converter.conversational):
+        return converter.text(fields, name)
+    turns = judged_turns(value, converter.column(name), converter.conversational)
+    is_answered = name in CONVERSATIONS and turns[-1].is_target  # by what the row had before
+    return turns[: len(turns) - is_answered]
+
+
+def _answered(row: Row, converter: Converter, prompt: str | list[Turn], answer: Turn) -> Record:
+    if not isinstance(prompt, str):
+        turns = [*(turn._replace(is_target=False) for turn in prompt), answer]
+        [record] = _conversation(turns, answer.where, row, converter)
+        return record
+    return Record(
+        instruction="" if converter.prompt_field == "input" else prompt,
+        input=converter.optional_text(row.fields, "input"),
+        output=answer.text,
+        origin=row.origin,
+        **converter.shared(row.fields),
+    )
+
+
+def _rated(row: Row, converter: Converter) -> list[Result]:
+    """A record for each pair of a better and a worse answer."""
+    fields, column = row.fields, converter.column("completions")
+    completions, ratings = converter.needed(fields, "completions"), converter.value(fields, "ratings")
+    if ratings is MISSING:
+        texts, ratings = rated_answers(completions, column)
+    else:
+        texts = [text(it, f"{column}[{place}]") for place, it in enumerate(some_list(completions, column))]
+        column = converter.column("ratings")
+        ratings = some_list(ratings, column)
+    pairs = pairs_of_rated(texts, ratings, column, converter.rated_pairs, converter.rated_margin)
+    record = _answered(row, converter, _prompt(fields, converter), Turn("assistant", texts[0], column, True))
+    return [
+        replace(record, output=chosen, rejected=rejected, origin=_part(row.origin, number, len(pairs)))
+        for number, (chosen, rejected) in enumerate(pairs, start=1)
+    ]
+
+
+def _edits(row: Row, converter: Converter) -> list[Result]:
+    """A source, its machine translation, and what a person made of it, which is preferred."""
+    source, machine, edited = (converter.text(row.fields, name) for name in ("src", "mt", "pe"))
+    check_pair(edited, machine, converter.column("mt"))
+    instruction, shared = converter.directions.forward or "", converter.shared(row.fields)
+    return [
+        Record(instruction=instruction, input=source, output=edited, rejected=machine, origin=row.origin, **shared)
+    ]
 
 
 def _self_instruct(row: Row, converter: Converter) -> list[Result]:
@@ -502,6 +575,8 @@ CONVERT: Mapping[str, Callable[[Row, Converter], list[Result]]] = {
     "summarisation": _summarisation,
     "preference": _preference,
     "marked": _marked,
+    "rated": _rated,
+    "edits": _edits,
     "tokenised": _tokenised,
 }
 """Each raises a Fault if the row as a whole is of no use."""

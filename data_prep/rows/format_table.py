@@ -1,4 +1,4 @@
-"""Ten formats in which data sets write their rows: the columns of each, and which of them a row fits.
+"""Fourteen formats in which data sets write their rows: the columns of each, and which of them a row fits.
 
 fitting_formats({"instruction": "Add.", "output": "2"})     → [("alpaca", 0)]: the format, and its spelling
 FORMATS["alpaca"].columns                                   → "instruction, output (input)"
@@ -11,14 +11,20 @@ from math import prod
 from typing import Any
 
 from diptych.data_prep.rows.conversations import ROLES, SHAREGPT_ROLES, key_of_turns
+from diptych.data_prep.rows.judged_answers import RATING_KEYS, TEXT_KEYS, is_mark, is_turns
 from diptych.data_prep.rows.records import Preferences
-from diptych.data_prep.rows.valid_text import from_json_text
+from diptych.data_prep.rows.valid_text import from_json_text, from_object_of_lists
 
 POSITIVE, NEGATIVE = "Positive Examples", "Negative Examples"
 """What a task file of Super-NaturalInstructions calls its worked examples."""
 
 DOCUMENTS = ("document", "article", "text", "dialogue")
 SUMMARIES = ("summary", "highlights")
+
+
+CONVERSATIONS = ("messages", "conversations")
+PROMPTS = ("prompt", "instruction", *CONVERSATIONS, "input")
+"""Columns of the prompt of answers that were judged; the first that a row has is it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Format:
     looks: Callable[[Mapping[str, Any], Mapping[str, str]], bool] | None = None
     """Whether the values are those of this format, if columns alone do not tell."""
     preferences: Preferences | None = None
+    said: str = ""
+    """What messages say of its columns, if its shapes are too many to list."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -45,6 +53,8 @@ class Format:
     @property
     def needs(self) -> str:
         """`document/article, summary/highlights` if each goes with each, otherwise `first, second or …`."""
+        if self.said:
+            return self.said
         spellings = {name: dict.fromkeys(shape.get(name) for shape in self.shapes) for name in self.shapes[0]}
         if len(self.shapes) == prod(map(len, spellings.values())):
             return ", ".join("/".join(names) for names in spellings.values())
@@ -78,12 +88,43 @@ def _holds_translations(view: Mapping[str, Any], shape: Mapping[str, str]) -> bo
     return "translation" not in shape or isinstance(from_json_text(view["translation"]), Mapping)
 
 
+def _has_its_prompt(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
+    """Whether the prompt is in the column that goes first; without one, the answers are conversations that hold it."""
+    first = next((name for name in PROMPTS if name in view), None)
+    if first is not None:
+        return first in shape.values()
+    return all(is_turns(view[column]) for column in shape.values())
+
+
+def _holds_marks(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
+    return is_mark(view["label"]) and _has_its_prompt(view, shape)
+
+
+def _holds_ratings(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
+    """Whether there is a list of answers, and their ratings are in them or in a list of their own."""
+    answers = from_object_of_lists(view[shape["completions"]])
+    if not isinstance(answers, list | tuple) or not answers or not _has_its_prompt(view, shape):
+        return False
+    first = from_json_text(answers[0])
+    if "ratings" in shape:
+        return isinstance(first, str) and isinstance(from_json_text(view[shape["ratings"]]), list | tuple)
+    return isinstance(first, Mapping) and any(key in first for key in RATING_KEYS)
+
+
 INSTANCE: Mapping[str, Any] = {"input": {}, "output": {}}
 EXAMPLE: Mapping[str, Any] = {**INSTANCE, "explanation": {}}
 
 
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
+
+
+def _with_prompt(*names: str) -> tuple[dict[str, str], ...]:
+    return tuple(_same(prompt, *names) for prompt in PROMPTS if prompt not in CONVERSATIONS)
+
+
+def _with_conversation(*names: str) -> tuple[dict[str, str], ...]:
+    return tuple(_same(prompt, *names) for prompt in CONVERSATIONS)
 
 
 _ALL = (
@@ -127,20 +168,47 @@ _ALL = (
     Format(
         "summarisation", tuple({"document": names[0], "summary": names[1]} for names in product(DOCUMENTS, SUMMARIES))
     ),
-    # {"prompt": "Who?", "chosen": "Ann.", "rejected": "Bob."}
+    # {"prompt": "Who?", "chosen": "Ann.", "rejected": "Bob."}; each a text or turns; or both conversations, no prompt
     Format(
         "preference",
-        (_same("prompt", "chosen", "rejected"), {"prompt": "instruction", **_same("chosen", "rejected")}),
+        (*_with_prompt("chosen", "rejected"), *_with_conversation("chosen", "rejected"), _same("chosen", "rejected")),
         optional=("input",),
+        turns=("role", "content", ROLES),
+        looks=_has_its_prompt,
         preferences="pairs",
+        said="prompt/instruction/input, chosen, rejected",
     ),
     # {"prompt": "Who?", "completion": "Ann.", "label": true}
     Format(
         "marked",
-        (_same("prompt", "completion", "label"), {"prompt": "instruction", **_same("completion", "label")}),
+        _with_prompt("completion", "label"),
         optional=("input",),
+        turns=("role", "content", ROLES),
+        looks=_holds_marks,
         preferences="marks",
+        said="prompt/instruction/input, completion, label",
     ),
+    # {"prompt": "Who?", "completions": [{"response": "Ann.", "score": 5}, {"response": "Bob.", "score": 1}]}
+    # {"prompt": "Who?", "responses": ["Ann.", "Bob."], "scores": [5, 1]}
+    Format(
+        "rated",
+        (
+            *_with_prompt("completions"),
+            *(
+                {**shape, "completions": completions, "ratings": ratings}
+                for shape in _with_prompt("completions")
+                for completions, ratings in product(("completions", "responses"), ("ratings", "scores"))
+            ),
+        ),
+        optional=("input",),
+        inside={"completions": dict.fromkeys((*TEXT_KEYS, *RATING_KEYS), {})},
+        turns=("role", "content", ROLES),
+        looks=_holds_ratings,
+        preferences="pairs",
+        said="prompt/instruction/input, completions (each with its score) or responses, scores",
+    ),
+    # {"src": "Go.", "mt": "가요.", "pe": "가."}
+    Format("edits", (_same("src", "mt", "pe"),), preferences="pairs"),
     # {"input_ids": [12, 7, 1], "labels": [31, 40, 1]}
     Format("tokenised", (_same("input_ids", "labels"),)),
 )

@@ -23,7 +23,7 @@ from diptych.data_prep.rows.convert_rows import (
     Directions,
     value_at,
 )
-from diptych.data_prep.rows.format_table import FORMATS, Format, fitting_formats
+from diptych.data_prep.rows.format_table import FORMATS, PROMPTS, Format, fitting_formats
 from diptych.data_prep.rows.language_names import is_swapped, names_language
 from diptych.data_prep.rows.records import Languages, Origin, Reject, Row
 from diptych.data_prep.rows.translations import language_columns, languages_of_columns, sides_of_units
@@ -66,6 +66,8 @@ def converter_for(
     positive_examples: int = 0,
     negative_examples: int = 0,
     languages_of_name: Sequence[str] = (),
+    rated_pairs: str = "best_worst",
+    rated_margin: float = 0,
 ) -> Converter:
     """What turns all rows of a source into records, decided by its first ones.
 
@@ -109,14 +111,22 @@ def converter_for(
             sides = sides.swapped()
             columns |= {"first": columns.get("second", "second"), "second": columns.get("first", "first")}
         directions = replace(directions, languages=directions.languages.filled_from(sides))
+    if format.name == "edits":
+        directions = replace(directions, backward=None)
+        if directions.forward is None:
+            need_forward(source, directions)
+            directions = replace(directions, forward="")
     return Converter(
         format,
         columns,
         directions,
-        conversational=bool(format.turns) and (format.name != "prompt_completion" or _has_turns(views)),
+        conversational=bool(format.turns) and _has_turns(views, format),
+        prompt_field=next((name for name in shape if name in PROMPTS), "") if format.preferences else "",
         summary_instruction=summary_instruction,
         positive_examples=positive_examples,
         negative_examples=negative_examples,
+        rated_pairs=rated_pairs,
+        rated_margin=rated_margin,
         was_given=name is not None,
         has_language_columns=any(not view.keys().isdisjoint(LANGUAGE_COLUMNS) for view in views),
         sides=sides,
@@ -144,14 +154,29 @@ def need_direction(source: str, directions: Directions) -> None:
         )
 
 
-def _has_turns(views: Sequence[View]) -> bool:
-    """Whether most prompts are lists of turns; a text is one only if it is the JSON of turns."""
-    prompts = [view["prompt"] for view in views if view.get("prompt") is not None]
-    are_turns = [
-        key_of_turns(prompt) is not None if isinstance(prompt, str | Mapping) else isinstance(prompt, list | tuple)
-        for prompt in prompts
-    ]
-    return 2 * sum(are_turns) > len(prompts)
+def need_forward(source: str, directions: Directions) -> None:
+    if not directions.languages.direction:
+        raise UserError(
+            f"{source} is translations with their corrections, and they have no instruction. Give one, for example"
+            " --forward 'Translate English to Korean:'. For models with language codes, --forward '' gives rows"
+            " without one."
+        )
+
+
+def _has_turns(views: Sequence[View], format: Format) -> bool:
+    """Whether most prompts, or answers that were judged, are lists of turns; a text is one only if it is the JSON of
+    turns."""
+    if format.name in ("messages", "sharegpt"):
+        return True
+    for name in (*PROMPTS, "chosen", "completion") if format.preferences else ("prompt",):
+        values = [view[name] for view in views if view.get(name) is not None]
+        are_turns = [
+            key_of_turns(value) is not None if isinstance(value, str | Mapping) else isinstance(value, list | tuple)
+            for value in values
+        ]
+        if 2 * sum(are_turns) > len(values):
+            return True
+    return False
 
 
 # What a person names

@@ -141,6 +141,18 @@ LITERALS = {
         [record("Add.", "1 + 1", "2", rejected="3")],
     ),
     "marked": ({"prompt": "Add 1 + 1.", "completion": "3", "label": False}, [record("Add 1 + 1.", "", "3", mark=-1)]),
+    "rated": (
+        {
+            "instruction": "Add.",
+            "completions": [
+                {"response": "3", "overall_score": 2.5},
+                {"response": "2", "overall_score": 9},
+                {"response": "4", "overall_score": 1},
+            ],
+        },
+        [record("Add.", "", "2", rejected="4")],
+    ),
+    "edits": ({"src": "Go.", "mt": "가요.", "pe": "가."}, [record("To Korean:", "Go.", "가.", rejected="가요.")]),
     "tokenised": (
         {"input_ids": [12, 7, 0], "labels": [-100, 40, 1]},
         [Tokenised(input_ids=(12, 7, 0), labels=(-100, 40, 1), origin=Origin("rows.jsonl", 1))],

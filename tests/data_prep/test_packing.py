@@ -10,7 +10,14 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.packing import budgets
 from diptych.data_prep.packing.budgets import choose_budget
 from diptych.data_prep.packing.fill_rows import pack
-from diptych.data_prep.packing.packed_row import PACKED_COLUMNS, SHARED_COLUMN, Budget, assemble_row, repeated_start
+from diptych.data_prep.packing.packed_row import (
+    MARKS_COLUMN,
+    PACKED_COLUMNS,
+    SHARED_COLUMN,
+    Budget,
+    assemble_row,
+    repeated_start,
+)
 from diptych.data_prep.pipeline.prepared_folder import read_manifest
 from diptych.data_prep.prepare import main
 
@@ -277,6 +284,26 @@ def test_equal_sources_stand_once_and_targets_say_which_they_read():
         "decoder_position_ids": [0, 1, 2, 0, 1, 0],
         "cross_segment_ids": [1, 1, 1, 1, 1, 0],
     }
+
+
+def test_both_answers_of_an_example_stand_next_to_each_other_and_marks_tell_them_apart():
+    pairs = [([12, 7, 9, 1], [31, 40, 1], [22, 1]), ([5, 8, 1], [50, 1], [61, 1])]
+    answers = [
+        {"input_ids": source, "labels": labels, "mark": mark}
+        for source, chosen, rejected in pairs
+        for labels, mark in ((chosen, 1), (rejected, -1))
+    ]
+    row = assemble_row(answers, Budget(8, 10), 0, 0, share_sources=True)
+    assert tuple(row) == (*PACKED_COLUMNS, SHARED_COLUMN, MARKS_COLUMN)
+    shown = {
+        "input_ids": [12, 7, 9, 1, 5, 8, 1, 0],
+        "segment_ids": [1, 1, 1, 1, 2, 2, 2, 0],
+        "labels": [31, 40, 1, 22, 1, 50, 1, 61, 1, -100],
+        "decoder_segment_ids": [1, 1, 1, 2, 2, 3, 3, 4, 4, 0],
+        SHARED_COLUMN: [1, 1, 1, 1, 1, 2, 2, 2, 2, 0],
+        MARKS_COLUMN: [1, 1, 1, -1, -1, 1, 1, -1, -1, 0],
+    }
+    assert {name: row[name].tolist() for name in shown} == shown
 
 
 def test_targets_of_one_source_stand_next_to_each_other():
