@@ -31,7 +31,8 @@ test: install lint  ## lint, layout and every contract in its small form: ten mi
 test-slow: install  ## the long tests alone: README's and the docs' commands, launches of several ranks, fuzzing
 	$(PYTEST) -m slow
 
-test-all: test test-slow  ## everything
+test-all: install lint  ## both, at once
+	$(PYTEST)
 
 torture: install  ## kill training 100 times on one rank and 75 on two: about half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python tests/finetune/torture.py --kills 100 --kills_on_two_ranks 75

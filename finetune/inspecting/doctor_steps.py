@@ -189,7 +189,10 @@ def compare_ranks(way: str, model_folder: Path, step: ExaminedRows, folder: Path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (way, str(model_folder), tuple(step), folder, port)
-    ranks = torch.multiprocessing.start_processes(run_rank, arguments, RANKS, join=False, start_method="spawn")
+    # Their server imports once what all four of them need: seconds each.
+    method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
+    torch.multiprocessing.set_forkserver_preload([__name__, "transformers.trainer_seq2seq"])
+    ranks = torch.multiprocessing.start_processes(run_rank, arguments, RANKS, join=False, start_method=method)
     deadline = time.monotonic() + RANKS_SECONDS
     try:
         while not ranks.join(timeout=1.0):  # which ends the other process if one fails

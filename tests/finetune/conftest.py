@@ -315,14 +315,20 @@ def checkpoint_of(tmp_path_factory, new_model):
     return folder
 
 
-@pytest.fixture
-def short_run(checkpoint_of, tmp_path):
-    """`short_run("t5", data=folder, learning_rate=…)`: the recipe of a short run of a tiny model into a new folder."""
+@pytest.fixture(scope="session")
+def recipe_of(checkpoint_of):
+    """`recipe_of("t5", folder, learning_rate=…)`: the recipe of a short run of a tiny model into this folder."""
 
-    def make(family: str = "t5", out: str = "run", **changes) -> TrainRecipe:
-        settings = {"model": str(checkpoint_of(family)), "out": str(tmp_path / out), "precision": "fp32"}
+    def make(family: str, out: Path, **changes) -> TrainRecipe:
+        settings = {"model": str(checkpoint_of(family)), "out": str(out), "precision": "fp32"}
         settings |= {"batch_size": 4, "learning_rate": 2e-3, "save_every": 1000, "logging_every": 2}
         settings |= {} if "epochs" in changes else {"max_steps": 8}
         return TrainRecipe(**(settings | changes))
 
     return make
+
+
+@pytest.fixture
+def short_run(recipe_of, tmp_path):
+    """`short_run("t5", data=folder, learning_rate=…)`: the same into a new folder."""
+    return lambda family="t5", out="run", **changes: recipe_of(family, tmp_path / out, **changes)

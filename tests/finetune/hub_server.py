@@ -113,6 +113,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer as one packet: TCP would hold back a second one for 40 ms
 
     def log_message(self, *arguments) -> None:
         pass

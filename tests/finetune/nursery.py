@@ -5,6 +5,7 @@
         os.kill(ranks[1].pid, signal.SIGKILL)
         assert ranks[0].wait(10) == 6
         assert nursery.run(["compare", "runs/a", "runs/b"], tmp_path / "log", folder=tmp_path).wait(60) == 0
+        nursery.run_script([tmp_path / "one_step.py", "out.pt"], tmp_path / "log", ranks=2)
 
 They are `diptych` in all that matters: real processes, in which nothing was used before the fork, with gloo between
 ranks as torchrun sets it up. `die_at=7` has the process kill itself before its seventh change to the disk;
@@ -15,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -71,6 +73,14 @@ class Nursery:
 
     def train(self, arguments: Sequence[str], log: Path, ranks: int = 1, **faults: Any) -> list[Process]:
         return self.launch(["train", *arguments], log, ranks, **faults)
+
+    def run_script(self, words: Sequence[Path | str], log: Path, ranks: int = 1) -> list[str]:
+        """A file of Python and its arguments, as `torchrun FILE ARGUMENTS`: what each rank said. All must succeed."""
+        processes = self.launch(["python", *map(str, words)], log, ranks)
+        ended = [process.wait(300) for process in processes]
+        said = [Path(f"{log}.{rank}").read_text(encoding="utf-8") for rank in range(ranks)]
+        assert ended == [0] * ranks, "\n".join(said)
+        return said
 
     def launch(
         self, arguments: Sequence[str], log: Path, ranks: int, folder: Path | str = ".", **faults: Any
@@ -142,8 +152,14 @@ def _be_a_process(request: dict[str, Any]) -> None:
     if request["fault"]:
         _fail_at(*request["fault"])
     code = 1
+    program, *words = request["arguments"]
     try:
-        code = main(request["arguments"])
+        if program == "python":
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+            code = 0
+        else:
+            code = main(request["arguments"])
     except SystemExit as error:
         code = error.code
     except BaseException:

@@ -85,7 +85,9 @@ def test_of_a_t5_all_is_green_but_transformers_trainer(checkpoint, tmp_path, mon
     assert cli.run("doctor", ["--json", str(folder)]) == 0  # notes do not count
     shown = capsys.readouterr()
     report = json.loads(shown.out)
-    assert shown.err == "" and not list(work.iterdir())  # no logs, no bars, no files left
+    # multiprocessing keeps a socket there until this process ends
+    left = [path.name for path in work.iterdir() if not path.name.startswith("pymp-")]
+    assert shown.err == "" and not left  # no logs, no bars, no files
     assert [report[it] for it in ("green", "red", "note", "not_applicable")] == [18, 0, 2, 0]
     checks = {check["name"]: check for check in report["checks"]}
     assert list(checks) == list(CHECKS)

@@ -2,9 +2,6 @@
 and on two; and all else as the Trainer has it."""
 
 import json
-import os
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -71,18 +68,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_layouts_of_one_step_give_one_gradient(checkpoint_of, tiny_tokenizer, tmp_path):
+def test_layouts_of_one_step_give_one_gradient(checkpoint_of, tiny_tokenizer, nursery, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "one_step.py").write_text(ONE_STEP)
     folders = json.dumps([str(checkpoint_of(family)) for family in FAMILIES])
     found = {}
     for ranks, layouts in LAYOUTS.items():
-        started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command = [*started, tmp_path / "one_step.py", tmp_path / "tokenizer", folders, json.dumps(layouts)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        command = [*map(str, command), str(tmp_path / "out.pt")]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-        assert ended.returncode == 0, ended.stderr[:3000]
+        words = [tmp_path / "one_step.py", tmp_path / "tokenizer", folders, json.dumps(layouts), tmp_path / "out.pt"]
+        nursery.run_script(words, tmp_path / "log", ranks)
         for family, results in zip(FAMILIES, torch.load(tmp_path / "out.pt"), strict=True):
             found.setdefault(family, []).extend(results)
     for family, (reference, *others) in found.items():

@@ -2,9 +2,6 @@
 Diptych it gets one gradient, however a step is cut, padded or packed, on one rank and on two."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -67,7 +64,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_twelve_layouts_of_one_step_give_one_gradient_in_the_trainer(new_model, tmp_path):
+def test_twelve_layouts_of_one_step_give_one_gradient_in_the_trainer(new_model, nursery, tmp_path):
     """In float64 to 1e-12, in float32 to 1e-6."""
     model = new_model("diptych")
     with torch.no_grad():
@@ -78,12 +75,8 @@ def test_twelve_layouts_of_one_step_give_one_gradient_in_the_trainer(new_model, 
     script.write_text(ONE_STEP)
     results = {torch.float64: [], torch.float32: []}
     for ranks, layouts in LAYOUTS.items():
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         out = tmp_path / f"{ranks}.pt"
-        command = [sys.executable, *torchrun, str(script), str(tmp_path / "model"), json.dumps(layouts), str(out)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        nursery.run_script([script, tmp_path / "model", json.dumps(layouts), out], tmp_path / "log", ranks)
         for found in torch.load(out):
             results[found["loss"].dtype].append(found)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):

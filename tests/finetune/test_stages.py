@@ -28,11 +28,25 @@ STAGES = [
 ]
 
 
-@pytest.fixture
-def recipe(short_run, packed_folder):
+@pytest.fixture(scope="module")
+def into(recipe_of, packed_folder):
+    """`into(folder, …)`: the recipe of a run of these stages."""
     settings = {"stages": STAGES, "batch_size": 2, "learning_rate": 5e-3, "logging_every": 1, "save_every": 2}
     settings |= {"max_steps": None, "epsilon": 1e-2, "rank_timeout": 300.0, "data": str(packed_folder(0))}
-    return lambda **changes: short_run("diptych", **(settings | changes))
+    return lambda out, **changes: recipe_of("diptych", out, **(settings | changes))
+
+
+@pytest.fixture
+def recipe(into, tmp_path):
+    return lambda **changes: into(**({"out": tmp_path / "run"} | changes))
+
+
+@pytest.fixture(scope="module")
+def whole(into, tmp_path_factory):
+    """Such a run that nobody disturbed: to be read."""
+    out = tmp_path_factory.mktemp("stages") / "whole"
+    assert run_recipe(into(out)) == 0
+    return out
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -52,17 +66,15 @@ def losses(run: Path) -> list[list[float]]:
 
 
 @pytest.mark.slow
-def test_each_stage_begins_where_the_one_before_it_ended(recipe, tmp_path):
-    assert run_recipe(recipe()) == 0
-    run = tmp_path / "run"
-    folders = [run / "stages" / name for name in ("1-warm-up", "2-heal", "3-instruct")]
+def test_each_stage_begins_where_the_one_before_it_ended(recipe, whole, tmp_path):
+    folders = [whole / "stages" / name for name in ("1-warm-up", "2-heal", "3-instruct")]
     for folder, earlier in zip(folders[1:], folders, strict=False):
         assert yaml.safe_load((folder / "config.yaml").read_text())["model"] == str(earlier / "final")
     assert not same(weights(folders[0]), weights(folders[1])) and not same(weights(folders[1]), weights(folders[2]))
-    assert same(weights(run), weights(folders[2])) and not fault_of(run / "final")
-    status = json.loads((run / "status.json").read_text())
+    assert same(weights(whole), weights(folders[2])) and not fault_of(whole / "final")
+    status = json.loads((whole / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["stage"]) == ("done", 0, "instruct")
-    assert [len(it) for it in losses(run)][:2] == [3, 4]
+    assert [len(it) for it in losses(whole)][:2] == [3, 4]
     alone = {"max_steps": 4, "learning_rate": 1e-3, "schedule": "constant", "stages": []}
     run_recipe(recipe(model=str(folders[0] / "final"), out=str(tmp_path / "apart"), **alone))
     assert same(weights(tmp_path / "apart"), weights(folders[1])), "a stage is a run like any other"
@@ -70,18 +82,17 @@ def test_each_stage_begins_where_the_one_before_it_ended(recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("die_at", [9, 40, 75, 110, 150])
-def test_a_run_that_is_killed_goes_on_with_the_same_bits(die_at, recipe, nursery, tmp_path):
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(die_at, recipe, whole, nursery, tmp_path):
     """Before so many changes to the disk: in the first stage, later, or not at all."""
-    whole, cut = recipe(out=str(tmp_path / "whole")), recipe(out=str(tmp_path / "cut"))
-    run_recipe(whole)
+    cut = recipe(out=str(tmp_path / "cut"))
     file = tmp_path / "cut.yaml"
     file.write_text(yaml.safe_dump(to_yaml(cut)))
     (first,) = nursery.train(["--config", str(file)], tmp_path / "log", die_at=die_at)
     assert first.wait(120) in (-9, 0)
     (second,) = nursery.train(["--config", str(file), "--resume", "true"], tmp_path / "log-2")
     assert second.wait(120) == 0, (tmp_path / "log-2.0").read_text()
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert same(weights(whole), weights(tmp_path / "cut"))
+    assert losses(whole) == losses(tmp_path / "cut")
 
 
 @pytest.mark.slow
@@ -130,26 +141,24 @@ def test_two_ranks_go_through_the_stages_as_one(recipe, nursery, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_left_as_it_is_and_another_one_is_told(recipe, tmp_path):
-    run_recipe(recipe())
-    before = weights(tmp_path / "run")
-    assert run_recipe(recipe(resume=True)) == 0 and same(before, weights(tmp_path / "run"))
+def test_a_finished_run_is_left_as_it_is_and_another_one_is_told(into, whole):
+    before = weights(whole)
+    assert run_recipe(into(whole, resume=True)) == 0 and same(before, weights(whole))
     with pytest.raises(UserError, match="is not empty"):
-        run_recipe(recipe())
+        run_recipe(into(whole))
     other = [STAGES[0] | {"trainable": "all"}, *STAGES[1:]]
     with pytest.raises(UserError, match="(?s)this is not the run in .*trainable 'cross_attention' -> 'all'"):
-        run_recipe(recipe(resume=True, stages=other))
+        run_recipe(into(whole, resume=True, stages=other))
 
 
 @pytest.mark.slow
-def test_a_run_of_stages_is_compared_and_published_like_any_other(recipe, tmp_path, capsys):
-    assert run_recipe(recipe()) == 0
-    run = str(tmp_path / "run")
+def test_a_run_of_stages_is_compared_and_published_like_any_other(whole, tmp_path, capsys):
+    run = str(whole)
     assert diptych(["publish", run, "--to", "me/staged", "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert "In 3 stages, one after the other: warm-up, heal, instruct." in said
     assert "  - name: heal" in said or "- name: heal" in said
-    assert str(tmp_path) not in said.split("# staged")[1]
+    assert str(whole) not in said.split("# staged")[1]
     assert diptych(["compare", run, f"{run}/stages/2-heal", "--out", str(tmp_path / "compared.png")]) == 0
     assert "warm-up" not in capsys.readouterr().err
 

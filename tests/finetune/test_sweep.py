@@ -37,9 +37,9 @@ def trials_of(out: Path) -> pandas.DataFrame:
 @pytest.mark.slow
 def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(recipe_file, tmp_path, capsys):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    assert run(SweepSettings(str(recipe_file), str(whole), SEARCH, trials=6)) == 0
+    assert run(SweepSettings(str(recipe_file), str(whole), SEARCH, trials=3)) == 0
     command = [sys.executable, "-m", "diptych.finetune.commands.cli", "sweep", str(recipe_file), "--out", str(parted)]
-    command += ["--search", json.dumps(SEARCH), "--trials", "6"]
+    command += ["--search", json.dumps(SEARCH), "--trials", "3"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (parted / "trial-001" / "metrics.jsonl").is_file():
         assert process.poll() is None
@@ -50,7 +50,7 @@ def test_a_sweep_that_was_stopped_ends_as_one_that_was_not(recipe_file, tmp_path
     assert subprocess.run(command).returncode == 0
 
     trials = trials_of(whole)
-    assert trials.learning_rate[0] == 2e-5 and trials.learning_rate.nunique() == 6  # the first is the recipe's own
+    assert trials.learning_rate[0] == 2e-5 and trials.learning_rate.nunique() == 3  # the first is the recipe's own
     same = ["trial", "learning_rate", "schedule"]
     pandas.testing.assert_frame_equal(trials_of(parted)[same], trials[same])
     best = trials.loc[trials.loss.idxmin()]

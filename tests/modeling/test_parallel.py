@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -80,7 +78,7 @@ def test_the_plan_names_every_matrix_and_nothing_that_is_not_there(shape, build_
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_computes(build_model, tmp_path, hinge):
+def test_two_processes_compute_what_one_computes(build_model, nursery, tmp_path, hinge):
     folders = []
     for shape, fields in SHAPES.items():
         if hinge == "merged" and "unequal" in shape:
@@ -89,9 +87,7 @@ def test_two_processes_compute_what_one_computes(build_model, tmp_path, hinge):
         build_model(**fields, vocab_size=54).save_pretrained(folders[-1])
     script, result = tmp_path / "rank.py", tmp_path / "report.json"
     script.write_text(RANK)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run([*torchrun, script, result, *folders], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-5000:]
+    nursery.run_script([script, result, *folders], tmp_path / "log", ranks=2)
     for folder, figures in json.loads(result.read_text()).items():
         assert max(figures["logits"], figures["loss"], figures["gradients"]) < 1e-4, (folder, figures)
         assert figures["same tokens"], folder
