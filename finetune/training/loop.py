@@ -288,7 +288,7 @@ def evaluate(run: Run) -> bool:
         run.log.say(validation_line(entry, run.total_steps, is_better and len(figures) == 1, run.unit))
     if len(figures) > 1:
         run.log.say(selection_line(progress.step, run.total_steps, recipe.best_metric, value, len(figures), is_better))
-    if run.accelerator.is_main_process:
+    if run.accelerator.is_main_process and progress.step < run.total_steps:  # then write_final draws it
         plot_loss(run.folder / "metrics.jsonl", run.folder / "loss.png")
     return is_better
 

@@ -102,7 +102,9 @@ def free_port() -> int:
 
 
 def serve() -> None:
+    import matplotlib.pyplot  # noqa: F401  a second of each process
     import torch
+    from transformers import BartForConditionalGeneration, T5ForConditionalGeneration  # noqa: F401
 
     import diptych.finetune.training.loop  # noqa: F401  what a training process imports
 

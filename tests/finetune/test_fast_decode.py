@@ -107,6 +107,17 @@ def both(model, inputs, seed: int = 0, **settings) -> tuple[torch.Tensor, torch.
     return tuple(found)
 
 
+# One of each way to keep keys and to count positions. What else a layer has meets one token or several elsewhere.
+OF_EACH_CACHE = pytest.mark.parametrize(
+    "model",
+    [
+        *("separate", "merged", "one key head, tied", "merged, layers without positions", "windows"),
+        *("merged, windows with positions of their own", "yarn"),
+    ],
+    indirect=True,
+)
+
+
 @pytest.mark.parametrize("padding", ["right", "left", "none"])
 def test_greedy_tokens_are_the_same(model, padding):
     theirs, ours = both(model, sources(max(PACKED_FROM.values()) + 1, padding))
@@ -114,6 +125,7 @@ def test_greedy_tokens_are_the_same(model, padding):
     assert len({tuple(row) for row in ours.tolist()}) > 1
 
 
+@OF_EACH_CACHE
 def test_one_row_and_outputs_longer_than_the_first_room(model):
     theirs, ours = both(model, sources(1), max_new_tokens=2 * ROOM + 30, min_new_tokens=2 * ROOM + 20)
     assert torch.equal(theirs, ours) and ours.shape[1] > 2 * ROOM
@@ -263,6 +275,7 @@ def test_what_it_cannot_do_is_left_to_generate():
     assert not can_decode_fast(model, config, {})
 
 
+@OF_EACH_CACHE
 def test_tokens_that_are_looked_up_change_nothing(model):
     """Guesses are mostly wrong here, and have to be taken back."""
     for tokens, rules in {
