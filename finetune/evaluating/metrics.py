@@ -2,7 +2,6 @@
 
     compute_metrics(["exact_match", "chrf"], predictions=["학생이다."], references=[["학생이야.", "학생이다."]])
     -> {"exact_match": 100.0, "chrf": 100.0}
-    TextMetric("chrf").compute(predictions=…, references=…)      the same as a metric of the `evaluate` library
 
 N predictions (strings) and for each a list of one or more references. Every figure is between 0 and 100 and higher is
 better, except token_error_rate: lower is better, and it can exceed 100. A prediction gets the score of its best
@@ -28,12 +27,9 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import regex
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
 from sacrebleu.utils import SACREBLEU_DIR
 
@@ -190,6 +186,8 @@ def edit_distance(predicted: Sequence[str], expected: Sequence[str]) -> int:
 def count_rouge(predictions: Sequence[str], references: References) -> Statistics:
     """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L over `split_tokens`, without stemming."""
     names = ["rouge1", "rouge2", "rougeL"]
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(names, tokenizer=SimpleNamespace(tokenize=split_tokens))
     rows = [scorer.score_multi(row, guess) for guess, row in zip(predictions, references, strict=True)]
     return means(names, [[row[name].fmeasure for name in names] for row in rows])
@@ -202,6 +200,8 @@ def count_superni(predictions: Sequence[str], references: References) -> Statist
     scores 0 even if it is right; the signature says for how many predictions. Exact match ignores case, ASCII
     punctuation and surplus spaces. Both take the best reference.
     """
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     scores, unseen = [], 0
     for prediction, row in zip(predictions, references, strict=True):
@@ -395,29 +395,3 @@ METRICS: dict[str, Callable[..., Statistics]] = {
     "chrf": count_chrf,
     "superni_rougeL": count_superni,
 }
-
-
-class TextMetric(evaluate.Metric):
-    """One of METRICS for code that uses the `evaluate` library. Nothing is written to its cache."""
-
-    def __init__(self, name: str):
-        self.count = METRICS[name]
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-        return evaluate.MetricInfo(
-            description=self.count.__doc__,
-            citation="",
-            inputs_description="predictions: list[str]; references: list[list[str]], one or more for each prediction.",
-            features=datasets.Features(features),
-        )
-
-    def add_batch(self, *, predictions: list[str], references: list[list[str]]) -> None:
-        """Collects predictions and references. `compute` calls it, too, so that every row is checked."""
-        check_pairs(predictions, references)
-        super().add_batch(predictions=predictions, references=references)
-
-    def _compute(self, predictions, references, **settings) -> dict[str, float | str]:
-        figures, signatures = figures_and_signatures([self.count(predictions, references, **settings)])
-        return figures | {f"{name}_signature": signature for name, signature in signatures.items()}

@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import evaluate
 import numpy as np
 from huggingface_hub import constants
 
@@ -275,6 +274,8 @@ def _hash_of(place: str, it: Any) -> str:
 @functools.cache
 def _of_evaluate(place: str) -> tuple[Callable[..., Any], str]:
     """A metric by its name on the Hub (loaded, or in the cache), or by the path of its script, whose code runs."""
+    import evaluate  # half a second
+
     evaluate.config.HF_EVALUATE_OFFLINE |= constants.HF_HUB_OFFLINE  # by which the library asks no network
     with library_errors(
         f"the library evaluate cannot load the metric {place}",

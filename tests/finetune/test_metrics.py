@@ -13,9 +13,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.finetune.evaluating.evaluate_metric import TextMetric
 from diptych.finetune.evaluating.metrics import (
     METRICS,
-    TextMetric,
     choose_bleu_tokenize,
     compute_metrics,
     edit_distance,
