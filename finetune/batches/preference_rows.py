@@ -80,7 +80,7 @@ def paired_rows(loaded: LoadedModel, split: datasets.Dataset) -> PairedRows:
 
 def items_of(rows: PairedRows | PackedRows) -> Items:
     """Of each row, (rows,)."""
-    if isinstance(rows, PairedRows):
+    if not isinstance(rows, PackedRows):
         tokens = row_lengths(rows.split).target_tokens
         is_chosen = np.array(rows.split[MARK]) > 0 if MARK in rows.split.column_names else np.ones(len(tokens), bool)
         return Items(np.ones(len(tokens), dtype=np.int64), tokens * is_chosen)

@@ -23,15 +23,19 @@ from peft import PeftModel
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from diptych.data_prep.packing.packed_row import MARKS_COLUMN
+from diptych.data_prep.packing.packed_row import MARKS_COLUMN, PACKED_COLUMNS, SHARED_COLUMN
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.batches.packed_rows import REFERENCE
 from diptych.finetune.batches.padded_rows import Items
+from diptych.finetune.model.families import SOURCE_ROWS
 from diptych.finetune.model.loss import Criterion, Extras, Seq2SeqObjective, cross_entropy, summed_loss
 from diptych.finetune.preferences.figures import FIGURES, preference_figures
 from diptych.finetune.preferences.losses import Answers, PreferenceLoss
 
 Batch = dict[str, torch.Tensor]
+
+
+OF_MODEL = {"attention_mask", SOURCE_ROWS, SHARED_COLUMN, *PACKED_COLUMNS}
 
 
 class TokenFigures(NamedTuple):
@@ -46,19 +50,21 @@ class PreferenceObjective(Seq2SeqObjective):
     """A model with a loss of preferences, which adds up the figures that a run logs."""
 
     has_all_streams = False  # each answer is predicted once
-    answers_of_an_example = 2
 
-    def __init__(self, model: PreTrainedModel | PeftModel, loss: PreferenceLoss, tokens_at_once: int | None = None):
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, loss: PreferenceLoss | None, tokens_at_once: int | None = None
+    ):
         super().__init__(model, tokens_at_once=tokens_at_once)
         self.loss = loss
         self.divergence = 0.0
         """Of kto: the mean of π − ρ over the unrelated answers of the whole step."""
-        self.figure_names = (*FIGURES, "entropy", *(() if loss.is_marked else ("margin",)))
+        if loss is not None:
+            self.figure_names = (*FIGURES, "entropy", *(() if loss.is_marked else ("margin",)))
         self._figures: dict[str, torch.Tensor] = {}
 
     def forward(self, batch: Batch, num_items_in_batch: Items) -> torch.Tensor:
         """A scalar. A batch without targets gives a zero that still has a gradient."""
-        states, labels, head, routed = self._states_labels_and_head(_without(batch))
+        states, labels, head, routed = self._states_labels_and_head(self._inputs(batch))
         tokens = self._token_figures(batch, states.detach(), labels, head)
         with torch.enable_grad():
             leaf = tokens.log_probabilities.requires_grad_()
@@ -66,8 +72,11 @@ class PreferenceObjective(Seq2SeqObjective):
             (factors,) = torch.autograd.grad(loss, leaf)
         weighed = summed_loss(states, labels, head, _by_factors(-factors))
         # routers' part is a mean over this batch, weighted by its share of the step's answers
-        share = _count(tokens.answer_of) / self.answers_of_an_example / num_items_in_batch.examples
+        share = self.examples_in(tokens, batch) / num_items_in_batch.examples
         return loss.detach() + weighed - weighed.detach() + routed * share
+
+    def examples_in(self, tokens: TokenFigures, batch: Batch) -> int:
+        return _count(tokens.answer_of) // 2
 
     def loss_of_tokens(self, tokens: TokenFigures, batch: Batch, items: Items) -> torch.Tensor:
         """A function of `tokens.log_probabilities`: the share of this batch in the step's loss."""
@@ -83,7 +92,7 @@ class PreferenceObjective(Seq2SeqObjective):
     @torch.no_grad()
     def answer_log_probabilities(self, batch: Batch) -> torch.Tensor:
         """(A,), summed over the tokens of each answer."""
-        states, labels, head, _ = self._states_labels_and_head(_without(batch))
+        states, labels, head, _ = self._states_labels_and_head(self._inputs(batch))
         tokens = self._token_figures(batch, states, labels, head)
         return _summed(tokens.log_probabilities, tokens.answer_of, _count(tokens.answer_of))
 
@@ -95,7 +104,7 @@ class PreferenceObjective(Seq2SeqObjective):
     @torch.no_grad()
     def divergence_of(self, batch: Batch) -> torch.Tensor:
         """Sum and count, (2,) in fp64, of π − ρ over the unrelated answers of a batch."""
-        states, labels, head, _ = self._states_labels_and_head(_without(batch))
+        states, labels, head, _ = self._states_labels_and_head(self._inputs(batch))
         answers = self._answers(self._token_figures(batch, states, labels, head), batch)
         return _sum_and_count(answers.ratios[answers.marks == 0])
 
@@ -105,6 +114,11 @@ class PreferenceObjective(Seq2SeqObjective):
         found = torch.stack([self._figures.get(name, none) for name in self.figure_names])
         self._figures = {}
         return found
+
+    @staticmethod
+    def _inputs(batch: Batch) -> Batch:
+        """What the model reads, and labels."""
+        return {name: tensor for name, tensor in batch.items() if name in OF_MODEL}
 
     def _answers(self, tokens: TokenFigures, batch: Batch) -> Answers:
         answer_of, log_probabilities = tokens.answer_of, tokens.log_probabilities
@@ -168,10 +182,6 @@ def _by_factors(factors: torch.Tensor) -> Criterion:
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:
     values = values.detach().double()
     return torch.stack((values.sum(), values.new_tensor(len(values))))
-
-
-def _without(batch: Batch) -> Batch:
-    return {name: tensor for name, tensor in batch.items() if name not in (MARKS_COLUMN, REFERENCE)}
 
 
 def _count(answer_of: torch.Tensor) -> int:

@@ -13,16 +13,26 @@ from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
 
 SHARED = {"supervised_weight": 0.0, "label_smoothing": 0.0}
+ONLINE = {"reward": "chrf", "reward_weights": {}, "reward_scale": 100.0, "samples": 8, "temperature": 1.0}
+ONLINE |= {"unfinished": "worst", "supervised_weight": 0.0}
+"""`reward`: metrics, separated by commas. `reward_scale`: what rewards are divided by (metrics are percentages).
+`unfinished`: an answer that the limit ended has the worst reward of its source's answers, or `scored`: its own."""
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.1, "loss": "sigmoid"} | SHARED,
     "simpo": {"beta": 2.0, "gamma": 1.0} | SHARED,
     "cpo": {"beta": 0.1} | SHARED | {"supervised_weight": 1.0},
     "orpo": {"beta": 0.1, "supervised_weight": 1.0},
     "kto": {"beta": 0.1, "liked_weight": 1.0, "not_liked_weight": 1.0, "supervised_weight": 0.0},
+    "mrt": ONLINE | {"with_target": True, "sharpness": 0.005},
+    "grpo": ONLINE | {"by_deviation": True, "by_length": True, "kl_weight": 0.0},
 }
 """`supervised_weight`: of the cross-entropy of chosen or liked answers, a mean per token, in the loss.
 `label_smoothing`: the share of pairs that may be the wrong way round (conservative DPO)."""
-DPO_LOSSES = ("sigmoid", "hinge", "ipo", "robust")
+KINDS = {bool: "true or false", str: "a text", dict: "a mapping, {figure: weight}"}
+ABOVE_0 = ("beta", "temperature", "samples", "sharpness", "reward_scale")
+CHOICES = {"loss": ("sigmoid", "hinge", "ipo", "robust"), "unfinished": ("worst", "scored")}
+OF_SAMPLES = ("mrt", "grpo")
+"""The model writes the answers itself."""
 NEED_REFERENCE = ("dpo", "kto")
 OF_VALIDATION = ["accuracy", "margin"]
 """Figures of preferences by which a checkpoint can be selected."""
@@ -36,16 +46,18 @@ def checked_settings(objective: str, given: Mapping[str, Any]) -> dict[str, Any]
         if name not in defaults:
             raise UserError(f"{where}: {objective} has no such setting. {choose_from(name, list(defaults))}")
         kind = type(defaults[name])
-        if name == "loss":
-            if value not in DPO_LOSSES:
-                raise UserError(f"{where} is {value!r}. {choose_from(str(value), list(DPO_LOSSES))}")
-        elif kind is bool or kind is str:
+        if name in CHOICES:
+            if value not in CHOICES[name]:
+                raise UserError(f"{where} is {value!r}. {choose_from(str(value), CHOICES[name])}")
+        elif kind in KINDS:
             if not isinstance(value, kind):
-                raise UserError(f"{where} is {value!r}; {'true or false' if kind is bool else 'a text'} is due.")
+                raise UserError(f"{where} is {value!r}; {KINDS[kind]} is due.")
         elif isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
             raise UserError(f"{where} is {value!r}; a {'whole ' if kind is int else ''}number is due.")
-        elif not math.isfinite(value) or value < 0 or (value == 0 and name in ("beta", "temperature", "samples")):
+        elif not math.isfinite(value) or value < 0 or (value == 0 and name in ABOVE_0):
             raise UserError(f"{where} is {value!r}; it must be {'above 0' if value == 0 else '0 or more'}.")
+        elif name == "samples" and value < 2:
+            raise UserError(f"{where} is {value}; 2 or more answers to a source are compared.")
         elif name == "label_smoothing" and value >= 0.5:
             raise UserError(f"{where} is {value:g}; it must be below 0.5, half of the pairs.")
     settings = {**defaults, **given}

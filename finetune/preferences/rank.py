@@ -26,10 +26,11 @@ from scipy.stats import spearmanr
 
 from diptych.data_prep.command_line.errors import UserError, excerpt, message_line
 from diptych.finetune.commands.model_settings import split_names
-from diptych.finetune.evaluating.metrics import METRICS, check_pairs, find_metrics, lower_is_better
+from diptych.finetune.evaluating.metrics import METRICS
 from diptych.finetune.inference.prompt_files import json_object, lines_of, row_of
 from diptych.finetune.inference.prompts import OUTPUT_FIELDS
 from diptych.finetune.preferences.preference_settings import RankSettings
+from diptych.finetune.preferences.scores import scores_of
 from diptych.finetune.run_files.atomic_folders import write_json, write_text
 
 REFERENCE_FIELDS = ("references", "reference", "output", "response", "completion", "target", "summary")
@@ -150,28 +151,14 @@ def score(rows: Sequence[Answers], settings: RankSettings) -> list[np.ndarray]:
     names = split_names(settings.by)
     if settings.reference == NO_REFERENCE and (needy := [name for name in names if name in METRICS]):
         raise UserError(f"{needy[0]} compares with a reference, and reference is none. Name a metric of your own.")
-    known = {"bleu": {"effective_order": True}} if "bleu" in names else {}
-    given = {name: dict(own) if isinstance(own, Mapping) else own for name, own in settings.metric_settings.items()}
-    metrics = find_metrics(names, known | given)
-    texts = [text for row in rows for text in row.texts]
-    references = [row.references or [""] for row in rows for _ in row.texts]
-    sources = [row.source for row in rows for _ in row.texts]
-    check_pairs(texts, references)
-    totals, unused = np.zeros(len(texts)), dict(settings.weights)
-    for name, count in metrics.items():
-        counted = count(texts, references, sources)
-        of_each = [counted.at(np.array([place])).figures() for place in range(len(texts))]
-        figures = list(of_each[0])
-        weights = {figure: unused.pop(figure) for figure in figures if figure in unused}
-        if not weights and len(figures) > 1:
-            raise UserError(
-                f"{name} has the figures {', '.join(figures)}. Say which count: --weights '{{{figures[-1]}: 1}}'."
-            )
-        for figure, weight in (weights or {figures[0]: 1.0}).items():
-            sign = -1.0 if lower_is_better(figure, names) else 1.0
-            totals += weight * sign * np.array([found[figure] for found in of_each])
-    if unused:
-        raise UserError(f"weights are given for {', '.join(unused)}, which is no figure of {', '.join(names)}.")
+    totals = scores_of(
+        [text for row in rows for text in row.texts],
+        [row.references or [""] for row in rows for _ in row.texts],
+        [row.source for row in rows for _ in row.texts],
+        settings.by,
+        settings.weights,
+        settings.metric_settings,
+    )
     return np.split(totals, np.cumsum([len(row.texts) for row in rows])[:-1])
 
 

@@ -119,7 +119,7 @@ class Pace:
 def train_line(entry: dict[str, Any], total_steps: int, seconds_left: float, unit: str) -> str:
     """`unit` of the loss. Of preferences, accuracy and margin follow it."""
     pace, left = tqdm.format_sizeof(entry["tokens_per_second"]), tqdm.format_interval(seconds_left)
-    shown = {"accuracy": "accuracy {:.0%} | ", "margin": "margin {:.2f} | "}
+    shown = {"reward": "reward {:.2f} | ", "accuracy": "accuracy {:.0%} | ", "margin": "margin {:.2f} | "}
     of_preferences = "".join(text.format(entry[name]) for name, text in shown.items() if name in entry)
     return (
         f"step {entry['step']}/{total_steps} | loss {entry['loss']:.3f}{unit} | {of_preferences}{pace} tokens/s | "

@@ -154,7 +154,8 @@ def add_up_gradients(run: Run, step: StepRows) -> tuple[float, list[torch.Tensor
     """
     accelerator, shares = run.accelerator, []
     for number, batch in enumerate(step.batches, start=1):
-        tensors = run.tensors(batch[accelerator.process_index])
+        with run.autocast():  # answers may be sampled here
+            tensors = run.tensors(batch[accelerator.process_index])
         is_last = number == len(step.batches)  # only then does DDP exchange gradients; FSDP always does
         is_waited = is_last or run.recipe.sharding == "full"
         waits = run.ranks.waiting_for(f"the gradients of step {run.progress.step + 1}") if is_waited else nullcontext()
@@ -267,8 +268,8 @@ def evaluate(run: Run) -> bool:
     # padded rows have ever new shapes, and each would be compiled
     with torch.compiler.set_stance("force_eager"), run.optimizer.evaluated_weights():
         for split in run.validation_splits:
-            is_supervised = run.recipe.objective == "supervised"
-            figures[split] = {"loss": validation_loss(run, split)} if is_supervised else of_preferences(run, split)
+            has_answers = run.prepared.preferences is not None
+            figures[split] = of_preferences(run, split) if has_answers else {"loss": validation_loss(run, split)}
             if recipe.metrics:
                 figures[split] |= generation_figures(run, split, samples)
     value = selected_figure(recipe.best_metric, figures)

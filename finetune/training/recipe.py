@@ -15,7 +15,7 @@ from diptych.data_prep.command_line.arguments import check_numbers, given_option
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMES, OUTPUT, PREPARED, START
 from diptych.finetune.commands.model_settings import split_names
-from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, OF_VALIDATION, checked_settings
+from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, OF_SAMPLES, OF_VALIDATION, checked_settings
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ class TrainRecipe:
     """For padded rows: put rows of similar length into the same batch. This reduces padding; the order is a little
     less random. Packed rows all have the same length."""
 
-    objective: Literal["supervised", "dpo", "simpo", "cpo", "orpo", "kto"] = "supervised"
+    objective: Literal["supervised", "dpo", "simpo", "cpo", "orpo", "kto", "mrt", "grpo"] = "supervised"
     """What is learned: supervised: the targets. Of pairs of a chosen and a rejected answer: dpo, simpo, cpo, orpo; of
-    answers that are marked as liked or not: kto. See docs/preferences.md."""
+    answers that are marked as liked or not: kto; of answers that the model samples at each step, by a metric: mrt
+    (minimum risk training), grpo. See docs/preferences.md."""
     objective_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the objective, such as {beta: 0.1, loss: ipo, label_smoothing: 0.1, supervised_weight: 0.2}."""
     reference: str | None = field(default=None, metadata=CHECKPOINT)
-    """dpo and kto: the model whose log-probabilities answers are compared with. Default: the model as it starts."""
+    """dpo, kto, and grpo with kl_weight: the model with which the log-probabilities of answers are compared. Default:
+    the model as it starts."""
 
     learning_rate: float = 3e-4
     """Peak learning rate. From scratch 3e-4 to 1e-3; full fine-tuning 3e-5 to 1e-4; LoRA 1e-4 to 1e-3."""
@@ -259,11 +261,9 @@ class TrainRecipe:
                 "label_smoothing is given beside a teacher, whose predictions smooth the targets already. Drop one."
             )
         if self.objective != "supervised":
-            checked_settings(self.objective, self.objective_settings)
             if given := self._changed("teacher", "label_smoothing", "z_loss", "neftune"):
                 raise UserError(f"{given[0]} is for supervised training, and objective is {self.objective}. Drop one.")
-            if self.reference and self.objective not in NEED_REFERENCE:
-                raise UserError(f"reference is given, but {self.objective} compares with none. Leave it out.")
+            self._check_objective(checked_settings(self.objective, self.objective_settings))
         if self.trainable != "all" and self.method != "full":
             raise UserError(f"trainable is {self.trainable}, but method is {self.method}. Set method: full.")
         if self.metrics:
@@ -281,6 +281,27 @@ class TrainRecipe:
     def _changed(self, *names: str) -> list[str]:
         """Those that are not at their default."""
         return [name for name in names if getattr(self, name) != getattr(TrainRecipe, name, {})]
+
+    def _check_objective(self, settings: dict[str, Any]) -> None:
+        """UserError for what does not go with an objective of preferences."""
+        is_sampled = self.objective in OF_SAMPLES
+        compares = self.objective in NEED_REFERENCE or settings.get("kl_weight")
+        of_new = settings.get("kl_weight") and not self.reference and self.model.startswith("diptych-")
+        for contradicts, reason in (
+            (self.reference and not compares, f"reference is given, but {self.objective} compares with none: drop it"),
+            (
+                of_new,
+                "kl_weight compares with the model as it starts, which is random here: name a reference",
+            ),
+            (is_sampled and self.sharding == "full", f"{self.objective} samples on each rank: set sharding: none"),
+            (is_sampled and self.batch_tokens, f"{self.objective} samples answers: give batch_size, the sources"),
+        ):
+            if contradicts:
+                raise UserError(f"{reason}.")
+        if is_sampled:
+            from diptych.finetune.evaluating.metrics import find_metrics
+
+            find_metrics(split_names(settings["reward"]), self.metric_settings)
 
     def _check_optimizer(self) -> None:
         """UserError for settings of the optimizer that would have no effect, or that contradict each other."""

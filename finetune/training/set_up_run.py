@@ -49,7 +49,8 @@ from diptych.finetune.model.loading import load_checkpoint, load_config, load_to
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
 from diptych.finetune.preferences.losses import PreferenceLoss
 from diptych.finetune.preferences.objective import PreferenceObjective
-from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, OF_VALIDATION
+from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, OF_SAMPLES, OF_VALIDATION, checked_settings
+from diptych.finetune.preferences.online import OnlineObjective
 from diptych.finetune.preferences.reference import (
     answer_log_probabilities,
     hash_of,
@@ -127,7 +128,7 @@ def make_run(
     prepared = prepared._replace(splits=splits_for_model(prepared, loaded))
     rows, why_padded = training_rows(recipe, prepared, loaded)
     make_ready(recipe, loaded.model, accelerator, is_packed=why_padded is None)
-    objective = make_objective(recipe, loaded, accelerator.device)
+    objective = make_objective(recipe, loaded, accelerator.device, rows)
     recipe = with_batch_size(recipe, rows, objective, accelerator)
     if recipe.compile and why_padded is None:
         rows = replace(rows, rows_at_least=recipe.batch_size)
@@ -373,7 +374,15 @@ def make_ready(
         compile_layers(model)
 
 
-def make_objective(recipe: TrainRecipe, loaded: LoadedModel, device: torch.device) -> nn.Module:
+def make_objective(
+    recipe: TrainRecipe, loaded: LoadedModel, device: torch.device, rows: PaddedRows | PackedRows
+) -> nn.Module:
+    if recipe.objective in OF_SAMPLES:
+        settings = checked_settings(recipe.objective, recipe.objective_settings)
+        reference = None
+        if settings.get("kl_weight") and (recipe.reference or recipe.method == "full"):
+            reference = load_checkpoint(recipe.reference or recipe.model, torch.float32, device).model
+        return OnlineObjective(loaded.model, recipe.objective, settings, rows.max_new_tokens, reference)
     if recipe.objective != "supervised":
         return PreferenceObjective(loaded.model, PreferenceLoss.of(recipe.objective, recipe.objective_settings))
     if not recipe.teacher:

@@ -29,11 +29,15 @@ from diptych.finetune.batches.packed_rows import (
 from diptych.finetune.batches.padded_rows import Items, PaddedRows, PreparedData, padded_rows
 from diptych.finetune.batches.preference_rows import paired_rows
 from diptych.finetune.commands.exit_codes import say_once
+from diptych.finetune.evaluating.evaluate_rows import cap_from_targets
 from diptych.finetune.model.device_speed import training_pace
 from diptych.finetune.model.families import family_of, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.model.loading import position_limit
 from diptych.finetune.model.loss import Seq2SeqObjective
 from diptych.finetune.model.packed_attention import VARLEN, register_varlen
+from diptych.finetune.preferences.objective_settings import OF_SAMPLES, checked_settings
+from diptych.finetune.preferences.online import SampledRows
 from diptych.finetune.training.optimizers import make_optimizer
 from diptych.finetune.training.recipe import TrainRecipe
 
@@ -46,6 +50,8 @@ def training_rows(
     """The rows to train on and, if they are padded, why."""
     model = without_adapter(loaded.model)
     check_preferences(recipe, prepared)
+    if recipe.objective in OF_SAMPLES:
+        return sampled_rows(recipe, prepared, loaded), f"{recipe.objective} samples the answers of each step"
     padded = (paired_rows if prepared.preferences else padded_rows)(loaded, prepared.splits["train"])
     if not recipe.packed:
         return padded, "the recipe has packed: false"
@@ -60,9 +66,22 @@ def training_rows(
     return PackedRows(packed, packing), None
 
 
+def sampled_rows(recipe: TrainRecipe, prepared: PreparedData, loaded: LoadedModel) -> SampledRows:
+    split = prepared.splits["train"]
+    return SampledRows(
+        split,
+        loaded.pad_token_id,
+        loaded.decoder_start_token_id,
+        loaded=loaded,
+        settings=checked_settings(recipe.objective, recipe.objective_settings),
+        metric_settings=recipe.metric_settings,
+        max_new_tokens=recipe.max_new_tokens or cap_from_targets(split, position_limit(loaded.model)),
+    )
+
+
 def check_preferences(recipe: TrainRecipe, prepared: PreparedData) -> None:
     """UserError where rows are of another kind than the objective."""
-    due = {"supervised": None, "kto": "marks"}.get(recipe.objective, "pairs")
+    due = {"supervised": None, "kto": "marks", **dict.fromkeys(OF_SAMPLES)}.get(recipe.objective, "pairs")
     if prepared.preferences == due:
         return
     said = {None: "one answer to each source", "pairs": "pairs of a chosen and a rejected answer"}

@@ -1,0 +1,153 @@
+"""Losses of answers that the model wrote itself, against slow twins; and what sampling gives to them."""
+
+import pytest
+import torch
+
+from diptych.data_prep.packing.packed_row import MARKS_COLUMN
+from diptych.finetune.batches.padded_rows import Items, pad_sources, pad_targets
+from diptych.finetune.model.adapters import add_adapter
+from diptych.finetune.model.families import SOURCE_ROWS, decoder_start_token
+from diptych.finetune.preferences.objective_settings import checked_settings
+from diptych.finetune.preferences.online import FINISHED, REWARDS, SECONDS, OnlineObjective
+
+SOURCES = [[12, 7, 9, 1], [5, 8, 1]]
+ANSWERS = [  # source, ids, reward, mark
+    (0, [31, 40, 35, 22, 1], 70.0, 0),
+    (0, [31, 22, 1], 20.0, 0),
+    (0, [9, 9, 9], 5.0, 0),
+    (0, [31, 40, 1], 100.0, 1),
+    (1, [22, 1], 40.0, 0),
+    (1, [30, 1], 40.0, 0),
+    (1, [8, 9, 22, 1], 90.0, 0),
+    (1, [22, 9, 1], 100.0, 1),
+]
+MOST = 5
+CASES = {
+    "mrt": ("mrt", {"sharpness": 0.3}),
+    "mrt of samples": ("mrt", {"with_target": False, "sharpness": 0.3, "supervised_weight": 0.4}),
+    "grpo": ("grpo", {"samples": 3}),
+    "grpo undivided": ("grpo", {"samples": 3, "by_deviation": False, "by_length": False, "supervised_weight": 0.1}),
+    "grpo with kl": ("grpo", {"samples": 3, "kl_weight": 0.3}),
+}
+
+
+def batch_for(model) -> dict[str, torch.Tensor]:
+    start = decoder_start_token(model)
+    return {
+        **pad_sources(SOURCES, 0),
+        **pad_targets([{"labels": ids} for _, ids, _, _ in ANSWERS], 0, start),
+        SOURCE_ROWS: torch.tensor([source for source, *_ in ANSWERS]),
+        MARKS_COLUMN: torch.tensor([mark for *_, mark in ANSWERS]),
+        REWARDS: torch.tensor([reward for _, _, reward, _ in ANSWERS], dtype=torch.float64),
+        FINISHED: torch.tensor([int(ids[-1] == 1) for _, ids, _, _ in ANSWERS]),
+        SECONDS: torch.zeros(1),
+    }
+
+
+def log_probabilities(model) -> list[torch.Tensor]:
+    """Of each token of each answer, by one forward for each."""
+    found = []
+    for source, ids, _, _ in ANSWERS:
+        inputs = {"input_ids": SOURCES[source], "decoder_input_ids": [decoder_start_token(model), *ids[:-1]]}
+        inputs = {name: torch.tensor([its]) for name, its in inputs.items()}
+        logits = model(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]), use_cache=False).logits[0]
+        found.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
+    return found
+
+
+def naive_loss(model, case: str, reference) -> torch.Tensor:
+    objective, given = CASES[case]
+    own = checked_settings(objective, given)
+    found, total = log_probabilities(model), 0.0
+    with torch.no_grad():
+        of_reference = log_probabilities(reference)
+    for source in (0, 1):
+        places = [place for place, answer in enumerate(ANSWERS) if answer[0] == source]
+        samples = [place for place in places if ANSWERS[place][3] == 0]
+        if objective == "mrt":
+            taken = places if own["with_target"] else samples
+            likely = torch.softmax(torch.stack([own["sharpness"] * found[place].sum() for place in taken]), 0)
+            costs = torch.tensor([-ANSWERS[place][2] / 100 for place in taken], dtype=likely.dtype)
+            total = total + (likely * costs).sum() / 2
+            continue
+        rewards = torch.tensor([ANSWERS[place][2] for place in samples], dtype=torch.float64)
+        advantages = rewards - rewards.mean()
+        advantages = advantages / (rewards.std() + 1e-4) if own["by_deviation"] else advantages / 100
+        for place, advantage in zip(samples, advantages, strict=True):
+            p, r = found[place], of_reference[place]
+            gain = float(advantage) * torch.exp(p - p.detach())
+            if own["kl_weight"]:
+                gain = gain - own["kl_weight"] * (torch.exp(r - p) - (r - p) - 1)
+            total = total - gain.sum() / (len(p) if own["by_length"] else MOST) / 6
+    if own["supervised_weight"]:
+        targets = [place for place, answer in enumerate(ANSWERS) if answer[3] == 1]
+        tokens = sum(len(ANSWERS[place][1]) for place in targets)
+        total = total - own["supervised_weight"] * sum(found[place].sum() for place in targets) / tokens
+    return total
+
+
+def gradients(model):
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", ["bart", "m2m_100", "t5", "t5gemma", "diptych_merged"])
+def test_loss_and_gradients_are_those_of_separate_forwards(family, case, new_model):
+    model, reference = new_model(family).double(), new_model(family).double()
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    expected_loss = naive_loss(model, case, reference)
+    expected_loss.backward()
+    expected = gradients(model)
+    objective, given = CASES[case]
+    settings = checked_settings(objective, given)
+    loss = OnlineObjective(model, objective, settings, MOST, reference, tokens_at_once=4).train()(
+        batch_for(model), Items(2, 6)
+    )
+    loss.backward()
+    found, tolerance = gradients(model), 1e-12 if family in ("bart", "m2m_100") else 1e-6
+    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=tolerance)
+    for name in expected.keys() | found.keys():
+        scale = max(1.0, expected[name].abs().max().item())
+        torch.testing.assert_close(found[name] / scale, expected[name] / scale, rtol=0, atol=tolerance)
+
+
+def test_an_adapter_is_compared_with_its_base(new_model):
+    """Where the adapter still does nothing the divergence is 0; then it is that from the base."""
+    torch.manual_seed(0)
+    base = new_model("t5")
+    model = add_adapter(new_model("t5"), "base", rank=4, alpha=8)
+    model.base_model.model.load_state_dict(base.state_dict(), strict=False)
+    settings = checked_settings("grpo", {"samples": 3, "kl_weight": 0.3})
+    objective = OnlineObjective(model, "grpo", settings, MOST).train()
+    names = list(objective.figure_names)
+
+    def divergence():
+        objective(batch_for(model), Items(2, 6))
+        total, count = objective.take_figures()[names.index("divergence")].tolist()
+        return total / count
+
+    assert divergence() == 0
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    own = [p.detach() for p in log_probabilities(model)]
+    with model.disable_adapter():
+        of_base = [p.detach() for p in log_probabilities(model)]
+    ratios = torch.cat([r - p for p, r, answer in zip(own, of_base, ANSWERS, strict=True) if answer[3] == 0])
+    assert divergence() == pytest.approx(float((torch.exp(ratios) - ratios - 1).mean()), rel=1e-4)
+    assert model.training and model.base_model.model.training
+
+
+def test_equal_rewards_teach_nothing(new_model):
+    model = new_model("bart")
+    batch = batch_for(model)
+    batch[REWARDS][:] = 50.0
+    objective = OnlineObjective(model, "grpo", checked_settings("grpo", {"samples": 3}), MOST).train()
+    objective(batch, Items(2, 6)).backward()
+    assert all(not weight.grad.any() for weight in model.parameters() if weight.grad is not None)
+    figures = dict(zip(objective.figure_names, objective.take_figures().tolist(), strict=True))
+    assert figures["equal_rewards"] == [2, 2] and figures["unfinished"] == [1, 6] and figures["reward"] == [300, 6]
