@@ -21,7 +21,7 @@ A answers, N target tokens, B sources.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,8 +39,8 @@ from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.preferences.objective import Batch, PreferenceObjective, TokenFigures
 from diptych.finetune.preferences.scores import scores_of
 
-REWARDS, FINISHED, SECONDS = "rewards", "finished", "sampling_seconds"
-"""Of a batch: reward and whether it ended, of each answer, (A,); and the time that sampling took."""
+REWARDS, FINISHED = "rewards", "finished"
+"""Of a batch: reward of each answer, and whether it ended, (A,)."""
 LEAST_DEVIATION = 1e-4
 
 
@@ -53,11 +53,13 @@ class SampledRows(PaddedRows):
     settings: Mapping[str, Any] | None = None
     metric_settings: Mapping[str, Any] | None = None
     max_new_tokens: int = 0
+    seconds: list[float] = field(default_factory=list)
+    """What sampling and scoring took, of each batch since they were last taken away."""
 
     def tensors(self, rows: Sequence[int]) -> Batch:
         if not len(rows):
             nothing = torch.zeros(1, dtype=torch.long)
-            batch = super().tensors(rows) | {SOURCE_ROWS: nothing, MARKS_COLUMN: nothing, SECONDS: torch.zeros(1)}
+            batch = super().tensors(rows) | {SOURCE_ROWS: nothing, MARKS_COLUMN: nothing}
             return batch | {REWARDS: torch.zeros(1, dtype=torch.float64), FINISHED: nothing}
         started = time.perf_counter()
         columns, settings = self.split[rows], self.settings
@@ -95,6 +97,7 @@ class SampledRows(PaddedRows):
         )
         for row, answer in enumerate(answers):
             targets["labels"][row, : len(answer.forced)] = IGNORE_INDEX
+        self.seconds.append(time.perf_counter() - started)
         return {
             **pad_sources(columns["input_ids"], self.pad_token_id),
             **targets,
@@ -102,7 +105,6 @@ class SampledRows(PaddedRows):
             MARKS_COLUMN: torch.tensor([answer.mark for answer in answers]),
             REWARDS: torch.from_numpy(rewards),
             FINISHED: torch.tensor([int(answer.finished) for answer in answers]),
-            SECONDS: torch.tensor([time.perf_counter() - started]),
         }
 
 
@@ -127,10 +129,7 @@ def _different(answers: Sequence[_Answer]) -> list[_Answer]:
 class OnlineObjective(PreferenceObjective):
     """A model with the loss of answers that it wrote itself."""
 
-    figure_names = (
-        *("reward", "best_reward", "equal_rewards", "entropy", "output_tokens", "unfinished", "divergence"),
-        SECONDS,
-    )
+    figure_names = ("reward", "best_reward", "equal_rewards", "entropy", "output_tokens", "unfinished", "divergence")
     needs_divergence = False
 
     def __init__(
@@ -210,7 +209,6 @@ class OnlineObjective(PreferenceObjective):
         self._add("entropy", tokens.entropies[is_sample[tokens.answer_of]])
         self._add("output_tokens", lengths[is_sample])
         self._add("unfinished", 1.0 - batch[FINISHED][is_sample].double())
-        self._add(SECONDS, batch[SECONDS])
 
 
 def without_own_adapter(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:

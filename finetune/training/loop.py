@@ -30,6 +30,7 @@ from diptych.finetune.evaluating.evaluate_rows import evaluate_rows, row_losses
 from diptych.finetune.evaluating.metrics import is_improvement, selected_figure
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.preferences.figures import drift, validation_figures
+from diptych.finetune.preferences.objective_settings import OF_SAMPLES
 from diptych.finetune.preferences.reference import answers_of_rows
 from diptych.finetune.run_files.checkpoints import checkpoint_step, complete_checkpoints, whole_tensor
 from diptych.finetune.run_files.loss_plot import plot_loss
@@ -232,6 +233,9 @@ def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> Non
         "mfu": work_per_second / run.peak / run.accelerator.num_processes,
         "memory_bytes": peak_memory(run.accelerator.device),
     } | ({"skipped_steps": progress.skipped} if run.recipe.skip_spikes else {})
+    if run.recipe.objective in OF_SAMPLES:
+        entry["sampling_seconds"] = sum(run.rows.seconds)
+        run.rows.seconds.clear()
     means = mean_figures(run)
     entry |= means
     progress.nats, progress.logged_target_tokens = 0.0, 0

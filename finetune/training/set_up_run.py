@@ -229,15 +229,8 @@ def find_reference(
 
     if recipe.reference is None and not saved:
         return of(own, "reference")
-    name = recipe.reference or recipe.model
-    other = load_checkpoint(name, torch.float32, device)
-    check_same_tokenizer(recipe.data, loaded.tokenizer, name, other.tokenizer)
+    other = reference_model(recipe, loaded, device)
     check_rows_fit(without_adapter(other.model), {name: it.split for name, it in rows.items() if not it.row_tokens})
-    if other.decoder_start_token_id != loaded.decoder_start_token_id:
-        raise UserError(
-            f"the decoder of the reference {name} starts with token {other.decoder_start_token_id}, and that of the"
-            f" model with {loaded.decoder_start_token_id}. Give a reference from which this model was tuned."
-        )
     make_ready(
         replace(recipe, compile=False), other.model, accelerator, is_packed=rows["train"].row_tokens is not None
     )
@@ -246,6 +239,22 @@ def find_reference(
         tokens = {name: int(it.lengths.target_tokens.sum()) for name, it in rows.items()}
         say_if_far(reference, of(own, "model"), tokens)
     return reference
+
+
+def reference_model(recipe: TrainRecipe, loaded: LoadedModel, device: torch.device) -> LoadedModel:
+    """The one that the recipe names, or the model as the run began with it."""
+    if recipe.reference is None:
+        set_seed(recipe.seed)
+        model = starting_model(recipe, loaded.tokenizer, None)
+        return LoadedModel.of(model.to(device).eval(), loaded.tokenizer)
+    other = load_checkpoint(recipe.reference, torch.float32, device)
+    check_same_tokenizer(recipe.data, loaded.tokenizer, recipe.reference, other.tokenizer)
+    if other.decoder_start_token_id != loaded.decoder_start_token_id:
+        raise UserError(
+            f"the decoder of the reference {recipe.reference} starts with token {other.decoder_start_token_id}, and"
+            f" that of the model with {loaded.decoder_start_token_id}. Name a model from which this one was tuned."
+        )
+    return other
 
 
 def join(recipe: TrainRecipe) -> accelerate.Accelerator:
@@ -379,9 +388,8 @@ def make_objective(
 ) -> nn.Module:
     if recipe.objective in OF_SAMPLES:
         settings = checked_settings(recipe.objective, recipe.objective_settings)
-        reference = None
-        if settings.get("kl_weight") and (recipe.reference or recipe.method == "full"):
-            reference = load_checkpoint(recipe.reference or recipe.model, torch.float32, device).model
+        needs_model = settings.get("kl_weight") and (recipe.reference or recipe.method == "full")
+        reference = reference_model(recipe, loaded, device).model if needs_model else None
         return OnlineObjective(loaded.model, recipe.objective, settings, rows.max_new_tokens, reference)
     if recipe.objective != "supervised":
         return PreferenceObjective(loaded.model, PreferenceLoss.of(recipe.objective, recipe.objective_settings))

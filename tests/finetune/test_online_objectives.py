@@ -8,7 +8,7 @@ from diptych.finetune.batches.padded_rows import Items, pad_sources, pad_targets
 from diptych.finetune.model.adapters import add_adapter
 from diptych.finetune.model.families import SOURCE_ROWS, decoder_start_token
 from diptych.finetune.preferences.objective_settings import checked_settings
-from diptych.finetune.preferences.online import FINISHED, REWARDS, SECONDS, OnlineObjective
+from diptych.finetune.preferences.online import FINISHED, REWARDS, OnlineObjective
 
 SOURCES = [[12, 7, 9, 1], [5, 8, 1]]
 ANSWERS = [  # source, ids, reward, mark
@@ -40,7 +40,6 @@ def batch_for(model) -> dict[str, torch.Tensor]:
         MARKS_COLUMN: torch.tensor([mark for *_, mark in ANSWERS]),
         REWARDS: torch.tensor([reward for _, _, reward, _ in ANSWERS], dtype=torch.float64),
         FINISHED: torch.tensor([int(ids[-1] == 1) for _, ids, _, _ in ANSWERS]),
-        SECONDS: torch.zeros(1),
     }
 
 
