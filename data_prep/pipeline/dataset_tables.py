@@ -93,12 +93,9 @@ def _other_sources(source_keys: numpy.ndarray, split: str, seed: int) -> numpy.n
     keys = source_keys[order]
     last_of_run = numpy.flatnonzero(keys != numpy.roll(keys, -1))
     if not len(last_of_run):
+        remedy = f"Hold out more (--{split}_fraction 0.2), or nothing (0)." if split in HELD_OUT else "Add others."
         raise UserError(
-            f"all rows of {split} have one source, and each marked answer is compared with the answer to another. Give"
-            f" more rows, hold out more (--{split}_fraction 0.2), or nothing (0)."
-            if split in HELD_OUT
-            else f"all rows of {split} have one source, and each marked answer is compared with the answer to another."
-            f" Give {split} rows with other sources."
+            f"all rows of {split} have one source, and each marked answer goes with the answer to another. {remedy}"
         )
     run = numpy.searchsorted(last_of_run, numpy.arange(len(order))) % len(last_of_run)
     others = numpy.empty_like(order)

@@ -146,7 +146,8 @@ class PrepareSettings:
 
     too_long: Literal["drop", "cut", "error"] = "drop"
     """What to do with a longer row: drop it (counted, and listed in rejects.jsonl), cut it, or error. A target is cut
-    at its end, a source at the ends of its longest fields; the template's text is kept."""
+    at its end, a source at the ends of its longest fields; the template's text is kept. An answer that was judged is
+    never cut: its row is dropped."""
 
     end_cut_targets: bool = False
     """Whether a cut target still ends in eos. A model that is trained on such targets stops in mid-sentence."""
@@ -200,7 +201,8 @@ class PrepareSettings:
     """Target tokens of a packed row, at least those of the longest target. Default: chosen in the same way."""
 
     share_sources: bool = False
-    """Encode the same source in a packed row once for all its targets: for data with several targets per source."""
+    """Encode the same source in a packed row once for all its targets: for data with several targets per source.
+    Always so if answers were judged."""
 
     decoder_start_token_id: int | None = None
     """The first decoder input of each packed example. Default: the id in the checkpoint's config, else the padding

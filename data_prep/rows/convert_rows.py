@@ -407,13 +407,19 @@ def _answered(row: Row, converter: Converter, prompt: str | list[Turn], answer: 
 def _rated(row: Row, converter: Converter) -> list[Result]:
     """A record for each pair of a better and a worse answer."""
     fields, column = row.fields, converter.column("completions")
-    completions, ratings = converter.needed(fields, "completions"), converter.value(fields, "ratings")
-    if ratings is MISSING:
+    ratings = converter.value(fields, "ratings")
+    completions = filled_list(converter.needed(fields, "completions"), column, "no completions")
+    if ratings is MISSING or isinstance(completions[0], Mapping):
         texts, ratings = rated_answers(completions, column)
     else:
-        texts = [text(it, f"{column}[{place}]") for place, it in enumerate(some_list(completions, column))]
+        texts = [text(it, f"{column}[{place}]") for place, it in enumerate(completions)]
         column = converter.column("ratings")
         ratings = some_list(ratings, column)
+    if converter.rated_pairs == "all" and len(texts) * (len(texts) - 1) > 2 * MAX_PAIRS:
+        reason = (
+            f"all pairs of {len(texts):,} answers are more than {MAX_PAIRS:,}. Take best_worst, or divide the row."
+        )
+        raise Fault(column, "too many pairs", reason)
     pairs = pairs_of_rated(texts, ratings, column, converter.rated_pairs, converter.rated_margin)
     record = _answered(row, converter, _prompt(fields, converter), Turn("assistant", texts[0], column, True))
     return [

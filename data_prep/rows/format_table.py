@@ -107,7 +107,7 @@ def _holds_ratings(view: Mapping[str, Any], shape: Mapping[str, str]) -> bool:
         return False
     first = from_json_text(answers[0])
     if "ratings" in shape:
-        return isinstance(first, str) and isinstance(from_json_text(view[shape["ratings"]]), list | tuple)
+        return isinstance(answers[0], str) and isinstance(from_json_text(view[shape["ratings"]]), list | tuple)
     return isinstance(first, Mapping) and any(key in first for key in RATING_KEYS)
 
 

@@ -5,11 +5,13 @@
     {"prompt": "Who?", "completion": "Ann.", "label": true}
     {"prompt": "Who?", "completions": [{"response": "Ann.", "score": 5}, {"response": "Bob.", "score": 1}]}
 
-Prompts and answers are texts or turns, of OpenAI or of ShareGPT; an answer is one turn of the assistant.
+Prompts and answers are texts or turns, of OpenAI or of ShareGPT, or those of Anthropic's hh-rlhf; an answer is one
+turn of the assistant.
 """
 
 import math
 import os.path
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -28,7 +30,6 @@ from diptych.data_prep.rows.valid_text import (
     from_json_text,
     from_object_of_lists,
     missing,
-    some_list,
     text,
 )
 
@@ -39,13 +40,20 @@ FORMS = {
 }
 """The keys and roles of turns, by what `key_of_turns` finds."""
 
+ANTHROPIC = re.compile(r"\n\n(Human|Assistant): ?")
+"""Stands before each turn in hh-rlhf, whose conversations are texts: "\\n\\nHuman: Who?\\n\\nAssistant: Ann."."""
+
 TEXT_KEYS = ("response", "completion", "text", "content")
 RATING_KEYS = ("overall_score", "score", "rating")
 """Of a completion with its rating, the first that it has."""
 
 
 def as_turns(value: Any) -> Any:
-    """A list of turns, also where it is one turn alone or JSON text; any other value as it is."""
+    """A list of turns, also where it is one turn alone, JSON text, or a text of hh-rlhf; any other value as it is."""
+    if isinstance(value, str) and ANTHROPIC.match(value):
+        _, *parts = ANTHROPIC.split(value)
+        roles = ({"Human": "user"}.get(who, "assistant") for who in parts[::2])
+        return [{"role": role, "content": said} for role, said in zip(roles, parts[1::2], strict=True)]
     found = from_object_of_lists(value)
     if isinstance(found, Mapping) and not found.keys().isdisjoint(("role", "from")):
         found = [found]
@@ -118,10 +126,10 @@ def is_mark(label: Any) -> bool:
     return isinstance(label, str | int | float) and str(label).strip().lower() in YES_OR_NO
 
 
-def rated_answers(completions: Any, name: str) -> tuple[list[str], list[Any]]:
+def rated_answers(completions: Sequence[Any], name: str) -> tuple[list[str], list[Any]]:
     """Texts and ratings of `[{"response": "Ann.", "score": 5}, …]`."""
     texts, ratings = [], []
-    for number, it in enumerate(map(from_json_text, some_list(completions, name))):
+    for number, it in enumerate(map(from_json_text, completions)):
         where = f"{name}[{number}]"
         if not isinstance(it, Mapping):
             reason = f"'{where}' is {described(it)}; an object with a text and a rating is due."

@@ -8,7 +8,7 @@ two, missing directions. Names are suggested, never guessed.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from diptych.data_prep.rows.convert_rows import (
     value_at,
 )
 from diptych.data_prep.rows.format_table import FORMATS, PROMPTS, Format, fitting_formats
+from diptych.data_prep.rows.judged_answers import is_turns
 from diptych.data_prep.rows.language_names import is_swapped, names_language
 from diptych.data_prep.rows.records import Languages, Origin, Reject, Row
 from diptych.data_prep.rows.translations import language_columns, languages_of_columns, sides_of_units
@@ -164,19 +165,21 @@ def need_forward(source: str, directions: Directions) -> None:
 
 
 def _has_turns(views: Sequence[View], format: Format) -> bool:
-    """Whether most prompts, or answers that were judged, are lists of turns; a text is one only if it is the JSON of
-    turns."""
+    """Whether most prompts, or answers that were judged, are lists of turns; a text is one only if it spells turns."""
     if format.name in ("messages", "sharegpt"):
         return True
-    for name in (*PROMPTS, "chosen", "completion") if format.preferences else ("prompt",):
-        values = [view[name] for view in views if view.get(name) is not None]
-        are_turns = [
-            key_of_turns(value) is not None if isinstance(value, str | Mapping) else isinstance(value, list | tuple)
-            for value in values
-        ]
-        if 2 * sum(are_turns) > len(values):
-            return True
-    return False
+    if not format.preferences:
+        return _are_mostly(views, "prompt", _is_prompt_of_turns)
+    return any(_are_mostly(views, name, is_turns) for name in (*PROMPTS, "chosen", "completion"))
+
+
+def _are_mostly(views: Sequence[View], name: str, is_it: Callable[[Any], bool]) -> bool:
+    values = [view[name] for view in views if view.get(name) is not None]
+    return 2 * sum(map(is_it, values)) > len(values)
+
+
+def _is_prompt_of_turns(value: Any) -> bool:
+    return key_of_turns(value) is not None if isinstance(value, str | Mapping) else isinstance(value, list | tuple)
 
 
 # What a person names

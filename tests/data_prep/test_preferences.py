@@ -111,6 +111,13 @@ SPELLINGS = {
     "conversations that begin alike": (WHOLE, [AFTER_TURNS]),
     "as UltraFeedback binarized": ({"prompt": "Who?", **WHOLE, "messages": WHOLE["chosen"]}, [AFTER_TURNS]),
     "as JSON text": ({name: json.dumps(turns) for name, turns in WHOLE.items()}, [AFTER_TURNS]),
+    "as hh-rlhf": (
+        {
+            "chosen": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Who?\n\nAssistant: Ann.",
+            "rejected": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Who?\n\nAssistant: Bob.",
+        },
+        [pair("Who?", "", "Ann.", "Bob.", history=HISTORY["history"])],
+    ),
     "as LLaMA-Factory": (
         {
             "conversations": [{"from": "human", "value": "Who?"}],
@@ -132,6 +139,10 @@ SPELLINGS = {
     "rated": ({"prompt": "Who?", "completions": RATED}, [PLAIN]),
     "ratings in a list": ({"instruction": "Who?", "responses": ["Bob.", "Ann."], "scores": [1, 2]}, [PLAIN]),
     "ratings of completions": ({"prompt": "Who?", "completions": ["Bob.", "Ann."], "ratings": [1, 2]}, [PLAIN]),
+    "ratings in both places": ({"prompt": "Who?", "completions": RATED, "ratings": [3, 2, 1]}, [PLAIN]),
+    "ratings of JSON": (
+        {"prompt": "Who?", "responses": ["[1]", "{}"], "scores": [1, 2]}, [pair("Who?", "", "{}", "[1]")],
+    ),
     "turns with ratings": ({"prompt": TURNS, "completions": RATED}, [AFTER_TURNS]),
     "edits": ({"src": "Go.", "mt": "가요", "pe": "가."}, [pair("To Korean:", "Go.", "가.", "가요")]),
 }  # fmt: skip
@@ -160,6 +171,8 @@ def test_all_pairs_of_ratings_are_made_if_asked_for_and_a_margin_leaves_some_out
     better |= {("Al.", "Ann."), ("Eve.", "Ann.")}
     assert {(it.output, it.rejected) for it in found} == better
     assert [it.origin.instance for it in found] == [1, 2, 3, 4, 5, 6, 7]
+    many = {"prompt": "Who?", "responses": [f"{n}." for n in range(60)], "scores": list(range(60))}
+    assert results(many, rated_pairs="all")[1][0].kind == "too many pairs" and len(results(many)[1]) == 1
     _, found = results(fields, rated_pairs="all", rated_margin=2.5)
     assert {(it.output, it.rejected) for it in found} == {("Ann.", "Al."), ("Ann.", "Eve."), ("Ann.", "Bob.")}
 
@@ -187,6 +200,7 @@ FAULTS = {
     "another prompt": ({"prompt": "Where?", **WHOLE}, "answers to another prompt"),
     "no mark": ({"prompt": "Who?", "completion": "Ann.", "label": 0.5}, "'label' is neither true nor false"),
     "null mark": ({"prompt": "Who?", "completion": "Ann.", "label": None}, "'label' is neither true nor false"),
+    "no answers": ({"prompt": "Who?", "responses": [], "scores": []}, "no completions"),
     "ties": ({"prompt": "Who?", "responses": ["A.", "B."], "scores": [1, 1.0]}, "no pair of ratings"),
     "one answer": ({"prompt": "Who?", "responses": ["A."], "scores": [1]}, "no pair of ratings"),
     "no number": ({"prompt": "Who?", "responses": ["A.", "B."], "scores": [1, "N/A"]}, "rating that is no number"),
