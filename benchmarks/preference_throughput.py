@@ -1,0 +1,154 @@
+"""Steps of DPO, side by side in one run: each answer with an encoding of its own, as TRL's trainers computed it for
+encoder-decoders, against Diptych's objective, which encodes a source once for all its answers.
+
+    python benchmarks/preference_throughput.py                           60M on two cores, about half an hour
+    python benchmarks/preference_throughput.py --online                  what sampling takes of a step of mrt and grpo
+
+Each measurement is a process of its own, and the sides take turns. All compute the same loss of the same pairs with the
+same weights (checked: the loss of the first step), with log-probabilities of the reference computed beforehand, in the
+faster of bf16 and fp32, with AdamW. Four answers, two pairs, to each source; all sources have one length and all
+answers 64 tokens, so padding plays no part.
+
+    two encodings    input_ids repeated for each answer, all logits in fp32, log_softmax
+    padded           the encoder's states repeated for each answer; logits in chunks
+    packed           the answers are decoder segments that read one encoder segment
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from train_throughput import SIZES, VOCABULARY, make_model
+from transformers import AutoModelForSeq2SeqLM
+
+from diptych.data_prep.packing.packed_row import MARKS_COLUMN
+from diptych.finetune.batches.packed_rows import REFERENCE, pack_examples
+from diptych.finetune.batches.padded_rows import Items, pad_sources, pad_targets
+from diptych.finetune.model.device_speed import keep_memory, training_pace
+from diptych.finetune.model.families import SOURCE_ROWS
+from diptych.finetune.preferences.losses import PreferenceLoss
+from diptych.finetune.preferences.objective import PreferenceObjective
+from diptych.finetune.training.training_batches import set_attention
+
+SIDES = ("two encodings", "padded", "packed")
+ANSWERS, TARGET_TOKENS, BETA = 4, 64, 0.1
+
+
+def examples_of(sources: int, source_tokens: int) -> list[dict]:
+    """Answers to one source stand next to each other: chosen, rejected, chosen, rejected."""
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(tokens: int) -> list[int]:
+        return [*torch.randint(3, VOCABULARY, (tokens - 1,), generator=draw).tolist(), 1]
+
+    texts = [ids(source_tokens) for _ in range(sources)]
+    return [{"input_ids": text, "labels": ids(TARGET_TOKENS)} for text in texts for _ in range(ANSWERS)]
+
+
+def batch_of(side: str, examples: list[dict]) -> dict[str, torch.Tensor]:
+    marks = torch.tensor([1, -1]).repeat(len(examples) // 2)
+    reference = torch.zeros(len(examples), dtype=torch.float64) - 600.0
+    if side == "packed":
+        batch = pack_examples(examples, 0, 0, share_sources=True)
+        lengths = torch.tensor([len(example["labels"]) for example in examples])
+        return batch | {MARKS_COLUMN: marks.repeat_interleave(lengths)[None], REFERENCE: reference}
+    rows = examples if side == "two encodings" else examples[::ANSWERS]
+    batch = pad_sources([row["input_ids"] for row in rows], 0) | pad_targets(examples, 0, 0)
+    own = {SOURCE_ROWS: torch.arange(len(rows)).repeat_interleave(ANSWERS)} if side == "padded" else {}
+    return batch | own | {MARKS_COLUMN: marks, REFERENCE: reference}
+
+
+def plain_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    logits = model(**{name: batch[name] for name in names}, use_cache=False).logits.float()
+    of_tokens = logits.log_softmax(-1).gather(2, batch["labels"].clamp(min=0)[..., None])[..., 0]
+    ratios = (of_tokens * (batch["labels"] >= 0)).sum(1) - batch[REFERENCE]
+    return -F.logsigmoid(BETA * (ratios[0::2] - ratios[1::2])).mean().float()
+
+
+def measure(side: str, folder: str, sources: int, source_tokens: int, steps: int, dtype: str) -> dict:
+    keep_memory()
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
+    for module in model.modules():  # dropout would draw other numbers for each side
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.dropout = 0.0
+    set_attention(model, "auto", dtype, torch.device("cpu"), is_packed=side == "packed")
+    objective = PreferenceObjective(model, PreferenceLoss.of("dpo", {"beta": BETA}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    batch = batch_of(side, examples_of(sources, source_tokens))
+    pairs = len(batch[REFERENCE]) // 2
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds, losses = [], []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            loss = plain_loss(model, batch) if side == "two encodings" else objective(batch, Items(pairs, 1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+        losses.append(loss.item())
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": statistics.median(seconds[1:]), "loss": losses[0], "memory": (after - before) / 2**20}
+
+
+def in_a_process(*arguments: object) -> dict:
+    call = [sys.executable, __file__, "--measure", json.dumps(arguments)]
+    return json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def compare(options: argparse.Namespace) -> None:
+    cpu = torch.device("cpu")
+    faster = training_pace(cpu, torch.bfloat16) > training_pace(cpu, torch.float32)
+    dtype = "bf16" if faster else "fp32"
+    print(f"{options.size}, {dtype}, {options.sources} sources of {ANSWERS} answers a step; times are medians")
+    print("| family | source tokens | side | seconds a step | times as fast | GiB more | first loss |")
+    for family in options.families:
+        with tempfile.TemporaryDirectory() as folder:
+            make_model(family, options.size, Path(folder))
+            for source_tokens in options.source_tokens:
+                rounds = [
+                    {
+                        side: in_a_process(side, folder, options.sources, source_tokens, options.steps, dtype)
+                        for side in SIDES
+                    }
+                    for _ in range(options.rounds)
+                ]
+                for side in SIDES:
+                    ratios = [found[SIDES[0]]["seconds"] / found[side]["seconds"] for found in rounds]
+                    own = {name: statistics.median(it[side][name] for it in rounds) for name in rounds[0][side]}
+                    print(
+                        f"| {family} | {source_tokens} | {side} | {own['seconds']:.2f} | "
+                        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
+                        f"{own['memory']:.2f} | {own['loss']:.4f} |",
+                        flush=True,
+                    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--families", nargs="*", default=["t5", "bart", "diptych"])
+    parser.add_argument("--source_tokens", nargs="*", type=int, default=[64, 256, 1024])
+    parser.add_argument("--sources", type=int, default=2, help="in a step")
+    parser.add_argument("--steps", type=int, default=4, help="measured after the first one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(*json.loads(options.measure))))
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()
