@@ -152,6 +152,15 @@ class DiptychPanelConfig(PreTrainedConfig):
                 f"head_dim is {self.head_dim}, of which rotary positions turn {self.rotary_size} numbers in pairs: "
                 f"choose an even one."
             )
+        bases = {
+            "rope_theta": (self.rope_parameters or {}).get("rope_theta"),
+            "window_rope_theta": self.window_rope_theta,
+        }
+        for name, base in bases.items():
+            if base is not None and not (isinstance(base, float | int) and 0 < base < float("inf")):
+                raise ValueError(
+                    f"{name} is {base!r}; rotary positions are counted in its powers: give a number above 0."
+                )
         if self.norm_placement not in ("before", "after", "around"):
             raise ValueError(f"norm_placement is {self.norm_placement!r}; there are 'before', 'after' and 'around'.")
         if self.joint_qk_norm and not self.qk_norm:

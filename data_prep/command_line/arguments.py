@@ -27,7 +27,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from diptych.data_prep.command_line.bounded_yaml import read_yaml, text_of
-from diptych.data_prep.command_line.errors import UserError, check_encoding, excerpt, nearest
+from diptych.data_prep.command_line.errors import UserError, check_encoding, excerpt, nearest, nearest_file
 from diptych.data_prep.command_line.option_synonyms import other_name
 from diptych.data_prep.command_line.run_command import with_wrong_places
 
@@ -286,8 +286,8 @@ def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
         if isinstance(content, str):  # a lone `seed:`, which is a text on a command line only
             content = read_yaml(f"{text}\n#")
     except FileNotFoundError:
-        near = nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
-        hint = f" Did you mean {path.with_name(near)}?" if near else ""
+        near = nearest_file(path)
+        hint = f" Did you mean {near}?" if near else ""
         raise UserError(f"{CONFIG} {name}: there is no such file.{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{CONFIG} {name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None

@@ -17,6 +17,7 @@ import difflib
 import errno
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 CONTROLS = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 """Control characters, line breaks, marks that change the writing direction, bytes of file names that are no UTF-8; no
@@ -75,6 +76,15 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     spelled = {candidate.strip().casefold(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.strip().casefold(), spelled, n=1, cutoff=cutoff)
     return spelled[matches[0]] if matches else None
+
+
+def nearest_file(path: Path) -> Path | None:
+    """The one in its folder whose name is most like that of a file that is not there. Endings, and the folder's name,
+    are alike anyway, and say nothing."""
+    beside = sorted(path.parent.iterdir() if path.parent.is_dir() else (), key=lambda it: it.suffix == path.suffix)
+    stems = {it.stem: it for it in beside}
+    near = nearest(path.stem, stems, cutoff=0.7)
+    return stems[near] if near else None
 
 
 DISK_FAILS = "This disk, or the connection to it, fails: see the system's log, or name another disk."

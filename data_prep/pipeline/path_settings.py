@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diptych.data_prep.command_line.errors import UserError, escaped, in_short, nearest
+from diptych.data_prep.command_line.errors import UserError, escaped, in_short, nearest_file
 from diptych.data_prep.rows.named_splits import named
 
 
@@ -31,8 +31,8 @@ def _check_prepared(name: str, option: str) -> None:
 def _check_exists(name: str, option: str) -> None:
     path = Path(name)
     if not os.path.lexists(path):
-        near = nearest(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
-        hint = f" Did you mean {path.with_name(near)}?" if near else ""
+        near = nearest_file(path)
+        hint = f" Did you mean {near}?" if near else ""
         raise UserError(f"{option} {name}: there is no such file or folder.{hint}")
 
 

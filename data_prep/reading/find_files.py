@@ -26,7 +26,7 @@ from pathlib import Path
 import pyarrow
 import xxhash
 
-from diptych.data_prep.command_line.errors import UserError, check_encoding, nearest
+from diptych.data_prep.command_line.errors import UserError, check_encoding, nearest, nearest_file
 from diptych.data_prep.rows.language_names import languages_of_files
 from diptych.data_prep.rows.valid_text import listed
 
@@ -383,8 +383,7 @@ def find_files(entry: str, samples: Iterable[str] = ()) -> tuple[list[Found], li
             return [Found(str(path), entry, entry)], []
         found = list(_in_folder(str(path), entry))
     elif not glob.has_magic(entry):
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        near = nearest(entry, [*(str(path.with_name(file.name)) for file in beside), *samples], cutoff=0.75)
+        near = str(nearest_file(path) or nearest(entry, samples, cutoff=0.75) or "")
         hint = f"Shipped samples are {', '.join(samples)}; Hub ids start with hf:."
         raise UserError(f"{entry}: there is no such file. {f'Did you mean {near!r}?' if near else hint}")
     else:

@@ -15,6 +15,7 @@ adapter, load what a conversion service answers for a Hub repository of pickles,
 """
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -48,6 +49,10 @@ from diptych.data_prep.text_to_ids.checkpoint_config import (
 from diptych.finetune.commands.exit_codes import CheckpointError, StorageError
 
 AGAIN = "Run `diptych prepare` again."
+BUCKETS = [
+    ("relative_attention_num_buckets", "relative_attention_max_distance"),
+    ("num_buckets", "relative_max_distance"),
+]
 TOKEN_COLUMN = re.compile(r"labels|\w+_ids")
 MODEL_WEIGHTS = "model.safetensors"
 INDEX = ".index.json"
@@ -173,6 +178,7 @@ def check_sizes(
     if _is_absurd(weights, held):
         raise UserError(_absurd(name, "weights of", weights, held, len(shapes)))
     check_tensors(len(shapes), len(sizes), name)
+    _check_buckets(written, name)
     dtype = config.dtype if dtype == "auto" else dtype
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     size = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
@@ -183,6 +189,17 @@ def check_sizes(
             f" bytes of memory left. Take a smaller checkpoint, or a machine with more."
         )
     return model
+
+
+def _check_buckets(config: Mapping[str, Any], name: str) -> None:
+    """UserError where the logarithms by which T5 and its kin, and ProphetNet, share out distances divide by 0."""
+    for part, (count, farthest) in itertools.product(config_parts(config), BUCKETS):
+        if count in part and farthest in part and (part[count] < 4 or part[farthest] <= part[count] // 2):
+            raise UserError(
+                f"config.json of {name} says that {count} is {part[count]} and {farthest} {part[farthest]}, which"
+                f" gives no logarithms of distances. {count} has to be 4 or more, and {farthest} more than its half."
+                f" Correct it there, or take another checkpoint."
+            )
 
 
 def _check_types(files: Sequence[Path], parameters: Set[str], name: str) -> None:

@@ -174,10 +174,13 @@ def test_an_option_may_have_dashes_and_names_inside_values_keep_theirs():
         parse(Settings, "bake", ["--spilt-by", "source"])
 
 
-def test_a_recipe_that_is_not_there_is_told_with_the_nearest(recipe):
+def test_a_recipe_that_is_not_there_is_told_with_the_nearest(recipe, tmp_path):
     recipe("seed: 1")
-    with pytest.raises(UserError, match="^--config q.yaml: there is no such file. Did you mean r.yaml?"):
-        parse(Settings, "bake", ["--config", "q.yaml"])
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="^--config recpie.yml: there is no such file. Did you mean recipe.yaml?"):
+        parse(Settings, "bake", ["--config", "recpie.yml"])
+    with pytest.raises(UserError, match=r"^--config mine.yaml: there is no such file\.$"):
+        parse(Settings, "bake", ["--config", "mine.yaml"])
     with pytest.raises(UserError, match=r"^--config \. cannot be read: Is a directory\.$"):
         parse(Settings, "bake", ["--config", "."])
 

@@ -393,6 +393,30 @@ DAMAGED = {
     "more tokens": ("llama", with_tokens, 2, "has ids up to 377, but the model has 369 embedding rows"),
     "no window": ("gemma 2", edited(sliding_window=None), 2, "sliding_window is None, and layers of sliding"),
     "a window of nothing": ("mistral, sliding", edited(sliding_window=0), 2, "sliding_window is 0, and layers"),
+    "no turns": (
+        "llama",
+        edited(rope_parameters={"rope_type": "default", "rope_theta": 0.0}),
+        2,
+        "rope_theta is 0.0; ",
+    ),
+    "turns of NaN": (
+        "llama",
+        edited(rope_parameters={"rope_type": "default", "rope_theta": math.nan}),
+        2,
+        "rope_theta is nan; ",
+    ),
+    "turns of NaN in windows": (
+        "olmo 3",
+        edited(rope_parameters=BY_KIND | {"sliding_attention": {"rope_type": "default", "rope_theta": math.nan}}),
+        2,
+        "window_rope_theta is nan; ",
+    ),
+    "half a pair": (
+        "phi 4, short",
+        edited(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.1875}),
+        2,
+        "of which rotary positions turn 3 numbers in pairs",
+    ),
     "an end of text": (
         "llama",
         edited("generation_config.json", eos_token_id="x"),
