@@ -53,13 +53,19 @@ def plain(value: Any, name: str) -> Any:
 
 @contextmanager
 def keywords_in_messages() -> Iterator[None]:
-    """Inside, the message of a UserError names settings as keywords: `--lossy_text drop` → `lossy_text drop`. What is
-    to be typed into a shell (`diptych prepare --data …`) stays."""
+    """Inside, the message of a UserError names settings as keywords: `--resume true` → `resume=True`, `--lossy_text
+    drop` → `lossy_text drop`. What is to be typed into a shell (`diptych prepare --data …`) stays."""
+
+    def as_keyword(option: re.Match) -> str:
+        shell, name, value = option.groups()
+        return shell or (f"{name}={value.title()}" if value else name)
+
     try:
         yield
     except UserError as error:
         lines = [line.replace("--help", "docs/settings.md") for line in error.args]
-        error.args = tuple(re.sub(r"(diptych [a-z]+ [^`]*)|(?<![\w-])--(?=[a-z])", r"\1", line) for line in lines)
+        option = r"(diptych [a-z]+ [^`]*)|(?<![\w-])--([a-z]\w*)(?: (true|false)\b)?"
+        error.args = tuple(re.sub(option, as_keyword, line) for line in lines)
         raise
 
 

@@ -9,6 +9,7 @@ accepts no files, and shows all text as text. Beyond the loopback a password is 
 DIPTYCH_PASSWORD.
 """
 
+import contextlib
 import os
 import queue
 import tempfile
@@ -249,25 +250,34 @@ class Guard:
         if refusal:
             return await PlainTextResponse(refusal, 403)(scope, receive, send)
 
+        size, has_more, has_begun, most = 0, True, False, web_address.LARGEST_BODY
+
         async def send_with_policy(message: dict[str, Any]) -> None:
+            nonlocal has_begun
+            if size > most and not has_begun:
+                return  # a status 500, in whose place comes ours
+            has_begun = True
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        size = 0
-
         async def receive_little() -> dict[str, Any]:
-            nonlocal size
+            nonlocal size, has_more
             message = await receive()
-            size += len(message.get("body", b""))
-            if size > web_address.LARGEST_BODY:
-                raise ValueError(f"it has more than {web_address.LARGEST_BODY:,} bytes")
+            size, has_more = size + len(message.get("body", b"")), message.get("more_body", False)
+            if size > most:
+                raise ValueError(f"it has more than {most:,} bytes")
             return message
 
         try:
             await self.app(scope, receive_little, send_with_policy)
         except Exception as error:  # Gradio raises errors of any type here; starlette has sent a status 500 before
             LOG.warning("a request to the page failed: %s", in_short(error))
+        if size > most and not has_begun:
+            while has_more and size < 2 * most:  # who is still sending reads no answer
+                with contextlib.suppress(ValueError):
+                    await receive_little()
+            await PlainTextResponse(f"a request to this page has at most {most:,} bytes", 413)(scope, receive, send)
 
 
 def run(settings: DemoSettings) -> int:

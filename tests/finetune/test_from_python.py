@@ -190,6 +190,8 @@ def test_ctrl_c_ends_the_step_saves_and_the_run_goes_on(made, tmp_path):
     stopped = diptych.train(**settings, logging_every=1, say=press_ctrl_c)
     assert stopped.state == "stopped" and 2 <= stopped.figures[-1]["step"] < 6
     assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(diptych.UserError, match="or go on with the run in it: resume=True$"):
+        diptych.train(**settings, logging_every=1)
     resumed = diptych.train(**settings, logging_every=1, resume=True)
     assert resumed.state == "done" and resumed.figures[-1]["step"] == 6
 
