@@ -101,5 +101,5 @@ setup(
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["diptych=diptych.finetune.commands.cli:main"]},
+    entry_points={"console_scripts": ["diptych=diptych.__main__:main"]},
 )

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -43,6 +44,20 @@ def test_importing_takes_no_heavy_library_and_offers_what_it_lists():
 def test_python_dash_m_is_the_command():
     found = subprocess.run([sys.executable, "-m", "diptych", "trian"], capture_output=True, text=True)
     assert found.returncode == 2 and "Did you mean train?" in found.stderr
+
+
+def test_ctrl_c_while_the_command_is_being_imported_is_no_traceback(monkeypatch):
+    class CtrlC:
+        def find_spec(self, name, *_):
+            if name == "diptych.finetune.commands.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [CtrlC(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "diptych.finetune.commands.cli", raising=False)
+    from diptych.__main__ import main
+
+    assert main() == 130
+    assert '"diptych=diptych.__main__:main"' in Path(__file__).parents[2].joinpath("setup.py").read_text()
 
 
 def test_messages_name_settings_as_keywords(t5_checkpoint, tmp_path):
