@@ -1,5 +1,5 @@
-"""Does it help? A model that was tuned supervised, tuned on by each objective of preferences for its own metric, and, for
-as long, supervised.
+"""Does it help? A model that was tuned supervised is tuned on for its own metric, by each objective of preferences, and
+supervised for as long.
 
     python benchmarks/preference_quality.py --out preference_quality            two cores, about two hours
     python benchmarks/preference_quality.py --out smoke --smoke                 all of it, small; figures mean nothing
@@ -108,11 +108,11 @@ def pairs_of(task: Task, data: Path, model: Path, folder: Path) -> tuple[Path, f
     prompts.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     started = time.process_time()
     for command in (
-        f"sample {model} --data {prompts} --samples {SAMPLES} --out {samples} --batch_size 64 --device cpu --overwrite true",
-        f"rank {samples} --by {task.metric} --out {pairs} --overwrite true",
+        f"sample {model} --data {prompts} --samples {SAMPLES} --out {samples} --batch_size 64 --device cpu",
+        f"rank {samples} --by {task.metric} --out {pairs}",
     ):
         name, *arguments = command.split()
-        assert cli.run(name, arguments) == 0, command
+        assert cli.run(name, [*arguments, "--overwrite", "true"]) == 0, command
     seconds = time.process_time() - started
     shutil.rmtree(prepared, ignore_errors=True)
     diptych.prepare(pairs, out=prepared, tokenizer=model, validation_fraction=0.0, test_fraction=0.0)
@@ -200,8 +200,8 @@ def train(
 def table(name: str, task: Task, first: Path, runs: list[dict[str, Any]], sampling: float, seconds: float) -> str:
     a = load_side(str(first)).reports["test"]
     lines = [
-        f"{name}: {task.metric} of the test split, first model {a.content['figures'][task.metric]:.2f}; {seconds:.0f} CPU"
-        f" seconds each, sampling and ranking {sampling:.0f}",
+        f"{name}: {task.metric} of the test split, first model {a.content['figures'][task.metric]:.2f}; {seconds:.0f}"
+        f" CPU seconds each, sampling and ranking {sampling:.0f}",
         "| method | rate | steps | seconds a step | test, mean of seeds | difference from the first model, by seed |",
         "|---|---|---|---|---|---|",
     ]

@@ -2,11 +2,9 @@
 encoder-decoders, against Diptych's objective, which encodes a source once for all its answers.
 
     python benchmarks/preference_throughput.py                           60M on two cores, about half an hour
-    python benchmarks/preference_throughput.py --online                  what sampling takes of a step of mrt and grpo
-
-Each measurement is a process of its own, and the sides take turns. All compute the same loss of the same pairs with the
-same weights (checked: the loss of the first step), with log-probabilities of the reference computed beforehand, in the
-faster of bf16 and fp32, with AdamW. Four answers, two pairs, to each source; all sources have one length and all
+Each measurement is a process of its own, and the sides take turns. All compute the same loss of the same pairs with
+the same weights (the loss of the first step is shown), with log-probabilities of the reference computed beforehand, in
+the faster of bf16 and fp32, with AdamW. Four answers, two pairs, to each source; all sources have one length and all
 answers 64 tokens, so padding plays no part.
 
     two encodings    input_ids repeated for each answer, all logits in fp32, log_softmax
