@@ -1,5 +1,5 @@
-"""Does it help? A model that was tuned supervised is tuned on for its own metric, by each objective of preferences, and
-supervised for as long.
+"""Does it help? A model that was tuned supervised is tuned on for its own metric, by each objective of preferences
+and, for as long, supervised.
 
     python benchmarks/preference_quality.py --out preference_quality            two cores, about two hours
     python benchmarks/preference_quality.py --out smoke --smoke                 all of it, small; figures mean nothing
@@ -108,7 +108,7 @@ def pairs_of(task: Task, data: Path, model: Path, folder: Path) -> tuple[Path, f
     prompts.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     started = time.process_time()
     for command in (
-        f"sample {model} --data {prompts} --samples {SAMPLES} --out {samples} --batch_size 64 --device cpu",
+        f"sample {model} --data {prompts} --samples {SAMPLES} --out {samples} --batch_size 64 --device cpu --max_new_tokens 48",
         f"rank {samples} --by {task.metric} --out {pairs}",
     ):
         name, *arguments = command.split()

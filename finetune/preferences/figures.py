@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from diptych.finetune.preferences.losses import Answers, PreferenceLoss
+from diptych.finetune.preferences.losses import AnswerFigures, PreferenceLoss
 
 FIGURES = ("reward_chosen", "reward_rejected", "accuracy", "nats_chosen", "nats_rejected")
 COLLAPSED, DOUBLED, MORE_NATS, MORE_UNFINISHED = 0.25, 2.0, 2.0, 0.25
 
 
 def preference_figures(
-    loss: PreferenceLoss, answers: Answers, divergence: float | torch.Tensor = 0.0
+    loss: PreferenceLoss, answers: AnswerFigures, divergence: float | torch.Tensor = 0.0
 ) -> dict[str, torch.Tensor]:
     """Values whose means are logged. Rewards are those of the method; accuracy is the share of pairs whose chosen
     answer has the larger one, or of marked answers that are on the right side; nats are per token."""
@@ -30,7 +30,7 @@ def preference_figures(
     return found | {"nats_chosen": nats[marks > 0], "nats_rejected": nats[marks < 0]}
 
 
-def validation_figures(loss: PreferenceLoss, answers: Answers) -> dict[str, float]:
+def validation_figures(loss: PreferenceLoss, answers: AnswerFigures) -> dict[str, float]:
     """The loss and the figures of a split, as one batch would have them."""
     unrelated = answers.marks == 0
     divergence = answers.ratios[unrelated].mean() if loss.is_marked else 0.0

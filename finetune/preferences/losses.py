@@ -26,7 +26,7 @@ from torch.nn.functional import logsigmoid
 from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, checked_settings
 
 
-class Answers(NamedTuple):
+class AnswerFigures(NamedTuple):
     """Each (A,)."""
 
     log_probabilities: torch.Tensor
@@ -69,11 +69,11 @@ class PreferenceLoss:
     def supervised_weight(self) -> float:
         return self.settings["supervised_weight"]
 
-    def of_examples(self, answers: Answers, divergence: torch.Tensor | float = 0.0) -> torch.Tensor:
+    def of_examples(self, answers: AnswerFigures, divergence: torch.Tensor | float = 0.0) -> torch.Tensor:
         """(P,), without the supervised share. `divergence`: the mean of `ratios` over all unrelated answers."""
         return LOSSES[self.objective](answers, self.settings, divergence)
 
-    def rewards(self, answers: Answers) -> torch.Tensor:
+    def rewards(self, answers: AnswerFigures) -> torch.Tensor:
         """(A,)"""
         if self.needs_reference:
             found = answers.ratios
@@ -86,7 +86,7 @@ def _smoothed(logits: torch.Tensor, share: float) -> torch.Tensor:
     return -(1 - share) * logsigmoid(logits) - share * logsigmoid(-logits)
 
 
-def _dpo(answers: Answers, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
+def _dpo(answers: AnswerFigures, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
     beta, share = settings["beta"], settings["label_smoothing"]
     ratios = answers.ratios / answers.tokens if settings["loss"] == "ipo" else answers.ratios
     margins = ratios[0::2] - ratios[1::2]
@@ -100,24 +100,24 @@ def _dpo(answers: Answers, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
     return _smoothed(beta * margins, share)
 
 
-def _simpo(answers: Answers, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
+def _simpo(answers: AnswerFigures, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
     margins = answers.means[0::2] - answers.means[1::2]
     return _smoothed(settings["beta"] * margins - settings["gamma"], settings["label_smoothing"])
 
 
-def _cpo(answers: Answers, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
+def _cpo(answers: AnswerFigures, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
     margins = answers.log_probabilities[0::2] - answers.log_probabilities[1::2]
     return _smoothed(settings["beta"] * margins, settings["label_smoothing"])
 
 
-def _orpo(answers: Answers, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
+def _orpo(answers: AnswerFigures, settings: Mapping[str, Any], _: Any) -> torch.Tensor:
     means = answers.means
     certain = -torch.finfo(means.dtype).eps  # a probability of 1 has infinite odds
     log_odds = means - torch.log(-torch.expm1(means.clamp(max=certain)))
     return -settings["beta"] * logsigmoid(log_odds[0::2] - log_odds[1::2])
 
 
-def _kto(answers: Answers, settings: Mapping[str, Any], divergence: torch.Tensor | float) -> torch.Tensor:
+def _kto(answers: AnswerFigures, settings: Mapping[str, Any], divergence: torch.Tensor | float) -> torch.Tensor:
     beta, marks = settings["beta"], answers.marks[0::2]
     least = torch.as_tensor(divergence, dtype=answers.log_probabilities.dtype).clamp(min=0).detach()
     gains = marks * beta * (answers.ratios[0::2] - least.to(marks.device))
@@ -125,7 +125,7 @@ def _kto(answers: Answers, settings: Mapping[str, Any], divergence: torch.Tensor
     return weights * (1 - gains.sigmoid())
 
 
-LOSSES: dict[str, Callable[[Answers, Mapping[str, Any], Any], torch.Tensor]] = {
+LOSSES: dict[str, Callable[[AnswerFigures, Mapping[str, Any], Any], torch.Tensor]] = {
     "dpo": _dpo,
     "simpo": _simpo,
     "cpo": _cpo,

@@ -30,7 +30,7 @@ from diptych.finetune.batches.padded_rows import Items
 from diptych.finetune.model.families import SOURCE_ROWS
 from diptych.finetune.model.loss import Criterion, Extras, Seq2SeqObjective, cross_entropy, summed_loss
 from diptych.finetune.preferences.figures import FIGURES, preference_figures
-from diptych.finetune.preferences.losses import Answers, PreferenceLoss
+from diptych.finetune.preferences.losses import AnswerFigures, PreferenceLoss
 
 Batch = dict[str, torch.Tensor]
 
@@ -120,7 +120,7 @@ class PreferenceObjective(Seq2SeqObjective):
         """What the model reads, and labels."""
         return {name: tensor for name, tensor in batch.items() if name in OF_MODEL}
 
-    def _answers(self, tokens: TokenFigures, batch: Batch) -> Answers:
+    def _answers(self, tokens: TokenFigures, batch: Batch) -> AnswerFigures:
         answer_of, log_probabilities = tokens.answer_of, tokens.log_probabilities
         count = _count(answer_of)
         marks = batch[MARKS_COLUMN]
@@ -128,7 +128,7 @@ class PreferenceObjective(Seq2SeqObjective):
         of_tokens = marks[batch["labels"] != IGNORE_INDEX]
         of_answers = of_tokens.new_zeros(count).scatter(0, answer_of, of_tokens)
         reference = batch.get(REFERENCE)
-        return Answers(
+        return AnswerFigures(
             _summed(log_probabilities, answer_of, count),
             torch.bincount(answer_of, minlength=count).to(log_probabilities.dtype),
             of_answers.to(log_probabilities.dtype),
@@ -146,7 +146,7 @@ class PreferenceObjective(Seq2SeqObjective):
         none = states.new_zeros(0, dtype=torch.promote_types(states.dtype, torch.float32))
         return TokenFigures(torch.cat([*log_probabilities, none]), torch.cat([*entropies, none]), answers_of(batch))
 
-    def _add_figures(self, answers: Answers, tokens: TokenFigures) -> None:
+    def _add_figures(self, answers: AnswerFigures, tokens: TokenFigures) -> None:
         for name, values in preference_figures(self.loss, answers, self.divergence).items():
             self._add(name, values)
         self._add("entropy", tokens.entropies)

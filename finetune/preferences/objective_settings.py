@@ -13,8 +13,15 @@ from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
 
 SHARED = {"supervised_weight": 0.0, "label_smoothing": 0.0}
-ONLINE = {"reward": "chrf", "reward_weights": {}, "reward_scale": 100.0, "samples": 8, "temperature": 1.0}
-ONLINE |= {"unfinished": "worst", "supervised_weight": 0.0}
+ONLINE = {
+    "reward": "chrf",
+    "reward_weights": {},
+    "reward_scale": 100.0,
+    "samples": 8,
+    "temperature": 1.0,
+    "unfinished": "worst",
+    "supervised_weight": 0.0,
+}
 """`reward`: metrics, separated by commas. `reward_scale`: what rewards are divided by (metrics are percentages).
 `unfinished`: an answer that the limit ended has the worst reward of its source's answers, or `scored`: its own."""
 DEFAULTS: dict[str, dict[str, Any]] = {

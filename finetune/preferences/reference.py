@@ -27,7 +27,7 @@ from diptych.finetune.batches.preference_rows import ANSWERS, PairedRows, items_
 from diptych.finetune.commands.exit_codes import NotFiniteError, say_once
 from diptych.finetune.evaluating.evaluate_rows import over_ranks
 from diptych.finetune.inference.generation import in_eval_mode
-from diptych.finetune.preferences.losses import Answers
+from diptych.finetune.preferences.losses import AnswerFigures
 from diptych.finetune.preferences.objective import PreferenceObjective
 from diptych.finetune.run_files import atomic_folders
 
@@ -74,14 +74,14 @@ def answers_of_rows(
     batch_size: int,
     accelerator: Accelerator,
     before_each: Callable[[], None] | None = None,
-) -> Answers:
+) -> AnswerFigures:
     """Of a whole split, in fp64 on the CPU."""
     log_probabilities = answer_log_probabilities(objective, rows, batch_size, accelerator, before_each=before_each)
     tokens = [row_lengths(rows.split, name).target_tokens for name in label_columns(rows.split)]
     marks = rows.marks(range(len(rows.split)))
     reference = np.array(rows.split[REFERENCE]).flatten() if REFERENCE in rows.split.column_names else None
     found = [log_probabilities, np.stack(tokens, axis=1).flatten(), marks, reference]
-    return Answers(*(values if values is None else torch.as_tensor(values).double() for values in found))
+    return AnswerFigures(*(values if values is None else torch.as_tensor(values).double() for values in found))
 
 
 def hash_of(reference: Mapping[str, np.ndarray]) -> str:

@@ -138,12 +138,11 @@ def make_run(
     objective = spread(objective, recipe.sharding, accelerator)
     reference = {}
     if recipe.objective in NEED_REFERENCE:
-        of_splits = {"train": rows} | {
-            name: paired_rows(loaded, split) for name, split in prepared.splits.items() if name != "train"
-        }
-        reference = find_reference(recipe, folder, saved, of_splits, loaded, objective, accelerator)
-        of_splits = {name: with_reference(of_split, reference[name]) for name, of_split in of_splits.items()}
-        rows, splits = of_splits["train"], {name: it.split for name, it in of_splits.items() if name != "train"}
+        validation = {name: paired_rows(loaded, it) for name, it in prepared.splits.items() if name != "train"}
+        of_splits = {"train": rows, **validation}
+        reference = find_reference(recipe, saved, of_splits, loaded, objective, accelerator)
+        rows, *others = (with_reference(it, reference[name]) for name, it in of_splits.items())
+        splits = {name: it.split for name, it in zip(validation, others, strict=True)}
         prepared = prepared._replace(splits=prepared.splits | splits)
         facts["log-probabilities by the reference"] = hash_of(reference)
     optimizer = make_optimizer(loaded.model, recipe)
@@ -156,17 +155,7 @@ def make_run(
         atomic_folders.check_own(folder / "final")  # which would be replaced at the end
     accelerator.wait_for_everyone()  # all ranks have looked at the folder; now it may change
     if accelerator.is_main_process:
-        if (folder / CONFIG).is_file():
-            say_changes(recipe, folder)
-        # before any other file: even a run that was killed early can be told by it
-        atomic_folders.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder / "checkpoints"):  # the first checkpoint may be hours away
-            pass
-        if reference:
-            store_reference(folder, reference)
-        if saved:
-            take_back(recipe, folder, saved)
+        write_beginning(recipe, folder, saved, reference)
     status.begin()
     status.update(step=state.progress.step, total_steps=total_steps)
     run = Run(
@@ -199,9 +188,23 @@ def make_run(
     return run
 
 
+def write_beginning(recipe: TrainRecipe, folder: Path, saved: Path | None, reference: dict[str, np.ndarray]) -> None:
+    """The first files of the run folder; or, of a run that is resumed, what has changed."""
+    if (folder / CONFIG).is_file():
+        say_changes(recipe, folder)
+    # before any other file: even a run that was killed early can be told by it
+    atomic_folders.write_text(folder / CONFIG, yaml.safe_dump(to_yaml(recipe), sort_keys=False))
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder / "checkpoints"):  # the first checkpoint may be hours away
+        pass
+    if reference:
+        store_reference(folder, reference)
+    if saved:
+        take_back(recipe, folder, saved)
+
+
 def find_reference(
     recipe: TrainRecipe,
-    folder: Path,
     saved: Path | None,
     rows: dict[str, PairedRows | PackedRows],
     loaded: LoadedModel,
@@ -209,7 +212,7 @@ def find_reference(
     accelerator: accelerate.Accelerator,
 ) -> dict[str, np.ndarray]:
     """Of the answers of each split, (answers,): as the run began with, or computed now."""
-    if saved and (stored := stored_reference(folder, rows)):
+    if saved and (stored := stored_reference(Path(recipe.out), rows)):
         return stored
     dtype, device = DTYPES[recipe.precision], accelerator.device
     own = accelerator.unwrap_model(objective)
