@@ -108,7 +108,7 @@ def pairs_of(task: Task, data: Path, model: Path, folder: Path) -> tuple[Path, f
     prompts.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     started = time.process_time()
     for command in (
-        f"sample {model} --data {prompts} --samples {SAMPLES} --out {samples} --batch_size 64 --device cpu --max_new_tokens 48",
+        f"sample {model} --data {prompts} --samples {SAMPLES} --out {samples} --batch_size 64 --max_new_tokens 48",
         f"rank {samples} --by {task.metric} --out {pairs}",
     ):
         name, *arguments = command.split()

@@ -56,7 +56,7 @@ def drift(usual: Mapping[str, float], now: Mapping[str, float]) -> Iterator[tupl
             )
         elif name == "output_characters" and value > DOUBLED * before > 0:
             what = f"outputs grew from {before:.0f} to {value:.0f} characters"
-        elif name == "unfinished" and value > before + MORE_UNFINISHED:
+        elif name == "unfinished_share" and value > before + MORE_UNFINISHED:
             what = f"outputs without an end grew from {before:.0%} to {value:.0%}"
         else:
             continue

@@ -129,7 +129,15 @@ def _different(answers: Sequence[_Answer]) -> list[_Answer]:
 class OnlineObjective(PreferenceObjective):
     """A model with the loss of answers that it wrote itself."""
 
-    figure_names = ("reward", "best_reward", "equal_rewards", "entropy", "output_tokens", "unfinished", "divergence")
+    figure_names = (
+        "reward",
+        "best_reward",
+        "equal_rewards",
+        "entropy",
+        "output_tokens",
+        "unfinished_share",
+        "divergence",
+    )
     needs_divergence = False
 
     def __init__(
@@ -208,7 +216,7 @@ class OnlineObjective(PreferenceObjective):
         self._add("equal_rewards", torch.stack([(group == group[0]).all() for group in groups]))
         self._add("entropy", tokens.entropies[is_sample[tokens.answer_of]])
         self._add("output_tokens", lengths[is_sample])
-        self._add("unfinished", 1.0 - batch[FINISHED][is_sample].double())
+        self._add("unfinished_share", 1.0 - batch[FINISHED][is_sample].double())
 
 
 def without_own_adapter(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:

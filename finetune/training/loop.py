@@ -340,7 +340,7 @@ def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> d
         lengths = [len(row.prediction) for row in evaluation.predictions]
         evaluation.figures["output_characters"] = statistics.fmean(lengths)
         unfinished = evaluation.figures["unfinished"] / len(lengths)
-        say_drift(run, {"output_characters": evaluation.figures["output_characters"], "unfinished": unfinished})
+        say_drift(run, {"output_characters": evaluation.figures["output_characters"], "unfinished_share": unfinished})
     samples += [{"step": run.progress.step, "split": split} | row.as_json() for row in evaluation.predictions]
     of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
     return {name: value for name, value in evaluation.figures.items() if name not in of_the_loss}

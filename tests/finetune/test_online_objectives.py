@@ -149,4 +149,6 @@ def test_equal_rewards_teach_nothing(new_model):
     objective(batch, Items(2, 6)).backward()
     assert all(not weight.grad.any() for weight in model.parameters() if weight.grad is not None)
     figures = dict(zip(objective.figure_names, objective.take_figures().tolist(), strict=True))
-    assert figures["equal_rewards"] == [2, 2] and figures["unfinished"] == [1, 6] and figures["reward"] == [300, 6]
+    assert (
+        figures["equal_rewards"] == [2, 2] and figures["unfinished_share"] == [1, 6] and figures["reward"] == [300, 6]
+    )
