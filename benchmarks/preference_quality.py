@@ -95,7 +95,7 @@ def first_model(task: Task, folder: Path, is_smoke: bool) -> tuple[Path, Path]:
     return data, run / "final"
 
 
-def pairs_of(task: Task, data: Path, model: Path, folder: Path) -> tuple[Path, float]:
+def pairs_of(task: Task, data: Path, model: Path, folder: Path, is_smoke: bool) -> tuple[Path, float]:
     """Prepared pairs, and the CPU seconds that samples and ranks took."""
     import datasets
 
@@ -103,7 +103,7 @@ def pairs_of(task: Task, data: Path, model: Path, folder: Path) -> tuple[Path, f
     prepared, kept = folder / "pairs", folder / "sampling.json"
     if kept.is_file():
         return prepared, json.loads(kept.read_text())["seconds"]
-    rows = datasets.load_from_disk(str(data))["train"].shuffle(seed=0).select(range(task.prompts))
+    rows = datasets.load_from_disk(str(data))["train"].shuffle(seed=0).select(range(50 if is_smoke else task.prompts))
     lines = [{name: row[name] for name in ("instruction", "input")} | {"output": row["target"]} for row in rows]
     prompts.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     started = time.process_time()
@@ -236,7 +236,7 @@ def main() -> None:
         first = folder / "first-test.json"
         if not first.is_file():
             diptych.evaluate(model, rows, split="test", metrics=task.metric, batch_size=64, limit=2000, out=first)
-        pairs, sampling = pairs_of(task, rows, model, folder)
+        pairs, sampling = pairs_of(task, rows, model, folder, options.smoke)
         data = {"rows": rows, "pairs": with_validation(pairs, rows, folder)}
         seconds = {"tuning": options.seconds, "all": options.seconds + sampling}
         one = partial(train, task=task, data=data, model=model, out=folder, seconds=seconds, smoke=options.smoke)
