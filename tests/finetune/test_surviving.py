@@ -306,13 +306,19 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
+@pytest.fixture(scope="module")
+def ended(torturer):
+    """A short run that is over, all of whose checkpoints are kept."""
+    out = torturer.folder / "ended"
+    run_alone(torturer, long(torturer, ALONE, out, max_steps=15, keep_last=9), "ended", 0)
+    return out
+
+
 @pytest.fixture
-def finished(torturer, tmp_path):
-    """(recipe, its checkpoints): a short run that is over, all of whose checkpoints are kept."""
-    out = tmp_path / "finished"
-    recipe = long(torturer, ALONE, out, max_steps=15, keep_last=9)
-    run_alone(torturer, recipe, "finished", 0)
-    return recipe, out / "checkpoints"
+def finished(torturer, ended, tmp_path):
+    """(recipe, its checkpoints): a copy of that run, to do anything with."""
+    out = shutil.copytree(ended, tmp_path / "finished")
+    return long(torturer, ALONE, out, max_steps=15, keep_last=9), out / "checkpoints"
 
 
 def flip_a_bit(file: Path) -> None:
