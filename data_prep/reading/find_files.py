@@ -242,7 +242,7 @@ def _why_not(path: str, name: str, error: Exception) -> str:
         if loops or isinstance(error, FileNotFoundError):
             return f"{name} is a symbolic link that {what}. Correct the link, or name the file itself."
     reason = error.strerror if isinstance(error, OSError) else str(error)
-    return f"{name} cannot be read: {reason}. Check the path and your rights to it (ls -l)."
+    return f"{name} cannot be read: {reason.rstrip('.')}. Check the path and your rights to it (ls -l)."
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -190,17 +190,22 @@ def golden_examples(tokenizer: PreTrainedTokenizerBase, template: Template) -> l
 
 def stored_golden(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The golden examples that travel with the template; the oldest folders have none."""
-    return tokenizer.init_kwargs[TOKENIZER_KEY].get("golden", [])
+    stored = tokenizer.init_kwargs[TOKENIZER_KEY].get("golden", [])
+    return stored if isinstance(stored, list) else [stored]
 
 
 def golden_difference(tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     """`"the source text of example 1 was 'Q: Go.' and is 'A: Go.'"`; "" where all is as it was stored. Where another
     language is set than then, of the ids only those of the text are compared."""
     for number, then in enumerate(stored_golden(tokenizer), start=1):
+        if not (isinstance(then, dict) and then.keys() >= {"fields", "languages", *GOLDEN_COLUMNS}):
+            return f"example {number} is damaged"
         try:
             now = _golden(tokenizer, template, then["fields"])
         except UserError as error:
             return f"example {number} can no longer be encoded: {error}"
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return f"the fields of example {number} are damaged"
         if isinstance(now["input_ids"], str) and now["input_ids"] != then["input_ids"]:
             return f"example {number} is no longer rendered: {now['input_ids']}"
         for name, what in GOLDEN_COLUMNS.items():

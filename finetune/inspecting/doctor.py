@@ -36,6 +36,7 @@ from tqdm import tqdm
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.finetune.batches.padded_rows import check_same_tokenizer
 from diptych.finetune.inspecting.doctor_checks import CHECKS, CheckResult, Patient, examine
 from diptych.finetune.inspecting.doctor_rows import rows_from
 from diptych.finetune.inspecting.doctor_settings import DoctorSettings
@@ -97,6 +98,9 @@ def admit(settings: DoctorSettings, folder: Path) -> Patient:
     if model is not None:
         model = model.to(device).eval()
     given = rows_from(settings.data, tokenizer) if settings.data else None
+    of_the_data = Path(settings.data) / "tokenizer"
+    if settings.data and tokenizer is not None and of_the_data.is_dir():
+        check_same_tokenizer(settings.data, load_tokenizer(str(of_the_data)), name, tokenizer, may_grow=True)
     return Patient(name, model, tokenizer, given, config, folder)
 
 

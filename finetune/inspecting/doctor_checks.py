@@ -125,7 +125,9 @@ class Patient:
         kept = [
             row
             for row in self.all_rows.looked_at
-            if all(max(row[side], default=end) < end for side, end in zip(COLUMNS, limits, strict=True))
+            if all(
+                row[it] and min(row[it]) >= 0 and max(row[it]) < end for it, end in zip(COLUMNS, limits, strict=True)
+            )
         ]
         rows = eight_of(kept or random_rows(self.weights).looked_at, position_limit(self.weights))
         split = [split_start(row["labels"], start, self.tokenizer) for row in rows]

@@ -101,7 +101,10 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device  # torch.device("cuda:9") alone would raise nothing
+        found = torch.empty(0, device=device).device  # torch.device("cuda:9") alone would raise nothing
+        if found.type == "meta":
+            raise RuntimeError("it holds no values")
+        return found
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
         reason = in_short(error).split(". ")[0].rstrip(".")
         raise UserError(f"device {device!r} cannot be used: {reason}. Leave it at auto.") from error

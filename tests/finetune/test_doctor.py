@@ -164,6 +164,7 @@ MISTAKES = {
     ("{model}", "--data", "{folder}/silent.jsonl"): "silent.jsonl: the output is empty in each of 2 rows, the first",
     ("{model}", "--data", "{folder}/cut.json"): "cut.json:1: broken JSON: Expecting ',' delimiter, line 2, column 3. ",
     ("{model}", "--device", "gpu"): "device 'gpu' cannot be used",
+    ("{model}", "--device", "meta"): "device 'meta' cannot be used: it holds no values. ",
     ("{model}", "--jsn"): "Did you mean --json?",
 }
 
@@ -179,6 +180,36 @@ def test_mistakes_end_with_code_2_and_one_message(checkpoint, tmp_path, argument
     assert cli.run("doctor", [word.format(folder=tmp_path, model=model) for word in arguments]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and shown.err.startswith("diptych doctor: ") and shown.out == ""
+
+
+@pytest.fixture
+def prepared(training_folder, tmp_path):
+    """`prepared(change)`: a copy of the prepared rows, changed one by one."""
+
+    def make(change=dict) -> Path:
+        rows = list(map(change, datasets.load_from_disk(training_folder)["train"]))
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "prepared")
+        return tmp_path / "prepared"
+
+    return make
+
+
+def test_rows_of_another_tokenizer_are_refused_though_their_ids_would_fit(checkpoint, prepared, capsys):
+    model, data = checkpoint("t5"), prepared()
+    own = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = own["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    shutil.copytree(model, data / "tokenizer", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    (data / "tokenizer" / "tokenizer.json").write_text(json.dumps(own))
+    assert cli.run("doctor", [str(model), "--data", str(data)]) == 2
+    assert f"{data} was prepared with another tokenizer (368 tokens) than that of {model}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("token", [-7, 999])
+def test_ids_that_no_table_has_are_one_red_line_and_computed_with_nowhere(token, checkpoint, prepared, examined):
+    data = prepared(lambda row: row | {"labels": [token, *row["labels"]]} if len(row["labels"]) > 3 else row)
+    assert examined(checkpoint("t5"), "token ids in range", data).message.startswith("train row ")
+    assert examined(Path(f"{data}/../t5"), "8 micro-batches = 1 batch", data).status == "green"
 
 
 def test_a_check_that_fails_is_a_red_line_and_no_crash(monkeypatch, examined, checkpoint):
@@ -425,6 +456,17 @@ def test_a_template_that_gives_other_prompts_than_when_it_was_saved(checkpoint, 
     assert finding.status == "red" and finding.message.startswith(
         "example 1 is no longer rendered: template translate"
     )
+
+
+@pytest.mark.parametrize("golden", ["G", [7], [{"fields": 7}], None])
+def test_golden_rows_that_are_damaged_are_told(golden, checkpoint, examined):
+    folder = checkpoint("t5")
+    stored = json.loads((folder / "tokenizer_config.json").read_text())[TOKENIZER_KEY]
+    if golden is None:
+        golden = [stored["golden"][0] | {"fields": {"instruction": 7}}]
+    edit_json(folder / "tokenizer_config.json", **{TOKENIZER_KEY: stored | {"golden": golden}})
+    finding = examined(folder, GOLDEN)
+    assert finding.status == "red" and re.search("example 1 (is|are) damaged", finding.message)
 
 
 def test_a_tokenizer_that_makes_other_tokens_of_a_golden_row(checkpoint, examined):
