@@ -180,16 +180,9 @@ def train(
         metrics=task.metric, metrics_limit=400, best_metric=task.metric, eval_batch_size=64,
     )  # fmt: skip
     report = out / f"{name}-test.json"
-    diptych.evaluate(
-        run.final,
-        data["rows"],
-        split="test",
-        metrics=task.metric,
-        batch_size=64,
-        limit=2000,
-        out=report,
-        overwrite=True,
-    )
+    report.unlink(missing_ok=True)
+    of_test = {"split": "test", "metrics": task.metric, "batch_size": 64, "limit": 100 if smoke else 2000}
+    diptych.evaluate(run.final, data["rows"], **of_test, out=report)
     best = [line[task.metric] for line in run.figures if line["split"] == "validation"]
     found = {"method": method, "rate": rate, "seed": seed, "steps": steps, "step_seconds": step_seconds}
     found |= {"validation": (min if task.metric == "token_error_rate" else max)(best), "report": str(report)}
@@ -235,7 +228,8 @@ def main() -> None:
         rows, model = first_model(task, folder, options.smoke)
         first = folder / "first-test.json"
         if not first.is_file():
-            diptych.evaluate(model, rows, split="test", metrics=task.metric, batch_size=64, limit=2000, out=first)
+            of_test = {"split": "test", "metrics": task.metric, "limit": 100 if options.smoke else 2000}
+            diptych.evaluate(model, rows, **of_test, batch_size=64, out=first)
         pairs, sampling = pairs_of(task, rows, model, folder, options.smoke)
         data = {"rows": rows, "pairs": with_validation(pairs, rows, folder)}
         seconds = {"tuning": options.seconds, "all": options.seconds + sampling}
