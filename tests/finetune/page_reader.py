@@ -93,6 +93,7 @@ class Reader:
     def run(self, command: str) -> None:
         """`make` is for CI, which runs it whole, and another test sees that each target exists."""
         command = command.replace(LISTENING, f"127.0.0.1:{self.port}").replace("--port 8000", f"--port {self.port}")
+        command = command.replace("--trials 3", "--trials 1")  # each is a process that imports torch
         program, *words = shlex.split(command, comments=True)
         if program == "make":
             return
