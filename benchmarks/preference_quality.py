@@ -35,7 +35,7 @@ from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.compare_runs import CompareSettings, compare_reports, load_side
 
 RECIPE = Path(__file__).parents[1] / "finetune" / "recipes" / "demo.yaml"
-RATES, SEEDS, SAMPLES, POINTS = (3e-4, 1e-4, 3e-5), (0, 1, 2), 8, 4
+RATES, SEEDS, SAMPLES, POINTS = (3e-4, 1e-4), (0, 1, 2), 8, 4
 PAIRED = {
     "dpo": {"beta": 0.1, "supervised_weight": 0.2},
     "simpo": {"beta": 2.0, "gamma": 1.0, "supervised_weight": 0.2},

@@ -152,6 +152,21 @@ def test_loss_and_gradients_are_those_of_separate_forwards_in_fp64(family, case,
         assert_same(loss, gradients(model), expected_loss, expected, PRECISE[family])
 
 
+@pytest.mark.parametrize("family", ["t5", "bart", "m2m_100"])
+def test_log_probabilities_are_those_of_what_was_generated(family, new_model):
+    """As transformers' compute_transition_scores gives them for greedy outputs."""
+    model = new_model(family).eval()
+    start, source = decoder_start_token(model), torch.tensor([ROWS[0]["input_ids"]])
+    settings = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "decoder_start_token_id": start}
+    settings |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    found = model.generate(input_ids=source, attention_mask=torch.ones_like(source), **settings)
+    expected = model.compute_transition_scores(found.sequences, found.logits, normalize_logits=True).sum()
+    row = {"input_ids": ROWS[0]["input_ids"], "labels": found.sequences[0, 1:].tolist(), "other_labels": [9, 1]}
+    batch = PairedRows(Dataset.from_list([row]), 0, start).tensors([0])
+    objective = PreferenceObjective(model, PreferenceLoss.of("cpo", {}))
+    torch.testing.assert_close(objective.answer_log_probabilities(batch)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", [*PACKED, "longt5", "led", "pegasus_x", "prophetnet", "fsmt", "encoder-decoder"])
 def test_every_family_reads_a_source_once_for_both_answers(family, new_model):
     """Padded, and packed where the family packs, against separate forwards, in fp32."""

@@ -91,8 +91,8 @@ def test_packed_rows_train_as_padded_ones(case, recipe, folder_of):
 
 @pytest.mark.parametrize("case", ["dpo", "kto"])
 def test_micro_batches_are_one_batch(case, recipe):
-    whole = recipe(out="whole", packed=False, batch_size=4, **CASES[case])
-    parts = recipe(out="parts", packed=False, batch_size=1, gradient_accumulation_steps=4, **CASES[case])
+    whole = recipe(out="whole", packed=False, batch_size=8, **CASES[case])
+    parts = recipe(out="parts", packed=False, batch_size=1, gradient_accumulation_steps=8, **CASES[case])
     run_recipe(whole)
     run_recipe(parts)
     assert_close(whole.out, parts.out)
