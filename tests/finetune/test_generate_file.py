@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,11 +38,11 @@ def many_rows(tmp_path, eight_prepared_rows):
 
 
 @pytest.mark.parametrize("more", [[], ["--num_beams", "2", "--num_return_sequences", "2", "--scores", "true"]])
-def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, t5_checkpoint, many_rows, more):
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, t5_checkpoint, many_rows, nursery, more):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     assert cli.run("generate", command(t5_checkpoint, many_rows, whole, *more)) == 0
 
-    kill_after_lines(killed, 2 * CHUNK_BATCHES, command(t5_checkpoint, many_rows, killed, *more))
+    kill_after_lines(nursery, killed, 2 * CHUNK_BATCHES, command(t5_checkpoint, many_rows, killed, *more))
     first = killed.read_bytes()
     assert 0 < len(first) < len(whole.read_bytes())
     with killed.open("ab") as out:  # what a kill in the middle of a write leaves
@@ -53,21 +51,16 @@ def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, t5_c
     assert killed.read_bytes() == whole.read_bytes()
 
 
-def kill_after_lines(out_file, lines, arguments):
-    """Start `diptych generate` as its own process and SIGKILL it once out_file has so many lines."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "diptych.finetune.commands.cli", "generate", *arguments],
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def kill_after_lines(nursery, out_file, lines, arguments):
+    """SIGKILL to a `diptych generate` once out_file has so many lines."""
+    log = out_file.with_suffix(".log")
+    process = nursery.run(["generate", *arguments], log)
     deadline = time.monotonic() + 60
     while not (out_file.exists() and out_file.read_bytes().count(b"\n") >= lines):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+        assert process.is_alive() and time.monotonic() < deadline, log.read_text()
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert process.returncode == -signal.SIGKILL
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
 
 
 @pytest.fixture
