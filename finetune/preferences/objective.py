@@ -104,6 +104,8 @@ class PreferenceObjective(Seq2SeqObjective):
     @torch.no_grad()
     def divergence_of(self, batch: Batch) -> torch.Tensor:
         """Sum and count, (2,) in fp64, of π − ρ over the unrelated answers of a batch."""
+        if REFERENCE not in batch:  # a rank for which no row is left
+            return torch.zeros(2, dtype=torch.float64, device=batch["labels"].device)
         states, labels, head, _ = self._states_labels_and_head(self._inputs(batch))
         answers = self._answers(self._token_figures(batch, states, labels, head), batch)
         return _sum_and_count(answers.ratios[answers.marks == 0])

@@ -90,7 +90,14 @@ class PackedSeq2SeqTrainer(Seq2SeqTrainer):
         check_arguments(args, processing_class, others)
         self._is_packed = packed
         if isinstance(train_dataset, (str, os.PathLike)):
-            train_dataset = load_prepared(os.fspath(train_dataset)).splits["train"]
+            prepared = load_prepared(os.fspath(train_dataset))
+            if prepared.preferences:
+                raise UserError(
+                    f"{train_dataset} has two answers to each source, and this trainer learns targets. Train with"
+                    f" `diptych train --objective dpo` (or simpo, cpo, orpo, kto), or prepare with --map"
+                    f" output=chosen."
+                )
+            train_dataset = prepared.splits["train"]
         super().__init__(
             model=model,
             args=args,

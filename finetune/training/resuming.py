@@ -26,6 +26,9 @@ from diptych.finetune.run_files.run_folder import CONFIG, check_new, holds_nothi
 from diptych.finetune.training.recipe import FIXED_IN_A_RUN, FREE_IN_A_RUN, TrainRecipe
 from diptych.finetune.training.run import Progress
 
+YOUNGER = ("figures", "usual_figures")
+"""Of the progress, which older checkpoints do not name."""
+
 
 def choose_checkpoint(recipe: TrainRecipe, folder: Path) -> Path | None:
     """UserError if the folder holds another run or something else; CheckpointError if its checkpoints, or the one that
@@ -147,7 +150,8 @@ def _read_state(file: Path) -> SavedState:
     try:
         state = atomic_folders.read_json(file)
         facts, written, scaler, optimizer = (dict(state[key]) for key in ("run", "written", "scaler", "optimizer"))
-        given, known = dict(state["progress"]), asdict(Progress())
+        known = asdict(Progress())
+        given = {name: known[name] for name in YOUNGER} | dict(state["progress"])
         if different := known.keys() ^ given.keys():
             raise KeyError(*different)
         for name, value in (given | {f"bytes of {name}": size for name, size in written.items()}).items():

@@ -410,8 +410,10 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
     counts = {name: len(split) for name, split in run.prepared.splits.items()}
     kind = "padded" if why_padded else "packed"
     sharded = ", sharded" if recipe.sharding == "full" else ""
+    objective = "" if recipe.objective == "supervised" else f"{recipe.objective} | "
     say(
         f"{recipe.model} ({model_type}, {tqdm.format_sizeof(total)} weights, {tqdm.format_sizeof(trained)} trained) | "
+        + objective
         + ", ".join(f"{count:,} {name} rows" for name, count in counts.items())
         + f" | {run.total_steps} steps of {run.order.rows_per_step} {kind} rows | {run.accelerator.num_processes} × "
         + f"{run.accelerator.device.type}, {recipe.precision}{sharded} | {run.folder}"

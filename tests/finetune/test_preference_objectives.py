@@ -152,6 +152,18 @@ def test_loss_and_gradients_are_those_of_separate_forwards_in_fp64(family, case,
         assert_same(loss, gradients(model), expected_loss, expected, PRECISE[family])
 
 
+@pytest.mark.parametrize("case", ["dpo", "kto"])
+def test_a_rank_for_which_no_row_is_left_adds_nothing(case, new_model):
+    model = new_model("t5")
+    batch = PairedRows(split_of(case), 0, decoder_start_token(model)).tensors([])
+    objective = PreferenceObjective(model, PreferenceLoss.of(*CASES[case])).train()
+    assert objective.divergence_of(batch).tolist() == [0, 0]
+    loss = objective(batch, Items(3, 10))
+    loss.backward()
+    assert loss == 0 and all(not weight.grad.any() for weight in model.parameters())
+    assert not objective.take_figures().any()
+
+
 @pytest.mark.parametrize("family", ["t5", "bart", "m2m_100"])
 def test_log_probabilities_are_those_of_what_was_generated(family, new_model):
     """As transformers' compute_transition_scores gives them for greedy outputs."""

@@ -98,14 +98,15 @@ def test_micro_batches_are_one_batch(case, recipe):
     assert_close(whole.out, parts.out)
 
 
-@pytest.mark.parametrize("case", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
-def test_two_ranks_are_one_rank(case, recipe, nursery, tmp_path):
-    """3 rows a rank; the last step of an epoch leaves one rank without any."""
+@pytest.mark.parametrize("case, sharding", [pytest.param("dpo", "full", marks=pytest.mark.slow), ("kto", "none")])
+def test_two_ranks_are_one_rank(case, sharding, recipe, nursery, tmp_path):
+    """3 rows a rank, and fewer in the last step of an epoch."""
     alone = recipe(out="alone", packed=False, batch_size=6, **CASES[case])
     run_recipe(alone)
-    shared = recipe(out="shared", packed=False, batch_size=3, **CASES[case])
+    shared = recipe(out="shared", packed=False, batch_size=3, sharding=sharding, **CASES[case])
     processes = nursery.train(["--config", str(write_recipe(shared))], tmp_path / "log", ranks=2)
-    assert [process.wait(200) for process in processes] == [0, 0], (tmp_path / "log.0").read_text()
+    ended, said = [process.wait(200) for process in processes], (tmp_path / "log.0").read_text()
+    assert ended == [0, 0], said
     assert_close(alone.out, shared.out)
 
 
