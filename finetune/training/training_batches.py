@@ -20,6 +20,7 @@ from diptych.data_prep.packing.packed_row import MARKS_COLUMN
 from diptych.data_prep.packing.unpacked_families import reason_not_packed
 from diptych.finetune.batches.batch_tokens import largest_batch, longest_rows, rows_in_batch
 from diptych.finetune.batches.packed_rows import (
+    REFERENCE,
     PackedRows,
     Packing,
     check_packed_rows,
@@ -126,10 +127,14 @@ def with_batch_size(
     return replace(recipe, batch_size=size, batch_tokens=None)
 
 
-def a_step_of(batch: dict[str, torch.Tensor]) -> int | Items:
-    """What losses are divided by, as if this batch were a step."""
+def as_a_step(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int | Items]:
+    """As if this batch were a step: what losses are divided by, and log-probabilities by a reference, which are
+    computed later."""
     tokens = batch["labels"].numel()
-    return Items(tokens, tokens) if MARKS_COLUMN in batch else tokens
+    if MARKS_COLUMN not in batch:
+        return batch, tokens
+    answers = int(batch["decoder_segment_ids"].amax(1).sum()) if "segment_ids" in batch else len(batch["labels"])
+    return batch | {REFERENCE: torch.zeros(answers, device=batch["labels"].device)}, Items(tokens, tokens)
 
 
 def step_in_memory(
@@ -148,7 +153,7 @@ def step_in_memory(
             with torch.compiler.set_stance("force_eager"), torch.autocast(device.type, dtype, dtype != torch.float32):
                 for _ in range(2):  # the second micro-batch has the gradients of the first one beside it
                     batch = {name: tensor.to(device) for name, tensor in rows.tensors(numbers).items()}
-                    objective(batch, a_step_of(batch)).backward()
+                    objective(*as_a_step(batch)).backward()
         finally:
             objective.zero_grad()
             del buckets

@@ -16,6 +16,7 @@ from diptych.finetune.batches.preference_rows import PairedRows
 from diptych.finetune.model.families import SOURCE_ROWS, decoder_start_token
 from diptych.finetune.preferences.losses import PreferenceLoss
 from diptych.finetune.preferences.objective import PreferenceObjective
+from diptych.finetune.training.training_batches import as_a_step
 
 ROWS = [
     {"input_ids": [12, 7, 9, 1], "labels": [31, 40, 35, 22, 1], "other_labels": [31, 22, 1], "mark": 1},
@@ -162,6 +163,17 @@ def test_a_rank_for_which_no_row_is_left_adds_nothing(case, new_model):
     loss.backward()
     assert loss == 0 and all(not weight.grad.any() for weight in model.parameters())
     assert not objective.take_figures().any()
+
+
+@pytest.mark.parametrize("make", [padded_batch, packed_batch])
+def test_a_trial_of_memory_needs_no_reference(make, new_model):
+    """`batch_tokens: auto` looks for what fits before the reference has read the rows."""
+    model = new_model("t5")
+    batch = make(model, "dpo")
+    del batch[REFERENCE]
+    objective = PreferenceObjective(model, PreferenceLoss.of(*CASES["dpo"])).train()
+    objective(*as_a_step(batch)).backward()
+    assert all(weight.grad.any() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "m2m_100"])
