@@ -38,12 +38,18 @@ Batch = dict[str, torch.Tensor]
 OF_MODEL = {"attention_mask", SOURCE_ROWS, SHARED_COLUMN, *PACKED_COLUMNS}
 
 
+ENTROPIES = 64
+"""Of so many tokens of a batch the entropy is computed, and of fewer than twice as many."""
+
+
 class TokenFigures(NamedTuple):
-    """Of each target token, (N,): log-probability, entropy of the prediction in nats, and the answer that it is of."""
+    """Of each target token, (N,): its log-probability, and the answer that it is of; of every `every`-th one, the
+    entropy of the prediction in nats, too."""
 
     log_probabilities: torch.Tensor
-    entropies: torch.Tensor
     answer_of: torch.Tensor
+    entropies: torch.Tensor
+    every: int
 
 
 class PreferenceObjective(Seq2SeqObjective):
@@ -138,15 +144,17 @@ class PreferenceObjective(Seq2SeqObjective):
         )
 
     def _token_figures(self, batch: Batch, states: torch.Tensor, labels: torch.Tensor, head) -> TokenFigures:
-        log_probabilities, entropies = [], []
+        log_probabilities, entropies, every = [], [], max(1, len(labels) // ENTROPIES)
         with torch.no_grad():
             for rows in head.chunks(len(labels)):
                 logits = head.logits_of(states[rows], head.weights)
-                logits = log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-                log_probabilities.append(logits.gather(1, labels[rows, None])[:, 0])
-                entropies.append(-(logits.exp() * logits).nan_to_num(0.0).sum(-1))  # a logit may be -inf
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                log_probabilities.append(logits.gather(1, labels[rows, None])[:, 0] - logits.logsumexp(-1))
+                some = log_softmax(logits[-rows.start % every :: every], dim=-1)
+                entropies.append(-(some.exp() * some).nan_to_num(0.0).sum(-1))  # a logit may be -inf
         none = states.new_zeros(0, dtype=torch.promote_types(states.dtype, torch.float32))
-        return TokenFigures(torch.cat([*log_probabilities, none]), torch.cat([*entropies, none]), answers_of(batch))
+        found = torch.cat([*log_probabilities, none]), answers_of(batch), torch.cat([*entropies, none])
+        return TokenFigures(*found, every)
 
     def _add_figures(self, answers: AnswerFigures, tokens: TokenFigures) -> None:
         for name, values in preference_figures(self.loss, answers, self.divergence).items():

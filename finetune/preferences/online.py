@@ -214,7 +214,7 @@ class OnlineObjective(PreferenceObjective):
         self._add("reward", rewards[is_sample])
         self._add("best_reward", torch.stack([group.max() for group in groups]))
         self._add("equal_rewards", torch.stack([(group == group[0]).all() for group in groups]))
-        self._add("entropy", tokens.entropies[is_sample[tokens.answer_of]])
+        self._add("entropy", tokens.entropies[is_sample[tokens.answer_of][:: tokens.every]])
         self._add("output_tokens", lengths[is_sample])
         self._add("unfinished_share", 1.0 - batch[FINISHED][is_sample].double())
 
