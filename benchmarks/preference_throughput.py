@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from train_throughput import SIZES, VOCABULARY, make_model
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from diptych.data_prep.packing.packed_row import MARKS_COLUMN
 from diptych.finetune.batches.packed_rows import REFERENCE, pack_examples
@@ -74,11 +74,9 @@ def plain_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def measure(side: str, folder: str, sources: int, source_tokens: int, steps: int, dtype: str) -> dict:
     keep_memory()
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
-    for module in model.modules():  # dropout would draw other numbers for each side
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.config.dropout = 0.0
+    off = {"t5": {"dropout_rate": 0.0}, "bart": {"dropout": 0.0}, "diptych": {"residual_dropout": 0.0}}
+    kind = AutoConfig.from_pretrained(folder).model_type  # dropout would draw other numbers for each side
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, **off[kind]).train()
     set_attention(model, "auto", dtype, torch.device("cpu"), is_packed=side == "packed")
     objective = PreferenceObjective(model, PreferenceLoss.of("dpo", {"beta": BETA}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -137,7 +135,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--families", nargs="*", default=["t5", "bart", "diptych"])
     parser.add_argument("--source_tokens", nargs="*", type=int, default=[64, 256, 1024])
-    parser.add_argument("--sources", type=int, default=2, help="in a step")
+    parser.add_argument("--sources", type=int, default=4, help="in a step")
     parser.add_argument("--steps", type=int, default=4, help="measured after the first one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", help=argparse.SUPPRESS)

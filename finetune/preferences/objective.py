@@ -8,10 +8,10 @@ The encoder runs once for each source. A padded batch has `source_rows` (A,), th
 labels reads, and `marks` (A,); in packed rows, several decoder segments read one encoder segment, and `marks` (R, T)
 has the mark of each target token.
 
-The head is applied twice. The first time without a gradient, for the log-probability p of each target token. The loss
-is a small function of these, and autograd gives its derivative by each p. The gradient of the loss by the weights is
-the sum of the gradients of all p times these derivatives, and this sum is computed the second time, as that of
-cross-entropy is (loss.py). All logits are never in memory.
+The loss is a small function of the log-probabilities p of all target tokens, and autograd gives its derivative by each
+p. The gradient of the loss by the weights is the sum of the gradients of all p, times these derivatives, which is
+computed as that of cross-entropy is (loss.py). Where the logits of a batch take no more than ALL_AT_ONCE chunks of
+memory, they are computed once. Otherwise the head is applied twice, in chunks: for the p, and for the gradient.
 
 A answers, N target tokens, P examples (pairs, or marked answers), R packed rows.
 """
@@ -28,7 +28,7 @@ from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.batches.packed_rows import REFERENCE
 from diptych.finetune.batches.padded_rows import Items
 from diptych.finetune.model.families import SOURCE_ROWS
-from diptych.finetune.model.loss import Criterion, Extras, Seq2SeqObjective, cross_entropy, summed_loss
+from diptych.finetune.model.loss import Extras, Seq2SeqObjective, cross_entropy, summed_loss
 from diptych.finetune.preferences.figures import FIGURES, preference_figures
 from diptych.finetune.preferences.losses import AnswerFigures, PreferenceLoss
 
@@ -38,6 +38,7 @@ Batch = dict[str, torch.Tensor]
 OF_MODEL = {"attention_mask", SOURCE_ROWS, SHARED_COLUMN, *PACKED_COLUMNS}
 
 
+ALL_AT_ONCE = 4
 ENTROPIES = 64
 """Of so many tokens of a batch the entropy is computed, and of fewer than twice as many."""
 
@@ -71,18 +72,40 @@ class PreferenceObjective(Seq2SeqObjective):
     def forward(self, batch: Batch, num_items_in_batch: Items) -> torch.Tensor:
         """A scalar. A batch without targets gives a zero that still has a gradient."""
         states, labels, head, routed = self._states_labels_and_head(self._inputs(batch))
-        tokens = self._token_figures(batch, states.detach(), labels, head)
-        with torch.enable_grad():
-            leaf = tokens.log_probabilities.requires_grad_()
-            loss = self.loss_of_tokens(tokens, batch, num_items_in_batch) if len(labels) else leaf.sum()
-            (factors,) = torch.autograd.grad(loss, leaf)
-        weighed = summed_loss(states, labels, head, _by_factors(-factors))
-        # routers' part is a mean over this batch, weighted by its share of the step's answers
-        share = self.examples_in(tokens, batch) / num_items_in_batch.examples
-        return loss.detach() + weighed - weighed.detach() + routed * share
+        answer_of, plain, found = answers_of(batch), cross_entropy(Extras()), []
 
-    def examples_in(self, tokens: TokenFigures, batch: Batch) -> int:
-        return _count(tokens.answer_of) // 2
+        def factors_of(tokens: TokenFigures) -> torch.Tensor:
+            with torch.enable_grad():
+                leaf = tokens.log_probabilities.requires_grad_()
+                loss = self.loss_of_tokens(tokens, batch, num_items_in_batch)
+                found.append(loss.detach())
+                return -torch.autograd.grad(loss, leaf)[0]
+
+        def all_at_once(logits: torch.Tensor, labels: torch.Tensor, rows: slice) -> torch.Tensor:
+            entropies, every = _entropies(logits, 0, len(labels))
+            losses = plain(logits, labels, rows)
+            factors = factors_of(TokenFigures(-losses, answer_of, entropies, every))
+            logits.mul_(factors[:, None])
+            return losses * factors
+
+        def in_chunks(logits: torch.Tensor, labels: torch.Tensor, rows: slice) -> torch.Tensor:
+            losses = plain(logits, labels, rows)
+            logits.mul_(factors[rows, None])
+            return losses * factors[rows]
+
+        if len(labels) <= ALL_AT_ONCE * head.tokens_at_once:
+            head = head._replace(tokens_at_once=max(1, len(labels)))
+            weighed = summed_loss(states, labels, head, all_at_once)
+        else:
+            factors = factors_of(self._token_figures(batch, states.detach(), labels, head))
+            weighed = summed_loss(states, labels, head, in_chunks)
+        loss = found[0] if found else weighed.detach()
+        # routers' part is a mean over this batch, weighted by its share of the step's answers
+        share = self.examples_in(batch, answer_of) / num_items_in_batch.examples
+        return loss + weighed - weighed.detach() + routed * share
+
+    def examples_in(self, batch: Batch, answer_of: torch.Tensor) -> int:
+        return _count(answer_of) // 2
 
     def loss_of_tokens(self, tokens: TokenFigures, batch: Batch, items: Items) -> torch.Tensor:
         """A function of `tokens.log_probabilities`: the share of this batch in the step's loss."""
@@ -144,17 +167,16 @@ class PreferenceObjective(Seq2SeqObjective):
         )
 
     def _token_figures(self, batch: Batch, states: torch.Tensor, labels: torch.Tensor, head) -> TokenFigures:
-        log_probabilities, entropies, every = [], [], max(1, len(labels) // ENTROPIES)
+        log_probabilities, entropies = [], []
         with torch.no_grad():
             for rows in head.chunks(len(labels)):
                 logits = head.logits_of(states[rows], head.weights)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 log_probabilities.append(logits.gather(1, labels[rows, None])[:, 0] - logits.logsumexp(-1))
-                some = log_softmax(logits[-rows.start % every :: every], dim=-1)
-                entropies.append(-(some.exp() * some).nan_to_num(0.0).sum(-1))  # a logit may be -inf
+                entropies.append(_entropies(logits, rows.start, len(labels))[0])
         none = states.new_zeros(0, dtype=torch.promote_types(states.dtype, torch.float32))
         found = torch.cat([*log_probabilities, none]), answers_of(batch), torch.cat([*entropies, none])
-        return TokenFigures(*found, every)
+        return TokenFigures(*found, max(1, len(labels) // ENTROPIES))
 
     def _add_figures(self, answers: AnswerFigures, tokens: TokenFigures) -> None:
         for name, values in preference_figures(self.loss, answers, self.divergence).items():
@@ -177,16 +199,11 @@ def answers_of(batch: Batch) -> torch.Tensor:
     return (before[:, None] + segments - 1)[is_target]
 
 
-def _by_factors(factors: torch.Tensor) -> Criterion:
-    """Cross-entropy, times a factor for each target token."""
-    plain = cross_entropy(Extras())
-
-    def criterion(logits: torch.Tensor, labels: torch.Tensor, rows: slice) -> torch.Tensor:
-        losses = plain(logits, labels, rows)
-        logits.mul_(factors[rows, None])
-        return losses * factors[rows]
-
-    return criterion
+def _entropies(logits: torch.Tensor, start: int, tokens: int) -> tuple[torch.Tensor, int]:
+    """Of every n-th of the batch's tokens, and n. `logits` (tokens, V) are of those from `start` on."""
+    every = max(1, tokens // ENTROPIES)
+    some = log_softmax(logits[-start % every :: every], dim=-1)
+    return -(some.exp() * some).nan_to_num(0.0).sum(-1), every  # a logit may be -inf
 
 
 def _sum_and_count(values: torch.Tensor) -> torch.Tensor:

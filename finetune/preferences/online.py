@@ -155,8 +155,8 @@ class OnlineObjective(PreferenceObjective):
         # in a tuple, so that it is not trained, sent to other ranks, or saved
         self._reference = () if reference is None else (reference.eval().requires_grad_(False),)
 
-    def examples_in(self, tokens: TokenFigures, batch: Batch) -> int:
-        return len(batch["input_ids"]) if len(tokens.answer_of) else 0
+    def examples_in(self, batch: Batch, answer_of: torch.Tensor) -> int:
+        return len(batch["input_ids"]) if len(answer_of) else 0
 
     def loss_of_tokens(self, tokens: TokenFigures, batch: Batch, items: Items) -> torch.Tensor:
         answers = self._answers(tokens, batch)

@@ -122,8 +122,9 @@ def gradients(model):
     return found
 
 
-def found_loss(model, case: str, batch) -> torch.Tensor:
-    objective = PreferenceObjective(model, PreferenceLoss.of(*CASES[case]), tokens_at_once=4).train()
+def found_loss(model, case: str, batch, tokens_at_once: int = 4) -> torch.Tensor:
+    """19 target tokens: 4 are looked at in chunks, 100 at once."""
+    objective = PreferenceObjective(model, PreferenceLoss.of(*CASES[case]), tokens_at_once).train()
     objective.divergence = DIVERGENCE
     marks = batch[MARKS_COLUMN] if batch[MARKS_COLUMN].ndim == 2 else batch[MARKS_COLUMN][:, None]
     return objective(batch, Items(3, int(((batch["labels"] != -100) & (marks > 0)).sum())))
@@ -147,8 +148,9 @@ def test_loss_and_gradients_are_those_of_separate_forwards_in_fp64(family, case,
     expected_loss = naive_loss(model, case)
     expected_loss.backward()
     expected = gradients(model)
-    for batch in (padded_batch(model, case), packed_batch(model, case)):
-        loss = found_loss(model, case, batch)
+    batches = [(padded_batch(model, case), 4), (padded_batch(model, case), 100), (packed_batch(model, case), 4)]
+    for batch, tokens_at_once in batches:
+        loss = found_loss(model, case, batch, tokens_at_once)
         loss.backward()
         assert_same(loss, gradients(model), expected_loss, expected, PRECISE[family])
 
