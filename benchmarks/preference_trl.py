@@ -1,7 +1,7 @@
 """The losses of cpo, simpo and orpo against those of TRL's own trainers, on the same batch and weights.
 
-    pip install --no-deps --target /tmp/trl trl
-    PYTHONPATH=/tmp/trl python benchmarks/preference_trl.py
+    pip install --no-deps --target trl-alone trl
+    PYTHONPATH=trl-alone python benchmarks/preference_trl.py
 
 TRL 1.x keeps an encoder-decoder path in CPO and ORPO alone. Its methods are called here as they are, on a small random
 T5 and BART in fp32, with the batch that its collator makes. Printed: both losses, and the largest difference
