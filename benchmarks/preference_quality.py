@@ -35,7 +35,7 @@ from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.compare_runs import CompareSettings, compare_reports, load_side
 
 RECIPE = Path(__file__).parents[1] / "finetune" / "recipes" / "demo.yaml"
-RATES, SEEDS, SAMPLES, POINTS = (3e-4, 1e-4), (0, 1, 2), 8, 4
+RATES, SEEDS, SAMPLES, POINTS = (1e-4, 3e-5), (0, 1, 2), 8, 4
 PAIRED = {
     "dpo": {"beta": 0.1, "supervised_weight": 0.2},
     "simpo": {"beta": 2.0, "gamma": 1.0, "supervised_weight": 0.2},
@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
-    parser.add_argument("--methods", nargs="*", default=["supervised", *PAIRED, *ONLINE])
+    parser.add_argument("--methods", nargs="*", default=["supervised", *ONLINE, *PAIRED])
     parser.add_argument("--seconds", type=float, default=90, help="CPU seconds of each run's steps")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at the same time, a core each")
     parser.add_argument("--smoke", action="store_true", help="every part, small: its figures mean nothing")
