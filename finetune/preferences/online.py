@@ -21,7 +21,7 @@ A answers, N target tokens, B sources.
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,15 +39,15 @@ from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.preferences.objective import Batch, PreferenceObjective, TokenFigures
 from diptych.finetune.preferences.scores import scores_of
 
-REWARDS, FINISHED = "rewards", "finished"
-"""Of a batch: reward of each answer, and whether it ended, (A,)."""
+REWARDS, FINISHED, DRAWS = "rewards", "finished", "draws"
+"""Of a batch: reward of each answer, whether it ended, and how many samples are this answer, (A,)."""
 LEAST_DEVIATION = 1e-4
 
 
 @dataclass(frozen=True)
 class SampledRows(PaddedRows):
     """Padded rows whose answers are sampled when they are read. The target is an answer, too, if the settings have a
-    use for it; its mark is 1, that of samples 0."""
+    use for it; its mark is 1, that of samples 0. For mrt, equal answers are one, and `draws` counts its samples."""
 
     loaded: LoadedModel | None = None
     settings: Mapping[str, Any] | None = None
@@ -60,7 +60,7 @@ class SampledRows(PaddedRows):
         if not len(rows):
             nothing = torch.zeros(1, dtype=torch.long)
             batch = super().tensors(rows) | {SOURCE_ROWS: nothing, MARKS_COLUMN: nothing}
-            return batch | {REWARDS: torch.zeros(1, dtype=torch.float64), FINISHED: nothing}
+            return batch | {REWARDS: torch.zeros(1, dtype=torch.float64), FINISHED: nothing, DRAWS: nothing}
         started = time.perf_counter()
         columns, settings = self.split[rows], self.settings
         languages = [of_row for _, of_row in source_keys(self.split.select(rows))]
@@ -72,11 +72,11 @@ class SampledRows(PaddedRows):
         answers = []
         for place, (start, *forced) in enumerate(given):
             samples = outputs[place * settings["samples"] : (place + 1) * settings["samples"]]
-            found = [_Answer(place, start, forced, it.ids, it.text, it.finished, 0) for it in samples]
+            found = [_Answer(place, start, forced, it.ids, it.text, it.finished, 0, 1) for it in samples]
             if settings.get("with_target") or settings["supervised_weight"]:
                 own_start = columns["decoder_start"][place] if "decoder_start" in columns else start
                 text = cut_at_stop(columns["target"][place], self.loaded.template)[0]
-                found.append(_Answer(place, own_start, [], tuple(columns["labels"][place]), text, True, 1))
+                found.append(_Answer(place, own_start, [], tuple(columns["labels"][place]), text, True, 1, 0))
             answers += _different(found) if settings.get("with_target") is not None else found
         rewards = scores_of(
             [answer.text for answer in answers],
@@ -105,6 +105,7 @@ class SampledRows(PaddedRows):
             MARKS_COLUMN: torch.tensor([answer.mark for answer in answers]),
             REWARDS: torch.from_numpy(rewards),
             FINISHED: torch.tensor([int(answer.finished) for answer in answers]),
+            DRAWS: torch.tensor([answer.draws for answer in answers]),
         }
 
 
@@ -118,11 +119,16 @@ class _Answer:
     text: str
     finished: bool
     mark: int
+    draws: int
 
 
 def _different(answers: Sequence[_Answer]) -> list[_Answer]:
-    """One of equal ones; the target stays."""
-    by_ids = {(*answer.forced, *answer.ids): answer for answer in sorted(answers, key=lambda it: it.mark)}
+    """One of equal ones, with the draws of all; the target stays."""
+    by_ids: dict[tuple[int, ...], _Answer] = {}
+    for answer in sorted(answers, key=lambda it: it.mark):
+        ids = (*answer.forced, *answer.ids)
+        before = by_ids[ids].draws if ids in by_ids else 0
+        by_ids[ids] = replace(answer, draws=answer.draws + before)
     return list(by_ids.values())
 
 
@@ -160,9 +166,9 @@ class OnlineObjective(PreferenceObjective):
 
     def loss_of_tokens(self, tokens: TokenFigures, batch: Batch, items: Items) -> torch.Tensor:
         answers = self._answers(tokens, batch)
-        is_sample, sources = answers.marks == 0, batch[SOURCE_ROWS]
+        is_sample, sources = batch[DRAWS] > 0, batch[SOURCE_ROWS]
         rewards = batch[REWARDS].to(answers.log_probabilities.dtype)
-        self._add_online_figures(tokens, batch, answers.tokens, is_sample)
+        self._add_online_figures(tokens, batch, answers.tokens)
         lengths = answers.tokens if self.settings.get("by_length", True) else float(self.max_new_tokens)
         if self.objective == "mrt":
             taken = is_sample | bool(self.settings["with_target"])
@@ -182,7 +188,7 @@ class OnlineObjective(PreferenceObjective):
             per_answer = gains.new_zeros(len(rewards)).index_add(0, tokens.answer_of, gains) / lengths
             loss = -per_answer.sum() / (items.examples * self.settings["samples"])
         if self.settings["supervised_weight"]:
-            of_targets = answers.log_probabilities[~is_sample].sum()
+            of_targets = answers.log_probabilities[answers.marks > 0].sum()
             loss = loss - self.settings["supervised_weight"] * of_targets / items.chosen_tokens
         return loss
 
@@ -206,17 +212,17 @@ class OnlineObjective(PreferenceObjective):
             states, labels, head, _ = other._states_labels_and_head(self._inputs(batch))
             return other._token_figures(batch, states, labels, head).log_probabilities
 
-    def _add_online_figures(
-        self, tokens: TokenFigures, batch: Batch, lengths: torch.Tensor, is_sample: torch.Tensor
-    ) -> None:
-        rewards, sources = batch[REWARDS], batch[SOURCE_ROWS]
-        groups = [rewards[(sources == source) & is_sample] for source in sources.unique()]
-        self._add("reward", rewards[is_sample])
+    def _add_online_figures(self, tokens: TokenFigures, batch: Batch, lengths: torch.Tensor) -> None:
+        """Over all samples: an answer that was drawn three times counts three times."""
+        draws, sources = batch[DRAWS], batch[SOURCE_ROWS]
+        rewards, drawn_for = batch[REWARDS].repeat_interleave(draws), sources.repeat_interleave(draws)
+        groups = [rewards[drawn_for == source] for source in sources.unique()]
+        self._add("reward", rewards)
         self._add("best_reward", torch.stack([group.max() for group in groups]))
         self._add("equal_rewards", torch.stack([(group == group[0]).all() for group in groups]))
-        self._add("entropy", tokens.entropies[is_sample[tokens.answer_of][:: tokens.every]])
-        self._add("output_tokens", lengths[is_sample])
-        self._add("unfinished_share", 1.0 - batch[FINISHED][is_sample].double())
+        self._add("entropy", tokens.entropies.repeat_interleave(draws[tokens.answer_of][:: tokens.every]))
+        self._add("output_tokens", lengths.repeat_interleave(draws))
+        self._add("unfinished_share", 1.0 - batch[FINISHED].repeat_interleave(draws).double())
 
 
 def without_own_adapter(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:

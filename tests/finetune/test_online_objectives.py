@@ -1,5 +1,6 @@
 """Losses of answers that the model wrote itself, against slow twins; and what sampling gives to them."""
 
+import datasets
 import pytest
 import torch
 
@@ -8,7 +9,7 @@ from diptych.finetune.batches.padded_rows import Items, pad_sources, pad_targets
 from diptych.finetune.model.adapters import add_adapter
 from diptych.finetune.model.families import SOURCE_ROWS, decoder_start_token
 from diptych.finetune.preferences.objective_settings import checked_settings
-from diptych.finetune.preferences.online import FINISHED, REWARDS, OnlineObjective
+from diptych.finetune.preferences.online import DRAWS, FINISHED, REWARDS, OnlineObjective, SampledRows
 
 SOURCES = [[12, 7, 9, 1], [5, 8, 1]]
 ANSWERS = [  # source, ids, reward, mark
@@ -40,6 +41,7 @@ def batch_for(model) -> dict[str, torch.Tensor]:
         MARKS_COLUMN: torch.tensor([mark for *_, mark in ANSWERS]),
         REWARDS: torch.tensor([reward for _, _, reward, _ in ANSWERS], dtype=torch.float64),
         FINISHED: torch.tensor([int(ids[-1] == 1) for _, ids, _, _ in ANSWERS]),
+        DRAWS: torch.tensor([1 - mark for *_, mark in ANSWERS]),
     }
 
 
@@ -153,3 +155,31 @@ def test_equal_rewards_teach_nothing(new_model):
     assert (
         figures["equal_rewards"] == [2, 2] and figures["unfinished_share"] == [1, 6] and figures["reward"] == [300, 6]
     )
+
+
+@pytest.mark.parametrize("given", [{}, {"with_target": False}, {"with_target": False, "supervised_weight": 0.5}])
+def test_samples_that_equal_the_target_count(given, loaded_t5, eight_prepared_rows):
+    """Of a model that knows its rows by heart, nearly all do, and of some sources all."""
+    torch.manual_seed(0)
+    settings = checked_settings("mrt", {"samples": 4, "reward": "exact_match"} | given)
+    rows = SampledRows(
+        datasets.Dataset.from_list(eight_prepared_rows),
+        loaded_t5.pad_token_id,
+        loaded_t5.decoder_start_token_id,
+        loaded=loaded_t5,
+        settings=settings,
+        metric_settings={},
+        max_new_tokens=24,
+    )
+    batch = rows.tensors(range(8))
+    assert batch[DRAWS].sum() == 32
+    is_right = batch[REWARDS] == 100
+    right = [int(batch[DRAWS][is_right & (batch[SOURCE_ROWS] == source)].sum()) for source in range(8)]
+    assert 4 in right and sum(right) > 24
+    objective = OnlineObjective(loaded_t5.model, "mrt", settings, 24)
+    loss = objective(batch, Items(8, sum(len(row["labels"]) for row in eight_prepared_rows)))
+    assert loss.isfinite() and (loss < -0.8 or settings["supervised_weight"])
+    figures = dict(zip(objective.figure_names, objective.take_figures().tolist(), strict=True))
+    assert figures["reward"] == [100 * sum(right), 32]
+    assert figures["best_reward"] == [100 * sum(count > 0 for count in right), 8]
+    assert figures["output_tokens"][1] == figures["unfinished_share"][1] == 32
