@@ -33,7 +33,8 @@ from diptych.data_prep.rows.judged_answers import (
     judged_turns,
     mark_of,
     pairs_of_rated,
-    rated_answers,
+    rated_answer,
+    rating_of,
 )
 from diptych.data_prep.rows.language_names import (
     SOURCE_COLUMNS,
@@ -405,16 +406,28 @@ def _answered(row: Row, converter: Converter, prompt: str | list[Turn], answer: 
 
 
 def _rated(row: Row, converter: Converter) -> list[Result]:
-    """A record for each pair of a better and a worse answer."""
+    """A record for each pair of a better and a worse answer, and a reject for each answer that cannot be in one."""
     fields, column = row.fields, converter.column("completions")
-    ratings = converter.value(fields, "ratings")
+    ratings, of_ratings = converter.value(fields, "ratings"), converter.column("ratings")
     completions = filled_list(converter.needed(fields, "completions"), column, "no completions")
-    if ratings is MISSING or isinstance(completions[0], Mapping):
-        texts, ratings = rated_answers(completions, column)
-    else:
-        texts = [text(it, f"{column}[{place}]") for place, it in enumerate(completions)]
-        column = converter.column("ratings")
-        ratings = some_list(ratings, column)
+    are_apart = ratings is not MISSING and not isinstance(completions[0], Mapping)
+    ratings = some_list(ratings, of_ratings) if are_apart else ()
+    if are_apart and len(ratings) != len(completions):
+        reason = f"there are {len(completions)} answers and {len(ratings)} ratings in '{of_ratings}'."
+        raise Fault(of_ratings, "answers and ratings differ in number", reason)
+    rated, faults = [], []
+    for place, it in enumerate(completions):
+        where = f"{column}[{place}]"
+        try:
+            if are_apart:
+                rated.append((text(it, where), rating_of(ratings[place], f"{of_ratings}[{place}]")))
+            else:
+                rated.append(rated_answer(it, where))
+        except Fault as fault:
+            faults.append(fault)
+    if faults and len(rated) < 2:
+        raise faults[0]
+    texts, ratings = zip(*rated, strict=True)
     if converter.rated_pairs == "all" and len(texts) * (len(texts) - 1) > 2 * MAX_PAIRS:
         reason = (
             f"all pairs of {len(texts):,} answers are more than {MAX_PAIRS:,}. Take best_worst, or divide the row."
@@ -422,9 +435,16 @@ def _rated(row: Row, converter: Converter) -> list[Result]:
         raise Fault(column, "too many pairs", reason)
     pairs = pairs_of_rated(texts, ratings, column, converter.rated_pairs, converter.rated_margin)
     record = _answered(row, converter, _prompt(fields, converter), Turn("assistant", texts[0], column, True))
+    count = len(pairs) + len(faults)
     return [
-        replace(record, output=chosen, rejected=rejected, origin=_part(row.origin, number, len(pairs)))
-        for number, (chosen, rejected) in enumerate(pairs, start=1)
+        *(
+            replace(record, output=chosen, rejected=rejected, origin=_part(row.origin, number, count))
+            for number, (chosen, rejected) in enumerate(pairs, start=1)
+        ),
+        *(
+            Reject(_part(row.origin, number, count), fault.field, fault.kind, fault.reason, row.raw)
+            for number, fault in enumerate(faults, start=len(pairs) + 1)
+        ),
     ]
 
 

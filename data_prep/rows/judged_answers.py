@@ -12,7 +12,7 @@ turn of the assistant.
 import math
 import os.path
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -126,35 +126,30 @@ def is_mark(label: Any) -> bool:
     return isinstance(label, str | int | float) and str(label).strip().lower() in YES_OR_NO
 
 
-def rated_answers(completions: Sequence[Any], name: str) -> tuple[list[str], list[Any]]:
-    """Texts and ratings of `[{"response": "Ann.", "score": 5}, …]`."""
-    texts, ratings = [], []
-    for number, it in enumerate(map(from_json_text, completions)):
-        where = f"{name}[{number}]"
-        if not isinstance(it, Mapping):
-            reason = f"'{where}' is {described(it)}; an object with a text and a rating is due."
-            raise Fault(where, f"'{name}' is not an object", reason)
-        keys = [next((key for key in known if key in it), None) for known in (TEXT_KEYS, RATING_KEYS)]
-        if None in keys:
-            due = (TEXT_KEYS, RATING_KEYS)[keys.index(None)]
-            raise missing(due[0], it, (*TEXT_KEYS, *RATING_KEYS), where=where)
-        texts.append(text(it[keys[0]], f"{where}.{keys[0]}"))
-        ratings.append(it[keys[1]])
-    return texts, ratings
+def rated_answer(completion: Any, where: str) -> tuple[str, float]:
+    """Text and rating of `{"response": "Ann.", "score": 5}`."""
+    it = from_json_text(completion)
+    if not isinstance(it, Mapping):
+        reason = f"'{where}' is {described(it)}; an object with a text and a rating is due."
+        raise Fault(where, "a completion that is not an object", reason)
+    keys = [next((key for key in known if key in it), None) for known in (TEXT_KEYS, RATING_KEYS)]
+    if None in keys:
+        due = (TEXT_KEYS, RATING_KEYS)[keys.index(None)]
+        raise missing(due[0], it, (*TEXT_KEYS, *RATING_KEYS), where=where)
+    return text(it[keys[0]], f"{where}.{keys[0]}"), rating_of(it[keys[1]], f"{where}.{keys[1]}")
+
+
+def rating_of(rating: Any, where: str) -> float:
+    if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
+        raise Fault(where, "rating that is no number", f"'{where}' is {described(rating)}, and a number is due.")
+    return rating
 
 
 def pairs_of_rated(
-    texts: Sequence[str], ratings: Sequence[Any], name: str, which: str, margin: float
-) -> Iterator[tuple[str, str]]:
+    texts: Sequence[str], ratings: Sequence[float], name: str, which: str, margin: float
+) -> list[tuple[str, str]]:
     """(better, worse): the best and the worst answer, or `all` pairs, whose ratings differ, and by `margin` at least.
-    Fault where a rating is no number, or there is no pair."""
-    if len(texts) != len(ratings):
-        reason = f"there are {len(texts)} answers and {len(ratings)} ratings in '{name}'."
-        raise Fault(name, "answers and ratings differ in number", reason)
-    for number, rating in enumerate(ratings):
-        if isinstance(rating, bool) or not isinstance(rating, int | float) or not math.isfinite(rating):
-            reason = f"rating {number + 1} in '{name}' is {described(rating)}, and a number is due."
-            raise Fault(name, "rating that is no number", reason)
+    Fault where there is no pair."""
     order = sorted(range(len(texts)), key=lambda place: -ratings[place])
     pairs = list(combinations(order, 2)) if which == "all" else [(order[0], order[-1])] if len(order) > 1 else []
     found = [

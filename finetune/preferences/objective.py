@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ from diptych.data_prep.packing.packed_row import MARKS_COLUMN, PACKED_COLUMNS, S
 from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.finetune.batches.packed_rows import REFERENCE
 from diptych.finetune.batches.padded_rows import Items
-from diptych.finetune.model.families import SOURCE_ROWS
+from diptych.finetune.model.families import SOURCE_ROWS, without_adapter
 from diptych.finetune.model.loss import Extras, Seq2SeqObjective, cross_entropy, summed_loss
 from diptych.finetune.preferences.figures import FIGURES, preference_figures
 from diptych.finetune.preferences.losses import AnswerFigures, PreferenceLoss
@@ -186,6 +187,18 @@ class PreferenceObjective(Seq2SeqObjective):
     def _add(self, name: str, values: torch.Tensor) -> None:
         found = _sum_and_count(values)
         self._figures[name] = self._figures[name] + found if name in self._figures else found
+
+
+def switch_off_dropout(model: PreTrainedModel | PeftModel) -> None:
+    """Also of whole layers; an adapter's own dropout stays as it was asked for. The config is not changed."""
+    for place, module in without_adapter(model).named_modules():
+        if "lora_dropout" in place:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def answers_of(batch: Batch) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError
 
-SHARED = {"supervised_weight": 0.0, "label_smoothing": 0.0}
+SHARED = {"supervised_weight": 0.0, "label_smoothing": 0.0, "dropout": False}
 ONLINE = {
     "reward": "chrf",
     "reward_weights": {},
@@ -21,6 +21,7 @@ ONLINE = {
     "temperature": 1.0,
     "unfinished": "worst",
     "supervised_weight": 0.0,
+    "dropout": False,
 }
 """`reward`: metrics, separated by commas. `reward_scale`: what rewards are divided by (metrics are percentages).
 `unfinished`: an answer that the limit ended has the worst reward of its source's answers, or `scored`: its own."""
@@ -28,19 +29,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.1, "loss": "sigmoid"} | SHARED,
     "simpo": {"beta": 2.0, "gamma": 1.0} | SHARED,
     "cpo": {"beta": 0.1} | SHARED | {"supervised_weight": 1.0},
-    "orpo": {"beta": 0.1, "supervised_weight": 1.0},
-    "kto": {"beta": 0.1, "liked_weight": 1.0, "not_liked_weight": 1.0, "supervised_weight": 0.0},
+    "orpo": {"beta": 0.1, "supervised_weight": 1.0, "dropout": False},
+    "kto": {"beta": 0.1, "liked_weight": 1.0, "not_liked_weight": 1.0, "supervised_weight": 0.0, "dropout": False},
     "mrt": ONLINE | {"with_target": True, "sharpness": 0.005},
     "grpo": ONLINE | {"by_deviation": True, "by_length": True, "kl_weight": 0.0},
 }
 """`supervised_weight`: of the cross-entropy of chosen or liked answers, a mean per token, in the loss.
-`label_smoothing`: the share of pairs that may be the wrong way round (conservative DPO)."""
+`label_smoothing`: the share of pairs that may be the wrong way round (conservative DPO). `dropout`: whether the model
+keeps its own, with which the probabilities that are compared would be those of ever other networks."""
 KINDS = {bool: "true or false", str: "a text", dict: "a mapping, {figure: weight}"}
 ABOVE_0 = ("beta", "temperature", "samples", "sharpness", "reward_scale")
 CHOICES = {"loss": ("sigmoid", "hinge", "ipo", "robust"), "unfinished": ("worst", "scored")}
 OF_SAMPLES = ("mrt", "grpo")
 """The model writes the answers itself."""
 NEED_REFERENCE = ("dpo", "kto")
+OF_PAIRS = ("loss", "reward_chosen", "reward_rejected", "accuracy", "margin", "nats_chosen", "nats_rejected")
+"""Figures of an evaluation on pairs or marked answers."""
 OF_VALIDATION = ["accuracy", "margin"]
 """Figures of preferences by which a checkpoint can be selected."""
 

@@ -76,7 +76,9 @@ class SampledRows(PaddedRows):
             if settings.get("with_target") or settings["supervised_weight"]:
                 own_start = columns["decoder_start"][place] if "decoder_start" in columns else start
                 text = cut_at_stop(columns["target"][place], self.loaded.template)[0]
-                found.append(_Answer(place, own_start, [], tuple(columns["labels"][place]), text, True, 1, 0))
+                labels = columns["labels"][place]
+                chosen = labels[len(forced) :] if labels[: len(forced)] == forced else labels
+                found.append(_Answer(place, own_start, labels[: -len(chosen)], tuple(chosen), text, True, 1, 0))
             answers += _different(found) if settings.get("with_target") is not None else found
         rewards = scores_of(
             [answer.text for answer in answers],

@@ -139,6 +139,7 @@ def _references_of(fields: Mapping[str, Any], named: str, where: str) -> list[st
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not found or not all(isinstance(it, str) for it in found):
         what = f"field {name!r} is {excerpt(json.dumps(value), 60)}" if name in fields else "there is no reference"
+        what = f"there is no field {named!r}" if named and named not in fields else what
         raise UserError(
             f"{where}: {what}; a text, or a list of texts, is due. Name its field, --reference FIELD; or, for metrics"
             f" of your own that need none, --reference none."

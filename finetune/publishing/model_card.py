@@ -26,13 +26,14 @@ from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.rows.named_splits import kind_of
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.model.loading import load_tokenizer
+from diptych.finetune.preferences.objective_settings import OF_PAIRS, OF_SAMPLES, checked_settings
 from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.run_folder import last_training, settings_of
 from diptych.finetune.training.starting_model import is_named_size
 
 CARD_TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 
-NO_SCORES = {"rows", "sources", "target_tokens", "unfinished", "max_new_tokens", "step", "split"}
+NO_SCORES = {"rows", "sources", "target_tokens", "unfinished", "max_new_tokens", "step", "split", "output_characters"}
 """Figures of an evaluation that say how it was made."""
 
 LOCAL_FOLDER = re.compile(r"(?<![:/\\\w])(?:~|[A-Za-z]:)?[/\\](?:[^/\\=+\s]+[/\\])+")
@@ -86,6 +87,7 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
         facts=facts,
         weights=f"{weights_count(files):,} weights",
         is_new_model=is_named_size(recipe["model"]),
+        learned=learned(recipe),
         trust=", trust_remote_code=True" if any(name.endswith(".py") for name in files) else "",
         languages=languages(run / "final", manifest),
         prompt=json.dumps(golden[0]["source"] if golden else "…", ensure_ascii=False),
@@ -147,11 +149,13 @@ def validation_scores(run: Path, step: int | None, recipe: Mapping[str, Any]) ->
     rows = [row for row in rows if kind_of(row["split"]) == "validation" and row["step"] == step]
     of_step = {row["split"]: row for row in rows}  # the last of each
     dataset, sample = last_part(recipe["data"]), f"in training, on up to {recipe['metrics_limit']:,} rows"
+    is_of_pairs = recipe.get("objective", "supervised") not in ("supervised", *OF_SAMPLES)
+    left_out = NO_SCORES | (set(OF_PAIRS) if is_of_pairs else set())  # the Hub takes accuracy for that of a task
     return [
         CardScore(split, dataset, metric, value, None, "in training" if metric == "loss" else sample)
         for split, row in of_step.items()
         for metric, value in row.items()
-        if metric not in NO_SCORES
+        if metric not in left_out
     ]
 
 
@@ -179,6 +183,19 @@ def report_scores(run: Path) -> list[CardScore]:
             note = f"{rows}, {signature}" if signature else rows
             scores[split, data, metric, note] = CardScore(split, data, metric, figures[metric], bounds, note)
     return list(scores.values())
+
+
+def learned(recipe: Mapping[str, Any]) -> str:
+    """`on pairs of answers, by dpo`; "" for supervised training."""
+    objective = recipe.get("objective", "supervised")
+    if objective == "supervised":
+        return ""
+    if objective not in OF_SAMPLES:
+        return (
+            f"on {'marked answers' if objective == 'kto' else 'pairs of a better and a worse answer'}, by {objective}"
+        )
+    reward = checked_settings(objective, recipe["objective_settings"])["reward"]
+    return f"on answers of its own, by {objective} with the reward {last_part(reward)}"
 
 
 def read_config(files: Mapping[str, Path | bytes], name: str) -> dict[str, Any]:

@@ -131,12 +131,14 @@ def train_line(entry: dict[str, Any], total_steps: int, seconds_left: float, uni
 def validation_line(entry: dict[str, Any], total_steps: int, is_best: bool, unit: str) -> str:
     figures = {name: value for name, value in entry.items() if name not in ("step", "split", "loss")}
     parts = [f"step {entry['step']}/{total_steps}", f"{entry['split']} loss {entry['loss']:.3f}{unit}"]
-    digits = 1 if unit else 2  # rewards are small
-    parts += [
-        f"{name} {value:.{digits}f}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in figures.items()
-    ]
+    parts += [f"{name} {_shown(name, value, 1 if unit else 2)}" for name, value in figures.items()]
     return " | ".join(parts + ["best so far"] * is_best)
+
+
+def _shown(name: str, value: float, digits: int) -> str:
+    if name == "accuracy":
+        return f"{value:.0%}"
+    return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)  # no -0.00
 
 
 def selection_line(step: int, total_steps: int, figure: str, value: float, sets: int, is_best: bool) -> str:

@@ -262,7 +262,9 @@ class TrainRecipe:
             )
         if self.objective != "supervised":
             if given := self._changed("teacher", "label_smoothing", "z_loss", "neftune"):
-                raise UserError(f"{given[0]} is for supervised training, and objective is {self.objective}. Drop one.")
+                raise UserError(
+                    f"{given[0]} is for supervised training, and {self.objective} has objective_settings. Drop it."
+                )
             self._check_objective(checked_settings(self.objective, self.objective_settings))
         if self.trainable != "all" and self.method != "full":
             raise UserError(f"trainable is {self.trainable}, but method is {self.method}. Set method: full.")

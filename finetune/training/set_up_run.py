@@ -26,6 +26,7 @@ from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.text_to_ids.templates import carried_template
+from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
 from diptych.finetune.batches.packed_rows import PackedRows
 from diptych.finetune.batches.padded_rows import (
     BatchOrder,
@@ -37,18 +38,19 @@ from diptych.finetune.batches.padded_rows import (
     drop_repeated_start,
     load_prepared,
 )
-from diptych.finetune.batches.preference_rows import PairedRows, items_of, paired_rows
+from diptych.finetune.batches.preference_rows import ANSWERS, PairedRows, items_of, paired_rows
 from diptych.finetune.commands.exit_codes import say_once
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import Ranks, join_ranks, on_main_rank
 from diptych.finetune.evaluating.metrics import selectable_figures
 from diptych.finetune.model.adapters import check_method
+from diptych.finetune.model.donor_llm import tokenizers_differ
 from diptych.finetune.model.families import family_of, without_adapter
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_config, load_tokenizer
 from diptych.finetune.model.loss import Seq2SeqObjective, left_out_of_loss
 from diptych.finetune.preferences.losses import PreferenceLoss
-from diptych.finetune.preferences.objective import PreferenceObjective
+from diptych.finetune.preferences.objective import PreferenceObjective, switch_off_dropout
 from diptych.finetune.preferences.objective_settings import NEED_REFERENCE, OF_SAMPLES, OF_VALIDATION, checked_settings
 from diptych.finetune.preferences.online import OnlineObjective
 from diptych.finetune.preferences.reference import (
@@ -230,6 +232,8 @@ def find_reference(
                 for name, it in rows.items()
             }
 
+    answers = sum(ANSWERS * int(items_of(it).examples.sum()) for it in rows.values())
+    say_once(f"reads {answers:,} answers with the reference, {recipe.reference or 'the model as it starts'}")
     if recipe.reference is None and not saved:
         return of(own, "reference")
     other = reference_model(recipe, loaded, device)
@@ -251,7 +255,11 @@ def reference_model(recipe: TrainRecipe, loaded: LoadedModel, device: torch.devi
         model = starting_model(recipe, loaded.tokenizer, None)
         return LoadedModel.of(model.to(device).eval(), loaded.tokenizer)
     other = load_checkpoint(recipe.reference, torch.float32, device)
-    check_same_tokenizer(recipe.data, loaded.tokenizer, recipe.reference, other.tokenizer)
+    if difference := tokenizers_differ(all_tokens(other.tokenizer), all_tokens(loaded.tokenizer)):
+        raise UserError(
+            f"the reference {recipe.reference} has another tokenizer than the data ({difference}): its"
+            f" log-probabilities are of other words. Name a model from which this one was tuned, or drop `reference`."
+        )
     if other.decoder_start_token_id != loaded.decoder_start_token_id:
         raise UserError(
             f"the decoder of the reference {recipe.reference} starts with token {other.decoder_start_token_id}, and"
@@ -389,13 +397,15 @@ def make_ready(
 def make_objective(
     recipe: TrainRecipe, loaded: LoadedModel, device: torch.device, rows: PaddedRows | PackedRows
 ) -> nn.Module:
-    if recipe.objective in OF_SAMPLES:
+    if recipe.objective != "supervised":
         settings = checked_settings(recipe.objective, recipe.objective_settings)
+        if not settings["dropout"]:
+            switch_off_dropout(loaded.model)
+        if recipe.objective not in OF_SAMPLES:
+            return PreferenceObjective(loaded.model, PreferenceLoss(recipe.objective, settings))
         needs_model = settings.get("kl_weight") and (recipe.reference or recipe.method == "full")
         reference = reference_model(recipe, loaded, device).model if needs_model else None
         return OnlineObjective(loaded.model, recipe.objective, settings, rows.max_new_tokens, reference)
-    if recipe.objective != "supervised":
-        return PreferenceObjective(loaded.model, PreferenceLoss.of(recipe.objective, recipe.objective_settings))
     if not recipe.teacher:
         return Seq2SeqObjective(loaded.model, recipe.label_smoothing, recipe.z_loss, neftune=recipe.neftune)
     teacher = load_teacher(recipe.teacher, loaded.tokenizer, device, DTYPES[recipe.precision])

@@ -16,6 +16,8 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
 from diptych.finetune.commands import cli
+from diptych.finetune.model.adapters import add_adapter
+from diptych.finetune.preferences.objective import switch_off_dropout
 from diptych.finetune.preferences.reference import FILE
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import run_recipe
@@ -160,6 +162,25 @@ def test_the_reference_of_an_adapter_is_its_base(recipe):
         (entry,) = figures(settings.out, "train")
         assert entry["loss"] == pytest.approx(np.log(2), abs=1e-5)
         assert entry["reward_chosen"] == pytest.approx(0, abs=1e-5)
+
+
+def test_dropout_is_off_unless_it_is_asked_for(short_run, folder_of, new_model, tmp_path, tiny_tokenizer):
+    """Log-probabilities are those of the reference at the first step; an adapter keeps its own dropout."""
+    new_model("t5", dropout_rate=0.3).save_pretrained(tmp_path / "t5")
+    common = {"objective": "dpo", "data": folder_of(PAIRS), "batch_size": 99, "max_steps": 1, "packed": False}
+    losses = {}
+    for name, settings in (("off", {}), ("on", {"dropout": True})):
+        run = short_run(out=name, **common, objective_settings=settings, model=str(tmp_path / "t5"))
+        run_recipe(run)
+        (entry,) = figures(run.out, "train")
+        losses[name] = entry["loss"]
+        assert json.loads((Path(run.out) / "final" / "config.json").read_text())["dropout_rate"] == 0.3
+    assert losses["off"] == pytest.approx(np.log(2), abs=1e-5) and losses["on"] != pytest.approx(np.log(2), abs=1e-3)
+    model = add_adapter(new_model("bart", dropout=0.2, attention_dropout=0.1), "base", rank=4, alpha=8, dropout=0.5)
+    switch_off_dropout(model)
+    left = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p}
+    floats = {value for it in model.modules() for name, value in vars(it).items() if name.endswith("dropout")}
+    assert left == {0.5} and {it for it in floats if isinstance(it, float)} == {0.0}
 
 
 def test_a_reference_of_another_origin_is_said(recipe, checkpoint_of, new_model, tiny_tokenizer, tmp_path, capsys):
