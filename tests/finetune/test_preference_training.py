@@ -220,7 +220,7 @@ def test_rows_of_another_kind_are_refused(changes, rows, said, recipe):
             {"objective_settings": {"loss": "ipo", "label_smoothing": 0.1}},
             "no effect with loss ipo",
         ),
-        ({"label_smoothing": 0.1}, "label_smoothing is for supervised training, and objective is dpo"),
+        ({"label_smoothing": 0.1}, "label_smoothing is for supervised training, and dpo has objective_settings"),
         ({"objective": "simpo", "reference": "x"}, "reference is given, but simpo compares with none"),
         ({"objective": "supervised", "objective_settings": {"beta": 1}}, "objective_settings is given, but objective"),
         ({"objective": "grpo", "objective_settings": {"samples": 1}}, "samples is 1; 2 or more"),

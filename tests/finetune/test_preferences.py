@@ -182,7 +182,7 @@ def test_what_cannot_be_ranked_is_left_out_and_counted(rank):
         ({"prediction": "one"}, [], 'line 1: `prediction` is "one", and a list of texts is due'),
         ({"finished": [True]}, [], "line 1: `finished` does not have an entry for each of 5 answers"),
         ({"output": 3}, [], "line 1: field 'output' is 3; a text, or a list of texts, is due"),
-        ({}, ["--reference", "gold"], "line 1: there is no reference; a text, or a list of texts, is due"),
+        ({}, ["--reference", "gold"], "line 1: there is no field 'gold'; a text, or a list of texts, is due"),
         ({"chosen": "x"}, [], "line 1: field 'chosen' is one that is written here"),
         ({"input": "", "messages": [{"role": "user"}]}, [], "line 1: "),  # no traceback for a broken conversation
         ({}, ["--by", "chfr"], "Did you mean chrf?"),
