@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from diptych.data_prep.packing.packed_row import MARKS_COLUMN
+from diptych.data_prep.rows.records import IGNORE_INDEX
+from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.batches.padded_rows import Items, pad_sources, pad_targets
 from diptych.finetune.model.adapters import add_adapter
 from diptych.finetune.model.families import SOURCE_ROWS, decoder_start_token
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.preferences.objective_settings import checked_settings
 from diptych.finetune.preferences.online import DRAWS, FINISHED, REWARDS, OnlineObjective, SampledRows
 
@@ -183,3 +186,21 @@ def test_samples_that_equal_the_target_count(given, loaded_t5, eight_prepared_ro
     assert figures["reward"] == [100 * sum(right), 32]
     assert figures["best_reward"] == [100 * sum(count > 0 for count in right), 8]
     assert figures["output_tokens"][1] == figures["unfinished_share"][1] == 32
+
+
+@pytest.mark.parametrize("language", ["<ko>", "<en>"])
+def test_forced_tokens_are_read_and_not_learned(two_languages, language):
+    """Neither of samples nor of the target, which then are the same answer."""
+    model, tokenizer, rows = two_languages
+    rows = [row for row in rows if row["language"] == language]
+    template = Template("one", "{{ instruction }}", decoder_prefix=(language,))
+    loaded = LoadedModel.of(model, tokenizer, template)
+    settings = checked_settings("mrt", {"samples": 3, "reward": "exact_match"})
+    own = {"loaded": loaded, "settings": settings, "metric_settings": {}, "max_new_tokens": 24}
+    split, ids = datasets.Dataset.from_list(rows), (loaded.pad_token_id, loaded.decoder_start_token_id)
+    batch = SampledRows(split, *ids, **own).tensors(range(3))
+    forced = tokenizer.convert_tokens_to_ids(language)
+    assert (batch["decoder_input_ids"][:, 1] == forced).all() and (batch["labels"][:, 0] == IGNORE_INDEX).all()
+    of_targets = batch["labels"][batch[MARKS_COLUMN] == 1]
+    assert [[id for id in ids if id >= 0] for ids in of_targets.tolist()] == [row["labels"][1:] for row in rows]
+    assert batch[DRAWS].sum() == 9 and batch[DRAWS][batch[MARKS_COLUMN] == 1].sum() > 4
