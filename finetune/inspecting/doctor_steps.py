@@ -25,6 +25,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from diptych.finetune.model.loading import load_model
 from diptych.finetune.model.loss import Seq2SeqObjective
 
 RANKS = 2
+LONGEST_FOLDER_OF_SOCKETS = 70
 RANKS_SECONDS = 300
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -189,8 +191,10 @@ def compare_ranks(way: str, model_folder: Path, step: ExaminedRows, folder: Path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (way, str(model_folder), tuple(step), folder, port)
-    # Their server imports once what all four of them need: seconds each.
-    method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
+    # Their server imports once what all four of them need: seconds each. Its socket lies in a temporary folder, and
+    # the system allows no long paths of sockets.
+    has_server = "forkserver" in torch.multiprocessing.get_all_start_methods()
+    method = "forkserver" if has_server and len(get_temp_dir()) <= LONGEST_FOLDER_OF_SOCKETS else "spawn"
     torch.multiprocessing.set_forkserver_preload([__name__, "transformers.trainer_seq2seq"])
     ranks = torch.multiprocessing.start_processes(run_rank, arguments, RANKS, join=False, start_method=method)
     deadline = time.monotonic() + RANKS_SECONDS
