@@ -135,11 +135,9 @@ def load_prepared(folder: str) -> PreparedData:
         raise UserError(f"{folder} has no manifest.json, so its preparation did not end. Run `diptych prepare` again.")
     content = manifest.read_bytes()
     with library_errors(f"{manifest} cannot be read", "Run `diptych prepare` again."):
-        entries = dict(json.loads(content))
-    fingerprint = hashlib.sha256(content).hexdigest()
-    return PreparedData(
-        place, splits, place / "tokenizer", fingerprint, entries.get("packing"), entries.get("preferences")
-    )
+        entries = json.loads(content)
+        found = entries.get("packing"), entries.get("preferences")
+    return PreparedData(place, splits, place / "tokenizer", hashlib.sha256(content).hexdigest(), *found)
 
 
 def check_same_tokenizer(

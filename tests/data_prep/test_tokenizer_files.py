@@ -104,7 +104,7 @@ UNKNOWN_PIECE = {"type": "TemplateProcessing", "single": [PIECE], "pair": [], "s
         (CONFIG, {"self": 1}, "self is 1, and nothing is needed"),
         (CONFIG, {TOKENIZER_KEY: 5}, "the template in tokenizer_config.json is not one"),
         (CONFIG, {TOKENIZER_KEY: {"name": "a", "source": 7}}, "its source is 7"),
-        (CONFIG, {TOKENIZER_KEY: {"name": "a", "source": "", "golden": [{"fields": 5}]}}, "is not one"),
+        (CONFIG, {TOKENIZER_KEY: {"name": "a", "source": "", "golden": [{"fields": 5}]}}, "example 1 is damaged"),
         (MAP, {"eos_token": 5}, "special_tokens_map.json of"),
         ("added_tokens.json", '{"a": "b"}', "added_tokens.json of"),
         ("chat_template.jinja", "x" * 10**6, "chat_template.jinja of"),

@@ -478,8 +478,9 @@ def test_a_tokenizer_that_makes_other_tokens_of_a_golden_row(checkpoint, examine
     assert finding.status == "red" and finding.message.startswith("the source ids of example 1 was ")
 
 
-def test_without_a_template_or_its_golden_rows_there_is_nothing_to_compare(checkpoint, checkpoint_of, examined):
-    assert examined(checkpoint_of("t5"), GOLDEN).message == "the checkpoint has no tokenizer"
+def test_without_a_template_or_its_golden_rows_there_is_nothing_to_compare(checkpoint, new_model, tmp_path, examined):
+    new_model("t5").save_pretrained(tmp_path / "bare")
+    assert examined(tmp_path / "bare", GOLDEN).message == "the checkpoint has no tokenizer"
     folder = checkpoint("t5")
     stored = json.loads((folder / "tokenizer_config.json").read_text())[TOKENIZER_KEY]
     edit_json(folder / "tokenizer_config.json", **{TOKENIZER_KEY: {**stored, "golden": []}})

@@ -303,7 +303,9 @@ def test_training_stops_when_nothing_gets_better_and_final_is_the_best(recipe):
 @pytest.mark.slow
 def test_the_best_is_chosen_by_one_validation_set_or_by_their_mean(recipe, two_sets, monkeypatch, capsys):
     labels = []
-    monkeypatch.setattr(Axes, "legend", lambda axes: labels.append([line.get_label() for line in axes.get_lines()]))
+    monkeypatch.setattr(
+        Axes, "legend", lambda axes, **_: labels.append([line.get_label() for line in axes.get_lines()])
+    )
     changes = {"data": two_sets, "max_steps": 12, "eval_every": 4, "metrics": "chrf", "learning_rate": 5e-3}
     expected = {
         "law/chrf": lambda news, law: max(entry["chrf"] for entry in law),
