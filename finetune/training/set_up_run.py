@@ -446,6 +446,12 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
             f"the best checkpoint has the best mean {recipe.best_metric} over {len(sets)} validation sets, each "
             f"counting the same; to choose by one: best_metric: {name_in(sets[0])}/{recipe.best_metric}"
         )
+    if recipe.objective in OF_SAMPLES and recipe.best_metric == "loss" and sets:
+        reward = checked_settings(recipe.objective, recipe.objective_settings)["reward"]
+        say(
+            f"the best checkpoint has the lowest loss of the targets, which {recipe.objective} does not lower. To"
+            f" choose by what it learns: metrics: {reward}, and one of its figures as best_metric"
+        )
     family = run.loaded.family
     if family is None or family.head(without_adapter(run.model)) is None:
         say(f"the head of {model_type} is not known apart: its logits are held in full, which takes memory")
