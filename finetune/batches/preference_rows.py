@@ -1,7 +1,8 @@
 """Rows in which two answers read one source, as tensors.
 
-    input_ids      12  7  9  1         labels   31 40  1     chosen      marks   1   source_rows   0
-    other_labels   see below                    31 22  1     rejected           -1                 0
+    input_ids      12  7  9  1      →      labels   31 40  1     marks   1   source_rows   0     chosen
+    labels         31 40  1                         31 22  1            -1                 0     rejected
+    other_labels   31 22  1
 
 A row of a split has its second answer in `other_labels`: the rejected one or, where answers are marked one by one
 (`mark`), the answer to another source. In packed rows they are two decoder segments, one after the other. The column

@@ -1,7 +1,8 @@
 """Log-probabilities of all answers by the reference model, computed once, before the first step.
 
-    reference = reference_of(recipe, run_folder, …)       {"train": (answers,), "validation": (answers,)} in fp64
-    rows = with_reference(rows, reference["train"])       a column `reference`, which the batches carry
+    values = answer_log_probabilities(objective, rows, batch_size, accelerator)      (answers,) in fp64
+    rows = with_reference(rows, values)                   a column `reference`, which the batches carry
+    store_reference(run_folder, {"train": values})        stored_reference(run_folder, …) reads it again
 
 The reference is the model that the run starts from; for LoRA, the base without an adapter. It is read once, before
 training changes it, so a run takes no more memory than supervised training. `reference.safetensors` in the run folder

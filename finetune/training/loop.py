@@ -242,7 +242,7 @@ def log_training(run: Run, rate: float, gradient_norm: float, pace: Pace) -> Non
     progress.logged_tokens, progress.logged_padded_tokens = 0, 0
     run.log.add_figures(entry)
     run.log.say(train_line(entry, run.total_steps, pace.seconds_left(), run.unit))
-    say_drift(run, means)
+    say_drift(run, "train", means)
 
 
 def mean_figures(run: Run) -> dict[str, float]:
@@ -252,13 +252,13 @@ def mean_figures(run: Run) -> dict[str, float]:
     return {name: total / count for name, total, count in named if count}
 
 
-def say_drift(run: Run, figures: dict[str, float]) -> None:
-    """Compared with the first figures; after a word on one of them, with what it was then."""
-    usual = run.progress.usual_figures
+def say_drift(run: Run, split: str, figures: dict[str, float]) -> None:
+    """Compared with the first figures of this split; after a word on one of them, with what it was then."""
+    usual = {name: run.progress.usual_figures.get(f"{split}/{name}", value) for name, value in figures.items()}
     for name, what in drift(usual, figures):
-        run.log.say(f"step {run.progress.step}/{run.total_steps} | warning: {what}")
+        run.log.say(f"step {run.progress.step}/{run.total_steps} | warning: in {split}, {what}")
         usual[name] = figures[name]
-    run.progress.usual_figures = figures | usual
+    run.progress.usual_figures |= {f"{split}/{name}": value for name, value in usual.items()}
 
 
 def evaluate(run: Run) -> bool:
@@ -340,7 +340,9 @@ def generation_figures(run: Run, split: str, samples: list[dict[str, Any]]) -> d
         lengths = [len(row.prediction) for row in evaluation.predictions]
         evaluation.figures["output_characters"] = statistics.fmean(lengths)
         unfinished = evaluation.figures["unfinished"] / len(lengths)
-        say_drift(run, {"output_characters": evaluation.figures["output_characters"], "unfinished_share": unfinished})
+        say_drift(
+            run, split, {"output_characters": evaluation.figures["output_characters"], "unfinished_share": unfinished}
+        )
     samples += [{"step": run.progress.step, "split": split} | row.as_json() for row in evaluation.predictions]
     of_the_loss = ("rows", "loss", "target_tokens", "max_new_tokens")
     return {name: value for name, value in evaluation.figures.items() if name not in of_the_loss}

@@ -5,6 +5,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from diptych.finetune.preferences.objective import switch_off_dropout
 from diptych.finetune.preferences.reference import FILE
 from diptych.finetune.run_files import checkpoints
 from diptych.finetune.train import run_recipe
+from diptych.finetune.training.loop import say_drift
 from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.run import Progress
 
 WORDS = "Go. Run! Who? Wow! Help! Stop! Wait. Hello!".split()
 ANSWERS = "가. 뛰어! 누구? 와! 도와! 멈춰! 기다려. 안녕!".split()
@@ -181,6 +184,26 @@ def test_dropout_is_off_unless_it_is_asked_for(short_run, folder_of, new_model, 
     left = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p}
     floats = {value for it in model.modules() for name, value in vars(it).items() if name.endswith("dropout")}
     assert left == {0.5} and {it for it in floats if isinstance(it, float)} == {0.0}
+
+
+def test_drift_is_compared_with_the_first_figures_of_the_same_split(capsys):
+    run = SimpleNamespace(progress=Progress(step=5), total_steps=9, log=SimpleNamespace(say=print))
+    calls = [
+        ("train", {"entropy": 2.0, "nats_chosen": 1.0, "unfinished_share": 0.1}),
+        ("validation/a", {"output_characters": 10.0, "unfinished_share": 0.9}),
+        ("validation/b", {"output_characters": 90.0, "unfinished_share": 0.0}),  # longer than a's from the start
+        ("train", {"entropy": 0.6, "nats_chosen": 2.9, "unfinished_share": 0.3}),
+    ]
+    for call in calls:
+        say_drift(run, *call)
+    assert not capsys.readouterr().out
+    say_drift(run, "train", {"entropy": 0.4, "nats_chosen": 3.1, "unfinished_share": 0.4})
+    said = capsys.readouterr().out
+    assert said.count("warning: in train") == 3 and "2.00 to 0.40 nats" in said and "1.00 -> 3.10" in said
+    say_drift(run, "validation/a", {"output_characters": 21.0})
+    assert "in validation/a, outputs grew from 10 to 21 characters" in capsys.readouterr().out
+    say_drift(run, "validation/a", {"output_characters": 40.0})  # not twice as long as when it was said
+    assert not capsys.readouterr().out
 
 
 def test_a_reference_of_another_origin_is_said(recipe, checkpoint_of, new_model, tiny_tokenizer, tmp_path, capsys):
