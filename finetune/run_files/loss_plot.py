@@ -46,21 +46,23 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
     for axes, (label, panel) in zip(further, names.items(), strict=True):
         axes.set_ylabel(label)
         for color, name in zip(COLORS, panel, strict=False):
+            label = name.replace("_", " ")
             for kind, of_split in {"training": train, **validation}.items():
                 points = [(entry["step"], entry[name]) for entry in of_split if name in entry]
                 style = (
                     {"linewidth": 1.2} if kind == "training" else {"marker": "o", "markersize": 3, "linestyle": ":"}
                 )
                 if points:
-                    axes.plot(
-                        *zip(*points, strict=True), label=f"{name.replace('_', ' ')}, {kind}", color=color, **style
-                    )
+                    axes.plot(*zip(*points, strict=True), label=label, color=color, **style)
+                    label = None  # the same colour, dotted
     rate_axes.plot(_column(train, "step"), _column(train, "learning_rate"), color="tab:gray", linewidth=1.2)
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_xlabel("optimizer step")
     rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-    for axes in (loss_axes, *further):
-        axes.legend(fontsize="small")
+    loss_axes.legend(fontsize="small")
+    for axes in further:
+        dotted = "dotted: validation" if validation else None
+        axes.legend(fontsize="small", title=dotted, title_fontsize="small", framealpha=0.5)
     for axes in (loss_axes, *further, rate_axes):
         axes.grid(alpha=0.3)
     beside = picture.with_name(f"{picture.stem}.partial.png")
