@@ -396,9 +396,10 @@ def _answered(row: Row, converter: Converter, prompt: str | list[Turn], answer: 
         turns = [*(turn._replace(is_target=False) for turn in prompt), answer]
         [record] = _conversation(turns, answer.where, row, converter)
         return record
+    is_source = converter.prompt_field == "source"
     return Record(
-        instruction="" if converter.prompt_field == "input" else prompt,
-        input=converter.optional_text(row.fields, "input"),
+        instruction="" if is_source or converter.prompt_field == "input" else prompt,
+        input=prompt if is_source else converter.optional_text(row.fields, "input"),
         output=answer.text,
         origin=row.origin,
         **converter.shared(row.fields),

@@ -23,7 +23,7 @@ SUMMARIES = ("summary", "highlights")
 
 
 CONVERSATIONS = ("messages", "conversations")
-PROMPTS = ("prompt", "instruction", *CONVERSATIONS, "input")
+PROMPTS = ("prompt", "instruction", *CONVERSATIONS, "input", "source", "question")
 """Columns of the prompt of answers that were judged; the first that a row has is it."""
 
 
@@ -176,7 +176,7 @@ _ALL = (
         turns=("role", "content", ROLES),
         looks=_has_its_prompt,
         preferences="pairs",
-        said="prompt/instruction/input, chosen, rejected",
+        said="prompt/instruction/input/source/question, chosen, rejected",
     ),
     # {"prompt": "Who?", "completion": "Ann.", "label": true}
     Format(
@@ -186,7 +186,7 @@ _ALL = (
         turns=("role", "content", ROLES),
         looks=_holds_marks,
         preferences="marks",
-        said="prompt/instruction/input, completion, label",
+        said="prompt/instruction/input/source/question, completion, label",
     ),
     # {"prompt": "Who?", "completions": [{"response": "Ann.", "score": 5}, {"response": "Bob.", "score": 1}]}
     # {"prompt": "Who?", "responses": ["Ann.", "Bob."], "scores": [5, 1]}
@@ -205,7 +205,7 @@ _ALL = (
         turns=("role", "content", ROLES),
         looks=_holds_ratings,
         preferences="pairs",
-        said="prompt/instruction/input, completions (each with its score) or responses, scores",
+        said="prompt/instruction/input/source/question, completions (each with its score) or responses, scores",
     ),
     # {"src": "Go.", "mt": "가요.", "pe": "가."}
     Format("edits", (_same("src", "mt", "pe"),), preferences="pairs"),

@@ -7,8 +7,10 @@
 The loss is in nats per target token, sum over sum, by the objective of training. For the metrics each different source
 is generated once, and the targets of all rows with that source are its references: "Go." has five good translations in
 Tatoeba, and per row four of them would count as wrong. `exact_match_rows` is that stricter figure: the percentage of
-rows whose own target was generated. `unfinished` counts outputs that reached the limit on new tokens without an end.
-The decoder prefix of the rows' template is forced; its stop strings end outputs and references.
+rows whose own target was generated. Of pairs, the target is the chosen answer, and `chosen_likelier` the percentage in
+which it is more probable per token than the rejected one; marked answers are targets if they are liked. `unfinished`
+counts outputs that reached the limit on new tokens without an end. The decoder prefix of the rows' template is forced;
+its stop strings end outputs and references.
 
 With several ranks whole batches are distributed, the same ones for any number of ranks. So with as many threads per
 process the figures are those of one rank, to the last digit.
@@ -28,7 +30,8 @@ from datasets import Dataset
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
-from diptych.finetune.batches.padded_rows import PaddedRows, padded_rows
+from diptych.finetune.batches.padded_rows import OTHER_LABELS, PaddedRows, padded_rows
+from diptych.finetune.batches.preference_rows import MARK
 from diptych.finetune.commands.exit_codes import NotFiniteError
 from diptych.finetune.commands.ranks import on_main_rank
 from diptych.finetune.evaluating.confidence_intervals import MetricFault, Scored, ratio
@@ -44,6 +47,7 @@ from diptych.finetune.model.loss import Seq2SeqObjective
 
 DIRECTION_COLUMNS = (SOURCE_COLUMNS[0], TARGET_COLUMNS[0])
 """Columns of prepared rows with the languages of source and target."""
+CHOSEN_LIKELIER = "chosen_likelier"
 CAP_OVER_LONGEST_TARGET = 1.25
 """The limit on new tokens is the longest target times this: room for other words, not for endless repetition."""
 SourceKey = tuple[str, Languages]
@@ -126,6 +130,7 @@ def evaluate_rows(
     accelerator: Accelerator | None = None,
     before_each: Callable[[], None] | None = None,
     objective: Seq2SeqObjective | None = None,
+    compare_answers: bool = False,
     **generation: Any,
 ) -> Evaluation:
     """The loss and, with `metrics`, their scores, of all rows or of `limit` rows drawn from the whole split.
@@ -134,13 +139,15 @@ def evaluate_rows(
     `accelerator` all its ranks must call this; they share the work, and each returns the same. All ranks call
     `before_each` before each of their batches, equally often; what it raises ends the evaluation. A sharded model
     must come with its `objective`, because it has full weights only inside `forward`. `by` are columns, or direction,
-    of which each value is a group. `generation` are settings of `chosen_outputs` (mbr_samples, seed, num_beams …).
+    of which each value is a group. With `compare_answers` pairs are compared. `generation` are
+    settings of `chosen_outputs` (mbr_samples, seed, num_beams …).
 
     Raises:
         UserError: there are no rows, or a metric is unknown.
         NotFiniteError: the loss of a row is infinite or NaN.
     """
     find_metrics(metrics, metric_settings)
+    dataset = liked_rows(dataset)
     rows = dataset if limit is None else draw(dataset, limit)
     if not len(rows):
         raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
@@ -149,8 +156,14 @@ def evaluate_rows(
     losses = row_losses(objective, padded_rows(loaded, rows), batch_size, accelerator, before_each)
     sources.by_row["loss"] = (*losses.T, 1.0)
     all_rows = np.ones(len(rows), dtype=bool)
+    if compare_answers and OTHER_LABELS in rows.column_names and MARK not in rows.column_names:
+        rejected = padded_rows(loaded, rows.remove_columns("labels").rename_column(OTHER_LABELS, "labels"))
+        other_losses = row_losses(objective, rejected, batch_size, accelerator, before_each)
+        is_likelier = np.divide(*losses.T) < np.divide(*other_losses.T)
+        sources.by_row[CHOSEN_LIKELIER] = (is_likelier, all_rows, 100.0)
     statistics = sources.statistics(all_rows)
-    figures = {"rows": len(rows)} | statistics["loss"].figures() | {"target_tokens": int(losses[:, 1].sum())}
+    of_answers = {name: value for scored in statistics.values() for name, value in scored.figures().items()}
+    figures = {"rows": len(rows)} | of_answers | {"target_tokens": int(losses[:, 1].sum())}
     if not metrics:
         return Evaluation(figures, {}, [], statistics, _groups(by, rows, sources))
     cap = max_new_tokens or cap_from_targets(rows, position_limit(loaded.model))
@@ -186,6 +199,13 @@ def evaluate_rows(
     figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
     groups = _groups(by, rows, sources, counted, predictions, settings)
     return Evaluation(figures, signatures, predictions, statistics, groups, faults)
+
+
+def liked_rows(split: Dataset) -> Dataset:
+    """Of marked answers those that are liked: nobody wants the others as references."""
+    if MARK not in split.column_names:
+        return split
+    return split.select(np.flatnonzero(np.array(split[MARK]) > 0))
 
 
 def _counts(

@@ -20,7 +20,7 @@ import transformers
 from datasets import Dataset, Value
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.command_line.errors import UserError, counted, excerpt
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.rows.records import Languages
@@ -29,7 +29,15 @@ from diptych.finetune.batches.padded_rows import check_rows_fit, check_same_toke
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import several_ranks
 from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
-from diptych.finetune.evaluating.evaluate_rows import Evaluation, Group, column_values, evaluate_rows, source_keys
+from diptych.finetune.evaluating.evaluate_rows import (
+    CHOSEN_LIKELIER,
+    Evaluation,
+    Group,
+    column_values,
+    evaluate_rows,
+    liked_rows,
+    source_keys,
+)
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.evaluating.metrics import figures_and_signatures, find_metrics
 from diptych.finetune.inference.generation_config import check_generation_names
@@ -41,6 +49,10 @@ from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json, write
 Intervals = Mapping[str, tuple[float, float]]
 COUNTS = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
 """Figures that are not scores."""
+NOTES = {
+    "exact_match_rows": "of rows gave their own target",
+    CHOSEN_LIKELIER: "of pairs: the chosen answer is more probable per token than the rejected one",
+}
 MOST_GROUPS = 200
 FEW_SOURCES = 30
 """A group with fewer is marked."""
@@ -65,6 +77,12 @@ def run(settings: EvaluateSettings) -> int:
     # rendered and cut by the template that made the rows
     loaded = replace(loaded, template=carried_template(prepared, check=False) or loaded.template)
     splits = {name: of_languages(name, split, settings, loaded) for name, split in splits.items()}
+    for name, split in splits.items():
+        if not_liked := len(split) - len(liked_rows(split)):
+            print(
+                f"{name}: {counted(not_liked, 'answer')} that are not liked are no references: left out",
+                file=sys.stderr,
+            )
     check_rows_fit(loaded.model, splits)
     by = {name: group_columns(name, split, split_names(settings.by)) for name, split in splits.items()}
     faults: dict[str, str] = {}
@@ -85,6 +103,7 @@ def run(settings: EvaluateSettings) -> int:
             mbr_samples=settings.mbr_samples,
             seed=settings.seed,
             num_beams=settings.num_beams,
+            compare_answers=True,
             **settings.generation,
         )
         faults |= evaluation.faults
@@ -184,10 +203,9 @@ def format_table(
     if evaluation.predictions:
         lines.append(line("sources", "different; scores are over these, and built-in ones are 0 to 100"))
     lines.append(line("loss", f"nats/token over {figures['target_tokens']:,} target tokens", ".3f"))
+    for name in [name for name in figures if name not in COUNTS]:
+        lines.append(line(name, NOTES.get(name) or excerpt(evaluation.signatures.get(name, "")), ".2f"))
     if evaluation.predictions:
-        for name in [name for name in figures if name not in COUNTS]:
-            note = "of rows gave their own target" if name == "exact_match_rows" else ""
-            lines.append(line(name, note or excerpt(evaluation.signatures.get(name, "")), ".2f"))
         lines += [f"{name:20}{'missing':>9}" for name in evaluation.faults]
         lines.append(line("unfinished", f"outputs never ended and were stopped at {figures['max_new_tokens']} tokens"))
     if intervals:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError, library_errors
+from diptych.data_prep.command_line.errors import UserError, counted, library_errors
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
@@ -424,7 +424,7 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
     say(
         f"{recipe.model} ({model_type}, {tqdm.format_sizeof(total)} weights, {tqdm.format_sizeof(trained)} trained) | "
         + objective
-        + ", ".join(f"{count:,} {name} rows" for name, count in counts.items())
+        + ", ".join(counted(count, f"{name} row") for name, count in counts.items())
         + f" | {run.total_steps} steps of {run.order.rows_per_step} {kind} rows | {run.accelerator.num_processes} × "
         + f"{run.accelerator.device.type}, {recipe.precision}{sharded} | {run.folder}"
     )
@@ -433,9 +433,10 @@ def say_what_runs(run: Run, why_padded: str | None) -> None:
     else:
         (source_tokens, target_tokens), shape = run.order.lengths, run.rows.packing
         say(
-            f"{counts['train']:,} examples in {len(source_tokens):,} rows of {shape.max_source_tokens} + "
-            f"{shape.max_target_tokens} tokens | filled: source {source_tokens.mean() / shape.max_source_tokens:.1%}, "
-            f"target {target_tokens.mean() / shape.max_target_tokens:.1%} | attention: "
+            f"{counted(counts['train'], 'example')} in {counted(len(source_tokens), 'row')} of "
+            f"{shape.max_source_tokens} + {shape.max_target_tokens} tokens | filled: source "
+            f"{source_tokens.mean() / shape.max_source_tokens:.1%}, target "
+            f"{target_tokens.mean() / shape.max_target_tokens:.1%} | attention: "
             f"{run.model.config._attn_implementation}"
         )
     sets = run.validation_splits

@@ -103,6 +103,8 @@ SPELLINGS = {
     "as rank writes": (
         {"instruction": "Add.", "input": "1", "output": "2", **ANSWERS}, [pair("Add.", "1", "Ann.", "Bob.")],
     ),
+    "source": ({"source": "Who?", **ANSWERS}, [pair("", "Who?", "Ann.", "Bob.")]),
+    "question": ({"question": "Who?", **ANSWERS}, [pair("Who?", "", "Ann.", "Bob.")]),
     "input alone": ({"input": "Who?", "output": "it", **ANSWERS}, [pair("", "Who?", "Ann.", "Bob.")]),
     "as rank writes conversations": ({"messages": [*TURNS, assistant("It.")], **ANSWERS}, [AFTER_TURNS]),
     "turns of a prompt": ({"prompt": TURNS, **ANSWERS}, [AFTER_TURNS]),

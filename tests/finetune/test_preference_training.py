@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from safetensors.numpy import load_file, save_file
 from test_train import STEADY, assert_close, assert_same_bits, figures, write_recipe
 
@@ -18,6 +19,7 @@ from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.prepare import prepare
 from diptych.finetune.commands import cli
 from diptych.finetune.model.adapters import add_adapter
+from diptych.finetune.model.loading import load_checkpoint
 from diptych.finetune.preferences.objective import switch_off_dropout
 from diptych.finetune.preferences.reference import FILE
 from diptych.finetune.run_files import checkpoints
@@ -294,3 +296,31 @@ def test_a_metric_that_gives_no_number_ends_the_run_with_a_word(body, said, reci
     assert cli.run("train", ["--config", write_recipe(settings)]) == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message and "broken" in message and said in message
+
+
+def test_evaluating_compares_the_answers_of_pairs_and_takes_only_liked_ones_as_references(
+    recipe, folder_of, tmp_path, capsys
+):
+    run, report = recipe(max_steps=3), tmp_path / "report.json"
+    assert run_recipe(run) == 0
+    arguments = [f"{run.out}/final", "--split", "train", "--metrics", "chrf", "--out", str(report)]
+    assert cli.run("evaluate", [*arguments, "--data", run.data]) == 0
+    loaded, split = load_checkpoint(f"{run.out}/final"), load_from_disk(run.data)["train"]
+    nats = [
+        [
+            float(loaded.model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row[name]])).loss)
+            for name in ("labels", "other_labels")
+        ]
+        for row in split
+    ]
+    share = 100 * np.mean([chosen < rejected for chosen, rejected in nats])
+    assert json.loads(report.read_text())["figures"]["chosen_likelier"] == pytest.approx(share)
+    assert "of pairs: the chosen answer is more probable" in capsys.readouterr().out
+
+    marked = folder_of(MARKED)
+    liked = [row for row in load_from_disk(marked)["train"] if row["mark"] > 0]
+    assert cli.run("evaluate", [*arguments[:-1], str(tmp_path / "marked.json"), "--data", marked]) == 0
+    lines = (tmp_path / "marked.predictions.jsonl").read_text().splitlines()
+    references = {text for line in lines for text in json.loads(line)["references"]}
+    assert references == {row["target"] for row in liked}
+    assert "that are not liked are no references: left out" in capsys.readouterr().err
