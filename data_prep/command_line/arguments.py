@@ -29,7 +29,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from diptych.data_prep.command_line.bounded_yaml import read_yaml, text_of
 from diptych.data_prep.command_line.errors import UserError, check_encoding, excerpt, nearest, nearest_file
 from diptych.data_prep.command_line.option_synonyms import other_name
-from diptych.data_prep.command_line.run_command import with_wrong_places
+from diptych.data_prep.command_line.run_command import say_if_pipe, with_wrong_places
 
 Settings = TypeVar("Settings")
 
@@ -280,6 +280,7 @@ def _read_recipe(name: str, settings_class: type) -> dict[str, Any]:
     import yaml
 
     path = Path(name).expanduser()
+    say_if_pipe(str(path), CONFIG)
     try:
         text = text_of(path)
         content = read_yaml(text)

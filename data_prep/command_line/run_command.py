@@ -9,11 +9,14 @@ If the reader of a pipe ends (`| head -1`), further output is dropped, and the w
 """
 
 import io
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from diptych.data_prep.command_line.errors import (
@@ -21,6 +24,7 @@ from diptych.data_prep.command_line.errors import (
     STORAGE_ERRORS,
     UserError,
     escaped,
+    excerpt,
     in_short,
     is_out_of_memory,
     storage_errno,
@@ -104,6 +108,8 @@ def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
         check, value = setting.metadata.get("check"), values[setting.name]
         given_as = setting.name if setting.default is setting.default_factory is MISSING else f"--{setting.name}"
         for name in value if isinstance(value, list) else [value]:
+            if check is not None and name == "" != setting.default:
+                raise UserError(f"{given_as} is empty. Give it a name, or leave it out.")
             if check is not None and name and "\0" in name:
                 raise UserError(f"{given_as} {name} has a NUL in it, which no name of a file has.")
             if check is not None and name:
@@ -111,6 +117,13 @@ def check_places(settings_class: type, values: Mapping[str, Any]) -> None:
                 if place.startswith("~") and not os.path.lexists(place):
                     raise UserError(f"{given_as} {name}: there is no such user. Write ./{name} for a file here.")
                 check(place, given_as)
+                say_if_pipe(place, given_as)
+
+
+def say_if_pipe(name: str, given_as: str) -> None:
+    """What a named pipe is waited for. (A shell's own, as of `<(…)`, is no file when its link is followed.)"""
+    if Path(os.path.realpath(name)).is_fifo():
+        print(f"{given_as} {name} is a pipe: waiting for a process that opens its other end.", file=sys.stderr)
 
 
 def with_wrong_places(error: UserError, settings_class: type, values: Mapping[str, Any]) -> UserError:
@@ -127,6 +140,8 @@ def with_wrong_places(error: UserError, settings_class: type, values: Mapping[st
 BREAKS = r"[\n\t]"
 BARS = rf"{BREAKS}|\A\r|\A(?:\x1b\[A)+\Z"
 """On stderr, what tqdm draws bars with: each comes in a call of its own, or begins one."""
+LONGEST_WARNING = 600
+"""Characters of a warning or a log line of a library, which may quote a whole list of a stranger's file."""
 COLOURS = r"\x1b\[[\d;]*m"
 """Libraries print these even into files. On stderr they are left out."""
 
@@ -149,10 +164,26 @@ class Printed(io.TextIOWrapper):
         return len(text)
 
 
+class ShortRecord(logging.LogRecord):
+    """Of a library: its message as one line, shortened and escaped."""
+
+    def getMessage(self) -> str:
+        message = super().getMessage()
+        is_ours = self.name.startswith("diptych.")
+        return message if is_ours else excerpt(" ".join(message.split()), LONGEST_WARNING)
+
+
+def _short_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    return f"{category.__name__}: {excerpt(message, LONGEST_WARNING)}\n"
+
+
 def guard_streams(is_said: bool = True) -> None:
-    """From now on, what this process prints is `printable`; and it does not end if the reader of its stdout or stderr
-    does: a note says so on stderr. What is closed at the start is /dev/null, so that no file of ours takes its place.
+    """From now on, what this process prints is `printable`, and warnings of libraries are short; and it does not end
+    if the reader of its stdout or stderr does: a note says so on stderr. What is closed at the start is /dev/null, so
+    that no file of ours takes its place.
     """
+    logging.setLogRecordFactory(ShortRecord)
+    warnings.formatwarning = _short_warning
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

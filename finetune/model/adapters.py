@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from diptych.data_prep.command_line.arguments import choose_from
-from diptych.data_prep.command_line.errors import UserError, excerpt, library_errors
+from diptych.data_prep.command_line.errors import UserError, library_errors
 from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.families import (
     embedding_rows,
@@ -208,15 +208,8 @@ def _targets(model: PreTrainedModel, names: Sequence[str]) -> list[str] | str:
 @contextlib.contextmanager
 def without_warnings_of_peft() -> Iterator[None]:
     """peft 0.21 uses an attribute that transformers has renamed in 5.22, warns of tied weights, which `merge_adapter`
-    handles, and of missing ones, for which `load_for_inference` raises an error. Others may repeat whole lists of
-    adapter_config.json, and are cut."""
-    show = warnings.showwarning
-
-    def show_the_beginning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        show(category(excerpt(message)), category, *where)
-
+    handles, and of missing ones, for which `load_for_inference` raises an error."""
     with warnings.catch_warnings():
-        warnings.showwarning = show_the_beginning
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")

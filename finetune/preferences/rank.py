@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 
 from diptych.data_prep.command_line.errors import UserError, excerpt, message_line
 from diptych.finetune.commands.model_settings import split_names
-from diptych.finetune.evaluating.metrics import METRICS
+from diptych.finetune.evaluating.metrics import METRICS, find_metrics
 from diptych.finetune.inference.prompt_files import json_object, lines_of, row_of
 from diptych.finetune.inference.prompts import OUTPUT_FIELDS
 from diptych.finetune.preferences.preference_settings import RankSettings
@@ -62,6 +62,7 @@ def run(settings: RankSettings) -> int:
         raise UserError(f"--out {out} is {'a folder' if out.is_dir() else 'the file of samples'}. Name another file.")
     if not settings.overwrite and (taken := next((it for it in (out, report) if it.is_file()), None)):
         raise UserError(f"{taken} is there already. Name another --out, or replace it with --overwrite true.")
+    find_metrics(split_names(settings.by), settings.metric_settings)
     counts: Counter[str] = Counter()
     rows = list(read_answers(samples, settings, counts))
     if not rows:

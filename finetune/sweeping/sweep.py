@@ -44,6 +44,7 @@ from diptych.finetune.run_files.atomic_folders import write_text
 from diptych.finetune.run_files.run_folder import holds_nothing, last_training, read_status
 from diptych.finetune.sweeping.sweep_settings import SweepSettings
 from diptych.finetune.training.recipe import TrainRecipe
+from diptych.finetune.training.starting_model import check_size
 
 State = optuna.trial.TrialState
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -126,6 +127,7 @@ def check_values(recipe: Values, ranges: dict[str, Any], out: Path) -> str:
                 break
             try:
                 checked = from_values(TrainRecipe, recipe | first | {name: value, "out": str(out)})
+                check_size(checked.model)
                 is_possible = True
             except UserError as error:
                 if not is_list:

@@ -79,7 +79,7 @@ from diptych.finetune.training.resuming import (
 from diptych.finetune.training.run import Run
 from diptych.finetune.training.saving import restore
 from diptych.finetune.training.sharding import spread
-from diptych.finetune.training.starting_model import is_named_size, starting_model
+from diptych.finetune.training.starting_model import check_size, is_named_size, starting_model
 from diptych.finetune.training.stop_signals import StopRequest
 from diptych.finetune.training.throughput import compile_layers, cost_per_token, matmul_peak
 from diptych.finetune.training.training_batches import (
@@ -117,6 +117,7 @@ def make_run(
         say_once(warning)
     check_batch_tokens(recipe, accelerator.device.type)
     check_optimizer(recipe)
+    check_size(recipe.model)
     if recipe.peft_config and not is_named_size(recipe.model):
         check_method(load_config(recipe.model).model_type, recipe.peft_config)
     folder = Path(recipe.out)

@@ -47,7 +47,7 @@ from diptych.finetune.model.loading import (
 )
 from diptych.finetune.model.untrusted_files import check_model, savable
 from diptych.finetune.training.recipe import TrainRecipe
-from diptych.modeling import DiptychConfig, DiptychPanelConfig, named_config
+from diptych.modeling import SIZES, DiptychConfig, DiptychPanelConfig, named_config
 
 CROSS_ATTENTION = re.compile(
     r"\.(cross_attn|cross_attention_layernorm)\."  # Diptych
@@ -97,6 +97,11 @@ def starting_model(
 def is_named_size(name: str) -> bool:
     """`diptych-8m`, and also `diptych-9m`, so that the answer to it is the list of sizes and not a Hub error."""
     return name.startswith("diptych-") and "/" not in name and not Path(name).exists()
+
+
+def check_size(name: str) -> None:
+    if is_named_size(name) and name not in SIZES:
+        raise UserError(f"there is no size {name}. {choose_from(name, list(SIZES))}")
 
 
 def _new_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -45,6 +45,8 @@ ANSWERED_AT_ONCE = [
     ["prepare", "--data", "tatoeba", "--tokenizer", "no/such/place"],
     ["denoise", "--data", "no/such/place", "--tokenizer", "t", "--out", "o"],
     ["tokenizer", "report", "no/such/place"],
+    *([name, ""] for name in ("doctor", "demo", "serve")),
+    ["prepare", "--data", "", "--tokenizer", "t"],
     ["train", "--model", "diptych-8m", "--data", "no/such/place", "--out", "o", "--epochs", "1"],
     ["train", "--model", "no/such/place", "--data", "d", "--out", "o", "--epochs", "1"],
 ]
@@ -64,6 +66,7 @@ def test_help_and_mistakes_are_answered_before_anything_heavy_is_imported(tmp_pa
     ended = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr and ended.stderr.count("no/such/place") >= 17
+    assert ended.stderr.count(" is empty. Give it a name") == 4
 
 
 def test_an_unknown_command_names_the_nearest_and_none_shows_the_help(capsys):

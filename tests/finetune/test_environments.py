@@ -163,6 +163,26 @@ def test_bars_stay_and_colours_of_libraries_go(tmp_path):
     assert shown.stdout == rb"\x1b[1mname\x1b[0m" + b"\n"
 
 
+def test_a_library_that_quotes_a_strangers_file_says_one_short_line(tmp_path):
+    code = (
+        "import logging, warnings; from diptych.data_prep.command_line.run_command import guard_streams; "
+        "guard_streams(); logging.basicConfig(format='%(message)s'); text = EVIL * 10**4; warnings.warn(text); "
+        "logging.getLogger('transformers.x').warning('it is %s', text); logging.getLogger('diptych.x').error('a\\nb')"
+    )
+    (tmp_path / "code.py").write_text(f"EVIL = {EVIL!r}; {code}")
+    warned, logged, *ours = ended('"$0" code.py', tmp_path).stderr.decode().splitlines()
+    assert warned.startswith(r"UserWarning: x\x1b[2J") and logged.startswith(r"it is x\x1b[2J")
+    assert max(len(warned), len(logged)) < 2000 and ours == ["a", "b"]
+
+
+def test_a_named_pipe_is_read_and_it_is_told_what_is_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for words in ("train --config pipe", "sweep pipe --out out"):
+        shown = ended(f"timeout 60 cp /dev/null pipe & diptych {words}", tmp_path)
+        assert shown.returncode == 2 and shown.stdout == b""
+        assert b" pipe is a pipe: waiting for a process that opens its other end." in shown.stderr
+
+
 def test_closed_streams_are_taken_by_no_file_of_ours(tmp_path):
     code = (
         "import sys; from diptych.data_prep.command_line.run_command import guard_streams; guard_streams();"

@@ -185,7 +185,7 @@ def test_what_cannot_be_ranked_is_left_out_and_counted(rank):
         ({}, ["--reference", "gold"], "line 1: there is no field 'gold'; a text, or a list of texts, is due"),
         ({"chosen": "x"}, [], "line 1: field 'chosen' is one that is written here"),
         ({"input": "", "messages": [{"role": "user"}]}, [], "line 1: "),  # no traceback for a broken conversation
-        ({}, ["--by", "chfr"], "Did you mean chrf?"),
+        ({"prediction": "one"}, ["--by", "chfr"], "Did you mean chrf?"),
         ({}, ["--margin", "-1"], "margin is -1; it must be 0 or more"),
         ({}, ["--margin", "500"], "no two answers to a prompt differ by chrf enough"),
         ({"prediction": ["a"] * 5}, [], "has no row with two different answers"),

@@ -72,6 +72,7 @@ REFUSED = {
     "a range without an end": ({"learning_rate": {"low": 1e-5}}, "search.learning_rate is .*Give a list of values"),
     "the wrong way round": ({"learning_rate": {"low": 1e-3, "high": 1e-5}}, "search.learning_rate"),
     "what must be the same": ({"best_metric": ["loss", "chrf"]}, "has to be the same in all trials"),
+    "a size that there is not": ({"model": ["diptych-9m"]}, "there is no size diptych-9m"),
     "a value that a recipe refuses": ({"label_smoothing": {"low": 0.0, "high": 1.5}}, "label_smoothing is 1.5"),
 }
 

@@ -464,7 +464,7 @@ def test_norms_biases_and_tables_that_lora_trains_do_not_decay(new_model, recipe
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": "diptych-9m"}, "Did you mean diptych-8m"),
+        ({"model": "diptych-9m", "data": "nowhere"}, "no size diptych-9m. Did you mean diptych-8m"),
         ({"model": "./nowhere"}, "there is no folder"),
         ({"model": "diptych-8m", "method": "lora"}, "nothing to adapt"),
         ({"model": "diptych-8m", "model_overrides": {"hiden_size": 3}}, "Did you mean hidden_size"),

@@ -448,13 +448,6 @@ def test_an_adapter_that_wants_more_than_to_be_read_is_refused(adapter, changes,
     assert said in refusal(adapter, load_checkpoint)
 
 
-def test_what_peft_says_of_an_adapter_repeats_no_long_list_of_it(adapter, recwarn):
-    edit(adapter / "adapter_config.json", exclude_modules=[f"module_{number}" for number in range(999)])
-    load_checkpoint(adapter)
-    (said,) = (str(warning.message) for warning in recwarn if "exclude_modules" in str(warning.message))
-    assert len(said) < 300
-
-
 @pytest.mark.parametrize(
     "shard",
     ["pytorch_model.bin", "../elsewhere.safetensors", "/etc/passwd", "a/b.safetensors", 7, "a" * 999 + ".safetensors"],
