@@ -4,12 +4,13 @@ and, for as long, supervised.
     python benchmarks/preference_quality.py --out preference_quality            two cores, about two hours
     python benchmarks/preference_quality.py --out smoke --smoke                 all of it, small; figures mean nothing
 
-Tasks: pronunciation (CMU's dictionary; the demo's model; phoneme error rate) and English to Korean (Tatoeba's pairs;
-chrF). The first model of each has the checkpoint with the lowest validation loss. Eight samples to each of some
-thousand training prompts are ranked by the metric, and the best and the worst make a pair: for dpo, simpo, cpo and
-orpo. mrt and grpo sample themselves. Each run may take --seconds of CPU time for its steps, as a short trial measured
-them; `supervised` may take that and the time of sampling, on the same rows as the first model. The rate of each method
-is the best of RATES by the metric on the validation split with the first seed, and so is the checkpoint of each run.
+Tasks: pronunciation (20,000 words of CMU's dictionary; phoneme error rate) and English to Korean (Tatoeba's pairs;
+chrF), with the demo's model. The first model of each is trained past its best epoch, by this metric on the validation
+split, and is that checkpoint. Eight samples to each of some thousand training prompts are ranked by the metric, and
+the best and the worst make a pair: for dpo, simpo, cpo and orpo. mrt and grpo sample themselves. Each run may take
+--seconds of CPU time for its steps, as a short trial measured them; `supervised` may take that and the time of
+sampling, on the same rows as the first model. The rate of each method is the best of its RATES by the metric on the
+validation split with the first seed, and so is the checkpoint of each run.
 
 Printed: the metric of the test split, and its difference from the first model with a 95 % interval over the sources
 (paired bootstrap), for each seed. Finished runs in --out are not repeated.
@@ -18,6 +19,7 @@ Printed: the metric of the test split, and its difference from the first model w
 import argparse
 import json
 import os
+import random
 import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -27,22 +29,25 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 import yaml
 
 import diptych
+from diptych.data_prep.reading import sources
 from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.compare_runs import CompareSettings, compare_reports, load_side
 
 RECIPE = Path(__file__).parents[1] / "finetune" / "recipes" / "demo.yaml"
-RATES, SEEDS, SAMPLES, POINTS = (1e-4, 3e-5), (0, 1, 2), 8, 4
+SEEDS, SAMPLES, POINTS = (0, 1, 2), 8, 4
 PAIRED = {
     "dpo": {"beta": 0.1, "supervised_weight": 0.2},
     "simpo": {"beta": 2.0, "gamma": 1.0, "supervised_weight": 0.2},
     "cpo": {},
     "orpo": {},
 }
-ONLINE = {"mrt": {}, "grpo": {}}
+ONLINE = {"mrt": {"sharpness": 1.0}, "grpo": {}}
+RATES = {name: (1e-4, 3e-5) for name in ("supervised", *ONLINE)} | {name: (3e-5, 3e-6) for name in PAIRED}
 
 
 @dataclass(frozen=True)
@@ -58,30 +63,49 @@ class Task:
     rows: int
     """Packed rows in a step of the others."""
     recipe: dict[str, Any] = field(default_factory=dict)
+    drawn: int = 0
+    """Only so many rows of the data, so that the first model reaches its best in minutes; 0: all."""
 
 
 TASKS = {
     "pronunciation": Task(
         "cmudict",
         "token_error_rate",
-        {"split_by": "source", "vocab_size": 400, "packed_source_tokens": 60, "packed_target_tokens": 56},
-        {"epochs": 2, "batch_size": 16, "learning_rate": 2e-3},
-        4000,
-        16,
+        {
+            "split_by": "source",
+            "vocab_size": 400,
+            "packed_source_tokens": 60,
+            "packed_target_tokens": 56,
+            "test_fraction": 0.2,
+            "forward": "Pronounce:",
+        },
+        {"epochs": 14, "batch_size": 8, "learning_rate": 2e-3},
+        6000,
+        32,
         16,
         {"attention": "eager"},
+        20000,
     ),
     "korean": Task(
-        "tatoeba", "chrf", {"vocab_size": 4000}, {"epochs": 12, "batch_size": 4, "learning_rate": 2e-3}, 1500, 8, 4
+        "tatoeba", "chrf", {"vocab_size": 4000}, {"epochs": 14, "batch_size": 4, "learning_rate": 2e-3}, 1500, 32, 4
     ),
 }
+
+
+def words(task: Task, folder: Path) -> Path:
+    """Some lines of a sample that ships packed, as a file."""
+    sample = Path(sources.__file__).parent / "samples" / f"{task.data}.tsv.zst"
+    lines = pyarrow.input_stream(str(sample), compression="zstd").read().decode().splitlines()
+    place = folder / "words.tsv"
+    place.write_text("\n".join(random.Random(0).sample(lines, task.drawn)) + "\n", encoding="utf-8")
+    return place
 
 
 def first_model(task: Task, folder: Path, is_smoke: bool) -> tuple[Path, Path]:
     """Prepared data, and the model that was tuned supervised."""
     data, run = folder / "data", folder / "first"
-    settings = {"template": "translate", "validation_fraction": 0.03, "test_fraction": 0.05} | task.prepare
-    diptych.prepare(task.data, out=data, train_tokenizer="bpe", **settings)
+    settings = {"template": "translate", "validation_fraction": 0.05, "test_fraction": 0.1} | task.prepare
+    diptych.prepare(words(task, folder) if task.drawn else task.data, out=data, train_tokenizer="bpe", **settings)
     shape = {
         name: it for name, it in yaml.safe_load(RECIPE.read_text()).items() if name in ("model", "model_overrides")
     }
@@ -91,6 +115,7 @@ def first_model(task: Task, folder: Path, is_smoke: bool) -> tuple[Path, Path]:
         diptych.train(
             **shape, **own, **length, **task.recipe, data=data, out=run, resume=run.exists(), precision="fp32",
             schedule="linear", warmup_ratio=0.05, betas=[0.9, 0.98], weight_decay=0.0, keep_last=1,
+            metrics=task.metric, metrics_limit=1000, best_metric=task.metric, eval_batch_size=64,
         )  # fmt: skip
     return data, run / "final"
 
@@ -177,17 +202,25 @@ def train(
     shutil.rmtree(place, ignore_errors=True)
     run = diptych.train(
         **own, out=place, max_steps=steps, eval_every=-(-steps // POINTS), save_every=10**6, keep_last=1,
-        metrics=task.metric, metrics_limit=400, best_metric=task.metric, eval_batch_size=64,
+        metrics=task.metric, metrics_limit=1000, best_metric=task.metric, eval_batch_size=64,
     )  # fmt: skip
     report = out / f"{name}-test.json"
     report.unlink(missing_ok=True)
-    of_test = {"split": "test", "metrics": task.metric, "batch_size": 64, "limit": 100 if smoke else 2000}
+    of_test = {"split": "test", "metrics": task.metric, "batch_size": 64, "limit": 100 if smoke else None}
     diptych.evaluate(run.final, data["rows"], **of_test, out=report)
     best = [line[task.metric] for line in run.figures if line["split"] == "validation"]
     found = {"method": method, "rate": rate, "seed": seed, "steps": steps, "step_seconds": step_seconds}
+    if is_online:
+        found["sampling"] = share_of_sampling([line for line in run.figures if line["split"] == "train"])
     found |= {"validation": (min if task.metric == "token_error_rate" else max)(best), "report": str(report)}
     kept.write_text(json.dumps(found))
     return found
+
+
+def share_of_sampling(lines: list[dict[str, Any]]) -> float:
+    tokens = [0, *(line["tokens"] for line in lines)]
+    seconds = sum((tokens[place + 1] - tokens[place]) / it["tokens_per_second"] for place, it in enumerate(lines))
+    return sum(line["sampling_seconds"] for line in lines) / seconds
 
 
 def table(name: str, task: Task, first: Path, runs: list[dict[str, Any]], sampling: float, seconds: float) -> str:
@@ -195,11 +228,13 @@ def table(name: str, task: Task, first: Path, runs: list[dict[str, Any]], sampli
     lines = [
         f"{name}: {task.metric} of the test split, first model {a.content['figures'][task.metric]:.2f}; {seconds:.0f}"
         f" CPU seconds each, sampling and ranking {sampling:.0f}",
-        "| method | rate | steps | seconds a step | test, mean of seeds | difference from the first model, by seed |",
-        "|---|---|---|---|---|---|",
+        "| method | rate | steps | seconds a step | of it sampling | test, mean of seeds | difference from the first"
+        " model, by seed |",
+        "|---|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(run["method"] for run in runs):
         tests, figures, own = [], [], [run for run in runs if run["method"] == method and run["is_best"]]
+        sampled = f"{own[0]['sampling']:.0%}" if "sampling" in own[0] else "–"
         for run in own:
             b = load_side(run["report"]).reports["test"]
             test = compare_reports(a, b, CompareSettings(str(first), run["report"])).tests[task.metric]
@@ -207,7 +242,7 @@ def table(name: str, task: Task, first: Path, runs: list[dict[str, Any]], sampli
             tests.append(f"{test.b - test.a:+.2f} [{test.low:+.2f}, {test.high:+.2f}]")
         lines.append(
             f"| {method} | {own[0]['rate']:g} | {own[0]['steps']} | {own[0]['step_seconds']:.2f} | "
-            f"{sum(figures) / len(figures):.2f} | {'; '.join(tests)} |"
+            f"{sampled} | {sum(figures) / len(figures):.2f} | {'; '.join(tests)} |"
         )
     return "\n".join(lines)
 
@@ -228,15 +263,19 @@ def main() -> None:
         rows, model = first_model(task, folder, options.smoke)
         first = folder / "first-test.json"
         if not first.is_file():
-            of_test = {"split": "test", "metrics": task.metric, "limit": 100 if options.smoke else 2000}
+            of_test = {"split": "test", "metrics": task.metric, "limit": 100 if options.smoke else None}
             diptych.evaluate(model, rows, **of_test, batch_size=64, out=first)
         pairs, sampling = pairs_of(task, rows, model, folder, options.smoke)
         data = {"rows": rows, "pairs": with_validation(pairs, rows, folder)}
         seconds = {"tuning": options.seconds, "all": options.seconds + sampling}
         one = partial(train, task=task, data=data, model=model, out=folder, seconds=seconds, smoke=options.smoke)
         with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-            rates = RATES[:1] if options.smoke else RATES
-            runs = list(pool.map(one, [(method, rate, SEEDS[0]) for method in options.methods for rate in rates]))
+            tried = [
+                (method, rate, SEEDS[0])
+                for method in options.methods
+                for rate in RATES[method][: 1 if options.smoke else None]
+            ]
+            runs = list(pool.map(one, tried))
             pick = min if task.metric == "token_error_rate" else max
             best = {
                 method: pick((run for run in runs if run["method"] == method), key=lambda run: run["validation"])[

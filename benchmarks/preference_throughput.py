@@ -10,6 +10,9 @@ answers 64 tokens, so padding plays no part.
     two encodings    input_ids repeated for each answer, all logits in fp32, log_softmax
     padded           the encoder's states repeated for each answer; logits in chunks
     packed           the answers are decoder segments that read one encoder segment
+
+With --sampling instead: the share of a step of mrt that sampling and scoring (chrF) take, with as many answers of as
+many tokens. An answer has no end, since the weights are random, so all have the full length.
 """
 
 import argparse
@@ -24,16 +27,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
+from tokenizers import Tokenizer, models
 from train_throughput import SIZES, VOCABULARY, make_model
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from diptych.data_prep.packing.packed_row import MARKS_COLUMN
 from diptych.finetune.batches.packed_rows import REFERENCE, pack_examples
 from diptych.finetune.batches.padded_rows import Items, pad_sources, pad_targets
 from diptych.finetune.model.device_speed import keep_memory, training_pace
-from diptych.finetune.model.families import SOURCE_ROWS
+from diptych.finetune.model.families import SOURCE_ROWS, decoder_start_token, family_of
+from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.preferences.losses import PreferenceLoss
-from diptych.finetune.preferences.objective import PreferenceObjective
+from diptych.finetune.preferences.objective import PreferenceObjective, switch_off_dropout
+from diptych.finetune.preferences.objective_settings import checked_settings
+from diptych.finetune.preferences.online import OnlineObjective, SampledRows
 from diptych.finetune.training.training_batches import set_attention
 
 SIDES = ("two encodings", "padded", "packed")
@@ -97,6 +105,38 @@ def measure(side: str, folder: str, sources: int, source_tokens: int, steps: int
     return {"seconds": statistics.median(seconds[1:]), "loss": losses[0], "memory": (after - before) / 2**20}
 
 
+def sampling(folder: str, sources: int, source_tokens: int, steps: int, dtype: str) -> dict:
+    keep_memory()
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")), pad_token="w0", eos_token="w1"
+    )
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).train()
+    switch_off_dropout(model)
+    set_attention(model, "auto", dtype, torch.device("cpu"), is_packed=False)
+    loaded = LoadedModel(model, tokenizer, None, family_of(model), decoder_start_token(model), 0)
+    texts = [example["input_ids"] for example in examples_of(sources, source_tokens)[::ANSWERS]]
+    names = ("source", "target", "input_ids", "labels")
+    targets = [example["labels"] for example in examples_of(sources, source_tokens)[::ANSWERS]]
+    columns = ([f"{place}" for place in range(sources)], ["w7 w8"] * sources, texts, targets)
+    split = Dataset.from_dict(dict(zip(names, columns, strict=True)))
+    settings = checked_settings("mrt", {"samples": ANSWERS, "with_target": False})
+    rows = SampledRows(split, 0, 0, loaded=loaded, settings=settings, metric_settings={}, max_new_tokens=TARGET_TOKENS)
+    objective = OnlineObjective(model, "mrt", settings, TARGET_TOKENS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    seconds = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            batch = rows.tensors(range(sources))
+            loss = objective(batch, Items(sources, 1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds[1:]), "sampling": statistics.median(rows.seconds[1:])}
+
+
 def in_a_process(*arguments: object) -> dict:
     call = [sys.executable, __file__, "--measure", json.dumps(arguments)]
     return json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
@@ -107,25 +147,28 @@ def compare(options: argparse.Namespace) -> None:
     faster = training_pace(cpu, torch.bfloat16) > training_pace(cpu, torch.float32)
     dtype = "bf16" if faster else "fp32"
     print(f"{options.size}, {dtype}, {options.sources} sources of {ANSWERS} answers a step; times are medians")
-    print("| family | source tokens | side | seconds a step | times as fast | GiB more | first loss |")
+    columns = "side | seconds a step | times as fast | GiB more | first loss"
+    if options.sampling:
+        columns = "seconds a step | of these, sampling and scoring"
+    print(f"| family | source tokens | {columns} |")
     for family in options.families:
         with tempfile.TemporaryDirectory() as folder:
             make_model(family, options.size, Path(folder))
             for source_tokens in options.source_tokens:
-                rounds = [
-                    {
-                        side: in_a_process(side, folder, options.sources, source_tokens, options.steps, dtype)
-                        for side in SIDES
-                    }
-                    for _ in range(options.rounds)
-                ]
+                own = (folder, options.sources, source_tokens, options.steps, dtype)
+                if options.sampling:
+                    found = in_a_process("sampling", *own)
+                    share = found["sampling"] / found["seconds"]
+                    print(f"| {family} | {source_tokens} | {found['seconds']:.2f} | {share:.0%} |", flush=True)
+                    continue
+                rounds = [{side: in_a_process(side, *own) for side in SIDES} for _ in range(options.rounds)]
                 for side in SIDES:
                     ratios = [found[SIDES[0]]["seconds"] / found[side]["seconds"] for found in rounds]
-                    own = {name: statistics.median(it[side][name] for it in rounds) for name in rounds[0][side]}
+                    of_side = {name: statistics.median(it[side][name] for it in rounds) for name in rounds[0][side]}
                     print(
-                        f"| {family} | {source_tokens} | {side} | {own['seconds']:.2f} | "
+                        f"| {family} | {source_tokens} | {side} | {of_side['seconds']:.2f} | "
                         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-                        f"{own['memory']:.2f} | {own['loss']:.4f} |",
+                        f"{of_side['memory']:.2f} | {of_side['loss']:.4f} |",
                         flush=True,
                     )
 
@@ -138,10 +181,12 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=4, help="in a step")
     parser.add_argument("--steps", type=int, default=4, help="measured after the first one")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sampling", action="store_true", help="the share of a step of mrt that sampling takes")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*json.loads(options.measure))))
+        side, *own = json.loads(options.measure)
+        print(json.dumps(sampling(*own) if side == "sampling" else measure(side, *own)))
     else:
         compare(options)
 

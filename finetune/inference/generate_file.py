@@ -52,7 +52,7 @@ def generate_file(
     call this; the main rank writes."""
     out_file = Path(settings.out_file)
     if out_file.resolve() == Path(settings.in_file).resolve():
-        raise UserError(f"--in_file and --out_file are the same file, {out_file}. Name another --out_file.")
+        raise UserError(f"the file of prompts and the one to write are the same, {out_file}. Name another one to write.")
     rows, rendered = render_prompts(rows, prompter)
     prompts, cut_rows = _encoded(engine, prompter, rendered)
     chunk_rows = CHUNK_BATCHES * settings.batch_size
@@ -158,7 +158,7 @@ def open_run(out_file: Path, identity: dict[str, Any], chunk_rows: int, rows: in
         if not run_file.exists():
             raise UserError(
                 f"{out_file} exists and has no {run_file.name} beside it, so it is not known what wrote it. "
-                f"Name another --out_file, or replace it with --overwrite true."
+                f"Name another file to write, or replace it with --overwrite true."
             )
         _check_same_run(out_file, json.loads(run_file.read_text(encoding="utf-8")), identity)
         return _cut_to_whole_chunks(out_file, chunk_rows, rows)
@@ -183,7 +183,7 @@ def _check_same_run(out_file: Path, before: dict[str, Any], now: dict[str, Any])
     if differences:
         raise UserError(
             f"{out_file} was started by a run that differs: {'; '.join(differences)}. Start with what it was started "
-            f"with to finish it, name another --out_file, or replace it with --overwrite true."
+            f"with to finish it, name another file to write, or replace it with --overwrite true."
         )
 
 
@@ -201,7 +201,7 @@ def _cut_to_whole_chunks(out_file: Path, chunk_rows: int, rows: int) -> int:
         if found != row:
             raise UserError(
                 f"{out_file} line {row} is not the output of row {row}; the file was changed after it was written. "
-                f"Restore it, name another --out_file, or replace it with --overwrite true."
+                f"Restore it, name another file to write, or replace it with --overwrite true."
             )
     with out_file.open("r+b") as out:
         out.truncate(sum(len(line) + 1 for line in lines[:kept]))

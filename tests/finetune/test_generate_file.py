@@ -386,5 +386,5 @@ def test_a_pipe_gets_the_lines_of_a_file_and_stays_one(finished_run, t5_checkpoi
 
 def test_output_over_the_input_is_refused(finished_run, t5_checkpoint, capsys):
     assert cli.run("generate", command(t5_checkpoint, finished_run[0], finished_run[0])) == 2
-    assert "are the same file" in capsys.readouterr().err
+    assert "one to write are the same" in capsys.readouterr().err
     assert len(read_prompts(str(finished_run[0]))) == 8
