@@ -52,7 +52,7 @@ def generate_file(
     call this; the main rank writes."""
     out_file = Path(settings.out_file)
     if out_file.resolve() == Path(settings.in_file).resolve():
-        raise UserError(f"the file of prompts and the one to write are the same, {out_file}. Name another one to write.")
+        raise UserError(f"the file of prompts and the one to write are the same, {out_file}. Name another.")
     rows, rendered = render_prompts(rows, prompter)
     prompts, cut_rows = _encoded(engine, prompter, rendered)
     chunk_rows = CHUNK_BATCHES * settings.batch_size

@@ -288,14 +288,23 @@ def test_what_is_sampled_gets_better_by_the_metric_it_is_told(objective, recipe,
 
 
 @pytest.mark.parametrize(
-    "body, said", [("return float('nan')", "nan"), ("raise KeyError('x')", "KeyError"), ("return 'much'", "much")]
+    "body, said",
+    [
+        ("return float('nan')", "nan"),
+        ("raise KeyError('x')", "KeyError"),
+        ("return 'much'", "much"),
+        ("return {'good': 1.0, 'bad': 2.0}", "Say which count, by weights"),
+    ],
 )
-def test_a_metric_that_gives_no_number_ends_the_run_with_a_word(body, said, recipe, plain_folder, own_metric, capsys):
+def test_a_metric_that_gives_no_number_is_refused_before_the_model_is_loaded(
+    body, said, recipe, plain_folder, own_metric, capsys
+):
     changes = {"objective": "grpo", "objective_settings": {"samples": 2, "reward": own_metric("broken", body)}}
     settings = recipe(rows=plain_folder, **changes)
     assert cli.run("train", ["--config", write_recipe(settings)]) == 2
-    message = capsys.readouterr().err
+    out, message = capsys.readouterr()
     assert "Traceback" not in message and "broken" in message and said in message
+    assert "trains on padded rows" not in out
 
 
 def test_evaluating_compares_the_answers_of_pairs_and_takes_only_liked_ones_as_references(
@@ -308,7 +317,7 @@ def test_evaluating_compares_the_answers_of_pairs_and_takes_only_liked_ones_as_r
     loaded, split = load_checkpoint(f"{run.out}/final"), load_from_disk(run.data)["train"]
     nats = [
         [
-            float(loaded.model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row[name]])).loss)
+            loaded.model(input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row[name]])).loss.item()
             for name in ("labels", "other_labels")
         ]
         for row in split
