@@ -100,7 +100,7 @@ STORAGE_ERRORS = {
 }
 """Of the disk, whatever was read or written; and what to do."""
 OUT_OF_MEMORY = (
-    *("DefaultCPUAllocator", "bad_alloc", "Out of memory"),
+    *("DefaultCPUAllocator", "bad_alloc", "Out of memory", "can't start new thread"),
     *("Cannot allocate memory", "failed to map segment"),  # as the C library says it for a file and for a library
 )
 

@@ -10,6 +10,7 @@ If the reader of a pipe ends (`| head -1`), further output is dropped, and the w
 
 import io
 import logging
+import mmap
 import os
 import re
 import sys
@@ -34,6 +35,9 @@ Settings = TypeVar("Settings")
 
 DONE, USER, STORAGE, INTERRUPTED = 0, 2, 4, 130
 """Exit codes; finetune/commands/exit_codes.py has the others."""
+SPARE_BYTES = 2**25
+_spare: list[mmap.mmap] = []
+"""Set aside for a message, until one is made: where there is no more memory, it takes some, too."""
 NO_MEMORY = (
     "Use a machine with more, or lower batch_size; in training, raise gradient_accumulation_steps by as much, set"
     " gradient_checkpointing, or pack into shorter rows (prepare's --packed_source_tokens, --packed_target_tokens)."
@@ -51,6 +55,7 @@ def run_command(
     guard_streams(is_said=not asks_for_help)
     rank = os.environ.get("RANK", "0")
     sender = command if rank == "0" else f"{command}, rank {rank}"
+    _spare[:] = [mmap.mmap(-1, SPARE_BYTES)]
     try:
         settings = parse_it(sys.argv[1:] if argv is None else argv)
         check_places(type(settings), vars(settings))
@@ -80,6 +85,7 @@ def exit_code(error: BaseException) -> int | None:
 
 def message_of(error: BaseException) -> str:
     """What was wrong, and what to do; for an error of a file or folder, which one."""
+    _spare.clear()
     if is_out_of_memory(error):
         return f"out of memory: {in_short(error)} {NO_MEMORY}"
     if isinstance(error, UserError):

@@ -3,11 +3,13 @@
     python tests/finetune/fuzz_checkpoints.py --files 20000 --seed 0
     python tests/finetune/fuzz_checkpoints.py --files 500 --kinds adapter_config.json safetensors
     python tests/finetune/fuzz_checkpoints.py --kinds adapter_config.json --only 17 --keep /tmp/case
+    python tests/finetune/fuzz_checkpoints.py --files 100 --command merge
 
 A case is made from its seed, kind and number alone, so `--only` makes it again. It is loaded in a forked process that
 may compute for 5 s (15 s where it is resumed), and take 1 GB more than before. Whatever is neither "loaded" nor
 "refused" (a UserError) is a finding: another exception, a hang, too much memory, or more than 2,000 characters of
-warnings.
+warnings. With `--command` it is given to a command of `diptych`; then a control character in what is printed and a
+changed input are findings, too.
 
 A new kind of file is a `Kind` (spoiled_files.py): a function that makes a valid folder, once; one that spoils a copy
 of it with a `random.Random` and returns in a few words what it did; and one that loads it. `spoil_json` spoils any
@@ -21,6 +23,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -39,11 +42,24 @@ from spoiled_model_files import OF_THE_MODEL
 from spoiled_run_files import OF_THE_RUN
 from spoiled_tokenizer_files import OF_THE_TOKENIZER
 
-from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.command_line.errors import CONTROLS, UserError
+from diptych.data_prep.command_line.run_command import guard_streams
+from diptych.finetune.commands import cli
 
 BYTES, CHARACTERS = 2**30, 2_000
 CASES_OF_A_WORKER = 200
 KINDS = {**OF_THE_MODEL, **OF_THE_TOKENIZER, **OF_THE_RUN}
+ADAPTERS, TOKENIZERS = ["adapter_config.json", "safetensors of an adapter"], list(OF_THE_TOKENIZER)[:3]
+MODELS = [kind for kind in OF_THE_MODEL if kind not in ADAPTERS]
+COMMANDS = {
+    "merge": (ADAPTERS, "merge {case} --out {out}"),
+    "export": (MODELS, "export {case} --out {out} --max_new_tokens 4"),
+    "onnx": (MODELS, "export {case} --to onnx --out {out} --max_new_tokens 4"),
+    "inspect": (MODELS + ADAPTERS, "inspect {case} --source Go. --max_new_tokens 4 --out {out}.html"),
+    "tokenizer": (TOKENIZERS, "tokenizer report {case} --data seed_tasks"),
+}
+"""By name: the kinds that are given to a command of `diptych`, and its words."""
+SECONDS_OF_A_COMMAND = 60.0
 
 
 # Cases in a process of their own
@@ -67,8 +83,8 @@ class Result(NamedTuple):
 class Fuzzer:
     """`folder` gets the valid checkpoints, and one case at a time."""
 
-    def __init__(self, folder: Path, seed: int, kinds: Sequence[str]):
-        self.folder, self.seed, self.kinds = folder, seed, kinds
+    def __init__(self, folder: Path, seed: int, kinds: Sequence[str], command: str = ""):
+        self.folder, self.seed, self.kinds, self.command = folder, seed, kinds, command
         self.worker: tuple[int, Any, Any] | None = None
         for kind in kinds:
             KINDS[kind].make(self.valid(kind))
@@ -92,12 +108,13 @@ class Fuzzer:
         asked.flush()
         what = json.loads(answers.readline() or b'"it could not be made"')
         process = psutil.Process(pid)
-        (started, base), found, waits_until = usage(process), "", time.monotonic() + 40 * KINDS[kind].seconds
+        (started, base), found, waits_until = usage(process), "", time.monotonic() + 300
         seconds = memory = 0.0
+        limit = SECONDS_OF_A_COMMAND if self.command else KINDS[kind].seconds
         while not found and not select.select([answers], [], [], 0.02)[0]:
             ended, now = usage(process)
             seconds, memory = ended - started, max(memory, now - base)
-            is_late = seconds > KINDS[kind].seconds or time.monotonic() > waits_until
+            is_late = seconds > limit or time.monotonic() > waits_until
             found = "memory" if memory > BYTES else "hang" if is_late else ""
         line = "" if found else answers.readline()
         if not line:
@@ -124,6 +141,7 @@ class Fuzzer:
         resource.setrlimit(resource.RLIMIT_AS, (in_use + 4 * BYTES,) * 2)
         log = os.open(self.folder / "log", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(log, 1), os.dup2(log, 2)
+        guard_streams()
         for line in asked:
             kind, number = json.loads(line)
             case, what = self.make(kind, number)
@@ -131,12 +149,14 @@ class Fuzzer:
             print(json.dumps(what), file=answers, flush=True)
             outcome, said = self._load(kind, case)
             sys.stderr.flush()
-            if not outcome == "exception" and os.fstat(log).st_size > CHARACTERS:
+            if not outcome == "exception" and not self.command and os.fstat(log).st_size > CHARACTERS:
                 outcome, said = "warnings", os.pread(log, 500, 0).decode(errors="replace")
             print(json.dumps([outcome, what, said]), file=answers, flush=True)
 
     def _load(self, kind: str, case: Path) -> tuple[str, str]:
         try:
+            if self.command:
+                return self._carry_out(case)
             KINDS[kind].load(case)
         except UserError as error:
             return ("refused" if len(str(error)) < CHARACTERS else "warnings"), str(error)[:CHARACTERS]
@@ -146,6 +166,21 @@ class Fuzzer:
             where = " < ".join(f"{Path(it.filename).name}:{it.lineno}" for it in (frames[-1], own))
             return "exception", f"{type(error).__name__}: {str(error)[:300]} [{where}]"
         return "loaded", ""
+
+    def _carry_out(self, case: Path) -> tuple[str, str]:
+        places = {"case": case, "out": self.folder / "out"}
+        shutil.rmtree(places["out"], ignore_errors=True)
+        os.chdir(case)  # an adapter's base is looked for there
+        before = {file: file.read_bytes() for file in case.rglob("*") if file.is_file()}
+        code = cli.main(COMMANDS[self.command][1].format(**places).split())
+        sys.stdout.flush(), sys.stderr.flush()
+        text = (self.folder / "log").read_text()
+        said = re.sub(r"[\n\t\r]|\x1b\[A", " ", text)
+        after = {file: file.read_bytes() for file in case.rglob("*") if file.is_file()}
+        is_long = max(map(len, re.split(r"[\n\r]", text))) > CHARACTERS
+        if before != after or is_long or re.search(CONTROLS, said) or "Traceback" in said:
+            return ("changed" if before != after else "printed"), said
+        return ("refused" if code else "loaded"), said
 
     def close(self) -> None:
         if self.worker is not None:
@@ -166,9 +201,9 @@ def usage(process: psutil.Process) -> tuple[float, float]:
         return 0.0, 0.0
 
 
-def fuzz(files: int, seed: int, kinds: Sequence[str], folder: Path) -> Iterator[Result]:
+def fuzz(files: int, seed: int, kinds: Sequence[str], folder: Path, command: str = "") -> Iterator[Result]:
     """The kinds in turn. The folder must be on a file system with hard links."""
-    fuzzer = Fuzzer(folder, seed, kinds)
+    fuzzer = Fuzzer(folder, seed, kinds, command)
     try:
         for number in range(files):
             yield fuzzer.run(kinds[number % len(kinds)], number // len(kinds))
@@ -180,18 +215,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND")
+    parser.add_argument("--command", default="", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("--only", type=int, help="the number of one case of each kind")
     parser.add_argument("--keep", type=Path, help="a new folder for the last case")
     settings = parser.parse_args()
+    kinds = settings.kinds or (COMMANDS[settings.command][0] if settings.command else list(KINDS))
     tally: Counter = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if settings.only is None:
-            results = fuzz(settings.files, settings.seed, settings.kinds, folder)
+            results = fuzz(settings.files, settings.seed, kinds, folder, settings.command)
         else:
-            fuzzer = Fuzzer(folder, settings.seed, settings.kinds)
-            results = [fuzzer.run(kind, settings.only) for kind in settings.kinds]
+            fuzzer = Fuzzer(folder, settings.seed, kinds, settings.command)
+            results = [fuzzer.run(kind, settings.only) for kind in kinds]
             fuzzer.close()
         with contextlib.suppress(KeyboardInterrupt):  # what was counted until then is told
             for result in results:

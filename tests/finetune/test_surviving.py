@@ -476,6 +476,10 @@ def written_to_a_full_disk():
         file.write("text")
 
 
+def without_a_thread():
+    raise RuntimeError("can't start new thread")
+
+
 def lost_in_a_folder():
     try:
         written_to_a_full_disk()
@@ -492,6 +496,7 @@ ENDED = {
     "an allocation of torch": (lambda: torch.empty(2**48), "out of memory: "),
     "an allocation of Python": (lambda: bytearray(2**60), "out of memory: MemoryError. Use a machine with more"),
     "a map of the system": (lambda: mmap.mmap(-1, 2**60), "out of memory: "),
+    "a thread": (without_a_thread, "out of memory: can't start new thread. Use a machine with more"),
     "behind a loader's message": (lost_in_a_loader, "out of memory: the weights could not be read. Use a machine"),
     "a disk": (written_to_a_full_disk, "No space left on device. Make room on this disk, or name another."),
     "a disk behind a message": (lost_in_a_folder, "the folder could not be written"),
@@ -502,6 +507,30 @@ ENDED = {
 def test_whatever_has_no_memory_or_no_disk_is_one_message_and_code_4(work, said, capsys):
     assert run_command("diptych generate", lambda argv: Nothing(), lambda settings: work(), []) == 4
     assert capsys.readouterr().err.startswith(f"diptych generate: {said}")
+
+
+FULL = """
+import dataclasses, resource
+from diptych.data_prep.command_line.run_command import run_command
+
+def fill(settings):
+    held = []
+    for size in (2**22, 2**12, 2**7, 1):
+        try:
+            while True:
+                held.append([None] * size)
+        except MemoryError:
+            if size == 1:
+                raise
+
+resource.setrlimit(resource.RLIMIT_AS, (3 * 10**8, 3 * 10**8))
+raise SystemExit(run_command("diptych generate", lambda argv: dataclasses.make_dataclass("Nothing", [])(), fill, []))
+"""
+
+
+def test_the_message_has_memory_where_there_is_none():
+    ended = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=DEADLINE)
+    assert ended.returncode == 4 and ended.stderr.startswith("diptych generate: out of memory: MemoryError. Use a")
 
 
 WITHOUT_ROOTS_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", "--inh-caps=-all"]
