@@ -103,6 +103,7 @@ NAME_OF_RUN = {
 
 
 def set_up(recipe: TrainRecipe, stop: StopRequest, status: Status) -> Run:
+    check_size(recipe.model)
     transformers.utils.logging.disable_progress_bar()  # training shows its own
     accelerator = join(recipe)
     ranks = Ranks(accelerator, recipe.rank_timeout, status.end)
@@ -118,7 +119,6 @@ def make_run(
         say_once(warning)
     check_batch_tokens(recipe, accelerator.device.type)
     check_optimizer(recipe)
-    check_size(recipe.model)
     if recipe.peft_config and not is_named_size(recipe.model):
         check_method(load_config(recipe.model).model_type, recipe.peft_config)
     folder = Path(recipe.out)
