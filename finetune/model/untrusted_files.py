@@ -431,7 +431,9 @@ def open_prepared(folder: str | Path) -> DatasetDict | Dataset:
 
 
 def _check_parts(folder: Path) -> None:
-    """Splits and files must lie in the folder; `datasets` would read any place that is named."""
+    """Splits and files must lie in the folder; `datasets` would read any place that is named, and wait for a pipe."""
+    if odd := next((it for it in folder.rglob("*") if not it.is_file() and not it.is_dir()), None):
+        raise ValueError(f"{odd} is no file that can be read (a pipe, a device or a broken link)")
     names = ["."]
     if (listed := folder / "dataset_dict.json").is_file():
         names = json.loads(listed.read_text(encoding="utf-8"))["splits"]

@@ -187,6 +187,8 @@ def read_json(file: Path) -> Any:
     """ValueError for what is no JSON, or larger or deeper nested than what training writes."""
     if file.stat().st_size > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+    if not file.is_file():
+        raise ValueError("it is a pipe, a device or a folder")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except RecursionError:

@@ -79,8 +79,9 @@ def test_two_ranks_take_the_steps_of_one_and_wait_for_no_unused_weight(
         torch.testing.assert_close(other_weights[name], weight, rtol=0, atol=1e-5)
 
 
-def test_a_decoder_that_is_deeper_than_its_encoder_generates(new_model, tiny_tokenizer, eight_prepared_rows):
-    model = new_model("switch_transformers", num_decoder_layers=4).eval()
+@pytest.mark.parametrize("family", ["switch_transformers", "t5"])
+def test_a_decoder_that_is_deeper_than_its_encoder_generates(family, new_model, tiny_tokenizer, eight_prepared_rows):
+    model = new_model(family, num_decoder_layers=4).eval()
     sources = [eight_prepared_rows[2]["input_ids"]]
     loaded = LoadedModel.of(model, tiny_tokenizer)
     (output,) = generate_outputs(loaded, sources, batch_size=1, max_new_tokens=6)

@@ -1,6 +1,7 @@
 """Prepared folders, checkpoints and runs of a stranger: what is damaged or odd is one message, by file and key."""
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +23,12 @@ from diptych.finetune.training.run import Progress
 
 DEEP = "[" * 10**5
 PACKING = dict.fromkeys(Packing._fields, 1) | {"language_starts": []}
+
+
+def put(file, text):
+    """None: a pipe, that nobody writes into."""
+    file.unlink(missing_ok=True)
+    file.write_text(text) if text is not None else os.mkfifo(file)
 
 
 def write_state(path, step):
@@ -46,12 +53,14 @@ def prepared(tmp_path):
         ("train/state.json", '{"_data_files": [{"filename": "/etc/passwd"}]}', "has the file {'filename': '/etc"),
         ("train/state.json", '{"_data_files": [{"filename": "../x.arrow"}]}', "state.json of train has the file"),
         ("train/dataset_info.json", DEEP, "cannot be read as a prepared dataset: "),
+        ("train/state.json", None, "train/state.json is no file that can be read"),
+        ("train/data-00000-of-00001.arrow", None, "arrow is no file that can be read"),
         ("manifest.json", DEEP, "manifest.json cannot be read"),
         ("manifest.json", "[]", "manifest.json cannot be read"),
     ],
 )
 def test_a_damaged_file_of_a_prepared_folder_is_one_message(prepared, file, text, said):
-    (prepared / file).write_text(text)
+    put(prepared / file, text)
     with pytest.raises(UserError) as caught:
         load_prepared(str(prepared))
     assert said in str(caught.value)
@@ -96,6 +105,7 @@ def test_a_packing_that_is_none_is_refused(packing):
             "7",
             '{"state.json": {"bytes": 1e999, "xxh3_128": "x"}}',
             '{"state.json": 5}',
+            None,
             '{"state.json": {"bytes": "x", "xxh3_128": []}}',
         ),
         json.dumps({"a" * 5000: {"bytes": 5, "xxh3_128": "x"}}),
@@ -105,7 +115,7 @@ def test_a_packing_that_is_none_is_refused(packing):
 def test_a_checkpoint_whose_manifest_cannot_be_read_is_passed_over(tmp_path, manifest):
     for step in (2, 4):
         atomic_folders.write_folder(tmp_path / f"step-{step:06d}", partial(write_state, step=step))
-    (tmp_path / "step-000004" / "manifest.json").write_text(manifest)
+    put(tmp_path / "step-000004" / "manifest.json", manifest)
     path, passed_over = checkpoints.latest_checkpoint(tmp_path)
     assert path.name == "step-000002" and len(passed_over) == 1
 
@@ -145,9 +155,9 @@ def test_a_config_yaml_that_is_no_recipe_is_refused(tmp_path, text):
         sweep.run(sweep.SweepSettings(str(tmp_path / "config.yaml"), str(tmp_path / "out"), {"seed": [1, 2]}))
 
 
-@pytest.mark.parametrize("text", [DEEP, "[]", ""])
+@pytest.mark.parametrize("text", [DEEP, "[]", "", None])
 def test_a_damaged_status_counts_as_none(tmp_path, text):
-    (tmp_path / "status.json").write_text(text)
+    put(tmp_path / "status.json", text)
     assert read_status(tmp_path) is None
 
 
