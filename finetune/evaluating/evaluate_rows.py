@@ -148,8 +148,7 @@ def evaluate_rows(
     """
     find_metrics(metrics, metric_settings)
     dataset = liked_rows(dataset)
-    rows = dataset if limit is None else draw(dataset, limit)
-    if not len(rows):
+    if not len(rows := dataset if limit is None else draw(dataset, limit)):
         raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
     sources = Sources(rows)
     objective = objective or Seq2SeqObjective(loaded.model)
@@ -158,19 +157,17 @@ def evaluate_rows(
     all_rows = np.ones(len(rows), dtype=bool)
     if compare_answers and OTHER_LABELS in rows.column_names and MARK not in rows.column_names:
         rejected = padded_rows(loaded, rows.remove_columns("labels").rename_column(OTHER_LABELS, "labels"))
-        other_losses = row_losses(objective, rejected, batch_size, accelerator, before_each)
-        is_likelier = np.divide(*losses.T) < np.divide(*other_losses.T)
-        sources.by_row[CHOSEN_LIKELIER] = (is_likelier, all_rows, 100.0)
+        others = row_losses(objective, rejected, batch_size, accelerator, before_each)
+        sources.by_row[CHOSEN_LIKELIER] = (np.divide(*losses.T) < np.divide(*others.T), all_rows, 100.0)
     statistics = sources.statistics(all_rows)
-    of_answers = {name: value for scored in statistics.values() for name, value in scored.figures().items()}
-    figures = {"rows": len(rows)} | of_answers | {"target_tokens": int(losses[:, 1].sum())}
+    figures = {"rows": len(rows)} | figures_and_signatures(statistics.values())[0]
+    figures["target_tokens"] = int(losses[:, 1].sum())
     if not metrics:
         return Evaluation(figures, {}, [], statistics, _groups(by, rows, sources))
     cap = max_new_tokens or cap_from_targets(rows, position_limit(loaded.model))
     _warn_of_longer_minimum(loaded, rows, generation)
     shared = {"batch_size": batch_size, "accelerator": accelerator, "before_each": before_each}
     outputs = generate_shared(loaded, sources.ids, progress=progress, max_new_tokens=cap, **shared, **generation)
-    # the targets of all rows of the split that have a source, up to the template's stop
     references: dict[SourceKey, list[str]] = {source: [] for source in sources.ids}
     for source, target in zip(source_keys(dataset), dataset["target"], strict=True):
         if source in references:

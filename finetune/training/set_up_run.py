@@ -126,8 +126,7 @@ def make_run(
 
     prepared = load_prepared(recipe.data)
     tokenizer = load_run_tokenizer(recipe, prepared)
-    on_main_rank(accelerator, lambda: check_best_metric(recipe, prepared))
-    on_main_rank(accelerator, lambda: try_reward(recipe, prepared))
+    on_main_rank(accelerator, lambda: try_metrics(recipe, prepared))
     set_seed(recipe.seed)
     loaded = LoadedModel.of(starting_model(recipe, tokenizer, saved / "model" if saved else None), tokenizer)
     prepared = prepared._replace(splits=splits_for_model(prepared, loaded))
@@ -333,8 +332,13 @@ def load_run_tokenizer(recipe: TrainRecipe, prepared: PreparedData) -> PreTraine
     return tokenizer
 
 
-def check_best_metric(recipe: TrainRecipe, prepared: PreparedData) -> None:
-    """Here, since the first evaluation may be hours away. Metrics are tried on two rows of a validation set."""
+def try_metrics(recipe: TrainRecipe, prepared: PreparedData) -> None:
+    """On two rows, before a model is loaded, since the first evaluation may be hours away: a function of the user's
+    own may fail, or give no number."""
+    if recipe.objective in OF_SAMPLES:
+        settings, rows = checked_settings(recipe.objective, recipe.objective_settings), prepared.splits["train"][:2]
+        of_reward = settings["reward"], settings["reward_weights"], recipe.metric_settings
+        scores_of(rows["target"], [[text] for text in rows["target"]], rows["source"], *of_reward)
     if recipe.best_metric == "loss":
         return
     splits, faults = splits_of("validation", prepared.splits), {}
@@ -347,14 +351,6 @@ def check_best_metric(recipe: TrainRecipe, prepared: PreparedData) -> None:
     if recipe.best_metric not in known:
         remedy = choose_from(recipe.best_metric, known)
         raise UserError(f"best_metric is {recipe.best_metric!r}. {remedy}", *faults.values())
-
-
-def try_reward(recipe: TrainRecipe, prepared: PreparedData) -> None:
-    """Of two targets, before a model is loaded: a function of the user's own may fail, or give no number."""
-    if recipe.objective in OF_SAMPLES:
-        settings, rows = checked_settings(recipe.objective, recipe.objective_settings), prepared.splits["train"][:2]
-        of_reward = settings["reward"], settings["reward_weights"], recipe.metric_settings
-        scores_of(rows["target"], [[text] for text in rows["target"]], rows["source"], *of_reward)
 
 
 def splits_for_model(prepared: PreparedData, loaded: LoadedModel) -> dict[str, PaddedRows]:
