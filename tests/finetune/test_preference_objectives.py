@@ -138,13 +138,32 @@ def assert_same(loss, found, expected_loss, expected, tolerance):
         torch.testing.assert_close(found[name] / scale, expected[name] / scale, rtol=0, atol=tolerance)
 
 
-# T5's norms compute in fp32 whatever the weights are, so rows of another batch differ by fp32's rounding.
-PRECISE = {"bart": 1e-12, "m2m_100": 1e-12, "t5": 1e-6, "t5gemma": 1e-6, "diptych": 1e-6, "diptych_merged": 1e-6}
+@pytest.fixture
+def in_fp64(monkeypatch):
+    """T5 and T5Gemma compute norms in fp32 whatever the weights are, and T5Gemma its softmax: not so in this model."""
+
+    def whole(model):
+        for it in model.modules():
+            if type(it).__name__ in ("T5LayerNorm", "T5GemmaRMSNorm"):
+                eps, offset = (it.eps, 1.0) if hasattr(it, "eps") else (it.variance_epsilon, 0.0)
+
+                def norm(hidden, weight=it.weight, eps=eps, offset=offset):
+                    return (offset + weight) * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)
+
+                monkeypatch.setattr(it, "forward", norm)
+        softmax = F.softmax
+        monkeypatch.setattr(F, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim=dim))
+        return model.double()
+
+    return whole
+
+
+PRECISE = ["bart", "m2m_100", "t5", "t5gemma", "diptych", "diptych_merged"]
 
 
 @pytest.mark.parametrize("family, case", [*itertools.product(["bart", "t5"], CASES), *((f, "dpo") for f in PRECISE)])
-def test_loss_and_gradients_are_those_of_separate_forwards_in_fp64(family, case, new_model):
-    model = new_model(family).double()
+def test_loss_and_gradients_are_those_of_separate_forwards_in_fp64(family, case, new_model, in_fp64):
+    model = in_fp64(new_model(family))
     expected_loss = naive_loss(model, case)
     expected_loss.backward()
     expected = gradients(model)
@@ -152,7 +171,7 @@ def test_loss_and_gradients_are_those_of_separate_forwards_in_fp64(family, case,
     for batch, tokens_at_once in batches:
         loss = found_loss(model, case, batch, tokens_at_once)
         loss.backward()
-        assert_same(loss, gradients(model), expected_loss, expected, PRECISE[family])
+        assert_same(loss, gradients(model), expected_loss, expected, 1e-12)
 
 
 @pytest.mark.parametrize("case", ["dpo", "kto"])
