@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_families import family_configs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -332,3 +333,23 @@ def recipe_of(checkpoint_of):
 def short_run(recipe_of, tmp_path):
     """`short_run("t5", data=folder, learning_rate=…)`: the same into a new folder."""
     return lambda family="t5", out="run", **changes: recipe_of(family, tmp_path / out, **changes)
+
+
+@pytest.fixture
+def in_fp64(monkeypatch):
+    """T5 and T5Gemma compute norms in fp32 whatever the weights are, and T5Gemma its softmax: not so in this model."""
+
+    def whole(model):
+        for it in model.modules():
+            if type(it).__name__ in ("T5LayerNorm", "T5GemmaRMSNorm"):
+                eps, offset = (it.eps, 1.0) if hasattr(it, "eps") else (it.variance_epsilon, 0.0)
+
+                def norm(hidden, weight=it.weight, eps=eps, offset=offset):
+                    return (offset + weight) * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)
+
+                monkeypatch.setattr(it, "forward", norm)
+        softmax = functional.softmax
+        monkeypatch.setattr(functional, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim=dim))
+        return model.double()
+
+    return whole

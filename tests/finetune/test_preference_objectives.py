@@ -138,26 +138,6 @@ def assert_same(loss, found, expected_loss, expected, tolerance):
         torch.testing.assert_close(found[name] / scale, expected[name] / scale, rtol=0, atol=tolerance)
 
 
-@pytest.fixture
-def in_fp64(monkeypatch):
-    """T5 and T5Gemma compute norms in fp32 whatever the weights are, and T5Gemma its softmax: not so in this model."""
-
-    def whole(model):
-        for it in model.modules():
-            if type(it).__name__ in ("T5LayerNorm", "T5GemmaRMSNorm"):
-                eps, offset = (it.eps, 1.0) if hasattr(it, "eps") else (it.variance_epsilon, 0.0)
-
-                def norm(hidden, weight=it.weight, eps=eps, offset=offset):
-                    return (offset + weight) * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)
-
-                monkeypatch.setattr(it, "forward", norm)
-        softmax = F.softmax
-        monkeypatch.setattr(F, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim=dim))
-        return model.double()
-
-    return whole
-
-
 PRECISE = ["bart", "m2m_100", "t5", "t5gemma", "diptych", "diptych_merged"]
 
 
