@@ -9,7 +9,7 @@ chrF), with the demo's model. The first model of each is trained past its best e
 split, and is that checkpoint. Eight samples to each of some thousand training prompts are ranked by the metric, and
 the best and the worst make a pair: for dpo, simpo, cpo and orpo. mrt and grpo sample themselves. Each run may take
 --seconds of CPU time for its steps, as a short trial measured them; `supervised` may take that and the time of
-sampling, on the same rows as the first model. The rate of each method is the best of its RATES by the metric on the
+sampling, on the same rows as the first model. The rate of each method is the best of its `rates` by the metric on the
 validation split with the first seed, and so is the checkpoint of each run.
 
 Printed: the metric of the test split, and its difference from the first model with a 95 % interval over the sources
@@ -47,7 +47,6 @@ PAIRED = {
     "orpo": {},
 }
 ONLINE = {"mrt": {"sharpness": 1.0}, "grpo": {}}
-RATES = {name: (1e-4, 3e-5) for name in ("supervised", *ONLINE)} | {name: (3e-5, 3e-6) for name in PAIRED}
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ class Task:
     """In a step of mrt and grpo."""
     rows: int
     """Packed rows in a step of the others."""
+    rates: dict[str, tuple[float, ...]]
+    """Of each method, those to try; where only one stands here, it is known from shorter trials."""
     recipe: dict[str, Any] = field(default_factory=dict)
     drawn: int = 0
     """Only so many rows of the data, so that the first model reaches its best in minutes; 0: all."""
@@ -80,14 +81,24 @@ TASKS = {
             "forward": "Pronounce:",
         },
         {"epochs": 14, "batch_size": 8, "learning_rate": 2e-3},
-        6000,
+        2500,
         32,
         16,
+        dict.fromkeys(("supervised", "mrt", "grpo", "cpo", "orpo"), (3e-5,))
+        | dict.fromkeys(("dpo", "simpo"), (3e-6,)),
         {"attention": "eager"},
         20000,
     ),
     "korean": Task(
-        "tatoeba", "chrf", {"vocab_size": 4000}, {"epochs": 14, "batch_size": 4, "learning_rate": 2e-3}, 1500, 32, 4
+        "tatoeba",
+        "chrf",
+        {"vocab_size": 4000},
+        {"epochs": 14, "batch_size": 4, "learning_rate": 2e-3},
+        600,
+        32,
+        4,
+        dict.fromkeys(("supervised", "mrt", "grpo", "cpo", "orpo"), (1e-4,))
+        | dict.fromkeys(("dpo", "simpo"), (1e-5,)),
     ),
 }
 
@@ -273,7 +284,7 @@ def main() -> None:
             tried = [
                 (method, rate, SEEDS[0])
                 for method in options.methods
-                for rate in RATES[method][: 1 if options.smoke else None]
+                for rate in task.rates[method][: 1 if options.smoke else None]
             ]
             runs = list(pool.map(one, tried))
             pick = min if task.metric == "token_error_rate" else max

@@ -146,7 +146,7 @@ def generate_batch(
 def _generate(
     loaded: LoadedModel, inputs: dict[str, torch.Tensor], settings: dict[str, Any]
 ) -> tuple[GenerationConfig, list[list[int]]]:
-    """`model.generate`, or `fast_decode` where that gives the same tokens; its errors become UserErrors."""
+    """`model.generate`, or `fast_decode` where that does the same; its errors become UserErrors."""
     model = loaded.model
     try:
         config, others = generation_config(loaded, settings)

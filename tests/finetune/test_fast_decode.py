@@ -14,6 +14,7 @@ from diptych.finetune.inference.fast_decode import (
     ROOM,
     DecoderStep,
     can_decode_fast,
+    drawn,
     fast_decode,
     look_up,
     read_fast,
@@ -159,12 +160,25 @@ def test_decoder_prompts_with_and_without_padding(model, padding):
         {"do_sample": True, "temperature": 1.5},
         {"do_sample": True, "top_k": 5, "top_p": 0.8},
         {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": True, "top_k": 0, "max_new_tokens": 40},
     ],
 )
-def test_rules_and_samples_are_theirs(settings):
+def test_rules_and_samples_are_theirs(settings, monkeypatch):
+    """Samples where transformers' loop draws in the same way: also while finished rows leave the batch."""
+    monkeypatch.setattr(torch, "multinomial", lambda it, num_samples: drawn(it, torch.rand(len(it)))[:, None])
     for changes in (CONFIGS["separate"], CONFIGS["merged"]):
         theirs, ours = both(make(changes), sources(4), seed=3, **settings)
         assert torch.equal(theirs, ours)
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    for number, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.5, 3), (1 - 2**-24, 3)):
+        assert drawn(probabilities, torch.tensor([number])).tolist() == [token]
+    small = torch.full((1, 3000), 1 / 3000).cumsum(-1)[:, -1:]  # not 1, by rounding
+    assert drawn(torch.full((1, 3000), 1 / 3000), torch.tensor([1 - 2**-24])).tolist() == [2999] and small != 1
+    counts = drawn(probabilities.expand(8000, -1), torch.rand(8000)).bincount(minlength=5) / 8000
+    torch.testing.assert_close(counts[[1, 3]], torch.tensor([0.25, 0.75]), atol=0.02, rtol=0)
 
 
 def test_logits_are_the_models_own(model):
