@@ -9,7 +9,7 @@ model goes on from them. A stop string of the template ends a row and is not par
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers import (
 from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Template
 from diptych.finetune.batches.padded_rows import pad_sources
-from diptych.finetune.inference.fast_decode import can_decode_fast, fast_decode, read_fast
+from diptych.finetune.inference.fast_decode import OneNumberPerRow, can_decode_fast, fast_decode, read_fast
 from diptych.finetune.inference.generation_config import end_tokens, generation_config, search_settings_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.target_tokens import given_tokens, text_of
@@ -155,7 +155,8 @@ def _generate(
         if can_decode_fast(model, config, others):
             others |= {"custom_generate": fast_decode, "writes_to": others.pop("streamer", None)}
             others |= {"encoder_outputs": read_fast(model, inputs["input_ids"], inputs["attention_mask"])}
-        with search_settings_ignored(model):
+        is_drawn = config.do_sample and model.device.type == "cpu"
+        with search_settings_ignored(model), OneNumberPerRow() if is_drawn else nullcontext():
             return config, model.generate(**inputs, generation_config=config, **others).tolist()
     except UserError:
         raise

@@ -13,6 +13,7 @@ from diptych.finetune.inference.fast_decode import (
     PACKED_FROM,
     ROOM,
     DecoderStep,
+    OneNumberPerRow,
     can_decode_fast,
     drawn,
     fast_decode,
@@ -163,11 +164,11 @@ def test_decoder_prompts_with_and_without_padding(model, padding):
         {"do_sample": True, "top_k": 0, "max_new_tokens": 40},
     ],
 )
-def test_rules_and_samples_are_theirs(settings, monkeypatch):
+def test_rules_and_samples_are_theirs(settings):
     """Samples where transformers' loop draws in the same way: also while finished rows leave the batch."""
-    monkeypatch.setattr(torch, "multinomial", lambda it, num_samples: drawn(it, torch.rand(len(it)))[:, None])
     for changes in (CONFIGS["separate"], CONFIGS["merged"]):
-        theirs, ours = both(make(changes), sources(4), seed=3, **settings)
+        with OneNumberPerRow():
+            theirs, ours = both(make(changes), sources(4), seed=3, **settings)
         assert torch.equal(theirs, ours)
 
 
@@ -175,9 +176,16 @@ def test_tokens_are_drawn_by_their_probabilities():
     probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     for number, token in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.5, 3), (1 - 2**-24, 3)):
         assert drawn(probabilities, torch.tensor([number])).tolist() == [token]
-    small = torch.full((1, 3000), 1 / 3000).cumsum(-1)[:, -1:]  # not 1, by rounding
-    assert drawn(torch.full((1, 3000), 1 / 3000), torch.tensor([1 - 2**-24])).tolist() == [2999] and small != 1
-    counts = drawn(probabilities.expand(8000, -1), torch.rand(8000)).bincount(minlength=5) / 8000
+    rows = torch.rand(2000, 50).softmax(-1)  # whose sums are not all 1, by rounding
+    assert drawn(rows, torch.full((2000,), 1 - 2**-24)).unique().tolist() == [49]
+    assert len(rows.cumsum(-1)[:, -1].unique()) > 1
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    with OneNumberPerRow():
+        tokens = torch.multinomial(probabilities.expand(8000, -1), num_samples=1)
+    torch.set_rng_state(state)
+    assert torch.equal(tokens[:, 0], drawn(probabilities.expand(8000, -1), torch.rand(8000)))
+    counts = tokens.flatten().bincount(minlength=5) / 8000
     torch.testing.assert_close(counts[[1, 3]], torch.tensor([0.25, 0.75]), atol=0.02, rtol=0)
 
 
@@ -357,3 +365,16 @@ def test_generate_takes_it_for_a_diptych(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr("diptych.finetune.inference.generation.can_decode_fast", lambda *given: False)
     theirs = generate_batch(LoadedModel.of(model, tiny_tokenizer), rows, 12, {"do_sample": False, "num_beams": 1})
     assert ours == theirs and calls == [fast_decode, None]
+
+
+def test_samples_of_other_models_are_drawn_in_the_same_way(new_model, tiny_tokenizer):
+    model = new_model("t5")
+    settings = {"do_sample": True, "top_k": 0, "min_new_tokens": 12, "max_new_tokens": 12}
+    torch.manual_seed(0)
+    [found] = generate_batch(LoadedModel.of(model, tiny_tokenizer), [[40, 41, 42, 1]], 12, settings)
+    torch.manual_seed(0)
+    with OneNumberPerRow():
+        theirs = model.eval().generate(torch.tensor([[40, 41, 42, 1]]), **settings)
+    torch.manual_seed(0)
+    others = model.generate(torch.tensor([[40, 41, 42, 1]]), **settings)
+    assert theirs[0, 1:].tolist() == list(found.ids) != others[0, 1:].tolist()
