@@ -99,7 +99,8 @@ def own_cache(model: PreTrainedModel) -> dict[str, Any]:
     """An argument for `model.generate` where the cache that it would make does not fit: for a T5 or a Switch
     Transformer, it makes one of as many layers as the encoder has, and fails if the decoder has more (transformers
     5.24)."""
-    if getattr(model.config, "num_decoder_layers", None) in (None, model.config.num_hidden_layers):
+    layers = getattr(model.config, "num_decoder_layers", None)
+    if layers is None or layers == model.config.num_hidden_layers:
         return {}
     return {CACHE_NAME: EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
