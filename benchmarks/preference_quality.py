@@ -4,7 +4,7 @@ and, for as long, supervised.
     python benchmarks/preference_quality.py --out preference_quality            two cores, about two hours
     python benchmarks/preference_quality.py --out smoke --smoke                 all of it, small; figures mean nothing
 
-Tasks: pronunciation (20,000 words of CMU's dictionary; phoneme error rate) and English to Korean (Tatoeba's pairs;
+Tasks: pronunciation (20,000 words of CMU's dictionary; phoneme error rate) and English and Korean (Tatoeba's pairs;
 chrF), with the demo's model. The first model of each is trained past its best epoch, by this metric on the validation
 split, and is that checkpoint. Eight samples to each of some thousand training prompts are ranked by the metric, and
 the best and the worst make a pair: for dpo, simpo, cpo and orpo. mrt and grpo sample themselves. Each run may take
