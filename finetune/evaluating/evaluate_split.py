@@ -78,7 +78,8 @@ def run(settings: EvaluateSettings) -> int:
     loaded = replace(loaded, template=carried_template(prepared, check=False) or loaded.template)
     splits = {name: of_languages(name, split, settings, loaded) for name, split in splits.items()}
     for name, split in splits.items():
-        if not_liked := len(split) - len(liked_rows(split)):
+        splits[name] = liked_rows(split)
+        if not_liked := len(split) - len(splits[name]):
             print(
                 f"{name}: {counted(not_liked, 'answer')} that are not liked are no references: left out",
                 file=sys.stderr,

@@ -220,6 +220,8 @@ class OneNumberPerRow(TorchFunctionMode):
 def drawn(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """The tokens in whose part of the cumulative probability (B, V) the numbers (B,) from [0, 1) fall, (B,)."""
     sums = probabilities.cumsum(-1)
+    if not sums[:, -1].isfinite().all():
+        return torch.multinomial(probabilities, num_samples=1).squeeze(1)  # which raises, and says why
     # rounded, the sum need not be 1; a number has 24 bits, so its product with the sum is below the sum
     return torch.searchsorted(sums, (numbers * sums[:, -1])[:, None], right=True).squeeze(1)
 

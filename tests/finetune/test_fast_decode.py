@@ -179,6 +179,8 @@ def test_tokens_are_drawn_by_their_probabilities():
     rows = torch.rand(2000, 50).softmax(-1)  # whose sums are not all 1, by rounding
     assert drawn(rows, torch.full((2000,), 1 - 2**-24)).unique().tolist() == [49]
     assert len(rows.cumsum(-1)[:, -1].unique()) > 1
+    with OneNumberPerRow(), pytest.raises(RuntimeError, match="nan"):
+        torch.multinomial(torch.tensor([[0.5, torch.nan]]), num_samples=1)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     with OneNumberPerRow():
