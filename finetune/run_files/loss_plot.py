@@ -61,7 +61,7 @@ def plot_loss(metrics_file: Path, picture: Path) -> None:
     rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     loss_axes.legend(fontsize="small")
     for axes in further:
-        dotted = "dotted: validation" if validation else None
+        dotted = "dotted: validation" if any(it.get_linestyle() == ":" for it in axes.lines) else None
         axes.legend(fontsize="small", title=dotted, title_fontsize="small", framealpha=0.5)
     for axes in (loss_axes, *further, rate_axes):
         axes.grid(alpha=0.3)
