@@ -39,6 +39,9 @@ EXTRAS = {
     "demo": ["tensorboard>=2.21"],
     # Filters by language, and the report of keys and passwords.
     "clean": ["py3langid>=0.4", "detect-secrets>=1.5"],
+    # --long: the ends of sentences.
+    "documents": ["sentencex>=1.0.32"],
+    "thai": ["pythainlp>=5.4", "python-crfsuite>=0.9.12"],
     # `diptych serve`.
     "serve": ["starlette>=1.0.1", "uvicorn>=0.40", "prometheus-client>=0.22"],
     # `diptych demo`.
@@ -60,7 +63,7 @@ EXTRAS = {
     # The site of docs/: `make docs`.
     "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     "test": [
-        "diptych[sentencepiece,demo,clean,datatrove,serve,gradio,ctranslate2,onnx,sweep]",
+        "diptych[sentencepiece,demo,clean,documents,thai,datatrove,serve,gradio,ctranslate2,onnx,sweep]",
         # optimizers without bitsandbytes, which prints a line wherever peft is imported; .ci/run tests it by itself
         *("schedulefree>=1.4.1", "torch-optimi>=0.3.3"),
         "openai>=3.0",  # the client that serve is tested with

@@ -128,13 +128,22 @@ def fits_code(wanted: str, code: str) -> bool:
 
 def english_name(language: str) -> str:
     """`"ko"`, `"kor_Hang"`, `"Korean"` → `"Korean"`. UserError for a language that is not in the table."""
+    return _entry(language)[-1]
+
+
+def short_code(language: str) -> str:
+    """The same → `"ko"`."""
+    return _entry(language)[0]
+
+
+def _entry(language: str) -> list[str]:
     found = _languages_by_name().get(plain_code(language).split("_")[0])
     if found is None:
         names = [names[-1] for names in _table()]
         near = nearest(language, [name for names in _table() for name in names], cutoff=0.5)
         hint = f" Did you mean '{near}'?" if near else ""
         raise UnknownLanguage(f"'{language}' is no language whose English name is known.{hint}", names)
-    return found[-1]
+    return found
 
 
 def names_of(language: str) -> set[str]:

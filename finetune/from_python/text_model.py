@@ -25,7 +25,8 @@ from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.batches.padded_rows import pad_sources
-from diptych.finetune.inference.engine import EncodedPrompt, TorchEngine
+from diptych.finetune.inference.documents import Documents
+from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_command import resolve_limits
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import check_generation_names
@@ -96,11 +97,16 @@ class TextModel:
         asked = self._settings(settings)
         check_generation_names(asked.generation)
         prompter = self._prompter(asked)
-        source_ids, languages = _encoded(prompter, _list_of(rows), asked)
+        prompts = _prompts(prompter, _list_of(rows), asked)
+        engine = TorchEngine(replace(self.loaded, template=prompter.template))
+        documents = Documents(prompter, engine, asked.long)
+        encoded = documents.encode(*zip(*prompts, strict=True)) if prompts else []
+        for place, document in enumerate(encoded, start=1):
+            if document.error:
+                raise UserError(f"row {place}: {document.error}")
         set_seed(asked.seed)
-        loaded = replace(self.loaded, template=prompter.template)
-        given = [given_tokens(loaded, it) for it in languages]
-        outputs = TorchEngine(loaded).generate(list(map(EncodedPrompt, source_ids, given)), asked, asked.seed)
+        answers = documents.generate(encoded, asked, asked.seed)
+        outputs = [output for answered in answers for output in answered.outputs]
         found: list[Any] = outputs if asked.scores else [output.text for output in outputs]
         each = asked.num_return_sequences
         if each > 1:
@@ -208,17 +214,23 @@ def _list_of(rows: Any) -> list[str | Mapping[str, Any]]:
 
 
 def _encoded(prompter: Prompter, rows: Rows, asked: GenerateSettings) -> tuple[list[list[int]], list[Languages]]:
-    """Of each row the token ids of its source, and its languages as the tokenizer calls them. A text is the input of
-    an instruction or of languages, where these are given, and else an instruction."""
+    """Of each row the token ids of its source, and its languages as the tokenizer calls them."""
+    rendered = [of_row for _, of_row in _prompts(prompter, rows, asked)]
+    languages = [of_row for _, of_row in rendered]
+    source_ids, _ = prompter.encode([text for text, _ in rendered], languages)
+    return source_ids, languages
+
+
+def _prompts(prompter: Prompter, rows: Rows, asked: GenerateSettings) -> list[tuple[Prompt, tuple[str, Languages]]]:
+    """Of each row the prompt, and what it is rendered to. A text is the input of an instruction or of languages,
+    where these are given, and else an instruction."""
     text_is_input = asked.instruction or any(asked.languages) or codes_of(prompter.tokenizer).is_around_texts
-    rendered = []
+    found = []
     for place, row in enumerate(rows, start=1):
         try:
             asks = {"instruction": asked.instruction, "input": row} if text_is_input else {"instruction": row}
             prompt = Prompt(**asks, system=asked.system) if isinstance(row, str) else prompt_of(dict(row))
-            rendered.append(prompter.render(prompt))
+            found.append((prompt, prompter.render(prompt)))
         except (UserError, Fault) as error:
             raise UserError(f"row {place}: {error}") from None
-    languages = [of_row for _, of_row in rendered]
-    source_ids, _ = prompter.encode([text for text, _ in rendered], languages)
-    return source_ids, languages
+    return found

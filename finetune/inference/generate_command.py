@@ -17,14 +17,14 @@ from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.ranks import several_ranks
-from diptych.finetune.inference.engine import EncodedPrompt, TorchEngine
+from diptych.finetune.inference.documents import WHOLE, Documents, counts_of
+from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_file import generate_file
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, check_generation_names
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.inference.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter
-from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loading import pick_device
 
@@ -79,20 +79,31 @@ def resolve_limits(settings: GenerateSettings, engine: TorchEngine) -> GenerateS
 
 def answer(engine: TorchEngine, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str) -> None:
     """Prints the outputs of one prompt."""
-    source, languages = prompter.render(Prompt(instruction, text, system=settings.system))
-    (source_ids,), (was_cut,) = prompter.encode([source], [languages])
-    if was_cut:
-        print(f"(the prompt was cut to {len(source_ids)} tokens)", file=sys.stderr)
+    documents = Documents(prompter, engine, settings.long)
+    (document,) = documents.encode([Prompt(instruction, text, system=settings.system)])
+    if document.error:
+        raise UserError(document.error)
+    if document.is_cut_off:
+        print(f"(the prompt was cut to {len(document.prompts[0].source_ids)} tokens)", file=sys.stderr)
     is_single = settings.num_beams == settings.num_return_sequences == 1 and not settings.mbr_samples
     has_stop = engine.template.stop or settings.generation.get("stop_strings")
     streaming = {}
-    if engine.can_stream and is_single and not (has_stop or settings.scores or settings.choices):
+    if (
+        engine.can_stream
+        and is_single
+        and document.pieces == WHOLE
+        and not (has_stop or settings.scores or settings.choices)
+    ):
         side = target_side(engine.tokenizer)
         streaming["streamer"] = TextStreamer(side, skip_prompt=True, skip_special_tokens=True)
-    prompt = EncodedPrompt(source_ids, given_tokens(engine, languages))
-    outputs = engine.generate([prompt], settings, settings.seed, **streaming)
-    if not streaming:
+    if streaming:
+        outputs = engine.generate(document.prompts, settings, settings.seed, **streaming)
+    else:
+        ((outputs, rounds),) = documents.generate([document], settings, settings.seed)
         print("\n".join(map(_shown, outputs)), flush=True)
+        counts = counts_of([document]) | {"rounds": rounds if rounds > 1 else 0}
+        if len(document.prompts) > 1:
+            print(f"({', '.join(f'{number} {what}' for what, number in counts.items() if number)})", file=sys.stderr)
     if not all(output.finished for output in outputs):
         print(f"(stopped at --max_new_tokens {settings.max_new_tokens}, before its end)", file=sys.stderr)
 

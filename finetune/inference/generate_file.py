@@ -9,10 +9,11 @@ prediction. With several outputs per prompt `prediction` and `finished` are list
 `log_probability` and `log_probability_per_token`, in nats. Languages named in a row override those of the settings.
 
 Rows are generated in chunks of CHUNK_BATCHES batches, sorted by length within a chunk; each chunk is flushed to disk
-before the next one. The chunks do not depend on where a run was killed, and sampling is seeded per chunk, so a
-resumed run writes the same bytes as an uninterrupted one. out.jsonl.run.json holds hashes of the weights and prompts,
-and the settings; a run that does not match them is refused. With several ranks each rank generates other chunks, and
-the bytes are those of one rank.
+before the next one. With --long (documents.py) it is the pieces of rows that are batched, and there are also
+`source_pieces`, `sentences_cut` and `source_rounds`. The chunks do not depend on where a run was killed, and sampling
+is seeded per chunk, so a resumed run writes the same bytes as an uninterrupted one. out.jsonl.run.json holds hashes of
+the weights and prompts, and the settings; a run that does not match them is refused. With several ranks each rank
+generates other chunks, and the bytes are those of one rank.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,17 @@ from transformers import set_seed
 
 from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.finetune.commands.ranks import on_main_rank
-from diptych.finetune.inference.engine import EncodedPrompt, TorchEngine
+from diptych.finetune.inference.documents import WHOLE, Answered, Document, Documents, counts_of
+from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompt_files import BLANK, PromptRow, render_prompts
-from diptych.finetune.inference.prompts import OUTPUT_FIELDS, Prompter
-from diptych.finetune.inference.target_tokens import given_tokens
+from diptych.finetune.inference.prompts import OUTPUT_FIELDS, Prompt, Prompter
 
 CHUNK_BATCHES = 8
 """Sorting 8 batches together already removes most of the padding, and a kill loses at most their time."""
+NOTHING = Document(Prompt(""), "", WHOLE, [])
+"""What is asked of a blank row."""
 
 
 def generate_file(
@@ -54,85 +58,99 @@ def generate_file(
     if out_file.resolve() == Path(settings.in_file).resolve():
         raise UserError(f"the file of prompts and the one to write are the same, {out_file}. Name another.")
     rows, rendered = render_prompts(rows, prompter)
-    prompts, cut_rows = _encoded(engine, prompter, rendered)
-    chunk_rows = CHUNK_BATCHES * settings.batch_size
+    documents = Documents(prompter, engine, settings.long)
+    encoded = documents.encode([rows[row].prompt for row in rendered], list(rendered.values()))
+    prompts = {row: document for row, document in zip(rendered, encoded, strict=True) if not document.error}
+    for row, document in zip(rendered, encoded, strict=True):
+        rows[row] = rows[row]._replace(error=document.error)
+    chunks = chunks_of(rows, prompts, CHUNK_BATCHES * settings.batch_size)
     identity = run_identity(engine, settings, rows, list(prompts.values()))
-    done = on_main_rank(accelerator, lambda: open_run(out_file, identity, chunk_rows, len(rows), settings.overwrite))
+    done = on_main_rank(accelerator, lambda: open_run(out_file, identity, chunks, settings.overwrite))
     ranks, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     if done and rank == 0:
         print(f"{out_file} has {done} of {len(rows)} rows already; they are kept.", file=sys.stderr)
 
-    def chunk_lines(start: int, bar: GenerationBar) -> str:
-        chunk = range(start, min(start + chunk_rows, len(rows)))
+    def chunk_lines(chunk: range, bar: GenerationBar) -> str:
         good = [row for row in chunk if row in prompts]
-        seed = settings.seed + start  # by the chunk's place, so that a resumed run draws the same samples
+        seed = settings.seed + chunk.start  # by the chunk's place, so that a resumed run draws the same samples
         set_seed(seed)
-        outputs = engine.generate([prompts[row] for row in good], settings, seed, bar)
+        by_row = dict(zip(good, documents.generate([prompts[row] for row in good], settings, seed, bar), strict=True))
         bar.advance(len(chunk) - len(good), [])
-        each = settings.num_return_sequences
-        by_row = {row: outputs[place * each : (place + 1) * each] for place, row in enumerate(good)}
-        nothing = [Output("", finished=True)] * each
+        nothing = Answered([Output("", finished=True)] * settings.num_return_sequences)
         return "".join(
-            _output_line(row, rows[row], by_row.get(row, nothing), row in cut_rows, settings) for row in chunk
+            _output_line(row, rows[row], by_row.get(row, nothing), prompts.get(row, NOTHING), settings)
+            for row in chunk
         )
 
     written = out_file.open("ab") if rank == 0 else contextlib.nullcontext()
     with written as out, GenerationBar(len(rows), done, shown=rank == 0) as bar:
-        for first in range(done, len(rows), chunk_rows * ranks):
-            start = first + rank * chunk_rows
-            lines = [chunk_lines(start, bar) if start < len(rows) else ""]
-            chunks = gather_object(lines) if ranks > 1 else lines
+        left = [chunk for chunk in chunks if chunk.start >= done]
+        for first in range(0, len(left), ranks):
+            together = left[first : first + ranks]
+            lines = [chunk_lines(together[rank], bar) if rank < len(together) else ""]
+            if ranks > 1:
+                lines = gather_object(lines)
             if rank == 0:
-                for of_chunk in chunks:
+                for of_chunk in lines:
                     out.write(of_chunk.encode("utf-8"))
                     out.flush()
                     if out_file.is_file():  # a pipe or a device has no disk
                         os.fsync(out.fileno())
-            bar.update(min(first + chunk_rows * ranks, len(rows)) - bar.n)  # it counted this rank's rows only
+            bar.update(together[-1].stop - bar.n)  # it counted this rank's rows only
     counts = {
         "with an error in place of a prediction": sum(bool(row.error) for row in rows),
         "blank, whose prediction is empty": rows.count(BLANK),
-        "whose prompt was cut (source_cut)": len(cut_rows),
-    }
+        "whose prompt was cut (source_cut)": sum(document.is_cut_off for document in prompts.values()),
+    } | counts_of(prompts.values())
     if rank == 0:
         found = [f"{out_file}: {len(rows)} rows", *(f"{number} {what}" for what, number in counts.items() if number)]
         print(message_line(", ".join(found)), file=sys.stderr)
 
 
-def _encoded(
-    engine: TorchEngine, prompter: Prompter, rendered: dict[int, tuple[str, Any]]
-) -> tuple[dict[int, EncodedPrompt], set[int]]:
-    """The encoded prompt of each row number, and the rows whose prompt was cut."""
-    languages = [of_row for _, of_row in rendered.values()]
-    ids, was_cut = prompter.encode([text for text, _ in rendered.values()], languages)
-    given = {it: given_tokens(engine, it) for it in set(languages)}
-    prompts = {row: EncodedPrompt(of_row, given[it]) for row, of_row, it in zip(rendered, ids, languages, strict=True)}
-    return prompts, {row for row, cut in zip(rendered, was_cut, strict=True) if cut}
+def chunks_of(rows: Sequence[PromptRow], prompts: Mapping[int, Document], most: int) -> list[range]:
+    """Rows in order, in chunks that end with the row in which they reach `most` pieces; what is no prompt counts as
+    one."""
+    chunks, start, pieces = [], 0, 0
+    for row in range(len(rows)):
+        pieces += max(1, len(prompts[row].prompts)) if row in prompts else 1
+        if pieces >= most or row == len(rows) - 1:
+            chunks.append(range(start, row + 1))
+            start, pieces = row + 1, 0
+    return chunks
 
 
-def _output_line(row: int, prompt: PromptRow, outputs: list[Output], was_cut: bool, settings: GenerateSettings) -> str:
+def _output_line(
+    row: int, prompt: PromptRow, answered: Answered, document: Document, settings: GenerateSettings
+) -> str:
     if prompt.error:
         ours = {"error": prompt.error}
     else:
         found = []
-        for output in outputs:
+        for output in answered.outputs:
             found.append({"prediction": output.text, "finished": output.finished})
             if settings.scores:
                 nats, tokens = output.log_probability, max(1, len(output.ids))
                 found[-1]["log_probability"] = None if nats is None else round(nats, 6)
                 found[-1]["log_probability_per_token"] = None if nats is None else round(nats / tokens, 6)
         lists = {name: [of_one[name] for of_one in found] for name in found[0]}
-        ours = (lists if len(found) > 1 else found[0]) | {"source_cut": was_cut}
+        ours = (lists if len(found) > 1 else found[0]) | {"source_cut": document.is_cut_off}
+        if settings.long != "cut":
+            ours |= {"source_pieces": len(document.prompts), "sentences_cut": document.pieces.cut_sentences}
+        if settings.long == "reduce":
+            ours["source_rounds"] = answered.rounds
     theirs = {name: value for name, value in prompt.fields.items() if name not in OUTPUT_FIELDS}
     return json.dumps({"row": row + 1} | ours | theirs, ensure_ascii=False) + "\n"
 
 
 def run_identity(
-    engine: TorchEngine, settings: GenerateSettings, rows: list[PromptRow], prompts: list[EncodedPrompt]
+    engine: TorchEngine, settings: GenerateSettings, rows: list[PromptRow], documents: list[Document]
 ) -> dict[str, Any]:
     """Everything that decides the bytes of out_file. Prompts are hashed as encoded, so template, tokenizer and
     languages are in the hash."""
     own = {name: getattr(settings, name) for name in ("batch_size", "max_new_tokens", "seed")}
+    prompts = [prompt for document in documents for prompt in document.prompts]
+    if settings.long != "cut":
+        own["long"], prompts = settings.long, [prompts, [document.pieces for document in documents]]
     rules = {"decoder_prefix": list(engine.template.decoder_prefix), "stop": list(engine.template.stop)}
     hashed = json.dumps([[[row.fields, row.error] for row in rows], prompts]).encode()
     return engine.identity() | {
@@ -144,7 +162,7 @@ def run_identity(
     }
 
 
-def open_run(out_file: Path, identity: dict[str, Any], chunk_rows: int, rows: int, overwrite: bool) -> int:
+def open_run(out_file: Path, identity: dict[str, Any], chunks: list[range], overwrite: bool) -> int:
     """Prepares out_file and its .run.json; returns how many rows out_file keeps, a whole number of chunks. A pipe or
     device is written to, and keeps none.
 
@@ -161,7 +179,7 @@ def open_run(out_file: Path, identity: dict[str, Any], chunk_rows: int, rows: in
                 f"Name another file to write, or replace it with --overwrite true."
             )
         _check_same_run(out_file, json.loads(run_file.read_text(encoding="utf-8")), identity)
-        return _cut_to_whole_chunks(out_file, chunk_rows, rows)
+        return _cut_to_whole_chunks(out_file, chunks)
     out_file.unlink(missing_ok=True)
     out_file.parent.mkdir(parents=True, exist_ok=True)
     written = run_file.with_name(run_file.name + ".part")
@@ -187,12 +205,12 @@ def _check_same_run(out_file: Path, before: dict[str, Any], now: dict[str, Any])
         )
 
 
-def _cut_to_whole_chunks(out_file: Path, chunk_rows: int, rows: int) -> int:
+def _cut_to_whole_chunks(out_file: Path, chunks: list[range]) -> int:
     """Removes an incomplete last line and the unfinished chunk around it; returns the rows that stay. UserError if a
     line that stays is not that of its row."""
     lines = out_file.read_bytes().split(b"\n")
     lines.pop()  # empty, or a line without its end
-    kept = len(lines) if len(lines) == rows else len(lines) - len(lines) % chunk_rows
+    kept = max((chunk.stop for chunk in chunks if chunk.stop <= len(lines)), default=0)
     for row, line in enumerate(lines[:kept], start=1):
         try:
             found = json.loads(line)["row"]

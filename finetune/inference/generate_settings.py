@@ -38,9 +38,14 @@ class GenerateSettings(PromptSettings):
     batch_size: int = 16
     """Prompts per batch. More is faster until memory is full."""
     max_source_tokens: int | None = None
-    """Longer prompts are cut to this many tokens, with a notice. Default: the model's own limit."""
+    """Longer prompts are cut to this many tokens, with a notice, or as --long says. Default: the model's own limit."""
+    long: Literal["cut", "split", "reduce"] = "cut"
+    """What to do with long sources. `split`: translations are generated sentence by sentence, and other texts over
+    the limit in pieces; the outputs are joined as the source was. `reduce`: for summaries, pieces are summarised, and
+    then their summaries together, until these fit. Both need the language of the source."""
     max_new_tokens: int | None = None
-    """Maximum length of outputs in tokens. Default: 256, or the model's own limit if that is lower."""
+    """Maximum length of outputs in tokens; with --long, of the output of each piece. Default: 256, or the model's own
+    limit if that is lower."""
     num_beams: int = 1
     """Width of beam search; 1 is greedy."""
     temperature: float = 0.0
@@ -90,6 +95,8 @@ class GenerateSettings(PromptSettings):
             )
         if self.choices and (self.mbr_samples or self.temperature or self.num_beams > 1 or self.generation):
             raise UserError("choices are weighed: drop mbr_samples, temperature, num_beams and generation.")
+        if self.choices and self.long != "cut":
+            raise UserError("choices answer a whole prompt: drop choices, or --long.")
         if self.engine != "torch" and (self.choices or self.scores):
             raise UserError("scores and choices are of torch: drop them, or --engine ctranslate2.")
         if self.choices and not len(set(self.choices)) == len(self.choices) >= self.num_return_sequences:

@@ -33,7 +33,7 @@ from diptych.data_prep.text_to_ids.templates import (
 PROMPT_FIELDS = ("instruction", "input", "history", "system")
 CONVERSATION_FIELDS = ("messages", "conversations")
 OUTPUT_FIELDS = (
-    ("row", "prediction", "finished", "source_cut", "error")
+    ("row", "prediction", "finished", "source_cut", "source_pieces", "sentences_cut", "source_rounds", "error")
     + ("log_probability", "log_probability_per_token")
 )  # fmt: skip
 """Fields that `diptych generate` writes, so a row must not have them."""
