@@ -309,8 +309,15 @@ def check_targets(splits: Mapping[str, datasets.Dataset]) -> None:
 def check_rows_fit(model: PreTrainedModel, splits: Mapping[str, datasets.Dataset]) -> None:
     """UserError for rows that this model cannot read: unknown token ids, or more tokens than it has positions; and for
     rows without a target."""
+    check_ids_fit(splits, embedding_rows(model), table_positions(model))
+
+
+def check_ids_fit(
+    splits: Mapping[str, datasets.Dataset], tokens: tuple[int, int], tables: Sequence[int | None]
+) -> None:
+    """As `check_rows_fit`, for a model of so many tokens and positions on each side."""
     check_targets(splits)
-    (source_rows, target_rows), tables = embedding_rows(model), table_positions(model)
+    source_rows, target_rows = tokens
     for name, split in splits.items():
         labels = label_columns(split)
         for column, rows in {"input_ids": source_rows, **dict.fromkeys(labels, target_rows)}.items():

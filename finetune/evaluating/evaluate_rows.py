@@ -13,7 +13,7 @@ counts outputs that reached the limit on new tokens without an end. The decoder 
 its stop strings end outputs and references.
 
 With several ranks whole batches are distributed, the same ones for any number of ranks. So with as many threads per
-process the figures are those of one rank, to the last digit.
+process the figures are those of one rank, to the last digit. An export to CTranslate2 is evaluated in the same way.
 """
 
 import math
@@ -26,16 +26,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import GenerationConfig
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
-from diptych.finetune.batches.padded_rows import OTHER_LABELS, PaddedRows, padded_rows
+from diptych.finetune.batches.padded_rows import OTHER_LABELS, PaddedRows, RowLengths, padded_rows, row_lengths
 from diptych.finetune.batches.preference_rows import MARK
 from diptych.finetune.commands.exit_codes import NotFiniteError
 from diptych.finetune.commands.ranks import on_main_rank
 from diptych.finetune.evaluating.confidence_intervals import MetricFault, Scored, ratio
 from diptych.finetune.evaluating.metrics import count_texts, figures_and_signatures, find_metrics
+from diptych.finetune.inference.engine import EncodedPrompt
 from diptych.finetune.inference.generation import cut_at_stop, in_eval_mode
 from diptych.finetune.inference.generation_config import warn_once
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
@@ -117,7 +119,7 @@ class Sources:
 
 
 def evaluate_rows(
-    loaded: LoadedModel,
+    loaded: LoadedModel | Any,
     dataset: Dataset,
     *,
     metrics: Sequence[str] = (),
@@ -134,6 +136,7 @@ def evaluate_rows(
     **generation: Any,
 ) -> Evaluation:
     """The loss and, with `metrics`, their scores, of all rows or of `limit` rows drawn from the whole split.
+    `loaded` is a LoadedModel or a CTranslate2Engine.
 
     `max_new_tokens` comes from the longest target by default. References come from the whole split. With an
     `accelerator` all its ranks must call this; they share the work, and each returns the same. All ranks call
@@ -151,22 +154,22 @@ def evaluate_rows(
     if not len(rows := dataset if limit is None else draw(dataset, limit)):
         raise UserError("the split to evaluate has no rows. Choose another split, or a limit of 1 or more.")
     sources = Sources(rows)
-    objective = objective or Seq2SeqObjective(loaded.model)
-    losses = row_losses(objective, padded_rows(loaded, rows), batch_size, accelerator, before_each)
+    shared = {"batch_size": batch_size, "accelerator": accelerator, "before_each": before_each}
+    losses = _losses(loaded, rows, objective, **shared)
     sources.by_row["loss"] = (*losses.T, 1.0)
     all_rows = np.ones(len(rows), dtype=bool)
     if compare_answers and OTHER_LABELS in rows.column_names and MARK not in rows.column_names:
-        rejected = padded_rows(loaded, rows.remove_columns("labels").rename_column(OTHER_LABELS, "labels"))
-        others = row_losses(objective, rejected, batch_size, accelerator, before_each)
+        rejected = rows.remove_columns("labels").rename_column(OTHER_LABELS, "labels")
+        others = _losses(loaded, rejected, objective, **shared)
         sources.by_row[CHOSEN_LIKELIER] = (np.divide(*losses.T) < np.divide(*others.T), all_rows, 100.0)
     statistics = sources.statistics(all_rows)
     figures = {"rows": len(rows)} | figures_and_signatures(statistics.values())[0]
     figures["target_tokens"] = int(losses[:, 1].sum())
     if not metrics:
         return Evaluation(figures, {}, [], statistics, _groups(by, rows, sources))
-    cap = max_new_tokens or cap_from_targets(rows, position_limit(loaded.model))
-    _warn_of_longer_minimum(loaded, rows, generation)
-    shared = {"batch_size": batch_size, "accelerator": accelerator, "before_each": before_each}
+    own, limit = _generation_limits(loaded)
+    cap = max_new_tokens or cap_from_targets(rows, limit)
+    _warn_of_longer_minimum(own, rows, generation)
     outputs = generate_shared(loaded, sources.ids, progress=progress, max_new_tokens=cap, **shared, **generation)
     references: dict[SourceKey, list[str]] = {source: [] for source in sources.ids}
     for source, target in zip(source_keys(dataset), dataset["target"], strict=True):
@@ -196,6 +199,20 @@ def evaluate_rows(
     figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
     groups = _groups(by, rows, sources, counted, predictions, settings)
     return Evaluation(figures, signatures, predictions, statistics, groups, faults)
+
+
+def _losses(loaded: LoadedModel | Any, rows: Dataset, objective: Seq2SeqObjective | None, **shared: Any) -> np.ndarray:
+    """As `row_losses`, also of an export."""
+    if isinstance(loaded, LoadedModel):
+        return row_losses(objective or Seq2SeqObjective(loaded.model), padded_rows(loaded, rows), **shared)
+    return losses_by(lambda numbers: loaded.row_nats(rows[numbers]), row_lengths(rows), **shared)
+
+
+def _generation_limits(loaded: LoadedModel | Any) -> tuple[GenerationConfig, int | None]:
+    """The checkpoint's own generation config, and how many positions its decoder has."""
+    if isinstance(loaded, LoadedModel):
+        return loaded.model.generation_config, position_limit(loaded.model)
+    return loaded.generation_config, loaded.max_target_tokens
 
 
 def liked_rows(split: Dataset) -> Dataset:
@@ -297,14 +314,24 @@ def row_losses(
     NotFiniteError names the first row whose loss is infinite or NaN."""
     device = objective.model.device
 
-    def work(numbers: list[int]) -> list[float]:
+    def nats_of(numbers: list[int]) -> list[float]:
         batch = {name: tensor.to(device) for name, tensor in rows.tensors(numbers).items()}
         return objective.token_losses(batch).cpu().double().sum(dim=1).tolist()
 
-    lengths = rows.lengths
-    batches = batches_by_length((lengths.source_tokens + lengths.target_tokens).tolist(), batch_size)
     with in_eval_mode(objective):
-        found = over_ranks(work, batches, accelerator, before_each)
+        return losses_by(nats_of, rows.lengths, batch_size, accelerator, before_each)
+
+
+def losses_by(
+    nats_of: Callable[[list[int]], list[float]],
+    lengths: RowLengths,
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+    before_each: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """As `row_losses`, with `nats_of(row numbers)` for each batch."""
+    batches = batches_by_length((lengths.source_tokens + lengths.target_tokens).tolist(), batch_size)
+    found = over_ranks(nats_of, batches, accelerator, before_each)
     nats = np.empty(len(lengths.target_tokens))
     nats[np.concatenate(batches)] = np.concatenate(found)
     if len(bad := np.flatnonzero(~np.isfinite(nats))):
@@ -322,9 +349,8 @@ def cap_from_targets(rows: Dataset, limit: int | None) -> int:
     return cap if limit is None else max(longest, min(cap, limit))
 
 
-def _warn_of_longer_minimum(loaded: LoadedModel, rows: Dataset, settings: Mapping[str, Any]) -> None:
+def _warn_of_longer_minimum(own: GenerationConfig, rows: Dataset, settings: Mapping[str, Any]) -> None:
     """If targets are shorter than every output must be (BART for CNN's news: 56 tokens)."""
-    own = loaded.model.generation_config
     # min_length counts the start token, min_new_tokens does not count the end token
     for name, extra in (("min_length", 0), ("min_new_tokens", 1)):
         least = (settings.get(name, getattr(own, name)) or 0) + extra
@@ -337,7 +363,7 @@ def _warn_of_longer_minimum(loaded: LoadedModel, rows: Dataset, settings: Mappin
 
 
 def generate_shared(
-    loaded: LoadedModel,
+    loaded: LoadedModel | Any,
     sources: Mapping[SourceKey, Sequence[int]],
     *,
     batch_size: int,
@@ -359,6 +385,12 @@ def generate_shared(
         number, places = batch
         ids, forced = zip(*(prompts[place] for place in places), strict=True)
         # Seeded by the batch's number, so that it does not matter which rank computes it.
+        if not isinstance(loaded, LoadedModel):
+            asked = {name: value for name, value in settings.items() if name not in ("max_new_tokens", "mbr_samples")}
+            rows = [EncodedPrompt(list(of_row), list(start)) for of_row, start in zip(ids, forced, strict=True)]
+            outputs = loaded.write(rows, loaded.template, asked, settings["max_new_tokens"], seed + number)
+            bar.advance(len(rows), outputs)
+            return outputs
         more = {"seed": seed + number, "batch_size": batch_size, "bar": bar, "given": forced}
         return chosen_outputs(loaded, ids, **settings, **more)
 

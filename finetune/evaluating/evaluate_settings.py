@@ -1,7 +1,7 @@
 """The settings of `diptych evaluate` and `diptych compare`."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import EXISTING, NAMES, OUTPUT, PREPARED
@@ -14,6 +14,8 @@ class EvaluateSettings(ModelSettings):
 
     data: str = field(default="", metadata=PREPARED)
     """Prepared dataset, the folder that `diptych prepare` wrote."""
+    engine: Literal["torch", "ctranslate2"] = "torch"
+    """Library that computes: torch, or CTranslate2; then MODEL is the folder that `diptych export` wrote."""
     split: str = "test"
     """The split to evaluate: test, validation, train; or test/news for one of several test sets with names. test means
     all test sets, one after the other."""

@@ -24,8 +24,16 @@ from diptych.data_prep.command_line.errors import UserError, counted, excerpt
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids.languages import LanguageCodes, codes_of
 from diptych.data_prep.text_to_ids.templates import carried_template
-from diptych.finetune.batches.padded_rows import check_rows_fit, check_same_tokenizer, drop_repeated_start, open_splits
+from diptych.finetune.batches.padded_rows import (
+    check_ids_fit,
+    check_rows_fit,
+    check_same_tokenizer,
+    drop_repeated_start,
+    open_splits,
+)
+from diptych.finetune.commands import cli
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import several_ranks
 from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
@@ -40,9 +48,9 @@ from diptych.finetune.evaluating.evaluate_rows import (
 )
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.evaluating.metrics import figures_and_signatures, find_metrics
+from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import check_generation_names
 from diptych.finetune.model.device_speed import keep_memory
-from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
 from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json, write_text
 
@@ -71,12 +79,18 @@ def run(settings: EvaluateSettings) -> int:
     accelerator = several_ranks()
     is_main = accelerator is None or accelerator.is_main_process
     device = accelerator.device if accelerator and settings.device == "auto" else pick_device(settings.device)
-    loaded = load_checkpoint(settings.model, settings.dtype, device)
+    if is_torch := settings.engine == "torch":
+        loaded = load_checkpoint(settings.model, settings.dtype, device)
+    else:
+        loaded = cli.imported(cli.ENGINES[settings.engine])(settings.model, settings.dtype, device)
+        settings_of_search = {"mbr_samples": settings.mbr_samples, "num_beams": settings.num_beams}
+        loaded.check(GenerateSettings(settings.model, **settings_of_search, generation=settings.generation))
     prepared = load_tokenizer(str(Path(settings.data) / "tokenizer"))
     check_same_tokenizer(settings.data, prepared, settings.model, loaded.tokenizer)
     # rendered and cut by the template that made the rows
-    loaded = replace(loaded, template=carried_template(prepared, check=False) or loaded.template)
-    splits = {name: of_languages(name, split, settings, loaded) for name, split in splits.items()}
+    template, codes = carried_template(prepared, check=False) or loaded.template, codes_of(loaded.tokenizer)
+    loaded = replace(loaded, template=template) if is_torch else loaded.with_template(template)
+    splits = {name: of_languages(name, split, settings, codes) for name, split in splits.items()}
     for name, split in splits.items():
         splits[name] = liked_rows(split)
         if not_liked := len(split) - len(splits[name]):
@@ -84,7 +98,11 @@ def run(settings: EvaluateSettings) -> int:
                 f"{name}: {counted(not_liked, 'answer')} that are not liked are no references: left out",
                 file=sys.stderr,
             )
-    check_rows_fit(loaded.model, splits)
+    if is_torch:
+        check_rows_fit(loaded.model, splits)
+    else:
+        tokens = len(loaded.source_tokens), len(loaded.tokens)
+        check_ids_fit(splits, tokens, (loaded.max_source_tokens, loaded.max_target_tokens))
     by = {name: group_columns(name, split, split_names(settings.by)) for name, split in splits.items()}
     faults: dict[str, str] = {}
     for name, split in splits.items():
@@ -92,7 +110,7 @@ def run(settings: EvaluateSettings) -> int:
             print(f"{settings.model} on {settings.data}, split {name}", file=sys.stderr)
         evaluation = evaluate_rows(
             loaded,
-            drop_repeated_start(split, loaded.decoder_start_token_id, loaded.language_codes.starts),
+            drop_repeated_start(split, loaded.decoder_start_token_id, codes.starts),
             metrics=metrics,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
@@ -136,9 +154,9 @@ def load_splits(data: str, split: str) -> dict[str, Dataset]:
     return {name: splits[name] for name in chosen}
 
 
-def of_languages(name: str, split: Dataset, settings: EvaluateSettings, loaded: LoadedModel) -> Dataset:
+def of_languages(name: str, split: Dataset, settings: EvaluateSettings, codes: LanguageCodes) -> Dataset:
     """The rows of a split in the languages of the settings."""
-    asked = loaded.language_codes.checked(Languages(settings.source_language, settings.target_language))
+    asked = codes.checked(Languages(settings.source_language, settings.target_language))
     if not any(asked):
         return split
     of_rows = [languages for _, languages in source_keys(split)]

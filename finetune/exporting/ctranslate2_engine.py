@@ -1,4 +1,5 @@
-"""`diptych generate --engine ctranslate2`: an engine as in inference/engine.py, which runs a folder of an export.
+"""`--engine ctranslate2` of `generate`, `evaluate`, `serve` and `demo`: runs a folder of an export. It has
+the methods of the engine in inference/engine.py, and `write` and `row_nats` for single batches.
 
     engine = load_engine("exported", "auto", torch.device("cpu"))
     engine.generate([EncodedPrompt([12, 7, 1], [0])], settings, seed=0)   [Output("가.", True, …)]
@@ -9,11 +10,15 @@ CTranslate2 does not have are refused by name. CTranslate2 seeds its generators 
 new seed restarts the translator: about a second per chunk of a file for a large model.
 """
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
-from itertools import chain
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.rows.records import IGNORE_INDEX
 from diptych.data_prep.text_to_ids.checkpoint_config import check_place, read_generation_config
 from diptych.data_prep.text_to_ids.templates import Template, carried_template
 from diptych.finetune.exporting.export_proof import GreedyRules, Written
@@ -39,6 +45,8 @@ from diptych.finetune.run_files.atomic_folders import read_json
 INSTALL = "CTranslate2 is not installed. Install it: pip install 'diptych[ctranslate2]'"
 VOCABULARIES = ("shared_vocabulary.json", "source_vocabulary.json", "target_vocabulary.json")
 """A folder has the first one, or the other two."""
+SEEDED = threading.Lock()
+"""Held while samples are drawn: all translators of a process share the seed."""
 DEFAULT_TOP_K = 50
 """The default of transformers' generate."""
 # Fields of a generation config that CTranslate2 has too …
@@ -86,7 +94,7 @@ class CTranslate2Engine:
         self.source_tokens: list[str] = tokens[0]
         self.tokens: list[str] = tokens[-1]
         self.ids = {token: token_id for token_id, token in enumerate(self.tokens)}
-        self._compute_type, self._seed = compute_type, None
+        self._compute_type, self._seed = compute_type, -1  # no seed yet; None: a random one
         self._translator = self._started()
 
     def _started(self) -> Any:
@@ -116,17 +124,22 @@ class CTranslate2Engine:
         return {"weights_sha256": digest.hexdigest(), "ctranslate2": version, "compute_type": self.computed_in}
 
     def check(self, settings: GenerateSettings) -> None:
-        self._config(settings)
+        if settings.mbr_samples:
+            raise UserError(
+                "mbr_samples draws without very unlikely tokens (epsilon_cutoff), which CTranslate2 does not have. "
+                "Remove it, or use --engine torch with the checkpoint."
+            )
+        self.config_for(settings.generation_kwargs())
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], settings: GenerateSettings, seed: int, bar: GenerationBar | None = None
     ) -> list[Output]:
         check_source_ids([prompt.source_ids for prompt in prompts])
-        config = self._config(settings)
+        self.check(settings)
+        config = self.config_for(settings.generation_kwargs())
         template, _ = with_stop_strings(self.template, settings.generation)
         if config.do_sample and seed != self._seed:
-            import_ctranslate2().set_random_seed(seed)
-            self._translator, self._seed = self._started(), seed
+            self._reseed(seed)
 
         def generate(rows: list[int]) -> list[list[Output]]:
             outputs = self._generate_batch([prompts[row] for row in rows], template, config, settings.max_new_tokens)
@@ -137,16 +150,64 @@ class CTranslate2Engine:
         found = map_by_length(generate, [len(prompt.source_ids) for prompt in prompts], settings.batch_size)
         return list(chain.from_iterable(found))
 
-    def _config(self, settings: GenerateSettings) -> GenerationConfig:
-        """The folder's generation config updated by the settings; UserError for what CTranslate2 does not have."""
-        if settings.mbr_samples:
-            raise UserError(
-                "mbr_samples draws without very unlikely tokens (epsilon_cutoff), which CTranslate2 does not have. "
-                "Remove it, or use --engine torch with the checkpoint."
-            )
+    def write(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        template: Template | None,
+        settings: dict[str, Any],
+        most: int,
+        seed: int | None,
+        on_token: Callable[[int, int], bool] | None = None,
+    ) -> list[Output]:
+        """The outputs of one batch with up to `most` new tokens. `settings` are arguments of `generate`. `on_token` is
+        for one output per prompt without beams: it gets each row's place and next token, and returns True to end the
+        row. It must not refer to the engine (see `stop_callback`). Without a seed no draw is repeated."""
+        config = self.config_for(settings)
+        with SEEDED if config.do_sample else nullcontext():
+            if config.do_sample and (seed is not None or self._seed is not None):
+                self._reseed(secrets.randbits(31) if seed is None else seed)
+                self._seed = seed
+            outputs = self._generate_batch(prompts, template, config, most, on_token)
+        return list(chain.from_iterable(outputs))
+
+    def with_template(self, template: Template | None) -> "CTranslate2Engine":
+        """The same engine, asked with another template."""
+        other = copy.copy(self)
+        other.template = template
+        return other
+
+    def row_nats(self, rows: Mapping[str, Sequence[Any]]) -> list[float]:
+        """The loss of each row of a batch of prepared columns, in nats, summed over its labels. UserError for labels
+        that CTranslate2 cannot score: those that do not end with the end token, or are not all learned."""
+        for labels, start in zip_longest(rows["labels"], rows.get("decoder_start", ())):
+            if IGNORE_INDEX in labels or start not in (None, self.decoder_start_token_id):
+                raise UserError(
+                    "a row has labels that are not learned, or a start token of its own, which CTranslate2 cannot "
+                    "score. Use --engine torch with the checkpoint."
+                )
+        scored = self._translator.score_batch(
+            self._named_sources(rows["input_ids"]),
+            [self._named(labels[:-1]) for labels in rows["labels"]],
+            max_input_length=0,
+        )
+        for labels, result in zip(rows["labels"], scored, strict=True):
+            if result.tokens[-1] != self.tokens[labels[-1]]:
+                raise UserError(
+                    f"a row's labels end with {self.tokens[labels[-1]]}, and CTranslate2 scores a text with "
+                    f"{result.tokens[-1]} at its end. Use --engine torch with the checkpoint."
+                )
+        return [-sum(result.log_probs) for result in scored]
+
+    def _reseed(self, seed: int) -> None:
+        import_ctranslate2().set_random_seed(seed % 2**32)
+        self._translator, self._seed = self._started(), seed
+
+    def config_for(self, settings: dict[str, Any]) -> GenerationConfig:
+        """The folder's generation config updated by arguments of `generate`; UserError for what CTranslate2 does not
+        have."""
         warn_of_ignored(self.generation_config, str(self.folder))
         config = model_settings(self.generation_config)
-        unknown = config.update(**with_stop_strings(None, settings.generation_kwargs())[1])
+        unknown = config.update(**with_stop_strings(None, settings)[1])
         known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
         refused = sorted({*unknown, *(config.to_diff_dict().keys() & known) - EXPRESSED - WITHOUT_EFFECT})
         if config.early_stopping == "never":
@@ -161,7 +222,12 @@ class CTranslate2Engine:
         return config
 
     def _generate_batch(
-        self, prompts: Sequence[EncodedPrompt], template: Template | None, config: GenerationConfig, most: int
+        self,
+        prompts: Sequence[EncodedPrompt],
+        template: Template | None,
+        config: GenerationConfig,
+        most: int,
+        on_token: Callable[[int, int], bool] | None = None,
     ) -> list[list[Output]]:
         for prompt in prompts:
             if prompt.given[0] != self.decoder_start_token_id:
@@ -177,7 +243,9 @@ class CTranslate2Engine:
         if config.forced_eos_token_id is not None:
             most -= 1  # torch writes the end token in the last place, whatever the model would have written
         options = self._options(config, max(most, 1))
-        if template and template.stop and options["beam_size"] == options["num_hypotheses"] == 1:
+        if on_token is not None:
+            options["callback"] = lambda step: step.step >= hidden and on_token(step.batch_id, step.token_id)
+        elif template and template.stop and options["beam_size"] == options["num_hypotheses"] == 1:
             options["callback"] = stop_callback(self.tokenizer, template, len(prompts))
         results = self._translator.translate_batch(
             self._named_sources([prompt.source_ids for prompt in prompts]), list(map(self._named, prefixes)), **options

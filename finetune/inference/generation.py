@@ -132,16 +132,25 @@ def generate_batch(
     settings = generation_kwargs | {"stopping_criteria": criteria, "max_new_tokens": max_new_tokens}
     inputs = {name: ids.to(loaded.device) for name, ids in inputs.items()}
     config, sequences = _generate(loaded, inputs, settings)
-    outputs = []
-    for sequence in sequences:
-        ids, finished = up_to_end(sequence[len(given[0]) :], end_tokens(config))
-        if finished and config.forced_eos_token_id is not None and len(ids) == config.max_new_tokens:
-            ids, finished = ids[:-1], False  # the limit forced this eos (BART's generation configs ask for it)
-        text, is_stopped = cut_at_stop(text_of(loaded.tokenizer, ids[: len(ids) - finished]), template)
-        while is_stopped and ids and ids[-1] == config.pad_token_id:  # rows that end before others are padded
-            ids = ids[:-1]
-        outputs.append(Output(text, finished or is_stopped, tuple(ids)))
-    return outputs
+    most, start = config.max_new_tokens, len(given[0])
+    return [output_of(loaded.tokenizer, template, config, sequence[start:], most) for sequence in sequences]
+
+
+def output_of(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
+    config: GenerationConfig,
+    ids: list[int],
+    most: int,
+) -> Output:
+    """The output of a row's tokens after the given ones, of which there were to be at most `most`."""
+    ids, finished = up_to_end(ids, end_tokens(config))
+    if finished and config.forced_eos_token_id is not None and len(ids) == most:
+        ids, finished = ids[:-1], False  # the limit forced this eos (BART's generation configs ask for it)
+    text, is_stopped = cut_at_stop(text_of(tokenizer, ids[: len(ids) - finished]), template)
+    while is_stopped and ids and ids[-1] == config.pad_token_id:  # rows that end before others are padded
+        ids = ids[:-1]
+    return Output(text, finished or is_stopped, tuple(ids))
 
 
 def _generate(

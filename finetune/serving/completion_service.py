@@ -1,6 +1,6 @@
 """What `diptych serve` does with requests: a method for each path, from the HTTP request to the answer or its chunks.
 
-    app = build_app(Service(settings, served, engine, token))       an ASGI application
+    app = build_app(Service(settings, [Hosted("ko", served, engine)], token))       an ASGI application
 
 The extra `serve` is imported here; serve.py says so if it is not installed.
 """
@@ -10,9 +10,10 @@ import hmac
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import codes_of
-from diptych.finetune.inference.prompts import Prompt, prompt_of
+from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of
 from diptych.finetune.serving.guarded_server import ARRIVAL_SECONDS
 from diptych.finetune.serving.openai_requests import (
     CompletionRequest,
@@ -32,6 +33,7 @@ from diptych.finetune.serving.openai_requests import (
     check_model,
     finish_reason,
     read_request,
+    read_translation,
 )
 from diptych.finetune.serving.request_batches import Answer, Ended, Engine, Failed, Job, Piece, show_place
 from diptych.finetune.serving.serve_settings import ServeSettings
@@ -43,22 +45,33 @@ SMALL_BODY, MOST_ARRIVING = 65_536, 64_000_000
 ERROR_HEADERS = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}}
 
 
+class Hosted(NamedTuple):
+    """A model by its name for clients, and its queue."""
+
+    name: str
+    served: ServedModel
+    engine: Engine
+
+
 class ServerMetrics:
     """What Prometheus reads at /metrics."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, models: Sequence[Hosted]):
         self.registry = CollectorRegistry()
-        kept = {"registry": self.registry}
+        kept, of_model = {"registry": self.registry}, {"registry": self.registry, "labelnames": ["model"]}
         self.requests = Counter("diptych_requests", "Requests by path and status.", ["path", "status"], **kept)
         self.dropped = Counter("diptych_dropped", "Requests whose client left, or that timed out.", **kept)
-        self.read = Counter("diptych_prompt_tokens", "Tokens of prompts.", **kept)
-        self.written = Counter("diptych_generated_tokens", "Tokens generated.", **kept)
-        self.seconds = Histogram("diptych_request_seconds", "From a request to the end of its answer.", **kept)
+        self.read = Counter("diptych_prompt_tokens", "Tokens of prompts.", **of_model)
+        self.written = Counter("diptych_generated_tokens", "Tokens generated.", **of_model)
+        self.seconds = Histogram("diptych_request_seconds", "From a request to the end of its answer.", **of_model)
         sizes = [1, 2, 4, 8, 16, 32, 64, 128]
-        engine.on_batch = Histogram("diptych_batch_rows", "Prompts of a batch.", buckets=sizes, **kept).observe
-        Gauge("diptych_queue_depth", "Prompts that wait.", **kept).set_function(lambda: engine.waiting)
-        running = Gauge("diptych_running_rows", "Prompts that are being answered.", **kept)
-        running.set_function(lambda: sum(not job.is_dropped for job in engine.running))
+        rows = Histogram("diptych_batch_rows", "Prompts of a batch.", buckets=sizes, **of_model)
+        waiting = Gauge("diptych_queue_depth", "Prompts that wait.", **of_model)
+        running = Gauge("diptych_running_rows", "Prompts that are being answered.", **of_model)
+        for name, _, engine in models:
+            engine.on_batch = rows.labels(name).observe
+            waiting.labels(name).set_function(lambda engine=engine: engine.waiting)
+            running.labels(name).set_function(lambda engine=engine: engine.unanswered)
 
     def count(self, path: str, status: int) -> None:
         self.requests.labels(path, status).inc()
@@ -80,25 +93,35 @@ class EventStream(StreamingResponse):
 
 
 class Service:
-    """The model, its queue, and a method for each path."""
+    """The models, and a method for each path."""
 
-    def __init__(self, settings: ServeSettings, served: ServedModel, engine: Engine, token: str | None = None):
-        self.settings, self.served, self.engine, self.token = settings, served, engine, token
-        self.name, self.is_closing = settings.model_name, False
-        self.encoder, self.encoding, self.arriving = ThreadPoolExecutor(1, "encoder"), 0, 0
-        self.metrics = ServerMetrics(engine)
+    def __init__(self, settings: ServeSettings, models: Sequence[Hosted], token: str | None = None):
+        self.settings, self.token, self.is_closing = settings, token, False
+        self.models = {model.name: model for model in models}
+        self.encoder, self.encoding, self.arriving = ThreadPoolExecutor(1, "encoder"), dict.fromkeys(self.models, 0), 0
+        self.metrics = ServerMetrics(models)
 
     # The paths
 
     async def complete(self, request: Request) -> Response:
-        """Both completions and chat completions. What fails drops the request's jobs."""
+        return await self.answer(request, partial(read_request, is_chat=False))
+
+    async def chat(self, request: Request) -> Response:
+        return await self.answer(request, partial(read_request, is_chat=True))
+
+    async def translate(self, request: Request) -> Response:
+        return await self.answer(request, read_translation)
+
+    async def answer(self, request: Request, read: Callable[..., CompletionRequest]) -> Response:
+        """What fails drops the request's jobs."""
         self.admit(request)
         if self.is_closing:
             raise RequestError(503, "the server is about to end. Come again.", kind="overloaded")
         path, jobs = request.scope["path"], []
         try:
             body = await self.read_body(request)
-            asked = read_request(body, "chat" in path, self.name, self.served.most_tokens)
+            most_tokens = {name: model.served.most_tokens for name, model in self.models.items()}
+            asked = read(body, most_tokens=most_tokens)
             jobs, events = await self.submit(asked)
             if asked.stream:
                 return EventStream(self.stream(path, asked, jobs, events), jobs)
@@ -110,18 +133,20 @@ class Service:
         return JSONResponse(answer)
 
     async def list_models(self, request: Request) -> Response:
-        """The only one there is, in a list or by its name."""
+        """All of them in a list, or one by its name."""
         self.admit(request)
-        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "diptych"}
+        about = {"object": "model", "created": 0, "owned_by": "diptych"}
         if (name := request.path_params.get("name")) is None:
-            return JSONResponse({"object": "list", "data": [model]})
-        check_model(name, self.name)
-        return JSONResponse(model)
+            return JSONResponse({"object": "list", "data": [{"id": name} | about for name in self.models]})
+        check_model(name, self.models)
+        return JSONResponse({"id": name} | about)
 
     async def health(self, request: Request) -> Response:
         self.admit(request, needs_token=False)
         state = "closing" if self.is_closing else "ok"
-        return JSONResponse({"status": state, "model": self.name}, 503 if self.is_closing else 200)
+        first, *others = self.models
+        body = {"status": state, "model": first} | ({"models": [first, *others]} if others else {})
+        return JSONResponse(body, 503 if self.is_closing else 200)
 
     async def show_metrics(self, request: Request) -> Response:
         self.admit(request)
@@ -173,16 +198,17 @@ class Service:
     async def submit(self, asked: CompletionRequest) -> tuple[list[Job], asyncio.Queue]:
         """Queues the prompts. Returns their jobs, and a queue of (index of the job, event)."""
         loop, events, most = asyncio.get_running_loop(), asyncio.Queue(), self.settings.queue
+        name, _, engine = self.models[asked.model]
         if len(asked.rows) > most:
             message = f"the request has {len(asked.rows)} prompts, but only {most} can wait. Send fewer at once."
             raise RequestError(400, message, "prompt")
-        if self.engine.waiting + self.encoding + len(asked.rows) > most:
+        if engine.waiting + self.encoding[name] + len(asked.rows) > most:
             raise RequestError(503, f"up to {most} prompts wait already. Come again.", kind="overloaded")
-        self.encoding += len(asked.rows)
+        self.encoding[name] += len(asked.rows)
         try:  # in a thread, because four megabytes take seconds
             sources = await loop.run_in_executor(self.encoder, self.encode, asked)
         finally:
-            self.encoding -= len(asked.rows)
+            self.encoding[name] -= len(asked.rows)
 
         def to_queue(place: int):
             return lambda event: loop.call_soon_threadsafe(events.put_nowait, (place, event))
@@ -191,35 +217,24 @@ class Service:
             Job(source.source_ids, asked.decoding, to_queue(place), asked.stream, given=source.given)
             for place, source in enumerate(sources)
         ]
-        self.engine.submit(jobs)
+        engine.submit(jobs)
         asked.prompt_tokens = sum(len(source.source_ids) for source in sources)
-        self.metrics.read.inc(asked.prompt_tokens)
+        self.metrics.read.labels(name).inc(asked.prompt_tokens)
         return jobs, events
 
     def encode(self, asked: CompletionRequest) -> list[Encoded]:
         """The prompts' token ids, by the template as `diptych generate` does it. RequestError if one is too long."""
-        column = "messages" if asked.is_chat else "prompt"
-        sources = []
+        served, sources = self.models[asked.model].served, []
         try:
             for row in asked.rows:
-                sources.append(source := self.served.encode(self.as_asked(prompt_of(row))))
+                sources.append(source := served.encode(as_asked(served.prompter, prompt_of(row))))
                 if source.tokens > (most := len(source.source_ids)):
                     raise UserError(f"the prompt has {source.tokens} tokens, and {most} are read. Send a shorter one.")
-                self.served.budget.check(source.tokens, asked.decoding)
+                served.check(source.tokens, asked.decoding)
         except (UserError, Fault) as error:
-            raise RequestError(400, str(error), error.field if isinstance(error, Fault) else column) from None
+            field = error.field if isinstance(error, Fault) else asked.prompt_field
+            raise RequestError(400, str(error), field) from None
         return sources
-
-    def as_asked(self, prompt: Prompt) -> Prompt:
-        """For a T5 with languages, `translate English to Korean:` is the instruction, and the prompt is its input."""
-        prompter = self.served.prompter
-        has_words = codes_of(prompter.tokenizer).layout == "words"
-        direction = prompt.languages.filled_from(prompter.languages).direction
-        if has_words and any(prompt.languages) and not direction:
-            raise UserError("one language alone is not used by this model. Give source and target, or neither.")
-        if prompt.input or not has_words or not direction:
-            return prompt
-        return prompt._replace(instruction="", input=prompt.instruction)
 
     async def events_of(self, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[tuple[int, Piece | Ended]]:
         """(index of the job, event) until all have ended. Raises TimeoutError, or the error of a batch that failed."""
@@ -234,7 +249,7 @@ class Service:
     async def whole_answer(self, asked: CompletionRequest, jobs: list[Job], events: asyncio.Queue) -> dict[str, Any]:
         ended = {place: event.answers async for place, event in self.events_of(jobs, events)}
         answers = [answer for place in range(len(jobs)) for answer in ended[place]]
-        self.count_answers(jobs, answers)
+        self.count_answers(asked.model, jobs, answers)
         return asked.body(answers)
 
     async def chunks(
@@ -250,7 +265,7 @@ class Service:
             answers += event.answers
             for index, answer in enumerate(event.answers):
                 yield asked.chunk(first + index, "", finish_reason(answer))
-        self.count_answers(jobs, answers)
+        self.count_answers(asked.model, jobs, answers)
         if asked.include_usage:
             yield asked.usage_chunk(answers)
 
@@ -271,9 +286,9 @@ class Service:
         finally:
             self.metrics.count(path, status)
 
-    def count_answers(self, jobs: list[Job], answers: Sequence[Answer]) -> None:
-        self.metrics.written.inc(sum(len(answer.ids) for answer in answers))
-        self.metrics.seconds.observe(time.monotonic() - jobs[0].created)
+    def count_answers(self, model: str, jobs: list[Job], answers: Sequence[Answer]) -> None:
+        self.metrics.written.labels(model).inc(sum(len(answer.ids) for answer in answers))
+        self.metrics.seconds.labels(model).observe(time.monotonic() - jobs[0].created)
 
     def request_error(self, error: Exception) -> RequestError:
         if isinstance(error, RequestError):
@@ -289,6 +304,17 @@ class Service:
     def close(self) -> None:
         """Requests under way are answered, new ones refused."""
         self.is_closing = True
+
+
+def as_asked(prompter: Prompter, prompt: Prompt) -> Prompt:
+    """For a T5 with languages, `translate English to Korean:` is the instruction, and the prompt is its input."""
+    has_words = codes_of(prompter.tokenizer).layout == "words"
+    direction = prompt.languages.filled_from(prompter.languages).direction
+    if has_words and any(prompt.languages) and not direction:
+        raise UserError("one language alone is not used by this model. Give source and target, or neither.")
+    if prompt.input or not has_words or not direction:
+        return prompt
+    return prompt._replace(instruction="", input=prompt.instruction)
 
 
 def json_object(data: bytes) -> dict[str, Any]:
@@ -337,7 +363,8 @@ def build_app(service: Service) -> Starlette:
 
     routes = [
         Route("/v1/completions", service.complete, methods=["POST"]),
-        Route("/v1/chat/completions", service.complete, methods=["POST"]),
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/translations", service.translate, methods=["POST"]),
         Route("/v1/models", service.list_models),
         Route("/v1/models/{name:path}", service.list_models),
         Route("/health", service.health),

@@ -7,11 +7,13 @@
 The encoder's memory for S source tokens is a S + b S²: attention with a bias (T5) makes tensors (B, H, S, S). The
 decoder's grows with rows and tokens. Both are measured by reading two short prompts: families differ too much for a
 formula. Tensors are counted (MemoryMeter); the process grew by up to 1.2 times as much (T5, BART, LED and Diptych with
-up to 3,000 tokens). A batch may take a third of the free memory: the rest is for a second model, and for requests.
+up to 3,000 tokens). A batch may take a third of the free memory, or less with more than two models: the rest is for
+the others, and for requests.
 """
 
 import bisect
 import contextlib
+import math
 import resource
 import weakref
 from collections.abc import Sequence
@@ -49,7 +51,7 @@ class MemoryBudget(NamedTuple):
 
     def cost(self, source_tokens: int, decoding: Decoding, prompts: int = 1) -> float:
         """Bytes that a batch takes, with its sources padded to `source_tokens`."""
-        rows = prompts * decoding.n * decoding.num_beams
+        rows = prompts * decoding.rows
         cached = max(source_tokens, self.measured_tokens) + decoding.max_new_tokens
         read, read_rows = (cached, rows) if decoding.scores else (source_tokens, prompts)
         return read_rows * read * (self.per_token + self.per_square * read) + rows * cached * self.per_decoded_token
@@ -57,7 +59,7 @@ class MemoryBudget(NamedTuple):
     def check(self, source_tokens: int, decoding: Decoding) -> None:
         """UserError if a prompt with this decoding takes more than a batch may."""
         if (needed := self.cost(source_tokens, decoding)) > self.bytes:
-            answers, tokens = decoding.n * decoding.num_beams, decoding.max_new_tokens
+            answers, tokens = decoding.rows, decoding.max_new_tokens
             raise UserError(
                 f"a prompt of {source_tokens} tokens with {answers} answers or beams of up to {tokens} tokens can take"
                 f" {needed / 1e6:,.0f} MB of memory, and may take {self.bytes / 1e6:,.0f}. Ask for fewer or shorter"
@@ -67,12 +69,19 @@ class MemoryBudget(NamedTuple):
     def fits(self, jobs: Sequence[Job]) -> bool:
         """Whether the jobs may share a batch. One alone always may: those that may not are refused before."""
         longest = max(len(job.source_ids) for job in jobs)
-        return len(jobs) == 1 or self.cost(longest, jobs[0].decoding, len(jobs)) <= self.bytes
+        decoding = max((job.decoding for job in jobs), key=lambda decoding: decoding.max_new_tokens)
+        return len(jobs) == 1 or self.cost(longest, decoding, len(jobs)) <= self.bytes
 
     def most_source_tokens(self, decoding: Decoding) -> int:
         """At least as many as were measured."""
         most = bisect.bisect_right(range(MOST_TOKENS), self.bytes, key=lambda tokens: self.cost(tokens, decoding)) - 1
         return max(most, self.measured_tokens)
+
+
+UNMEASURED = MemoryBudget(math.inf, 0, 0.0, 0.0, 0.0)
+"""Of an engine whose tensors torch does not see: any batch fits."""
+MOST_UNMEASURED = 2048
+"""Tokens of a prompt for such an engine, if the model has no limit."""
 
 
 class MemoryMeter(TorchDispatchMode):
@@ -112,8 +121,9 @@ class MemoryMeter(TorchDispatchMode):
         self.most_reading, self.most_writing = max(self.most_reading, self.most_writing), self._now
 
 
-def measured_budget(loaded: LoadedModel) -> MemoryBudget:
-    """By reading a prompt of 512 tokens (or of as many as the model has positions for) and one of half the length."""
+def measured_budget(loaded: LoadedModel, share: float = SHARE) -> MemoryBudget:
+    """For batches that take up to `share` of the free memory. Reads a prompt of 512 tokens (or of as many as the model
+    has positions for) and one of half the length."""
     long = min(MEASURED_TOKENS, position_limit(loaded.model, of_source=True) or MEASURED_TOKENS)
     half = long // 2
     peaks = []
@@ -124,7 +134,7 @@ def measured_budget(loaded: LoadedModel) -> MemoryBudget:
     # a half + b half² and a long + b long², solved for b, and for a with what does not depend on the length in it
     per_square = max(0.0, (peaks[1] - long / half * peaks[0]) / (long**2 - long * half))
     per_token = peaks[1] / long - per_square * long
-    return MemoryBudget(SHARE * free_memory(loaded.device), long, per_token, per_square, meter.most_writing / long)
+    return MemoryBudget(share * free_memory(loaded.device), long, per_token, per_square, meter.most_writing / long)
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,4 +1,5 @@
-"""Requests of OpenAI's completions and chat completions, checked by hand; answers as OpenAI's client parses them.
+"""Requests of OpenAI's completions and chat completions, checked by hand; answers as OpenAI's client parses them. And
+translations, in the form of vLLM's open proposal (pull request 58111, "Add text /v1/translations endpoint").
 
     asked = read_request({"prompt": "Name the capital.", "input": "France", "n": 2, "temperature": 1}, …)
     asked.rows         [{"instruction": "Name the capital.", "input": "France", "system": ""}]
@@ -14,7 +15,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,16 @@ from diptych.finetune.serving.request_batches import Answer, Decoding
 
 MOST_PROMPTS = 64
 MOST_ANSWERS = 16
+"""To a prompt, and beams."""
 LANGUAGES = (*SOURCE_COLUMNS[:2], *TARGET_COLUMNS[:2])
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 """One setting by its old and its new name."""
 KNOWN = {"model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", *LANGUAGES, *TOKEN_LIMITS}
+KNOWN |= {"num_beams", "use_beam_search", "length_penalty", "repetition_penalty"}
+"""`num_beams` is transformers' name. vLLM has `use_beam_search`, with `n` or `best_of` as the number of beams."""
+TRANSLATION = {"model", "text", "source_language", "target_language", "stream", "max_tokens", "num_beams"}
+TRANSLATION |= {"temperature", "top_p", "seed", "length_penalty"}
+"""Fields of a translation. `num_beams` and `length_penalty` are not in the proposal."""
 IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
@@ -94,6 +101,11 @@ class CompletionRequest:
     has_role: set[int] = field(default_factory=set)
     """The answers of which a chunk with the role was sent."""
 
+    @property
+    def prompt_field(self) -> str:
+        """The field that errors of its prompts name."""
+        return "messages" if self.is_chat else "prompt"
+
     def __post_init__(self) -> None:
         self.id = f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}"
 
@@ -139,12 +151,33 @@ class CompletionRequest:
         return {"index": index, key: role | {"content": text}, "finish_reason": reason}
 
 
+class TranslationRequest(CompletionRequest):
+    """A checked request for one translation."""
+
+    prompt_field = "text"
+
+    def __post_init__(self) -> None:
+        self.id = f"transl-{uuid.uuid4().hex}"
+
+    def body(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        (row,), (answer,) = self.rows, answers
+        languages = {name: row.get(name) for name in ("source_language", "target_language")}
+        return self._envelope("") | {"translated_text": answer.text} | languages | {"usage": self.usage(answers)}
+
+    def _envelope(self, suffix: str) -> dict[str, Any]:
+        return super()._envelope(suffix) | {"object": f"translation{suffix}"}
+
+    def _choice(self, index: int, text: str, reason: str | None, key: str) -> dict[str, Any]:
+        return {"index": index, key: {"translated_text": text}, "finish_reason": reason}
+
+
 def finish_reason(answer: Answer) -> str:
     return "stop" if answer.finished else "length"
 
 
-def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: int) -> CompletionRequest:
-    """RequestError for the first field that is wrong or asks for what is not done here."""
+def read_request(body: dict[str, Any], is_chat: bool, most_tokens: Mapping[str, int]) -> CompletionRequest:
+    """RequestError for the first field that is wrong or asks for what is not done here. `most_tokens` are the caps on
+    new tokens of the models by their names."""
     body = _without_nulls(body)
     # A chat asks for each token's log-probability by true; a completion by 0, the number of alternatives beside it.
     logprobs = body.get("logprobs", False)
@@ -153,23 +186,57 @@ def read_request(body: dict[str, Any], is_chat: bool, model: str, most_tokens: i
         message = f"{LOGPROBS[is_chat]} Those of other tokens (top_logprobs) are not supported."
         raise RequestError(400, message, "logprobs")
     own = {"messages"} if is_chat else {"prompt", "input", "system"}
-    _check_fields(body, KNOWN | own | ({"logprobs"} if is_chat and has_scores else set()))
-    check_model(_field(body, "model", str, model), model)
+    own |= ({"logprobs"} if is_chat and has_scores else set()) | (
+        {"best_of"} if body.get("use_beam_search") else set()
+    )
+    _check_fields(body, KNOWN | own)
+    model = asked_model(body, most_tokens)
     stream = _field(body, "stream", bool, False)
     options = _without_nulls(_field(body, "stream_options", dict, {}))
     _check_fields(options, {"include_usage"}, "stream_options.")
     include_usage = _field(options, "include_usage", bool, False)
     if has_scores and stream:
         raise RequestError(400, "'logprobs' are known when all is written. Ask for them without 'stream'.", "logprobs")
-    decoding = _decoding(body, most_tokens)._replace(scores=has_scores)
+    decoding = _decoding(body, most_tokens[model])._replace(scores=has_scores)
     rows = _chat_rows(body) if is_chat else _completion_rows(body)
     languages = {name: _field(body, name, str, "") for name in LANGUAGES if body.get(name) is not None}
     return CompletionRequest(is_chat, model, [row | languages for row in rows], decoding, stream, include_usage)
 
 
-def check_model(name: str, model: str) -> None:
-    if name != model:
-        raise RequestError(404, f"there is no model '{excerpt(name, 60)}' here; this is {model!r}.", "model")
+def read_translation(body: dict[str, Any], most_tokens: Mapping[str, int]) -> TranslationRequest:
+    """As `read_request`."""
+    body = _without_nulls(body)
+    if "prompt_template" in body:
+        message = "'prompt_template' cannot be given here: the checkpoint has its own template. Leave it out."
+        raise RequestError(400, message, "prompt_template")
+    _check_fields(body, TRANSLATION)
+    model = asked_model(body, most_tokens)
+    text, target = _field(body, "text", str, ""), _field(body, "target_language", str, "")
+    for name, value in {"text": text, "target_language": target}.items():
+        if not value.strip():
+            raise RequestError(400, f"{name!r} is missing or empty.", name)
+    languages = {"target_language": target}
+    if source := _field(body, "source_language", str, ""):
+        languages["source_language"] = source
+    decoding, stream = _decoding(body, most_tokens[model]), _field(body, "stream", bool, False)
+    return TranslationRequest(False, model, [{"input": text} | languages], decoding, stream, include_usage=False)
+
+
+def asked_model(body: dict[str, Any], names: Collection[str]) -> str:
+    """The name of the model that is asked; with one model, it need not be named."""
+    first, *others = names
+    if body.get("model") is None and others:
+        raise RequestError(400, f"'model' is missing. Name one of {', '.join(map(repr, names))}.", "model")
+    name = _field(body, "model", str, first)
+    check_model(name, names)
+    return name
+
+
+def check_model(name: str, names: Collection[str]) -> None:
+    if name not in names:
+        there = "this is" if len(names) == 1 else "there are"
+        message = f"there is no model '{excerpt(name, 60)}' here; {there} {', '.join(map(repr, names))}."
+        raise RequestError(404, message, "model")
 
 
 def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
@@ -212,8 +279,20 @@ def _decoding(body: dict[str, Any], most_tokens: int) -> Decoding:
     temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
     top_p = float(_number(body, "top_p", (int, float), 1, 0, 1))
     count = _number(body, "n", int, 1, 1, MOST_ANSWERS)
-    if count > 1 and not temperature:
-        raise RequestError(400, "'n' above 1 without a temperature would be one answer several times. Give one.", "n")
+    beams = _beams(body, count)
+    if beams > 1 and temperature:
+        raise RequestError(400, "beams and a temperature exclude each other. Leave one out.", "temperature")
+    if count > beams and not temperature:
+        message = f"'n' is {count}, but {beams} beams have no more. Give as many 'num_beams', or a temperature."
+        if beams == 1:
+            message = "'n' above 1 needs a temperature, or as many 'num_beams': otherwise all answers are the same."
+        raise RequestError(400, message, "n")
+    penalties = {
+        "length_penalty": float(_number(body, "length_penalty", (int, float), 1, -10, 10)),
+        "repetition_penalty": float(_number(body, "repetition_penalty", (int, float), 1, 0.01, 10)),
+    }
+    if penalties["length_penalty"] != 1 and beams == 1:
+        raise RequestError(400, "'length_penalty' is for beams. Leave it out, or give 'num_beams'.", "length_penalty")
     stop = _field(body, "stop", (str, list), [])
     stop = [stop] if isinstance(stop, str) else stop
     if len(stop) > 16 or not all(isinstance(text, str) and text for text in stop):
@@ -221,7 +300,19 @@ def _decoding(body: dict[str, Any], most_tokens: int) -> Decoding:
     seed = _number(body, "seed", int, None, -LARGEST_INTEGER - 1, LARGEST_INTEGER)
     if not temperature:  # then both change nothing, and prompts can share a batch
         top_p, seed = 1.0, None
-    return Decoding(min(most_tokens, *limits), temperature, top_p, count, tuple(stop), seed)
+    return Decoding(min(most_tokens, *limits), temperature, top_p, count, tuple(stop), seed, beams, **penalties)
+
+
+def _beams(body: dict[str, Any], count: int) -> int:
+    """The width of beam search; 1 is none."""
+    width = _number(body, "num_beams", int, 1, 1, MOST_ANSWERS)
+    if not _field(body, "use_beam_search", bool, False):
+        return width
+    best_of = _number(body, "best_of", int, 1, 1, MOST_ANSWERS)
+    if (found := max(width, best_of, count)) == 1:
+        message = f"'use_beam_search' needs a number of beams, 2 to {MOST_ANSWERS}: 'num_beams', 'best_of' or 'n'."
+        raise RequestError(400, message, "use_beam_search")
+    return found
 
 
 def _chat_rows(body: dict[str, Any]) -> list[dict[str, Any]]:

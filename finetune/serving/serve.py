@@ -29,19 +29,23 @@ INSTALL = "pip install 'diptych[serve]'"
 def run(settings: ServeSettings) -> int:
     try:
         # These need the extra `serve`.
-        from diptych.finetune.serving.completion_service import Service, build_app
+        from diptych.finetune.serving.completion_service import Hosted, Service, build_app
         from diptych.finetune.serving.guarded_server import run_until_signal
     except ImportError as error:
         raise UserError(f"{error.name} is not installed. `diptych serve` needs it: {INSTALL}") from error
     token = os.environ.get(TOKEN_VARIABLE) or None
     need_secret(settings.host, token, TOKEN_VARIABLE)
     listener = listen(settings.host, settings.port)  # before the model, which takes longer
-    served = load_served(settings, settings.model, settings.max_source_tokens)
+    names = settings.named_models
     limits = {"queue_size": settings.queue, "batch_wait_ms": settings.batch_wait_ms}
-    engine = Engine(served.loaded, batch_size=settings.batch_size, **limits)
-    engine.fits = served.budget.fits
-    service = Service(settings, served, engine, token)
-    message = f"{settings.model_name} on {served.loaded.device}: {address(listener)}/v1"
+    models = []
+    for name, served in zip(names, load_served(settings, [*names.values()], settings.max_source_tokens), strict=True):
+        engine = Engine(served.loaded, batch_size=settings.batch_size, **limits)
+        engine.fits = served.budget.fits
+        models.append(Hosted(name, served, engine))
+    service = Service(settings, models, token)
+    message = f"{', '.join(names)} on {models[0].served.loaded.device}: {address(listener)}/v1"
     run_until_signal(build_app(service), listener, message, settings.timeout, on_signal=service.close)
-    engine.close()
+    for model in models:
+        model.engine.close()
     return 0

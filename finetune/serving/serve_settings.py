@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from diptych.data_prep.command_line.arguments import check_numbers
 from diptych.data_prep.command_line.errors import UserError
@@ -10,7 +11,16 @@ from diptych.finetune.commands.model_settings import PromptSettings, check_posit
 
 
 @dataclass(frozen=True)
-class DemoSettings(PromptSettings):
+class ServingSettings(PromptSettings):
+    """A checkpoint that is asked by others."""
+
+    engine: Literal["torch", "ctranslate2"] = "torch"
+    """Library that computes: torch, or CTranslate2, which is faster on CPUs; then checkpoints are the folders that
+    `diptych export` wrote."""
+
+
+@dataclass(frozen=True)
+class DemoSettings(ServingSettings):
     """A page on which to try a checkpoint, or two of them side by side."""
 
     beside: str = field(default="", metadata=CHECKPOINT)
@@ -30,8 +40,8 @@ class DemoSettings(PromptSettings):
 
 
 @dataclass(frozen=True)
-class ServeSettings(PromptSettings):
-    """Serve a checkpoint with OpenAI's HTTP API: completions and chat, with or without streaming."""
+class ServeSettings(ServingSettings):
+    """Serve checkpoints with OpenAI's HTTP API: completions, chat and translations, with or without streaming."""
 
     host: str = "127.0.0.1"
     """Address to listen at. For any but loopback, set a token in the environment variable DIPTYCH_TOKEN."""
@@ -39,12 +49,15 @@ class ServeSettings(PromptSettings):
     """0 uses a free port, which is printed."""
     name: str = ""
     """Name of the model for clients. Default: the name of the folder."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Further checkpoints that this process serves, by their names for clients: `--models.ko runs/ko/final`."""
     batch_size: int = 16
     """Maximum number of prompts per batch."""
     batch_wait_ms: float = 5.0
     """Milliseconds that the first prompt of a batch waits for others."""
     queue: int = 256
-    """Maximum number of waiting prompts. Further requests get a 503; a single request with more prompts gets a 400."""
+    """Maximum number of prompts that wait for a model. Further requests get a 503; a single request with more prompts
+    gets a 400."""
     timeout: float = 120.0
     """Maximum seconds for a request, with waiting; then it gets a 504."""
     max_source_tokens: int | None = None
@@ -56,10 +69,20 @@ class ServeSettings(PromptSettings):
         check_positive(self, "batch_size", "queue", "max_source_tokens", "max_new_tokens")
         check_port(self.port)
         check_numbers(self, {"above 0 (seconds)": (lambda value: value > 0, "timeout")})
+        if self.model_name in self.models:
+            raise UserError(
+                f"two models are named {self.model_name!r}: {self.model} and {self.models[self.model_name]}. Give the "
+                f"first one another --name, or the second one another --models.NAME."
+            )
 
     @property
     def model_name(self) -> str:
         return self.name or Path(self.model.rstrip("/")).name
+
+    @property
+    def named_models(self) -> dict[str, str]:
+        """All of them, the first one first."""
+        return {self.model_name: self.model} | self.models
 
 
 def check_port(port: int) -> None:

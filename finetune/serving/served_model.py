@@ -2,22 +2,31 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side
+from diptych.finetune.commands import cli
+from diptych.finetune.inference.engine import TorchEngine
+from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
-from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
+from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
-from diptych.finetune.model.loading import load_checkpoint, pick_device, position_limit
-from diptych.finetune.serving.memory_budget import MOST_TOKENS, MemoryBudget, measured_budget
+from diptych.finetune.model.loading import pick_device
+from diptych.finetune.serving.memory_budget import (
+    MOST_TOKENS,
+    MOST_UNMEASURED,
+    SHARE,
+    UNMEASURED,
+    MemoryBudget,
+    measured_budget,
+)
 from diptych.finetune.serving.request_batches import Decoding
-from diptych.finetune.serving.serve_settings import DemoSettings, ServeSettings
+from diptych.finetune.serving.serve_settings import ServingSettings
 
 
 class Encoded(NamedTuple):
@@ -30,13 +39,24 @@ class Encoded(NamedTuple):
 
 
 class ServedModel(NamedTuple):
-    loaded: LoadedModel
+    loaded: Any
+    """A LoadedModel, or an exporting.ctranslate2_engine.CTranslate2Engine."""
     prompter: Prompter
     most_tokens: int
     """The cap on new tokens of any answer."""
     budget: MemoryBudget
     longest_token: int
     """Its characters."""
+
+    @property
+    def is_torch(self) -> bool:
+        return isinstance(self.loaded, LoadedModel)
+
+    def check(self, source_tokens: int, decoding: Decoding) -> None:
+        """UserError if a prompt with this decoding takes too much memory, or asks for what the engine has not."""
+        if decoding.scores and not self.is_torch:
+            raise UserError("log-probabilities need --engine torch, and this is ctranslate2. Leave them out.")
+        self.budget.check(source_tokens, decoding)
 
     def encode(self, prompt: Prompt) -> Encoded:
         """UserError if the template has no place for something, the tokenizer does not know a language, or the prompt
@@ -54,26 +74,55 @@ class ServedModel(NamedTuple):
 
 
 def load_served(
-    settings: ServeSettings | DemoSettings, name: str, max_source_tokens: int | None = None
+    settings: ServingSettings, names: Sequence[str], max_source_tokens: int | None = None
+) -> list[ServedModel]:
+    """The checkpoints of these names or folders. Prints a note if a tokenizer knows other languages than the settings
+    name, or if memory limits prompts."""
+    load_engine, device = cli.imported(cli.ENGINES[settings.engine]), pick_device(settings.device)
+    engines = [load_engine(name, settings.dtype, device, settings.template) for name in names]
+    share = SHARE if len(names) < 3 else 1 / (len(names) + 1)
+    return [_served(settings, *named, share, max_source_tokens) for named in zip(names, engines, strict=True)]
+
+
+def _served(
+    settings: ServingSettings, name: str, engine: TorchEngine, share: float, max_source_tokens: int | None
 ) -> ServedModel:
-    """Prints a note if the tokenizer knows other languages than the settings name, or if memory limits prompts."""
-    loaded = load_checkpoint(name, settings.dtype, pick_device(settings.device), template=settings.template)
-    loaded = replace(loaded, template=template_for(settings.template, loaded.tokenizer))
+    is_torch = settings.engine == "torch"
+    engine.check(GenerateSettings(name))
+    loaded = engine.loaded if is_torch else engine
     languages = Languages(settings.source_language, settings.target_language)
     if note := languages_note(loaded.tokenizer, languages):
         print(f"({note})", file=sys.stderr)
-    limit, source_limit = position_limit(loaded.model), position_limit(loaded.model, of_source=True)
+    limit, source_limit = engine.max_target_tokens, engine.max_source_tokens
+    for field, tokens, positions in (
+        ("max_new_tokens", settings.max_new_tokens, limit),
+        ("max_source_tokens", max_source_tokens, source_limit),
+    ):
+        if tokens and positions and tokens > positions:
+            raise UserError(f"{field} is {tokens}, but {name} was built for {positions} positions. Lower it.")
     most_tokens = settings.max_new_tokens or min(DEFAULT_NEW_TOKENS, limit or DEFAULT_NEW_TOKENS)
-    longest, budget = Decoding(most_tokens), measured_budget(loaded)
-    most = max_source_tokens or min(budget.most_source_tokens(longest), source_limit or MOST_TOKENS)
-    needed, third = budget.cost(most, longest), f"{budget.bytes / 1e9:.1f} GB, a third of the free memory"
-    if needed > budget.bytes:
-        print(
-            f"warning: a prompt of {most:,} tokens can take {needed / 1e9:.1f} GB, more than {third}", file=sys.stderr
-        )
-        budget = budget._replace(bytes=needed)
-    elif most != (max_source_tokens or source_limit):
-        print(f"(prompts of up to {most:,} tokens: a longer one could take more than {third})", file=sys.stderr)
+    if is_torch:
+        budget, most = _memory(loaded, share, Decoding(most_tokens), max_source_tokens, source_limit)
+    else:
+        budget, most = UNMEASURED, max_source_tokens or source_limit or MOST_UNMEASURED
     prompter = Prompter(loaded.tokenizer, loaded.template, most, languages)
     longest_token = max(map(len, source_side(loaded.tokenizer).get_vocab()))
     return ServedModel(loaded, prompter, most_tokens, budget, longest_token)
+
+
+def _memory(
+    loaded: LoadedModel, share: float, longest: Decoding, given: int | None, source_limit: int | None
+) -> tuple[MemoryBudget, int]:
+    """What a batch may take, and the longest prompt that may be read."""
+    budget = measured_budget(loaded, share)
+    most = given or min(budget.most_source_tokens(longest), source_limit or MOST_TOKENS)
+    part = "a third" if share == SHARE else f"{share:.0%}"
+    needed, part = budget.cost(most, longest), f"{budget.bytes / 1e9:.1f} GB, {part} of the free memory"
+    if needed > budget.bytes:
+        print(
+            f"warning: a prompt of {most:,} tokens can take {needed / 1e9:.1f} GB, more than {part}", file=sys.stderr
+        )
+        budget = budget._replace(bytes=needed)
+    elif most != (given or source_limit):
+        print(f"(prompts of up to {most:,} tokens: a longer one could take more than {part})", file=sys.stderr)
+    return budget, most

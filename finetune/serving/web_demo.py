@@ -23,7 +23,7 @@ from markupsafe import Markup
 from diptych.data_prep.command_line.errors import UserError, in_short
 from diptych.data_prep.report.visible_text import token_markup
 from diptych.data_prep.rows.records import Languages
-from diptych.data_prep.text_to_ids.languages import own_languages
+from diptych.data_prep.text_to_ids.languages import codes_of, own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.inference.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt
@@ -57,6 +57,8 @@ class Contestant(NamedTuple):
 
     def attention(self, source_ids: Sequence[int], given: Sequence[int], answer: Answer) -> str:
         """The mean cross-attention as an HTML table: a row for each written token, a column for each source token."""
+        if not self.served.is_torch:
+            return _note("CTranslate2 gives no map of attention.")
         if max(len(source_ids), len(answer.ids)) > MOST_MAP_TOKENS or not answer.ids:
             return _note(f"A map of attention is drawn of up to {MOST_MAP_TOKENS} tokens on either side.")
         loaded = self.served.loaded
@@ -126,7 +128,7 @@ def answer_all(contestants: Sequence[Contestant], asked: Asked) -> Iterator[list
         try:
             source_ids, tokens, given = contestant.served.encode(asked.prompt())
             decoding = asked.decoding(contestant.served.most_tokens)
-            contestant.served.budget.check(len(source_ids), decoding)
+            contestant.served.check(len(source_ids), decoding)
             to_queue = lambda event, place=place: events.put((place, event))  # noqa: E731
             job = Job(source_ids, decoding, to_queue, wants_pieces=True, given=given)
             contestant.engine.submit([job])
@@ -203,8 +205,9 @@ def _input_boxes(gradio: Any, models: Sequence[ServedModel]) -> tuple[list[Any],
     first = models[0].loaded
     has_system = any("system" in model.loaded.template.source_variables() for model in models)
     most_tokens = max(model.most_tokens for model in models)
-    codes = sorted(first.language_codes.tokens)
-    chosen = first.language_codes.checked(models[0].prompter.languages).filled_from(own_languages(first.tokenizer))
+    known = codes_of(first.tokenizer)
+    codes = sorted(known.tokens)
+    chosen = known.checked(models[0].prompter.languages).filled_from(own_languages(first.tokenizer))
     has_languages = bool(codes) or any(chosen)
     instruction = gradio.Textbox(label="Instruction", lines=2, max_lines=8, autofocus=True, elem_id="instruction")
     text = gradio.Textbox(label="Input", info="What it is about, if anything", lines=5, elem_id="input")
@@ -300,8 +303,8 @@ def _serve(settings: DemoSettings) -> int:
     examples = [[row.prompt.instruction, row.prompt.input] for row in rows if row.prompt][:MOST_EXAMPLES]
     listener = web_address.listen(settings.host, settings.port)
     contestants = []
-    for name in filter(None, [settings.model, settings.beside]):
-        served = load_served(settings, name)
+    names = [*filter(None, [settings.model, settings.beside])]
+    for name, served in zip(names, load_served(settings, names), strict=True):
         engine = Engine(served.loaded, batch_size=8, queue_size=64, batch_wait_ms=5)
         engine.fits = served.budget.fits
         is_taken = any(Path(name).name == other.name for other in contestants)

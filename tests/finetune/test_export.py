@@ -418,6 +418,46 @@ ASK = ["--instruction", "Translate English to Korean:", "--input", "I am a stude
 BY_CTRANSLATE2 = ["--engine", "ctranslate2", "--device", "cpu"]
 
 
+def test_evaluate_has_the_figures_of_the_checkpoint(t5_checkpoint, prepared_folder, tmp_path, capsys):
+    exported = tmp_path / "export"
+    assert main(["export", str(t5_checkpoint), "--precision", "float32", "--out", str(exported)]) == 0
+    reports, shared = {}, ["--data", str(prepared_folder), "--metrics", "exact_match,chrf", "--by", "instruction"]
+    for engine, model in {"torch": t5_checkpoint, "ctranslate2": exported}.items():
+        out = tmp_path / f"{engine}.json"
+        assert main(["evaluate", str(model), "--engine", engine, *shared, "--batch_size", "3", "--out", str(out)]) == 0
+        predictions = out.with_suffix(".predictions.jsonl").read_text().splitlines()
+        reports[engine] = read_json(out) | {"predictions": [json.loads(line)["prediction"] for line in predictions]}
+    torch_report, report = reports.values()
+    assert report["predictions"] == torch_report["predictions"] and report["figures"]["exact_match"] == 100
+    for found, expected in (
+        (report["figures"], torch_report["figures"]),
+        *(
+            (report["groups"]["instruction"][name]["figures"], it["figures"])
+            for name, it in torch_report["groups"]["instruction"].items()
+        ),
+    ):
+        assert found == pytest.approx(expected, abs=1e-5)
+    capsys.readouterr()
+    for refused, message in (
+        (["--mbr_samples", "4"], "mbr_samples draws without very unlikely tokens"),
+        (["--generation.epsilon_cutoff", "0.1"], "CTranslate2 has no epsilon_cutoff"),
+    ):
+        assert main(["evaluate", str(exported), "--engine", "ctranslate2", *shared, *refused]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["evaluate", str(t5_checkpoint), "--engine", "ctranslate2", *shared]) == 2
+    assert "no export to CTranslate2" in capsys.readouterr().err
+
+
+def test_a_row_that_ctranslate2_cannot_score_is_an_error(tiny_tokenizer, tmp_path):
+    engine = export_of(new_diptych(len(tiny_tokenizer)), tiny_tokenizer, tmp_path / "export")
+    row = {"input_ids": [[40, 1]], "labels": [[50, 60, 1]]}
+    (nats,) = engine.row_nats(row)
+    assert nats > 0
+    for fault in ({"labels": [[50, 60]]}, {"labels": [[50, -100, 1]]}, {"decoder_start": [5]}):
+        with pytest.raises(UserError, match="Use --engine torch"):
+            engine.row_nats(row | fault)
+
+
 def test_a_prompt_is_answered_as_it_comes(exported_folder, capsys):
     assert main(["generate", str(exported_folder), *ASK, *BY_CTRANSLATE2]) == 0
     assert capsys.readouterr().out == "나는 학생이다.\n"

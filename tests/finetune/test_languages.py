@@ -229,7 +229,7 @@ def test_serve_demo_and_inspect_are_told_languages(nllb, tmp_path, capsys):
         with pytest.raises(openai.BadRequestError, match="Did you mean 'kor_Hang'"):
             ask("Yes.", target_language="kor_Kore")
 
-    served = load_served(DemoSettings(str(nllb), target_language="fr", device="cpu"), str(nllb))
+    served = load_served(DemoSettings(str(nllb), target_language="fr", device="cpu"), [str(nllb)])[0]
     contestant = Contestant("nllb", served, Engine(served.loaded, batch_size=1, queue_size=1, batch_wait_ms=0))
     dropdowns = [it for it in build_page([contestant], []).blocks.values() if type(it).__name__ == "Dropdown"]
     assert [it.value for it in dropdowns] == ["eng_Latn", "fra_Latn"] and len(dropdowns[0].choices) == 202

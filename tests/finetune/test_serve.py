@@ -26,7 +26,7 @@ from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.scoring import chosen_outputs
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.serving.completion_service import Service, build_app
+from diptych.finetune.serving.completion_service import Hosted, Service, build_app
 from diptych.finetune.serving.memory_budget import measured_budget
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.serving.serve_settings import ServeSettings
@@ -212,6 +212,37 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
     assert list(streamed.values()) == texts
 
 
+def test_beams_and_the_best_of_them_are_those_of_generate(served, t5_checkpoint):
+    loaded = load_checkpoint(t5_checkpoint)
+    template = template_of(loaded.tokenizer)
+    ids = loaded.tokenizer(template.render_source(TO_KOREAN, "Yes.")).input_ids
+    beams = {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 2.0}
+    settings = {"batch_size": 1, "max_new_tokens": 12, "seed": 0, "scores": True} | beams
+    expected = chosen_outputs(loaded, [ids], **settings)
+    texts = [output.text for output in expected]
+    assert len(set(texts)) == 3
+
+    def asked(**fields):
+        prompts = {"input": "Yes.", "length_penalty": 2.0} | fields
+        return served.client.completions.create(
+            model="t5", prompt=[TO_KOREAN] * 2, n=3, max_tokens=12, logprobs=0, extra_body=prompts
+        )
+
+    for fields in ({"num_beams": 4}, {"use_beam_search": True, "best_of": 4}):
+        choices = asked(**fields).choices
+        assert [choice.text for choice in choices] == texts * 2
+        for choice, output in zip(choices, expected * 2, strict=True):
+            assert sum(choice.logprobs.token_logprobs) == pytest.approx(output.log_probability, abs=1e-4)
+    streamed = {0: "", 1: "", 2: ""}
+    body = {"input": "Yes.", "length_penalty": 2.0, "num_beams": 4}
+    chunks = served.client.completions.create(
+        model="t5", prompt=TO_KOREAN, n=3, max_tokens=12, stream=True, extra_body=body
+    )
+    for chunk in chunks:
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(streamed.values()) == texts
+
+
 @pytest.mark.parametrize(
     "body, status, param",
     [
@@ -226,6 +257,13 @@ def test_samples_are_those_of_their_seed(served, t5_checkpoint):
         ({"prompt": "Go.", "temperature": 3}, 400, "temperature"),
         ({"prompt": "Go.", "temperature": "hot"}, 400, "temperature"),
         ({"prompt": "Go.", "n": 2}, 400, "n"),
+        ({"prompt": "Go.", "n": 3, "num_beams": 2}, 400, "n"),
+        ({"prompt": "Go.", "num_beams": 17}, 400, "num_beams"),
+        ({"prompt": "Go.", "num_beams": 2, "temperature": 1}, 400, "temperature"),
+        ({"prompt": "Go.", "use_beam_search": True}, 400, "use_beam_search"),
+        ({"prompt": "Go.", "best_of": 2}, 400, "best_of"),
+        ({"prompt": "Go.", "length_penalty": 2}, 400, "length_penalty"),
+        ({"prompt": "Go.", "repetition_penalty": 0}, 400, "repetition_penalty"),
         ({"prompt": "Go.", "stop": ["", "x"]}, 400, "stop"),
         ({"prompt": "Go.", "stop": "\ud800"}, 400, None),
         ({"prompt": "\ud800", "stream": True}, 400, None),
@@ -394,16 +432,17 @@ def engine(learned_t5, tiny_tokenizer):
 def test_those_that_decode_alike_share_a_batch(engine, tiny_tokenizer):
     sizes, events = [], []
     engine.on_batch = sizes.append
-    ids = tiny_tokenizer("Go.").input_ids
-    same, other = Decoding(8), Decoding(9)
+    ids = tiny_tokenizer(template_of(tiny_tokenizer).render_source(TO_KOREAN, "I am a student.")).input_ids
+    same, shorter, other = Decoding(8), Decoding(1), Decoding(8, repetition_penalty=2.0)
     dropped = Job(ids, same, events.append, is_dropped=True)
-    jobs = [Job(ids, same, events.append), Job(ids, other, events.append), Job(ids, same, events.append)]
+    jobs = [Job(ids, decoding, events.append) for decoding in (same, other, shorter)]
     engine.submit([dropped, *jobs])
     with pytest.raises(QueueFull):
         engine.submit([Job(ids, same, events.append)])
     until(lambda: len(events) == 3)
     assert sizes == [2, 1] and all(isinstance(event, Ended) for event in events)
-    assert events[0].answers == events[1].answers and isinstance(events[0].answers[0], Answer)
+    (short,), (long,) = events[0].answers, events[1].answers  # an answer does not wait for a longer one
+    assert isinstance(short, Answer) and short.ids == long.ids[:1] and len(long.ids) > 1 and not short.finished
 
 
 def test_a_batch_that_breaks_says_so_and_the_next_one_goes_on(engine, tiny_tokenizer, caplog):
@@ -423,7 +462,7 @@ def test_a_failure_of_our_own_is_counted_as_one(engine, tiny_tokenizer, monkeypa
     settings = ServeSettings(model="t5")
     prompter = Prompter(tiny_tokenizer, engine.loaded.template, 512)
     served = ServedModel(engine.loaded, prompter, 8, measured_budget(engine.loaded), 20)
-    service = Service(settings, served, engine)
+    service = Service(settings, [Hosted("t5", served, engine)])
     client = TestClient(build_app(service), base_url="http://localhost")
 
     words = "words of a client"

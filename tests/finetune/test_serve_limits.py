@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from diptych.finetune.inference.generation import generate_batch
 from diptych.finetune.inference.prompts import Prompter
-from diptych.finetune.serving.completion_service import Service, build_app
+from diptych.finetune.serving.completion_service import Hosted, Service, build_app
 from diptych.finetune.serving.memory_budget import MemoryMeter, measured_budget
 from diptych.finetune.serving.request_batches import Decoding, Ended, Engine, Job
 from diptych.finetune.serving.serve_settings import ServeSettings
@@ -218,7 +218,9 @@ def test_a_batch_and_a_request_stay_within_the_budget(loaded_t5, tiny_tokenizer)
     assert sizes == [2, 2] and all(isinstance(event, Ended) for event in events)
     budget = budget._replace(bytes=budget.cost(16, Decoding(8, n=4)))
     served = ServedModel(loaded_t5, Prompter(tiny_tokenizer, loaded_t5.template, 512), 8, budget, 20)
-    client = TestClient(build_app(Service(ServeSettings(model="t5"), served, engine)), base_url="http://localhost")
+    client = TestClient(
+        build_app(Service(ServeSettings(model="t5"), [Hosted("t5", served, engine)])), base_url="http://localhost"
+    )
     asked = {"prompt": "Go.", "temperature": 1, "max_tokens": 8}
     assert client.post("/v1/completions", json=asked).status_code == 200
     refused = client.post("/v1/completions", json=asked | {"n": 16})
@@ -232,7 +234,7 @@ def test_a_client_that_leaves_before_the_first_event_leaves_no_work(loaded_t5, t
     served = ServedModel(
         loaded_t5, Prompter(tiny_tokenizer, loaded_t5.template, 512), 8, measured_budget(loaded_t5), 20
     )
-    app = build_app(Service(ServeSettings(model="t5"), served, engine))
+    app = build_app(Service(ServeSettings(model="t5"), [Hosted("t5", served, engine)]))
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "method": "POST", "path": "/v1/completions"}
     scope |= {"headers": [(b"host", b"localhost")], "query_string": b""}
     body = json.dumps({"prompt": "Go.", "stream": True}).encode()

@@ -1,0 +1,243 @@
+"""Requests a second and latency under load: `diptych serve` against a plain FastAPI server, the same model in both.
+
+    python benchmarks/serve_load.py                 two cores, about 15 minutes
+    python benchmarks/serve_load.py --smoke         every part, small: its figures mean nothing
+
+The plain server is what most people write first: a FastAPI route that tokenizes, calls transformers' `generate`, and
+decodes. "threads" lets FastAPI run up to 40 of them at a time in its threads, "one at a time" has a lock. `diptych
+serve` has its default settings. So many clients ask at a time; each waits for its answer and asks again. A request is
+of 8 to 64 random words and asks for 8 to 48 tokens, which random weights always write; the same requests for each
+server. The servers take turns, so that a slow minute of the machine meets them all, and the medians over the rounds
+are shown: requests a second, and milliseconds until half of the answers (p50) and 99 of 100 (p99) have come.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Size:
+    vocabulary: int = 32128
+    width: int = 512
+    heads: int = 8
+    layers: tuple[int, int] = (6, 6)
+    feed_forward: int = 1408
+    clients: tuple[int, ...] = (1, 8, 32)
+    words: tuple[int, int] = (8, 64)
+    tokens: tuple[int, int] = (8, 48)
+    seconds: float = 20.0
+    """Of each server in each round, for each number of clients."""
+    rounds: int = 3
+
+
+FULL = Size()
+SMOKE = replace(FULL, vocabulary=500, width=64, heads=4, layers=(2, 2), feed_forward=96, clients=(1, 4), seconds=1.0)
+SMOKE = replace(SMOKE, rounds=1)
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+EVERYTHING = {"threads": "plain, threads", "one": "plain, one at a time", "torch": "diptych serve"}
+EVERYTHING |= {"ctranslate2": "diptych serve, CTranslate2"}
+BASELINES = ("threads", "one")
+
+
+def write_checkpoint(size: Size, folder: Path) -> None:
+    torch.manual_seed(0)
+    config = DiptychConfig(
+        hidden_size=size.width,
+        num_attention_heads=size.heads,
+        intermediate_size=size.feed_forward,
+        encoder={"num_hidden_layers": size.layers[0]},
+        decoder={"num_hidden_layers": size.layers[1]},
+        initializer_range=size.width**-0.5,
+        vocab_size=size.vocabulary,
+        **IDS,
+    )
+    DiptychForConditionalGeneration(config).save_pretrained(folder)
+    backend = Tokenizer(models.WordLevel({f"t{number}": number for number in range(size.vocabulary)}, unk_token="t2"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="$A t1", special_tokens=[("t1", 1)])
+    special = {"pad_token": "t0", "eos_token": "t1", "unk_token": "t2"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+
+
+def plain_server(folder: str, port: int, is_locked: bool) -> None:
+    """Runs until it is killed."""
+    import threading
+
+    import uvicorn
+    from fastapi import FastAPI
+    from pydantic import BaseModel
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    class Asked(BaseModel):
+        prompt: str
+        max_tokens: int
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    app, lock = FastAPI(), threading.Lock() if is_locked else contextlib.nullcontext()
+
+    @app.post("/v1/completions")
+    def complete(asked: Asked) -> dict[str, Any]:
+        inputs = tokenizer(asked.prompt, return_tensors="pt")
+        with lock, torch.inference_mode():
+            ids = inputs.input_ids, inputs.attention_mask
+            (written,) = model.generate(ids[0], attention_mask=ids[1], max_new_tokens=asked.max_tokens)
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        return {"choices": [{"text": text}], "usage": {"completion_tokens": len(written) - 1}}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    uvicorn.run(app, port=port, log_level="warning")
+
+
+@contextlib.contextmanager
+def started(name: str, folders: dict[str, Path], port: int, log: Path, threads: int) -> Iterator[str]:
+    """A server's address, until the block ends."""
+    command = [sys.executable, __file__, "--plain", name, str(folders["torch"]), str(port)]
+    if name not in BASELINES:
+        engine = [] if name == "torch" else ["--engine", name]
+        command = [sys.executable, "-m", "diptych", "serve", str(folders[name]), "--port", str(port), *engine]
+        command += ["--template", "plain"]
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            command, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.kill()
+            process.wait()
+
+
+def load(url: str, size: Size, clients: int, seconds: float) -> tuple[float, list[float]]:
+    """Requests a second, and the seconds that each answer took. Those under way at the end count as well."""
+    until = time.perf_counter() + seconds
+
+    def client(number: int) -> list[float]:
+        chosen, took = random.Random(number), []
+        with httpx.Client(timeout=600) as session:
+            while (began := time.perf_counter()) < until or not took:
+                words = chosen.choices(range(3, size.vocabulary), k=chosen.randint(*size.words))
+                tokens = chosen.randint(*size.tokens)
+                body = {"prompt": " ".join(f"t{word}" for word in words), "max_tokens": tokens}
+                answer = session.post(f"{url}/v1/completions", json=body)
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["usage"]["completion_tokens"] == tokens, answer.text
+                took.append(time.perf_counter() - began)
+        return took
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as threads:
+        took = [one for of_client in threads.map(client, range(clients)) for one in of_client]
+    return len(took) / (time.perf_counter() - began), took
+
+
+def percentile(values: list[float], percent: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+def measure(size: Size, names: list[str], threads: int) -> list[dict[str, Any]]:
+    """A row for each server, number of clients and round."""
+    rows = []
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        folder = Path(place)
+        folders = {"torch": folder / "model", "ctranslate2": folder / "export"}
+        write_checkpoint(size, folders["torch"])
+        if "ctranslate2" in names:
+            words = ["export", str(folders["torch"]), "--to", "ctranslate2", "--out", str(folders["ctranslate2"])]
+            subprocess.run([sys.executable, "-m", "diptych", *words], check=True, stdout=subprocess.DEVNULL)
+        urls = {
+            name: stack.enter_context(started(name, folders, 8701 + place, folder / f"{name}.log", threads))
+            for place, name in enumerate(names)
+        }
+        for url in urls.values():
+            load(url, size, 2, 1.0)
+        for number in range(size.rounds):
+            for clients in size.clients:
+                for name, url in urls.items():
+                    rate, took = load(url, size, clients, size.seconds)
+                    figures = {"p50": 1000 * percentile(took, 50), "p99": 1000 * percentile(took, 99)}
+                    row = {"server": name, "clients": clients, "round": number, "requests": len(took)}
+                    rows.append(row | {"rate": rate} | figures | {"load": os.getloadavg()[0]})
+                    print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Medians, and throughput and p50 as ratios to the plain server that has the better throughput there."""
+    names, numbers = (
+        list(dict.fromkeys(it["server"] for it in rows)),
+        list(dict.fromkeys(it["clients"] for it in rows)),
+    )
+
+    def middle(name: str, clients: int, figure: str) -> float:
+        return statistics.median(it[figure] for it in rows if (it["server"], it["clients"]) == (name, clients))
+
+    best = {it: max(set(BASELINES) & set(names), key=lambda name: middle(name, it, "rate")) for it in numbers}
+    lines = ["| | " + " | ".join(f"{number} clients" for number in numbers) + " |", "|---" * (len(numbers) + 1) + "|"]
+    for name in names:
+        cells = []
+        for clients in numbers:
+            rate, p50, p99 = (middle(name, clients, figure) for figure in ("rate", "p50", "p99"))
+            ratios = f"{rate / middle(best[clients], clients, 'rate'):.2f} ×"
+            slower = f"{p50 / middle(best[clients], clients, 'p50'):.2f} ×"
+            cells.append(f"{rate:.1f}/s, {ratios}; p50 {p50:,.0f} ms, {slower}; p99 {p99:,.0f} ms")
+        lines.append(f"| {EVERYTHING[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="every part, small: its figures mean nothing")
+    parser.add_argument("--servers", default=",".join(EVERYTHING), help="which of them, separated by commas")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch or CTranslate2, in each server")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, help="of each server in each round, for each number of clients")
+    parser.add_argument("--plain", nargs=3, metavar=("KIND", "FOLDER", "PORT"), help="run a plain server only")
+    settings = parser.parse_args()
+    if settings.plain:
+        kind, folder, port = settings.plain
+        plain_server(folder, int(port), is_locked=kind == "one")
+        return
+    size = SMOKE if settings.smoke else FULL
+    size = replace(size, seconds=settings.seconds or size.seconds, rounds=settings.rounds or size.rounds)
+    rows = measure(size, settings.servers.split(","), settings.threads)
+    (cpu,) = set(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()))
+    print(table(rows))
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": settings.threads}
+    print(json.dumps({"machine": machine, "size": asdict(size), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
