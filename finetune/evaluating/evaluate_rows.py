@@ -136,13 +136,12 @@ def evaluate_rows(
     **generation: Any,
 ) -> Evaluation:
     """The loss and, with `metrics`, their scores, of all rows or of `limit` rows drawn from the whole split.
-    `loaded` is a LoadedModel or a CTranslate2Engine.
 
-    `max_new_tokens` comes from the longest target by default. References come from the whole split. With an
-    `accelerator` all its ranks must call this; they share the work, and each returns the same. All ranks call
-    `before_each` before each of their batches, equally often; what it raises ends the evaluation. A sharded model
-    must come with its `objective`, because it has full weights only inside `forward`. `by` are columns, or direction,
-    of which each value is a group. With `compare_answers` pairs are compared. `generation` are
+    `loaded` may be a CTranslate2Engine. `max_new_tokens` comes from the longest target by default. References come
+    from the whole split. With an `accelerator` all its ranks must call this; they share the work, and each returns the
+    same. All ranks call `before_each` before each of their batches, equally often; what it raises ends the evaluation.
+    A sharded model must come with its `objective`, because it has full weights only inside `forward`. `by` are
+    columns, or direction, of which each value is a group. With `compare_answers` pairs are compared. `generation` are
     settings of `chosen_outputs` (mbr_samples, seed, num_beams …).
 
     Raises:

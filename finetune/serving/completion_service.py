@@ -232,7 +232,7 @@ class Service:
                     raise UserError(f"the prompt has {source.tokens} tokens, and {most} are read. Send a shorter one.")
                 served.check(source.tokens, asked.decoding)
         except (UserError, Fault) as error:
-            field = error.field if isinstance(error, Fault) else asked.prompt_field
+            field = error.field if isinstance(error, Fault) else asked.field_of(str(error))
             raise RequestError(400, str(error), field) from None
         return sources
 

@@ -101,9 +101,8 @@ class CompletionRequest:
     has_role: set[int] = field(default_factory=set)
     """The answers of which a chunk with the role was sent."""
 
-    @property
-    def prompt_field(self) -> str:
-        """The field that errors of its prompts name."""
+    def field_of(self, error: str) -> str:
+        """The field that an error about its prompts names."""
         return "messages" if self.is_chat else "prompt"
 
     def __post_init__(self) -> None:
@@ -154,10 +153,12 @@ class CompletionRequest:
 class TranslationRequest(CompletionRequest):
     """A checked request for one translation."""
 
-    prompt_field = "text"
-
     def __post_init__(self) -> None:
         self.id = f"transl-{uuid.uuid4().hex}"
+
+    def field_of(self, error: str) -> str:
+        languages = ("source_language", "target_language")
+        return next((name for name in languages if f"'{self.rows[0].get(name)}'" in error), "text")
 
     def body(self, answers: Sequence[Answer]) -> dict[str, Any]:
         (row,), (answer,) = self.rows, answers

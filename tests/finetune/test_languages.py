@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import re
+import urllib.error
+import urllib.request
 
 import datasets
 import openai
@@ -208,6 +210,50 @@ def test_pipelines_take_languages_and_travel_with_them(nllb, tmp_path):
         travelling("Yes.")
 
 
+def translated(url, status=200, **body):
+    request = urllib.request.Request(f"{url}/v1/translations", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request) as answer:
+            assert answer.status == status
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:
+        assert error.code == status, error.read()
+        return json.loads(error.read())["error"]
+
+
+def are_translated(url):
+    """By a server, in the form of vLLM's proposal."""
+    whole = json.loads(translated(url, model="final", text="Yes.", target_language="fr", source_language="en"))
+    usage, id, created = whole.pop("usage"), whole.pop("id"), whole.pop("created")
+    assert whole == {"object": "translation", "model": "final", "translated_text": "Oui."} | {
+        "source_language": "en",
+        "target_language": "fr",
+    }
+    assert id.startswith("transl-") and created > 1e9 and usage["completion_tokens"] > 0
+    default = json.loads(translated(url, model="final", text="Yes.", target_language="ko", num_beams=2))
+    assert (default["translated_text"], default["source_language"]) == ("네.", None)
+    events = translated(url, model="final", text="네.", target_language="en", source_language="ko", stream=True)
+    *chunks, last = [line.removeprefix("data: ") for line in events.splitlines() if line]
+    chunks = [json.loads(chunk) for chunk in chunks]
+    assert last == "[DONE]" and {chunk["object"] for chunk in chunks} == {"translation.chunk"}
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["delta"]["translated_text"] for choice in choices) == "Yes."
+    assert choices[-1]["finish_reason"] == "stop"
+    right = {"model": "final", "text": "Yes.", "target_language": "fr"}
+    for name, value in (
+        ("text", " "),
+        ("text", ["Yes."]),
+        ("target_language", None),
+        ("target_language", "kor_Kore"),
+        ("source_language", "xx"),
+        ("prompt_template", "{text}"),
+        ("n", 2),
+        ("model", "other"),
+    ):
+        error = translated(url, 404 if name == "model" else 400, **right | {name: value})
+        assert error["param"] == name and error["message"], error
+
+
 @pytest.mark.slow
 def test_serve_demo_and_inspect_are_told_languages(nllb, tmp_path, capsys):
     with listening(
@@ -228,6 +274,7 @@ def test_serve_demo_and_inspect_are_told_languages(nllb, tmp_path, capsys):
         assert chat.choices[0].message.content == "가."
         with pytest.raises(openai.BadRequestError, match="Did you mean 'kor_Hang'"):
             ask("Yes.", target_language="kor_Kore")
+        are_translated(served.url)
 
     served = load_served(DemoSettings(str(nllb), target_language="fr", device="cpu"), [str(nllb)])[0]
     contestant = Contestant("nllb", served, Engine(served.loaded, batch_size=1, queue_size=1, batch_wait_ms=0))
@@ -260,6 +307,9 @@ def test_an_export_to_ctranslate2_writes_each_direction(nllb, tmp_path, capsys):
     assert diptych(["generate", str(tmp_path / "exported"), "--engine", "ctranslate2", *files]) == 0
     lines = [json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert lines == ANSWERS
+    command = ["serve", str(tmp_path / "exported"), "--engine", "ctranslate2", "--name", "final"]
+    with listening([*command, "--source_language", "en"], tmp_path / "log") as served:
+        are_translated(served.url)
 
 
 def test_evaluate_has_the_figures_of_each_direction(nllb, tmp_path, capsys):
