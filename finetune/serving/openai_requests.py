@@ -30,11 +30,15 @@ MOST_ANSWERS = 16
 LANGUAGES = (*SOURCE_COLUMNS[:2], *TARGET_COLUMNS[:2])
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 """One setting by its old and its new name."""
-KNOWN = {"model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", *LANGUAGES, *TOKEN_LIMITS}
-KNOWN |= {"num_beams", "use_beam_search", "length_penalty", "repetition_penalty"}
+KNOWN = {
+    *("model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", *LANGUAGES, *TOKEN_LIMITS),
+    *("num_beams", "use_beam_search", "length_penalty", "repetition_penalty"),
+}
 """`num_beams` is transformers' name. vLLM has `use_beam_search`, with `n` or `best_of` as the number of beams."""
-TRANSLATION = {"model", "text", "source_language", "target_language", "stream", "max_tokens", "num_beams"}
-TRANSLATION |= {"temperature", "top_p", "seed", "length_penalty"}
+TRANSLATION = {
+    *("model", "text", "source_language", "target_language", "stream", "max_tokens", "temperature", "top_p", "seed"),
+    *("num_beams", "length_penalty"),
+}
 """Fields of a translation. `num_beams` and `length_penalty` are not in the proposal."""
 IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
