@@ -101,8 +101,13 @@ COMMANDS = {
     ),
     "sweep": Command(
         "a recipe and the settings that vary -> many runs, and the best values",
-        "finetune.sweeping.sweep_settings:SweepSettings",
-        "finetune.sweeping.sweep:run",
+        "finetune.several_runs.sweep_settings:SweepSettings",
+        "finetune.several_runs.sweep:run",
+    ),
+    "distil": Command(
+        "a large teacher and rows -> a small student in int8, and a table of both",
+        "finetune.several_runs.distil_settings:DistilSettings",
+        "finetune.several_runs.distil:run",
     ),
     "evaluate": Command(
         "a checkpoint and a prepared split -> loss and metrics",

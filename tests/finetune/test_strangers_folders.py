@@ -17,7 +17,7 @@ from diptych.finetune.commands.exit_codes import CheckpointError
 from diptych.finetune.model.untrusted_files import open_prepared
 from diptych.finetune.run_files import atomic_folders, checkpoints
 from diptych.finetune.run_files.run_folder import read_status, settings_of
-from diptych.finetune.sweeping import sweep
+from diptych.finetune.several_runs import sweep
 from diptych.finetune.training.resuming import saved_state
 from diptych.finetune.training.run import Progress
 

@@ -15,8 +15,8 @@ import yaml
 from test_train import figures, final_weights
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.sweeping.sweep import run
-from diptych.finetune.sweeping.sweep_settings import SweepSettings
+from diptych.finetune.several_runs.sweep import run
+from diptych.finetune.several_runs.sweep_settings import SweepSettings
 
 SEARCH = {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "schedule": ["constant", "cosine"]}
 

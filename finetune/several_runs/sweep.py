@@ -42,7 +42,7 @@ from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.metrics import is_improvement, selected_figure
 from diptych.finetune.run_files.atomic_folders import write_text
 from diptych.finetune.run_files.run_folder import holds_nothing, last_training, read_status
-from diptych.finetune.sweeping.sweep_settings import SweepSettings
+from diptych.finetune.several_runs.sweep_settings import SweepSettings
 from diptych.finetune.training.recipe import TrainRecipe
 from diptych.finetune.training.starting_model import check_size
 
