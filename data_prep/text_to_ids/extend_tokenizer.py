@@ -27,7 +27,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -35,10 +35,11 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import models, trainers
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import vocabulary_size
+from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.templates import attach_template, carried_template
 
 if TYPE_CHECKING:
@@ -267,6 +268,41 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, new: NewTokens) -> PreTra
     if template := carried_template(tokenizer):
         attach_template(extended, template)  # its examples have other ids now
     return extended
+
+
+def add_language_codes(tokenizer: PreTrainedTokenizerBase, alike: Mapping[str, str]) -> PreTrainedTokenizerBase:
+    """A saved and loaded copy with new language codes, each of which starts as the code of a language that is like it:
+    {"jje_Hang": "kor_Hang"}. UserError for a tokenizer without codes, and for a code that it has, or cannot have."""
+    codes = codes_of(tokenizer)
+    if not codes.tokens:
+        raise UserError(
+            "languages are given, and this tokenizer has no language codes: its rows name languages in words. Leave"
+            " them out."
+        )
+    own, spelled = dict(tokenizer.init_kwargs.get(NEW_TOKENS_KEY, {})), {}
+    for code, other in alike.items():
+        known = codes.find(other)
+        if code in codes.tokens:
+            raise UserError(f"languages has {code}, which is a code of this tokenizer already. Leave it out.")
+        spelled[code] = codes.spellings[known].replace(known, code)
+        own[spelled[code]] = [codes.tokens[known]]
+    before = tokenizer.get_vocab()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        added = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        added.add_tokens([AddedToken(it, special=True, normalized=False) for it in spelled.values()], True)
+        added.save_pretrained(folder)
+        added = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if bad := [code for code in spelled if code not in codes_of(added).tokens]:
+        raise UserError(
+            f"languages has {bad[0]}, which this tokenizer does not read as a language code. Write it like"
+            f" {alike[bad[0]]}: small letters for the language, then the script or the region."
+        )
+    if not before.items() <= added.get_vocab().items():
+        raise UserError(f"{type(tokenizer).__name__} does not keep its token ids when a code is added to it.")
+    added.name_or_path = added.init_kwargs["name_or_path"] = tokenizer.name_or_path
+    added.init_kwargs[NEW_TOKENS_KEY] = own
+    return added
 
 
 def pieces_of_new_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, list[int]]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from diptych.data_prep.command_line.arguments import check_numbers, choose_from, parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.path_settings import CHECKPOINT, OUTPUT, SOURCE
+from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMED, OUTPUT, SOURCE
 from diptych.data_prep.text_to_ids.train_tokenizer import LEAST_SAVING
 
 
@@ -66,6 +66,9 @@ class ExtendTokenizerSettings:
     tokens: int = 2000
     """Maximum number of new tokens. Each adds a row to the embedding table, and to an untied head; in training (with
     grow_vocabulary) it starts as the mean of the rows of the tokens that it replaces."""
+    languages: list[str] = field(default_factory=list, metadata=NAMED)
+    """New language codes, each with the code of a language that is like it, as which it starts in training:
+    `--languages jje_Hang=kor_Hang`. For tokenizers with language codes, such as NLLB's."""
     out: str = field(default="extended-tokenizer", metadata=OUTPUT)
     """Folder to write: the tokenizer, with what it gains in tokenizer_report.json. Use it as prepare's --tokenizer."""
     minimum_frequency: int = 5

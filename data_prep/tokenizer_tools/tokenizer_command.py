@@ -24,7 +24,12 @@ from diptych.data_prep.cleaning.filters import script_of
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite, new_folder
 from diptych.data_prep.command_line.run_command import run_command
-from diptych.data_prep.text_to_ids.extend_tokenizer import add_new_tokens, check_extensible, learn_new_tokens
+from diptych.data_prep.text_to_ids.extend_tokenizer import (
+    add_language_codes,
+    add_new_tokens,
+    check_extensible,
+    learn_new_tokens,
+)
 from diptych.data_prep.text_to_ids.tokenizer_files import open_tokenizer
 from diptych.data_prep.text_to_ids.train_tokenizer import (
     MOST_VOCAB_SIZE,
@@ -117,6 +122,8 @@ def extend(settings: ExtendTokenizerSettings) -> None:
     out = new_folder(settings.out)
     tokenizer = open_tokenizer(settings.checkpoint)
     check_extensible(tokenizer)
+    if settings.languages:
+        tokenizer = add_language_codes(tokenizer, _languages_alike(settings.languages))
     texts = open_texts(settings.data, settings.text_fields)
     new = learn_new_tokens(
         tokenizer,
@@ -125,7 +132,7 @@ def extend(settings: ExtendTokenizerSettings) -> None:
         settings.minimum_frequency,
     )
     texts.warn_of_rejects()
-    if not new.pieces:
+    if not new.pieces and not settings.languages:
         raise UserError(
             f"no new token stands {settings.minimum_frequency} times in the data. Give more text, or a lower"
             " minimum_frequency."
@@ -143,6 +150,13 @@ def extend(settings: ExtendTokenizerSettings) -> None:
             (out / name).write_bytes(Path(path).read_bytes())
     _write_report({"new_tokens": len(new.pieces), **reports}, out / REPORT)
     print(_gain_lines(reports, len(new.pieces), settings))
+
+
+def _languages_alike(entries: Sequence[str]) -> dict[str, str]:
+    for entry in entries:
+        if not all(entry.partition("=")):
+            raise UserError(f"languages has {entry!r}. Give a new code and one that is like it: jje_Hang=kor_Hang.")
+    return dict(entry.split("=", 1) for entry in entries)
 
 
 def _gain_lines(reports: dict[str, Any], added: int, settings: ExtendTokenizerSettings) -> str:

@@ -13,6 +13,7 @@ after an interruption; the teacher's file and the training go on where they were
 """
 
 import json
+import os
 import random
 import signal
 from collections import Counter
@@ -81,16 +82,19 @@ class StepFailed(UserError):
 def run(settings: DistilSettings) -> int:
     out = Path(settings.out).expanduser()
     begin(out, settings)
-    take_lock(out / LOCK, lambda holder: f"{out} is in use by {holder}. Wait for it, or name another folder.")
-    work = Distillation(settings, out)
-    if not (out / "samples.jsonl").is_file() or settings.hours_only:
-        print(f"{out}: {work.hours()}", flush=True)
-    if settings.hours_only:
-        return DONE
-    work.write()
-    work.prepare_student()
-    stages = list(work.stages())
-    print(f"\n{write_table(stages, out)}\n\n{work.precision_folder} is for `diptych generate --engine ctranslate2`")
+    lock = take_lock(out / LOCK, lambda holder: f"{out} is in use by {holder}. Wait for it, or name another folder.")
+    try:
+        work = Distillation(settings, out)
+        if not (out / "samples.jsonl").is_file() or settings.hours_only:
+            print(f"{out}: {work.hours()}", flush=True)
+        if settings.hours_only:
+            return DONE
+        work.write()
+        work.prepare_student()
+        found = write_table(list(work.stages()), out)
+    finally:
+        os.close(lock)
+    print(f"\n{found}\n\nmodel for `diptych generate --engine ctranslate2`: {work.precision_folder}")
     return DONE
 
 
