@@ -44,6 +44,8 @@ EXTRAS = {
     "thai": ["pythainlp>=5.4", "python-crfsuite>=0.9.12"],
     # `diptych serve`.
     "serve": ["starlette>=1.0.1", "uvicorn>=0.40", "prometheus-client>=0.22"],
+    # examples/ray_serve.py: `diptych serve` in several processes. tests/finetune/test_ray_serve.py: why not in `test`.
+    "ray": ["ray[serve]>=2.60"],
     # `diptych demo`.
     "gradio": ["gradio>=6.31"],
     # BLEU over words of Korean and Japanese.

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 TOP = ("modeling", "data_prep", "finetune")
 OTHER_FOLDERS = {"benchmarks", "docs", "examples", "tests"}
 ROOT_FILES = {
-    *("CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md"),
+    *("CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "SECURITY.md", "Dockerfile"),
     *("constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py"),
 }
 TRAVELLING = ("configuration_diptych.py", "modeling_diptych.py")  # what goes to the Hub with every checkpoint

@@ -98,6 +98,7 @@ class Service:
     def __init__(self, settings: ServeSettings, models: Sequence[Hosted], token: str | None = None):
         self.settings, self.token, self.is_closing = settings, token, False
         self.models = {model.name: model for model in models}
+        self.device = models[0].served.loaded.device
         self.encoder, self.encoding, self.arriving = ThreadPoolExecutor(1, "encoder"), dict.fromkeys(self.models, 0), 0
         self.metrics = ServerMetrics(models)
 

