@@ -16,17 +16,17 @@ ARG TORCH=cpu
 # Of setup.py.
 ARG EXTRAS=serve,sentencepiece,ctranslate2
 
-COPY constraints.txt dist/diptych-*.whl /tmp/dist/
+COPY constraints.txt dist/diptych-*.whl /build/
 # A build of torch such as 2.13.0+cpu is preferred to the plain 2.13.0 of the default index.
-RUN wheel="$(echo /tmp/dist/diptych-*.whl)" \
-    && pip install --no-cache-dir --constraint /tmp/dist/constraints.txt \
+RUN wheel="$(echo /build/diptych-*.whl)" \
+    && pip install --no-cache-dir --constraint /build/constraints.txt \
         --extra-index-url "https://download.pytorch.org/whl/${TORCH}" "${wheel}[${EXTRAS}]" \
     && pip check \
-    && rm -r /tmp/dist \
-    && useradd --create-home --uid 10001 diptych
+    && rm -r /build \
+    && useradd --create-home --home-dir /srv/diptych --uid 10001 diptych
 
 USER 10001
-WORKDIR /home/diptych
+WORKDIR /srv/diptych
 ENV PYTHONUNBUFFERED=1
 EXPOSE 8000
 

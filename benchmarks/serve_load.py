@@ -19,6 +19,7 @@ import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -116,8 +117,10 @@ def plain_server(folder: str, port: int, is_locked: bool) -> None:
 
 
 @contextlib.contextmanager
-def started(name: str, folders: dict[str, Path], port: int, log: Path, threads: int) -> Iterator[str]:
+def started(name: str, folders: dict[str, Path], log: Path, threads: int) -> Iterator[str]:
     """A server's address, until the block ends."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     command = [sys.executable, __file__, "--plain", name, str(folders["torch"]), str(port)]
     if name not in BASELINES:
         engine = [] if name == "torch" else ["--engine", name]
@@ -179,10 +182,7 @@ def measure(size: Size, names: list[str], threads: int) -> list[dict[str, Any]]:
         if "ctranslate2" in names:
             words = ["export", str(folders["torch"]), "--to", "ctranslate2", "--out", str(folders["ctranslate2"])]
             subprocess.run([sys.executable, "-m", "diptych", *words], check=True, stdout=subprocess.DEVNULL)
-        urls = {
-            name: stack.enter_context(started(name, folders, 8701 + place, folder / f"{name}.log", threads))
-            for place, name in enumerate(names)
-        }
+        urls = {name: stack.enter_context(started(name, folders, folder / f"{name}.log", threads)) for name in names}
         for url in urls.values():
             load(url, size, 2, 1.0)
         for number in range(size.rounds):

@@ -20,26 +20,32 @@ from nursery import free_port
 
 pytest.importorskip("ray.serve")
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RUN = "from ray.serve.scripts import cli; cli()"
+RUN = """
+import sys, time, ray
+from ray import serve
+
+sys.path.insert(0, sys.argv[1])
+import ray_serve
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+serve.run(ray_serve.app(dict(word.split("=") for word in sys.argv[3:])))
+while True:
+    time.sleep(60)
+"""
+"""As `serve run` does it, without Ray's dashboard."""
 
 
 @pytest.mark.slow
 def test_two_replicas_answer_and_one_that_dies_is_replaced(t5_checkpoint, tmp_path):
     port = free_port()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["HOME"] = str(tmp_path)  # where Ray writes a token
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        f"http_options: {{host: 127.0.0.1, port: {port}}}\n"
-        "applications:\n"
-        "- name: diptych\n"
-        "  import_path: ray_serve:app\n"
-        f"  args: {{model: '{t5_checkpoint}', replicas: '2', cpus: '0.5', batch_wait_ms: '20'}}\n"
-    )
+    environment |= {"HOME": str(tmp_path), "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}  # Ray writes a token there
+    arguments = [f"model={t5_checkpoint}", "replicas=2", "cpus=0.5", "batch_wait_ms=20"]
     log = tmp_path / "log"
     with log.open("wb") as said:
         process = subprocess.Popen(
-            [sys.executable, "-c", RUN, "run", "--app-dir", str(EXAMPLES), str(config)],
+            [sys.executable, "-c", RUN, str(EXAMPLES), str(port), *arguments],
             cwd=tmp_path,
             env=environment,
             stdout=said,
@@ -74,11 +80,12 @@ def test_two_replicas_answer_and_one_that_dies_is_replaced(t5_checkpoint, tmp_pa
         family = psutil.Process(process.pid)
         until(lambda: sum(is_replica(it) for it in family.children(recursive=True)) == 2, process, log)
     finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        _, left = psutil.wait_procs([psutil.Process(process.pid), *children], timeout=30)
-        for each in left:
-            each.kill()
+        if process.poll() is None:
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            _, left = psutil.wait_procs([psutil.Process(process.pid), *children], timeout=30)
+            for each in left:
+                each.kill()
 
 
 def until(condition, process, log) -> None:
