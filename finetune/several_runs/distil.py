@@ -63,6 +63,8 @@ CARRIED = (
     *("packed_source_tokens", "packed_target_tokens"),
 )
 """Settings of the real rows' preparation that the student's has, too."""
+AS_PARALLEL = {"format": "parallel", "map": ["source=input", "target=output"], "forward": ""}
+"""How `prepare` reads rows without an instruction, which are for models with language codes."""
 FOR_NEW = {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.05, "betas": [0.9, 0.98]}
 EPOCHS_OF_NEW, EPOCHS_OF_CHECKPOINT = 10, 3
 
@@ -250,7 +252,7 @@ class Distillation:
             own = {"tokenizer": self.settings.student, **({} if has_template else template)}
         return {
             "data": [str(self.out / "written.jsonl")],
-            "format": "alpaca",
+            **(AS_PARALLEL if self.rows["train"][0]["instruction"] == "" else {"format": "alpaca"}),
             **own,
             **{name: made[name] for name in CARRIED},
             **{kind: self._held_out(kind) for kind in ("validation", "test")},

@@ -19,6 +19,7 @@ from diptych.finetune.several_runs.stage_table import encoded, open_engine
 from diptych.finetune.several_runs.written_rows import Row, write_jsonl
 
 HANDFUL, TRIAL_ROWS, TRIAL_STEPS = 32, 1000, 4
+TRIAL = ".trial-"
 
 
 class Hours(NamedTuple):
@@ -71,7 +72,9 @@ def training_pace(
     """Tokens that the student will be trained on, and how many it takes in a second, from a few steps in a folder that
     is removed again. `all_rows`: of its train split."""
     drawn = random.Random(settings.seed).sample(rows, min(len(rows), TRIAL_ROWS))
-    folder = Path(tempfile.mkdtemp(prefix=".trial-", dir=settings.out))
+    for left in Path(settings.out).glob(f"{TRIAL}*"):  # by a process that was killed
+        shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=TRIAL, dir=settings.out))
     try:
         write_jsonl(folder / "rows.jsonl", drawn)
         own = {"data": [str(folder / "rows.jsonl")], "out": str(folder / "data"), "validation": [], "test": []}

@@ -9,10 +9,12 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.encode import split_sources, vocabulary_size
 from diptych.data_prep.text_to_ids.extend_tokenizer import (
     NEW_TOKENS_KEY,
+    add_language_codes,
     add_new_tokens,
     learn_new_tokens,
     pieces_of_new_tokens,
 )
+from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.tokenizer_tools.tokenizer_report import HARD_TEXTS, tokenizer_report
 
 FAMILIES = ["diptych-bpe", "diptych-unigram", "t5", "mbart", "mbart50", "bart", "nllb", "gemma"]
@@ -182,3 +184,36 @@ def test_little_text_gives_few_tokens_and_none_gives_none(tokenizers_by_family):
 def test_what_cannot_be_extended_is_refused(name, message, tokenizers_by_family):
     with pytest.raises(UserError, match=message):
         learn_new_tokens(tokenizers_by_family[name], lambda: ["a"], 10)
+
+
+@pytest.mark.parametrize("family, new, like", [("nllb", "jje_Hang", "ko"), ("mbart50", "jj_KR", "ko_KR")])
+def test_a_new_language_code_stands_where_codes_stand_and_starts_as_one_that_it_is_like(
+    family, new, like, tokenizers_by_family, learned_texts, tmp_path
+):
+    tokenizer = tokenizers_by_family[family]
+    with_code = add_language_codes(tokenizer, {new: like})
+    tokens = learn_new_tokens(with_code, lambda: iter(learned_texts), 20)
+    add_new_tokens(with_code, tokens).save_pretrained(tmp_path)
+    extended, before = AutoTokenizer.from_pretrained(tmp_path), codes_of(tokenizer)
+    code = codes_of(extended).tokens[new]
+    assert code == vocabulary_size(tokenizer) and codes_of(extended).layout == before.layout
+    assert pieces_of_new_tokens(extended)[code] == [before.tokens[before.find(like)]]
+    assert tokenizer.get_vocab().items() <= extended.get_vocab().items()
+    extended.src_lang = new
+    ids = extended(learned_texts[0])["input_ids"]
+    assert ids[0] == code and extended.decode(ids, skip_special_tokens=True) == learned_texts[0]
+    with pytest.raises(UserError, match=f"{new}, which is a code of this tokenizer already"):
+        add_language_codes(extended, {new: like})
+
+
+@pytest.mark.parametrize(
+    "family, alike, message",
+    [
+        ("t5", {"jje_Hang": "kor_Hang"}, "this tokenizer has no language codes"),
+        ("nllb", {"jje_Hang": "xxx_Yyyy"}, "'xxx_Yyyy' is no language code of this tokenizer"),
+        ("nllb", {"Jeju!": "kor_Hang"}, "does not read as a language code. Write it like kor_Hang"),
+    ],
+)
+def test_codes_that_cannot_be_added_are_refused(family, alike, message, tokenizers_by_family):
+    with pytest.raises(UserError, match=message):
+        add_language_codes(tokenizers_by_family[family], alike)
