@@ -228,8 +228,13 @@ class Distillation:
     def no_word_level(self) -> str:
         """Why the teacher's predictions are not in the loss; "" if they are."""
         its = self.settings
-        if not its.word_level or its.is_self_training or not self.is_forward:
-            return "word_level is 0" if not its.word_level else "the teacher is no other model of this direction"
+        for is_so, why in (
+            (not its.word_level, "word_level is 0"),
+            (its.is_self_training, "teacher and student are one model"),
+            (not self.is_forward, "the teacher writes the other direction"),
+        ):
+            if is_so:
+                return why
         if self.is_new:
             return "the student has a tokenizer of its own" if its.vocab_size else ""
         if differ := tokenizers_differ(*(all_tokens(load_tokenizer(it)) for it in (its.teacher, its.student))):

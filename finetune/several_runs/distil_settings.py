@@ -69,11 +69,11 @@ class DistilSettings:
     """Weight of each figure, as in `diptych rank`."""
     metric_settings: dict[str, Any] = field(default_factory=dict)
     """Further arguments of metrics, as in `diptych evaluate`."""
-    least_score: float | None = None
-    """Drop the answer to a row with a target if its score is below this; of figures of which lower is better, the
-    negative one counts: -20 for a token_error_rate of 20."""
-    least_log_probability: float | None = None
-    """Drop an answer whose log-probability per token is below this, such as -1.5 nats."""
+    worst_score: float | None = None
+    """Drop the answer to a row with a target if its score by `by` is worse than this: below a chrf of 40, above a
+    token_error_rate of 20."""
+    most_nats: float | None = None
+    """Drop an answer that is less likely than so many nats per token, such as 1.5."""
     length_factor: float = 3.0
     """Drop an answer if its length, as a multiple of its source's, is more than so many times above or below the
     median of all. 0: no limit."""
@@ -134,7 +134,6 @@ class DistilSettings:
 RANGES = {
     "0 to 1": (lambda value: 0 <= value <= 1, "word_level"),
     "0, or 1 or more": (lambda value: value == 0 or value >= 1, "length_factor"),
-    "a number": (lambda value: True, "least_score least_log_probability"),
 }
 TAKEN = {
     "prepare": {"data", "out"},

@@ -4,11 +4,13 @@ about 3.2 hours: 2.1 in which the teacher writes 4 answers to 12,000 rows (1.6 r
 tokens/s); preparation, evaluation and export come on top
 """
 
+import io
 import random
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,10 +81,11 @@ def training_pace(
         write_jsonl(folder / "rows.jsonl", drawn)
         own = {"data": [str(folder / "rows.jsonl")], "out": str(folder / "data"), "validation": [], "test": []}
         nothing = {"validation_fraction": 0.0, "test_fraction": 0.0}
-        carry_out("prepare", {**preparing, **own, **nothing}, folder / "prepare.yaml")
         changes = {"data": str(folder / "data"), "out": str(folder / "run"), "resume": False, "logging_every": 1}
         changes |= {"epochs": None, "max_steps": TRIAL_STEPS, "metrics": "", "best_metric": "loss", "patience": 0}
-        carry_out("train", {**recipe, **changes}, folder / "train.yaml")
+        with redirect_stdout(io.StringIO()):  # it is no step of the work; what goes wrong is on stderr
+            carry_out("prepare", {**preparing, **own, **nothing}, folder / "prepare.yaml")
+            carry_out("train", {**recipe, **changes}, folder / "train.yaml")
         last = read_json_lines(folder / "run" / "metrics.jsonl")[-1]
         tokens = read_json(folder / "data" / "manifest.json")["tokens"]
         each = (tokens["source"]["total"] + tokens["target"]["total"]) / len(drawn)

@@ -24,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
+from diptych.finetune.commands.model_settings import split_names
+from diptych.finetune.evaluating.metrics import lower_is_better
 from diptych.finetune.inference.prompt_files import BLANK, read_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.preferences.scores import scores_of
@@ -175,12 +177,15 @@ def kept_answers(
     """Those that pass the bounds on score, log-probability and length."""
     ratios = [len(answer.text) / max(1, len(answer.prompt["input"])) for answer in answers]
     middle, kept = median(ratios) if ratios else 1.0, []
+    names, worst = split_names(settings.by), settings.worst_score
+    if worst is not None and all(lower_is_better(name, names) for name in names):
+        worst = -worst  # as `scores_of` counts them
     for answer, ratio in zip(answers, ratios, strict=True):
         factor = max(ratio / middle, middle / ratio)
-        if settings.least_score is not None and answer.score is not None and answer.score < settings.least_score:
-            counts["dropped by least_score"] += 1
-        elif settings.least_log_probability is not None and answer.log_probability < settings.least_log_probability:
-            counts["dropped by least_log_probability"] += 1
+        if worst is not None and answer.score is not None and answer.score < worst:
+            counts["dropped by worst_score"] += 1
+        elif settings.most_nats is not None and -answer.log_probability > settings.most_nats:
+            counts["dropped by most_nats"] += 1
         elif settings.length_factor and factor > settings.length_factor:
             counts["dropped by length_factor"] += 1
         else:
@@ -205,7 +210,7 @@ def write_rows(samples: Path, real: Sequence[Row], settings: DistilSettings, out
     counts["written rows"], counts["real rows"] = len(rows), len(real) if settings.real else 0
     if not rows:
         raise UserError(
-            f"nothing that the teacher wrote is left ({said(counts)}). Lower least_score, or raise samples."
+            f"nothing that the teacher wrote is left ({said(counts)}). Loosen the bounds, or raise samples."
         )
     write_jsonl(out, rows + (list(real) if settings.real else []))
     scores = [answer.score for answer in kept if answer.score is not None]

@@ -211,15 +211,18 @@ def test_what_is_cut_empty_unlikely_wrong_or_of_another_length_is_left_out(chose
         sample("long", {"aaaa " * 20: -0.1}, **same),
         sample("wrong", {"zzzz": -0.1}, **same),
     ]
-    rows, counts = chosen(samples, least_log_probability=-2.0, least_score=10.0)
+    rows, counts = chosen(samples, most_nats=2.0, worst_score=10.0)
     assert rows == {f"text {n}": f"aaaa {n}" for n in range(6)}
-    dropped = {
-        name: counts[f"dropped by {name}"] for name in ("least_score", "least_log_probability", "length_factor")
-    }
-    assert dropped == {"least_score": 1, "least_log_probability": 1, "length_factor": 1}
+    dropped = {name: counts[f"dropped by {name}"] for name in ("worst_score", "most_nats", "length_factor")}
+    assert dropped == {"worst_score": 1, "most_nats": 1, "length_factor": 1}
     assert counts["prompts without a whole answer"] == 1 and counts["written rows"] == 6
     with pytest.raises(UserError, match="nothing that the teacher wrote is left .*10 prompts"):
-        chosen(samples, least_score=101.0)
+        chosen(samples, worst_score=101.0)
+
+
+def test_of_errors_the_worst_score_is_the_highest(chosen):
+    samples = [sample("a", {"b c d": -0.1}, references=["b c d"]), sample("b", {"b c e": -0.1}, references=["b c d"])]
+    assert chosen(samples, by="token_error_rate", worst_score=20.0)[0] == {"a": "b c d"}
 
 
 def test_a_source_is_asked_once_and_has_all_its_targets(tmp_path):
