@@ -54,6 +54,8 @@ EXTRAS = {
     "bertscore": ["bert-score>=0.3.13"],
     # Export to CTranslate2, and generation with it.
     "ctranslate2": ["ctranslate2>=4.8.3"],
+    # Outputs of a given form: JSON of a schema, a regular expression.
+    "structured": ["llguidance>=1.9", "jsonschema>=4.25"],
     # Export to ONNX, and its proof.
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     # The recipe's `optimizer` and `weights`.
@@ -65,7 +67,7 @@ EXTRAS = {
     # The site of docs/: `make docs`.
     "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     "test": [
-        "diptych[sentencepiece,demo,clean,documents,thai,datatrove,serve,gradio,ctranslate2,onnx,sweep]",
+        "diptych[sentencepiece,demo,clean,documents,thai,datatrove,serve,gradio,ctranslate2,structured,onnx,sweep]",
         # optimizers without bitsandbytes, which prints a line wherever peft is imported; .ci/run tests it by itself
         *("schedulefree>=1.4.1", "torch-optimi>=0.3.3"),
         "openai>=3.0",  # the client that serve is tested with

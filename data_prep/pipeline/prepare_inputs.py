@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.cleaning.decontaminate import Decontaminate, PlainText
 from diptych.data_prep.cleaning.filters import LanguageFilter
+from diptych.data_prep.cleaning.json_schema import SchemaFilter, read_schema
 from diptych.data_prep.cleaning.mixture import check_mixture
 from diptych.data_prep.cleaning.sensitive import secret_detectors
 from diptych.data_prep.command_line.errors import UserError, counted
@@ -253,6 +254,8 @@ def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
     if settings.source_languages or settings.target_languages:
         languages = tuple(settings.source_languages), tuple(settings.target_languages)
         yield LanguageFilter(*languages, settings.language_confidence)
+    if settings.json_schema:
+        yield SchemaFilter(json.dumps(read_schema(settings.json_schema)))
     if inputs.evaluation:
         yield Decontaminate.from_records(_evaluation_records(settings, inputs), settings.decontaminate_ngram)
 

@@ -14,7 +14,15 @@ from diptych.data_prep.cleaning.filters import LengthFilter
 from diptych.data_prep.cleaning.mixture import Mixture
 from diptych.data_prep.command_line.arguments import check_numbers, parse
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.pipeline.path_settings import CHECKPOINT, NAMED, NAMED_SOURCE, OUTPUT, SOURCE, TEMPLATE
+from diptych.data_prep.pipeline.path_settings import (
+    CHECKPOINT,
+    EXISTING,
+    NAMED,
+    NAMED_SOURCE,
+    OUTPUT,
+    SOURCE,
+    TEMPLATE,
+)
 from diptych.data_prep.rows.convert_rows import SUMMARY_INSTRUCTION
 from diptych.data_prep.rows.named_splits import HELD_OUT
 from diptych.data_prep.text_to_ids.train_tokenizer import MINIMUM_VOCAB_SIZE
@@ -35,7 +43,7 @@ USUAL_FRACTION = 0.05
 OF_PACKING_ALONE = ("packed_source_tokens", "packed_target_tokens", "share_sources", "decoder_start_token_id")
 OF_TRAIN_ALONE = (
     *("mixture", "train_tokenizer", "near_duplicates", "decontaminate", "lengths", "source_languages"),
-    *("target_languages", *OF_PACKING_ALONE[:3], "on_both_sides"),
+    *("target_languages", "json_schema", *OF_PACKING_ALONE[:3], "on_both_sides"),
     *("validation_fraction", "test_fraction", "split_by"),
 )
 """Settings that have no effect without rows to train on."""
@@ -181,6 +189,9 @@ class PrepareSettings:
 
     target_languages: list[str] = field(default_factory=list)
     """Keep rows whose target is in one of these languages."""
+
+    json_schema: str = field(default="", metadata=EXISTING)
+    """File with a JSON schema: keep rows whose target is JSON that fits it. Needs the extra `structured`."""
 
     language_confidence: float = 0.7
     """Minimum confidence that a text is in another language. Short texts seldom reach it, and are kept."""

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import EXISTING, NAMES, OUTPUT, PREPARED
-from diptych.finetune.commands.model_settings import ModelSettings, check_positive
+from diptych.finetune.commands.model_settings import ModelSettings, check_positive, split_names
+from diptych.finetune.inference.generate_settings import check_form
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class EvaluateSettings(ModelSettings):
     all test sets, one after the other."""
     metrics: str = field(default="exact_match,token_f1,rouge,bleu,chrf", metadata=NAMES)
     """Names, separated by commas; an empty string computes only the loss, which is much faster. Built in: exact_match,
-    token_f1, token_error_rate, rouge, bleu, chrf, superni_rougeL. A function of yours: my_module:function; add :min if
-    lower is better. Of the library evaluate: evaluate:NAME, or the path of a script. Also comet and bertscore."""
+    token_f1, token_error_rate, rouge, bleu, chrf, superni_rougeL, json. A function of yours: my_module:function; add
+    :min if lower is better. Of the library evaluate: evaluate:NAME, or the path of a script. Also comet, bertscore."""
     metric_settings: dict[str, Any] = field(default_factory=dict)
     """Further arguments of metrics: '{bertscore: {model: PATH, layers: 17}, my_function: {threshold: 3}}'."""
     by: str = field(default="", metadata=NAMES)
@@ -50,17 +51,28 @@ class EvaluateSettings(ModelSettings):
     """Seed of these samples, and of the bootstrap for the intervals."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Any other argument of transformers' generate: `--generation.length_penalty 2`."""
+    json_schema: str = field(default="", metadata=EXISTING)
+    """File with a JSON schema: outputs are generated to fit it, and the metric `json` counts those that do. Needs the
+    extra `structured`."""
+    regex: str = ""
+    """Regular expression that every output has to match as a whole. Needs the extra `structured`."""
     bleu_tokenize: str = ""
     """Tokenisation of sacrebleu (13a, intl, char, ko-mecab …). Default: chosen by the script of the targets."""
 
     @property
+    def all_metrics(self) -> list[str]:
+        return list(dict.fromkeys(split_names(self.metrics) + (["json"] if self.json_schema else [])))
+
+    @property
     def all_metric_settings(self) -> dict[str, Any]:
         given = {"bleu": {"tokenize": self.bleu_tokenize}} if self.bleu_tokenize else {}
+        given |= {"json": {"schema": self.json_schema}} if self.json_schema else {}
         return self.metric_settings | given
 
     def __post_init__(self):
         if not self.data:
             raise UserError("data is not set. Name the folder that `diptych prepare` wrote: --data FOLDER.")
+        check_form(self)
         check_positive(self, "limit", "batch_size", "max_new_tokens", "num_beams")
         if self.mbr_samples and (self.mbr_samples < 2 or self.num_beams > 1):
             raise UserError(

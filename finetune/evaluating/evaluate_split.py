@@ -48,7 +48,7 @@ from diptych.finetune.evaluating.evaluate_rows import (
 )
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
 from diptych.finetune.evaluating.metrics import figures_and_signatures, find_metrics
-from diptych.finetune.inference.generate_settings import GenerateSettings
+from diptych.finetune.inference.generate_settings import GenerateSettings, asked_form
 from diptych.finetune.inference.generation_config import check_generation_names
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
@@ -69,9 +69,10 @@ REPORT_KEYS = {"figures", "signatures", "settings"}
 
 
 def run(settings: EvaluateSettings) -> int:
-    metrics, metric_settings = split_names(settings.metrics), settings.all_metric_settings
+    metrics, metric_settings = settings.all_metrics, settings.all_metric_settings
     find_metrics(metrics, metric_settings)
     check_generation_names(settings.generation)
+    form = asked_form(settings)
     keep_memory()
     splits = load_splits(settings.data, settings.split)
     for name in splits if settings.out else ():  # before hours of work
@@ -124,6 +125,7 @@ def run(settings: EvaluateSettings) -> int:
             num_beams=settings.num_beams,
             compare_answers=True,
             **settings.generation,
+            **form,
         )
         faults |= evaluation.faults
         if is_main:

@@ -37,6 +37,7 @@ from diptych.data_prep.command_line.arguments import choose_from
 from diptych.data_prep.command_line.errors import UserError, excerpt, in_short
 from diptych.data_prep.rows.named_splits import name_in
 from diptych.finetune.evaluating.confidence_intervals import MetricFault, Scored, Statistics, means, ratio
+from diptych.finetune.evaluating.json_metric import count_json
 from diptych.finetune.evaluating.own_metrics import BRIDGES, check_arguments, load_metric, parse_metric_name
 from diptych.finetune.inference.generation_config import warn_once
 
@@ -340,7 +341,8 @@ def compute_metrics(
 
 FIGURES = frozenset(
     "loss rows sources target_tokens unfinished max_new_tokens exact_match_rows exact_match token_f1 chosen_likelier "
-    "token_error_rate rouge rouge1 rouge2 rougeL bleu chrf superni_rougeL superni_exact_match".split()
+    "token_error_rate rouge rouge1 rouge2 rougeL bleu chrf superni_rougeL superni_exact_match json "
+    "json_valid json_exact json_f1".split()
 )
 """Names that no metric of a user's own can have."""
 LOWER_IS_BETTER = frozenset("loss unfinished error errors error_rate wer cer ter perplexity distance".split())
@@ -394,4 +396,5 @@ METRICS: dict[str, Callable[..., Statistics]] = {
     "bleu": count_bleu,
     "chrf": count_chrf,
     "superni_rougeL": count_superni,
+    "json": count_json,
 }

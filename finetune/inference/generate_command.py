@@ -31,6 +31,7 @@ from diptych.finetune.model.loading import pick_device
 
 def run(settings: GenerateSettings) -> int:
     check_generation_names(settings.generation)
+    settings.generation_kwargs()  # refuses a form that no output can have
     keep_memory()
     # The file is read first, so that its mistakes show before a large model is loaded.
     asked = settings.instruction, settings.system, any(settings.languages)

@@ -156,7 +156,7 @@ def run_identity(
     return engine.identity() | {
         "prompts_sha256": hashlib.sha256(hashed).hexdigest(),
         "generation_config": json.loads(engine.generation_config.to_json_string(use_diff=False)),
-        "settings": own | rules | settings.generation_kwargs(),
+        "settings": own | rules | json.loads(json.dumps(settings.generation_kwargs())),
         "device": engine.device.type,
         "transformers": transformers.__version__,
     }

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from diptych.data_prep.cleaning.json_schema import read_schema
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, EXISTING, OUTPUT
 from diptych.finetune.commands.model_settings import PromptSettings, check_positive
@@ -57,6 +58,10 @@ class GenerateSettings(PromptSettings):
     """Print the log-probability of each output, in nats, in total and as the mean per token."""
     choices: list[str] = field(default_factory=list)
     """Answer with the one of these texts that is most likely for the model."""
+    json_schema: str = field(default="", metadata=EXISTING)
+    """File with a JSON schema that every output has to fit. Needs the extra `structured`."""
+    regex: str = ""
+    """Regular expression that every output has to match as a whole. Needs the extra `structured`."""
     mbr_samples: int = 0
     """Draw so many samples for each prompt, and take the one that is most similar to the others by chrF (minimum Bayes
     risk); 0: off."""
@@ -97,19 +102,40 @@ class GenerateSettings(PromptSettings):
             raise UserError("choices are weighed: drop mbr_samples, temperature, num_beams and generation.")
         if self.choices and self.long != "cut":
             raise UserError("choices answer a whole prompt: drop choices, or --long.")
-        if self.engine != "torch" and (self.choices or self.scores):
-            raise UserError("scores and choices are of torch: drop them, or --engine ctranslate2.")
+        if self.engine != "torch" and self.scores:
+            raise UserError(f"scores are of torch: drop them, or --engine {self.engine}.")
+        check_form(self)
         if self.choices and not len(set(self.choices)) == len(self.choices) >= self.num_return_sequences:
             raise UserError("choices must be different texts, and at least num_return_sequences.")
 
     def generation_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `scoring.chosen_outputs`."""
+        form = asked_form(self)
         if self.choices:
             return {"choices": self.choices, "num_return_sequences": self.num_return_sequences, "scores": self.scores}
         if self.scores:
             return {"scores": True} | replace(self, scores=False).generation_kwargs()
         if self.mbr_samples:
-            return {"mbr_samples": self.mbr_samples} | self.generation
+            return {"mbr_samples": self.mbr_samples} | self.generation | form
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         beams = {"num_beams": self.num_beams, "num_return_sequences": self.num_return_sequences}
-        return sampling | beams | self.generation
+        return sampling | beams | self.generation | form
+
+
+def check_form(settings: Any) -> None:
+    """UserError where `json_schema` and `regex` are given together, or beside what they do not go with."""
+    asked = [name for name in ("choices", "json_schema", "regex") if getattr(settings, name, None)]
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} exclude each other: an output has one form. Drop all but one.")
+    if asked and getattr(settings, "engine", "torch") != "torch":
+        raise UserError(f"{asked[0]} is of torch: drop it, or --engine {settings.engine}.")
+
+
+def asked_form(settings: Any) -> dict[str, Any]:
+    """`{"grammar": Grammar(…)}` where the settings have a `json_schema` file or a `regex`."""
+    if not (settings.json_schema or settings.regex):
+        return {}
+    from diptych.finetune.inference.constraints import grammar_of  # which imports torch
+
+    schema = read_schema(settings.json_schema) if settings.json_schema else None
+    return {"grammar": grammar_of(schema, settings.regex or None)}

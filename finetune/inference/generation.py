@@ -30,6 +30,7 @@ from transformers import (
 from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Template
 from diptych.finetune.batches.padded_rows import pad_sources
+from diptych.finetune.inference.constraints import FitsGrammar
 from diptych.finetune.inference.fast_decode import OneNumberPerRow, can_decode_fast, fast_decode, read_fast
 from diptych.finetune.inference.generation_config import end_tokens, generation_config, search_settings_ignored
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
@@ -130,10 +131,18 @@ def generate_batch(
     if template and template.stop:
         criteria.append(StopStrings(loaded.tokenizer, template))
     settings = generation_kwargs | {"stopping_criteria": criteria, "max_new_tokens": max_new_tokens}
+    fits = None
+    if grammar := settings.pop("grammar", None):
+        ends = end_tokens(generation_config(loaded, {})[0])
+        fits = FitsGrammar(loaded, grammar, len(given[0]), ends)
+        settings["logits_processor"] = LogitsProcessorList([*settings.get("logits_processor", ()), fits])
     inputs = {name: ids.to(loaded.device) for name, ids in inputs.items()}
     config, sequences = _generate(loaded, inputs, settings)
     most, start = config.max_new_tokens, len(given[0])
-    return [output_of(loaded.tokenizer, template, config, sequence[start:], most) for sequence in sequences]
+    outputs = [output_of(loaded.tokenizer, template, config, sequence[start:], most) for sequence in sequences]
+    if fits is None:
+        return outputs
+    return [output._replace(finished=fits.finished(output.ids, output.finished)) for output in outputs]
 
 
 def output_of(
