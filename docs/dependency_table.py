@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 
 PAGE = Path(__file__).with_name("dependencies.md")
 EXTRAS = (
-    *("", "sentencepiece", "clean", "documents", "thai", "serve", "gradio", "ctranslate2", "onnx", "optimizers"),
-    *("sweep", "datatrove", "demo", "test"),
+    *("", "sentencepiece", "clean", "documents", "thai", "serve", "gradio", "ctranslate2", "structured"),
+    *("onnx", "optimizers", "sweep", "datatrove", "demo", "test"),
 )
 """Of setup.py, without docs, which builds the pages only. A package is listed with the first that needs it."""
 OF_CUDA = ("nvidia-", "cuda-", "triton")

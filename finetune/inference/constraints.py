@@ -174,22 +174,24 @@ def _bytes_alone(name: str) -> bytes:
 
 
 def _decoded_alike(tokenizer: PreTrainedTokenizerBase, spelled: Mapping[int, bytes]) -> dict[int, bytes]:
-    """Those that decoding gives as they are spelled; parts of characters are not looked at. NLLB's vocabulary may have
-    `<0x7B>`, and its decoding leaves it as it is."""
+    """Those that decoding gives as they are spelled: NLLB's vocabulary may have `<0x7B>`, and its decoding leaves that
+    as it is."""
     rows = list(spelled)
     texts = tokenizer.batch_decode([[row] for row in rows], clean_up_tokenization_spaces=False)
     found = {}
     for row, text in zip(rows, texts, strict=True):
         expected = spelled[row].decode(errors="replace")
-        if "\N{REPLACEMENT CHARACTER}" in expected or text in (expected, expected.removeprefix(" ")):
+        is_part = "\N{REPLACEMENT CHARACTER}" in expected  # of a character; ByT5 decodes it to nothing
+        is_part = is_part and (not text or "\N{REPLACEMENT CHARACTER}" in text)
+        if is_part or text in (expected, expected.removeprefix(" ")):
             found[row] = spelled[row]
     return found
 
 
 def _drops_first_space(tokenizer: PreTrainedTokenizerBase, spelled: Mapping[int, bytes], text: str) -> bool | None:
     """None where a text is not the sum of its tokens as they are spelled."""
-    special = {tokenizer.unk_token_id, *tokenizer.all_special_ids}
-    ids = [row for row in tokenizer(text, add_special_tokens=False)["input_ids"] if row not in special]
+    known = set(tokenizer.get_vocab().values()) - {tokenizer.unk_token_id, *tokenizer.all_special_ids}
+    ids = [row for row in tokenizer(text, add_special_tokens=False)["input_ids"] if row in known]
     if not spelled.keys() >= set(ids):
         return None
     joined, decoded = b"".join(spelled[row] for row in ids).decode(errors="replace"), text_of(tokenizer, ids)
@@ -277,10 +279,10 @@ class FitsGrammar(LogitsProcessor):
             if state in (ENDED, BROKEN):
                 continue
             state.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            if state.stop_reason() in ("NoExtension", "NoExtensionBias") and not state.is_accepting():
-                raise self._dead_end(ids)
             if state.is_error():
                 said = excerpt(state.get_error().split("\n")[0], 200)
+                if said.startswith("NoExtension"):
+                    raise self._dead_end(ids)
                 raise UserError(f"{_named(self.grammar)} is too complex: {said}. Simplify it.")
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
         return bits[:, : self.vocabulary.size].view(bool)

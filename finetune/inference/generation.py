@@ -131,10 +131,10 @@ def generate_batch(
     if template and template.stop:
         criteria.append(StopStrings(loaded.tokenizer, template))
     settings = generation_kwargs | {"stopping_criteria": criteria, "max_new_tokens": max_new_tokens}
-    fits = None
-    if grammar := settings.pop("grammar", None):
-        ends = end_tokens(generation_config(loaded, {})[0])
-        fits = FitsGrammar(loaded, grammar, len(given[0]), ends)
+    fits = settings.pop("grammar", None)
+    if fits is not None:
+        if not isinstance(fits, FitsGrammar):
+            fits = FitsGrammar(loaded, fits, len(given[0]), end_tokens(generation_config(loaded, {})[0]))
         settings["logits_processor"] = LogitsProcessorList([*settings.get("logits_processor", ()), fits])
     inputs = {name: ids.to(loaded.device) for name, ids in inputs.items()}
     config, sequences = _generate(loaded, inputs, settings)

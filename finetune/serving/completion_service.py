@@ -231,7 +231,7 @@ class Service:
                 sources.append(source := served.encode(as_asked(served.prompter, prompt_of(row))))
                 if source.tokens > (most := len(source.source_ids)):
                     raise UserError(f"the prompt has {source.tokens} tokens, and {most} are read. Send a shorter one.")
-                served.check(source.tokens, asked.decoding)
+                served.check(source.tokens, asked.decoding, len(source.given))
         except (UserError, Fault) as error:
             field = error.field if isinstance(error, Fault) else asked.field_of(str(error))
             raise RequestError(400, str(error), field) from None

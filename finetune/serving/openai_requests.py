@@ -13,15 +13,17 @@ harmless value, a null or a nested path gets is ours to say either way.
 
 import itertools
 import json
+import re
 import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diptych.data_prep.command_line.errors import excerpt, nearest
+from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
 from diptych.data_prep.rows.conversations import MARKS, MARKS_NOT_READ
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
+from diptych.finetune.inference.constraints import Grammar, grammar_of
 from diptych.finetune.serving.request_batches import Answer, Decoding
 
 MOST_PROMPTS = 64
@@ -32,7 +34,7 @@ TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 """One setting by its old and its new name."""
 KNOWN = {
     *("model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", *LANGUAGES, *TOKEN_LIMITS),
-    *("num_beams", "use_beam_search", "length_penalty", "repetition_penalty"),
+    *("num_beams", "use_beam_search", "length_penalty", "repetition_penalty", "response_format", "structured_outputs"),
 }
 """`num_beams` is transformers' name. vLLM has `use_beam_search`, with `n` or `best_of` as the number of beams."""
 TRANSLATION = {
@@ -61,7 +63,6 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
-    "response_format": ({"type": "text"},),
     "stream_options.include_obfuscation": (False,),
 }
 """Values of further fields that ask for nothing, and are accepted."""
@@ -202,7 +203,7 @@ def read_request(body: dict[str, Any], is_chat: bool, most_tokens: Mapping[str, 
     include_usage = _field(options, "include_usage", bool, False)
     if has_scores and stream:
         raise RequestError(400, "'logprobs' are known when all is written. Ask for them without 'stream'.", "logprobs")
-    decoding = _decoding(body, most_tokens[model])._replace(scores=has_scores)
+    decoding = _decoding(body, most_tokens[model])._replace(scores=has_scores, grammar=_grammar(body))
     rows = _chat_rows(body) if is_chat else _completion_rows(body)
     languages = {name: _field(body, name, str, "") for name in LANGUAGES if body.get(name) is not None}
     return CompletionRequest(is_chat, model, [row | languages for row in rows], decoding, stream, include_usage)
@@ -306,6 +307,38 @@ def _decoding(body: dict[str, Any], most_tokens: int) -> Decoding:
     if not temperature:  # then both change nothing, and prompts can share a batch
         top_p, seed = 1.0, None
     return Decoding(min(most_tokens, *limits), temperature, top_p, count, tuple(stop), seed, beams, **penalties)
+
+
+def _grammar(body: dict[str, Any]) -> Grammar | None:
+    """What the answer has to be: `response_format` as OpenAI's clients send it, `structured_outputs` as vLLM's do."""
+    form = _without_nulls(_field(body, "response_format", dict, {"type": "text"}))
+    asked = _without_nulls(_field(body, "structured_outputs", dict, {}))
+    field, found = "structured_outputs", {name: asked[name] for name in asked if asked[name] is not False}
+    if form.get("type") == "json_object":
+        field, found = "response_format", found | {"json_object": True}
+    elif form.get("type") == "json_schema":
+        field, found = "response_format", found | {"json": _field(form, "json_schema", dict, {}).get("schema", True)}
+    elif form != {"type": "text"}:
+        message = "'response_format' has a type: text, json_object, or json_schema with {name, schema} beside it."
+        raise RequestError(400, message, "response_format")
+    if len(found) > 1 or not found.keys() <= {"json", "json_object", "regex", "choice"}:
+        message = f"{field!r} is one of json (a schema), json_object, regex and choice. Others are not done here."
+        raise RequestError(400, message, field)
+    if not found:
+        return None
+    [(kind, value)] = found.items()
+    if kind == "choice" and isinstance(value, list) and value and all(it and isinstance(it, str) for it in value):
+        kind, value = "regex", "|".join(map(re.escape, value))
+    try:
+        if kind == "regex" and isinstance(value, str):
+            return grammar_of(regex=value)
+        schema = {"type": "object"} if kind == "json_object" else value
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        if kind in ("json", "json_object") and isinstance(schema, dict | bool):
+            return grammar_of(json_schema=schema)
+    except (UserError, ValueError, RecursionError) as error:
+        raise RequestError(400, f"{field!r}: {error}", field) from None
+    raise RequestError(400, f"{field!r}: {kind} has a value of another kind than expected.", field)
 
 
 def _beams(body: dict[str, Any], count: int) -> int:

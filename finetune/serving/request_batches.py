@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import Template
+from diptych.finetune.inference.constraints import FitsGrammar, Grammar
 from diptych.finetune.inference.engine import EncodedPrompt
 from diptych.finetune.inference.generation import cut_at_stop, generate_batch, output_of
 from diptych.finetune.inference.generation_config import end_tokens, generation_config
@@ -55,6 +56,8 @@ class Decoding(NamedTuple):
     """Also compute the tokens' log-probabilities, in another forward pass."""
     length_penalty: float = 1.0
     """Of beams: above 1 prefers longer answers."""
+    grammar: Grammar | None = None
+    """What the answer has to be."""
 
     @property
     def rows(self) -> int:
@@ -226,7 +229,10 @@ class Engine:
         sources = [job.source_ids for job in jobs]
         given = [job.given or given_tokens(loaded) for job in jobs]
         most = max(job.decoding.max_new_tokens for job in jobs)
-        writer = RowWriter(loaded.tokenizer, template, config, jobs, len(given[0]))
+        fits = None
+        if decoding.grammar:
+            fits = settings["grammar"] = FitsGrammar(loaded, decoding.grammar, len(given[0]), end_tokens(config))
+        writer = RowWriter(loaded.tokenizer, template, config, jobs, len(given[0]), fits)
         if is_torch:
             settings["stopping_criteria"] = [RowLimits(jobs, len(given[0]))]
             if is_watched := decoding.num_beams == 1:
@@ -299,8 +305,9 @@ class RowWriter(BaseStreamer):
         config: GenerationConfig,
         jobs: Sequence[Job],
         given: int,
+        fits: FitsGrammar | None = None,
     ):
-        self.tokenizer, self.template, self.config = tokenizer, template, config
+        self.tokenizer, self.template, self.config, self.fits = tokenizer, template, config, fits
         self.rows = [(job, index) for job in jobs for index in range(job.decoding.n)]
         self.limits = [row_limit(job, given) for job, _ in self.rows]
         self.ids: list[list[int]] = [[] for _ in self.rows]
@@ -331,8 +338,11 @@ class RowWriter(BaseStreamer):
     def _end(self, place: int) -> None:
         job, index = self.rows[place]
         ids, most = self.ids[place], self.limits[place]
-        self._outputs[place] = output_of(self.tokenizer, self.template, self.config, ids, most)
-        self.send(place, self._outputs[place].text)
+        output = output_of(self.tokenizer, self.template, self.config, ids, most)
+        if self.fits is not None:
+            output = output._replace(finished=self.fits.finished(output.ids, output.finished))
+        self._outputs[place] = output
+        self.send(place, output.text)
         outputs = self._outputs[place - index : place - index + job.decoding.n]
         if None not in outputs and not job.decoding.scores:
             job.end(Ended([Answer(output.text, output.finished, output.ids) for output in outputs]))

@@ -10,9 +10,10 @@ from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side
 from diptych.finetune.commands import cli
+from diptych.finetune.inference.constraints import FitsGrammar
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
-from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
+from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, end_tokens, generation_config
 from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -52,8 +53,15 @@ class ServedModel(NamedTuple):
     def is_torch(self) -> bool:
         return isinstance(self.loaded, LoadedModel)
 
-    def check(self, source_tokens: int, decoding: Decoding) -> None:
-        """UserError if a prompt with this decoding takes too much memory, or asks for what the engine has not."""
+    def check(self, source_tokens: int, decoding: Decoding, given: int = 1) -> None:
+        """UserError if a prompt with this decoding takes too much memory, or asks for what the engine or the tokenizer
+        has not. `given` counts the decoder's first tokens."""
+        if decoding.grammar and not self.is_torch:
+            raise UserError(
+                "answers of a given form need --engine torch, and this is ctranslate2. Leave the form out."
+            )
+        if decoding.grammar:
+            FitsGrammar(self.loaded, decoding.grammar, given, end_tokens(generation_config(self.loaded, {})[0]))
         if decoding.scores and not self.is_torch:
             raise UserError("log-probabilities need --engine torch, and this is ctranslate2. Leave them out.")
         self.budget.check(source_tokens, decoding)

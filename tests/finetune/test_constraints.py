@@ -6,13 +6,17 @@ import re
 import string
 
 import jsonschema
+import openai
 import pytest
 import torch
+from listening import listening
 from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import Template
+from diptych.finetune.commands import cli
+from diptych.finetune.evaluating.metrics import compute_metrics
 from diptych.finetune.inference.constraints import grammar_of
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -146,3 +150,126 @@ def test_a_template_with_text_around_outputs_is_refused(tokenizers_by_family):
     template = Template("answer", "{{ input }}", "Answer: {{ output }}")
     with pytest.raises(UserError, match="'answer' puts text around outputs"):
         written(LoadedModel.of(loaded.model, loaded.tokenizer, template), regex="a")
+
+
+# As commands
+
+
+CAPITALS = [(country, {"country": country, "letters": len(country)}) for country in ("France", "Peru", "Chad", "Oman")]
+
+
+@pytest.fixture(scope="module")
+def extraction(tmp_path_factory, byte_level):
+    """Rows of texts and the JSON in them, one of which does not fit its schema, prepared; and an untrained T5."""
+    folder = tmp_path_factory.mktemp("extraction")
+    schema = {"type": "object", "properties": {"country": {"type": "string", "maxLength": 8}}, "required": ["country"]}
+    schema["properties"]["letters"] = {"type": "integer", "maximum": 99, "minimum": 0}
+    (folder / "schema.json").write_text(json.dumps(schema | {"additionalProperties": False}), encoding="utf-8")
+    rows = [{"instruction": "Extract.", "input": text, "output": json.dumps(value)} for text, value in CAPITALS]
+    bad = rows[0] | {"input": "Two", "output": '{"country": 2}'}
+    for name, these in {"train": [*rows, bad], "test": rows}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in these)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    loaded_with(byte_level, "t5").model.save_pretrained(folder / "model")
+    byte_level.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_level(tokenizers_by_family):
+    return tokenizers_by_family["diptych-bpe"]
+
+
+@pytest.fixture(scope="module")
+def prepared(extraction):
+    command = ["prepare", "--data", str(extraction / "train.jsonl"), "--test", str(extraction / "test.jsonl")]
+    command += ["--tokenizer", str(extraction / "model"), "--out", str(extraction / "prepared"), "--template", "plain"]
+    assert cli.main([*command, "--on_both_sides", "keep", "--json_schema", str(extraction / "schema.json")]) == 0
+    return extraction / "prepared"
+
+
+def test_prepare_leaves_out_targets_that_are_not_of_the_schema(extraction, prepared, capsys):
+    rejects = [json.loads(line) for line in (prepared / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["kind"], row["reason"]) for row in rejects] == [
+        ("target not of the JSON schema", "The target is not of it: at country: 2 is not of type 'string'.")
+    ]
+    (extraction / "no.json").write_text('{"type": "strin"}', encoding="utf-8")
+    for name, says in {"train.jsonl": "cannot be read", "no.json": "is no JSON schema: $.type: 'strin'"}.items():
+        command = ["--data", "seed_tasks", "--tokenizer", str(extraction / "model"), "--out", str(extraction / "none")]
+        assert cli.run("prepare", [*command, "--json_schema", str(extraction / name)]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_gets_json_alone_and_a_run_of_another_schema_is_not_gone_on_with(extraction, capsys):
+    files = ["--in_file", str(extraction / "test.jsonl"), "--out_file", str(extraction / "out.jsonl")]
+    command = ["generate", str(extraction / "model"), *files, "--template", "plain"]
+    assert cli.main([*command, "--json_schema", str(extraction / "schema.json")]) == 0
+    rows = [json.loads(line) for line in (extraction / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    schema = json.loads((extraction / "schema.json").read_text(encoding="utf-8"))
+    assert len(rows) == 4 and any(row["finished"] for row in rows)
+    for row in rows:
+        if row["finished"]:
+            jsonschema.validate(json.loads(row["prediction"]), schema)
+    assert cli.main([*command, "--json_schema", str(extraction / "schema.json")]) == 0  # there is nothing left to do
+    assert cli.run("generate", [*command[1:], "--regex", "[ab]+"]) == 2
+    assert "grammar" in capsys.readouterr().err
+    for wrong in (
+        ["--regex", "a", "--choices", "[a, b]"],
+        ["--regex", "a", "--engine", "ctranslate2"],
+        ["--regex", "("],
+    ):
+        assert cli.run("generate", [str(extraction / "model"), "--input", "Peru", *wrong]) == 2
+
+
+def test_evaluate_counts_json_and_its_fields(extraction, prepared):
+    report = extraction / "report.json"
+    command = ["evaluate", str(extraction / "model"), "--data", str(prepared), "--out", str(report), "--metrics", ""]
+    assert cli.main([*command, "--json_schema", str(extraction / "schema.json")]) == 0
+    figures = json.loads(report.read_text(encoding="utf-8"))["figures"]
+    assert figures["json_valid"] == 100 * (4 - figures["unfinished"]) / 4
+    assert {"json_exact", "json_f1", "json_exact.country", "json_exact.letters"} <= figures.keys()
+
+
+def test_json_is_compared_as_values(tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"required": ["a"]}', encoding="utf-8")
+    references = ['{"a": 1, "b": [1, 2]}', '{"a": 2}', '{"a": {"c": true}}', '{"a": 3}']
+    written = ['{"b": [2, 1],\n "a": 1}', '{"b": 2}', '{"a": {"c": 1}}', '{"a": 3, "a": 3}']
+    found = compute_metrics(["json"], written, [[it] for it in references])
+    # all of 3; another name; true is not 1; a name that stands twice is no JSON
+    assert found["json_f1"] == pytest.approx(100 * 6 / (6 + 2 + 2 + 1))
+    assert (found["json_valid"], found["json_exact"]) == (75, 0)
+    assert (found["json_exact.a"], found["json_exact.b"]) == (25, 50)
+    assert compute_metrics(["json"], ['{"a": 1.0}'], [['{"a": 1.0}', "[]"]])["json_exact"] == 100
+    with pytest.raises(UserError, match="that of source 2 is not .*prepare --json_schema"):
+        compute_metrics(["json"], ["1", "1"], [["1"], ["one"]])
+
+
+def test_clients_get_answers_of_the_form_that_they_ask_for(extraction, tmp_path):
+    with listening(["serve", str(extraction / "model"), "--template", "plain"], tmp_path / "log") as served:
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+        def ask(**settings):
+            messages = [{"role": "user", "content": "Extract Peru."}]
+            answer = client.chat.completions.create(model="model", messages=messages, max_tokens=100, **settings)
+            return answer.choices[0]
+
+        schema = json.loads((extraction / "schema.json").read_text(encoding="utf-8"))
+        form = {"type": "json_schema", "json_schema": {"name": "capital", "schema": schema, "strict": True}}
+        for settings in ({}, {"n": 2, "extra_body": {"num_beams": 2}}, {"temperature": 1, "seed": 1}):
+            answer = ask(response_format=form, **settings)
+            assert answer.finish_reason == "stop"
+            jsonschema.validate(json.loads(answer.message.content), schema)
+        assert ask(extra_body={"structured_outputs": {"choice": ["(a)", "b|c"]}}).message.content in ("(a)", "b|c")
+        assert re.fullmatch("[0-9]{3}", ask(extra_body={"structured_outputs": {"regex": "[0-9]{3}"}}).message.content)
+        assert ask(response_format={"type": "json_object"}).message.content.startswith("{")
+        assert ask(response_format={"type": "text"}).message.content
+        for wrong, says in {
+            "unclosed group": {"structured_outputs": {"regex": "(a"}},
+            "one of json": {"structured_outputs": {"grammar": "root ::= 'a'"}},
+            "uniqueItems": {"structured_outputs": {"json": '{"type": "array", "uniqueItems": true}'}},
+            "another kind": {"structured_outputs": {"choice": []}},
+            "has a type": {"response_format": {"type": "xml"}},
+        }.items():
+            with pytest.raises(openai.BadRequestError, match=wrong):
+                ask(extra_body=says)
