@@ -1,4 +1,4 @@
-"""Which rows a user wants, by length and by language; and a text's script and Unicode form, for the report.
+"""Which rows a user wants, by length, language and JSON schema; and a text's script and Unicode form, for the report.
 
     LengthFilter(maximum_source=2000, minimum_target=2).check(record)   None, or ("target too short", "output has 1 …")
     LanguageFilter(("en",), ("ko",)).check(record)                      None, or ("source language", "… 'ja', not en")
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import regex
 
 from diptych.data_prep.command_line.errors import UserError, nearest
+from diptych.data_prep.rows.json_schema import fault_of
 from diptych.data_prep.rows.records import Record
 
 if TYPE_CHECKING:
@@ -129,6 +130,18 @@ class LanguageFilter:
                     f"The {side} is '{language}' (confidence {confidence:.2f}), not {' or '.join(wanted)}.",
                 )
         return None
+
+
+@dataclass(frozen=True)
+class SchemaFilter:
+    """Rows whose output is JSON of a schema."""
+
+    schema: str
+    """In JSON, so that it can be hashed and sent to workers."""
+
+    def check(self, record: Record) -> Complaint | None:
+        fault = fault_of(record.output, self.schema)
+        return None if fault is None else ("target not of the JSON schema", f"The target is not of it: {fault}.")
 
 
 def source_text(record: Record) -> str:

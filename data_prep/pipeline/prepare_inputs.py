@@ -17,8 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.cleaning.decontaminate import Decontaminate, PlainText
-from diptych.data_prep.cleaning.filters import LanguageFilter
-from diptych.data_prep.cleaning.json_schema import SchemaFilter, read_schema
+from diptych.data_prep.cleaning.filters import LanguageFilter, SchemaFilter
 from diptych.data_prep.cleaning.mixture import check_mixture
 from diptych.data_prep.cleaning.sensitive import secret_detectors
 from diptych.data_prep.command_line.errors import UserError, counted
@@ -45,6 +44,7 @@ from diptych.data_prep.reading.sources import (
     open_sources,
 )
 from diptych.data_prep.rows.convert_rows import Converter, Directions
+from diptych.data_prep.rows.json_schema import read_schema
 from diptych.data_prep.rows.language_names import is_swapped
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name, kind_of, splits_of
 from diptych.data_prep.rows.recognise_format import converter_for, named, parse_mapping

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from diptych.data_prep.cleaning.json_schema import fault_of, parsed, read_schema
 from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.rows.json_schema import fault_of, parsed, read_schema
 from diptych.finetune.evaluating.confidence_intervals import Statistics
 
 MOST_FIELDS = 30

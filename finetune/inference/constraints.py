@@ -105,7 +105,7 @@ def _lark(grammar: Grammar, may_begin_with_space: bool) -> str:
     return f'%llguidance {{"no_forcing": true}}\n{start}'
 
 
-class Vocabulary(NamedTuple):
+class WritableTokens(NamedTuple):
     """A tokenizer's tokens as llguidance has them."""
 
     tokens: Any
@@ -117,14 +117,14 @@ class Vocabulary(NamedTuple):
     """The bytes that are in some token."""
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> Vocabulary:
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> WritableTokens:
     """UserError: a text is not the sum of its tokens, as where decoding puts a space between words."""
     tokenizer = target_side(tokenizer)
     return _vocabulary_of(tokenizer, len(tokenizer), tuple(ends))
 
 
 @lru_cache(maxsize=4)
-def _vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int, ends: tuple[int, ...]) -> Vocabulary:
+def _vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int, ends: tuple[int, ...]) -> WritableTokens:
     llguidance = _llguidance()
     names = {row: name for name, row in tokenizer.get_vocab().items()}
     special = {*tokenizer.all_special_ids, *ends}
@@ -155,7 +155,7 @@ def _vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int, ends: tuple[in
 
     tokens = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Tokens()), eos_token=list(ends))
     can_write = frozenset(byte for row, text in spelled.items() if row not in special for byte in text)
-    return Vocabulary(tokens, size, any(drops), can_write)
+    return WritableTokens(tokens, size, any(drops), can_write)
 
 
 def _byte_level(name: str) -> bytes:
@@ -298,5 +298,5 @@ class FitsGrammar(LogitsProcessor):
 
 
 @lru_cache(maxsize=16)
-def _start(vocabulary: Vocabulary, grammar: Grammar) -> Any:
+def _start(vocabulary: WritableTokens, grammar: Grammar) -> Any:
     return _llguidance().LLMatcher(vocabulary.tokens, _lark(grammar, vocabulary.drops_first_space), log_level=0)

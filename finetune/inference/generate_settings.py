@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from diptych.data_prep.cleaning.json_schema import read_schema
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import CHECKPOINT, EXISTING, OUTPUT
+from diptych.data_prep.rows.json_schema import read_schema
 from diptych.finetune.commands.model_settings import PromptSettings, check_positive
 
 LINES_SUFFIX = ".txt"

@@ -14,6 +14,7 @@ from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.json_schema import fault_of
 from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.metrics import compute_metrics
@@ -228,6 +229,12 @@ def test_evaluate_counts_json_and_its_fields(extraction, prepared):
     figures = json.loads(report.read_text(encoding="utf-8"))["figures"]
     assert figures["json_valid"] == 100 * (4 - figures["unfinished"]) / 4
     assert {"json_exact", "json_f1", "json_exact.country", "json_exact.letters"} <= figures.keys()
+
+
+@pytest.mark.parametrize("schema", ['{"$ref": "https://example.org/a"}', '{"$ref": "#/$defs/a"}', '{"pattern": "("}'])
+def test_a_schema_that_cannot_be_applied_is_said_and_nothing_is_fetched(schema):
+    with pytest.raises(UserError, match="the JSON schema cannot be applied"):
+        fault_of('"a"', schema)
 
 
 def test_json_is_compared_as_values(tmp_path):

@@ -5,19 +5,13 @@ fault_of('{"name": "Kim", "age": "31"}', schema)      "age is '31', which is not
 SchemaFilter(json.dumps(schema)).check(record)        None, or ("target is not of the JSON schema", "…")
 """
 
-from __future__ import annotations
-
 import functools
 import json
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diptych.data_prep.command_line.errors import UserError, excerpt, in_short
-
-if TYPE_CHECKING:
-    from diptych.data_prep.cleaning.filters import Complaint
-    from diptych.data_prep.rows.records import Record
 
 INSTALL = "pip install 'diptych[structured]'"
 
@@ -36,6 +30,7 @@ def read_schema(file: str) -> dict[str, Any] | bool:
 def _validator(schema: str, name: str = "the JSON schema") -> Any:
     try:
         import jsonschema
+        from referencing.jsonschema import EMPTY_REGISTRY  # which fetches nothing
     except ImportError as error:
         raise UserError(f"jsonschema is not installed, by which JSON is checked: {INSTALL}") from error
     found = json.loads(schema)
@@ -44,7 +39,7 @@ def _validator(schema: str, name: str = "the JSON schema") -> Any:
         kind.check_schema(found)
     except jsonschema.SchemaError as error:
         raise UserError(f"{name} is no JSON schema: {error.json_path}: {excerpt(error.message, 200)}") from None
-    return kind(found)
+    return kind(found, registry=EMPTY_REGISTRY)
 
 
 def parsed(text: str) -> Any:
@@ -65,25 +60,17 @@ def parsed(text: str) -> Any:
 
 
 def fault_of(text: str, schema: str) -> str | None:
-    """Why a text is no JSON of the schema (in JSON); None where it is."""
+    """Why a text is no JSON of the schema (in JSON); None where it is. UserError: the schema refers to what it does not
+    hold, or has a pattern that is no regular expression."""
     try:
         value = parsed(text)
     except ValueError as error:
         return f"it is no JSON: {in_short(error)}"
-    errors = sorted(_validator(schema).iter_errors(value), key=lambda error: len(error.path))
+    try:
+        errors = sorted(_validator(schema).iter_errors(value), key=lambda error: len(error.path))
+    except (re.error, LookupError, RecursionError) as error:  # a reference that leads nowhere is a LookupError
+        raise UserError(f"the JSON schema cannot be applied: {type(error).__name__}, {in_short(error)}") from None
     if not errors:
         return None
     place = "/".join(map(str, errors[0].path))
     return f"{f'at {place}: ' if place else ''}{excerpt(errors[0].message, 200)}"
-
-
-@dataclass(frozen=True)
-class SchemaFilter:
-    """Rows whose output is JSON of a schema."""
-
-    schema: str
-    """In JSON, so that it can be hashed and sent to workers."""
-
-    def check(self, record: Record) -> Complaint | None:
-        fault = fault_of(record.output, self.schema)
-        return None if fault is None else ("target not of the JSON schema", f"The target is not of it: {fault}.")
