@@ -7,7 +7,6 @@ SchemaFilter(json.dumps(schema)).check(record)        None, or ("target is not o
 
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +59,18 @@ def parsed(text: str) -> Any:
 
 
 def fault_of(text: str, schema: str) -> str | None:
-    """Why a text is no JSON of the schema (in JSON); None where it is. UserError: the schema refers to what it does not
-    hold, or has a pattern that is no regular expression."""
+    """Why a text is no JSON of the schema (in JSON); None where it is. UserError: the schema refers to what it does
+    not hold."""
     try:
         value = parsed(text)
     except ValueError as error:
         return f"it is no JSON: {in_short(error)}"
+    validator = _validator(schema)
+    from referencing.exceptions import Unresolvable
+
     try:
-        errors = sorted(_validator(schema).iter_errors(value), key=lambda error: len(error.path))
-    except (re.error, LookupError, RecursionError) as error:  # a reference that leads nowhere is a LookupError
+        errors = sorted(validator.iter_errors(value), key=lambda error: len(error.path))
+    except (Unresolvable, RecursionError) as error:
         raise UserError(f"the JSON schema cannot be applied: {type(error).__name__}, {in_short(error)}") from None
     if not errors:
         return None

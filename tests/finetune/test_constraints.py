@@ -231,7 +231,7 @@ def test_evaluate_counts_json_and_its_fields(extraction, prepared):
     assert {"json_exact", "json_f1", "json_exact.country", "json_exact.letters"} <= figures.keys()
 
 
-@pytest.mark.parametrize("schema", ['{"$ref": "https://example.org/a"}', '{"$ref": "#/$defs/a"}', '{"pattern": "("}'])
+@pytest.mark.parametrize("schema", ['{"$ref": "https://example.org/a"}', '{"$ref": "#/$defs/a"}'])
 def test_a_schema_that_cannot_be_applied_is_said_and_nothing_is_fetched(schema):
     with pytest.raises(UserError, match="the JSON schema cannot be applied"):
         fault_of('"a"', schema)
