@@ -20,7 +20,9 @@ TRAVELLING = ("configuration_diptych.py", "modeling_diptych.py")  # what goes to
 
 # From below: a room imports its own files and those of rooms before it.
 DATA_ROOMS = ("command_line", "rows", "reading cleaning", "text_to_ids", "packing", "pipeline", "report")
-TRAIN_ROOMS = ("commands", "run_files", "model", "batches", "inference", "evaluating", "preferences", "training")
+TRAIN_ROOMS = (
+    *("commands", "run_files", "model", "batches", "inference", "generating", "evaluating", "preferences", "training"),
+)
 WINGS = {
     *("data_prep/tokenizer_tools", "data_prep/denoise.py"),
     *(f"finetune/{name}" for name in ("inspecting", "serving", "exporting", "pairing", "publishing")),

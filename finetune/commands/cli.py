@@ -122,12 +122,12 @@ COMMANDS = {
     "generate": Command(
         "a prompt, an interactive session or a file -> text",
         "finetune.inference.generate_settings:GenerateSettings",
-        "finetune.inference.generate_command:run",
+        "finetune.generating.generate_command:run",
     ),
     "sample": Command(
         "a file of prompts -> several answers to each",
         "finetune.preferences.preference_settings:parse_sample",
-        "finetune.inference.generate_command:run",
+        "finetune.generating.generate_command:run",
     ),
     "rank": Command(
         "several answers to each prompt and a metric -> pairs of a better and a worse one",

@@ -29,9 +29,9 @@ from diptych.data_prep.text_to_ids.templates import TOKENIZER_KEY, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.batches.padded_rows import pad_sources
 from diptych.finetune.evaluating.metrics import score_texts
+from diptych.finetune.generating.prompt_files import read_prompts, render_prompts
 from diptych.finetune.inference.generation import up_to_end
 from diptych.finetune.inference.outputs import batches_by_length, map_by_length
-from diptych.finetune.inference.prompt_files import read_prompts, render_prompts
 from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.target_tokens import given_tokens, text_of
 from diptych.finetune.model.loaded_model import LoadedModel

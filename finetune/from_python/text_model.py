@@ -25,9 +25,9 @@ from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.batches.padded_rows import pad_sources
-from diptych.finetune.inference.documents import Documents
+from diptych.finetune.generating.documents import Documents
+from diptych.finetune.generating.generate_command import resolve_limits
 from diptych.finetune.inference.engine import TorchEngine
-from diptych.finetune.inference.generate_command import resolve_limits
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import check_generation_names
 from diptych.finetune.inference.outputs import map_by_length

@@ -1,1 +1,1 @@
-"""Prompts become texts."""
+"""Token ids become texts, and what they are worth."""

@@ -32,8 +32,8 @@ from diptych.data_prep.text_to_ids.encode import encode_sources
 from diptych.data_prep.text_to_ids.languages import resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, TEMPLATES, Template
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
+from diptych.finetune.generating.prompt_files import PromptRow, read_prompts, render_prompts
 from diptych.finetune.inference.generation import generate_batch
-from diptych.finetune.inference.prompt_files import PromptRow, read_prompts, render_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.inference.target_tokens import given_tokens, target_ids, text_of
 from diptych.finetune.inspecting import inspection_facts as facts

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 from diptych.data_prep.command_line.errors import UserError, excerpt, message_line
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.metrics import METRICS, find_metrics
-from diptych.finetune.inference.prompt_files import json_object, lines_of, row_of
+from diptych.finetune.generating.prompt_files import json_object, lines_of, row_of
 from diptych.finetune.inference.prompts import OUTPUT_FIELDS
 from diptych.finetune.preferences.preference_settings import RankSettings
 from diptych.finetune.preferences.scores import scores_of

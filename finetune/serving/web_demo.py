@@ -25,7 +25,7 @@ from diptych.data_prep.report.visible_text import token_markup
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
-from diptych.finetune.inference.prompt_files import read_prompts
+from diptych.finetune.generating.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt
 from diptych.finetune.inspecting import inspection_facts as facts
 from diptych.finetune.inspecting.attention_weights import mean_weights

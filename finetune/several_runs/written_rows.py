@@ -26,7 +26,7 @@ from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.metrics import lower_is_better
-from diptych.finetune.inference.prompt_files import BLANK, read_prompts
+from diptych.finetune.generating.prompt_files import BLANK, read_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.preferences.scores import scores_of
 from diptych.finetune.run_files.atomic_folders import write_text

@@ -10,7 +10,7 @@ from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.sentences import Pieces
 from diptych.data_prep.text_to_ids.templates import TEMPLATES
 from diptych.finetune.commands import cli
-from diptych.finetune.inference.documents import Documents, joined, seam
+from diptych.finetune.generating.documents import Documents, joined, seam
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.outputs import Output

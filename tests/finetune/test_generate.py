@@ -16,7 +16,7 @@ from transformers import GenerationConfig, pipeline
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, Template, template_of
 from diptych.finetune.commands import cli
-from diptych.finetune.inference import generate_command as generate
+from diptych.finetune.generating import generate_command as generate
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation import StopStrings, generate_outputs

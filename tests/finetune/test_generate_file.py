@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from diptych.finetune.commands import cli
-from diptych.finetune.inference.generate_file import CHUNK_BATCHES
-from diptych.finetune.inference.prompt_files import read_prompts
+from diptych.finetune.generating.generate_file import CHUNK_BATCHES
+from diptych.finetune.generating.prompt_files import read_prompts
 
 
 def write_rows(path, rows):

@@ -17,13 +17,13 @@ from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.ranks import several_ranks
-from diptych.finetune.inference.documents import WHOLE, Documents, counts_of
+from diptych.finetune.generating.documents import WHOLE, Documents, counts_of
+from diptych.finetune.generating.generate_file import generate_file
+from diptych.finetune.generating.prompt_files import read_prompts
 from diptych.finetune.inference.engine import TorchEngine
-from diptych.finetune.inference.generate_file import generate_file
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, check_generation_names
 from diptych.finetune.inference.outputs import Output
-from diptych.finetune.inference.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loading import pick_device

@@ -32,11 +32,11 @@ from transformers import set_seed
 
 from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.finetune.commands.ranks import on_main_rank
-from diptych.finetune.inference.documents import WHOLE, Answered, Document, Documents, counts_of
+from diptych.finetune.generating.documents import WHOLE, Answered, Document, Documents, counts_of
+from diptych.finetune.generating.prompt_files import BLANK, PromptRow, render_prompts
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.outputs import GenerationBar, Output
-from diptych.finetune.inference.prompt_files import BLANK, PromptRow, render_prompts
 from diptych.finetune.inference.prompts import OUTPUT_FIELDS, Prompt, Prompter
 
 CHUNK_BATCHES = 8

@@ -1,0 +1,1 @@
+"""The command `generate`: prompts and files of prompts, whole documents."""
