@@ -104,7 +104,7 @@ setup(
         "diptych.finetune": ["recipes/*.yaml"],
         "diptych.finetune.inspecting": ["templates/*"],
         "diptych.finetune.serving": ["templates/*"],
-        "diptych.finetune.publishing": ["templates/*"],
+        "diptych.finetune.exporting": ["templates/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

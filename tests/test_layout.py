@@ -25,7 +25,7 @@ TRAIN_ROOMS = (
 )
 WINGS = {
     *("data_prep/tokenizer_tools", "data_prep/denoise.py"),
-    *(f"finetune/{name}" for name in ("inspecting", "serving", "exporting", "pairing", "publishing")),
+    *(f"finetune/{name}" for name in ("inspecting", "serving", "exporting", "pairing")),
     *("finetune/several_runs", "finetune/from_python"),
 }
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_CHILDREN = 620, 80, 16

@@ -156,8 +156,8 @@ COMMANDS = {
     ),
     "publish": Command(
         "a run folder -> its final model on the Hub, with a card",
-        "finetune.publishing.publish_settings:PublishSettings",
-        "finetune.publishing.publish:run",
+        "finetune.exporting.publish_settings:PublishSettings",
+        "finetune.exporting.publish:run",
     ),
     "pair": Command(
         "a decoder-only LLM, or two -> an encoder-decoder",

@@ -1,1 +1,1 @@
-"""The command `diptych export`."""
+"""The commands `diptych export` and `diptych publish`."""

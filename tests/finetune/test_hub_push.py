@@ -16,8 +16,8 @@ from huggingface_hub.utils import _http
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands.exit_codes import HubError
-from diptych.finetune.publishing import hub_push
-from diptych.finetune.publishing.hub_push import push, remote_hashes
+from diptych.finetune.exporting import hub_push
+from diptych.finetune.exporting.hub_push import push, remote_hashes
 
 REPO = "me/translate"
 CARD = b"---\nlibrary_name: transformers\n---\n\n# translate\n"
@@ -126,8 +126,8 @@ def test_a_hub_that_does_not_answer_is_not_waited_for_without_end(old, api, requ
 KILLED = """
 import sys
 from huggingface_hub import HfApi
-from diptych.finetune.publishing import hub_push
-from diptych.finetune.publishing.hub_push import push
+from diptych.finetune.exporting import hub_push
+from diptych.finetune.exporting.hub_push import push
 url, token, repo, files = sys.argv[1:]
 push(HfApi(endpoint=url, token=token), repo, {name: text.encode() for name, text in eval(files).items()})
 """

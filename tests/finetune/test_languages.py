@@ -30,6 +30,7 @@ from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.evaluating.evaluate_rows import DIRECTION_COLUMNS
+from diptych.finetune.exporting.model_card import model_card
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipeline_diptych import DiptychPipeline
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
@@ -39,7 +40,6 @@ from diptych.finetune.inspecting.doctor_checks import CHECKS, Patient
 from diptych.finetune.inspecting.doctor_rows import rows_from
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint
-from diptych.finetune.publishing.model_card import model_card
 from diptych.finetune.serving.request_batches import Engine
 from diptych.finetune.serving.serve_settings import DemoSettings
 from diptych.finetune.serving.served_model import load_served

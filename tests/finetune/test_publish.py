@@ -16,9 +16,9 @@ from huggingface_hub import HfApi, ModelCard, constants
 from diptych.data_prep.command_line.arguments import parse
 from diptych.data_prep.pipeline.prepare_settings import parse_settings as parse_prepare
 from diptych.finetune.commands import cli
-from diptych.finetune.publishing import publish
-from diptych.finetune.publishing.hub_push import push
-from diptych.finetune.publishing.model_card import prepare_settings, validation_scores
+from diptych.finetune.exporting import publish
+from diptych.finetune.exporting.hub_push import push
+from diptych.finetune.exporting.model_card import prepare_settings, validation_scores
 from diptych.finetune.run_files import atomic_folders
 from diptych.finetune.training.recipe import TrainRecipe
 

@@ -30,6 +30,7 @@ from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.commands.cli import main as diptych
 from diptych.finetune.evaluating.evaluate_rows import evaluate_rows
+from diptych.finetune.exporting.publish import ALLOWED
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipeline_diptych import DiptychPipeline
 from diptych.finetune.inference.pipelines import TranslationPipeline, travelling_pipeline
@@ -40,7 +41,6 @@ from diptych.finetune.inspecting.doctor_settings import DoctorSettings
 from diptych.finetune.inspecting.inspection import Reader
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer
-from diptych.finetune.publishing.publish import ALLOWED
 
 PAIRS = [
     ("Go.", "가."),

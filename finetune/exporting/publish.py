@@ -22,11 +22,11 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.finetune.commands.exit_codes import CheckpointError, HubError
+from diptych.finetune.exporting.hub_push import push, remote_hashes
+from diptych.finetune.exporting.model_card import model_card, read_config
+from diptych.finetune.exporting.publish_settings import PublishSettings
 from diptych.finetune.inference.pipelines import TRAVELLING_CODE, travelling_pipeline
 from diptych.finetune.model.loading import load_tokenizer
-from diptych.finetune.publishing.hub_push import push, remote_hashes
-from diptych.finetune.publishing.model_card import model_card, read_config
-from diptych.finetune.publishing.publish_settings import PublishSettings
 from diptych.finetune.run_files import atomic_folders
 from diptych.finetune.run_files.run_folder import settings_of
 
