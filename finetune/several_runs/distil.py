@@ -28,6 +28,7 @@ import yaml
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.command_line.overwrite_checks import take_lock
+from diptych.data_prep.rows.language_names import languages_in
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.templates import carried_template
@@ -38,7 +39,7 @@ from diptych.finetune.commands.exit_codes import DONE, INTERRUPTED, STOPPED
 from diptych.finetune.evaluating.evaluate_rows import CAP_OVER_LONGEST_TARGET
 from diptych.finetune.model.donor_llm import tokenizers_differ
 from diptych.finetune.model.loading import load_tokenizer
-from diptych.finetune.run_files.atomic_folders import read_json, write_json, write_text
+from diptych.finetune.run_files.atomic_folders import read_json, read_json_lines, write_json, write_text
 from diptych.finetune.run_files.run_folder import LOCK, holds_nothing, read_status
 from diptych.finetune.several_runs.distil_settings import STUDENTS, DistilSettings
 from diptych.finetune.several_runs.hours_ahead import Hours, training_pace, writing_pace
@@ -49,6 +50,7 @@ from diptych.finetune.several_runs.written_rows import (
     prompts_of,
     real_rows,
     said,
+    without_languages,
     write_jsonl,
     write_rows,
 )
@@ -63,7 +65,7 @@ CARRIED = (
     *("packed_source_tokens", "packed_target_tokens"),
 )
 """Settings of the real rows' preparation that the student's has, too."""
-AS_PARALLEL = {"format": "parallel", "map": ["source=input", "target=output"], "forward": ""}
+AS_PARALLEL = {"format": "parallel", "map": ["first=input", "second=output"], "forward": ""}
 """How `prepare` reads rows without an instruction, which are for models with language codes."""
 FOR_NEW = {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.05, "betas": [0.9, 0.98]}
 EPOCHS_OF_NEW, EPOCHS_OF_CHECKPOINT = 10, 3
@@ -204,6 +206,8 @@ class Distillation:
         write_jsonl(self.out / "prompts.jsonl", self.prompts)
         self.step("samples", "generate", self.writing)
         found = write_rows(self.out / "samples.jsonl", self.rows["train"], self.settings, out)
+        if self.needs_no_codes:
+            write_jsonl(out, without_languages(read_json_lines(out)))
         write_json(report, found)
         print(f"{out}: {said(Counter(found['counts']))}")
 
@@ -212,7 +216,7 @@ class Distillation:
         return self.settings.direction == "forward"
 
     def hours(self) -> Hours:
-        rows = self.rows["train"]
+        rows = self.for_student(self.rows["train"])
         all_rows = len(self.prompts) + len(rows) * self.settings.real
         tokens, pace = training_pace(rows, self.settings, self.recipe, self.preparing, self.carry_out, all_rows)
         written = writing_pace(self.prompts, self.settings, self.writing)
@@ -265,13 +269,22 @@ class Distillation:
             "out": str(self.out / "data"),
         }
 
+    @cached_property
+    def needs_no_codes(self) -> bool:
+        """Whether the student has one direction, and a tokenizer of its own, without codes. Its rows are bare texts,
+        and not `translate English to …`, as a tokenizer without codes has it for several directions."""
+        return bool(self.is_new and self.settings.vocab_size) and len(set(map(languages_in, self.rows["train"]))) == 1
+
+    def for_student(self, rows: list[Row]) -> list[Row]:
+        return without_languages(rows) if self.needs_no_codes else rows
+
     def _held_out(self, kind: str) -> list[str]:
         """Files of the real rows of a kind of split, written if they are not there."""
         files = []
         for name in splits_of(kind, self.rows):
             file = self.out / f"real.{name.replace('/', '.')}.jsonl"
             if not file.is_file():
-                write_jsonl(file, self.rows[name])
+                write_jsonl(file, self.for_student(self.rows[name]))
             files.append(f"{name_in(name)}={file}" if name != kind_of(name) else str(file))
         return files
 
@@ -309,7 +322,7 @@ class Distillation:
         """The same student, trained as long on the real rows alone."""
         data, out = self.out / "baseline-data", self.out / "baseline"
         if not data.is_dir():
-            write_jsonl(self.out / "real.train.jsonl", self.rows["train"])
+            write_jsonl(self.out / "real.train.jsonl", self.for_student(self.rows["train"]))
             own = {"data": [str(self.out / "real.train.jsonl")], "out": str(data)}
             same = {"tokenizer": str(self.out / "data" / "tokenizer"), "train_tokenizer": None}
             start = self.read_manifest("data")["packing"]
@@ -331,22 +344,24 @@ class Distillation:
         """Figures of each model, which is made if it is not there."""
         its, out = self.settings, self.out / "evaluation"
 
-        def measured(name: str, model: Path | str) -> dict[str, Any]:
-            return measure(name, str(model), self.test_rows, its, out)
+        def measured(name: str, model: Path | str, rows: list[Row]) -> dict[str, Any]:
+            return measure(name, str(model), rows, its, out)
+
+        for_student = self.for_student(self.test_rows)
 
         if self.is_forward:
-            yield measured("teacher", its.teacher)
+            yield measured("teacher", its.teacher, self.test_rows)
         elif not self.is_new:
-            yield measured("student before", its.student)
+            yield measured("student before", its.student, for_student)
         if self.no_word_level:
             print(f"the student learns from texts alone: {self.no_word_level}")
         student = self.train("student", self.recipe)
         if its.baseline:
-            yield measured("student without teacher", self.baseline())
-        yield measured("student", student)
+            yield measured("student without teacher", self.baseline(), for_student)
+        yield measured("student", student, for_student)
         if not self.precision_folder.is_dir():
             self.step("export", "export", export_settings(student, self.precision_folder, its))
-        yield measured(f"student {its.precision}", self.precision_folder)
+        yield measured(f"student {its.precision}", self.precision_folder, for_student)
 
 
 @contextmanager

@@ -193,8 +193,12 @@ def kept_answers(
     return kept
 
 
+def without_languages(rows: Sequence[Row]) -> list[Row]:
+    return [{name: value for name, value in row.items() if name not in LANGUAGES} for row in rows]
+
+
 def write_rows(samples: Path, real: Sequence[Row], settings: DistilSettings, out: Path) -> dict[str, Any]:
-    """Writes the student's train rows, and returns their report. UserError if nothing is left."""
+    """Writes the train rows, and returns their report. UserError if nothing is left."""
     counts: Counter[str] = Counter()
     answers = best_answers(samples, settings, counts)
     kept = kept_answers(answers, settings, counts)

@@ -157,10 +157,11 @@ def make_files(folder: Path) -> None:
         write_lines(folder / f"{name}.ko", [f"{name}: {text}" for text in korean])
     write_lines(folder / "pairs.tsv", ["\t".join(pair) for pair in zip(english, korean, strict=True)])
     write_lines(folder / "lines.txt", english[:4])
-    jejueo = [*(f"이건 {n}번이우다." for n in range(20)), *(f"{n}번은 어디 이수과?" for n in range(20))]
+    write_lines(folder / "korean.txt", korean[:9])
+    jejueo = [f"이건 {number}번이우다." for number in range(40)]
     write_lines(folder / "new-texts.txt", jejueo)
     for name, code, texts in (("new", "jje_Hang", jejueo), ("old", "kor_Hang", korean)):
-        own = zip(english[20:30], texts[10:20], strict=True)
+        own = zip(english[20:30], texts[20:30], strict=True)
         codes = {"src_lang": "eng_Latn", "tgt_lang": code}
         write_lines(folder / f"{name}-test.jsonl", [json.dumps({"source": a, "target": b} | codes) for a, b in own])
 
