@@ -36,12 +36,15 @@ from diptych.data_prep.text_to_ids.two_vocabularies import all_tokens
 from diptych.finetune.batches.padded_rows import open_splits
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.exit_codes import DONE, INTERRUPTED, STOPPED
+from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.evaluate_rows import CAP_OVER_LONGEST_TARGET
+from diptych.finetune.evaluating.metrics import find_metrics
+from diptych.finetune.exporting.ctranslate2_engine import import_ctranslate2
 from diptych.finetune.model.donor_llm import tokenizers_differ
 from diptych.finetune.model.loading import load_tokenizer
 from diptych.finetune.run_files.atomic_folders import read_json, read_json_lines, write_json, write_text
 from diptych.finetune.run_files.run_folder import LOCK, holds_nothing, read_status
-from diptych.finetune.several_runs.distil_settings import STUDENTS, DistilSettings
+from diptych.finetune.several_runs.distil_settings import LOG_PROBABILITY, STUDENTS, DistilSettings
 from diptych.finetune.several_runs.hours_ahead import Hours, training_pace, writing_pace
 from diptych.finetune.several_runs.stage_table import export_settings, measure, write_table
 from diptych.finetune.several_runs.written_rows import (
@@ -85,6 +88,7 @@ class StepFailed(UserError):
 
 def run(settings: DistilSettings) -> int:
     out = Path(settings.out).expanduser()
+    check(settings)
     begin(out, settings)
     lock = take_lock(out / LOCK, lambda holder: f"{out} is in use by {holder}. Wait for it, or name another folder.")
     try:
@@ -100,6 +104,14 @@ def run(settings: DistilSettings) -> int:
         os.close(lock)
     print(f"\n{found}\n\nmodel for `diptych generate --engine ctranslate2`: {work.precision_folder}")
     return DONE
+
+
+def check(settings: DistilSettings) -> None:
+    """UserError for what would otherwise end the work hours later."""
+    import_ctranslate2()
+    export_settings(Path("student"), Path(settings.out), settings)
+    for names in (settings.metrics, "" if settings.by == LOG_PROBABILITY else settings.by):
+        find_metrics(split_names(names), settings.metric_settings)
 
 
 def begin(out: Path, settings: DistilSettings) -> None:

@@ -141,6 +141,20 @@ def test_a_student_with_a_tokenizer_of_its_own_learns_from_texts_alone(recipe, t
     assert "teacher" not in yaml.safe_load((tmp_path / "own" / "recipes" / "student.yaml").read_text())
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"precision": "int4"}, "precision is 'int4'"),
+        ({"metrics": "chrff"}, "Did you mean chrf?"),
+        ({"by": "blue"}, "Did you mean bleu?"),
+    ],
+)
+def test_what_would_end_the_work_hours_later_is_said_at_once(changes, message, recipe, tmp_path, capsys):
+    pytest.importorskip("ctranslate2")
+    assert diptych(recipe("never", **changes)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "never").exists()
+
+
 def test_other_settings_do_not_go_on_in_a_folder(recipe, tmp_path, capsys):
     (tmp_path / "begun").mkdir()
     assert diptych(recipe("begun", prepare={"tokenizer": "nowhere"})) == 2
