@@ -110,8 +110,8 @@ def check(settings: DistilSettings) -> None:
     """UserError for what would otherwise end the work hours later."""
     import_ctranslate2()
     export_settings(Path("student"), Path(settings.out), settings)
-    for names in (settings.metrics, "" if settings.by == LOG_PROBABILITY else settings.by):
-        find_metrics(split_names(names), settings.metric_settings)
+    chosen_by = [] if settings.by == LOG_PROBABILITY else split_names(settings.by)
+    find_metrics(dict.fromkeys([*split_names(settings.metrics), *chosen_by]), settings.metric_settings)
 
 
 def begin(out: Path, settings: DistilSettings) -> None:

@@ -126,6 +126,10 @@ class DistilSettings:
             if given := sorted(getattr(self, name).keys() & taken):
                 raise UserError(f"{name} has {given[0]}, which distil sets itself. Take it out of {name}.")
 
+    def settings_of(self, metrics: str) -> dict[str, Any]:
+        """Those of `metric_settings` that are for one of these metrics."""
+        return {name: value for name, value in self.metric_settings.items() if name in metrics}
+
     @property
     def is_self_training(self) -> bool:
         return self.student == self.teacher

@@ -66,7 +66,9 @@ def measure(name: str, model: str, rows: Sequence[Row], settings: DistilSettings
     outputs = engine.generate(prompts, asked, seed=0)
     seconds = time.perf_counter() - began
     texts, references = [output.text for output in outputs], [row["references"] for row in rows]
-    counted = count_texts(metrics, texts, references, [row["input"] for row in rows], settings.metric_settings)
+    counted = count_texts(
+        metrics, texts, references, [row["input"] for row in rows], settings.settings_of(settings.metrics)
+    )
     figures, signatures = figures_and_signatures(counted.values())
     found = {
         "model": name,

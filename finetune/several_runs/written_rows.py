@@ -165,7 +165,7 @@ def _scores(candidates: Sequence[tuple[Row, str, float]], settings: DistilSettin
     rows, texts, _ = zip(*(candidates[place] for place in places), strict=True)
     references = [row["references"] for row in rows]
     sources = ["\n".join(filter(None, (row["instruction"], row["input"]))) for row in rows]
-    found = scores_of(texts, references, sources, settings.by, settings.weights, settings.metric_settings)
+    found = scores_of(texts, references, sources, settings.by, settings.weights, settings.settings_of(settings.by))
     for place, score in zip(places, found.tolist(), strict=True):
         scores[place] = score
     return scores
