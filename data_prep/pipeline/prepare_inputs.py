@@ -49,6 +49,7 @@ from diptych.data_prep.rows.language_names import is_swapped
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name, kind_of, splits_of
 from diptych.data_prep.rows.recognise_format import converter_for, named, parse_mapping
 from diptych.data_prep.rows.records import Languages, Preferences, Record, Reject, Row
+from diptych.data_prep.rows.terms import read_terms
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, Template
@@ -178,7 +179,8 @@ def make_stages(
     checks = tuple(_checks(settings, inputs))
     checked = tuple(source.split == TRAIN for source in inputs.sources)
     converters = tuple(_with_languages(inputs, tokenizer, template, say))
-    return Stages(converters, template, tokenizer, settings, checks, checked)
+    terms = read_terms(settings.terms) if settings.terms else None
+    return Stages(converters, template, tokenizer, settings, checks, checked, terms)
 
 
 def _with_languages(
@@ -297,7 +299,7 @@ def fingerprint_of(
     """One hash of everything that decides the result, including the code of data_prep. Inputs, template and tokenizer
     are hashed by content, so their paths do not matter."""
     no_decision = {"data", "aligned", "validation", "test", "decontaminate", "out", "template", "tokenizer", "strict"}
-    no_decision |= {"workers", "engine", "tasks", "gathered"}
+    no_decision |= {"workers", "engine", "tasks", "gathered", "terms"}
     start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id) if settings.packing else None
     facts = {
         "inputs": [(source.name, source.digest, source.split) for source in inputs.sources],
@@ -306,6 +308,7 @@ def fingerprint_of(
         "template": asdict(template),
         "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
         "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
+        "terms": Path(settings.terms).read_text(encoding="utf-8-sig") if settings.terms else "",
         "decoder_start": start,
         "not_packed": why_not_packed(settings.tokenizer) if settings.packing else "",
         "code": code_version(),

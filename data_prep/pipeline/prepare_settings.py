@@ -58,7 +58,7 @@ RANGES = {
     "a number up to 99,999, 0 for four a worker": (lambda value: 0 <= value <= 99_999, "tasks"),
     "above 0": (lambda value: value > 0, "max_row_megabytes"),
     "1 or more": (lambda value: value >= 1, "shingle_size decontaminate_ngram max_unpacked_ratio vocab_size"),
-    "0 to 1": (lambda value: 0 <= value <= 1, "language_confidence"),
+    "0 to 1": (lambda value: 0 <= value <= 1, "language_confidence inline_share"),
 }
 """Which values numbers may have; of all others, 0 or more."""
 
@@ -145,6 +145,17 @@ class PrepareSettings:
     target_language: str | None = None
     """Language of the targets (parallel text: of the second side). Rows can have their own: target_language,
     tgt_lang."""
+
+    terms: str | None = field(default=None, metadata=EXISTING)
+    """Terms that a model learns to use: a file with a term, a tab and its translation on each line. In a share of the
+    rows that have both, the translation is written behind the term in the source: `a cat [= 고양이]`."""
+
+    placeholders: bool = False
+    """In a share of the rows, put placeholders (`[#1]`) on both sides for URLs, tags and numbers that both have, so
+    that a model learns to return them."""
+
+    inline_share: float = 0.5
+    """The share of rows with terms or placeholders in which they are written."""
 
     max_source_tokens: int = 512
     """Longest source, including the tokenizer's end token."""

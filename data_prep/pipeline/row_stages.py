@@ -52,6 +52,7 @@ from diptych.data_prep.rows.records import (
     Tokenised,
     shortened_raw,
 )
+from diptych.data_prep.rows.terms import Terms, masked_pair, missing, with_marks
 from diptych.data_prep.rows.valid_text import is_missing
 from diptych.data_prep.text_to_ids.encode import (
     Encoding,
@@ -192,6 +193,9 @@ class Stages:
     checked: tuple[bool, ...]
     """For each source, whether `checks` are for it: a test set of the user's own stays as it is."""
 
+    terms: Terms | None = None
+    """That are written into sources."""
+
     @property
     def has_signatures(self) -> bool:
         """Whether near duplicates are looked for."""
@@ -275,7 +279,7 @@ class Stages:
                 instruction = codes.instruction(record.instruction, languages)
                 if (languages, instruction) != (record.languages, record.instruction):
                     record = replace(record, languages=languages, instruction=instruction)
-                source, target = template.render(record)
+                source, target = template.render(self._with_inline(record))
                 rejected = template.render_target(record.rejected) if record.rejected else ""
             except UnknownLanguage as error:
                 batch.reject(record.origin, "unknown language", error.fault, row.raw)
@@ -290,6 +294,23 @@ class Stages:
                     reason = f"template {template.name} makes an empty {empty} of it."
                     batch.reject(record.origin, "template empty", reason, row.raw)
         return rows
+
+    def _with_inline(self, record: Record) -> Record:
+        """The record with marks of terms and with placeholders, if it is of the share that has them: by a hash of its
+        texts, so that any number of workers chooses the same. The columns of the dataset keep the texts as they
+        are."""
+        settings, field = self.settings, "input" if record.input else "instruction"
+        text, output = getattr(record, field), record.output
+        if self.terms is None and not settings.placeholders:
+            return record
+        if xxhash.xxh64_intdigest(f"{text}\0{output}".encode()) >= settings.inline_share * 2**64:
+            return record
+        if settings.placeholders and not record.rejected:
+            text, output = masked_pair(text, output)
+        if self.terms is not None:
+            found = self.terms.found(text, record.languages)
+            text = with_marks(text, [term for term in found if not missing([term], output)])
+        return replace(record, **{field: text}, output=output)
 
     def _count(self, record: Record | Tokenised, counts: Counts) -> None:
         if isinstance(record, Tokenised):

@@ -31,18 +31,20 @@ from transformers import GenerationConfig
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.batches.padded_rows import OTHER_LABELS, PaddedRows, RowLengths, padded_rows, row_lengths
 from diptych.finetune.batches.preference_rows import MARK
 from diptych.finetune.commands.exit_codes import NotFiniteError
 from diptych.finetune.commands.ranks import on_main_rank
 from diptych.finetune.evaluating.confidence_intervals import MetricFault, Scored, ratio
+from diptych.finetune.evaluating.evaluate_documents import document_figures, source_documents
 from diptych.finetune.evaluating.metrics import count_texts, figures_and_signatures, find_metrics
+from diptych.finetune.generating.documents import Answered, Documents, answered
 from diptych.finetune.inference.engine import EncodedPrompt
 from diptych.finetune.inference.generation import cut_at_stop, in_eval_mode
 from diptych.finetune.inference.generation_config import warn_once
 from diptych.finetune.inference.outputs import GenerationBar, Output, batches_by_length
 from diptych.finetune.inference.scoring import chosen_outputs
-from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.model.loading import position_limit
 from diptych.finetune.model.loss import Seq2SeqObjective
@@ -133,6 +135,7 @@ def evaluate_rows(
     before_each: Callable[[], None] | None = None,
     objective: Seq2SeqObjective | None = None,
     compare_answers: bool = False,
+    documents: Documents | None = None,
     **generation: Any,
 ) -> Evaluation:
     """The loss and, with `metrics`, their scores, of all rows or of `limit` rows drawn from the whole split.
@@ -141,8 +144,8 @@ def evaluate_rows(
     from the whole split. With an `accelerator` all its ranks must call this; they share the work, and each returns the
     same. All ranks call `before_each` before each of their batches, equally often; what it raises ends the evaluation.
     A sharded model must come with its `objective`, because it has full weights only inside `forward`. `by` are
-    columns, or direction, of which each value is a group. With `compare_answers` pairs are compared. `generation` are
-    settings of `chosen_outputs` (mbr_samples, seed, num_beams …).
+    columns, or direction, of which each value is a group. With `compare_answers` pairs are compared. `documents` cut
+    sources and write terms into them. `generation` are settings of `chosen_outputs` (mbr_samples, seed, num_beams …).
 
     Raises:
         UserError: there are no rows, or a metric is unknown.
@@ -169,17 +172,11 @@ def evaluate_rows(
     own, limit = _generation_limits(loaded)
     cap = max_new_tokens or cap_from_targets(rows, limit)
     _warn_of_longer_minimum(own, rows, generation)
-    outputs = generate_shared(loaded, sources.ids, progress=progress, max_new_tokens=cap, **shared, **generation)
-    references: dict[SourceKey, list[str]] = {source: [] for source in sources.ids}
-    for source, target in zip(source_keys(dataset), dataset["target"], strict=True):
-        if source in references:
-            references[source].append(cut_at_stop(target, loaded.template)[0])
-    predictions = [
-        Prediction(source, targets, output.text, output.finished, float(of_source), int(tokens), languages.direction)
-        for ((source, languages), targets), output, (of_source, tokens) in zip(
-            references.items(), outputs, statistics["loss"].counts, strict=True
-        )
-    ]
+    asked = source_documents(documents, rows, source_keys(rows), sources.ids, loaded)
+    prompts = [prompt for document in asked for prompt in document.prompts]
+    outputs = generate_shared(loaded, prompts, progress=progress, max_new_tokens=cap, **shared, **generation)
+    answers = answered(asked, outputs)
+    predictions = _predictions(dataset, sources, answers, statistics["loss"].counts, loaded.template)
     hits = [  # rows whose own target was generated
         predictions[source].prediction == cut_at_stop(target, loaded.template)[0]
         for source, target in zip(sources.of_row, rows["target"], strict=True)
@@ -196,6 +193,7 @@ def evaluate_rows(
     statistics |= counted | sources.statistics(all_rows)
     figures |= {"sources": len(predictions)} | found | statistics["exact_match_rows"].figures()
     figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
+    figures |= document_figures(documents, asked, answers)
     groups = _groups(by, rows, sources, counted, predictions, settings)
     return Evaluation(figures, signatures, predictions, statistics, groups, faults)
 
@@ -212,6 +210,27 @@ def _generation_limits(loaded: LoadedModel | Any) -> tuple[GenerationConfig, int
     if isinstance(loaded, LoadedModel):
         return loaded.model.generation_config, position_limit(loaded.model)
     return loaded.generation_config, loaded.max_target_tokens
+
+
+def _predictions(
+    dataset: Dataset,
+    sources: Sources,
+    answers: Sequence[Answered],
+    losses: np.ndarray,
+    template: Template | None,
+) -> list[Prediction]:
+    """One for each source, with the targets of all rows of the split that have it; `losses` are nats and tokens,
+    (N, 2)."""
+    references: dict[SourceKey, list[str]] = {source: [] for source in sources.ids}
+    for source, target in zip(source_keys(dataset), dataset["target"], strict=True):
+        if source in references:
+            references[source].append(cut_at_stop(target, template)[0])
+    return [
+        Prediction(source, targets, output.text, output.finished, float(of_source), int(tokens), languages.direction)
+        for ((source, languages), targets), ((output,), *_), (of_source, tokens) in zip(
+            references.items(), answers, losses, strict=True
+        )
+    ]
 
 
 def liked_rows(split: Dataset) -> Dataset:
@@ -363,7 +382,7 @@ def _warn_of_longer_minimum(own: GenerationConfig, rows: Dataset, settings: Mapp
 
 def generate_shared(
     loaded: LoadedModel | Any,
-    sources: Mapping[SourceKey, Sequence[int]],
+    prompts: Sequence[EncodedPrompt],
     *,
     batch_size: int,
     progress: bool,
@@ -372,10 +391,7 @@ def generate_shared(
     seed: int = 0,
     **settings: Any,
 ) -> list[Output]:
-    """One output for each source, in order; the ranks share the batches. `settings` are those of `chosen_outputs`."""
-    languages = {of_source for _, of_source in sources}
-    given = {it: given_tokens(loaded, it if any(it) else None) for it in languages}
-    prompts = [(ids, given[of_source]) for (_, of_source), ids in sources.items()]
+    """One output for each prompt, in order; the ranks share the batches. `settings` are those of `chosen_outputs`."""
     batches = list(enumerate(batches_by_length([len(ids) for ids, _ in prompts], batch_size)))
     ranks = accelerator.num_processes if accelerator else 1
     shown = progress and (accelerator is None or accelerator.is_main_process)

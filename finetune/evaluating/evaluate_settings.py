@@ -40,6 +40,14 @@ class EvaluateSettings(ModelSettings):
     """Evaluate only so many rows, a random sample of the split, the same one each time."""
     batch_size: int = 16
     """Rows per batch. More is faster until memory is full."""
+    long: Literal["cut", "split"] = "cut"
+    """split: translations are generated sentence by sentence, and other sources over the limit in pieces, as by
+    `diptych generate`; the loss is of the prepared rows."""
+    max_source_tokens: int | None = None
+    """The longest source that is generated in one piece. Default: the model's own limit."""
+    terms: str = field(default="", metadata=EXISTING)
+    """Terms that are written into the sources that are generated, as by `diptych generate`; terms_honoured is the
+    percentage that outputs have."""
     max_new_tokens: int | None = None
     """Maximum length of outputs. Default: a quarter more than the longest target."""
     num_beams: int = 1
@@ -73,7 +81,7 @@ class EvaluateSettings(ModelSettings):
         if not self.data:
             raise UserError("data is not set. Name the folder that `diptych prepare` wrote: --data FOLDER.")
         check_form(self)
-        check_positive(self, "limit", "batch_size", "max_new_tokens", "num_beams")
+        check_positive(self, "limit", "batch_size", "max_source_tokens", "max_new_tokens", "num_beams")
         if self.mbr_samples and (self.mbr_samples < 2 or self.num_beams > 1):
             raise UserError(
                 f"mbr_samples is {self.mbr_samples} with num_beams={self.num_beams}. It takes 2 samples or more to "

@@ -24,6 +24,7 @@ from diptych.data_prep.command_line.errors import UserError, counted, excerpt
 from diptych.data_prep.command_line.overwrite_checks import check_overwrite
 from diptych.data_prep.rows.named_splits import kind_of, name_in, splits_of
 from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.rows.terms import read_terms
 from diptych.data_prep.text_to_ids.languages import LanguageCodes, codes_of
 from diptych.data_prep.text_to_ids.templates import carried_template
 from diptych.finetune.batches.padded_rows import (
@@ -37,6 +38,7 @@ from diptych.finetune.commands import cli
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import several_ranks
 from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
+from diptych.finetune.evaluating.evaluate_documents import documents_to_evaluate
 from diptych.finetune.evaluating.evaluate_rows import (
     CHOSEN_LIKELIER,
     Evaluation,
@@ -55,10 +57,11 @@ from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick
 from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json, write_text
 
 Intervals = Mapping[str, tuple[float, float]]
-COUNTS = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens"}
+COUNTS = {"rows", "loss", "target_tokens", "sources", "unfinished", "max_new_tokens", "source_pieces", "terms"}
 """Figures that are not scores."""
 NOTES = {
     "exact_match_rows": "of rows gave their own target",
+    "terms_honoured": "of the terms of sources are in the outputs",
     CHOSEN_LIKELIER: "of pairs: the chosen answer is more probable per token than the rejected one",
 }
 MOST_GROUPS = 200
@@ -73,6 +76,7 @@ def run(settings: EvaluateSettings) -> int:
     find_metrics(metrics, metric_settings)
     check_generation_names(settings.generation)
     form = asked_form(settings)
+    terms = read_terms(settings.terms) if settings.terms else None
     keep_memory()
     splits = load_splits(settings.data, settings.split)
     for name in splits if settings.out else ():  # before hours of work
@@ -104,6 +108,7 @@ def run(settings: EvaluateSettings) -> int:
     else:
         tokens = len(loaded.source_tokens), len(loaded.tokens)
         check_ids_fit(splits, tokens, (loaded.max_source_tokens, loaded.max_target_tokens))
+    documents = documents_to_evaluate(settings, loaded, terms)
     by = {name: group_columns(name, split, split_names(settings.by)) for name, split in splits.items()}
     faults: dict[str, str] = {}
     for name, split in splits.items():
@@ -124,6 +129,7 @@ def run(settings: EvaluateSettings) -> int:
             seed=settings.seed,
             num_beams=settings.num_beams,
             compare_answers=True,
+            documents=documents,
             **settings.generation,
             **form,
         )
@@ -228,6 +234,7 @@ def format_table(
         lines.append(line(name, NOTES.get(name) or excerpt(evaluation.signatures.get(name, "")), ".2f"))
     if evaluation.predictions:
         lines += [f"{name:20}{'missing':>9}" for name in evaluation.faults]
+        lines += [line("source_pieces", "were generated")] if "source_pieces" in figures else []
         lines.append(line("unfinished", f"outputs never ended and were stopped at {figures['max_new_tokens']} tokens"))
     if intervals:
         lines.append(

@@ -342,7 +342,7 @@ def compute_metrics(
 FIGURES = frozenset(
     "loss rows sources target_tokens unfinished max_new_tokens exact_match_rows exact_match token_f1 chosen_likelier "
     "token_error_rate rouge rouge1 rouge2 rougeL bleu chrf superni_rougeL superni_exact_match json "
-    "json_valid json_exact json_f1".split()
+    "json_valid json_exact json_f1 terms terms_honoured source_pieces".split()
 )
 """Names that no metric of a user's own can have."""
 LOWER_IS_BETTER = frozenset("loss unfinished error errors error_rate wer cer ter perplexity distance".split())

@@ -33,7 +33,10 @@ from diptych.finetune.training.starting_model import is_named_size
 
 CARD_TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 
-NO_SCORES = {"rows", "sources", "target_tokens", "unfinished", "max_new_tokens", "step", "split", "output_characters"}
+NO_SCORES = {
+    *("rows", "sources", "target_tokens", "unfinished", "max_new_tokens", "step", "split", "output_characters"),
+    *("source_pieces", "terms"),
+}
 """Figures of an evaluation that say how it was made."""
 
 LOCAL_FOLDER = re.compile(r"(?<![:/\\\w])(?:~|[A-Za-z]:)?[/\\](?:[^/\\=+\s]+[/\\])+")

@@ -25,7 +25,7 @@ from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.finetune.batches.padded_rows import pad_sources
-from diptych.finetune.generating.documents import Documents
+from diptych.finetune.generating.documents import documents_for
 from diptych.finetune.generating.generate_command import resolve_limits
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
@@ -99,7 +99,7 @@ class TextModel:
         prompter = self._prompter(asked)
         prompts = _prompts(prompter, _list_of(rows), asked)
         engine = TorchEngine(replace(self.loaded, template=prompter.template))
-        documents = Documents(prompter, engine, asked.long)
+        documents = documents_for(asked, prompter, engine)
         encoded = documents.encode(*zip(*prompts, strict=True)) if prompts else []
         for place, document in enumerate(encoded, start=1):
             if document.error:

@@ -13,6 +13,7 @@
            are the next text, until it fits, and the output of that is the answer.
 
 Only the input is cut, or the instruction if the prompt is nothing else; each piece has the same rest of the prompt.
+Into the same text, terms and placeholders are written (data_prep/rows/terms.py), and what came back is checked.
 """
 
 import math
@@ -24,6 +25,7 @@ import regex
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.rows.terms import Term, Terms, masked, missing, read_terms, unmasked, with_marks
 from diptych.data_prep.text_to_ids.languages import codes_of
 from diptych.data_prep.text_to_ids.sentences import NoRoom, NoSplitter, Pieces, filled, lines_and_sentences, within
 from diptych.finetune.inference.engine import EncodedPrompt, TorchEngine
@@ -45,6 +47,14 @@ SHRINKS = 0.9
 count as not finished."""
 
 
+class Promise(NamedTuple):
+    """What the output of a piece must have."""
+
+    terms: Sequence[Term] = ()
+    values: Sequence[str] = ()
+    """Of its placeholders, in order."""
+
+
 class Document(NamedTuple):
     """A prompt as it is asked."""
 
@@ -56,6 +66,8 @@ class Document(NamedTuple):
     """Of each piece."""
     is_cut_off: bool = False
     """Whether the end of the prompt is missing, which only `cut` does."""
+    promises: Sequence[Promise] = ()
+    """Of each piece."""
     reduces: bool = False
     """Whether the outputs of the pieces are only the next text."""
     error: str = ""
@@ -65,13 +77,25 @@ class Document(NamedTuple):
 class Answered(NamedTuple):
     outputs: list[Output]
     """`num_return_sequences` of them; n-th of the joined ones is of the n-th outputs of the pieces."""
+    missed: list[list[str]]
+    """Terms that each output should have and has not."""
+    lost: list[list[str]]
+    """Values of placeholders that did not come back exactly once in each output."""
     rounds: int = 1
     """How often the model read the text; more than 1 for `reduce` only."""
 
 
 class Documents:
-    def __init__(self, prompter: Prompter, engine: TorchEngine, long: str):
+    def __init__(
+        self,
+        prompter: Prompter,
+        engine: TorchEngine,
+        long: str,
+        terms: Terms | None = None,
+        placeholders: bool = False,
+    ):
         self.prompter, self.engine, self.long = prompter, engine, long
+        self.terms, self.placeholders = terms, placeholders
         self.unlimited = prompter._replace(max_source_tokens=None)
         self.given: dict[Languages, list[int]] = {}
         codes = codes_of(prompter.tokenizer)
@@ -90,14 +114,20 @@ class Documents:
         """
         rendered = rendered or [self.prompter.render(prompt) for prompt in prompts]
         languages = [of_prompt for _, of_prompt in rendered]
-        ids, was_cut = self.prompter.encode([text for text, _ in rendered], languages)
+        fields = [
+            "input" if prompt.input else "instruction" if source == prompt.instruction else ""
+            for prompt, (source, _) in zip(prompts, rendered, strict=True)
+        ]
+        written = [self._inline(*it) for it in zip(prompts, fields, rendered, strict=True)]
+        ids, was_cut = self.prompter.encode([text for text, _ in written], languages)
         found = []
-        for prompt, (source, it), of_prompt, over in zip(prompts, rendered, ids, was_cut, strict=True):
+        for prompt, field, it, of_prompt, over, (_, promise) in zip(
+            prompts, fields, languages, ids, was_cut, written, strict=True
+        ):
             translates = self.long == "split" and (self.only_translates or bool(it.direction))
-            field = "input" if prompt.input else "instruction" if source == prompt.instruction else ""
             if self.long == "cut" or not (over or (translates and field)):
                 whole = [EncodedPrompt(of_prompt, self._given(it))]
-                found.append(Document(prompt, field, WHOLE, whole, is_cut_off=over))
+                found.append(Document(prompt, field, WHOLE, whole, over, [promise]))
                 continue
             try:
                 found.append(self._cut(prompt, field, it, translates))
@@ -107,6 +137,15 @@ class Documents:
             except UserError as error:
                 found.append(Document(prompt, field, WHOLE, [], error=str(error)))
         return found
+
+    def _inline(self, prompt: Prompt, field: str, rendered: tuple[str, Languages]) -> tuple[str, Promise]:
+        """The source text of a prompt with terms and placeholders in the text of `field`, and what they promise."""
+        if not field or (self.terms is None and not self.placeholders):
+            return rendered[0], Promise()
+        text = getattr(prompt, field)
+        text, values = masked(text) if self.placeholders else (text, [])
+        terms = self.terms.found(text, rendered[1]) if self.terms else []
+        return self.prompter.render(prompt._replace(**{field: with_marks(text, terms)}))[0], Promise(terms, values)
 
     def _given(self, languages: Languages) -> list[int]:
         if languages not in self.given:
@@ -121,12 +160,14 @@ class Documents:
             )
         text, limit = getattr(prompt, field), self.prompter.max_source_tokens
 
-        def encoded(texts: list[str]) -> list[list[int]]:
-            sources = [self.prompter.render(prompt._replace(**{field: text.strip()}))[0] for text in texts]
-            return self.unlimited.encode(sources, [languages] * len(texts))[0]
+        def encoded(texts: list[str]) -> tuple[list[list[int]], list[Promise]]:
+            asked = [prompt._replace(**{field: text.strip()}) for text in texts]
+            written = [self._inline(it, field, self.prompter.render(it)) for it in asked]
+            ids, _ = self.unlimited.encode([source for source, _ in written], [languages] * len(texts))
+            return ids, [promise for _, promise in written]
 
         def fits(piece: str) -> bool:
-            return limit is None or not piece.strip() or len(encoded([piece])[0]) <= limit
+            return limit is None or not piece.strip() or len(encoded([piece])[0][0]) <= limit
 
         try:
             if translates:
@@ -139,10 +180,11 @@ class Documents:
                 "or raise max_source_tokens."
             ) from None
         given = self._given(languages)
-        prompts = [EncodedPrompt(ids, given) for ids in encoded(pieces.texts)]
+        source_ids, promises = encoded(pieces.texts)
+        prompts = [EncodedPrompt(ids, given) for ids in source_ids]
         if reduces := self.long == "reduce":
             pieces = pieces._replace(gaps=["", *["\n"] * (len(pieces.texts) - 1), ""])
-        return Document(prompt, field, pieces, prompts, reduces=reduces)
+        return Document(prompt, field, pieces, prompts, False, promises, reduces)
 
     def generate(
         self, documents: Sequence[Document], settings: GenerateSettings, seed: int, bar: GenerationBar | None = None
@@ -155,15 +197,16 @@ class Documents:
         each, shorter = settings.num_return_sequences, {}
         one = replace(settings, num_return_sequences=1, scores=False)
         reduced = self._round(documents, sorted(set(range(len(documents))) - set(rest)), one, seed)
-        for place, ((output,), _) in reduced.items():
-            prompt, field = documents[place].prompt, documents[place].field
+        for place, answer in reduced.items():
+            (output,), (prompt, field, *_) = answer.outputs, documents[place]
             if 0 < len(output.text) <= SHRINKS * len(getattr(prompt, field)):
                 shorter[place] = prompt._replace(**{field: output.text})
             else:
-                found[place] = Answered([output._replace(finished=False)] * each)
+                stuck = [output._replace(finished=False)], answer.missed, answer.lost
+                found[place] = Answered(*(it * each for it in stuck))
         answers = self.generate(self.encode(list(shorter.values())), settings, seed, bar)
-        for place, (outputs, rounds) in zip(shorter, answers, strict=True):
-            found[place] = Answered(outputs, rounds + 1)
+        for place, answer in zip(shorter, answers, strict=True):
+            found[place] = answer._replace(rounds=answer.rounds + 1)
         return [found[place] for place in range(len(documents))]
 
     def _round(
@@ -180,12 +223,30 @@ class Documents:
         outputs = self.engine.generate(prompts, settings, seed, None if is_bar_of_rows else bar) if prompts else []
         if is_bar_of_rows:
             bar.advance(len(places), outputs)
-        each, rest, found = settings.num_return_sequences, iter(outputs), {}
-        for place in places:
-            of_pieces = [[next(rest) for _ in range(each)] for _ in documents[place].prompts]
-            columns = [[of_piece[number] for of_piece in of_pieces] for number in range(each)]
-            found[place] = Answered([joined(documents[place].pieces, column) for column in columns])
-        return found
+        answers = answered([documents[place] for place in places], outputs, settings.num_return_sequences)
+        return dict(zip(places, answers, strict=True))
+
+
+def answered(documents: Sequence[Document], outputs: Sequence[Output], each: int = 1) -> list[Answered]:
+    """From the outputs of all pieces, `each` of one piece, the answer of each document."""
+    rest, found = iter(outputs), []
+    for document in documents:
+        kept = [[checked(next(rest), promise) for _ in range(each)] for promise in document.promises]
+        columns = [[of_piece[number] for of_piece in kept] for number in range(each)]
+        found.append(
+            Answered(
+                [joined(document.pieces, [output for output, _, _ in column]) for column in columns],
+                [[term for _, missed, _ in column for term in missed] for column in columns],
+                [[value for _, _, lost in column for value in lost] for column in columns],
+            )
+        )
+    return found
+
+
+def checked(output: Output, promise: Promise) -> tuple[Output, list[str], list[str]]:
+    """The output with values in place of placeholders, the terms that it misses, and the values that it lost."""
+    text, lost = unmasked(output.text, promise.values) if promise.values else (output.text, [])
+    return output._replace(text=text), missing(promise.terms, text), lost
 
 
 def joined(pieces: Pieces, outputs: Sequence[Output]) -> Output:
@@ -222,3 +283,8 @@ def counts_of(documents: Iterable[Document]) -> dict[str, int]:
         "pieces in all": sum(len(document.prompts) for document in cut),
         "sentences over the limit, cut inside": sum(document.pieces.cut_sentences for document in cut),
     }
+
+
+def documents_for(settings: GenerateSettings, prompter: Prompter, engine: TorchEngine) -> Documents:
+    terms = read_terms(settings.terms) if settings.terms else None
+    return Documents(prompter, engine, settings.long, terms, settings.placeholders)

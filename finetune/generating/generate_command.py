@@ -13,11 +13,12 @@ from transformers import TextStreamer
 from diptych.data_prep.command_line.errors import UserError, excerpt
 from diptych.data_prep.command_line.run_command import Printed
 from diptych.data_prep.rows.language_names import languages_in
+from diptych.data_prep.rows.terms import read_terms
 from diptych.data_prep.text_to_ids.languages import codes_of, languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.ranks import several_ranks
-from diptych.finetune.generating.documents import WHOLE, Documents, counts_of
+from diptych.finetune.generating.documents import WHOLE, counts_of, documents_for
 from diptych.finetune.generating.generate_file import generate_file
 from diptych.finetune.generating.prompt_files import read_prompts
 from diptych.finetune.inference.engine import TorchEngine
@@ -36,6 +37,8 @@ def run(settings: GenerateSettings) -> int:
     # The file is read first, so that its mistakes show before a large model is loaded.
     asked = settings.instruction, settings.system, any(settings.languages)
     rows = read_prompts(settings.in_file, *asked) if settings.in_file else []
+    if settings.terms:
+        read_terms(settings.terms)
     accelerator = several_ranks()
     if accelerator and not settings.in_file:
         raise UserError("one process answers a prompt, but several were launched. Launch one, or give --in_file.")
@@ -80,7 +83,7 @@ def resolve_limits(settings: GenerateSettings, engine: TorchEngine) -> GenerateS
 
 def answer(engine: TorchEngine, prompter: Prompter, settings: GenerateSettings, instruction: str, text: str) -> None:
     """Prints the outputs of one prompt."""
-    documents = Documents(prompter, engine, settings.long)
+    documents = documents_for(settings, prompter, engine)
     (document,) = documents.encode([Prompt(instruction, text, system=settings.system)])
     if document.error:
         raise UserError(document.error)
@@ -89,22 +92,21 @@ def answer(engine: TorchEngine, prompter: Prompter, settings: GenerateSettings, 
     is_single = settings.num_beams == settings.num_return_sequences == 1 and not settings.mbr_samples
     has_stop = engine.template.stop or settings.generation.get("stop_strings")
     streaming = {}
-    if (
-        engine.can_stream
-        and is_single
-        and document.pieces == WHOLE
-        and not (has_stop or settings.scores or settings.choices)
-    ):
+    is_whole = document.pieces == WHOLE and not any(map(any, document.promises))
+    if engine.can_stream and is_single and is_whole and not (has_stop or settings.scores or settings.choices):
         side = target_side(engine.tokenizer)
         streaming["streamer"] = TextStreamer(side, skip_prompt=True, skip_special_tokens=True)
     if streaming:
         outputs = engine.generate(document.prompts, settings, settings.seed, **streaming)
     else:
-        ((outputs, rounds),) = documents.generate([document], settings, settings.seed)
+        ((outputs, missed, lost, rounds),) = documents.generate([document], settings, settings.seed)
         print("\n".join(map(_shown, outputs)), flush=True)
         counts = counts_of([document]) | {"rounds": rounds if rounds > 1 else 0}
         if len(document.prompts) > 1:
             print(f"({', '.join(f'{number} {what}' for what, number in counts.items() if number)})", file=sys.stderr)
+        for what, found in (("terms that are missing", missed), ("values that did not come back once", lost)):
+            if any(found):
+                print(f"({what}: {'; '.join(', '.join(of_output) or 'none' for of_output in found)})", file=sys.stderr)
     if not all(output.finished for output in outputs):
         print(f"(stopped at --max_new_tokens {settings.max_new_tokens}, before its end)", file=sys.stderr)
 

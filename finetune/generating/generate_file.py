@@ -32,7 +32,7 @@ from transformers import set_seed
 
 from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.finetune.commands.ranks import on_main_rank
-from diptych.finetune.generating.documents import WHOLE, Answered, Document, Documents, counts_of
+from diptych.finetune.generating.documents import WHOLE, Answered, Document, counts_of, documents_for
 from diptych.finetune.generating.prompt_files import BLANK, PromptRow, render_prompts
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
@@ -58,7 +58,7 @@ def generate_file(
     if out_file.resolve() == Path(settings.in_file).resolve():
         raise UserError(f"the file of prompts and the one to write are the same, {out_file}. Name another.")
     rows, rendered = render_prompts(rows, prompter)
-    documents = Documents(prompter, engine, settings.long)
+    documents = documents_for(settings, prompter, engine)
     encoded = documents.encode([rows[row].prompt for row in rendered], list(rendered.values()))
     prompts = {row: document for row, document in zip(rendered, encoded, strict=True) if not document.error}
     for row, document in zip(rendered, encoded, strict=True):
@@ -76,7 +76,8 @@ def generate_file(
         set_seed(seed)
         by_row = dict(zip(good, documents.generate([prompts[row] for row in good], settings, seed, bar), strict=True))
         bar.advance(len(chunk) - len(good), [])
-        nothing = Answered([Output("", finished=True)] * settings.num_return_sequences)
+        each = settings.num_return_sequences
+        nothing = Answered([Output("", finished=True)] * each, [[]] * each, [[]] * each)
         return "".join(
             _output_line(row, rows[row], by_row.get(row, nothing), prompts.get(row, NOTHING), settings)
             for row in chunk
@@ -103,6 +104,8 @@ def generate_file(
         "whose prompt was cut (source_cut)": sum(document.is_cut_off for document in prompts.values()),
     } | counts_of(prompts.values())
     if rank == 0:
+        if (settings.terms or settings.placeholders) and out_file.is_file():
+            counts |= _broken_promises(out_file)
         found = [f"{out_file}: {len(rows)} rows", *(f"{number} {what}" for what, number in counts.items() if number)]
         print(message_line(", ".join(found)), file=sys.stderr)
 
@@ -119,6 +122,17 @@ def chunks_of(rows: Sequence[PromptRow], prompts: Mapping[int, Document], most: 
     return chunks
 
 
+def _broken_promises(out_file: Path) -> dict[str, int]:
+    """How many rows, also of earlier runs, miss terms or lost values of placeholders in an output."""
+    names = {"terms_missed": "that miss a term (terms_missed)", "placeholders_lost": "that lost a placeholder's value"}
+    found = dict.fromkeys(names.values(), 0)
+    with out_file.open(encoding="utf-8") as opened:
+        for row in map(json.loads, opened):
+            for name, what in names.items():
+                found[what] += any(row.get(name, []))
+    return found
+
+
 def _output_line(
     row: int, prompt: PromptRow, answered: Answered, document: Document, settings: GenerateSettings
 ) -> str:
@@ -126,8 +140,11 @@ def _output_line(
         ours = {"error": prompt.error}
     else:
         found = []
-        for output in answered.outputs:
+        for output, missed, lost in zip(answered.outputs, answered.missed, answered.lost, strict=True):
             found.append({"prediction": output.text, "finished": output.finished})
+            found[-1] |= ({"terms_missed": missed} if settings.terms else {}) | (
+                {"placeholders_lost": lost} if settings.placeholders else {}
+            )
             if settings.scores:
                 nats, tokens = output.log_probability, max(1, len(output.ids))
                 found[-1]["log_probability"] = None if nats is None else round(nats, 6)
@@ -149,8 +166,9 @@ def run_identity(
     languages are in the hash."""
     own = {name: getattr(settings, name) for name in ("batch_size", "max_new_tokens", "seed")}
     prompts = [prompt for document in documents for prompt in document.prompts]
-    if settings.long != "cut":
-        own["long"], prompts = settings.long, [prompts, [document.pieces for document in documents]]
+    if settings.long != "cut" or settings.terms or settings.placeholders:
+        own |= {"long": settings.long, "placeholders": settings.placeholders}
+        prompts = [prompts, [(document.pieces, document.promises) for document in documents]]
     rules = {"decoder_prefix": list(engine.template.decoder_prefix), "stop": list(engine.template.stop)}
     hashed = json.dumps([[[row.fields, row.error] for row in rows], prompts]).encode()
     return engine.identity() | {

@@ -44,6 +44,12 @@ class GenerateSettings(PromptSettings):
     """What to do with long sources. `split`: translations are generated sentence by sentence, and other texts over
     the limit in pieces; the outputs are joined as the source was. `reduce`: for summaries, pieces are summarised, and
     then their summaries together, until these fit. Both need the language of the source."""
+    terms: str = field(default="", metadata=EXISTING)
+    """Terms to use: a file with a term, a tab and its translation on each line. They are written into the source as
+    `diptych prepare --terms` wrote them for training, and terms that an output misses are reported."""
+    placeholders: bool = False
+    """Replace URLs, tags and numbers by placeholders, which become them again in the output. Values that do not come
+    back exactly once are reported."""
     max_new_tokens: int | None = None
     """Maximum length of outputs in tokens; with --long, of the output of each piece. Default: 256, or the model's own
     limit if that is lower."""
@@ -100,8 +106,8 @@ class GenerateSettings(PromptSettings):
             )
         if self.choices and (self.mbr_samples or self.temperature or self.num_beams > 1 or self.generation):
             raise UserError("choices are weighed: drop mbr_samples, temperature, num_beams and generation.")
-        if self.choices and self.long != "cut":
-            raise UserError("choices answer a whole prompt: drop choices, or --long.")
+        if self.choices and (self.long != "cut" or self.terms or self.placeholders):
+            raise UserError("choices are given texts: drop them, or --long, --terms and --placeholders.")
         if self.engine != "torch" and self.scores:
             raise UserError(f"scores are of torch: drop them, or --engine {self.engine}.")
         check_form(self)
@@ -127,6 +133,8 @@ def check_form(settings: Any) -> None:
     asked = [name for name in ("choices", "json_schema", "regex") if getattr(settings, name, None)]
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} exclude each other: an output has one form. Drop all but one.")
+    if asked and getattr(settings, "long", "cut") != "cut":
+        raise UserError(f"{asked[0]} is the form of a whole output: drop it, or --long.")
     if asked and getattr(settings, "engine", "torch") != "torch":
         raise UserError(f"{asked[0]} is of torch: drop it, or --engine {settings.engine}.")
 

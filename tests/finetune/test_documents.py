@@ -3,10 +3,13 @@
 import dataclasses
 import json
 
+import datasets
 import pytest
+from conftest import learn_by_heart, tiny_t5
 
 import diptych
 from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.sentences import Pieces
 from diptych.data_prep.text_to_ids.templates import TEMPLATES
 from diptych.finetune.commands import cli
@@ -161,7 +164,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bytes(tmp_path, t5_checkpoint)
             "prompt 2 of 2: texts are cut at sentence ends",
         ),
         ([ask("Go.")], ["--long", "reduce"], "--max_source_tokens"),
-        ([ask("Go.")], ["--choices", "a", "b"], "choices answer a whole prompt"),
+        ([ask("Go.")], ["--choices", "a", "b"], "choices are given texts"),
     ],
 )
 def test_what_cannot_be_cut_is_an_error_before_anything_is_generated(
@@ -169,3 +172,97 @@ def test_what_cannot_be_cut_is_an_error_before_anything_is_generated(
 ):
     assert generate(tmp_path, t5_checkpoint, rows, "--long", "split", *more, code=2) is None
     assert said in capsys.readouterr().err
+
+
+PROMISES = {
+    "A cat [= 고양이].": "고양이.",
+    "A cat [= 냥이].": "냥이.",
+    "A cat.": "동물.",
+    "No cat [= 냥이].": "개.",
+    "See [#1].": "[#1] 보기.",
+    "See [#1] and [#2].": "[#2]와 [#2].",
+    "Go.": "가.",
+}
+
+
+@pytest.fixture(scope="session")
+def obeying_checkpoint(tmp_path_factory, tiny_tokenizer):
+    """A T5 that has learned PROMISES by heart."""
+    model, folder = tiny_t5(len(tiny_tokenizer)), tmp_path_factory.mktemp("obeying") / "t5"
+    sides = encode_sources(tiny_tokenizer, [*PROMISES]), encode_targets(tiny_tokenizer, [*PROMISES.values()])
+    learn_by_heart(model, [{"input_ids": ids, "labels": labels} for ids, labels in zip(*sides, strict=True)])
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def terms_file(tmp_path):
+    (tmp_path / "terms.tsv").write_text("cat\t냥이\n", encoding="utf-8")
+    return str(tmp_path / "terms.tsv")
+
+
+def test_terms_and_placeholders_are_written_into_sources_and_what_is_broken_is_told(
+    tmp_path, capsys, obeying_checkpoint, terms_file
+):
+    texts = ["A cat.", "No cat.", "See http://a.b/c.", "See <b> and 12.", "Go.\n\nA cat. See {x}.\nNo cat."]
+    rows = [{"input": text, "source_language": "en"} for text in texts]
+    bare = tmp_path / "bare.jinja"
+    bare.write_text("{{ input }}")
+    inline = ["--terms", terms_file, "--placeholders", "true", "--template", str(bare)]
+    split = ["--long", "split", "--max_source_tokens", "30"]
+    lines = generate(tmp_path, obeying_checkpoint, rows, *inline, *split)
+    assert [line["prediction"] for line in lines[:4]] == ["냥이.", "개.", "http://a.b/c 보기.", "12와 12."]
+    assert [line["terms_missed"] for line in lines[:4]] == [[], ["냥이"], [], []]
+    assert [line["placeholders_lost"] for line in lines[:4]] == [[], [], [], ["<b>", "12"]]
+    assert lines[4]["source_pieces"] > 1  # over the limit with its marks
+    said = capsys.readouterr().err
+    assert "that miss a term (terms_missed)" in said and "1 that lost a placeholder's value" in said
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    generate(tmp_path, obeying_checkpoint, rows, *inline, *split)  # it has all rows
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+    (tmp_path / "terms.tsv").write_text("cat\t고양이\n", encoding="utf-8")
+    generate(tmp_path, obeying_checkpoint, rows, *inline, *split, code=2)  # other terms are another run
+
+
+def test_a_single_answer_says_what_is_missing(obeying_checkpoint, terms_file, capsys):
+    for text, out, err in [("No cat.", "개.", "(terms that are missing: 냥이)"), ("A cat.", "냥이.", "")]:
+        asked = ["--instruction", text, "--terms", terms_file, "--device", "cpu"]
+        assert cli.main(["generate", str(obeying_checkpoint), *asked]) == 0
+        said = capsys.readouterr()
+        assert said.out == out + "\n" and err in said.err and bool(err) == ("missing" in said.err)
+
+
+def test_terms_that_contradict_each_other_are_an_error_before_the_model_is_loaded(tmp_path, terms_file, capsys):
+    (tmp_path / "terms.tsv").write_text("cat\t냥이\ncat\t고양이\n", encoding="utf-8")
+    assert cli.main(["generate", str(tmp_path), "--instruction", "A cat.", "--terms", terms_file]) == 2
+    assert "line 2 translates 'cat' as '고양이', and line 1 as '냥이'" in capsys.readouterr().err
+
+
+def test_evaluate_cuts_sources_and_counts_the_terms_that_are_honoured(
+    tmp_path, capsys, obeying_checkpoint, tiny_tokenizer, terms_file
+):
+    texts = [("A cat.", "냥이."), ("No cat.", "냥이."), ("Go.\nGo.", "가.\n가."), ("Go.", "가.")]
+    rows = [
+        {"input_ids": ids, "labels": labels, "source": source, "target": target, "instruction": source, "input": ""}
+        | {"source_language": "en", "target_language": "ko", "origin": source}
+        for ids, labels, (source, target) in zip(
+            encode_sources(tiny_tokenizer, [source for source, _ in texts]),
+            encode_targets(tiny_tokenizer, [target for _, target in texts]),
+            texts,
+            strict=True,
+        )
+    ]
+    data, report = tmp_path / "data", tmp_path / "report.json"
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)}).save_to_disk(data)
+    tiny_tokenizer.save_pretrained(data / "tokenizer")
+    command = ["evaluate", str(obeying_checkpoint), "--data", str(data), "--out", str(report), "--metrics", "chrf"]
+    assert cli.main([*command, "--device", "cpu", "--terms", terms_file, "--long", "split"]) == 0
+    assert "terms_honoured" in capsys.readouterr().out
+    figures = json.loads(report.read_text("utf-8"))["figures"]
+    assert (figures["terms"], figures["terms_honoured"], figures["source_pieces"]) == (2, 50.0, 5)
+    predictions = (tmp_path / "report.predictions.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["prediction"] for line in predictions] == ["냥이.", "개.", "가.\n가.", "가."]
+    assert cli.main([*command, "--device", "cpu"]) == 0
+    figures = json.loads(report.read_text("utf-8"))["figures"]
+    assert not {"terms", "terms_honoured", "source_pieces"} & figures.keys()

@@ -1,0 +1,184 @@
+"""Terms that an output must have, and what must come back unchanged, written into the source.
+
+    terms = read_terms("terms.tsv")                      cat ⇥ 고양이, a term on each line
+    found = terms.found("A cat.", Languages("en", "ko")) [Term(2, 5, "cat", "고양이")], by whole words
+    with_marks("A cat.", found)                          "A cat [= 고양이]."
+    missing(found, "고양이가 있다.")                      []
+    masked("See <b>http://a.com</b>")                    "See [#1][#2][#3]", ["<b>", "http://a.com", "</b>"]
+    unmasked("[#1][#2][#3] 참조", values)                "<b>http://a.com</b> 참조", []
+
+The mark is the inline form of Dinu et al. 2019 (arXiv 1906.01105): the target term stands behind the source term. A
+model learns to obey it from rows in which the target has the term. Marks and placeholders are plain text, so no
+tokenizer has to be extended for them.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import regex
+
+from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.rows.language_names import names_language, short_code
+from diptych.data_prep.rows.records import Languages
+
+COLUMNS = (
+    "Each line has a term, a tab and its translation; and, if the file is for several pairs of languages, a tab and "
+    "the language of each. With one pair, the first line may have its two languages."
+)
+NO_BLANKS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+LETTER = r"[\p{L}\p{N}\p{M}]"
+KEPT = regex.compile(
+    r"\[#\d+\]"  # looks like a placeholder
+    r"|(?:https?://|www\.)[^\s<>\"'、。]*[^\s<>\"'、。.,;:!?)\]]|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"  # addresses
+    r"|</?[A-Za-z][^<>]*>|\{\{[^{}]*\}\}|\{\w*\}|%(?:\(\w+\))?[sd]"  # tags and fields
+    r"|(?<![\w.,])\d+(?:[.,:/-]\d+)+(?![\w])|(?<![\w.,])\d{2,}(?!\d)"  # numbers of two digits and more
+)
+PLACEHOLDER = regex.compile(r"\[\s*#\s*(\d+)\s*\]")
+
+
+class Term(NamedTuple):
+    start: int
+    end: int
+    source: str
+    """As the text has it."""
+    target: str
+
+
+@dataclass(frozen=True)
+class Terms:
+    entries: Mapping[tuple[str, str], Mapping[str, str]]
+    """By the short codes of a pair of languages, ("", "") for any: source term → target term."""
+
+    def found(self, text: str, languages: Languages) -> list[Term]:
+        """The terms in a text, in order, of which none overlap: the leftmost, and of these the longest."""
+        pair = tuple(short_code(it) if names_language(it) else "" for it in languages)
+        hits = [
+            Term(hit.start(), hit.end(), hit.group(), target)
+            for of, (targets, patterns) in self._patterns.items()
+            if all("" in sides or sides[0] == sides[1] for sides in zip(of, pair, strict=True))
+            for is_exact, pattern in patterns
+            for hit in pattern.finditer(text)
+            if (target := targets.get(hit.group() if is_exact else hit.group().casefold()))
+        ]
+        chosen, end = [], 0
+        for hit in sorted(hits, key=lambda it: (it.start, -it.end)):
+            if hit.start >= end:
+                chosen.append(hit)
+                end = hit.end
+        return chosen
+
+    @cached_property
+    def _patterns(self) -> dict[tuple[str, str], tuple[Mapping[str, str], list[tuple[bool, regex.Pattern]]]]:
+        """For each pair its terms, and patterns: exact ones, since a term with a capital fits only itself, and others;
+        by what may stand around them."""
+        found = {}
+        for pair, targets in self.entries.items():
+            kinds: dict[tuple[bool, str, str], list[str]] = {}
+            for source in targets:
+                kinds.setdefault((source != source.casefold(), *edges(source)), []).append(source)
+            patterns = [
+                (is_exact, regex.compile(rf"{left}\L<words>{right}", 0 if is_exact else regex.I, words=words))
+                for (is_exact, left, right), words in kinds.items()
+            ]
+            found[pair] = targets, patterns
+        return found
+
+
+def edges(source: str) -> tuple[str, str]:
+    """Patterns for what may not stand before and behind a term: letters; after Hangul particles may follow, and
+    scripts without blanks have no edges."""
+    no_blanks = regex.compile(f"[{NO_BLANKS}]")
+    left = "" if no_blanks.match(source[0]) or not regex.match(LETTER, source[0]) else f"(?<!{LETTER})"
+    is_open = no_blanks.match(source[-1]) or regex.match(r"\p{Hangul}", source[-1])
+    return left, "" if is_open or not regex.match(LETTER, source[-1]) else f"(?!{LETTER})"
+
+
+def read_terms(file: str) -> Terms:
+    """UserError: a line has other columns, an unknown language, or another translation of a term than an earlier
+    line."""
+    entries: dict[tuple[str, str], dict[str, str]] = {}
+    lines: dict[tuple[str, str, str], tuple[int, str]] = {}
+    default = ("", "")
+    with open(file, encoding="utf-8-sig") as opened:
+        try:
+            written = opened.read().splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not in UTF-8: {excerpt(error)} Save it in UTF-8.") from None
+    for number, line in enumerate(written, start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        cells = [cell.strip() for cell in line.split("\t")]
+        if not lines and default == ("", "") and len(cells) == 2 and all(map(names_language, cells)):
+            default = tuple(map(short_code, cells))
+            continue
+        if len(cells) not in (2, 4) or not all(cells):
+            raise UserError(f"{file} line {number} is {excerpt(line)!r}. {COLUMNS}")
+        source, target, *named = cells
+        for name in named:
+            if not names_language(name):
+                raise UserError(f"{file} line {number}: {name!r} is no language. {COLUMNS}")
+        pair = tuple(map(short_code, named)) if named else default
+        source = source if source != source.casefold() else source.casefold()
+        for other in {pair, ("", ""), *(entries if pair == ("", "") else ())}:
+            if (before := lines.get((*other, source))) and before[1] != target:
+                raise UserError(
+                    f"{file} line {number} translates {source!r} as {target!r}, and line {before[0]} as"
+                    f" {before[1]!r}. Keep one of them, or give the longer terms in which they differ."
+                )
+        lines.setdefault((*pair, source), (number, target))
+        entries.setdefault(pair, {})[source] = target
+    if not entries:
+        raise UserError(f"{file} has no terms. {COLUMNS}")
+    return Terms(entries)
+
+
+def with_marks(text: str, terms: Sequence[Term]) -> str:
+    for term in reversed(terms):
+        text = f"{text[: term.end]} [= {term.target}]{text[term.end :]}"
+    return text
+
+
+def missing(terms: Sequence[Term], output: str) -> list[str]:
+    """The target terms that an output does not have; a term in lower case may be in any case."""
+    folded = output.casefold()
+    wanted = dict.fromkeys(term.target for term in terms)
+    return [it for it in wanted if it not in output and not (it == it.casefold() and it in folded)]
+
+
+def masked(text: str, only: Sequence[str] | None = None) -> tuple[str, list[str]]:
+    """The text with a placeholder for each URL, address, tag, field and longer number, and these values; with `only`
+    for each of these values."""
+    values: list[str] = []
+
+    def number(hit: regex.Match) -> str:
+        if only is not None and hit.group() not in only:
+            return hit.group()
+        values.append(hit.group())
+        place = len(values) if only is None else only.index(hit.group()) + 1
+        return f"[#{place}]"
+
+    return KEPT.sub(number, text), values
+
+
+def unmasked(text: str, values: Sequence[str]) -> tuple[str, list[str]]:
+    """The text with the values in place of their placeholders, and those that do not come back exactly once. A
+    placeholder of no value stays, and is one of these."""
+    counts = Counter(int(number) for number in PLACEHOLDER.findall(text))
+    lost = [value for place, value in enumerate(values, start=1) if counts[place] != 1]
+    lost += [f"[#{place}]" for place in counts if not 1 <= place <= len(values)]
+
+    def value(hit: regex.Match) -> str:
+        place = int(hit.group(1))
+        return values[place - 1] if 1 <= place <= len(values) else hit.group()
+
+    return PLACEHOLDER.sub(value, text), lost
+
+
+def masked_pair(source: str, target: str) -> tuple[str, str]:
+    """Source and target with placeholders for the values that stand exactly once on each side."""
+    counts = [Counter(KEPT.findall(side)) for side in (source, target)]
+    shared = [value for value in counts[0] if counts[0][value] == counts[1][value] == 1]
+    return masked(source, shared)[0], masked(target, shared)[0]
