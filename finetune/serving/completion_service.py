@@ -25,6 +25,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import codes_of
+from diptych.finetune.inference.documents import Document
 from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of
 from diptych.finetune.serving.guarded_server import ARRIVAL_SECONDS
 from diptych.finetune.serving.openai_requests import (
@@ -37,6 +38,7 @@ from diptych.finetune.serving.openai_requests import (
 )
 from diptych.finetune.serving.request_batches import Answer, Ended, Engine, Failed, Job, Piece, show_place
 from diptych.finetune.serving.serve_settings import ServeSettings
+from diptych.finetune.serving.served_documents import asked_as_pieces, document_events, is_plain
 from diptych.finetune.serving.served_model import Encoded, ServedModel
 from diptych.finetune.serving.web_address import LARGEST_BODY, TOKEN_VARIABLE, is_asked_here
 
@@ -207,13 +209,16 @@ class Service:
             raise RequestError(503, f"up to {most} prompts wait already. Come again.", kind="overloaded")
         self.encoding[name] += len(asked.rows)
         try:  # in a thread, because four megabytes take seconds
-            sources = await loop.run_in_executor(self.encoder, self.encode, asked)
+            asked.documents, sources = await loop.run_in_executor(self.encoder, self.encode, asked)
         finally:
             self.encoding[name] -= len(asked.rows)
 
         def to_queue(place: int):
             return lambda event: loop.call_soon_threadsafe(events.put_nowait, (place, event))
 
+        if len(sources) > most:
+            message = f"the request is cut into {len(sources)} pieces, but only {most} can wait. Send less at once."
+            raise RequestError(400, message, asked.field_of(""))
         jobs = [
             Job(source.source_ids, asked.decoding, to_queue(place), asked.stream, given=source.given)
             for place, source in enumerate(sources)
@@ -223,19 +228,26 @@ class Service:
         self.metrics.read.labels(name).inc(asked.prompt_tokens)
         return jobs, events
 
-    def encode(self, asked: CompletionRequest) -> list[Encoded]:
-        """The prompts' token ids, by the template as `diptych generate` does it. RequestError if one is too long."""
-        served, sources = self.models[asked.model].served, []
+    def encode(self, asked: CompletionRequest) -> tuple[list[Document], list[Encoded]]:
+        """The prompts, and the token ids of all their pieces, by the template as `diptych generate` does it.
+        RequestError if one is too long."""
+        served, documents, sources = self.models[asked.model].served, [], []
         try:
             for row in asked.rows:
-                sources.append(source := served.encode(as_asked(served.prompter, prompt_of(row))))
-                if source.tokens > (most := len(source.source_ids)):
-                    raise UserError(f"the prompt has {source.tokens} tokens, and {most} are read. Send a shorter one.")
-                served.check(source.tokens, asked.decoding, len(source.given))
+                document, of_document = asked_as_pieces(served, as_asked(served.prompter, prompt_of(row)))
+                if (asked.decoding.scores or asked.decoding.grammar) and not is_plain(document):
+                    raise UserError("log-probabilities and forms are of whole prompts: this one is cut or has terms.")
+                for source in of_document:
+                    if source.tokens > (most := len(source.source_ids)):
+                        message = f"the prompt has {source.tokens} tokens, and {most} are read. Send a shorter one."
+                        raise UserError(message)
+                    served.check(source.tokens, asked.decoding, len(source.given))
+                documents.append(document)
+                sources += of_document
         except (UserError, Fault) as error:
             field = error.field if isinstance(error, Fault) else asked.field_of(str(error))
             raise RequestError(400, str(error), field) from None
-        return sources
+        return documents, sources
 
     async def events_of(self, jobs: list[Job], events: asyncio.Queue) -> AsyncIterator[tuple[int, Piece | Ended]]:
         """(index of the job, event) until all have ended. Raises TimeoutError, or the error of a batch that failed."""
@@ -248,8 +260,9 @@ class Service:
             yield place, event
 
     async def whole_answer(self, asked: CompletionRequest, jobs: list[Job], events: asyncio.Queue) -> dict[str, Any]:
-        ended = {place: event.answers async for place, event in self.events_of(jobs, events)}
-        answers = [answer for place in range(len(jobs)) for answer in ended[place]]
+        found = document_events(asked.documents, self.events_of(jobs, events), streams=False)
+        ended = {place: event.answers async for place, event in found}
+        answers = [answer for place in range(len(asked.documents)) for answer in ended[place]]
         self.count_answers(asked.model, jobs, answers)
         return asked.body(answers)
 
@@ -258,14 +271,14 @@ class Service:
     ) -> AsyncIterator[dict[str, Any]]:
         """OpenAI's chunks: one for each piece, one that ends each answer, and the usage if it was asked for."""
         answers = []
-        async for place, event in self.events_of(jobs, events):
+        async for place, event in document_events(asked.documents, self.events_of(jobs, events), streams=True):
             first = place * asked.decoding.n
             if isinstance(event, Piece):
                 yield asked.chunk(first + event.index, event.text)
                 continue
             answers += event.answers
             for index, answer in enumerate(event.answers):
-                yield asked.chunk(first + index, "", finish_reason(answer))
+                yield asked.chunk(first + index, "", finish_reason(answer), answer.facts)
         self.count_answers(asked.model, jobs, answers)
         if asked.include_usage:
             yield asked.usage_chunk(answers)

@@ -24,6 +24,7 @@ from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
 from diptych.data_prep.rows.conversations import MARKS, MARKS_NOT_READ
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.finetune.inference.constraints import Grammar, grammar_of
+from diptych.finetune.inference.documents import Document
 from diptych.finetune.serving.request_batches import Answer, Decoding
 
 MOST_PROMPTS = 64
@@ -101,6 +102,8 @@ class CompletionRequest:
     stream: bool
     include_usage: bool
     prompt_tokens: int = 0
+    documents: list[Document] = field(default_factory=list)
+    """Its prompts as they are asked, once they are encoded."""
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     has_role: set[int] = field(default_factory=set)
@@ -115,13 +118,15 @@ class CompletionRequest:
 
     def body(self, answers: Sequence[Answer]) -> dict[str, Any]:
         choices = [
-            self._choice(index, answer.text, finish_reason(answer), "message") | self._scores(answer)
+            self._choice(index, answer.text, finish_reason(answer), "message") | self._scores(answer) | answer.facts
             for index, answer in enumerate(answers)
         ]
         return self._envelope("") | {"choices": choices, "usage": self.usage(answers)}
 
-    def chunk(self, index: int, text: str, reason: str | None = None) -> dict[str, Any]:
-        return self._envelope(".chunk") | {"choices": [self._choice(index, text, reason, "delta")]}
+    def chunk(
+        self, index: int, text: str, reason: str | None = None, facts: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        return self._envelope(".chunk") | {"choices": [self._choice(index, text, reason, "delta") | (facts or {})]}
 
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
         return self._envelope(".chunk") | {"choices": [], "usage": self.usage(answers)}
@@ -168,7 +173,8 @@ class TranslationRequest(CompletionRequest):
     def body(self, answers: Sequence[Answer]) -> dict[str, Any]:
         (row,), (answer,) = self.rows, answers
         languages = {name: row.get(name) for name in ("source_language", "target_language")}
-        return self._envelope("") | {"translated_text": answer.text} | languages | {"usage": self.usage(answers)}
+        text = {"translated_text": answer.text} | answer.facts
+        return self._envelope("") | text | languages | {"usage": self.usage(answers)}
 
     def _envelope(self, suffix: str) -> dict[str, Any]:
         return super()._envelope(suffix) | {"object": f"translation{suffix}"}

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -89,6 +89,8 @@ class Answer(NamedTuple):
     """The tokens that were written, including the end token."""
     scored: tuple[tuple[str, float], ...] = ()
     """For each token its part of the text and its log-probability in nats, if the decoding asks for scores."""
+    facts: Mapping[str, Any] = {}
+    """What else the client is told of it (served_documents.py)."""
 
 
 class Piece(NamedTuple):

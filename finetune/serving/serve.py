@@ -20,9 +20,10 @@ import os
 from typing import TYPE_CHECKING
 
 from diptych.data_prep.command_line.errors import UserError
+from diptych.data_prep.rows.terms import read_terms
 from diptych.finetune.serving.request_batches import Engine
 from diptych.finetune.serving.serve_settings import ServeSettings
-from diptych.finetune.serving.served_model import load_served
+from diptych.finetune.serving.served_model import load_served, with_documents
 from diptych.finetune.serving.web_address import TOKEN_VARIABLE, address, listen, need_secret
 
 if TYPE_CHECKING:
@@ -55,10 +56,12 @@ def load_service(settings: ServeSettings, token: str | None) -> "Service":
     from diptych.finetune.serving.completion_service import Hosted, Service
 
     names = settings.named_models
+    if settings.terms:
+        read_terms(settings.terms)  # their mistakes, before the model too
     limits = {"queue_size": settings.queue, "batch_wait_ms": settings.batch_wait_ms}
     models = []
     for name, served in zip(names, load_served(settings, [*names.values()], settings.max_source_tokens), strict=True):
         engine = Engine(served.loaded, batch_size=settings.batch_size, **limits)
         engine.fits = served.budget.fits
-        models.append(Hosted(name, served, engine))
+        models.append(Hosted(name, with_documents(served, settings), engine))
     return Service(settings, models, token)

@@ -60,8 +60,17 @@ class ServeSettings(ServingSettings):
     gets a 400."""
     timeout: float = 120.0
     """Maximum seconds for a request, with waiting; then it gets a 504."""
+    long: Literal["cut", "split"] = "cut"
+    """split: translations are generated sentence by sentence, and other prompts over the limit in pieces, as by
+    `diptych generate`. The language is that of the request, or of --source_language."""
+    terms: str = field(default="", metadata=EXISTING)
+    """Terms to use, as by `diptych generate --terms`. An answer says which it misses (terms_missed)."""
+    placeholders: bool = False
+    """Replace URLs, tags and numbers by placeholders, as by `diptych generate`. An answer says which were lost
+    (placeholders_lost)."""
     max_source_tokens: int | None = None
-    """Longer prompts get a 400. Default: the model's own limit, or what a third of the free memory allows."""
+    """Longer prompts get a 400, unless --long splits them. Default: the model's own limit, or what a third of the free
+    memory allows."""
     max_new_tokens: int | None = None
     """No output gets longer than this many tokens; 256, or the model's own limit if that is lower, unless given."""
 

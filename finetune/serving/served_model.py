@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.records import Languages
+from diptych.data_prep.rows.terms import read_terms
 from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side
 from diptych.finetune.commands import cli
 from diptych.finetune.inference.constraints import FitsGrammar
+from diptych.finetune.inference.documents import Documents
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, end_tokens, generation_config
@@ -27,7 +29,7 @@ from diptych.finetune.serving.memory_budget import (
     measured_budget,
 )
 from diptych.finetune.serving.request_batches import Decoding
-from diptych.finetune.serving.serve_settings import ServingSettings
+from diptych.finetune.serving.serve_settings import ServeSettings, ServingSettings
 
 
 class Encoded(NamedTuple):
@@ -48,6 +50,8 @@ class ServedModel(NamedTuple):
     budget: MemoryBudget
     longest_token: int
     """Its characters."""
+    documents: Documents | None = None
+    """What cuts prompts, and writes terms into them, if it was asked for."""
 
     @property
     def is_torch(self) -> bool:
@@ -79,6 +83,15 @@ class ServedModel(NamedTuple):
         (encoding,) = split_sources(self.prompter.tokenizer, [text], [languages])
         source_ids = encoding.ids(self.prompter.max_source_tokens)
         return Encoded(source_ids, len(encoding.ids()), given_tokens(self.loaded, languages))
+
+
+def with_documents(served: ServedModel, settings: ServeSettings) -> ServedModel:
+    """With --long, --terms and --placeholders of the settings. UserError for terms that contradict each other."""
+    if settings.long == "cut" and not settings.terms and not settings.placeholders:
+        return served
+    terms = read_terms(settings.terms) if settings.terms else None
+    documents = Documents(served.prompter, served.loaded, settings.long, terms, settings.placeholders)
+    return served._replace(documents=documents)
 
 
 def load_served(
