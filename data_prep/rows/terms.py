@@ -34,7 +34,7 @@ KEPT = regex.compile(
     r"\[#\d+\]"  # looks like a placeholder
     r"|(?:https?://|www\.)[^\s<>\"'、。]*[^\s<>\"'、。.,;:!?)\]]|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"  # addresses
     r"|</?[A-Za-z][^<>]*>|\{\{[^{}]*\}\}|\{\w*\}|%(?:\(\w+\))?[sd]"  # tags and fields
-    r"|(?<![\w.,])\d+(?:[.,:/-]\d+)+(?![\w])|(?<![\w.,])\d{2,}(?!\d)"  # numbers of two digits and more
+    r"|(?<![A-Za-z\d.,])\d+(?:[.,:/-]\d+)+(?![A-Za-z\d])|(?<![A-Za-z\d.,])\d{2,}(?![A-Za-z\d])"  # numbers, but no 10th
 )
 PLACEHOLDER = regex.compile(r"\[\s*#\s*(\d+)\s*\]")
 

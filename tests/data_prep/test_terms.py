@@ -71,6 +71,7 @@ def test_addresses_tags_fields_and_longer_numbers_become_placeholders():
     text = "See <b>http://a.com/x?y=1.</b> {name} %s 12 3 3.5 1,200 5% [#1] a@b.co 2024-01-02 (www.x.com/a)."
     found, values = masked(text)
     assert found == "See [#1][#2].[#3] [#4] [#5] [#6] 3 [#7] [#8] 5% [#9] [#10] [#11] ([#12])."
+    assert masked("약20명, 2.5배, 10th, a12, 1,000.")[1] == ["20", "2.5", "1,000"]
     assert values[1::10] == ["http://a.com/x?y=1", "www.x.com/a"]
 
 
