@@ -25,7 +25,7 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import broken_character
 from diptych.data_prep.text_to_ids.languages import codes_of
-from diptych.finetune.inference.documents import Document
+from diptych.finetune.generating.documents import Document
 from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of
 from diptych.finetune.serving.guarded_server import ARRIVAL_SECONDS
 from diptych.finetune.serving.openai_requests import (

@@ -23,8 +23,8 @@ from typing import Any
 from diptych.data_prep.command_line.errors import UserError, excerpt, nearest
 from diptych.data_prep.rows.conversations import MARKS, MARKS_NOT_READ
 from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
+from diptych.finetune.generating.documents import Document
 from diptych.finetune.inference.constraints import Grammar, grammar_of
-from diptych.finetune.inference.documents import Document
 from diptych.finetune.serving.request_batches import Answer, Decoding
 
 MOST_PROMPTS = 64

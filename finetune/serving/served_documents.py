@@ -1,4 +1,4 @@
-"""Prompts of a server that were cut into pieces (inference/documents.py): a job for each piece, one answer for all.
+"""Prompts of a server that were cut into pieces (generating/documents.py): a job for each piece, one answer for all.
 
     document, jobs = asked_as_pieces(served, prompt)
     async for place, event in document_events(documents, events, streams): …      Ended([Answer("가.  멈춰.", …)])
@@ -9,7 +9,7 @@ A document whose pieces are joined, or whose outputs are checked, is answered wh
 from collections.abc import AsyncIterator, Sequence
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.finetune.inference.documents import WHOLE, Document, Promise, answered
+from diptych.finetune.generating.documents import WHOLE, Document, Promise, answered
 from diptych.finetune.inference.engine import EncodedPrompt
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.inference.prompts import Prompt

@@ -11,8 +11,8 @@ from diptych.data_prep.text_to_ids.encode import split_sources
 from diptych.data_prep.text_to_ids.languages import languages_note
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side
 from diptych.finetune.commands import cli
+from diptych.finetune.generating.documents import Documents
 from diptych.finetune.inference.constraints import FitsGrammar
-from diptych.finetune.inference.documents import Documents
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, end_tokens, generation_config
