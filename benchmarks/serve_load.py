@@ -8,8 +8,9 @@ tokenizes, calls transformers' `generate`, and decodes. "threads" lets FastAPI r
 threads, "one at a time" has a lock. `diptych serve` has its default settings. So many clients ask at a time; each
 waits for its answer and asks again. A request is of 8 to 64 random words and asks for 8 to 48 tokens, which random
 weights always write; the same requests for each server. The servers take turns, so that a slow minute of the machine
-meets them all, and the medians over the rounds are shown: requests a second, and milliseconds until half of the
-answers (p50) and 99 of 100 (p99) have come.
+meets them all, and the medians over the rounds are shown: requests a second, milliseconds until half of the answers
+(p50) and 99 of 100 (p99) have come, and the CPU time of the server for a request, which other work on the machine
+changes least; and the ratios to the better plain server.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -117,8 +119,8 @@ def plain_server(folder: str, port: int, is_locked: bool) -> None:
 
 
 @contextlib.contextmanager
-def started(name: str, folders: dict[str, Path], log: Path, threads: int) -> Iterator[str]:
-    """A server's address, until the block ends."""
+def started(name: str, folders: dict[str, Path], log: Path, threads: int) -> Iterator[tuple[str, psutil.Process]]:
+    """A server's address and its process, until the block ends."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, __file__, "--plain", name, str(folders["torch"]), str(port)]
@@ -138,7 +140,7 @@ def started(name: str, folders: dict[str, Path], log: Path, threads: int) -> Ite
                         break
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.2)
-            yield url
+            yield url, psutil.Process(process.pid)
         finally:
             process.kill()
             process.wait()
@@ -182,16 +184,21 @@ def measure(size: Size, names: list[str], threads: int) -> list[dict[str, Any]]:
         if "ctranslate2" in names:
             words = ["export", str(folders["torch"]), "--to", "ctranslate2", "--out", str(folders["ctranslate2"])]
             subprocess.run([sys.executable, "-m", "diptych", *words], check=True, stdout=subprocess.DEVNULL)
-        urls = {name: stack.enter_context(started(name, folders, folder / f"{name}.log", threads)) for name in names}
-        for url in urls.values():
+        servers = {
+            name: stack.enter_context(started(name, folders, folder / f"{name}.log", threads)) for name in names
+        }
+        for url, _ in servers.values():
             load(url, size, 2, 1.0)
         for number in range(size.rounds):
             for clients in size.clients:
-                for name, url in urls.items():
+                for name, (url, process) in servers.items():
+                    before = process.cpu_times()
                     rate, took = load(url, size, clients, size.seconds)
+                    spent = sum(process.cpu_times()[:2]) - sum(before[:2])
                     figures = {"p50": 1000 * percentile(took, 50), "p99": 1000 * percentile(took, 99)}
+                    figures["cpu"] = 1000 * spent / len(took)
                     row = {"server": name, "clients": clients, "round": number, "requests": len(took)}
-                    rows.append(row | {"rate": rate} | figures | {"load": os.getloadavg()[0]})
+                    rows.append(row | {"rate": rate} | figures | {"load": os.getloadavg()[0], "nice": process.nice()})
                     print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -211,10 +218,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name in names:
         cells = []
         for clients in numbers:
-            rate, p50, p99 = (middle(name, clients, figure) for figure in ("rate", "p50", "p99"))
+            rate, p50, p99, cpu = (middle(name, clients, figure) for figure in ("rate", "p50", "p99", "cpu"))
             ratios = f"{rate / middle(best[clients], clients, 'rate'):.2f} ×"
             slower = f"{p50 / middle(best[clients], clients, 'p50'):.2f} ×"
-            cells.append(f"{rate:.1f}/s, {ratios}; p50 {p50:,.0f} ms, {slower}; p99 {p99:,.0f} ms")
+            less = f"{middle(best[clients], clients, 'cpu') / cpu:.2f} ×"
+            answers = f"{rate:.1f}/s, {ratios}; p50 {p50:,.0f} ms, {slower}; p99 {p99:,.0f} ms"
+            cells.append(f"{answers}; {cpu:,.0f} ms of CPU, {less}")
         lines.append(f"| {EVERYTHING[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

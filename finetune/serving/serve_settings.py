@@ -51,7 +51,7 @@ class ServeSettings(ServingSettings):
     """Name of the model for clients. Default: the name of the folder."""
     models: dict[str, str] = field(default_factory=dict)
     """Further checkpoints that this process serves, by their names for clients: `--models.ko runs/ko/final`."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Maximum number of prompts per batch."""
     batch_wait_ms: float = 5.0
     """Milliseconds that the first prompt of a batch waits for others."""

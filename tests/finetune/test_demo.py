@@ -193,3 +193,21 @@ def test_beyond_the_loopback_a_password_is_needed(t5_checkpoint, tmp_path, capsy
 def test_a_missing_extra_is_explained(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert diptych(["demo", "."]) == 2 and "pip install 'diptych[gradio]'" in capsys.readouterr().err
+
+
+def test_an_export_to_ctranslate2_answers_without_a_map(browser, t5_checkpoint, tmp_path):
+    exported = str(tmp_path / "exported")
+    assert diptych(["export", str(t5_checkpoint), "--to", "ctranslate2", "--out", exported]) == 0
+    with (
+        listening(["demo", exported, "--engine", "ctranslate2"], tmp_path / "log") as shown,
+        browser.new_context() as window,
+    ):
+        page = window.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(shown.url)
+        page.wait_for_selector("#instruction textarea")
+        instruction, text, output = EIGHT_ROWS[3]
+        ask(page, instruction, text)
+        page.wait_for_function("value => document.querySelector('#answer-0 textarea').value === value", arg=output)
+        wait_for_note(page, 0, "tokens")
+        assert "no map of attention" in page.inner_text("#looks-0")

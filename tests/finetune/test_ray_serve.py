@@ -26,21 +26,24 @@ from ray import serve
 
 sys.path.insert(0, sys.argv[1])
 import ray_serve
+from ray.serve._private import api
 
+api.HTTP_PROXY_TIMEOUT = 600
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 serve.run(ray_serve.app(dict(word.split("=") for word in sys.argv[3:])))
 while True:
     time.sleep(60)
 """
-"""As `serve run` does it, without Ray's dashboard."""
+"""As `serve run` does it, without Ray's dashboard, and on a busy machine with more patience."""
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "600", "RAY_worker_register_timeout_seconds": "600"}
 
 
 @pytest.mark.slow
 def test_two_replicas_answer_and_one_that_dies_is_replaced(t5_checkpoint, tmp_path):
     port = free_port()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment |= {"HOME": str(tmp_path), "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}  # Ray writes a token there
+    environment |= PATIENCE | {"HOME": str(tmp_path)}  # where Ray writes a token
     arguments = [f"model={t5_checkpoint}", "replicas=2", "cpus=0.5", "batch_wait_ms=20"]
     log = tmp_path / "log"
     with log.open("wb") as said:
