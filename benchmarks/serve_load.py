@@ -2,6 +2,7 @@
 
     python benchmarks/serve_load.py                 two cores, about 15 minutes
     python benchmarks/serve_load.py --smoke         every part, small: its figures mean nothing
+    python benchmarks/serve_load.py --in_process    no servers: the CPU time of generation alone, about 2 minutes
 
 A Diptych of 23 million random weights. The plain server is what most people write first: a FastAPI route that
 tokenizes, calls transformers' `generate`, and decodes. "threads" lets FastAPI run up to 40 of them at a time in its
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import random
 import re
 import signal
@@ -38,6 +40,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from diptych.finetune.inference.prompts import template_for
+from diptych.finetune.model.loading import load_checkpoint
+from diptych.finetune.serving.request_batches import Decoding, Ended, Engine, Job
 from diptych.modeling import DiptychConfig, DiptychForConditionalGeneration
 
 
@@ -63,6 +68,7 @@ IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
 EVERYTHING = {"threads": "plain, threads", "one": "plain, one at a time", "torch": "diptych serve"}
 EVERYTHING |= {"ctranslate2": "diptych serve, CTranslate2"}
 BASELINES = ("threads", "one")
+BATCHES = (1, 8, 16, 32)
 
 
 def write_checkpoint(size: Size, folder: Path) -> None:
@@ -203,6 +209,48 @@ def measure(size: Size, names: list[str], threads: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_in_process(size: Size, threads: int) -> str:
+    """A table of the CPU time of a request: of transformers' `generate` for one at a time, and of the server's engine
+    with batches of so many of them. In turns."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(size, Path(folder))
+        loaded = load_checkpoint(folder)
+    loaded = replace(loaded, template=template_for("plain", loaded.tokenizer))
+    chosen = random.Random(0)
+    asked = [
+        ([*chosen.choices(range(3, size.vocabulary), k=chosen.randint(*size.words)), 1], chosen.randint(*size.tokens))
+        for _ in range(max(BATCHES))
+    ]
+
+    def plain(count: int) -> None:
+        for ids, tokens in asked[:count]:
+            with torch.inference_mode():
+                loaded.model.generate(
+                    torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=tokens
+                )
+
+    def batched(rows: int, count: int) -> None:
+        engine, ended = Engine(loaded, batch_size=rows, queue_size=count, batch_wait_ms=0), queue.Queue()
+        engine.submit([Job(ids, Decoding(tokens), ended.put) for ids, tokens in asked[:count]])
+        assert all(isinstance(ended.get(), Ended) for _ in range(count))
+        engine.close()
+
+    spent: dict[int, list[float]] = {0: [], **{rows: [] for rows in BATCHES}}
+    for _ in range(size.rounds + 1):  # the first round is thrown away
+        for rows in spent:
+            count = max(8, rows)
+            began = time.process_time()
+            batched(rows, count) if rows else plain(count)
+            spent[rows].append(1000 * (time.process_time() - began) / count)
+    lines = ["| | CPU time of a request | |", "|---|---|---|"]
+    middle = {rows: statistics.median(it[1:]) for rows, it in spent.items()}
+    for rows, found in middle.items():
+        name = f"the server's engine, batches of {rows}" if rows else "generate, one at a time"
+        lines.append(f"| {name} | {found:,.0f} ms | {middle[0] / found:.2f} × |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians, and throughput and p50 as ratios to the plain server that has the better throughput there."""
     names, numbers = (
@@ -235,6 +283,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch or CTranslate2, in each server")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="of each server in each round, for each number of clients")
+    parser.add_argument("--in_process", action="store_true", help="no servers: the CPU time of generation alone")
     parser.add_argument("--plain", nargs=3, metavar=("KIND", "FOLDER", "PORT"), help="run a plain server only")
     settings = parser.parse_args()
     if settings.plain:
@@ -243,6 +292,9 @@ def main() -> None:
         return
     size = SMOKE if settings.smoke else FULL
     size = replace(size, seconds=settings.seconds or size.seconds, rounds=settings.rounds or size.rounds)
+    if settings.in_process:
+        print(measure_in_process(size, settings.threads))
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and no server is left behind
     rows = measure(size, settings.servers.split(","), settings.threads)
     (cpu,) = set(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()))
