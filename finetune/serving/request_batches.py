@@ -17,6 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ from diptych.finetune.inference.target_tokens import UNKNOWN_ID, given_tokens, t
 from diptych.finetune.model.loaded_model import LoadedModel
 
 LOG = logging.getLogger("diptych.serving")
+SAMPLING = threading.Lock()
+"""Held while samples are drawn: torch has one random generator for all models of a process."""
 
 
 class Decoding(NamedTuple):
@@ -239,9 +242,10 @@ class Engine:
             settings["stopping_criteria"] = [RowLimits(jobs, len(given[0]))]
             if is_watched := decoding.num_beams == 1:
                 settings["streamer"] = writer
-            if decoding.temperature:
-                torch.manual_seed(torch.seed() if decoding.seed is None else decoding.seed)
-            outputs = generate_batch(replace(loaded, template=template), sources, most, settings, given)
+            with SAMPLING if decoding.temperature else nullcontext():
+                if decoding.temperature:
+                    torch.manual_seed(torch.seed() if decoding.seed is None else decoding.seed)
+                outputs = generate_batch(replace(loaded, template=template), sources, most, settings, given)
         else:
             is_watched = decoding.rows == 1
             prompts = [EncodedPrompt(list(ids), list(start)) for ids, start in zip(sources, given, strict=True)]

@@ -75,9 +75,16 @@ def test_models_are_asked_by_their_names(t5_checkpoint, bart_checkpoint, tmp_pat
             rows = [(name, row) for name in names for row in EIGHT_ROWS]
             answers = list(clients.map(lambda it: ask(served, it[0], it[1][1], it[1][0]).choices[0].text, rows))
         assert answers == [row[2] for _, row in rows]
+
+        def sample(name: str) -> list[str]:
+            asked = {"temperature": 2.0, "seed": 5, "n": 2, "max_tokens": 24}
+            return [choice.text for choice in ask(served, name, LONG, **asked).choices]
+
+        alone = {name: sample(name) for name in names}
+        with ThreadPoolExecutor(8) as clients:  # models do not take random numbers from each other
+            assert list(clients.map(sample, names * 8)) == [alone[name] for name in names * 8]
         metrics = urllib.request.urlopen(f"{served.url}/metrics").read().decode()
-        assert 'diptych_batch_rows_sum{model="t5"} 17.0' in metrics
-        assert 'diptych_batch_rows_sum{model="second"} 17.0' in metrics
+        assert all(f'diptych_batch_rows_sum{{model="{name}"}} 26.0' in metrics for name in names)
         with pytest.raises(openai.NotFoundError, match="there are 't5', 'second'"):
             ask(served, "third", "Go.")
         request = urllib.request.Request(f"{served.url}/v1/completions", b'{"prompt": "Go."}')
