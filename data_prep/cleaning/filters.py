@@ -7,17 +7,6 @@
 A filter is a frozen value that travels to the workers; `check(record)` is pure. The source of a row is its input, or
 its instruction where there is no input: an instruction that all rows share says nothing of a row. Of a pair of
 answers, the chosen one counts: a wrong language may be why the other one was rejected.
-
-Languages are identified by py3langid (naive Bayes over bytes; kept, numpy only, 140 languages, its model of 4.6 MB in
-the wheel): 22 µs a text. Of Tatoeba's 3,318 pairs it names 99.9 % of the Korean sides right, and of the English ones
-99.6 % from 20 characters on, 87 % from 10 to 19, 47 % below. Its confidence tells these apart: only one English side
-is given to another language with a confidence of 0.7. So a row goes only from that confidence on; below, it is not
-judged, nor is what is no language (`zxx`). Were the other language wanted, 99.9 % of the Korean sides and 71 % of the
-English ones would go. Code is seldom anything for certain: 2 of CodeAlpaca's 2,017 outputs count as not English.
-
-Others, on the same texts: lingua takes a thousand µs a text and 900 MB and is no better at 20 characters (98.7 %);
-fastText's small model is better at short English (91 % below 10 characters) and worse at short Korean (86 %), and its
-licence is CC BY-SA; langdetect draws random numbers; cld2 and cld3 have no kept wheels.
 """
 
 from __future__ import annotations
@@ -32,6 +21,7 @@ import regex
 from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.json_schema import fault_of
 from diptych.data_prep.rows.records import Record
+from diptych.data_prep.rows.text_language import NO_LANGUAGE, known_languages, language_of
 
 if TYPE_CHECKING:
     import numpy
@@ -43,7 +33,6 @@ SCRIPTS = (
     "none Latin Hangul Han Hiragana Katakana Cyrillic Arabic Devanagari Greek Hebrew Thai Bengali Tamil Telugu Kannada"
     " Malayalam Gujarati Gurmukhi Sinhala Armenian Georgian Ethiopic Khmer Lao Myanmar Tibetan Mongolian other"
 ).split()
-NO_LANGUAGE = "zxx"  # ISO 639-2: no linguistic content
 LAST_LETTER = 0x33480  # behind it, Unicode 17 has no letters
 
 _ASCII_LETTER = regex.compile("[A-Za-z]")
@@ -107,7 +96,7 @@ class LanguageFilter:
     """A text goes only if it is another language with at least this probability. Short texts seldom reach it."""
 
     def __post_init__(self) -> None:
-        known = _identifier().labels
+        known = known_languages()
         for code in (*self.source, *self.target):
             if code not in known:
                 guess = nearest(code, known, cutoff=0.5)
@@ -149,12 +138,6 @@ def source_text(record: Record) -> str:
     return record.input if record.input.strip() else record.instruction
 
 
-def language_of(text: str) -> tuple[str, float]:
-    """`("en", 0.98)`: the most probable language and its probability, which is low where the text is short."""
-    language, confidence = _identifier().classify(text)
-    return language, float(confidence)
-
-
 def is_composed(record: Record) -> bool:
     """Whether all its texts are in Unicode's form NFC, which writes 각 as one character, not as three jamo (NFD)."""
     texts = (record.instruction, record.input, record.output, record.rejected, record.system)
@@ -189,14 +172,3 @@ def _script_of_code_point() -> numpy.ndarray:
     for run in letters.finditer("".join(map(chr, range(LAST_LETTER - 1)))):
         table[run.start() : run.end()] = SCRIPTS.index(run.lastgroup)
     return table
-
-
-@functools.cache
-def _identifier():  # noqa: ANN202 (py3langid is optional)
-    try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
-    except ImportError as error:
-        raise UserError(
-            "Telling languages apart needs py3langid, which is not installed: pip install 'diptych[clean]'."
-        ) from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

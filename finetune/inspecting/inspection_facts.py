@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.report.visible_text import token_chips, token_text
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
-from diptych.finetune.inspecting.attention_weights import Attentions, mean_weights, recompute, rollout
+from diptych.finetune.inference.attention_weights import Attentions, mean_weights, recompute, rollout
 from diptych.finetune.model.loaded_model import LoadedModel
 
 TOP = 10

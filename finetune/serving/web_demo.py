@@ -26,9 +26,9 @@ from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.generating.prompt_files import read_prompts
+from diptych.finetune.inference.attention_weights import mean_weights
 from diptych.finetune.inference.prompts import Prompt
 from diptych.finetune.inspecting import inspection_facts as facts
-from diptych.finetune.inspecting.attention_weights import mean_weights
 from diptych.finetune.serving import web_address
 from diptych.finetune.serving.request_batches import LOG, Answer, Decoding, Ended, Engine, Failed, Job, Piece
 from diptych.finetune.serving.serve_settings import DemoSettings

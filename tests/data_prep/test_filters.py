@@ -15,12 +15,12 @@ from diptych.data_prep.cleaning.filters import (
     LanguageFilter,
     LengthFilter,
     is_composed,
-    language_of,
     script_of,
     source_text,
 )
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.records import Origin, Record
+from diptych.data_prep.rows.text_language import language_of
 
 FOREIGN = {
     "de": "Ich habe heute leider keine Zeit.",

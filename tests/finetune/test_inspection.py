@@ -12,8 +12,8 @@ from small_families import PACKED, family_configs
 from transformers import AutoModelForSeq2SeqLM
 
 from diptych.finetune.commands.cli import main as diptych
+from diptych.finetune.inference.attention_weights import Attentions, mean_weights, recompute, rollout
 from diptych.finetune.inspecting import inspection_facts as facts
-from diptych.finetune.inspecting.attention_weights import Attentions, mean_weights, recompute, rollout
 from diptych.finetune.inspecting.inspection import render_page
 from diptych.finetune.model.families import FAMILIES, family_of
 from diptych.finetune.model.loaded_model import LoadedModel

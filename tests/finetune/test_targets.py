@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from diptych.data_prep.rows.records import Languages
 from diptych.data_prep.text_to_ids.templates import Template
+from diptych.finetune.inference.attention_weights import mean_weights
 from diptych.finetune.inference.generation import generate_batch
 from diptych.finetune.inference.prompts import Prompter
 from diptych.finetune.inference.target_tokens import given_tokens, target_ids
 from diptych.finetune.inspecting import inspection_facts as facts
-from diptych.finetune.inspecting.attention_weights import mean_weights
 from diptych.finetune.inspecting.inspection import Reader
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.serving.request_batches import Answer
