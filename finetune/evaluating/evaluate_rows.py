@@ -95,6 +95,8 @@ class Evaluation(NamedTuple):
     """By column and value."""
     faults: dict[str, str] = {}
     """Why a metric of the user's own has no figure."""
+    outputs: Sequence[Output] = ()
+    """Of the predictions."""
 
 
 class Sources:
@@ -195,7 +197,7 @@ def evaluate_rows(
     figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
     figures |= document_figures(documents, asked, answers)
     groups = _groups(by, rows, sources, counted, predictions, settings)
-    return Evaluation(figures, signatures, predictions, statistics, groups, faults)
+    return Evaluation(figures, signatures, predictions, statistics, groups, faults, outputs)
 
 
 def _losses(loaded: LoadedModel | Any, rows: Dataset, objective: Seq2SeqObjective | None, **shared: Any) -> np.ndarray:

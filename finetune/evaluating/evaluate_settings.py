@@ -1,5 +1,6 @@
 """The settings of `diptych evaluate` and `diptych compare`."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,6 +60,12 @@ class EvaluateSettings(ModelSettings):
     """Seed of these samples, and of the bootstrap for the intervals."""
     generation: dict[str, Any] = field(default_factory=dict)
     """Any other argument of transformers' generate: `--generation.length_penalty 2`."""
+    confidence: str = ""
+    """How well the model's confidence tells right outputs from wrong ones. A metric by which they are right:
+    exact_match, or chrf:60 for a chrF of at least 60. With --out, a plot of risk over coverage is written, too."""
+    calibrate: bool = False
+    """Store with the model how the probability of being right follows from log-probabilities, for `diptych generate
+    --confidence`. Use a split that is neither trained on nor reported: --split validation."""
     json_schema: str = field(default="", metadata=EXISTING)
     """File with a JSON schema: outputs are generated to fit it, and the metric `json` counts those that do. Needs the
     extra `structured`."""
@@ -81,6 +88,13 @@ class EvaluateSettings(ModelSettings):
         if not self.data:
             raise UserError("data is not set. Name the folder that `diptych prepare` wrote: --data FOLDER.")
         check_form(self)
+        if self.confidence and self.engine != "torch":
+            raise UserError(f"confidence is of torch: drop it, or --engine {self.engine}.")
+        if self.calibrate and not (self.confidence and os.path.isdir(os.path.expanduser(self.model))):
+            raise UserError(
+                "calibrate stores a fit in the model's folder, by what `confidence` names: give a folder as model, and"
+                " --confidence exact_match or another metric."
+            )
         check_positive(self, "limit", "batch_size", "max_source_tokens", "max_new_tokens", "num_beams")
         if self.mbr_samples and (self.mbr_samples < 2 or self.num_beams > 1):
             raise UserError(

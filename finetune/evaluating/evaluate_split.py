@@ -37,6 +37,7 @@ from diptych.finetune.batches.padded_rows import (
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import several_ranks
+from diptych.finetune.evaluating.calibration import calibrated, parse_right, plot_risk, right_of, table_of
 from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
 from diptych.finetune.evaluating.evaluate_documents import documents_to_evaluate
 from diptych.finetune.evaluating.evaluate_rows import (
@@ -49,9 +50,12 @@ from diptych.finetune.evaluating.evaluate_rows import (
     source_keys,
 )
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
-from diptych.finetune.evaluating.metrics import figures_and_signatures, find_metrics
+from diptych.finetune.evaluating.metrics import FIGURES, METRICS, figures_and_signatures, find_metrics
+from diptych.finetune.evaluating.own_metrics import parse_metric_name
+from diptych.finetune.inference.engine import weights_sha256
 from diptych.finetune.inference.generate_settings import GenerateSettings, asked_form
 from diptych.finetune.inference.generation_config import check_generation_names
+from diptych.finetune.inference.output_confidence import CALIBRATION
 from diptych.finetune.model.device_speed import keep_memory
 from diptych.finetune.model.loading import load_checkpoint, load_tokenizer, pick_device
 from diptych.finetune.run_files.atomic_folders import MANIFEST, read_json, write_text
@@ -72,10 +76,9 @@ REPORT_KEYS = {"figures", "signatures", "settings"}
 
 
 def run(settings: EvaluateSettings) -> int:
-    metrics, metric_settings = settings.all_metrics, settings.all_metric_settings
-    find_metrics(metrics, metric_settings)
+    metrics, metric_settings = checked_metrics(settings), settings.all_metric_settings
     check_generation_names(settings.generation)
-    form = asked_form(settings)
+    form = asked_form(settings) | ({"scores": True} if settings.confidence else {})
     terms = read_terms(settings.terms) if settings.terms else None
     keep_memory()
     splits = load_splits(settings.data, settings.split)
@@ -135,21 +138,65 @@ def run(settings: EvaluateSettings) -> int:
         )
         faults |= evaluation.faults
         if is_main:
-            intervals = bootstrap_intervals(evaluation.statistics, seed=settings.seed)
-            groups = {
-                column: {value: facts_of(group, evaluation, settings.seed) for value, group in of_column.items()}
-                for column, of_column in evaluation.groups.items()
-            }
-            table = format_table(evaluation, intervals, groups)
-            print(table if len(splits) == 1 else f"{name}\n{table}\n")
-            if settings.out:
-                of_split = replace(settings, split=name, out=str(report_file(settings.out, name, len(splits))))
-                write_report(of_split, evaluation, intervals, groups, split)
+            tell(replace(settings, split=name), evaluation, split, len(splits), loaded)
     if accelerator:
         accelerator.end_training()
     if faults and is_main:
         raise UserError(*faults.values())
     return UserError.exit_code if faults else 0
+
+
+def tell(settings: EvaluateSettings, evaluation: Evaluation, split: Dataset, splits: int, loaded: Any) -> None:
+    """Prints the figures of one split, and writes its report."""
+    intervals = bootstrap_intervals(evaluation.statistics, seed=settings.seed)
+    groups = {
+        column: {value: facts_of(group, evaluation, settings.seed) for value, group in of_column.items()}
+        for column, of_column in evaluation.groups.items()
+    }
+    table = format_table(evaluation, intervals, groups)
+    print(table if splits == 1 else f"{settings.split}\n{table}\n")
+    if settings.out:
+        settings = replace(settings, out=str(report_file(settings.out, settings.split, splits)))
+    trust = confidence_figures(settings, evaluation, loaded) if settings.confidence else {}
+    if settings.out:
+        write_report(settings, evaluation, intervals, groups, split, trust)
+
+
+def checked_metrics(settings: EvaluateSettings) -> list[str]:
+    """The metrics, with that of `confidence`. UserError: it is none."""
+    metrics = settings.all_metrics
+    find_metrics(metrics, settings.all_metric_settings)
+    name, _ = parse_right(settings.confidence)
+    of_metrics = [it.figure for it in map(parse_metric_name, metrics) if it is not None]
+    if not name or name in metrics or any(f"{name}.".startswith(f"{figure}.") for figure in of_metrics):
+        return metrics
+    if name in METRICS:
+        return [*metrics, name]
+    if name not in FIGURES:
+        known = [*METRICS, *of_metrics]
+        raise UserError(f"confidence is {settings.confidence!r}: no such metric. {choose_from(name, known)}")
+    return metrics
+
+
+def confidence_figures(settings: EvaluateSettings, evaluation: Evaluation, loaded: Any) -> dict[str, float]:
+    """Prints how well confidence tells right from wrong, plots it beside the report, stores the fit if asked to."""
+    metric, least = parse_right(settings.confidence)
+    scored = next((it for it in evaluation.statistics.values() if metric in it.figures()), None)
+    if scored is None:
+        of_metrics = [name for it in evaluation.statistics.values() for name in it.figures()]
+        raise UserError(f"confidence is {settings.confidence!r}. {choose_from(metric, of_metrics)}")
+    right = right_of(metric, least, scored, len(evaluation.outputs))
+    found = calibrated(evaluation.outputs, right, settings.seed)
+    print("\n".join(["", *table_of(found, settings.confidence)]))
+    if settings.out:
+        plot_risk(found, Path(settings.out).with_suffix(".risk.png"), settings.confidence)
+    if settings.calibrate:
+        file = Path(settings.model).expanduser() / CALIBRATION
+        stored = {"weights": found.weights, "right": settings.confidence, "figures": found.figures}
+        stored |= {"weights_sha256": weights_sha256(loaded.model), "split": settings.split}
+        write_text(file, json.dumps(stored | {"outputs": len(right)}, indent=1) + "\n")
+        print(f"written: {file}")
+    return found.figures
 
 
 def load_splits(data: str, split: str) -> dict[str, Dataset]:
@@ -276,6 +323,7 @@ def write_report(
     intervals: Intervals,
     groups: Mapping[str, Mapping[str, Mapping[str, Any]]],
     split: Dataset,
+    trust: Mapping[str, float],
 ) -> None:
     """Writes settings.out, after the predictions beside it, whose hash it holds."""
     out, manifest = Path(settings.out), Path(settings.model).expanduser() / MANIFEST
@@ -286,6 +334,7 @@ def write_report(
         "intervals": {name: list(interval) for name, interval in intervals.items()},
         "confidence": {"level_percent": LEVEL_PERCENT, "resamples": RESAMPLES, "seed": settings.seed},
         "signatures": evaluation.signatures,
+        **({"risk": trust} if trust else {}),
         "settings": asdict(settings),
         # Sizes and hashes of its files, by which `diptych publish` knows whose scores these are.
         "model": read_json(manifest) if manifest.is_file() else None,

@@ -34,6 +34,7 @@ ALLOWED = (
     *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
     *("adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "calibration.json",  # how `generate` computes the probability that an output is right
     *("chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model"),
     *("source.spm", "target.spm", "target_vocab.json"),  # Marian
     *("vocab-src.json", "vocab-tgt.json"),  # FSMT

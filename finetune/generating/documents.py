@@ -265,6 +265,8 @@ def joined(pieces: Pieces, outputs: Sequence[Output]) -> Output:
         all(output.finished for output in outputs),
         tuple(token for output in outputs for token in output.ids),
         None if None in nats else math.fsum(nats),
+        None if None in nats else min(output.lowest_log_probability for output in outputs),
+        tuple(part for output in outputs for part in output.unread or ()),
     )
 
 

@@ -24,6 +24,7 @@ from diptych.finetune.generating.prompt_files import read_prompts
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, check_generation_names
+from diptych.finetune.inference.output_confidence import abstains, facts_of
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.model.device_speed import keep_memory
@@ -93,14 +94,22 @@ def answer(engine: TorchEngine, prompter: Prompter, settings: GenerateSettings, 
     has_stop = engine.template.stop or settings.generation.get("stop_strings")
     streaming = {}
     is_whole = document.pieces == WHOLE and not any(map(any, document.promises))
-    if engine.can_stream and is_single and is_whole and not (has_stop or settings.scores or settings.choices):
+    if (
+        engine.can_stream
+        and is_single
+        and is_whole
+        and not (has_stop or settings.scores or settings.choices or settings.trusts)
+    ):
         side = target_side(engine.tokenizer)
         streaming["streamer"] = TextStreamer(side, skip_prompt=True, skip_special_tokens=True)
     if streaming:
         outputs = engine.generate(document.prompts, settings, settings.seed, **streaming)
     else:
         ((outputs, missed, lost, rounds),) = documents.generate([document], settings, settings.seed)
-        print("\n".join(map(_shown, outputs)), flush=True)
+        for output in outputs:
+            print(_shown(output) if settings.scores else output.text, flush=True)
+            if settings.trusts:
+                _show_confidence(output, engine, settings)
         counts = counts_of([document]) | {"rounds": rounds if rounds > 1 else 0}
         if len(document.prompts) > 1:
             print(f"({', '.join(f'{number} {what}' for what, number in counts.items() if number)})", file=sys.stderr)
@@ -116,6 +125,17 @@ def _shown(output: Output) -> str:
         return output.text
     per_token = output.log_probability / max(1, len(output.ids))
     return f"{output.text}\t{output.log_probability:.4f} nats, {per_token:.4f} a token"
+
+
+def _show_confidence(output: Output, engine: TorchEngine, settings: GenerateSettings) -> None:
+    """On stderr."""
+    if output.log_probability is None:
+        return
+    facts = facts_of(output, engine.calibration)
+    shown = [f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value not in (None, [])]
+    print(f"({', '.join(shown)})", file=sys.stderr)
+    if abstains(facts, settings.abstain_below):
+        print(f"(below --abstain_below {settings.abstain_below:g}: leave it to a person)", file=sys.stderr)
 
 
 def run_session(engine: TorchEngine, prompter: Prompter, settings: GenerateSettings) -> None:

@@ -36,6 +36,7 @@ from diptych.finetune.generating.documents import WHOLE, Answered, Document, cou
 from diptych.finetune.generating.prompt_files import BLANK, PromptRow, render_prompts
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
+from diptych.finetune.inference.output_confidence import Calibration, abstains, facts_of
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompts import OUTPUT_FIELDS, Prompt, Prompter
 
@@ -66,6 +67,7 @@ def generate_file(
     chunks = chunks_of(rows, prompts, CHUNK_BATCHES * settings.batch_size)
     identity = run_identity(engine, settings, rows, list(prompts.values()))
     done = on_main_rank(accelerator, lambda: open_run(out_file, identity, chunks, settings.overwrite))
+    calibration = getattr(engine, "calibration", None)
     ranks, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     if done and rank == 0:
         print(f"{out_file} has {done} of {len(rows)} rows already; they are kept.", file=sys.stderr)
@@ -79,7 +81,7 @@ def generate_file(
         each = settings.num_return_sequences
         nothing = Answered([Output("", finished=True)] * each, [[]] * each, [[]] * each)
         return "".join(
-            _output_line(row, rows[row], by_row.get(row, nothing), prompts.get(row, NOTHING), settings)
+            _output_line(row, rows[row], by_row.get(row, nothing), prompts.get(row, NOTHING), settings, calibration)
             for row in chunk
         )
 
@@ -134,7 +136,12 @@ def _broken_promises(out_file: Path) -> dict[str, int]:
 
 
 def _output_line(
-    row: int, prompt: PromptRow, answered: Answered, document: Document, settings: GenerateSettings
+    row: int,
+    prompt: PromptRow,
+    answered: Answered,
+    document: Document,
+    settings: GenerateSettings,
+    calibration: Calibration | None,
 ) -> str:
     if prompt.error:
         ours = {"error": prompt.error}
@@ -149,6 +156,11 @@ def _output_line(
                 nats, tokens = output.log_probability, max(1, len(output.ids))
                 found[-1]["log_probability"] = None if nats is None else round(nats, 6)
                 found[-1]["log_probability_per_token"] = None if nats is None else round(nats / tokens, 6)
+            if settings.trusts:
+                facts = None if output.log_probability is None else facts_of(output, calibration)
+                found[-1]["confidence"] = facts
+                if settings.abstain_below is not None:
+                    found[-1]["abstained"] = facts is None or abstains(facts, settings.abstain_below)
         lists = {name: [of_one[name] for of_one in found] for name in found[0]}
         ours = (lists if len(found) > 1 else found[0]) | {"source_cut": document.is_cut_off}
         if settings.long != "cut":
@@ -170,11 +182,12 @@ def run_identity(
         own |= {"long": settings.long, "placeholders": settings.placeholders}
         prompts = [prompts, [(document.pieces, document.promises) for document in documents]]
     rules = {"decoder_prefix": list(engine.template.decoder_prefix), "stop": list(engine.template.stop)}
+    trust = {"abstain_below": settings.abstain_below, "calibration": engine.calibration} if settings.trusts else {}
     hashed = json.dumps([[[row.fields, row.error] for row in rows], prompts]).encode()
     return engine.identity() | {
         "prompts_sha256": hashlib.sha256(hashed).hexdigest(),
         "generation_config": json.loads(engine.generation_config.to_json_string(use_diff=False)),
-        "settings": own | rules | json.loads(json.dumps(settings.generation_kwargs())),
+        "settings": own | rules | json.loads(json.dumps(settings.generation_kwargs() | trust)),
         "device": engine.device.type,
         "transformers": transformers.__version__,
     }

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, TextStreamer
 
 from diptych.finetune.inference.generate_settings import GenerateSettings
+from diptych.finetune.inference.output_confidence import Calibration, check_abstaining, read_calibration
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompts import template_for
 from diptych.finetune.inference.scoring import chosen_outputs
@@ -36,6 +37,7 @@ class TorchEngine:
 
     def __init__(self, loaded: LoadedModel):
         self.loaded = loaded
+        self.calibration: Calibration | None = None
         self.tokenizer, self.template, self.device = loaded.tokenizer, loaded.template, loaded.device
         self.decoder_start_token_id = loaded.decoder_start_token_id
         self.generation_config = loaded.model.generation_config
@@ -43,7 +45,11 @@ class TorchEngine:
         self.max_target_tokens = position_limit(loaded.model)
 
     def check(self, settings: GenerateSettings) -> None:
-        """UserError for settings that this engine does not have; here transformers checks them."""
+        """UserError for settings that this engine does not have; here transformers checks most of them. Reads how the
+        confidence of outputs is computed, if they ask for it."""
+        if settings.trusts:
+            self.calibration = read_calibration(settings.model, lambda: weights_sha256(self.loaded.model))
+            check_abstaining(settings.abstain_below, self.calibration, settings.model)
 
     def generate(
         self,

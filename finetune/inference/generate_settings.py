@@ -62,6 +62,11 @@ class GenerateSettings(PromptSettings):
     beams, or sampling."""
     scores: bool = False
     """Print the log-probability of each output, in nats, in total and as the mean per token."""
+    confidence: bool = False
+    """How far each output can be trusted: log-probabilities, what of the source it did not look at, repetition,
+    language, and its probability of being right, if `diptych evaluate --calibrate true` stored how to compute it."""
+    abstain_below: float | None = None
+    """Mark outputs whose probability of being right is lower as left to a person. Implies confidence."""
     choices: list[str] = field(default_factory=list)
     """Answer with the one of these texts that is most likely for the model."""
     json_schema: str = field(default="", metadata=EXISTING)
@@ -108,17 +113,29 @@ class GenerateSettings(PromptSettings):
             raise UserError("choices are weighed: drop mbr_samples, temperature, num_beams and generation.")
         if self.choices and (self.long != "cut" or self.terms or self.placeholders):
             raise UserError("choices are given texts: drop them, or --long, --terms and --placeholders.")
-        if self.engine != "torch" and self.scores:
-            raise UserError(f"scores are of torch: drop them, or --engine {self.engine}.")
+        if self.engine != "torch" and (self.scores or self.trusts):
+            raise UserError(f"scores and confidence are of torch: drop them, or --engine {self.engine}.")
+        if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
+            raise UserError(f"abstain_below is {self.abstain_below}; it is a probability, from 0 to 1.")
+        if self.trusts and self.choices:
+            raise UserError("choices are compared by --scores: drop confidence and abstain_below.")
         check_form(self)
         if self.choices and not len(set(self.choices)) == len(self.choices) >= self.num_return_sequences:
             raise UserError("choices must be different texts, and at least num_return_sequences.")
+
+    @property
+    def trusts(self) -> bool:
+        """Whether the confidence of outputs is asked for."""
+        return self.confidence or self.abstain_below is not None
 
     def generation_kwargs(self) -> dict[str, Any]:
         """Keyword arguments of `scoring.chosen_outputs`."""
         form = asked_form(self)
         if self.choices:
             return {"choices": self.choices, "num_return_sequences": self.num_return_sequences, "scores": self.scores}
+        if self.trusts:
+            plain = replace(self, scores=False, confidence=False, abstain_below=None)
+            return {"scores": True, "unread": True} | plain.generation_kwargs()
         if self.scores:
             return {"scores": True} | replace(self, scores=False).generation_kwargs()
         if self.mbr_samples:
@@ -135,6 +152,8 @@ def check_form(settings: Any) -> None:
         raise UserError(f"{' and '.join(asked)} exclude each other: an output has one form. Drop all but one.")
     if asked and getattr(settings, "long", "cut") != "cut":
         raise UserError(f"{asked[0]} is the form of a whole output: drop it, or --long.")
+    if asked and getattr(settings, "long", "cut") != "cut":
+        raise UserError(f"{asked[0]} is for a whole answer, and --long {settings.long} joins several. Drop one.")
     if asked and getattr(settings, "engine", "torch") != "torch":
         raise UserError(f"{asked[0]} is of torch: drop it, or --engine {settings.engine}.")
 

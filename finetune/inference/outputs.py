@@ -1,5 +1,6 @@
 """What generation returns, how its rows are batched, and the bar that shows its progress."""
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,14 @@ class Output(NamedTuple):
     """The generated tokens, including the end token."""
     log_probability: float | None = None
     """Log-probability of `ids` in nats, given the source and the forced tokens; None unless it was asked for."""
+    lowest_log_probability: float | None = None
+    """Of a single token; also with the above."""
+    unread: tuple[str, ...] | None = None
+    """Parts of the source that were not looked at; None unless it was asked for."""
+
+    def scored(self, nats: Sequence[float]) -> "Output":
+        """With the log-probabilities of its tokens."""
+        return self._replace(log_probability=math.fsum(nats), lowest_log_probability=min(nats, default=0.0))
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -23,6 +23,7 @@ import torch
 
 from diptych.finetune.batches.padded_rows import pad_batch
 from diptych.finetune.inference.generation import generate_outputs, in_eval_mode
+from diptych.finetune.inference.output_confidence import unread_of
 from diptych.finetune.inference.outputs import GenerationBar, Output, map_by_length
 from diptych.finetune.inference.target_tokens import given_tokens, target_ids
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -39,9 +40,11 @@ def chosen_outputs(
     mbr_samples: int = 0,
     choices: Sequence[str] = (),
     scores: bool = False,
+    unread: bool = False,
     **settings: Any,
 ) -> list[Output]:
-    """The outputs of `mbr_outputs` or `choice_outputs` if these are asked for, else of `generate_outputs`."""
+    """The outputs of `mbr_outputs` or `choice_outputs` if these are asked for, else of `generate_outputs`; with their
+    log-probabilities for `scores`, and with what they did not read for `unread`."""
     if choices:
         settings.pop("max_new_tokens", None)
         outputs = choice_outputs(loaded, source_ids, choices, **settings)
@@ -54,7 +57,14 @@ def chosen_outputs(
         return outputs
     given = settings.get("given") or [given_tokens(loaded)] * len(source_ids)
     found = output_log_probabilities(loaded, source_ids, given, outputs, settings["batch_size"])
-    return [output._replace(log_probability=math.fsum(nats)) for output, nats in zip(outputs, found, strict=True)]
+    outputs = [output.scored(nats) for output, nats in zip(outputs, found, strict=True)]
+    if not unread:
+        return outputs
+    each = len(outputs) // max(1, len(source_ids))
+    asked = [pair for pair in zip(source_ids, given, strict=True) for _ in range(each)]
+    return [
+        output._replace(unread=unread_of(loaded, *pair, output)) for output, pair in zip(outputs, asked, strict=True)
+    ]
 
 
 def output_log_probabilities(
@@ -123,7 +133,7 @@ def choice_outputs(
         nats = log_probabilities(loaded, [source] * len(choices), targets, forced, batch_size)
         scores = [math.fsum(of_choice) for of_choice in nats]
         best = sorted(range(len(choices)), key=lambda place: -scores[place])[:num_return_sequences]
-        chosen = [Output(choices[it], True, tuple(endings[it]), scores[it]) for it in best]
+        chosen = [Output(choices[it], True, tuple(endings[it])).scored(nats[it]) for it in best]
         found += chosen
         if bar is not None:
             bar.advance(1, chosen)

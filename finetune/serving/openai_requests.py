@@ -36,6 +36,7 @@ TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 KNOWN = {
     *("model", "temperature", "top_p", "n", "stop", "seed", "stream", "stream_options", *LANGUAGES, *TOKEN_LIMITS),
     *("num_beams", "use_beam_search", "length_penalty", "repetition_penalty", "response_format", "structured_outputs"),
+    "confidence",
 }
 """`num_beams` is transformers' name. vLLM has `use_beam_search`, with `n` or `best_of` as the number of beams."""
 TRANSLATION = {
@@ -108,6 +109,7 @@ class CompletionRequest:
     created: int = field(default_factory=lambda: int(time.time()))
     has_role: set[int] = field(default_factory=set)
     """The answers of which a chunk with the role was sent."""
+    has_logprobs: bool = False
 
     def field_of(self, error: str) -> str:
         """The field that an error about its prompts names."""
@@ -136,7 +138,7 @@ class CompletionRequest:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def _scores(self, answer: Answer) -> dict[str, Any]:
-        if not self.decoding.scores:
+        if not self.has_logprobs:
             return {}
         if self.is_chat:
             parts = [
@@ -146,7 +148,8 @@ class CompletionRequest:
             return {"logprobs": {"content": parts}}
         texts, scores = [text for text, _ in answer.scored], [score for _, score in answer.scored]
         offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=0))
-        return {"logprobs": {"tokens": texts, "token_logprobs": scores, "text_offset": offsets, "top_logprobs": None}}
+        found = {"tokens": texts, "token_logprobs": scores, "text_offset": offsets, "top_logprobs": None}
+        return {"logprobs": found}
 
     def _envelope(self, suffix: str) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self.is_chat else "text_completion"
@@ -207,12 +210,20 @@ def read_request(body: dict[str, Any], is_chat: bool, most_tokens: Mapping[str, 
     options = _without_nulls(_field(body, "stream_options", dict, {}))
     _check_fields(options, {"include_usage"}, "stream_options.")
     include_usage = _field(options, "include_usage", bool, False)
+    wants_facts = _field(body, "confidence", bool, False)
+    if wants_facts and stream:
+        raise RequestError(
+            400, "'confidence' is known when all is written. Ask for it without 'stream'.", "confidence"
+        )
     if has_scores and stream:
         raise RequestError(400, "'logprobs' are known when all is written. Ask for them without 'stream'.", "logprobs")
-    decoding = _decoding(body, most_tokens[model])._replace(scores=has_scores, grammar=_grammar(body))
+    decoding = _decoding(body, most_tokens[model])._replace(
+        scores=has_scores or wants_facts, confidence=wants_facts, grammar=_grammar(body)
+    )
     rows = _chat_rows(body) if is_chat else _completion_rows(body)
     languages = {name: _field(body, name, str, "") for name in LANGUAGES if body.get(name) is not None}
-    return CompletionRequest(is_chat, model, [row | languages for row in rows], decoding, stream, include_usage)
+    rows = [row | languages for row in rows]
+    return CompletionRequest(is_chat, model, rows, decoding, stream, include_usage, has_logprobs=has_scores)
 
 
 def read_translation(body: dict[str, Any], most_tokens: Mapping[str, int]) -> TranslationRequest:

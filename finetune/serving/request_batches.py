@@ -31,6 +31,7 @@ from diptych.finetune.inference.constraints import FitsGrammar, Grammar
 from diptych.finetune.inference.engine import EncodedPrompt
 from diptych.finetune.inference.generation import cut_at_stop, generate_batch, output_of
 from diptych.finetune.inference.generation_config import end_tokens, generation_config
+from diptych.finetune.inference.output_confidence import Calibration, facts_of, unread_of
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.inference.scoring import output_log_probabilities
 from diptych.finetune.inference.target_tokens import UNKNOWN_ID, given_tokens, text_of
@@ -61,6 +62,8 @@ class Decoding(NamedTuple):
     """Of beams: above 1 prefers longer answers."""
     grammar: Grammar | None = None
     """What the answer has to be."""
+    confidence: bool = False
+    """Also compute how far the answer can be trusted. Needs `scores`."""
 
     @property
     def rows(self) -> int:
@@ -156,6 +159,7 @@ class Engine:
         """Called with the number of jobs when a batch begins."""
         self.fits: Callable[[Sequence[Job]], bool] = lambda jobs: True
         """Whether the memory suffices for a batch of these jobs."""
+        self.calibration: Calibration | None = None
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -262,7 +266,18 @@ class Engine:
                 answer._replace(scored=tuple(zip(self._texts_of(answer), of_row, strict=True)))
                 for answer, of_row in zip(answers, nats, strict=True)
             ]
+            if decoding.confidence:
+                rows = [
+                    (source, start) for source, start in zip(sources, given, strict=True) for _ in range(decoding.n)
+                ]
+                answers = [
+                    answer._replace(facts={"confidence": self._trust(*row, output.scored(of_row))})
+                    for answer, row, output, of_row in zip(answers, rows, outputs, nats, strict=True)
+                ]
         return [answers[place : place + decoding.n] for place in range(0, len(answers), decoding.n)]
+
+    def _trust(self, source: Sequence[int], given: Sequence[int], output: Output) -> dict[str, Any]:
+        return facts_of(output._replace(unread=unread_of(self.loaded, source, given, output)), self.calibration)
 
     def _texts_of(self, answer: Answer) -> list[str]:
         """Each token's part of the text. A character of several tokens belongs to the last of them."""

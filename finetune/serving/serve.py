@@ -62,6 +62,6 @@ def load_service(settings: ServeSettings, token: str | None) -> "Service":
     models = []
     for name, served in zip(names, load_served(settings, [*names.values()], settings.max_source_tokens), strict=True):
         engine = Engine(served.loaded, batch_size=settings.batch_size, **limits)
-        engine.fits = served.budget.fits
+        engine.fits, engine.calibration = served.budget.fits, served.calibration
         models.append(Hosted(name, with_documents(served, settings), engine))
     return Service(settings, models, token)

@@ -16,6 +16,7 @@ from diptych.finetune.inference.constraints import FitsGrammar
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, end_tokens, generation_config
+from diptych.finetune.inference.output_confidence import Calibration
 from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -52,6 +53,8 @@ class ServedModel(NamedTuple):
     """Its characters."""
     documents: Documents | None = None
     """What cuts prompts, and writes terms into them, if it was asked for."""
+    calibration: Calibration | None = None
+    """How the probability that an answer is right is computed, if it was stored with the model."""
 
     @property
     def is_torch(self) -> bool:
@@ -109,7 +112,7 @@ def _served(
     settings: ServingSettings, name: str, engine: TorchEngine, share: float, max_source_tokens: int | None
 ) -> ServedModel:
     is_torch = settings.engine == "torch"
-    engine.check(GenerateSettings(name))
+    engine.check(GenerateSettings(name, confidence=is_torch))
     loaded = engine.loaded if is_torch else engine
     languages = Languages(settings.source_language, settings.target_language)
     if note := languages_note(loaded.tokenizer, languages):
@@ -128,7 +131,8 @@ def _served(
         budget, most = UNMEASURED, max_source_tokens or source_limit or MOST_UNMEASURED
     prompter = Prompter(loaded.tokenizer, loaded.template, most, languages)
     longest_token = max(map(len, source_side(loaded.tokenizer).get_vocab()))
-    return ServedModel(loaded, prompter, most_tokens, budget, longest_token)
+    calibration = engine.calibration if is_torch else None
+    return ServedModel(loaded, prompter, most_tokens, budget, longest_token, calibration=calibration)
 
 
 def _memory(
