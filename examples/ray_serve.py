@@ -33,7 +33,6 @@ def app(arguments: dict[str, str]) -> serve.Application:
 
     def build():
         """In each replica."""
-        os.environ["OMP_NUM_THREADS"] = str(max(1, int(cpus)))
         from diptych.finetune.serving.completion_service import build_app
 
         return build_app(load_service(settings, token))
