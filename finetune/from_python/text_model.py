@@ -30,6 +30,7 @@ from diptych.finetune.generating.generate_command import resolve_limits
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import check_generation_names
+from diptych.finetune.inference.output_confidence import facts_of
 from diptych.finetune.inference.outputs import map_by_length
 from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of, template_for
 from diptych.finetune.inference.scoring import log_probabilities
@@ -85,11 +86,12 @@ class TextModel:
             rows: one or several texts or rows. A row has `instruction` (and `input`, `history`, `system`) or
                 `messages`. A text is an instruction; beside `instruction=` or languages it is the input.
             settings: those of `diptych generate` (GenerateSettings): max_new_tokens, num_beams, temperature,
-                batch_size, choices, mbr_samples, generation={"top_p": 0.9} …
+                batch_size, choices, regex, mbr_samples, generation={"top_p": 0.9} …
 
         Returns:
             A text for one row, a list for several. Each is a list of texts with `num_return_sequences` above 1, and an
-            Output (text, finished, ids, log_probability) with `scores=True`.
+            Output (text, finished, ids, log_probability) with `scores=True`; with `confidence=True` a pair of Output
+            and a dict of what `diptych generate --confidence` says of it.
 
         Raises:
             UserError: a setting is wrong, or a row is no prompt.
@@ -99,6 +101,7 @@ class TextModel:
         prompter = self._prompter(asked)
         prompts = _prompts(prompter, _list_of(rows), asked)
         engine = TorchEngine(replace(self.loaded, template=prompter.template))
+        engine.check(asked)
         documents = documents_for(asked, prompter, engine)
         encoded = documents.encode(*zip(*prompts, strict=True)) if prompts else []
         for place, document in enumerate(encoded, start=1):
@@ -108,6 +111,8 @@ class TextModel:
         answers = documents.generate(encoded, asked, asked.seed)
         outputs = [output for answered in answers for output in answered.outputs]
         found: list[Any] = outputs if asked.scores else [output.text for output in outputs]
+        if asked.trusts:
+            found = [(output, facts_of(output, engine.calibration, asked.abstain_below)) for output in outputs]
         each = asked.num_return_sequences
         if each > 1:
             found = [found[first : first + each] for first in range(0, len(found), each)]

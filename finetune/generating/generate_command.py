@@ -24,7 +24,7 @@ from diptych.finetune.generating.prompt_files import read_prompts
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, check_generation_names
-from diptych.finetune.inference.output_confidence import abstains, facts_of
+from diptych.finetune.inference.output_confidence import facts_of
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.model.device_speed import keep_memory
@@ -131,10 +131,11 @@ def _show_confidence(output: Output, engine: TorchEngine, settings: GenerateSett
     """On stderr."""
     if output.log_probability is None:
         return
-    facts = facts_of(output, engine.calibration)
+    facts = facts_of(output, engine.calibration, settings.abstain_below)
+    is_left = facts.pop("abstained", False)
     shown = [f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value not in (None, [])]
     print(f"({', '.join(shown)})", file=sys.stderr)
-    if abstains(facts, settings.abstain_below):
+    if is_left:
         print(f"(below --abstain_below {settings.abstain_below:g}: leave it to a person)", file=sys.stderr)
 
 

@@ -36,7 +36,7 @@ from diptych.finetune.generating.documents import WHOLE, Answered, Document, cou
 from diptych.finetune.generating.prompt_files import BLANK, PromptRow, render_prompts
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
-from diptych.finetune.inference.output_confidence import Calibration, abstains, facts_of
+from diptych.finetune.inference.output_confidence import Calibration, facts_of
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompts import OUTPUT_FIELDS, Prompt, Prompter
 
@@ -157,10 +157,9 @@ def _output_line(
                 found[-1]["log_probability"] = None if nats is None else round(nats, 6)
                 found[-1]["log_probability_per_token"] = None if nats is None else round(nats / tokens, 6)
             if settings.trusts:
-                facts = None if output.log_probability is None else facts_of(output, calibration)
-                found[-1]["confidence"] = facts
-                if settings.abstain_below is not None:
-                    found[-1]["abstained"] = facts is None or abstains(facts, settings.abstain_below)
+                is_scored = output.log_probability is not None
+                threshold = settings.abstain_below
+                found[-1]["confidence"] = facts_of(output, calibration, threshold) if is_scored else None
         lists = {name: [of_one[name] for of_one in found] for name in found[0]}
         ours = (lists if len(found) > 1 else found[0]) | {"source_cut": document.is_cut_off}
         if settings.long != "cut":

@@ -12,7 +12,7 @@ these four). evaluating/calibration.py fits it.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +79,12 @@ def read_calibration(folder: str, weights_sha256: Callable[[], str]) -> Calibrat
     return found
 
 
-def facts_of(output: Output, calibration: Calibration | None) -> dict[str, Any]:
-    """What is said of an output, in JSON. The language is None if it is not clear, or py3langid is not installed."""
+def facts_of(output: Output, calibration: Calibration | None, threshold: float | None = None) -> dict[str, Any]:
+    """What is said of an output, in JSON; with a threshold also whether it is left to a person. The language is None
+    if it is not clear, or py3langid is not installed."""
     mean, lowest, *_ = features(output)
     probability = None if calibration is None else round(calibration.probability(output), 4)
-    return {
+    facts = {
         "probability": probability,
         "log_probability_per_token": round(mean, 6),
         "lowest_log_probability": round(lowest, 6),
@@ -91,6 +92,7 @@ def facts_of(output: Output, calibration: Calibration | None) -> dict[str, Any]:
         "language": language_in(output.text),
         "unread": list(output.unread or ()),
     }
+    return facts if threshold is None else facts | {"abstained": probability < threshold}
 
 
 def repetition(ids: Sequence[int]) -> float:
@@ -139,7 +141,3 @@ def check_abstaining(threshold: float | None, calibration: Calibration | None, m
             f" the validation split: diptych evaluate {model} --data PREPARED --split validation --confidence"
             f" exact_match --calibrate true."
         )
-
-
-def abstains(facts: Mapping[str, Any], threshold: float | None) -> bool:
-    return threshold is not None and facts["probability"] < threshold

@@ -33,6 +33,7 @@ from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, res
 from diptych.data_prep.text_to_ids.templates import carried_template, stored_golden
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side, target_side
 from diptych.finetune.inference import pipeline_diptych
+from diptych.finetune.inference.constraints import grammar_of
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS
 from diptych.finetune.inference.outputs import Output
@@ -56,7 +57,8 @@ TRAVELLING_ENTRY = {
 
 class Text2TextPipeline(Pipeline):
     """`pipe(inputs, batch_size=1, max_new_tokens=256, template=None, src_lang=None, tgt_lang=None, **generate)`;
-    `source_language` and `target_language` are other names of the same two, also in rows.
+    `source_language` and `target_language` are other names of the same two, also in rows. `json_schema` (a dict) or
+    `regex` is the form that every output has.
 
     One input gives a list of dicts, one for each of `num_return_sequences`. Several inputs (a list, an iterator, a
     dataset) give a list of dicts, or of lists of them. `streamer` (of transformers) gets the tokens of a single input.
@@ -134,6 +136,8 @@ class Text2TextPipeline(Pipeline):
         """The outputs of each source."""
         default = min(DEFAULT_NEW_TOKENS, position_limit(self.model) or DEFAULT_NEW_TOKENS)
         settings = {"max_new_tokens": default} | settings
+        if form := grammar_of(settings.pop("json_schema", None), settings.pop("regex", None)):
+            settings["grammar"] = form
         ids, given = [ids for ids, _ in sources], [forced for _, forced in sources]
         outputs = generate_outputs(loaded, ids, given=given, batch_size=batch_size, **settings)
         each = settings.get("num_return_sequences", 1)

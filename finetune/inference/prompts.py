@@ -35,7 +35,7 @@ CONVERSATION_FIELDS = ("messages", "conversations")
 OUTPUT_FIELDS = (
     ("row", "prediction", "finished", "source_cut", "source_pieces", "sentences_cut", "source_rounds", "error")
     + ("terms_missed", "placeholders_lost")
-    + ("log_probability", "log_probability_per_token", "lowest_log_probability", "confidence", "abstained")
+    + ("log_probability", "log_probability_per_token", "confidence")
 )  # fmt: skip
 """Fields that `diptych generate` writes, so a row must not have them."""
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from listening import listening
 from small_families import family_configs
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, pipeline
 
+import diptych
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.json_schema import fault_of
 from diptych.data_prep.text_to_ids.templates import Template
@@ -20,6 +21,7 @@ from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.metrics import compute_metrics
 from diptych.finetune.inference.constraints import grammar_of
 from diptych.finetune.inference.generation import generate_outputs
+from diptych.finetune.inference.pipelines import register_pipelines
 from diptych.finetune.model.loaded_model import LoadedModel
 
 SCHEMA = {
@@ -250,6 +252,19 @@ def test_json_is_compared_as_values(tmp_path):
     assert compute_metrics(["json"], ['{"a": 1.0}'], [['{"a": 1.0}', "[]"]])["json_exact"] == 100
     with pytest.raises(UserError, match="that of source 2 is not .*prepare --json_schema"):
         compute_metrics(["json"], ["1", "1"], [["1"], ["one"]])
+
+
+def test_pipelines_and_loaded_models_take_a_form(extraction):
+    schema = json.loads((extraction / "schema.json").read_text(encoding="utf-8"))
+    register_pipelines()
+    write = pipeline("text2text-generation", model=str(extraction / "model"))
+    [found] = write("Peru", json_schema=schema, max_new_tokens=100)
+    jsonschema.validate(json.loads(found["generated_text"]), schema)
+    model = diptych.load(str(extraction / "model"))
+    file = str(extraction / "schema.json")
+    text = model.generate("Peru", template="plain", json_schema=file, max_new_tokens=100)
+    jsonschema.validate(json.loads(text), schema)
+    assert re.fullmatch("[0-9]{3}", model.generate("Peru", template="plain", regex="[0-9]{3}"))
 
 
 def test_clients_get_answers_of_the_form_that_they_ask_for(extraction, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from conftest import EIGHT_ROWS, TO_KOREAN, tiny_t5
 from listening import listening
 
+import diptych
 from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.calibration import calibrated, parse_right
@@ -121,11 +122,15 @@ def test_what_evaluate_fits_says_how_far_generated_outputs_can_be_trusted(t5_che
     assert [row["prediction"] for row in found] == [row["prediction"] for row in plain]
     for row in found:
         facts = row["confidence"]
-        assert row["abstained"] == (facts["probability"] < 0.5)
+        assert facts["abstained"] == (facts["probability"] < 0.5)
         assert facts["lowest_log_probability"] <= facts["log_probability_per_token"] <= 0
         assert {"repetition", "language", "unread"} < facts.keys()
     assert cli.main([*command[:2], "--instruction", TO_KOREAN, "--input", texts[0], "--confidence", "true"]) == 0
     assert "probability 0." in capsys.readouterr().err
+    pair = diptych.load(str(model)).generate(
+        {"instruction": TO_KOREAN, "input": texts[0]}, confidence=True, max_new_tokens=24
+    )
+    assert (pair[0].text, pair[1]["unread"]) == (plain[0]["prediction"], found[0]["confidence"]["unread"])
     with listening(["serve", str(model)], tmp_path / "log") as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
         extra = {"input": texts[0], "confidence": True}
