@@ -159,19 +159,27 @@ class Documents:
                 "is about into 'input'."
             )
         text, limit = getattr(prompt, field), self.prompter.max_source_tokens
+        known: dict[str, tuple[list[int], Promise]] = {}
 
-        def encoded(texts: list[str]) -> tuple[list[list[int]], list[Promise]]:
-            asked = [prompt._replace(**{field: text.strip()}) for text in texts]
+        def encode(texts: list[str]) -> None:  # together, which is ten times as fast as one by one
+            new = [text for text in dict.fromkeys(texts) if text not in known]
+            asked = [prompt._replace(**{field: text}) for text in new]
             written = [self._inline(it, field, self.prompter.render(it)) for it in asked]
-            ids, _ = self.unlimited.encode([source for source, _ in written], [languages] * len(texts))
-            return ids, [promise for _, promise in written]
+            ids, _ = self.unlimited.encode([source for source, _ in written], [languages] * len(new))
+            known.update(zip(new, zip(ids, [promise for _, promise in written], strict=True), strict=True))
 
         def fits(piece: str) -> bool:
-            return limit is None or not piece.strip() or len(encoded([piece])[0][0]) <= limit
+            piece = piece.strip()
+            if limit is None or not piece:
+                return True
+            encode([piece])
+            return len(known[piece][0]) <= limit
 
         try:
             if translates:
-                pieces = within(lines_and_sentences(text, languages.source), fits)
+                pieces = lines_and_sentences(text, languages.source)
+                encode(pieces.texts)
+                pieces = within(pieces, fits)
             else:
                 pieces = filled(text, languages.source, fits)
         except NoRoom:
@@ -180,8 +188,9 @@ class Documents:
                 "or raise max_source_tokens."
             ) from None
         given = self._given(languages)
-        source_ids, promises = encoded(pieces.texts)
-        prompts = [EncodedPrompt(ids, given) for ids in source_ids]
+        encode(pieces.texts)
+        prompts = [EncodedPrompt(known[piece][0], given) for piece in pieces.texts]
+        promises = [known[piece][1] for piece in pieces.texts]
         if reduces := self.long == "reduce":
             pieces = pieces._replace(gaps=["", *["\n"] * (len(pieces.texts) - 1), ""])
         return Document(prompt, field, pieces, prompts, False, promises, reduces)
