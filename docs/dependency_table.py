@@ -21,6 +21,8 @@ EXTRAS = (
 """Of setup.py, without docs, which builds the pages only. A package is listed with the first that needs it."""
 OF_CUDA = ("nvidia-", "cuda-", "triton")
 """What torch needs on Linux with a GPU, and not on the machine that wrote the table."""
+APART = {"bitsandbytes"}
+"""What `.ci/run` installs beside the environment of the tests: its line of the table is kept as it is."""
 ALLOWED = {
     *("0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0"),
     *("CC0-1.0", "CNRI-Python", "ISC", "MIT", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Zlib"),
@@ -62,6 +64,9 @@ def needed(extra: str) -> dict[str, str]:
         try:
             package = distribution(name)
         except PackageNotFoundError:
+            if name in APART:
+                found[name] = name
+                continue
             sys.exit(f"{name} is not installed: make install")
         if name != "diptych":
             found[re.sub(r"[-_.]+", "-", name).lower()] = package.metadata["Name"]
@@ -81,6 +86,9 @@ def rows() -> list[str]:
             first.setdefault(key, (name, f"`{extra}`" if extra else "always"))
     lines = []
     for _, (name, extra) in sorted(first.items()):
+        if name in APART:
+            lines += [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
+            continue
         terms = licence(name)
         for term in re.split(r" (?:AND|OR) ", terms.replace("(", "").replace(")", "")):
             if term not in ALLOWED:
