@@ -176,8 +176,9 @@ def evaluate_rows(
     _warn_of_longer_minimum(own, rows, generation)
     asked = source_documents(documents, rows, source_keys(rows), sources.ids, loaded)
     prompts = [prompt for document in asked for prompt in document.prompts]
-    outputs = generate_shared(loaded, prompts, progress=progress, max_new_tokens=cap, **shared, **generation)
-    answers = answered(asked, outputs)
+    answers = answered(
+        asked, generate_shared(loaded, prompts, progress=progress, max_new_tokens=cap, **shared, **generation)
+    )
     predictions = _predictions(dataset, sources, answers, statistics["loss"].counts, loaded.template)
     hits = [  # rows whose own target was generated
         predictions[source].prediction == cut_at_stop(target, loaded.template)[0]
@@ -197,7 +198,8 @@ def evaluate_rows(
     figures |= {"unfinished": sum(not row.finished for row in predictions), "max_new_tokens": cap}
     figures |= document_figures(documents, asked, answers)
     groups = _groups(by, rows, sources, counted, predictions, settings)
-    return Evaluation(figures, signatures, predictions, statistics, groups, faults, outputs)
+    written = [it.outputs[0] for it in answers]
+    return Evaluation(figures, signatures, predictions, statistics, groups, faults, written)
 
 
 def _losses(loaded: LoadedModel | Any, rows: Dataset, objective: Seq2SeqObjective | None, **shared: Any) -> np.ndarray:

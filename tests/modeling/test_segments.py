@@ -109,8 +109,8 @@ def test_packed_logits_match_separate_logits_in_rows_of_different_cuts(
 @pytest.mark.slow
 def test_compiled_flex_attention_matches_eager_on_packed_rows(build_packing_model):
     """One site, one layer: compiling the kernel takes ten seconds. Shapes are static, since the C++ that torch 2.13
-    writes for dynamic ones does not compile (`cur_kvSplitSize2`). Rows have 16 tokens: with 8, 24 or 40 keys its kernel
-    is wrong on a CPU with AVX2 alone, in torch itself, without a model (docs/reliability.md)."""
+    writes for dynamic ones does not compile (`cur_kvSplitSize2`). Rows have 16 tokens: with 8, 24 or 40 keys its
+    kernel is wrong on a CPU with AVX2 alone, in torch itself, without a model (docs/reliability.md)."""
     rows = {name: torch.nn.functional.pad(two_rows()[name], (0, 8)) for name in ("input_ids", "segment_ids")}
     shape = {"model_class": DiptychEncoderModel, "encoder": {"num_hidden_layers": 1}}
     with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
