@@ -23,14 +23,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, models
+from torch.utils.flop_counter import FlopCounterMode
 from train_throughput import SIZES, VOCABULARY, make_model
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from diptych.data_prep.packing.packed_row import MARKS_COLUMN
 from diptych.finetune.batches.packed_rows import REFERENCE, pack_examples
@@ -173,6 +182,29 @@ def compare(options: argparse.Namespace) -> None:
                     )
 
 
+def bounds(size: str, source_tokens: int) -> tuple[float, float]:
+    """How many times the products of two encodings are those of one, padded and packed, for a T5: torch's own count of
+    a forward pass. The optimizer's update and all that is no product come on top, on both sides."""
+    shape = SIZES[size]
+    depth = {"num_layers": shape["layers"], "num_heads": shape["heads"], "d_ff": shape["t5_ff"]}
+    with torch.device("meta"):
+        config = T5Config(vocab_size=VOCABULARY, d_model=shape["d"], **depth, decoder_start_token_id=0)
+        model = T5ForConditionalGeneration(config).eval()
+        sources = torch.zeros(1, source_tokens, dtype=torch.long)
+        answers = torch.zeros(1, TARGET_TOKENS, dtype=torch.long)
+
+    def operations(call: Callable[[], Any]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    encoder = operations(lambda: model.encoder(input_ids=sources))
+    whole = operations(lambda: model(input_ids=sources, decoder_input_ids=answers))
+    keys_and_values = shape["layers"] * 2 * 2 * source_tokens * shape["d"] ** 2
+    padded = encoder + ANSWERS * (whole - encoder)
+    return ANSWERS * whole / padded, ANSWERS * whole / (padded - (ANSWERS - 1) * keys_and_values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -182,11 +214,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured after the first one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sampling", action="store_true", help="the share of a step of mrt that sampling takes")
+    parser.add_argument("--bounds", action="store_true", help="count products instead, of a T5 of each size")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         side, *own = json.loads(options.measure)
         print(json.dumps(sampling(*own) if side == "sampling" else measure(side, *own)))
+    elif options.bounds:
+        for size in SIZES:
+            for tokens in options.source_tokens:
+                padded, packed = bounds(size, tokens)
+                print(f"{size}, {tokens} source tokens: {padded:.2f} x padded, {packed:.2f} x packed")
     else:
         compare(options)
 
