@@ -80,7 +80,8 @@ class Reader:
             elif block.language == "python":
                 exec(compile(block.text, str(page), "exec"), names)  # in the folder, which the test has gone to
             elif block.language == "json":
-                assert all(json.loads(line) for line in block.text.splitlines())
+                rows = [block.text] if block.text.startswith("{\n") else block.text.splitlines()
+                assert all(json.loads(row) for row in rows)
             elif block.language == "yaml":
                 assert yaml.safe_load(block.text)
             else:
