@@ -60,6 +60,8 @@ OF_THE_CLASS = ("attribute_map", "sub_configs", "base_config_key")
 """What a config.json would set in transformers' class of configs, beside the methods."""
 FP32_BYTES = 4
 GENERATION_CONFIG = "generation_config.json"
+MOST_LISTED = 10_000
+"""Values of a list in a generation config."""
 
 
 def check_place(name: str) -> None:
@@ -184,6 +186,12 @@ def read_generation_config(name: str | Path) -> GenerationConfig | None:
     said = f"transformers refuses {name}/{GENERATION_CONFIG}"
     with library_errors(said, "Take it out there.", lambda: first_wrong(values, GenerationConfig.from_dict)):
         values = json.loads(file.read_text(encoding="utf-8"))
+        # transformers copies them a dozen times, which takes seconds
+        long = [name for name, it in values.items() if isinstance(it, list) and len(it) > MOST_LISTED]
+        if long:
+            raise UserError(
+                f"{long[0][:80]} in {name}/{GENERATION_CONFIG} is a list of more than {MOST_LISTED} values."
+            )
         return GenerationConfig.from_dict(values)
 
 

@@ -147,12 +147,14 @@ def test_targets_that_share_a_source_match_rows_of_their_own(family, attention, 
 
 
 @pytest.mark.parametrize("family", ["diptych", "diptych_merged", "t5", "bart", "m2m_100", "t5gemma"])
-def test_packed_rows_match_separate_rows_through_an_adapter(family, new_model, eight_prepared_rows):
-    model = add_adapter(new_model(family), "base", rank=4, alpha=8)
+def test_packed_rows_match_separate_rows_through_an_adapter(family, new_model, eight_prepared_rows, in_fp64):
+    """In fp64, because the adapter's random weights make gradients for which fp32 is not as fine on every CPU."""
+    torch.manual_seed(0)
+    model = in_fp64(add_adapter(new_model(family), "base", rank=4, alpha=8))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    assert_packed_is_separate(model, eight_prepared_rows)
+    assert_packed_is_separate(model, eight_prepared_rows, tolerance=1e-10)
 
 
 @pytest.mark.parametrize("family", [name for name in PACKED if "flex_attention" in FAMILIES[name].attentions])
