@@ -274,7 +274,7 @@ def joined(pieces: Pieces, outputs: Sequence[Output]) -> Output:
         all(output.finished for output in outputs),
         tuple(token for output in outputs for token in output.ids),
         None if None in nats else math.fsum(nats),
-        None if None in nats else min(output.lowest_log_probability for output in outputs),
+        None if None in nats else min((output.lowest_log_probability for output in outputs), default=0.0),
         tuple(part for output in outputs for part in output.unread or ()),
     )
 

@@ -297,8 +297,9 @@ def test_a_loss_that_is_no_number_names_the_row(new_model, tiny_tokenizer, split
 
 
 def test_every_figure_that_can_choose_a_checkpoint_is_computed_and_has_a_direction(loaded, split):
-    figures = evaluate_rows(loaded, split, metrics=list(METRICS)).figures
-    selectable = selectable_figures(list(METRICS))
+    of_texts = [name for name in METRICS if name != "json"]  # whose targets have to be JSON
+    figures = evaluate_rows(loaded, split, metrics=of_texts).figures
+    selectable = selectable_figures(of_texts)
     assert set(selectable) <= set(figures) and {"superni_rougeL", "chrf", "loss", "unfinished"} <= set(selectable)
     assert selectable_figures([]) == ["loss"]
     for name in selectable:
