@@ -4,8 +4,9 @@
     generate_outputs(loaded, [[12, 7, 1]], grammar=grammar, …)   -> [Output('{"year": 1999}', finished=True, …)]
 
 Before each token all tokens are masked after which no text of the grammar is possible any more. llguidance was chosen
-because it takes any vocabulary as bytes, has no dependencies, and refuses keywords of JSON Schema that it cannot enforce. It knows what a sequence may be followed by, from the sequence alone, so beams and
-several samples of a source work as without it.
+because it takes any vocabulary as bytes, has no dependencies, and refuses keywords of JSON Schema that it cannot
+enforce. It knows what a sequence may be followed by, from the sequence alone, so beams and several samples of a source
+work as without it.
 
 The limit on new tokens can cut an output. `finished` is False then, unless nothing can be added to its text.
 
