@@ -28,7 +28,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 WORK = 1_000_000
 """What one rendering may do: characters made, and turns of loops."""
-SECONDS = 1.0
+SECONDS = 3.0
+"""Of this thread; in a large process, the garbage that is collected meanwhile takes its share."""
 LONGEST_TEMPLATE = 30_000
 NODES = frozenset(
     "Template Output TemplateData If For Assign Name Const Concat Add Sub Neg Compare Operand And Or Not CondExpr"

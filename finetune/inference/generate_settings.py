@@ -116,7 +116,7 @@ class GenerateSettings(PromptSettings):
         if self.engine != "torch" and (self.scores or self.trusts):
             raise UserError(f"scores and confidence are of torch: drop them, or --engine {self.engine}.")
         if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
-            raise UserError(f"abstain_below is {self.abstain_below}; it is a probability, from 0 to 1.")
+            raise UserError(f"abstain_below is {self.abstain_below}; it must be a probability: from 0 to 1.")
         if self.trusts and self.choices:
             raise UserError("choices are compared by --scores: drop confidence and abstain_below.")
         check_form(self)

@@ -106,6 +106,9 @@ def test_two_sharded_ranks_are_one_rank(family, method, train, training_folder):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+SLOW = 3e-4
+"""Learning rate of runs that amplify differences of rounding: at 2e-3, these grew beyond the bounds on a CPU with AVX2
+alone."""
 CHANGES = {
     "accumulated": {"gradient_accumulation_steps": 3, "batch_size": 2},
     "checkpointed": {"gradient_checkpointing": True},
@@ -113,8 +116,8 @@ CHANGES = {
     "schedule_free": {"optimizer": "schedule_free", "schedule": "constant"},
     "ema": {"ema": 0.9},
     "dora": {"method": "lora", "lora_variant": "dora"},
-    "padded": {"family": "longt5"},
-    "global attention": {"family": "led"},
+    "padded": {"family": "longt5", "learning_rate": SLOW},
+    "global attention": {"family": "led", "learning_rate": SLOW},
 }
 
 
@@ -131,9 +134,11 @@ def test_whatever_is_trained_is_the_same_sharded(changes, train):
 @pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"weights": "bf16", "precision": "bf16"}], ids=str)
 def test_what_is_rounded_to_bf16_is_nearly_the_same_sharded(changes, train):
     """Muon makes its updates in bf16, too. Sums in another order round to other numbers of it."""
-    alone, shared = (train(name, ranks, **changes) for name, ranks in (("alone", 1), ("shared", 2)))
+    alone, shared = (
+        train(name, ranks, learning_rate=SLOW, **changes) for name, ranks in (("alone", 1), ("shared", 2))
+    )
     for values, expected in zip(figures(shared, "loss"), figures(alone, "loss"), strict=True):
-        assert values == pytest.approx(expected, rel=2e-2)
+        assert values == pytest.approx(expected, rel=1e-2)
 
 
 def test_experts_are_not_sharded(train, tmp_path):
