@@ -27,6 +27,7 @@ from diptych.data_prep.prepare import prepare
 from diptych.data_prep.text_to_ids.encode import encode_sources, encode_targets
 from diptych.data_prep.text_to_ids.templates import TEMPLATES, attach_template
 from diptych.finetune.batches.padded_rows import pad_batch
+from diptych.finetune.commands import cli
 from diptych.finetune.evaluating import metrics
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.training.recipe import TrainRecipe
@@ -217,6 +218,13 @@ def t5_checkpoint(tmp_path_factory, learned_t5, tiny_tokenizer):
     folder = tmp_path_factory.mktemp("checkpoints") / "t5"
     learned_t5.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_t5(tmp_path_factory, t5_checkpoint):
+    folder = tmp_path_factory.mktemp("exports") / "t5"
+    assert cli.main(["export", str(t5_checkpoint), "--to", "ctranslate2", "--out", str(folder)]) == 0
     return folder
 
 

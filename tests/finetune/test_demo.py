@@ -195,11 +195,9 @@ def test_a_missing_extra_is_explained(monkeypatch, capsys):
     assert diptych(["demo", "."]) == 2 and "pip install 'diptych[gradio]'" in capsys.readouterr().err
 
 
-def test_an_export_to_ctranslate2_answers_without_a_map(browser, t5_checkpoint, tmp_path):
-    exported = str(tmp_path / "exported")
-    assert diptych(["export", str(t5_checkpoint), "--to", "ctranslate2", "--out", exported]) == 0
+def test_an_export_to_ctranslate2_answers_without_a_map(browser, exported_t5, tmp_path):
     with (
-        listening(["demo", exported, "--engine", "ctranslate2"], tmp_path / "log") as shown,
+        listening(["demo", str(exported_t5), "--engine", "ctranslate2"], tmp_path / "log") as shown,
         browser.new_context() as window,
     ):
         page = window.new_page()

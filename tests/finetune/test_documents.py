@@ -39,13 +39,6 @@ def generate(tmp_path, model, rows, *more, code=0):
     return [json.loads(line) for line in out_file.read_text("utf-8").splitlines()] if out_file.exists() else None
 
 
-@pytest.fixture(scope="session")
-def exported_t5(tmp_path_factory, t5_checkpoint):
-    folder = tmp_path_factory.mktemp("exports") / "t5"
-    assert cli.main(["export", str(t5_checkpoint), "--to", "ctranslate2", "--out", str(folder)]) == 0
-    return folder
-
-
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
 def test_a_document_is_translated_sentence_by_sentence_and_keeps_its_form(tmp_path, request, capsys, engine):
     model = request.getfixturevalue("t5_checkpoint" if engine == "torch" else "exported_t5")

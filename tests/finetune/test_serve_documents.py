@@ -10,16 +10,9 @@ from diptych.finetune.commands import cli
 KOREAN = {"source_language": "en", "target_language": "ko"}
 
 
-@pytest.fixture(scope="module")
-def exported(t5_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported") / "t5"
-    assert cli.main(["export", str(t5_checkpoint), "--to", "ctranslate2", "--out", str(folder)]) == 0
-    return folder
-
-
 @pytest.mark.parametrize("engine", ["torch", "ctranslate2"])
 def test_documents_are_answered_whole(request, tmp_path, engine):
-    model = request.getfixturevalue("t5_checkpoint" if engine == "torch" else "exported")
+    model = request.getfixturevalue("t5_checkpoint" if engine == "torch" else "exported_t5")
     terms = tmp_path / "terms.tsv"
     terms.write_text("go\t멈춰\n", encoding="utf-8")
     command = ["serve", str(model), "--engine", engine, "--long", "split", "--name", "t5", "--queue", "20"]

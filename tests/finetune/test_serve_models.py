@@ -46,17 +46,11 @@ def bart_checkpoint(tmp_path_factory, tiny_tokenizer, eight_prepared_rows):
 
 
 @pytest.fixture(scope="module")
-def exported(t5_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported") / "t5"
-    command = ["export", str(t5_checkpoint), "--to", "ctranslate2", "--out", str(folder)]
-    assert cli.main(command) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fast(exported, tmp_path_factory):
+def fast(exported_t5, tmp_path_factory):
     limits = ("--engine", "ctranslate2", "--batch_wait_ms", 20, "--max_new_tokens", 64)
-    with serving([exported, *limits, "--models.again", exported], tmp_path_factory.mktemp("fast") / "log") as started:
+    with serving(
+        [exported_t5, *limits, "--models.again", exported_t5], tmp_path_factory.mktemp("fast") / "log"
+    ) as started:
         yield started
 
 
