@@ -31,7 +31,7 @@ from diptych.finetune.serving.memory_budget import measured_budget
 from diptych.finetune.serving.request_batches import Answer, Decoding, Ended, Engine, Failed, Job, Piece, QueueFull
 from diptych.finetune.serving.serve_settings import ServeSettings
 from diptych.finetune.serving.served_model import ServedModel
-from diptych.finetune.serving.web_address import need_secret
+from diptych.finetune.serving.web_address import listen, need_secret
 
 SECRET = "the-token-of-this-test"
 
@@ -410,6 +410,16 @@ def test_beyond_the_loopback_a_token_is_needed(t5_checkpoint, tmp_path, capsys):
             urllib.request.urlopen(f"{started.url}/metrics")
         assert urllib.request.urlopen(f"{started.url}/health").status == 200
         assert SECRET not in started.log.read_text()
+
+
+def test_an_answer_does_not_wait_for_the_clients_acknowledgement():
+    """The kernel would keep its body for 40 ms."""
+    with (
+        listen("127.0.0.1", 0) as listener,
+        socket.create_connection(listener.getsockname()[:2]),
+        listener.accept()[0] as own,
+    ):
+        assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_that_is_taken_and_a_missing_extra_are_explained(t5_checkpoint, served, monkeypatch, capsys):
