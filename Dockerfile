@@ -1,8 +1,9 @@
 # `diptych serve` from the wheel. In a clone:
 #
 #     make release                                                 dist/diptych-….whl
-#     docker build --tag diptych .                                 with torch for CPUs
-#     docker build --tag diptych --build-arg TORCH=cu130 .         with torch for GPUs; run it with --gpus all
+#     docker build --tag diptych .                         torch as the default index has it, for GPUs: run --gpus all
+#     docker build --tag diptych --build-arg INDEX=… .     torch of another index, such as PyTorch's own one for CPUs,
+#                                                          whose builds are several gigabytes smaller
 #     docker run -p 8000:8000 -v ./runs/first/final:/model:ro -e DIPTYCH_TOKEN=… diptych
 #
 # Any other command is given at the end: docker run … diptych serve /model --engine ctranslate2 --host 0.0.0.0
@@ -11,8 +12,8 @@
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
-# A wheel index of PyTorch: cpu, cu126, cu130 …
-ARG TORCH=cpu
+# The address of a further index of wheels.
+ARG INDEX=
 # Of setup.py.
 ARG EXTRAS=serve,sentencepiece,ctranslate2
 
@@ -20,7 +21,7 @@ COPY constraints.txt dist/diptych-*.whl /build/
 # A build of torch such as 2.13.0+cpu is preferred to the plain 2.13.0 of the default index.
 RUN wheel="$(echo /build/diptych-*.whl)" \
     && pip install --no-cache-dir --constraint /build/constraints.txt \
-        --extra-index-url "https://download.pytorch.org/whl/${TORCH}" "${wheel}[${EXTRAS}]" \
+        ${INDEX:+--extra-index-url "${INDEX}"} "${wheel}[${EXTRAS}]" \
     && pip check \
     && rm -r /build \
     && useradd --create-home --home-dir /srv/diptych --uid 10001 diptych
