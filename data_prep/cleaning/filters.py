@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import regex
 
 from diptych.data_prep.command_line.errors import UserError, nearest
-from diptych.data_prep.rows.json_schema import fault_of
+from diptych.data_prep.rows.json_schema import as_written, fault_of
 from diptych.data_prep.rows.records import Record
 from diptych.data_prep.rows.text_language import NO_LANGUAGE, known_languages, language_of
 
@@ -130,7 +130,13 @@ class SchemaFilter:
 
     def check(self, record: Record) -> Complaint | None:
         fault = fault_of(record.output, self.schema)
-        return None if fault is None else ("target not of the JSON schema", f"The target is not of it: {fault}.")
+        if fault is None:
+            return None
+        return "target not of the JSON schema", f"The target is not of it: {fault.rstrip('.')}."
+
+    def as_written(self, record: Record) -> str:
+        """Its output, in the form that outputs of the schema have."""
+        return as_written(record.output, self.schema)
 
 
 def source_text(record: Record) -> str:

@@ -49,7 +49,7 @@ from diptych.data_prep.rows.language_names import is_swapped
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name, kind_of, splits_of
 from diptych.data_prep.rows.recognise_format import converter_for, named, parse_mapping
 from diptych.data_prep.rows.records import Languages, Preferences, Record, Reject, Row
-from diptych.data_prep.rows.terms import read_terms
+from diptych.data_prep.rows.terms import read_terms, text_of
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, Template
@@ -308,7 +308,7 @@ def fingerprint_of(
         "template": asdict(template),
         "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
         "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
-        "terms": Path(settings.terms).read_text(encoding="utf-8-sig") if settings.terms else "",
+        "terms": text_of(settings.terms) if settings.terms else "",
         "decoder_start": start,
         "not_packed": why_not_packed(settings.tokenizer) if settings.packing else "",
         "code": code_version(),

@@ -34,7 +34,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from diptych.data_prep.cleaning.duplicates import compared_text, exact_key, signatures
-from diptych.data_prep.cleaning.filters import is_composed, script_of
+from diptych.data_prep.cleaning.filters import SchemaFilter, is_composed, script_of
 from diptych.data_prep.cleaning.sensitive import find_in_record, masked
 from diptych.data_prep.cleaning.splits import record_keys, text_key
 from diptych.data_prep.command_line.errors import UserError
@@ -104,6 +104,9 @@ PREFERENCE_COLUMNS = frozenset(it.name for it in (*PAIR_TEXT_FIELDS, *PAIR_ID_FI
 FINAL_COLUMNS = ("input_ids", "labels", "source", "target", "instruction", "input", "origin", *LANGUAGE_FIELDS)
 
 
+IN_FORM = "target in the form that outputs of the JSON schema have: names in its order, and no escapes"
+WITH_TERMS, WITH_PLACEHOLDERS = "source with marks of terms", "source and target with placeholders"
+
 KindAndReason = tuple[str, str]
 """Of a reject."""
 
@@ -122,6 +125,8 @@ class RenderedRow(NamedTuple):
     source: str
     target: str
     rejected: str = ""
+    plain: tuple[str, str] | None = None
+    """Source and target without marks of terms and placeholders, where they have any."""
 
 
 @dataclass
@@ -146,6 +151,8 @@ class Counts:
     """Rows that have an instruction, and that have an input."""
     decomposed: Counter[str] = field(default_factory=Counter)
     """Rows of each file with a text that is not in Unicode's form NFC, such as Hangul in single jamo."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """Examples whose texts a setting changed, by what was done."""
 
     rows: int = 0
     """Rows of the data; one may give several examples."""
@@ -258,8 +265,12 @@ class Stages:
                 faults = () if isinstance(record, Tokenised) else (check.check(record) for check in checks)
                 if fault := next(filter(None, faults), None):
                     batch.reject(record.origin, *fault, row.raw)
-                else:
-                    yield record, row
+                    continue
+                for check in checks if isinstance(record, Record) else ():
+                    if isinstance(check, SchemaFilter) and (output := check.as_written(record)) != record.output:
+                        record = replace(record, output=output)
+                        batch.counts.changed[IN_FORM] += 1
+                yield record, row
 
     def _render(self, records: Iterable[tuple[Record | Tokenised, Row]], batch: Batch) -> list[RenderedRow]:
         """Renders source and target. Rejects rows that the template cannot render or renders empty, and rows in
@@ -279,7 +290,10 @@ class Stages:
                 instruction = codes.instruction(record.instruction, languages)
                 if (languages, instruction) != (record.languages, record.instruction):
                     record = replace(record, languages=languages, instruction=instruction)
-                source, target = template.render(self._with_inline(record))
+                is_own_set = not self.checked[batch.source_number]
+                inline = record if is_own_set else self._with_inline(record, batch.counts)
+                source, target = template.render(inline)
+                plain = None if inline is record else template.render(record)
                 rejected = template.render_target(record.rejected) if record.rejected else ""
             except UnknownLanguage as error:
                 batch.reject(record.origin, "unknown language", error.fault, row.raw)
@@ -289,13 +303,13 @@ class Stages:
                 texts = {"source": source, "target": target, **({"rejected": rejected} if record.rejected else {})}
                 empty = next((NAMES_OF_SIDES[side] for side, text in texts.items() if not text.strip()), None)
                 if empty is None:
-                    rows.append(RenderedRow(record, row, **texts))
+                    rows.append(RenderedRow(record, row, **texts, plain=plain))
                 else:
                     reason = f"template {template.name} makes an empty {empty} of it."
                     batch.reject(record.origin, "template empty", reason, row.raw)
         return rows
 
-    def _with_inline(self, record: Record) -> Record:
+    def _with_inline(self, record: Record, counts: Counts) -> Record:
         """The record with marks of terms and with placeholders, if it is of the share that has them: by a hash of its
         texts, so that any number of workers chooses the same. The columns of the dataset keep the texts as they
         are."""
@@ -305,12 +319,15 @@ class Stages:
             return record
         if xxhash.xxh64_intdigest(f"{text}\0{output}".encode()) >= settings.inline_share * 2**64:
             return record
+        before = text
         if settings.placeholders and not record.rejected:
             text, output = masked_pair(text, output)
+            counts.changed[WITH_PLACEHOLDERS] += text != before
         if self.terms is not None:
-            found = self.terms.found(text, record.languages)
-            text = with_marks(text, [term for term in found if not missing([term], output)])
-        return replace(record, **{field: text}, output=output)
+            found = [it for it in self.terms.found(text, record.languages) if not missing([it], output)]
+            text = with_marks(text, found)
+            counts.changed[WITH_TERMS] += bool(found)
+        return record if text == before else replace(record, **{field: text}, output=output)
 
     def _count(self, record: Record | Tokenised, counts: Counts) -> None:
         if isinstance(record, Tokenised):
@@ -472,8 +489,9 @@ def _keys(row: RenderedRow) -> tuple[int, ...]:
         return source, target, source, target, source
     of_direction = f"\0{record.languages.target}" if record.languages.target else ""
     judged = f"\0{row.rejected}{record.mark or ''}" if row.rejected or record.mark else ""
-    exact = exact_key(row.source + of_direction), exact_key(row.target + judged)
-    return *exact, *record_keys(record), text_key(row.source)
+    source, target = row.plain or (row.source, row.target)
+    exact = exact_key(source + of_direction), exact_key(target + judged)
+    return *exact, *record_keys(record), text_key(source)
 
 
 def origin_of(batch: pyarrow.RecordBatch | pyarrow.Table, place: int) -> Origin:

@@ -18,7 +18,7 @@ import pyarrow.compute
 from diptych.data_prep.command_line.errors import counted, excerpt, nearest
 from diptych.data_prep.pipeline.prepare_settings import PrepareSettings
 from diptych.data_prep.pipeline.prepared_folder import CONFLICTS, REJECTS
-from diptych.data_prep.pipeline.row_stages import Counts
+from diptych.data_prep.pipeline.row_stages import WITH_PLACEHOLDERS, WITH_TERMS, Counts
 from diptych.data_prep.rows.records import CUT_OFF, Rejects
 from diptych.data_prep.text_to_ids.templates import Template
 
@@ -59,6 +59,8 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     yield f"Read       {read} from {sources}: {rows['kept']:,} kept, {rows['rejected']:,} rejected"
     for kind, count in manifest["rejected_by_kind"].items():
         yield f"Rejected   {count:,} × {kind}, the first in {manifest['first_rejected'][kind]}"
+    for what, count in manifest.get("changed", {}).items():
+        yield f"Changed    {count:,} × {what}"
     if manifest["settings"]["mixture"] is not None:
         for source in manifest["inputs"]:
             mixed = counted(source["mixed"], "row")
@@ -220,6 +222,16 @@ def kept_columns_warnings(kept: Iterable[str], examples: pyarrow.Table, unused: 
         if set(pyarrow.compute.unique(examples[name]).to_pylist()) <= {""}:
             near = nearest(name, unused)
             yield f"keep_columns {name}: no row has a value there.{f' Did you mean {near}?' if near else ''}"
+
+
+def inline_warnings(settings: PrepareSettings, counts: Counts) -> Iterator[str]:
+    if settings.terms and settings.inline_share and not counts.changed[WITH_TERMS]:
+        yield (
+            f"no example has a term of {settings.terms} in its source, as a whole word, and its translation in the"
+            " target, in the languages of the file."
+        )
+    if settings.placeholders and settings.inline_share and not counts.changed[WITH_PLACEHOLDERS]:
+        yield "no source and target share an address, a tag or a number, so none has placeholders."
 
 
 def usage_warnings(template: Template, counts: Counts) -> Iterator[str]:

@@ -24,6 +24,7 @@ from diptych.data_prep.pipeline.row_stages import OVER_THE_LIMIT, Stages
 from diptych.data_prep.pipeline.select_rows import ALSO_HELD_OUT, REMOVED, Selection
 from diptych.data_prep.report.printed_summary import (
     cut_off_warnings,
+    inline_warnings,
     judged_warnings,
     kept_columns_warnings,
     own_sets_warnings,
@@ -116,6 +117,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
     warnings = [
         *usage_warnings(results.stages.template, counts),
         *kept_columns_warnings(settings.kept, results.gathered.examples, counts.unused_fields),
+        *inline_warnings(settings, counts),
         *results.inputs.warnings,
         *selection.warnings,
         *own_sets_warnings(selection.own_sets, inputs),
@@ -136,6 +138,7 @@ def manifest_of(results: Results) -> dict[str, Any]:
         "groups": selection.groups,
         "own_sets": selection.own_sets,
         "conflicts": len(selection.conflicting),
+        **({"changed": changed} if (changed := dict(+counts.changed)) else {}),
         "sensitive": dict(counts.sensitive.most_common()) if settings.sensitive else None,
         "tokens": token_counts(results.gathered, results.places, settings, rejects),
         "packing": packing,

@@ -3,10 +3,18 @@
 schema = read_schema("person.json")
 fault_of('{"name": "Kim", "age": "31"}', schema)      "age is '31', which is not of type 'integer'"
 SchemaFilter(json.dumps(schema)).check(record)        None, or ("target is not of the JSON schema", "…")
+as_written('{"age": 31.0, "name": "Jos\\u00e9"}', schema)      '{"name": "José", "age": 31}'
+
+Outputs that have to fit a schema can only be written in one way (finetune/inference/constraints.py): names in the
+schema's order, and characters as they are. A model that learned another order is kept from what it wants to write, and
+leaves it out. So targets are given that form.
 """
 
 import functools
 import json
+import re
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +84,98 @@ def fault_of(text: str, schema: str) -> str | None:
         return None
     place = "/".join(map(str, errors[0].path))
     return f"{f'at {place}: ' if place else ''}{excerpt(errors[0].message, 200)}"
+
+
+STRING = re.compile(r'("(?:[^"\\]|\\.)*")')
+WHITE_SPACE = re.compile(r"[ \t\r\n]+")
+ALLOWED = re.compile(r" |\n[ \t]{0,16}")
+"""White space between the parts of an output."""
+
+
+class _Number(float):
+    """With the text that it had, so that no digit changes."""
+
+    text: str
+
+    @classmethod
+    def of(cls, text: str) -> "_Number":
+        number = cls(text)
+        number.text = text
+        return number
+
+
+def as_written(text: str, schema: str) -> str:
+    """A text that is JSON of the schema, in the form that outputs of the schema have; the text itself if it is so."""
+    value = json.loads(text, parse_float=_Number.of, parse_int=_Number.of)
+    validator = _validator(schema)
+    written = _written(_ordered(value, validator.schema, validator))
+    gaps = [gap for part in STRING.split(text)[::2] for gap in WHITE_SPACE.findall(part)]
+    is_so = text == text.strip() and all(map(ALLOWED.fullmatch, gaps)) and _squeezed(text) == _squeezed(written)
+    return text if is_so else written
+
+
+def _squeezed(text: str) -> str:
+    """Without white space between the parts."""
+    parts = STRING.split(text)
+    return "".join(part if place % 2 else WHITE_SPACE.sub("", part) for place, part in enumerate(parts))
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, _Number):
+        return value.text
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_written(name)}: {_written(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_written, value)) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _ordered(value: Any, schema: Any, validator: Any) -> Any:
+    """The value with its names in the order of the schema, with the schema's own form of its constants, and with whole
+    numbers where it asks for integers."""
+    parts = list(_parts(value, schema, validator, ()))
+    for part in parts:
+        for constant in part.get("enum", [part["const"]] if "const" in part else []):
+            if constant == value and isinstance(constant, bool) == isinstance(value, bool):
+                return constant
+    if isinstance(value, dict):
+        first = [name for key in ("properties", "required") for part in parts for name in part.get(key, ())]
+        names = [name for name in dict.fromkeys([*first, *value]) if name in value]
+        return {name: _ordered(value[name], _schema_of(name, parts), validator) for name in names}
+    if isinstance(value, list):
+        return [_ordered(it, _schema_at(place, parts), validator) for place, it in enumerate(value)]
+    if isinstance(value, _Number) and not value.text.lstrip("-").isdigit():
+        if any(part.get("type") == "integer" for part in parts):
+            return _Number.of(str(int(Decimal(value.text))))
+    return value
+
+
+def _parts(value: Any, schema: Any, validator: Any, before: tuple[Any, ...]) -> Iterator[Mapping[str, Any]]:
+    """The schema, those that it refers to or is made of, and the first alternative that the value fits."""
+    if not isinstance(schema, dict) or any(schema is other for other in before):
+        return
+    before = (*before, schema)
+    yield schema
+    others = [*schema.get("allOf", ())]
+    for name in ("anyOf", "oneOf"):
+        others += [it for it in schema.get(name, ()) if validator.evolve(schema=it).is_valid(value)][:1]
+    if str(schema.get("$ref", "")).startswith("#"):
+        from referencing import Registry
+        from referencing.jsonschema import specification_with
+
+        whole = specification_with(validator.META_SCHEMA["$schema"]).create_resource(validator.schema)
+        others.append(Registry().with_resource("", whole).resolver().lookup(schema["$ref"]).contents)
+    for other in others:
+        yield from _parts(value, other, validator, before)
+
+
+def _schema_of(name: str, parts: list[Mapping[str, Any]]) -> Any:
+    found = [part["properties"][name] for part in parts if name in part.get("properties", ())]
+    found += [it for part in parts for key, it in part.get("patternProperties", {}).items() if re.search(key, name)]
+    found = found or [it for part in parts if isinstance(it := part.get("additionalProperties"), dict)]
+    return {"allOf": found}
+
+
+def _schema_at(place: int, parts: list[Mapping[str, Any]]) -> Any:
+    each = (part.get("prefixItems", [])[place : place + 1] or [part.get("items", True)] for part in parts)
+    return {"allOf": [it for found in each for it in found]}

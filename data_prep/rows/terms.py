@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import regex
@@ -32,10 +33,13 @@ NO_BLANKS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}
 LETTER = r"[\p{L}\p{N}\p{M}]"
 KEPT = regex.compile(
     r"\[#\d+\]"  # looks like a placeholder
-    r"|(?:https?://|www\.)[^\s<>\"'、。]*[^\s<>\"'、。.,;:!?)\]]|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"  # addresses
+    # Addresses. Other letters than Latin ones begin behind a mark only: `a.com/서울` is one, `a.com에` ends before 에.
+    r"|(?:https?://|www\.)(?:[!#-&(-;=?-~\p{Latin}]|(?<=[/?=&#_%+-])[^\s\x00-\x7f、。]+)+(?<![.,;:!?)\]])"
+    r"|[A-Za-z\d._%+-]+@[A-Za-z\d-]+(?:\.[A-Za-z\d-]+)+"
     r"|</?[A-Za-z][^<>]*>|\{\{[^{}]*\}\}|\{\w*\}|%(?:\(\w+\))?[sd]"  # tags and fields
     r"|(?<![A-Za-z\d.,])\d+(?:[.,:/-]\d+)+(?![A-Za-z\d])|(?<![A-Za-z\d.,])\d{2,}(?![A-Za-z\d])"  # numbers, but no 10th
 )
+LANGUAGE_LIKE = regex.compile(r"[A-Za-z]{2,3}([-_][A-Za-z]{2,4})*")
 PLACEHOLDER = regex.compile(r"\[\s*#\s*(\d+)\s*\]")
 
 
@@ -96,24 +100,32 @@ def edges(source: str) -> tuple[str, str]:
     return left, "" if is_open or not regex.match(LETTER, source[-1]) else f"(?!{LETTER})"
 
 
+def text_of(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not in UTF-8: {excerpt(error)}. Save it in UTF-8.") from None
+
+
 def read_terms(file: str) -> Terms:
     """UserError: a line has other columns, an unknown language, or another translation of a term than an earlier
     line."""
     entries: dict[tuple[str, str], dict[str, str]] = {}
     lines: dict[tuple[str, str, str], tuple[int, str]] = {}
     default = ("", "")
-    with open(file, encoding="utf-8-sig") as opened:
-        try:
-            written = opened.read().splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not in UTF-8: {excerpt(error)} Save it in UTF-8.") from None
-    for number, line in enumerate(written, start=1):
+    for number, line in enumerate(text_of(file).splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         cells = [cell.strip() for cell in line.split("\t")]
         if not lines and default == ("", "") and len(cells) == 2 and all(map(names_language, cells)):
             default = tuple(map(short_code, cells))
             continue
+        are_languages = [names_language(cell) for cell in cells]
+        if not lines and sum(are_languages) == 1 and len(cells) == 2 and all(map(LANGUAGE_LIKE.fullmatch, cells)):
+            raise UserError(
+                f"{file} line {number} is {cells[0]!r} and {cells[1]!r}, and {cells[are_languages.index(False)]!r} is"
+                f" no language. If these are the terms' languages, correct it; if it is a term, put another one first."
+            )
         if len(cells) not in (2, 4) or not all(cells):
             raise UserError(f"{file} line {number} is {excerpt(line)!r}. {COLUMNS}")
         source, target, *named = cells

@@ -281,6 +281,7 @@ def format_table(
         lines.append(line(name, NOTES.get(name) or excerpt(evaluation.signatures.get(name, "")), ".2f"))
     if evaluation.predictions:
         lines += [f"{name:20}{'missing':>9}" for name in evaluation.faults]
+        lines += [line("terms", "in the sources")] if "terms" in figures else []
         lines += [line("source_pieces", "were generated")] if "source_pieces" in figures else []
         lines.append(line("unfinished", f"outputs never ended and were stopped at {figures['max_new_tokens']} tokens"))
     if intervals:

@@ -54,6 +54,7 @@ def test_words_end_where_their_script_ends_them(file):
         ("cat\n", "line 1 is 'cat'. Each line has a term, a tab"),
         ("cat\ta\txq\tko\n", "'xq' is no language"),
         ("# cat\ta\n", "has no terms"),
+        ("en\txx\ncat\ta\n", "line 1 is 'en' and 'xx', and 'xx' is no language"),
     ],
 )
 def test_a_file_that_contradicts_itself_or_is_no_list_of_terms_is_an_error(file, text, said):
@@ -90,6 +91,35 @@ def test_training_rows_get_placeholders_for_what_stands_once_on_both_sides():
         "[#1] and 30, 30 at [#2]",
         "[#2]: 30, [#1]",
     )
+    assert masked_pair("Visit https://a.com/x?y=0 or mail me@a.com.", "https://a.com/x?y=0에서, me@a.com로") == (
+        "Visit [#1] or mail [#2].",
+        "[#1]에서, [#2]로",
+    )
+    assert masked("https://a.com/서울 http://münchen.de/a")[0] == "[#1] [#2]"
+
+
+def test_rows_that_differ_in_what_placeholders_stand_for_are_no_duplicates(tmp_path, capsys):
+    rows = [{"instruction": f"It is {n} won.", "output": f"{n}원이다."} for n in range(100, 140)]
+    for name, part in {"train": rows[:36], "test": rows[36:]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    command = ["--data", str(tmp_path / "train.json"), "--test", str(tmp_path / "test.json")]
+    command += [
+        "--train_tokenizer",
+        "bpe",
+        "--vocab_size",
+        "300",
+        "--template",
+        "plain",
+        "--placeholders",
+        "true",
+        "--inline_share",
+        "1",
+    ]
+    assert main([*command, "--validation_fraction", "0", "--out", str(tmp_path / "out")]) == 0
+    found = load_from_disk(str(tmp_path / "out"))
+    assert len(found["train"]) == 36 and set(found["train"]["source"]) == {"It is [#1] won."}
+    assert "It is 136 won." in set(found["test"]["source"])  # a set of the user's own stays as it is
+    assert "Changed    36 × source and target with placeholders" in capsys.readouterr().out
 
 
 def test_prepare_marks_a_share_of_the_rows_that_have_a_term_on_both_sides(file, tmp_path):
@@ -123,3 +153,8 @@ def test_prepare_refuses_terms_that_contradict_each_other(file, tmp_path, capsys
     command = ["--data", "tatoeba", "--train_tokenizer", "bpe", "--out", str(tmp_path / "out")]
     assert main([*command, "--terms", file("cat\ta\ncat\tb\n")]) == 2
     assert "line 2 translates 'cat'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "terms.tsv").write_text("cat\ta\n", encoding="utf-16")
+    assert main([*command, "--terms", str(tmp_path / "terms.tsv")]) == 2
+    assert "is not in UTF-8" in capsys.readouterr().err
+    assert main([*command, "--terms", file("qqq\ta\n"), "--vocab_size", "500"]) == 0
+    assert "no example has a term of" in capsys.readouterr().err

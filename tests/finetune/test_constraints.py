@@ -9,17 +9,18 @@ import jsonschema
 import openai
 import pytest
 import torch
+from datasets import load_from_disk
 from listening import listening
 from small_families import family_configs
 from transformers import AutoModelForSeq2SeqLM, pipeline
 
 import diptych
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.rows.json_schema import fault_of
+from diptych.data_prep.rows.json_schema import as_written, fault_of
 from diptych.data_prep.text_to_ids.templates import Template
 from diptych.finetune.commands import cli
 from diptych.finetune.evaluating.metrics import compute_metrics
-from diptych.finetune.inference.constraints import grammar_of
+from diptych.finetune.inference.constraints import FitsGrammar, grammar_of
 from diptych.finetune.inference.generation import generate_outputs
 from diptych.finetune.inference.pipelines import register_pipelines
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -201,6 +202,62 @@ def test_prepare_leaves_out_targets_that_are_not_of_the_schema(extraction, prepa
         command = ["--data", "seed_tasks", "--tokenizer", str(extraction / "model"), "--out", str(extraction / "none")]
         assert cli.run("prepare", [*command, "--json_schema", str(extraction / name)]) == 2
         assert says in capsys.readouterr().err
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "jobs": {"type": "array", "items": {"$ref": "#/$defs/job"}},
+        "address": {"anyOf": [{"$ref": "#/$defs/street"}, {"$ref": "#/$defs/box"}]},
+        "size": {"type": "number"},
+        "kind": {"enum": ["é", 1, {"x": 1, "a": 2}]},
+    },
+    "$defs": {
+        "job": {"properties": {"title": {}, "boss": {"$ref": "#/$defs/job"}}, "required": ["title"]},
+        "street": {"properties": {"street": {"type": "string"}, "city": {}}, "required": ["street"]},
+        "box": {"properties": {"box": {"type": "integer"}, "city": {}}, "required": ["box"]},
+    },
+    "required": ["name"],
+}
+for inner in PERSON["$defs"].values():
+    inner |= {"type": "object", "additionalProperties": False}
+AS_WRITTEN = {
+    '{"name":"a"}': '{"name":"a"}',
+    '{\n  "name": "a",\n  "age": 12345678901234567890123\n}': '{\n  "name": "a",\n  "age": 12345678901234567890123\n}',
+    ' {"name":   "a"}\n': '{"name": "a"}',
+    '{"age": 5.0, "name": "Jos\\u00e9 \\/ \\u001f"}': '{"name": "José / \\u001f", "age": 5}',
+    '{"jobs": [{"boss": {"title": "b"}, "title": "c"}], "name": "n", "size": 1.50E+3}': (
+        '{"name": "n", "jobs": [{"title": "c", "boss": {"title": "b"}}], "size": 1.50E+3}'
+    ),
+    '{"address": {"city": "q", "box": 7e1}, "name": "z", "other": {"b": 1, "a": 2}}': (
+        '{"name": "z", "address": {"box": 70, "city": "q"}, "other": {"b": 1, "a": 2}}'
+    ),
+    '{"name": "a", "kind": {"a": 2, "x": 1.0}}': '{"name": "a", "kind": {"x": 1, "a": 2}}',
+}
+
+
+@pytest.mark.parametrize("text", AS_WRITTEN)
+def test_targets_get_the_form_that_outputs_of_the_schema_have(text, byte_level):
+    written, loaded = as_written(text, json.dumps(PERSON)), loaded_with(byte_level, "t5")
+    assert written == AS_WRITTEN[text] and json.loads(written) == json.loads(text)
+    fits = FitsGrammar(loaded, grammar_of(json_schema=PERSON), 1, [byte_level.eos_token_id])
+    is_whole = {
+        it: fits.finished(byte_level(it, add_special_tokens=False)["input_ids"], True) for it in (written, text)
+    }
+    assert is_whole == {written: True, text: written == text}
+
+
+def test_prepare_says_how_many_targets_it_gave_that_form(extraction, tmp_path, capsys):
+    (tmp_path / "schema.json").write_text(json.dumps(PERSON), encoding="utf-8")
+    rows = [{"instruction": f"Who is {n}?", "output": target} for n, target in enumerate(AS_WRITTEN)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    command = ["--data", str(tmp_path / "rows.json"), "--tokenizer", str(extraction / "model"), "--template", "plain"]
+    command += ["--validation_fraction", "0", "--test_fraction", "0", "--out", str(tmp_path / "out")]
+    assert cli.run("prepare", [*command, "--json_schema", str(tmp_path / "schema.json")]) == 0
+    assert set(load_from_disk(str(tmp_path / "out"))["train"]["target"]) == set(AS_WRITTEN.values())
+    assert "Changed    5 × target in the form" in capsys.readouterr().out
 
 
 def test_a_file_of_prompts_gets_json_alone_and_a_run_of_another_schema_is_not_gone_on_with(extraction, capsys):
