@@ -70,6 +70,11 @@ def source_documents(
             continue
         if source in (key[0], MARK.sub("", key[0])):
             prompts[key] = prompt
+    if documents.terms is not None:
+        for key in found.keys() - prompts.keys():  # with the marks that it was prepared with
+            terms = documents.terms.found(MARK.sub("", key[0]), key[1])
+            promise = Promise([term for term in terms if f"{term.source} [= {term.target}]" in key[0]])
+            found[key] = found[key]._replace(promises=[promise])
     encoded = documents.encode(list(prompts.values()))
     found |= {key: document for key, document in zip(prompts, encoded, strict=True) if not document.error}
     if left := len(found) - len([document for document in encoded if not document.error]):

@@ -237,8 +237,12 @@ def test_evaluate_cuts_sources_and_counts_the_terms_that_are_honoured(
     tmp_path, capsys, obeying_checkpoint, tiny_tokenizer, terms_file
 ):
     texts = [("A cat.", "냥이."), ("No cat.", "냥이."), ("Go.\nGo.", "가.\n가."), ("Go.", "가.")]
+    texts.append(
+        ("[#1] A cat [= 냥이].", "[#1] 냥이.")
+    )  # as prepared with placeholders: its instruction gives another
     rows = [
-        {"input_ids": ids, "labels": labels, "source": source, "target": target, "instruction": source, "input": ""}
+        {"input_ids": ids, "labels": labels, "source": source, "target": target, "input": ""}
+        | {"instruction": source.replace("[#1]", "12")}
         | {"source_language": "en", "target_language": "ko", "origin": source}
         for ids, labels, (source, target) in zip(
             encode_sources(tiny_tokenizer, [source for source, _ in texts]),
@@ -252,11 +256,13 @@ def test_evaluate_cuts_sources_and_counts_the_terms_that_are_honoured(
     tiny_tokenizer.save_pretrained(data / "tokenizer")
     command = ["evaluate", str(obeying_checkpoint), "--data", str(data), "--out", str(report), "--metrics", "chrf"]
     assert cli.main([*command, "--device", "cpu", "--terms", terms_file, "--long", "split"]) == 0
-    assert "terms_honoured" in capsys.readouterr().out
+    assert {"terms": "3", "terms_honoured": "66.67"}.items() <= dict(
+        line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("terms")
+    ).items()
     figures = json.loads(report.read_text("utf-8"))["figures"]
-    assert (figures["terms"], figures["terms_honoured"], figures["source_pieces"]) == (2, 50.0, 5)
+    assert (figures["terms"], figures["terms_honoured"], figures["source_pieces"]) == (3, pytest.approx(200 / 3), 6)
     predictions = (tmp_path / "report.predictions.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["prediction"] for line in predictions] == ["냥이.", "개.", "가.\n가.", "가."]
+    assert [json.loads(line)["prediction"] for line in predictions[:4]] == ["냥이.", "개.", "가.\n가.", "가."]
     assert cli.main([*command, "--device", "cpu"]) == 0
     figures = json.loads(report.read_text("utf-8"))["figures"]
     assert not {"terms", "terms_honoured", "source_pieces"} & figures.keys()
