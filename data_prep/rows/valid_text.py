@@ -101,7 +101,8 @@ def not_a_string(value: Any, name: str, known: str | None = None) -> Fault:
         how = f"Write the string that is inside of it, at {excerpt('.'.join(path))}{several}."
     else:
         how = f"--map {mapped(known, '.'.join([name, *path]))} takes the string in it{several}."
-    reason = f"'{name}' is {described(value)}, not a string. {how}"
+    whole = " To learn all of it, write it as JSON in a string." if isinstance(value, Mapping) else ""
+    reason = f"'{name}' is {described(value)}, not a string. {how}{whole}"
     return Fault(name, f"'{without_index(name)}' is not a string", reason, of_shape=True)
 
 
