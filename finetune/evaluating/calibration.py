@@ -6,7 +6,8 @@
 
 Coverage is the part of the outputs that is kept, the surest first; risk is the part of these that is wrong (El-Yaniv
 and Wiener 2010). All figures come from probabilities of outputs that the fit had not seen: it is made on each half of
-the outputs, and applied to the other. What is stored is the fit on all of them. N outputs.
+the outputs, and applied to the other. What is stored is the fit on all of them. With too few outputs for a fit, the
+surest are those with the highest mean log-probability per token. N outputs.
 """
 
 import os
@@ -32,12 +33,25 @@ RIDGE = 1e-2
 
 class Calibrated(NamedTuple):
     weights: list[float]
-    """As `output_confidence.Calibration` has them."""
+    """As `output_confidence.Calibration` has them; none without a fit."""
     figures: dict[str, float]
     coverage: np.ndarray
     """(N,), 1/N to 1."""
     risk: np.ndarray
     """(N,) at each coverage."""
+    not_fitted: str = ""
+    """Why there is no fit."""
+
+    @property
+    def warning(self) -> str:
+        """What is wrong with the fit; "" if it tells right outputs from wrong ones."""
+        half, right = (self.figures[name] for name in ("right_at_half_coverage", "right"))
+        if half > right:
+            return ""
+        return (
+            f"right_at_half_coverage ({half:.2f}) is not above right ({right:.2f}): this confidence does not tell"
+            " right outputs from wrong ones. Do not use it to leave outputs to a person."
+        )
 
 
 def parse_right(written: str) -> tuple[str, float | None]:
@@ -60,35 +74,43 @@ def right_of(figure: str, least: float | None, scored: Scored, outputs: int) -> 
 
 
 def calibrated(outputs: Sequence[Output], right: np.ndarray, seed: int) -> Calibrated:
-    """UserError: there are too few outputs, or too few of them are right or wrong."""
+    """Without a fit (`not_fitted`) where there are too few outputs, or too few of them are right or wrong."""
     table, wanted = np.array([features(output) for output in outputs]), right.astype(float)
-    if len(outputs) < LEAST_OUTPUTS or min(wanted.sum(), (1 - wanted).sum()) < 2 * LEAST_OF_A_KIND:
-        raise UserError(
-            f"confidence cannot be fitted to {len(outputs)} outputs of which {int(wanted.sum())} are right: it takes"
-            f" {LEAST_OUTPUTS}, with {2 * LEAST_OF_A_KIND} right and as many wrong. Evaluate more rows, or let a lower"
-            " score count as right: --confidence chrf:40."
-        )
-    halves = np.random.default_rng(seed).permutation(len(outputs)) % 2
-    for kind in (0.0, 1.0):  # each half has both kinds
-        halves[wanted == kind] = np.arange(int((wanted == kind).sum())) % 2
-    probability = np.empty(len(outputs))
-    for half in (0, 1):
-        weights = fit(table[halves == half], wanted[halves == half])
-        probability[halves != half] = _logistic(table[halves != half] @ weights)
+    is_fitted = len(outputs) >= LEAST_OUTPUTS and min(wanted.sum(), (1 - wanted).sum()) >= 2 * LEAST_OF_A_KIND
+    probability = _by_halves(table, wanted, seed) if is_fitted else table[:, 0]
     order = np.argsort(-probability, kind="stable")
     kept = np.arange(1, len(outputs) + 1)
     risk = np.cumsum(1 - wanted[order]) / kept
     half = len(outputs) // 2
-    bins = np.array_split(order, BINS)
-    off = [abs(probability[places].mean() - wanted[places].mean()) * len(places) for places in bins]
     figures = {
         "right": 100 * wanted.mean(),
         "right_at_half_coverage": 100 * (1 - risk[half - 1]),
         "area_under_risk": 100 * risk.mean(),
-        "calibration_error": 100 * sum(off) / len(outputs),
-        "brier": float(((probability - wanted) ** 2).mean()),
     }
+    if not is_fitted:
+        not_fitted = (
+            f"confidence cannot be fitted to {len(outputs)} outputs of which {int(wanted.sum())} are right: it takes"
+            f" {LEAST_OUTPUTS}, with {2 * LEAST_OF_A_KIND} right and as many wrong. Evaluate more rows, or let another"
+            " score count as right: --confidence chrf:40."
+        )
+        return Calibrated([], figures, kept / len(outputs), risk, not_fitted)
+    bins = np.array_split(order, BINS)
+    off = [abs(probability[places].mean() - wanted[places].mean()) * len(places) for places in bins]
+    figures["calibration_error"] = 100 * sum(off) / len(outputs)
+    figures["brier"] = float(((probability - wanted) ** 2).mean())
     return Calibrated(fit(table, wanted).tolist(), figures, kept / len(outputs), risk)
+
+
+def _by_halves(table: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
+    """The probability of each output (N,), by a fit to the half that it is not in."""
+    halves = np.random.default_rng(seed).permutation(len(wanted)) % 2
+    for kind in (0.0, 1.0):  # each half has both kinds
+        halves[wanted == kind] = np.arange(int((wanted == kind).sum())) % 2
+    probability = np.empty(len(wanted))
+    for half in (0, 1):
+        weights = fit(table[halves == half], wanted[halves == half])
+        probability[halves != half] = _logistic(table[halves != half] @ weights)
+    return probability
 
 
 def fit(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -145,4 +167,4 @@ def table_of(found: Calibrated, right: str) -> list[str]:
         "calibration_error": "points between probability and share that is right, in the mean over tenths",
         "brier": "squared error of the probability",
     }
-    return [f"{name:24}{found.figures[name]:>9.2f}  {note}" for name, note in names.items()]
+    return [f"{name:24}{found.figures[name]:>9.2f}  {note}" for name, note in names.items() if name in found.figures]

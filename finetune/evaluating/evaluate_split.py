@@ -37,7 +37,7 @@ from diptych.finetune.batches.padded_rows import (
 from diptych.finetune.commands import cli
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.commands.ranks import several_ranks
-from diptych.finetune.evaluating.calibration import calibrated, parse_right, plot_risk, right_of, table_of
+from diptych.finetune.evaluating.calibration import Calibrated, calibrated, parse_right, plot_risk, right_of, table_of
 from diptych.finetune.evaluating.confidence_intervals import LEVEL_PERCENT, RESAMPLES, bootstrap_intervals
 from diptych.finetune.evaluating.evaluate_documents import documents_to_evaluate
 from diptych.finetune.evaluating.evaluate_rows import (
@@ -50,7 +50,13 @@ from diptych.finetune.evaluating.evaluate_rows import (
     source_keys,
 )
 from diptych.finetune.evaluating.evaluate_settings import EvaluateSettings
-from diptych.finetune.evaluating.metrics import FIGURES, METRICS, figures_and_signatures, find_metrics
+from diptych.finetune.evaluating.metrics import (
+    METRICS,
+    compute_metrics,
+    figures_and_signatures,
+    find_metrics,
+    lower_is_better,
+)
 from diptych.finetune.evaluating.own_metrics import parse_metric_name
 from diptych.finetune.inference.engine import weights_sha256
 from diptych.finetune.inference.generate_settings import GenerateSettings, asked_form
@@ -68,6 +74,8 @@ NOTES = {
     "terms_honoured": "of the terms of sources are in the outputs",
     CHOSEN_LIKELIER: "of pairs: the chosen answer is more probable per token than the rejected one",
 }
+WHOLLY_RIGHT = ("exact_match", "superni_exact_match", "json_valid", "json_exact")
+"""Figures of which an output is right or wrong, without a score to be named."""
 MOST_GROUPS = 200
 FEW_SOURCES = 30
 """A group with fewer is marked."""
@@ -138,7 +146,7 @@ def run(settings: EvaluateSettings) -> int:
         )
         faults |= evaluation.faults
         if is_main:
-            tell(replace(settings, split=name), evaluation, split, len(splits), loaded)
+            faults |= tell(replace(settings, split=name), evaluation, split, len(splits), loaded)
     if accelerator:
         accelerator.end_training()
     if faults and is_main:
@@ -146,8 +154,11 @@ def run(settings: EvaluateSettings) -> int:
     return UserError.exit_code if faults else 0
 
 
-def tell(settings: EvaluateSettings, evaluation: Evaluation, split: Dataset, splits: int, loaded: Any) -> None:
-    """Prints the figures of one split, and writes its report."""
+def tell(
+    settings: EvaluateSettings, evaluation: Evaluation, split: Dataset, splits: int, loaded: Any
+) -> dict[str, str]:
+    """Prints the figures of one split, and writes its report. Returns what was asked of its confidence and could not
+    be had, which must not cost the report."""
     intervals = bootstrap_intervals(evaluation.statistics, seed=settings.seed)
     groups = {
         column: {value: facts_of(group, evaluation, settings.seed) for value, group in of_column.items()}
@@ -157,46 +168,74 @@ def tell(settings: EvaluateSettings, evaluation: Evaluation, split: Dataset, spl
     print(table if splits == 1 else f"{settings.split}\n{table}\n")
     if settings.out:
         settings = replace(settings, out=str(report_file(settings.out, settings.split, splits)))
-    trust = confidence_figures(settings, evaluation, loaded) if settings.confidence else {}
+    trust, fault = None, ""
+    try:
+        trust = confidence_of(settings, evaluation) if settings.confidence else None
+    except UserError as error:  # of a metric that is not built in
+        fault = str(error)
     if settings.out:
-        write_report(settings, evaluation, intervals, groups, split, trust)
+        write_report(settings, evaluation, intervals, groups, split, trust.figures if trust else {})
+    if trust:
+        fault = finish_confidence(settings, trust, len(evaluation.outputs), loaded)
+    return {f"confidence in {settings.split}": f"{settings.split}: {fault}"} if fault else {}
 
 
 def checked_metrics(settings: EvaluateSettings) -> list[str]:
-    """The metrics, with that of `confidence`. UserError: it is none."""
+    """The metrics, with that of `confidence`. UserError: it is none, or does not say which outputs are right."""
     metrics = settings.all_metrics
     find_metrics(metrics, settings.all_metric_settings)
-    name, _ = parse_right(settings.confidence)
-    of_metrics = [it.figure for it in map(parse_metric_name, metrics) if it is not None]
-    if not name or name in metrics or any(f"{name}.".startswith(f"{figure}.") for figure in of_metrics):
+    name, least = parse_right(settings.confidence)
+    own = [it.figure for it in map(parse_metric_name, metrics) if it is not None]
+    is_own = any(f"{name}.".startswith(f"{figure}.") for figure in own)
+    if name and lower_is_better(name, metrics):
+        raise UserError(
+            f"confidence is {settings.confidence!r}, and a lower {name} is better. Name a metric whose high scores are"
+            " right: exact_match, or chrf:60."
+        )
+    if not name or is_own:  # its figures are known when it was applied
         return metrics
-    if name in METRICS:
-        return [*metrics, name]
-    if name not in FIGURES:
-        known = [*METRICS, *of_metrics]
-        raise UserError(f"confidence is {settings.confidence!r}: no such metric. {choose_from(name, known)}")
-    return metrics
+    figures = {figure: metric for metric in METRICS for figure in compute_metrics([metric], ["1"], [["1"]])}
+    metric = "json" if name.startswith("json_exact.") else figures.get(name)
+    if metric is None:
+        known = [*(figure for figure in figures if not lower_is_better(figure)), *own]
+        raise UserError(f"confidence is {settings.confidence!r}: no such figure. {choose_from(name, known)}")
+    if least is None and not name.startswith(WHOLLY_RIGHT):
+        raise UserError(
+            f"confidence is {settings.confidence!r}, which does not say from which score on an output is right. Give"
+            f" the score: {name}:60."
+        )
+    return list(dict.fromkeys([*metrics, metric]))
 
 
-def confidence_figures(settings: EvaluateSettings, evaluation: Evaluation, loaded: Any) -> dict[str, float]:
-    """Prints how well confidence tells right from wrong, plots it beside the report, stores the fit if asked to."""
+def confidence_of(settings: EvaluateSettings, evaluation: Evaluation) -> Calibrated:
+    """Prints how well confidence tells right from wrong. UserError: the metric has no such figure, or none of a row
+    alone."""
     metric, least = parse_right(settings.confidence)
     scored = next((it for it in evaluation.statistics.values() if metric in it.figures()), None)
     if scored is None:
         of_metrics = [name for it in evaluation.statistics.values() for name in it.figures()]
         raise UserError(f"confidence is {settings.confidence!r}. {choose_from(metric, of_metrics)}")
-    right = right_of(metric, least, scored, len(evaluation.outputs))
-    found = calibrated(evaluation.outputs, right, settings.seed)
+    found = calibrated(evaluation.outputs, right_of(metric, least, scored, len(evaluation.outputs)), settings.seed)
     print("\n".join(["", *table_of(found, settings.confidence)]))
+    return found
+
+
+def finish_confidence(settings: EvaluateSettings, found: Calibrated, outputs: int, loaded: Any) -> str:
+    """Plots it beside the report, and stores the fit if asked to. Returns why it could not be stored."""
     if settings.out:
         plot_risk(found, Path(settings.out).with_suffix(".risk.png"), settings.confidence)
-    if settings.calibrate:
-        file = Path(settings.model).expanduser() / CALIBRATION
-        stored = {"weights": found.weights, "right": settings.confidence, "figures": found.figures}
-        stored |= {"weights_sha256": weights_sha256(loaded.model), "split": settings.split}
-        write_text(file, json.dumps(stored | {"outputs": len(right)}, indent=1) + "\n")
-        print(f"written: {file}")
-    return found.figures
+    if not settings.calibrate or found.not_fitted:
+        if found.not_fitted and not settings.calibrate:
+            print(f"warning: {found.not_fitted}", file=sys.stderr)
+        return f"no {CALIBRATION} was written: {found.not_fitted}" if settings.calibrate else ""
+    file = Path(settings.model).expanduser() / CALIBRATION
+    stored = {"weights": found.weights, "right": settings.confidence, "figures": found.figures}
+    stored |= {"weights_sha256": weights_sha256(loaded.model), "split": settings.split}
+    write_text(file, json.dumps(stored | {"outputs": outputs}, indent=1) + "\n")
+    print(f"written: {file}")
+    if warning := found.warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return ""
 
 
 def load_splits(data: str, split: str) -> dict[str, Dataset]:

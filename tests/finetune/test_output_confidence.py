@@ -46,14 +46,19 @@ def test_the_fit_finds_the_probability_from_which_outcomes_were_drawn():
     _, other = outputs_like(4000, seed=1)
     unrelated = calibrated(outputs, other, seed=0).figures
     assert abs(unrelated["right_at_half_coverage"] - unrelated["right"]) < 3
+    assert not found.warning
+    worse = found._replace(figures=found.figures | {"right_at_half_coverage": found.figures["right"]})
+    assert "is not above right" in worse.warning
 
 
 def test_outputs_that_are_all_right_cannot_be_fitted_and_broken_thresholds_are_said():
     outputs, right = outputs_like(200)
-    with pytest.raises(UserError, match="200 outputs of which 200 are right"):
-        calibrated(outputs, np.ones(200, dtype=bool), seed=0)
-    with pytest.raises(UserError, match="30 outputs"):
-        calibrated(outputs[:30], right[:30], seed=0)
+    assert "200 outputs of which 200 are right" in calibrated(outputs, np.ones(200, dtype=bool), seed=0).not_fitted
+    few = calibrated(outputs[:30], right[:30], seed=0)
+    assert "30 outputs" in few.not_fitted
+    surest = sorted(range(30), key=lambda place: -outputs[place].log_probability)[:15]
+    assert few.figures["right_at_half_coverage"] == pytest.approx(100 * np.mean([right[place] for place in surest]))
+    assert few.figures.keys() == {"right", "right_at_half_coverage", "area_under_risk"}
     assert parse_right("chrf:60") == ("chrf", 60.0)
     with pytest.raises(UserError, match="'chrf:high'"):
         parse_right("chrf:high")
@@ -110,12 +115,33 @@ def test_what_evaluate_fits_says_how_far_generated_outputs_can_be_trusted(t5_che
     assert "has no calibration.json" in capsys.readouterr().err
     evaluate = ["evaluate", str(model), "--data", str(tmp_path / "prepared"), "--split", "validation"]
     evaluate += ["--metrics", "", "--max_new_tokens", "24", "--out", str(tmp_path / "report.json")]
-    assert cli.run("evaluate", [*evaluate[1:], "--confidence", "exact"]) == 2
-    assert "no such metric. Did you mean exact_match" in capsys.readouterr().err
+    for asked_for, says in {
+        "exact_matches": "no such figure. Did you mean exact_match",
+        "json": "no such figure. Did you mean json_",
+        "rouge:50": "no such figure. Did you mean rougeL",
+        "chrf": "Give the score: chrf:60",
+        "token_error_rate:30": "lower token_error_rate is better",
+    }.items():
+        assert cli.run("evaluate", [*evaluate[1:], "--confidence", asked_for]) == 2
+        said = capsys.readouterr().err
+        assert says in said and "split validation" not in said
+    # Too few are right: the report is written, and then the fit is said to have failed.
+    few = [*evaluate, "--confidence", "bleu:99", "--limit", "12"]
+    assert cli.main(few) == 0
+    assert "warning: confidence cannot be fitted to 12 outputs" in capsys.readouterr().err
+    for file in ("report.json", "report.predictions.jsonl"):
+        (tmp_path / file).unlink()
+    assert cli.main([*few, "--calibrate", "true"]) == 2
+    assert "no calibration.json was written: confidence cannot be fitted" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["risk"].keys() >= {"area_under_risk"}
+    assert (tmp_path / "report.predictions.jsonl").is_file() and not (model / "calibration.json").exists()
     assert cli.main([*evaluate, "--confidence", "exact_match", "--calibrate", "true"]) == 0
-    assert "right_at_half_coverage" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "right_at_half_coverage" in printed.out
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["risk"]["right"] == report["figures"]["exact_match"]
+    is_worthless = report["risk"]["right_at_half_coverage"] <= report["risk"]["right"]
+    assert ("warning: right_at_half_coverage" in printed.err) == is_worthless
     assert (tmp_path / "report.risk.png").stat().st_size > 5000
     assert cli.main(left) == 0
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
