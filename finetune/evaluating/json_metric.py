@@ -5,9 +5,10 @@
     json_f1            F1 over all fields of all rows: a field is a path and its value, and {"a": {"b": [1, 2]}} has
                        a.b = 1 and a.b = 2
     json_exact.NAME    % of rows in which the field NAME of the top level equals that of the reference, or is in
-                       neither; for the MOST_FIELDS most frequent names of the references
+                       neither and the output is JSON; for the MOST_FIELDS most frequent names of the references
 
-Each row is compared with the reference that gives it the highest F1. An output that is no JSON has no fields.
+Each row is compared with the reference that gives it the highest F1. An output that is no JSON has no fields, and
+counts as wrong for each of them.
 """
 
 import json
@@ -43,7 +44,9 @@ def count_json(
         shared, total, nearest = max(scored, key=lambda it: it[0] / max(it[1], 1))
         is_valid = value is not MISSING and fault_of(text, rules) is None
         exact = any(_written(value) == _written(reference) for reference in of_row)
-        of_names = [_written(_field(value, name)) == _written(_field(nearest, name)) for name in names]
+        of_names = [
+            value is not MISSING and _written(_field(value, name)) == _written(_field(nearest, name)) for name in names
+        ]
         table.append([is_valid, exact, shared, total, *of_names, 1])
 
     def figures_of(sums: np.ndarray) -> dict[str, float]:

@@ -305,7 +305,7 @@ def test_json_is_compared_as_values(tmp_path):
     # all of 3; another name; true is not 1; a name that stands twice is no JSON
     assert found["json_f1"] == pytest.approx(100 * 6 / (6 + 2 + 2 + 1))
     assert (found["json_valid"], found["json_exact"]) == (75, 0)
-    assert (found["json_exact.a"], found["json_exact.b"]) == (25, 50)
+    assert (found["json_exact.a"], found["json_exact.b"]) == (25, 25)
     assert compute_metrics(["json"], ['{"a": 1.0}'], [['{"a": 1.0}', "[]"]])["json_exact"] == 100
     with pytest.raises(UserError, match="that of source 2 is not .*prepare --json_schema"):
         compute_metrics(["json"], ["1", "1"], [["1"], ["one"]])
