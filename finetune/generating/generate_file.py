@@ -5,8 +5,9 @@
     {"row": 2, "error": "broken JSON at column 9: …"}                     for a row that is no prompt
 
 Each line of in_file gives exactly one line, in its place; `row` counts from 1, and a blank line gets an empty
-prediction. With several outputs per prompt `prediction` and `finished` are lists; with scores there are also
-`log_probability` and `log_probability_per_token`, in nats. Languages named in a row override those of the settings.
+prediction, as does a row whose only text is an empty `input`. With several outputs per prompt `prediction` and
+`finished` are lists; with scores there are also `log_probability` and `log_probability_per_token`, in nats. Languages
+named in a row override those of the settings.
 
 Rows are generated in chunks of CHUNK_BATCHES batches, sorted by length within a chunk; each chunk is flushed to disk
 before the next one. With --long (documents.py) it is the pieces of rows that are batched, and there are also
@@ -33,7 +34,7 @@ from transformers import set_seed
 from diptych.data_prep.command_line.errors import UserError, message_line
 from diptych.finetune.commands.ranks import on_main_rank
 from diptych.finetune.generating.documents import WHOLE, Answered, Document, counts_of, documents_for
-from diptych.finetune.generating.prompt_files import BLANK, PromptRow, render_prompts
+from diptych.finetune.generating.prompt_files import PromptRow, render_prompts
 from diptych.finetune.inference.engine import TorchEngine
 from diptych.finetune.inference.generate_settings import GenerateSettings
 from diptych.finetune.inference.output_confidence import Calibration, facts_of
@@ -102,7 +103,7 @@ def generate_file(
             bar.update(together[-1].stop - bar.n)  # it counted this rank's rows only
     counts = {
         "with an error in place of a prediction": sum(bool(row.error) for row in rows),
-        "blank, whose prediction is empty": rows.count(BLANK),
+        "blank, whose prediction is empty": sum(not row.prompt and not row.error for row in rows),
         "whose prompt was cut (source_cut)": sum(document.is_cut_off for document in prompts.values()),
     } | counts_of(prompts.values())
     if rank == 0:

@@ -18,7 +18,7 @@ from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.language_names import UnknownLanguage
 from diptych.data_prep.rows.records import Languages, Row
 from diptych.finetune.inference.generate_settings import LINES_SUFFIX
-from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of
+from diptych.finetune.inference.prompts import EmptyInput, Prompt, Prompter, prompt_of
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 
@@ -38,7 +38,8 @@ class PromptRow(NamedTuple):
 
 MOST_LINE_BYTES = 10_000_000
 BLANK = PromptRow({})
-"""An empty line. It keeps its place in the output."""
+"""An empty line. It keeps its place in the output, as does a row whose only text is an empty `input`, which has its
+fields."""
 
 
 def read_prompts(
@@ -63,7 +64,7 @@ def read_prompts(
                 rows.append(_text_row(line, instruction, system, has_languages) if is_text else _json_row(line))
             except UnicodeDecodeError as error:
                 rows.append(PromptRow({}, error=f"invalid UTF-8 at byte {error.start + 1} of the line"))
-    filled = [row for row in rows if row != BLANK]
+    filled = [row for row in rows if row.prompt or row.error]
     if not filled:
         raise UserError(f"{in_file} is empty. {FORMATS}")
     if all(row.error for row in filled):
@@ -133,6 +134,8 @@ def json_object(line: bytes) -> dict[str, Any]:
 def row_of(fields: dict[str, Any]) -> PromptRow:
     try:
         return PromptRow(fields, prompt_of(fields))
+    except EmptyInput:
+        return PromptRow(fields)
     except (UserError, Fault) as error:
         return PromptRow(fields, error=str(error))
 

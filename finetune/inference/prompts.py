@@ -40,6 +40,10 @@ OUTPUT_FIELDS = (
 """Fields that `diptych generate` writes, so a row must not have them."""
 
 
+class EmptyInput(UserError):
+    """A row whose only text is an `input` that is empty."""
+
+
 class Prompt(NamedTuple):
     instruction: str
     input: str = ""
@@ -101,6 +105,8 @@ def prompt_of(fields: dict[str, Any]) -> Prompt:
     if conversation := next((name for name in CONVERSATION_FIELDS if name in fields), None):
         return _conversation_prompt(fields, conversation)
     text, instruction = fields.get("input") or "", fields.get("instruction")
+    if "instruction" not in fields and not text.strip() and "input" in fields:
+        raise EmptyInput("'input' is empty, and there is no 'instruction'. Give a text in one of them")
     if "instruction" not in fields and not text.strip():
         raise UserError(f"'instruction' is missing; the row has {listed(fields) or 'no fields'}")
     instruction = "" if instruction in (None, "") and text.strip() else instruction

@@ -26,7 +26,7 @@ from diptych.data_prep.rows.language_names import SOURCE_COLUMNS, TARGET_COLUMNS
 from diptych.data_prep.rows.records import Languages
 from diptych.finetune.commands.model_settings import split_names
 from diptych.finetune.evaluating.metrics import lower_is_better
-from diptych.finetune.generating.prompt_files import BLANK, read_prompts
+from diptych.finetune.generating.prompt_files import read_prompts
 from diptych.finetune.inference.prompts import Prompt, Prompter, template_for
 from diptych.finetune.preferences.scores import scores_of
 from diptych.finetune.run_files.atomic_folders import write_text
@@ -97,11 +97,10 @@ def prompts_of(rows: Sequence[Row], settings: DistilSettings) -> list[Row]:
 def _texts(file: str) -> Iterator[str]:
     """UserError for a row that is no text: where one is wrong, others may be, too."""
     for number, row in enumerate(read_prompts(file, has_languages=True), start=1):
-        if row == BLANK:
-            continue
-        if row.prompt is None:
+        if row.error:
             raise UserError(f"{file} row {number}: {row.error}. Correct it.")
-        yield row.prompt.input or row.prompt.instruction
+        if row.prompt:  # it is not blank
+            yield row.prompt.input or row.prompt.instruction
 
 
 def distinct(rows: Sequence[Row]) -> list[Row]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from diptych.data_prep.command_line.errors import UserError
 from diptych.finetune.commands import cli
 from diptych.finetune.generating.generate_file import CHUNK_BATCHES
 from diptych.finetune.generating.prompt_files import read_prompts
@@ -276,11 +277,16 @@ def test_a_table_is_read_by_the_names_of_its_columns(tmp_path, t5_checkpoint, na
 
 def test_blank_lines_between_json_rows_keep_the_numbers_of_the_lines(tmp_path, t5_checkpoint, eight_prepared_rows):
     row = json.dumps({name: eight_prepared_rows[2][name] for name in ("instruction", "input")}) + "\n"
-    (tmp_path / "in.jsonl").write_text("\n" + row + "\n" * 40 + row)
+    empty = '{"input": " ", "id": 3}'  # is blank, too
+    (tmp_path / "in.jsonl").write_text(f"\n{row}{empty}" + "\n" * 40 + row)
     assert cli.run("generate", command(t5_checkpoint, tmp_path / "in.jsonl", tmp_path / "out.jsonl")) == 0
     lines = read_lines(tmp_path / "out.jsonl")
     assert [line["row"] for line in lines if line["prediction"]] == [2, 43]
     assert [line["row"] for line in lines] == list(range(1, 44)) and not any("error" in line for line in lines)
+    assert lines[2] == {"row": 3, "prediction": "", "finished": True, "source_cut": False, "input": " ", "id": 3}
+    (tmp_path / "in.jsonl").write_text(empty)
+    with pytest.raises(UserError, match="in.jsonl is empty"):
+        read_prompts(str(tmp_path / "in.jsonl"))
 
 
 def test_a_cut_prompt_is_marked(tmp_path, t5_checkpoint):
