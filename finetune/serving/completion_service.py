@@ -24,7 +24,7 @@ from starlette.routing import Route
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.conversations import Fault
 from diptych.data_prep.rows.records import broken_character
-from diptych.data_prep.text_to_ids.languages import codes_of
+from diptych.data_prep.text_to_ids.languages import codes_of, own_languages
 from diptych.finetune.generating.documents import Document
 from diptych.finetune.inference.prompts import Prompt, Prompter, prompt_of
 from diptych.finetune.serving.guarded_server import ARRIVAL_SECONDS
@@ -232,6 +232,7 @@ class Service:
         """The prompts, and the token ids of all their pieces, by the template as `diptych generate` does it.
         RequestError if one is too long."""
         served, documents, sources = self.models[asked.model].served, [], []
+        asked.default_source = served.prompter.languages.source or own_languages(served.prompter.tokenizer).source
         try:
             for row in asked.rows:
                 document, of_document = asked_as_pieces(served, as_asked(served.prompter, prompt_of(row)))

@@ -110,6 +110,8 @@ class CompletionRequest:
     has_role: set[int] = field(default_factory=set)
     """The answers of which a chunk with the role was sent."""
     has_logprobs: bool = False
+    default_source: str = ""
+    """The language of a source that names none, once the prompts are encoded."""
 
     def field_of(self, error: str) -> str:
         """The field that an error about its prompts names."""
@@ -175,7 +177,8 @@ class TranslationRequest(CompletionRequest):
 
     def body(self, answers: Sequence[Answer]) -> dict[str, Any]:
         (row,), (answer,) = self.rows, answers
-        languages = {name: row.get(name) for name in ("source_language", "target_language")}
+        languages = {"source_language": row.get("source_language") or self.default_source or None}
+        languages["target_language"] = row["target_language"]
         text = {"translated_text": answer.text} | answer.facts
         return self._envelope("") | text | languages | {"usage": self.usage(answers)}
 
@@ -331,10 +334,11 @@ def _grammar(body: dict[str, Any]) -> Grammar | None:
     form = _without_nulls(_field(body, "response_format", dict, {"type": "text"}))
     asked = _without_nulls(_field(body, "structured_outputs", dict, {}))
     field, found = "structured_outputs", {name: asked[name] for name in asked if asked[name] is not False}
+    schema_of_form = _field(form, "json_schema", dict, {}).get("schema")
     if form.get("type") == "json_object":
         field, found = "response_format", found | {"json_object": True}
-    elif form.get("type") == "json_schema":
-        field, found = "response_format", found | {"json": _field(form, "json_schema", dict, {}).get("schema", True)}
+    elif form.get("type") == "json_schema" and schema_of_form is not None:
+        field, found = "response_format", found | {"json": schema_of_form}
     elif form != {"type": "text"}:
         message = "'response_format' has a type: text, json_object, or json_schema with {name, schema} beside it."
         raise RequestError(400, message, "response_format")

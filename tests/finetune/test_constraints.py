@@ -343,12 +343,14 @@ def test_clients_get_answers_of_the_form_that_they_ask_for(extraction, tmp_path)
         assert re.fullmatch("[0-9]{3}", ask(extra_body={"structured_outputs": {"regex": "[0-9]{3}"}}).message.content)
         assert ask(response_format={"type": "json_object"}).message.content.startswith("{")
         assert ask(response_format={"type": "text"}).message.content
-        for wrong, says in {
-            "unclosed group": {"structured_outputs": {"regex": "(a"}},
-            "one of json": {"structured_outputs": {"grammar": "root ::= 'a'"}},
-            "uniqueItems": {"structured_outputs": {"json": '{"type": "array", "uniqueItems": true}'}},
-            "another kind": {"structured_outputs": {"choice": []}},
-            "has a type": {"response_format": {"type": "xml"}},
-        }.items():
-            with pytest.raises(openai.BadRequestError, match=wrong):
-                ask(extra_body=says)
+        for says, wrong in (
+            ("unclosed group", {"structured_outputs": {"regex": "(a"}}),
+            ("one of json", {"structured_outputs": {"grammar": "root ::= 'a'"}}),
+            ("uniqueItems", {"structured_outputs": {"json": '{"type": "array", "uniqueItems": true}'}}),
+            ("another kind", {"structured_outputs": {"choice": []}}),
+            ("has a type", {"response_format": {"type": "xml"}}),
+            ("has a type", {"response_format": {"type": "json_schema"}}),
+            ("has a type", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": None}}}),
+        ):
+            with pytest.raises(openai.BadRequestError, match=says):
+                ask(extra_body=wrong)

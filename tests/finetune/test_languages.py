@@ -231,7 +231,7 @@ def are_translated(url):
     }
     assert id.startswith("transl-") and created > 1e9 and usage["completion_tokens"] > 0
     default = json.loads(translated(url, model="final", text="Yes.", target_language="ko", num_beams=2))
-    assert (default["translated_text"], default["source_language"]) == ("네.", None)
+    assert (default["translated_text"], default["source_language"]) == ("네.", "en")
     events = translated(url, model="final", text="네.", target_language="en", source_language="ko", stream=True)
     *chunks, last = [line.removeprefix("data: ") for line in events.splitlines() if line]
     chunks = [json.loads(chunk) for chunk in chunks]
