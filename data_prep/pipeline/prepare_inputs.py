@@ -44,12 +44,12 @@ from diptych.data_prep.reading.sources import (
     open_sources,
 )
 from diptych.data_prep.rows.convert_rows import Converter, Directions
-from diptych.data_prep.rows.json_schema import read_schema
+from diptych.data_prep.rows.json_schema import read_schema, why_not_forced
 from diptych.data_prep.rows.language_names import is_swapped
 from diptych.data_prep.rows.named_splits import HELD_OUT, KINDS, kind_in_name, kind_of, splits_of
 from diptych.data_prep.rows.recognise_format import converter_for, named, parse_mapping
 from diptych.data_prep.rows.records import Languages, Preferences, Record, Reject, Row
-from diptych.data_prep.rows.terms import read_terms, text_of
+from diptych.data_prep.rows.terms import read_terms
 from diptych.data_prep.text_to_ids.decoder_start import decoder_start_of
 from diptych.data_prep.text_to_ids.languages import codes_of, own_languages, resolved
 from diptych.data_prep.text_to_ids.templates import BARE_TEMPLATE, Template
@@ -257,7 +257,12 @@ def _checks(settings: PrepareSettings, inputs: Inputs) -> Iterator[Check]:
         languages = tuple(settings.source_languages), tuple(settings.target_languages)
         yield LanguageFilter(*languages, settings.language_confidence)
     if settings.json_schema:
-        yield SchemaFilter(json.dumps(read_schema(settings.json_schema)))
+        schema = read_schema(settings.json_schema)
+        if why := why_not_forced(schema):
+            inputs.warnings.append(
+                f"`diptych generate --json_schema` refuses {settings.json_schema}: {why}. Change it before you train."
+            )
+        yield SchemaFilter(json.dumps(schema))
     if inputs.evaluation:
         yield Decontaminate.from_records(_evaluation_records(settings, inputs), settings.decontaminate_ngram)
 
@@ -299,7 +304,8 @@ def fingerprint_of(
     """One hash of everything that decides the result, including the code of data_prep. Inputs, template and tokenizer
     are hashed by content, so their paths do not matter."""
     no_decision = {"data", "aligned", "validation", "test", "decontaminate", "out", "template", "tokenizer", "strict"}
-    no_decision |= {"workers", "engine", "tasks", "gathered", "terms"}
+    no_decision |= {"workers", "engine", "tasks", "gathered", "terms", "json_schema"}
+    files = {name: Path(file).read_bytes() for name in ("terms", "json_schema") if (file := getattr(settings, name))}
     start = decoder_start_of(settings.tokenizer, settings.decoder_start_token_id) if settings.packing else None
     facts = {
         "inputs": [(source.name, source.digest, source.split) for source in inputs.sources],
@@ -308,7 +314,7 @@ def fingerprint_of(
         "template": asdict(template),
         "tokenizer": tokenizer_digest(tokenizer) if tokenizer else None,
         "settings": {name: value for name, value in asdict(settings).items() if name not in no_decision},
-        "terms": text_of(settings.terms) if settings.terms else "",
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "decoder_start": start,
         "not_packed": why_not_packed(settings.tokenizer) if settings.packing else "",
         "code": code_version(),

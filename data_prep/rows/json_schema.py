@@ -33,6 +33,17 @@ def read_schema(file: str) -> dict[str, Any] | bool:
     return schema
 
 
+def why_not_forced(schema: Any) -> str:
+    """Why llguidance, which makes outputs fit, cannot do so for this schema; "" if it can, or is not installed."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        return ""
+    grammar = f"%llguidance {{}}\nstart: value\nvalue: %json {json.dumps(schema)}\n"
+    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    return excerpt(messages[0].partition("\n")[0].rpartition("JSON schema: ")[2], 200) if is_wrong else ""
+
+
 @functools.lru_cache(maxsize=4)
 def _validator(schema: str, name: str = "the JSON schema") -> Any:
     try:

@@ -100,20 +100,17 @@ def edges(source: str) -> tuple[str, str]:
     return left, "" if is_open or not regex.match(LETTER, source[-1]) else f"(?!{LETTER})"
 
 
-def text_of(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not in UTF-8: {excerpt(error)}. Save it in UTF-8.") from None
-
-
 def read_terms(file: str) -> Terms:
     """UserError: a line has other columns, an unknown language, or another translation of a term than an earlier
     line."""
     entries: dict[tuple[str, str], dict[str, str]] = {}
     lines: dict[tuple[str, str, str], tuple[int, str]] = {}
     default = ("", "")
-    for number, line in enumerate(text_of(file).splitlines(), start=1):
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not in UTF-8: {excerpt(error)}. Save it in UTF-8.") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         cells = [cell.strip() for cell in line.split("\t")]

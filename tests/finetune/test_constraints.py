@@ -258,6 +258,9 @@ def test_prepare_says_how_many_targets_it_gave_that_form(extraction, tmp_path, c
     assert cli.run("prepare", [*command, "--json_schema", str(tmp_path / "schema.json")]) == 0
     assert set(load_from_disk(str(tmp_path / "out"))["train"]["target"]) == set(AS_WRITTEN.values())
     assert "Changed    5 × target in the form" in capsys.readouterr().out
+    (tmp_path / "schema.json").write_text(json.dumps(PERSON | {"not": {"required": ["x"]}}), encoding="utf-8")
+    assert cli.run("prepare", [*command, "--json_schema", str(tmp_path / "schema.json")]) == 0
+    assert 'schema.json: Unimplemented keys: ["not"]. Change it' in capsys.readouterr().err
 
 
 def test_a_file_of_prompts_gets_json_alone_and_a_run_of_another_schema_is_not_gone_on_with(extraction, capsys):
