@@ -14,6 +14,7 @@ B rows, T tokens so far, V vocabulary.
 """
 
 import json
+import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -66,12 +67,22 @@ def grammar_of(json_schema: Mapping[str, Any] | bool | None = None, regex: str |
         grammar = Grammar("json_schema", json.dumps(given, ensure_ascii=False))
     else:
         grammar = Grammar("regex", _without_anchors(regex))
+        if not grammar.text:
+            raise UserError(
+                f"regex is {regex!r}, which only an empty output fits. Give an expression, or leave it out."
+            )
     matcher = _llguidance().LLMatcher
     wrong, messages = matcher.validate_grammar_with_warnings(_lark(grammar, may_begin_with_space=False))
     if wrong:
-        lines = " ".join(line for line in messages[0].split("\n") if line.strip() not in ("", "^"))
-        raise UserError(f"{_named(grammar)} cannot be enforced: {excerpt(lines, 300)}. Change it.")
+        raise UserError(f"{_named(grammar)} cannot be enforced: {excerpt(_reason_in(messages[0]), 300)}. Change it.")
     return grammar
+
+
+def _reason_in(message: str) -> str:
+    """Of a message of llguidance, without the place in its own form of the grammar and the listing of that."""
+    said = re.split(r"\n +1 \| ", message, maxsplit=1)[0]
+    said = re.sub(r"(?s)^at \d+\(\d+\): (failed to compile JSON schema: |invalid regex .*\nerror: )?", "", said)
+    return " ".join(line.strip() for line in said.split("\n") if line.strip(" ^"))
 
 
 def _without_anchors(regex: str) -> str:
@@ -288,6 +299,8 @@ class FitsGrammar(LogitsProcessor):
         return bits[:, : self.vocabulary.size].view(bool)
 
     def _dead_end(self, ids: Sequence[int]) -> UserError:
+        if not ids and _fits_nothing(self.grammar):
+            return UserError(f"no text fits {_named(self.grammar)}. Change it.")
         lacks = "".join(char for char in string.printable[:96] if ord(char) not in self.vocabulary.can_write)
         lacks += "" if ord("\n") in self.vocabulary.can_write else "\n"
         written = excerpt(text_of(self.tokenizer, ids))
@@ -300,3 +313,13 @@ class FitsGrammar(LogitsProcessor):
 @lru_cache(maxsize=16)
 def _start(vocabulary: WritableTokens, grammar: Grammar) -> Any:
     return _llguidance().LLMatcher(vocabulary.tokens, _lark(grammar, vocabulary.drops_first_space), log_level=0)
+
+
+def _fits_nothing(grammar: Grammar) -> bool:
+    """Whether no text is of it, also for a tokenizer that can write all: one of single bytes."""
+    llguidance = _llguidance()
+    tokens = llguidance.LLTokenizer("byte")
+    matcher = llguidance.LLMatcher(tokens, _lark(grammar, may_begin_with_space=False), log_level=0)
+    mask = np.zeros(-(-tokens.vocab_size // 32), dtype=np.int32)
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    return matcher.is_error()
