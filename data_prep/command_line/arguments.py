@@ -86,6 +86,16 @@ def parse(
     return _instantiate(settings_class, command, contents, words)
 
 
+def _check_not_empty(settings_class: type, contents: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
+    """UserError for a setting with the metadata `not_empty` that was given as "", as by an empty variable of a shell:
+    it would count as left out."""
+    for name in (it.name for it in fields(settings_class) if it.metadata.get("not_empty")):
+        pairs = zip(words, words[1:], strict=False)
+        is_empty = f"--{name}=" in words or (f"--{name}", "") in pairs
+        if is_empty or any(content.get(name) == "" for content in contents):
+            raise UserError(f"{name} is empty. Give it a value, or leave it out.")
+
+
 def from_values(settings_class: type[Settings], values: Mapping[str, Any]) -> Settings:
     """Settings of values by name, as a recipe has them: the same checks, and a text where a list is due is a list.
 
@@ -105,6 +115,7 @@ def _instantiate(
     import jsonargparse  # here, so that --help need not wait for it
     import yaml
 
+    _check_not_empty(settings_class, contents, words)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     jsonargparse.set_loader("bounded", read_yaml, exceptions=(yaml.YAMLError,))
     parser = jsonargparse.ArgumentParser(prog=command, exit_on_error=False, parser_mode="bounded")

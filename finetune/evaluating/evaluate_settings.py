@@ -7,7 +7,7 @@ from typing import Any, Literal
 from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.pipeline.path_settings import EXISTING, NAMES, OUTPUT, PREPARED
 from diptych.finetune.commands.model_settings import ModelSettings, check_positive, split_names
-from diptych.finetune.inference.generate_settings import check_form
+from diptych.finetune.inference.generate_settings import NOT_EMPTY, check_form, check_torch
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class EvaluateSettings(ModelSettings):
     calibrate: bool = False
     """Store with the model how the probability of being right follows from log-probabilities, for `diptych generate
     --confidence`. Use a split that is neither trained on nor reported: --split validation."""
-    json_schema: str = field(default="", metadata=EXISTING)
+    json_schema: str = field(default="", metadata=EXISTING | NOT_EMPTY)
     """File with a JSON schema: outputs are generated to fit it, and the metric `json` counts those that do. Needs the
     extra `structured`."""
-    regex: str = ""
+    regex: str = field(default="", metadata=NOT_EMPTY)
     """Regular expression that every output has to match as a whole. Needs the extra `structured`."""
     bleu_tokenize: str = ""
     """Tokenisation of sacrebleu (13a, intl, char, ko-mecab …). Default: chosen by the script of the targets."""
@@ -88,8 +88,7 @@ class EvaluateSettings(ModelSettings):
         if not self.data:
             raise UserError("data is not set. Name the folder that `diptych prepare` wrote: --data FOLDER.")
         check_form(self)
-        if self.confidence and self.engine != "torch":
-            raise UserError(f"confidence is of torch: drop it, or --engine {self.engine}.")
+        check_torch(self, "confidence")
         if self.calibrate and not (self.confidence and os.path.isdir(os.path.expanduser(self.model))):
             raise UserError(
                 "calibrate stores a fit in the model's folder, by what `confidence` names: give a folder as model, and"

@@ -11,6 +11,9 @@ from diptych.finetune.commands.model_settings import PromptSettings, check_posit
 LINES_SUFFIX = ".txt"
 """Files of prompts with a text on each line; all others are JSONL or tables."""
 
+NOT_EMPTY = {"not_empty": True}
+"""Metadata of a setting that cannot be given as an empty text (arguments.py)."""
+
 
 @dataclass(frozen=True)
 class GenerateSettings(PromptSettings):
@@ -69,9 +72,9 @@ class GenerateSettings(PromptSettings):
     """Mark outputs whose probability of being right is lower as left to a person. Implies confidence."""
     choices: list[str] = field(default_factory=list)
     """Answer with the one of these texts that is most likely for the model."""
-    json_schema: str = field(default="", metadata=EXISTING)
+    json_schema: str = field(default="", metadata=EXISTING | NOT_EMPTY)
     """File with a JSON schema that every output has to fit. Needs the extra `structured`."""
-    regex: str = ""
+    regex: str = field(default="", metadata=NOT_EMPTY)
     """Regular expression that every output has to match as a whole. Needs the extra `structured`."""
     mbr_samples: int = 0
     """Draw so many samples for each prompt, and take the one that is most similar to the others by chrF (minimum Bayes
@@ -113,8 +116,7 @@ class GenerateSettings(PromptSettings):
             raise UserError("choices are weighed: drop mbr_samples, temperature, num_beams and generation.")
         if self.choices and (self.long != "cut" or self.terms or self.placeholders):
             raise UserError("choices are given texts: drop them, or --long, --terms and --placeholders.")
-        if self.engine != "torch" and (self.scores or self.trusts):
-            raise UserError(f"scores and confidence are of torch: drop them, or --engine {self.engine}.")
+        check_torch(self, "scores", "confidence", "abstain_below")
         if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
             raise UserError(f"abstain_below is {self.abstain_below}; it must be a probability: from 0 to 1.")
         if self.trusts and self.choices:
@@ -151,11 +153,18 @@ def check_form(settings: Any) -> None:
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} exclude each other: an output has one form. Drop all but one.")
     if asked and getattr(settings, "long", "cut") != "cut":
-        raise UserError(f"{asked[0]} is the form of a whole output: drop it, or --long.")
-    if asked and getattr(settings, "long", "cut") != "cut":
         raise UserError(f"{asked[0]} is for a whole answer, and --long {settings.long} joins several. Drop one.")
+    check_torch(settings, *asked)
+
+
+def check_torch(settings: Any, *names: str) -> None:
+    """UserError where one of these settings is given, and another engine, which does not have it."""
+    asked = [name for name in names if getattr(settings, name) not in (None, False, "")]
     if asked and getattr(settings, "engine", "torch") != "torch":
-        raise UserError(f"{asked[0]} is of torch: drop it, or --engine {settings.engine}.")
+        raise UserError(
+            f"--{asked[0]} works with --engine torch alone: give the checkpoint that the export was made of, or leave"
+            f" --{asked[0]} out."
+        )
 
 
 def asked_form(settings: Any) -> dict[str, Any]:

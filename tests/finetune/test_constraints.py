@@ -124,6 +124,13 @@ WRONG = {
     "no expression": ({"regex": "(a"}, "unclosed group"),
     "looks ahead": ({"regex": "(?=a)b"}, "look-around"),
     "refers back": ({"regex": r"(a)\1"}, "backreferences"),
+    "empty": ({"regex": ""}, "regex is '', which only an empty output fits"),
+    "nothing but anchors": ({"regex": "^$"}, "only an empty output fits"),
+    "a reason alone": (
+        {"json_schema": {"type": "array", "uniqueItems": True}},
+        'the JSON schema cannot be enforced: Unimplemented keys: ["uniqueItems"]. Change it.',
+    ),
+    "a reason of an expression alone": ({"regex": "(a"}, "'(a' cannot be enforced: unclosed group. Change it."),
     "two forms": ({"regex": "a", "json_schema": True}, "exclude each other"),
 }
 
@@ -140,6 +147,9 @@ def test_what_a_tokenizer_cannot_write_is_named(tokenizers_by_family):
         written(loaded_with(tokenizers_by_family["m2m100"], "m2m_100"), json_schema=SCHEMA)
     with pytest.raises(UserError, match="after 'am' the regular expression .* goes on"):
         written(loaded_with(tokenizers_by_family["t5"], "t5"), regex="am#")
+    for family in ("t5", "bart"):  # the one lacks characters, the other none
+        with pytest.raises(UserError, match="no text fits the regular expression"):
+            written(loaded_with(tokenizers_by_family[family], family), regex=r"[^\s\S]")
     with pytest.raises(UserError, match=r"BertTokenizer: decoding changes the text"):
         written(loaded_with(tokenizers_by_family["bert"], "bart"), regex="a")
 
@@ -280,6 +290,8 @@ def test_a_file_of_prompts_gets_json_alone_and_a_run_of_another_schema_is_not_go
         ["--regex", "a", "--choices", "[a, b]"],
         ["--regex", "a", "--engine", "ctranslate2"],
         ["--regex", "("],
+        ["--regex", ""],
+        ["--json_schema="],
     ):
         assert cli.run("generate", [str(extraction / "model"), "--input", "Peru", *wrong]) == 2
 

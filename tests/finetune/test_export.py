@@ -441,6 +441,7 @@ def test_evaluate_has_the_figures_of_the_checkpoint(t5_checkpoint, prepared_fold
     for refused, message in (
         (["--mbr_samples", "4"], "mbr_samples draws without very unlikely tokens"),
         (["--generation.epsilon_cutoff", "0.1"], "CTranslate2 has no epsilon_cutoff"),
+        (["--confidence", "exact_match"], "--confidence works with --engine torch alone"),
     ):
         assert main(["evaluate", str(exported), "--engine", "ctranslate2", *shared, *refused]) == 2
         assert message in capsys.readouterr().err
@@ -583,6 +584,8 @@ def test_samples_come_again_with_their_seed_and_differ_with_another(exported_fol
         (["--temperature", "1", "--num_beams", "2"], "CTranslate2 has no sampling within beams"),
         (["--mbr_samples", "4"], "mbr_samples draws without very unlikely tokens"),
         (["--device", "mps"], "mps"),
+        (["--regex", "a"], "--regex works with --engine torch alone: give the checkpoint that the export was made of"),
+        (["--abstain_below", "0.5"], "--abstain_below works with --engine torch alone"),
     ],
 )
 def test_what_the_engine_cannot_do_is_refused_by_name(exported_folder, more, message, says):
