@@ -28,6 +28,7 @@ from diptych.data_prep.command_line.errors import (
     excerpt,
     in_short,
     is_out_of_memory,
+    message_line,
     storage_errno,
 )
 
@@ -62,8 +63,8 @@ def run_command(
         code = work(settings)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print(f"\n{sender}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:  # with a text: how to go on
+        print(f"\n{sender}: {message_line(': '.join(['interrupted', *map(str, error.args)]))}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # what is none of a user, a file or the machine is raised again
         if (code := exit_code(error)) is None:

@@ -105,9 +105,13 @@ class Documents:
                             "--max_source_tokens, the longest source that it was trained with.")  # fmt: skip
 
     def encode(
-        self, prompts: Sequence[Prompt], rendered: Sequence[tuple[str, Languages]] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        rendered: Sequence[tuple[str, Languages]] | None = None,
+        places: Sequence[str] = (),
     ) -> list[Document]:
-        """Cuts and encodes prompts that `Prompter.render` takes, or has `rendered` already.
+        """Cuts and encodes prompts that `Prompter.render` takes, or has `rendered` already. `places` says where each
+        is from.
 
         Raises:
             UserError: a text has to be cut, and its language is not given or has no splitter.
@@ -132,8 +136,9 @@ class Documents:
             try:
                 found.append(self._cut(prompt, field, it, translates))
             except NoSplitter as error:
-                place = f"prompt {len(found) + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
-                raise UserError(f"{place}{error}") from None
+                number = len(found)
+                place = f"prompt {number + 1} of {len(prompts)}: " if len(prompts) > 1 else ""
+                raise UserError(f"{f'{places[number]}: ' if places else place}{error}") from None
             except UserError as error:
                 found.append(Document(prompt, field, WHOLE, [], error=str(error)))
         return found

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def generate_file(
         raise UserError(f"the file of prompts and the one to write are the same, {out_file}. Name another.")
     rows, rendered = render_prompts(rows, prompter)
     documents = documents_for(settings, prompter, engine)
-    encoded = documents.encode([rows[row].prompt for row in rendered], list(rendered.values()))
+    places = [f"{settings.in_file} row {row + 1}" for row in rendered]
+    encoded = documents.encode([rows[row].prompt for row in rendered], list(rendered.values()), places)
     prompts = {row: document for row, document in zip(rendered, encoded, strict=True) if not document.error}
     for row, document in zip(rendered, encoded, strict=True):
         rows[row] = rows[row]._replace(error=document.error)
@@ -87,7 +88,7 @@ def generate_file(
         )
 
     written = out_file.open("ab") if rank == 0 else contextlib.nullcontext()
-    with written as out, GenerationBar(len(rows), done, shown=rank == 0) as bar:
+    with _says_how_to_go_on(settings), written as out, GenerationBar(len(rows), done, shown=rank == 0) as bar:
         left = [chunk for chunk in chunks if chunk.start >= done]
         for first in range(0, len(left), ranks):
             together = left[first : first + ranks]
@@ -111,6 +112,20 @@ def generate_file(
             counts |= _broken_promises(out_file)
         found = [f"{out_file}: {len(rows)} rows", *(f"{number} {what}" for what, number in counts.items() if number)]
         print(message_line(", ".join(found)), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on(settings: GenerateSettings) -> Iterator[None]:
+    """Adds to a Ctrl-C that the same command goes on, where out_file holds rows."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        out_file = Path(settings.out_file)
+        finished = out_file.read_bytes().count(b"\n") if out_file.is_file() else 0
+        if not finished:
+            raise
+        command = "the same command without --overwrite" if settings.overwrite else "the same command"
+        raise KeyboardInterrupt(f"{out_file} has {finished} rows; {command} goes on after them") from None
 
 
 def chunks_of(rows: Sequence[PromptRow], prompts: Mapping[int, Document], most: int) -> list[range]:

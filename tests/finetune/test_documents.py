@@ -152,9 +152,9 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bytes(tmp_path, t5_checkpoint)
     [
         ([ask("ខ្ញុំ។ ខ្ញុំ។", source_language="km", target_language="ko")], [], "no sentence splitter for Khmer"),
         (
-            [ask("Go."), ask("Go. " * 300)],
+            [ask("Go."), {"instruction": 7}, ask("Go. " * 300)],  # of prompts it is the second
             ["--max_source_tokens", "60"],
-            "prompt 2 of 2: texts are cut at sentence ends",
+            "in.jsonl row 3: texts are cut at sentence ends",
         ),
         ([ask("Go.")], ["--long", "reduce"], "--max_source_tokens"),
         ([ask("Go.")], ["--choices", "a", "b"], "choices are given texts"),
