@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diptych.data_prep.command_line.errors import UserError, excerpt, in_short
 
@@ -116,13 +116,32 @@ class _Number(float):
 
 
 def as_written(text: str, schema: str) -> str:
-    """A text that is JSON of the schema, in the form that outputs of the schema have; the text itself if it is so."""
-    value = json.loads(text, parse_float=_Number.of, parse_int=_Number.of)
-    validator = _validator(schema)
-    written = _written(_ordered(value, validator.schema, validator))
+    """A text that is JSON of the schema, in the form that outputs of the schema have; the text itself if it is so, or
+    if its parts are nested hundreds of times."""
+    rules = _rules(schema)
+    try:
+        value = json.loads(text, parse_float=_Number.of, parse_int=_Number.of)
+        written = _written(_ordered(value, rules.validator.schema, rules))
+    except RecursionError:
+        return text
     gaps = [gap for part in STRING.split(text)[::2] for gap in WHITE_SPACE.findall(part)]
     is_so = text == text.strip() and all(map(ALLOWED.fullmatch, gaps)) and _squeezed(text) == _squeezed(written)
     return text if is_so else written
+
+
+class _Rules(NamedTuple):
+    validator: Any
+    resolver: Any
+
+
+@functools.lru_cache(maxsize=4)
+def _rules(schema: str) -> _Rules:
+    from referencing import Registry
+    from referencing.jsonschema import specification_with
+
+    validator = _validator(schema)
+    whole = specification_with(validator.META_SCHEMA["$schema"]).create_resource(validator.schema)
+    return _Rules(validator, Registry().with_resource("", whole).resolver())
 
 
 def _squeezed(text: str) -> str:
@@ -134,6 +153,8 @@ def _squeezed(text: str) -> str:
 def _written(value: Any) -> str:
     if isinstance(value, _Number):
         return value.text
+    if isinstance(value, float) and value.is_integer():  # a constant of the schema
+        return str(int(value))
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_written(name)}: {_written(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list):
@@ -141,10 +162,10 @@ def _written(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _ordered(value: Any, schema: Any, validator: Any) -> Any:
+def _ordered(value: Any, schema: Any, rules: _Rules) -> Any:
     """The value with its names in the order of the schema, with the schema's own form of its constants, and with whole
     numbers where it asks for integers."""
-    parts = list(_parts(value, schema, validator, ()))
+    parts = list(_parts(value, schema, rules, ()))
     for part in parts:
         for constant in part.get("enum", [part["const"]] if "const" in part else []):
             if constant == value and isinstance(constant, bool) == isinstance(value, bool):
@@ -152,16 +173,16 @@ def _ordered(value: Any, schema: Any, validator: Any) -> Any:
     if isinstance(value, dict):
         first = [name for key in ("properties", "required") for part in parts for name in part.get(key, ())]
         names = [name for name in dict.fromkeys([*first, *value]) if name in value]
-        return {name: _ordered(value[name], _schema_of(name, parts), validator) for name in names}
+        return {name: _ordered(value[name], _schema_of(name, parts), rules) for name in names}
     if isinstance(value, list):
-        return [_ordered(it, _schema_at(place, parts), validator) for place, it in enumerate(value)]
+        return [_ordered(it, _schema_at(place, parts), rules) for place, it in enumerate(value)]
     if isinstance(value, _Number) and not value.text.lstrip("-").isdigit():
         if any(part.get("type") == "integer" for part in parts):
             return _Number.of(str(int(Decimal(value.text))))
     return value
 
 
-def _parts(value: Any, schema: Any, validator: Any, before: tuple[Any, ...]) -> Iterator[Mapping[str, Any]]:
+def _parts(value: Any, schema: Any, rules: _Rules, before: tuple[Any, ...]) -> Iterator[Mapping[str, Any]]:
     """The schema, those that it refers to or is made of, and the first alternative that the value fits."""
     if not isinstance(schema, dict) or any(schema is other for other in before):
         return
@@ -169,15 +190,12 @@ def _parts(value: Any, schema: Any, validator: Any, before: tuple[Any, ...]) -> 
     yield schema
     others = [*schema.get("allOf", ())]
     for name in ("anyOf", "oneOf"):
-        others += [it for it in schema.get(name, ()) if validator.evolve(schema=it).is_valid(value)][:1]
+        fitting = (it for it in schema.get(name, ()) if rules.validator.evolve(schema=it).is_valid(value))
+        others += [first] if (first := next(fitting, None)) is not None else []
     if str(schema.get("$ref", "")).startswith("#"):
-        from referencing import Registry
-        from referencing.jsonschema import specification_with
-
-        whole = specification_with(validator.META_SCHEMA["$schema"]).create_resource(validator.schema)
-        others.append(Registry().with_resource("", whole).resolver().lookup(schema["$ref"]).contents)
+        others.append(rules.resolver.lookup(schema["$ref"]).contents)
     for other in others:
-        yield from _parts(value, other, validator, before)
+        yield from _parts(value, other, rules, before)
 
 
 def _schema_of(name: str, parts: list[Mapping[str, Any]]) -> Any:

@@ -222,7 +222,7 @@ PERSON = {
         "jobs": {"type": "array", "items": {"$ref": "#/$defs/job"}},
         "address": {"anyOf": [{"$ref": "#/$defs/street"}, {"$ref": "#/$defs/box"}]},
         "size": {"type": "number"},
-        "kind": {"enum": ["é", 1, {"x": 1, "a": 2}]},
+        "kind": {"enum": ["é", 1, {"x": 1.0, "a": 2}]},
     },
     "$defs": {
         "job": {"properties": {"title": {}, "boss": {"$ref": "#/$defs/job"}}, "required": ["title"]},
@@ -253,6 +253,8 @@ def test_targets_get_the_form_that_outputs_of_the_schema_have(text, byte_level):
     written, loaded = as_written(text, json.dumps(PERSON)), loaded_with(byte_level, "t5")
     assert written == AS_WRITTEN[text] and json.loads(written) == json.loads(text)
     fits = FitsGrammar(loaded, grammar_of(json_schema=PERSON), 1, [byte_level.eos_token_id])
+    deep = '{"name": "x", "more":  ' + "[" * 700 + "]" * 700 + "}"
+    assert as_written(deep, json.dumps(PERSON)) == deep
     is_whole = {
         it: fits.finished(byte_level(it, add_special_tokens=False)["input_ids"], True) for it in (written, text)
     }
