@@ -237,6 +237,7 @@ def _need_rows(rows: int, rejects: Rejects, settings: PrepareSettings, split: st
     if not rejects.count:
         raise UserError(f"there are no rows in what was read{split and f' for {split}'}.")
     kinds = "; ".join(f"{count:,} × {kind}" for kind, count in rejects.kinds.most_common(3))
+    kinds += f"; and {counted(more, 'more kind')}" if (more := len(rejects.kinds) - 3) > 0 else ""
     first = next(iter(rejects.examples.values()))[0]
     what = f"of {counted(rejects.count, 'row')}, none can be kept"
     if split:
