@@ -98,8 +98,10 @@ def test_packed_rows_train_as_padded_ones(case, recipe, folder_of):
 
 @pytest.mark.parametrize("case", ["dpo", "kto"])
 def test_micro_batches_are_one_batch(case, recipe):
-    whole = recipe(out="whole", packed=False, batch_size=8, **CASES[case])
-    parts = recipe(out="parts", packed=False, batch_size=1, gradient_accumulation_steps=8, **CASES[case])
+    """At the learning rate of the other tests, eight steps make more of rounding than the bounds allow on a Zen 4."""
+    changes = CASES[case] | {"packed": False, "learning_rate": 5e-4}
+    whole = recipe(out="whole", batch_size=8, **changes)
+    parts = recipe(out="parts", batch_size=1, gradient_accumulation_steps=8, **changes)
     run_recipe(whole)
     run_recipe(parts)
     assert_close(whole.out, parts.out)
