@@ -53,7 +53,7 @@ def test_a_sound_text_is_the_very_value(value):
             {"n": 1, "b": {"c": "d"}},
             NO_STRING,
             "'output' is an object ({'b': {'c': 'd'}, 'n': 1}), not a string. Write the string that is inside of it,"
-            " at b.c.",
+            " at b.c. To learn all of it, write it as JSON in a string.",
         ),
         ([1], NO_STRING, "'output' is a list ([1]), not a string. Write a string, or leave the row out."),
         (
