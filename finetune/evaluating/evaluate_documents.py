@@ -48,7 +48,7 @@ def source_documents(
     ids: Mapping[tuple[str, Languages], Sequence[int]],
     side: TargetSide,
 ) -> list[Document]:
-    """Of each source in `ids`, in its order. `keys` are the sources of the rows; Without
+    """Of each source in `ids`, in its order. `keys` are the sources of the rows. Without
     `documents` each is asked as it was prepared. UserError for a language that has no splitter."""
     given = {it: given_tokens(side, it if any(it) else None) for it in {languages for _, languages in ids}}
     found = {
