@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import regex
@@ -123,20 +123,30 @@ class LanguageFilter:
 
 @dataclass(frozen=True)
 class SchemaFilter:
-    """Rows whose output is JSON of a schema."""
+    """Rows whose output is JSON of a schema. The answer that a pair rejects, or that is marked as not liked, may be
+    anything."""
 
     schema: str
     """In JSON, so that it can be hashed and sent to workers."""
 
     def check(self, record: Record) -> Complaint | None:
-        fault = fault_of(record.output, self.schema)
-        if fault is None:
-            return None
-        return "target not of the JSON schema", f"The target is not of it: {fault.rstrip('.')}."
+        fault = None if record.mark < 0 else fault_of(record.output, self.schema)
+        if fault is not None:
+            return "target not of the JSON schema", f"The target is not of it: {fault.rstrip('.')}."
+        if record.rejected and record.rejected != record.output:
+            formed = self.formed(record)
+            if formed.rejected == formed.output:
+                return "same value in both answers", "Both answers are the same JSON: neither is preferred."
+        return None
 
-    def as_written(self, record: Record) -> str:
-        """Its output, in the form that outputs of the schema have."""
-        return as_written(record.output, self.schema)
+    def formed(self, record: Record) -> Record:
+        """With answers that are JSON of the schema in the form that outputs of the schema have."""
+        texts = {"output": record.output, "rejected": record.rejected}
+        may_not_fit = {"rejected"} if record.mark >= 0 else set(texts)
+        for side, text in texts.items():
+            if text and (side not in may_not_fit or fault_of(text, self.schema) is None):
+                texts[side] = as_written(text, self.schema)
+        return replace(record, **texts)
 
 
 def source_text(record: Record) -> str:

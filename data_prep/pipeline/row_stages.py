@@ -267,8 +267,8 @@ class Stages:
                     batch.reject(record.origin, *fault, row.raw)
                     continue
                 for check in checks if isinstance(record, Record) else ():
-                    if isinstance(check, SchemaFilter) and (output := check.as_written(record)) != record.output:
-                        record = replace(record, output=output)
+                    if isinstance(check, SchemaFilter) and (formed := check.formed(record)) != record:
+                        record = formed
                         batch.counts.changed[IN_FORM] += 1
                 yield record, row
 

@@ -41,7 +41,14 @@ def why_not_forced(schema: Any) -> str:
         return ""
     grammar = f"%llguidance {{}}\nstart: value\nvalue: %json {json.dumps(schema)}\n"
     is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    return excerpt(messages[0].partition("\n")[0].rpartition("JSON schema: ")[2], 200) if is_wrong else ""
+    return excerpt(reason_of_llguidance(messages[0]), 200) if is_wrong else ""
+
+
+def reason_of_llguidance(message: str) -> str:
+    """Without the place in its own form of the grammar, and the listing of that."""
+    said = re.split(r"\n +1 \| ", message, maxsplit=1)[0]
+    said = re.sub(r"(?s)^at \d+\(\d+\): (failed to compile JSON schema: |invalid regex .*\nerror: )?", "", said)
+    return " ".join(line.strip() for line in said.split("\n") if line.strip(" ^"))
 
 
 @functools.lru_cache(maxsize=4)

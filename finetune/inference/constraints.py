@@ -14,7 +14,6 @@ B rows, T tokens so far, V vocabulary.
 """
 
 import json
-import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from diptych.data_prep.command_line.errors import UserError, excerpt
+from diptych.data_prep.rows.json_schema import reason_of_llguidance
 from diptych.data_prep.text_to_ids.two_vocabularies import target_side
 from diptych.finetune.inference.target_tokens import target_ids, text_of
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -74,15 +74,10 @@ def grammar_of(json_schema: Mapping[str, Any] | bool | None = None, regex: str |
     matcher = _llguidance().LLMatcher
     wrong, messages = matcher.validate_grammar_with_warnings(_lark(grammar, may_begin_with_space=False))
     if wrong:
-        raise UserError(f"{_named(grammar)} cannot be enforced: {excerpt(_reason_in(messages[0]), 300)}. Change it.")
+        raise UserError(
+            f"{_named(grammar)} cannot be enforced: {excerpt(reason_of_llguidance(messages[0]), 300)}. Change it."
+        )
     return grammar
-
-
-def _reason_in(message: str) -> str:
-    """Of a message of llguidance, without the place in its own form of the grammar and the listing of that."""
-    said = re.split(r"\n +1 \| ", message, maxsplit=1)[0]
-    said = re.sub(r"(?s)^at \d+\(\d+\): (failed to compile JSON schema: |invalid regex .*\nerror: )?", "", said)
-    return " ".join(line.strip() for line in said.split("\n") if line.strip(" ^"))
 
 
 def _without_anchors(regex: str) -> str:

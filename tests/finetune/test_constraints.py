@@ -275,6 +275,32 @@ def test_prepare_says_how_many_targets_it_gave_that_form(extraction, tmp_path, c
     assert 'schema.json: Unimplemented keys: ["not"]. Change it' in capsys.readouterr().err
 
 
+def test_of_preferences_both_answers_get_that_form_and_the_one_that_is_not_liked_may_be_anything(extraction, tmp_path):
+    (tmp_path / "schema.json").write_text(json.dumps(PERSON), encoding="utf-8")
+    settings = {"tokenizer": str(extraction / "model"), "template": "plain", "validation_fraction": 0}
+    settings |= {"json_schema": str(tmp_path / "schema.json"), "test_fraction": 0}
+
+    def prepared(names, rows):
+        rows = [{"prompt": f"q{n}"} | dict(zip(names, row, strict=True)) for n, row in enumerate(rows)]
+        (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        diptych.prepare(str(tmp_path / "rows.json"), out=tmp_path / names[0], **settings)
+        manifest = json.loads((tmp_path / names[0] / "manifest.json").read_text(encoding="utf-8"))
+        return load_from_disk(str(tmp_path / names[0]))["train"], manifest["rejected_by_kind"]
+
+    right, other_order, other = '{"name": "a", "age": 5}', '{"age": 5, "name": "a"}', '{"age": 5, "name": "b"}'
+    pairs = [(other_order, other), (other_order, "no JSON"), (right, other_order), ("no JSON", right)]
+    data, kinds = prepared(("chosen", "rejected"), pairs)
+    assert set(zip(data["target"], data["rejected"], strict=True)) == {
+        (right, '{"name": "b", "age": 5}'),
+        (right, "no JSON"),
+    }
+    assert kinds == {"same value in both answers": 1, "target not of the JSON schema": 1}
+    marks = [(other_order, True), (other, False), ("no JSON", False), ("no JSON either", True)]
+    data, kinds = prepared(("completion", "label"), marks)
+    assert set(data["target"]) == {right, '{"name": "b", "age": 5}', "no JSON"}
+    assert kinds == {"target not of the JSON schema": 1}
+
+
 def test_a_file_of_prompts_gets_json_alone_and_a_run_of_another_schema_is_not_gone_on_with(extraction, capsys):
     files = ["--in_file", str(extraction / "test.jsonl"), "--out_file", str(extraction / "out.jsonl")]
     command = ["generate", str(extraction / "model"), *files, "--template", "plain"]
