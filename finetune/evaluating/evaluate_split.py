@@ -230,6 +230,7 @@ def finish_confidence(settings: EvaluateSettings, found: Calibrated, outputs: in
         return f"no {CALIBRATION} was written: {found.not_fitted}" if settings.calibrate else ""
     file = Path(settings.model).expanduser() / CALIBRATION
     stored = {"weights": found.weights, "right": settings.confidence, "figures": found.figures}
+    stored["form"] = form.text if (form := asked_form(settings).get("grammar")) else ""
     stored |= {"weights_sha256": weights_sha256(loaded.model), "split": settings.split}
     write_text(file, json.dumps(stored | {"outputs": outputs}, indent=1) + "\n")
     print(f"written: {file}")

@@ -7,6 +7,7 @@ cli.py has the table of engines: it names the `load_engine` function of each.
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,8 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, TextStreamer
 
-from diptych.finetune.inference.generate_settings import GenerateSettings
-from diptych.finetune.inference.output_confidence import Calibration, check_abstaining, read_calibration
+from diptych.finetune.inference.generate_settings import GenerateSettings, asked_form
+from diptych.finetune.inference.output_confidence import (
+    OF_ANOTHER_FORM,
+    Calibration,
+    check_abstaining,
+    read_calibration,
+)
 from diptych.finetune.inference.outputs import GenerationBar, Output
 from diptych.finetune.inference.prompts import template_for
 from diptych.finetune.inference.scoring import chosen_outputs
@@ -48,8 +54,11 @@ class TorchEngine:
         """UserError for settings that this engine does not have; here transformers checks most of them. Reads how the
         confidence of outputs is computed, if they ask for it."""
         if settings.trusts:
-            self.calibration = read_calibration(settings.model, lambda: weights_sha256(self.loaded.model))
+            stored = read_calibration(settings.model, lambda: weights_sha256(self.loaded.model))
+            self.calibration = stored.of_form(asked_form(settings).get("grammar")) if stored else None
             check_abstaining(settings.abstain_below, self.calibration, settings.model)
+            if stored and not self.calibration:
+                print(f"warning: {OF_ANOTHER_FORM}", file=sys.stderr)
 
     def generate(
         self,

@@ -22,12 +22,17 @@ from diptych.data_prep.command_line.errors import UserError
 from diptych.data_prep.rows.text_language import NO_LANGUAGE, language_of
 from diptych.data_prep.text_to_ids.two_vocabularies import source_side
 from diptych.finetune.inference.attention_weights import mean_weights, recompute
+from diptych.finetune.inference.constraints import Grammar
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.model.loaded_model import LoadedModel
 from diptych.finetune.run_files.atomic_folders import read_json
 
 CALIBRATION = "calibration.json"
 """Beside the weights."""
+OF_ANOTHER_FORM = (
+    f"the probability of being right is not computed: {CALIBRATION} was fitted to outputs of another --json_schema or"
+    " --regex, or of none."
+)
 UNREAD_BELOW = 0.5
 """A source token is unread if no target token gives it this part of an even share of its attention."""
 SURE_OF_LANGUAGE = 0.7
@@ -40,6 +45,12 @@ class Calibration(NamedTuple):
     """Of the mean and the lowest log-probability, of an output that did not end, and 1."""
     right: str
     """What counted as right: exact_match, or chrf:60 for a chrF of at least 60."""
+    form: str = ""
+    """The JSON schema or regular expression that the outputs had to fit."""
+
+    def of_form(self, grammar: Grammar | None) -> "Calibration | None":
+        """Itself, or None where outputs of this form have other log-probabilities than those that it was fitted to."""
+        return self if self.form == (grammar.text if grammar else "") else None
 
     def probability(self, output: Output) -> float:
         return logistic(sum(a * b for a, b in zip(self.weights, features(output), strict=True)))
@@ -65,7 +76,7 @@ def read_calibration(folder: str, weights_sha256: Callable[[], str]) -> Calibrat
         return None
     try:
         stored = read_json(file)
-        found = Calibration(tuple(map(float, stored["weights"])), str(stored["right"]))
+        found = Calibration(tuple(map(float, stored["weights"])), str(stored["right"]), stored.get("form", ""))
         fitted_for = stored["weights_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         found, fitted_for = None, None
@@ -137,7 +148,7 @@ def check_abstaining(threshold: float | None, calibration: Calibration | None, m
     """UserError where there is a threshold and nothing that it can be compared with."""
     if threshold is not None and calibration is None:
         raise UserError(
-            f"abstain_below needs the probability that an output is right, and {model} has no {CALIBRATION}. Fit it on"
-            f" the validation split: diptych evaluate {model} --data PREPARED --split validation --confidence"
-            f" exact_match --calibrate true."
+            f"abstain_below needs the probability that an output is right, and {model} has no {CALIBRATION} for"
+            f" outputs of this form. Fit it on the validation split: diptych evaluate {model} --data PREPARED --split"
+            " validation --confidence exact_match --calibrate true, with the same --json_schema or --regex, if any."
         )

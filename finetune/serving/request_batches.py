@@ -271,13 +271,16 @@ class Engine:
                     (source, start) for source, start in zip(sources, given, strict=True) for _ in range(decoding.n)
                 ]
                 answers = [
-                    answer._replace(facts={"confidence": self._trust(*row, output.scored(of_row))})
+                    answer._replace(facts={"confidence": self._trust(*row, output.scored(of_row), decoding)})
                     for answer, row, output, of_row in zip(answers, rows, outputs, nats, strict=True)
                 ]
         return [answers[place : place + decoding.n] for place in range(0, len(answers), decoding.n)]
 
-    def _trust(self, source: Sequence[int], given: Sequence[int], output: Output) -> dict[str, Any]:
-        return facts_of(output._replace(unread=unread_of(self.loaded, source, given, output)), self.calibration)
+    def _trust(
+        self, source: Sequence[int], given: Sequence[int], output: Output, decoding: Decoding
+    ) -> dict[str, Any]:
+        calibration = self.calibration and self.calibration.of_form(decoding.grammar)
+        return facts_of(output._replace(unread=unread_of(self.loaded, source, given, output)), calibration)
 
     def _texts_of(self, answer: Answer) -> list[str]:
         """Each token's part of the text. A character of several tokens belongs to the last of them."""

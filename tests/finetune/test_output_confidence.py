@@ -168,7 +168,17 @@ def test_what_evaluate_fits_says_how_far_generated_outputs_can_be_trusted(t5_che
         assert (said["unread"], said["language"]) == (expected["unread"], expected["language"])
         with pytest.raises(openai.BadRequestError, match="without 'stream'"):
             client.completions.create(**settings, stream=True, extra_body=extra)
+        formed = client.completions.create(**settings, extra_body=extra | {"structured_outputs": {"regex": "[a-c]+"}})
+        assert formed.choices[0].model_extra["confidence"]["probability"] is None
+    of_form = [str(model), "--instruction", "Go.", "--regex", "[a-c]+", "--max_new_tokens", "8"]
+    assert cli.run("generate", [*of_form, "--confidence", "true"]) == 0
+    assert "fitted to outputs of another --json_schema or --regex" in capsys.readouterr().err
+    assert cli.run("generate", [*of_form, "--abstain_below", "0.5"]) == 2
+    assert "no calibration.json for outputs of this form" in capsys.readouterr().err
     stored = json.loads((model / "calibration.json").read_text(encoding="utf-8"))
+    (model / "calibration.json").write_text(json.dumps(stored | {"form": "[a-c]+"}), encoding="utf-8")
+    assert stored["form"] == "" and cli.run("generate", [*of_form, "--abstain_below", "0.5"]) == 0
+    assert "(probability " in capsys.readouterr().err
     (model / "calibration.json").write_text(json.dumps(stored | {"weights_sha256": "0"}), encoding="utf-8")
     assert cli.run("generate", [str(model), "--input", "Go.", "--confidence", "true"]) == 2
     assert "fitted for other weights" in capsys.readouterr().err
