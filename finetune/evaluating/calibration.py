@@ -91,7 +91,7 @@ def calibrated(outputs: Sequence[Output], right: np.ndarray, seed: int) -> Calib
         not_fitted = (
             f"confidence cannot be fitted to {len(outputs)} outputs of which {int(wanted.sum())} are right: it takes"
             f" {LEAST_OUTPUTS}, with {2 * LEAST_OF_A_KIND} right and as many wrong. Evaluate more rows, or let a"
-            f" {'lower' if wanted.mean() < 0.5 else 'higher'} score count as right, such as 40 in --confidence chrf:40."
+            f" {'lower' if wanted.mean() < 0.5 else 'higher'} score count as right, as 40 in --confidence chrf:40."
         )
         return Calibrated([], figures, kept / len(outputs), risk, not_fitted)
     bins = np.array_split(order, BINS)
