@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import regex
 
@@ -28,6 +29,10 @@ from diptych.data_prep.rows.records import Languages
 COLUMNS = (
     "Each line has a term, a tab and its translation; and, if the file is for several pairs of languages, a tab and "
     "the language of each. With one pair, the first line may have its two languages."
+)
+COLUMN_NAMES = frozenset(
+    "source target src tgt trg term translation source_term target_term source_language target_language source_lang"
+    " target_lang src_lang tgt_lang".split()
 )
 NO_BLANKS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 LETTER = r"[\p{L}\p{N}\p{M}]"
@@ -65,7 +70,7 @@ class Terms:
             if all("" in sides or sides[0] == sides[1] for sides in zip(of, pair, strict=True))
             for is_exact, pattern in patterns
             for hit in pattern.finditer(text)
-            if (target := targets.get(hit.group() if is_exact else hit.group().casefold()))
+            if (target := targets.get(normalize("NFC", hit.group() if is_exact else hit.group().casefold())))
         ]
         chosen, end = [], 0
         for hit in sorted(hits, key=lambda it: (it.start, -it.end)):
@@ -82,7 +87,9 @@ class Terms:
         for pair, targets in self.entries.items():
             kinds: dict[tuple[bool, str, str], list[str]] = {}
             for source in targets:
-                kinds.setdefault((source != source.casefold(), *edges(source)), []).append(source)
+                kinds.setdefault((source != source.casefold(), *edges(source)), []).extend(
+                    dict.fromkeys((source, normalize("NFD", source)))  # as some texts have it
+                )
             patterns = [
                 (is_exact, regex.compile(rf"{left}\L<words>{right}", 0 if is_exact else regex.I, words=words))
                 for (is_exact, left, right), words in kinds.items()
@@ -107,7 +114,7 @@ def read_terms(file: str) -> Terms:
     lines: dict[tuple[str, str, str], tuple[int, str]] = {}
     default = ("", "")
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        text = normalize("NFC", Path(file).read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not in UTF-8: {excerpt(error)}. Save it in UTF-8.") from None
     for number, line in enumerate(text.splitlines(), start=1):
@@ -117,6 +124,11 @@ def read_terms(file: str) -> Terms:
         if not lines and default == ("", "") and len(cells) == 2 and all(map(names_language, cells)):
             default = tuple(map(short_code, cells))
             continue
+        if not lines and {cell.casefold() for cell in cells} <= COLUMN_NAMES:
+            raise UserError(
+                f"{file} line {number} is {excerpt(line)!r}: names of columns, and no term. Remove it, or write the"
+                " terms' two languages there, such as en, a tab and ko."
+            )
         are_languages = [names_language(cell) for cell in cells]
         if not lines and sum(are_languages) == 1 and len(cells) == 2 and all(map(LANGUAGE_LIKE.fullmatch, cells)):
             raise UserError(
@@ -152,6 +164,7 @@ def with_marks(text: str, terms: Sequence[Term]) -> str:
 
 def missing(terms: Sequence[Term], output: str) -> list[str]:
     """The target terms that an output does not have; a term in lower case may be in any case."""
+    output = normalize("NFC", output)
     folded = output.casefold()
     wanted = dict.fromkeys(term.target for term in terms)
     return [it for it in wanted if it not in output and not (it == it.casefold() and it in folded)]

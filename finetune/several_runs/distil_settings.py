@@ -125,6 +125,11 @@ class DistilSettings:
         for name, taken in TAKEN.items():
             if given := sorted(getattr(self, name).keys() & taken):
                 raise UserError(f"{name} has {given[0]}, which distil sets itself. Take it out of {name}.")
+        if given := [name for name in ("terms", "placeholders") if self.prepare.get(name)]:
+            raise UserError(
+                f"prepare has {given[0]}, but the teacher is asked plain texts. Leave it out; afterwards, prepare"
+                f" written.jsonl with --{given[0]}, and train a student on that."
+            )
 
     def settings_of(self, metrics: str) -> dict[str, Any]:
         """Those of `metric_settings` that are for one of these metrics."""

@@ -59,8 +59,8 @@ def real_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         prompt = Prompt(row["instruction"], row["input"], languages=Languages(*(row.get(it, "") for it in LANGUAGES)))
         if prompter.render(prompt)[0] != found["source"]:
             raise UserError(
-                f"row {number} of the data has more than an instruction and an input, earlier turns or a system"
-                f" prompt ({excerpt(found['source'], 60)!r}). Prepare rows without them."
+                f"row {number} of the data has more than an instruction and an input: earlier turns, a system prompt,"
+                f" marks of terms or placeholders ({excerpt(found['source'], 60)!r}). Prepare rows without them."
             )
         rows.append(row)
     return rows

@@ -2,6 +2,7 @@
 
 import json
 import re
+from unicodedata import normalize
 
 import pytest
 from datasets import load_from_disk
@@ -54,6 +55,7 @@ def test_words_end_where_their_script_ends_them(file):
         ("cat\n", "line 1 is 'cat'. Each line has a term, a tab"),
         ("cat\ta\txq\tko\n", "'xq' is no language"),
         ("# cat\ta\n", "has no terms"),
+        ("Source\tTarget\ncat\ta\n", "names of columns, and no term"),
         ("en\txx\ncat\ta\n", "line 1 is 'en' and 'xx', and 'xx' is no language"),
     ],
 )
@@ -61,6 +63,16 @@ def test_a_file_that_contradicts_itself_or_is_no_list_of_terms_is_an_error(file,
     with pytest.raises(UserError) as error:
         read_terms(file(text))
     assert said in str(error.value)
+
+
+def test_a_character_in_parts_is_the_whole_one(file):
+    """As file systems and some editors write them: NFD."""
+    for form in ("NFC", "NFD"):
+        terms = read_terms(file(normalize(form, "고양이\tchaton né\ncafé\t카페\n")))
+        for text in ("고양이가 Café, cafe", normalize("NFD", "고양이가 Café, cafe")):
+            found = terms.found(text, ENGLISH)
+            assert missing(found, "né") == ["chaton né", "카페"] and len(found) == 2
+            assert missing(found, normalize("NFD", "chaton né 카페")) == []
 
 
 def test_one_term_of_two_pairs_of_languages_contradicts_nothing(file):

@@ -258,6 +258,7 @@ def test_a_source_is_asked_once_and_has_all_its_targets(tmp_path):
         ({"direction": "backward"}, "no texts to write sources for"),
         ({"temperature": 0.0}, "all samples are the same"),
         ({"train": {"teacher": "x"}}, "train has teacher, which distil sets itself"),
+        ({"prepare": {"terms": "x"}}, "prepare has terms, but the teacher is asked plain texts"),
         ({"length_factor": 0.5}, "length_factor is 0.5; it must be 0, or 1 or more"),
         ({"metrics": ""}, "metrics names none"),
     ],
