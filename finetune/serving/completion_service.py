@@ -237,7 +237,8 @@ class Service:
             for row in asked.rows:
                 document, of_document = asked_as_pieces(served, as_asked(served.prompter, prompt_of(row)))
                 if (asked.decoding.scores or asked.decoding.grammar) and not is_plain(document):
-                    raise UserError("log-probabilities and forms are of whole prompts: this one is cut or has terms.")
+                    its = "a response format" if asked.decoding.grammar else "'logprobs' or 'confidence'"
+                    raise UserError(f"{its} is for whole prompts: this one is cut, or has terms or placeholders.")
                 for source in of_document:
                     if source.tokens > (most := len(source.source_ids)):
                         message = f"the prompt has {source.tokens} tokens, and {most} are read. Send a shorter one."

@@ -179,7 +179,7 @@ class TranslationRequest(CompletionRequest):
         (row,), (answer,) = self.rows, answers
         languages = {"source_language": row.get("source_language") or self.default_source or None}
         languages["target_language"] = row["target_language"]
-        text = {"translated_text": answer.text} | answer.facts
+        text = {"translated_text": answer.text, "finish_reason": finish_reason(answer)} | answer.facts
         return self._envelope("") | text | languages | {"usage": self.usage(answers)}
 
     def _envelope(self, suffix: str) -> dict[str, Any]:

@@ -226,9 +226,14 @@ def are_translated(url):
     whole = json.loads(translated(url, model="final", text="Yes.", target_language="fr", source_language="en"))
     usage, id, created = whole.pop("usage"), whole.pop("id"), whole.pop("created")
     assert whole == {"object": "translation", "model": "final", "translated_text": "Oui."} | {
+        "finish_reason": "stop",
         "source_language": "en",
         "target_language": "fr",
     }
+    cut = json.loads(
+        translated(url, model="final", text="Yes.", target_language="fr", source_language="en", max_tokens=1)
+    )
+    assert cut["finish_reason"] == "length"
     assert id.startswith("transl-") and created > 1e9 and usage["completion_tokens"] > 0
     default = json.loads(translated(url, model="final", text="Yes.", target_language="ko", num_beams=2))
     assert (default["translated_text"], default["source_language"]) == ("네.", "en")
