@@ -13,9 +13,10 @@ tokenizer has to be extended for them.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -35,7 +36,11 @@ COLUMN_NAMES = frozenset(
     " target_lang src_lang tgt_lang".split()
 )
 NO_BLANKS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-LETTER = r"[\p{L}\p{N}\p{M}]"
+LETTER = regex.compile(r"[\p{L}\p{N}\p{M}]")
+MAY_FOLLOW_LETTERS = regex.compile(rf"[{NO_BLANKS}]|[^\p{{L}}\p{{N}}\p{{M}}]")
+MAY_PRECEDE_LETTERS = regex.compile(rf"[{NO_BLANKS}\p{{Hangul}}]|[^\p{{L}}\p{{N}}\p{{M}}]")
+START = 4
+"""Characters by which terms are looked up."""
 KEPT = regex.compile(
     r"\[#\d+\]"  # looks like a placeholder
     # Addresses. Other letters than Latin ones begin behind a mark only: `a.com/서울` is one, `a.com에` ends before 에.
@@ -65,12 +70,10 @@ class Terms:
         """The terms in a text, in order, of which none overlap: the leftmost, and of these the longest."""
         pair = tuple(short_code(it) if names_language(it) else "" for it in languages)
         hits = [
-            Term(hit.start(), hit.end(), hit.group(), target)
-            for of, (targets, patterns) in self._patterns.items()
+            hit
+            for of, index in self._indexes.items()
             if all("" in sides or sides[0] == sides[1] for sides in zip(of, pair, strict=True))
-            for is_exact, pattern in patterns
-            for hit in pattern.finditer(text)
-            if (target := targets.get(normalize("NFC", hit.group() if is_exact else hit.group().casefold())))
+            for hit in index.hits(text)
         ]
         chosen, end = [], 0
         for hit in sorted(hits, key=lambda it: (it.start, -it.end)):
@@ -80,31 +83,47 @@ class Terms:
         return chosen
 
     @cached_property
-    def _patterns(self) -> dict[tuple[str, str], tuple[Mapping[str, str], list[tuple[bool, regex.Pattern]]]]:
-        """For each pair its terms, and patterns: exact ones, since a term with a capital fits only itself, and others;
-        by what may stand around them."""
-        found = {}
-        for pair, targets in self.entries.items():
-            kinds: dict[tuple[bool, str, str], list[str]] = {}
-            for source in targets:
-                kinds.setdefault((source != source.casefold(), *edges(source)), []).extend(
-                    dict.fromkeys((source, normalize("NFD", source)))  # as some texts have it
-                )
-            patterns = [
-                (is_exact, regex.compile(rf"{left}\L<words>{right}", 0 if is_exact else regex.I, words=words))
-                for (is_exact, left, right), words in kinds.items()
-            ]
-            found[pair] = targets, patterns
-        return found
+    def _indexes(self) -> dict[tuple[str, str], "_Index"]:
+        return {pair: _Index(targets) for pair, targets in self.entries.items()}
 
 
-def edges(source: str) -> tuple[str, str]:
-    """Patterns for what may not stand before and behind a term: letters; after Hangul particles may follow, and
-    scripts without blanks have no edges."""
-    no_blanks = regex.compile(f"[{NO_BLANKS}]")
-    left = "" if no_blanks.match(source[0]) or not regex.match(LETTER, source[0]) else f"(?<!{LETTER})"
-    is_open = no_blanks.match(source[-1]) or regex.match(r"\p{Hangul}", source[-1])
-    return left, "" if is_open or not regex.match(LETTER, source[-1]) else f"(?!{LETTER})"
+class _Index:
+    """Finds the terms of one pair of languages in a time that hardly depends on their number: a term with a capital
+    as it is written, and others in any case."""
+
+    def __init__(self, targets: Mapping[str, str]):
+        self.kinds: dict[bool, tuple[dict[str, str], dict[str, set[int]]]] = {True: ({}, {}), False: ({}, {})}
+        for source, target in targets.items():
+            in_any_case = source == source.lower()
+            known, lengths = self.kinds[in_any_case]
+            for form in (source, normalize("NFD", source)):  # as some texts have it
+                form = folded(form) if in_any_case else form
+                known[form] = target
+                lengths.setdefault(form[:START], set()).add(len(form))
+
+    def hits(self, text: str) -> Iterator[Term]:
+        for in_any_case, (known, lengths) in self.kinds.items():
+            compared = folded(text) if in_any_case else text
+            for start, size in product(range(len(text)), range(1, START + 1)):
+                for length in lengths.get(compared[start : start + size], ()):
+                    end = start + length
+                    if (target := known.get(compared[start:end])) and is_whole(text, start, end):
+                        yield Term(start, end, text[start:end], target)
+
+
+def folded(text: str) -> str:
+    """Without case, as long as before."""
+    return "".join(it if len(it) == 1 else character for character in text for it in (character.casefold(),))
+
+
+def is_whole(text: str, start: int, end: int) -> bool:
+    """Whether no letter stands before or behind a part; after Hangul particles may follow, and scripts without blanks
+    have no words."""
+    part = normalize("NFC", text[start:end])
+    if end < len(text) and len(normalize("NFC", text[start : end + 1])) == len(part):
+        return False  # what follows belongs to the last character
+    is_open = MAY_FOLLOW_LETTERS.match(part) or start == 0 or not LETTER.match(text, start - 1)
+    return bool(is_open and (MAY_PRECEDE_LETTERS.match(part, len(part) - 1) or not LETTER.match(text, end)))
 
 
 def read_terms(file: str) -> Terms:
@@ -142,7 +161,6 @@ def read_terms(file: str) -> Terms:
             if not names_language(name):
                 raise UserError(f"{file} line {number}: {name!r} is no language. {COLUMNS}")
         pair = tuple(map(short_code, named)) if named else default
-        source = source if source != source.casefold() else source.casefold()
         for other in {pair, ("", ""), *(entries if pair == ("", "") else ())}:
             if (before := lines.get((*other, source))) and before[1] != target:
                 raise UserError(
@@ -165,9 +183,8 @@ def with_marks(text: str, terms: Sequence[Term]) -> str:
 def missing(terms: Sequence[Term], output: str) -> list[str]:
     """The target terms that an output does not have; a term in lower case may be in any case."""
     output = normalize("NFC", output)
-    folded = output.casefold()
     wanted = dict.fromkeys(term.target for term in terms)
-    return [it for it in wanted if it not in output and not (it == it.casefold() and it in folded)]
+    return [it for it in wanted if it not in output and not (it == it.lower() and folded(it) in folded(output))]
 
 
 def masked(text: str, only: Sequence[str] | None = None) -> tuple[str, list[str]]:

@@ -42,6 +42,7 @@ def test_words_end_where_their_script_ends_them(file):
     assert len(terms.found("黒猫と猫", Languages("ja_XX", "en_XX"))) == 2
     assert len(terms.found("มีแมวดำ", Languages("tha_Thai", "eng_Latn"))) == 1
     assert len(terms.found("C++ and c++11", ENGLISH)) == 2
+    assert read_terms(file("straße\tstreet\n")).found("Die Straße", ENGLISH)  # whose other forms have another length
     assert missing(terms.found("c++", ENGLISH), "c++") == ["C++"]
 
 
