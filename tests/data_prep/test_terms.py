@@ -79,6 +79,10 @@ def test_a_character_in_parts_is_the_whole_one(file):
 def test_one_term_of_two_pairs_of_languages_contradicts_nothing(file):
     terms = read_terms(file("cat\t고양이\ten\tko\ncat\tKatze\ten\tde\ncat\t고양이\ten\tko\n"))
     assert [it.target for it in terms.found("cat", Languages("en", "de"))] == ["Katze"]
+    for text in ("eng_Latn\tjje_Hang\ncat\t고냉이\n", "cat\t고냉이\ten\tjje_Hang\ncat\t고양이\ten\tko\n"):
+        terms = read_terms(file(text))  # a language that was added to a tokenizer
+        assert [it.target for it in terms.found("cat", Languages("en", "jje_Hang"))] == ["고냉이"]
+        assert "고냉이" not in [it.target for it in terms.found("cat", ENGLISH)]
 
 
 def test_addresses_tags_fields_and_longer_numbers_become_placeholders():
