@@ -14,8 +14,6 @@ from diptych.data_prep.command_line.errors import UserError, nearest
 from diptych.data_prep.rows.records import Languages
 
 SOURCE_COLUMNS = ("source_language", "src_lang", "source_lang", "src_language", "lang_src", "sourceLang")
-
-
 TARGET_COLUMNS = ("target_language", "tgt_lang", "target_lang", "tgt_language", "lang_tgt", "targetLang")
 """Names of columns that hold language codes; the first of each is ours."""
 
@@ -31,8 +29,8 @@ class UnknownLanguage(UserError):
 
 
 NLLB_CODE = re.compile("[a-z]{3}_[A-Z][a-z]{3}")
-
-
+OF_M2M100 = {"ast", "ceb", "ilo", "ns"}
+"""Its codes that are not in the table of names."""
 SCRIPT_OF_REGION = {"cn": "hans", "sg": "hans", "tw": "hant", "hk": "hant", "mo": "hant"}
 
 
@@ -134,6 +132,13 @@ def english_name(language: str) -> str:
 def short_code(language: str) -> str:
     """The same → `"ko"`."""
     return _entry(language)[0]
+
+
+def language_code(language: str) -> str:
+    """The same; and of NLLB's and M2M100's codes without a name here their own: `"ceb_Latn"` → `"ceb"`."""
+    code = plain_code(language).split("_")[0]
+    is_of_a_model = NLLB_CODE.fullmatch(language) or code in OF_M2M100
+    return code if is_of_a_model and code not in _languages_by_name() else short_code(language)
 
 
 def _entry(language: str) -> list[str]:

@@ -24,7 +24,7 @@ from unicodedata import normalize
 import regex
 
 from diptych.data_prep.command_line.errors import UserError, excerpt
-from diptych.data_prep.rows.language_names import UnknownLanguage, names_language, plain_code, short_code
+from diptych.data_prep.rows.language_names import language_code, names_language
 from diptych.data_prep.rows.records import Languages
 
 COLUMNS = (
@@ -68,7 +68,7 @@ class Terms:
 
     def found(self, text: str, languages: Languages) -> list[Term]:
         """The terms in a text, in order, of which none overlap: the leftmost, and of these the longest."""
-        pair = tuple(map(_code, languages))
+        pair = tuple(language_code(it) if names_language(it) else "" for it in languages)
         hits = [
             hit
             for of, index in self._indexes.items()
@@ -141,7 +141,7 @@ def read_terms(file: str) -> Terms:
             continue
         cells = [cell.strip() for cell in line.split("\t")]
         if not lines and default == ("", "") and len(cells) == 2 and all(map(names_language, cells)):
-            default = tuple(map(_code, cells))
+            default = tuple(map(language_code, cells))
             continue
         if not lines and {cell.casefold() for cell in cells} <= COLUMN_NAMES:
             raise UserError(
@@ -160,7 +160,7 @@ def read_terms(file: str) -> Terms:
         for name in named:
             if not names_language(name):
                 raise UserError(f"{file} line {number}: {name!r} is no language. {COLUMNS}")
-        pair = tuple(map(_code, named)) if named else default
+        pair = tuple(map(language_code, named)) if named else default
         for other in {pair, ("", ""), *(entries if pair == ("", "") else ())}:
             if (before := lines.get((*other, source))) and before[1] != target:
                 raise UserError(
@@ -172,14 +172,6 @@ def read_terms(file: str) -> Terms:
     if not entries:
         raise UserError(f"{file} has no terms. {COLUMNS}")
     return Terms(entries)
-
-
-def _code(language: str) -> str:
-    """The short code of a language, or the code itself of one that was added to a tokenizer; "" for no language."""
-    try:
-        return short_code(language) if names_language(language) else ""
-    except UnknownLanguage:
-        return plain_code(language)
 
 
 def with_marks(text: str, terms: Sequence[Term]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import regex
 
 from diptych.data_prep.command_line.errors import UserError
-from diptych.data_prep.rows.language_names import UnknownLanguage, english_name, short_code
+from diptych.data_prep.rows.language_names import UnknownLanguage, english_name, language_code
 
 THAI = "th"
 WITHOUT_SPLITTER = {"bo", "dz", "km", "lo"}
@@ -67,7 +67,7 @@ def splitter(language: str) -> Callable[[str], list[str]]:
             "this column."
         )
     try:
-        code = short_code(language)
+        code = language_code(language)
     except UnknownLanguage as error:
         raise NoSplitter(str(error)) from None
     if code in WITHOUT_SPLITTER:
@@ -87,8 +87,7 @@ def splitter(language: str) -> Callable[[str], list[str]]:
     except ImportError as error:
         extra = "thai" if code == THAI else "documents"
         raise NoSplitter(
-            f"the sentence splitter for {english_name(language)} is not installed. Install it: pip install "
-            f"'diptych[{extra}]'"
+            f"the sentence splitter for {language} is not installed. Install it: pip install 'diptych[{extra}]'"
         ) from error
 
 

@@ -81,6 +81,8 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
     template = read_config(files, "tokenizer_config.json").get("diptych_template", {})
     golden = template.get("golden", [])
     evaluated = {kind_of(score.split) for score in facts.scores}
+    codes = languages(run / "final", manifest)
+    is_bare = bool(codes or manifest and manifest["settings"]["forward"] == "" and not manifest["directions"])
     card = ModelCard.from_template(
         metadata(facts, repo, license, language),
         template_path=str(CARD_TEMPLATE),
@@ -92,8 +94,9 @@ def model_card(run: Path, repo: str, files: Mapping[str, Path | bytes], license:
         is_new_model=is_named_size(recipe["model"]),
         learned=learned(recipe),
         trust=", trust_remote_code=True" if any(name.endswith(".py") for name in files) else "",
-        languages=languages(run / "final", manifest),
-        prompt=json.dumps(golden[0]["source"] if golden else "…", ensure_ascii=False),
+        languages=codes,
+        is_bare=is_bare,
+        prompt=json.dumps(golden[0]["source"] if golden and not is_bare else "…", ensure_ascii=False),
         decoder_prefix=" ".join(f"`{token}`" for token in template.get("decoder_prefix", ())),
         new_tokens=manifest["tokens"]["target"]["limit"] if manifest else 128,
         is_selected=recipe["final"] == "best" and "validation" in evaluated,

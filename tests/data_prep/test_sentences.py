@@ -104,6 +104,11 @@ def test_a_language_without_a_splitter_is_an_error(language, said):
         sentences_of("One. Two.", language)
 
 
+@pytest.mark.parametrize("language", ["ceb_Latn", "ilo", "jje_Hang"])
+def test_codes_of_models_without_a_name_here_are_languages(language):
+    assert sentences_of("One. Two.", language) == ["One. ", "Two."]
+
+
 @pytest.mark.parametrize("language, module, extra", [("en", "sentencex", "documents"), ("th", "pycrfsuite", "thai")])
 def test_a_missing_library_is_an_error_that_names_its_extra(monkeypatch, language, module, extra):
     monkeypatch.setitem(__import__("sys").modules, module, None)

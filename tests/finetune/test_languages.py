@@ -143,6 +143,7 @@ def test_the_card_of_a_tuned_nllb_shows_how_each_direction_is_asked_for(nllb):
     }  # fmt: skip
     card = model_card(nllb.parent, "me/nllb", {path.name: path for path in nllb.iterdir()})
     assert "eng_Latn-kor_Hang, kor_Hang-eng_Latn, eng_Latn-fra_Latn, fra_Latn-eng_Latn" in card
+    assert 'prompt = "…"' in card and "--instruction" not in card
     snippet = card.split("```python\n")[1].split("```")[0].replace('"me/nllb"', repr(str(nllb)))
     snippet = re.sub("prompt = .*", 'prompt = "Go."', snippet)
     said = io.StringIO()
