@@ -62,7 +62,7 @@ def summary_lines(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     for what, count in manifest.get("changed", {}).items():
         yield f"Changed    {count:,} × {what}"
     if manifest["settings"]["mixture"] is not None:
-        for source in manifest["inputs"]:
+        for source in (it for it in manifest["inputs"] if it["split"] == "train"):
             mixed = counted(source["mixed"], "row")
             yield f"Mixture    {percent(source['share'])} of train, {mixed}: {source['name']}"
     if manifest["sensitive"] is not None:

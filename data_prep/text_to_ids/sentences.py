@@ -63,8 +63,7 @@ def splitter(language: str) -> Callable[[str], list[str]]:
     """
     if not language:
         raise NoSplitter(
-            "texts are cut at sentence ends, and their language is not given. Give --source_language, or rows with "
-            "this column."
+            "texts are cut at sentence ends, and their language is not given. Give --source_language or this column."
         )
     try:
         code = language_code(language)
