@@ -236,14 +236,14 @@ class Service:
         try:
             for row in asked.rows:
                 document, of_document = asked_as_pieces(served, as_asked(served.prompter, prompt_of(row)))
-                if (asked.decoding.scores or asked.decoding.grammar) and not is_plain(document):
-                    its = "a response format" if asked.decoding.grammar else "'logprobs' or 'confidence'"
-                    raise UserError(f"{its} is for whole prompts: this one is cut, or has terms or placeholders.")
                 for source in of_document:
                     if source.tokens > (most := len(source.source_ids)):
                         message = f"the prompt has {source.tokens} tokens, and {most} are read. Send a shorter one."
                         raise UserError(message)
                     served.check(source.tokens, asked.decoding, len(source.given))
+                if (asked.decoding.scores or asked.decoding.grammar) and not is_plain(document):
+                    its = "a response format" if asked.decoding.grammar else "'logprobs' or 'confidence'"
+                    raise UserError(f"{its} is for whole prompts: this one is cut, or has terms or placeholders.")
                 documents.append(document)
                 sources += of_document
         except (UserError, Fault) as error:
