@@ -47,5 +47,10 @@ def test_documents_are_answered_whole(request, tmp_path, engine):
         found = client_of(served).completions.create(**asked, extra_body={"input": "Go. Yes."} | KOREAN)
         assert found.choices[0].terms_missed == ["멈춰"] and found.choices[0].placeholders_lost == []
         assert found.choices[0].text.endswith(" 네.")
+        reason = (
+            "need --engine torch" if "ctranslate2" in command else "'confidence' is for whole prompts: this one is cut"
+        )
+        with pytest.raises(openai.BadRequestError, match=reason):
+            client_of(served).completions.create(**asked, extra_body={"input": "Go.", "confidence": True} | KOREAN)
     terms.write_text("go\t멈춰\ngo\t가\n", encoding="utf-8")
     assert cli.main([*command, "--terms", str(terms)]) == 2
