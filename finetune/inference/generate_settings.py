@@ -63,6 +63,9 @@ class GenerateSettings(PromptSettings):
     num_return_sequences: int = 1
     """Outputs for each prompt; with beams, the most likely first, by mean log-probability per token. Needs as many
     beams, or sampling."""
+    diversity: float = 0.0
+    """Above 0: outputs by diverse beam search. A token costs so many nats for each earlier output of the prompt that
+    has it at the same place."""
     scores: bool = False
     """Print the log-probability of each output, in nats, in total and as the mean per token."""
     confidence: bool = False
@@ -97,7 +100,12 @@ class GenerateSettings(PromptSettings):
                 "--in_file and a prompt were both given. Drop --instruction, --input and --system, or the files; "
                 "--instruction and --system can be given for a .txt file, whose lines are texts."
             )
-        is_greedy = self.temperature == 0 and not self.choices
+        if self.diversity < 0 or self.diversity and (self.temperature or self.num_beams > 1 or self.mbr_samples):
+            raise UserError(
+                f"diversity is {self.diversity:g}; it is above 0, and is no sampling and no other beam search: drop"
+                " temperature, num_beams and mbr_samples."
+            )
+        is_greedy = self.temperature == 0 and not (self.choices or self.diversity)
         if self.num_return_sequences > 1 and is_greedy and self.num_beams < self.num_return_sequences:
             raise UserError(
                 f"num_return_sequences is {self.num_return_sequences}, but num_beams={self.num_beams} has no more "
@@ -112,11 +120,12 @@ class GenerateSettings(PromptSettings):
                 f"mbr_samples is {self.mbr_samples}. It takes 2 or more to choose one output, and they are drawn in a "
                 f"way of their own: drop num_beams, num_return_sequences and temperature."
             )
-        if self.choices and (self.mbr_samples or self.temperature or self.num_beams > 1 or self.generation):
-            raise UserError("choices are weighed: drop mbr_samples, temperature, num_beams and generation.")
+        drawn = self.mbr_samples or self.temperature or self.diversity or self.num_beams > 1 or self.generation
+        if self.choices and drawn:
+            raise UserError("choices are weighed: drop mbr_samples, temperature, diversity, num_beams and generation.")
         if self.choices and (self.long != "cut" or self.terms or self.placeholders):
             raise UserError("choices are given texts: drop them, or --long, --terms and --placeholders.")
-        check_torch(self, "scores", "confidence", "abstain_below")
+        check_torch(self, "scores", "confidence", "abstain_below", "diversity")
         if self.abstain_below is not None and not 0 <= self.abstain_below <= 1:
             raise UserError(f"abstain_below is {self.abstain_below}; it must be a probability: from 0 to 1.")
         if self.trusts and self.choices:
@@ -142,6 +151,9 @@ class GenerateSettings(PromptSettings):
             return {"scores": True} | replace(self, scores=False).generation_kwargs()
         if self.mbr_samples:
             return {"mbr_samples": self.mbr_samples} | self.generation | form
+        if self.diversity:
+            plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "diversity": self.diversity}
+            return plain | {"num_return_sequences": self.num_return_sequences} | self.generation | form
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         beams = {"num_beams": self.num_beams, "num_return_sequences": self.num_return_sequences}
         return sampling | beams | self.generation | form

@@ -131,11 +131,14 @@ def generate_batch(
     if template and template.stop:
         criteria.append(StopStrings(loaded.tokenizer, template))
     settings = generation_kwargs | {"stopping_criteria": criteria, "max_new_tokens": max_new_tokens}
-    fits = settings.pop("grammar", None)
-    if fits is not None:
-        if not isinstance(fits, FitsGrammar):
-            fits = FitsGrammar(loaded, fits, len(given[0]), end_tokens(generation_config(loaded, {})[0]))
-        settings["logits_processor"] = LogitsProcessorList([*settings.get("logits_processor", ()), fits])
+    fits, ends = settings.pop("grammar", None), end_tokens(generation_config(loaded, {})[0])
+    if fits is not None and not isinstance(fits, FitsGrammar):
+        fits = FitsGrammar(loaded, fits, len(given[0]), ends)
+    penalty, answers = settings.pop("diversity", 0), settings.get("num_return_sequences", 1)
+    processors = [fits, DiverseAnswers(answers, penalty, len(given[0]), ends) if penalty else None]
+    processors = [*settings.get("logits_processor", ()), *(it for it in processors if it is not None)]
+    if processors:
+        settings["logits_processor"] = LogitsProcessorList(processors)
     inputs = {name: ids.to(loaded.device) for name, ids in inputs.items()}
     config, sequences = _generate(loaded, inputs, settings)
     most, start = config.max_new_tokens, len(given[0])
@@ -235,6 +238,27 @@ class FirstTokens(LogitsProcessor):
             return scores
         forced = torch.full_like(scores, -torch.inf)
         return forced.scatter(1, self.tokens.to(scores.device)[:, None], 0.0)
+
+
+class DiverseAnswers(LogitsProcessor):
+    """Diverse beam search in groups of one beam (Vijayakumar et al. 2016, arXiv 1610.02424), which transformers 5 has
+    not: each of a source's `answers` rows takes the likeliest token, after `penalty` nats for each earlier row of the
+    source that takes it at this place. All other tokens become impossible, so that sampling, which can have several
+    answers of a source, has nothing to draw."""
+
+    def __init__(self, answers: int, penalty: float, start: int, ends: Sequence[int | None]):
+        self.answers, self.penalty, self.start = answers, penalty, start
+        self.ends = torch.tensor([token for token in ends if token is not None])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        is_open = ~torch.isin(input_ids[:, self.start :], self.ends.to(input_ids.device)).any(1)
+        logits, is_open = scores.view(-1, self.answers, scores.shape[1]), is_open.view(-1, self.answers, 1)
+        taken, chosen = torch.zeros_like(logits[:, 0]), torch.full_like(logits, -torch.inf)
+        for row in range(self.answers):
+            token = (logits[:, row] - self.penalty * taken).argmax(1, keepdim=True)
+            chosen[:, row].scatter_(1, token, 0.0)
+            taken.scatter_add_(1, token, is_open[:, row].to(taken.dtype))
+        return chosen.view_as(scores)
 
 
 class StopStrings(StoppingCriteria):

@@ -32,6 +32,9 @@ class SampleSettings(PromptSettings):
     """Sample among the most likely tokens that have this probability together; 1: among all."""
     beams: bool = False
     """Not samples, but the most likely answers that a beam search of this width finds. They differ less."""
+    diversity: float = 0.0
+    """Above 0: diverse beams, one for each answer. A token costs so many nats for each earlier answer that has it at
+    the same place."""
     instruction: str = ""
     """The instruction of each line of a .txt file, whose lines are then inputs."""
     system: str = ""
@@ -61,23 +64,24 @@ class SampleSettings(PromptSettings):
         drawn = [
             name for name in ("temperature", "top_k", "top_p") if getattr(self, name) != getattr(SampleSettings, name)
         ]
-        if self.beams and drawn:
+        if (self.beams or self.diversity) and drawn:
             raise UserError(f"beams are not sampled, and {drawn[0]} is for samples. Drop one of them.")
 
     def of_generation(self) -> GenerateSettings:
         """The same in the words of `diptych generate`, which does it."""
         shared = ("model", "dtype", "device", "template", "source_language", "target_language", "overwrite", "seed")
         shared += ("instruction", "system", "batch_size", "max_source_tokens", "max_new_tokens")
-        drawn = {} if self.beams else {"top_k": self.top_k, "top_p": self.top_p}
+        is_drawn = not (self.beams or self.diversity)
         return GenerateSettings(
             **{name: getattr(self, name) for name in shared},
             in_file=self.data,
             out_file=self.out,
             num_return_sequences=self.samples,
             num_beams=self.samples if self.beams else 1,
-            temperature=0.0 if self.beams else self.temperature,
+            temperature=self.temperature if is_drawn else 0.0,
+            diversity=self.diversity,
             scores=True,
-            generation=drawn | self.generation,
+            generation=({"top_k": self.top_k, "top_p": self.top_p} if is_drawn else {}) | self.generation,
         )
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 import datasets
 import pytest
 import sacrebleu
+import torch
 
 from diptych.finetune.commands import cli
+from diptych.finetune.inference.target_tokens import text_of
+from diptych.finetune.model.loading import load_checkpoint
 
 REFERENCE = "the cat sat on the mat"
 ANSWERS = ["the cat sat on a mat", "the cat", "dogs", "the cat sat on the mat", "the cat"]
@@ -97,6 +100,32 @@ def test_beams_are_the_likeliest_answers(tmp_path, t5_checkpoint, eight_prepared
     (row,) = read_rows(out)
     assert len(set(row["prediction"])) == 3
     assert row["log_probability_per_token"] == sorted(row["log_probability_per_token"], reverse=True)
+
+
+@torch.no_grad()
+def test_diverse_beams_are_those_of_a_search_group_by_group(tmp_path, t5_checkpoint, eight_prepared_rows):
+    """Against full forward passes, one answer after the other, each of which counts the tokens of those before it."""
+    penalty, most = 3.0, 10
+    prompts = [{name: row[name] for name in ("instruction", "input")} for row in eight_prepared_rows]
+    data, out = write_rows(tmp_path / "rows.jsonl", *prompts), tmp_path / "out.jsonl"
+    words = [str(t5_checkpoint), "--data", str(data), "--out", str(out), "--samples", "4", "--diversity", str(penalty)]
+    assert cli.run("sample", [*words, "--max_new_tokens", str(most), "--batch_size", "3", "--device", "cpu"]) == 0
+    loaded = load_checkpoint(str(t5_checkpoint), torch.float32, torch.device("cpu"))
+    for row, prepared in zip(read_rows(out), eight_prepared_rows, strict=True):
+        source, answers = torch.tensor([prepared["input_ids"]]), []
+        for _ in range(4):
+            answer = []
+            while len(answer) < most and answer[-1:] != [1]:
+                ids = torch.tensor([[loaded.decoder_start_token_id, *answer]])
+                logits = loaded.model(input_ids=source, decoder_input_ids=ids).logits[0, -1]
+                for other in answers:
+                    if len(other) > len(answer):
+                        logits[other[len(answer)]] -= penalty
+                answer.append(int(logits.argmax()))
+            answers.append(answer)
+        assert row["prediction"] == [text_of(loaded.tokenizer, ids[: len(ids) - (ids[-1] == 1)]) for ids in answers]
+        assert len(set(row["prediction"])) > 1
+        assert row["finished"] == [ids[-1] == 1 for ids in answers]
 
 
 def test_the_best_and_the_worst_by_a_metric_of_each_sentence(rank):
@@ -212,6 +241,8 @@ def test_a_place_that_cannot_be_written_to_is_told_and_a_pipe_gets_the_pairs(tmp
         (["--samples", "1"], "samples is 1; it takes 2 or more to rank them"),
         (["--temperature", "0"], "temperature is 0, at which all samples are the same"),
         (["--beams", "true", "--top_p", "0.9"], "beams are not sampled, and top_p is for samples"),
+        (["--diversity", "1", "--temperature", "0.7"], "beams are not sampled, and temperature is for samples"),
+        (["--diversity", "1", "--beams", "true"], "diversity is 1; it is above 0, and is no sampling"),
         (["--out", ""], "out is not set"),
     ],
 )
