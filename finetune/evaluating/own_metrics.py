@@ -314,6 +314,8 @@ from comet import load_from_checkpoint
 with open(sys.argv[1], encoding="utf-8") as file:
     asked = json.load(file)
 model = load_from_checkpoint(asked["model"])
+if model.requires_references() and "ref" not in asked["rows"][0]:
+    sys.exit("this checkpoint compares with references, and there are none.")
 output = model.predict(asked["rows"], batch_size=asked["batch_size"], gpus=asked["gpus"])
 with open(sys.argv[2], "w", encoding="utf-8") as file:
     json.dump([float(score) for score in output["scores"]], file)
@@ -324,9 +326,10 @@ def comet(predictions, references, sources, *, model: str, python=sys.executable
     """COMET (Rei et al. 2020, arXiv 2009.09025), times 100, by the best reference. `model`: the path of a checkpoint
     (….ckpt). unbabel-comet needs older versions of libraries than Diptych, so it is run by `python`, the interpreter
     of an environment of its own. `prefix`: what the template puts before each source, which COMET is not to read."""
-    rows = zip(sources, predictions, references, strict=True)
     asked = [
-        {"src": source.removeprefix(prefix), "mt": text, "ref": it} for source, text, of_row in rows for it in of_row
+        {"src": source.removeprefix(prefix), "mt": text} | ({"ref": it} if any(map(any, references)) else {})
+        for source, text, of_row in zip(sources, predictions, references, strict=True)
+        for it in of_row
     ]
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "asked.json", Path(folder) / "scores.json"
@@ -367,10 +370,7 @@ def _check_bridge(place: str, *, model: str, python: str = sys.executable, **oth
     if not Path(model).expanduser().exists():
         raise UserError(f"metric_settings.{place}.model: there is no {model}. Name the path of a model on this disk.")
     package, remedy = {
-        "comet": (
-            "comet",
-            "Make an environment with unbabel-comet, and name its interpreter: {comet: {python: PATH}}.",
-        ),
+        "comet": ("comet", "Make an environment with unbabel-comet, and name its interpreter: {comet: {python: …}}."),
         "bertscore": ("bert_score", "pip install 'diptych[bertscore]'."),
     }[place]
     look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{package}') is None)"

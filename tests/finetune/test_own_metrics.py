@@ -446,11 +446,12 @@ def test_comet_asks_the_package_in_another_interpreter_for_the_best_reference(tm
             return Model(open(path).read())
         class Model:
             def __init__(self, name): self.name = name
+            def requires_references(self): return self.name != "free"
             def predict(self, rows, batch_size, gpus):
                 if self.name == "broken": raise RuntimeError("no such weights")
                 print("noise of lightning on standard output")
                 json.dump([rows, batch_size, gpus], open("asked", "w"))
-                return {"scores": [float(row["mt"] == row["ref"]) / 2 for row in rows], "system_score": 0}
+                return {"scores": [float(row["mt"] == row.get("ref", "나")) / 2 for row in rows], "system_score": 0}
         """)
     )
     (tmp_path / "model.ckpt").write_text("sound")
@@ -465,6 +466,12 @@ def test_comet_asks_the_package_in_another_interpreter_for_the_best_reference(tm
     assert rows[1] == {"src": "go", "mt": "가", "ref": "가"} and len(rows) == 3 and rest == [3, 0]
     with pytest.raises(MetricFault, match="metric comet failed in .*: RuntimeError: no such weights"):
         count_texts(*arguments, {"comet": {"model": "broken.ckpt"}})
+    (tmp_path / "free.ckpt").write_text("free")
+    arguments[2] = [[""], [""]]  # as `diptych rank --reference none` has them
+    assert count_texts(*arguments, {"comet": {"model": "free.ckpt"}})["comet"].counts[:, 0].tolist() == [0, 50]
+    assert json.loads((tmp_path / "asked").read_text())[0] == [{"src": "go", "mt": "가"}, {"src": "me", "mt": "나"}]
+    with pytest.raises(MetricFault, match="this checkpoint compares with references, and there are none"):
+        count_texts(*arguments, settings)
 
 
 def test_bertscore_takes_the_model_by_its_path_and_empty_texts_score_0(tmp_path, monkeypatch):
