@@ -323,11 +323,12 @@ with open(sys.argv[2], "w", encoding="utf-8") as file:
 
 
 def comet(predictions, references, sources, *, model: str, python=sys.executable, prefix="", batch_size=8, gpus=0):
-    """COMET (Rei et al. 2020, arXiv 2009.09025), times 100, by the best reference. `model`: the path of a checkpoint
-    (….ckpt). unbabel-comet needs older versions of libraries than Diptych, so it is run by `python`, the interpreter
-    of an environment of its own. `prefix`: what the template puts before each source, which COMET is not to read."""
+    """COMET (Rei et al. 2020, arXiv 2009.09025), times 100, by the best reference. `model`: a checkpoint (….ckpt).
+    unbabel-comet needs older libraries than Diptych, so `python`, the interpreter of another environment, runs it.
+    `prefix`: what the template puts before each source, which COMET is not to read."""
+    is_compared = any(map(any, references))
     asked = [
-        {"src": source.removeprefix(prefix), "mt": text} | ({"ref": it} if any(map(any, references)) else {})
+        {"src": source.removeprefix(prefix), "mt": text} | ({"ref": it} if is_compared else {})
         for source, text, of_row in zip(sources, predictions, references, strict=True)
         for it in of_row
     ]
