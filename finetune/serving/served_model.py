@@ -13,10 +13,9 @@ from diptych.data_prep.text_to_ids.two_vocabularies import source_side
 from diptych.finetune.commands import cli
 from diptych.finetune.generating.documents import Documents
 from diptych.finetune.inference.constraints import FitsGrammar
-from diptych.finetune.inference.engine import TorchEngine
-from diptych.finetune.inference.generate_settings import GenerateSettings
+from diptych.finetune.inference.engine import TorchEngine, weights_sha256
 from diptych.finetune.inference.generation_config import DEFAULT_NEW_TOKENS, end_tokens, generation_config
-from diptych.finetune.inference.output_confidence import Calibration
+from diptych.finetune.inference.output_confidence import Calibration, read_calibration
 from diptych.finetune.inference.prompts import Prompt, Prompter
 from diptych.finetune.inference.target_tokens import given_tokens
 from diptych.finetune.model.loaded_model import LoadedModel
@@ -112,7 +111,6 @@ def _served(
     settings: ServingSettings, name: str, engine: TorchEngine, share: float, max_source_tokens: int | None
 ) -> ServedModel:
     is_torch = settings.engine == "torch"
-    engine.check(GenerateSettings(name, confidence=is_torch))
     loaded = engine.loaded if is_torch else engine
     languages = Languages(settings.source_language, settings.target_language)
     if note := languages_note(loaded.tokenizer, languages):
@@ -131,7 +129,7 @@ def _served(
         budget, most = UNMEASURED, max_source_tokens or source_limit or MOST_UNMEASURED
     prompter = Prompter(loaded.tokenizer, loaded.template, most, languages)
     longest_token = max(map(len, source_side(loaded.tokenizer).get_vocab()))
-    calibration = engine.calibration if is_torch else None
+    calibration = read_calibration(name, lambda: weights_sha256(loaded.model)) if is_torch else None
     return ServedModel(loaded, prompter, most_tokens, budget, longest_token, calibration=calibration)
 
 

@@ -18,6 +18,8 @@ from diptych.finetune.evaluating.calibration import calibrated, parse_right
 from diptych.finetune.inference.output_confidence import Calibration, repetition, unread_of
 from diptych.finetune.inference.outputs import Output
 from diptych.finetune.model.loaded_model import LoadedModel
+from diptych.finetune.serving.serve_settings import ServeSettings
+from diptych.finetune.serving.served_model import load_served
 
 
 def outputs_like(count: int, seed: int = 0) -> tuple[list[Output], np.ndarray]:
@@ -177,6 +179,8 @@ def test_what_evaluate_fits_says_how_far_generated_outputs_can_be_trusted(t5_che
     assert "no calibration.json for outputs of this form" in capsys.readouterr().err
     stored = json.loads((model / "calibration.json").read_text(encoding="utf-8"))
     (model / "calibration.json").write_text(json.dumps(stored | {"form": "[a-c]+"}), encoding="utf-8")
+    (served,) = load_served(ServeSettings(str(model)), [str(model)])
+    assert served.calibration.form == "[a-c]+"  # for requests with this form
     assert stored["form"] == "" and cli.run("generate", [*of_form, "--abstain_below", "0.5"]) == 0
     assert "(probability " in capsys.readouterr().err
     (model / "calibration.json").write_text(json.dumps(stored | {"weights_sha256": "0"}), encoding="utf-8")
