@@ -295,7 +295,8 @@ def _field(body: dict[str, Any], name: str, kind: type | tuple[type, ...], defau
 def _number(body: dict[str, Any], name: str, kind: type | tuple[type, ...], default: Any, low: Any, high: Any) -> Any:
     value = _field(body, name, kind, default)
     if value is not None and not low <= value <= high:
-        raise RequestError(400, f"{name!r} is {value}; it is a number from {low} to {high}.", name)
+        allowed = f"{low} or more" if (low, high) == (1, LARGEST_INTEGER) else f"a number from {low} to {high}"
+        raise RequestError(400, f"{name!r} is {value}; it is {allowed}.", name)
     return value
 
 
