@@ -141,12 +141,11 @@ class SchemaFilter:
 
     def formed(self, record: Record) -> Record:
         """With answers that are JSON of the schema in the form that outputs of the schema have."""
-        texts = {"output": record.output, "rejected": record.rejected}
-        may_not_fit = {"rejected"} if record.mark >= 0 else set(texts)
-        for side, text in texts.items():
-            if text and (side not in may_not_fit or fault_of(text, self.schema) is None):
-                texts[side] = as_written(text, self.schema)
-        return replace(record, **texts)
+
+        def form(text: str, fits: bool) -> str:
+            return as_written(text, self.schema) if fits or text and fault_of(text, self.schema) is None else text
+
+        return replace(record, output=form(record.output, record.mark >= 0), rejected=form(record.rejected, False))
 
 
 def source_text(record: Record) -> str:

@@ -100,10 +100,11 @@ class GenerateSettings(PromptSettings):
                 "--in_file and a prompt were both given. Drop --instruction, --input and --system, or the files; "
                 "--instruction and --system can be given for a .txt file, whose lines are texts."
             )
-        if self.diversity < 0 or self.diversity and (self.temperature or self.num_beams > 1 or self.mbr_samples):
+        is_other = self.temperature or self.num_beams > 1 or self.mbr_samples
+        if self.diversity < 0 or self.diversity and (is_other or self.num_return_sequences < 2):
             raise UserError(
-                f"diversity is {self.diversity:g}; it is above 0, and is no sampling and no other beam search: drop"
-                " temperature, num_beams and mbr_samples."
+                f"diversity is {self.diversity:g}; it is above 0, for num_return_sequences of 2 or more, and is no"
+                " sampling and no other beam search: drop temperature, num_beams and mbr_samples."
             )
         is_greedy = self.temperature == 0 and not (self.choices or self.diversity)
         if self.num_return_sequences > 1 and is_greedy and self.num_beams < self.num_return_sequences:

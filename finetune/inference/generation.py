@@ -131,14 +131,14 @@ def generate_batch(
     if template and template.stop:
         criteria.append(StopStrings(loaded.tokenizer, template))
     settings = generation_kwargs | {"stopping_criteria": criteria, "max_new_tokens": max_new_tokens}
-    fits, ends = settings.pop("grammar", None), end_tokens(generation_config(loaded, {})[0])
-    if fits is not None and not isinstance(fits, FitsGrammar):
-        fits = FitsGrammar(loaded, fits, len(given[0]), ends)
-    penalty, answers = settings.pop("diversity", 0), settings.get("num_return_sequences", 1)
-    processors = [fits, DiverseAnswers(answers, penalty, len(given[0]), ends) if penalty else None]
-    processors = [*settings.get("logits_processor", ()), *(it for it in processors if it is not None)]
-    if processors:
-        settings["logits_processor"] = LogitsProcessorList(processors)
+    fits, penalty = settings.pop("grammar", None), settings.pop("diversity", 0)
+    if fits is not None or penalty:
+        start, ends = len(given[0]), end_tokens(generation_config(loaded, {})[0])
+        if fits is not None and not isinstance(fits, FitsGrammar):
+            fits = FitsGrammar(loaded, fits, start, ends)
+        diverse = DiverseAnswers(settings["num_return_sequences"], penalty, start, ends) if penalty else None
+        processors = [*settings.get("logits_processor", ()), fits, diverse]
+        settings["logits_processor"] = LogitsProcessorList(filter(None, processors))
     inputs = {name: ids.to(loaded.device) for name, ids in inputs.items()}
     config, sequences = _generate(loaded, inputs, settings)
     most, start = config.max_new_tokens, len(given[0])

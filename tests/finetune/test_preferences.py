@@ -128,6 +128,11 @@ def test_diverse_beams_are_those_of_a_search_group_by_group(tmp_path, t5_checkpo
         assert row["finished"] == [ids[-1] == 1 for ids in answers]
 
 
+def test_diversity_of_one_output_is_refused(t5_checkpoint, capsys):
+    assert cli.run("generate", [str(t5_checkpoint), "--input", "Go.", "--diversity", "2"]) == 2
+    assert "diversity is 2; it is above 0, for num_return_sequences of 2 or more" in capsys.readouterr().err
+
+
 def test_the_best_and_the_worst_by_a_metric_of_each_sentence(rank):
     pairs, report = rank([sampled(*ANSWERS, id=5)])
     (pair,) = pairs
@@ -242,7 +247,10 @@ def test_a_place_that_cannot_be_written_to_is_told_and_a_pipe_gets_the_pairs(tmp
         (["--temperature", "0"], "temperature is 0, at which all samples are the same"),
         (["--beams", "true", "--top_p", "0.9"], "beams are not sampled, and top_p is for samples"),
         (["--diversity", "1", "--temperature", "0.7"], "beams are not sampled, and temperature is for samples"),
-        (["--diversity", "1", "--beams", "true"], "diversity is 1; it is above 0, and is no sampling"),
+        (
+            ["--diversity", "1", "--beams", "true"],
+            "and is no sampling and no other beam search",
+        ),
         (["--out", ""], "out is not set"),
     ],
 )
